@@ -1,0 +1,444 @@
+"""The typed configuration tree: one definition for Hydra's schema and for the code.
+
+Everything below is a frozen dataclass that the code reads. `compose.py` derives the mutable twin that Hydra needs
+(a frozen dataclass raises while composing), and turns the composed result back into these classes.
+
+A group whose choices have different keys (`task`, `method`, `optimizer`, `schedule`, `launch`) has one class per choice,
+so `method=full method.rank=8` is an unknown key instead of a silently ignored one; code uses `match` on the class.
+A line of documentation and the range of a field stand beside it: `documentation()` and `validate.py` read both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+def setting(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field with a default and the range that `validate.check_ranges` enforces (None is always allowed)."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Attention(Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class InitialWeights(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    text = "text"
+    text_label = "text_label"
+
+
+class OnBadRow(Enum):
+    error = "error"
+    skip = "skip"
+
+
+class Precision(Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Export(Enum):
+    none = "none"
+    last = "last"
+    best = "best"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "sample://smollm2"
+    """Hub id, folder, or packaged sample (`sample://smollm2`, `sample://minilm`)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; resolved to a commit before the ranks start."""
+    weights: InitialWeights = InitialWeights.pretrained
+    """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
+    attention: Attention = Attention.auto
+    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; off unless you trust its author."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+    config_overrides: dict[str, Any] = setting({})
+    """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    validation: float = setting(0.05, at_least=0.0, below=1.0)
+    """Share of the training rows held out for validation when `data.validation` is not given."""
+    test: float = setting(0.0, at_least=0.0, below=1.0)
+    """Share of the training rows held out for the test when `data.test` is not given."""
+    seed: int = 0
+    """Another seed holds out other rows; the split depends on row content and this seed only."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | None = None
+    """Training rows: a file or glob (JSONL, JSON, CSV, TSV, Parquet), or a sample (`sample://chitchat`)."""
+    validation: str | None = None
+    """Validation rows; held out from `data.train` by `data.split` when not given."""
+    test: str | None = None
+    """Test rows, evaluated once at the end."""
+    format: DataFormat = DataFormat.auto
+    """Row format; `auto` recognises it by the columns."""
+    columns: dict[str, str] = setting({})
+    """Column names of the file by role, for example `{text: review, label: stars}`."""
+    max_length: int = setting(1024, at_least=8)
+    """Longest row in tokens; longer ones are cut."""
+    packing: bool = True
+    """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    max_rows: int | None = setting(None, at_least=1)
+    """Use this many training rows at most, chosen by the split's hash."""
+    on_bad_row: OnBadRow = OnBadRow.error
+    """`error` stops at the first bad rows with file and line, `skip` drops and counts them."""
+    workers: int = setting(0, at_least=0)
+    """Processes that tokenize; 0 is one per available core."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Conversations; the loss is on the assistant's tokens, the end of each turn included."""
+
+    name: str = "chat"
+    template_date: str | None = None
+    """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    train_on_prompt: bool = False
+    """Let every token count in the loss, not only those of the assistant."""
+
+
+@dataclass(frozen=True)
+class CausalLmConfig:
+    """Plain text; the loss is on every token and on the end of each document."""
+
+    name: str = "causal_lm"
+
+
+@dataclass(frozen=True)
+class ClassificationConfig:
+    """One label for a text."""
+
+    name: str = "classification"
+    labels: list[str] = setting([])
+    """Label names in the order of their indices; found in the training rows when empty."""
+
+
+TaskConfig = ChatConfig | CausalLmConfig | ClassificationConfig
+
+
+@dataclass(frozen=True)
+class FullConfig:
+    """All weights are trained."""
+
+    name: str = "full"
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Only the task's head is trained; the body stays frozen."""
+
+    name: str = "head"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen weights."""
+
+    name: str = "lora"
+    rank: int = setting(16, at_least=1)
+    """Rank of the update matrices."""
+    alpha: float = setting(32.0, above=0.0)
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
+    dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Dropout in front of the adapters."""
+    target_modules: list[str] = setting(["all-linear"])
+    """Module name endings that get an adapter; `all-linear` is every linear layer except the head."""
+    modules_to_save: list[str] = setting([])
+    """Modules trained whole and saved beside the adapter (a new classification head always is)."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+
+MethodConfig = FullConfig | HeadConfig | LoraConfig
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+    name: str = "adamw"
+    lr: float = setting(2e-5, at_least=0.0)
+    """Peak learning rate."""
+    weight_decay: float = setting(0.01, at_least=0.0)
+    """Weight decay; never applied to norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moment estimates, each in [0, 1)."""
+    eps: float = setting(1e-8, above=0.0)
+    """Added to the denominator."""
+
+
+@dataclass(frozen=True)
+class SgdConfig:
+    """Stochastic gradient descent with momentum."""
+
+    name: str = "sgd"
+    lr: float = setting(1e-3, at_least=0.0)
+    """Peak learning rate."""
+    weight_decay: float = setting(0.0, at_least=0.0)
+    """L2 penalty; never applied to norms and biases."""
+    momentum: float = setting(0.0, at_least=0.0, below=1.0)
+    """Momentum factor."""
+
+
+OptimizerConfig = AdamWConfig | SgdConfig
+
+
+@dataclass(frozen=True)
+class CosineConfig:
+    """Half a cosine from the peak to `min_lr_ratio` times the peak."""
+
+    name: str = "cosine"
+    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
+    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = setting(None, at_least=0)
+    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
+    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Final rate as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """A straight line from the peak to `min_lr_ratio` times the peak."""
+
+    name: str = "linear"
+    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
+    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = setting(None, at_least=0)
+    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
+    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Final rate as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class ConstantConfig:
+    """The peak rate after the warm-up."""
+
+    name: str = "constant"
+    warmup_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = setting(None, at_least=0)
+    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
+
+
+@dataclass(frozen=True)
+class WarmupStableDecayConfig:
+    """Constant at the peak, then a linear decay (Hu et al. 2024, arXiv:2404.06395)."""
+
+    name: str = "warmup_stable_decay"
+    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
+    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = setting(None, at_least=0)
+    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
+    decay_ratio: float = setting(0.2, at_least=0.0, at_most=1.0)
+    """Share of the optimizer steps, at the end, over which the rate falls."""
+    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Final rate as a share of the peak."""
+
+
+ScheduleConfig = CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """What DeepSpeed ZeRO partitions over the ranks (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+
+    stage: int = setting(3, at_least=0, at_most=3)
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    offload_optimizer: Offload = Offload.none
+    """Keep optimizer states and fp32 weights in host memory (stage 3)."""
+    offload_param: Offload = Offload.none
+    """Keep partitioned parameters in host memory (stage 3)."""
+    reduce_bucket_size: int = setting(50_000_000, at_least=1)
+    """Elements reduced at a time; a larger bucket communicates better and takes more memory."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass runs (stages 2 and 3 on GPUs)."""
+    param_persistence_threshold: int = setting(100_000, at_least=0)
+    """Stage 3 does not partition parameters with fewer elements."""
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    metric: str = "loss"
+    """Evaluation metric that decides which checkpoint is best (`loss`, `perplexity`, `accuracy`, `f1_macro`)."""
+    patience: int = setting(0, at_least=0)
+    """Stop after this many evaluations without an improvement; 0 never stops."""
+    min_delta: float = setting(0.0, at_least=0.0)
+    """Smallest change that counts as an improvement."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: int | None = setting(None, at_least=1)
+    """Optimizer steps; ends the run earlier than `epochs` would."""
+    epochs: int = setting(1, at_least=1)
+    """Passes over the training rows; with `max_steps` as many as that needs."""
+    micro_batch_size: int = setting(4, at_least=1)
+    """Rows in one forward and backward pass of one rank."""
+    global_batch_size: int = setting(16, at_least=1)
+    """Rows in one optimizer step over all ranks; does not change with the number of ranks."""
+    precision: Precision = Precision.auto
+    """`auto` is bf16 where the hardware computes it fast, else fp32."""
+    grad_clip: float = setting(1.0, at_least=0.0)
+    """Largest norm of the gradient; 0 is off."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    seed: int = setting(0, at_least=0)
+    """Seed of the data order, dropout and new weights."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on timing; slower on GPUs."""
+    length_grouping: bool = True
+    """Without packing, put rows of similar length into one micro-batch."""
+    max_nonfinite_steps: int = setting(10, at_least=0)
+    """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = setting(0, at_least=0)
+    """Optimizer steps between saves; 0 saves at the end (and when preempted) only."""
+    keep: int = setting(2, at_least=1)
+    """Newest checkpoints that are kept; the best one is kept beside them."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = setting(0, at_least=0)
+    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    max_rows: int | None = setting(None, at_least=1)
+    """Evaluate this many rows at most, always the same ones."""
+    micro_batch_size: int | None = setting(None, at_least=1)
+    """Rows in one forward pass of one rank; `trainer.micro_batch_size` when not given."""
+    samples: int = setting(0, at_least=0)
+    """Held-out prompts answered before and after training (chat and causal_lm)."""
+    max_new_tokens: int = setting(48, at_least=1)
+    """Longest answer to a sample prompt, in tokens."""
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Ranks on this machine, started and supervised by dstune itself."""
+
+    name: str = "local"
+    processes: int | None = setting(None, at_least=1)
+    """Ranks; every GPU when not given, else two (one on a single core)."""
+    export_env: list[str] = setting([])
+    """Further environment variables that the ranks inherit, beside the built-in list."""
+    grace_seconds: float = setting(10.0, above=0.0)
+    """How long ranks may take to end after one of them died or a second signal came."""
+
+
+LaunchConfig = LocalConfig
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: WandbMode = WandbMode.disabled
+    """`online` falls back to `offline` where no key is found; never prompts."""
+    entity: str | None = None
+    """Account or team."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    project: str = "dstune"
+    group: str | None = None
+    tags: list[str] = setting([])
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class RunSection:
+    name: str = "run"
+    """First part of the run directory's path and the name in W&B."""
+    dir: str | None = None
+    """Run directory; `runs/NAME/DATE_TIME` when not given. One that holds a run is continued (see `resume`)."""
+    resume: str = "auto"
+    """`auto` continues a run found in `dir`, `never` refuses to, a path starts from that run's newest checkpoint."""
+    export: Export = Export.last
+    """Weights written to `export/` at the end: the last, the best by evaluation, or none."""
+    time_limit: float | None = setting(None, above=0.0)
+    """Minutes after which the run saves and exits 75."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, fully resolved. Written to `run.yaml` and read by every rank."""
+
+    model: ModelConfig
+    data: DataConfig
+    task: TaskConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    zero: ZeroConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    launch: LaunchConfig
+    tracking: TrackingConfig
+    run: RunSection
+
+
+CHOICES: dict[str, dict[str, type]] = {
+    "task": {"chat": ChatConfig, "causal_lm": CausalLmConfig, "classification": ClassificationConfig},
+    "method": {"full": FullConfig, "head": HeadConfig, "lora": LoraConfig},
+    "optimizer": {"adamw": AdamWConfig, "sgd": SgdConfig},
+    "schedule": {
+        "cosine": CosineConfig,
+        "linear": LinearConfig,
+        "constant": ConstantConfig,
+        "warmup_stable_decay": WarmupStableDecayConfig,
+    },
+    "launch": {"local": LocalConfig},
+}
+"""Classes of the groups whose choices have different keys, by the choice's `name`."""

@@ -1,0 +1,77 @@
+"""What can go wrong for a user, each with the exit code of the public contract.
+
+0 done, 2 the configuration or data is wrong, 75 preempted and resumable, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later" is what a scheduler should do
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing a user has to change."""
+
+    where: str
+    """The configuration key (`trainer.micro_batch_size`) or place in a file (`data.jsonl:17`)."""
+    reason: str
+    fix: str = ""
+    value: str = ""
+    """The offending value as the user wrote it; empty where there is none (a missing file's key has one)."""
+
+    def __str__(self) -> str:
+        shown = f"={self.value}" if self.value else ""
+        advice = f"\n    fix: {self.fix}" if self.fix else ""
+        return f"{self.where}{shown}: {self.reason}{advice}"
+
+
+class DstuneError(Exception):
+    """Base of every error that is shown as a message instead of a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(DstuneError):
+    """The user's configuration or data is wrong: every problem that was found, listed together."""
+
+    exit_code = EXIT_USER
+
+    def __init__(self, problems: Problem | Iterable[Problem]):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        assert self.problems, "a UserError without a problem says nothing"
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self):
+        return (type(self), (self.problems,))
+
+
+class Preempted(DstuneError):
+    """Stopped by a signal or a time limit after a save: the same command continues the run."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class TrainingFailed(DstuneError):
+    """The run cannot go on (non-finite losses, a dead rank, a failed save)."""
+
+
+def to_json(error: DstuneError) -> str:
+    """`error` as one JSON object, so that a rank can hand it to the process that started it."""
+    problems = [asdict(problem) for problem in getattr(error, "problems", [])]
+    return json.dumps({"type": type(error).__name__, "message": str(error), "problems": problems})
+
+
+def from_json(text: str) -> DstuneError:
+    """The inverse of `to_json`; an unknown type becomes a plain `DstuneError`."""
+    fields = json.loads(text)
+    if fields["problems"]:
+        return UserError(Problem(**problem) for problem in fields["problems"])
+    kinds = {kind.__name__: kind for kind in (Preempted, TrainingFailed)}
+    return kinds.get(fields["type"], DstuneError)(fields["message"])
