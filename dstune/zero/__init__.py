@@ -1,0 +1,1 @@
+"""DeepSpeed: its configuration, its engine, and every use of what it does not document."""

@@ -1,0 +1,68 @@
+"""Ranks talking to each other about control: small numbers and decisions, never tensors of the model.
+
+Control messages go over a gloo group of their own, on the CPU and in float64, so that agreeing on a decision does not
+wait for the GPU's stream and sums of token counts are exact (float64 counts exactly up to 2**53).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+from dstune.rank_env import RankEnv
+
+T = TypeVar("T")
+
+# Rank 0 may write a checkpoint or an export while the others wait for it: hours of patience for control messages.
+# A rank that died is noticed by the process that started it, not by this time-out.
+CONTROL_TIMEOUT = timedelta(hours=12)
+
+
+class World:
+    """The ranks of this run. Needs `torch.distributed` initialised unless there is a single rank without a group."""
+
+    def __init__(self, env: RankEnv):
+        self.rank = env.rank
+        self.size = env.world_size
+        self.local_rank = env.local_rank
+        self.local_size = env.local_size
+        self._control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather_numbers(self, numbers: Sequence[float]) -> np.ndarray:
+        """`numbers` of every rank: float64 [world size, len(numbers)]. Every rank must call it, with equal lengths."""
+        mine = torch.tensor([numbers], dtype=torch.float64)
+        everyone = torch.empty((self.size, len(numbers)), dtype=torch.float64)
+        torch_dist.all_gather_into_tensor(everyone, mine, group=self._control)
+        return everyone.numpy()
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in rank order on every rank, so that all ranks get the same bits."""
+        return [float(total) for total in self.gather_numbers(numbers).sum(axis=0)]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; the answer is the same on all ranks."""
+        return bool(self.gather_numbers([float(flag)]).any())
+
+    def gather(self, value: T) -> list[T]:
+        """One picklable value of every rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        torch_dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value on every rank."""
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def barrier(self) -> None:
+        torch_dist.barrier(group=self._control)

@@ -1,0 +1,211 @@
+"""Tokenizer and model from a folder, a cached hub snapshot or a packaged sample. Nothing here contacts a hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dstune import samples
+from dstune.config.schema import (
+    Attention,
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    InitialWeights,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+)
+from dstune.errors import Problem, UserError
+from dstune.zero.engine import gathered
+
+
+def local_path(path: str) -> str:
+    """What transformers can load: a sample's folder, or the path itself (a folder or an id in the hub's cache)."""
+    return str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with `model.chat_template` applied and a padding token.
+
+    Raises UserError where the files are missing or the template cannot be read.
+    """
+    with _named_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(local_path(config.path), **_source(config))
+    if config.chat_template:
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                Problem(
+                    "model.chat_template",
+                    value=config.chat_template,
+                    reason=f"cannot be read: {error.strerror}",
+                    fix="give the path of a Jinja file",
+                )
+            ) from error
+    if tokenizer.pad_token_id is None:
+        # Targets are chosen by position, never by comparing with the padding token, so any token serves.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's architecture with `model.config_overrides` applied."""
+    with _named_errors(config):
+        architecture = AutoConfig.from_pretrained(local_path(config.path), **_source(config))
+    unknown = [key for key in config.config_overrides if not hasattr(architecture, key)]
+    if unknown:
+        raise UserError(
+            Problem(
+                f"model.config_overrides.{key}",
+                reason=f"{type(architecture).__name__} has no such value",
+                fix="see the keys of the model's config.json",
+            )
+            for key in unknown
+        )
+    architecture.update(config.config_overrides)
+    return architecture
+
+
+def load_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a run, partitioned while it loads where `zero.engine.partitioned_loading` is open.
+
+    labels: names of the classes, empty for language models. New weights (a classification head, random initial weights)
+    depend on `trainer.seed` and their name only, so they are the same at every ZeRO stage and number of ranks.
+    """
+    architecture = load_config(config.model)
+    architecture.use_cache = False
+    if labels:
+        architecture.num_labels = len(labels)
+        architecture.id2label = dict(enumerate(labels))
+        architecture.label2id = {label: index for index, label in enumerate(labels)}
+        architecture.pad_token_id = tokenizer.pad_token_id
+    model_class = _model_class(config.task)
+    options = {"attn_implementation": _attention(config.model.attention, dtype), "dtype": dtype}
+    with _named_errors(config.model):
+        if config.model.weights is InitialWeights.random:
+            model = model_class.from_config(
+                architecture, trust_remote_code=config.model.trust_remote_code, **options
+            )
+            new = [name for name, _ in model.named_parameters()]
+        else:
+            model, loading = model_class.from_pretrained(
+                local_path(config.model.path),
+                config=architecture,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **_source(config.model),
+            )
+            new = sorted(loading["missing_keys"])
+    _check_new_weights(config, model, new)
+    initialize_weights(model, new, config.trainer.seed)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # New rows start from the mean of the old ones; without it a new token's logit dwarfs all others.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    if config.trainer.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
+    """Give the named parameters the model's own initial distribution, seeded by (seed, module name)."""
+    wanted = set(names)
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        owned = [p for name, p in module.named_parameters(recurse=False) if prefix + name in wanted]
+        if not owned:
+            continue
+        with gathered(owned, modified_by_rank=0), torch.random.fork_rng():
+            torch.manual_seed(seed * 2**32 + crc32(module_name.encode()))
+            for parameter in owned:
+                # transformers skips what carries this mark, and sets it on all that it initialised itself.
+                parameter._is_hf_initialized = False
+            with torch.no_grad():
+                _reset(model, module, owned)
+
+
+def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
+    for parameter in owned:
+        parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
+    model._init_weights(module)
+
+
+def _model_class(task: TaskConfig) -> Any:
+    match task:
+        case ChatConfig() | CausalLmConfig():
+            return AutoModelForCausalLM
+        case ClassificationConfig():
+            return AutoModelForSequenceClassification
+
+
+def _attention(asked: Attention, dtype: torch.dtype) -> str:
+    if asked is not Attention.auto:
+        return asked.value
+    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    return "flash_attention_2" if flash and dtype is not torch.float32 else "sdpa"
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    revision = {} if config.revision is None else {"revision": config.revision}
+    return {"trust_remote_code": config.trust_remote_code, "local_files_only": True, **revision}
+
+
+def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]) -> None:
+    """Only a classification head may be absent from pretrained weights."""
+    if config.model.weights is InitialWeights.random:
+        return
+    body = f"{model.base_model_prefix}."
+    absent = [name for name in new if name.startswith(body) and ".pooler." not in name]
+    if not isinstance(config.task, ClassificationConfig):
+        absent = new
+    if absent:
+        raise UserError(
+            Problem(
+                "model.path",
+                value=config.model.path,
+                reason=f"has no weights for {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}"
+                f" of {type(model).__name__}, which task={config.task.name} needs",
+                fix="choose a model of that kind, another task, or model.weights=random",
+            )
+        )
+
+
+class _named_errors:
+    """Turns what transformers raises about missing or unsuitable files into a UserError that names `model.path`."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise UserError(
+                Problem(
+                    "model.path",
+                    value=self.config.path,
+                    reason=f"cannot be loaded: {' '.join(lines[:2])}",
+                    fix="give a hub id or a folder with config.json, tokenizer files and safetensors weights",
+                )
+            ) from error

@@ -1,0 +1,203 @@
+"""The only `deepspeed.initialize`, and every use of an undocumented DeepSpeed attribute."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstune.dist import World
+from dstune.rank_env import RankEnv
+
+Batch = Mapping[str, torch.Tensor]
+Loss = Callable[[Callable[..., Any], Batch], Any]
+"""(forward, batch) -> an output whose `loss_sum` is the sum of the losses of the batch. See `models.heads`."""
+
+
+def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the ranks of this run: gloo on CPUs, nccl on GPUs. Sets the device of this rank."""
+    os.environ.update(
+        RANK=str(env.rank),
+        WORLD_SIZE=str(env.world_size),
+        LOCAL_RANK=str(env.local_rank),
+        LOCAL_WORLD_SIZE=str(env.local_size),
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
+    # without; it brought nothing measurable over gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(env.local_rank)
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return World(env)
+
+
+@contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """While open, `from_pretrained` at stage 3 partitions each parameter as it is loaded.
+
+    transformers keeps only a weak reference to this object: it has to outlive the loading.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(settings)
+    yield
+    del keep_alive
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape before stage 3 partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def full_count(parameter: nn.Parameter) -> int:
+    """The parameter's number of elements before stage 3 partitioned it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None = None) -> Any:
+    """Context in which stage 3 parameters are whole on every rank; a collective on entry and on exit.
+
+    With `modified_by_rank`, what that rank writes into them is kept.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modified_by_rank)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Norm of the global gradient before clipping; not finite where the step was skipped."""
+    applied: bool
+    loss_scale: float = 1.0
+
+
+class Engine:
+    """DeepSpeed's engine with the window as its step: `accumulate` for each micro-batch, then `update`."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World):
+        import deepspeed
+
+        self._world = world
+        self.stage: int = settings["zero_optimization"]["stage"]
+        self._fp16: bool = settings["fp16"]["enabled"]
+        self._clip: float = settings["gradient_clipping"]
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.module: nn.Module = self._engine.module
+        self.device: torch.device = torch.device(self._engine.device)
+        self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def accumulate(self, loss: Loss, batch: Batch, *, window_weight: float, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its loss sum, detached.
+
+        The gradient is that of `sum of all losses / window_weight` over the window's micro-batches on all ranks: DeepSpeed
+        averages over the ranks, so the loss is multiplied by their number, and its own division by the accumulation
+        steps is off. Exact to 1.7e-7 in fp32 at stages 0-3.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss_sum = loss(self._engine, batch).loss_sum
+        scale = self._world.size / window_weight
+        # 0 * inf is nan: a non-finite loss makes this rank's gradients non-finite, hence the global norm, hence every
+        # rank skips the update, without a message of its own and without waiting for the device.
+        self._engine.backward(loss_sum * (scale + 0.0 * loss_sum.detach()), scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def update(self) -> Update:
+        """The optimizer step of the window; skipped on all ranks where the global gradient is not finite."""
+        if self.stage == 0:
+            norm = self._unpartitioned_norm()
+            if not torch.isfinite(norm):
+                self._engine.zero_grad()
+                return Update(float(norm), applied=False)
+            self._engine.step()
+            return Update(float(norm), applied=True)
+        loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return Update(float(norm), applied=self._engine.was_step_applied(), loss_scale=loss_scale)
+
+    def _unpartitioned_norm(self) -> torch.Tensor:
+        # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def set_learning_rates(self, rates: Sequence[float]) -> None:
+        """One rate for each parameter group that still has one, in the optimizer's order."""
+        groups = self._engine.optimizer.param_groups
+        assert len(groups) == len(rates), f"{len(rates)} rates for {len(groups)} groups"
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def evaluate(self, loss: Loss, batch: Batch) -> Any:
+        """The head's answer for one micro-batch without gradients. At stage 3 every rank must call it equally often."""
+        with torch.no_grad():
+            return loss(self._engine, batch)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    # -- whole weights ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def whole_module(self) -> Iterator[nn.Module]:
+        """The module with all weights in memory on every rank, callable without collectives.
+
+        At stage 3 the weights are gathered once and DeepSpeed's hooks are taken off, so that one rank can generate text
+        of any length while the others wait. Needs room for the whole model on every rank.
+        """
+        if self.stage < 3:
+            yield self.module
+            return
+        offload = self._engine.optimizer.parameter_offload
+        with gathered(list(self.module.parameters())):
+            for parameter in self.module.parameters():
+                parameter.ds_active_sub_modules.clear()
+            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield self.module
+            finally:
+                # The recorded order of fetches belongs to the hooks that were removed.
+                offload.get_param_coordinator()._invalidate_trace()
+                offload._register_deepspeed_module(offload.module)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write this rank's shards below `directory/tag`. Every rank must call it."""
+        self._engine.save_checkpoint(
+            str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=self._has_frozen
+        )
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage."""
+        loaded, _ = self._engine.load_checkpoint(
+            str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
+        )
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
+
+    def close(self) -> None:
+        self._engine.destroy()
