@@ -1,0 +1,47 @@
+"""Metrics of an evaluation, from sums that every rank agrees on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` by more than `min_delta`; nothing beats with a value that is not a number."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    gain = best - value if metric in LOWER_IS_BETTER else value - best
+    return gain > min_delta
+
+
+def language_model_metrics(loss_sum: float, weight: float, correct: float) -> dict[str, float]:
+    """Mean loss in nats per target token, its exponential, and the share of targets predicted."""
+    loss = loss_sum / weight
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "token_accuracy": correct / weight,
+        "targets": weight,
+    }
+
+
+def classification_metrics(
+    loss_sum: float, predictions: Sequence[int], labels: Sequence[int], classes: int
+) -> tuple[dict[str, float], list[list[int]]]:
+    """Metrics of scikit-learn, and the confusion matrix [true class, predicted class]."""
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    everything: dict[str, Any] = {"labels": list(range(classes)), "zero_division": 0.0}
+    metrics = {
+        "loss": loss_sum / len(labels),
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "f1_macro": float(f1_score(labels, predictions, average="macro", **everything)),
+        "f1_micro": float(f1_score(labels, predictions, average="micro", **everything)),
+        "targets": float(len(labels)),
+    }
+    return metrics, confusion_matrix(labels, predictions, labels=list(range(classes))).tolist()

@@ -1,0 +1,61 @@
+"""Where a run is: everything that a checkpoint has to remember beside weights and optimizer states.
+
+Generators are not here: every micro-batch seeds them from (seed, step, index), so there is nothing to remember. Nor is the
+data cursor: it follows from the number of optimizer steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class Best:
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass
+class TrainState:
+    step: int = 0
+    """Windows that are done, skipped ones included."""
+    tokens: int = 0
+    """Non-padding tokens seen, over all ranks."""
+    targets: int = 0
+    """Tokens (or rows) that counted in the loss, over all ranks."""
+    nonfinite_steps: int = 0
+    """Steps skipped because a loss or gradient was not finite."""
+    overflow_steps: int = 0
+    """fp16 steps skipped while the loss scale was found."""
+    seconds: float = 0.0
+    """Time in the command's ranks so far, over all launches."""
+    timed_tokens: int = 0
+    timed_seconds: float = 0.0
+    """Tokens and time of the steps that count for throughput: without evaluation, saving and each launch's first two."""
+    peak_memory_gib: float = 0.0
+    best: Best | None = None
+    evaluations_without_gain: int = 0
+    evaluation_due: bool = False
+    """The last step was one to evaluate after, but the run was stopped before."""
+    eval_initial: dict[str, float] | None = None
+    eval_last: dict[str, float] | None = None
+    eval_last_step: int = -1
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What hooks remember, by their name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        known = {f.name for f in fields(cls)}
+        state = cls(**{key: value for key, value in values.items() if key in known})
+        if isinstance(state.best, dict):
+            state.best = Best(**state.best)
+        return state
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
