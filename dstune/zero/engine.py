@@ -143,11 +143,9 @@ class Engine:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def set_learning_rates(self, rates: Sequence[float]) -> None:
-        """One rate for each parameter group that still has one, in the optimizer's order."""
-        groups = self._engine.optimizer.param_groups
-        assert len(groups) == len(rates), f"{len(rates)} rates for {len(groups)} groups"
-        for group, rate in zip(groups, rates, strict=True):
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of every parameter group for the next update."""
+        for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
 
     def evaluate(self, loss: Loss, batch: Batch) -> Any:

@@ -1,0 +1,146 @@
+"""Checkpoint folders of a run: `checkpoints/step-00000040/` with DeepSpeed's shards, `state.json` and `COMMITTED`.
+
+A checkpoint is written into a folder with another name, its files are counted and hashed into `COMMITTED`, and the folder
+is renamed last. What has no `COMMITTED`, or files that differ from it in size, is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+COMMITTED = "COMMITTED"
+STATE = "state.json"
+INCOMPLETE = ".incomplete"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    path: Path
+    step: int
+    committed: bool
+    bytes: int
+    best: bool
+    """Whether it was saved at the step of the best evaluation so far."""
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def tag(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def commit(written: Path, state: dict[str, Any]) -> Path:
+    """Turn the folder `.../step-N.incomplete`, whose shards are all written, into the checkpoint `.../step-N`.
+
+    Called by one process. Files reach the disk before the marker does, and the marker before the name.
+    """
+    (written / STATE).write_text(json.dumps(state, indent=1))
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        entries = list(pool.map(_sync_and_hash, files))
+    listing = {str(path.relative_to(written)): entry for path, entry in zip(files, entries, strict=True)}
+    marker = written / COMMITTED
+    marker.write_text(json.dumps({"files": listing}, indent=1))
+    _sync(marker)
+    final = written.with_name(written.name.removesuffix(INCOMPLETE))
+    if final.exists():  # the same step saved again after a resume
+        shutil.rmtree(final)
+    written.rename(final)
+    _sync(final.parent)
+    return final
+
+
+def is_committed(checkpoint: Path) -> bool:
+    """Whether every file that was committed is there with its size."""
+    try:
+        files = json.loads((checkpoint / COMMITTED).read_text())["files"]
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def damaged_files(checkpoint: Path) -> list[str]:
+    """Names of committed files that are absent or differ from what was written, by their hash."""
+    files = json.loads((checkpoint / COMMITTED).read_text())["files"]
+
+    def differs(name: str) -> bool:
+        path = checkpoint / name
+        return not path.is_file() or _hash(path) != files[name]["xxh3_64"]
+
+    with ThreadPoolExecutor() as pool:
+        return [name for name, bad in zip(files, pool.map(differs, files), strict=True) if bad]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def listing(run_dir: Path) -> list[CheckpointInfo]:
+    """All checkpoint folders of a run, oldest first, torn ones included."""
+    found = []
+    for path in sorted(folder(run_dir).glob("step-*")):
+        number = path.name.removeprefix("step-")
+        if not number.isdigit() or not path.is_dir():
+            continue
+        committed = is_committed(path)
+        best = (read_state(path).get("best") or {}) if committed else {}
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        found.append(CheckpointInfo(path, int(number), committed, size, best.get("step") == int(number)))
+    return found
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    whole = [info.path for info in listing(run_dir) if info.committed]
+    return whole[-1] if whole else None
+
+
+def best(run_dir: Path) -> Path | None:
+    """The newest checkpoint that was the best one when it was saved."""
+    whole = [info.path for info in listing(run_dir) if info.committed and info.best]
+    return whole[-1] if whole else None
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` whole checkpoints and the best one, and what torn saves left. Returns the removed."""
+    infos = listing(run_dir)
+    whole = [info.path for info in infos if info.committed]
+    kept = {*whole[-keep:], best(run_dir)}
+    doomed = [info.path for info in infos if info.path not in kept]
+    doomed += [path for path in folder(run_dir).glob(f"*{INCOMPLETE}") if path.is_dir()]
+    for path in doomed:
+        # The marker goes first: a removal that is cut short leaves no half checkpoint that looks whole.
+        (path / COMMITTED).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    return doomed
+
+
+def _sync_and_hash(path: Path) -> dict[str, Any]:
+    _sync(path)
+    return {"bytes": path.stat().st_size, "xxh3_64": _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

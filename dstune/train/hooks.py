@@ -1,0 +1,150 @@
+"""What may interrupt the loop after a step. A hook asks; the loop acts once all ranks agree on what any of them asked."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from enum import IntFlag
+from types import FrameType
+
+from dstune.config.schema import RunConfig
+from dstune.train.metrics import improves
+from dstune.train.state import Best, TrainState
+from dstune.zero.engine import Update
+
+
+class Wish(IntFlag):
+    """What a hook asks for; wishes of several hooks and ranks are joined."""
+
+    NOTHING = 0
+    EVALUATE = 1
+    SAVE = 2
+    STOP = 4
+    """End the run as planned: evaluate, save, done."""
+    PREEMPT = 8
+    """Save and leave, to be continued."""
+    FAIL = 16
+    """Leave without a save: the weights cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    wish: Wish
+    reason: str = ""
+
+
+CONTINUE = Decision(Wish.NOTHING)
+
+
+class Hook:
+    """Asked after each step and each evaluation; may differ between ranks."""
+
+    def after_step(self, state: TrainState, update: Update) -> Decision:
+        return CONTINUE
+
+    def after_evaluation(self, state: TrainState, metrics: dict[str, float]) -> Decision:
+        return CONTINUE
+
+
+def join(decisions: list[Decision]) -> Decision:
+    wish = Wish.NOTHING
+    for decision in decisions:
+        wish |= decision.wish
+    return Decision(wish, "; ".join(decision.reason for decision in decisions if decision.reason))
+
+
+class Cadence(Hook):
+    """Evaluation and saving every so many steps."""
+
+    def __init__(self, config: RunConfig, *, can_evaluate: bool):
+        self._evaluate_every = config.evaluate.every if can_evaluate else 0
+        self._save_every = config.checkpoint.every
+
+    def after_step(self, state: TrainState, update: Update) -> Decision:
+        wish = Wish.NOTHING
+        if self._evaluate_every and state.step % self._evaluate_every == 0:
+            wish |= Wish.EVALUATE
+        if self._save_every and state.step % self._save_every == 0:
+            wish |= Wish.SAVE
+        return Decision(wish)
+
+
+class NonFinite(Hook):
+    """Counts skipped steps and gives up after `trainer.max_nonfinite_steps`.
+
+    An overflow of the fp16 loss scale is part of finding the scale, not a fault, unless the scale cannot fall further.
+    """
+
+    def __init__(self, config: RunConfig):
+        self._limit = config.trainer.max_nonfinite_steps
+
+    def after_step(self, state: TrainState, update: Update) -> Decision:
+        if update.applied:
+            return CONTINUE
+        if update.loss_scale > 1.0:
+            state.overflow_steps += 1
+            return CONTINUE
+        state.nonfinite_steps += 1
+        if state.nonfinite_steps <= self._limit:
+            return CONTINUE
+        return Decision(
+            Wish.FAIL,
+            f"loss or gradient was not finite in {state.nonfinite_steps} steps, the last one step {state.step} "
+            f"(trainer.max_nonfinite_steps={self._limit}): lower optimizer.lr, set trainer.grad_clip, or look at the data",
+        )
+
+
+class EarlyStopping(Hook):
+    """Keeps the best evaluation; stops after `patience` evaluations without a gain."""
+
+    def __init__(self, config: RunConfig):
+        self._settings = config.trainer.early_stopping
+        self._saves_best = config.trainer.early_stopping.patience > 0 or config.run.export.value == "best"
+
+    def after_evaluation(self, state: TrainState, metrics: dict[str, float]) -> Decision:
+        metric = self._settings.metric
+        best = state.best.value if state.best else None
+        if improves(metric, metrics[metric], best, self._settings.min_delta):
+            state.best = Best(metric, metrics[metric], state.step)
+            state.evaluations_without_gain = 0
+            return Decision(Wish.SAVE if self._saves_best and state.step > 0 else Wish.NOTHING)
+        state.evaluations_without_gain += 1
+        if not self._settings.patience or state.evaluations_without_gain < self._settings.patience:
+            return CONTINUE
+        assert state.best is not None
+        return Decision(
+            Wish.STOP,
+            f"early stopping: {metric} has not improved on {state.best.value:.4g} (step {state.best.step}) "
+            f"for {state.evaluations_without_gain} evaluations",
+        )
+
+
+class Preemption(Hook):
+    """A signal, or the end of `run.time_limit`, asks for a save at the next window; a second signal ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, config: RunConfig, started: float):
+        minutes = config.run.time_limit
+        self._deadline = None if minutes is None else started + 60 * minutes
+        self._minutes = minutes
+        self._received: str | None = None
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            # The default action, delivered to ourselves: ends at once even inside a collective that will never return.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._received = signal.Signals(number).name
+
+    def after_step(self, state: TrainState, update: Update) -> Decision:
+        if self._received is not None:
+            return Decision(Wish.PREEMPT, f"received {self._received}")
+        if self._deadline is not None and time.time() >= self._deadline:
+            return Decision(Wish.PREEMPT, f"run.time_limit={self._minutes:g} minutes is over")
+        return CONTINUE

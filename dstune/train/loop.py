@@ -1,0 +1,178 @@
+"""The training loop. One optimizer step is one window: the micro-batches whose gradients are summed before an update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from dstune.config.schema import RunConfig
+from dstune.data.build import PreparedData
+from dstune.data.sampler import TrainingOrder
+from dstune.dist import World
+from dstune.models.heads import Head
+from dstune.train.evaluate import Evaluation, Evaluator
+from dstune.train.feed import Feed, windows
+from dstune.train.hooks import Decision, Hook, Wish, join
+from dstune.train.memory import PeakMemory
+from dstune.train.optim import schedule_factor
+from dstune.train.state import TrainState
+from dstune.zero.engine import Engine, Update
+
+UNTIMED_STEPS = 2
+"""First steps of a launch that do not count for throughput: allocators and caches fill up."""
+
+
+class Log(Protocol):
+    """Where rank 0 reports; the other ranks have none."""
+
+    def log(self, step: int, metrics: dict[str, float | int | str]) -> None: ...
+    def progress(self, step: int, total_steps: int, metrics: dict[str, float | int | str]) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+@dataclass
+class Training:
+    """Everything that the loop needs, in one place; built by `worker`."""
+
+    config: RunConfig
+    world: World
+    engine: Engine
+    head: Head
+    data: PreparedData
+    order: TrainingOrder
+    total_steps: int
+    state: TrainState
+    hooks: list[Hook]
+    evaluator: Evaluator
+    save: Callable[[TrainState], None]
+    log: Log | None
+    memory: PeakMemory
+    pad_token_id: int
+    started: float = field(default_factory=time.time)
+
+
+def fit(run: Training) -> Decision:
+    """Train from `run.state` to the last step, or until the ranks agree to leave; returns why it ended.
+
+    The final evaluation and save are the caller's, so that they happen after a planned stop only.
+    """
+    state, validation = run.state, run.data.validation
+    before = state.seconds
+    if validation is not None and state.evaluation_due:
+        evaluate(run)
+    if validation is not None and state.step == 0 and run.config.evaluate.at_start:
+        evaluate(run)
+    steps = range(state.step, run.total_steps)
+    for number, feed in enumerate(
+        windows(run.config, run.data, run.order, run.world, run.pad_token_id, steps)
+    ):
+        began = time.perf_counter()
+        update, loss_sum = train_step(run, feed)
+        state.step += 1
+        state.tokens += feed.window.tokens
+        state.targets += feed.window.weight
+        asked = join([hook.after_step(state, update) for hook in run.hooks])
+        decision, loss_sum = agree(run, asked, loss_sum)
+        seconds = time.perf_counter() - began
+        state.seconds = before + time.time() - run.started
+        if number >= UNTIMED_STEPS:
+            state.timed_tokens += feed.window.tokens
+            state.timed_seconds += seconds
+        report_step(run, feed, update, loss_sum, seconds)
+
+        leaving = decision.wish & (Wish.PREEMPT | Wish.FAIL)
+        if decision.wish & Wish.EVALUATE and validation is not None:
+            state.evaluation_due = bool(leaving)
+            if not leaving:
+                decision = join([decision, evaluate(run)])
+        if decision.wish & Wish.FAIL:
+            return decision
+        if decision.wish & (Wish.SAVE | Wish.PREEMPT):
+            run.save(state)
+        if decision.wish & (Wish.STOP | Wish.PREEMPT):
+            return decision
+    return Decision(Wish.STOP, "")
+
+
+def train_step(run: Training, feed: Feed) -> tuple[Update, float]:
+    """One optimizer step: accumulate this rank's micro-batches, then update. Returns this rank's sum of losses too."""
+    factor = schedule_factor(run.config.schedule, run.state.step, run.total_steps)
+    run.engine.set_learning_rate(run.config.optimizer.lr * factor)
+    loss_sum = torch.zeros((), device=run.engine.device)
+    for position, (micro_batch, batch) in enumerate(feed.batches):
+        # Dropout depends on (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume.
+        torch.manual_seed(dropout_seed(run.config.trainer.seed, run.state.step, micro_batch.index))
+        loss_sum += run.engine.accumulate(
+            run.head,
+            {key: value.to(run.engine.device, non_blocking=True) for key, value in batch.items()},
+            window_weight=feed.window.weight,
+            last=position == len(feed.batches) - 1,
+        )
+    return run.engine.update(), float(loss_sum)
+
+
+def dropout_seed(seed: int, step: int, index: int) -> int:
+    """One of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed."""
+    return (seed * 0x9E3779B97F4A7C15 + (step << 20) + index) % 2**63
+
+
+def agree(run: Training, asked: Decision, loss_sum: float) -> tuple[Decision, float]:
+    """What any rank asked for, and the sum of all ranks' losses: the same on every rank. One small collective a step."""
+    numbers = run.world.gather_numbers([float(asked.wish), loss_sum, run.memory.gib])
+    wish = Wish.NOTHING
+    for flags in numbers[:, 0]:
+        wish |= Wish(int(flags))
+    run.state.peak_memory_gib = max(run.state.peak_memory_gib, float(numbers[:, 2].max()))
+    reason = asked.reason
+    if wish & (Wish.STOP | Wish.PREEMPT | Wish.FAIL):
+        reasons = run.world.gather(asked.reason)
+        named = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
+        reason = "; ".join(text if len(named) == 1 else f"rank {rank}: {text}" for text, rank in named.items())
+    return Decision(wish, reason), float(numbers[:, 1].sum())
+
+
+def evaluate(run: Training) -> Decision:
+    """Evaluate the validation rows, remember and report the metrics, and ask the hooks what follows from them."""
+    validation, state = run.data.validation, run.state
+    assert validation is not None
+    began = time.perf_counter()
+    evaluation = run.evaluator(validation)
+    metrics = evaluation.metrics
+    state.evaluation_due = False
+    state.eval_last, state.eval_last_step = metrics, state.step
+    if state.step == 0:
+        state.eval_initial = metrics
+    if run.log:
+        seconds = time.perf_counter() - began
+        run.log.log(state.step, {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds})
+    remember_confusion(state, evaluation)
+    return join([hook.after_evaluation(state, metrics) for hook in run.hooks])
+
+
+def remember_confusion(state: TrainState, evaluation: Evaluation) -> None:
+    if evaluation.confusion is not None:
+        state.extra["confusion"] = evaluation.confusion
+
+
+def report_step(run: Training, feed: Feed, update: Update, loss_sum: float, seconds: float) -> None:
+    if run.log is None:
+        return
+    state = run.state
+    metrics: dict[str, float | int | str] = {
+        "epoch": feed.window.epoch + (feed.window.index + 1) / run.order.windows(feed.window.epoch),
+        "loss": loss_sum / feed.window.weight,
+        "lr": run.config.optimizer.lr * schedule_factor(run.config.schedule, state.step - 1, run.total_steps),
+        "grad_norm": update.grad_norm,
+        "tokens": state.tokens,
+        "tokens_per_second": feed.window.tokens / seconds,
+        "step_seconds": seconds,
+        "peak_memory_gib": state.peak_memory_gib,
+    }
+    if not update.applied:
+        metrics["skipped"] = "overflow" if update.loss_scale > 1.0 else "nonfinite"
+    run.log.log(state.step, metrics)
+    run.log.progress(state.step, run.total_steps, metrics)
