@@ -1,0 +1,146 @@
+"""Which rank this process is, read from the variables that launchers set. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dstune.errors import Problem, UserError
+
+LAUNCHER_PID = "DSTUNE_LAUNCHER_PID"
+"""Set for ranks that dstune started itself: the process that has to live as long as they do."""
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """This process among the ranks of one run."""
+
+    rank: int
+    """Place among all ranks, 0 ... world_size - 1."""
+    world_size: int
+    """Number of ranks on all nodes."""
+    local_rank: int
+    """Place among the ranks of this node, which is also the index of its GPU."""
+    local_size: int
+    """Number of ranks on this node."""
+    source: str
+    """Who set the variables: `environment` (torchrun, deepspeed, dstune), `openmpi`, `pmi` or `slurm`."""
+
+
+def from_environment(env: Mapping[str, str]) -> RankEnv | None:
+    """The rank that the launcher around this process gave it; None outside a distributed launch.
+
+    `RANK` with `WORLD_SIZE` always makes a rank, also in a world of one (`deepspeed --num_gpus 1`). Open MPI, PMI and
+    SLURM also mark single processes that are no part of a distributed launch (`mpirun -n 1`, a bare sbatch step), so
+    with them a world of one is none. When several launchers left variables, the innermost and most specific wins:
+    RANK, then Open MPI, PMI, SLURM (mpirun inside an sbatch script has both).
+
+    Raises:
+        UserError: a variable is no number, or the rank is not below the world size.
+    """
+    for find in (_torch_style, _openmpi, _pmi, _slurm):
+        found = find(env)
+        if found is not None:
+            _check(found)
+            return found
+    return None
+
+
+def _torch_style(env: Mapping[str, str]) -> RankEnv | None:
+    if not (env.get("RANK") and env.get("WORLD_SIZE")):
+        return None
+    world_size = _number(env, "WORLD_SIZE")
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; without either all ranks are on one node.
+    local_size = _first(env, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size)
+    rank = _number(env, "RANK")
+    return RankEnv(rank, world_size, _first(env, ("LOCAL_RANK",), rank % max(local_size, 1)), local_size, "environment")
+
+
+def _openmpi(env: Mapping[str, str]) -> RankEnv | None:
+    if not (env.get("OMPI_COMM_WORLD_SIZE") and env.get("OMPI_COMM_WORLD_RANK")):
+        return None
+    rank, world_size = _number(env, "OMPI_COMM_WORLD_RANK"), _number(env, "OMPI_COMM_WORLD_SIZE")
+    local_size = _first(env, ("OMPI_COMM_WORLD_LOCAL_SIZE",), world_size)
+    local_rank = _first(env, ("OMPI_COMM_WORLD_LOCAL_RANK",), rank % max(local_size, 1))
+    return _unless_alone(RankEnv(rank, world_size, local_rank, local_size, "openmpi"))
+
+
+def _pmi(env: Mapping[str, str]) -> RankEnv | None:
+    if not (env.get("PMI_RANK") and env.get("PMI_SIZE")):
+        return None
+    rank, world_size = _number(env, "PMI_RANK"), _number(env, "PMI_SIZE")
+    # MPICH and Intel MPI (Hydra process manager), Cray PALS, MVAPICH2.
+    names = ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+    local_size = _first(env, names, world_size)
+    names = ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MV2_COMM_WORLD_LOCAL_RANK")
+    local_rank = _first(env, names, rank % max(local_size, 1))
+    return _unless_alone(RankEnv(rank, world_size, local_rank, local_size, "pmi"))
+
+
+def _slurm(env: Mapping[str, str]) -> RankEnv | None:
+    # A batch script itself has SLURM_PROCID=0 and SLURM_NTASKS, but no SLURM_STEP_NUM_TASKS: only srun's steps do.
+    if not (env.get("SLURM_PROCID") and env.get("SLURM_STEP_NUM_TASKS")):
+        return None
+    rank, world_size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
+    node = _first(env, ("SLURM_NODEID",), 0)
+    local_size = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), node, world_size)
+    local_rank = _first(env, ("SLURM_LOCALID",), rank % max(local_size, 1))
+    return _unless_alone(RankEnv(rank, world_size, local_rank, local_size, "slurm"))
+
+
+def _tasks_on_node(listing: str, node: int, default: int) -> int:
+    """`2(x3),1` is 2, 2, 2, 1: the number at place `node`, or `default` when the listing does not reach that far."""
+    counts: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", listing):
+        counts += [int(count)] * int(repeat or 1)
+    return counts[node] if node < len(counts) else default
+
+
+def _unless_alone(found: RankEnv) -> RankEnv | None:
+    return found if found.world_size > 1 else None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        reason = "the environment variable must be a whole number"
+        raise UserError(
+            Problem(name, reason, f"unset {name}, or start dstune through its launcher", env[name])
+        ) from None
+
+
+def _first(env: Mapping[str, str], names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        if env.get(name):
+            return _number(env, name)
+    return default
+
+
+def _check(found: RankEnv) -> None:
+    if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_size <= found.world_size):
+        shown = f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_size}"
+        reason = f"the launcher's variables contradict each other ({found.source})"
+        fix = "unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to let dstune start the ranks"
+        raise UserError(Problem("environment", reason, fix, shown))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the process that started it dies, however it dies (Linux only).
+
+    A rank that dstune started calls this first. It does nothing in a rank that another launcher started, whose way of
+    ending its ranks is left alone. Elsewhere than on Linux the guard process of the launcher alone ends the ranks.
+    """
+    launcher = os.environ.get(LAUNCHER_PID)
+    if not launcher or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    # The launcher may have died before the call above; the orphan then has another parent already and gets no signal.
+    if os.getppid() != int(launcher):
+        os._exit(1)
