@@ -27,6 +27,7 @@ class World:
     """The ranks of this run. Needs `torch.distributed` initialised unless there is a single rank without a group."""
 
     def __init__(self, env: RankEnv):
+        self.env = env
         self.rank = env.rank
         self.size = env.world_size
         self.local_rank = env.local_rank

@@ -153,6 +153,10 @@ class Engine:
         with torch.no_grad():
             return loss(self._engine, batch)
 
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """The model's own output. At stage 3 every rank must call it equally often."""
+        return self._engine(**inputs)
+
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 

@@ -1,0 +1,51 @@
+"""What a run ran on, for `environment.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+import subprocess
+from typing import Any
+
+import torch
+
+PACKAGES = ("dstune", "torch", "deepspeed", "transformers", "datasets", "peft", "hydra-core", "tokenizers", "numpy", "wandb")
+
+
+def describe(hosts: list[str], data_fingerprint: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hosts, devices, the git commit of the working folder (None outside a repository) and fingerprints."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "hosts": sorted(set(hosts)),
+        "devices": devices or [_processor()],
+        "git_commit": _git_commit(),
+        "data_fingerprint": data_fingerprint,
+        "model": model,
+    }
+
+
+def host() -> str:
+    return socket.gethostname()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "CPU")
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

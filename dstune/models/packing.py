@@ -1,0 +1,32 @@
+"""Proof, at the start of a run, that samples packed into one row do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest accepted difference relative to the largest logit. Contaminated rows of SmolLM2 differ by 35, clean ones by
+3e-5 in fp32, at logits of about 30."""
+
+Forward = Callable[..., Any]
+
+
+def contamination(forward: Forward, vocabulary: int, device: torch.device, length: int = 8) -> tuple[float, torch.dtype]:
+    """Largest logit difference of a sample behind another one in a packed row against the sample alone.
+
+    Relative to the largest logit. `forward` is in evaluation mode; at ZeRO-3 every rank must call this.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(vocabulary, (2, 1, length), generator=generator)
+    positions = torch.arange(length)[None]
+
+    def logits(tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return forward(input_ids=tokens.to(device), position_ids=position_ids.to(device), use_cache=False).logits
+
+    with torch.no_grad():
+        packed = logits(torch.cat([first, second], dim=1), torch.cat([positions, positions], dim=1))[:, length:]
+        alone = logits(second, positions)
+    return float((packed - alone).abs().max() / alone.abs().max()), alone.dtype

@@ -1,0 +1,309 @@
+"""What each rank runs, from `run.yaml` to the result: `python -m dstune.worker RUN_DIR`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune import environment, rendezvous
+from dstune.checkpoint import store
+from dstune.config.compose import read_run
+from dstune.config.schema import Export, RunConfig
+from dstune.data.build import PreparedData, prepare
+from dstune.dist import World
+from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError, to_json
+from dstune.models.heads import build_head
+from dstune.models.load import load_model, load_tokenizer
+from dstune.models.packing import TOLERANCE, contamination
+from dstune.models.peft import apply_method
+from dstune.paths import cache_root
+from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.tracking.log import Tracker
+from dstune.train.evaluate import Evaluator, answer_prompts
+from dstune.train.feed import training_order
+from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
+from dstune.train.loop import Training, evaluate, fit
+from dstune.train.memory import PeakMemory
+from dstune.train.optim import build_optimizer, parameter_groups
+from dstune.train.state import TrainState
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
+from dstune.zero.precision import DTYPES, resolve
+
+
+def train(config: RunConfig, run_dir: Path, world: World) -> None:
+    """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
+    started = time.time()
+    preemption = Preemption(config, started)  # first, so that a signal during start-up is not lost
+    precision = world.broadcast(resolve(config))
+    settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
+    if config.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)
+    tokenizer = load_tokenizer(config.model)
+    data = prepare(config, tokenizer, world.env, cache_root())
+    memory = PeakMemory()
+    with partitioned_loading(settings):
+        model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+    head = build_head(config.task, model)
+    module = apply_method(config, model)
+    groups = parameter_groups(module, config.optimizer.weight_decay)
+    engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
+    check_packing(config, engine, model.config.vocab_size)
+    order = training_order(config, data)
+    total_steps = steps_of(config, order.steps(config.trainer.epochs))
+    state = resume(config, run_dir, engine, world)
+    log = Tracker(config, run_dir, resumed_at_step=state.step or None) if world.is_main else None
+    hooks = [Cadence(config, can_evaluate=data.validation is not None), NonFinite(config), EarlyStopping(config), preemption]
+    run = Training(
+        config=config,
+        world=world,
+        engine=engine,
+        head=head,
+        data=data,
+        order=order,
+        total_steps=total_steps,
+        state=state,
+        hooks=hooks,
+        evaluator=Evaluator(config, data, engine, head, world, tokenizer.pad_token_id),
+        save=lambda state: save(config, run_dir, engine, world, data, state),
+        log=log,
+        memory=memory,
+        pad_token_id=tokenizer.pad_token_id,
+        started=started,
+    )
+    describe(config, run_dir, run, module)
+    show_samples(run, tokenizer, before=True)
+    decision = fit(run)
+    finish(run, run_dir, tokenizer, decision)
+
+
+def steps_of(config: RunConfig, steps_in_epochs: int) -> int:
+    """The horizon in optimizer steps: `trainer.max_steps` where given, as many epochs as that takes."""
+    return config.trainer.max_steps or steps_in_epochs
+
+
+def check_packing(config: RunConfig, engine: Engine, vocabulary: int) -> None:
+    if not config.data.packing:
+        return
+    engine.train(False)
+    difference, dtype = contamination(engine.forward, vocabulary, engine.device)
+    engine.train(True)
+    if difference > TOLERANCE[dtype]:
+        raise UserError(
+            Problem(
+                "data.packing",
+                value="true",
+                reason=f"attention of {config.model.path} crosses packed samples (logits differ by {difference:.1%})",
+                fix="data.packing=false, or another model.attention",
+            )
+        )
+
+
+def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World) -> TrainState:
+    """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0."""
+    checkpoint = store.newest(run_dir)
+    if checkpoint is None and config.run.resume not in ("auto", "never"):
+        checkpoint = store.newest(Path(config.run.resume))
+    checkpoint = world.broadcast(checkpoint)
+    if checkpoint is None:
+        return TrainState()
+    saved = store.read_state(checkpoint)
+    for name, now in (("world_size", world.size), ("zero_stage", engine.stage)):
+        if saved[name] != now:
+            raise UserError(
+                Problem(
+                    "launch.processes" if name == "world_size" else "zero.stage",
+                    value=str(now),
+                    reason=f"{checkpoint.name} was written with {name} {saved[name]}",
+                    fix=f"continue with {saved[name]}, or start another run with run.dir",
+                )
+            )
+    engine.load(checkpoint.parent, checkpoint.name)
+    return TrainState.from_dict(saved["train"])
+
+
+def save(config: RunConfig, run_dir: Path, engine: Engine, world: World, data: PreparedData, state: TrainState) -> None:
+    """Write a checkpoint of all ranks; it exists once its marker is written and its folder renamed."""
+    target = store.folder(run_dir)
+    target.mkdir(parents=True, exist_ok=True)
+    name = store.tag(state.step) + store.INCOMPLETE
+    engine.save(target, name)
+    world.barrier()
+    if world.is_main:
+        described = {
+            "step": state.step,
+            "world_size": world.size,
+            "zero_stage": engine.stage,
+            "labels": list(data.labels),
+            "best": state.best and vars(state.best),
+            "metrics": state.eval_last,
+            "train": state.to_dict(),
+        }
+        store.commit(target / name, described)
+        store.prune(run_dir, config.checkpoint.keep)
+    world.barrier()
+
+
+def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.Module) -> None:
+    """Write `environment.json` and say on the console what is about to be trained."""
+    hosts = run.world.gather(environment.host())
+    if not run.world.is_main or run.log is None:
+        return
+    total = sum(full_count(parameter) for parameter in module.parameters())
+    trained = sum(full_count(parameter) for parameter in module.parameters() if parameter.requires_grad)
+    model = {"path": config.model.path, "revision": config.model.revision, "parameters": total, "trained": trained}
+    facts = environment.describe(hosts, run.data.fingerprint, model)
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+    (run_dir / "data_report.json").write_text(json.dumps(run.data.report, indent=1))
+    run.log.message(
+        f"{config.model.path}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
+        f"ZeRO-{config.zero.stage} on {run.world.size} ranks, {run.engine.device.type} "
+        f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
+    )
+    rows = {split.name: len(split.lengths) for split in (run.data.train, run.data.validation, run.data.test) if split}
+    run.log.message(
+        f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
+        f"steps {run.state.step} to {run.total_steps} of {config.trainer.global_batch_size} rows"
+    )
+
+
+def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
+    if not run.config.evaluate.samples or (before and run.state.step > 0):
+        return
+    answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
+    if isinstance(run.log, Tracker) and answers:
+        run.log.samples(run.state.step, answers)
+
+
+def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> None:
+    """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
+    state, config = run.state, run.config
+    result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
+    if not decision.wish & (Wish.FAIL | Wish.PREEMPT):
+        if run.data.validation is not None and state.eval_last_step != state.step:
+            evaluate(run)
+        newest = store.newest(run_dir)
+        if run.world.broadcast(newest is None or newest.name != store.tag(state.step)):
+            run.save(state)
+        if run.data.test is not None:
+            result["test"] = run.evaluator(run.data.test).metrics
+        if config.run.export is not Export.none and run.world.is_main:
+            result["export"] = str(export(run_dir, config))
+        run.world.barrier()
+        show_samples(run, tokenizer, before=False)
+    state.seconds = max(state.seconds, time.time() - run.started)
+    status = "stopped" if decision.reason else "completed"
+    status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
+    if run.world.is_main:
+        checkpoint = store.newest(run_dir)
+        result |= {
+            "status": status,
+            "steps": state.step,
+            "world_size": run.world.size,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens_per_second, 2),
+            "peak_memory_gib": round(state.peak_memory_gib, 4),
+            "eval_initial": state.eval_initial,
+            "eval_final": state.eval_last,
+            "best": state.best and vars(state.best),
+            "checkpoint": checkpoint and str(checkpoint),
+            "nonfinite_steps": state.nonfinite_steps,
+            "overflow_steps": state.overflow_steps,
+            **({"confusion": state.extra["confusion"]} if "confusion" in state.extra else {}),
+        }
+        write_result(run_dir, result)
+        assert isinstance(run.log, Tracker)
+        run.log.summary({key: value for key, value in result.items() if isinstance(value, (int, float, str))})
+        run.log.finish(status)
+    run.memory.close()
+    run.world.barrier()
+    if status == "preempted":
+        raise Preempted(f"{decision.reason}: saved at step {state.step}; the same command continues the run")
+    if status == "failed":
+        raise TrainingFailed(decision.reason)
+
+
+def export(run_dir: Path, config: RunConfig) -> Path:
+    from dstune.checkpoint.export import export_checkpoint
+
+    checkpoint = store.newest(run_dir)
+    if config.run.export is Export.best:
+        checkpoint = store.best(run_dir) or checkpoint
+    assert checkpoint is not None, "the final save comes before the export"
+    return export_checkpoint(run_dir, checkpoint, run_dir / "export", force=True)
+
+
+def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write `result.json` whole or not at all."""
+    aside = run_dir / "result.json.incomplete"
+    aside.write_text(json.dumps(result, indent=1))
+    aside.replace(run_dir / "result.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The rank's process as dstune's own launcher starts it."""
+    (argument,) = sys.argv[1:] if argv is None else argv
+    die_with_parent()
+    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
+    run_dir = Path(argument)
+
+    def work() -> None:
+        train(read_run(run_dir / "run.yaml").config, run_dir, start_process_group(env))
+
+    return guarded(run_dir, env.rank, work)
+
+
+def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]]) -> int:
+    """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code."""
+    rendezvous.set_address(env, os.environ)
+    world = start_process_group(env)
+    prepared: tuple[RunConfig, Path] | DstuneError | None = None
+    if world.is_main:
+        try:
+            prepared = prepare_run()
+        except DstuneError as error:
+            prepared = error
+    prepared = world.broadcast(prepared)
+    assert prepared is not None
+    if isinstance(prepared, DstuneError):
+        if world.is_main:
+            print(f"dstune: {prepared}", file=sys.stderr, flush=True)
+        world.barrier()
+        return prepared.exit_code
+    config, run_dir = prepared
+    return guarded(run_dir, env.rank, lambda: train(config, run_dir, world))
+
+
+def guarded(run_dir: Path, rank: int, work: Callable[[], None]) -> int:
+    """Run `work`; leave its error beside the log for whoever started the ranks; return the exit code."""
+    try:
+        work()
+        return 0
+    except DstuneError as error:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "logs" / f"rank-{rank}.error").write_text(to_json(error))
+        print(f"dstune: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def leave(code: int) -> None:
+    """End this process now: after an error, threads of a collective that waits for dead ranks would keep it alive."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())
