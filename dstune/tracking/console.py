@@ -1,0 +1,116 @@
+"""What rank 0 prints: a progress line that is drawn over itself on a terminal, plain lines elsewhere.
+
+A transient line ends with a carriage return, never with a line feed. The process that started the ranks forwards such
+lines to a terminal only and keeps them out of the log files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+PLAIN_INTERVAL_SECONDS = 10.0
+TERMINAL_INTERVAL_SECONDS = 0.1
+BAR_CELLS = 20
+
+Metrics = Mapping[str, float | int | str]
+
+
+class Console:
+    """Progress, evaluations and messages on `stream` (stdout).
+
+    The environment variable DSTUNE_CONSOLE decides: `tty:WIDTH` draws a progress line of at most WIDTH - 1 columns;
+    anything else prints a plain line for the first and the last step and one every ten seconds.
+    """
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        kind, _, width = os.environ.get("DSTUNE_CONSOLE", "plain").partition(":")
+        self._columns = (int(width) if width.isdigit() else 80) - 1 if kind == "tty" else 0
+        self._drawn = False
+        self._printed_at = -float("inf")
+        self._first: tuple[float, int] | None = None
+
+    def progress(self, step: int, total_steps: int, metrics: Metrics) -> None:
+        """Show that `step` of `total_steps` is done."""
+        now = self._clock()
+        if self._first is None:
+            # The first step was finished right now: it began step_seconds ago.
+            self._first = (now - float(metrics.get("step_seconds", 0.0)), step - 1)
+            always = True
+        else:
+            always = step >= total_steps
+        interval = TERMINAL_INTERVAL_SECONDS if self._columns else PLAIN_INTERVAL_SECONDS
+        if not always and now - self._printed_at < interval:
+            return
+        self._printed_at = now
+        began, steps_before = self._first
+        seconds_left = (now - began) / max(step - steps_before, 1) * (total_steps - step)
+        facts = "  ".join([*_facts(metrics), f"{_duration(seconds_left)} left"])
+        count = f"{step:>{len(str(total_steps))}}/{total_steps}"
+        if self._columns:
+            bar = _bar(step / max(total_steps, 1))
+            line = f"{count} {bar} {facts}"
+            self._draw(line if len(line) <= self._columns else f"{count} {facts}")
+        else:
+            self._print(f"step {count}  {facts}")
+
+    def evaluation(self, step: int, metrics: Metrics) -> None:
+        """Show one evaluation; `metrics` are named eval/NAME."""
+        shown = [f"{name.removeprefix('eval/')} {_value(value)}" for name, value in metrics.items()]
+        self.message(f"step {step}  evaluation  {'  '.join(shown)}")
+
+    def message(self, text: str) -> None:
+        """Show `text` on lines of its own that stay."""
+        if self._drawn:
+            self._draw("")
+            self._drawn = False
+        self._print(text)
+
+    def close(self) -> None:
+        """Leave no half-overwritten line behind."""
+        if self._drawn:
+            self._draw("")
+            self._drawn = False
+
+    def _draw(self, line: str) -> None:
+        # Padded to the full width so that nothing of a longer line before it stays visible.
+        self._stream.write(f"{line[: self._columns]:<{self._columns}}\r")
+        self._stream.flush()
+        self._drawn = True
+
+    def _print(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+
+def _facts(metrics: Metrics) -> list[str]:
+    formats: dict[str, Callable[[float], str]] = {
+        "loss": lambda value: f"loss {value:.4f}",
+        "lr": lambda value: f"lr {value:.2e}",
+        "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "peak_memory_gib": lambda value: f"{value:.2f} GiB",
+    }
+    facts = [shown(float(metrics[name])) for name, shown in formats.items() if name in metrics]
+    if "skipped" in metrics:
+        facts.insert(0, f"skipped ({metrics['skipped']})")
+    return facts
+
+
+def _bar(share: float) -> str:
+    filled = round(BAR_CELLS * min(max(share, 0.0), 1.0))
+    return "[" + "#" * filled + "-" * (BAR_CELLS - filled) + "]"
+
+
+def _value(value: float | str) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,64 @@
+"""Append-only files with one JSON object a line, that survive a crash and go back to a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A file of rows that carry a `step`. Rows reach the kernel one by one, so a killed process loses none.
+
+    Continues the file with the rows up to and including `keep_until`; None starts it anew. What comes after is what an
+    earlier launch wrote beyond its last checkpoint: the resumed run writes those rows again.
+    """
+
+    def __init__(self, path: Path, *, keep_until: int | None):
+        if path.exists():
+            rewind(path, -1 if keep_until is None else keep_until)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the rows after `step` and a torn last line, in a new file that then takes the old one's place."""
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_row_until(line, step)]
+    rewritten = path.with_name(f"{path.name}.incomplete")
+    with rewritten.open("wb") as stream:
+        stream.writelines(kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    rewritten.replace(path)
+
+
+def _is_row_until(line: bytes, step: int) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        # A crash of the machine can leave a block of zeros where a line was being written.
+        return False
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: numpy and torch scalars as numbers, and null for what is not finite (JSON has no NaN)."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
