@@ -1,0 +1,68 @@
+"""The reference of the parity tests: a plain single-process torch loop with no DeepSpeed and nothing of the trainer.
+
+It shares with dstune what defines the problem (rows, their order, the loss of a window) and nothing of how it is solved:
+one model, the whole window's gradient by autograd, SGD by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from transformers import AutoModelForCausalLM
+
+from dstune.config.schema import RunConfig
+from dstune.data.build import prepare
+from dstune.data.collate import collate
+from dstune.models.load import load_tokenizer
+from dstune.rank_env import RankEnv
+from dstune.train.feed import training_order
+from dstune.train.loop import dropout_seed
+
+
+@dataclass
+class Reference:
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def train_plainly(config: RunConfig, cache: Path) -> Reference:
+    """`config` with SGD, a constant rate and no clipping, in fp32."""
+    tokenizer = load_tokenizer(config.model)
+    data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
+    order = training_order(config, data)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation="sdpa", **config.model.config_overrides
+    )
+    model.train()
+    result = Reference([], [], {})
+    assert config.trainer.max_steps is not None
+    for step in range(config.trainer.max_steps):
+        window = order.window(*order.locate(step))
+        batches = [
+            collate(data.train, m, pad_token_id=tokenizer.pad_token_id, packing=config.data.packing, classification=False)
+            for m in window.micro_batches
+        ]
+        targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        total = torch.zeros(())
+        for micro_batch, batch in zip(window.micro_batches, batches, strict=True):
+            torch.manual_seed(dropout_seed(config.trainer.seed, step, micro_batch.index))
+            labels = batch.pop("labels")
+            logits = model(**batch, use_cache=False).logits
+            total = total + functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            )
+        loss = total / targets
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        result.losses.append(float(loss))
+        result.grad_norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= config.optimizer.lr * parameter.grad
+                parameter.grad = None
+    result.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return result

@@ -1,0 +1,112 @@
+"""Tiny random models with a real tokenizer and chat template, and small data, all made from seeds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+WORDS = [f"w{number}" for number in range(96)]
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer of about 100 tokens with ChatML as its chat template."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="</s>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    wrapped.chat_template = CHATML
+    wrapped.save_pretrained(folder)
+
+
+def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: object) -> Path:
+    """A two-layer Llama of about 30,000 parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dict(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=4,
+        pad_token_id=2,
+        initializer_range=0.2,  # large enough that attention and dropout matter to the loss
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A two-layer BERT body (no classification head) of about 30,000 parameters."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dict(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    BertModel(BertConfig(**(settings | changes))).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def write_dialogues(path: Path, rows: int, *, seed: int = 0, turns: tuple[int, int] = (1, 3)) -> Path:
+    """Dialogues whose answers differ much in length, so that targets are spread unevenly over micro-batches."""
+    choose = random.Random(seed)
+    with path.open("w") as stream:
+        for _ in range(rows):
+            messages = []
+            for _ in range(choose.randint(*turns)):
+                messages.append({"role": "user", "content": " ".join(choose.choices(WORDS, k=choose.randint(1, 12)))})
+                answer = choose.choices(WORDS, k=choose.choice([1, 1, 2, 5, 20]))
+                messages.append({"role": "assistant", "content": " ".join(answer)})
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def write_labelled(path: Path, rows: int, *, seed: int = 0) -> Path:
+    """Texts of two classes that differ in which half of the words they prefer."""
+    choose = random.Random(seed)
+    half = len(WORDS) // 2
+    with path.open("w") as stream:
+        for _ in range(rows):
+            label = choose.choice(["left", "right"])
+            mine, other = (WORDS[:half], WORDS[half:]) if label == "left" else (WORDS[half:], WORDS[:half])
+            words = [choose.choice(mine if choose.random() < 0.8 else other) for _ in range(choose.randint(3, 20))]
+            stream.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return path
