@@ -61,7 +61,12 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     total_steps = steps_of(config, order.steps(config.trainer.epochs))
     state = resume(config, run_dir, engine, world)
     log = Tracker(config, run_dir, resumed_at_step=state.step or None) if world.is_main else None
-    hooks = [Cadence(config, can_evaluate=data.validation is not None), NonFinite(config), EarlyStopping(config), preemption]
+    hooks = [
+        Cadence(config, can_evaluate=data.validation is not None),
+        NonFinite(config),
+        EarlyStopping(config),
+        preemption,
+    ]
     run = Training(
         config=config,
         world=world,

@@ -102,9 +102,7 @@ def load_model(
     options = {"attn_implementation": _attention(config.model.attention, dtype), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
-            model = model_class.from_config(
-                architecture, trust_remote_code=config.model.trust_remote_code, **options
-            )
+            model = model_class.from_config(architecture, trust_remote_code=config.model.trust_remote_code, **options)
             new = [name for name, _ in model.named_parameters()]
         else:
             model, loading = model_class.from_pretrained(

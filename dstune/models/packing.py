@@ -14,7 +14,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 Forward = Callable[..., Any]
 
 
-def contamination(forward: Forward, vocabulary: int, device: torch.device, length: int = 8) -> tuple[float, torch.dtype]:
+def contamination(
+    forward: Forward, vocabulary: int, device: torch.device, length: int = 8
+) -> tuple[float, torch.dtype]:
     """Largest logit difference of a sample behind another one in a packed row against the sample alone.
 
     Relative to the largest logit. `forward` is in evaluation mode; at ZeRO-3 every rank must call this.

@@ -38,7 +38,9 @@ def limited(split: Split, max_rows: int | None) -> Split:
 class Evaluator:
     """Evaluates one split with the task's head; holds no state between calls."""
 
-    def __init__(self, config: RunConfig, data: PreparedData, engine: Engine, head: Head, world: World, pad_token_id: int):
+    def __init__(
+        self, config: RunConfig, data: PreparedData, engine: Engine, head: Head, world: World, pad_token_id: int
+    ):
         self._config, self._data, self._engine, self._head, self._world = config, data, engine, head, world
         self._pad_token_id = pad_token_id
         self._classes = len(data.labels) if isinstance(config.task, ClassificationConfig) else 0
@@ -84,7 +86,9 @@ class Evaluator:
         return Evaluation(metrics, confusion)
 
 
-def answer_prompts(config: RunConfig, data: PreparedData, engine: Engine, tokenizer: Any, world: World) -> list[dict[str, str]]:
+def answer_prompts(
+    config: RunConfig, data: PreparedData, engine: Engine, tokenizer: Any, world: World
+) -> list[dict[str, str]]:
     """The model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0.
 
     Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank;

@@ -67,9 +67,7 @@ def fit(run: Training) -> Decision:
     if validation is not None and state.step == 0 and run.config.evaluate.at_start:
         evaluate(run)
     steps = range(state.step, run.total_steps)
-    for number, feed in enumerate(
-        windows(run.config, run.data, run.order, run.world, run.pad_token_id, steps)
-    ):
+    for number, feed in enumerate(windows(run.config, run.data, run.order, run.world, run.pad_token_id, steps)):
         began = time.perf_counter()
         update, loss_sum = train_step(run, feed)
         state.step += 1

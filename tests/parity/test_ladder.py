@@ -135,7 +135,8 @@ def test_packed_rows_have_the_loss_of_separate_rows(workshop):
     """The same rows evaluated packed and one by one."""
     overrides = ["evaluate.at_start=true", "trainer.max_steps=1", "run.export=none"]
     cases = [
-        workshop.case(f"eval-{value}", f"data.packing={value}", "zero=stage2", *overrides) for value in ("true", "false")
+        workshop.case(f"eval-{value}", f"data.packing={value}", "zero=stage2", *overrides)
+        for value in ("true", "false")
     ]
     run_ranks(PROGRAM, 2, cases)
     packed, separate = (workshop.result(f"eval-{value}")["eval_initial"] for value in ("true", "false"))
