@@ -1,0 +1,50 @@
+"""RunConfig + world size -> DeepSpeed's dictionary, by table."""
+
+from __future__ import annotations
+
+import pytest
+from support.configs import run_config
+
+from dstune.config.schema import Offload, Precision, TrainerConfig, ZeroConfig
+from dstune.zero.ds_config import deepspeed_config, micro_batches_per_rank
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world", "per_rank"),
+    [(16, 4, 1, 4), (16, 4, 2, 2), (16, 4, 3, 2), (16, 4, 4, 1), (16, 4, 8, 1), (10, 4, 1, 3), (10, 4, 2, 2), (1, 1, 4, 1)],
+)
+def test_every_rank_gets_as_many_micro_batches_as_the_fullest(global_batch, micro_batch, world, per_rank):
+    config = run_config(trainer=TrainerConfig(global_batch_size=global_batch, micro_batch_size=micro_batch))
+    assert micro_batches_per_rank(config, world) == per_rank
+    settings = deepspeed_config(config, world, Precision.fp32, on_gpu=False)
+    assert settings["gradient_accumulation_steps"] == per_rank
+    # DeepSpeed insists on this product.
+    assert settings["train_batch_size"] == settings["train_micro_batch_size_per_gpu"] * per_rank * world
+
+
+def test_what_deepspeed_would_choose_by_itself_is_written_out():
+    settings = deepspeed_config(run_config(trainer=TrainerConfig(grad_clip=0.0)), 2, Precision.fp32, on_gpu=False)
+    assert settings["gradient_clipping"] == 0.0  # absent means 1.0
+    assert settings["zero_optimization"]["overlap_comm"] is False  # absent means true at stage 3
+    assert settings["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(("precision", "accumulates"), [(Precision.bf16, "fp32"), (Precision.fp16, "fp32"), (Precision.fp32, None)])
+def test_half_precision_accumulates_gradients_in_fp32(precision, accumulates):
+    settings = deepspeed_config(run_config(), 2, precision, on_gpu=True)
+    assert settings.get("data_types", {}).get("grad_accum_dtype") == accumulates
+    assert settings["bf16"]["enabled"] is (precision is Precision.bf16)
+    assert settings["fp16"]["enabled"] is (precision is Precision.fp16)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_stage_3_settings_stay_out_of_the_other_stages(stage):
+    zero = deepspeed_config(run_config(zero=ZeroConfig(stage=stage)), 2, Precision.fp32, on_gpu=True)["zero_optimization"]
+    assert not [key for key in zero if key.startswith(("stage3_", "offload_"))]
+
+
+def test_offload():
+    offload = ZeroConfig(offload_optimizer=Offload.cpu, offload_param=Offload.cpu)
+    zero = deepspeed_config(run_config(zero=offload), 2, Precision.bf16, on_gpu=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}

@@ -1,0 +1,81 @@
+"""Checkpoint folders: whole or not at all, and which ones are kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from dstune.checkpoint import store
+
+
+def write(run_dir, step, *, best_step=None, size=100):
+    aside = store.folder(run_dir) / (store.tag(step) + store.INCOMPLETE)
+    (aside / "shards").mkdir(parents=True)
+    (aside / "shards" / "rank0.pt").write_bytes(bytes(size))
+    best = None if best_step is None else {"metric": "loss", "value": 1.0, "step": best_step}
+    return store.commit(aside, {"step": step, "best": best})
+
+
+def steps(run_dir):
+    return [info.step for info in store.listing(run_dir) if info.committed]
+
+
+def test_committed_checkpoint_is_found_and_undamaged(tmp_path):
+    path = write(tmp_path, 40)
+    assert path == tmp_path / "checkpoints" / "step-00000040"
+    assert store.newest(tmp_path) == path
+    assert store.damaged_files(path) == []
+    assert store.read_state(path)["step"] == 40
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no marker", "torn marker"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+    older, newer = write(tmp_path, 10), write(tmp_path, 20)
+    shard = newer / "shards" / "rank0.pt"
+    match damage:
+        case "missing":
+            shard.unlink()
+        case "truncated":
+            shard.write_bytes(bytes(99))
+        case "no marker":
+            (newer / store.COMMITTED).unlink()
+        case "torn marker":
+            (newer / store.COMMITTED).write_text('{"files": {"sha')
+    assert not store.is_committed(newer)
+    assert store.newest(tmp_path) == older
+
+
+def test_a_flipped_bit_is_named(tmp_path):
+    path = write(tmp_path, 10)
+    data = bytearray((path / "shards" / "rank0.pt").read_bytes())
+    data[50] ^= 1
+    (path / "shards" / "rank0.pt").write_bytes(data)
+    assert store.is_committed(path)  # sizes agree
+    assert store.damaged_files(path) == ["shards/rank0.pt"]
+
+
+def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned(tmp_path):
+    kept = write(tmp_path, 10)
+    torn = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
+    torn.mkdir()
+    assert store.newest(tmp_path) == kept
+    assert store.prune(tmp_path, keep=2) == [torn]
+    assert not torn.exists()
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path):
+    write(tmp_path, 10, best_step=10)
+    for step in (20, 30, 40):
+        write(tmp_path, step, best_step=10)
+    store.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [10, 30, 40]
+    write(tmp_path, 50, best_step=50)  # a new best one: the old one has no privilege any more
+    store.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [50]
+    assert store.best(tmp_path) == store.newest(tmp_path)
+
+
+def test_the_same_step_again_replaces_the_checkpoint(tmp_path):
+    write(tmp_path, 10, size=100)
+    path = write(tmp_path, 10, size=200)
+    assert store.is_committed(path)
+    assert (path / "shards" / "rank0.pt").stat().st_size == 200

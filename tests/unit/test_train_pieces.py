@@ -1,0 +1,118 @@
+"""Hooks, metrics, state, the feed and seeds: the parts of the loop that need no model."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+from support.configs import run_config
+
+from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
+from dstune.train.feed import ahead
+from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Wish
+from dstune.train.loop import dropout_seed
+from dstune.train.metrics import classification_metrics, improves, language_model_metrics
+from dstune.train.state import Best, TrainState
+from dstune.zero.engine import Update
+
+FINE = Update(1.0, applied=True)
+BROKEN = Update(math.nan, applied=False)
+
+
+def test_cadence():
+    config = run_config(evaluate=EvaluateConfig(every=2), checkpoint=CheckpointConfig(every=3))
+    hook = Cadence(config, can_evaluate=True)
+    wishes = [hook.after_step(TrainState(step=step), FINE).wish for step in range(1, 7)]
+    nothing, evaluate, save = Wish.NOTHING, Wish.EVALUATE, Wish.SAVE
+    assert wishes == [nothing, evaluate, save, evaluate, nothing, evaluate | save]
+    assert Cadence(config, can_evaluate=False).after_step(TrainState(step=2), FINE).wish is nothing
+
+
+def test_non_finite_steps_are_skipped_up_to_the_limit():
+    hook, state = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=2))), TrainState()
+    assert [hook.after_step(state, update).wish for update in (BROKEN, FINE, BROKEN)] == [Wish.NOTHING] * 3
+    last = hook.after_step(state, BROKEN)
+    assert last.wish is Wish.FAIL
+    assert "trainer.max_nonfinite_steps=2" in last.reason
+    assert state.nonfinite_steps == 3
+
+
+def test_overflow_of_the_loss_scale_is_no_fault_until_the_scale_is_at_its_floor():
+    hook, state = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=0))), TrainState()
+    assert hook.after_step(state, replace(BROKEN, loss_scale=4096.0)).wish is Wish.NOTHING
+    assert (state.overflow_steps, state.nonfinite_steps) == (1, 0)
+    assert hook.after_step(state, replace(BROKEN, loss_scale=1.0)).wish is Wish.FAIL
+
+
+def test_early_stopping_counts_evaluations_without_gain_and_keeps_the_best():
+    settings = EarlyStoppingConfig(metric="loss", patience=2, min_delta=0.1)
+    hook, state = EarlyStopping(run_config(trainer=TrainerConfig(early_stopping=settings))), TrainState()
+    wishes = []
+    for step, loss in enumerate([3.0, 2.0, 1.95, 1.5, 1.45, 1.6]):
+        state.step = step
+        wishes.append(hook.after_evaluation(state, {"loss": loss}).wish)
+    # No save of untrained weights; 1.95 is no gain of 0.1; 1.45 and 1.6 are the two in a row.
+    assert wishes == [Wish.NOTHING, Wish.SAVE, Wish.NOTHING, Wish.SAVE, Wish.NOTHING, Wish.STOP]
+    assert state.best == Best("loss", 1.5, 3)
+
+
+def test_early_stopping_survives_a_checkpoint():
+    state = TrainState(step=7, best=Best("loss", 1.5, 3), evaluations_without_gain=1)
+    assert TrainState.from_dict(state.to_dict()) == state
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "best", "expected"),
+    [
+        ("loss", 1.0, 2.0, True),
+        ("loss", 2.0, 2.0, False),
+        ("accuracy", 0.9, 0.8, True),
+        ("accuracy", 0.7, 0.8, False),
+        ("loss", math.nan, None, False),
+        ("f1_macro", 0.1, None, True),
+    ],
+)
+def test_improves(metric, value, best, expected):
+    assert improves(metric, value, best) is expected
+
+
+def test_language_model_metrics():
+    metrics = language_model_metrics(loss_sum=20.0, weight=10.0, correct=4.0)
+    assert metrics == {"loss": 2.0, "perplexity": pytest.approx(math.e**2), "token_accuracy": 0.4, "targets": 10.0}
+
+
+def test_classification_metrics_by_hand():
+    # true    0 0 0 1 2     class 0: precision 2/2, recall 2/3 -> 0.8; class 1: 1/2, 1/1 -> 2/3; class 2: 0/1 -> 0; class 3: absent
+    # guessed 0 0 1 1 3
+    metrics, confusion = classification_metrics(5.0, [0, 0, 1, 1, 3], [0, 0, 0, 1, 2], classes=4)
+    assert metrics["accuracy"] == pytest.approx(3 / 5)
+    assert metrics["loss"] == 1.0
+    assert metrics["f1_macro"] == pytest.approx((0.8 + 2 / 3 + 0 + 0) / 4)
+    assert confusion == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
+def test_dropout_seeds_are_distinct():
+    seeds = {dropout_seed(seed, step, index) for seed in range(4) for step in range(50) for index in range(50)}
+    assert len(seeds) == 4 * 50 * 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_feed_keeps_the_order_and_raises_where_it_belongs():
+    def prepare(step):
+        if step == 3:
+            raise ValueError("row 3")
+        return step * 10
+
+    feed = ahead(prepare, range(6), depth=2)
+    assert [next(feed) for _ in range(3)] == [0, 10, 20]
+    with pytest.raises(ValueError, match="row 3"):
+        next(feed)
+
+
+def test_feed_thread_ends_when_the_loop_leaves_early():
+    feed = ahead(lambda step: step, range(10**9), depth=2)
+    assert next(feed) == 0
+    feed.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
