@@ -60,52 +60,33 @@ class WandbSink:
             action()
         except Exception as error:
             self._run = None
-            lines = str(error).strip().splitlines() or [""]
-            self._warn(f"warning: W&B is off for the rest of this run: {type(error).__name__}: {lines[0]}")
+            self._warn(f"warning: W&B is off for the rest of this run: {type(error).__name__}: {_first_line(error)}")
 
     def _start(self, config: RunConfig, run_dir: Path) -> None:
-        # W&B reads these once, at import: no crash reports to its makers, and no staging area in the home directory.
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        # W&B reads these once, at import: no crash reports to its makers, no lines of its own on the console, and no
+        # staging area in the home directory.
+        os.environ.update(WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
         os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb"))
         os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
         (run_dir / "wandb").mkdir(exist_ok=True)
         import wandb
 
         mode = config.tracking.wandb.mode
-        if mode is WandbMode.online and not _has_credentials(wandb):
-            mode = WandbMode.offline
+        if mode is WandbMode.online:
+            reason = "no W&B key found (WANDB_API_KEY or `wandb login`)"
+            try:
+                if _has_credentials(wandb):
+                    self._run = _start_run(wandb, config, run_dir, WandbMode.online)
+                    self._first_step = self._run.step
+                    return
+            except wandb.errors.CommError as error:
+                reason = f"W&B's server does not answer ({_first_line(error)})"
+                wandb.teardown()  # its service still holds the id of the run that did not start
             self._warn(
-                f"warning: no W&B key found (WANDB_API_KEY or `wandb login`), so this run is tracked offline;"
+                f"warning: {reason}: this run is tracked offline;"
                 f" upload it later with `wandb sync {run_dir / 'wandb'}/offline-run-*`"
             )
-        self._run = wandb.init(
-            id=_run_id(run_dir),
-            project=config.tracking.project,
-            entity=config.tracking.wandb.entity,
-            group=config.tracking.group,
-            tags=list(config.tracking.tags),
-            name=config.run.name,
-            config=without_secrets(to_dict(config)),
-            # An offline run cannot ask the server whether it exists; `wandb sync` joins equal ids.
-            resume="allow" if mode is WandbMode.online else None,
-            settings=wandb.Settings(
-                mode=mode.value,
-                root_dir=str(run_dir),
-                console="off",
-                silent=True,
-                init_timeout=INIT_TIMEOUT_SECONDS,
-                finish_timeout=FINISH_TIMEOUT_SECONDS,
-                disable_code=True,
-                disable_git=True,
-                disable_job_creation=True,
-                save_code=False,
-                x_disable_machine_info=True,
-                x_disable_meta=True,
-                x_disable_stats=True,
-                x_save_requirements=False,
-            ),
-        )
-        self._first_step = self._run.step
+        self._run = _start_run(wandb, config, run_dir, WandbMode.offline)
 
     def _log_table(self, step: int, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
         import wandb
@@ -117,6 +98,36 @@ class WandbSink:
         if status == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status in ("completed", "stopped") else 1)
+
+
+def _start_run(wandb: Any, config: RunConfig, run_dir: Path, mode: WandbMode) -> Any:
+    return wandb.init(
+        id=_run_id(run_dir),
+        project=config.tracking.project,
+        entity=config.tracking.wandb.entity,
+        group=config.tracking.group,
+        tags=list(config.tracking.tags),
+        name=config.run.name,
+        config=without_secrets(to_dict(config)),
+        # An offline run cannot ask the server whether it exists; `wandb sync` joins equal ids.
+        resume="allow" if mode is WandbMode.online else None,
+        settings=wandb.Settings(
+            mode=mode.value,
+            root_dir=str(run_dir),
+            console="off",
+            silent=True,
+            init_timeout=INIT_TIMEOUT_SECONDS,
+            finish_timeout=FINISH_TIMEOUT_SECONDS,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        ),
+    )
 
 
 def without_secrets(config: Any) -> Any:
@@ -140,6 +151,10 @@ def _has_credentials(wandb: Any) -> bool:
 
     settings = wandb.setup().settings
     return bool(settings.api_key or wbauth.read_netrc_auth(host=settings.base_url))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _run_id(run_dir: Path) -> str:

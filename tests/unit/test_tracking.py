@@ -207,12 +207,12 @@ tracker.finish("completed")
 """
 
 
-def run_offline(run_dir: Path, home: Path, resumed: int | None = None, mode: str = "offline") -> str:
+def run_offline(run_dir: Path, home: Path, resumed=None, mode="offline", program=OFFLINE_RUN, **variables: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     finished = subprocess.run(
-        [sys.executable, "-c", OFFLINE_RUN, str(run_dir), json.dumps(resumed), mode],
+        [sys.executable, "-c", program, str(run_dir), json.dumps(resumed), mode],
         cwd=Path(__file__).parents[2],
-        env=environment | {"HOME": str(home)},
+        env=environment | {"HOME": str(home)} | variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -351,6 +351,18 @@ def test_a_wandb_that_does_not_start_is_off(monkeypatch, tmp_path, capsys):
     tracker.log(1, {"loss": 1.0})
     tracker.finish("failed")
     assert "CommError: no route to host" in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_answer_leaves_an_offline_run(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    unreachable = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    impatient = "from dstune.tracking import wandb_sink; wandb_sink.INIT_TIMEOUT_SECONDS = 3.0\n" + OFFLINE_RUN
+    printed = run_offline(run_dir, tmp_path / "home", mode="online", program=impatient, **unreachable)
+    assert printed.count("warning: W&B's server does not answer") == 1
+    assert "wandb:" not in printed
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert sorted(history(records(path))) == [1, 2]
 
 
 def test_a_resumed_online_run_skips_what_the_server_has(monkeypatch, tmp_path):
