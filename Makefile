@@ -1,0 +1,77 @@
+# Each goal makes what it needs: `make quickstart` and `make test` work in a fresh clone.
+# PYTHON=python3.12 picks another interpreter, VENV=/path another place for the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+# Tests never ask a hub, and ranks that share two cores must not start a thread per core each.
+TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DELETE_ON_ERROR:
+.PHONY: help quickstart install test test-all test-gpu lint format clean debian
+
+help:
+	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
+	@echo "make install     only make $(VENV) and install dstune into it"
+	@echo "make test        unit, distributed, parity, cluster and packaging tests (under 20 minutes on 2 cores)"
+	@echo "make test-all    the slow tests too: real models, soak, faults, installation into an empty environment"
+	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
+	@echo "make lint        ruff, mypy, import contracts, shellcheck"
+	@echo "make format      let ruff rewrite the code"
+	@echo "make clean       remove what the goals above made, except runs/ and the cache of samples"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/dstune samples smollm2 chitchat
+	$(BIN)/dstune train
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.installed-test debian
+	$(TEST_ENV) $(PYTEST) -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed-test debian
+	$(TEST_ENV) $(PYTEST) -m "not gpu"
+
+test-gpu: $(VENV)/.installed-test
+	$(TEST_ENV) $(PYTEST) -m gpu
+
+lint: $(VENV)/.installed-dev debian
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then .ci/shell-scripts | xargs shellcheck; \
+	else echo "lint: shell scripts are not checked (install shellcheck)"; fi
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# What the tests and the lint use beside Python packages; says what will be skipped where it cannot install.
+debian:
+	@.ci/debian-packages shellcheck openmpi-bin iproute2
+
+clean:
+	rm -rf $(VENV) build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make an installation happen once per change of pyproject.toml.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "dstune needs Python 3.10 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "no virtual environment could be made (Debian: apt-get install python3-venv)"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
