@@ -3,8 +3,9 @@
 Everything below is a frozen dataclass that the code reads. `compose.py` derives the mutable twin that Hydra needs
 (a frozen dataclass raises while composing), and turns the composed result back into these classes.
 
-A group whose choices have different keys (`task`, `method`, `optimizer`, `schedule`, `launch`) has one class per choice,
-so `method=full method.rank=8` is an unknown key instead of a silently ignored one; code uses `match` on the class.
+A group whose choices have different keys (`task`, `method`, `optimizer`, `schedule`, `launch`) has one class per
+choice, so `method=full method.rank=8` is an unknown key instead of a silently ignored one; code uses `match` on the
+class.
 A line of documentation and the range of a field stand beside it: `documentation()` and `validate.py` read both.
 """
 

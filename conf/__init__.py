@@ -1,0 +1,1 @@
+"""Hydra's configuration groups, installed as the package `dstune.conf`."""

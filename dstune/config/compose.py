@@ -1,0 +1,374 @@
+"""From `key=value` overrides to the frozen `RunConfig`, and between it and `run.yaml`.
+
+Only this folder uses Hydra; nothing outside of it sees a DictConfig.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from dstune import __version__
+from dstune.config import overrides as user_overrides
+from dstune.config.convert import (
+    ENVIRONMENT,
+    EnvironmentText,
+    chosen_class,
+    dump,
+    from_dict,
+    from_yaml,
+    interpolation_problem,
+    load,
+    shown,
+    to_dict,
+    to_yaml,
+    yaml_problem,
+)
+from dstune.config.hydra_session import ROOT_CONFIG, group_options, session, unknown_choice
+from dstune.config.names import default_classes, sections, suggest_key
+from dstune.config.schema import CHOICES, ChatConfig, RunConfig
+from dstune.config.validate import check_resume
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
+
+__all__ = [
+    "Composed",
+    "apply_overrides",
+    "compose",
+    "continue_run",
+    "from_yaml",
+    "read_run",
+    "to_dict",
+    "to_yaml",
+    "with_default_experiment",
+    "write_run",
+]
+
+DEFAULT_EXPERIMENT = "experiment=quickstart"
+FROZEN_AT_START = ("task.template_date", "model.revision")
+"""Keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Composed:
+    config: RunConfig
+    overrides: list[str]
+    """What was given on the command line, `experiment=quickstart` included where nothing was asked for."""
+
+
+def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Composed:
+    """The configuration for these overrides; not validated yet (`validate.validate`).
+
+    Without an experiment, model or data among the overrides this is `experiment=quickstart`. A chat template's date is
+    frozen to today, `run.dir` may stay None.
+
+    Raises:
+        UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
+    """
+    given = with_default_experiment(overrides)
+    with session(config_dirs) as hydra:
+        raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
+    config = from_dict(raw, "the composed configuration")
+    if isinstance(config.task, ChatConfig) and config.task.template_date is None:
+        config = replace(config, task=replace(config.task, template_date=datetime.date.today().isoformat()))
+    return Composed(config, given)
+
+
+def with_default_experiment(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with `experiment=quickstart` in front if they name no experiment, model or data."""
+    keys = [user_overrides.key_of(text) for text in overrides]
+    named = any(key in ("experiment", "model", "model.path", "data") or key.startswith("data.") for key in keys)
+    return list(overrides) if named else [DEFAULT_EXPERIMENT, *overrides]
+
+
+def compose_dict_config(hydra: Hydra, overrides: list[str]) -> DictConfig:
+    """Hydra's composition, its own `hydra` section included."""
+    from hydra.types import RunMode
+
+    return hydra.compose_config(ROOT_CONFIG, overrides, RunMode.RUN)
+
+
+def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str]], Result]) -> Result:
+    """`action(overrides)`, where whatever Hydra refuses becomes a `UserError` with all problems of the overrides."""
+    with warnings.catch_warnings():
+        # A folder of hydra.searchpath that does not exist is a mistake, not a warning.
+        warnings.simplefilter("error", UserWarning)
+        return _run_hydra(hydra, user_overrides.for_hydra(overrides), action)
+
+
+def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Result]) -> Result:
+    parsed, problems = user_overrides.parse(texts)
+    refused: Exception | None = None
+    if not problems and not any(user_overrides.is_hydra_setting(override) for override in parsed):
+        try:
+            return action(texts)
+        except Exception as error:  # Hydra and OmegaConf raise kinds of their own, ValueError, YAMLError, ...
+            refused = error
+    searched = [str(override.input_line) for override in parsed if override.key_or_group == "hydra.searchpath"]
+    try:
+        groups = group_options(hydra, searched)
+        problems += user_overrides.check(parsed, groups, lambda good: _classes(hydra, good))
+    except UserWarning as warning:
+        refused = warning
+    if refused is not None and not problems:
+        problems = [_problem(refused)]
+    raise UserError(problems)
+
+
+def _classes(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
+    """The class of each section for these (good) choices of groups; the default one where a file is broken.
+
+    What is wrong with the file itself is reported when nothing is wrong with the overrides.
+    """
+    classes = default_classes()
+    try:
+        composed = compose_dict_config(hydra, overrides)
+    except Exception:  # see run_hydra
+        return classes
+    for section in CHOICES:
+        with suppress(UserError):
+            classes[section] = chosen_class(section, dict(composed[section]), section)
+    return classes
+
+
+# ---- Hydra's own errors ----
+
+
+def _problem(error: BaseException) -> Problem:
+    """What the user has to change for an error that Hydra, OmegaConf or the YAML reader raised over a file."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, UserWarning):
+        return Problem("hydra.searchpath", str(error), "give folders that exist")
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return yaml_problem(error, mark.name if mark else "a configuration file")
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        place = re.match(r"In '([^']+)'", str(error))
+        where = f"{place[1]}.yaml" if place else group
+        problem = unknown_choice(group, choice, list(error.options or []))
+        return Problem(where, f"{problem.reason}: {choice}", problem.fix)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(error)
+    place = re.match(r"In '([^']+)'", text)
+    where = f"{place[1]}.yaml" if place else "configuration"
+    if isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or "")
+        reason = str(cause.msg or cause).splitlines()[0]
+        similar = suggest_key(key, _known_keys()) if "not in" in reason else None
+        return Problem(
+            where if place or not key else key,
+            f"{key}: {reason}" if key and place else reason,
+            f"did you mean {similar}?" if similar and similar != key else "",
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return Problem(where, " ".join(lines[:3]) if lines else type(error).__name__)
+
+
+def _known_keys() -> list[str]:
+    from dstune.config.names import all_keys
+
+    return list(all_keys())
+
+
+# ---- DictConfig to plain values ----
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    """The sections as plain values, references resolved; those to the environment become `EnvironmentText`.
+
+    Raises:
+        UserError: all references that cannot be resolved.
+    """
+    problems: list[Problem] = []
+    raw = {
+        section: _plain_node(composed[section], section, composed, problems)
+        for section in composed
+        if section != "hydra"
+    }
+    if problems:
+        raise UserError(problems)
+    return raw
+
+
+def _plain_node(node: Any, path: str, root: DictConfig, problems: list[Problem]) -> Any:
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(node, (DictConfig, ListConfig)) or node._is_none():
+        return node
+
+    def item(key: Any, where: str) -> Any:
+        if OmegaConf.is_missing(node, key):
+            problems.append(Problem(where, "a value has to be given", f"{where}=VALUE"))
+            return None
+        if not OmegaConf.is_interpolation(node, key):
+            return _plain_node(node[key], where, root, problems)
+        text = _written(node, key)
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            problems.append(interpolation_problem(where, text, error))
+            return None
+        reference = _expand(text, where, root)
+        if isinstance(value, str) and ENVIRONMENT in reference:
+            return EnvironmentText(value, reference)
+        return _plain_node(value, where, root, problems)
+
+    if isinstance(node, ListConfig):
+        return [item(index, f"{path}[{index}]") for index in range(len(node))]
+    return {str(key): item(key, f"{path}.{key}") for key in node}
+
+
+def _written(node: Any, key: Any) -> str:
+    """The text of a reference as it was written."""
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index,call-overload]
+
+
+def _expand(text: str, where: str, root: DictConfig) -> str:
+    """A reference with those to other keys replaced by their text, so that only `${oc.env:...}` stays.
+
+    A key that refers to a key that refers to the environment must not be saved with its value either.
+    """
+    from omegaconf import ListConfig, OmegaConf
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1].strip()
+        steps = name.lstrip(".")  # ${.name} is a sibling, ${..name} one level up
+        above = _steps(where)[: -(len(name) - len(steps))] if steps != name else []
+        *holder, last = [*above, *_steps(steps)]
+        node = OmegaConf.select(root, ".".join(holder)) if holder else root
+        key = int(last) if isinstance(node, ListConfig) else last
+        if OmegaConf.is_interpolation(node, key):
+            return _expand(_written(node, key), ".".join([*holder, last]), root)
+        return str(node[key])
+
+    before = None
+    while text != before:  # again for ${a.${b}}, whose inner reference comes first
+        before, text = text, re.sub(r"\$\{([^}:$]+)\}", replaced, text)
+    return text
+
+
+def _steps(key: str) -> list[str]:
+    return key.replace("[", ".").replace("]", "").split(".")
+
+
+# ---- a run's PATH with values ----
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of an existing run with some values replaced (`dstune evaluate RUN data.test=...`).
+
+    Raises:
+        UserError: every unknown key, wrong type, and choice of a group (a run's groups are settled).
+    """
+    parsed, problems = user_overrides.parse(overrides)
+    tree = to_dict(config)
+    groups: dict[str, list[str]] = {section: [] for section in (*sections(), "experiment")}
+    values = []
+    for override in parsed:
+        key = override.key_or_group
+        if user_overrides.is_group_choice(override, groups) and "." not in key:
+            fix = f"set single values, such as {key}.KEY=VALUE" if key != "experiment" else "set single values"
+            problems.append(Problem(key, "the groups of an existing run are settled", fix, shown(override.value())))
+        else:
+            values.append(override)
+    classes = {section: type(getattr(config, section)) for section in sections()}
+    problems += user_overrides.check(values, {}, lambda _: classes)
+    for override in values:
+        value = override.value()
+        if isinstance(value, str) and "${" in value and ENVIRONMENT not in value:
+            fix = f"write the value or {ENVIRONMENT}NAME}}"
+            problems.append(Problem(override.key_or_group, "keys of a run cannot refer to each other", fix, value))
+    if problems:
+        raise UserError(problems)
+    for override in values:
+        _set(tree, override.key_or_group.split("."), override.value(), delete=override.is_delete())
+    return from_dict(tree, "the run's configuration")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any, delete: bool) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    if delete:
+        tree.pop(path[-1], None)
+    elif isinstance(value, Mapping) and isinstance(tree.get(path[-1]), dict):
+        for key, part in value.items():
+            _set(tree[path[-1]], [key], part, delete=False)
+    else:
+        tree[path[-1]] = value
+
+
+# ---- run.yaml ----
+
+
+def write_run(path: Path, composed: Composed) -> None:
+    """Write `run.yaml`: the version, the overrides given and the resolved configuration, secrets by reference only."""
+    content = {
+        "dstune_version": __version__,
+        "overrides": list(composed.overrides),
+        "config": to_dict(composed.config),
+    }
+    unfinished = path.with_name(path.name + ".incomplete")
+    unfinished.write_text(dump(content), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_run(path: Path) -> Composed:
+    """The inverse of `write_run`; `${oc.env:KEY}` is read from this process's environment.
+
+    Raises:
+        UserError: no such file, no YAML, unknown keys, wrong types, a variable that is not set.
+    """
+    try:
+        content = load(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be read: {error.strerror}", "give a run directory")) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem(str(path), "this is no run.yaml", "give a run directory")) from None
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise UserError(Problem(str(path), "this is no run.yaml: it has no `config`", "give a run directory"))
+    return Composed(from_dict(content["config"], str(path)), [str(text) for text in content.get("overrides") or []])
+
+
+def continue_run(old: Composed, new: Composed) -> RunConfig:
+    """The configuration with which `new` continues the run of `old`.
+
+    What the first start froze (`FROZEN_AT_START`) is taken over unless the command now says something else than it did
+    then; without this, a chat run could not be continued on another day.
+
+    Raises:
+        UserError: keys that change the trajectory differ (`validate.check_resume`).
+    """
+    tree = to_dict(new.config)
+    before = to_dict(old.config)
+    for key in FROZEN_AT_START:
+        section, name = key.split(".")
+        asked_before, asked_now = (_last_value(composed.overrides, key) for composed in (old, new))
+        if asked_before == asked_now and name in tree[section] and name in before[section]:
+            tree[section][name] = before[section][name]
+    config = from_dict(tree, "the composed configuration")
+    check_resume(old.config, config)
+    return config
+
+
+def _last_value(overrides: Sequence[str], key: str) -> str | None:
+    values = [text.split("=", 1)[1] for text in overrides if "=" in text and user_overrides.key_of(text) == key]
+    return values[-1] if values else None

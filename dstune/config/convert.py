@@ -1,0 +1,332 @@
+"""Between the frozen tree and plain dicts and YAML, strictly: what does not fit is a `UserError` with key and fix.
+
+Text that came from the environment (`${oc.env:KEY}`) is an `EnvironmentText`: the code sees its value, everything that
+is written (run.yaml, the configuration sent to a tracker) holds the reference only, so no secret is saved.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+import yaml
+
+from dstune.config.names import classes_of, nearest, sections, suggest_key, type_hints
+from dstune.config.schema import CHOICES, RunConfig
+from dstune.errors import Problem, UserError
+
+ENVIRONMENT = "${oc.env:"
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+class EnvironmentText(str):
+    """A value taken from the environment, with the text (`${oc.env:KEY}`) that stands for it in files."""
+
+    reference: str
+
+    def __new__(cls, value: str, reference: str) -> EnvironmentText:
+        text = super().__new__(cls, value)
+        text.reference = reference
+        return text
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self.reference
+
+
+def resolve_text(text: str, where: str) -> EnvironmentText:
+    """The value of a text with `${oc.env:KEY}` or `${oc.env:KEY,default}` in it.
+
+    Raises:
+        UserError: the variable is not set and has no default, or the text cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return EnvironmentText(str(OmegaConf.create({"text": text}).text), text)
+    except OmegaConfBaseException as error:
+        raise UserError(interpolation_problem(where, text, error)) from None
+
+
+def interpolation_problem(where: str, text: str, error: Exception) -> Problem:
+    """The problem with a `${...}` that cannot be resolved."""
+    reason = str(error).splitlines()[0]
+    name = text.split(ENVIRONMENT, 1)[1].split("}", 1)[0].strip() if ENVIRONMENT in text else ""
+    if name and "not found" in reason:
+        fix = f"export {name}=..., or give a default: {ENVIRONMENT}{name},default}}"
+        return Problem(where, f"the environment variable {name} is not set", fix, text)
+    return Problem(where, f"this reference cannot be resolved: {reason}", f"write {ENVIRONMENT}NAME}} or a value", text)
+
+
+# ---- one value ----
+
+
+def describe(hint: Any) -> str:
+    """What a value of this type looks like, for messages and tables."""
+    options = [part for part in typing.get_args(hint) if part is not type(None)]
+    if is_optional(hint):
+        return f"{describe(options[0])} or null"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(member.name for member in hint)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if hint in names:
+        return names[hint]
+    origin = typing.get_origin(hint)
+    return {
+        list: "a list such as [a,b]",
+        tuple: "two numbers such as [0.9,0.95]",
+        dict: "a mapping such as {a: b}",
+    }.get(origin, "a section with keys")  # type: ignore[arg-type]
+
+
+def is_optional(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def shown(value: Any) -> str:
+    """A value as a user writes it on the command line."""
+    if isinstance(value, EnvironmentText):
+        return value.reference
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(shown(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` (of YAML or of Hydra's grammar) as the type of a field.
+
+    Raises:
+        UserError: it does not fit; all problems inside a list, mapping or section are listed.
+    """
+    if is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if is_optional(hint):
+        if value is None:
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if isinstance(value, str) and not isinstance(value, EnvironmentText) and ENVIRONMENT in value:
+        value = resolve_text(value, where)
+    wrong = UserError(Problem(where, f"expected {describe(hint)}", _fix(value, hint, where), shown(value)))
+    if hint is Any:
+        return _plain_any(value, where)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, bool):  # a bare `on` or `off` of YAML; no enum of the schema has such a member
+            raise wrong
+        name = str(value)
+        if name not in hint.__members__:
+            raise wrong
+        return hint[name]
+    origin = typing.get_origin(hint)
+    if origin in (list, tuple, dict):
+        return _container(value, hint, origin, where, wrong)
+    return _scalar(value, hint, wrong)
+
+
+def _scalar(value: Any, hint: Any, wrong: UserError) -> Any:
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in TRUE + FALSE:
+            return value.lower() in TRUE
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
+        raise wrong
+    if not isinstance(value, (int, float, str)):
+        raise wrong
+    if hint is str:
+        return value if isinstance(value, str) else str(value)
+    if isinstance(value, bool) or (hint is int and isinstance(value, float)):
+        raise wrong
+    try:
+        # Text is converted because YAML 1.1 reads a hand-written 1e-5 as text, and the environment holds only text.
+        return hint(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+
+
+def _container(value: Any, hint: Any, origin: type, where: str, wrong: UserError) -> Any:
+    arguments = typing.get_args(hint)
+    problems: list[Problem] = []
+
+    def item(part: Any, part_hint: Any, part_where: str) -> Any:
+        try:
+            return convert(part, part_hint, part_where)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        result: Any = {str(key): item(part, arguments[1], f"{where}.{key}") for key, part in value.items()}
+    else:
+        if not isinstance(value, (list, tuple)) or (origin is tuple and len(value) != len(arguments)):
+            raise wrong
+        hints = arguments if origin is tuple else arguments * len(value)
+        result = origin(item(part, hints[i], f"{where}[{i}]") for i, part in enumerate(value))
+    if problems:
+        raise UserError(problems)
+    return result
+
+
+def _plain_any(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): convert(part, Any, f"{where}.{key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [convert(part, Any, f"{where}[{i}]") for i, part in enumerate(value)]
+    return value
+
+
+def _fix(value: Any, hint: Any, where: str) -> str:
+    """How to write what was probably meant, where that can be told."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        similar = nearest(str(value).lower(), hint.__members__, cutoff=0.5)
+        return f"{where}={similar}" if similar else ""
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f"{where}={int(value)}"  # 1e3
+    if typing.get_origin(hint) is list and isinstance(value, (str, int, float)):
+        return f"{where}=[{shown(value)}]"
+    return ""
+
+
+# ---- the tree ----
+
+
+def build(cls: type, value: Any, where: str) -> Any:
+    """An instance of the dataclass `cls` from a mapping; missing keys get the default.
+
+    Raises:
+        UserError: unknown keys (with the nearest valid one) and values of the wrong type, all of them.
+    """
+    if isinstance(value, cls):
+        return value
+    hints = type_hints(cls)
+    if not isinstance(value, Mapping):
+        known = ", ".join(f"{where}.{name}" for name in hints)
+        raise UserError(Problem(where, "this is a section, not a value", f"set one of {known}", shown(value)))
+    problems = [unknown_key(f"{where}.{key}", hints, where) for key in value if key not in hints]
+    arguments = {}
+    for name, hint in hints.items():
+        if name not in value:
+            continue
+        try:
+            arguments[name] = convert(value[name], hint, f"{where}.{name}")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return cls(**arguments)
+
+
+def unknown_key(key: str, names: Mapping[str, Any], section: str) -> Problem:
+    """The problem with a key that `section` does not have."""
+    similar = suggest_key(key, [f"{section}.{name}" for name in names])
+    fix = f"did you mean {similar}?" if similar else f"it has {', '.join(names)}"
+    return Problem(key, f"{section} has no such key", fix)
+
+
+def from_dict(raw: Any, where: str) -> RunConfig:
+    """The frozen tree from nested mappings (`to_dict`'s inverse). `where` names the source in messages.
+
+    Raises:
+        UserError: every unknown key, missing choice and value of the wrong type.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError(Problem(where, "this is not a configuration (a mapping of sections)"))
+    problems = []
+    for name in raw:
+        if name not in sections():
+            similar = nearest(str(name), sections())
+            fix = f"did you mean {similar}?" if similar else f"sections are {', '.join(sections())}"
+            problems.append(Problem(str(name), f"unknown section in {where}", fix))
+    built = {}
+    for section in sections():
+        value = raw.get(section)
+        try:
+            built[section] = build(chosen_class(section, value, where), {} if value is None else value, section)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return RunConfig(**built)
+
+
+def chosen_class(section: str, value: Any, where: str) -> type:
+    """The class of a section: for sections with choices by its `name`.
+
+    Raises:
+        UserError: there is no such choice.
+    """
+    classes = classes_of(section)
+    if section not in CHOICES:
+        return classes[""]
+    name = value.get("name") if isinstance(value, Mapping) else None
+    if name in classes:
+        return classes[name]
+    if name is None:
+        fix = f"add `name:` with one of {', '.join(classes)}, or inherit a choice with `defaults: [CHOICE, _self_]`"
+        raise UserError(Problem(f"{section}.name", f"{where} does not say which {section} this is", fix))
+    similar = nearest(str(name), classes)
+    fix = f"did you mean {similar}?" if similar else f"one of {', '.join(classes)}"
+    raise UserError(Problem(f"{section}.name", f"there is no such {section}", fix, shown(name)))
+
+
+def to_dict(config: Any) -> Any:
+    """The tree as plain dicts: enums by name, tuples as lists, text from the environment as its reference."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
+    if isinstance(config, EnvironmentText):
+        return config.reference
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The tree as YAML in the order of the schema; `from_yaml` gives back an equal tree."""
+    return dump(to_dict(config))
+
+
+def from_yaml(text: str, where: str) -> RunConfig:
+    """The frozen tree from `to_yaml`'s text; `${oc.env:KEY}` is read from the environment of the caller.
+
+    Raises:
+        UserError: no YAML, unknown keys, wrong types, a variable that is not set; `where` names the source.
+    """
+    return from_dict(load(text, where), where)
+
+
+def dump(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def load(text: str, where: str) -> Any:
+    """YAML as plain values.
+
+    Raises:
+        UserError: the text is no YAML; names the line.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(yaml_problem(error, where)) from None
+
+
+def yaml_problem(error: yaml.YAMLError, where: str) -> Problem:
+    """The problem with a text that is no YAML, with its line."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"{where}:{mark.line + 1}" if mark else where
+    return Problem(place, f"this is no YAML: {getattr(error, 'problem', None) or error}")

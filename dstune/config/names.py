@@ -1,0 +1,129 @@
+"""Names a user may write: sections, choices and dotted keys of the schema, and the nearest valid one for a wrong."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from dstune.config.schema import CHOICES, RunConfig
+
+OTHER_TOOLS = {
+    "learning_rate": "optimizer.lr",
+    "batch_size": "trainer.global_batch_size",
+    "train_batch_size": "trainer.global_batch_size",
+    "per_device_train_batch_size": "trainer.micro_batch_size",
+    "per_device_eval_batch_size": "evaluate.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
+    "gradient_accumulation_steps": "trainer.global_batch_size",
+    "num_train_epochs": "trainer.epochs",
+    "num_epochs": "trainer.epochs",
+    "steps": "trainer.max_steps",
+    "max_grad_norm": "trainer.grad_clip",
+    "gradient_clipping": "trainer.grad_clip",
+    "gradient_checkpointing": "trainer.activation_checkpointing",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "train_file": "data.train",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "lora_r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "output_dir": "run.dir",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "evaluate.every",
+    "resume_from_checkpoint": "run.resume",
+    "num_gpus": "launch.processes",
+    "nproc_per_node": "launch.processes",
+    "wandb_project": "tracking.project",
+    "run_name": "run.name",
+}
+"""What other fine-tuning tools call a key (no string distance finds these)."""
+
+
+def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The most similar of `valid`, or None where nothing is similar."""
+    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+@cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """`typing.get_type_hints`, remembered: evaluating the annotations costs more than reading them."""
+    return typing.get_type_hints(cls)
+
+
+@cache
+def sections() -> tuple[str, ...]:
+    """Top-level names of the configuration: `model`, `data`, ... in the order of the schema."""
+    return tuple(field.name for field in fields(RunConfig))
+
+
+def classes_of(section: str) -> dict[str, type]:
+    """The classes that a section may have by the choice's name; one unnamed class where there is no choice."""
+    return CHOICES.get(section) or {"": type_hints(RunConfig)[section]}
+
+
+def default_classes() -> dict[str, type]:
+    """The class of each section when nothing was chosen: the first of its choices."""
+    return {section: next(iter(classes_of(section).values())) for section in sections()}
+
+
+def leaves(cls: type, prefix: str) -> dict[str, Any]:
+    """Dotted keys of `cls` below `prefix` with their type hints, nested classes expanded."""
+    found: dict[str, Any] = {}
+    for name, hint in type_hints(cls).items():
+        key = f"{prefix}.{name}"
+        found.update(leaves(hint, key) if is_dataclass(hint) else {key: hint})  # type: ignore[arg-type]
+    return found
+
+
+def keys_of(classes: Mapping[str, type]) -> dict[str, Any]:
+    """Every dotted key of a configuration whose sections have these classes, with its type hint."""
+    return {key: hint for section, cls in classes.items() for key, hint in leaves(cls, section).items()}
+
+
+@cache
+def all_keys() -> dict[str, Any]:
+    """Every dotted key that some choice of classes has."""
+    return {
+        key: hint
+        for section in sections()
+        for cls in classes_of(section).values()
+        for key, hint in leaves(cls, section).items()
+    }
+
+
+def choices_with(key: str) -> list[str]:
+    """The choices (`method=lora`) whose class has `key`; empty for keys of sections without choices."""
+    section = key.split(".", 1)[0]
+    return [f"{section}={choice}" for choice, cls in CHOICES.get(section, {}).items() if key in leaves(cls, section)]
+
+
+def suggest_key(key: str, valid: Iterable[str]) -> str | None:
+    """The valid key that `key` was probably meant to be: by another tool's name, by its last part, or by similarity."""
+    valid = list(valid)
+    last = key.rsplit(".", 1)[-1]
+    plain = key.lower().replace("-", "_")
+    if (known := OTHER_TOOLS.get(plain, OTHER_TOOLS.get(last.lower()))) in valid:
+        return known
+    same_last = [candidate for candidate in valid if candidate.rsplit(".", 1)[-1] == last]
+    if same_last:
+        return nearest(key, same_last, cutoff=0.0)
+    # By the last part: a shared `trainer.` would make any two of its keys look alike.
+    section = key.rpartition(".")[0]
+    siblings = {name.rsplit(".", 1)[-1]: name for name in valid if section and name.startswith(f"{section}.")}
+    others = {name.rsplit(".", 1)[-1]: name for name in valid}
+    for known_names, cutoff in ((siblings, 0.6), (others, 0.75)):
+        if similar := nearest(last, known_names, cutoff):
+            return known_names[similar]
+    return nearest(plain, valid, cutoff=0.8)

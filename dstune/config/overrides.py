@@ -1,0 +1,242 @@
+"""What a user wrote as `key=value`: parsing, and what is wrong with it, all at once and with the nearest valid name.
+
+Hydra stops at the first bad override. `check` looks at each one by itself against the groups and the schema, so that
+one command line with three mistakes gets one answer with three fixes.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.convert import build, convert, shown
+from dstune.config.names import all_keys, choices_with, classes_of, keys_of, nearest, sections, suggest_key
+from dstune.config.schema import CHOICES
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+QUOTED_FIX = "quote the value for Hydra inside quotes for the shell: '{key}=\"{value}\"'"
+
+
+def key_of(text: str) -> str:
+    """The key of an override as written, without `+`, `++`, `~` and a package (`@...`)."""
+    return text.split("=", 1)[0].lstrip("+~").split("@", 1)[0].strip()
+
+
+def for_hydra(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra takes them.
+
+    Hydra refuses new entries of a mapping without a plus; here every entry of such a mapping is free, so
+    `data.columns.text=review` gets its `++`. And it cannot choose nothing, so `experiment=null` is left out.
+    """
+    mappings = [key for key, hint in all_keys().items() if typing.get_origin(hint) is dict]
+    starts = tuple(f"{key}{end}" for key in mappings for end in ".=")
+    return [f"++{text}" if text.startswith(starts) else text for text in overrides if text != "experiment=null"]
+
+
+def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """The overrides that Hydra's grammar accepts, and a problem for each of the others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in texts:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            problems.append(_grammar_problem(text))
+            continue
+        override.input_line = text
+        if override.is_sweep_override():
+            key, value = override.key_or_group, text.split("=", 1)[1]
+            fix = f"for a list write {key}=[{value}]; " + QUOTED_FIX.format(key=key, value=value)
+            problems.append(Problem(key, "several values would be a sweep, which this command does not do", fix, value))
+        else:
+            parsed.append(override)
+    return parsed, problems
+
+
+def _grammar_problem(text: str) -> Problem:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return Problem(text or "''", "expected KEY=VALUE", _without_value(text))
+    if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
+        return Problem(key, "a bracket of the value is not closed", QUOTED_FIX.format(key=key, value=value), value)
+    if not re.fullmatch(r"[+~]{0,2}[\w./@:-]+", key):
+        return Problem(key, "this is no name of a key", _without_value(key), value)
+    return Problem(
+        key, "the value has characters with a meaning in Hydra", QUOTED_FIX.format(key=key, value=value), value
+    )
+
+
+def _without_value(word: str) -> str:
+    """How a word without `=` was probably meant."""
+    for section, choices in CHOICES.items():
+        if word in choices:
+            return f"did you mean {section}={word}?"
+    if word in sections():
+        return f"write {word}=CHOICE or {word}.KEY=VALUE"
+    similar = suggest_key(word, all_keys())
+    return f"did you mean {similar}=VALUE?" if similar else "for example trainer.max_steps=100"
+
+
+def is_group_choice(override: Override, groups: Mapping[str, Sequence[str]]) -> bool:
+    """Whether Hydra takes the override as the choice of a group (a mapping as value is merged instead)."""
+    return override.key_or_group in groups and not isinstance(override.value(), dict)
+
+
+def is_hydra_setting(override: Override) -> bool:
+    """Whether the override is one of Hydra's own settings that dstune does not use."""
+    key = override.key_or_group
+    return (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and key != "hydra.searchpath"
+
+
+def check(
+    overrides: Sequence[Override],
+    groups: Mapping[str, Sequence[str]],
+    compose_classes: Callable[[list[str]], dict[str, type]],
+) -> list[Problem]:
+    """Everything that is wrong with parsed overrides.
+
+    Args:
+        groups: the choices of each group.
+        compose_classes: the class of each section for a list of group choices.
+    """
+    problems: list[Problem] = []
+    good: list[str] = []
+    doubtful: set[str] = set()
+    values = []
+    for override in overrides:
+        key = override.key_or_group
+        if key == "hydra.searchpath":
+            good.append(str(override.input_line))
+        elif is_hydra_setting(override):
+            problems.append(_hydra_setting(override))
+        elif is_group_choice(override, groups):
+            found = _choice_problems(override, groups)
+            problems += found
+            if found:
+                # A wrong experiment may have chosen any class.
+                doubtful.update(CHOICES if key == "experiment" else [key])
+            else:
+                good.append(str(override.input_line))
+        elif "/" in key or override.package is not None:
+            similar = nearest(key, groups)
+            fix = f"did you mean {similar}=CHOICE?" if similar else f"groups are {', '.join(groups)}"
+            problems.append(Problem(key, "there is no such group", fix, shown(override.value())))
+        else:
+            values.append(override)
+    classes = compose_classes(good)
+    for override in values:
+        key = override.key_or_group
+        if key.split(".", 1)[0] not in doubtful:
+            problems += _value_problems(override, classes, groups)
+        elif key not in all_keys():
+            problems.append(_unknown_key(key, all_keys(), classes, groups, override.value()))
+    return problems
+
+
+def _hydra_setting(override: Override) -> Problem:
+    key = override.key_or_group
+    fix = "run.dir=FOLDER chooses the run directory" if ".dir" in key else "leave it out"
+    reason = "dstune launches and writes by itself; of Hydra's own settings only hydra.searchpath has an effect"
+    return Problem(key, reason, fix, shown(override.value()))
+
+
+def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) -> list[Problem]:
+    from dstune.config.hydra_session import unknown_choice
+
+    group, value = override.key_or_group, override.value()
+    if override.is_delete():
+        return [Problem(group, "a group cannot be removed", f"choose one: {group}={'|'.join(groups[group])}")]
+    if override.is_add() or override.is_force_add():
+        return [Problem(group, "the group already has a choice", f"write {group}={shown(value)}", shown(value))]
+    if value is None:
+        return [Problem(group, "one has to be chosen", f"one of {', '.join(groups[group])}", "null")]
+    chosen = value if isinstance(value, list) else [value]
+    return [unknown_choice(group, shown(name), groups[group]) for name in chosen if name not in groups[group]]
+
+
+def _value_problems(
+    override: Override, classes: Mapping[str, type], groups: Mapping[str, Sequence[str]]
+) -> list[Problem]:
+    key, value = override.key_or_group, override.value()
+    section = key.split(".", 1)[0]
+    keys = keys_of(classes)
+    inside = next((name for name, hint in keys.items() if _is_entry(key, name, hint)), None)
+    if override.is_delete():
+        if inside:
+            return []
+        return [Problem(key, "a key cannot be removed", f"give it a value: {key}=VALUE")]
+    if _names_choice(key):
+        fix = f"write {section}={shown(value)}"
+        return [Problem(key, "this names the choice of the group and is not set by itself", fix, shown(value))]
+    try:
+        if inside:
+            convert(value, typing.get_args(keys[inside])[1], key)
+        elif key in keys:
+            convert(value, keys[key], key)
+        elif (owner := _section_class(key, classes)) is not None:
+            build(owner, value, key)
+        else:
+            return [_unknown_key(key, keys, classes, groups, value)]
+    except UserError as error:
+        return error.problems
+    if override.is_add() and not override.is_force_add() and not inside:
+        return [Problem(key, "the key exists already", f"write {key}={shown(value)}", shown(value))]
+    return []
+
+
+def _names_choice(key: str) -> bool:
+    """Whether the key is the `name` by which a section's class is known."""
+    section, _, name = key.partition(".")
+    return section in CHOICES and name == "name"
+
+
+def _is_entry(key: str, mapping: str, hint: Any) -> bool:
+    return typing.get_origin(hint) is dict and key.startswith(f"{mapping}.")
+
+
+def _section_class(key: str, classes: Mapping[str, type]) -> type | None:
+    """The class of a section or a section inside one (`trainer.early_stopping`), None if `key` is no section."""
+    from dstune.config.names import type_hints
+
+    first, *rest = key.split(".")
+    found = classes.get(first)
+    for name in rest:
+        found = type_hints(found).get(name) if found is not None else None
+    return found if isinstance(found, type) and hasattr(found, "__dataclass_fields__") else None
+
+
+def _unknown_key(
+    key: str, keys: Mapping[str, Any], classes: Mapping[str, type], groups: Mapping[str, Sequence[str]], value: Any
+) -> Problem:
+    section = key.split(".", 1)[0]
+    text = shown(value)
+    if other := choices_with(key):
+        chosen = next(name for name, cls in classes_of(section).items() if cls is classes[section])
+        fix = f"it is a key of {' and '.join(other)}: choose that or leave it out"
+        return Problem(key, f"{section}={chosen} has no such key", fix, text)
+    if "." not in key and (group := nearest(key, groups, cutoff=0.7)):
+        return Problem(key, "there is no such group or key", f"did you mean {group}={text}?", text)
+    similar = suggest_key(key, keys) or suggest_key(key, all_keys())
+    reason = f"{section} has no such key" if section in sections() else "there is no such key"
+    if similar:
+        return Problem(key, reason, f"did you mean {similar}={_carried(similar, key, text)}?", text)
+    if section in sections():
+        own = ", ".join(name for name in keys if name.startswith(f"{section}.") and not _names_choice(name))
+        return Problem(key, reason, f"it has {own}" if own else f"{section} has no keys of its own", text)
+    return Problem(key, reason, "`dstune train --help` lists all keys", text)
+
+
+def _carried(similar: str, key: str, value: str) -> str:
+    """The value for a suggested key; that of another tool's switch (`bf16=true`) is the switch's name."""
+    if similar == "trainer.precision" and key in ("bf16", "fp16"):
+        return key
+    return "ROWS" if key == "gradient_accumulation_steps" else value

@@ -1,0 +1,355 @@
+"""What a configuration may not say: ranges of single values and rules between several, all problems reported at once.
+
+Pure: no file, no network, no hardware is looked at. What only a machine or the data can tell is checked where they are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from dstune.config.convert import shown, to_dict
+from dstune.config.schema import (
+    AdamWConfig,
+    Attention,
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    DataFormat,
+    Export,
+    HeadConfig,
+    LoraConfig,
+    Offload,
+    Precision,
+    RunConfig,
+    WarmupStableDecayConfig,
+)
+from dstune.errors import Problem, UserError
+
+METRICS = {
+    "chat": ("loss", "perplexity"),
+    "causal_lm": ("loss", "perplexity"),
+    "classification": ("loss", "accuracy", "f1_macro", "f1_micro"),
+}
+"""Evaluation metrics of each task that may decide which checkpoint is best."""
+
+TASK_OF_FORMAT = {
+    DataFormat.messages: "chat",
+    DataFormat.prompt_completion: "chat",
+    DataFormat.text: "causal_lm",
+    DataFormat.text_label: "classification",
+}
+
+MAY_CHANGE = ("launch.", "tracking.", "checkpoint.", "evaluate.", "run.", "zero.")
+"""Sections that a continued run may change: they decide where it runs and what it writes, not what it computes."""
+
+MAY_CHANGE_KEYS = (
+    "data.workers",
+    "trainer.activation_checkpointing",
+    "trainer.max_nonfinite_steps",
+    "trainer.early_stopping.patience",
+    "model.trust_remote_code",
+)
+MUST_STAY_KEYS = ("zero.stage",)
+
+
+def validate(config: RunConfig) -> None:
+    """Check everything that can be known from the configuration alone.
+
+    Raises:
+        UserError: every problem, each with key, value, reason and fix.
+    """
+    rules = (
+        check_ranges,
+        check_data,
+        check_task,
+        check_model,
+        check_method,
+        check_batches,
+        check_schedule,
+        check_zero,
+        check_evaluation,
+        check_run,
+    )
+    problems = [problem for rule in rules for problem in rule(config)]
+    if problems:
+        raise UserError(problems)
+
+
+def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
+    """Every number against the bounds that stand beside its field in the schema."""
+    for field in fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            yield from check_ranges(value, f"{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Problem(key, "must be a finite number", value=shown(value))
+        elif field.metadata and value is not None:
+            tests = {
+                "at_least": (lambda bound, value=value: value >= bound, "at least"),
+                "above": (lambda bound, value=value: value > bound, "more than"),
+                "at_most": (lambda bound, value=value: value <= bound, "at most"),
+                "below": (lambda bound, value=value: value < bound, "less than"),
+            }
+            broken = [
+                f"{tests[kind][1]} {bound:g}" for kind, bound in field.metadata.items() if not tests[kind][0](bound)
+            ]
+            if broken:
+                allowed = " and ".join(f"{tests[kind][1]} {bound:g}" for kind, bound in field.metadata.items())
+                yield Problem(key, f"must be {allowed}", value=shown(value))
+
+
+def check_data(config: RunConfig) -> Iterator[Problem]:
+    data, task = config.data, config.task.name
+    if not data.train:
+        yield Problem(
+            "data.train",
+            "no training rows are given",
+            "data.train=rows.jsonl, a sample (data=chitchat), or an experiment (experiment=quickstart)",
+            shown(data.train),
+        )
+    wanted = TASK_OF_FORMAT.get(data.format)
+    if wanted is not None and wanted != task:
+        formats = [form.name for form, of_task in TASK_OF_FORMAT.items() if of_task == task]
+        yield Problem(
+            "data.format",
+            f"rows of this format are for task={wanted}, but the task is {task}",
+            f"task={wanted}, or rows in the format {' or '.join(formats)}",
+            data.format.name,
+        )
+    if data.packing and isinstance(config.task, ClassificationConfig):
+        yield Problem("data.packing", "one row is one text in classification", "data.packing=false", "true")
+    held_out = [
+        (f"data.split.{name}", share)
+        for name, share, given in (
+            ("validation", data.split.validation, data.validation),
+            ("test", data.split.test, data.test),
+        )
+        if not given and share
+    ]
+    if sum(share for _, share in held_out) >= 1:
+        yield Problem(
+            " + ".join(key for key, _ in held_out),
+            "no row is left for training",
+            "let the shares sum to less than 1",
+            " + ".join(f"{share:g}" for _, share in held_out),
+        )
+
+
+def check_task(config: RunConfig) -> Iterator[Problem]:
+    task = config.task
+    if isinstance(task, ChatConfig) and task.template_date is not None:
+        try:
+            valid = datetime.date.fromisoformat(task.template_date).isoformat() == task.template_date
+        except ValueError:
+            valid = False
+        if not valid:
+            yield Problem(
+                "task.template_date",
+                "this is no date",
+                "write it as YYYY-MM-DD, or leave it out",
+                shown(task.template_date),
+            )
+    if isinstance(task, ClassificationConfig) and task.labels:
+        twice = sorted({label for label in task.labels if task.labels.count(label) > 1})
+        if twice:
+            reason = f"given more than once: {', '.join(twice)}"
+            yield Problem("task.labels", reason, "name each label once", shown(task.labels))
+        if len(task.labels) < 2:
+            yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", shown(task.labels))
+        if not all(label.strip() for label in task.labels):
+            yield Problem("task.labels", "a label is empty", "give each a name", shown(task.labels))
+
+
+def check_model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if not model.path.strip():
+        yield Problem("model.path", "no model is given", "model.path=ORG/MODEL, a folder, or model=smollm2", "''")
+    if model.revision is not None and model.path.startswith("sample://"):
+        yield Problem("model.revision", "a packaged sample has no revisions", "leave it out", shown(model.revision))
+    if model.attention is Attention.flash_attention_2 and config.trainer.precision is Precision.fp32:
+        yield Problem(
+            "model.attention",
+            "flash attention computes in bf16 and fp16 only, and trainer.precision is fp32",
+            "trainer.precision=bf16, or model.attention=sdpa",
+            model.attention.name,
+        )
+
+
+def check_method(config: RunConfig) -> Iterator[Problem]:
+    method = config.method
+    if isinstance(method, HeadConfig) and not isinstance(config.task, ClassificationConfig):
+        yield Problem("method", f"task={config.task.name} has no head of its own", "method=full or method=lora", "head")
+    if isinstance(method, LoraConfig):
+        modules = method.target_modules
+        if not modules:
+            fix = "method.target_modules=[all-linear], or module names such as [q_proj,v_proj]"
+            yield Problem("method.target_modules", "no module would get an adapter", fix, "[]")
+        if "all-linear" in modules and len(modules) > 1:
+            yield Problem(
+                "method.target_modules", "all-linear stands alone", "leave out the other names", shown(modules)
+            )
+    if isinstance(config.optimizer, AdamWConfig) and not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        yield Problem(
+            "optimizer.betas", "each has to be in [0, 1)", "for example [0.9,0.999]", shown(config.optimizer.betas)
+        )
+
+
+def check_batches(config: RunConfig) -> Iterator[Problem]:
+    trainer = config.trainer
+    if trainer.micro_batch_size > trainer.global_batch_size:
+        yield Problem(
+            "trainer.micro_batch_size",
+            f"a micro-batch cannot have more rows than the optimizer step "
+            f"(trainer.global_batch_size={trainer.global_batch_size})",
+            f"trainer.global_batch_size={trainer.micro_batch_size}, or a smaller micro-batch",
+            shown(trainer.micro_batch_size),
+        )
+
+
+def check_schedule(config: RunConfig) -> Iterator[Problem]:
+    schedule, max_steps = config.schedule, config.trainer.max_steps
+    decay = schedule.decay_ratio if isinstance(schedule, WarmupStableDecayConfig) else 0.0
+    if schedule.warmup_steps is None:
+        if schedule.warmup_ratio + decay > 1:
+            yield Problem(
+                "schedule.warmup_ratio + schedule.decay_ratio",
+                "warm-up and decay together are longer than the run",
+                "let them sum to at most 1",
+                f"{schedule.warmup_ratio:g} + {decay:g}",
+            )
+    elif max_steps is not None and schedule.warmup_steps > max_steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            f"the run ends before its warm-up (trainer.max_steps={max_steps})",
+            f"schedule.warmup_steps={max_steps // 10}, or more steps",
+            shown(schedule.warmup_steps),
+        )
+    elif max_steps is not None and schedule.warmup_steps + decay * max_steps > max_steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            f"warm-up and decay ({decay:g} of {max_steps} steps) together are longer than the run",
+            "fewer warm-up steps or a smaller schedule.decay_ratio",
+            shown(schedule.warmup_steps),
+        )
+
+
+def check_zero(config: RunConfig) -> Iterator[Problem]:
+    zero, precision = config.zero, config.trainer.precision
+    if zero.stage == 0 and precision in (Precision.bf16, Precision.fp16):
+        yield Problem(
+            "zero.stage",
+            f"DeepSpeed's stage 0 with {precision.name} makes a step with zero gradients before the first real one",
+            "zero=stage1, or trainer.precision=fp32",
+            "0",
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        value = getattr(zero, name)
+        if value is not Offload.none and zero.stage != 3:
+            reason = f"offloading needs stage 3, and zero.stage is {zero.stage}"
+            yield Problem(f"zero.{name}", reason, f"zero=stage3_offload, or zero.{name}=none", value.name)
+
+
+def check_evaluation(config: RunConfig) -> Iterator[Problem]:
+    evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, config.task
+    held_out = bool(config.data.validation) or config.data.split.validation > 0
+    rows = "data.validation=rows.jsonl or data.split.validation=0.05"
+    metrics = METRICS[task.name]
+    if stopping.metric not in metrics:
+        yield Problem(
+            "trainer.early_stopping.metric",
+            f"task={task.name} has no such metric",
+            f"one of {', '.join(metrics)}",
+            shown(stopping.metric),
+        )
+    every = "evaluate.every=N with N optimizer steps between evaluations"
+    wishes = (
+        ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
+        ("run.export", config.run.export is Export.best, "exporting the best weights", config.run.export, True),
+        ("evaluate.every", evaluate.every > 0, "evaluating", evaluate.every, False),
+        ("evaluate.samples", evaluate.samples > 0, "answering held-out prompts", evaluate.samples, False),
+    )
+    for key, wished, what, value, needs_cadence in wishes:
+        if not wished:
+            continue
+        if not held_out:
+            yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
+        if needs_cadence and evaluate.every == 0:
+            yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
+    if evaluate.samples > 0 and not isinstance(task, (ChatConfig, CausalLmConfig)):
+        reason = f"task={task.name} answers no prompts"
+        yield Problem("evaluate.samples", reason, "evaluate.samples=0", shown(evaluate.samples))
+
+
+def check_run(config: RunConfig) -> Iterator[Problem]:
+    for name in config.launch.export_env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            # A value would be on every rank's command line; the name is enough, and no secret is repeated here.
+            fix = (
+                "name the variable only; its value is that of this process" if "=" in name else "letters, digits and _"
+            )
+            yield Problem("launch.export_env", "this is no name of an environment variable", fix, name.split("=")[0])
+    name = config.run.name
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\\0\n]", name):
+        yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", shown(name) or "''")
+    for key in ("dir", "resume"):
+        value = getattr(config.run, key)
+        if value is not None and not value.strip():
+            yield Problem(f"run.{key}", "this is empty", "give a path, or leave it out", "''")
+
+
+def check_resume(old: RunConfig, new: RunConfig) -> None:
+    """Whether a run that `old` began may go on as `new`.
+
+    Launch, tracking, run, checkpoint and evaluation settings may change, ZeRO settings except the stage, and the run
+    may become longer. Everything else would change the trajectory, so it has to be equal.
+
+    Raises:
+        UserError: every key that may not change, with the old value as fix.
+    """
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    problems = []
+    for section in ("task", "method", "optimizer", "schedule"):
+        key = f"{section}.name"
+        if before[key] != after[key]:
+            problems.append(
+                Problem(section, f"the run began with {before[key]}", f"{section}={before[key]}", shown(after[key]))
+            )
+    changed_groups = tuple(f"{problem.where}." for problem in problems)
+    for key in [*before, *(key for key in after if key not in before)]:
+        then, now = before.get(key), after.get(key)
+        free = key.startswith(MAY_CHANGE) and key not in MUST_STAY_KEYS
+        if then == now or free or key in MAY_CHANGE_KEYS or key.startswith(changed_groups):
+            continue
+        if key in ("trainer.max_steps", "trainer.epochs"):
+            if then is None or now is None:
+                reason = (
+                    "the run's length was given by epochs" if then is None else "the run's length was given in steps"
+                )
+                fix = "leave it out; trainer.epochs=N prolongs it" if then is None else f"{key}={then} or more"
+                problems.append(Problem(key, reason, fix, shown(now)))
+            elif now < then:
+                problems.append(
+                    Problem(key, f"a run can become longer, not shorter than {then}", f"{key}={then}", shown(now))
+                )
+            continue
+        reason = f"the run began with {shown(then)}, and another value would change its course"
+        problems.append(Problem(key, reason, f"{key}={shown(then)}, or begin a new run in another run.dir", shown(now)))
+    if problems:
+        raise UserError(problems)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{key}."))
+        else:
+            flat[key] = value
+    return flat
