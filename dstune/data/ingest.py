@@ -1,0 +1,150 @@
+"""Files to checked rows on disk: one Arrow file of rows as JSON text, so that memory holds none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from dstune.config.schema import ChatConfig, ClassificationConfig, DataFormat, OnBadRow, RunConfig
+from dstune.data import sources
+from dstune.data.rows import RowError, canonical, normalise, recognise
+from dstune.data.split import content_hash
+from dstune.errors import Problem, UserError
+
+SHOWN_BAD_ROWS = 10
+
+ROWS_PER_BATCH = 1000
+
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.large_string()),
+        ("number", pa.int64()),
+        ("hash", pa.uint64()),
+        ("label", pa.string()),
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+    ]
+)
+
+
+class BadRows:
+    """Rows that cannot be used: collected to be listed together, or only counted (`data.on_bad_row=skip`)."""
+
+    def __init__(self, policy: OnBadRow):
+        self._policy = policy
+        self._problems: list[Problem] = []
+        self.count = 0
+
+    def add(self, place: str, reason: str) -> None:
+        self.count += 1
+        if len(self._problems) < SHOWN_BAD_ROWS:
+            self._problems.append(Problem(where=place, reason=reason))
+
+    def raise_if_any(self) -> None:
+        """Raises UserError with the first bad rows and the number of the others, unless they are to be skipped."""
+        if not self.count or self._policy is OnBadRow.skip:
+            return
+        *problems, last = self._problems
+        others = self.count - len(self._problems)
+        more = f" (and {others} more bad row{'s' if others > 1 else ''})" if others else ""
+        fix = "mend the file, or set data.on_bad_row=skip to drop and count such rows"
+        raise UserError([*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)])
+
+
+@dataclass(frozen=True)
+class Table:
+    """The good rows of one part, memory-mapped, in file order."""
+
+    data: datasets.Dataset
+    """Columns of `_SCHEMA`: `row` is the normalised row as JSON text, `number` counts from 0."""
+    files: list[Path]
+    format: DataFormat
+    rows_read: int
+    bad_rows: int
+    hashes: np.ndarray
+    """uint64 [rows]."""
+    labels: np.ndarray | None
+    """Label names [rows], for classification."""
+
+    def place(self, number: int) -> str:
+        """`FILE:LINE` of a row."""
+        fields = self.data[int(number)]
+        return sources.place(self.files[fields["file"]], fields["line"])
+
+
+def ingest(files: list[Path], config: RunConfig, target: Path, bad: BadRows) -> Table:
+    """Read and check all rows of `files` into `target`. Bad rows go to `bad`.
+
+    Raises UserError if the columns are those of no format, a file is unreadable as a whole, or there is no row at all.
+    """
+    reader = _Reader(files, config, bad)
+    already_bad = bad.count
+    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, _SCHEMA) as writer:
+        for batch in reader.batches():
+            writer.write_batch(batch)
+    if not reader.rows_read:
+        names = ", ".join(str(file) for file in files)
+        raise UserError(Problem(where=names, reason="holds no rows", fix="give a file with at least one row"))
+    data = datasets.Dataset.from_file(str(target))
+    columns = data.data.table
+    hashes = columns["hash"].to_numpy()
+    labels = None
+    if isinstance(config.task, ClassificationConfig):
+        labels = np.array(columns["label"].to_pylist(), dtype=object).astype(str)
+    assert reader.format is not None or bad.count, "rows without a format"
+    fmt = reader.format or DataFormat.auto
+    return Table(data, files, fmt, reader.rows_read, bad.count - already_bad, hashes, labels)
+
+
+class _Reader:
+    def __init__(self, files: list[Path], config: RunConfig, bad: BadRows):
+        self._files = files
+        self._data = config.data
+        self._task = config.task
+        self._bad = bad
+        self._needs_answer = not (isinstance(config.task, ChatConfig) and config.task.train_on_prompt)
+        self.format: DataFormat | None = None
+        self.rows_read = 0
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        waiting: list[tuple] = []
+        number = 0
+        for file_number, file in enumerate(self._files):
+            for raw in sources.read(file):
+                self.rows_read += 1
+                try:
+                    row, content_hash_value, label = self._check(raw)
+                except RowError as error:
+                    self._bad.add(raw.place, str(error))
+                    continue
+                waiting.append((row, number, content_hash_value, label, file_number, raw.line))
+                number += 1
+                if len(waiting) == ROWS_PER_BATCH:
+                    yield _batch(waiting)
+                    waiting.clear()
+        if waiting:
+            yield _batch(waiting)
+
+    def _check(self, raw: sources.RawRow) -> tuple[str, int, str | None]:
+        """The row as JSON text, its hash and its label. Raises RowError."""
+        if raw.fields is None:
+            raise RowError(raw.error)
+        if self.format is None:
+            self.format = recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)
+        row = normalise(raw.fields, self.format, self._data.columns, needs_answer=self._needs_answer)
+        label = row.get("label")
+        if isinstance(self._task, ClassificationConfig) and self._task.labels and label not in self._task.labels:
+            raise RowError(f"label {label!r} is not among task.labels ({', '.join(self._task.labels)})")
+        content = canonical(row)
+        return content.decode("utf-8"), content_hash(content, self._data.split.seed), label
+
+
+def _batch(rows: list[tuple]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=_SCHEMA)

@@ -1,0 +1,59 @@
+"""What the data path hands to training: memory-mapped samples, their lengths and weights, and prompts to show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one part (train, validation or test)."""
+
+    name: str
+    table: datasets.Dataset
+    """`input_ids` list<int32> with `labels` list<int32> (-100 = no target, not shifted, the first one always -100), or
+    for classification with `label` int."""
+    lengths: np.ndarray
+    """Tokens of each sample, int32 [samples]."""
+    weights: np.ndarray
+    """Targets that each sample adds to the loss, int64 [samples]; 1 for classification."""
+
+    @cached_property
+    def _arrays(self) -> datasets.Dataset:
+        return self.table.with_format("numpy")
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """One sample as numpy arrays."""
+        return self._arrays[index]
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A held-out prompt that the model answers before and after training."""
+
+    input_ids: list[int]
+    """The rendered prompt, the generation prompt included."""
+    text: str
+    """The prompt as shown to the user."""
+    reference: str
+    """What the data answers."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    train: Split
+    validation: Split | None
+    test: Split | None
+    labels: tuple[str, ...] = ()
+    """Label names in the order of their indices; empty except for classification."""
+    prompts: list[SamplePrompt] = field(default_factory=list)
+    """Held-out prompts, always the same ones; empty where there is no validation split or nothing to generate."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """By part: rows read, bad rows skipped, truncated, dropped, samples, tokens, targets."""
+    fingerprint: str = ""
+    """Digest of content, tokenizer, settings and code: equal for equal samples."""

@@ -1,0 +1,58 @@
+"""Held-out prompts that the model answers before and after training."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from dstune.data.ingest import Table
+from dstune.data.prepared import SamplePrompt
+from dstune.data.render import RenderError
+from dstune.data.tokenize import RowTokenizer, conversation
+
+TEXT_PROMPT_TOKENS = 16
+"""How much of a document the model gets to see before it goes on by itself."""
+
+TEXT_REFERENCE_TOKENS = 64
+
+
+def sample_prompts(
+    encode: RowTokenizer, table: Table, indices: np.ndarray, count: int, max_length: int
+) -> list[SamplePrompt]:
+    """The first `count` different prompts of at most `max_length` tokens among the rows `indices`."""
+    prompts: dict[tuple[int, ...], SamplePrompt] = {}
+    for index in indices:
+        row = json.loads(table.data[int(index)]["row"])
+        prompt = _from_text(encode, row["text"]) if "text" in row else _from_chat(encode, row)
+        if prompt is not None and len(prompt.input_ids) <= max_length:
+            prompts.setdefault(tuple(prompt.input_ids), prompt)
+        if len(prompts) == count:
+            break
+    return list(prompts.values())
+
+
+def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:
+    """The turns up to the assistant's first one."""
+    messages = conversation(row)
+    first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    if not first:
+        return None
+    asked = messages[:first]
+    shown = "\n".join(message["content"] for message in asked if message["role"] != "system")
+    reference = messages[first].get("content") or ""
+    if encode.renderer is None:
+        return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), shown, reference)
+    try:
+        return SamplePrompt(encode.renderer.prompt_ids(asked, tools=row.get("tools")), shown, reference)
+    except RenderError:
+        return None
+
+
+def _from_text(encode: RowTokenizer, text: str) -> SamplePrompt | None:
+    ids = encode.plain_prompt_ids(text)
+    cut = min(TEXT_PROMPT_TOKENS, len(ids) // 2)
+    if not cut:
+        return None
+    return SamplePrompt(ids[:cut], encode.decode(ids[:cut]), encode.decode(ids[cut : cut + TEXT_REFERENCE_TOKENS]))

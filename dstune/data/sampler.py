@@ -1,0 +1,222 @@
+"""Which samples make up each optimizer step: a pure function of (seed, epoch), the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from dstune.data.pack import best_fit, group
+
+Row = tuple[int, ...]
+"""Samples that share one row of the model's input: one without packing, several with it."""
+
+PAD_MULTIPLE = 8
+"""Unpacked rows are padded to a multiple of this: fewer different shapes, and what tensor cores want."""
+
+BUCKET_MICRO_BATCHES = 50
+"""Length grouping sorts this many micro-batches together: enough to save padding, few enough to stay random."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    index: int
+    """Position in the window; rank `index % world` computes it."""
+    rows: tuple[Row, ...]
+    filler: bool = False
+    """Its content counts for nothing: it is there so that all ranks make equally many steps."""
+
+    @property
+    def samples(self) -> list[int]:
+        return [sample for row in self.rows for sample in row]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step."""
+
+    epoch: int
+    index: int
+    micro_batches: tuple[MicroBatch, ...]
+    weight: int
+    """Targets of all its samples: what the summed loss is divided by."""
+    tokens: int
+    """Tokens without padding."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Rows of one epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`."""
+
+    epoch: int
+    samples: np.ndarray
+    starts: np.ndarray
+
+    def row(self, number: int) -> Row:
+        return tuple(self.samples[self.starts[number] : self.starts[number + 1]].tolist())
+
+
+class TrainingOrder:
+    """The order of all samples over all epochs.
+
+    lengths, weights: tokens and targets of each sample, [samples]. `global_batch_size` rows make a window, cut into
+    micro-batches of `micro_batch_size` rows; where one does not divide the other, a window's last micro-batch
+    is smaller, and an epoch's last window may be short. A window never spans epochs.
+
+    With `packing` a row holds several samples, at most `max_length` tokens (best fit); without it `length_grouping`
+    puts samples of similar length into one micro-batch.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        weights: np.ndarray,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        max_length: int,
+        packing: bool,
+        length_grouping: bool,
+        seed: int,
+    ):
+        assert len(lengths) == len(weights) > 0, "an order needs samples"
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._weights = np.asarray(weights, dtype=np.int64)
+        self._micro = min(micro_batch_size, global_batch_size)
+        self._global = global_batch_size
+        self._max_length = max_length
+        self._packing = packing
+        self._length_grouping = length_grouping
+        self._seed = seed
+        self._cached: _Plan | None = None
+        # Best fit needs as many rows in any order of the samples, so every epoch has as many windows as the first.
+        self._rows = len(self._plan(0).starts) - 1
+
+    def windows(self, epoch: int) -> int:
+        """Optimizer steps in this epoch."""
+        return -(-self._rows // self._global)
+
+    def steps(self, epochs: int) -> int:
+        """Optimizer steps in `epochs` epochs."""
+        return epochs * self.windows(0)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch and window of the optimizer step `step`, counted from 0."""
+        return divmod(step, self.windows(0))
+
+    def window(self, epoch: int, index: int) -> Window:
+        """Window `index` of `epoch`, both from 0."""
+        assert 0 <= index < self.windows(epoch), f"epoch {epoch} has no window {index}"
+        plan = self._plan(epoch)
+        first = index * self._global
+        last = min(first + self._global, self._rows)
+        micro_batches = tuple(
+            MicroBatch(number, tuple(plan.row(row) for row in range(start, min(start + self._micro, last))))
+            for number, start in enumerate(range(first, last, self._micro))
+        )
+        samples = plan.samples[plan.starts[first] : plan.starts[last]]
+        weight, tokens = int(self._weights[samples].sum()), int(self._lengths[samples].sum())
+        return Window(epoch, index, micro_batches, weight, tokens)
+
+    def efficiency(self, epoch: int) -> float:
+        """Share of the positions computed in this epoch that hold a token instead of padding."""
+        plan = self._plan(epoch)
+        row_lengths = np.add.reduceat(self._lengths[plan.samples], plan.starts[:-1])
+        starts = np.concatenate(
+            [
+                np.arange(first, min(first + self._global, self._rows), self._micro)
+                for first in range(0, self._rows, self._global)
+            ]
+        )
+        sizes = np.diff(np.append(starts, self._rows))
+        widths = np.maximum.reduceat(row_lengths, starts)
+        if not self._packing:
+            widths = -(-widths // PAD_MULTIPLE) * PAD_MULTIPLE
+        return float(row_lengths.sum() / (sizes * widths).sum())
+
+    def _plan(self, epoch: int) -> _Plan:
+        if self._cached is None or self._cached.epoch != epoch:
+            self._cached = self._make_plan(epoch)
+        return self._cached
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        # RandomState, since numpy keeps its streams the same in every version: a run resumed after an upgrade goes on
+        # with the same samples.
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
+        shuffled = random.permutation(len(self._lengths))
+        if self._packing:
+            rows = best_fit(self._lengths[shuffled], self._max_length)
+            samples, starts = group(rows)
+            order = random.permutation(len(starts) - 1)
+            sizes = np.diff(starts)[order]
+            new_starts = np.concatenate([[0], np.cumsum(sizes)])
+            # Positions of the rows' samples after the rows changed places.
+            moved = np.repeat(starts[order] - new_starts[:-1], sizes) + np.arange(len(samples))
+            return _Plan(epoch, shuffled[samples[moved]], new_starts)
+        if self._length_grouping:
+            shuffled = self._grouped(shuffled, random)
+        return _Plan(epoch, shuffled, np.arange(len(shuffled) + 1))
+
+    def _grouped(self, shuffled: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+        """Samples in an order in which each micro-batch holds similar lengths.
+
+        The epoch is laid out as slots of one micro-batch each. Slots in random order take bucket after bucket of the
+        shuffled samples, sorted by length, so which lengths come when stays random.
+        """
+        total = len(shuffled)
+        starts = np.concatenate(
+            [np.arange(first, min(first + self._global, total), self._micro) for first in range(0, total, self._global)]
+        )
+        sizes = np.diff(np.append(starts, total))
+        slots = random.permutation(len(starts))
+        grouped = np.empty_like(shuffled)
+        taken = 0
+        for first in range(0, len(slots), BUCKET_MICRO_BATCHES):
+            bucket_slots = slots[first : first + BUCKET_MICRO_BATCHES]
+            count = int(sizes[bucket_slots].sum())
+            bucket = shuffled[taken : taken + count]
+            bucket = bucket[np.argsort(self._lengths[bucket], kind="stable")]
+            taken += count
+            used = 0
+            for slot in bucket_slots:
+                size = sizes[slot]
+                grouped[starts[slot] : starts[slot] + size] = bucket[used : used + size]
+                used += size
+        return grouped
+
+
+def share(work: Window | Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
+    """The micro-batches that `rank` of `world` computes: those whose position is `rank` modulo `world`.
+
+    Every rank gets equally many: the rest is filled with copies of the first one that count for nothing, each with an
+    index of its own.
+
+    Example, 5 micro-batches on 3 ranks: rank 0 gets 0 and 3, rank 1 gets 1 and 4, rank 2 gets 2 and filler 5.
+    """
+    micro_batches = list(work.micro_batches if isinstance(work, Window) else work)
+    assert micro_batches, "no micro-batch to share"
+    rounds = -(-len(micro_batches) // world)
+    for index in range(len(micro_batches), rounds * world):
+        micro_batches.append(replace(micro_batches[0], index=index, filler=True))
+    return micro_batches[rank::world]
+
+
+def evaluation_batches(
+    lengths: np.ndarray, *, micro_batch_size: int, max_length: int, packing: bool
+) -> list[MicroBatch]:
+    """Micro-batches that hold every sample exactly once; without packing sorted by length, the longest first.
+
+    lengths: tokens of each sample, [samples]. The longest come first so that a lack of memory shows at once.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if packing:
+        samples, starts = group(best_fit(lengths, max_length))
+        rows = [tuple(samples[start:end].tolist()) for start, end in pairwise(starts)]
+    else:
+        rows = [(int(sample),) for sample in np.argsort(-lengths, kind="stable")]
+    return [
+        MicroBatch(index, tuple(rows[start : start + micro_batch_size]))
+        for index, start in enumerate(range(0, len(rows), micro_batch_size))
+    ]

@@ -1,0 +1,129 @@
+"""Tokenize rows with `datasets.map` and write the samples, their lengths and weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dstune.data.ingest import BadRows, Table
+from dstune.data.tokenize import RowTokenizer
+
+MIN_ROWS_FOR_PROCESSES = 2000
+"""Starting processes takes a second or two, in which one process tokenizes about this many rows."""
+
+MIN_ROWS_PER_PROCESS = 500
+
+ROWS_PER_BATCH = 100
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one part."""
+
+    samples: int = 0
+    truncated: int = 0
+    """Rows longer than `data.max_length`: cut, or for causal_lm divided."""
+    dropped: int = 0
+    """Rows left out because `data.max_length` cut off all their targets."""
+    bad_rows: int = 0
+    """Rows in which tokenization found a fault."""
+    tokens: int = 0
+    targets: int = 0
+    shortest: int = 0
+    """Tokens of the shortest row before it was cut."""
+    longest: int = 0
+
+
+def write_samples(
+    table: Table,
+    indices: np.ndarray,
+    encode: RowTokenizer,
+    folder: Path,
+    part: str,
+    bad: BadRows,
+    *,
+    work: Path,
+    workers: int,
+) -> Counts:
+    """Write `PART.arrow`, `PART.lengths.npy` and `PART.weights.npy` to `folder` for the rows `indices` of `table`.
+
+    workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
+    """
+    chosen = table.data.select(indices).select_columns(["row", "number"])
+    processes = _processes(len(chosen), workers)
+    with _tokenizer_threads(enabled=processes == 1):
+        mapped = chosen.map(
+            encode,
+            batched=True,
+            batch_size=ROWS_PER_BATCH,
+            remove_columns=["row", "number"],
+            features=encode.features,
+            num_proc=processes if processes > 1 else None,
+            cache_file_name=str(work / f"{part}.samples.arrow"),
+            load_from_cache_file=False,
+            # datasets would pickle the tokenizer to name its own cache, which is not used here.
+            new_fingerprint=f"{part}-samples",
+        )
+    return _keep_good(mapped, table, folder / part, bad)
+
+
+def _keep_good(mapped: datasets.Dataset, table: Table, target: Path, bad: BadRows) -> Counts:
+    """Copy the samples that have targets, without the columns that only served to count."""
+    counts = Counts()
+    kept_columns = [name for name in ("input_ids", "labels", "label") if name in mapped.column_names]
+    schema = pa.schema([mapped.data.table.schema.field(name) for name in kept_columns])
+    lengths, weights, row_lengths = [], [], []
+    with pa.OSFile(f"{target}.arrow", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+        for batch in mapped.data.table.to_batches():
+            faulty = pc.not_equal(batch["problem"], "").to_numpy(zero_copy_only=False)
+            for position in np.flatnonzero(faulty):
+                bad.add(table.place(batch["number"][position].as_py()), batch["problem"][position].as_py())
+            weight = batch["weight"].to_numpy()
+            empty = ~faulty & (weight == 0)
+            good = ~faulty & ~empty
+            cut = batch["truncated"].to_numpy(zero_copy_only=False) & ~faulty
+            counts.bad_rows += int(faulty.sum())
+            counts.dropped += int(empty.sum())
+            counts.truncated += len(np.unique(batch["number"].to_numpy()[cut]))
+            kept = batch.select(kept_columns).filter(pa.array(good))
+            writer.write_batch(kept)
+            lengths.append(pc.list_value_length(kept["input_ids"]).to_numpy().astype(np.int32))
+            weights.append(weight[good])
+            row_lengths.append(batch["length"].to_numpy()[~faulty])
+    all_lengths, all_weights, all_rows = (np.concatenate(arrays) for arrays in (lengths, weights, row_lengths))
+    np.save(f"{target}.lengths.npy", all_lengths)
+    np.save(f"{target}.weights.npy", all_weights)
+    counts.samples, counts.tokens, counts.targets = len(all_lengths), int(all_lengths.sum()), int(all_weights.sum())
+    if len(all_rows):
+        counts.shortest, counts.longest = int(all_rows.min()), int(all_rows.max())
+    return counts
+
+
+def _processes(rows: int, workers: int) -> int:
+    if rows < MIN_ROWS_FOR_PROCESSES:
+        return 1
+    return max(1, min(workers or len(os.sched_getaffinity(0)), rows // MIN_ROWS_PER_PROCESS))
+
+
+@contextmanager
+def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
+    """Threads inside the tokenizer, or processes around it, but not both: they would fight for the same cores (and
+    a process forked after the threads started would wait for them for ever)."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true" if enabled else "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
