@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from dstune import __version__
 from dstune.config import overrides as user_overrides
 from dstune.config.convert import (
@@ -30,10 +28,10 @@ from dstune.config.convert import (
     shown,
     to_dict,
     to_yaml,
-    yaml_problem,
 )
-from dstune.config.hydra_session import ROOT_CONFIG, group_options, session, unknown_choice
-from dstune.config.names import default_classes, sections, suggest_key
+from dstune.config.hydra_errors import problem_of
+from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
+from dstune.config.names import default_classes, sections
 from dstune.config.schema import CHOICES, ChatConfig, RunConfig
 from dstune.config.validate import check_resume
 from dstune.errors import Problem, UserError
@@ -45,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Composed",
     "apply_overrides",
+    "classes_for",
     "compose",
     "continue_run",
     "from_yaml",
@@ -115,20 +114,22 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
     if not problems and not any(user_overrides.is_hydra_setting(override) for override in parsed):
         try:
             return action(texts)
+        except UserError:
+            raise
         except Exception as error:  # Hydra and OmegaConf raise kinds of their own, ValueError, YAMLError, ...
             refused = error
     searched = [str(override.input_line) for override in parsed if override.key_or_group == "hydra.searchpath"]
     try:
         groups = group_options(hydra, searched)
-        problems += user_overrides.check(parsed, groups, lambda good: _classes(hydra, good))
+        problems += user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
     except UserWarning as warning:
         refused = warning
     if refused is not None and not problems:
-        problems = [_problem(refused)]
+        problems = [problem_of(refused, hydra)]
     raise UserError(problems)
 
 
-def _classes(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
+def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
     """The class of each section for these (good) choices of groups; the default one where a file is broken.
 
     What is wrong with the file itself is reported when nothing is wrong with the overrides.
@@ -144,48 +145,6 @@ def _classes(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
     return classes
 
 
-# ---- Hydra's own errors ----
-
-
-def _problem(error: BaseException) -> Problem:
-    """What the user has to change for an error that Hydra, OmegaConf or the YAML reader raised over a file."""
-    from hydra.errors import MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, UserWarning):
-        return Problem("hydra.searchpath", str(error), "give folders that exist")
-    if isinstance(error, yaml.YAMLError):
-        mark = getattr(error, "problem_mark", None)
-        return yaml_problem(error, mark.name if mark else "a configuration file")
-    if isinstance(error, MissingConfigException):
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        place = re.match(r"In '([^']+)'", str(error))
-        where = f"{place[1]}.yaml" if place else group
-        problem = unknown_choice(group, choice, list(error.options or []))
-        return Problem(where, f"{problem.reason}: {choice}", problem.fix)
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(error)
-    place = re.match(r"In '([^']+)'", text)
-    where = f"{place[1]}.yaml" if place else "configuration"
-    if isinstance(cause, OmegaConfBaseException):
-        key = str(cause.full_key or "")
-        reason = str(cause.msg or cause).splitlines()[0]
-        similar = suggest_key(key, _known_keys()) if "not in" in reason else None
-        return Problem(
-            where if place or not key else key,
-            f"{key}: {reason}" if key and place else reason,
-            f"did you mean {similar}?" if similar and similar != key else "",
-        )
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return Problem(where, " ".join(lines[:3]) if lines else type(error).__name__)
-
-
-def _known_keys() -> list[str]:
-    from dstune.config.names import all_keys
-
-    return list(all_keys())
-
-
 # ---- DictConfig to plain values ----
 
 
@@ -197,7 +156,7 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
     """
     problems: list[Problem] = []
     raw = {
-        section: _plain_node(composed[section], section, composed, problems)
+        str(section): _plain_node(composed[section], str(section), composed, problems)
         for section in composed
         if section != "hydra"
     }
@@ -232,14 +191,14 @@ def _plain_node(node: Any, path: str, root: DictConfig, problems: list[Problem])
 
     if isinstance(node, ListConfig):
         return [item(index, f"{path}[{index}]") for index in range(len(node))]
-    return {str(key): item(key, f"{path}.{key}") for key in node}
+    return {str(key): item(key, f"{path}.{key!s}") for key in node}
 
 
 def _written(node: Any, key: Any) -> str:
     """The text of a reference as it was written."""
     from omegaconf import OmegaConf
 
-    return str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index,call-overload]
+    return str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index]
 
 
 def _expand(text: str, where: str, root: DictConfig) -> str:

@@ -33,8 +33,8 @@ class EnvironmentText(str):
         text.reference = reference
         return text
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return str(self), self.reference
+    def __reduce__(self) -> tuple[type[EnvironmentText], tuple[str, str]]:
+        return EnvironmentText, (str(self), self.reference)
 
 
 def resolve_text(text: str, where: str) -> EnvironmentText:
@@ -80,7 +80,7 @@ def describe(hint: Any) -> str:
         list: "a list such as [a,b]",
         tuple: "two numbers such as [0.9,0.95]",
         dict: "a mapping such as {a: b}",
-    }.get(origin, "a section with keys")  # type: ignore[arg-type]
+    }.get(origin, "a section with keys")
 
 
 def is_optional(hint: Any) -> bool:

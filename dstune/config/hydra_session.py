@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -102,8 +103,19 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
             # As Hydra's --config-dir does it: in front of the schema, behind the application's own files.
             search_path.prepend("command-line", f"file://{Path(extra).resolve()}", SearchPathQuery(provider="schema"))
         if config_dirs:
-            hydra.config_loader.repository.initialize_sources(search_path)  # type: ignore[attr-defined]
+            hydra.config_loader.repository.initialize_sources(search_path)
         yield hydra
+
+
+@contextmanager
+def program_name() -> Iterator[None]:
+    """Let Hydra print `dstune` as the program: it looks at argv, which is __main__.py for `python -m dstune`."""
+    argv = sys.argv
+    sys.argv = ["dstune"]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -114,7 +126,7 @@ def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[
         if searched:
             return hydra.config_loader.get_group_options(group, kind, ROOT_CONFIG, list(searched))
         # The loader copies its whole repository for every question: 0.3 s for all groups.
-        return hydra.config_loader.repository.get_group_options(group, kind)  # type: ignore[attr-defined]
+        return hydra.config_loader.repository.get_group_options(group, kind)
 
     groups = [group for group in options("", ObjectType.GROUP) if group not in HIDDEN_GROUPS]
     return {

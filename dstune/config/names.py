@@ -103,6 +103,12 @@ def all_keys() -> dict[str, Any]:
     }
 
 
+def names_choice(key: str) -> bool:
+    """Whether the key is the `name` by which a section's class is known (`method.name`): chosen, not set."""
+    section, _, name = key.partition(".")
+    return section in CHOICES and name == "name"
+
+
 def choices_with(key: str) -> list[str]:
     """The choices (`method=lora`) whose class has `key`; empty for keys of sections without choices."""
     section = key.split(".", 1)[0]

@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import build, convert, shown
-from dstune.config.names import all_keys, choices_with, classes_of, keys_of, nearest, sections, suggest_key
+from dstune.config.names import (
+    all_keys,
+    choices_with,
+    classes_of,
+    keys_of,
+    names_choice,
+    nearest,
+    sections,
+    suggest_key,
+)
 from dstune.config.schema import CHOICES
 from dstune.errors import Problem, UserError
 
@@ -174,7 +183,7 @@ def _value_problems(
         if inside:
             return []
         return [Problem(key, "a key cannot be removed", f"give it a value: {key}=VALUE")]
-    if _names_choice(key):
+    if names_choice(key):
         fix = f"write {section}={shown(value)}"
         return [Problem(key, "this names the choice of the group and is not set by itself", fix, shown(value))]
     try:
@@ -191,12 +200,6 @@ def _value_problems(
     if override.is_add() and not override.is_force_add() and not inside:
         return [Problem(key, "the key exists already", f"write {key}={shown(value)}", shown(value))]
     return []
-
-
-def _names_choice(key: str) -> bool:
-    """Whether the key is the `name` by which a section's class is known."""
-    section, _, name = key.partition(".")
-    return section in CHOICES and name == "name"
 
 
 def _is_entry(key: str, mapping: str, hint: Any) -> bool:
@@ -230,7 +233,7 @@ def _unknown_key(
     if similar:
         return Problem(key, reason, f"did you mean {similar}={_carried(similar, key, text)}?", text)
     if section in sections():
-        own = ", ".join(name for name in keys if name.startswith(f"{section}.") and not _names_choice(name))
+        own = ", ".join(name for name in keys if name.startswith(f"{section}.") and not names_choice(name))
         return Problem(key, reason, f"it has {own}" if own else f"{section} has no keys of its own", text)
     return Problem(key, reason, "`dstune train --help` lists all keys", text)
 

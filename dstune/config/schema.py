@@ -307,7 +307,7 @@ class ZeroConfig:
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
     metric: str = "loss"
-    """Evaluation metric that decides which checkpoint is best (`loss`, `perplexity`, `accuracy`, `f1_macro`)."""
+    """Evaluation metric that decides which checkpoint is best: `loss`, `perplexity`, `accuracy`, `f1_macro`, ..."""
     patience: int = setting(0, at_least=0)
     """Stop after this many evaluations without an improvement; 0 never stops."""
     min_delta: float = setting(0.0, at_least=0.0)
@@ -392,8 +392,11 @@ class WandbConfig:
 @dataclass(frozen=True)
 class TrackingConfig:
     project: str = "dstune"
+    """W&B project."""
     group: str | None = None
+    """W&B group, for runs that belong together."""
     tags: list[str] = setting([])
+    """W&B tags."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

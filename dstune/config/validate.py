@@ -31,8 +31,8 @@ from dstune.config.schema import (
 from dstune.errors import Problem, UserError
 
 METRICS = {
-    "chat": ("loss", "perplexity"),
-    "causal_lm": ("loss", "perplexity"),
+    "chat": ("loss", "perplexity", "token_accuracy"),
+    "causal_lm": ("loss", "perplexity", "token_accuracy"),
     "classification": ("loss", "accuracy", "f1_macro", "f1_micro"),
 }
 """Evaluation metrics of each task that may decide which checkpoint is best."""

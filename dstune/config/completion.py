@@ -1,0 +1,120 @@
+"""Completion of `dstune VERB key=value ...` in the shell.
+
+Hydra's own engine expects the overrides right behind the program's name; here a verb stands between. Hydra's scripts
+for bash, zsh and fish are used as they are: they call `dstune -sc query=SHELL` with the line in COMP_LINE.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from dstune.config.convert import is_optional
+from dstune.config.names import keys_of, names_choice
+from dstune.errors import Problem, UserError
+
+FILES = ("data.train", "data.validation", "data.test", "model.path", "model.chat_template", "run.dir", "run.resume")
+FLAGS = (
+    "--cfg",
+    "--config-dir",
+    "--help",
+    "--hydra-help",
+    "--info",
+    "--package",
+    "--resolve",
+    "--shell-completion",
+)
+WITH_VALUE = ("--cfg", "-c", "--config-dir", "-cd", "--package", "-p")
+
+
+def complete(line: str, verbs: Sequence[str]) -> list[str]:
+    """What the last word of a command line may become; empty when nothing fits. Never raises."""
+    words = line.split()[1:]
+    word = "" if line.endswith(" ") or not words else words.pop()
+    if not words:
+        return [verb for verb in verbs if verb.startswith(word)]
+    verb, *given = words
+    if verb not in verbs:
+        return []
+    if given and given[-1] in ("--cfg", "-c"):
+        return [kind for kind in ("job", "hydra", "all") if kind.startswith(word)]
+    if word.startswith("-"):
+        return [flag for flag in FLAGS if flag.startswith(word)]
+    found = [] if "=" in word or verb == "train" else _files(word)
+    try:
+        found += _overrides(word, given)
+    except Exception:  # a half-written line may be wrong in any way, and a traceback would land in the user's prompt
+        return sorted(found)
+    return sorted(found)
+
+
+def _overrides(word: str, given: Sequence[str]) -> list[str]:
+    from dstune.config.compose import classes_for
+    from dstune.config.hydra_session import group_options, session
+
+    folders = [given[i + 1] for i, text in enumerate(given[:-1]) if text in ("--config-dir", "-cd")]
+    with session(folders) as hydra:
+        groups = group_options(hydra)
+        chosen = [text for text in given if text.partition("=")[0] in groups and "=" in text]
+        keys = keys_of(classes_for(hydra, chosen))
+    if "=" in word:
+        return _values(word, groups, keys)
+    names = {f"{group}=" for group in groups}
+    for key in (key for key in keys if not names_choice(key)):
+        # One step at a time, as with folders: `tr` gives `trainer.`, `trainer.` gives its keys.
+        end = key.find(".", len(word))
+        names.add(key[: end + 1] if end >= 0 else f"{key}=")
+    return [name for name in names if name.startswith(word)]
+
+
+def _values(word: str, groups: Mapping[str, Sequence[str]], keys: Mapping[str, Any]) -> list[str]:
+    key, _, value = word.partition("=")
+    if key in groups:
+        options = list(groups[key])
+    elif key in FILES:
+        options = _files(value)
+    else:
+        hint = keys[key]
+        options = ["null"] if is_optional(hint) else []
+        for part in typing.get_args(hint) if is_optional(hint) else (hint,):
+            if part is bool:
+                options += ["true", "false"]
+            elif isinstance(part, type) and issubclass(part, Enum):
+                options += [member.name for member in part]
+    return [f"{key}={option}" for option in options if option.startswith(value)]
+
+
+def _files(start: str) -> list[str]:
+    return [f"{path}{os.sep}" if os.path.isdir(path) else path for path in glob.glob(f"{glob.escape(start)}*")]
+
+
+def shell_completion(request: Sequence[str], verbs: Sequence[str]) -> None:
+    """Answer `install=SHELL`, `uninstall=SHELL` or `query=SHELL` on standard output.
+
+    Raises:
+        UserError: none of these, or a shell without completion.
+    """
+    from dstune.config.hydra_session import program_name, session
+
+    usage = "dstune --shell-completion install=bash (or zsh, fish; uninstall=...)"
+    command, _, shell = request[0].partition("=") if len(request) == 1 else ("", "", "")
+    if command not in ("install", "uninstall", "query"):
+        raise UserError(Problem("--shell-completion", "expected one of install=, uninstall=, query=", usage))
+    if command == "query" and shell in ("bash", "zsh", "fish"):
+        separator = "\n" if shell == "fish" else " "
+        print(separator.join(complete(os.environ.get("COMP_LINE", ""), verbs)))
+        return
+    with session() as hydra:
+        plugins = hydra.get_shell_to_plugin_map(hydra.config_loader)
+        if shell not in plugins:
+            raise UserError(
+                Problem(
+                    "--shell-completion", f"no completion for this shell: there is {', '.join(plugins)}", usage, shell
+                )
+            )
+        with program_name():
+            getattr(plugins[shell][0], command)()

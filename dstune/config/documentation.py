@@ -1,0 +1,155 @@
+"""The documentation of every key, read from `schema.py`: for `--help` and for the table in the README."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from dstune.config import schema
+from dstune.config.convert import describe, shown
+from dstune.config.names import classes_of, sections, type_hints
+from dstune.config.schema import CHOICES
+
+
+class Setting(NamedTuple):
+    """One key. `group` is `trainer`, or `method=lora` where only that choice has the key."""
+
+    group: str
+    key: str
+    type: str
+    default: str
+    doc: str
+
+
+@cache
+def attribute_docs() -> dict[str, dict[str, str]]:
+    """The string below each field of each class of the schema, by class and field name."""
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    docs: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                docs.setdefault(node.name, {})[field.target.id] = " ".join(str(text.value.value).split())
+    return docs
+
+
+@cache
+def documentation() -> tuple[Setting, ...]:
+    """Every key that can be set, in the order of the schema. A key of several choices comes once for each."""
+    settings: list[Setting] = []
+    for section in sections():
+        for choice, cls in classes_of(section).items():
+            group = f"{section}={choice}" if choice else section
+            settings += _of_class(cls, group, section)
+    return tuple(settings)
+
+
+def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
+    hints, docs = type_hints(cls), attribute_docs().get(cls.__name__, {})
+    settings = []
+    for field in dataclasses.fields(cls):
+        hint, key = hints[field.name], f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(hint):
+            settings += _of_class(hint, group, key)  # type: ignore[arg-type]
+        elif not (field.name == "name" and prefix in CHOICES):  # said by `method=lora`, not by itself
+            default = getattr(cls(), field.name)
+            settings.append(Setting(group, key, describe(hint), shown(default), docs.get(field.name, "")))
+    return settings
+
+
+def merged() -> list[Setting]:
+    """`documentation()` with equal keys of several choices as one row (`schedule=cosine|linear`)."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for setting in documentation():
+        rows.setdefault(setting[1:], []).append(setting.group)
+    result = []
+    for (key, kind, default, doc), groups in rows.items():
+        section = key.split(".", 1)[0]
+        choices = [group.partition("=")[2] for group in groups]
+        everywhere = choices == list(classes_of(section))
+        result.append(Setting(section if everywhere else f"{section}={'|'.join(choices)}", key, kind, default, doc))
+    return result
+
+
+def markdown_table() -> str:
+    """All keys as a Markdown table, for the README (a test holds the two against each other)."""
+    lines = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for setting in merged():
+        only = f" ({setting.group})" if "=" in setting.group else ""
+        cells = [f"`{setting.key}`{only}", f"`{setting.default}`", setting.type, setting.doc]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+FLAGS = {
+    "--cfg, -c job|hydra|all": "print the composed configuration instead of running",
+    "--resolve": "with --cfg: references such as ${oc.env:NAME} as their values",
+    "--package, -p KEY": "with --cfg: this part only, for example -p trainer",
+    "--config-dir, -cd FOLDER": "add groups of your own: FOLDER/method/mine.yaml gives method=mine",
+    "--info, -i [WHAT]": "how the configuration is composed: all, config, defaults, defaults-tree, plugins, searchpath",
+    "--shell-completion, -sc": 'install=bash|zsh|fish prints what to evaluate: eval "$(dstune -sc install=bash)"',
+    "--hydra-help": "Hydra's own settings",
+    "--help, -h": "this text",
+}
+
+EXAMPLES = {
+    "dstune train": "the quickstart: SmolLM2 on dialogues, held-out loss before and after",
+    "dstune train data.train=chats.jsonl model.path=ORG/MODEL method=lora": "your rows, a model of the hub, adapters",
+    "dstune train experiment=sentiment trainer.epochs=2": "a packaged experiment with one value changed",
+    "dstune train data.train='shards/*.parquet' task=causal_lm zero=stage2": "plain text",
+    "dstune train experiment=sentiment run.dir=runs/mine": "the same command again continues the run",
+    "dstune train --cfg job experiment=sentiment": "print the configuration only",
+}
+
+
+def help_text(groups: Mapping[str, Sequence[str]]) -> str:
+    """The text of `dstune train --help`.
+
+    Args:
+        groups: the choices of each group, user's own included.
+    """
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+
+    def block(title: str, rows: Mapping[str, str], indent: int) -> list[str]:
+        lines = [title]
+        for left, right in rows.items():
+            if len(left) < indent - 3:
+                first = f"  {left}".ljust(indent)
+            else:
+                lines.append(f"  {left}")
+                first = " " * indent
+            lines += textwrap.wrap(
+                right, width, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False
+            ) or [first.rstrip()]
+        return [*lines, ""]
+
+    keys = {}
+    for setting in merged():
+        only = f" [{setting.group}]" if "=" in setting.group else ""
+        names = f" ({setting.type})" if setting.type.startswith("one of") else ""
+        keys[f"{setting.key}={setting.default}{only}"] = setting.doc + names
+    parts = [
+        "usage: dstune train [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",
+        "",
+        "Fine-tune a model with DeepSpeed ZeRO. Values of the command line win over those of an experiment, which win",
+        "over those of the other groups. A list is KEY=[a,b], nothing is KEY=null.",
+        "",
+        *block("Examples", EXAMPLES, 8),
+        *block("Groups (GROUP=CHOICE)", {group: ", ".join(choices) for group, choices in groups.items()}, 16),
+        *block("Keys and their defaults (KEY=VALUE)", keys, 12),
+        *block("Flags", FLAGS, 30),
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,186 @@
+"""Hydra's flags (`--cfg`, `--help`, `--info`, ...) behind a verb of dstune: reading them and answering them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dstune.config.names import all_keys, nearest, suggest_key
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
+
+CFG = ("job", "hydra", "all")
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+UNSUPPORTED = {
+    "--multirun": "sweeps are not part of this command",
+    "--config-name": "there is one root configuration; experiment=NAME chooses between prepared ones",
+    "--config-path": "--config-dir FOLDER adds groups of your own",
+    "--experimental-rerun": "run.resume=PATH continues a run",
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A command line behind its verb."""
+
+    overrides: list[str]
+    config_dirs: list[str] = field(default_factory=list)
+    cfg: str | None = None
+    package: str | None = None
+    resolve: bool = False
+    info: str | None = None
+    help: bool = False
+    hydra_help: bool = False
+    shell_completion: bool = False
+
+    @property
+    def shows(self) -> bool:
+        """Whether something is to be shown (`show`) instead of run."""
+        return bool(self.cfg or self.info or self.help or self.hydra_help or self.shell_completion)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(Problem("command line", message, "`dstune train --help` shows the flags"))
+
+
+def _parser() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", "-cd", action="append", default=[], dest="config_dirs")
+    parser.add_argument("--cfg", "-c", choices=CFG)
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--info", "-i")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    for flag in ("--config-name", "--config-path", "--experimental-rerun"):
+        parser.add_argument(flag)
+    return parser
+
+
+def hydra_flags(argv: Sequence[str]) -> Flags:
+    """The overrides and Hydra's flags in `argv` (without the verb, a PATH and what the verb itself understands).
+
+    Raises:
+        UserError: an unknown flag (with the key it probably means), a missing or wrong value of one.
+    """
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word in ("--info", "-i") and (i + 1 == len(words) or words[i + 1] not in INFO):
+            words[i] = "--info=all"  # its value may be left out, and argparse would take the next override for it
+    parsed, unknown = _parser().parse_known_intermixed_args(words)
+    # A word without dashes here is the value of the unknown flag before it.
+    problems = [_unknown_flag(flag) for flag in unknown if flag.startswith("-")]
+    if parsed.multirun:
+        problems.append(Problem("--multirun", UNSUPPORTED["--multirun"], "start one command for each"))
+    problems += [
+        Problem(flag, "dstune does not have this flag of Hydra", UNSUPPORTED[flag])
+        for flag in ("--config-name", "--config-path", "--experimental-rerun")
+        if getattr(parsed, flag[2:].replace("-", "_")) is not None
+    ]
+    if parsed.info is not None and parsed.info not in INFO:
+        problems.append(Problem("--info", f"expected one of {', '.join(INFO)}", value=parsed.info))
+    if (parsed.package or parsed.resolve) and not parsed.cfg:
+        flag = "--package" if parsed.package else "--resolve"
+        problems.append(Problem(flag, "only together with --cfg", f"--cfg job {flag}"))
+    if problems:
+        raise UserError(problems)
+    return Flags(
+        overrides=parsed.overrides,
+        config_dirs=parsed.config_dirs,
+        cfg=parsed.cfg,
+        package=parsed.package,
+        resolve=parsed.resolve,
+        info=parsed.info,
+        help=parsed.help,
+        hydra_help=parsed.hydra_help,
+        shell_completion=parsed.shell_completion,
+    )
+
+
+def _unknown_flag(flag: str) -> Problem:
+    """`--max-steps 5` of another tool is a key here, `--cgf` a mistyped flag."""
+    name, _, value = flag.partition("=")
+    known = [option for option in _parser()._option_string_actions if option.startswith("--")]
+    if similar := nearest(name, known, cutoff=0.75):
+        return Problem(name, "there is no such flag", f"did you mean {similar}?", value)
+    if key := suggest_key(name.lstrip("-").replace("-", "_"), all_keys()):
+        return Problem(name, "settings are keys, not flags", f"write {key}={value or 'VALUE'}", value)
+    return Problem(name, "there is no such flag", "`dstune train --help` shows flags and keys", value)
+
+
+def show(flags: Flags, verbs: Sequence[str] = ("train",)) -> int:
+    """Answer what `flags` ask for on standard output. Returns the exit code 0.
+
+    Args:
+        verbs: the verbs that completion offers.
+
+    Raises:
+        UserError: wrong overrides, as `compose` does, or a package that the configuration does not have.
+    """
+    if flags.shell_completion:
+        from dstune.config.completion import shell_completion
+
+        shell_completion(flags.overrides, verbs)
+        return 0
+    from dstune.config.compose import run_hydra, with_default_experiment
+    from dstune.config.hydra_session import ROOT_CONFIG, group_options, program_name, session
+
+    overrides = with_default_experiment(flags.overrides)
+    with session(flags.config_dirs) as hydra:
+        if flags.help:
+            from dstune.config.documentation import help_text
+
+            print(help_text(group_options(hydra)))
+        elif flags.hydra_help:
+            from hydra._internal.utils import get_args_parser
+
+            with program_name():
+                hydra.hydra_help(ROOT_CONFIG, get_args_parser(), argparse.Namespace(overrides=[]))
+        elif info := flags.info:
+            run_hydra(hydra, overrides, lambda texts: hydra.show_info(info, ROOT_CONFIG, texts))
+        else:
+            print(run_hydra(hydra, overrides, lambda texts: _configuration(hydra, texts, flags)), end="")
+    return 0
+
+
+def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
+    """The text of `--cfg`: what Hydra prints, with a `UserError` for a package that is not there."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import Container, OmegaConf
+
+    from dstune.config.compose import compose_dict_config
+
+    composed = compose_dict_config(hydra, overrides)
+    HydraConfig.instance().set_config(composed)  # for references such as ${hydra:runtime.cwd}
+    OmegaConf.set_readonly(composed.hydra, None)
+    shown: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
+    header = ""
+    if flags.package and flags.package != "_global_":
+        shown = _package(shown, flags.package)
+        header = f"# @package {flags.package}\n"
+    if not isinstance(shown, Container):
+        return f"{shown}\n"
+    if flags.resolve:
+        OmegaConf.resolve(shown)
+    return header + OmegaConf.to_yaml(shown)
+
+
+def _package(composed: DictConfig, package: str) -> Any:
+    from omegaconf import OmegaConf
+
+    missing = object()
+    part = OmegaConf.select(composed, package, default=missing)
+    if part is missing:
+        similar = nearest(package, [*map(str, composed), *all_keys()])
+        fix = f"did you mean {similar}?" if similar else f"one of {', '.join(map(str, composed))}"
+        raise UserError(Problem("--package", "the configuration has no such part", fix, package))
+    return part

@@ -1,0 +1,77 @@
+"""What a user has to change when Hydra, OmegaConf or the YAML reader refuses one of the chosen files.
+
+Mistakes in overrides are found by `overrides.check`, which names keys better than Hydra does; what comes here is wrong
+inside a file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from dstune.config.convert import describe, yaml_problem
+from dstune.config.hydra_session import unknown_choice
+from dstune.config.names import all_keys, nearest, sections, suggest_key
+from dstune.errors import Problem
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+
+def problem_of(error: BaseException, hydra: Hydra) -> Problem:
+    """The one problem that Hydra stopped at."""
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, UserWarning):
+        return Problem("hydra.searchpath", str(error), "give folders that exist")
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return yaml_problem(error, mark.name if mark else "a configuration file")
+    text = str(error)
+    named = re.search(r"[Ii]n '([^']+)'", text)
+    where = file_of(named[1], hydra) if named else "configuration"
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        problem = unknown_choice(group, choice, list(error.options or []))
+        if named is None or named[1] == "train":  # the defaults list that another file changed, not its place
+            return problem
+        return Problem(where, f"{problem.reason}: {choice}", problem.fix)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    keyed = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error.__cause__ or ""))
+    if keyed:
+        return _key_problem(where, keyed[1], lines)
+    if "Could not override" in text and (missing := re.search(r"override '([^']+)'", text)):
+        similar = nearest(missing[1], sections())
+        fix = f"did you mean `override /{similar}`?" if similar else f"groups are {', '.join(sections())}"
+        return Problem(where, f"there is no group {missing[1]} to override", fix)
+    if "not a subclass of" in text:
+        return Problem(where, "this has to be a mapping of keys to values")
+    return Problem(where, " ".join(lines[:3]) if lines else type(error).__name__)
+
+
+def file_of(config: str, hydra: Hydra) -> str:
+    """The path of a configuration (`experiment/mine`) as Hydra finds it; its name where it is inside a package."""
+    for source in hydra.config_loader.get_sources():
+        path = Path(source.path) / f"{config}.yaml"
+        if source.scheme() == "file" and path.is_file():
+            return str(path)
+    return f"{config}.yaml"
+
+
+def _key_problem(where: str, key: str, lines: list[str]) -> Problem:
+    """A key in a file that does not exist, or whose value has the wrong type."""
+    text = " ".join(lines)
+    if key in all_keys() and (value := re.search(r"Value '(.*?)' of type|Invalid value '(.*?)'", text)):
+        given = value[1] or value[2] or ""
+        return Problem(where, f"{key}={given}: expected {describe(all_keys()[key])}")
+    if "not in" in text or "is not in struct" in text:
+        section = key.split(".", 1)[0]
+        similar = suggest_key(key, all_keys()) if "." in key else nearest(key, sections())
+        known = key in all_keys()
+        reason = f"the chosen {section} has no key {key}" if known else f"there is no key {key}"
+        return Problem(where, reason, f"did you mean {similar}?" if similar and not known else "")
+    reason = next((line for line in lines if "raised while composing" not in line), text)
+    return Problem(where, f"{key}: {reason}")
