@@ -1,0 +1,213 @@
+"""From a `RunConfig` to the command line and environment of every rank on this machine.
+
+A rank inherits a listed part of the environment only: what a shell or another launcher left behind (RANK, SLURM_*,
+OMPI_*) cannot make it behave differently, and the same list serves launchers that carry variables to other nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import dstune
+from dstune.config.convert import to_yaml
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
+from dstune.rank_env import LAUNCHER_PID
+
+# fmt: off
+EXPORTED_NAMES = {
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "NO_COLOR", "VIRTUAL_ENV",
+    "TMPDIR", "TMP", "TEMP", "DYLD_LIBRARY_PATH", "CC", "CXX", "CPATH", "LIBRARY_PATH", "MAX_JOBS",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "http_proxy", "https_proxy", "no_proxy", "all_proxy",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+}
+EXPORTED_PREFIXES = (
+    "LC_", "LD_", "PYTHON", "CONDA_", "XDG_", "SSL_", "DSTUNE_", "DS_", "DEEPSPEED_",
+    "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "NCCL_", "HIP_", "ROCR_",
+    "GLOO_", "UCX_", "FI_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_",
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "WANDB_",
+)
+# fmt: on
+
+# The launching process has fetched everything: a rank that asks the hub is a mistake, and so is telemetry.
+ALWAYS = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    # `-m` would put the working directory in front of the import path, where a user's `datasets.py` or `wandb/` hides
+    # the real package (Python 3.11 and later).
+    "PYTHONSAFEPATH": "1",
+}
+# Good defaults that the user's own setting replaces.
+UNLESS_SET = {
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn and switch themselves off in forked processes otherwise
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves a Python stack in the rank's log
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the number of ranks and threads depends on."""
+
+    gpus: int
+    cores: int
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One command line and environment for each rank, in rank order."""
+
+    argv: tuple[tuple[str, ...], ...]
+    env: tuple[dict[str, str], ...]
+    port: int
+    """Where the ranks meet on 127.0.0.1."""
+
+    @property
+    def size(self) -> int:
+        return len(self.argv)
+
+    def with_port(self, port: int) -> LaunchPlan:
+        return replace(self, port=port, env=tuple({**env, "MASTER_PORT": str(port)} for env in self.env))
+
+
+def local_plan(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    parent_env: Mapping[str, str] | None = None,
+    machine: Machine | None = None,
+    port: int | None = None,
+    console: str = "plain",
+) -> LaunchPlan:
+    """The ranks of a run on this machine.
+
+    A pure function of its arguments; the environment, hardware and a free port are looked up where not given.
+    `console` tells rank 0 what it prints to: `tty:WIDTH` or `plain`.
+
+    Raises:
+        UserError: more processes than GPUs, or an unset variable in `launch.export_env`.
+    """
+    parent_env = os.environ if parent_env is None else parent_env
+    machine = this_machine(parent_env) if machine is None else machine
+    port = free_port() if port is None else port
+    ranks = number_of_ranks(config, machine)
+    shared = exported(parent_env, config.launch.export_env) | _referenced(config, parent_env) | ALWAYS
+    shared = {**UNLESS_SET, "OMP_NUM_THREADS": str(max(1, machine.cores // ranks))} | shared
+    if _loopback_exists():
+        # gloo otherwise picks the interface of the host name, which a VPN, a firewall or no network at all breaks.
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    shared |= {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DSTUNE_CONSOLE": console,
+        LAUNCHER_PID: str(os.getpid()),
+    }
+    path = _python_path(shared.get("PYTHONPATH", ""))
+    if path:
+        shared["PYTHONPATH"] = path
+    command = (sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute()))
+    envs = tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
+    return LaunchPlan(argv=(command,) * ranks, env=envs, port=port)
+
+
+def number_of_ranks(config: RunConfig, machine: Machine) -> int:
+    """`launch.processes`, else one rank a GPU, else two (one on a single core).
+
+    Raises:
+        UserError: there are GPUs, but fewer than processes.
+    """
+    asked = config.launch.processes
+    if asked is None:
+        return machine.gpus or min(2, machine.cores)
+    if 0 < machine.gpus < asked:
+        reason = f"this machine shows {machine.gpus} GPU(s) and every rank needs one of its own"
+        fix = f"launch.processes={machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        raise UserError(Problem("launch.processes", reason, fix, str(asked)))
+    return asked
+
+
+def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
+    """The part of `env` that ranks inherit: the built-in list and the names in `further`.
+
+    Raises:
+        UserError: a name in `further` is not set.
+    """
+    missing = [name for name in further if name not in env]
+    if missing:
+        reason, fix = "the variable is not set here", "export it first, or take it out of the list"
+        raise UserError(Problem("launch.export_env", reason, fix, name) for name in missing)
+    wanted = EXPORTED_NAMES | set(further)
+    return {name: value for name, value in env.items() if name in wanted or name.startswith(EXPORTED_PREFIXES)}
+
+
+def _referenced(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that `run.yaml` refers to instead of holding their value; the ranks resolve them again."""
+    names = re.findall(r"\$\{oc\.env:\s*(\w+)", to_yaml(config))
+    return {name: env[name] for name in names if name in env}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at 127.0.0.1 now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def this_machine(env: Mapping[str, str]) -> Machine:
+    return Machine(gpus=count_gpus(env), cores=count_cores())
+
+
+def count_gpus(env: Mapping[str, str]) -> int:
+    """GPUs that a rank would see, without importing torch (2 s)."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        # CUDA ignores the list from the first invalid entry on, so "-1" and "" hide all.
+        devices = [device.strip() for device in visible.split(",")]
+        bad = next((place for place, device in enumerate(devices) if not device or device.startswith("-")), None)
+        return len(devices[:bad])
+    try:
+        command = ["nvidia-smi", "--list-gpus"]
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return sum(line.startswith("GPU ") for line in listing.splitlines())
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        return len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
+    except OSError:
+        return 0
+
+
+def count_cores(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may use: its affinity, and the quota of its container (at least 1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cgroup_limit.read_text().split()
+        if quota != "max":
+            cores = min(cores, round(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
+
+
+def _loopback_exists() -> bool:
+    return Path("/sys/class/net/lo").exists()
+
+
+def _python_path(inherited: str) -> str:
+    """`inherited` with the folder of this package in front where Python would not find it by itself (a checkout)."""
+    home = Path(dstune.__file__).absolute().parent.parent
+    if home.name in ("site-packages", "dist-packages"):
+        return inherited
+    return os.pathsep.join([str(home), *filter(None, [inherited])])

@@ -1,0 +1,123 @@
+"""What the launching process shows: stages, rank 0's output, and why a run ended.
+
+Rank 0 ends transient lines (progress) with a carriage return instead of a line feed. They reach a terminal only, never
+a pipe, a file or the log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from typing import BinaryIO, TextIO
+
+SEGMENT = re.compile(rb"[^\r\n]*(?:\r?\n|\r(?!\n))")
+
+
+class Console:
+    """Writes to the user from two threads: the launcher's own messages and rank 0's output.
+
+    out: where rank 0's output goes (stdout, or stderr when stdout has to stay machine-readable). Messages go to stderr.
+    A reader that went away (`| head`, a closed terminal) costs the run its console and nothing else.
+    """
+
+    def __init__(self, out: TextIO | None = None):
+        self._out = out or sys.stdout
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._shown: bytes | None = None
+        """The transient line that is on the terminal now, whose rest a shorter line would leave visible."""
+
+    @property
+    def kind(self) -> str:
+        """`tty:WIDTH` or `plain`, for DSTUNE_CONSOLE."""
+        return f"tty:{shutil.get_terminal_size().columns}" if self._is_terminal(self._out) else "plain"
+
+    def stage(self, text: str) -> None:
+        """A step of the launch with the seconds since the command started."""
+        self.message(f"dstune [{time.monotonic() - self._started:5.1f} s] {text}")
+
+    def message(self, text: str) -> None:
+        """A line of the launcher's own, on stderr."""
+        with self._lock:
+            self._clear()
+            self._write(sys.stderr, f"{text}\n".encode())
+
+    def forward(self, data: bytes) -> None:
+        """Whole segments of rank 0's output: a line, or a transient line that a terminal alone shows."""
+        with self._lock:
+            for segment in SEGMENT.findall(data):
+                transient = segment.endswith(b"\r")
+                if transient and not self._is_terminal(self._out):
+                    continue
+                if not transient:
+                    self._clear()
+                self._write(self._out, segment)
+                self._shown = segment if transient and segment.strip() else None
+
+    def close(self) -> None:
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._shown is not None:
+            width = len(self._shown.rstrip(b"\r").decode(errors="replace"))
+            self._write(self._out, b" " * width + b"\r")
+            self._shown = None
+
+    @staticmethod
+    def _is_terminal(stream: TextIO) -> bool:
+        try:
+            return stream.isatty()
+        except ValueError:  # closed
+            return False
+
+    @staticmethod
+    def _write(stream: TextIO, data: bytes) -> None:
+        try:
+            stream.flush()
+            if hasattr(stream, "buffer"):
+                stream.buffer.write(data)
+                stream.buffer.flush()
+            else:
+                stream.write(data.decode(errors="replace"))
+        except (OSError, ValueError):
+            pass
+
+
+class Splitter:
+    """Cuts rank 0's output into segments and copies all but the transient ones into the rank's log."""
+
+    def __init__(self, console: Console, log: BinaryIO):
+        self._console = console
+        self._log = log
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes, cut anywhere."""
+        data = self._rest + data
+        segments = SEGMENT.findall(data)
+        whole = b"".join(segments)
+        self._rest = data[len(whole) :]
+        try:
+            self._log.write(b"".join(segment for segment in segments if not segment.endswith(b"\r")))
+            self._log.flush()
+        except (OSError, ValueError):
+            pass  # a full disk loses log lines; rank 0 must not block on a pipe that nobody reads
+        self._console.forward(whole)
+
+    def end(self) -> None:
+        """The output is over: an unfinished last line counts as a line."""
+        if self._rest:
+            self.feed(b"\n")
+
+
+def copy(descriptor: int, console: Console, log: BinaryIO) -> None:
+    """Pass on everything from `descriptor` until its other end is closed everywhere."""
+    splitter = Splitter(console, log)
+    while data := os.read(descriptor, 65536):
+        splitter.feed(data)
+    splitter.end()

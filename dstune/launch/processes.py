@@ -1,0 +1,135 @@
+"""Finding and ending every process of a launch, and the guard that does it when the launcher itself is killed.
+
+A rank may leave more behind than its children: `datasets` workers, W&B's service, anything that called `setsid` or
+whose parent is gone. All of them inherited the launch's mark in their environment, or a rank's session, so both are
+searched; parentage alone would miss orphans.
+
+The guard runs this very file by its path, which works wherever the package lies: it imports psutil alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+import psutil
+
+LAUNCH_ID = "DSTUNE_LAUNCH_ID"
+
+
+def processes_of(launch_id: str, sessions: Iterable[int] = ()) -> list[psutil.Process]:
+    """Live processes that carry the launch's mark, belong to one of `sessions` or descend from such a process."""
+    sessions = set(sessions)
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        if process.pid == os.getpid() or process.pid in found or not _belongs(process, launch_id, sessions):
+            continue
+        for member in (process, *_descendants(process)):
+            found.setdefault(member.pid, member)
+    return list(found.values())
+
+
+def _belongs(process: psutil.Process, launch_id: str, sessions: set[int]) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return os.getsid(process.pid) in sessions or process.environ().get(LAUNCH_ID) == launch_id
+    except (psutil.Error, OSError):  # ended meanwhile, or another user's
+        return False
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    except psutil.Error:
+        return []
+
+
+def end_all(launch_id: str, sessions: Iterable[int] = (), *, polite_seconds: float = 0.0, patience: float = 5.0) -> int:
+    """End every process of the launch: SIGTERM and `polite_seconds` of time first where asked, then SIGKILL.
+
+    Searches again until nothing is found, since a process may fork while it is searched for. Returns how many are left
+    after `patience` seconds (processes stuck in the kernel cannot be killed).
+    """
+    sessions = list(sessions)
+    if polite_seconds > 0:
+        remaining = processes_of(launch_id, sessions)
+        _signal(remaining, signal.SIGTERM)
+        deadline = time.monotonic() + polite_seconds
+        while remaining and time.monotonic() < deadline:
+            time.sleep(0.05)
+            remaining = [process for process in remaining if _is_alive(process)]
+    deadline = time.monotonic() + patience
+    while remaining := processes_of(launch_id, sessions):
+        if time.monotonic() > deadline:
+            return len(remaining)
+        _signal(remaining, signal.SIGKILL)
+        time.sleep(0.02)
+    return 0
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # also raised when the pid belongs to a newer process by now
+            process.send_signal(number)
+
+
+class Guard:
+    """A process that ends the launch when the one that made this object dies, even by SIGKILL.
+
+    It waits for the end of its standard input, whose other end only the launcher holds, and keeps the descriptors
+    `keep_open`: with the lock of the run directory among them, the directory stays locked until the last rank of a
+    killed launcher has gone. Leaving the context, once the ranks are gone, ends it in peace.
+    """
+
+    def __init__(self, launch_id: str, keep_open: Iterable[int] = ()):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, launch_id],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=tuple(keep_open),
+            start_new_session=True,  # a signal to the launcher's process group must not end the guard too
+            bufsize=0,
+        )
+
+    def watch(self, session: int) -> None:
+        """Tell the guard the session (pid) of a rank."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the guard; the launcher can do without
+            self._process.stdin.write(f"{session}\n".encode())
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _guard(launch_id: str) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sessions = [int(line) for line in sys.stdin]
+    end_all(launch_id, sessions, patience=30.0)
+
+
+if __name__ == "__main__":
+    _guard(sys.argv[1])

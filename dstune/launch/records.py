@@ -1,0 +1,152 @@
+"""What a launch leaves in the run directory for other processes: `launch.json`, `result.json`, the lock."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dstune.checkpoint import store
+from dstune.errors import Problem, UserError
+
+LOCK = ".lock"
+TAKEOVER_SECONDS = 15.0
+"""How long to wait for the ranks of a launcher that was killed; its guard is ending them."""
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """The process that started the ranks last."""
+
+    id: str
+    pid: int
+    started: float
+    """When that process started, in seconds since the epoch: tells it from a later one with the same pid."""
+    host: str
+    processes: int
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def process(self) -> psutil.Process | None:
+        """The launching process if it is alive on this machine."""
+        if not self.is_here:
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1.0
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.Error:
+            return None
+
+
+def write_launch(run_dir: Path, launch_id: str, processes: int) -> None:
+    me = psutil.Process()
+    record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes)
+    write_json(run_dir / "launch.json", asdict(record))
+
+
+def read_launch(run_dir: Path) -> LaunchRecord | None:
+    fields = read_json(run_dir / "launch.json")
+    return LaunchRecord(**fields) if fields else None
+
+
+def result_path(run_dir: Path) -> Path:
+    return run_dir / "result.json"
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    return read_json(result_path(run_dir))
+
+
+def write_result(run_dir: Path, status: str, reason: str, world_size: int) -> None:
+    """The result of a run whose ranks could not write it; numbers are those of the last row they logged."""
+    last = last_metrics(run_dir)
+    checkpoint = store.newest(run_dir)
+    result = {
+        "status": status,
+        "reason": reason,
+        "steps": last.get("step", 0),
+        "world_size": world_size,
+        "tokens": last.get("tokens"),
+        "seconds": None,
+        "tokens_per_second": last.get("tokens_per_second"),
+        "peak_memory_gib": last.get("peak_memory_gib"),
+        "eval_initial": None,
+        "eval_final": None,
+        "best": None,
+        "test": None,
+        "checkpoint": checkpoint and str(checkpoint),
+        "export": None,
+    }
+    write_json(result_path(run_dir), result)
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The newest training row of metrics.jsonl ({} when there is none); evaluation rows and a torn last line are
+    passed over."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 65536))
+            lines = stream.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "loss" in row:
+            return row
+    return {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` whole or not at all."""
+    aside = path.with_name(f"{path.name}.incomplete")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def acquire_lock(run_dir: Path) -> int:
+    """Take the run directory for this process; returns the descriptor to keep open, and to hand to the guard.
+
+    Raises:
+        UserError: another launch uses the directory.
+    """
+    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + TAKEOVER_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            record = read_launch(run_dir)
+            # A launcher that was killed has left its guard, which holds the lock until the ranks are gone.
+            orphaned = record is not None and record.is_here and record.process() is None
+            if not orphaned or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise UserError(_in_use(run_dir, record)) from None
+        time.sleep(0.1)
+
+
+def _in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:
+    who = f"process {record.pid} on {record.host}" if record else "another process"
+    fix = f"wait for it, stop it with `dstune cancel {run_dir}`, or give another run.dir"
+    return Problem("run.dir", f"{who} is running here", fix, str(run_dir))

@@ -1,0 +1,286 @@
+"""Starts the ranks of a run on this machine, watches them, and ends with the exit code of the public contract.
+
+Every rank has a session of its own, so the terminal's Ctrl-C reaches this process alone, which asks the ranks once to
+save. When one rank dies the others are ended; whatever happens, no process of the launch is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dstune.config.schema import RunConfig
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError, from_json
+from dstune.launch import records
+from dstune.launch.commands import LaunchPlan, free_port, local_plan
+from dstune.launch.console import Console, copy
+from dstune.launch.processes import LAUNCH_ID, Guard, end_all
+from dstune.launch.verdict import Ended, Verdict, judge
+
+POLL_SECONDS = 0.05
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+TWICE_SECONDS = 0.25
+"""The same signal within this time is the same request: coreutils' `timeout` sends its signal to the command and then
+to the command's group, which delivers it twice."""
+LONGEST_GRACE_SECONDS = 8.0
+"""Whatever `launch.grace_seconds` says, ranks are gone within 10 s of a death."""
+LEFTOVER_SECONDS = 2.0
+"""Time that processes which outlive their rank (W&B's service) get to end by themselves."""
+SHOWN_LINES = 20
+
+
+def run(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    plan: LaunchPlan | None = None,
+    console: Console | None = None,
+    lock: int | None = None,
+) -> int:
+    """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
+
+    plan: what to start; `local_plan` of the configuration when not given. lock: descriptor of the run directory's lock,
+    which stays held until the last rank has gone even when this process is killed.
+
+    Raises:
+        UserError: the launch cannot be planned (see `local_plan`), or the ranks found the user's mistake.
+    """
+    console = console or Console()
+    plan = plan or local_plan(config, run_dir, console=console.kind)
+    grace = min(config.launch.grace_seconds, LONGEST_GRACE_SECONDS)
+    with caught_signals() as received:
+        launch = Launch(plan, run_dir, grace, console, received, lock)
+        verdict = launch.run()
+        if verdict.exit_code == EXIT_FAILED and launch.port_was_taken(verdict) and not received:
+            console.message("dstune: another program took the port of the ranks; trying once more with another one")
+            launch = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock)
+            verdict = launch.run()
+        if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
+            verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", launch.ended[0])
+        launch.record(verdict)
+    launch.explain(verdict)
+    return verdict.exit_code
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[str]]:
+    """Collects names of requests to stop instead of acting on them. Signals that the parent ignores stay ignored
+    (`nohup`, background jobs of a script)."""
+    received: list[str] = []
+    last = {"number": 0, "at": 0.0}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not (number == last["number"] and now - last["at"] < TWICE_SECONDS):
+            received.append(signal.Signals(number).name)
+        last.update(number=number, at=now)
+
+    before: dict[signal.Signals, Any] = {}
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Launch:
+    """One start of all ranks, from the first process to the last one's end."""
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        run_dir: Path,
+        grace_seconds: float,
+        console: Console,
+        received: list[str],
+        lock: int | None,
+    ):
+        self.id = uuid.uuid4().hex
+        self.plan = plan
+        self.run_dir = run_dir
+        self.logs = run_dir / "logs"
+        self.grace_seconds = grace_seconds
+        self.console = console
+        self.received = received
+        self.lock = lock
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.ended: list[Ended] = []
+        self.errors: dict[int, DstuneError] = {}
+        self.log_starts: list[int] = []
+        self.stop_signal: str | None = None
+        self.forced = False
+
+    def run(self) -> Verdict:
+        self._clean()
+        with ExitStack() as stack:
+            guard = stack.enter_context(Guard(self.id, [] if self.lock is None else [self.lock]))
+            try:
+                output = self._start(stack, guard)
+                self._watch()
+            except BaseException:
+                self._kill()
+                raise
+            self._end_leftovers()  # whoever else holds rank 0's output open has ended now
+            output.join(timeout=5.0)
+        self.console.close()
+        self.errors = self._read_errors()
+        return judge(self.ended, self.errors, self.stop_signal, self.forced)
+
+    def _clean(self) -> None:
+        """Nothing of an earlier launch may pass for this one's: its errors, its result."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for stale in (*self.logs.glob("rank-*.error"), records.result_path(self.run_dir)):
+            stale.unlink(missing_ok=True)
+        records.write_launch(self.run_dir, self.id, self.plan.size)
+
+    def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread:
+        """Start every rank; returns the thread that passes rank 0's output on."""
+        self.console.stage(f"starting {self.plan.size} rank{'s' * (self.plan.size > 1)}")
+        output: threading.Thread | None = None
+        for rank, (argv, env) in enumerate(zip(self.plan.argv, self.plan.env, strict=True)):
+            log = stack.enter_context(self._log_path(rank).open("ab"))
+            started = datetime.now().astimezone().isoformat(timespec="seconds")
+            log.write(f"=== rank {rank} of {self.plan.size} on {socket.gethostname()}, {started} ===\n".encode())
+            log.flush()
+            self.log_starts.append(log.tell())
+            process = subprocess.Popen(
+                argv,
+                env={**env, LAUNCH_ID: self.id},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if rank == 0 else log,
+                stderr=log,
+                start_new_session=True,
+            )
+            self.ranks.append(process)
+            guard.watch(process.pid)
+            if process.stdout is not None:
+                stack.enter_context(process.stdout)
+                arguments = (process.stdout.fileno(), self.console, log)
+                output = threading.Thread(target=copy, args=arguments, name="output of rank 0", daemon=True)
+                output.start()
+        assert output is not None
+        return output
+
+    def _watch(self) -> None:
+        while len(self.ended) < len(self.ranks):
+            self._obey_signals()
+            if self._note_ends():
+                self._end_others()
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _obey_signals(self) -> None:
+        """Act on the first request to stop (ask the ranks to save) and on the second (end them at once)."""
+        if self.received and self.stop_signal is None:
+            self.stop_signal = self.received[0]
+            for process in self.ranks:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            self.console.message(
+                f"dstune: received {self.stop_signal}: saving at the next window; again to stop at once without saving"
+            )
+        if len(self.received) > 1 and not self.forced:
+            self.forced = True
+            self.console.message("dstune: received a second signal: stopping at once")
+            self._kill()
+
+    def _note_ends(self, told_to_end: bool = False) -> bool:
+        """Record ranks that ended since the last look; whether one of them ended badly."""
+        known = {end.rank for end in self.ended}
+        new = [
+            Ended(rank, process.returncode, len(self.ended), told_to_end)
+            for rank, process in enumerate(self.ranks)
+            if rank not in known and process.poll() is not None
+        ]
+        self.ended += new
+        return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in new)
+
+    def _end_others(self) -> None:
+        """A rank died: the others wait for it in a collective. They get a moment for their last words, then SIGKILL."""
+        self._note_ends()
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.grace_seconds
+        while len(self.ended) < len(self.ranks) and time.monotonic() < deadline and not self.forced:
+            time.sleep(POLL_SECONDS)
+            self._obey_signals()
+            self._note_ends(told_to_end=True)
+        if len(self.ended) < len(self.ranks):
+            self._kill()
+
+    def _kill(self) -> None:
+        end_all(self.id, self._sessions())
+        deadline = time.monotonic() + 1.0
+        while any(process.poll() is None for process in self.ranks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._note_ends(told_to_end=True)
+        for rank in {*range(len(self.ranks))} - {end.rank for end in self.ended}:  # stuck in the kernel
+            self.ended.append(Ended(rank, -signal.SIGKILL, len(self.ended), told_to_end=True))
+
+    def _end_leftovers(self) -> None:
+        left = end_all(self.id, self._sessions(), polite_seconds=LEFTOVER_SECONDS)
+        if left:
+            self.console.message(f"dstune: {left} process(es) of this run are stuck in the kernel and cannot be ended")
+
+    def _sessions(self) -> list[int]:
+        return [process.pid for process in self.ranks]
+
+    def _log_path(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def _read_errors(self) -> dict[int, DstuneError]:
+        errors: dict[int, DstuneError] = {}
+        for rank in range(self.plan.size):
+            try:
+                errors[rank] = from_json((self.logs / f"rank-{rank}.error").read_text())
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return errors
+
+    def last_lines(self, rank: int, count: int = SHOWN_LINES) -> list[str]:
+        """The end of what `rank` wrote during this launch."""
+        with self._log_path(rank).open("rb") as log:
+            log.seek(max(self.log_starts[rank], log.seek(0, os.SEEK_END) - 65536))
+            text = log.read().decode(errors="replace")
+        return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")][-count:] if text.strip() else []
+
+    def port_was_taken(self, verdict: Verdict) -> bool:
+        """Whether the ranks failed to meet because somebody took the port between choosing and using it."""
+        if verdict.culprit is None or verdict.culprit.code < 0:
+            return False
+        text = "\n".join(line for end in self.ended for line in self.last_lines(end.rank, 50))
+        return "EADDRINUSE" in text or "address already in use" in text.lower()
+
+    def record(self, verdict: Verdict) -> None:
+        """Write `result.json` where the ranks did not get to it."""
+        if not records.result_path(self.run_dir).exists():
+            status = "preempted" if verdict.exit_code == EXIT_PREEMPTED else "failed"
+            records.write_result(self.run_dir, status, verdict.reason, self.plan.size)
+
+    def explain(self, verdict: Verdict) -> None:
+        """Say on stderr why the run did not complete; a user's mistake is raised instead."""
+        if verdict.exit_code == EXIT_DONE:
+            return
+        if isinstance(verdict.error, UserError):
+            raise verdict.error
+        self.console.message(f"dstune: {verdict.reason}")
+        if verdict.culprit is not None and verdict.error is None:
+            rank = verdict.culprit.rank
+            self.console.message(f"last lines of {self._log_path(rank)}:")
+            for line in self.last_lines(rank) or ["(it wrote nothing)"]:
+                self.console.message(f"  | {line}")

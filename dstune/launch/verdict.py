@@ -1,0 +1,84 @@
+"""Why a launch ended and with which exit code: a pure function of how its ranks ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended."""
+
+    rank: int
+    code: int
+    """Exit code, or minus the number of the signal that killed it."""
+    order: int
+    """Place among the ranks in the order in which their ends were seen."""
+    told_to_end: bool = False
+    """Whether the launcher was ending it because another rank had died."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    exit_code: int
+    reason: str
+    culprit: Ended | None = None
+    """The rank that brought the run down; None when none did."""
+    error: DstuneError | None = None
+    """What the culprit itself said about it."""
+
+
+def judge(ended: Sequence[Ended], errors: Mapping[int, DstuneError], stop_signal: str | None, forced: bool) -> Verdict:
+    """What the ends of all ranks mean.
+
+    ended: every rank. errors: what ranks left in `logs/rank-N.error`. stop_signal: name of the signal that was
+    forwarded to the ranks, if any. forced: a second signal ended them at once.
+
+    When one rank dies, the others soon fail in a collective with it, sometimes before its own end is seen. So the one
+    to blame is, in this order: a rank that found the user's mistake, one that a signal killed, one that left an error,
+    and the first that ended badly.
+    """
+    if forced:
+        return Verdict(EXIT_FAILED, "stopped at once by a second signal")
+    for end in sorted(ended, key=lambda end: end.rank):
+        error = errors.get(end.rank)
+        if isinstance(error, UserError):
+            return Verdict(error.exit_code, str(error), end, error)
+    own = sorted((end for end in ended if not end.told_to_end), key=lambda end: end.order)
+    # The forwarded SIGTERM kills a rank that is still starting: nothing is lost by that, and the others must end too.
+    if stop_signal and own and own[0].code == -signal.SIGTERM:
+        return Verdict(EXIT_PREEMPTED, f"received {stop_signal} before training began")
+    bad = [end for end in own if end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
+    if bad:
+        killed = [end for end in bad if end.code < 0]
+        told = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
+        culprit = next(iter(killed or told or bad))
+        if culprit.rank in errors and culprit.code >= 0:
+            error = errors[culprit.rank]
+            return Verdict(EXIT_FAILED, str(error), culprit, error)
+        return Verdict(EXIT_FAILED, f"rank {culprit.rank} {how(culprit.code)}", culprit)
+    preempted = [end for end in own if end.code == EXIT_PREEMPTED]
+    if preempted:
+        reasons = [str(errors[end.rank]) for end in preempted if end.rank in errors]
+        return Verdict(EXIT_PREEMPTED, reasons[0] if reasons else "saved; the same command continues the run")
+    return Verdict(EXIT_DONE, "")
+
+
+def how(code: int) -> str:
+    """`code` in words: an exit code, or minus a signal's number."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    causes = {
+        "SIGKILL": " (by hand, or by the kernel because memory ran out)",
+        "SIGBUS": " (often a full /dev/shm or disk)",
+        "SIGSEGV": " (a crash in native code)",
+    }
+    return f"was killed by {name}{causes.get(name, '')}"
