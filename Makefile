@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-dev debian
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@if command -v shellcheck >/dev/null; then .ci/shell-scripts | xargs shellcheck; \
+	@if command -v shellcheck >/dev/null; then scripts=$$(.ci/shell-scripts) && shellcheck $$scripts; \
 	else echo "lint: shell scripts are not checked (install shellcheck)"; fi
 
 format: $(VENV)/.installed-dev

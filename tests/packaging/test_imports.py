@@ -1,0 +1,35 @@
+"""Imports go one way, and what answers on a login node loads nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "wandb", "sklearn", "pandas")
+
+
+def test_import_contracts() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def light_modules() -> list[str]:
+    """Every module that the launching process may import: all of these folders, and the files beside them."""
+    paths = [path for folder in ("config", "launch", "samples") for path in (ROOT / "dstune" / folder).rglob("*.py")]
+    paths += [ROOT / "dstune" / f"{name}.py" for name in ("cli", "errors", "paths", "rank_env")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__main__.py")
+    return sorted(name.removesuffix(".__init__") for name in names)
+
+
+@pytest.mark.parametrize("module", light_modules())
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    script = f"import {module}, sys, json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
