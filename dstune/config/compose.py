@@ -110,22 +110,25 @@ def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str
 
 def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Result]) -> Result:
     parsed, problems = user_overrides.parse(texts)
-    refused: Exception | None = None
-    if not problems and not any(user_overrides.is_hydra_setting(override) for override in parsed):
+
+    def mistakes() -> list[Problem]:
+        searched = [str(override.input_line) for override in parsed if override.key_or_group == "hydra.searchpath"]
         try:
-            return action(texts)
-        except UserError:
-            raise
-        except Exception as error:  # Hydra and OmegaConf raise kinds of their own, ValueError, YAMLError, ...
-            refused = error
-    searched = [str(override.input_line) for override in parsed if override.key_or_group == "hydra.searchpath"]
+            groups = group_options(hydra, searched)
+            return user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
+        except UserWarning as warning:
+            return [problem_of(warning, hydra)]
+
+    if problems or any(user_overrides.hydra_would_take(override) for override in parsed):
+        problems += mistakes()
+    if problems:
+        raise UserError(problems)
     try:
-        groups = group_options(hydra, searched)
-        problems += user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
-    except UserWarning as warning:
-        refused = warning
-    if refused is not None and not problems:
-        problems = [problem_of(refused, hydra)]
+        return action(texts)
+    except UserError:
+        raise
+    except Exception as error:  # Hydra and OmegaConf raise kinds of their own, ValueError, YAMLError, ...
+        problems = mistakes() or [problem_of(error, hydra)]
     raise UserError(problems)
 
 

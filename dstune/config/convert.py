@@ -99,7 +99,7 @@ def shown(value: Any) -> str:
         return "[" + ",".join(shown(item) for item in value) + "]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
-    return str(value)
+    return str(value) or "''"
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

@@ -106,6 +106,11 @@ def is_hydra_setting(override: Override) -> bool:
     return (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and key != "hydra.searchpath"
 
 
+def hydra_would_take(override: Override) -> bool:
+    """Whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
+    return is_hydra_setting(override) or names_choice(override.key_or_group) or override.is_delete()
+
+
 def check(
     overrides: Sequence[Override],
     groups: Mapping[str, Sequence[str]],

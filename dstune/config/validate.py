@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from dstune.config.convert import shown, to_dict
+from dstune.config.names import all_keys
 from dstune.config.schema import (
     AdamWConfig,
     Attention,
@@ -295,7 +296,7 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
             yield Problem("launch.export_env", "this is no name of an environment variable", fix, name.split("=")[0])
     name = config.run.name
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\0\n]", name):
-        yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", shown(name) or "''")
+        yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", shown(name))
     for key in ("dir", "resume"):
         value = getattr(config.run, key)
         if value is not None and not value.strip():
@@ -344,11 +345,11 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; an empty mapping stays a value."""
+    """Sections as dotted keys; a value that is a mapping (`data.columns`) stays one."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and key not in all_keys():
             flat.update(_flat(value, f"{key}."))
         else:
             flat[key] = value

@@ -1,0 +1,186 @@
+"""What a wrong command line is answered with: every mistake, each with key, value, reason and nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dstune.config.compose import compose
+from dstune.config.names import all_keys, suggest_key
+from dstune.errors import Problem, UserError
+
+
+def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Problem]:
+    with pytest.raises(UserError) as caught:
+        compose(list(overrides), config_dirs)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "value", "reason", "fix"),
+    [
+        # names
+        ("method=lorra", "method", "lorra", "no such method", "method=lora"),
+        ("methd=lora", "methd", "lora", "no such group", "method=lora"),
+        ("experiment=zzz", "experiment", "zzz", "no such experiment", "quickstart"),
+        ("experiment=8", "experiment", "8", "no such experiment", "quickstart"),
+        ("trainer.max_step=3", "trainer.max_step", "3", "no such key", "trainer.max_steps=3"),
+        ("max_steps=3", "max_steps", "3", "no such key", "trainer.max_steps=3"),
+        ("trainer.lr=3", "trainer.lr", "3", "no such key", "optimizer.lr=3"),
+        ("learning_rate=3", "learning_rate", "3", "no such key", "optimizer.lr=3"),
+        ("bf16=true", "bf16", "true", "no such key", "trainer.precision=bf16"),
+        ("trainer.early_stopping.patienc=3", "trainer.early_stopping.patienc", "3", "no such key", "patience=3"),
+        ("method.rank=8", "method.rank", "8", "method=full has no such key", "method=lora"),
+        ("schema/method=lora", "schema/method", "lora", "no such group", "method"),
+        ("task.name=chat", "task.name", "chat", "names the choice", "task=chat"),
+        ("zzz=1", "zzz", "1", "no such key", "--help"),
+        # types
+        ("trainer.max_steps=abc", "trainer.max_steps", "abc", "whole number", ""),
+        ("trainer.max_steps=1e3", "trainer.max_steps", "1000.0", "whole number", "trainer.max_steps=1000"),
+        ("trainer.epochs=null", "trainer.epochs", "null", "whole number", ""),
+        ("optimizer.lr=high", "optimizer.lr", "high", "a number", ""),
+        ("trainer.precision=bf-16", "trainer.precision", "bf-16", "auto, fp32, bf16, fp16", "trainer.precision=bf16"),
+        ("data.packing=maybe", "data.packing", "maybe", "true or false", ""),
+        ("tracking.tags=a", "tracking.tags", "a", "list", "tracking.tags=[a]"),
+        ("data.columns=text", "data.columns", "text", "mapping", ""),
+        ("data.columns.text=[a]", "data.columns.text", "[a]", "text", ""),
+        ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9]", "two numbers", ""),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas[1]", "x", "a number", ""),
+        ("run=foo", "run", "foo", "section", "run.name"),
+        ("trainer={max_steps: x}", "trainer.max_steps", "x", "whole number", ""),
+        ("method=null", "method", "null", "has to be chosen", "lora"),
+        # grammar
+        ("lora", "lora", "", "KEY=VALUE", "method=lora"),
+        ("trainer", "trainer", "", "KEY=VALUE", "trainer.KEY=VALUE"),
+        ("max_steps", "max_steps", "", "KEY=VALUE", "trainer.max_steps=VALUE"),
+        ("", "''", "", "KEY=VALUE", ""),
+        ("run.dir=/a=b", "run.dir", "/a=b", "meaning in Hydra", "'run.dir=\"/a=b\"'"),
+        ("tracking.tags=[a", "tracking.tags", "[a", "bracket", ""),
+        ("trainer.seed=1,2", "trainer.seed", "1,2", "sweep", "trainer.seed=[1,2]"),
+        # what Hydra has and dstune does not
+        ("hydra.run.dir=x", "hydra.run.dir", "x", "hydra.searchpath", "run.dir"),
+        ("hydra/launcher=joblib", "hydra/launcher", "joblib", "hydra.searchpath", ""),
+        ("hydra.searchpath=[/does/not/exist]", "hydra.searchpath", "", "/does/not/exist", ""),
+        ("~trainer.seed", "trainer.seed", "", "cannot be removed", ""),
+        ("~method", "method", "", "cannot be removed", "method=full"),
+        ("+trainer.seed=3", "trainer.seed", "3", "exists already", "trainer.seed=3"),
+        ("+method=lora", "method", "lora", "already has a choice", "method=lora"),
+    ],
+)
+def test_a_wrong_override_names_key_value_reason_and_fix(override: str, where: str, value: str, reason: str, fix: str):
+    [problem] = problems("data=chitchat", override)
+    assert (problem.where, problem.value) == (where, value)
+    assert reason in problem.reason
+    assert fix in problem.fix
+
+
+def test_all_wrong_overrides_are_reported_together():
+    found = problems(
+        "data=chitchat",
+        "trainer.max_steps=abc",
+        "method=lorra",
+        "run.nme=x",
+        "oops",
+        "trainer.seed=1,2",
+        "optimizer.lr=1e-4",
+    )
+    assert {problem.where for problem in found} == {
+        "trainer.max_steps",
+        "method",
+        "run.nme",
+        "oops",
+        "trainer.seed",
+    }
+
+
+def test_keys_of_a_group_with_a_wrong_choice_are_not_held_against_another_choice():
+    found = problems("data=chitchat", "method=lorra", "method.rank=3", "method.rnk=3")
+    assert [problem.where for problem in found] == ["method", "method.rnk"]
+
+
+def test_a_removed_entry_and_a_correct_plus_are_no_problem():
+    config = compose(["data=chitchat", "+data.columns.text=a", "++trainer.seed=3", "~data.columns.text"]).config
+    assert (config.data.columns, config.trainer.seed) == ({}, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "chosen", "where", "reason", "fix"),
+    [
+        (
+            "experiment/a",
+            "# @package _global_\nrun: {nme: x}",
+            "experiment=a",
+            "experiment/a.yaml",
+            "run.nme",
+            "run.name",
+        ),
+        ("experiment/a", "# @package _global_\ntrainer: {seed: x}", "experiment=a", "a.yaml", "trainer.seed=x", ""),
+        ("experiment/a", "# @package _global_\nruns: 1", "experiment=a", "a.yaml", "runs", "run"),
+        ("experiment/a", "# @package _global_\nrun: [", "experiment=a", "a.yaml:", "no YAML", ""),
+        (
+            "experiment/a",
+            "# @package _global_\ndefaults:\n- override /method: lorra",
+            "experiment=a",
+            "method",
+            "no such method",
+            "lora",
+        ),
+        (
+            "experiment/a",
+            "# @package _global_\ndefaults:\n- override /methd: lora",
+            "experiment=a",
+            "a.yaml",
+            "methd",
+            "/method",
+        ),
+        ("experiment/a", "# @package _global_\nmethod: {rank: 1}", "experiment=a", "a.yaml", "method.rank", ""),
+        ("experiment/a", '# @package _global_\nrun: {name: "${x.y}"}', "experiment=a", "run.name", "x.y", ""),
+        ("model/a", "path: x\nrevsion: y", "model=a", "model/a.yaml", "model.revsion", "model.revision"),
+        ("model/a", "- x", "model=a", "model/a.yaml", "mapping", ""),
+        ("method/a", "rank: 3", "method=a", "method.name", "which method", "defaults"),
+        ("method/a", "name: lora\nrnk: 3", "method=a", "method.rnk", "no such key", "method.rank"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, file: str, content: str, chosen: str, where: str, reason: str, fix: str):
+    path = tmp_path / f"{file}.yaml"
+    path.parent.mkdir()
+    path.write_text(content + "\n")
+    [problem] = problems("data=chitchat", chosen, config_dirs=(tmp_path,))
+    assert where in problem.where
+    assert reason in problem.reason
+    assert fix in problem.fix
+
+
+def test_missing_config_dirs_are_all_named(tmp_path: Path):
+    found = problems("data=chitchat", config_dirs=(tmp_path / "a", tmp_path / "b"))
+    assert [problem.value for problem in found] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_error_is_raised_without_hydra_s_exception_as_context():
+    with pytest.raises(UserError) as caught:
+        compose(["data=chitchat", "trainer.max_steps=abc"])
+    assert caught.value.__cause__ is None
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("trainer.learning_rate", "optimizer.lr"),
+        ("per_device_train_batch_size", "trainer.micro_batch_size"),
+        ("evaluation.every", "evaluate.every"),
+        ("modle.path", "model.path"),
+        ("trainer.global_batch", "trainer.global_batch_size"),
+        ("trainer.foo", None),
+        ("foo.bar", None),
+    ],
+)
+def test_suggestions(written: str, meant: str | None):
+    assert suggest_key(written, all_keys()) == meant
+
+
+def test_names_of_other_tools_lead_to_keys_that_exist():
+    from dstune.config.names import OTHER_TOOLS
+
+    assert set(OTHER_TOOLS.values()) <= set(all_keys())

@@ -1,0 +1,77 @@
+"""Every YAML file in conf/ composes and validates, and holds what its comment promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dstune.config.compose import compose, to_dict
+from dstune.config.schema import CHOICES, Precision
+from dstune.config.validate import validate
+
+CONF = Path(__file__).parents[2] / "conf"
+FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+
+COMPANIONS = {
+    "data/sentiment": ["task=classification"],
+    "task/causal_lm": ["data=files", "data.train=rows.jsonl"],
+    "task/classification": ["data=sentiment"],
+    "method/head": ["task=classification", "data=sentiment"],
+}
+"""What a choice makes sense with; the others go with the dialogues."""
+
+
+def test_the_files_are_found():
+    assert len(FILES) > 30
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_composes_and_validates(name: str):
+    group, choice = name.split("/")
+    companions = COMPANIONS.get(name, [] if group == "experiment" else ["data=chitchat"])
+    if name == "data/files":
+        companions = ["data.train=rows.jsonl"]
+    config = compose([f"{group}={choice}", *companions]).config
+    validate(config)
+    if group in CHOICES:
+        assert getattr(config, group).name == choice
+        assert type(getattr(config, group)) is CHOICES[group][choice]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_begins_with_a_comment(name: str):
+    lines = (CONF / f"{name}.yaml").read_text().splitlines()
+    assert [line for line in lines if line.startswith("# ") and "@package" not in line]
+
+
+@pytest.mark.parametrize("group", sorted(CHOICES))
+def test_every_choice_of_the_schema_has_a_file(group: str):
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(CHOICES[group])
+
+
+def test_group_without_choices_only_holds_what_differs_from_the_schema():
+    """A value in a `default` file that is not the schema's would contradict the documentation of the key."""
+    for name in ("trainer", "checkpoint", "evaluate", "tracking"):
+        plain = to_dict(compose(["data=chitchat"]).config)[name]
+        from dstune.config.names import default_classes
+
+        assert plain == to_dict(default_classes()[name]())
+
+
+def test_quickstart_is_what_runs_when_nothing_is_asked_for():
+    config = compose([]).config
+    assert (config.run.name, config.data.train, config.zero.stage) == ("quickstart", "sample://chitchat", 3)
+    assert config.evaluate.samples >= 1
+
+
+def test_sentiment_is_the_issue_s_measurement():
+    config = compose(["experiment=sentiment"]).config
+    assert (config.data.max_rows, config.evaluate.max_rows, config.trainer.epochs) == (4000, 2000, 1)
+    assert (config.launch.processes, config.model.path, config.data.packing) == (2, "sample://minilm", False)
+
+
+def test_the_8b_experiment_is_zero3_in_bf16():
+    config = compose(["experiment=llama3_8b_4nodes"]).config
+    assert (config.zero.stage, config.trainer.precision) == (3, Precision.bf16)
+    assert config.trainer.activation_checkpointing

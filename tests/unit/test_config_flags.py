@@ -1,0 +1,265 @@
+"""Hydra's flags through the verbs, the help, the documentation of keys and completion in the shell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dstune.config import flags as hydra
+from dstune.config.completion import complete
+from dstune.config.documentation import documentation, help_text, markdown_table, merged
+from dstune.config.flags import Flags, hydra_flags, show
+from dstune.config.names import all_keys, names_choice
+from dstune.errors import UserError
+
+VERBS = ("train", "evaluate", "generate", "export")
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert show(hydra_flags(argv), VERBS) == 0
+    return capsys.readouterr().out
+
+
+def refused(*argv: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        show(hydra_flags(argv), VERBS)
+    return caught.value
+
+
+# ---- reading flags ----
+
+
+def test_overrides_and_flags_in_any_order():
+    read = hydra_flags(
+        ["method=lora", "--config-dir", "a", "--cfg", "job", "trainer.seed=1", "-cd", "b", "~x", "-p", "run"]
+    )
+    assert read == Flags(["method=lora", "trainer.seed=1", "~x"], config_dirs=["a", "b"], cfg="job", package="run")
+    assert read.shows
+    assert not hydra_flags(["method=lora"]).shows
+
+
+@pytest.mark.parametrize(
+    ("argv", "info", "overrides"),
+    [
+        (["--info"], "all", []),
+        (["--info", "defaults", "x=1"], "defaults", ["x=1"]),
+        (["-i", "x=1"], "all", ["x=1"]),
+        (["--info=searchpath"], "searchpath", []),
+    ],
+)
+def test_the_value_of_info_may_be_left_out(argv: list[str], info: str, overrides: list[str]):
+    read = hydra_flags(argv)
+    assert (read.info, read.overrides) == (info, overrides)
+
+
+@pytest.mark.parametrize(
+    ("argv", "where", "text"),
+    [
+        (["--max-steps", "5"], "--max-steps", "write trainer.max_steps=VALUE"),
+        (["--learning_rate=3"], "--learning_rate", "write optimizer.lr=3"),
+        (["--confg-dir=x"], "--confg-dir", "did you mean --config-dir?"),
+        (["--zzz"], "--zzz", "no such flag"),
+        (["--cfg", "jb"], "command line", "'job'"),
+        (["--cfg"], "command line", "expected one argument"),
+        (["--info=x"], "--info", "searchpath"),
+        (["--multirun"], "--multirun", "sweep"),
+        (["--config-name", "x"], "--config-name", "experiment="),
+        (["--resolve"], "--resolve", "--cfg"),
+        (["--package", "run"], "--package", "--cfg"),
+    ],
+)
+def test_wrong_flags_are_user_errors(argv: list[str], where: str, text: str):
+    error = refused(*argv)
+    assert [problem.where for problem in error.problems] == [where]
+    assert text in str(error)
+    assert error.exit_code == 2
+
+
+def test_all_wrong_flags_at_once():
+    assert len(refused("--max-steps", "5", "--cgf", "job", "--multirun").problems) == 3
+
+
+# ---- showing ----
+
+
+def test_cfg_job(capsys: pytest.CaptureFixture[str]):
+    config = yaml.safe_load(shown(capsys, "--cfg", "job", "trainer.max_steps=3"))
+    assert config["run"]["name"] == "quickstart"
+    assert config["trainer"]["max_steps"] == 3
+    assert "hydra" not in config and "experiment" not in config
+
+
+def test_cfg_hydra_and_all(capsys: pytest.CaptureFixture[str]):
+    assert list(yaml.safe_load(shown(capsys, "--cfg", "hydra"))) == ["hydra"]
+    assert {"hydra", "model"} <= set(yaml.safe_load(shown(capsys, "--cfg", "all")))
+
+
+def test_package(capsys: pytest.CaptureFixture[str]):
+    out = shown(capsys, "--cfg", "job", "--package", "trainer")
+    assert out.startswith("# @package trainer\n")
+    assert "max_steps" in yaml.safe_load(out)
+    assert shown(capsys, "--cfg", "job", "-p", "trainer.epochs") == "1\n"
+    assert "trainer" in refused("--cfg", "job", "-p", "trainr").problems[0].fix
+
+
+def test_references_are_shown_as_written_unless_resolved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SECRET_NAME", "hunter2")
+    argv = ("--cfg", "job", "run.name=${oc.env:SECRET_NAME}")
+    assert "hunter2" not in shown(capsys, *argv)
+    assert "name: hunter2" in shown(capsys, *argv, "--resolve")
+
+
+def test_wrong_overrides_are_explained_for_every_flag():
+    for argv in (["--cfg", "job"], ["--cfg", "hydra"], ["--info", "defaults"]):
+        error = refused(*argv, "method=lorra", "trainer.max_step=3")
+        assert [problem.where for problem in error.problems] == ["method", "trainer.max_step"]
+
+
+def test_info(capfd: pytest.CaptureFixture[str]):
+    assert show(hydra_flags(["--info", "defaults", "experiment=sentiment"]), VERBS) == 0
+    assert "experiment/sentiment" in capfd.readouterr().out
+
+
+def test_hydra_help(capsys: pytest.CaptureFixture[str]):
+    out = shown(capsys, "--hydra-help")
+    assert "== Flags ==" in out
+    assert "dstune -sc install=bash" in out
+
+
+def test_help_has_groups_keys_and_flags_but_not_the_schema(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\n")
+    out = shown(capsys, "--help", "--config-dir", str(tmp_path))
+    assert "full, head, lora, mine" in out
+    assert "schema" not in out
+    for key in all_keys():
+        assert names_choice(key) or f"  {key}=" in out
+    for flag in hydra.CFG:
+        assert flag in out
+    assert max(len(line) for line in out.splitlines()) <= 120
+
+
+# ---- documentation ----
+
+
+def test_every_key_is_documented_once_for_each_choice():
+    assert {setting.key for setting in documentation()} == {key for key in all_keys() if not names_choice(key)}
+    assert [setting.key for setting in documentation() if not setting.doc.endswith((".", "..."))] == []
+    assert len(set(documentation())) == len(documentation())
+
+
+def test_a_row_of_the_documentation():
+    rank = next(setting for setting in documentation() if setting.key == "method.rank")
+    assert rank == ("method=lora", "method.rank", "a whole number", "16", "Rank of the update matrices.")
+    precision = next(setting for setting in documentation() if setting.key == "trainer.precision")
+    assert precision.type == "one of auto, fp32, bf16, fp16"
+
+
+def test_equal_keys_of_choices_are_one_row():
+    steps = [setting.group for setting in merged() if setting.key == "schedule.warmup_steps"]
+    ratios = [setting.group for setting in merged() if setting.key == "schedule.warmup_ratio"]
+    assert steps == ["schedule"]
+    assert ratios == ["schedule=cosine|linear|warmup_stable_decay", "schedule=constant"]
+
+
+def test_markdown_table_is_a_table():
+    lines = markdown_table().splitlines()
+    assert lines[1] == "| --- | --- | --- | --- |"
+    for line in lines:
+        assert line.replace("\\|", "").count("|") == 5
+    assert len(lines) == 2 + len(merged())
+
+
+def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_text({"method": ["full", "lora"]})
+    assert (
+        len([line for line in text.splitlines() if len(line) > 80 and not line.startswith(("  ", "over", "Fine"))]) == 0
+    )
+
+
+# ---- completion ----
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dstune ", list(VERBS)),
+        ("dstune e", ["evaluate", "export"]),
+        ("dstune train mod", ["model.", "model="]),
+        ("dstune train model=", ["model=llama3_8b", "model=minilm", "model=smollm2"]),
+        ("dstune train experiment=q", ["experiment=quickstart"]),
+        ("dstune train method=lora method.r", ["method.rank=", "method.rslora="]),
+        ("dstune train method=full method.r", []),
+        ("dstune train trainer.early", ["trainer.early_stopping."]),
+        ("dstune train trainer.precision=", [f"trainer.precision={p}" for p in ("auto", "bf16", "fp16", "fp32")]),
+        ("dstune train data.packing=t", ["data.packing=true"]),
+        ("dstune train run.time_limit=", ["run.time_limit=null"]),
+        ("dstune train broken[ method=nonsense trainer.ep", ["trainer.epochs="]),
+        ("dstune train --cf", ["--cfg"]),
+        ("dstune train --cfg ", ["job", "hydra", "all"]),
+        ("dstune nonsense mod", []),
+        ("dstune train schem", []),
+        ("dstune train hydr", []),
+    ],
+)
+def test_completion(line: str, expected: list[str]):
+    assert complete(line, VERBS) == expected
+
+
+def test_completion_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "rows").mkdir()
+    assert complete("dstune train data.train=ro", VERBS) == ["data.train=rows.jsonl", "data.train=rows/"]
+    assert complete("dstune evaluate ro", VERBS) == ["rows.jsonl", "rows/"]
+
+
+def test_completion_knows_groups_of_a_config_dir(tmp_path: Path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\n")
+    assert complete(f"dstune train --config-dir {tmp_path} method=mine method.ra", VERBS) == ["method.rank="]
+
+
+@pytest.mark.parametrize(("shell", "separator"), [("bash", " "), ("zsh", " "), ("fish", "\n")])
+def test_query(shell: str, separator: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COMP_LINE", "dstune train model")
+    assert shown(capsys, "--shell-completion", f"query={shell}") == f"model.{separator}model=\n"
+
+
+def test_uninstall_and_wrong_requests(capsys: pytest.CaptureFixture[str]):
+    assert "unset hydra_bash_completion" in shown(capsys, "-sc", "uninstall=bash")
+    assert "complete -c dstune" in shown(capsys, "-sc", "install=fish")
+    assert "bash, fish, zsh" in refused("-sc", "install=csh").problems[0].reason
+    assert "install=" in refused("-sc").problems[0].reason
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_behind_the_verb(tmp_path: Path):
+    """The installed script, driven as bash drives it when TAB is pressed."""
+    root = Path(__file__).parents[2]
+    program = tmp_path / "dstune"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom dstune.config.flags import hydra_flags, show\n"
+        f"sys.exit(show(hydra_flags(sys.argv[1:]), {VERBS!r}))\n"
+    )
+    program.chmod(0o755)
+    script = """
+eval "$(dstune -sc install=bash)"
+complete -p dstune
+COMP_LINE="dstune train experiment=s"; COMP_POINT=${#COMP_LINE}; COMP_CWORD=2; COMP_WORDS=(dstune train experiment=s)
+hydra_bash_completion
+echo "REPLY ${COMPREPLY[*]}"
+"""
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    run = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "-F hydra_bash_completion dstune" in run.stdout
+    assert run.stdout.splitlines()[-1] == "REPLY experiment=sentiment"
