@@ -80,7 +80,7 @@ def test_launchers(name):
 
 
 @pytest.mark.parametrize(
-    "variables, named",
+    ("variables", "named"),
     [
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "contradict"),

@@ -1,0 +1,59 @@
+"""Exit code and culprit for every way in which ranks end."""
+
+import pytest
+
+from dstune.errors import Preempted, Problem, TrainingFailed, UserError
+from dstune.launch.verdict import Ended, how, judge
+
+MISTAKE = UserError(Problem("data.train", "it is empty"))
+FAILED = TrainingFailed("loss was not finite")
+SAVED = Preempted("received SIGTERM: saved at step 8")
+
+
+def ends(*codes, told=()):
+    """Ranks in the order of their ends; those in `told` were being ended by the launcher."""
+    return [Ended(rank, code, order, rank in told) for order, (rank, code) in enumerate(codes)]
+
+
+@pytest.mark.parametrize(
+    ("ended", "errors", "stop", "code", "culprit"),
+    [
+        (ends((0, 0), (1, 0)), {}, None, 0, None),
+        (ends((0, 75), (1, 75)), {0: SAVED}, "SIGTERM", 75, None),
+        (ends((1, 0), (0, 75)), {}, None, 75, None),
+        (ends((1, 1), (0, 1)), {}, None, 1, 1),
+        # One was killed, the other noticed and was seen first.
+        (ends((0, 1), (1, -9)), {}, None, 1, 1),
+        # The launcher's own SIGTERM is no cause.
+        (ends((1, 1), (0, -15), told={0}), {}, None, 1, 1),
+        # A report of a failure tells more than the exit of those who waited for that rank.
+        (ends((1, 1), (0, 1), told={0}), {0: FAILED}, None, 1, 0),
+        (ends((1, 1), (0, 2), told={0}), {0: MISTAKE, 1: FAILED}, None, 2, 0),
+        (ends((1, 1), (0, -15), told={0}), {0: MISTAKE}, None, 2, 0),
+        # A failure while the others save is a failure.
+        (ends((0, 75), (1, -11)), {0: SAVED}, "SIGTERM", 1, 1),
+        # SIGTERM before the handlers were there.
+        (ends((1, -15), (0, -9), told={0}), {}, "SIGINT", 75, None),
+        (ends((1, -15), (0, -9), told={0}), {}, None, 1, 1),
+    ],
+)
+def test_verdicts(ended, errors, stop, code, culprit):
+    verdict = judge(ended, errors, stop, forced=False)
+    assert verdict.exit_code == code
+    assert (verdict.culprit and verdict.culprit.rank) == culprit
+
+
+def test_reasons():
+    assert judge(ends((0, 75)), {0: SAVED}, "SIGTERM", False).reason == str(SAVED)
+    assert judge(ends((0, 1)), {0: FAILED}, None, False).reason == "loss was not finite"
+    assert judge(ends((0, 1)), {}, None, False).reason == "rank 0 ended with exit code 1"
+    assert judge(ends((0, -15)), {}, "SIGHUP", False).reason == "received SIGHUP before training began"
+    assert judge(ends((0, 75)), {0: SAVED}, "SIGTERM", True).exit_code == 1
+
+
+def test_ways_to_end():
+    assert how(3) == "ended with exit code 3"
+    assert how(-9).startswith("was killed by SIGKILL (by hand, or")
+    assert how(-11).startswith("was killed by SIGSEGV")
+    assert how(-10) == "was killed by SIGUSR1"
+    assert how(-200) == "was killed by signal 200"
