@@ -99,7 +99,7 @@ def answer_prompts(
     prompts = data.prompts[: config.evaluate.samples]
     if not prompts:
         return []
-    token_ids = [prompt.token_ids for prompt in prompts]
+    token_ids = [prompt.input_ids for prompt in prompts]
 
     def generate(module: torch.nn.Module) -> list[str]:
         return generate_answers(module, tokenizer, token_ids, config.evaluate.max_new_tokens)

@@ -102,6 +102,7 @@ class Engine:
         self._fp16: bool = settings["fp16"]["enabled"]
         self._clip: float = settings["gradient_clipping"]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._engine.train()  # transformers hands a loaded model over in evaluation mode, without dropout
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
