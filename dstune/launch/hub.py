@@ -1,0 +1,159 @@
+"""A model of the hub: its revision as a commit, its files in the cache, and its refusals as messages.
+
+Files are chosen by name, so that a repository with the same weights in several formats is not downloaded twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dstune.config.schema import InitialWeights, ModelConfig
+from dstune.errors import Problem, UserError
+
+WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors)|(model\.safetensors\.index\.json)")
+ANY_WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
+SMALL = re.compile(r"[^/]+\.(json|jinja|model|txt)|merges\.txt|additional_chat_templates/[^/]+\.jinja")
+CODE = re.compile(r".+\.py")
+
+
+def fetch(
+    config: ModelConfig, stage: Callable[[str], None], check_description: Callable[[Path], None]
+) -> tuple[str, Path]:
+    """The commit that `config.revision` (the main branch when None) stands for, and the folder of its files.
+
+    Offline (HF_HUB_OFFLINE=1, or no connection) the cache has to hold it. check_description: called with the folder
+    before the weights are downloaded into it; may raise UserError.
+
+    Raises:
+        UserError: absent, private, gated, offline and not cached, or without weights in safetensors.
+    """
+    if is_offline():
+        snapshot = _cached(config, "HF_HUB_OFFLINE is set")
+        return snapshot.name, snapshot
+    try:
+        return _download(config, stage, check_description)
+    except UserError:
+        raise
+    except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries
+        refusal = _refusal(config, error)
+        if refusal is not None:
+            raise UserError(refusal) from error
+        if not _is_connection_problem(error):
+            raise
+        snapshot = _cached(config, f"the hub cannot be reached ({type(error).__name__})")
+        stage(f"the hub cannot be reached; using {config.path} as cached, commit {snapshot.name[:12]}")
+        return snapshot.name, snapshot
+
+
+def is_offline() -> bool:
+    """Whether the user forbids contact with the hub."""
+    words = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("TRANSFORMERS_OFFLINE", ""))
+    return any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
+
+
+def _download(
+    config: ModelConfig, stage: Callable[[str], None], check_description: Callable[[Path], None]
+) -> tuple[str, Path]:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(config.path, revision=config.revision, timeout=30)
+    commit = str(info.sha)
+    names = [file.rfilename for file in info.siblings or []]
+    small = [name for name in names if SMALL.fullmatch(name) or (config.trust_remote_code and CODE.fullmatch(name))]
+    weights = weight_files(config, names) if config.weights is InitialWeights.pretrained else []
+    stage(f"model {config.path} at commit {commit[:12]}")
+    folder = Path(snapshot_download(config.path, revision=commit, allow_patterns=small))
+    check_description(folder)
+    if weights:
+        snapshot_download(config.path, revision=commit, allow_patterns=weights)
+    return commit, folder
+
+
+def weight_files(config: ModelConfig, names: Sequence[str]) -> list[str]:
+    """The weights to download: `model*.safetensors`, else whatever safetensors there are.
+
+    Raises:
+        UserError: there are none.
+    """
+    for pattern in (WEIGHTS, ANY_WEIGHTS):
+        if found := [name for name in names if pattern.fullmatch(name)]:
+            return found
+    if "adapter_config.json" in names and "config.json" not in names:
+        reason, fix = "this is an adapter, not a model", "name its base model"
+    elif any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        reason = "only pickled weights (.bin) are there, which may run code when they are loaded"
+        fix = f"give a model.revision with safetensors (see {page(config)}/tree), or convert it yourself"
+    else:
+        reason, fix = "there are no weights (*.safetensors) in it", f"see {page(config)}/tree/main"
+    raise UserError(Problem("model.path", reason, fix, config.path))
+
+
+def page(config: ModelConfig) -> str:
+    """Where a person looks the model up."""
+    return f"https://huggingface.co/{config.path}"
+
+
+def _cached(config: ModelConfig, why: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    at = f" at revision {config.revision}" if config.revision else ""
+    reason = f"{why}, and the cache does not hold this model{at}"
+    fix = f"run once with a connection, or download {page(config)} and give its folder as model.path"
+    try:
+        # Any file finds the snapshot; whether all that is needed is in it, its folder tells.
+        found = snapshot_download(
+            config.path, revision=config.revision, local_files_only=True, allow_patterns=["config.json"]
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("model.path", reason, fix, config.path)) from error
+    suffixes = {file.suffix for file in Path(found).iterdir()}
+    if config.weights is InitialWeights.pretrained and not suffixes & {".safetensors", ".bin", ".pt"}:
+        raise UserError(Problem("model.path", f"{reason} whole: its weights are missing", fix, config.path))
+    return Path(found)
+
+
+def _refusal(config: ModelConfig, error: Exception) -> Problem | None:
+    """The hub's answer as something to do; None if it gave none."""
+    from huggingface_hub import errors
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        reason = f"the hub's cache cannot be written ({error.strerror})"
+        return Problem("HF_HOME", reason, "set HF_HOME to a folder with room", str(error.filename or ""))
+    signed_in = "log in with `hf auth login` or set HF_TOKEN"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        reason = "access to this model has to be granted"
+        return Problem("model.path", reason, f"ask for it at {page(config)}, then {signed_in}", config.path)
+    if isinstance(error, errors.RevisionNotFoundError):
+        fix = f"see the branches and tags at {page(config)}/tree/main"
+        return Problem("model.revision", f"{config.path} has no such revision", fix, str(config.revision))
+    if isinstance(error, errors.RepositoryNotFoundError):
+        # The hub answers 401 for what does not exist, as for what is private and asked for without a token.
+        reason = "the hub has no such model, or it is private, and there is no such folder either"
+        return Problem("model.path", reason, f"check {page(config)}; if it is private, {signed_in}", config.path)
+    if isinstance(error, errors.HFValidationError):
+        reason = "this is neither a folder nor a hub id"
+        return Problem("model.path", reason, "give a folder, OWNER/NAME or a sample:// name", config.path)
+    if status in (401, 403):
+        reason = f"the hub refuses access ({status})"
+        return Problem("model.path", reason, f"see {page(config)}, then {signed_in}", config.path)
+    if status == 404:
+        return Problem("model.path", "the hub does not have it (404)", f"check {page(config)}", config.path)
+    return None
+
+
+def _is_connection_problem(error: BaseException) -> bool:
+    """Time-outs, refused connections, failing name servers, and the hub's own failures (5xx, 429)."""
+    chain: list[Any] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return any(
+        isinstance(link, OSError)
+        or type(link).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+        for link in chain
+    )

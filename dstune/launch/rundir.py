@@ -1,0 +1,166 @@
+"""Which directory a run lives in, and whether there is a run in it to continue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from dstune.checkpoint import store
+from dstune.config.compose import Composed, continue_run, read_run, write_run
+from dstune.config.schema import RunConfig
+from dstune.config.validate import check_resume
+from dstune.errors import Problem, UserError
+from dstune.launch import records
+
+RUN_FILE = "run.yaml"
+KEYWORDS = ("auto", "never")
+"""Values of `run.resume` that are no path."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run directory that is ready for the ranks."""
+
+    config: RunConfig
+    run_dir: Path
+    lock: int
+    """Descriptor whose lock keeps other launches out as long as it is open."""
+    continues: Path | None
+    """The checkpoint that the ranks start from; None for a start at step 0."""
+    nothing_to_do: bool = False
+    """The directory holds a run that was completed, and the configuration asks for no more steps."""
+
+
+def choose(composed: Composed, run: Path | None = None, now: datetime | None = None) -> Composed:
+    """The configuration for the directory that it will run in, before anything is written.
+
+    run: directory of an existing run that was named on the command line (its `run.yaml` is part of `composed`).
+    The result has `run.dir` set, and what the first start of a continued run froze.
+
+    Raises:
+        UserError: the directory holds something else, or a run that `run.resume` or other keys refuse to continue;
+            `run.resume` names a path without a whole checkpoint.
+    """
+    config = composed.config
+    resume_from = config.run.resume
+    path = run or (Path(config.run.dir) if config.run.dir else None)
+    if path is None:
+        path = _fresh(Path("runs") / config.run.name, now or datetime.now())
+    if (path / RUN_FILE).is_file():
+        config = _continued(composed, path, named=run is not None)
+    elif path.exists() and (not path.is_dir() or _foreign(path)):
+        reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
+        raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
+    elif resume_from not in KEYWORDS:
+        checkpoint_of(resume_from)
+        if (Path(resume_from) / RUN_FILE).is_file():
+            config = continue_run(read_run(Path(resume_from) / RUN_FILE), composed)
+    return Composed(replace(config, run=replace(config.run, dir=str(path))), composed.overrides)
+
+
+def prepare(composed: Composed) -> Prepared:
+    """Create the chosen run directory, lock it and write its `run.yaml`.
+
+    Raises:
+        UserError: another launch uses the directory, it cannot be written, or what a branch name of
+            `model.revision` stands for has changed since the run began.
+    """
+    config = composed.config
+    assert config.run.dir is not None, "choose() sets it"
+    path = Path(config.run.dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = records.acquire_lock(path)
+    except OSError as error:
+        reason = f"cannot be created or written: {error.strerror}"
+        raise UserError(Problem("run.dir", reason, "give a folder of yours", str(path))) from None
+    run_file = path / RUN_FILE
+    if run_file.is_file():
+        stored = read_run(run_file).config
+        check_resume(stored, config)
+        if _is_done(path, stored, config):
+            return Prepared(config, path, lock, store.newest(path), nothing_to_do=True)
+    write_run(run_file, composed)
+    checkpoint = store.newest(path)
+    if checkpoint is None and config.run.resume not in KEYWORDS:
+        checkpoint = checkpoint_of(config.run.resume)
+    return Prepared(config, path, lock, checkpoint)
+
+
+def checkpoint_of(run: str) -> Path:
+    """The newest whole checkpoint of the run at `run`.
+
+    Raises:
+        UserError: no such directory, or no whole checkpoint in it.
+    """
+    path = Path(run)
+    if not path.is_dir():
+        fix = "give the directory of a run, `auto` or `never`"
+        raise UserError(Problem("run.resume", "there is no such run directory", fix, run))
+    newest = store.newest(path)
+    if newest is None:
+        torn = [info.path.name for info in store.listing(path)]
+        reason = "this run has no whole checkpoint" + (f" ({', '.join(torn)} is torn)" if torn else "")
+        if store.is_committed(path):
+            reason = "this is a checkpoint, not a run"
+        fix = f"run.resume={path.parent.parent}" if store.is_committed(path) else "give a run that has saved"
+        raise UserError(Problem("run.resume", reason, fix, run))
+    return newest
+
+
+def run_directory(path: Path) -> Path:
+    """`path`, if it is the directory of a run.
+
+    Raises:
+        UserError: it is none.
+    """
+    if (path / RUN_FILE).is_file():
+        return path
+    reason = "this folder holds no run (no run.yaml)" if path.is_dir() else "there is no such run directory"
+    raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
+
+
+def _continued(composed: Composed, path: Path, named: bool) -> RunConfig:
+    """The configuration with which the run at `path` goes on."""
+    resume = composed.config.run.resume
+    stored = read_run(path / RUN_FILE)
+    if resume == "never" and not named:
+        fix = "run.resume=auto continues it; another run.dir begins anew"
+        raise UserError(Problem("run.resume", f"{path} holds a run already", fix, "never"))
+    begun_there = stored.config.run.resume == resume or Path(resume).absolute() == path.absolute()
+    if resume not in KEYWORDS and not begun_there:
+        reason = f"{path} holds a run that did not begin from there"
+        fix = "give another run.dir, or run.resume=auto to continue it"
+        raise UserError(Problem("run.resume", reason, fix, resume))
+    config = continue_run(stored, composed)
+    # A run that began from another one and has saved nothing yet begins from there again.
+    return replace(config, run=replace(config.run, resume=stored.config.run.resume)) if resume in KEYWORDS else config
+
+
+def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:
+    result = records.read_result(path) or {}
+    same_length = (stored.trainer.max_steps, stored.trainer.epochs) == (config.trainer.max_steps, config.trainer.epochs)
+    return result.get("status") in ("completed", "stopped") and same_length
+
+
+def _foreign(path: Path) -> bool:
+    """Whether the folder holds anything but traces of a launch that ended before it wrote its `run.yaml`."""
+    return any(entry.name not in (records.LOCK, f"{RUN_FILE}.incomplete") for entry in path.iterdir())
+
+
+def _fresh(parent: Path, now: datetime) -> Path:
+    """A directory name of this second that nobody has taken yet."""
+    path = parent / now.strftime("%Y-%m-%d_%H-%M-%S")
+    candidates: Sequence[Path] = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _similar(path: Path) -> str:
+    """What the user may have meant: the newest run below or beside `path`."""
+    places = [path, path.parent] if path.is_dir() or path.parent.is_dir() else [Path("runs")]
+    runs = [file.parent for place in places for depth in ("*", "*/*") for file in place.glob(f"{depth}/{RUN_FILE}")]
+    if not runs:
+        return "the directory of a run, for example runs/NAME/DATE_TIME"
+    return f"the directory of a run, for example {max(runs, key=lambda run: (run / RUN_FILE).stat().st_mtime)}"
