@@ -52,7 +52,7 @@ def _is_row_until(line: bytes, step: int) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's types: numpy and torch scalars as numbers, and null for what is not finite (JSON has no NaN)."""
+    """`value` in JSON's types: numpy and torch scalars as numbers, null for what is not finite (JSON has no NaN)."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

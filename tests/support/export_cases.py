@@ -1,0 +1,40 @@
+"""Program of the export tests, on every rank: trains each case, and keeps the whole weights of each saved step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from dstune import worker
+from dstune.config.compose import read_run
+from dstune.rank_env import from_environment
+from dstune.zero.engine import Engine, gathered, start_process_group
+
+save_shards = Engine.save
+
+
+def save_and_gather(engine: Engine, directory: Path, tag: str) -> None:
+    save_shards(engine, directory, tag)
+    with gathered(list(engine.module.parameters())):
+        whole = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(whole, directory.parent / f"whole-{tag.removesuffix('.incomplete')}.pt")
+
+
+def main() -> None:
+    env = from_environment(os.environ)
+    assert env is not None
+    world = start_process_group(env)
+    Engine.save = save_and_gather  # type: ignore[method-assign]
+    for run_dir in json.loads(sys.argv[1]):
+        worker.train(read_run(Path(run_dir) / "run.yaml").config, Path(run_dir), world)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,350 @@
+"""Exports of real DeepSpeed checkpoints are the trained weights, and load with transformers and peft alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dstune.checkpoint import export, store
+from dstune.checkpoint.shards import Weights, cut
+from dstune.config.compose import compose, write_run
+from dstune.errors import UserError
+from tests.support.ranks import run_ranks
+from tests.support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled
+
+PROGRAM = Path(__file__).parents[1] / "support" / "export_cases.py"
+LORA = ["method=lora", "method.rank=4", "optimizer.lr=0.05"]
+
+# name: (model, data, overrides). Every stage, every method, tied and untied, several parameter groups, tiny parameters
+# partitioned and not.
+CASES: dict[str, tuple[str, str, list[str]]] = {
+    **{f"full-{stage}": ("untied", "chat", ["method=full", f"zero=stage{stage}"]) for stage in range(4)},
+    "full-bf16-1": ("untied", "chat", ["method=full", "zero=stage1", "trainer.precision=bf16"]),
+    "tied-0": ("tied", "chat", ["method=full", "zero=stage0"]),
+    "tied-2": ("tied", "chat", ["method=full", "zero=stage2"]),
+    "tied-3": ("tied", "chat", ["method=full", "zero=stage3", "zero.param_persistence_threshold=100000"]),
+    **{f"lora-{stage}": ("untied", "chat", [*LORA, f"zero=stage{stage}"]) for stage in range(4)},
+    "lora-bf16-stored-3": ("stored_bf16", "chat", [*LORA, "zero=stage3"]),
+    "lora-random-2": ("untied", "chat", [*LORA, "zero=stage2", "model.weights=random"]),
+    **{f"alone-{stage}": ("tied", "chat", ["method=full", f"zero=stage{stage}"]) for stage in (2, 3)},
+    "labels-2": ("encoder", "labels", ["method=full", "zero=stage2"]),
+    "labels-head-3": ("encoder", "labels", ["method=head", "zero=stage3"]),
+    "labels-lora-3": ("encoder", "labels", [*LORA, "zero=stage3"]),
+}
+
+
+def in_bf16(folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    return folder
+
+
+class Shelf:
+    """The runs that the tests export."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.models = {
+            "untied": save_decoder(folder / "models" / "untied"),
+            "tied": save_decoder(folder / "models" / "tied", tied=True),
+            "stored_bf16": in_bf16(save_decoder(folder / "models" / "stored_bf16")),
+            "encoder": save_encoder(folder / "models" / "encoder"),
+        }
+        self.data = {
+            "chat": write_dialogues(folder / "chat.jsonl", 40),
+            "labels": write_labelled(folder / "labels.jsonl", 40),
+        }
+
+    def run(self, name: str) -> Path:
+        return self.folder / name
+
+    def model(self, name: str) -> Path:
+        return self.models[CASES[name][0]]
+
+    def prepare(self, name: str) -> None:
+        model, data, overrides = CASES[name]
+        composed = compose(
+            [
+                "data=files",
+                f"data.train={self.data[data]}",
+                "data.max_length=64",
+                "data.split.validation=0.2",
+                f"data.packing={data == 'chat'}",
+                f"task={'chat' if data == 'chat' else 'classification'}",
+                f"model.path={self.models[model]}",
+                "model.attention=sdpa",
+                "trainer.precision=fp32",
+                "trainer.micro_batch_size=2",
+                "trainer.global_batch_size=4",
+                "trainer.max_steps=3",
+                "zero.param_persistence_threshold=0",
+                "checkpoint.every=2",
+                "evaluate.at_start=false",
+                "tracking.wandb.mode=disabled",
+                *overrides,
+            ]
+        )
+        self.run(name).mkdir()
+        write_run(self.run(name) / "run.yaml", composed)
+
+    def whole(self, name: str, step: int = 3) -> dict[str, torch.Tensor]:
+        """The trained weights as the ranks had them."""
+        return torch.load(self.run(name) / f"whole-step-{step:08d}.pt")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    shelf = Shelf(tmp_path_factory.mktemp("export"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSTUNE_CACHE", str(shelf.folder / "cache"))
+        for name in CASES:
+            shelf.prepare(name)
+        # Three ranks: most parameters are not divisible, so stage 3 pads them.
+        alone = [name for name in CASES if name.startswith("alone")]
+        run_ranks(PROGRAM, 3, [str(shelf.run(name)) for name in CASES if name not in alone])
+        run_ranks(PROGRAM, 1, [str(shelf.run(name)) for name in alone])
+    return shelf
+
+
+def load(folder: Path, kind: str = "CausalLM", **settings):
+    """As anyone would load it; nothing may be missing."""
+    import transformers
+
+    loader = getattr(transformers, f"AutoModelFor{kind}")
+    model, report = loader.from_pretrained(folder, output_loading_info=True, **settings)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval()
+
+
+def token_ids() -> torch.Tensor:
+    return torch.arange(9, 73).view(2, 32)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_ids(), use_cache=False).logits
+
+
+def with_weights(model, weights: dict[str, torch.Tensor]):
+    """`model` with the named weights in place of its own."""
+    report = model.load_state_dict(weights, strict=False)
+    assert not report.unexpected_keys
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.startswith(("full", "tied", "alone")) and "bf16" not in name]
+)
+def test_a_full_export_is_the_trained_model(shelf, name):
+    whole = shelf.whole(name)
+    exported = load(shelf.run(name) / "export")
+    found = dict(exported.named_parameters())
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    assert torch.equal(logits(exported), logits(with_weights(load(shelf.model(name)), whole)))
+    assert not torch.equal(logits(exported), logits(load(shelf.model(name)))), "nothing was trained"
+    assert exported.config.use_cache is True
+    assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == (shelf.model(name).name == "tied")
+
+
+def test_bf16_training_exports_its_fp32_weights(shelf):
+    exported = load(shelf.run("full-bf16-1") / "export")
+    whole = shelf.whole("full-bf16-1")
+    assert {weight.dtype for weight in whole.values()} == {torch.bfloat16}
+    for name, weight in exported.named_parameters():
+        assert weight.dtype == torch.float32  # as the base model is stored
+        assert torch.equal(weight.bfloat16(), whole[name])
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exported.parameters())
+
+
+@pytest.mark.parametrize("name", [f"lora-{stage}" for stage in range(4)])
+def test_an_adapter_export_loads_with_peft_on_its_base(shelf, name):
+    import peft
+
+    folder, whole = shelf.run(name) / "export", shelf.whole(name)
+    exported = peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    trained = {key: weight for key, weight in whole.items() if "lora_" in key}
+    found = dict(exported.named_parameters())
+    assert trained.keys() == {key for key in found if "lora_" in key}
+    assert all(torch.equal(found[key], weight) for key, weight in whole.items())
+    assert not torch.allclose(logits(exported), logits(load(shelf.model(name))), atol=1e-3), "nothing was trained"
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(shelf.model(name))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+@pytest.mark.parametrize("name", [f"lora-{stage}" for stage in range(4)])
+def test_a_merged_export_computes_what_the_adapter_does(shelf, name, tmp_path):
+    import peft
+
+    folder = export.export_checkpoint(shelf.run(name), store.newest(shelf.run(name)), tmp_path / "merged", merge=True)
+    unmerged = peft.AutoPeftModelForCausalLM.from_pretrained(shelf.run(name) / "export").eval()
+    merged = load(folder)
+    assert not [key for key, _ in merged.named_parameters() if "lora" in key]
+    torch.testing.assert_close(logits(merged), logits(unmerged), rtol=0, atol=1e-5)
+
+
+def test_a_model_stored_in_bf16_stays_so_and_its_adapter_does_not(shelf, tmp_path):
+    import peft
+    from safetensors.torch import load_file
+
+    run_dir = shelf.run("lora-bf16-stored-3")
+    adapter = load_file(run_dir / "export" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "merged", merge=True)
+    stored = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    base = load(shelf.model("lora-bf16-stored-3"), dtype=torch.float32)
+    exact = peft.PeftModel.from_pretrained(base, run_dir / "export").merge_and_unload().state_dict()
+    assert all(torch.equal(weight, exact[key].bfloat16()) for key, weight in stored.items())
+
+
+def test_an_adapter_on_random_weights_is_exported_merged(shelf):
+    whole = shelf.whole("lora-random-2")
+    exported = dict(load(shelf.run("lora-random-2") / "export").named_parameters())
+    name = "model.layers.1.self_attn.q_proj"
+    parts = [
+        whole[f"base_model.model.{name}.{part}.weight"] for part in ("base_layer", "lora_A.default", "lora_B.default")
+    ]
+    expected = parts[0] + parts[2] @ parts[1] * (32 / 4)
+    torch.testing.assert_close(exported[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    assert torch.equal(exported["model.norm.weight"], whole["base_model.model.model.norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["labels-2", "labels-head-3", "labels-lora-3"])
+def test_a_classifier_keeps_its_head_and_label_names(shelf, name):
+    import peft
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    folder, whole = shelf.run(name) / "export", shelf.whole(name)
+    labels = ["left", "right"]
+    if "lora" in name:
+        base = Classifier.from_pretrained(shelf.model(name), num_labels=2)
+        exported = peft.PeftModel.from_pretrained(base, folder).eval()
+    else:
+        exported = load(folder, "SequenceClassification")
+        assert exported.config.id2label == dict(enumerate(labels))
+        assert exported.config.label2id == {"left": 0, "right": 1}
+    found = dict(exported.named_parameters())
+    unused = {key for key in whole if ".original_module." in key}  # the head that the adapter's own one replaces
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(found[key], whole[key]) for key in whole.keys() - unused)
+
+
+def test_answers_end_where_the_turn_ends(shelf):
+    from transformers import GenerationConfig
+
+    for name in ("full-2", "lora-2"):
+        settings = GenerationConfig.from_pretrained(shelf.run(name) / "export")
+        assert settings.eos_token_id == 4  # <|im_end|>
+        assert settings.pad_token_id == 2
+
+
+def test_large_models_are_written_in_several_files(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_SHARD_SIZE", "60KB")
+    run_dir = shelf.run("full-3")
+    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "out")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert (folder / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(load(folder)), logits(load(run_dir / "export")))
+
+
+def test_shards_agree_with_deepspeeds_own_reader(shelf):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for name in ("full-1", "full-2", "full-3", "labels-2"):
+        checkpoint = store.newest(shelf.run(name))
+        expected = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, tag=checkpoint.name)
+        found = Weights(checkpoint)
+        assert expected.keys() == set(found)
+        assert all(torch.equal(expected[key], found[key]) for key in found)
+
+
+# -- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_exports_a_named_step(shelf, tmp_path, capsys):
+    run_dir, out = shelf.run("full-3"), tmp_path / "out"
+    assert export.main([str(run_dir), "--checkpoint", "2", "--out", str(out), "--json"]) == 0
+    checkpoint = run_dir / "checkpoints" / "step-00000002"
+    assert json.loads(capsys.readouterr().out) == {"export": str(out), "kind": "model", "checkpoint": str(checkpoint)}
+    whole = shelf.whole("full-3", step=2)
+    assert all(torch.equal(weight, whole[key]) for key, weight in load(out).named_parameters())
+
+
+def test_the_verb_merges_beside_the_adapter(shelf, capsys):
+    run_dir = shelf.run("lora-1")
+    try:
+        assert export.main([str(run_dir), "--merge"]) == 0
+        assert (run_dir / "export-merged" / "config.json").exists()
+        assert (run_dir / "export" / "adapter_config.json").exists()
+        assert str(run_dir / "export-merged") in capsys.readouterr().out
+    finally:
+        shutil.rmtree(run_dir / "export-merged", ignore_errors=True)
+
+
+def refusal(arguments: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        export.main(arguments)
+    return str(caught.value)
+
+
+def test_what_the_verb_refuses(shelf, tmp_path):
+    run_dir = shelf.run("full-3")
+    before = (run_dir / "export" / "config.json").stat().st_mtime_ns
+    assert "exists already" in refusal([str(run_dir)])
+    assert (run_dir / "export" / "config.json").stat().st_mtime_ns == before
+    assert "no such run directory" in refusal([str(tmp_path / "nowhere")])
+    assert "no run.yaml" in refusal([str(tmp_path)])
+    assert "there are steps 2, 3" in refusal([str(run_dir), "--checkpoint", "7", "--out", str(tmp_path / "out")])
+    assert "nothing to merge" in refusal([str(run_dir), "--merge"])
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert "no former export" in refusal([str(run_dir), "--out", str(precious), "--force"])
+    assert (precious / "thesis.txt").exists()
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_force_replaces_a_former_export(shelf, tmp_path):
+    run_dir, out = shelf.run("full-2"), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "leftover.safetensors").write_text("")
+    assert export.main([str(run_dir), "--out", str(out), "--force"]) == 0
+    assert not (out / "leftover.safetensors").exists()
+    load(out)
+
+
+def test_the_verb_is_light_to_import():
+    program = (
+        "import sys, dstune.checkpoint.export; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+# -- pure -------------------------------------------------------------------------------------------------------------
+
+
+def test_cut_reads_across_pieces():
+    pieces = [torch.arange(0, 3), torch.arange(3, 4), torch.arange(4, 9)]
+    for start in range(9):
+        for count in range(1, 9 - start + 1):
+            assert cut(pieces, start, count).tolist() == list(range(start, start + count))
+    with pytest.raises(AssertionError, match="1 elements early"):
+        cut(pieces, 7, 3)
