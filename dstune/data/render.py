@@ -272,10 +272,13 @@ class ChatRenderer:
 
     def _middles(self, messages: Messages) -> Messages:
         """As `_edges`, but with one mark in the middle of what is not the assistant's: some templates look at how a
-        message starts or ends (Qwen3: `<tool_response>`)."""
+        message starts or ends (Qwen3: `<tool_response>`). A message with tool calls gets none: some templates ask
+        whether anything is said beside the call, and the end of the turn can be found without."""
         marked = self._edges(messages)
         for number, message in enumerate(messages):
-            if _markable(message) and message["role"] != "assistant":
+            if message.get("tool_calls"):
+                marked[number] = message
+            elif _markable(message) and message["role"] != "assistant":
                 content, half = message["content"], len(message["content"]) // 2
                 marked[number] = {**message, "content": content[:half] + _end_mark(number) + content[half:]}
         return marked
@@ -319,7 +322,7 @@ class ChatRenderer:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            if _markable(message) and number not in marked.ends:
+            if _markable(message) and number not in marked.ends and not message.get("tool_calls"):
                 raise _Inconsistent
             start = self._turn_start(text, messages, tools, twin, marked, number)
             written = marked.ends.get(number, start)
@@ -344,7 +347,7 @@ class ChatRenderer:
         for opening in self._opening_candidates(asked["role"], messages[:number], tools, twin[:number]):
             for expected in (opening, trailing + opening):
                 start = before + len(expected)
-                if not text.startswith(expected, before) or (content is not None and start > content):
+                if not text.startswith(expected, before) or start > marked.ends.get(number, start):
                     continue
                 if content is not None and not self._has_generation_prompt and text[start:content].strip():
                     return content  # a heading that a template without generation prompt prints for finished turns

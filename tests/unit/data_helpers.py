@@ -1,0 +1,95 @@
+"""Small tokenizers and files for the tests of the data path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from support.configs import run_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dstune.config.schema import ChatConfig, DataConfig, RunConfig, TaskConfig
+from dstune.data.build import PreparedData, prepare
+from dstune.rank_env import RankEnv
+
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "[INST]",
+    "[/INST]",
+    "<s>",
+    "</s>",
+]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TRAINING_TEXT = [
+    "user assistant system tool Hello how are you? I am fine, thanks. The answer is four. What is two and two?\n",
+    "the weather in Paris is sunny and warm today, is it not? yes it is, and no it is not.\n",
+] * 4
+
+
+@cache
+def _bpe(bos: str | None) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    if bos:
+        pair = (bos, tokenizer.token_to_id(bos))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[pair])
+    return tokenizer.to_str()
+
+
+def byte_tokenizer(template: str | None = CHATML, *, eos: str = "<|im_end|>", bos: str | None = None) -> Any:
+    """A byte-level BPE of 420 tokens that can write any text; `bos` is put in front by itself, as Llama does."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_bpe(bos)),
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,  # as many models have it: the end must not vanish with the padding
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def exchange(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """`count` different conversations of one exchange."""
+    return [exchange(f"What is {number} and two?", f"The answer is {number + 2}.") for number in range(count)]
+
+
+def data_run(train: Path | str, *, task: TaskConfig | None = None, **data: Any) -> RunConfig:
+    """A configuration for these training rows, chat with a frozen date if no task is given."""
+    return run_config(task=task or ChatConfig(template_date="2025-03-09"), data=DataConfig(train=str(train), **data))
+
+
+def prepared(config: RunConfig, tokenizer: Any, cache_root: Path) -> PreparedData:
+    return prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "environment"), cache_root)
