@@ -6,6 +6,7 @@ a pipe, a file or the log.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -84,8 +85,18 @@ class Console:
                 stream.buffer.flush()
             else:
                 stream.write(data.decode(errors="replace"))
-        except (OSError, ValueError):
+        except BlockingIOError:
             pass
+        except (OSError, ValueError):
+            mute(stream)
+
+
+def mute(stream: TextIO) -> None:
+    """Send what is still to come, and what is buffered, nowhere: the reader has gone."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Splitter:

@@ -48,15 +48,22 @@ class LaunchRecord:
             return None
 
 
-def write_launch(run_dir: Path, launch_id: str, processes: int) -> None:
+def begin(run_dir: Path, launch_id: str, processes: int) -> None:
+    """Note that this process launches the run now, and remove what could pass for its own: an earlier launch's errors
+    and result."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    for stale in (*(run_dir / "logs").glob("rank-*.error"), result_path(run_dir)):
+        stale.unlink(missing_ok=True)
     me = psutil.Process()
     record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes)
     write_json(run_dir / "launch.json", asdict(record))
 
 
 def read_launch(run_dir: Path) -> LaunchRecord | None:
-    fields = read_json(run_dir / "launch.json")
-    return LaunchRecord(**fields) if fields else None
+    try:
+        return LaunchRecord(**(read_json(run_dir / "launch.json") or {}))
+    except TypeError:  # absent, or of another version
+        return None
 
 
 def result_path(run_dir: Path) -> Path:

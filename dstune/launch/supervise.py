@@ -125,7 +125,7 @@ class Launch:
         self.forced = False
 
     def run(self) -> Verdict:
-        self._clean()
+        records.begin(self.run_dir, self.id, self.plan.size)
         with ExitStack() as stack:
             guard = stack.enter_context(Guard(self.id, [] if self.lock is None else [self.lock]))
             try:
@@ -139,13 +139,6 @@ class Launch:
         self.console.close()
         self.errors = self._read_errors()
         return judge(self.ended, self.errors, self.stop_signal, self.forced)
-
-    def _clean(self) -> None:
-        """Nothing of an earlier launch may pass for this one's: its errors, its result."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.logs.glob("rank-*.error"), records.result_path(self.run_dir)):
-            stale.unlink(missing_ok=True)
-        records.write_launch(self.run_dir, self.id, self.plan.size)
 
     def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread:
         """Start every rank; returns the thread that passes rank 0's output on."""

@@ -1,0 +1,178 @@
+"""The verbs that look after a run from another shell: `status`, `cancel`, `checkpoints`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dstune.checkpoint import store
+from dstune.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
+from dstune.launch import records
+from dstune.launch.rundir import run_directory
+
+TWICE_SECONDS = 0.5
+"""Between two signals that shall count as two (see `supervise.TWICE_SECONDS`)."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands."""
+
+    state: str
+    """`running`; completed, stopped, preempted or failed as in result.json; `dead` (the launcher ended without a
+    result); `elsewhere` (launched on another machine, which alone can tell)."""
+    reason: str
+    step: int
+    loss: float | None
+    age_seconds: float | None
+    """Since the last row of metrics.jsonl."""
+    launcher: records.LaunchRecord | None
+    checkpoint: Path | None
+
+    def to_json(self, run_dir: Path) -> dict[str, Any]:
+        launcher = self.launcher
+        return {
+            "run": str(run_dir),
+            "state": self.state,
+            "reason": self.reason,
+            "step": self.step,
+            "loss": self.loss,
+            "age_seconds": self.age_seconds,
+            "pid": launcher and launcher.pid,
+            "host": launcher and launcher.host,
+            "processes": launcher and launcher.processes,
+            "checkpoint": self.checkpoint and str(self.checkpoint),
+        }
+
+
+def status_of(run_dir: Path) -> Status:
+    launcher = records.read_launch(run_dir)
+    result = records.read_result(run_dir)
+    last = records.last_metrics(run_dir)
+    reason = ""
+    if launcher is not None and launcher.process() is not None:
+        state = "running"
+    elif result is not None:
+        state, reason = str(result.get("status")), str(result.get("reason") or "")
+    elif launcher is not None and not launcher.is_here:
+        state, reason = "elsewhere", f"ask on {launcher.host}"
+    else:
+        state, reason = "dead", "the process that launched it ended without a result"
+    age = None
+    if last:
+        age = round(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, 1)
+    return Status(state, reason, int(last.get("step", 0)), last.get("loss"), age, launcher, store.newest(run_dir))
+
+
+def status(argv: list[str]) -> int:
+    """`dstune status RUN [--json]`. Raises UserError; returns the exit code."""
+    arguments = _parser("status", "Where a run stands.").parse_args(argv)
+    run_dir = run_directory(arguments.run)
+    found = status_of(run_dir)
+    if arguments.json:
+        print(json.dumps(found.to_json(run_dir)))
+        return EXIT_DONE
+    facts = [f"{run_dir}: {found.state}" + (f" ({found.reason})" if found.reason else "")]
+    if found.state == "running" and found.launcher is not None:
+        facts.append(f"process {found.launcher.pid} on {found.launcher.host}, {found.launcher.processes} rank(s)")
+    loss = "" if found.loss is None else f", loss {found.loss:.4f}"
+    facts.append(f"step {found.step}{loss}" + ("" if found.age_seconds is None else f", {found.age_seconds:.0f} s ago"))
+    facts.append(f"newest checkpoint {found.checkpoint.name}" if found.checkpoint else "no checkpoint yet")
+    print("\n  ".join(facts))
+    return EXIT_DONE
+
+
+def cancel(argv: list[str]) -> int:
+    """`dstune cancel RUN [--now] [--json]`: ask a run to save and stop, and wait until it has. Raises UserError."""
+    parser = _parser("cancel", "Ask a run to save at the next window and stop; wait until it has.")
+    parser.add_argument("--now", action="store_true", help="stop at once, without saving")
+    arguments = parser.parse_args(argv)
+    run_dir = run_directory(arguments.run)
+    launcher = records.read_launch(run_dir)
+    if launcher is not None and not launcher.is_here and records.read_result(run_dir) is None:
+        reason = f"the run was launched on {launcher.host}, and can be stopped from there alone"
+        raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(run_dir)))
+    process = launcher.process() if launcher is not None else None
+    if process is not None:
+        if not arguments.json:
+            print(f"stopping process {process.pid}" + ("" if arguments.now else " after a save"), flush=True)
+        _stop(process, arguments.now)
+    after = status_of(run_dir)
+    if arguments.json:
+        print(json.dumps(after.to_json(run_dir)))
+    elif process is None:
+        print(f"{run_dir} is not running ({after.state})")
+    else:
+        print(f"{run_dir}: {after.state}" + (f" ({after.reason})" if after.reason else ""))
+    return EXIT_DONE
+
+
+def _stop(process: psutil.Process, now: bool) -> None:
+    try:
+        process.send_signal(signal.SIGTERM)
+        if now:
+            time.sleep(TWICE_SECONDS)
+            process.send_signal(signal.SIGTERM)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.AccessDenied as error:
+        problem = Problem("RUN", "the run belongs to another user", "ask its owner", str(error.pid))
+        raise UserError(problem) from None
+
+
+def checkpoints(argv: list[str]) -> int:
+    """`dstune checkpoints RUN [--verify] [--prune KEEP] [--json]`. Raises UserError; 1 when a file is damaged."""
+    parser = _parser("checkpoints", "List, verify or prune the checkpoints of a run.")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
+    parser.add_argument("--prune", type=int, metavar="KEEP", help="keep the newest KEEP and the best, remove the rest")
+    arguments = parser.parse_args(argv)
+    run_dir = run_directory(arguments.run)
+    removed: list[Path] = []
+    if arguments.prune is not None:
+        if arguments.prune < 1:
+            raise UserError(Problem("--prune", "at least one has to stay", "--prune 1", str(arguments.prune)))
+        records.acquire_lock(run_dir)  # a running launch saves and prunes by itself
+        removed = store.prune(run_dir, arguments.prune)
+    found = store.listing(run_dir)
+    whole = [info for info in found if info.committed]
+    damaged = {info.path: store.damaged_files(info.path) for info in whole} if arguments.verify else {}
+    if arguments.json:
+        rows = [
+            {
+                "path": str(info.path),
+                "step": info.step,
+                "committed": info.committed,
+                "bytes": info.bytes,
+                "best": info.best,
+                **({"damaged": damaged.get(info.path, [])} if arguments.verify else {}),
+            }
+            for info in found
+        ]
+        print(json.dumps({"checkpoints": rows, "removed": [str(path) for path in removed]}))
+    else:
+        for path in removed:
+            print(f"removed {path.name}")
+        for info in found:
+            notes = ["best"] * info.best + ["torn, not usable"] * (not info.committed)
+            if info.path in damaged:
+                notes.append(f"damaged: {', '.join(damaged[info.path])}" if damaged[info.path] else "verified")
+            print(f"{info.path.name}  {info.bytes / 1e6:10.1f} MB  {', '.join(notes)}".rstrip())
+        if not found:
+            print(f"{run_dir} has no checkpoints")
+    return EXIT_FAILED if any(damaged.values()) else EXIT_DONE
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"dstune {verb}", description=description)
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory, for example runs/NAME/DATE_TIME")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser

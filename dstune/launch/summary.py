@@ -1,0 +1,108 @@
+"""The page that `dstune train` ends with, from the files of the run."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstune.launch import records
+
+COLUMN = 13
+TEXT_WIDTH = 96
+SHOWN_CHARACTERS = 600
+
+
+def summary(run_dir: Path) -> str:
+    """What a finished run achieved, one answered prompt, and where everything is."""
+    result = records.read_result(run_dir) or {}
+    lines = ["", *_losses(result), *_cost(result)]
+    if result.get("reason"):
+        lines.append(_entry("stopped", str(result["reason"])))
+    lines += _answers(run_dir)
+    lines += ["", *_paths(run_dir, result)]
+    return "\n".join(lines)
+
+
+def _losses(result: Mapping[str, Any]) -> list[str]:
+    before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
+    lines = []
+    for name, value in after.items():
+        if isinstance(value, (int, float)) and name not in ("rows", "targets", "tokens", "seconds"):
+            label = "held-out loss" if name == "loss" else name
+            started = f"{before[name]:.4f} -> " if isinstance(before.get(name), (int, float)) else ""
+            lines.append(_entry(label, f"{started}{value:.4f}"))
+    best = result.get("best")
+    if best:
+        lines.append(_entry("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}"))
+    for name, value in (result.get("test") or {}).items():
+        if isinstance(value, (int, float)):
+            lines.append(_entry(f"test {name}", f"{value:.4f}"))
+    return lines
+
+
+def _cost(result: Mapping[str, Any]) -> list[str]:
+    if not result.get("steps"):
+        return []
+    facts = [f"{result['steps']} steps"]
+    if result.get("tokens"):
+        facts.append(f"{result['tokens']:,} tokens")
+    if result.get("seconds"):
+        facts.append(f"{result['seconds']:.0f} s")
+    if result.get("tokens_per_second"):
+        facts.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+    if result.get("peak_memory_gib"):
+        facts.append(f"peak memory {result['peak_memory_gib']:.2f} GiB a rank")
+    if result.get("world_size"):
+        facts.append(f"{result['world_size']} rank{'s' * (result['world_size'] > 1)}")
+    return [_entry("training", ", ".join(facts))]
+
+
+def _answers(run_dir: Path) -> list[str]:
+    """The first sample prompt with its answers at the first and at the last step."""
+    try:
+        rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    if not rows:
+        return []
+    prompt = rows[0]["prompt"]
+    own = sorted((row for row in rows if row["prompt"] == prompt), key=lambda row: row["step"])
+    first, last = own[0], own[-1]
+    lines = ["", _text("prompt", prompt)]
+    if first["step"] != last["step"]:
+        lines.append(_text("before", first["answer"]))
+    lines.append(_text("after", last["answer"]))
+    if last.get("reference"):
+        lines.append(_text("reference", last["reference"]))
+    return lines
+
+
+def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
+    lines = [_entry("run", str(run_dir))]
+    for label, path in (
+        ("metrics", run_dir / "metrics.jsonl"),
+        ("result", records.result_path(run_dir)),
+        ("checkpoint", result.get("checkpoint")),
+        ("export", result.get("export")),
+        ("logs", run_dir / "logs"),
+    ):
+        if path and Path(path).exists():
+            lines.append(_entry(label, str(path)))
+    return lines
+
+
+def _entry(label: str, text: str) -> str:
+    return f"{label:<{COLUMN}} {text}"
+
+
+def _text(label: str, text: str) -> str:
+    """Text of a model or a data set, wrapped, without control characters that a terminal would obey."""
+    shown = "".join(character if character.isprintable() or character == "\n" else " " for character in text.strip())
+    if len(shown) > SHOWN_CHARACTERS:
+        shown = f"... {shown[-SHOWN_CHARACTERS:]}" if label == "prompt" else f"{shown[:SHOWN_CHARACTERS]} ..."
+    wrapped = [part for line in shown.splitlines() for part in textwrap.wrap(line, TEXT_WIDTH) or [""]]
+    indent = "\n" + " " * (COLUMN + 1)
+    return _entry(label, indent.join(wrapped) if wrapped else "(nothing)")

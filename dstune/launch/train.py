@@ -1,0 +1,155 @@
+"""The verb `train`: from the command line to ranks that have finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
+from dstune.config.flags import Flags, hydra_flags, show
+from dstune.config.schema import RunConfig
+from dstune.config.validate import validate
+from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
+from dstune.launch import preflight, records, rundir, supervise
+from dstune.launch.console import Console
+from dstune.launch.rundir import Prepared
+from dstune.launch.summary import summary
+from dstune.rank_env import RankEnv, from_environment
+
+
+@dataclass(frozen=True)
+class Command:
+    """`dstune train [RUN] [key=value ...] [flags]`."""
+
+    run: Path | None
+    flags: Flags
+    json: bool
+
+
+class NothingToDo(DstuneError):
+    """The run was completed before, and no more steps are asked for."""
+
+    exit_code = EXIT_DONE
+
+
+def train(argv: list[str]) -> int:
+    """The verb. Raises UserError; returns the exit code of the public contract."""
+    env = from_environment(os.environ)
+    if env is not None:
+        return _as_rank(argv, env)
+    command = parse(argv)
+    if command.flags.shows:
+        return _show(command)
+    console = Console(sys.stderr if command.json else sys.stdout)
+    prepared = prepare(command, console)
+    run_dir = prepared.run_dir
+    if prepared.nothing_to_do:
+        console.message(str(_nothing_to_do(prepared)))
+        code = EXIT_DONE
+    else:
+        code = supervise.run(prepared.config, run_dir, console=console, lock=prepared.lock)
+    _conclude(command, run_dir, code, console)
+    return code
+
+
+def parse(argv: list[str]) -> Command:
+    """Raises UserError: unknown flags, or a PATH that is no run."""
+    words = [word for word in argv if word != "--json"]
+    run = None
+    if words and _is_path(words[0]):
+        path = Path(words.pop(0))
+        if not path.exists() and len(path.parts) == 1:
+            fix = f"write KEY=VALUE, for example experiment={path}, or give a run directory"
+            raise UserError(Problem("command line", "this is neither key=value nor a run directory", fix, str(path)))
+        run = rundir.run_directory(path)
+    return Command(run, hydra_flags(words), json=len(words) + (run is not None) < len(argv))
+
+
+def prepare(command: Command, console: Console) -> Prepared:
+    """Compose, validate, choose the run directory, fetch what is needed, and write `run.yaml`.
+
+    Raises:
+        UserError: whatever keeps the run from starting; nothing is left behind then.
+    """
+    composed = _compose(command)
+    validate(composed.config)
+    composed = rundir.choose(composed, command.run)
+    config = preflight.resolve_run(composed.config, console.stage)
+    prepared = rundir.prepare(Composed(config, composed.overrides))
+    if not prepared.nothing_to_do:
+        start = f"continues from {prepared.continues}" if prepared.continues else "starts"
+        console.stage(f"run {prepared.run_dir} {start}")
+    return prepared
+
+
+def _compose(command: Command) -> Composed:
+    if command.run is None:
+        return compose(command.flags.overrides, command.flags.config_dirs)
+    stored = read_run(command.run / rundir.RUN_FILE)
+    config = apply_overrides(stored.config, command.flags.overrides)
+    return Composed(config, [*stored.overrides, *command.flags.overrides])
+
+
+def _as_rank(argv: list[str], env: RankEnv) -> int:
+    """One rank inside somebody else's launch: rank 0 prepares the run, and every rank gets it or the error."""
+    mistake: UserError | None = None
+    command: Command | None = None
+    try:
+        command = parse(argv)
+    except UserError as error:  # raised below on rank 0, so that it is told once and every rank ends with 2
+        mistake = error
+    if command is not None and command.flags.shows:
+        return _show(command) if env.rank == 0 else EXIT_DONE
+    started: list[Path] = []
+
+    def prepare_run() -> tuple[RunConfig, Path]:
+        if command is None:
+            assert mistake is not None
+            raise mistake
+        prepared = prepare(command, Console())
+        if prepared.nothing_to_do:
+            raise _nothing_to_do(prepared)
+        started.append(prepared.run_dir)
+        records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
+        return prepared.config, prepared.run_dir
+
+    from dstune.worker import leave, main_inside
+
+    code = main_inside(env, prepare_run)
+    if started and command is not None:
+        _conclude(command, started[0], code, Console())
+    leave(code)
+    return code
+
+
+def _conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
+    """The last words of the command: what was achieved, or how to go on."""
+    result = records.read_result(run_dir) or {}
+    if command.json:
+        print(json.dumps(result))
+    elif code == EXIT_DONE:
+        print(summary(run_dir))
+    elif code == EXIT_PREEMPTED or result.get("checkpoint"):
+        console.message(f"dstune: continue with: dstune train {run_dir}")
+
+
+def _show(command: Command) -> int:
+    """`--cfg`, `--help` and the like; with the PATH of a run, `--cfg` shows that run's configuration."""
+    if command.run is None or not command.flags.cfg:
+        return show(command.flags)
+    print(to_yaml(_compose(command).config), end="")
+    return EXIT_DONE
+
+
+def _nothing_to_do(prepared: Prepared) -> NothingToDo:
+    reason = f"{prepared.run_dir} was completed already; trainer.max_steps or trainer.epochs prolongs it"
+    return NothingToDo(reason)
+
+
+def _is_path(word: str) -> bool:
+    """Whether the first word is the PATH of a run, not an override or a flag."""
+    return "=" not in word and not word.startswith(("-", "~", "+"))
