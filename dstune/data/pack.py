@@ -28,7 +28,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     the number of different lengths, not of samples: a million samples take about a second.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity), "a sample does not fit into a row"
+    if not len(lengths):
+        return lengths
+    assert lengths.min() >= 1, "a sample without tokens"
+    assert lengths.max() <= capacity, "a sample that is longer than a row"
     rows = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     sorted_lengths = lengths[order]

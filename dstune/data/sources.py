@@ -140,6 +140,8 @@ def _read_json(file: Path) -> Iterator[RawRow]:
                 )
                 return
             position = _skip_space(text, position + 1)
+            if position == len(text):
+                break
         first = False
         line += text.count("\n", counted, position)
         counted = position

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from unit.data_helpers import CHATML, byte_tokenizer
+from unit.data_helpers import CHATML, byte_tokenizer, metaspace_tokenizer
 
 from dstune.config.schema import ChatConfig, DataFormat
 from dstune.data.collate import NO_TARGET
@@ -246,6 +246,15 @@ def test_mistral_without_markers_of_roles():
     assert trained(tokenizer, TWO_TURNS) == [" Hello</s>", " I am fine, thanks.</s>"]
     # The system prompt moves into the last question.
     assert trained(tokenizer, [system("Be kind"), *TWO_TURNS]) == [" Hello</s>", " I am fine, thanks.</s>"]
+
+
+def test_tokens_that_begin_with_the_space_before_a_word():
+    tokenizer = metaspace_tokenizer(MISTRAL)
+    assert trained(tokenizer, TWO_TURNS) == ["Hello</s>", "I am fine, thanks.</s>"]
+    encode = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 1000)
+    (sample,) = encode.samples([{"messages": TWO_TURNS}], [0])
+    targets = sample.labels[sample.labels != NO_TARGET]
+    assert tokenizer.convert_ids_to_tokens(targets)[0].startswith("▁H")
 
 
 def test_qwen3_removes_thinking_from_the_history():

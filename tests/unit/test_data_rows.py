@@ -1,0 +1,308 @@
+"""Reading files of every kind, what a row must hold, and which rows are held out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from unit.data_helpers import exchange, write_jsonl
+
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, DataFormat
+from dstune.data.rows import RowError, canonical, check_columns, normalise, recognise, sort_labels
+from dstune.data.sources import expand, fingerprint, read
+from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, lowest
+from dstune.errors import UserError
+
+ROWS = [{"text": "one, two", "label": "a"}, {"text": 'three "3"\nfour', "label": "b"}, {"text": "né", "label": "a"}]
+
+
+def found(path):
+    """Line, fields and error of each row."""
+    return [(row.line, row.fields, row.error) for row in read(path)]
+
+
+def test_jsonl_with_blank_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\n\n" + json.dumps(ROWS[1]).encode())
+    assert found(path) == [(1, ROWS[0], ""), (3, ROWS[1], "")]
+
+
+def test_broken_jsonl_lines_keep_their_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": \n[1]\n{"text": "\xff"}\nnull\n{"text": "b"}\n')
+    lines = found(path)
+    assert [line for line, _, _ in lines] == [1, 2, 3, 4, 5, 6]
+    assert [fields is None for _, fields, _ in lines] == [False, True, True, True, True, False]
+    assert "broken JSON: Expecting value at column" in lines[1][2]
+    assert "a row is a JSON object, this is an array" in lines[2][2]
+    assert "not UTF-8: byte 11 of the line is 0xff" in lines[3][2]
+
+
+def test_json_array_gives_the_line_of_each_row(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("\n[\n " + ",\n ".join(json.dumps(row, indent=1) for row in ROWS) + "\n]\n")
+    assert found(path) == [(3, ROWS[0], ""), (7, ROWS[1], ""), (11, ROWS[2], "")]
+    path.write_text(json.dumps(ROWS))
+    assert [fields for _, fields, _ in found(path)] == ROWS
+    path.write_text("[]")
+    assert found(path) == []
+
+
+def test_json_that_is_jsonl(tmp_path):
+    path = write_jsonl(tmp_path / "rows.json", ROWS)
+    assert [(line, fields) for line, fields, _ in found(path)] == [(1, ROWS[0]), (2, ROWS[1]), (3, ROWS[2])]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "error"),
+    [
+        ('[\n{"text": "a"},\n{"text": }\n]', 3, "broken JSON"),
+        ('[\n{"text": "a"}\n{"text": "b"}]', 3, "no comma"),
+        ('[\n{"text": "a"},\n', 3, "not closed"),
+    ],
+)
+def test_broken_json_array(tmp_path, text, line, error):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    last = found(path)[-1]
+    assert last[0] == line
+    assert error in last[2]
+
+
+def test_csv_and_tsv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"one, two",a\n"three ""3""\nfour",b\nné,a\n', encoding="utf-8")
+    assert found(path) == [(2, ROWS[0], ""), (3, ROWS[1], ""), (5, ROWS[2], "")]
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\none, two\ta\n", encoding="utf-8")
+    assert found(path) == [(2, ROWS[0], "")]
+
+
+def test_broken_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\nok,a\ntoo,many,fields\nfew\n"never closed,a\n')
+    lines = found(path)
+    assert [line for line, _, _ in lines] == [2, 3, 4, 5]
+    assert lines[1][2] == "3 fields where the header has 2"
+    assert lines[2][2] == "1 fields where the header has 2"
+    assert "broken line, reading stops here" in lines[3][2]
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([*ROWS, {"text": None, "label": "a"}]), path)
+    assert found(path)[:2] == [(1, ROWS[0], ""), (2, ROWS[1], "")]
+    path.write_bytes(b"PAR1 is not enough")
+    with pytest.raises(UserError, match=r"rows\.parquet: no readable Parquet file"):
+        found(path)
+
+
+def test_expand_globs_are_sorted(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        write_jsonl(tmp_path / name, ROWS)
+    assert [file.name for file in expand(f"{tmp_path}/*.jsonl", "data.train")] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("absent.jsonl", "data.train=.*: no such file"),
+        ("absent-*.jsonl", "data.train=.*: no file matches"),
+        ("", "data.train=.*is a folder"),
+        ("rows.xlsx", "unknown ending '.xlsx'"),
+        ("empty.jsonl", r"empty\.jsonl: the file is empty \(named by data\.train\)"),
+    ],
+)
+def test_expand_refuses(tmp_path, name, reason):
+    (tmp_path / "rows.xlsx").write_text("x")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=reason):
+        expand(str(tmp_path / name), "data.train")
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    one, other = write_jsonl(tmp_path / "one.jsonl", ROWS), write_jsonl(tmp_path / "other.jsonl", ROWS)
+    assert fingerprint(one) == fingerprint(other)
+    write_jsonl(other, ROWS[:2])
+    assert fingerprint(one) != fingerprint(other)
+
+
+CHAT, TEXT, CLASSES = ChatConfig(), CausalLmConfig(), ClassificationConfig()
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping", "task", "expected"),
+    [
+        (["messages", "id"], {}, CHAT, DataFormat.messages),
+        (["prompt", "completion"], {}, CHAT, DataFormat.prompt_completion),
+        (["question", "answer"], {"prompt": "question", "completion": "answer"}, CHAT, DataFormat.prompt_completion),
+        (["text"], {}, TEXT, DataFormat.text),
+        (["text", "label"], {}, TEXT, DataFormat.text),
+        (["label", "text"], {}, CLASSES, DataFormat.text_label),
+        (["review", "stars"], {"text": "review", "label": "stars"}, CLASSES, DataFormat.text_label),
+    ],
+)
+def test_recognise(columns, mapping, task, expected):
+    assert recognise(columns, mapping, DataFormat.auto, task, "rows.jsonl:1") is expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "message"),
+    [
+        (["review"], CLASSES, r"rows\.jsonl:1: missing column: task=classification needs 'text' \+ 'label'.*'review'"),
+        (["messages"], TEXT, "task=chat reads these columns"),
+        (["text"], CHAT, "task=causal_lm reads these columns"),
+        (["body"], CHAT, r"data\.columns="),
+    ],
+)
+def test_recognise_refuses(columns, task, message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        recognise(columns, {}, DataFormat.auto, task, "rows.jsonl:1")
+
+
+def test_named_formats():
+    assert recognise(["x"], {}, DataFormat.messages, CHAT, "f:1") is DataFormat.messages
+    assert recognise(["x"], {}, DataFormat.text_label, TEXT, "f:1") is DataFormat.text
+    with pytest.raises(UserError, match=r"data\.format=text: task=chat does not read this format"):
+        recognise(["x"], {}, DataFormat.text, CHAT, "f:1")
+    with pytest.raises(UserError, match=r"data\.columns\.texts=review: no such role"):
+        check_columns({"texts": "review"})
+
+
+def message_row(*roles: str) -> dict:
+    return {"messages": [{"role": role, "content": role} for role in roles]}
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ("user", "assistant"),
+        ("system", "user", "assistant", "user"),
+        ("user", "assistant", "tool", "tool", "assistant", "user", "assistant"),
+    ],
+)
+def test_orders_of_roles_that_are_fine(roles):
+    assert len(normalise(message_row(*roles), DataFormat.messages, {})["messages"]) == len(roles)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (message_row("user", "bot"), "message 2 has the unknown role 'bot'; roles are system, user, assistant, tool"),
+        (message_row("assistant", "user"), "message 1 has the role assistant at the start, where system or user"),
+        (message_row("user", "user"), "message 2 has the role user after user, where assistant is expected"),
+        (message_row("user", "system"), "message 2 has the role system after user"),
+        (message_row("user", "assistant", "assistant"), "message 3 has the role assistant after assistant"),
+        (message_row("user", "tool"), "message 2 has the role tool after user"),
+        (message_row("system", "user"), "no trainable token: the conversation has no assistant message"),
+        ({"messages": []}, "'messages' must be a list of messages that is not empty"),
+        ({"messages": "hello"}, "text but not JSON"),
+        ({"messages": ["hello"]}, "message 1 must be an object with role and content"),
+        ({"messages": [{"role": "user"}]}, "message 1 (user): content must be text, it is empty"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1 (user): content must be text, it is 3"),
+        ({"messages": [{"content": "a"}]}, "message 1 has the unknown role None"),
+        ({"message": []}, "missing column 'messages', the columns here are 'message'"),
+        ({"messages": exchange("a", "b")["messages"], "tools": "x"}, "tools are not JSON"),
+    ],
+)
+def test_conversations_that_are_refused(row, reason):
+    with pytest.raises(RowError) as caught:
+        normalise(row, DataFormat.messages, {})
+    assert reason in str(caught.value)
+
+
+def test_messages_as_json_text_and_keys_without_a_value():
+    row = {"messages": json.dumps(exchange("a", "b")["messages"])}
+    assert normalise(row, DataFormat.messages, {}) == exchange("a", "b")
+    asked = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "x": None}}]}
+    row = {"messages": [{"role": "user", "content": "a", "name": None}, asked], "tools": None}
+    assert normalise(row, DataFormat.messages, {}) == {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+        ]
+    }
+
+
+def test_a_conversation_without_an_answer_where_prompts_are_trained():
+    assert normalise(message_row("user"), DataFormat.messages, {}, needs_answer=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [("a", "a"), (" a ", "a"), (3, "3"), (3.0, "3"), (True, "true"), ("3", "3")]
+)
+def test_labels(value, label):
+    assert normalise({"text": "x", "label": value}, DataFormat.text_label, {})["label"] == label
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "x", "label": None}, "column 'label' must be a label (text or an integer), it is empty"),
+        ({"text": "x", "label": 0.5}, "it is 0.5"),
+        ({"text": " \n", "label": "a"}, "column 'text' is empty"),
+        ({"text": 7, "label": "a"}, "column 'text' must be text, it is int"),
+        ({"text": "x"}, "missing column 'label'"),
+    ],
+)
+def test_labelled_texts_that_are_refused(row, reason):
+    with pytest.raises(RowError) as caught:
+        normalise(row, DataFormat.text_label, {})
+    assert reason in str(caught.value)
+
+
+def test_sort_labels():
+    assert sort_labels(["10", "2", "1"]) == ("1", "2", "10")
+    assert sort_labels(["b", "a", "a", "10"]) == ("10", "a", "b")
+
+
+def test_canonical_depends_on_content_only():
+    assert canonical({"a": 1, "b": "é"}) == canonical({"b": "é", "a": 1})
+    with pytest.raises(RowError, match="half of a surrogate pair"):
+        canonical({"text": "\ud83d"})
+
+
+def hashes(count: int, seed: int = 0) -> np.ndarray:
+    return np.array([content_hash(f"row {number}".encode(), seed) for number in range(count)], dtype=np.uint64)
+
+
+def test_split_depends_on_each_row_alone():
+    whole = assign(hashes(4000), None, validation=0.1, test=0.05)
+    assert (assign(hashes(2000), None, validation=0.1, test=0.05) == whole[:2000]).all()
+    shares = [np.mean(whole == part) for part in (TRAIN, VALIDATION, TEST)]
+    assert shares == pytest.approx([0.85, 0.1, 0.05], abs=0.02)
+    other = assign(hashes(4000, seed=1), None, validation=0.1, test=0.05)
+    assert not (other == whole).all()
+    assert (assign(hashes(100), None, validation=0.0, test=0.0) == TRAIN).all()
+
+
+def test_equal_rows_stay_together():
+    twice = np.concatenate([hashes(500), hashes(500)])
+    labels = np.array(["a", "b"] * 500)
+    for chosen in (assign(twice, None, validation=0.3, test=0.1), assign(twice, labels, validation=0.3, test=0.1)):
+        assert (chosen[:500] == chosen[500:]).all()
+
+
+def test_split_is_stratified_for_labels():
+    labels = np.array(["often"] * 900 + ["rare"] * 20 + ["once"])
+    parts = assign(hashes(921), labels, validation=0.1, test=0.05)
+    assert [int((parts[labels == "often"] == part).sum()) for part in (TRAIN, VALIDATION, TEST)] == [765, 90, 45]
+    assert [int((parts[labels == "rare"] == part).sum()) for part in (TRAIN, VALIDATION, TEST)] == [17, 2, 1]
+    assert parts[-1] == TRAIN
+
+
+def test_small_data_still_holds_out_a_row():
+    assert (assign(hashes(3), None, validation=0.01, test=0.0) == VALIDATION).sum() == 1
+    assert (assign(hashes(1), None, validation=0.99, test=0.0) == TRAIN).all()
+    labels = np.array(["a", "a", "b"])
+    parts = assign(hashes(3), labels, validation=0.01, test=0.0)
+    assert parts[2] == TRAIN
+    assert (parts == VALIDATION).sum() == 1
+
+
+def test_lowest():
+    assert lowest(np.array([5, 1, 9, 3], dtype=np.uint64), 2).tolist() == [1, 3]
+    assert lowest(np.array([5, 1], dtype=np.uint64), 10).tolist() == [0, 1]
