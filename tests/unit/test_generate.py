@@ -1,0 +1,278 @@
+"""The verb `generate`: what it answers from, what it refuses, what it prints."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dstune import generate
+from dstune.checkpoint import store
+from dstune.config.compose import compose, write_run
+from dstune.data.stopping import stop_token_ids
+from dstune.errors import UserError
+from tests.support.tiny import save_decoder, save_encoder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("generate") / "decoder")
+
+
+def expected(folder: Path, prompt: str, *, chat: bool = True, count: int = 8) -> str:
+    """What transformers alone answers, greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
+    with torch.no_grad():
+        tokens = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def answers(capsys, *arguments: object) -> list[dict]:
+    assert generate.main([*map(str, arguments), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        generate.main(list(map(str, arguments)))
+    return str(caught.value)
+
+
+# -- what it answers from ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_folder(decoder, capsys):
+    rows = answers(capsys, decoder, "--prompt", "w1 w2", "--prompt", "w3", "--max-new-tokens", 8)
+    assert [row["prompt"] for row in rows] == ["w1 w2", "w3"]
+    assert [row["answer"] for row in rows] == [expected(decoder, "w1 w2"), expected(decoder, "w3")]
+    assert all(1 <= row["tokens"] <= 8 for row in rows)
+
+
+def test_plain_goes_on_with_the_text(decoder, capsys):
+    (row,) = answers(capsys, decoder, "--plain", "--prompt", "w1 w2", "--max-new-tokens", 8)
+    assert row["answer"] == expected(decoder, "w1 w2", chat=False) != expected(decoder, "w1 w2")
+
+
+def saved_run(folder: Path, model: Path, *overrides: str) -> Path:
+    """A run directory with one checkpoint at stage 0, whose weights are twice the base model's."""
+    from transformers import AutoModelForCausalLM
+
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    write_run(run_dir / "run.yaml", compose([f"model.path={model}", "data=files", "data.train=x.jsonl", *overrides]))
+    written = store.folder(run_dir) / "step-00000003.incomplete"
+    written.mkdir(parents=True)
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    module = {name: parameter.detach() * 2 for name, parameter in trained.named_parameters()}
+    torch.save({"module": module}, written / "mp_rank_00_model_states.pt")
+    store.commit(written, {"step": 3, "labels": [], "best": None})
+    return run_dir
+
+
+def test_a_run_is_answered_from_its_export(decoder, tmp_path, capsys):
+    run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
+    other = save_decoder(run_dir / "export", seed=7)
+    (row,) = answers(capsys, run_dir, "--prompt", "w5", "--max-new-tokens", 8)
+    assert row["answer"] == expected(other, "w5") != expected(decoder, "w5")
+
+
+def test_a_run_without_export_is_answered_from_its_checkpoint(decoder, tmp_path, capsys):
+    from dstune.checkpoint.export import export_checkpoint
+
+    run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
+    (row,) = answers(capsys, run_dir, "--prompt", "w5", "--max-new-tokens", 8)
+    assert not (run_dir / "export").exists()
+    folder = export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "out")
+    assert row["answer"] == expected(folder, "w5") != expected(decoder, "w5")
+
+
+def test_a_run_on_plain_text_goes_on_with_the_text(decoder, tmp_path, capsys):
+    run_dir = saved_run(tmp_path, decoder, "task=causal_lm", "method=full")
+    shutil.copytree(decoder, run_dir / "export")
+    (row,) = answers(capsys, run_dir, "--prompt", "w5", "--max-new-tokens", 8)
+    assert row["answer"] == expected(decoder, "w5", chat=False)
+
+
+def test_an_adapter_is_put_on_its_base(decoder, tmp_path, capsys):
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path / "merged")
+    (row,) = answers(capsys, tmp_path / "adapter", "--prompt", "w5", "--max-new-tokens", 8)
+    assert row["answer"] == expected(tmp_path / "merged", "w5") != expected(decoder, "w5")
+
+
+# -- how it answers ---------------------------------------------------------------------------------------------------
+
+
+def test_sampling_depends_on_the_seed_only(decoder, capsys):
+    drawn = [
+        answers(capsys, decoder, "--prompt", "w1", "--temperature", 1.5, "--seed", seed, "--max-new-tokens", 12)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_answer_ends_with_the_turn_even_if_the_model_does_not_say_so(decoder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
+    tokenizer.eos_token = "</s>"
+    model.generation_config.eos_token_id = 2
+    writer = generate.Writer(model, tokenizer, chat=True, date=None, max_new_tokens=5, temperature=0.0)
+    request = generate.Request("w1", "here")
+    hidden = {}
+    hook = model.model.norm.register_forward_hook(lambda _, __, output: hidden.update(last=output[0, -1].detach()))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([writer.prompt_ids(request)]))
+        hook.remove()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[4] = hidden["last"]  # now <|im_end|> is the most probable first token
+    assert writer.write(request) == ("", 1)
+
+
+def test_the_ends_of_an_answer(decoder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.eos_token = "</s>"
+    assert stop_token_ids(tokenizer) == [2, 4]
+    # A line break may be in the answer itself, so it does not end one.
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\n' }}{% endfor %}"
+    assert stop_token_ids(tokenizer) == [2]
+
+
+def test_a_template_without_conversations_ends_with_the_end_of_text(decoder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.chat_template = "{{ raise_exception('not for chats') }}"
+    assert stop_token_ids(tokenizer) == [4]
+    tokenizer.chat_template = None
+    assert stop_token_ids(tokenizer) == [4]
+
+
+def test_an_answer_fits_behind_its_prompt(decoder, capsys):
+    (row,) = answers(capsys, decoder, "--plain", "--prompt", " ".join(["w1"] * 250), "--max-new-tokens", 50)
+    assert row["tokens"] <= 6  # the model takes 256
+    assert "has 300 tokens; the model takes 256" in refusal(decoder, "--plain", "--prompt", " ".join(["w1"] * 300))
+
+
+def test_prompts_of_files(decoder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("w1\n\nw2 w3\n")
+    rows = answers(capsys, decoder, "--file", tmp_path / "p.txt", "--max-new-tokens", 4)
+    assert [row["prompt"] for row in rows] == ["w1", "w2 w3"]
+    conversation = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3"},
+    ]
+    lines = [json.dumps({"prompt": "w1"}), json.dumps({"messages": conversation})]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    rows = answers(capsys, decoder, "--file", tmp_path / "p.jsonl", "--max-new-tokens", 4)
+    assert [row["prompt"] for row in rows] == ["w1", conversation]
+    assert rows[0]["answer"] == expected(decoder, "w1", count=4)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_text_is_streamed_to_a_terminal(decoder, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert generate.main([str(decoder), "--prompt", "w1", "--max-new-tokens", "8"]) == 0
+    assert screen.getvalue().strip() == expected(decoder, "w1")
+
+
+def test_text_without_a_terminal(decoder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1\n"))
+    assert generate.main([str(decoder), "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == expected(decoder, "w1") + "\n"
+
+
+def test_a_conversation_is_remembered(decoder, monkeypatch):
+    typed = iter(["w1", "w2", "", "w2"])
+
+    def read(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    asked = []
+
+    def write(writer, request, *, stream=False):
+        asked.append(request.messages)
+        return "said", 1
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(builtins, "input", read)
+    monkeypatch.setattr(generate.Writer, "write", write)
+    assert generate.main([str(decoder)]) == 0
+    user = [{"role": "user", "content": content} for content in ("w1", "w2")]
+    assert asked == [[user[0]], [user[0], {"role": "assistant", "content": "said"}, user[1]], [user[1]]]
+
+
+# -- what it refuses --------------------------------------------------------------------------------------------------
+
+
+def test_bad_values_are_refused_together(decoder):
+    text = refusal(decoder, "--prompt", "w1", "--max-new-tokens", 0, "--temperature", -1)
+    assert "--max-new-tokens=0" in text and "--temperature=-1.0" in text
+
+
+def test_bad_rows_are_named_by_file_and_line(decoder, tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [
+        '{"prompt": "w1"}',
+        "{torn",
+        '{"text": "w"}',
+        "[1]",
+        '{"messages": [{"role": "assistant", "content": "w"}]}',
+    ]
+    path.write_text("\n".join(rows))
+    text = refusal(decoder, "--file", path)
+    assert all(f"{path}:{line}" in text for line in (2, 3, 4, 5)) and f"{path}:1" not in text
+    assert "cannot be read: No such file" in refusal(decoder, "--file", tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "no prompts" in refusal(decoder, "--file", tmp_path / "empty.txt")
+    assert "the prompt is empty" in refusal(decoder, "--prompt", " ")
+
+
+def test_models_that_write_no_text(tmp_path):
+    encoder = save_encoder(tmp_path / "encoder")
+    assert "is no language model" in refusal(encoder, "--prompt", "w1")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    overrides = [f"model.path={encoder}", "data=files", "data.train=x.jsonl", "task=classification", "method=full"]
+    write_run(run_dir / "run.yaml", compose([*overrides, "data.packing=false"]))
+    assert "writes no text" in refusal(run_dir, "--prompt", "w1")
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    assert "MODEL" in refusal(tmp_path / "nowhere", "--prompt", "w1")
+
+
+def test_a_run_without_a_checkpoint(decoder, tmp_path):
+    run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
+    shutil.rmtree(store.folder(run_dir))
+    assert "has saved none yet" in refusal(run_dir, "--prompt", "w1")
