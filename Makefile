@@ -35,6 +35,8 @@ test-all: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) -m "not gpu"
 
 test-gpu: $(VENV)/.installed-test
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "test-gpu: PyTorch finds no GPU here (python -c 'import torch; print(torch.version.cuda)' names its CUDA build)"; exit 1; }
 	$(TEST_ENV) $(PYTEST) -m gpu
 
 lint: $(VENV)/.installed-dev debian
