@@ -64,7 +64,7 @@ def _locked(root: Path, key: str) -> Iterator[None]:
                 break
             except Timeout:
                 waited += POLL_SECONDS
-                log.info("waiting for another process that prepares the data (%.0f s so far)", waited)
+                log.warning("waiting for another process that prepares the data (%.0f s so far)", waited)
     except OSError as error:
         reason = f"the cache cannot be written: {error.strerror or error}"
         raise UserError(

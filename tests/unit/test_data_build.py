@@ -129,6 +129,16 @@ def test_documents_are_divided_and_lose_nothing(tmp_path):
     assert data.report["train"]["truncated"] == 1  # the rows that were divided
 
 
+def test_pieces_by_hand():
+    """Six digits and the end, pieces of 4 that share a token: [1 2 3 4] and [4 5 6 </s>], no piece of the end alone."""
+    tokenizer = byte_tokenizer(None, eos="</s>")
+    encode = RowTokenizer(tokenizer, CausalLmConfig(), DataFormat.text, 4)
+    samples = encode.samples([{"text": "123456"}, {"text": "12"}], [0, 1])
+    assert [tokenizer.decode(sample.input_ids) for sample in samples] == ["1234", "456</s>", "12</s>"]
+    assert [sample.row for sample in samples] == [0, 0, 1]
+    assert not any(sample.problem for sample in samples)
+
+
 def test_classification(tmp_path):
     rows = [{"text": f"Hello {number}", "label": ["b", "a"][number % 2]} for number in range(40)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"text": "Hello " * 40, "label": "a"}])
@@ -312,7 +322,18 @@ def test_processes_at_once_make_an_entry_once(tmp_path):
     assert len(log.read_text().split()) == 1
 
 
-def test_a_killed_maker_is_followed_by_the_next(tmp_path, monkeypatch, caplog):
+def test_those_who_wait_say_so(tmp_path, monkeypatch, caplog):
+    log = tmp_path / "log"
+    maker = _process(tmp_path / "cache", log, 1.0)
+    while not log.exists():
+        time.sleep(0.02)
+    monkeypatch.setattr(cache, "POLL_SECONDS", 0.2)
+    _make(tmp_path / "cache", log, 0.0)
+    maker.join(60)
+    assert "waiting for another process that prepares the data" in caplog.text
+
+
+def test_a_killed_maker_is_followed_by_the_next(tmp_path, monkeypatch):
     log = tmp_path / "log"
     maker = _process(tmp_path / "cache", log, 60.0)
     while not log.exists():

@@ -11,6 +11,7 @@ from unit.data_helpers import CHATML, byte_tokenizer, metaspace_tokenizer
 from dstune.config.schema import ChatConfig, DataFormat
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, freeze_date, target_mask
+from dstune.data.stopping import stop_token_ids
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
 
@@ -377,6 +378,28 @@ def test_a_mask_that_cannot_be_told_is_an_error_and_no_guess():
         ChatRenderer(tokenizer, None).spans([user("Hi"), assistant("No, and no again."), user("So"), assistant("No")])
 
 
+def test_tools_reach_the_template():
+    template = "{% if tools %}<|im_start|>tools\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    tokenizer = byte_tokenizer(template)
+    encode = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 1000)
+    (sample,) = encode.samples([{"messages": [user("Hi"), assistant("Yes")], "tools": tools}], [0])
+    assert tokenizer.decode(sample.input_ids).startswith("<|im_start|>tools\nweather<|im_end|>\n<|im_start|>user\nHi")
+    assert tokenizer.decode(sample.labels[sample.labels != NO_TARGET]) == "Yes<|im_end|>"
+
+
+def test_tokens_that_end_an_answer():
+    """The end of the text and the end of a turn, which are two tokens in many chat models."""
+
+    def names(tokenizer):
+        return tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+
+    assert names(byte_tokenizer(LLAMA3, eos="</s>")) == ["<|eot_id|>", "</s>"]
+    assert names(byte_tokenizer()) == ["<|im_end|>"]
+    assert names(byte_tokenizer(None)) == ["<|im_end|>"]
+    assert names(byte_tokenizer(PLAIN_LINES)) == ["<|im_end|>"]
+
+
 def test_train_on_prompt_counts_every_token_but_the_first():
     encode = RowTokenizer(byte_tokenizer(), ChatConfig(train_on_prompt=True), DataFormat.messages, max_length=1000)
     (sample,) = encode.samples([{"messages": TWO_TURNS}], [0])
@@ -390,6 +413,22 @@ def test_target_mask_by_hand():
     # [3, 5) reaches over the edge at 4 and counts; the empty token at 5 lies inside.
     assert mask.tolist() == [False, True, True, True, False, True]
     assert not target_mask(offsets, []).any()
+
+
+def test_two_renderings_a_conversation():
+    """What the template prints between messages is learnt once; white space after a message does not change that."""
+    renderer = ChatRenderer(byte_tokenizer(), None)
+    renderer.spans(TWO_TURNS)
+    calls = []
+    render = renderer.text
+
+    def counted(messages, **settings):
+        calls.append(len(messages))
+        return render(messages, **settings)
+
+    renderer.text = counted
+    renderer.spans([user("Hi "), assistant("Yes"), user("So\n\n"), assistant("No")] * 5)
+    assert calls == [20, 20]
 
 
 def test_both_ways_agree_with_rendering_every_beginning():
