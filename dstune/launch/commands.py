@@ -36,13 +36,12 @@ EXPORTED_PREFIXES = (
 )
 # fmt: on
 
-# The launching process has fetched everything: a rank that asks the hub is a mistake, and so is telemetry.
+NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+# The launching process has fetched everything: a rank that asks the hub is a mistake.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 ALWAYS = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
+    **NO_TELEMETRY,
+    **OFFLINE,
     # `-m` would put the working directory in front of the import path, where a user's `datasets.py` or `wandb/` hides
     # the real package (Python 3.11 and later).
     "PYTHONSAFEPATH": "1",
@@ -51,6 +50,8 @@ ALWAYS = {
 UNLESS_SET = {
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn and switch themselves off in forked processes otherwise
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # torch 2.13 repeats this at every collective of DeepSpeed, and buries the last lines of a log under it.
+    "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
     "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves a Python stack in the rank's log
 }
 

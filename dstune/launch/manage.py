@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -140,8 +141,11 @@ def checkpoints(argv: list[str]) -> int:
     if arguments.prune is not None:
         if arguments.prune < 1:
             raise UserError(Problem("--prune", "at least one has to stay", "--prune 1", str(arguments.prune)))
-        records.acquire_lock(run_dir)  # a running launch saves and prunes by itself
-        removed = store.prune(run_dir, arguments.prune)
+        lock = records.acquire_lock(run_dir)  # a running launch saves and prunes by itself
+        try:
+            removed = store.prune(run_dir, arguments.prune)
+        finally:
+            os.close(lock)
     found = store.listing(run_dir)
     whole = [info for info in found if info.committed]
     damaged = {info.path: store.damaged_files(info.path) for info in whole} if arguments.verify else {}

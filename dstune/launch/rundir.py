@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +27,8 @@ class Prepared:
 
     config: RunConfig
     run_dir: Path
-    lock: int
-    """Descriptor whose lock keeps other launches out as long as it is open."""
+    lock: int | None
+    """Descriptor whose lock keeps other launches out as long as it is open; None where there is nothing to do."""
     continues: Path | None
     """The checkpoint that the ranks start from; None for a start at step 0."""
     nothing_to_do: bool = False
@@ -76,16 +78,19 @@ def prepare(composed: Composed) -> Prepared:
     except OSError as error:
         reason = f"cannot be created or written: {error.strerror}"
         raise UserError(Problem("run.dir", reason, "give a folder of yours", str(path))) from None
-    run_file = path / RUN_FILE
-    if run_file.is_file():
-        stored = read_run(run_file).config
-        check_resume(stored, config)
-        if _is_done(path, stored, config):
-            return Prepared(config, path, lock, store.newest(path), nothing_to_do=True)
-    write_run(run_file, composed)
-    checkpoint = store.newest(path)
-    if checkpoint is None and config.run.resume not in KEYWORDS:
-        checkpoint = checkpoint_of(config.run.resume)
+    with ExitStack() as unless_it_runs:
+        unless_it_runs.callback(os.close, lock)
+        run_file = path / RUN_FILE
+        if run_file.is_file():
+            stored = read_run(run_file).config
+            check_resume(stored, config)
+            if _is_done(path, stored, config):
+                return Prepared(config, path, None, store.newest(path), nothing_to_do=True)
+        write_run(run_file, composed)
+        checkpoint = store.newest(path)
+        if checkpoint is None and config.run.resume not in KEYWORDS:
+            checkpoint = checkpoint_of(config.run.resume)
+        unless_it_runs.pop_all()
     return Prepared(config, path, lock, checkpoint)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dstune.launch import records
 
-COLUMN = 13
+COLUMN = 14
 TEXT_WIDTH = 96
 SHOWN_CHARACTERS = 600
 
@@ -90,8 +90,13 @@ def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
         ("logs", run_dir / "logs"),
     ):
         if path and Path(path).exists():
-            lines.append(_entry(label, str(path)))
+            lines.append(_entry(label, _short(Path(path))))
     return lines
+
+
+def _short(path: Path) -> str:
+    """`path` as a person in this folder would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _entry(label: str, text: str) -> str:

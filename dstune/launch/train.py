@@ -15,6 +15,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
@@ -117,6 +118,8 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
         return prepared.config, prepared.run_dir
 
+    # Rank 0 alone may ask the hub, before any rank loads a model.
+    os.environ.update(NO_TELEMETRY if env.rank == 0 else NO_TELEMETRY | OFFLINE)
     from dstune.worker import leave, main_inside
 
     code = main_inside(env, prepare_run)

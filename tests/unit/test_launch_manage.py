@@ -1,0 +1,139 @@
+"""`status`, `cancel` and `checkpoints` over run directories, with a stand-in for the launching process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from dstune.checkpoint import store
+from dstune.errors import UserError
+from dstune.launch import manage, records
+
+# Ends with the number of signals it got within a second: a first one asks, a second one ends at once.
+LAUNCHER = """
+import signal, sys, time
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+print("ready", flush=True)
+while not got:
+    time.sleep(0.01)
+time.sleep(1)
+sys.exit(10 + len(got))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "run.yaml").touch()
+    return run_dir
+
+
+@pytest.fixture
+def launcher():
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def record(run_dir, process, *, host=None, shift=0.0):
+    started = psutil.Process(process.pid).create_time() + shift
+    fields = {"id": "x", "pid": process.pid, "started": started, "processes": 2}
+    records.write_json(run_dir / "launch.json", {**fields, "host": host or os.uname().nodename})
+
+
+def test_states(run, launcher):
+    assert manage.status_of(run).state == "dead"
+    record(run, launcher)
+    assert manage.status_of(run).state == "running"
+    # Another process has the pid by now.
+    record(run, launcher, shift=-3600)
+    assert manage.status_of(run).state == "dead"
+    record(run, launcher, host="another")
+    assert manage.status_of(run).state == "elsewhere"
+    records.write_json(run / "result.json", {"status": "preempted", "reason": "received SIGTERM"})
+    found = manage.status_of(run)
+    assert (found.state, found.reason) == ("preempted", "received SIGTERM")
+
+
+def test_status_reports_the_last_step(run, launcher, capsys):
+    record(run, launcher)
+    rows = [{"step": 4, "loss": 2.5}, {"step": 5, "loss": 2.25}, {"step": 5, "eval/loss": 3.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
+    assert manage.status([str(run), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["step"], shown["loss"], shown["pid"]) == ("running", 5, 2.25, launcher.pid)
+    assert manage.status([str(run)]) == 0
+    assert "step 5, loss 2.2500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "signals"), [([], 1), (["--now"], 2)])
+def test_cancel_asks_once_and_waits(run, launcher, capsys, flags, signals):
+    record(run, launcher)
+    assert manage.cancel([str(run), *flags]) == 0
+    assert launcher.wait(timeout=1) == 10 + signals
+    assert f"stopping process {launcher.pid}" in capsys.readouterr().out
+
+
+def test_cancel_leaves_other_processes_alone(run, launcher, capsys):
+    record(run, launcher, shift=-3600)
+    assert manage.cancel([str(run)]) == 0
+    assert "is not running (dead)" in capsys.readouterr().out
+    record(run, launcher, host="another")
+    with pytest.raises(UserError, match="launched on another"):
+        manage.cancel([str(run)])
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=5) == 11
+
+
+def test_no_run(tmp_path):
+    for verb in (manage.status, manage.cancel, manage.checkpoints):
+        with pytest.raises(UserError, match="no such run directory"):
+            verb([str(tmp_path / "none")])
+
+
+def save(run_dir, step, best=None):
+    folder = run_dir / "checkpoints" / f"{store.tag(step)}{store.INCOMPLETE}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("12345")
+    return store.commit(folder, {"step": step, "best": best})
+
+
+def test_checkpoints_are_listed_verified_and_pruned(run, capsys):
+    for step in (2, 4, 6):
+        save(run, step, best={"step": 2})
+    (save(run, 8, best={"step": 2}) / "weights").write_text("1234567")  # torn
+    assert manage.checkpoints([str(run), "--verify", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(row["step"], row["committed"], row["best"]) for row in rows] == [
+        (2, True, True),
+        (4, True, False),
+        (6, True, False),
+        (8, False, False),
+    ]
+    (run / "checkpoints" / store.tag(4) / "weights").write_text("54321")  # same size, other bytes
+    assert manage.checkpoints([str(run), "--verify"]) == 1
+    shown = capsys.readouterr().out
+    assert "damaged: weights" in shown
+    assert "torn, not usable" in shown
+    assert manage.checkpoints([str(run), "--prune", "1"]) == 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [store.tag(2), store.tag(6)]
+    with pytest.raises(UserError, match="at least one"):
+        manage.checkpoints([str(run), "--prune", "0"])
+
+
+def test_checkpoints_of_a_running_run_are_not_pruned(run):
+    save(run, 2)
+    descriptor = records.acquire_lock(run)
+    with pytest.raises(UserError, match="is running here"):
+        manage.checkpoints([str(run), "--prune", "1"])
+    os.close(descriptor)

@@ -1,0 +1,66 @@
+"""The last page of `dstune train`."""
+
+import json
+
+from dstune.launch.summary import summary
+
+RESULT = {
+    "status": "completed",
+    "reason": "",
+    "steps": 14,
+    "world_size": 2,
+    "tokens": 28672,
+    "seconds": 142.4,
+    "tokens_per_second": 203.4,
+    "peak_memory_gib": 1.913,
+    "eval_initial": {"loss": 3.4, "perplexity": 29.96},
+    "eval_final": {"loss": 2.9, "perplexity": 18.17},
+    "best": {"metric": "loss", "value": 2.9, "step": 14},
+    "test": {"accuracy": 0.8125},
+}
+
+
+def test_a_finished_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "export").mkdir()
+    result = {**RESULT, "export": str(tmp_path / "export"), "checkpoint": str(tmp_path / "gone")}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    rows = [
+        {"step": 0, "prompt": "Hi", "reference": "Hello!", "answer": "Hi Hi\x1b[2J"},
+        {"step": 0, "prompt": "Other", "reference": "", "answer": "-"},
+        {"step": 14, "prompt": "Hi", "reference": "Hello!", "answer": "Hey there"},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
+    assert shown == {
+        "held-out loss": "3.4000 -> 2.9000",
+        "perplexity": "29.9600 -> 18.1700",
+        "best": "loss 2.9000 at step 14",
+        "test accuracy": "0.8125",
+        "training": "14 steps, 28,672 tokens, 142 s, 203 tokens/s, peak memory 1.91 GiB a rank, 2 ranks",
+        "prompt": "Hi",
+        "before": "Hi Hi [2J",  # a model's text cannot clear the user's screen
+        "after": "Hey there",
+        "reference": "Hello!",
+        "run": str(tmp_path),
+        "result": str(tmp_path / "result.json"),
+        "export": str(tmp_path / "export"),
+        "logs": str(tmp_path / "logs"),
+    }
+
+
+def test_long_texts_are_wrapped_and_cut(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"status": "stopped", "reason": "no gain", "steps": 1}))
+    row = {"step": 3, "prompt": "first " + "word " * 400 + "last", "reference": "", "answer": ""}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    shown = summary(tmp_path)
+    assert max(map(len, shown.splitlines())) <= 120
+    assert "word last" in shown  # the end of a prompt is what is answered
+    assert "first" not in shown
+    assert "(nothing)" in shown
+    assert "no gain" in shown
+
+
+def test_files_that_are_missing_or_torn(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"step": 0, "pro')
+    assert str(tmp_path) in summary(tmp_path)
