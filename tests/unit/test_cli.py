@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,20 +31,17 @@ def alone(tmp_path, monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """Runs that reached the supervision, which is replaced; `code` is what it returns."""
-    calls = []
+    state = SimpleNamespace(calls=[], code=0)
 
     def run(config, run_dir, *, console, lock):
-        calls.append((config, run_dir))
+        state.calls.append((config, run_dir))
         os.close(lock)  # this process goes on, unlike the command
-        (run_dir / "result.json").write_text(
-            json.dumps({"status": "completed", "steps": 3, "eval_final": {"loss": 1.5}})
-        )
-        return launched_code[0]
+        result = {"status": "completed", "steps": 3, "eval_final": {"loss": 1.5}}
+        (run_dir / "result.json").write_text(json.dumps(result))
+        return state.code
 
-    launched_code = [0]
     monkeypatch.setattr(supervise, "run", run)
-    calls_and_code = type("Launched", (), {"calls": calls, "code": launched_code})
-    return calls_and_code
+    return state
 
 
 def dstune_process(*arguments, **options):
@@ -62,7 +60,9 @@ def test_help_names_every_verb_and_imports_nothing_heavy(capsys):
         assert f"  {verb:<12} {what}\n" in shown
     assert cli.main([]) == 0
     assert capsys.readouterr().out == shown
-    code = "import sys, dstune.cli; dstune.cli.main(['--help']); sys.exit('yaml' in sys.modules or 'psutil' in sys.modules)"
+    code = (
+        "import sys, dstune.cli as c; c.main(['--help']); sys.exit(bool({'yaml', 'psutil', 'hydra'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 
 
@@ -179,7 +179,7 @@ def test_train_with_the_path_of_a_run_continues_it(launched, capsys):
     assert cli.main(["train", "r", "trainer.max_steps=3"]) == 0
     assert "r was completed already" in capsys.readouterr().err
     assert len(launched.calls) == 1
-    launched.code[0] = 75
+    launched.code = 75
     assert cli.main(["train", "r", "trainer.max_steps=5"]) == 75
     assert "continue with: dstune train r" in capsys.readouterr().err
     assert read_run(Path("r/run.yaml")).config.trainer.max_steps == 5
@@ -215,8 +215,6 @@ def test_cfg_shows_instead_of_training(launched, capsys):
 @pytest.fixture
 def inside(monkeypatch):
     """`dstune.worker` replaced by one that prepares on rank 0 and notes what it got."""
-    import types
-
     noted = []
 
     def main_inside(env, prepare_run):
@@ -233,7 +231,7 @@ def inside(monkeypatch):
     def leave(code):
         noted.append(code)
 
-    stand_in = types.SimpleNamespace(main_inside=main_inside, leave=leave)
+    stand_in = SimpleNamespace(main_inside=main_inside, leave=leave)
     monkeypatch.setitem(sys.modules, "dstune.worker", stand_in)
     for name in (*train.NO_TELEMETRY, *train.OFFLINE):
         monkeypatch.setenv(name, "0")

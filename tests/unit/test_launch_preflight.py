@@ -138,7 +138,7 @@ def test_remote_code_needs_permission(tmp_path, config, needed):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose answers the test sets: `info` and `download` are values or exceptions to raise; downloads are noted."""
+    """A hub whose answers the test sets (`info` may be an exception to raise), and which notes what it is asked."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     snapshot = folder(tmp_path / "cache" / COMMIT, "model.safetensors", "tokenizer.json")

@@ -122,7 +122,7 @@ def test_starting_from_another_run(tmp_path):
     checkpoint = save(other, 4)
     with pytest.raises(UserError, match=rf"this is a checkpoint, not a run\n    fix: run.resume={other}$"):
         rundir.choose(composed(resume=str(checkpoint), dir=str(tmp_path / "new")))
-    with pytest.raises(UserError, match="optimizer.lr"):
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
         rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"), lr=0.1))
     fork = rundir.prepare(rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"))))
     assert fork.continues == checkpoint
