@@ -180,6 +180,38 @@ def test_a_run_directory_in_use_is_refused_and_free_after_a_kill(tmp_path):
     assert third.finish() == 75
 
 
+def test_the_directory_stays_locked_until_the_ranks_of_a_killed_launcher_are_gone(tmp_path):
+    launch = Launch(tmp_path / "run", HANGING)
+    launch.note("ready", 0), launch.note("ready", 1)
+    (guard,) = [p for p in psutil.Process(launch.process.pid).children() if "processes.py" in " ".join(p.cmdline())]
+    guard.suspend()
+    launch.process.kill()
+    launch.process.wait()
+    assert launch.survivors()  # the sleepers, which the guard has yet to end
+    again = Launch(launch.run_dir, "result('completed')\n")
+    time.sleep(2)
+    assert again.process.poll() is None
+    assert again.stderr() == ""
+    guard.resume()
+    assert again.finish() == 0
+    assert launch.survivors() == []
+
+
+def test_what_outlives_ranks_that_completed_is_asked_to_end_and_then_killed(tmp_path):
+    script = """
+polite = "import pathlib, sys; pathlib.Path(sys.argv[1], 'note-asked-0').touch(); sys.exit()"
+for action in (polite, "pass"):
+    code = f"import signal, time\\ndef on_term(*_):\\n    {action}\\nsignal.signal(15, on_term)\\ntime.sleep(600)"
+    subprocess.run(["setsid", "--fork", sys.executable, "-c", code, str(run_dir)], check=True)
+time.sleep(0.5)
+result("completed")
+"""
+    launch = Launch(tmp_path / "run", script, ranks=1)
+    assert launch.finish() == 0
+    assert (launch.run_dir / "note-asked-0").exists()
+    assert launch.survivors() == []
+
+
 def test_a_users_mistake_in_a_rank_is_shown_as_such(tmp_path):
     script = """
 from dstune.errors import Problem, UserError, to_json
