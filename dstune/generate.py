@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 
-EXPORT_FILES = ("config.json", "adapter_config.json")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -213,7 +211,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Writer]:
     chat, date = not arguments.plain, None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         if (path / "run.yaml").is_file():
-            task, trust, folder = _exported(path, Path(scratch))
+            task, trust, folder = _learnt(path, Path(scratch))
             wanted = replace(wanted, path=str(folder), trust_remote_code=trust or arguments.trust_remote_code)
             chat = chat and isinstance(task, ChatConfig)
             date = task.template_date if isinstance(task, ChatConfig) else None
@@ -236,19 +234,16 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Writer]:
         )
 
 
-def _exported(run_dir: Path, scratch: Path) -> tuple[Any, bool, Path]:
-    """The task of a run, whether it trusts the model's code, and its export; without one, its newest checkpoint's."""
-    from dstune.checkpoint.export import export_checkpoint, find_checkpoint
+def _learnt(run_dir: Path, scratch: Path) -> tuple[Any, bool, Path]:
+    """The task of a run, whether it trusts the model's code, and the folder of what it has learnt."""
+    from dstune.checkpoint.export import exported
     from dstune.config.compose import read_run
 
     config = read_run(run_dir / "run.yaml").config
     if isinstance(config.task, ClassificationConfig):
         reason = "the run trained a classifier, which writes no text"
         raise UserError(Problem("RUN", reason, f"dstune evaluate {run_dir}", str(run_dir)))
-    folder = run_dir / "export"
-    if not any((folder / name).is_file() for name in EXPORT_FILES):
-        folder = export_checkpoint(run_dir, find_checkpoint(run_dir, "last"), scratch / "export")
-    return config.task, config.model.trust_remote_code, folder
+    return config.task, config.model.trust_remote_code, exported(run_dir, scratch)
 
 
 def load(wanted: ModelConfig) -> tuple[Any, Any]:

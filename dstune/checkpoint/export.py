@@ -48,6 +48,23 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path, *, merge: bool
     return out
 
 
+def exported(run_dir: Path, scratch: Path, *, merge: bool = False) -> Path:
+    """The folder with what a run has learnt: its `export/` unless a newer checkpoint was saved since, else an export of
+    the newest one into `scratch`. With `merge` it is a whole model, never an adapter.
+
+    Raises UserError where the run has saved nothing.
+    """
+    folder, newest = run_dir / "export", store.newest(run_dir)
+    description = folder / "config.json"
+    if not description.is_file() and not merge:
+        description = folder / "adapter_config.json"
+    if description.is_file():
+        saved = (newest / store.COMMITTED).stat().st_mtime_ns if newest else 0
+        if description.stat().st_mtime_ns >= saved:
+            return folder
+    return export_checkpoint(run_dir, find_checkpoint(run_dir, "last"), scratch / "export", merge=merge)
+
+
 def _write(config: RunConfig, checkpoint: Path, folder: Path, merge: bool) -> None:
     from transformers.utils import logging
 

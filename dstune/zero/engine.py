@@ -94,7 +94,10 @@ class Update:
 class Engine:
     """DeepSpeed's engine with the window as its step: `accumulate` for each micro-batch, then `update`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World):
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, settings: dict[str, Any], world: World
+    ):
+        """optimizer: None for an engine that only evaluates, at stage 0 or 3."""
         import deepspeed
 
         self._world = world

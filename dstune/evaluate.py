@@ -1,0 +1,121 @@
+"""The verb `dstune evaluate`: metrics of a run, an export or a model on held-out rows, on as many ranks as training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstune.checkpoint.export import exported
+from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
+from dstune.config.schema import FullConfig, InitialWeights, RunConfig, WandbConfig
+from dstune.config.validate import validate
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.launch import preflight, records, supervise
+from dstune.launch.commands import local_plan
+from dstune.launch.console import Console
+
+SPLITS = ("validation", "test")
+
+
+def main(argv: list[str]) -> int:
+    """`dstune evaluate RUN|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    arguments = _parse(argv)
+    console = Console(sys.stderr if arguments.json else sys.stdout)
+    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+        directory = Path(scratch)
+        config = _configuration(arguments, directory, console.stage)
+        write_run(directory / "run.yaml", Composed(config, arguments.overrides))
+        plan = local_plan(config, directory, console=console.kind)
+        ranks = tuple(_command(argv, directory, arguments.split) for argv in plan.argv)
+        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console)
+        if code != EXIT_DONE:
+            # There is nothing saved to go on from.
+            return EXIT_FAILED if code == EXIT_PREEMPTED else code
+        result = records.read_result(directory)
+        assert result is not None, "the supervisor saw to it"
+    _print(arguments.target, result, as_json=arguments.json)
+    return EXIT_DONE
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows."
+    )
+    parser.add_argument("target", metavar="RUN|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="which rows (default validation)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_intermixed_args(argv)
+    if "=" in arguments.target:
+        fix = f"dstune evaluate RUN {arguments.target}"
+        raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
+    return arguments
+
+
+def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]) -> RunConfig:
+    """What the ranks evaluate: a whole model, with the data of the run or of the overrides. Raises UserError."""
+    path = Path(arguments.target)
+    if (path / "run.yaml").is_file():
+        stored = read_run(path / "run.yaml").config
+        config = apply_overrides(stored, arguments.overrides)
+        folder = exported(path, scratch, merge=True)
+        # Its configuration, tokenizer and chat template are those that the run trained with.
+        model = replace(
+            config.model,
+            path=str(folder),
+            revision=None,
+            weights=InitialWeights.pretrained,
+            chat_template=None,
+            config_overrides={},
+        )
+        config = replace(config, model=model)
+    else:
+        config = compose([f"model.path={_quoted(arguments.target)}", *arguments.overrides]).config
+    config = replace(
+        config,
+        data=replace(config.data, train=config.data.train or getattr(config.data, arguments.split)),
+        method=FullConfig(),
+        tracking=replace(config.tracking, wandb=WandbConfig()),
+    )
+    validate(config)
+    return preflight.resolve_run(config, stage)
+
+
+def _quoted(path: str) -> str:
+    """`path` as a value of Hydra's grammar, whatever characters it has."""
+    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _command(argv: tuple[str, ...], directory: Path, split: str) -> tuple[str, ...]:
+    """The command of a training rank, turned into one that evaluates."""
+    module = argv.index("dstune.worker")
+    return (*argv[:module], "dstune.evaluate_ranks", str(directory), split)
+
+
+def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"model": target, **{key: value for key, value in result.items() if key != "status"}}))
+        return
+    print(f"{target}: {result['rows']:,} {result['split']} rows")
+    width = max(map(len, result["metrics"]))
+    for name, value in result["metrics"].items():
+        print(f"  {name:<{width}}  {value:.4f}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
+    if "confusion" in result:
+        _print_confusion(result["labels"], result["confusion"])
+
+
+def _print_confusion(labels: list[str], confusion: list[list[int]]) -> None:
+    rows = [[label, *map(str, counts)] for label, counts in zip(labels, confusion, strict=True)]
+    cells = [["true \\ predicted", *labels], *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(labels) + 1)]
+    for row in cells:
+        print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))

@@ -1,0 +1,99 @@
+"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluate_ranks DIR SPLIT`.
+
+As in training, but there is no optimizer and nothing is saved: at ZeRO-3 the weights stay partitioned, else every rank
+holds the model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dstune.config.compose import read_run
+from dstune.config.schema import ClassificationConfig, Offload, RunConfig
+from dstune.data.build import prepare
+from dstune.dist import World
+from dstune.errors import Problem, UserError
+from dstune.models.heads import build_head
+from dstune.models.load import load_config, load_model, load_tokenizer
+from dstune.paths import cache_root
+from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.tracking.console import Console
+from dstune.train.evaluate import Evaluator, limited
+from dstune.worker import check_packing, guarded, leave, write_result
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine, partitioned_loading, start_process_group
+from dstune.zero.precision import DTYPES, resolve
+
+
+def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> None:
+    """Evaluate the whole model in `config.model` on a split; rank 0 writes `result.json` into `directory`.
+
+    Raises UserError where there is no such split, or the model does not fit the task.
+    """
+    precision = world.broadcast(resolve(config))
+    config = with_labels(config)
+    stage = 3 if config.zero.stage == 3 else 0
+    config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=Offload.none))
+    settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
+    tokenizer = load_tokenizer(config.model)
+    data = prepare(config, tokenizer, world.env, cache_root())
+    part = data.validation if split == "validation" else data.test
+    if part is None:
+        fix = f"give data.{split}=FILE, or data.split.{split}=0.1 to hold rows out"
+        raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
+    with partitioned_loading(settings):
+        model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+    head = build_head(config.task, model)
+    engine = Engine(model, None, settings, world)
+    check_packing(config, engine, model.config.vocab_size)
+    console = Console() if world.is_main else None
+    evaluator = Evaluator(config, data, engine, head, world, tokenizer.pad_token_id)
+    evaluation = evaluator(part, (lambda done, total: console.progress(done, total, {})) if console else None)
+    if world.is_main:
+        result = {
+            "status": "completed",
+            "split": split,
+            "rows": len(limited(part, config.evaluate.max_rows).lengths),
+            "world_size": world.size,
+            "metrics": evaluation.metrics,
+        }
+        if evaluation.confusion is not None:
+            result |= {"labels": list(data.labels), "confusion": evaluation.confusion}
+        write_result(directory, result)
+    world.barrier()
+
+
+def with_labels(config: RunConfig) -> RunConfig:
+    """A classifier's own labels in their order, whatever labels the rows have.
+
+    Raises UserError where the model has no trained classification head.
+    """
+    if not isinstance(config.task, ClassificationConfig):
+        return config
+    architecture = load_config(config.model)
+    if not any(name.endswith("ForSequenceClassification") for name in architecture.architectures or []):
+        reason = "the model has no trained classification head, so there is nothing to evaluate"
+        raise UserError(Problem("MODEL", reason, "give a classifier, or train one", config.model.path))
+    labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
+    named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
+    return replace(config, task=replace(config.task, labels=labels)) if named else config
+
+
+def main() -> int:
+    directory, split = Path(sys.argv[1]), sys.argv[2]
+    die_with_parent()
+    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
+
+    def work() -> None:
+        evaluate(read_run(directory / "run.yaml").config, directory, split, start_process_group(env))
+
+    return guarded(directory, env.rank, work)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,144 @@
+"""The verb `evaluate` measures what training measured: on any number of ranks, at any stage, from any source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dstune import evaluate
+from dstune.checkpoint import store
+from dstune.checkpoint.export import export_checkpoint
+from dstune.config.compose import compose, write_run
+from dstune.errors import UserError
+from tests.support.ranks import run_ranks
+from tests.support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled
+
+PROGRAM = Path(__file__).parents[1] / "parity" / "train_cases.py"
+
+CASES = {
+    "full-3": ("decoder", ["task=chat", "method=full", "zero=stage3", "data.packing=true"]),
+    "lora-2": ("decoder", ["task=chat", "method=lora", "zero=stage2", "data.packing=true"]),
+    "labels-2": ("encoder", ["task=classification", "method=full", "zero=stage2", "data.packing=false"]),
+}
+
+
+class Shelf:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.models = {
+            "decoder": save_decoder(folder / "decoder"),
+            "encoder": save_encoder(folder / "encoder"),
+        }
+        self.data = {
+            "decoder": write_dialogues(folder / "chat.jsonl", 40),
+            "encoder": write_labelled(folder / "labels.jsonl", 60),
+        }
+
+    def overrides(self, name: str) -> list[str]:
+        model, overrides = CASES[name]
+        return ["data=files", f"data.train={self.data[model]}", "data.max_length=64", *SHARED, *overrides]
+
+    def result(self, name: str) -> dict:
+        return json.loads((self.folder / name / "result.json").read_text())
+
+
+SHARED = [
+    "data.split.validation=0.3",
+    "trainer.precision=fp32",
+    "trainer.micro_batch_size=2",
+    "trainer.global_batch_size=4",
+    "trainer.max_steps=3",
+    "optimizer.lr=0.01",
+]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    shelf = Shelf(tmp_path_factory.mktemp("evaluate"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSTUNE_CACHE", str(shelf.folder / "cache"))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        cases = []
+        for name, (model, _) in CASES.items():
+            path = shelf.folder / f"{name}.yaml"
+            write_run(path, compose([f"model.path={shelf.models[model]}", *shelf.overrides(name)]))
+            cases.append({"run_yaml": str(path), "run_dir": str(shelf.folder / name)})
+        run_ranks(PROGRAM, 2, cases)
+        yield shelf
+
+
+def measured(capsys, *arguments: object) -> dict:
+    assert evaluate.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("full-3", 1), ("full-3", 2), ("lora-2", 1), ("labels-2", 2)])
+def test_a_run_is_measured_as_at_its_end(shelf, name, ranks, capsys):
+    found = measured(capsys, shelf.folder / name, f"launch.processes={ranks}")
+    result = shelf.result(name)
+    assert found["metrics"] == pytest.approx(result["eval_final"], rel=1e-5)
+    assert found["metrics"]["loss"] != pytest.approx(result["eval_initial"]["loss"], rel=1e-3), "nothing was trained"
+    assert (found["split"], found["world_size"], found["model"]) == ("validation", ranks, str(shelf.folder / name))
+    if name == "labels-2":
+        assert found["labels"] == ["left", "right"]
+        assert sum(map(sum, found["confusion"])) == found["rows"]
+        assert found["confusion"] == result["confusion"]
+
+
+def test_a_model_is_measured_as_before_training(shelf, capsys):
+    found = measured(capsys, shelf.models["decoder"], *shelf.overrides("full-3"), "launch.processes=1")
+    assert found["metrics"] == pytest.approx(shelf.result("full-3")["eval_initial"], rel=1e-5)
+
+
+def test_a_classifiers_labels_keep_their_order_on_other_rows(shelf, capsys, tmp_path):
+    rows = [json.loads(line) for line in shelf.data["encoder"].read_text().splitlines()]
+    path = tmp_path / "right.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["label"] == "right"))
+    overrides = [*shelf.overrides("labels-2")[2:], f"data.test={path}", "data=files"]
+    found = measured(capsys, shelf.folder / "labels-2" / "export", *overrides, "--split", "test", "launch.processes=1")
+    assert found["labels"] == ["left", "right"]
+    assert found["confusion"][0] == [0, 0] and sum(found["confusion"][1]) == found["rows"]
+
+
+def test_it_prints_a_table_for_people(shelf, capsys):
+    assert evaluate.main([str(shelf.folder / "labels-2"), "launch.processes=1", "evaluate.max_rows=5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index(f"{shelf.folder / 'labels-2'}: 5 validation rows") :]
+    assert any(line.split()[0] == "accuracy" for line in table)
+    assert table[-3].split() == ["true", "\\", "predicted", "left", "right"]
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        evaluate.main(list(map(str, arguments)))
+    return str(caught.value)
+
+
+def test_what_it_refuses(shelf, tmp_path):
+    run_dir = shelf.folder / "full-3"
+    assert "there are no test rows" in refusal(run_dir, "--split", "test", "launch.processes=1")
+    assert "task" in refusal(run_dir, "task=classification")  # a group: the run has its own
+    headless = refusal(shelf.models["encoder"], *shelf.overrides("labels-2"), "launch.processes=1")
+    assert "no trained classification head" in headless
+    adapter = shelf.folder / "lora-2" / "export"
+    assert "adapter" in refusal(adapter, *shelf.overrides("lora-2"))
+    assert "comes first" in refusal("data=files")
+    assert "does not exist" in refusal(tmp_path / "nowhere", *shelf.overrides("full-3"))
+
+
+def test_a_newer_checkpoint_counts_more_than_an_older_export(shelf, tmp_path, capsys):
+    """An interrupted run was finished once, then went on."""
+    from dstune.checkpoint.export import exported
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "run.yaml").write_bytes((shelf.folder / "full-3" / "run.yaml").read_bytes())
+    export = export_checkpoint(shelf.folder / "full-3", store.newest(shelf.folder / "full-3"), run_dir / "export")
+    assert exported(run_dir, tmp_path / "scratch") == export
+    (run_dir / "checkpoints").symlink_to(shelf.folder / "full-3" / "checkpoints")
+    marker = store.newest(run_dir) / "COMMITTED"
+    assert exported(run_dir, tmp_path / "scratch") == export
+    marker.touch()
+    assert exported(run_dir, tmp_path / "scratch") == tmp_path / "scratch" / "export"
