@@ -280,7 +280,7 @@ def test_too_little_room_is_said_before_fetching(ner_index: Index, monkeypatch: 
         free = 10
 
     monkeypatch.setattr(samples.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(UserError, match="0.0 GB free"):
+    with pytest.raises(UserError, match=r"0\.0 GB free"):
         samples.resolve("sample://ner")
     assert ner_index.verbs == []
 
