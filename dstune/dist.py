@@ -40,10 +40,10 @@ class World:
 
     def gather_numbers(self, numbers: Sequence[float]) -> np.ndarray:
         """`numbers` of every rank: float64 [world size, len(numbers)]. Every rank must call it, with equal lengths."""
-        mine = torch.tensor([numbers], dtype=torch.float64)
-        everyone = torch.empty((self.size, len(numbers)), dtype=torch.float64)
-        torch_dist.all_gather_into_tensor(everyone, mine, group=self._control)
-        return everyone.numpy()
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        torch_dist.all_gather(everyone, mine, group=self._control)
+        return torch.stack(everyone).numpy()
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Sums over all ranks, in rank order on every rank, so that all ranks get the same bits."""

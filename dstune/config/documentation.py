@@ -94,6 +94,20 @@ def markdown_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
+    """Groups with their choices and keys as a Markdown table, for the README (a test holds the two against each other)."""
+    keys: dict[str, list[str]] = {}
+    for setting in merged():
+        section, _, key = setting.key.partition(".")
+        if key not in keys.setdefault(section, []):
+            keys[section].append(key)
+    lines = ["| group | choices | keys |", "| --- | --- | --- |"]
+    for group in ["experiment", *keys]:
+        choices = ", ".join(f"`{choice}`" for choice in groups.get(group, ()) if choice != "default")
+        lines.append(f"| `{group}` | {choices} | {' '.join(f'`{key}`' for key in keys.get(group, ()))} |")
+    return "\n".join(lines) + "\n"
+
+
 FLAGS = {
     "--cfg, -c job|hydra|all": "print the composed configuration instead of running",
     "--resolve": "with --cfg: references such as ${oc.env:NAME} as their values",
@@ -153,3 +167,29 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
         *block("Flags", FLAGS, 30),
     ]
     return "\n".join(parts)
+
+
+def write_guides(root: Path) -> None:
+    """Put the current tables into README.md and docs/configuration.md below `root`."""
+    from dstune.config.hydra_session import group_options, session
+
+    with session() as hydra:
+        table = groups_table(group_options(hydra))
+    readme = root / "README.md"
+    before, start, rest = readme.read_text(encoding="utf-8").partition(GROUPS_START)
+    _, end, after = rest.partition(GROUPS_END)
+    readme.write_text(f"{before}{start}\n{table}{end}{after}", encoding="utf-8")
+    (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
+
+
+GROUPS_START = "<!-- groups: made by `python -m dstune.config.documentation` -->"
+GROUPS_END = "<!-- /groups -->"
+CONFIGURATION_HEAD = """\
+# Configuration
+
+Made from the schema by `python -m dstune.config.documentation`. A name in parentheses behind a key is the choice that has it. Values of the command line win over those of
+an experiment, which win over those of the other groups. A list is `key=[a,b]`, nothing is `key=null`.
+"""
+
+if __name__ == "__main__":
+    write_guides(Path(__file__).parents[2])

@@ -15,6 +15,7 @@ from dstune.data.build import PreparedData, Split
 from dstune.data.collate import collate
 from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
+from dstune.models.generation import generate_answers
 from dstune.models.heads import IGNORED, Head
 from dstune.train.metrics import classification_metrics, language_model_metrics
 from dstune.zero.engine import Engine, full_count
@@ -94,8 +95,6 @@ def answer_prompts(
     Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank;
     else every rank generates the same text, in step, through ZeRO-3's hooks.
     """
-    from dstune.generate import generate_answers
-
     prompts = data.prompts[: config.evaluate.samples]
     if not prompts:
         return []

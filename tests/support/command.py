@@ -1,0 +1,84 @@
+"""The command line as a user runs it, in a folder and with a cache of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return kept | {
+        "DSTUNE_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+class Commands:
+    """Runs `dstune ...` in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.env = clean_environment(folder)
+
+    def run(self, *arguments: str, program: tuple[str, ...] = (), timeout: float = 240) -> subprocess.CompletedProcess:
+        command = [*(program or (sys.executable, "-m", "dstune")), *arguments]
+        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        log = (self.folder / "command.log").open("w")
+        command = [sys.executable, "-m", "dstune", *arguments]
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "command.log").read_text()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def exact(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without times and memory: equal for equal trajectories."""
+    volatile = {"tokens_per_second", "step_seconds", "peak_memory_gib", "eval/seconds"}
+    return [{key: value for key, value in row.items() if key not in volatile} for row in metrics(run_dir)]
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 120) -> Any:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"nothing happened within {timeout} s")
+
+
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    """The living worker processes of a run, in no order."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if "dstune.worker" in words and str(run_dir) in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found

@@ -1,0 +1,64 @@
+"""The README says what is true: its commands compose, its tables are the schema's, its verbs and flags exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dstune.cli import VERBS
+from dstune.config.compose import compose
+from dstune.config.documentation import CONFIGURATION_HEAD, GROUPS_END, GROUPS_START, groups_table, markdown_table
+from dstune.config.hydra_session import group_options, session
+from dstune.config.validate import validate
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def arguments_of_train(command: list[str]) -> list[str] | None:
+    if "train" not in command:
+        return None
+    return command[command.index("train") + 1 :]
+
+
+TRAIN = [arguments for arguments in map(arguments_of_train, commands()) if arguments is not None]
+
+
+@pytest.mark.parametrize("arguments", TRAIN, ids=" ".join)
+def test_every_train_command_composes(arguments):
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    validate(compose(overrides).config)
+
+
+def test_every_command_is_one_that_exists():
+    goals = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands():
+        if command[0] == "make":
+            assert command[-1] in goals
+        elif command[0] == "dstune":
+            assert command[1] in VERBS
+        elif command[0] == "eval":
+            assert command[1] == "$(dstune completion bash)"
+        else:
+            assert command[0] in {"pip", "deepspeed", "srun", "mpirun"}
+    assert len(TRAIN) >= 8
+
+
+def test_groups_and_keys_are_those_of_the_schema():
+    with session() as hydra:
+        table = groups_table(group_options(hydra))
+    assert f"{GROUPS_START}\n{table}{GROUPS_END}" in README, "run python -m dstune.config.documentation"
+
+
+def test_configuration_reference_is_that_of_the_schema():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert text == f"{CONFIGURATION_HEAD}\n{markdown_table()}", "run python -m dstune.config.documentation"
