@@ -374,8 +374,8 @@ class LocalConfig:
     """Ranks; every GPU when not given, else two (one on a single core)."""
     export_env: list[str] = setting([])
     """Further environment variables that the ranks inherit, beside the built-in list."""
-    grace_seconds: float = setting(10.0, above=0.0)
-    """How long ranks may take to end after one of them died or a second signal came."""
+    grace_seconds: float = setting(5.0, above=0.0, at_most=8.0)
+    """How long the other ranks may take to end after one of them died; then they are killed."""
 
 
 LaunchConfig = LocalConfig

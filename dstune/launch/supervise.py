@@ -33,8 +33,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TWICE_SECONDS = 0.25
 """The same signal within this time is the same request: coreutils' `timeout` sends its signal to the command and then
 to the command's group, which delivers it twice."""
-LONGEST_GRACE_SECONDS = 8.0
-"""Whatever `launch.grace_seconds` says, ranks are gone within 10 s of a death."""
 LEFTOVER_SECONDS = 2.0
 """Time that processes which outlive their rank (W&B's service) get to end by themselves."""
 SHOWN_LINES = 20
@@ -58,7 +56,7 @@ def run(
     """
     console = console or Console()
     plan = plan or local_plan(config, run_dir, console=console.kind)
-    grace = min(config.launch.grace_seconds, LONGEST_GRACE_SECONDS)
+    grace = config.launch.grace_seconds
     with caught_signals() as received:
         launch = Launch(plan, run_dir, grace, console, received, lock)
         verdict = launch.run()
