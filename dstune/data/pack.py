@@ -59,7 +59,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             wanted = -(-(end - start) // per_row)
             if tightest < len(rooms):
                 waiting = rows_by_room[room]
-                taken = waiting[-wanted:][::-1]
+                taken = waiting[-wanted:]
                 del waiting[-len(taken) :]
                 if not waiting:
                     del rows_by_room[room], rooms[tightest]

@@ -190,6 +190,18 @@ def test_validation_from_its_own_file(tmp_path):
     assert (len(data.train.table), len(data.validation.table), data.test) == (30, 10, None)
 
 
+def test_held_out_rows_come_in_an_order_that_any_beginning_of_is_fair(tmp_path):
+    train = [{"text": f"t{number}", "label": "ab"[number % 2]} for number in range(10)]
+    by_label = [{"text": f"v{number}", "label": "ab"[number // 100]} for number in range(200)]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", by_label)
+    config = data_run(
+        write_jsonl(tmp_path / "train.jsonl", train), validation=str(held_out), task=ClassificationConfig()
+    )
+    validation = prepared(config, byte_tokenizer(), tmp_path / "cache").validation
+    assert validation is not None
+    assert 20 < sum(validation.table["label"][:80]) < 60
+
+
 def test_prompts_are_the_same_ones_and_end_where_the_assistant_speaks(tmp_path):
     tokenizer = byte_tokenizer()
     path = write_jsonl(tmp_path / "rows.jsonl", chats(300))

@@ -286,6 +286,18 @@ def test_equal_rows_stay_together():
         assert (chosen[:500] == chosen[500:]).all()
 
 
+def test_equal_rows_stay_together_where_the_share_ends_among_them():
+    thrice = np.repeat(hashes(5), 3)  # 30 % of 15 rows is 4, which would cut the second three
+    parts = assign(thrice, np.array(["a"] * 15), validation=0.3, test=0.0)
+    assert sorted(parts.reshape(5, 3).tolist()) == [[TRAIN] * 3] * 3 + [[VALIDATION] * 3] * 2
+
+
+def test_every_label_stays_in_training():
+    parts = assign(hashes(7), np.array(["a"] * 6 + ["b"]), validation=0.6, test=0.3)
+    assert parts[6] == TRAIN
+    assert (parts[:6] == TRAIN).any()
+
+
 def test_split_is_stratified_for_labels():
     labels = np.array(["often"] * 900 + ["rare"] * 20 + ["once"])
     parts = assign(hashes(921), labels, validation=0.1, test=0.05)

@@ -203,6 +203,8 @@ def test_length_grouping_saves_padding_and_stays_random():
     assert grouped.efficiency(0) > 0.9 > 0.7 > order(lengths, **settings).efficiency(0)
     means = [lengths[grouped.window(0, index).micro_batches[0].samples].mean() for index in range(grouped.windows(0))]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+    rising = np.mean(np.diff(means) > 0)
+    assert 0.4 < rising < 0.6
     # Micro-batches of one window come from all lengths: its tokens vary far less than those of its micro-batches.
     assert np.std([grouped.window(0, index).tokens / 16 for index in range(grouped.windows(0) - 1)]) < np.std(means)
 
@@ -269,6 +271,11 @@ def test_collate_packed():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch["labels"].tolist() == [[-100, 12, 13, -100, 22], [-100, -100, 33, 34, -100]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_collate_packed_padding_is_a_sample_of_its_own():
+    batch = collate(token_split(), MicroBatch(0, ((0, 1), (1,))), pad_token_id=9, packing=True, classification=False)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
 
 
 def test_collate_unpacked_pads_to_a_multiple_of_eight():
