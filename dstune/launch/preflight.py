@@ -76,11 +76,8 @@ def check_data(key: str, given: str, stage: Stage) -> None:
     try:
         sources.expand(given, key)
     except UserError as error:
-        path = Path(given)
-        similar = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
-        if similar and not path.exists():
-            problem = replace(error.problems[0], fix=f"did you mean {path.with_name(similar[0])}?")
-            raise UserError(problem) from None
+        if (similar := _similar(Path(given))) and not Path(given).exists():
+            raise UserError(replace(error.problems[0], fix=f"did you mean {similar}?")) from None
         raise
 
 
@@ -105,7 +102,13 @@ def resolve_model(config: ModelConfig, stage: Stage) -> ModelConfig:
         return config
     if looks_local(config.path):
         raise UserError(_no_folder(config.path))
-    commit, snapshot = hub.fetch(config, stage, lambda folder: _refuse(description_problems(folder, config)))
+    try:
+        commit, snapshot = hub.fetch(config, stage, lambda folder: _refuse(description_problems(folder, config)))
+    except UserError as error:
+        if similar := _similar(folder):
+            problems = [replace(problem, fix=f"{problem.fix}; or is {similar} meant?") for problem in error.problems]
+            raise UserError(problems) from error
+        raise
     check_folder(snapshot, config)
     return replace(config, revision=commit)
 
@@ -219,21 +222,23 @@ def _no_folder(path: str) -> Problem:
     if place.is_file():
         fix = f"model.path={place.parent}, if it is in Hugging Face layout"
         return Problem("model.path", "this is a file; a model is a folder", fix, path)
-    similar = difflib.get_close_matches(place.name, _names_in(place.parent), n=1)
     if path.startswith("~"):
         fix = f"write the path out: {place.expanduser()}"
-    elif similar:
-        fix = f"did you mean {place.with_name(similar[0])}?"
+    elif similar := _similar(place):
+        fix = f"did you mean {similar}?"
     else:
         fix = "give a folder that exists, a hub id (OWNER/NAME) or a sample:// name"
     return Problem("model.path", "this folder does not exist", fix, path)
 
 
-def _names_in(folder: Path) -> list[str]:
+def _similar(path: Path) -> Path | None:
+    """What stands beside the absent `path` under nearly the same name."""
     try:
-        return os.listdir(folder)
+        names = os.listdir(path.parent)
     except OSError:
-        return []
+        return None
+    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return path.with_name(found[0]) if found else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -83,7 +83,8 @@ def prepare(composed: Composed) -> Prepared:
         run_file = path / RUN_FILE
         if run_file.is_file():
             stored = read_run(run_file).config
-            check_resume(stored, config)
+            if store.newest(path) is not None:
+                check_resume(stored, config)
             if _is_done(path, stored, config):
                 return Prepared(config, path, None, store.newest(path), nothing_to_do=True)
         write_run(run_file, composed)
@@ -128,10 +129,13 @@ def run_directory(path: Path) -> Path:
 
 
 def _continued(composed: Composed, path: Path, named: bool) -> RunConfig:
-    """The configuration with which the run at `path` goes on."""
+    """The configuration with which the run at `path` goes on.
+
+    A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
+    """
     resume = composed.config.run.resume
     stored = read_run(path / RUN_FILE)
-    if resume == "never" and not named:
+    if resume == "never" and not named and (path / "metrics.jsonl").exists():
         fix = "run.resume=auto continues it; another run.dir begins anew"
         raise UserError(Problem("run.resume", f"{path} holds a run already", fix, "never"))
     begun_there = stored.config.run.resume == resume or Path(resume).absolute() == path.absolute()
@@ -139,7 +143,7 @@ def _continued(composed: Composed, path: Path, named: bool) -> RunConfig:
         reason = f"{path} holds a run that did not begin from there"
         fix = "give another run.dir, or run.resume=auto to continue it"
         raise UserError(Problem("run.resume", reason, fix, resume))
-    config = continue_run(stored, composed)
+    config = composed.config if store.newest(path) is None else continue_run(stored, composed)
     # A run that began from another one and has saved nothing yet begins from there again.
     return replace(config, run=replace(config.run, resume=stored.config.run.resume)) if resume in KEYWORDS else config
 

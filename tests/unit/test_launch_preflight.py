@@ -275,6 +275,13 @@ def test_offline_by_choice(hub, monkeypatch):
     assert "https://huggingface.co/owner/name" in message
 
 
+def test_a_folder_nearby_is_suggested_for_what_looks_like_a_hub_id(hub, tmp_path, monkeypatch):
+    hub.info = http(errors.RepositoryNotFoundError, 404)
+    folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert "or is model meant?" in refusal("modle")
+
+
 # ---- data and samples ----
 
 

@@ -80,18 +80,26 @@ def test_a_started_run_is_written_and_continued_from_its_newest_whole_checkpoint
 
 def test_never_refuses_a_run(tmp_path):
     run = begin(tmp_path / "run")
+    rundir.choose(composed(dir=str(run), resume="never"))  # nothing was trained there yet
+    (run / "metrics.jsonl").touch()
     with pytest.raises(UserError, match=r"run.resume=never: .* holds a run already"):
         rundir.choose(composed(dir=str(run), resume="never"))
 
 
 def test_the_named_run_is_continued_whatever_its_first_start_said(tmp_path):
     run = begin(tmp_path / "run", resume="never")
+    (run / "metrics.jsonl").touch()
     stored = read_run(run / "run.yaml")
     assert rundir.choose(stored, run).config.run.dir == str(run)
 
 
 def test_keys_that_change_the_trajectory_are_refused(tmp_path):
     run = begin(tmp_path / "run")
+    mended = rundir.prepare(rundir.choose(composed(dir=str(run), lr=2.0)))  # it had saved nothing
+    assert read_run(run / "run.yaml").config.optimizer.lr == 2.0
+    release(mended)
+    release(rundir.prepare(rundir.choose(composed(dir=str(run)))))
+    save(run, 4)
     with pytest.raises(UserError, match=r"optimizer.lr=0.1: the run began with 2e-05"):
         rundir.choose(composed(dir=str(run), lr=0.1))
 
@@ -165,6 +173,7 @@ def test_what_the_first_start_froze_is_kept(tmp_path):
     first = composed(dir=str(tmp_path / "run"))
     frozen = replace(first.config, model=replace(first.config.model, revision="a" * 40))
     release(rundir.prepare(Composed(frozen, [])))
+    save(tmp_path / "run", 4)
     assert rundir.choose(first).config.model.revision == "a" * 40
 
 
