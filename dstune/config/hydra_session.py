@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 ROOT_CONFIG = "train"
 CONFIG_MODULE = "dstune.conf"
-HIDDEN_GROUPS = ("hydra", "schema")
 
 
 @cache
@@ -61,15 +60,22 @@ def register_schema() -> None:
 
 
 def config_folder() -> Path | None:
-    """The folder `conf/` beside the package, None where `dstune.conf` is installed as a package."""
-    if importlib.util.find_spec(CONFIG_MODULE) is not None:
-        return None
-    folder = Path(dstune.__file__).resolve().parent.parent / "conf"
-    if not (folder / f"{ROOT_CONFIG}.yaml").is_file():
+    """The folder `conf/` beside the package in a checkout, None where `dstune.conf` is installed as a package.
+
+    The checkout comes first: run from one with another one installed, `dstune.conf` would be the other's.
+
+    Raises:
+        UserError: neither is there.
+    """
+    checkout = Path(dstune.__file__).resolve().parent.parent
+    folder = checkout / "conf"
+    if (checkout / "pyproject.toml").is_file() and (folder / f"{ROOT_CONFIG}.yaml").is_file():
+        return folder
+    if importlib.util.find_spec(CONFIG_MODULE) is None:
         raise UserError(
             Problem(str(folder), "dstune's configuration files are missing", "install dstune again (pip install .)")
         )
-    return folder
+    return None
 
 
 @contextmanager
@@ -119,7 +125,10 @@ def program_name() -> Iterator[None]:
 
 
 def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The choices of every group, without Hydra's own and the schema. `searched`: overrides of hydra.searchpath."""
+    """The choices of every group but Hydra's own (the schema has only groups in it, no choices).
+
+    `searched`: overrides of hydra.searchpath.
+    """
     from hydra.core.object_type import ObjectType
 
     def options(group: str, kind: ObjectType) -> list[str]:
@@ -128,7 +137,7 @@ def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[
         # The loader copies its whole repository for every question: 0.3 s for all groups.
         return hydra.config_loader.repository.get_group_options(group, kind)
 
-    groups = [group for group in options("", ObjectType.GROUP) if group not in HIDDEN_GROUPS]
+    groups = [group for group in options("", ObjectType.GROUP) if group != "hydra"]
     return {
         group: choices
         for group in groups
