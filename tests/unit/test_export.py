@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "lora-bf16-stored-3": ("stored_bf16", "chat", [*LORA, "zero=stage3"]),
     "lora-random-2": ("untied", "chat", [*LORA, "zero=stage2", "model.weights=random"]),
     **{f"alone-{stage}": ("tied", "chat", ["method=full", f"zero=stage{stage}"]) for stage in (2, 3)},
+    "stored-bf16-2": ("stored_bf16", "chat", ["method=full", "zero=stage2"]),
     "labels-2": ("encoder", "labels", ["method=full", "zero=stage2"]),
     "labels-head-3": ("encoder", "labels", ["method=head", "zero=stage3"]),
     "labels-lora-3": ("encoder", "labels", [*LORA, "zero=stage3"]),
@@ -163,6 +164,12 @@ def test_bf16_training_exports_its_fp32_weights(shelf):
         assert weight.dtype == torch.float32  # as the base model is stored
         assert torch.equal(weight.bfloat16(), whole[name])
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exported.parameters())
+
+
+def test_a_model_stored_in_bf16_is_exported_so(shelf):
+    exported, whole = load(shelf.run("stored-bf16-2") / "export"), shelf.whole("stored-bf16-2")
+    assert all(torch.equal(weight, whole[key].bfloat16()) for key, weight in exported.named_parameters())
+    assert {weight.dtype for weight in exported.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", [f"lora-{stage}" for stage in range(4)])

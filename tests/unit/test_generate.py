@@ -101,6 +101,7 @@ def test_a_run_without_export_is_answered_from_its_checkpoint(decoder, tmp_path,
 def test_a_run_on_plain_text_goes_on_with_the_text(decoder, tmp_path, capsys):
     run_dir = saved_run(tmp_path, decoder, "task=causal_lm", "method=full")
     shutil.copytree(decoder, run_dir / "export")
+    (run_dir / "export" / "config.json").touch()  # newer than the checkpoint
     (row,) = answers(capsys, run_dir, "--prompt", "w5", "--max-new-tokens", 8)
     assert row["answer"] == expected(decoder, "w5", chat=False)
 
