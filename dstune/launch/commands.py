@@ -160,9 +160,20 @@ def _referenced(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at 127.0.0.1 now."""
+    """A TCP port that nobody listens on at 127.0.0.1 now.
+
+    Raises:
+        UserError: 127.0.0.1 cannot be reached, where ranks would wait for each other until a time-out.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", 0))
+            probe.listen()
+            socket.create_connection(probe.getsockname(), timeout=5.0).close()
+        except OSError as error:
+            reason = f"this machine cannot connect to itself ({error.strerror or error}), and the ranks have to"
+            fix = "bring the loopback interface up (ip link set lo up)"
+            raise UserError(Problem("network", reason, fix, "127.0.0.1")) from None
         return probe.getsockname()[1]
 
 

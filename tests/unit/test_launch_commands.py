@@ -151,6 +151,15 @@ def test_cores_respect_a_container_quota(tmp_path):
         assert count_cores(limit) == expected
 
 
+def test_a_machine_that_cannot_reach_itself_is_refused(monkeypatch):
+    def unreachable(address, timeout):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(UserError, match=r"network=127.0.0.1: .*Network is unreachable[\s\S]*ip link set lo up"):
+        free_port()
+
+
 def test_a_free_port_is_one_that_can_be_bound():
     port = free_port()
     with socket.socket() as server:
