@@ -137,15 +137,14 @@ class Writer:
     ):
         from dstune.data.render import freeze_date
         from dstune.data.stopping import stop_token_ids
+        from dstune.models.generation import end_tokens
 
         self._model, self._tokenizer = model, tokenizer
         self.chat = chat and bool(tokenizer.chat_template)
         self._template = freeze_date(tokenizer.get_chat_template(), date) if self.chat else None
         self._limit = max_new_tokens
         self._temperature = temperature
-        configured = model.generation_config.eos_token_id
-        ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
-        self._ends = sorted({*ends, *stop_token_ids(tokenizer)})
+        self._ends = end_tokens(model, stop_token_ids(tokenizer))
 
     def prompt_ids(self, request: Request) -> list[int]:
         """The tokens that the model goes on from. Raises UserError where the template refuses the conversation."""

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: those of the generation settings and the tokenizer's end of turn."""
+def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
+    """Tokens that end a text: those of the model's generation settings, and `stops`."""
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*several, tokenizer.eos_token_id] if token is not None})
+    return sorted({token for token in [*several, *stops] if token is not None})
 
 
-def generate_answers(model: nn.Module, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def generate_answers(
+    model: nn.Module, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, stops: Iterable[int]
+) -> list[str]:
     """The most probable continuation of each prompt (token ids), token by token, without what ends it.
 
-    Greedy, so the same weights give the same text. The model's training mode is put back afterwards.
+    Greedy, so the same weights give the same text. stops: see `data.stopping`. The model's training mode is put back
+    afterwards.
     """
     was_training = model.training
     model.eval()
     generator: Any = model
     device = next(model.parameters()).device
+    ends = end_tokens(generator, stops) or None
     answers = []
     with torch.no_grad():
         for prompt in prompts:
@@ -37,7 +42,7 @@ def generate_answers(model: nn.Module, tokenizer: Any, prompts: list[list[int]],
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=end_tokens(generator, tokenizer) or None,
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
             )
             answers.append(tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip())

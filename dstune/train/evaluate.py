@@ -14,6 +14,7 @@ from dstune.config.schema import ClassificationConfig, RunConfig
 from dstune.data.build import PreparedData, Split
 from dstune.data.collate import collate
 from dstune.data.sampler import evaluation_batches, share
+from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.models.heads import IGNORED, Head
@@ -98,10 +99,11 @@ def answer_prompts(
     prompts = data.prompts[: config.evaluate.samples]
     if not prompts:
         return []
+    stops = stop_token_ids(tokenizer)
     token_ids = [prompt.input_ids for prompt in prompts]
 
     def generate(module: torch.nn.Module) -> list[str]:
-        return generate_answers(module, tokenizer, token_ids, config.evaluate.max_new_tokens)
+        return generate_answers(module, tokenizer, token_ids, config.evaluate.max_new_tokens, stops)
 
     engine.train(False)
     if engine.stage < 3 or world.gather_numbers([_whole_weights_fit(engine)]).all():

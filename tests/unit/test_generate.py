@@ -17,6 +17,7 @@ from dstune.checkpoint import store
 from dstune.config.compose import compose, write_run
 from dstune.data.stopping import stop_token_ids
 from dstune.errors import UserError
+from dstune.models.generation import generate_answers
 from tests.support.tiny import save_decoder, save_encoder
 
 
@@ -147,6 +148,37 @@ def test_an_answer_ends_with_the_turn_even_if_the_model_does_not_say_so(decoder)
         model.lm_head.weight.zero_()
         model.lm_head.weight[4] = hidden["last"]  # now <|im_end|> is the most probable first token
     assert writer.write(request) == ("", 1)
+    # During training, too: after the end of the turn it would go on with w1.
+    prompt = writer.prompt_ids(request)
+    model.model.embed_tokens.weight.data[4] = 50 * model.model.embed_tokens.weight[10]
+    with torch.no_grad():
+        hook = model.model.norm.register_forward_hook(lambda _, __, output: hidden.update(next=output[0, -1].detach()))
+        model(input_ids=torch.tensor([[*prompt, 4]]))
+        hook.remove()
+        first, following = hidden["last"], hidden["next"]
+        model.lm_head.weight[4] = first - following * (first @ following) / (following @ following)
+        model.lm_head.weight[10] = following - first * (first @ following) / (first @ first)
+    assert generate_answers(model, tokenizer, [prompt], 2, stop_token_ids(tokenizer)) == [""]
+    assert generate_answers(model, tokenizer, [prompt], 2, []) == ["w1"]
+
+
+def test_answers_during_training(decoder):
+    """Greedy, without padding, and the model goes on training as before."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(decoder), AutoTokenizer.from_pretrained(decoder)
+    model.config.use_cache = False
+    model.generation_config.temperature, model.generation_config.do_sample = 0.2, True
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+    adapted = peft.get_peft_model(model, settings).train()  # starts as no change
+    prompts = []
+    for text in ("w1", "w2 w3 w4"):
+        messages = [{"role": "user", "content": text}]
+        prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    found = generate_answers(adapted, tokenizer, prompts, 8, stop_token_ids(tokenizer))
+    assert found == [expected(decoder, "w1"), expected(decoder, "w2 w3 w4")]
+    assert adapted.training
 
 
 def test_the_ends_of_an_answer(decoder):
