@@ -189,6 +189,10 @@ def run_dstune(options: argparse.Namespace, folder: Path, method: str, tensors: 
     }
 
 
+def median(rounds: list[dict[str, dict[str, float]]], side: str, key: str) -> float:
+    return statistics.median(pair[side][key] for pair in rounds)
+
+
 def print_report(options: argparse.Namespace, report: dict[str, list[dict[str, dict[str, float]]]]) -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     print(
@@ -200,16 +204,12 @@ def print_report(options: argparse.Namespace, report: dict[str, list[dict[str, d
         "| method | hand-written tokens/s | dstune tokens/s | ratio | hand-written GiB | dstune GiB |\n|---|---|---|---|---|---|"
     )
     for method, rounds in report.items():
-
-        def median(side: str, key: str) -> float:
-            return statistics.median(pair[side][key] for pair in rounds)
-
         ratio = statistics.median(
             p["dstune"]["tokens_per_second"] / p["handwritten"]["tokens_per_second"] for p in rounds
         )
         print(
-            f"| {method} | {median('handwritten', 'tokens_per_second'):.1f} | {median('dstune', 'tokens_per_second'):.1f} "
-            f"| {ratio:.3f} | {median('handwritten', 'peak_memory_gib'):.2f} | {median('dstune', 'peak_memory_gib'):.2f} |"
+            f"| {method} | {median(rounds, 'handwritten', 'tokens_per_second'):.1f} | {median(rounds, 'dstune', 'tokens_per_second'):.1f} "
+            f"| {ratio:.3f} | {median(rounds, 'handwritten', 'peak_memory_gib'):.2f} | {median(rounds, 'dstune', 'peak_memory_gib'):.2f} |"
         )
 
 

@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("dstune", "torch", "deepspeed", "transformers", "datasets", "peft", "hydra-core", "tokenizers", "numpy", "wandb")
+PACKAGES = (
+    "dstune",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "peft",
+    "hydra-core",
+    "tokenizers",
+    "numpy",
+    "wandb",
+)
 
 
 def describe(hosts: list[str], data_fingerprint: str, model: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class UserError(DstuneError):
         assert self.problems, "a UserError without a problem says nothing"
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[Problem]]]:
         return (type(self), (self.problems,))
 
 

@@ -187,8 +187,9 @@ GROUPS_END = "<!-- /groups -->"
 CONFIGURATION_HEAD = """\
 # Configuration
 
-Made from the schema by `python -m dstune.config.documentation`. A name in parentheses behind a key is the choice that has it. Values of the command line win over those of
-an experiment, which win over those of the other groups. A list is `key=[a,b]`, nothing is `key=null`.
+Made from the schema by `python -m dstune.config.documentation`. A name in parentheses behind a key is the choice that has it.
+Values of the command line win over those of an experiment, which win over those of the other groups. A list is `key=[a,b]`,
+nothing is `key=null`.
 """
 
 if __name__ == "__main__":

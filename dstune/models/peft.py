@@ -39,7 +39,7 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
     settings = peft.LoraConfig(
         r=lora.rank,
         # peft types alpha as an integer but only ever divides it by the rank.
-        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         modules_to_save=lora.modules_to_save or None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,8 +29,8 @@ UNTIMED_STEPS = 2
 class Log(Protocol):
     """Where rank 0 reports; the other ranks have none."""
 
-    def log(self, step: int, metrics: dict[str, float | int | str]) -> None: ...
-    def progress(self, step: int, total_steps: int, metrics: dict[str, float | int | str]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None: ...
+    def progress(self, step: int, total_steps: int, metrics: Mapping[str, float | int | str]) -> None: ...
     def message(self, text: str) -> None: ...
 
 

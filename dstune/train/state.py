@@ -51,10 +51,9 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         known = {f.name for f in fields(cls)}
-        state = cls(**{key: value for key, value in values.items() if key in known})
-        if isinstance(state.best, dict):
-            state.best = Best(**state.best)
-        return state
+        own = {key: value for key, value in values.items() if key in known}
+        best = own.pop("best", None)
+        return cls(**own, best=Best(**best) if best else None)
 
     @property
     def tokens_per_second(self) -> float:

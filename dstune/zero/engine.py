@@ -179,7 +179,7 @@ class Engine:
         offload = self._engine.optimizer.parameter_offload
         with gathered(list(self.module.parameters())):
             for parameter in self.module.parameters():
-                parameter.ds_active_sub_modules.clear()
+                parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
             for hook in [*offload.forward_hooks, *offload.backward_hooks]:
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []

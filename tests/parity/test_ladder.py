@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity.reference import Reference, train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
 
 from dstune.config.compose import compose, write_run
-from parity.reference import Reference, train_plainly
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = (0, 1, 2, 3)

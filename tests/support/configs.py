@@ -9,19 +9,19 @@ from dstune.config import schema
 
 def run_config(**sections: Any) -> schema.RunConfig:
     """Defaults of every section; pass a whole section to replace it: `run_config(zero=ZeroConfig(stage=2))`."""
-    defaults: dict[str, Any] = dict(
-        model=schema.ModelConfig(),
-        data=schema.DataConfig(train="train.jsonl"),
-        task=schema.ChatConfig(),
-        method=schema.FullConfig(),
-        optimizer=schema.AdamWConfig(),
-        schedule=schema.CosineConfig(),
-        zero=schema.ZeroConfig(),
-        trainer=schema.TrainerConfig(),
-        checkpoint=schema.CheckpointConfig(),
-        evaluate=schema.EvaluateConfig(),
-        launch=schema.LocalConfig(),
-        tracking=schema.TrackingConfig(),
-        run=schema.RunSection(),
-    )
+    defaults: dict[str, Any] = {
+        "model": schema.ModelConfig(),
+        "data": schema.DataConfig(train="train.jsonl"),
+        "task": schema.ChatConfig(),
+        "method": schema.FullConfig(),
+        "optimizer": schema.AdamWConfig(),
+        "schedule": schema.CosineConfig(),
+        "zero": schema.ZeroConfig(),
+        "trainer": schema.TrainerConfig(),
+        "checkpoint": schema.CheckpointConfig(),
+        "evaluate": schema.EvaluateConfig(),
+        "launch": schema.LocalConfig(),
+        "tracking": schema.TrackingConfig(),
+        "run": schema.RunSection(),
+    }
     return schema.RunConfig(**(defaults | sections))

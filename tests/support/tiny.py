@@ -43,20 +43,20 @@ def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = dict(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=4,
-        pad_token_id=2,
-        initializer_range=0.2,  # large enough that attention and dropout matter to the loss
-    )
+    settings = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 4,
+        "pad_token_id": 2,
+        "initializer_range": 0.2,  # large enough that attention and dropout matter to the loss
+    }
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
     save_tokenizer(folder)
@@ -69,16 +69,16 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     from transformers import BertConfig, BertModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = dict(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=2,
-        initializer_range=0.2,
-    )
+    settings = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": 2,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(seed)
     BertModel(BertConfig(**(settings | changes))).save_pretrained(folder)
     save_tokenizer(folder)

@@ -11,7 +11,16 @@ from dstune.zero.ds_config import deepspeed_config, micro_batches_per_rank
 
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "world", "per_rank"),
-    [(16, 4, 1, 4), (16, 4, 2, 2), (16, 4, 3, 2), (16, 4, 4, 1), (16, 4, 8, 1), (10, 4, 1, 3), (10, 4, 2, 2), (1, 1, 4, 1)],
+    [
+        (16, 4, 1, 4),
+        (16, 4, 2, 2),
+        (16, 4, 3, 2),
+        (16, 4, 4, 1),
+        (16, 4, 8, 1),
+        (10, 4, 1, 3),
+        (10, 4, 2, 2),
+        (1, 1, 4, 1),
+    ],
 )
 def test_every_rank_gets_as_many_micro_batches_as_the_fullest(global_batch, micro_batch, world, per_rank):
     config = run_config(trainer=TrainerConfig(global_batch_size=global_batch, micro_batch_size=micro_batch))
@@ -29,7 +38,9 @@ def test_what_deepspeed_would_choose_by_itself_is_written_out():
     assert settings["zero_optimization"]["stage"] == 3
 
 
-@pytest.mark.parametrize(("precision", "accumulates"), [(Precision.bf16, "fp32"), (Precision.fp16, "fp32"), (Precision.fp32, None)])
+@pytest.mark.parametrize(
+    ("precision", "accumulates"), [(Precision.bf16, "fp32"), (Precision.fp16, "fp32"), (Precision.fp32, None)]
+)
 def test_half_precision_accumulates_gradients_in_fp32(precision, accumulates):
     settings = deepspeed_config(run_config(), 2, precision, on_gpu=True)
     assert settings.get("data_types", {}).get("grad_accum_dtype") == accumulates
@@ -39,7 +50,9 @@ def test_half_precision_accumulates_gradients_in_fp32(precision, accumulates):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_stage_3_settings_stay_out_of_the_other_stages(stage):
-    zero = deepspeed_config(run_config(zero=ZeroConfig(stage=stage)), 2, Precision.fp32, on_gpu=True)["zero_optimization"]
+    zero = deepspeed_config(run_config(zero=ZeroConfig(stage=stage)), 2, Precision.fp32, on_gpu=True)[
+        "zero_optimization"
+    ]
     assert not [key for key in zero if key.startswith(("stage3_", "offload_"))]
 
 
