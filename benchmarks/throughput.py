@@ -205,12 +205,11 @@ def print_report(options: argparse.Namespace, report: dict[str, list[dict[str, d
     )
     for method, rounds in report.items():
         ratio = statistics.median(
-            p["dstune"]["tokens_per_second"] / p["handwritten"]["tokens_per_second"] for p in rounds
+            pair["dstune"]["tokens_per_second"] / pair["handwritten"]["tokens_per_second"] for pair in rounds
         )
-        print(
-            f"| {method} | {median(rounds, 'handwritten', 'tokens_per_second'):.1f} | {median(rounds, 'dstune', 'tokens_per_second'):.1f} "
-            f"| {ratio:.3f} | {median(rounds, 'handwritten', 'peak_memory_gib'):.2f} | {median(rounds, 'dstune', 'peak_memory_gib'):.2f} |"
-        )
+        speed = [median(rounds, side, "tokens_per_second") for side in ("handwritten", "dstune")]
+        memory = [median(rounds, side, "peak_memory_gib") for side in ("handwritten", "dstune")]
+        print(f"| {method} | {speed[0]:.1f} | {speed[1]:.1f} | {ratio:.3f} | {memory[0]:.2f} | {memory[1]:.2f} |")
 
 
 if __name__ == "__main__":
