@@ -31,6 +31,8 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
         LOCAL_WORLD_SIZE=str(env.local_size),
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
