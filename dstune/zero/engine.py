@@ -189,7 +189,9 @@ class Engine:
                 yield self.module
             finally:
                 # The recorded order of fetches belongs to the hooks that were removed.
-                offload.get_param_coordinator()._invalidate_trace()
+                coordinator = offload.get_param_coordinator()
+                if not coordinator.is_invalid_trace():
+                    coordinator._invalidate_trace()
                 offload._register_deepspeed_module(offload.module)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""Program on every rank: each method at each stage takes two steps; prints one JSON line per case on rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import torch
+from support.configs import run_config
+
+from dstune.config import schema
+from dstune.dist import World
+from dstune.models.heads import build_head
+from dstune.models.load import load_model, load_tokenizer
+from dstune.models.peft import apply_method
+from dstune.rank_env import from_environment
+from dstune.train.optim import build_optimizer, parameter_groups
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine, partitioned_loading, start_process_group
+
+METHODS = {"full": schema.FullConfig(), "head": schema.HeadConfig(), "lora": schema.LoraConfig(rank=4)}
+
+
+def whole(engine: Engine, *, trained: bool) -> dict[str, torch.Tensor]:
+    with engine.whole_module() as module:
+        named = module.named_parameters()
+        return {name: p.detach().clone() for name, p in named if p.requires_grad is trained}
+
+
+def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, ...]) -> dict:
+    settings = deepspeed_config(config, world.size, schema.Precision.fp32, on_gpu=False)
+    with partitioned_loading(settings):
+        model = load_model(config, load_tokenizer(config.model), labels, torch.float32)
+    head = build_head(config.task, model)
+    module = apply_method(config, model)
+    optimizer = build_optimizer(config.optimizer, parameter_groups(module, config.optimizer.weight_decay))
+    engine = Engine(module, optimizer, settings, world)
+    engine.set_learning_rate(config.optimizer.lr)
+    frozen, trained = whole(engine, trained=False), whole(engine, trained=True)
+    losses, norms = [], []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * step + world.rank)
+        tokens = torch.randint(9, 100, (2, 16), generator=generator)
+        answers = torch.tensor([0, 1]) if labels else tokens.masked_fill(torch.arange(16) < 4, -100)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": answers}
+        weight = 2 * world.size if labels else 2 * 12 * world.size
+        torch.manual_seed(world.rank)
+        loss_sum = engine.accumulate(head, batch, window_weight=weight, last=True)
+        losses.append(world.sum([float(loss_sum)])[0] / weight)
+        norms.append(engine.update().grad_norm)
+    after = whole(engine, trained=False)
+    result = {
+        **case,
+        "losses": losses,
+        "norms": norms,
+        "frozen": len(frozen),
+        "frozen_equal": all(torch.equal(frozen[name], after[name]) for name in frozen),
+        "trained_moved": all(not torch.equal(trained[name], w) for name, w in whole(engine, trained=True).items()),
+    }
+    engine.close()
+    return result
+
+
+def main() -> None:
+    env = from_environment(os.environ)
+    assert env is not None
+    world = start_process_group(env)
+    argument = json.loads(sys.argv[1])
+    for case in argument["cases"]:
+        classes = case["task"] == "classification"
+        config = run_config(
+            model=schema.ModelConfig(path=argument["encoder" if classes else "decoder"]),
+            task=schema.ClassificationConfig() if classes else schema.ChatConfig(),
+            method=METHODS[case["method"]],
+            optimizer=schema.AdamWConfig(lr=1e-2, weight_decay=0.1),
+            zero=schema.ZeroConfig(stage=case["stage"], param_persistence_threshold=0),
+            trainer=schema.TrainerConfig(micro_batch_size=2, global_batch_size=2 * world.size),
+        )
+        if case.get("checkpointing"):
+            config = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+        if case.get("offload"):
+            offload = replace(config.zero, offload_optimizer=schema.Offload.cpu, offload_param=schema.Offload.cpu)
+            config = replace(config, zero=offload)
+        result = run(case, config, world, ("left", "right") if classes else ())
+        if world.is_main:
+            print("CASE " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)
