@@ -41,7 +41,7 @@ examples:
   dstune generate runs/NAME/DATE_TIME --prompt "Hello"
 
 `dstune VERB --help` explains a verb; `dstune train --help` lists groups and keys.
-exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (the same command continues), 1 anything else
+exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune train RUN` continues), 1 anything else
 """
 
 

@@ -53,7 +53,7 @@ class UserError(DstuneError):
 
 
 class Preempted(DstuneError):
-    """Stopped by a signal or a time limit after a save: the same command continues the run."""
+    """Stopped by a signal or a time limit after a save: the run can be continued."""
 
     exit_code = EXIT_PREEMPTED
 

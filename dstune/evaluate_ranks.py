@@ -50,7 +50,7 @@ def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> No
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     head = build_head(config.task, model)
     engine = Engine(model, None, settings, world)
-    check_packing(config, engine, model.config.vocab_size)
+    check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     console = Console() if world.is_main else None
     evaluator = Evaluator(config, data, engine, head, world, tokenizer.pad_token_id)
     evaluation = evaluator(part, (lambda done, total: console.progress(done, total, {})) if console else None)

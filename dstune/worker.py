@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from dstune import environment, rendezvous
 from dstune.checkpoint import store
@@ -46,23 +47,33 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     precision = world.broadcast(resolve(config))
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     if config.trainer.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic with a fixed workspace only
         torch.use_deterministic_algorithms(True)
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())
     memory = PeakMemory()
     with partitioned_loading(settings):
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
-    head = build_head(config.task, model)
     module = apply_method(config, model)
+    head = build_head(config.task, model)  # after the method: an adapter may wrap the vocabulary projection
     groups = parameter_groups(module, config.optimizer.weight_decay)
     engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
-    check_packing(config, engine, model.config.vocab_size)
+    check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     order = training_order(config, data)
     total_steps = steps_of(config, order.steps(config.trainer.epochs))
-    state = resume(config, run_dir, engine, world)
+    fixed = {
+        "world_size": world.size,
+        "zero_stage": engine.stage,
+        "precision": precision.value,
+        "labels": list(data.labels),
+        "samples": samples_digest(data),
+    }
+    state = resume(config, run_dir, engine, world, fixed)
     log = Tracker(config, run_dir, resumed_at_step=state.step or None) if world.is_main else None
     hooks = [
-        Cadence(config, can_evaluate=data.validation is not None),
+        Cadence(config, total_steps, can_evaluate=data.validation is not None),
         NonFinite(config),
         EarlyStopping(config),
         preemption,
@@ -78,11 +89,12 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         state=state,
         hooks=hooks,
         evaluator=Evaluator(config, data, engine, head, world, tokenizer.pad_token_id),
-        save=lambda state: save(config, run_dir, engine, world, data, state),
+        save=lambda state: save(config, run_dir, engine, world, fixed, state),
         log=log,
         memory=memory,
         pad_token_id=tokenizer.pad_token_id,
         started=started,
+        seconds_before=state.seconds,
     )
     describe(config, run_dir, run, module)
     show_samples(run, tokenizer, before=True)
@@ -91,17 +103,18 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
 
 
 def steps_of(config: RunConfig, steps_in_epochs: int) -> int:
-    """The horizon in optimizer steps: `trainer.max_steps` where given, as many epochs as that takes."""
+    """The horizon in optimizer steps: `trainer.max_steps` where given, with as many passes as that takes."""
     return config.trainer.max_steps or steps_in_epochs
 
 
-def check_packing(config: RunConfig, engine: Engine, vocabulary: int) -> None:
+def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:
+    """Raises UserError on all ranks where samples of one packed row see each other on any of them."""
     if not config.data.packing:
         return
     engine.train(False)
     difference, dtype = contamination(engine.forward, vocabulary, engine.device)
     engine.train(True)
-    if difference > TOLERANCE[dtype]:
+    if world.any(not difference <= TOLERANCE[dtype]):  # not a number is no proof either
         raise UserError(
             Problem(
                 "data.packing",
@@ -112,8 +125,26 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int) -> None:
         )
 
 
-def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World) -> TrainState:
-    """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0."""
+UNCHANGED = {
+    "world_size": ("launch.processes", "continue on as many ranks, or start another run with run.dir"),
+    "zero_stage": ("zero.stage", "continue at that stage, or start another run with run.dir"),
+    "precision": ("trainer.precision", "set trainer.precision to it, or start another run with run.dir"),
+    "labels": ("data.train", "bring back the rows with these labels, or set task.labels"),
+    "samples": ("data.train", "bring back the rows, or start another run with run.dir"),
+}
+"""What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
+
+
+def samples_digest(data: PreparedData) -> str:
+    """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code."""
+    return xxhash.xxh3_64_hexdigest(data.train.lengths.tobytes() + data.train.weights.tobytes())
+
+
+def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World, fixed: dict[str, Any]) -> TrainState:
+    """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0.
+
+    Raises UserError where what must not change between launches (`fixed`, see UNCHANGED) has changed.
+    """
     checkpoint = store.newest(run_dir)
     if checkpoint is None and config.run.resume not in ("auto", "never"):
         checkpoint = store.newest(Path(config.run.resume))
@@ -121,21 +152,25 @@ def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World) -> Tr
     if checkpoint is None:
         return TrainState()
     saved = store.read_state(checkpoint)
-    for name, now in (("world_size", world.size), ("zero_stage", engine.stage)):
-        if saved[name] != now:
-            raise UserError(
-                Problem(
-                    "launch.processes" if name == "world_size" else "zero.stage",
-                    value=str(now),
-                    reason=f"{checkpoint.name} was written with {name} {saved[name]}",
-                    fix=f"continue with {saved[name]}, or start another run with run.dir",
-                )
-            )
+    problems = [
+        Problem(
+            UNCHANGED[name][0],
+            value=str(now) if name != "samples" else str(config.data.train),
+            reason=f"{checkpoint.name} was written with {name} {saved.get(name)}",
+            fix=UNCHANGED[name][1],
+        )
+        for name, now in fixed.items()
+        if saved.get(name, now) != now
+    ]
+    if problems:
+        raise UserError(problems)
     engine.load(checkpoint.parent, checkpoint.name)
     return TrainState.from_dict(saved["train"])
 
 
-def save(config: RunConfig, run_dir: Path, engine: Engine, world: World, data: PreparedData, state: TrainState) -> None:
+def save(
+    config: RunConfig, run_dir: Path, engine: Engine, world: World, fixed: dict[str, Any], state: TrainState
+) -> None:
     """Write a checkpoint of all ranks; it exists once its marker is written and its folder renamed."""
     target = store.folder(run_dir)
     target.mkdir(parents=True, exist_ok=True)
@@ -145,9 +180,7 @@ def save(config: RunConfig, run_dir: Path, engine: Engine, world: World, data: P
     if world.is_main:
         described = {
             "step": state.step,
-            "world_size": world.size,
-            "zero_stage": engine.stage,
-            "labels": list(data.labels),
+            **fixed,
             "best": state.best and vars(state.best),
             "metrics": state.eval_last,
             "train": state.to_dict(),
@@ -193,10 +226,12 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
     state, config = run.state, run.config
     result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
     if not decision.wish & (Wish.FAIL | Wish.PREEMPT):
-        if run.data.validation is not None and state.eval_last_step != state.step:
+        evaluated = run.data.validation is not None and state.eval_last_step != state.step
+        if evaluated:
             evaluate(run)
         newest = store.newest(run_dir)
-        if run.world.broadcast(newest is None or newest.name != store.tag(state.step)):
+        # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
+        if run.world.broadcast(evaluated or newest is None or newest.name != store.tag(state.step)):
             run.save(state)
         if run.data.test is not None:
             result["test"] = run.evaluator(run.data.test).metrics
@@ -204,7 +239,7 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
             result["export"] = str(export(run_dir, config))
         run.world.barrier()
         show_samples(run, tokenizer, before=False)
-    state.seconds = max(state.seconds, time.time() - run.started)
+    state.seconds = run.seconds_before + time.time() - run.started
     status = "stopped" if decision.reason else "completed"
     status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
     if run.world.is_main:
@@ -232,7 +267,7 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
     run.memory.close()
     run.world.barrier()
     if status == "preempted":
-        raise Preempted(f"{decision.reason}: saved at step {state.step}; the same command continues the run")
+        raise Preempted(f"{decision.reason}: saved at step {state.step}")
     if status == "failed":
         raise TrainingFailed(decision.reason)
 
@@ -269,14 +304,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]]) -> int:
     """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code."""
-    rendezvous.set_address(env, os.environ)
-    world = start_process_group(env)
+    try:
+        rendezvous.set_address(env, os.environ)
+        world = start_process_group(env)
+    except DstuneError as error:  # every rank comes to the same answer
+        print(f"dstune: rank {env.rank}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     prepared: tuple[RunConfig, Path] | DstuneError | None = None
     if world.is_main:
         try:
             prepared = prepare_run()
         except DstuneError as error:
             prepared = error
+        except Exception as error:  # the other ranks wait for an answer whatever happens here
+            traceback.print_exc()
+            prepared = DstuneError(f"{type(error).__name__}: {error}")
     prepared = world.broadcast(prepared)
     assert prepared is not None
     if isinstance(prepared, DstuneError):

@@ -19,6 +19,7 @@ import xxhash
 COMMITTED = "COMMITTED"
 STATE = "state.json"
 INCOMPLETE = ".incomplete"
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,13 @@ def commit(written: Path, state: dict[str, Any]) -> Path:
     marker.write_text(json.dumps({"files": listing}, indent=1))
     _sync(marker)
     final = written.with_name(written.name.removesuffix(INCOMPLETE))
-    if final.exists():  # the same step saved again after a resume
-        shutil.rmtree(final)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():  # the same step saved again: with its evaluation, or after a resume
+        final.rename(replaced)
     written.rename(final)
     _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     return final
 
 
@@ -117,7 +121,8 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     whole = [info.path for info in infos if info.committed]
     kept = {*whole[-keep:], best(run_dir)}
     doomed = [info.path for info in infos if info.path not in kept]
-    doomed += [path for path in folder(run_dir).glob(f"*{INCOMPLETE}") if path.is_dir()]
+    for ending in (INCOMPLETE, REPLACED):
+        doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]
     for path in doomed:
         # The marker goes first: a removal that is cut short leaves no half checkpoint that looks whole.
         (path / COMMITTED).unlink(missing_ok=True)

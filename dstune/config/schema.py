@@ -317,9 +317,9 @@ class EarlyStoppingConfig:
 @dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = setting(None, at_least=1)
-    """Optimizer steps; ends the run earlier than `epochs` would."""
+    """Optimizer steps; replaces `epochs` when given, with as many passes as that takes."""
     epochs: int = setting(1, at_least=1)
-    """Passes over the training rows; with `max_steps` as many as that needs."""
+    """Passes over the training rows, when `max_steps` is not given."""
     micro_batch_size: int = setting(4, at_least=1)
     """Rows in one forward and backward pass of one rank."""
     global_batch_size: int = setting(16, at_least=1)

@@ -15,7 +15,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
-from dstune.launch.commands import NO_TELEMETRY, OFFLINE
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE, number_of_ranks, this_machine
 from dstune.launch.console import Console
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> Command:
     return Command(run, hydra_flags(words), json=len(words) + (run is not None) < len(argv))
 
 
-def prepare(command: Command, console: Console) -> Prepared:
+def prepare(command: Command, console: Console, ranks: int | None = None) -> Prepared:
     """Compose, validate, choose the run directory, fetch what is needed, and write `run.yaml`.
 
     Raises:
@@ -80,7 +80,8 @@ def prepare(command: Command, console: Console) -> Prepared:
     validate(composed.config)
     composed = rundir.choose(composed, command.run)
     config = preflight.resolve_run(composed.config, console.stage)
-    prepared = rundir.prepare(Composed(config, composed.overrides))
+    ranks = ranks or number_of_ranks(config, this_machine(os.environ))
+    prepared = rundir.prepare(Composed(config, composed.overrides), ranks)
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"
         console.stage(f"run {prepared.run_dir} {start}")
@@ -111,7 +112,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         if command is None:
             assert mistake is not None
             raise mistake
-        prepared = prepare(command, Console())
+        prepared = prepare(command, Console(), env.world_size)
         if prepared.nothing_to_do:
             raise _nothing_to_do(prepared)
         started.append(prepared.run_dir)
@@ -123,6 +124,8 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
     from dstune.worker import leave, main_inside
 
     code = main_inside(env, prepare_run)
+    if started and code and records.read_result(started[0]) is None:
+        records.write_result(started[0], "failed", f"a rank ended with exit code {code}", env.world_size)
     if started and command is not None:
         _conclude(command, started[0], code, Console())
     leave(code)

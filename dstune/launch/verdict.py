@@ -64,7 +64,7 @@ def judge(ended: Sequence[Ended], errors: Mapping[int, DstuneError], stop_signal
     preempted = [end for end in own if end.code == EXIT_PREEMPTED]
     if preempted:
         reasons = [str(errors[end.rank]) for end in preempted if end.rank in errors]
-        return Verdict(EXIT_PREEMPTED, reasons[0] if reasons else "saved; the same command continues the run")
+        return Verdict(EXIT_PREEMPTED, reasons[0] if reasons else "saved")
     return Verdict(EXIT_DONE, "")
 
 

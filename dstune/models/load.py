@@ -9,6 +9,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -99,7 +100,7 @@ def load_model(
         architecture.label2id = {label: index for index, label in enumerate(labels)}
         architecture.pad_token_id = tokenizer.pad_token_id
     model_class = _model_class(config.task)
-    options = {"attn_implementation": _attention(config.model.attention, dtype), "dtype": dtype}
+    options = {"attn_implementation": _attention(config, dtype), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
             model = model_class.from_config(architecture, trust_remote_code=config.model.trust_remote_code, **options)
@@ -110,10 +111,13 @@ def load_model(
                 config=architecture,
                 use_safetensors=True,
                 output_loading_info=True,
+                # A classifier may be tuned to another number of labels: its head is new then.
+                ignore_mismatched_sizes=isinstance(config.task, ClassificationConfig),
                 **options,
                 **_source(config.model),
             )
-            new = sorted(loading["missing_keys"])
+            mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
+            new = sorted({*loading["missing_keys"], *mismatched})
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -132,19 +136,25 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
         owned = [p for name, p in module.named_parameters(recurse=False) if prefix + name in wanted]
         if not owned:
             continue
-        with gathered(owned, modified_by_rank=0), torch.random.fork_rng():
+        with gathered(owned, modified_by_rank=0), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed * 2**32 + crc32(module_name.encode()))
-            for parameter in owned:
-                # transformers skips what carries this mark, and sets it on all that it initialised itself.
-                parameter._is_hf_initialized = False
-            with torch.no_grad():
-                _reset(model, module, owned)
+            _reset(model, module, owned)
 
 
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
+    """Initialise on the CPU where the parameters are on a GPU, whose generator draws other numbers."""
+    in_place = [parameter.data for parameter in owned]
     for parameter in owned:
+        if parameter.device.type == "cuda":
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
+        # transformers skips what carries this mark, and sets it on all that it initialised itself.
+        parameter._is_hf_initialized = False  # type: ignore[attr-defined]
     model._init_weights(module)
+    for parameter, data in zip(owned, in_place, strict=True):
+        if data.device.type == "cuda":
+            data.copy_(parameter.data)
+            parameter.data = data
 
 
 def _model_class(task: TaskConfig) -> Any:
@@ -155,11 +165,12 @@ def _model_class(task: TaskConfig) -> Any:
             return AutoModelForSequenceClassification
 
 
-def _attention(asked: Attention, dtype: torch.dtype) -> str:
-    if asked is not Attention.auto:
-        return asked.value
+def _attention(config: RunConfig, dtype: torch.dtype) -> str:
+    if config.model.attention is not Attention.auto:
+        return config.model.attention.value
+    # transformers tells packed rows apart for flash attention in batches of one row only; sdpa does so in any batch.
     flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-    return "flash_attention_2" if flash and dtype is not torch.float32 else "sdpa"
+    return "flash_attention_2" if flash and dtype is not torch.float32 and not config.data.packing else "sdpa"
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -197,7 +208,7 @@ class _named_errors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise UserError(
                 Problem(

@@ -29,6 +29,8 @@ def contamination(
         return forward(input_ids=tokens.to(device), position_ids=position_ids.to(device), use_cache=False).logits
 
     with torch.no_grad():
-        packed = logits(torch.cat([first, second], dim=1), torch.cat([positions, positions], dim=1))[:, length:]
+        # Two rows, as in training: some attention implementations tell samples apart in a batch of one row only.
+        rows, row_positions = torch.cat([first, second], dim=1), torch.cat([positions, positions], dim=1)
+        packed = logits(rows.expand(2, -1), row_positions.expand(2, -1))[:1, length:]
         alone = logits(second, positions)
     return float((packed - alone).abs().max() / alone.abs().max()), alone.dtype

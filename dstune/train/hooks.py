@@ -56,15 +56,17 @@ def join(decisions: list[Decision]) -> Decision:
 
 
 class Cadence(Hook):
-    """Evaluation and saving every so many steps."""
+    """Evaluation and saving every so many steps; the last step is evaluated before it is saved."""
 
-    def __init__(self, config: RunConfig, *, can_evaluate: bool):
-        self._evaluate_every = config.evaluate.every if can_evaluate else 0
+    def __init__(self, config: RunConfig, total_steps: int, *, can_evaluate: bool):
+        self._can_evaluate, self._total_steps = can_evaluate, total_steps
+        self._evaluate_every = config.evaluate.every
         self._save_every = config.checkpoint.every
 
     def after_step(self, state: TrainState, update: Update) -> Decision:
         wish = Wish.NOTHING
-        if self._evaluate_every and state.step % self._evaluate_every == 0:
+        due = self._evaluate_every and state.step % self._evaluate_every == 0
+        if self._can_evaluate and (due or state.step == self._total_steps):
             wish |= Wish.EVALUATE
         if self._save_every and state.step % self._save_every == 0:
             wish |= Wish.SAVE
@@ -97,27 +99,28 @@ class NonFinite(Hook):
 
 
 class EarlyStopping(Hook):
-    """Keeps the best evaluation; stops after `patience` evaluations without a gain."""
+    """Keeps the best evaluation of trained weights; stops after `patience` evaluations without a gain."""
 
     def __init__(self, config: RunConfig):
         self._settings = config.trainer.early_stopping
         self._saves_best = config.trainer.early_stopping.patience > 0 or config.run.export.value == "best"
 
     def after_evaluation(self, state: TrainState, metrics: dict[str, float]) -> Decision:
+        if state.step == 0:  # untrained weights are no result: there is no checkpoint of them to go back to
+            return CONTINUE
         metric = self._settings.metric
         best = state.best.value if state.best else None
         if improves(metric, metrics[metric], best, self._settings.min_delta):
             state.best = Best(metric, metrics[metric], state.step)
             state.evaluations_without_gain = 0
-            return Decision(Wish.SAVE if self._saves_best and state.step > 0 else Wish.NOTHING)
+            return Decision(Wish.SAVE if self._saves_best else Wish.NOTHING)
         state.evaluations_without_gain += 1
         if not self._settings.patience or state.evaluations_without_gain < self._settings.patience:
             return CONTINUE
-        assert state.best is not None
+        best_so_far = f"improved on {state.best.value:.4g} (step {state.best.step})" if state.best else "been finite"
         return Decision(
             Wish.STOP,
-            f"early stopping: {metric} has not improved on {state.best.value:.4g} (step {state.best.step}) "
-            f"for {state.evaluations_without_gain} evaluations",
+            f"early stopping: {metric} has not {best_so_far} for {state.evaluations_without_gain} evaluations",
         )
 
 

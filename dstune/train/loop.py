@@ -53,6 +53,8 @@ class Training:
     memory: PeakMemory
     pad_token_id: int
     started: float = field(default_factory=time.time)
+    seconds_before: float = 0.0
+    """Time that earlier launches of this run took."""
 
 
 def fit(run: Training) -> Decision:
@@ -61,14 +63,15 @@ def fit(run: Training) -> Decision:
     The final evaluation and save are the caller's, so that they happen after a planned stop only.
     """
     state, validation = run.state, run.data.validation
-    before = state.seconds
-    if validation is not None and state.evaluation_due:
-        evaluate(run)
-    if validation is not None and state.step == 0 and run.config.evaluate.at_start:
-        evaluate(run)
+    if validation is not None and (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
+        decision = evaluate(run)
+        if decision.wish & Wish.SAVE:
+            run.save(state)
+        if decision.wish & Wish.STOP:
+            return decision
     steps = range(state.step, run.total_steps)
+    began = time.perf_counter()
     for number, feed in enumerate(windows(run.config, run.data, run.order, run.world, run.pad_token_id, steps)):
-        began = time.perf_counter()
         update, loss_sum = train_step(run, feed)
         state.step += 1
         state.tokens += feed.window.tokens
@@ -76,7 +79,7 @@ def fit(run: Training) -> Decision:
         asked = join([hook.after_step(state, update) for hook in run.hooks])
         decision, loss_sum = agree(run, asked, loss_sum)
         seconds = time.perf_counter() - began
-        state.seconds = before + time.time() - run.started
+        state.seconds = run.seconds_before + time.time() - run.started
         if number >= UNTIMED_STEPS:
             state.timed_tokens += feed.window.tokens
             state.timed_seconds += seconds
@@ -93,6 +96,7 @@ def fit(run: Training) -> Decision:
             run.save(state)
         if decision.wish & (Wish.STOP | Wish.PREEMPT):
             return decision
+        began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
     return Decision(Wish.STOP, "")
 
 

@@ -10,8 +10,8 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` by more than `min_delta`; nothing beats with a value that is not a number."""
-    if math.isnan(value):
+    """Whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
+    if not math.isfinite(value):
         return False
     if best is None:
         return True

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dstune.dist import World
+from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv
 
 Batch = Mapping[str, torch.Tensor]
@@ -41,10 +42,28 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
     # without; it brought nothing measurable over gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
-        torch.cuda.set_device(env.local_rank)
+        torch.cuda.set_device(_device_of(env))
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return World(env)
+
+
+def _device_of(env: RankEnv) -> int:
+    """The index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
+    visible = torch.cuda.device_count()
+    # srun --gpus-per-task=1 shows each rank its own GPU only, as number 0.
+    device = 0 if visible == 1 and env.source == "slurm" else env.local_rank
+    if device >= visible:
+        raise UserError(
+            Problem(
+                "launch",
+                value=f"{env.local_size} ranks",
+                reason=f"this node shows {visible} GPU(s), and every rank needs one of its own",
+                fix="start fewer ranks on a node, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+            )
+        )
+    os.environ["LOCAL_RANK"] = str(device)
+    return device
 
 
 @contextmanager
@@ -105,8 +124,10 @@ class Engine:
         self._world = world
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
-        self._clip: float = settings["gradient_clipping"]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # `hooks.NonFinite` stops the run, with a result and a reason
         self._engine.train()  # transformers hands a loaded model over in evaluation mode, without dropout
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)

@@ -20,7 +20,13 @@ from dstune.train.optim import build_optimizer, parameter_groups
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 
-METHODS = {"full": schema.FullConfig(), "head": schema.HeadConfig(), "lora": schema.LoraConfig(rank=4)}
+METHODS = {
+    "full": schema.FullConfig(),
+    "head": schema.HeadConfig(),
+    "lora": schema.LoraConfig(rank=4),
+    "lora on the projection": schema.LoraConfig(rank=4, target_modules=["q_proj", "lm_head"]),
+    "projection saved whole": schema.LoraConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
 
 
 def whole(engine: Engine, *, trained: bool) -> dict[str, torch.Tensor]:
@@ -33,8 +39,8 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
     settings = deepspeed_config(config, world.size, schema.Precision.fp32, on_gpu=False)
     with partitioned_loading(settings):
         model = load_model(config, load_tokenizer(config.model), labels, torch.float32)
-    head = build_head(config.task, model)
     module = apply_method(config, model)
+    head = build_head(config.task, model)
     optimizer = build_optimizer(config.optimizer, parameter_groups(module, config.optimizer.weight_decay))
     engine = Engine(module, optimizer, settings, world)
     engine.set_learning_rate(config.optimizer.lr)

@@ -13,6 +13,8 @@ PROGRAM = Path(__file__).with_name("method_ranks.py")
 KINDS = [
     ("full", "chat"),
     ("lora", "chat"),
+    ("lora on the projection", "chat"),
+    ("projection saved whole", "chat"),
     ("full", "classification"),
     ("head", "classification"),
     ("lora", "classification"),

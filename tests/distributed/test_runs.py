@@ -127,10 +127,49 @@ def test_another_world_size_is_refused_with_its_reason(workplace, undisturbed):
     assert refused.returncode == 2
     assert "launch.processes" in refused.stderr
     assert "world_size 2" in refused.stderr
+    # Nothing of the finished run was touched.
+    assert result(workplace.folder / "undisturbed")["status"] == "completed"
+    assert workplace.run("train", "undisturbed").returncode == 0
 
 
-def rows_of(run_dir: Path) -> list[dict]:
-    return [row for row in exact(run_dir) if row["step"] <= 5]
+def test_changed_rows_are_refused_on_resume(workplace, undisturbed):
+    rows = workplace.folder / "dialogues.jsonl"
+    before = rows.read_text()
+    try:
+        rows.write_text("".join(before.splitlines(keepends=True)[:-20]))
+        refused = workplace.run("train", "undisturbed", f"trainer.max_steps={STEPS + 5}")
+    finally:
+        rows.write_text(before)
+    assert refused.returncode == 2
+    assert "data.train" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_stopped_at_an_evaluation_the_resumed_run_decides_as_the_undisturbed_one(workplace):
+    """Evaluated at every step with a gain that no step can reach: early stopping after the third evaluation."""
+    stopping = ["trainer.early_stopping.patience=2", "trainer.early_stopping.min_delta=100", "evaluate.every=1"]
+    stopping += ["checkpoint.every=0", "run.export=best"]
+    whole = workplace.run("train", *overrides("patience", *stopping))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    cut = workplace.run("train", *overrides("patience-cut", *stopping, "run.time_limit=0.000001"))
+    assert cut.returncode == 75, cut.stdout + cut.stderr
+    again = workplace.run("train", *overrides("patience-cut", *stopping))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert exact(workplace.folder / "patience-cut") == exact(workplace.folder / "patience")
+    assert result(workplace.folder / "patience-cut")["status"] == "stopped"
+    assert result(workplace.folder / "patience-cut")["steps"] == 3
+
+
+def test_the_best_checkpoint_is_exported_when_the_last_step_is_the_best(workplace):
+    """The last step is saved and evaluated by different cadences: its checkpoint knows its own evaluation."""
+    few = ["trainer.max_steps=4", "checkpoint.every=1", "evaluate.every=3", "run.export=best"]
+    done = workplace.run("train", *overrides("best", *few, "optimizer.lr=1e-2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = result(workplace.folder / "best")
+    assert ended["best"]["step"] == 4
+    shown = workplace.run("evaluate", "best", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{ended['eval_final']['loss']:.4f}"[:5] in shown.stdout
 
 
 def outer(workplace: Commands, name: str, program: list[str]) -> Path:

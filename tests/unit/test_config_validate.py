@@ -61,9 +61,15 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ("model.revision", CHAT, ("model.revision=main",), ("model.revision=main", "model.path=x/y")),
     (
         "model.attention",
-        (*CHAT, "model.attention=flash_attention_2"),
+        (*CHAT, "model.attention=flash_attention_2", "data.packing=false"),
         ("trainer.precision=fp32",),
         ("trainer.precision=bf16",),
+    ),
+    (
+        "model.attention",
+        (*CHAT, "model.attention=flash_attention_2", "trainer.precision=bf16"),
+        ("data.packing=true",),
+        ("data.packing=false",),
     ),
     ("method", CHAT, ("method=head",), ("method=lora",)),
     ("method", TEXT, ("method=head",), ("method=full",)),

@@ -23,11 +23,11 @@ BROKEN = Update(math.nan, applied=False)
 
 def test_cadence():
     config = run_config(evaluate=EvaluateConfig(every=2), checkpoint=CheckpointConfig(every=3))
-    hook = Cadence(config, can_evaluate=True)
-    wishes = [hook.after_step(TrainState(step=step), FINE).wish for step in range(1, 7)]
+    hook = Cadence(config, 7, can_evaluate=True)
+    wishes = [hook.after_step(TrainState(step=step), FINE).wish for step in range(1, 8)]
     nothing, evaluate, save = Wish.NOTHING, Wish.EVALUATE, Wish.SAVE
-    assert wishes == [nothing, evaluate, save, evaluate, nothing, evaluate | save]
-    assert Cadence(config, can_evaluate=False).after_step(TrainState(step=2), FINE).wish is nothing
+    assert wishes == [nothing, evaluate, save, evaluate, nothing, evaluate | save, evaluate]
+    assert Cadence(config, 2, can_evaluate=False).after_step(TrainState(step=2), FINE).wish is nothing
 
 
 def test_non_finite_steps_are_skipped_up_to_the_limit():
@@ -58,6 +58,14 @@ def test_early_stopping_counts_evaluations_without_gain_and_keeps_the_best():
     assert state.best == Best("loss", 1.5, 3)
 
 
+def test_early_stopping_on_losses_that_are_not_numbers():
+    settings = EarlyStoppingConfig(metric="loss", patience=1)
+    hook, state = EarlyStopping(run_config(trainer=TrainerConfig(early_stopping=settings))), TrainState(step=1)
+    decision = hook.after_evaluation(state, {"loss": math.nan})
+    assert decision.wish is Wish.STOP
+    assert "has not been finite" in decision.reason
+
+
 def test_early_stopping_survives_a_checkpoint():
     state = TrainState(step=7, best=Best("loss", 1.5, 3), evaluations_without_gain=1)
     assert TrainState.from_dict(state.to_dict()) == state
@@ -71,6 +79,7 @@ def test_early_stopping_survives_a_checkpoint():
         ("accuracy", 0.9, 0.8, True),
         ("accuracy", 0.7, 0.8, False),
         ("loss", math.nan, None, False),
+        ("loss", math.inf, None, False),
         ("f1_macro", 0.1, None, True),
     ],
 )
