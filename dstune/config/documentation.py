@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
+import itertools
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dstune.config import schema
+from dstune.config import data_schema, schema
 from dstune.config.convert import describe, shown
 from dstune.config.names import classes_of, sections, type_hints
 from dstune.config.schema import CHOICES
@@ -30,9 +32,9 @@ class Setting(NamedTuple):
 @cache
 def attribute_docs() -> dict[str, dict[str, str]]:
     """The string below each field of each class of the schema, by class and field name."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     docs: dict[str, dict[str, str]] = {}
-    for node in tree.body:
+    sources = [inspect.getsource(module) for module in (data_schema, schema)]
+    for node in itertools.chain.from_iterable(ast.parse(source).body for source in sources):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, text in zip(node.body, node.body[1:], strict=False):

@@ -15,21 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-
-def setting(
-    default: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field with a default and the range that `validate.check_ranges` enforces (None is always allowed)."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from dstune.config.data_schema import DataConfig
+from dstune.config.fields import setting
 
 
 class Attention(Enum):
@@ -42,19 +29,6 @@ class Attention(Enum):
 class InitialWeights(Enum):
     pretrained = "pretrained"
     random = "random"
-
-
-class DataFormat(Enum):
-    auto = "auto"
-    messages = "messages"
-    prompt_completion = "prompt_completion"
-    text = "text"
-    text_label = "text_label"
-
-
-class OnBadRow(Enum):
-    error = "error"
-    skip = "skip"
 
 
 class Precision(Enum):
@@ -97,41 +71,6 @@ class ModelConfig:
     """A Jinja file that replaces the tokenizer's chat template."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
-
-
-@dataclass(frozen=True)
-class SplitConfig:
-    validation: float = setting(0.05, at_least=0.0, below=1.0)
-    """Share of the training rows held out for validation when `data.validation` is not given."""
-    test: float = setting(0.0, at_least=0.0, below=1.0)
-    """Share of the training rows held out for the test when `data.test` is not given."""
-    seed: int = 0
-    """Another seed holds out other rows; the split depends on row content and this seed only."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    train: str | None = None
-    """Training rows: a file or glob (JSONL, JSON, CSV, TSV, Parquet), or a sample (`sample://chitchat`)."""
-    validation: str | None = None
-    """Validation rows; held out from `data.train` by `data.split` when not given."""
-    test: str | None = None
-    """Test rows, evaluated once at the end."""
-    format: DataFormat = DataFormat.auto
-    """Row format; `auto` recognises it by the columns."""
-    columns: dict[str, str] = setting({})
-    """Column names of the file by role, for example `{text: review, label: stars}`."""
-    max_length: int = setting(1024, at_least=8)
-    """Longest row in tokens; longer ones are cut."""
-    packing: bool = True
-    """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
-    split: SplitConfig = field(default_factory=SplitConfig)
-    max_rows: int | None = setting(None, at_least=1)
-    """Use this many training rows at most, chosen by the split's hash."""
-    on_bad_row: OnBadRow = OnBadRow.error
-    """`error` stops at the first bad rows with file and line, `skip` drops and counts them."""
-    workers: int = setting(0, at_least=0)
-    """Processes that tokenize; 0 is one per available core."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from dstune.config.convert import shown, to_dict
+from dstune.config.data_schema import DataFormat
 from dstune.config.names import all_keys
 from dstune.config.schema import (
     AdamWConfig,
@@ -20,7 +21,6 @@ from dstune.config.schema import (
     CausalLmConfig,
     ChatConfig,
     ClassificationConfig,
-    DataFormat,
     Export,
     HeadConfig,
     LoraConfig,

@@ -18,7 +18,8 @@ import tokenizers
 import transformers
 import xxhash
 
-from dstune.config.schema import ChatConfig, ClassificationConfig, DataFormat, RunConfig
+from dstune.config.data_schema import DataFormat
+from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
 from dstune.data import cache, sources
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.prepared import PreparedData, SamplePrompt, Split

@@ -10,7 +10,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.schema import ChatConfig, ClassificationConfig, DataFormat, OnBadRow, RunConfig
+from dstune.config.data_schema import DataFormat, OnBadRow
+from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, canonical, normalise, recognise
 from dstune.data.split import content_hash

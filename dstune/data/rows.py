@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, DataFormat, TaskConfig
+from dstune.config.data_schema import DataFormat
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.errors import Problem, UserError
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -10,7 +10,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, DataFormat, TaskConfig
+from dstune.config.data_schema import DataFormat
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
 from dstune.errors import Problem, UserError

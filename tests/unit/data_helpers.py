@@ -12,7 +12,8 @@ from support.configs import run_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dstune.config.schema import ChatConfig, DataConfig, RunConfig, TaskConfig
+from dstune.config.data_schema import DataConfig
+from dstune.config.schema import ChatConfig, RunConfig, TaskConfig
 from dstune.data.build import PreparedData, prepare
 from dstune.rank_env import RankEnv
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, metaspace_tokenizer
 
-from dstune.config.schema import ChatConfig, DataFormat
+from dstune.config.data_schema import DataFormat
+from dstune.config.schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, freeze_date, target_mask
 from dstune.data.stopping import stop_token_ids

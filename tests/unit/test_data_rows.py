@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import exchange, write_jsonl
 
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, DataFormat
+from dstune.config.data_schema import DataFormat
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.data.rows import RowError, canonical, check_columns, normalise, recognise, sort_labels
 from dstune.data.sources import expand, fingerprint, read
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, lowest

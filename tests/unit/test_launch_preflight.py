@@ -11,7 +11,8 @@ import pytest
 from huggingface_hub import errors
 
 from dstune import samples
-from dstune.config.schema import DataConfig, InitialWeights, ModelConfig
+from dstune.config.data_schema import DataConfig
+from dstune.config.schema import InitialWeights, ModelConfig
 from dstune.errors import Problem, UserError
 from dstune.launch import preflight
 from dstune.launch.preflight import looks_local, resolve_model, resolve_run

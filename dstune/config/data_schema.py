@@ -1,0 +1,56 @@
+"""The typed configuration of `data`: where rows come from, what they hold, how they are cleaned, split and packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from dstune.config.fields import setting
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    text = "text"
+    text_label = "text_label"
+
+
+class OnBadRow(Enum):
+    error = "error"
+    skip = "skip"
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    validation: float = setting(0.05, at_least=0.0, below=1.0)
+    """Share of the training rows held out for validation when `data.validation` is not given."""
+    test: float = setting(0.0, at_least=0.0, below=1.0)
+    """Share of the training rows held out for the test when `data.test` is not given."""
+    seed: int = 0
+    """Another seed holds out other rows; the split depends on row content and this seed only."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | None = None
+    """Training rows: a file or glob (JSONL, JSON, CSV, TSV, Parquet), or a sample (`sample://chitchat`)."""
+    validation: str | None = None
+    """Validation rows; held out from `data.train` by `data.split` when not given."""
+    test: str | None = None
+    """Test rows, evaluated once at the end."""
+    format: DataFormat = DataFormat.auto
+    """Row format; `auto` recognises it by the columns."""
+    columns: dict[str, str] = setting({})
+    """Column names of the file by role, for example `{text: review, label: stars}`."""
+    max_length: int = setting(1024, at_least=8)
+    """Longest row in tokens; longer ones are cut."""
+    packing: bool = True
+    """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    max_rows: int | None = setting(None, at_least=1)
+    """Use this many training rows at most, chosen by the split's hash."""
+    on_bad_row: OnBadRow = OnBadRow.error
+    """`error` stops at the first bad rows with file and line, `skip` drops and counts them."""
+    workers: int = setting(0, at_least=0)
+    """Processes that tokenize; 0 is one per available core."""
