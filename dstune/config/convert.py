@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dstune.config.names import classes_of, nearest, sections, suggest_key, type_hints
+from dstune.config.names import classes_of, entry_class, nearest, sections, suggest_key, type_hints
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.errors import Problem, UserError
 
@@ -76,6 +76,8 @@ def describe(hint: Any) -> str:
     if hint in names:
         return names[hint]
     origin = typing.get_origin(hint)
+    if entry_class(hint):
+        return "sections by name such as {a: {path: FILE}}"
     return {
         list: "a list such as [a,b]",
         tuple: "two numbers such as [0.9,0.95]",
@@ -97,6 +99,8 @@ def shown(value: Any) -> str:
         return value.name
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(shown(item) for item in value) + "]"
+    if is_dataclass(value) and not isinstance(value, type):
+        value = to_dict(value)
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
     return str(value) or "''"

@@ -32,9 +32,35 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    path: str = ""
+    """Its rows: whatever `data.train` takes."""
+    weight: float = setting(1.0, above=0.0)
+    """How often its rows come in an epoch: 1 once, 2 twice, 0.5 half of them and the other half in the next epoch."""
+    max_rows: int | None = setting(None, at_least=1)
+    """Use this many of its rows at most, chosen by a hash of their content."""
+    format: DataFormat = DataFormat.auto
+    """Row format; `data.format` where it is `auto`."""
+    columns: dict[str, str] = setting({})
+    """Column names by role; they win over `data.columns`."""
+    subset: str | None = None
+    """Configuration of a data set on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the hub."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str | None = None
     """Training rows: a file or glob (JSONL, JSON, CSV, TSV, Parquet), or a sample (`sample://chitchat`)."""
+    mixture: dict[str, SourceConfig] = setting({})
+    """Several sources by a name of yours, each with a weight; replaces `data.train`."""
+    streaming: bool = False
+    """Read `data.train` in blocks while training, for more rows than the disk holds; needs `trainer.max_steps`."""
+    stream_rows: int = setting(100_000, at_least=1)
+    """Rows of a block with `data.streaming`: shuffled and packed together; the disk holds about three blocks."""
     validation: str | None = None
     """Validation rows; held out from `data.train` by `data.split` when not given."""
     test: str | None = None

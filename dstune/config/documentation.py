@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dstune.config import data_schema, schema
 from dstune.config.convert import describe, shown
-from dstune.config.names import classes_of, sections, type_hints
+from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.schema import CHOICES
 
 
@@ -69,6 +69,8 @@ def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
         elif not (field.name == "name" and prefix in CHOICES):  # said by `method=lora`, not by itself
             default = getattr(cls(), field.name)
             settings.append(Setting(group, key, describe(hint), shown(default), docs.get(field.name, "")))
+            if entries := entry_class(hint):
+                settings += _of_class(entries, group, f"{key}.NAME")
     return settings
 
 
@@ -101,7 +103,7 @@ def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
     keys: dict[str, list[str]] = {}
     for setting in merged():
         section, _, key = setting.key.partition(".")
-        if key not in keys.setdefault(section, []):
+        if ".NAME." not in setting.key and key not in keys.setdefault(section, []):
             keys[section].append(key)
     lines = ["| group | choices | keys |", "| --- | --- | --- |"]
     for group in ["experiment", *keys]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dstune
-from dstune.config.names import classes_of, nearest, sections, type_hints
+from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.errors import Problem, UserError
 
@@ -33,6 +33,9 @@ def mutable_twin(cls: type) -> type:
         if dataclasses.is_dataclass(hint):
             hint = mutable_twin(hint)  # type: ignore[arg-type]
             twins.append((field.name, hint, dataclasses.field(default_factory=hint)))
+        elif entry_class(hint):
+            # Untyped: OmegaConf would stop at the first wrong key; `from_dict` checks all of them and names the nearest.
+            twins.append((field.name, dict[str, Any], dataclasses.field(default_factory=dict)))
         elif field.default_factory is not dataclasses.MISSING:
             twins.append((field.name, hint, dataclasses.field(default_factory=field.default_factory)))
         else:

@@ -78,6 +78,18 @@ def default_classes() -> dict[str, type]:
     return {section: next(iter(classes_of(section).values())) for section in sections()}
 
 
+def entry_class(hint: Any) -> type | None:
+    """The class of the entries of a mapping of sections by name (`data.mixture`), None for every other type."""
+    arguments = typing.get_args(hint)
+    return arguments[1] if typing.get_origin(hint) is dict and is_dataclass(arguments[1]) else None
+
+
+def entry_leaves(key: str, mapping: str, cls: type) -> dict[str, Any]:
+    """Dotted keys of the entry of `mapping` that `key` is in: those below `data.mixture.chat` for one of its keys."""
+    name = key.removeprefix(f"{mapping}.").split(".", 1)[0]
+    return leaves(cls, f"{mapping}.{name}")
+
+
 def leaves(cls: type, prefix: str) -> dict[str, Any]:
     """Dotted keys of `cls` below `prefix` with their type hints, nested classes expanded."""
     found: dict[str, Any] = {}

@@ -16,6 +16,8 @@ from dstune.config.names import (
     all_keys,
     choices_with,
     classes_of,
+    entry_class,
+    entry_leaves,
     keys_of,
     names_choice,
     nearest,
@@ -192,6 +194,8 @@ def _value_problems(
         fix = f"write {section}={shown(value)}"
         return [Problem(key, "this names the choice of the group and is not set by itself", fix, shown(value))]
     try:
+        if inside and (entry := entry_class(keys[inside])) and key.count(".") > inside.count(".") + 1:
+            return _entry_problems(key, value, inside, entry)
         if inside:
             convert(value, typing.get_args(keys[inside])[1], key)
         elif key in keys:
@@ -204,6 +208,25 @@ def _value_problems(
         return error.problems
     if override.is_add() and not override.is_force_add() and not inside:
         return [Problem(key, "the key exists already", f"write {key}={shown(value)}", shown(value))]
+    return []
+
+
+def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Problem]:
+    """What is wrong with a key of one entry of a mapping of sections (`data.mixture.code.weight`).
+
+    Raises:
+        UserError: the value has the wrong type.
+    """
+    own = entry_leaves(key, mapping, entry)
+    inside = next((name for name, hint in own.items() if _is_entry(key, name, hint)), None)
+    if inside:
+        convert(value, typing.get_args(own[inside])[1], key)
+    elif key in own:
+        convert(value, own[key], key)
+    else:
+        similar = suggest_key(key, own)
+        fix = f"did you mean {similar}={shown(value)}?" if similar else f"it has {', '.join(own)}"
+        return [Problem(key, f"an entry of {mapping} has no such key", fix, shown(value))]
     return []
 
 

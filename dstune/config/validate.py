@@ -67,6 +67,8 @@ def validate(config: RunConfig) -> None:
     rules = (
         check_ranges,
         check_data,
+        check_mixture,
+        check_streaming,
         check_task,
         check_model,
         check_method,
@@ -87,6 +89,10 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if is_dataclass(value):
             yield from check_ranges(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, entry in value.items():
+                if is_dataclass(entry):
+                    yield from check_ranges(entry, f"{key}.{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             yield Problem(key, "must be a finite number", value=shown(value))
         elif field.metadata and value is not None:
@@ -106,7 +112,7 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
     data, task = config.data, config.task.name
-    if not data.train:
+    if not data.train and not data.mixture:
         yield Problem(
             "data.train",
             "no training rows are given",
@@ -138,6 +144,50 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             "no row is left for training",
             "let the shares sum to less than 1",
             " + ".join(f"{share:g}" for _, share in held_out),
+        )
+
+
+def check_mixture(config: RunConfig) -> Iterator[Problem]:
+    for name, source in config.data.mixture.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            # It becomes part of a metric's name and of a key.
+            yield Problem("data.mixture", "a source's name has letters, digits, - and _", "rename it", shown(name))
+        if not source.path.strip():
+            key = f"data.mixture.{name}.path"
+            yield Problem(key, "no rows are given", f"{key}=rows.jsonl, or a sample such as sample://chitchat", "''")
+
+
+def check_streaming(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if not data.streaming:
+        return
+    if config.trainer.max_steps is None:
+        yield Problem(
+            "trainer.max_steps",
+            "with data.streaming the number of rows is not known, so neither is the length of an epoch",
+            "trainer.max_steps=1000, or data.streaming=false",
+            "null",
+        )
+    if data.mixture:
+        yield Problem(
+            "data.streaming",
+            "the weights of data.mixture count passes over whole sources, and a stream has no known end",
+            "data.streaming=false, or data.mixture={} and one data.train",
+            "true",
+        )
+    if data.max_rows is not None:
+        yield Problem(
+            "data.max_rows",
+            "rows are chosen by their hash among all, and a stream is not read as a whole",
+            "data.max_rows=null; trainer.max_steps ends the run",
+            shown(data.max_rows),
+        )
+    if isinstance(config.task, ClassificationConfig) and not config.task.labels:
+        yield Problem(
+            "task.labels",
+            "the labels of a stream are not known before its end",
+            "task.labels=[NAME,NAME] names them all",
+            "[]",
         )
 
 
