@@ -22,6 +22,7 @@ from dstune.models.heads import build_head
 from dstune.models.load import load_config, load_model, load_tokenizer
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.telling import tell_launcher
 from dstune.tracking.console import Console
 from dstune.train.evaluate import Evaluator, limited
 from dstune.worker import check_packing, guarded, leave, write_result
@@ -92,7 +93,7 @@ def main() -> int:
     def work() -> None:
         evaluate(read_run(directory / "run.yaml").config, directory, split, start_process_group(env))
 
-    return guarded(directory, env.rank, work)
+    return guarded(work, lambda error: tell_launcher(directory, env.rank, error))
 
 
 if __name__ == "__main__":

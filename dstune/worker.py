@@ -20,13 +20,14 @@ from dstune.config.compose import read_run
 from dstune.config.schema import Export, RunConfig
 from dstune.data.build import PreparedData, prepare
 from dstune.dist import World
-from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError, to_json
+from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.log import Tracker
 from dstune.train.evaluate import Evaluator, answer_prompts
 from dstune.train.feed import training_order
@@ -244,13 +245,14 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
     status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
     if run.world.is_main:
         checkpoint = store.newest(run_dir)
+        speed = state.tokens_per_second
         result |= {
             "status": status,
             "steps": state.step,
             "world_size": run.world.size,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 3),
-            "tokens_per_second": round(state.tokens_per_second, 2),
+            "tokens_per_second": speed and round(speed, 2),
             "peak_memory_gib": round(state.peak_memory_gib, 4),
             "eval_initial": state.eval_initial,
             "eval_final": state.eval_last,
@@ -299,15 +301,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         train(read_run(run_dir / "run.yaml").config, run_dir, start_process_group(env))
 
-    return guarded(run_dir, env.rank, work)
+    return guarded(work, lambda error: tell_launcher(run_dir, env.rank, error))
 
 
 def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]]) -> int:
     """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code."""
     try:
         rendezvous.set_address(env, os.environ)
-        world = start_process_group(env)
     except DstuneError as error:  # every rank comes to the same answer
+        if env.rank == 0:
+            print(f"dstune: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    try:
+        world = start_process_group(env)
+    except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
         print(f"dstune: rank {env.rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     prepared: tuple[RunConfig, Path] | DstuneError | None = None
@@ -327,18 +334,16 @@ def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]])
         world.barrier()
         return prepared.exit_code
     config, run_dir = prepared
-    return guarded(run_dir, env.rank, lambda: train(config, run_dir, world))
+    return guarded(lambda: train(config, run_dir, world), lambda error: tell_once(run_dir, env, error))
 
 
-def guarded(run_dir: Path, rank: int, work: Callable[[], None]) -> int:
-    """Run `work`; leave its error beside the log for whoever started the ranks; return the exit code."""
+def guarded(work: Callable[[], None], tell: Callable[[DstuneError], None]) -> int:
+    """Run `work` and return the exit code; an error that a user can cause goes to `tell`."""
     try:
         work()
         return 0
     except DstuneError as error:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (run_dir / "logs" / f"rank-{rank}.error").write_text(to_json(error))
-        print(f"dstune: {error}", file=sys.stderr, flush=True)
+        tell(error)
         return error.exit_code
     except BaseException:
         traceback.print_exc()

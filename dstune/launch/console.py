@@ -35,7 +35,7 @@ class Console:
     @property
     def kind(self) -> str:
         """`tty:WIDTH` or `plain`, for DSTUNE_CONSOLE."""
-        return f"tty:{shutil.get_terminal_size().columns}" if self._is_terminal(self._out) else "plain"
+        return f"tty:{width(self._out)}" if self._is_terminal(self._out) else "plain"
 
     def stage(self, text: str) -> None:
         """A step of the launch with the seconds since the command started."""
@@ -65,8 +65,8 @@ class Console:
 
     def _clear(self) -> None:
         if self._shown is not None:
-            width = len(self._shown.rstrip(b"\r").decode(errors="replace"))
-            self._write(self._out, b" " * width + b"\r")
+            length = len(self._shown.rstrip(b"\r").decode(errors="replace"))
+            self._write(self._out, b" " * length + b"\r")
             self._shown = None
 
     @staticmethod
@@ -89,6 +89,15 @@ class Console:
             pass
         except (OSError, ValueError):
             mute(stream)
+
+
+def width(terminal: TextIO) -> int:
+    """Columns of this very terminal. An exported COLUMNS may be that of another one, or of before a resize, so it counts
+    only where the terminal does not know."""
+    with contextlib.suppress(OSError, ValueError):
+        if columns := os.get_terminal_size(terminal.fileno()).columns:
+            return columns
+    return shutil.get_terminal_size().columns
 
 
 def mute(stream: TextIO) -> None:

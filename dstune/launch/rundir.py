@@ -3,22 +3,80 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from dstune.checkpoint import store
 from dstune.config.compose import Composed, continue_run, read_run, write_run
+from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig
 from dstune.config.validate import check_resume
 from dstune.errors import Problem, UserError
 from dstune.launch import records
 
 RUN_FILE = "run.yaml"
+REPLACED = (RUN_FILE, "result.json", "launch.json")
+"""What every start writes anew."""
+BEGUN = "environment.json"
+"""What the ranks write when nothing keeps the training from beginning any more."""
 KEYWORDS = ("auto", "never")
 """Values of `run.resume` that are no path."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """A run directory as it was before a launch, so that one which the ranks refuse leaves it as it was."""
+
+    path: Path
+    created: tuple[Path, ...]
+    """The folders that the launch creates: the directory and those above it, the innermost first."""
+    files: dict[str, bytes | None]
+    """Content of what a start replaces, by name; None for a file that was not there."""
+    began: int | None
+    """When training began there last: the time of environment.json in nanoseconds."""
+
+    @classmethod
+    def of(cls, path: Path) -> Before:
+        created = [folder for folder in (path, *path.parents) if not folder.exists()]
+        files = {name: _content(path / name) for name in REPLACED}
+        return cls(path, tuple(created), files, _written_at(path / BEGUN))
+
+    def restore(self) -> bool:
+        """Undo the launch, unless training began; whether it was undone."""
+        if _written_at(self.path / BEGUN) != self.began:
+            return False
+        if self.path in self.created:
+            shutil.rmtree(self.path)
+            for folder in self.created[1:]:
+                with suppress(OSError):  # somebody else's run is in it by now
+                    folder.rmdir()
+            return True
+        for name, content in self.files.items():
+            if content is None:
+                (self.path / name).unlink(missing_ok=True)
+            elif content != _content(self.path / name):
+                (self.path / name).write_bytes(content)
+        for error in (self.path / "logs").glob("rank-*.error"):
+            error.unlink()
+        return True
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _written_at(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -29,16 +87,21 @@ class Prepared:
     run_dir: Path
     lock: int | None
     """Descriptor whose lock keeps other launches out as long as it is open; None where there is nothing to do."""
+    before: Before
+    """How the directory was before this launch touched it."""
     continues: Path | None
     """The checkpoint that the ranks start from; None for a start at step 0."""
     nothing_to_do: bool = False
     """The directory holds a run that was completed, and the configuration asks for no more steps."""
 
 
-def choose(composed: Composed, run: Path | None = None, now: datetime | None = None) -> Composed:
+def choose(
+    composed: Composed, run: Path | None = None, now: datetime | None = None, given: Sequence[str] = ()
+) -> Composed:
     """The configuration for the directory that it will run in, before anything is written.
 
     run: directory of an existing run that was named on the command line (its `run.yaml` is part of `composed`).
+    given: the overrides of this command; those of `composed` hold the ones of the run's earlier starts too.
     The result has `run.dir` set, and what the first start of a continued run froze.
 
     Raises:
@@ -51,7 +114,9 @@ def choose(composed: Composed, run: Path | None = None, now: datetime | None = N
     if path is None:
         path = _fresh(Path("runs") / config.run.name, now or datetime.now())
     if (path / RUN_FILE).is_file():
-        config = _continued(composed, path, named=run is not None)
+        # What `run.resume` said when the named run began does not keep it from being continued now.
+        asked = run is None or any(key_of(text) == "run.resume" for text in given)
+        config = _continued(composed, path, may_refuse=asked)
     elif path.exists() and (not path.is_dir() or _foreign(path)):
         reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
         raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
@@ -73,6 +138,7 @@ def prepare(composed: Composed, ranks: int) -> Prepared:
     config = composed.config
     assert config.run.dir is not None, "choose() sets it"
     path = Path(config.run.dir)
+    before = Before.of(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = records.acquire_lock(path)
@@ -81,13 +147,14 @@ def prepare(composed: Composed, ranks: int) -> Prepared:
         raise UserError(Problem("run.dir", reason, "give a folder of yours", str(path))) from None
     with ExitStack() as unless_it_runs:
         unless_it_runs.callback(os.close, lock)
+        unless_it_runs.callback(before.restore)
         run_file = path / RUN_FILE
         if run_file.is_file():
             stored = read_run(run_file).config
             if store.newest(path) is not None:
                 check_resume(stored, config)
             if _is_done(path, stored, config):
-                return Prepared(config, path, None, store.newest(path), nothing_to_do=True)
+                return Prepared(config, path, None, before, store.newest(path), nothing_to_do=True)
         checkpoint = store.newest(path)
         if checkpoint is None and config.run.resume not in KEYWORDS:
             checkpoint = checkpoint_of(config.run.resume)
@@ -95,7 +162,7 @@ def prepare(composed: Composed, ranks: int) -> Prepared:
             _check_layout(checkpoint, ranks, config.zero.stage)
         write_run(run_file, composed)
         unless_it_runs.pop_all()
-    return Prepared(config, path, lock, checkpoint)
+    return Prepared(config, path, lock, before, checkpoint)
 
 
 def _check_layout(checkpoint: Path, ranks: int, stage: int) -> None:
@@ -148,14 +215,14 @@ def run_directory(path: Path) -> Path:
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 
 
-def _continued(composed: Composed, path: Path, named: bool) -> RunConfig:
+def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
     """The configuration with which the run at `path` goes on.
 
     A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
     """
     resume = composed.config.run.resume
     stored = read_run(path / RUN_FILE)
-    if resume == "never" and not named and (path / "metrics.jsonl").exists():
+    if resume == "never" and may_refuse and (path / "metrics.jsonl").exists():
         fix = "run.resume=auto continues it; another run.dir begins anew"
         raise UserError(Problem("run.resume", f"{path} holds a run already", fix, "never"))
     begun_there = stored.config.run.resume == resume or Path(resume).absolute() == path.absolute()

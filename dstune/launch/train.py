@@ -13,7 +13,7 @@ from dstune.config.compose import Composed, apply_overrides, compose, read_run, 
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
-from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
+from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE, number_of_ranks, this_machine
 from dstune.launch.console import Console
@@ -52,7 +52,11 @@ def train(argv: list[str]) -> int:
         console.message(str(_nothing_to_do(prepared)))
         code = EXIT_DONE
     else:
-        code = supervise.run(prepared.config, run_dir, console=console, lock=prepared.lock)
+        try:
+            code = supervise.run(prepared.config, run_dir, console=console, lock=prepared.lock)
+        except UserError:
+            prepared.before.restore()
+            raise
     _conclude(command, run_dir, code, console)
     return code
 
@@ -78,7 +82,7 @@ def prepare(command: Command, console: Console, ranks: int | None = None) -> Pre
     """
     composed = _compose(command)
     validate(composed.config)
-    composed = rundir.choose(composed, command.run)
+    composed = rundir.choose(composed, command.run, given=command.flags.overrides)
     config = preflight.resolve_run(composed.config, console.stage)
     ranks = ranks or number_of_ranks(config, this_machine(os.environ))
     prepared = rundir.prepare(Composed(config, composed.overrides), ranks)
@@ -106,7 +110,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         mistake = error
     if command is not None and command.flags.shows:
         return _show(command) if env.rank == 0 else EXIT_DONE
-    started: list[Path] = []
+    started: list[Prepared] = []
 
     def prepare_run() -> tuple[RunConfig, Path]:
         if command is None:
@@ -115,7 +119,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         prepared = prepare(command, Console(), env.world_size)
         if prepared.nothing_to_do:
             raise _nothing_to_do(prepared)
-        started.append(prepared.run_dir)
+        started.append(prepared)
         records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
         return prepared.config, prepared.run_dir
 
@@ -124,10 +128,12 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
     from dstune.worker import leave, main_inside
 
     code = main_inside(env, prepare_run)
-    if started and code and records.read_result(started[0]) is None:
-        records.write_result(started[0], "failed", f"a rank ended with exit code {code}", env.world_size)
     if started and command is not None:
-        _conclude(command, started[0], code, Console())
+        run_dir, refused = started[0].run_dir, code == EXIT_USER and started[0].before.restore()
+        if code and not refused and records.read_result(run_dir) is None:
+            records.write_result(run_dir, "failed", f"a rank ended with exit code {code}", env.world_size)
+        if not refused:
+            _conclude(command, run_dir, code, Console())
     leave(code)
     return code
 

@@ -122,7 +122,7 @@ def dropout_seed(seed: int, step: int, index: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + (step << 20) + index) % 2**63
 
 
-def agree(run: Training, asked: Decision, loss_sum: float) -> tuple[Decision, float]:
+def agree(run: Training, asked: Decision, loss_sum: float = 0.0) -> tuple[Decision, float]:
     """What any rank asked for, and the sum of all ranks' losses: the same on every rank. One small collective a step."""
     numbers = run.world.gather_numbers([float(asked.wish), loss_sum, run.memory.gib])
     wish = Wish.NOTHING
@@ -138,7 +138,7 @@ def agree(run: Training, asked: Decision, loss_sum: float) -> tuple[Decision, fl
 
 
 def evaluate(run: Training) -> Decision:
-    """Evaluate the validation rows, remember and report the metrics, and ask the hooks what follows from them."""
+    """Evaluate the validation rows, remember and report the metrics; what the hooks of any rank ask for after them."""
     validation, state = run.data.validation, run.state
     assert validation is not None
     began = time.perf_counter()
@@ -152,7 +152,8 @@ def evaluate(run: Training) -> Decision:
         seconds = time.perf_counter() - began
         run.log.log(state.step, {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds})
     remember_confusion(state, evaluation)
-    return join([hook.after_evaluation(state, metrics) for hook in run.hooks])
+    decision, _ = agree(run, join([hook.after_evaluation(state, metrics) for hook in run.hooks]))
+    return decision
 
 
 def remember_confusion(state: TrainState, evaluation: Evaluation) -> None:

@@ -56,5 +56,6 @@ class TrainState:
         return cls(**own, best=Best(**best) if best else None)
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+    def tokens_per_second(self) -> float | None:
+        """None where no step was timed: a launch's first two are not."""
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else None

@@ -1,0 +1,70 @@
+"""How an error of a rank reaches the user, once.
+
+Ranks that dstune started leave it in `logs/rank-N.error` for the process that started them, which tells it. Inside
+somebody else's launch all ranks write to the same terminal: what all of them found is told by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dstune.errors import DstuneError, to_json
+from dstune.rank_env import RankEnv
+
+PATIENCE_SECONDS = 5.0
+"""How long a rank waits for the others to come to the same error. One that failed alone waits in vain: the others are
+in a collective with it."""
+REST_SECONDS = 0.5
+"""How long rank 0 waits for the last of the others once the first has looked: launchers end all when one ends."""
+POLL_SECONDS = 0.02
+
+
+def error_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.error"
+
+
+def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
+    """Write the rank's error whole or not at all."""
+    file = error_file(run_dir, rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".error-incomplete")
+    aside.write_text(to_json(error))
+    aside.replace(file)
+
+
+def tell_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
+    """For a rank that dstune started: the error for its launcher, and in the rank's log."""
+    leave_error(run_dir, rank, error)
+    print(f"dstune: {error}", file=sys.stderr, flush=True)
+
+
+def tell_once(run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS) -> None:
+    """For a rank inside somebody else's launch: rank 0 tells its error, any other one only what rank 0 has not told.
+
+    A rank leaves its file when it has looked at rank 0's, so rank 0 knows when nobody needs the folder any more.
+    """
+    if env.rank == 0:
+        print(f"dstune: {error}", file=sys.stderr, flush=True)
+        leave_error(run_dir, 0, error)
+        others = [error_file(run_dir, rank) for rank in range(1, env.world_size)]
+        if _wait(lambda: not others or any(file.exists() for file in others), patience):
+            _wait(lambda: all(file.exists() for file in others), REST_SECONDS)
+        return
+    _wait(error_file(run_dir, 0).exists, patience)
+    try:
+        told = error_file(run_dir, 0).read_text()
+    except OSError:
+        told = ""
+    if told != to_json(error):
+        print(f"dstune: rank {env.rank}: {error}", file=sys.stderr, flush=True)
+    leave_error(run_dir, env.rank, error)
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return met
