@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,8 @@ class Table:
     """uint64 [rows]."""
     labels: np.ndarray | None
     """Label names [rows], for classification."""
+    sources: np.ndarray | None = None
+    """Number of the source in a mixture, int16 [rows]."""
 
     def place(self, number: int) -> str:
         """`FILE:LINE` of a row."""
@@ -78,33 +80,52 @@ class Table:
         return sources.place(self.files[fields["file"]], fields["line"])
 
 
-def ingest(files: list[Path], config: RunConfig, target: Path, bad: BadRows) -> Table:
-    """Read and check all rows of `files` into `target`. Bad rows go to `bad`.
+def ingest(
+    files: list[Path],
+    config: RunConfig,
+    target: Path,
+    bad: BadRows,
+    rows: Iterable[tuple[int, sources.RawRow]] | None = None,
+) -> Table:
+    """Read and check all rows of `files` into `target`, or only `rows` (each with the number of its file). Bad rows go
+    to `bad`.
 
     Raises UserError if the columns are those of no format, a file is unreadable as a whole, or there is no row at all.
     """
-    reader = _Reader(files, config, bad)
+    reader = _Reader(config, bad)
     already_bad = bad.count
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, _SCHEMA) as writer:
-        for batch in reader.batches():
+        for batch in reader.batches(_all_rows(files) if rows is None else rows):
             writer.write_batch(batch)
     if not reader.rows_read:
         names = ", ".join(str(file) for file in files)
         raise UserError(Problem(where=names, reason="holds no rows", fix="give a file with at least one row"))
+    assert reader.format is not None or bad.count, "rows without a format"
+    fmt = reader.format or DataFormat.auto
+    return load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
+
+
+def load_table(
+    target: Path, files: list[Path], config: RunConfig, fmt: DataFormat, rows_read: int, bad_rows: int
+) -> Table:
+    """The rows that were written to `target`."""
     data = datasets.Dataset.from_file(str(target))
     columns = data.data.table
     hashes = columns["hash"].to_numpy()
     labels = None
     if isinstance(config.task, ClassificationConfig):
         labels = np.array(columns["label"].to_pylist(), dtype=object).astype(str)
-    assert reader.format is not None or bad.count, "rows without a format"
-    fmt = reader.format or DataFormat.auto
-    return Table(data, files, fmt, reader.rows_read, bad.count - already_bad, hashes, labels)
+    return Table(data, files, fmt, rows_read, bad_rows, hashes, labels)
+
+
+def _all_rows(files: list[Path]) -> Iterator[tuple[int, sources.RawRow]]:
+    for number, file in enumerate(files):
+        for raw in sources.read(file):
+            yield number, raw
 
 
 class _Reader:
-    def __init__(self, files: list[Path], config: RunConfig, bad: BadRows):
-        self._files = files
+    def __init__(self, config: RunConfig, bad: BadRows):
         self._data = config.data
         self._task = config.task
         self._bad = bad
@@ -112,22 +133,21 @@ class _Reader:
         self.format: DataFormat | None = None
         self.rows_read = 0
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: Iterable[tuple[int, sources.RawRow]]) -> Iterator[pa.RecordBatch]:
         waiting: list[tuple] = []
         number = 0
-        for file_number, file in enumerate(self._files):
-            for raw in sources.read(file):
-                self.rows_read += 1
-                try:
-                    row, content_hash_value, label = self._check(raw)
-                except RowError as error:
-                    self._bad.add(raw.place, str(error))
-                    continue
-                waiting.append((row, number, content_hash_value, label, file_number, raw.line))
-                number += 1
-                if len(waiting) == ROWS_PER_BATCH:
-                    yield _batch(waiting)
-                    waiting.clear()
+        for file_number, raw in rows:
+            self.rows_read += 1
+            try:
+                row, content_hash_value, label = self._check(raw)
+            except RowError as error:
+                self._bad.add(raw.place, str(error))
+                continue
+            waiting.append((row, number, content_hash_value, label, file_number, raw.line))
+            number += 1
+            if len(waiting) == ROWS_PER_BATCH:
+                yield _batch(waiting)
+                waiting.clear()
         if waiting:
             yield _batch(waiting)
 

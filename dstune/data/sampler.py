@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from dstune.data.pack import best_fit, group
+from dstune.data.repeats import Repeats
 
 Row = tuple[int, ...]
 """Samples that share one row of the model's input: one without packing, several with it."""
@@ -66,7 +68,8 @@ class TrainingOrder:
     is smaller, and an epoch's last window may be short. A window never spans epochs.
 
     With `packing` a row holds several samples, at most `max_length` tokens (best fit); without it `length_grouping`
-    puts samples of similar length into one micro-batch.
+    puts samples of similar length into one micro-batch. With `repeats` an epoch has the samples that they say, else every
+    sample once.
     """
 
     def __init__(
@@ -80,38 +83,59 @@ class TrainingOrder:
         packing: bool,
         length_grouping: bool,
         seed: int,
+        repeats: Repeats | None = None,
     ):
         assert len(lengths) == len(weights) > 0, "an order needs samples"
-        self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._weights = np.asarray(weights, dtype=np.int64)
+        self._lengths = np.asarray(lengths)
+        self._weights = np.asarray(weights)
         self._micro = min(micro_batch_size, global_batch_size)
         self._global = global_batch_size
         self._max_length = max_length
         self._packing = packing
         self._length_grouping = length_grouping
         self._seed = seed
+        self._repeats = repeats
+        self._constant = repeats is None or repeats.constant
         self._cached: _Plan | None = None
-        # Best fit needs as many rows in any order of the samples, so every epoch has as many windows as the first.
-        self._rows = len(self._plan(0).starts) - 1
+        self._windows: dict[int, int] = {}
+        self._first_steps = [0]
 
     def windows(self, epoch: int) -> int:
-        """Optimizer steps in this epoch."""
-        return -(-self._rows // self._global)
+        """Optimizer steps in this epoch; 0 where the weights of a mixture leave it without samples."""
+        # Best fit needs as many rows in any order of the same samples.
+        known = 0 if self._constant else epoch
+        if known not in self._windows:
+            self._windows[known] = -(-self._rows(epoch) // self._global)
+        return self._windows[known]
+
+    def _rows(self, epoch: int) -> int:
+        if self._repeats is None or self._packing:
+            return len(self._plan(epoch).starts) - 1
+        return len(self._repeats.samples(epoch))
 
     def steps(self, epochs: int) -> int:
-        """Optimizer steps in `epochs` epochs."""
-        return epochs * self.windows(0)
+        """Optimizer steps in the first `epochs` epochs."""
+        if self._constant:
+            return epochs * self.windows(0)
+        while len(self._first_steps) <= epochs:
+            self._first_steps.append(self._first_steps[-1] + self.windows(len(self._first_steps) - 1))
+        return self._first_steps[epochs]
 
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch and window of the optimizer step `step`, counted from 0."""
-        return divmod(step, self.windows(0))
+        if self._constant:
+            return divmod(step, self.windows(0))
+        while self._first_steps[-1] <= step:
+            self.steps(len(self._first_steps))
+        epoch = bisect_right(self._first_steps, step) - 1
+        return epoch, step - self._first_steps[epoch]
 
     def window(self, epoch: int, index: int) -> Window:
         """Window `index` of `epoch`, both from 0."""
         assert 0 <= index < self.windows(epoch), f"epoch {epoch} has no window {index}"
         plan = self._plan(epoch)
         first = index * self._global
-        last = min(first + self._global, self._rows)
+        last = min(first + self._global, len(plan.starts) - 1)
         micro_batches = tuple(
             MicroBatch(number, tuple(plan.row(row) for row in range(start, min(start + self._micro, last))))
             for number, start in enumerate(range(first, last, self._micro))
@@ -124,13 +148,11 @@ class TrainingOrder:
         """Share of the positions computed in this epoch that hold a token instead of padding."""
         plan = self._plan(epoch)
         row_lengths = np.add.reduceat(self._lengths[plan.samples], plan.starts[:-1])
+        rows = len(row_lengths)
         starts = np.concatenate(
-            [
-                np.arange(first, min(first + self._global, self._rows), self._micro)
-                for first in range(0, self._rows, self._global)
-            ]
+            [np.arange(first, min(first + self._global, rows), self._micro) for first in range(0, rows, self._global)]
         )
-        sizes = np.diff(np.append(starts, self._rows))
+        sizes = np.diff(np.append(starts, rows))
         widths = np.maximum.reduceat(row_lengths, starts)
         if not self._packing:
             widths = -(-widths // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -145,7 +167,10 @@ class TrainingOrder:
         # RandomState, since numpy keeps its streams the same in every version: a run resumed after an upgrade goes on
         # with the same samples.
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
-        shuffled = random.permutation(len(self._lengths))
+        if self._repeats is None:
+            shuffled = random.permutation(len(self._lengths))
+        else:
+            shuffled = random.permutation(self._repeats.samples(epoch))
         if self._packing:
             rows = best_fit(self._lengths[shuffled], self._max_length)
             samples, starts = group(rows)
