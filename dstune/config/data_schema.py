@@ -11,9 +11,18 @@ from dstune.config.fields import setting
 class DataFormat(Enum):
     auto = "auto"
     messages = "messages"
+    conversations = "conversations"
+    alpaca = "alpaca"
     prompt_completion = "prompt_completion"
     text = "text"
     text_label = "text_label"
+    pair = "pair"
+
+
+class TextRows(Enum):
+    line = "line"
+    paragraph = "paragraph"
+    document = "document"
 
 
 class OnBadRow(Enum):
@@ -54,7 +63,7 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: str | None = None
-    """Training rows: a file or glob (JSONL, JSON, CSV, TSV, Parquet), or a sample (`sample://chitchat`)."""
+    """Training rows: file, glob, folder, hub id (`org/name:split`), or a sample (`sample://chitchat`)."""
     mixture: dict[str, SourceConfig] = setting({})
     """Several sources by a name of yours, each with a weight; replaces `data.train`."""
     streaming: bool = False
@@ -65,10 +74,16 @@ class DataConfig:
     """Validation rows; held out from `data.train` by `data.split` when not given."""
     test: str | None = None
     """Test rows, evaluated once at the end."""
+    subset: str | None = None
+    """Configuration of a data set on the hub; its default one when not given."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the hub; resolved to a commit before the ranks start."""
     format: DataFormat = DataFormat.auto
     """Row format; `auto` recognises it by the columns."""
     columns: dict[str, str] = setting({})
     """Column names of the file by role, for example `{text: review, label: stars}`."""
+    text_rows: TextRows = TextRows.line
+    """What is a row of a plain text file (.txt, .md): a line, a paragraph, or the whole document."""
     max_length: int = setting(1024, at_least=8)
     """Longest row in tokens; longer ones are cut."""
     packing: bool = True

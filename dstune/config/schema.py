@@ -68,7 +68,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's chat template."""
+    """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `gemma`, `llama3`, `mistral`, `mistral_tekken`."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
 
@@ -93,11 +93,13 @@ class CausalLmConfig:
 
 @dataclass(frozen=True)
 class ClassificationConfig:
-    """One label for a text."""
+    """A label, or several, for a text or a pair of texts."""
 
     name: str = "classification"
     labels: list[str] = setting([])
     """Label names in the order of their indices; found in the training rows when empty."""
+    multi_label: bool = False
+    """Any number of labels for a row, each decided by itself (binary cross entropy, threshold 0.5)."""
 
 
 TaskConfig = ChatConfig | CausalLmConfig | ClassificationConfig
