@@ -16,6 +16,7 @@ from typing import NamedTuple
 from dstune.config import data_schema, schema
 from dstune.config.convert import describe, shown
 from dstune.config.names import classes_of, entry_class, sections, type_hints
+from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
 
 
@@ -107,10 +108,16 @@ def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
             keys[section].append(key)
     lines = ["| group | choices | keys |", "| --- | --- | --- |"]
     for group in ["experiment", *keys]:
-        choices = ", ".join(f"`{choice}`" for choice in groups.get(group, ()) if choice != "default")
+        names = [choice for choice in groups.get(group, ()) if choice != "default"]
+        choices = ", ".join(f"`{name}`" for name in names)
+        if len(names) > LISTED:
+            choices = f"[{len(names)} presets](docs/presets.md), for example `{names[0]}`, `{names[-1]}`"
         lines.append(f"| `{group}` | {choices} | {' '.join(f'`{key}`' for key in keys.get(group, ()))} |")
     return "\n".join(lines) + "\n"
 
+
+LISTED = 20
+"""A group with more choices than this is described on the page of presets."""
 
 FLAGS = {
     "--cfg, -c job|hydra|all": "print the composed configuration instead of running",
@@ -174,7 +181,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def write_guides(root: Path) -> None:
-    """Put the current tables into README.md and docs/configuration.md below `root`."""
+    """Put the current tables into README.md, docs/configuration.md and docs/presets.md below `root`."""
     from dstune.config.hydra_session import group_options, session
 
     with session() as hydra:
@@ -184,6 +191,7 @@ def write_guides(root: Path) -> None:
     _, end, after = rest.partition(GROUPS_END)
     readme.write_text(f"{before}{start}\n{table}{end}{after}", encoding="utf-8")
     (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
+    (root / "docs" / "presets.md").write_text(presets_page(root / "conf"), encoding="utf-8")
 
 
 GROUPS_START = "<!-- groups: made by `python -m dstune.config.documentation` -->"

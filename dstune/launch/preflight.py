@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
+from dstune.chat_templates import NAMES, template_path
+from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.data import sources
 from dstune.errors import Problem, UserError
@@ -58,8 +60,9 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
             except UserError as error:
                 problems += error.problems
     template = config.model.chat_template
-    if template is not None and not Path(template).is_file():
-        problems.append(Problem("model.chat_template", "there is no such file", "give a Jinja file", template))
+    if template is not None and not template_path(template).is_file():
+        fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
+        problems.append(Problem("model.chat_template", "there is no such file", fix, template))
     _refuse(problems)
     return replace(config, model=model)
 
@@ -154,6 +157,8 @@ def description_problems(folder: Path, config: ModelConfig) -> list[Problem]:
     if architecture is None:
         return [_no_config(folder, config)]
     problems = []
+    if architecture.get("is_encoder_decoder"):
+        problems.append(encoder_decoder_problem(config, str(architecture.get("model_type"))))
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
         fix = "model.trust_remote_code=true, if you have read the code and trust its author"

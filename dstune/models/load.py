@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -22,6 +21,8 @@ from transformers import (
 )
 
 from dstune import samples
+from dstune.chat_templates import template_path
+from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.schema import (
     Attention,
     CausalLmConfig,
@@ -50,7 +51,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path), **_source(config))
     if config.chat_template:
         try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
                 Problem(
@@ -67,9 +68,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's architecture with `model.config_overrides` applied."""
+    """The model's architecture with `model.config_overrides` applied.
+
+    Raises UserError for an encoder-decoder model, and for a value that the architecture does not have.
+    """
     with _named_errors(config):
         architecture = AutoConfig.from_pretrained(local_path(config.path), **_source(config))
+    if architecture.is_encoder_decoder:
+        raise UserError(encoder_decoder_problem(config, architecture.model_type))
     unknown = [key for key in config.config_overrides if not hasattr(architecture, key)]
     if unknown:
         raise UserError(

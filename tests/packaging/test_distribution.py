@@ -85,8 +85,10 @@ def test_the_wheel_has_every_module_and_every_yaml(wheel_names: set[str]) -> Non
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dstune").rglob("*.py")}
     configuration = {f"dstune/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert configuration, "conf/ has YAML files"
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "dstune" / "chat_templates").glob("*.jinja")}
+    assert templates, "the packaged chat templates"
     found = {name for name in wheel_names if ".dist-info/" not in name}
-    assert found == modules | configuration | {"dstune/conf/__init__.py", "dstune/py.typed"}
+    assert found == modules | configuration | templates | {"dstune/conf/__init__.py", "dstune/py.typed"}
 
 
 def test_the_wheel_names_its_licence_and_command(built: Built, wheel_names: set[str]) -> None:

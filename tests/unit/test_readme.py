@@ -12,6 +12,7 @@ from dstune.cli import VERBS
 from dstune.config.compose import compose
 from dstune.config.documentation import CONFIGURATION_HEAD, GROUPS_END, GROUPS_START, groups_table, markdown_table
 from dstune.config.hydra_session import group_options, session
+from dstune.config.presets import presets_page
 from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,11 @@ def test_groups_and_keys_are_those_of_the_schema():
     with session() as hydra:
         table = groups_table(group_options(hydra))
     assert f"{GROUPS_START}\n{table}{GROUPS_END}" in README, "run python -m dstune.config.documentation"
+
+
+def test_page_of_presets_is_that_of_the_files():
+    text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert text == presets_page(ROOT / "conf"), "run python -m dstune.config.documentation"
 
 
 def test_configuration_reference_is_that_of_the_schema():
