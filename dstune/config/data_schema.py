@@ -40,6 +40,41 @@ class SplitConfig:
     """Another seed holds out other rows; the split depends on row content and this seed only."""
 
 
+class Duplicates(Enum):
+    exact = "exact"
+    near = "near"
+    keep = "keep"
+
+
+class Found(Enum):
+    keep = "keep"
+    flag = "flag"
+    mask = "mask"
+    drop = "drop"
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    unicode: bool = True
+    """Bring text to NFC, line ends to LF, and remove control, stray zero-width and stray direction characters."""
+    min_characters: int = setting(0, at_least=0)
+    """Leave out rows with less text than this, all messages together."""
+    max_characters: int | None = setting(None, at_least=1)
+    """Leave out rows with more text than this, all messages together."""
+    languages: list[str] = setting([])
+    """Keep rows in these languages only (ISO 639 codes such as `en`); needs the extra `clean`."""
+    duplicates: Duplicates = Duplicates.exact
+    """Leave out training rows that equal an earlier one: `exact`, `near` (extra `clean`), or `keep` all."""
+    near_threshold: float = setting(0.9, at_least=0.8, at_most=1.0)
+    """Rows are near duplicates if at least this share of their characters is the same: 1 - edit distance / length."""
+    leaks: bool = True
+    """Leave out training rows whose text occurs in validation or test; near ones too with `duplicates: near`."""
+    secrets: Found = Found.keep
+    """API keys, tokens, passwords in URLs: `keep`, `flag` (count), `mask` (`<SECRET>`) or `drop`; extra `clean`."""
+    personal_data: Found = Found.keep
+    """E-mail, phone, IBAN, card, IP, SSN: `keep`, `flag`, `mask` (for example `<EMAIL>`) or `drop`; extra `clean`."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of a mixture."""
@@ -88,6 +123,7 @@ class DataConfig:
     """Longest row in tokens; longer ones are cut."""
     packing: bool = True
     """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     max_rows: int | None = setting(None, at_least=1)
     """Use this many training rows at most, chosen by the split's hash."""

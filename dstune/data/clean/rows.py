@@ -1,0 +1,83 @@
+"""The texts of a normalised row, whatever its format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import xxhash
+
+NO_TEXT = frozenset({"label", "labels", "tools", "weight", "role", "name", "type", "id", "tool_call_id"})
+"""Keys whose values are no text that anybody wrote: they are left as they are."""
+
+Row = dict[str, Any]
+
+
+def map_texts(row: Row, change: Callable[[str], str]) -> Row:
+    """`row` with every text replaced by `change(text)`."""
+    return {key: value if key in NO_TEXT else _mapped(value, change) for key, value in row.items()}
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: item if key in NO_TEXT else _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return value
+
+
+def texts(row: Row) -> Iterator[str]:
+    """The texts of a row in order: columns, or what the messages say; system prompts are not among them, since many
+    rows share one and it says little about the row."""
+    for key, value in row.items():
+        if key == "messages":
+            for message in value:
+                if message.get("role") != "system":
+                    yield from _texts(message)
+        elif key not in NO_TEXT:
+            yield from _texts(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in NO_TEXT:
+                yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def is_empty(row: Row) -> bool:
+    """Whether a column that has to hold text holds none, or no message says anything."""
+    if "messages" in row:
+        calls = any(message.get("tool_calls") for message in row["messages"])
+        return not calls and not any(text.strip() for text in texts(row))
+    return any(isinstance(value, str) and not value.strip() for key, value in row.items() if key not in NO_TEXT)
+
+
+def comparable(text: str) -> str:
+    """`text` as texts are compared: runs of white space are one space; case counts."""
+    return " ".join(text.split())
+
+
+def content_key(row: Row) -> int:
+    """64-bit hash, equal for rows that differ in white space only (runs of it, and at the ends of texts)."""
+    content = json.dumps(map_texts(row, comparable), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"))
+
+
+def text_key(row: Row) -> int:
+    """As `content_key`, of the texts alone: without label, system prompt and tools."""
+    content = "\x1f".join(comparable(text) for text in texts(row))
+    return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"))
+
+
+def near_text(row: Row) -> str:
+    """The text by which near duplicates are found: case and white space count for nothing."""
+    return " ".join(" ".join(texts(row)).casefold().split())
