@@ -20,7 +20,7 @@ import xxhash
 
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
-from dstune.data import cache, sources
+from dstune.data import cache, mixture, sources
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.prepared import PreparedData, SamplePrompt, Split
 from dstune.data.prompts import sample_prompts
@@ -51,33 +51,51 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
 
     Raises UserError that names key or file and line.
     """
-    check_columns(config.data.columns)
-    files = _files(config)
-    key = _fingerprint(config, tokenizer, files)
-    folder = cache.entry(cache_root / "data", key, _Builder(config, tokenizer, files, env))
-    return _load(folder, key)
+    inputs = _inputs(config)
+    key = _fingerprint(config, tokenizer, inputs)
+    folder = cache.entry(cache_root / "data", key, Builder(config, tokenizer, inputs, env))
+    return _load(folder, key, config)
 
 
-def _files(config: RunConfig) -> dict[str, list[Path]]:
-    if config.data.train is None:
+@dataclass(frozen=True)
+class Input:
+    """What some rows are read from."""
+
+    key: str
+    """The configuration key that names it."""
+    files: list[sources.DataFile]
+    config: RunConfig
+    """The run's configuration with the format and columns of these rows."""
+
+
+Inputs = dict[str, dict[str, Input]]
+"""By part, then by the name of the source, which is empty for all but a mixture's training rows."""
+
+
+def _inputs(config: RunConfig) -> Inputs:
+    if config.data.train is None and not config.data.mixture:
         fix = "give a file, a glob, or a sample such as sample://chitchat"
         raise UserError(Problem(where="data.train", reason="no training data given", fix=fix))
     problems: list[Problem] = []
-    files: dict[str, list[Path]] = {}
-    for part in PARTS:
-        spec = getattr(config.data, part)
-        if spec is not None:
+    inputs: Inputs = {}
+    wanted = {"train": mixture.of_training(config)}
+    wanted |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
+    for part, named in wanted.items():
+        for name, (key, own) in named.items():
+            if getattr(own.data, part) is None:
+                continue
             try:
-                files[part] = sources.expand(spec, f"data.{part}")
+                check_columns(own.data.columns)
+                inputs.setdefault(part, {})[name] = Input(key, sources.of_part(own.data, part, key), own)
             except UserError as error:
                 problems += error.problems
     if problems:
         raise UserError(problems)
-    return files
+    return inputs
 
 
-def _fingerprint(config: RunConfig, tokenizer: Any, files: dict[str, list[Path]]) -> str:
-    """Digest of all that the samples depend on."""
+def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
+    """Digest of all that the samples depend on. The weights of a mixture are not among it: they decide the order."""
     data = config.data
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     # What the last call of the tokenizer left behind, not what it is.
@@ -90,10 +108,22 @@ def _fingerprint(config: RunConfig, tokenizer: Any, files: dict[str, list[Path]]
         task.pop("template_date")
         template = freeze_date(template, config.task.template_date)
     parts = {
-        "files": {part: [sources.fingerprint(file) for file in found] for part, found in files.items()},
+        "files": {
+            part: {name: [sources.fingerprint(file) for file in source.files] for name, source in named.items()}
+            for part, named in inputs.items()
+        },
+        "mixture": [[name, of.format, of.columns, of.max_rows] for name, of in data.mixture.items()],
         "tokenizer": [state, template, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}],
         "task": task,
-        "data": [data.format, data.columns, data.max_length, asdict(data.split), data.max_rows, data.on_bad_row],
+        "data": [
+            data.format,
+            data.columns,
+            data.text_rows,
+            data.max_length,
+            asdict(data.split),
+            data.max_rows,
+            data.on_bad_row,
+        ],
         "prompts": _prompt_count(config),
         "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(Path(__file__).parent.glob("*.py"))],
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -108,13 +138,13 @@ def _prompt_count(config: RunConfig) -> int:
     return max(MIN_PROMPTS, config.evaluate.samples)
 
 
-class _Builder:
+class Builder:
     """Makes one cache entry; an object so that what the steps share has a name."""
 
-    def __init__(self, config: RunConfig, tokenizer: Any, files: dict[str, list[Path]], env: RankEnv):
+    def __init__(self, config: RunConfig, tokenizer: Any, inputs: Inputs, env: RankEnv):
         self._config = config
         self._tokenizer = tokenizer
-        self._files = files
+        self._inputs = inputs
         self._env = env
 
     def __call__(self, folder: Path) -> None:
@@ -124,9 +154,10 @@ class _Builder:
         work.mkdir()
         config = self._config
         bad = BadRows(config.data.on_bad_row)
-        tables = {part: ingest(files, config, work / f"{part}.rows.arrow", bad) for part, files in self._files.items()}
+        read = {part: self._read(part, work, bad) for part in self._inputs}
         bad.raise_if_any()
-        _refuse_no_rows(tables, config)
+        self._refuse_no_rows(read)
+        tables = {part: self._joined(part, named, work) for part, named in read.items()}
         chosen = _choose(tables, config)
         labels = _labels(chosen, config, bad)
         bad.raise_if_any()
@@ -142,7 +173,7 @@ class _Builder:
                 counts = write_samples(
                     rows.table, rows.indices, encode, folder, part, bad, work=work, workers=config.data.workers
                 )
-                report[part] = _report(rows, counts)
+                report[part] = _report(rows, counts, read.get(part, read["train"]))
         bad.raise_if_any()
         for part, counted in report.items():
             _refuse_no_samples(part, counted, config)
@@ -153,6 +184,30 @@ class _Builder:
         meta = {"labels": labels, "prompts": [asdict(prompt) for prompt in prompts], "report": report}
         (folder / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(work)
+
+    def _read(self, part: str, work: Path, bad: BadRows) -> dict[str, Table]:
+        return {
+            name: ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad)
+            for name, source in self._inputs[part].items()
+        }
+
+    def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:
+        return named[""] if "" in named else mixture.merge(named, self._config, work / f"{part}.rows.arrow")
+
+    def _refuse_no_rows(self, read: dict[str, dict[str, Table]]) -> None:
+        problems = [
+            Problem(
+                where=self._inputs[part][name].key,
+                value=str(getattr(self._inputs[part][name].config.data, part)),
+                reason=f"no row is left: all {table.rows_read} are bad and were skipped",
+                fix="data.on_bad_row=error shows what is wrong with them",
+            )
+            for part, named in read.items()
+            for name, table in named.items()
+            if not len(table.hashes)
+        ]
+        if problems:
+            raise UserError(problems)
 
 
 @dataclass(frozen=True)
@@ -176,7 +231,8 @@ def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
     train, split = tables["train"], config.data.split
     parts = assign(
         train.hashes,
-        train.labels,
+        # A row with several labels cannot be a share of each of them.
+        None if _is_multi_label(config) else train.labels,
         validation=0.0 if "validation" in tables else split.validation,
         test=0.0 if "test" in tables else split.test,
     )
@@ -196,19 +252,26 @@ def _labels(chosen: dict[str, _Rows], config: RunConfig, bad: BadRows) -> tuple[
     """Label names by index; rows of the other parts with a label that training lacks are bad and left out."""
     if not isinstance(config.task, ClassificationConfig):
         return ()
+    multi_label = config.task.multi_label
     train = chosen["train"].table.labels
     assert train is not None
-    labels = tuple(config.task.labels) or sort_labels(np.unique(train[chosen["train"].indices]).tolist())
-    if len(labels) < 2:
-        reason = f"the training rows have one label only ({labels[0]!r})"
+    labels = tuple(config.task.labels)
+    if not labels and multi_label:
+        # Of all rows of the file: a label that fell into the rows held out alone is still one to answer no to.
+        labels = sort_labels({name for row in np.unique(train) for name in json.loads(row)})
+    elif not labels:
+        labels = sort_labels(np.unique(train[chosen["train"].indices]).tolist())
+    if len(labels) < (1 if multi_label else 2):
+        reason = f"the training rows have one label only ({labels[0]!r})" if labels else "no training row has a label"
         raise UserError(Problem(where="data.train", value=str(config.data.train), reason=reason))
     for part, rows in chosen.items():
         assert rows.table.labels is not None
         names = rows.table.labels[rows.indices]
-        seen = np.isin(names, labels)
+        unknown = {row: _unknown(row, labels, multi_label) for row in np.unique(names)}
+        seen = np.array([unknown[row] is None for row in names], dtype=bool)
         for position in np.flatnonzero(~seen):
-            place = rows.table.place(rows.indices[position])
-            bad.add(place, f"label {str(names[position])!r} does not occur in the training rows ({', '.join(labels)})")
+            place, name = rows.table.place(rows.indices[position]), unknown[names[position]]
+            bad.add(place, f"label {name!r} does not occur in the training rows ({', '.join(labels)})")
         chosen[part] = rows.keep(np.flatnonzero(seen), int((~seen).sum()))
         if not len(chosen[part].indices):
             bad.raise_if_any()
@@ -216,19 +279,14 @@ def _labels(chosen: dict[str, _Rows], config: RunConfig, bad: BadRows) -> tuple[
     return labels
 
 
-def _refuse_no_rows(tables: dict[str, Table], config: RunConfig) -> None:
-    problems = [
-        Problem(
-            where=f"data.{part}",
-            value=str(getattr(config.data, part)),
-            reason=f"no row is left: all {table.rows_read} are bad and were skipped",
-            fix="data.on_bad_row=error shows what is wrong with them",
-        )
-        for part, table in tables.items()
-        if not len(table.hashes)
-    ]
-    if problems:
-        raise UserError(problems)
+def _is_multi_label(config: RunConfig) -> bool:
+    return isinstance(config.task, ClassificationConfig) and config.task.multi_label
+
+
+def _unknown(row: str, labels: tuple[str, ...], multi_label: bool) -> str | None:
+    """The first label of a row that is not among `labels`."""
+    names = json.loads(row) if multi_label else [str(row)]
+    return next((name for name in names if name not in labels), None)
 
 
 def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) -> None:
@@ -248,10 +306,24 @@ def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) ->
     raise UserError(Problem(where=f"data.{part}", reason=reason, fix="data.on_bad_row=error shows what is wrong"))
 
 
-def _report(rows: _Rows, counts: Counts) -> dict[str, Any]:
+def _report(rows: _Rows, counts: Counts, read: dict[str, Table]) -> dict[str, Any]:
     """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file."""
     bad_rows = rows.table.bad_rows + rows.bad_rows + counts.bad_rows
-    return {"rows_read": rows.table.rows_read, "rows": len(rows.indices), **asdict(counts), "bad_rows": bad_rows}
+    counted = asdict(counts)
+    by_source = counted.pop("by_source")
+    report = {"rows_read": rows.table.rows_read, "rows": len(rows.indices), **counted, "bad_rows": bad_rows}
+    if rows.table.sources is not None:
+        used = np.bincount(rows.table.sources[rows.indices], minlength=len(read))
+        report["sources"] = {
+            name: {
+                "rows_read": table.rows_read,
+                "bad_rows": table.bad_rows,
+                "rows": int(used[number]),
+                **by_source[number],
+            }
+            for number, (name, table) in enumerate(read.items())
+        }
+    return report
 
 
 @contextmanager
@@ -266,20 +338,26 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(folder: Path, key: str) -> PreparedData:
+def _load(folder: Path, key: str, config: RunConfig) -> PreparedData:
     meta = json.loads((folder / "meta.json").read_text())
-    parts = {part: _load_split(folder, part) for part in PARTS if part in meta["report"]}
+    report = meta["report"]
+    parts = {part: load_split(folder, part) for part in PARTS if part in report}
+    if config.data.mixture:
+        mixture.add_shares(report["train"]["sources"], config)
     return PreparedData(
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts.get("test"),
         labels=tuple(meta["labels"]),
         prompts=[SamplePrompt(**prompt) for prompt in meta["prompts"]],
-        report=meta["report"],
+        report=report,
         fingerprint=key,
     )
 
 
-def _load_split(folder: Path, part: str) -> Split:
+def load_split(folder: Path, part: str) -> Split:
+    """The samples that were written to `folder`; nothing but their pages in use is in memory."""
     table = datasets.Dataset.from_file(str(folder / f"{part}.arrow"))
-    return Split(part, table, np.load(folder / f"{part}.lengths.npy"), np.load(folder / f"{part}.weights.npy"))
+    lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
+    found = folder / f"{part}.sources.npy"
+    return Split(part, table, lengths, weights, np.load(found, mmap_mode="r") if found.exists() else None)

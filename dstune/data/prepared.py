@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,6 +23,8 @@ class Split:
     """Tokens of each sample, int32 [samples]."""
     weights: np.ndarray
     """Targets that each sample adds to the loss, int64 [samples]; 1 for classification."""
+    sources: np.ndarray | None = None
+    """Number of each sample's source in `data.mixture`, int16 [samples]; None without a mixture."""
 
     @cached_property
     def _arrays(self) -> datasets.Dataset:
@@ -45,6 +48,16 @@ class SamplePrompt:
 
 
 @dataclass(frozen=True)
+class StreamStart:
+    """What the first block of a stream leaves to the later ones."""
+
+    end: dict[str, Any]
+    """The position behind its last row (`stream.Position`)."""
+    held_out: Path
+    """Hashes of the rows that no block may train on, sorted uint64 (.npy)."""
+
+
+@dataclass(frozen=True)
 class PreparedData:
     train: Split
     validation: Split | None
@@ -57,3 +70,5 @@ class PreparedData:
     """By part: rows read, bad rows skipped, truncated, dropped, samples, tokens, targets."""
     fingerprint: str = ""
     """Digest of content, tokenizer, settings and code: equal for equal samples."""
+    stream: StreamStart | None = None
+    """With `data.streaming`, where `train`, its first block, ends and what later blocks leave out."""

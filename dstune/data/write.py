@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -23,6 +23,8 @@ MIN_ROWS_PER_PROCESS = 500
 
 ROWS_PER_BATCH = 100
 
+KEPT_COLUMNS = ("input_ids", "labels", "label")
+
 
 @dataclass
 class Counts:
@@ -37,6 +39,8 @@ class Counts:
     """Rows in which tokenization found a fault."""
     tokens: int = 0
     targets: int = 0
+    by_source: list[dict[str, int]] = field(default_factory=list)
+    """Samples, tokens and targets of each source of a mixture."""
     shortest: int = 0
     """Tokens of the shortest row before it was cut."""
     longest: int = 0
@@ -53,7 +57,8 @@ def write_samples(
     work: Path,
     workers: int,
 ) -> Counts:
-    """Write `PART.arrow`, `PART.lengths.npy` and `PART.weights.npy` to `folder` for the rows `indices` of `table`.
+    """Write `PART.arrow`, `PART.lengths.npy` and `PART.weights.npy` to `folder` for the rows `indices` of `table`; for
+    a mixture `PART.sources.npy` too.
 
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
     """
@@ -72,38 +77,51 @@ def write_samples(
             # datasets would pickle the tokenizer to name its own cache, which is not used here.
             new_fingerprint=f"{part}-samples",
         )
-    return _keep_good(mapped, table, folder / part, bad)
+    return _keep_good(mapped, encode, table, folder / part, bad)
 
 
-def _keep_good(mapped: datasets.Dataset, table: Table, target: Path, bad: BadRows) -> Counts:
+def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, target: Path, bad: BadRows) -> Counts:
     """Copy the samples that have targets, without the columns that only served to count."""
     counts = Counts()
-    kept_columns = [name for name in ("input_ids", "labels", "label") if name in mapped.column_names]
-    schema = pa.schema([mapped.data.table.schema.field(name) for name in kept_columns])
-    lengths, weights, row_lengths = [], [], []
+    written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
+    schema = pa.schema([column for column in written if column.name in KEPT_COLUMNS])
+    # Rows may be many, so nothing here takes more than 14 bytes for each.
+    lengths, weights, sources = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16))
     with pa.OSFile(f"{target}.arrow", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-        for batch in mapped.data.table.to_batches():
+        for batch in mapped.data.table.to_batches() if len(mapped) else []:
             faulty = pc.not_equal(batch["problem"], "").to_numpy(zero_copy_only=False)
             for position in np.flatnonzero(faulty):
                 bad.add(table.place(batch["number"][position].as_py()), batch["problem"][position].as_py())
             weight = batch["weight"].to_numpy()
+            number = batch["number"].to_numpy()
             empty = ~faulty & (weight == 0)
             good = ~faulty & ~empty
             cut = batch["truncated"].to_numpy(zero_copy_only=False) & ~faulty
             counts.bad_rows += int(faulty.sum())
             counts.dropped += int(empty.sum())
-            counts.truncated += len(np.unique(batch["number"].to_numpy()[cut]))
-            kept = batch.select(kept_columns).filter(pa.array(good))
+            counts.truncated += len(np.unique(number[cut]))
+            kept = batch.select(schema.names).filter(pa.array(good))
             writer.write_batch(kept)
             lengths.append(pc.list_value_length(kept["input_ids"]).to_numpy().astype(np.int32))
             weights.append(weight[good])
-            row_lengths.append(batch["length"].to_numpy()[~faulty])
-    all_lengths, all_weights, all_rows = (np.concatenate(arrays) for arrays in (lengths, weights, row_lengths))
+            if table.sources is not None:
+                sources.append(table.sources[number[good]])
+            row_lengths = batch["length"].to_numpy()[~faulty]
+            if len(row_lengths):
+                shortest = int(row_lengths.min())
+                counts.shortest = min(counts.shortest, shortest) if counts.longest else shortest
+                counts.longest = max(counts.longest, int(row_lengths.max()))
+    all_lengths, all_weights = np.concatenate(lengths), np.concatenate(weights)
     np.save(f"{target}.lengths.npy", all_lengths)
     np.save(f"{target}.weights.npy", all_weights)
     counts.samples, counts.tokens, counts.targets = len(all_lengths), int(all_lengths.sum()), int(all_weights.sum())
-    if len(all_rows):
-        counts.shortest, counts.longest = int(all_rows.min()), int(all_rows.max())
+    if table.sources is not None:
+        all_sources = np.concatenate(sources)
+        np.save(f"{target}.sources.npy", all_sources)
+        counts.by_source = [
+            {"samples": len(of), "tokens": int(all_lengths[of].sum()), "targets": int(all_weights[of].sum())}
+            for of in (np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1))
+        ]
     return counts
 
 

@@ -14,15 +14,8 @@ import numpy as np
 import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
-from dstune.config.schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    DataFormat,
-    EvaluateConfig,
-    OnBadRow,
-    SplitConfig,
-)
+from dstune.config.data_schema import DataFormat, OnBadRow, SplitConfig
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, EvaluateConfig
 from dstune.data import build, cache, write
 from dstune.data.collate import NO_TARGET
 from dstune.data.tokenize import RowTokenizer

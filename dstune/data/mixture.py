@@ -1,0 +1,99 @@
+"""Several sources as one table of training rows, each read in its own format and capped by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dstune.config.data_schema import DataFormat, SourceConfig
+from dstune.config.schema import RunConfig
+from dstune.data.ingest import ROW_SCHEMA, Table, load_table
+from dstune.data.split import lowest
+
+
+def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
+    """The configuration under which `source` alone would be the training data."""
+    data = replace(
+        config.data,
+        train=source.path,
+        mixture={},
+        format=config.data.format if source.format is DataFormat.auto else source.format,
+        columns={**config.data.columns, **source.columns},
+        subset=source.subset,
+        revision=source.revision,
+    )
+    return replace(config, data=data)
+
+
+def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
+    """What the training rows are read from: by name (empty without a mixture) the key that says so, and the
+    configuration in which `data.train` is that source."""
+    if not config.data.mixture:
+        return {"": ("data.train", config)}
+    return {
+        name: (f"data.mixture.{name}.path", of_source(config, source)) for name, source in config.data.mixture.items()
+    }
+
+
+def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table:
+    """The rows of all sources (by name, in the order of `data.mixture`) in one table at `target`.
+
+    Each source keeps `max_rows` rows at most. Rows are numbered anew.
+    """
+    numbers, files, first_row = [], [], 0
+    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
+        for number, (name, table) in enumerate(tables.items()):
+            kept = capped(table.hashes, config.data.mixture[name].max_rows)
+            start = 0
+            for batch in table.data.data.table.to_batches():
+                mask = kept[start : start + len(batch)]
+                start += len(batch)
+                chosen = batch.filter(pa.array(mask))
+                columns = {field.name: chosen[field.name] for field in ROW_SCHEMA}
+                columns["number"] = pa.array(np.arange(first_row, first_row + len(chosen)), pa.int64())
+                columns["file"] = pa.array(columns["file"].to_numpy() + len(files), pa.int32())
+                writer.write_batch(pa.record_batch(columns, schema=ROW_SCHEMA))
+                first_row += len(chosen)
+            files += table.files
+            numbers.append(np.full(int(kept.sum()), number, dtype=np.int16))
+    formats = [table.format for table in tables.values()]
+    fmt = DataFormat.messages if DataFormat.messages in formats else formats[0]
+    rows_read = sum(table.rows_read for table in tables.values())
+    bad_rows = sum(table.bad_rows for table in tables.values())
+    merged = load_table(target, files, config, fmt, rows_read, bad_rows)
+    return replace(merged, sources=np.concatenate(numbers))
+
+
+def add_shares(counted: dict[str, dict[str, Any]], config: RunConfig) -> None:
+    """Put into the report of each source its weight and its share of an epoch's targets, from 0 to 1."""
+    targets = {name: counts["targets"] * config.data.mixture[name].weight for name, counts in counted.items()}
+    total = sum(targets.values())
+    for name, counts in counted.items():
+        counts |= {"weight": config.data.mixture[name].weight, "target_share": round(targets[name] / total, 6)}
+
+
+def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
+    """Which rows of a source are used: bool [rows].
+
+    Chosen by another hash of the row's hash: the split takes rows with low hashes, and from those with the lowest
+    alone it would hold out all of them.
+    """
+    kept = np.ones(len(hashes), dtype=bool)
+    if max_rows is not None and max_rows < len(hashes):
+        kept[:] = False
+        kept[lowest(_mixed(hashes), max_rows)] = True
+    return kept
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a permutation of the 64-bit numbers, uint64 [rows]."""
+    mixed = hashes.copy()
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
