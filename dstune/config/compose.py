@@ -25,6 +25,7 @@ from dstune.config.convert import (
     from_yaml,
     interpolation_problem,
     load,
+    partly_from_dict,
     shown,
     to_dict,
     to_yaml,
@@ -32,12 +33,14 @@ from dstune.config.convert import (
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes, sections
+from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, ChatConfig, RunConfig
-from dstune.config.validate import check_resume
+from dstune.config.validate import find_problems
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 __all__ = [
@@ -80,10 +83,18 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
     given = with_default_experiment(overrides)
     with session(config_dirs) as hydra:
         raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
-    config = from_dict(raw, "the composed configuration")
+    config = _typed(raw, "the composed configuration")
     if isinstance(config.task, ChatConfig) and config.task.template_date is None:
         config = replace(config, task=replace(config.task, template_date=datetime.date.today().isoformat()))
     return Composed(config, given)
+
+
+def _typed(raw: Any, where: str) -> RunConfig:
+    """The tree of plain values. Raises UserError with what `validate` can tell of the good sections, too."""
+    config, problems = partly_from_dict(raw, where)
+    if problems:
+        raise UserError(problems + find_problems(config, {problem.where.split(".", 1)[0] for problem in problems}))
+    return config
 
 
 def with_default_experiment(overrides: Sequence[str]) -> list[str]:
@@ -109,19 +120,20 @@ def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str
 
 
 def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Result]) -> Result:
-    parsed, problems = user_overrides.parse(texts)
+    parsed, unread = user_overrides.parse(texts)
 
     def mistakes() -> list[Problem]:
         searched = [str(override.input_line) for override in parsed if override.key_or_group == "hydra.searchpath"]
         try:
             groups = group_options(hydra, searched)
-            return user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
+            checked = user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
         except UserWarning as warning:
-            return [problem_of(warning, hydra)]
+            return [*unread, problem_of(warning, hydra)]
+        found = unread + checked.problems
+        doubtful = checked.doubtful | {user_overrides.meant_by(problem.where) for problem in unread}
+        return found and found + _further_problems(hydra, checked.good, doubtful)
 
-    if problems or any(user_overrides.hydra_would_take(override) for override in parsed):
-        problems += mistakes()
-    if problems:
+    if (unread or any(user_overrides.hydra_would_take(override) for override in parsed)) and (problems := mistakes()):
         raise UserError(problems)
     try:
         return action(texts)
@@ -130,6 +142,16 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
     except Exception as error:  # Hydra and OmegaConf raise kinds of their own, ValueError, YAMLError, ...
         problems = mistakes() or [problem_of(error, hydra)]
     raise UserError(problems)
+
+
+def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]) -> list[Problem]:
+    """What is wrong beside names and types, as far as the good overrides can tell."""
+    try:
+        raw = _plain(compose_dict_config(hydra, [str(override.input_line) for override in good]))
+    except Exception:  # something is wrong with a file too, which is told once the overrides are right
+        return []
+    config, problems = partly_from_dict(raw, "the composed configuration")
+    return problems + find_problems(config, doubtful | {problem.where.split(".", 1)[0] for problem in problems})
 
 
 def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
@@ -253,17 +275,22 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         else:
             values.append(override)
     classes = {section: type(getattr(config, section)) for section in sections()}
-    problems += user_overrides.check(values, {}, lambda _: classes)
-    for override in values:
+    doubtful = {user_overrides.meant_by(problem.where) for problem in problems}
+    checked = user_overrides.check(values, {}, lambda _: classes)
+    problems += checked.problems
+    for override in list(checked.good):
         value = override.value()
         if isinstance(value, str) and "${" in value and ENVIRONMENT not in value:
             fix = f"write the value or {ENVIRONMENT}NAME}}"
             problems.append(Problem(override.key_or_group, "keys of a run cannot refer to each other", fix, value))
-    if problems:
-        raise UserError(problems)
-    for override in values:
+            checked.good.remove(override)
+            doubtful.add(override.key_or_group)
+    for override in checked.good:
         _set(tree, override.key_or_group.split("."), override.value(), delete=override.is_delete())
-    return from_dict(tree, "the run's configuration")
+    changed = _typed(tree, "the run's configuration")
+    if problems:
+        raise UserError(problems + find_problems(changed, doubtful | checked.doubtful))
+    return changed
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any, delete: bool) -> None:
@@ -317,7 +344,7 @@ def continue_run(old: Composed, new: Composed) -> RunConfig:
     then; without this, a chat run could not be continued on another day.
 
     Raises:
-        UserError: keys that change the trajectory differ (`validate.check_resume`).
+        UserError: keys that change the trajectory differ (`resume.check_resume`).
     """
     tree = to_dict(new.config)
     before = to_dict(old.config)

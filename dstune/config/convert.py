@@ -18,6 +18,7 @@ import yaml
 from dstune.config.names import classes_of, entry_class, nearest, sections, suggest_key, type_hints
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.errors import Problem, UserError
+from dstune.redact import remember
 
 ENVIRONMENT = "${oc.env:"
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -31,6 +32,7 @@ class EnvironmentText(str):
     def __new__(cls, value: str, reference: str) -> EnvironmentText:
         text = super().__new__(cls, value)
         text.reference = reference
+        remember(value, reference)
         return text
 
     def __reduce__(self) -> tuple[type[EnvironmentText], tuple[str, str]]:
@@ -244,6 +246,14 @@ def from_dict(raw: Any, where: str) -> RunConfig:
     Raises:
         UserError: every unknown key, missing choice and value of the wrong type.
     """
+    config, problems = partly_from_dict(raw, where)
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def partly_from_dict(raw: Any, where: str) -> tuple[RunConfig, list[Problem]]:
+    """As `from_dict`, with defaults for the sections that something is wrong with, and what it is."""
     if not isinstance(raw, Mapping):
         raise UserError(Problem(where, "this is not a configuration (a mapping of sections)"))
     problems = []
@@ -259,9 +269,8 @@ def from_dict(raw: Any, where: str) -> RunConfig:
             built[section] = build(chosen_class(section, value, where), {} if value is None else value, section)
         except UserError as error:
             problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return RunConfig(**built)
+            built[section] = next(iter(classes_of(section).values()))()
+    return RunConfig(**built), problems
 
 
 def chosen_class(section: str, value: Any, where: str) -> type:

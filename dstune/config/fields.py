@@ -14,7 +14,7 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field with a default and the range that `validate.check_ranges` enforces (None is always allowed)."""
+    """A field with a default and the range that `ranges.check_ranges` enforces (None is always allowed)."""
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, (list, dict)):

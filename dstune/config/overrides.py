@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import build, convert, shown
@@ -113,49 +114,78 @@ def hydra_would_take(override: Override) -> bool:
     return is_hydra_setting(override) or names_choice(override.key_or_group) or override.is_delete()
 
 
+@dataclass
+class Checked:
+    """Overrides sorted into those that can be applied and what is wrong with the others."""
+
+    problems: list[Problem] = field(default_factory=list)
+    good: list[Override] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)
+    """Keys and sections that the wrong ones were meant for, "" for all of them (see `validate.find_problems`)."""
+
+
 def check(
     overrides: Sequence[Override],
     groups: Mapping[str, Sequence[str]],
     compose_classes: Callable[[list[str]], dict[str, type]],
-) -> list[Problem]:
+) -> Checked:
     """Everything that is wrong with parsed overrides.
 
     Args:
         groups: the choices of each group.
         compose_classes: the class of each section for a list of group choices.
     """
-    problems: list[Problem] = []
-    good: list[str] = []
-    doubtful: set[str] = set()
+    checked = Checked()
+    choices: list[Override] = []
+    unsettled: set[str] = set()
     values = []
     for override in overrides:
         key = override.key_or_group
+        found: list[Problem] = []
         if key == "hydra.searchpath":
-            good.append(str(override.input_line))
+            choices.append(override)
         elif is_hydra_setting(override):
-            problems.append(_hydra_setting(override))
+            found = [_hydra_setting(override)]
         elif is_group_choice(override, groups):
-            found = _choice_problems(override, groups)
-            problems += found
-            if found:
+            if found := _choice_problems(override, groups):
                 # A wrong experiment may have chosen any class.
-                doubtful.update(CHOICES if key == "experiment" else [key])
+                unsettled.update(CHOICES if key == "experiment" else [key])
             else:
-                good.append(str(override.input_line))
+                choices.append(override)
         elif "/" in key or override.package is not None:
             similar = nearest(key, groups)
             fix = f"did you mean {similar}=CHOICE?" if similar else f"groups are {', '.join(groups)}"
-            problems.append(Problem(key, "there is no such group", fix, shown(override.value())))
+            found = [Problem(key, "there is no such group", fix, shown(override.value()))]
         else:
             values.append(override)
-    classes = compose_classes(good)
+        if found:
+            checked.problems += found
+            checked.doubtful.add(meant_by(key))
+    checked.good += choices
+    classes = compose_classes([str(override.input_line) for override in choices])
     for override in values:
         key = override.key_or_group
-        if key.split(".", 1)[0] not in doubtful:
-            problems += _value_problems(override, classes, groups)
+        found = []
+        if key.split(".", 1)[0] not in unsettled:
+            found = _value_problems(override, classes, groups)
         elif key not in all_keys():
-            problems.append(_unknown_key(key, all_keys(), classes, groups, override.value()))
-    return problems
+            found = [_unknown_key(key, all_keys(), classes, groups, override.value())]
+        if found:
+            checked.problems += found
+            checked.doubtful.add(meant_by(key))
+        elif key.split(".", 1)[0] not in unsettled:
+            checked.good.append(override)
+    return checked
+
+
+def meant_by(key: str) -> str:
+    """The key, section or group that a wrong override was meant for, as far as that can be told; else "", which is all."""
+    if key in all_keys() or key in sections():
+        return key
+    meant = suggest_key(key, all_keys()) or nearest(key.split(".", 1)[0], sections(), cutoff=0.7)
+    if meant is None and (inside := key.rpartition(".")[0]):
+        return meant_by(inside)
+    return meant or ""
 
 
 def _hydra_setting(override: Override) -> Problem:

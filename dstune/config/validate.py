@@ -6,15 +6,12 @@ Pure: no file, no network, no hardware is looked at. What only a machine or the 
 from __future__ import annotations
 
 import datetime
-import math
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Collection, Iterator
 
-from dstune.config.convert import shown, to_dict
+from dstune.config.convert import shown
 from dstune.config.data_schema import DataFormat
-from dstune.config.names import all_keys
+from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     AdamWConfig,
     Attention,
@@ -29,6 +26,7 @@ from dstune.config.schema import (
     RunConfig,
     WarmupStableDecayConfig,
 )
+from dstune.config.watched import watched
 from dstune.errors import Problem, UserError
 
 METRICS = {
@@ -40,22 +38,13 @@ METRICS = {
 
 TASK_OF_FORMAT = {
     DataFormat.messages: "chat",
+    DataFormat.conversations: "chat",
+    DataFormat.alpaca: "chat",
     DataFormat.prompt_completion: "chat",
     DataFormat.text: "causal_lm",
     DataFormat.text_label: "classification",
+    DataFormat.pair: "classification",
 }
-
-MAY_CHANGE = ("launch.", "tracking.", "checkpoint.", "evaluate.", "run.", "zero.")
-"""Sections that a continued run may change: they decide where it runs and what it writes, not what it computes."""
-
-MAY_CHANGE_KEYS = (
-    "data.workers",
-    "trainer.activation_checkpointing",
-    "trainer.max_nonfinite_steps",
-    "trainer.early_stopping.patience",
-    "model.trust_remote_code",
-)
-MUST_STAY_KEYS = ("zero.stage",)
 
 
 def validate(config: RunConfig) -> None:
@@ -64,8 +53,17 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: every problem, each with key, value, reason and fix.
     """
+    if problems := find_problems(config):
+        raise UserError(problems)
+
+
+def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Problem]:
+    """Everything that is wrong with `config`.
+
+    doubtful: keys, or sections, whose values are not those that the user meant, because what was written for them is
+    wrong in itself. A rule's finding counts only if the rule has looked at none of them before.
+    """
     rules = (
-        check_ranges,
         check_data,
         check_mixture,
         check_streaming,
@@ -78,36 +76,11 @@ def validate(config: RunConfig) -> None:
         check_evaluation,
         check_run,
     )
-    problems = [problem for rule in rules for problem in rule(config)]
-    if problems:
-        raise UserError(problems)
-
-
-def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
-    """Every number against the bounds that stand beside its field in the schema."""
-    for field in fields(config):
-        key, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if is_dataclass(value):
-            yield from check_ranges(value, f"{key}.")
-        elif isinstance(value, dict):
-            for name, entry in value.items():
-                if is_dataclass(entry):
-                    yield from check_ranges(entry, f"{key}.{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield Problem(key, "must be a finite number", value=shown(value))
-        elif field.metadata and value is not None:
-            tests = {
-                "at_least": (lambda bound, value=value: value >= bound, "at least"),
-                "above": (lambda bound, value=value: value > bound, "more than"),
-                "at_most": (lambda bound, value=value: value <= bound, "at most"),
-                "below": (lambda bound, value=value: value < bound, "less than"),
-            }
-            broken = [
-                f"{tests[kind][1]} {bound:g}" for kind, bound in field.metadata.items() if not tests[kind][0](bound)
-            ]
-            if broken:
-                allowed = " and ".join(f"{tests[kind][1]} {bound:g}" for kind, bound in field.metadata.items())
-                yield Problem(key, f"must be {allowed}", value=shown(value))
+    problems = list(check_ranges(config))
+    for rule in rules:
+        seen, reader = watched(config, doubtful)
+        problems += [problem for problem in rule(reader) if not seen.doubt]
+    return problems
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
@@ -210,7 +183,7 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
         if twice:
             reason = f"given more than once: {', '.join(twice)}"
             yield Problem("task.labels", reason, "name each label once", shown(task.labels))
-        if len(task.labels) < 2:
+        if len(task.labels) < 2 and not task.multi_label:
             yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", shown(task.labels))
         if not all(label.strip() for label in task.labels):
             yield Problem("task.labels", "a label is empty", "give each a name", shown(task.labels))
@@ -358,56 +331,3 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
         value = getattr(config.run, key)
         if value is not None and not value.strip():
             yield Problem(f"run.{key}", "this is empty", "give a path, or leave it out", "''")
-
-
-def check_resume(old: RunConfig, new: RunConfig) -> None:
-    """Whether a run that `old` began may go on as `new`.
-
-    Launch, tracking, run, checkpoint and evaluation settings may change, ZeRO settings except the stage, and the run
-    may become longer. Everything else would change the trajectory, so it has to be equal.
-
-    Raises:
-        UserError: every key that may not change, with the old value as fix.
-    """
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    problems = []
-    for section in ("task", "method", "optimizer", "schedule"):
-        key = f"{section}.name"
-        if before[key] != after[key]:
-            problems.append(
-                Problem(section, f"the run began with {before[key]}", f"{section}={before[key]}", shown(after[key]))
-            )
-    changed_groups = tuple(f"{problem.where}." for problem in problems)
-    for key in [*before, *(key for key in after if key not in before)]:
-        then, now = before.get(key), after.get(key)
-        free = key.startswith(MAY_CHANGE) and key not in MUST_STAY_KEYS
-        if then == now or free or key in MAY_CHANGE_KEYS or key.startswith(changed_groups):
-            continue
-        if key in ("trainer.max_steps", "trainer.epochs"):
-            if then is None or now is None:
-                reason = (
-                    "the run's length was given by epochs" if then is None else "the run's length was given in steps"
-                )
-                fix = "leave it out; trainer.epochs=N prolongs it" if then is None else f"{key}={then} or more"
-                problems.append(Problem(key, reason, fix, shown(now)))
-            elif now < then:
-                problems.append(
-                    Problem(key, f"a run can become longer, not shorter than {then}", f"{key}={then}", shown(now))
-                )
-            continue
-        reason = f"the run began with {shown(then)}, and another value would change its course"
-        problems.append(Problem(key, reason, f"{key}={shown(then)}, or begin a new run in another run.dir", shown(now)))
-    if problems:
-        raise UserError(problems)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections as dotted keys; a value that is a mapping (`data.columns`) stays one."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in all_keys():
-            flat.update(_flat(value, f"{key}."))
-        else:
-            flat[key] = value
-    return flat

@@ -13,8 +13,8 @@ from pathlib import Path
 from dstune.checkpoint import store
 from dstune.config.compose import Composed, continue_run, read_run, write_run
 from dstune.config.overrides import key_of
+from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
-from dstune.config.validate import check_resume
 from dstune.errors import Problem, UserError
 from dstune.launch import records
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.compose import compose
+from dstune.config.compose import apply_overrides, compose
 from dstune.config.names import all_keys, suggest_key
 from dstune.errors import Problem, UserError
 
@@ -184,3 +184,58 @@ def test_names_of_other_tools_lead_to_keys_that_exist():
     from dstune.config.names import OTHER_TOOLS
 
     assert set(OTHER_TOOLS.values()) <= set(all_keys())
+
+
+# ---- names, types, ranges and rules together ----
+
+
+def test_everything_that_can_be_judged_is_reported_at_once():
+    found = problems(
+        "data=chitchat",
+        "trainer.max_step=3",  # a name
+        "optimizer.lr=high",  # a type
+        "evaluate.samples=-1",  # a range
+        "trainer.micro_batch_size=32",  # more than trainer.global_batch_size=16
+        "zero=stage2",
+        "zero.offload_param=cpu",  # needs stage 3
+    )
+    assert {problem.where for problem in found} == {
+        "trainer.max_step",
+        "optimizer.lr",
+        "evaluate.samples",
+        "trainer.micro_batch_size",
+        "zero.offload_param",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong"),
+    [
+        (["data.trian=x.jsonl", "task=chat"], {"data.trian"}),  # not: no training rows are given
+        (["data=chitchat", "zero=stage0", "trainer.precison=bf16", "trainer.precision=bf16"], {"trainer.precison"}),
+        (["data=chitchat", "task=classificaton"], {"task"}),  # not: the format does not fit task=chat
+        (["experiment=zzz", "data.max_length=0"], {"experiment", "data.max_length"}),  # a range needs no context
+        (["data=chitchat", "zero.stage=2", "zero.ofload_param=none", "zero.offload_param=cpu"], {"zero.ofload_param"}),
+        (["data=chitchat", "oops", "zero=stage2", "zero.offload_param=cpu"], {"oops"}),  # it may have meant anything
+        (["data=chitchat", "method=lorra", "trainer.seed=-1"], {"method", "trainer.seed"}),
+    ],
+)
+def test_nothing_is_concluded_from_a_value_that_was_meant_otherwise(overrides: list[str], wrong: set[str]):
+    assert {problem.where for problem in problems(*overrides)} == wrong
+
+
+def test_values_of_a_run_are_judged_together_too():
+    run = compose(["data=chitchat", "zero=stage2"]).config
+    with pytest.raises(UserError) as caught:
+        apply_overrides(run, ["trainer.max_step=3", "evaluate.samples=-1", "zero.offload_param=cpu", "method=lora"])
+    assert {problem.where for problem in caught.value.problems} == {
+        "trainer.max_step",
+        "evaluate.samples",
+        "zero.offload_param",
+        "method",
+    }
+
+
+def test_a_wrong_entry_of_a_mixture_does_not_hide_other_problems():
+    found = problems("data.mixture={a: {path: x.jsonl, weigth: 2}}", "evaluate.samples=-1")
+    assert {problem.where for problem in found} == {"data.mixture.a.weigth", "evaluate.samples"}

@@ -1,4 +1,4 @@
-"""Rules of `validate` and `check_resume`: each has a configuration that breaks it and one beside it that does not."""
+"""Rules of `validate`, ranges and `check_resume`: each has a configuration that breaks it and one beside it that does not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 from dstune.config.compose import apply_overrides, compose
 from dstune.config.names import classes_of, sections
+from dstune.config.ranges import check_ranges
+from dstune.config.resume import MAY_CHANGE_KEYS, check_resume
 from dstune.config.schema import RunConfig
-from dstune.config.validate import MAY_CHANGE_KEYS, METRICS, TASK_OF_FORMAT, check_ranges, check_resume, validate
+from dstune.config.validate import METRICS, TASK_OF_FORMAT, validate
 from dstune.errors import Problem, UserError
 
 CHAT = ("data=chitchat",)
@@ -234,6 +236,7 @@ def test_range(key: str, cls: type, field: dataclasses.Field[Any]):
         [problem] = check_ranges(cls(**{field.name: outside}), prefix)
         assert problem.where == key
         assert f"{bound:g}" in problem.reason
+        assert problem.fix.startswith(f"{key}=")
         if kind in ("at_least", "at_most"):
             assert list(check_ranges(cls(**{field.name: bound}), prefix)) == []
     assert list(check_ranges(cls(), prefix)) == []  # defaults, None among them, are inside
@@ -265,8 +268,9 @@ def old() -> RunConfig:
         "run.time_limit=5",
         "zero.reduce_bucket_size=7",
         "zero.offload_optimizer=cpu",
+        "zero.stage=2",
         "trainer.max_steps=11",
-        "trainer.epochs=3",
+        "trainer.epochs=1",
         *(f"{key}=3" for key in MAY_CHANGE_KEYS if key.endswith(("workers", "steps", "patience"))),
         "trainer.activation_checkpointing=true",
     ],
@@ -289,14 +293,13 @@ def test_resume_may_change(old: RunConfig, override: str):
         ("optimizer.lr=1", "optimizer.lr=2e-05"),
         ("optimizer.betas=[0.1,0.2]", "optimizer.betas=[0.9,0.999]"),
         ("schedule.warmup_steps=3", "schedule.warmup_steps=null"),
-        ("zero.stage=2", "zero.stage=3"),
         ("trainer.global_batch_size=8", "trainer.global_batch_size=16"),
         ("trainer.micro_batch_size=2", "trainer.micro_batch_size=4"),
         ("trainer.seed=1", "trainer.seed=0"),
         ("trainer.precision=bf16", "trainer.precision=auto"),
         ("trainer.early_stopping.metric=perplexity", "trainer.early_stopping.metric=loss"),
         ("trainer.max_steps=9", "trainer.max_steps=10"),
-        ("trainer.epochs=1", "trainer.epochs=2"),
+        ("trainer.epochs=3", "trainer.max_steps=20"),
         ("trainer.max_steps=null", "trainer.max_steps=10"),
     ],
 )
@@ -314,7 +317,7 @@ def test_resume_lists_every_changed_key(old: RunConfig):
     with pytest.raises(UserError) as caught:
         check_resume(old, new)
     found = {problem.where: problem.fix for problem in caught.value.problems}
-    assert set(found) == {"method", "schedule", "trainer.seed", "trainer.epochs"}
+    assert set(found) == {"method", "schedule", "trainer.seed"}
     assert found["method"] == "method=lora"
 
 
@@ -322,4 +325,7 @@ def test_steps_and_epochs_cannot_be_swapped():
     by_epochs = compose(["data=chitchat"]).config
     with pytest.raises(UserError, match=r"trainer\.max_steps"):
         check_resume(by_epochs, apply_overrides(by_epochs, ["trainer.max_steps=1000"]))
-    check_resume(by_epochs, apply_overrides(by_epochs, ["trainer.epochs=2"]))
+    longer = apply_overrides(by_epochs, ["trainer.epochs=2"])
+    check_resume(by_epochs, longer)
+    with pytest.raises(UserError, match=r"trainer\.epochs=1: a run can become longer, not shorter than 2"):
+        check_resume(longer, by_epochs)

@@ -1,0 +1,44 @@
+"""Every number against the bounds that stand beside its field in the schema."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+from dstune.config.convert import shown
+from dstune.errors import Problem
+
+TESTS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+"""The bounds of `fields.setting`."""
+
+
+def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
+    """The numbers of a section and of the sections in it that are out of range."""
+    for field in fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            yield from check_ranges(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, entry in value.items():
+                if is_dataclass(entry):
+                    yield from check_ranges(entry, f"{key}.{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Problem(key, "must be a finite number", _default(key, field), shown(value))
+        elif field.metadata and value is not None:
+            bounds = [(TESTS[kind], bound) for kind, bound in field.metadata.items()]
+            if not all(holds(value, bound) for (holds, _), bound in bounds):
+                allowed = " and ".join(f"{words} {bound:g}" for (_, words), bound in bounds)
+                yield Problem(key, f"must be {allowed}", _default(key, field), shown(value))
+
+
+def _default(key: str, field: Field[Any]) -> str:
+    """The one value that is right whatever the range says."""
+    return "" if field.default is MISSING else f"{key}={shown(field.default)} (the default)"

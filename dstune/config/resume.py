@@ -1,0 +1,91 @@
+"""Which settings a run may be continued with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dstune.config.convert import shown, to_dict
+from dstune.config.names import all_keys
+from dstune.config.schema import RunConfig, TrainerConfig
+from dstune.errors import Problem, UserError
+
+MAY_CHANGE = ("launch.", "tracking.", "checkpoint.", "evaluate.", "run.", "zero.")
+"""Sections that a continued run may change: they decide where it runs and what it writes, not what it computes."""
+
+MAY_CHANGE_KEYS = (
+    "data.workers",
+    "trainer.activation_checkpointing",
+    "trainer.max_nonfinite_steps",
+    "trainer.early_stopping.patience",
+    "model.trust_remote_code",
+)
+LENGTHS = ("trainer.max_steps", "trainer.epochs")
+"""Keys that may grow."""
+
+
+def check_resume(old: RunConfig, new: RunConfig) -> None:
+    """Whether a run that `old` began may go on as `new`.
+
+    Launch, ZeRO, tracking, run, checkpoint and evaluation settings may change, and the run may become longer.
+    Everything else would change the trajectory, so it has to be equal.
+
+    Raises:
+        UserError: every key that may not change, with the old value as fix.
+    """
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    problems = []
+    for section in ("task", "method", "optimizer", "schedule"):
+        key = f"{section}.name"
+        if before[key] != after[key]:
+            problems.append(
+                Problem(section, f"the run began with {before[key]}", f"{section}={before[key]}", shown(after[key]))
+            )
+    changed_groups = tuple(f"{problem.where}." for problem in problems)
+    for key in [*before, *(key for key in after if key not in before)]:
+        then, now = before.get(key), after.get(key)
+        free = key.startswith(MAY_CHANGE)
+        if then == now or free or key in MAY_CHANGE_KEYS or key.startswith(changed_groups):
+            continue
+        if key in LENGTHS:
+            continue
+        reason = f"the run began with {shown(then)}, and another value would change its course"
+        problems.append(Problem(key, reason, f"{key}={shown(then)}, or begin a new run in another run.dir", shown(now)))
+    problems += _length_problems(old.trainer, new.trainer)
+    if problems:
+        raise UserError(problems)
+
+
+def _length_problems(old: TrainerConfig, new: TrainerConfig) -> Iterator[Problem]:
+    """A run may become longer in the unit that its length was given in."""
+    if old.max_steps is None:
+        longer = f"trainer.epochs={2 * old.epochs} would double it"
+        if new.max_steps is not None:
+            reason = f"the run's length was given in passes over the rows (trainer.epochs={old.epochs})"
+            yield Problem("trainer.max_steps", reason, f"leave it out; {longer}", shown(new.max_steps))
+        elif new.epochs < old.epochs:
+            reason = f"a run can become longer, not shorter than {old.epochs}"
+            yield Problem("trainer.epochs", reason, f"trainer.epochs={old.epochs}", shown(new.epochs))
+        return
+    longer = f"trainer.max_steps={2 * old.max_steps} would double it"
+    if new.max_steps is None:
+        reason = f"the run's length was given in optimizer steps (trainer.max_steps={old.max_steps})"
+        yield Problem("trainer.max_steps", reason, f"trainer.max_steps={old.max_steps}; {longer}", "null")
+    elif new.max_steps < old.max_steps:
+        reason = f"a run can become longer, not shorter than {old.max_steps}"
+        yield Problem("trainer.max_steps", reason, f"trainer.max_steps={old.max_steps}", shown(new.max_steps))
+    elif new.epochs > old.epochs:
+        reason = f"the run's length was given in optimizer steps (trainer.max_steps={old.max_steps}), not in epochs"
+        yield Problem("trainer.epochs", reason, f"leave it out; {longer}", shown(new.epochs))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections as dotted keys; a value that is a mapping (`data.columns`) stays one."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in all_keys():
+            flat.update(_flat(value, f"{key}."))
+        else:
+            flat[key] = value
+    return flat
