@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+
+from dstune.redact import redact
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -26,6 +28,10 @@ class Problem:
     value: str = ""
     """The offending value as the user wrote it; empty where there is none (a missing file's key has one)."""
 
+    def __post_init__(self) -> None:
+        for field in fields(self):  # a value of the environment is shown by its reference
+            object.__setattr__(self, field.name, redact(str(getattr(self, field.name))))
+
     def __str__(self) -> str:
         shown = f"={self.value}" if self.value else ""
         advice = f"\n    fix: {self.fix}" if self.fix else ""
@@ -36,6 +42,9 @@ class DstuneError(Exception):
     """Base of every error that is shown as a message instead of a traceback."""
 
     exit_code = EXIT_FAILED
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UserError(DstuneError):

@@ -1,0 +1,104 @@
+"""Values that came from the environment, and the text that stands for them wherever dstune writes.
+
+`run.yaml` holds `${oc.env:KEY}` instead of the value, and so does everything else: what a rank prints, error messages,
+files of the run directory, what trackers get. Each process remembers the values that it resolved, and those of the
+variables that hold a key by their name; `redact` puts the reference in their place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+from typing import Any, TextIO
+
+MIN_CHARACTERS = 6
+"""A shorter value (`auto`, `8`, `cuda`) stays: it is no secret, and replacing it would garble every text."""
+
+REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)[^}]*\}")
+SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS)$")
+"""Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY."""
+
+_known: dict[str, str] = {}
+"""What stands for a value, by value."""
+_public: set[str] = set()
+
+
+def is_secret(name: str) -> bool:
+    """Whether the environment variable `name` holds a secret, by its name."""
+    return SECRET_NAME.search(name.upper()) is not None
+
+
+def remember(value: str, reference: str) -> None:
+    """From now on `redact` writes `reference`, a text with `${oc.env:KEY}` in it, for `value`; and `${oc.env:KEY}` for
+    the value of that variable alone, which other texts may be made of."""
+    _add(value, reference)
+    for found in REFERENCE.finditer(reference):
+        _add(os.environ.get(found[1], ""), f"${{oc.env:{found[1]}}}")
+
+
+def publish(path: str) -> None:
+    """Values that are part of `path` are written as they are: the run directory's path is on every command line."""
+    _public.add(path)
+
+
+def redact(text: str) -> str:
+    """`text` with the reference in the place of every value that came from the environment."""
+    for name, value in os.environ.items():
+        if is_secret(name):
+            _add(value, f"${{oc.env:{name}}}")
+    for value in sorted(_known, key=len, reverse=True):
+        if value in text and not any(value in path for path in _public):
+            text = text.replace(value, _known[value])
+    return text
+
+
+def _add(value: str, reference: str) -> None:
+    if len(value) < MIN_CHARACTERS:
+        return
+    _known.setdefault(value, reference)
+    # As it stands in JSON, where a quote, a backslash or a letter beyond ASCII is written otherwise.
+    _known.setdefault(json.dumps(value)[1:-1], json.dumps(reference)[1:-1])
+
+
+class Redacted(io.TextIOBase):
+    """A text stream that passes everything on redacted. A value is found within one `write` only."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def buffer(self) -> Any:
+        return self._stream.buffer  # type: ignore[attr-defined]
+
+
+def redact_output() -> None:
+    """Let what this process prints, through `print`, tracebacks, warnings or logging, pass through `redact`."""
+    before = {id(sys.stdout): Redacted(sys.stdout), id(sys.stderr): Redacted(sys.stderr)}
+    sys.stdout, sys.stderr = before[id(sys.stdout)], before[id(sys.stderr)]
+    # Loggers of libraries took hold of the streams when they were imported.
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    for logger in loggers:
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and id(handler.stream) in before:
+                handler.setStream(before[id(handler.stream)])
