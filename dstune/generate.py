@@ -135,8 +135,8 @@ class Writer:
     def __init__(
         self, model: Any, tokenizer: Any, *, chat: bool, date: str | None, max_new_tokens: int, temperature: float
     ):
-        from dstune.data.render import freeze_date
         from dstune.data.stopping import stop_token_ids
+        from dstune.data.template_date import freeze_date
         from dstune.models.generation import end_tokens
 
         self._model, self._tokenizer = model, tokenizer

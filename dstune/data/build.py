@@ -24,9 +24,9 @@ from dstune.data import cache, mixture, sources
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.prepared import PreparedData, SamplePrompt, Split
 from dstune.data.prompts import sample_prompts
-from dstune.data.render import freeze_date
 from dstune.data.rows import check_columns, sort_labels
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
+from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
 from dstune.errors import Problem, UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 from dstune.config.data_schema import DataFormat, OnBadRow
 from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
 from dstune.data import sources
-from dstune.data.rows import RowError, canonical, normalise, recognise
+from dstune.data.rows import RowError, canonical, labels_of, normalise, recognise
 from dstune.data.split import content_hash
 from dstune.errors import Problem, UserError
 
@@ -21,7 +22,7 @@ SHOWN_BAD_ROWS = 10
 
 ROWS_PER_BATCH = 1000
 
-_SCHEMA = pa.schema(
+ROW_SCHEMA = pa.schema(
     [
         ("row", pa.large_string()),
         ("number", pa.int64()),
@@ -62,15 +63,16 @@ class Table:
     """The good rows of one part, memory-mapped, in file order."""
 
     data: datasets.Dataset
-    """Columns of `_SCHEMA`: `row` is the normalised row as JSON text, `number` counts from 0."""
-    files: list[Path]
+    """Columns of `ROW_SCHEMA`: `row` is the normalised row as JSON text, `number` counts from 0."""
+    files: list[sources.DataFile]
     format: DataFormat
+    """`messages` where any of the rows is a conversation."""
     rows_read: int
     bad_rows: int
     hashes: np.ndarray
     """uint64 [rows]."""
     labels: np.ndarray | None
-    """Label names [rows], for classification."""
+    """Label names [rows], for classification; with `task.multi_label` lists of them as JSON text."""
     sources: np.ndarray | None = None
     """Number of the source in a mixture, int16 [rows]."""
 
@@ -81,7 +83,7 @@ class Table:
 
 
 def ingest(
-    files: list[Path],
+    files: list[sources.DataFile],
     config: RunConfig,
     target: Path,
     bad: BadRows,
@@ -94,19 +96,19 @@ def ingest(
     """
     reader = _Reader(config, bad)
     already_bad = bad.count
-    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, _SCHEMA) as writer:
+    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for batch in reader.batches(_all_rows(files) if rows is None else rows):
             writer.write_batch(batch)
     if not reader.rows_read:
         names = ", ".join(str(file) for file in files)
         raise UserError(Problem(where=names, reason="holds no rows", fix="give a file with at least one row"))
     assert reader.format is not None or bad.count, "rows without a format"
-    fmt = reader.format or DataFormat.auto
+    fmt = DataFormat.messages if reader.any_messages else reader.format or DataFormat.auto
     return load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
 
 
 def load_table(
-    target: Path, files: list[Path], config: RunConfig, fmt: DataFormat, rows_read: int, bad_rows: int
+    target: Path, files: list[sources.DataFile], config: RunConfig, fmt: DataFormat, rows_read: int, bad_rows: int
 ) -> Table:
     """The rows that were written to `target`."""
     data = datasets.Dataset.from_file(str(target))
@@ -118,7 +120,7 @@ def load_table(
     return Table(data, files, fmt, rows_read, bad_rows, hashes, labels)
 
 
-def _all_rows(files: list[Path]) -> Iterator[tuple[int, sources.RawRow]]:
+def _all_rows(files: list[sources.DataFile]) -> Iterator[tuple[int, sources.RawRow]]:
     for number, file in enumerate(files):
         for raw in sources.read(file):
             yield number, raw
@@ -131,6 +133,7 @@ class _Reader:
         self._bad = bad
         self._needs_answer = not (isinstance(config.task, ChatConfig) and config.task.train_on_prompt)
         self.format: DataFormat | None = None
+        self.any_messages = False
         self.rows_read = 0
 
     def batches(self, rows: Iterable[tuple[int, sources.RawRow]]) -> Iterator[pa.RecordBatch]:
@@ -157,15 +160,21 @@ class _Reader:
             raise RowError(raw.error)
         if self.format is None:
             self.format = recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)
-        row = normalise(raw.fields, self.format, self._data.columns, needs_answer=self._needs_answer)
-        label = row.get("label")
-        if isinstance(self._task, ClassificationConfig) and self._task.labels and label not in self._task.labels:
-            raise RowError(f"label {label!r} is not among task.labels ({', '.join(self._task.labels)})")
+        multi_label = isinstance(self._task, ClassificationConfig) and self._task.multi_label
+        row = normalise(
+            raw.fields, self.format, self._data.columns, needs_answer=self._needs_answer, multi_label=multi_label
+        )
+        self.any_messages |= "messages" in row
+        if isinstance(self._task, ClassificationConfig) and self._task.labels:
+            for name in labels_of(row):
+                if name not in self._task.labels:
+                    raise RowError(f"label {name!r} is not among task.labels ({', '.join(self._task.labels)})")
+        label = json.dumps(row["labels"]) if multi_label else row.get("label")
         content = canonical(row)
         return content.decode("utf-8"), content_hash(content, self._data.split.seed), label
 
 
 def _batch(rows: list[tuple]) -> pa.RecordBatch:
     columns = zip(*rows, strict=True)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-    return pa.record_batch(arrays, schema=_SCHEMA)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=ROW_SCHEMA)

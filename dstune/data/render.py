@@ -16,17 +16,19 @@ The text is tokenized once, as a whole; spans of characters become a mask of tok
 
 from __future__ import annotations
 
-import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dstune.data.template_date import freeze_date
+from dstune.data.control import ControlTokens
 from dstune.errors import Problem, UserError
 
 Messages = list[dict[str, Any]]
@@ -38,8 +40,6 @@ _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
-_DATE_DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYzZGuV"
-
 
 class RenderError(ValueError):
     """This conversation cannot be rendered or its targets cannot be found; the text says why."""
@@ -47,27 +47,6 @@ class RenderError(ValueError):
 
 class _Inconsistent(Exception):
     """The way just tried does not fit the template; another one may."""
-
-
-def freeze_date(template: str, date: str | None) -> str:
-    """`template` with `strftime_now` replaced by one that always tells `date` (`YYYY-MM-DD`, at midnight; None: today).
-
-    A template that prints the current date would give other tokens (and another cache) each day. The replacement is a
-    macro, since transformers lets no Python function through to a template. A template with a date of its own
-    that does not ask for the current one stays as it is, as inference servers render it so too.
-    """
-    if "strftime_now" not in template:
-        return template
-    day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    moment = datetime.datetime.combine(day, datetime.time())
-    replaced = "".join(
-        f" | replace('%-{letter}', '{moment.strftime(f'%{letter}').lstrip('0') or '0'}')"
-        f" | replace('%{letter}', '{moment.strftime(f'%{letter}')}')"
-        for letter in _DATE_DIRECTIVES
-    )
-    # trim_blocks removes exactly the line break after the block, so the template's own first characters stay.
-    body = f"{{{{ format{replaced} | replace('%%', '%') }}}}"
-    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{template}"
 
 
 def require_offsets(tokenizer: Any) -> None:
@@ -125,6 +104,7 @@ class ChatRenderer:
             )
         require_offsets(tokenizer)
         self._tokenizer = tokenizer
+        self._control = ControlTokens(tokenizer)
         self._date = template_date
         self._templates: dict[bool, str] = {}
         self._openings: dict[str, str] = {}
@@ -137,7 +117,7 @@ class ChatRenderer:
         """The rendered conversation. Raises RenderError if the template refuses it."""
         try:
             return self._tokenizer.apply_chat_template(
-                messages,
+                _without_weights(messages),
                 tools=tools,
                 chat_template=self._template(tools),
                 add_generation_prompt=add_generation_prompt,
@@ -148,20 +128,30 @@ class ChatRenderer:
 
     def prompt_ids(self, messages: Messages, *, tools: list[dict] | None = None) -> list[int]:
         """Tokens of the conversation so far and of the generation prompt: where the assistant is to speak next."""
-        text = self.text(messages, tools=tools, add_generation_prompt=True)
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        defused = self._control.defuse({"messages": messages, "tools": tools})
+        text = self.text(defused.value["messages"], tools=defused.value["tools"], add_generation_prompt=True)
+        return self._control.encode(*defused.restore(text))[0]
 
-    def spans(self, messages: Messages, *, tools: list[dict] | None = None) -> tuple[str, list[Span]]:
+    def spans(self, messages: Messages, *, tools: list[dict] | None = None, weight: int = 1) -> tuple[str, list[Span]]:
         """The rendered conversation, and in it the characters that the assistant writes, turn ends included.
 
+        Those of messages with this `weight` (0 or 1, and 1 for a message without one).
         Raises RenderError if the template refuses the conversation or the characters cannot be told.
         """
+        chosen = [message.get("weight", 1) == weight for message in messages if message["role"] == "assistant"]
         if _GENERATION_TAG.search(self._template(tools)):
-            return self._generation_spans(messages, tools)
+            text, spans = self._generation_spans(messages, tools)
+            if all(chosen):
+                return text, _joined(spans)
+            if len(spans) == len(chosen):
+                return text, _joined(compress(spans, chosen))
+            # Marks that do not stand for one message each do not tell whose they are; the other ways do.
         text = self.text(messages, tools=tools)
+        if not any(chosen):
+            return text, []
         for find in (self._spans_by_edges, self._spans_by_middles, self._spans_by_prefixes):
             with suppress(_Inconsistent, RenderError):
-                return text, find(text, messages, tools)
+                return text, list(compress(find(text, messages, tools), chosen))
         raise RenderError(
             "the chat template rewrites this conversation so that the assistant's tokens cannot be told "
             "(add {% generation %} marks to the template)"
@@ -240,7 +230,7 @@ class ChatRenderer:
     def _generation_spans(self, messages: Messages, tools: list[dict] | None) -> tuple[str, list[Span]]:
         try:
             rendered, indices = render_jinja_template(
-                conversations=[messages],
+                conversations=[_without_weights(messages)],
                 tools=tools,
                 chat_template=self._template(tools),
                 return_assistant_tokens_mask=True,
@@ -255,10 +245,7 @@ class ChatRenderer:
                 if text.startswith(closing, end) and not text.endswith(closing, start, end):
                     end += len(closing)
                     break
-            if spans and start <= spans[-1][1]:
-                start, end = spans[-1][0], max(end, spans.pop()[1])
-            if end > start:
-                spans.append((start, end))
+            spans.append((start, end))
         return text, spans
 
     # 2. Marks at the edges or in the middle of messages
@@ -395,6 +382,22 @@ class ChatRenderer:
                 raise _Inconsistent
             spans.append((len(prompt), found[-1].end()))
         return spans
+
+
+def _without_weights(messages: Messages) -> Messages:
+    """What a template gets to see: `weight` is for the loss, not for the model."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    """`spans`, sorted by their starts, with those that touch made one and empty ones left out."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and start <= joined[-1][1]:
+            start, end = joined[-1][0], max(end, joined.pop()[1])
+        if end > start:
+            joined.append((start, end))
+    return joined
 
 
 def _markable(message: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a row must hold: formats found by column names, and each row brought to one shape or refused with a reason."""
+"""What a row must hold: each row brought to one shape or refused with a reason."""
 
 from __future__ import annotations
 
@@ -7,135 +7,74 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
-from dstune.errors import Problem, UserError
+from dstune.data.formats import FORMAT_COLUMNS, OPTIONAL_COLUMNS, check_columns, column_of, listing, recognise
+from dstune.data.messages import (
+    alpaca,
+    check_conversation,
+    conversation_of,
+    prompt_and_completion,
+    text_or_nothing,
+    tools_of,
+    with_system,
+)
+from dstune.data.problems import RowError, shown
 
-ROLES = ("system", "user", "assistant", "tool")
-
-FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.messages: ("messages",),
-    DataFormat.prompt_completion: ("prompt", "completion"),
-    DataFormat.text: ("text",),
-    DataFormat.text_label: ("text", "label"),
-}
-"""The roles that a row of each format needs; `data.columns` maps a role to the column of the file."""
-
-OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {DataFormat.messages: ("tools",)}
-
-FOLLOWERS = {
-    "start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-"""Which role may follow which."""
-
-
-class RowError(ValueError):
-    """This row cannot be used; the text says why."""
-
-
-def formats_of(task: TaskConfig) -> tuple[DataFormat, ...]:
-    """The formats that `task` can train on."""
-    match task:
-        case ChatConfig():
-            return (DataFormat.messages, DataFormat.prompt_completion)
-        case CausalLmConfig():
-            return (DataFormat.text,)
-        case ClassificationConfig():
-            return (DataFormat.text_label,)
-    raise AssertionError(f"no formats for {task!r}")
-
-
-def check_columns(mapping: Mapping[str, str]) -> None:
-    """Raises UserError if `data.columns` names a role that no format has."""
-    known = sorted({role for roles in FORMAT_COLUMNS.values() for role in roles} | {"tools"})
-    problems = [
-        Problem(where=f"data.columns.{role}", value=column, reason="no such role", fix=f"roles: {', '.join(known)}")
-        for role, column in mapping.items()
-        if role not in known
-    ]
-    if problems:
-        raise UserError(problems)
-
-
-def recognise(
-    columns: Collection[str], mapping: Mapping[str, str], named: DataFormat, task: TaskConfig, where: str
-) -> DataFormat:
-    """The format of a file with these `columns` under this task.
-
-    `named` is `data.format`; `where` (`FILE:LINE`) is the row that the columns were read from.
-    Raises UserError that lists the columns found and what was expected.
-    """
-    allowed = formats_of(task)
-    if named is not DataFormat.auto:
-        # Labels beside a text are no obstacle to train on the text.
-        chosen = DataFormat.text if (named, allowed) == (DataFormat.text_label, (DataFormat.text,)) else named
-        if chosen not in allowed:
-            names = ", ".join(choice.name for choice in allowed)
-            raise UserError(
-                Problem(
-                    where="data.format",
-                    value=named.name,
-                    reason=f"task={task.name} does not read this format",
-                    fix=f"formats of this task: {names}",
-                )
-            )
-        return chosen
-    for choice in allowed:
-        if all(mapping.get(role, role) in columns for role in FORMAT_COLUMNS[choice]):
-            return choice
-    expected = " or ".join(
-        " + ".join(repr(mapping.get(role, role)) for role in FORMAT_COLUMNS[choice]) for choice in allowed
-    )
-    role = FORMAT_COLUMNS[allowed[0]][-1]
-    raise UserError(
-        Problem(
-            where=where,
-            reason=f"missing column: task={task.name} needs {expected}, the columns here are {_listing(columns)}",
-            fix=_other_task(columns) or f"name the file's own columns, for example data.columns={{{role}: NAME}}",
-        )
-    )
-
-
-def _other_task(columns: Collection[str]) -> str:
-    if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return "task=chat reads these columns"
-    if {"text", "label"} <= set(columns):
-        return "task=classification reads these columns"
-    if "text" in columns:
-        return "task=causal_lm reads these columns"
-    return ""
-
-
-def _listing(columns: Collection[str]) -> str:
-    shown = [repr(column) for column in list(columns)[:12]]
-    return ", ".join(shown) + (", ..." if len(columns) > 12 else "")
+__all__ = ["RowError", "canonical", "check_columns", "labels_of", "normalise", "recognise", "sort_labels"]
 
 
 def normalise(
-    fields: Mapping[str, Any], fmt: DataFormat, mapping: Mapping[str, str], *, needs_answer: bool = True
+    fields: Mapping[str, Any],
+    fmt: DataFormat,
+    mapping: Mapping[str, str],
+    *,
+    needs_answer: bool = True,
+    multi_label: bool = False,
 ) -> dict[str, Any]:
     """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
-    Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `text`, `text` and `label` (as a
-    string). `needs_answer=False` accepts a conversation in which the assistant says nothing.
+    Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `text`, or `text` with `text_pair`
+    where it has one and `label` (a string) or `labels` (with `multi_label`: sorted strings, perhaps none).
+    `needs_answer=False` accepts a conversation in which the assistant says nothing.
     Raises RowError.
     """
-    row: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for role in FORMAT_COLUMNS[fmt]:
-        column = mapping.get(role, role)
+        column = column_of(role, mapping, fields)
         if column not in fields:
-            raise RowError(f"missing column {column!r}, the columns here are {_listing(fields)}")
-        row[role] = _CHECKS[role](fields[column], column)
+            raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")
+        check = _labels if role == "label" and multi_label else _CHECKS.get(role)
+        found[role] = check(fields[column], column) if check else fields[column]
     for role in OPTIONAL_COLUMNS.get(fmt, ()):
-        value = fields.get(mapping.get(role, role))
-        if value:
-            row[role] = _tools(value)
-    if fmt is DataFormat.messages:
-        _check_order(row["messages"], needs_answer)
-    return row
+        value = fields.get(column_of(role, mapping, fields))
+        if value is not None:
+            found[role] = value
+    if fmt in (DataFormat.text, DataFormat.text_label, DataFormat.pair):
+        if multi_label and "label" in found:
+            found["labels"] = found.pop("label")
+        return found
+    return _chat(found, fmt, needs_answer)
+
+
+def _chat(found: dict[str, Any], fmt: DataFormat, needs_answer: bool) -> dict[str, Any]:
+    tools = tools_of(found["tools"]) if found.get("tools") else []
+    match fmt:
+        case DataFormat.messages:
+            messages = found["messages"]
+        case DataFormat.conversations:
+            messages = with_system(found["conversations"], found.get("system"))
+        case DataFormat.alpaca:
+            messages = with_system(alpaca(found), found.get("system"))
+        case _:
+            prompt, completion = found["prompt"], found["completion"]
+            plain = isinstance(prompt, str) and isinstance(completion, str)
+            if plain and not tools and not text_or_nothing(found.get("system"), "system"):
+                return {"prompt": prompt, "completion": completion}
+            messages = with_system(prompt_and_completion(prompt, completion), found.get("system"))
+    parallel = found.get("parallel_tool_calls")
+    if parallel is not None and not isinstance(parallel, bool):
+        raise RowError(f"parallel_tool_calls must be true or false, it is {shown(parallel)}")
+    check_conversation(messages, needs_answer=needs_answer, parallel_tool_calls=parallel)
+    return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:
@@ -159,7 +98,20 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
+def _text_or_messages(value: Any, column: str) -> Any:
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} must be text or a list of messages, it is {type(value).__name__}")
+    return _text(value, column)
+
+
 def _label(value: Any, column: str) -> str:
+    if isinstance(value, list):
+        if len(value) == 1:
+            return _label(value[0], column)
+        several = f"column {column!r} has {len(value)} labels ({shown(value)})"
+        raise RowError(f"{several}; task.multi_label=true trains on any number of them")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -167,80 +119,43 @@ def _label(value: Any, column: str) -> str:
     if isinstance(value, str):
         value = value.strip()
     if not isinstance(value, (int, str)) or value == "":
-        raise RowError(f"column {column!r} must be a label (text or an integer), it is {_shown(value)}")
+        raise RowError(f"column {column!r} must be a label (text or an integer), it is {shown(value)}")
     return str(value)
 
 
-def _shown(value: Any) -> str:
-    return "empty" if value is None or value == "" else f"{value!r:.60}"
-
-
-def _tools(value: Any) -> list[dict[str, Any]]:
+def _labels(value: Any, column: str) -> list[str]:
+    """Any number of labels: a list, in a CSV file a JSON list or names with commas between them."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools are not JSON: {error.msg}") from None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError("tools must be a list of JSON schemas")
-    return [_without_none(tool) for tool in value]
-
-
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):  # CSV and many Parquet files hold the conversation as JSON text
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(f"column {column!r} is text but not JSON: {error.msg}") from None
-    if not isinstance(value, list) or not value:
-        raise RowError(f"column {column!r} must be a list of messages that is not empty")
-    return [_message(number, message) for number, message in enumerate(value, start=1)]
-
-
-def _message(number: int, message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RowError(f"message {number} must be an object with role and content")
-    message = _without_none(message)
-    role = message.get("role")
-    if role not in ROLES:
-        raise RowError(f"message {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
-    if "content" not in message and message.get("tool_calls") and role == "assistant":
-        return message
-    if not isinstance(message.get("content"), str):
-        raise RowError(f"message {number} ({role}): content must be text, it is {_shown(message.get('content'))}")
-    return message
-
-
-def _without_none(value: Any) -> Any:
-    """`value` without the keys whose value is None: Parquet gives every object the keys of all of them."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
-
-
-def _check_order(messages: list[dict[str, Any]], needs_answer: bool) -> None:
-    previous = "start"
-    for number, message in enumerate(messages, start=1):
-        role = message["role"]
-        if role not in FOLLOWERS[previous]:
-            after = "at the start" if previous == "start" else f"after {previous}"
-            raise RowError(
-                f"message {number} has the role {role} {after}, where {' or '.join(FOLLOWERS[previous])} is expected"
-            )
-        previous = role
-    if needs_answer and not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no trainable token: the conversation has no assistant message")
+        if value.strip().startswith("["):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise RowError(f"column {column!r} starts as a list but is not JSON: {error.msg}") from None
+        else:
+            value = [name for name in value.split(",") if name.strip()]
+    elif isinstance(value, (int, float)):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowError(f"column {column!r} must be a list of labels, it is {shown(value)}")
+    return sorted({_label(item, column) for item in value})
 
 
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "messages": _messages,
-    "prompt": _text,
-    "completion": _text,
+    "messages": conversation_of,
+    "conversations": conversation_of,
+    "instruction": _text,
+    "output": _text,
+    "prompt": _text_or_messages,
+    "completion": _text_or_messages,
     "text": _text,
+    "text_pair": _text,
     "label": _label,
 }
+
+
+def labels_of(row: Mapping[str, Any]) -> list[str]:
+    """The labels of a normalised row: one, or with `multi_label` any number."""
+    return list(row["labels"]) if "labels" in row else [row["label"]] if "label" in row else []
 
 
 def sort_labels(labels: Collection[str]) -> tuple[str, ...]:

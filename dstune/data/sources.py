@@ -1,78 +1,145 @@
-"""Read rows from JSONL, JSON, CSV, TSV and Parquet files; a broken line keeps its file and line number."""
+"""From what `data.train` and its like say to files with rows: paths, globs, folders, archives, saved data sets, the hub."""
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
+from dstune.config.data_schema import DataConfig, TextRows
+from dstune.data import hub
+from dstune.data.files import (
+    COMPRESSIONS,
+    DOCUMENTS,
+    ENDINGS,
+    TEXTS,
+    DataFile,
+    RawRow,
+    ending_of,
+    fingerprint,
+    is_readable,
+    members,
+    place,
+)
+from dstune.data.read_tables import read_arrow, read_parquet
+from dstune.data.read_text import Lines, read_csv, read_json, read_jsonl, read_text
 from dstune.errors import Problem, UserError
 
+__all__ = ["DataFile", "Lines", "RawRow", "expand", "fingerprint", "has_lines", "of_part", "place", "read"]
 
-@dataclass(frozen=True)
-class RawRow:
-    """One row of a file as it was found; `fields` is None where the row could not be read, then `error` says why."""
-
-    file: Path
-    line: int
-    """First line of the row, from 1; in a Parquet file the number of the row."""
-    fields: dict[str, Any] | None
-    error: str = ""
-
-    @property
-    def place(self) -> str:
-        return place(self.file, self.line)
+KNOWN = (
+    f"rows are read from {', '.join(ENDINGS)}; those of text also with {', '.join(COMPRESSIONS)} behind, or inside .zip"
+)
 
 
-def place(file: Path | str, line: int) -> str:
-    """`FILE:LINE`, the form in which messages name a row."""
-    return f"{file}:{line}"
+def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
+    """Rows of `file` in order, without the first `skip` ones (which count bad ones too).
+
+    Raises UserError where the file as a whole is no such file (a broken Parquet file).
+    """
+    match file.ending:
+        case ".parquet":
+            return read_parquet(file, skip)
+        case ".arrow" | ".feather":
+            return read_arrow(file, skip)
+        case ".jsonl" | ".ndjson":
+            rows = read_jsonl(file)
+        case ".json":
+            rows = read_json(file)
+        case ".csv" | ".tsv":
+            rows = read_csv(file)
+        case _:
+            rows = read_text(file)
+    return islice(rows, skip, None)
 
 
-def expand(spec: str, key: str) -> list[Path]:
-    """The files that `spec` (a path, a glob or a `sample://` URI) names, sorted.
+def has_lines(file: DataFile) -> bool:
+    """Whether the rows of `file` are lines that `Lines` can enter anywhere."""
+    return file.ending in (".jsonl", ".ndjson") and not file.compression and not file.member
 
-    `key` is the configuration key that `spec` came from. Raises UserError if there is no such file, it is empty, or
-    its ending names no known format.
+
+def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFile]:
+    """The files of `data.train`, `data.validation` or `data.test` (`part`); empty where it is not given.
+
+    key: the key that problems name, where it is another one. Raises UserError as `expand` does.
+    """
+    spec = getattr(data, part)
+    if spec is None:
+        return []
+    key = key or f"data.{part}"
+    return expand(spec, key, split=part, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
+
+
+def expand(
+    spec: str,
+    key: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    text_rows: TextRows = TextRows.line,
+) -> list[DataFile]:
+    """The files that `spec` names, sorted: a path, a glob, a folder, a hub id at a commit, or a `sample://` URI.
+
+    key: the configuration key that `spec` came from. split: taken from a folder or data set with several, where `spec`
+    names none after a colon. subset, revision: of a data set on the hub, which has to be in the cache of `datasets`.
+    Raises UserError if there is no such file, it is empty, or its ending names no known format.
     """
     if spec.startswith("sample://"):
         from dstune import samples
 
-        return [samples.resolve(spec, fetch=False)]
-    path = Path(spec).expanduser()
-    if path.exists():
-        files = [path]
+        return [DataFile(samples.resolve(spec, fetch=False))]
+    if "://" in spec:
+        reason = "only files of this machine and data sets of the hub are read"
+        raise UserError(Problem(where=key, value=spec, reason=reason, fix="download it and give the path of the file"))
+    name = hub.hub_name(spec)
+    if name is not None:
+        name = hub.HubName(name.repository, name.revision or revision, name.split)
+        return hub.files_of(hub.cached(name, subset, key), name, name.split or split, key)
+    path, named = _local(spec)
+    if path.is_dir():
+        found = _of_folder(path, key, spec, split, named)
+    elif path.exists():
+        if named is not None:
+            reason = "a file has no splits"
+            raise UserError(Problem(where=key, value=spec, reason=reason, fix=f"{key}={path}"))
+        found = [path]
     else:
-        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))
-    if not files:
-        wildcard = glob.has_magic(spec)
-        raise UserError(
-            Problem(
-                where=key,
-                value=spec,
-                reason="no file matches" if wildcard else "no such file",
-                fix="give a JSONL, JSON, CSV, TSV or Parquet file, a glob, or a sample such as sample://chitchat",
-            )
-        )
-    problems = [problem for file in files if (problem := _unreadable(file, key, spec))]
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not found:
+        raise UserError(_nothing(spec, key))
+    problems = [problem for file in found if (problem := _unreadable(file, key, spec))]
     if problems:
         raise UserError(problems)
-    return files
+    return [data_file for file in found for data_file in _files_in(file, text_rows)]
+
+
+def _local(spec: str) -> tuple[Path, str | None]:
+    """The path that `spec` names and, behind a colon, the split."""
+    path = Path(spec).expanduser()
+    head, colon, split = spec.rpartition(":")
+    if colon and not path.exists() and Path(head).expanduser().exists():
+        return Path(head).expanduser(), split
+    return path, None
+
+
+def _nothing(spec: str, key: str) -> Problem:
+    wildcard = glob.has_magic(spec)
+    return Problem(
+        where=key,
+        value=spec,
+        reason="no file matches" if wildcard else "no such file",
+        fix="give a file, a folder, a glob, a data set of the hub (OWNER/NAME), or a sample such as sample://chitchat",
+    )
 
 
 def _unreadable(file: Path, key: str, spec: str) -> Problem | None:
-    if file.is_dir():
-        advice = f"name the files inside, for example {key}='{file}/*.jsonl'"
-        return Problem(where=key, value=spec, reason=f"{file} is a folder", fix=advice)
-    if file.suffix.lower() not in READERS:
-        known = ", ".join(sorted(READERS))
-        return Problem(where=key, value=spec, reason=f"{file}: unknown ending {file.suffix!r}", fix=f"known: {known}")
+    name = file.name.lower()
+    if not is_readable(name) and not name.endswith(".zip"):
+        reason = f"{file}: unknown ending {''.join(Path(name).suffixes[-2:])!r}"
+        return Problem(where=key, value=spec, reason=reason, fix=KNOWN)
     try:
         with file.open("rb") as stream:
             if not stream.read(1):
@@ -81,156 +148,94 @@ def _unreadable(file: Path, key: str, spec: str) -> Problem | None:
                 )
     except OSError as error:
         return Problem(where=key, value=spec, reason=f"{file} cannot be read: {error.strerror}")
+    if name.endswith(".zip") and not members(file):
+        reason = f"the archive holds no file of rows (named by {key})"
+        return Problem(where=str(file), reason=reason, fix=f"endings that are read: {', '.join(TEXTS)}")
     return None
 
 
-def fingerprint(file: Path) -> str:
-    """Digest of the file's bytes and of the ending that chooses its reader (128 bit, hexadecimal)."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest() + file.suffix.lower()
+def _files_in(file: Path, text_rows: TextRows) -> list[DataFile]:
+    if file.name.lower().endswith(".zip"):
+        return [DataFile(file, member, text_rows) for member in members(file)]
+    return [DataFile(file, text_rows=text_rows)]
 
 
-def read(file: Path) -> Iterator[RawRow]:
-    """Rows of `file` in order. Raises UserError where the file as a whole is no such file (a broken Parquet file)."""
-    return READERS[file.suffix.lower()](file)
+# -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(file: Path) -> Iterator[RawRow]:
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.isspace() or not raw:
-                continue
-            try:
-                value = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield RawRow(
-                    file, number, None, f"not UTF-8: byte {error.start + 1} of the line is {raw[error.start]:#x}"
-                )
-                continue
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield RawRow(file, number, None, f"broken JSON: {_short(error)}")
-                continue
-            yield _object(file, number, value)
+def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None) -> list[Path]:
+    """The files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
+    description = folder / "dataset_dict.json"
+    if description.is_file():  # DatasetDict.save_to_disk
+        splits = json.loads(description.read_text(encoding="utf-8"))["splits"]
+        chosen = named or split
+        if chosen not in splits:
+            raise UserError(hub.split_problem(key, str(folder), chosen, splits))
+        return _saved(folder / chosen, key, spec)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():  # Dataset.save_to_disk
+        if named is not None:
+            reason = "this saved data set has no splits"
+            raise UserError(Problem(where=key, value=spec, reason=reason, fix=f"{key}={folder}"))
+        return _saved(folder, key, spec)
+    by_split = _data_files(folder)
+    if not by_split:
+        fix = f"a glob says which files, for example {key}='{folder}/**/*.jsonl'; {KNOWN}"
+        raise UserError(Problem(where=key, value=spec, reason="this folder holds no file of rows", fix=fix))
+    if named is None and list(by_split) == [""]:
+        return by_split[""]
+    chosen = named or split
+    if chosen not in by_split:
+        names = [name for name in by_split if name]
+        problem = hub.split_problem(key, str(folder), chosen, names)
+        fix = (
+            f"{key}='{folder}/**/*{by_split[next(iter(by_split))][0].suffix}' takes all files"
+            if not names
+            else problem.fix
+        )
+        raise UserError(Problem(problem.where, f"{problem.reason} (by the names of the files)", fix, problem.value))
+    return by_split[chosen]
 
 
-def _read_json(file: Path) -> Iterator[RawRow]:
-    """An array of objects; a file that does not start with `[` is read as JSONL, which many name `.json`."""
+def _saved(folder: Path, key: str, spec: str) -> list[Path]:
+    """The Arrow files of `Dataset.save_to_disk`."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(Problem(where=str(file), reason=f"not UTF-8: byte {error.start + 1}")) from None
-    if not text.lstrip().startswith("["):
-        yield from _read_jsonl(file)
-        return
-    decoder = json.JSONDecoder()
-    position = _skip_space(text, text.index("[") + 1)
-    line, counted = 1, 0
-    first = True
-    # Items are decoded one by one (instead of the array at once) because only so each has a line to be named by.
-    while position < len(text) and text[position] != "]":
-        if not first:
-            if text[position] != ",":
-                yield RawRow(
-                    file, line + text.count("\n", counted, position), None, "broken JSON: no comma between rows"
-                )
-                return
-            position = _skip_space(text, position + 1)
-            if position == len(text):
-                break
-        first = False
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield RawRow(file, getattr(error, "lineno", line), None, f"broken JSON: {_short(error)}")
-            return
-        yield _object(file, line, value)
-        position = _skip_space(text, position)
-    if position >= len(text):
-        yield RawRow(file, line + text.count("\n", counted), None, "broken JSON: the array is not closed")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"{folder} is no whole saved data set: {error}"
+        raise UserError(Problem(where=key, value=spec, reason=reason, fix="save it again with save_to_disk")) from None
+    if state.get("_indices_data_files"):
+        reason = "saved by a release of datasets before 2.0, with an order of its own"
+        fix = "load it with that release and write it with to_parquet"
+        raise UserError(Problem(where=key, value=spec, reason=reason, fix=fix))
+    return files
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+def _data_files(folder: Path) -> dict[str, list[Path]]:
+    """Files with rows below `folder` by split, as `datasets` tells splits from the names of files and folders; under
+    the name "" where the names tell none."""
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
-
-def _short(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deeply"
-
-
-def _object(file: Path, line: int, value: Any) -> RawRow:
-    if isinstance(value, dict):
-        return RawRow(file, line, value)
-    return RawRow(file, line, None, f"a row is a JSON object, this is {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
-
-
-def _read_csv(file: Path, delimiter: str = ",") -> Iterator[RawRow]:
-    csv.field_size_limit(1 << 30)  # the default of 128 kB is shorter than a long document
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        names: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                values = next(reader, None)
-            except (csv.Error, UnicodeDecodeError) as error:
-                # The reader cannot find the next row after either, so the rest of the file is lost.
-                yield RawRow(file, line, None, f"broken line, reading stops here: {error}")
-                return
-            if values is None:
-                return
-            if not values:
-                continue
-            if names is None:
-                names = values
-                continue
-            if len(values) != len(names):
-                yield RawRow(file, line, None, f"{len(values)} fields where the header has {len(names)}")
-                continue
-            yield RawRow(file, line, dict(zip(names, values, strict=True)))
-
-
-def _read_tsv(file: Path) -> Iterator[RawRow]:
-    return _read_csv(file, delimiter="\t")
-
-
-def _read_parquet(file: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    base = str(folder.resolve())
     try:
-        with pq.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield RawRow(file, number, fields)
-    except (pa.ArrowException, OSError) as error:
-        reason = f"no readable Parquet file: {str(error).splitlines()[0]}"
-        raise UserError(Problem(where=str(file), reason=reason)) from None
+        patterns = get_data_patterns(base)
+        found = DataFilesDict.from_patterns(patterns, base_path=base)
+    except (EmptyDatasetError, FileNotFoundError):
+        return {}
+    whole = list(patterns.values()) == [["**"]]
+    by_split = {}
+    for split, names in found.items():
+        inside = [folder / Path(name).relative_to(base) for name in names if _holds_rows(name)]
+        if inside:
+            by_split["" if whole else str(split)] = sorted(_without_notes(inside))
+    return by_split
 
 
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}
-"""The reader of a file by its ending."""
+def _holds_rows(name: str) -> bool:
+    return is_readable(name) or name.lower().endswith(".zip")
+
+
+def _without_notes(files: Sequence[Path]) -> list[Path]:
+    """`files` without texts that lie beside other rows: they tell about the rows."""
+    rows = [file for file in files if ending_of(file.name) not in DOCUMENTS]
+    return rows or list(files)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.data.collate import NO_TARGET
+from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
 from dstune.errors import Problem, UserError
 
@@ -38,7 +39,8 @@ class RowTokenizer:
     """Tokenizes rows for one task; picklable, so that it travels to the processes of `datasets.map`.
 
     tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification).
-    Prompts and completions go through the chat template if the model has one, else one follows the other.
+    Prompts and completions go through the chat template if the model has one, else one follows the other. Control tokens
+    in what a row says are encoded as text (see `control`).
     Raises UserError (at creation) if the tokenizer lacks what task and format need.
     """
 
@@ -50,6 +52,7 @@ class RowTokenizer:
         self._max_length = max_length
         self._label_ids = {label: index for index, label in enumerate(labels)}
         self._train_on_prompt = isinstance(task, ChatConfig) and task.train_on_prompt
+        self._control = ControlTokens(tokenizer)
         self.renderer: ChatRenderer | None = None
         if isinstance(task, ChatConfig):
             require_offsets(tokenizer)
@@ -84,7 +87,7 @@ class RowTokenizer:
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._control.ids(text)
         return [*self._missing_prefix(ids), *ids]
 
     def decode(self, ids: list[int]) -> str:
@@ -123,11 +126,15 @@ class RowTokenizer:
         texts: list[str] = []
         spans: list[list[Span]] = []
         problems: list[str] = []
+        own: list[list[int] | None] = []
         for row in rows:
-            text, found, problem = self._render(row)
+            defused = self._control.defuse(row) if self._control.first(row) else None
+            text, found, problem = self._render(defused.value if defused else row)
+            text, template_tokens = defused.restore(text) if defused else (text, None)
             texts.append(text)
             spans.append(found)
             problems.append(problem)
+            own.append(template_tokens)
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -137,11 +144,13 @@ class RowTokenizer:
             verbose=False,
         )
         samples = []
-        for number, ids, offsets, row_spans, problem in zip(
-            numbers, encoded["input_ids"], encoded["offset_mapping"], spans, problems, strict=True
+        for number, ids, offsets, text, template_tokens, row_spans, problem in zip(
+            numbers, encoded["input_ids"], encoded["offset_mapping"], texts, own, spans, problems, strict=True
         ):
+            if template_tokens is not None:
+                ids, offsets = self._control.neutral(ids, offsets, text, template_tokens)
             input_ids = np.array(ids, dtype=np.int32)
-            if self._train_on_prompt:
+            if self._train_on_prompt and self.renderer is None:
                 targets = np.ones(len(input_ids), dtype=bool)
             else:
                 targets = target_mask(np.array(offsets, dtype=np.int64).reshape(-1, 2), row_spans)
@@ -159,7 +168,9 @@ class RowTokenizer:
             return text, [(len(row["prompt"]), len(text))], ""
         try:
             if self._train_on_prompt:
-                return self.renderer.text(conversation(row), tools=row.get("tools")), [], ""
+                # Everything but what has the weight 0.
+                text, left_out = self.renderer.spans(conversation(row), tools=row.get("tools"), weight=0)
+                return text, _between(left_out, len(text)), ""
             return *self.renderer.spans(conversation(row), tools=row.get("tools")), ""
         except RenderError as error:
             return "", [], str(error)
@@ -182,7 +193,9 @@ class RowTokenizer:
         encoded = self._tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)
         end = self._tokenizer.eos_token_id
         samples = []
-        for number, ids in zip(numbers, encoded["input_ids"], strict=True):
+        for number, row, ids in zip(numbers, rows, encoded["input_ids"], strict=True):
+            if self._control.first(row):
+                ids = self._control.ids(row["text"])
             prefix = self._missing_prefix(ids)
             document = np.array([*prefix, *ids, *([] if ids[-1:] == [end] else [end])], dtype=np.int32)
             step = self._max_length - 1
@@ -204,7 +217,9 @@ class RowTokenizer:
         samples = []
         for number, text, ids in zip(numbers, texts, kept, strict=True):
             length = len(ids)
-            if length == self._max_length:  # perhaps cut: only then it takes a second look to know
+            if self._control.first(text):
+                ids, length = self._control.sequence([text], self._max_length)
+            elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
                 length = len(self._tokenizer(text, verbose=False)["input_ids"])
             samples.append(Sample(number, np.array(ids, dtype=np.int32), empty, length > len(ids), "", length))
         return samples
@@ -215,6 +230,12 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
     if "messages" in row:
         return row["messages"]
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
+def _between(spans: list[Span], length: int) -> list[Span]:
+    """What `spans` leave of a text of `length` characters, a token without characters at its end included."""
+    edges = [0, *(edge for span in spans for edge in span), length + 1]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
 
 def _first_special_tokens(tokenizer: Any) -> list[int]:

@@ -11,7 +11,8 @@ from unit.data_helpers import CHATML, byte_tokenizer, metaspace_tokenizer
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import ChatConfig
 from dstune.data.collate import NO_TARGET
-from dstune.data.render import ChatRenderer, RenderError, freeze_date, target_mask
+from dstune.data.render import ChatRenderer, RenderError, target_mask
+from dstune.data.template_date import freeze_date
 from dstune.data.stopping import stop_token_ids
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError

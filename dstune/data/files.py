@@ -1,0 +1,162 @@
+"""Data files: the endings that are read, how a file is opened (compressed, or inside a zip archive), and its digest."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import xxhash
+
+from dstune.config.data_schema import TextRows
+from dstune.errors import Problem, UserError
+
+DOCUMENTS = (".txt", ".md")
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *DOCUMENTS)
+TABLES = (".parquet", ".arrow", ".feather")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+ENDINGS = (*TEXTS, *TABLES)
+"""Endings of files with rows. Those of text may be followed by one of COMPRESSIONS, or lie in a .zip archive."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file with rows."""
+
+    path: Path
+    member: str = ""
+    """Name inside the zip archive `path`."""
+    text_rows: TextRows = TextRows.line
+    """What a row of plain text is."""
+    shown: str = ""
+    """What messages call it; the path when not given."""
+    digest: str = ""
+    """What tells its content, where that is known without reading it (a file of the hub at a commit)."""
+
+    def __str__(self) -> str:
+        return self.shown or (f"{self.path}!{self.member}" if self.member else str(self.path))
+
+    @property
+    def ending(self) -> str:
+        """The ending that says what is in it, without that of a compression: `.csv` of `rows.csv.gz`."""
+        return ending_of(self.member or self.path.name)
+
+    @property
+    def compression(self) -> str:
+        """`.gz`, `.bz2`, ... or nothing."""
+        suffix = Path(self.member or self.path.name).suffix.lower()
+        return suffix if suffix in COMPRESSIONS else ""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row of a file as it was found; `fields` is None where the row could not be read, then `error` says why."""
+
+    file: DataFile
+    line: int
+    """First line of the row, from 1; in a Parquet or Arrow file the number of the row."""
+    fields: dict[str, Any] | None
+    error: str = ""
+
+    @property
+    def place(self) -> str:
+        return place(self.file, self.line)
+
+
+def place(file: DataFile | Path | str, line: int) -> str:
+    """`FILE:LINE`, the form in which messages name a row."""
+    return f"{file}:{line}"
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name, in lower case and without that of a compression."""
+    path = Path(name)
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
+
+
+def is_readable(name: str) -> bool:
+    """Whether a file of this name holds rows that can be read."""
+    ending = ending_of(name)
+    compressed = Path(name).suffix.lower() in COMPRESSIONS
+    return ending in TEXTS if compressed else ending in ENDINGS
+
+
+def fingerprint(file: DataFile) -> str:
+    """Digest of the file's bytes and of what decides how they are read (128 bit, hexadecimal, and the endings)."""
+    how = file.member + file.ending + file.compression + (file.text_rows.name if file.ending in DOCUMENTS else "")
+    if file.digest:
+        return file.digest + how
+    digest = xxhash.xxh3_128()
+    with file.path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest() + how
+
+
+@contextmanager
+def opened(file: DataFile) -> Iterator[BinaryIO]:
+    """The bytes of a text file, decompressed. Raises UserError where they cannot be had, also while they are read."""
+    try:
+        with _bytes(file) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+        kind = file.compression or (".zip" if file.member else "")
+        if not kind:
+            raise UserError(Problem(where=str(file), reason=f"cannot be read: {first_line(error)}")) from None
+        reason = f"no whole {kind} file: {first_line(error)}"
+        raise UserError(Problem(where=str(file), reason=reason, fix="copy or compress it again")) from None
+
+
+@contextmanager
+def _bytes(file: DataFile) -> Iterator[BinaryIO]:
+    if file.member:
+        with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as inner:
+            yield cast(BinaryIO, _decompressed(inner, file.compression))
+        return
+    with file.path.open("rb") as outer:
+        yield cast(BinaryIO, _decompressed(outer, file.compression))
+
+
+def _decompressed(stream: Any, compression: str) -> Any:
+    match compression:
+        case ".gz":
+            return gzip.GzipFile(fileobj=stream)
+        case ".bz2":
+            return bz2.BZ2File(stream)
+        case ".xz":
+            return lzma.LZMAFile(stream)
+        case ".zst":
+            import pyarrow as pa
+
+            # Python has no Zstandard of its own before 3.14; pyarrow, which is needed anyway, has one.
+            return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd"), 1 << 20)
+    return stream
+
+
+def members(archive: Path) -> list[str]:
+    """Names of the files with rows in a zip archive, sorted. Raises UserError if it is none."""
+    try:
+        with zipfile.ZipFile(archive) as opened_archive:
+            names = opened_archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = f"no whole .zip file: {first_line(error)}"
+        raise UserError(Problem(where=str(archive), reason=reason, fix="copy or compress it again")) from None
+    hidden = ("__MACOSX/", ".")
+    return sorted(
+        name
+        for name in names
+        if is_readable(name) and ending_of(name) in TEXTS and not name.startswith(hidden) and "/." not in name
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,101 @@
+"""Rows of Parquet and Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dstune.data.files import DataFile, RawRow, first_line
+from dstune.errors import Problem, UserError
+
+ROWS_PER_BATCH = 1024
+
+
+def read_parquet(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
+    """The rows behind the first `skip` ones; row groups before them are not read. Raises UserError where the file is
+    broken."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file.path) as table:
+            before, group = 0, 0
+            while group < table.num_row_groups and before + table.metadata.row_group(group).num_rows <= skip:
+                before += table.metadata.row_group(group).num_rows
+                group += 1
+            batches = table.iter_batches(batch_size=ROWS_PER_BATCH, row_groups=range(group, table.num_row_groups))
+            yield from _rows(file, table.schema_arrow, batches, before, skip)
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(file, "Parquet", error) from None
+
+
+def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
+    """As `read_parquet`, of an Arrow file, an Arrow stream (as `datasets` writes them) or a Feather file."""
+    import pyarrow as pa
+    import pyarrow.feather
+
+    try:
+        with pa.memory_map(str(file.path)) as source:
+            start = source.read(6)
+            source.seek(0)
+            if start == b"ARROW1":
+                reader = pa.ipc.open_file(source)
+                batches: Iterable[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
+                yield from _rows(file, reader.schema, batches, skip=skip)
+            elif start.startswith(b"FEA1"):
+                table = pyarrow.feather.read_table(source)
+                yield from _rows(file, table.schema, table.to_batches(), skip=skip)
+            else:
+                stream = pa.ipc.open_stream(source)
+                yield from _rows(file, stream.schema, stream, skip=skip)
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(file, "Arrow", error) from None
+
+
+def _broken(file: DataFile, kind: str, error: Exception) -> UserError:
+    reason = f"no readable {kind} file: {first_line(error)}"
+    return UserError(Problem(where=str(file), reason=reason, fix="copy it again or write it anew"))
+
+
+def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
+    """The rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
+    classes = _class_names(schema)
+    for batch in batches:
+        for start in range(0, len(batch), ROWS_PER_BATCH):  # one batch may hold the whole file
+            part = batch.slice(start, ROWS_PER_BATCH)
+            if number + len(part) <= skip:
+                number += len(part)
+                continue
+            for fields in part.to_pylist():
+                number += 1
+                if number <= skip:
+                    continue
+                for column, names in classes.items():
+                    fields[column] = _named(fields[column], names)
+                yield RawRow(file, number, fields)
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Names of the values of columns that `datasets` stores as numbers with names (`ClassLabel`, or lists of it)."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    import datasets
+
+    try:
+        features = datasets.Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError):  # types of a newer release, or of images: the columns as they are
+        return {}
+    found = {}
+    for column, feature in features.items():
+        feature = getattr(feature, "feature", feature)
+        if isinstance(feature, datasets.ClassLabel) and feature.names:
+            found[column] = list(feature.names)
+    return found
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    if not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None  # -1 is how such a column says that nothing is known

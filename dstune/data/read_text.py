@@ -1,0 +1,269 @@
+"""Rows of JSON, CSV and plain text files; what cannot be read keeps its file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from dstune.config.data_schema import TextRows
+from dstune.data.files import DataFile, RawRow, opened
+from dstune.errors import Problem, UserError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Lines:
+    """The rows of a file with one JSON object a line; blank lines are skipped.
+
+    Without compression it can be entered at a line: `offset` is the byte and `line` the number of lines before it.
+    While the rows are read, both follow, so that they tell where the next row starts.
+    """
+
+    def __init__(self, file: DataFile, offset: int = 0, line: int = 0):
+        self._file = file
+        self.offset = offset
+        self.line = line
+
+    def __iter__(self) -> Iterator[RawRow]:
+        with opened(self._file) as stream:
+            if self.offset:
+                stream.seek(self.offset)
+            for raw in stream:
+                self.offset += len(raw)
+                self.line += 1
+                row = _row_of_json(self._file, self.line, raw)
+                if row is not None:
+                    yield row
+
+
+def read_jsonl(file: DataFile) -> Iterator[RawRow]:
+    """One JSON object a line; blank lines are skipped."""
+    return iter(Lines(file))
+
+
+def _row_of_json(file: DataFile, number: int, raw: bytes) -> RawRow | None:
+    """The row of a line; None where it is blank."""
+    # Without the end of the line, which would count as a column and as the start of another line.
+    raw = _line(number, raw)
+    if not raw or raw.isspace():
+        return None
+    text, error = _decoded(raw)
+    if error:
+        return RawRow(file, number, None, error)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as broken:
+        return RawRow(file, number, None, f"broken JSON: {_short(broken)}")
+    return _object(file, number, value)
+
+
+def _line(number: int, raw: bytes) -> bytes:
+    """A line without its end and, in front of the first one, without a byte order mark."""
+    return (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).rstrip(b"\r\n")
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    for number, raw in enumerate(stream, start=1):
+        yield number, _line(number, raw)
+
+
+def _decoded(raw: bytes) -> tuple[str, str]:
+    """The text of a line, and what is wrong with it."""
+    try:
+        return raw.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8: byte {error.start + 1} of the line is {raw[error.start]:#x}"
+
+
+def read_json(file: DataFile) -> Iterator[RawRow]:
+    """An array of objects, or objects one after the other (also one a line: many call such a file `.json`)."""
+    with opened(file) as stream:
+        content = stream.read().removeprefix(BYTE_ORDER_MARK)
+    start = len(content) - len(content.lstrip(b" \t\r\n"))
+    is_array = content[start : start + 1] == b"["
+    if not is_array and _first_line_is_whole(content[start:]):
+        rows = (_row_of_json(file, number, raw) for number, raw in enumerate(io.BytesIO(content), start=1))
+        yield from (row for row in rows if row is not None)
+        return
+    try:
+        text = content.decode("utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        reason = f"not UTF-8: byte {content[error.start]:#x} in line {line}"
+        raise UserError(Problem(where=str(file), reason=reason, fix="save it as UTF-8")) from None
+    yield from _array(file, text, text.index("[") + 1) if is_array else _objects(file, text)
+
+
+def _first_line_is_whole(content: bytes) -> bool:
+    line = content.split(b"\n", 1)[0]
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        # A broken line among whole ones is one bad row; an object over several lines goes on in the next one.
+        return not line.rstrip().endswith((b"{", b"[", b","))
+    return True
+
+
+def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
+    # Items are decoded one by one (instead of the array at once) because only so each has a line to be named by.
+    decoder = json.JSONDecoder()
+    last = text.count("\n") + 1
+    lost = f"; the rest of the file, to line {last}, is lost"
+    line, counted, first = 1, 0, True
+    position = _skip_space(text, position)
+    while position < len(text) and text[position] != "]":
+        if not first:
+            if text[position] != ",":
+                line += text.count("\n", counted, position)
+                yield RawRow(file, line, None, f"broken JSON: no comma between rows{lost}")
+                return
+            position = _skip_space(text, position + 1)
+            if position == len(text):
+                break
+        first = False
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield RawRow(file, getattr(error, "lineno", line), None, f"broken JSON: {_short(error)}{lost}")
+            return
+        yield _object(file, line, value)
+        position = _skip_space(text, position)
+    if position >= len(text):
+        yield RawRow(file, last, None, "broken JSON: the array is not closed")
+
+
+def _objects(file: DataFile, text: str) -> Iterator[RawRow]:
+    """Objects over several lines each, with nothing but white space between them."""
+    decoder = json.JSONDecoder()
+    line, counted, position = 1, 0, _skip_space(text, 0)
+    while position < len(text):
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            lost = f"; the rest of the file, to line {text.count(chr(10)) + 1}, is lost"
+            yield RawRow(file, getattr(error, "lineno", line), None, f"broken JSON: {_short(error)}{lost}")
+            return
+        yield _object(file, line, value)
+        position = _skip_space(text, position)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return "nested too deeply"
+
+
+def _object(file: DataFile, line: int, value: Any) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(file, line, value)
+    return RawRow(file, line, None, f"a row is a JSON object, this is {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def read_csv(file: DataFile) -> Iterator[RawRow]:
+    """Rows under a header line; separated by commas, in a .tsv file by tabs. A quoted field may span lines."""
+    csv.field_size_limit(1 << 30)  # the default of 128 kB is shorter than a long document
+    with opened(file) as stream:
+        # What is no UTF-8 is carried through, so that it spoils its own row only.
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter="\t" if file.ending == ".tsv" else ",", strict=True)
+        names: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                # The reader starts afresh with the next line. What it had taken for one row is lost, so it is told.
+                yield RawRow(file, line, None, _broken_csv(error, line, reader.line_num))
+                continue
+            if values is None:
+                return
+            if not values:
+                continue
+            if names is None:
+                names = values
+                if doubled := sorted({name for name in names if names.count(name) > 1}):
+                    reason = f"the header has {', '.join(map(repr, doubled))} twice"
+                    raise UserError(Problem(where=f"{file}:{line}", reason=reason, fix="give each column its own name"))
+                continue
+            if len(values) != len(names):
+                where = "" if reader.line_num == line else f" (in lines {line} to {reader.line_num})"
+                yield RawRow(file, line, None, f"{len(values)} fields where the header has {len(names)}{where}")
+                continue
+            if error := _not_utf8(values):
+                yield RawRow(file, line, None, error)
+                continue
+            yield RawRow(file, line, dict(zip(names, values, strict=True)))
+
+
+def _broken_csv(error: csv.Error, first: int, last: int) -> str:
+    if "unexpected end of data" in str(error):
+        reason = "a quote that opens here is never closed"
+        return f"broken CSV: {reason}; lines {first} to {last}, the end of the file, are lost"
+    lost = "" if first == last else f"; lines {first} to {last} are lost"
+    return f"broken CSV: {error}{lost}"
+
+
+def _not_utf8(values: list[str]) -> str:
+    for value in values:
+        if value.isascii():
+            continue
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"not UTF-8: byte {ord(value[error.start]) - 0xDC00:#x} after {value[: error.start][-20:]!r}"
+    return ""
+
+
+def read_text(file: DataFile) -> Iterator[RawRow]:
+    """Plain text as the column `text`: a row is a line, a paragraph (up to a blank line) or the whole document."""
+    with opened(file) as stream:
+        if file.text_rows is TextRows.line:
+            blocks = ((number, [raw]) for number, raw in _lines(stream) if raw.strip())
+        elif file.text_rows is TextRows.paragraph:
+            blocks = _paragraphs(stream)
+        else:
+            blocks = iter([(1, [raw for _, raw in _lines(stream)])])
+        for number, lines in blocks:
+            row = _text_row(file, number, lines)
+            if row.fields is None or row.fields["text"]:
+                yield row
+
+
+def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
+    first, block = 1, []
+    for number, raw in _lines(stream):
+        if raw.strip():
+            if not block:
+                first = number
+            block.append(raw)
+        elif block:
+            yield first, block
+            block = []
+    if block:
+        yield first, block
+
+
+def _text_row(file: DataFile, first: int, lines: list[bytes]) -> RawRow:
+    decoded = []
+    for number, raw in enumerate(lines, start=first):
+        text, error = _decoded(raw)
+        if error:
+            return RawRow(file, number, None, error)
+        decoded.append(text)
+    return RawRow(file, first, {"text": "\n".join(decoded).strip("\n")})
