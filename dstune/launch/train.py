@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
+from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
@@ -82,6 +83,8 @@ def prepare(command: Command, console: Console, ranks: int | None = None) -> Pre
     """
     composed = _compose(command)
     validate(composed.config)
+    for warning in ignored_settings(composed.config, command.flags.overrides):
+        console.message(f"dstune: warning: {warning}")
     composed = rundir.choose(composed, command.run, given=command.flags.overrides)
     config = preflight.resolve_run(composed.config, console.stage)
     ranks = ranks or number_of_ranks(config, this_machine(os.environ))

@@ -1,0 +1,55 @@
+"""Settings of the command line that have no effect beside the others: a warning for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dstune.config.names import all_keys
+from dstune.config.overrides import key_of
+from dstune.config.schema import ChatConfig, RunConfig, WandbMode
+from dstune.errors import Problem
+
+
+def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
+    """What was given in `overrides` (as `KEY=VALUE`) and changes nothing, with the reason and what would let it count.
+
+    Values in files are not judged: an experiment may hold settings for several uses.
+    """
+    given = {key_of(text): text.partition("=")[2] for text in overrides}
+    return [
+        Problem(key, f"this has no effect: {reason}", fix, value)
+        for key, (reason, fix) in dict(_without_effect(config)).items()
+        for name, value in given.items()
+        if (name == key or name.startswith(f"{key}.")) and key in all_keys()
+    ]
+
+
+def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(key, (reason, what would let it count)) of every setting that another one overrules."""
+    data, trainer, zero, schedule = config.data, config.trainer, config.zero, config.schedule
+    if trainer.max_steps is not None:
+        yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")
+    if schedule.warmup_steps is not None:
+        reason = f"schedule.warmup_steps={schedule.warmup_steps} replaces it"
+        yield "schedule.warmup_ratio", (reason, "schedule.warmup_steps=null")
+    for part in ("validation", "test"):
+        if given := getattr(data, part):
+            yield f"data.split.{part}", (f"data.{part}={given} gives the rows", f"leave out data.{part}")
+    if data.mixture and data.train:
+        yield "data.train", ("data.mixture replaces it", "data.mixture={}")
+    if not data.streaming:
+        yield "data.stream_rows", ("data.streaming is off", "data.streaming=true")
+    if data.packing:
+        yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
+    if zero.stage == 0:
+        yield "zero.reduce_bucket_size", ("zero.stage is 0", "zero=stage1")
+    if zero.stage < 2:
+        yield "zero.overlap_comm", (f"zero.stage is {zero.stage}", "zero=stage2")
+    if zero.stage < 3:
+        yield "zero.param_persistence_threshold", (f"zero.stage is {zero.stage}", "zero=stage3")
+    if config.model.chat_template is not None and not isinstance(config.task, ChatConfig):
+        yield "model.chat_template", (f"task={config.task.name} renders no conversations", "task=chat")
+    if not config.evaluate.samples:
+        yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")
+    if config.tracking.wandb.mode is WandbMode.disabled:
+        yield "tracking.wandb.entity", ("W&B is off", "tracking.wandb.mode=online")

@@ -1,0 +1,61 @@
+"""A setting of the command line that nothing looks at is told, with what would let it count."""
+
+from __future__ import annotations
+
+import pytest
+
+from dstune.config.compose import apply_overrides, compose
+from dstune.config.ignored import ignored_settings
+
+CHAT = ["data=chitchat"]
+
+
+def ignored(*overrides: str) -> dict[str, str]:
+    return {problem.where: problem.fix for problem in ignored_settings(compose(overrides).config, overrides)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["experiment=quickstart", "trainer.epochs=2"], "trainer.epochs"),
+        ([*CHAT, "trainer.max_steps=3", "trainer.epochs=2"], "trainer.epochs"),
+        ([*CHAT, "schedule.warmup_steps=3", "schedule.warmup_ratio=0.1"], "schedule.warmup_ratio"),
+        ([*CHAT, "data.validation=x.jsonl", "data.split.validation=0.1"], "data.split.validation"),
+        ([*CHAT, "data.test=x.jsonl", "data.split.test=0.1"], "data.split.test"),
+        ([*CHAT, "trainer.length_grouping=false"], "trainer.length_grouping"),
+        ([*CHAT, "zero=stage0", "zero.reduce_bucket_size=5"], "zero.reduce_bucket_size"),
+        ([*CHAT, "zero=stage1", "zero.overlap_comm=false"], "zero.overlap_comm"),
+        ([*CHAT, "zero=stage2", "zero.param_persistence_threshold=5"], "zero.param_persistence_threshold"),
+        (["data.train=x.jsonl", "task=causal_lm", "model.chat_template=x.jinja"], "model.chat_template"),
+        ([*CHAT, "evaluate.max_new_tokens=5"], "evaluate.max_new_tokens"),
+        ([*CHAT, "tracking.wandb.entity=me"], "tracking.wandb.entity"),
+        ([*CHAT, "data.stream_rows=5"], "data.stream_rows"),
+        (["data.train=x.jsonl", "data.mixture={a: {path: y.jsonl}}"], "data.train"),
+    ],
+)
+def test_an_overruled_setting_is_told_and_its_fix_lets_it_count(overrides: list[str], key: str):
+    found = ignored(*overrides)
+    assert list(found) == [key]
+    if "=" in found[key]:
+        settled = [text for text in overrides if text.split("=")[0] != found[key].split("=")[0]]
+        assert key not in ignored(*settled, found[key])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=quickstart"],  # what files hold is not judged
+        [*CHAT, "trainer.epochs=2"],
+        [*CHAT, "trainer.max_steps=2"],
+        [*CHAT, "data.packing=false", "trainer.length_grouping=false"],
+        [*CHAT, "zero=stage3", "zero.param_persistence_threshold=5", "zero.overlap_comm=false"],
+        [*CHAT, "evaluate.samples=1", "evaluate.max_new_tokens=5"],
+    ],
+)
+def test_settings_that_count_are_not_told(overrides: list[str]):
+    assert ignored(*overrides) == {}
+
+
+def test_only_this_command_is_judged():
+    run = compose([*CHAT, "trainer.max_steps=3", "trainer.epochs=2"]).config
+    assert ignored_settings(apply_overrides(run, ["trainer.max_steps=4"]), ["trainer.max_steps=4"]) == []
