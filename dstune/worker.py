@@ -16,6 +16,7 @@ import xxhash
 
 from dstune import environment, rendezvous
 from dstune.checkpoint import store
+from dstune.checkpoint.shards import Shards
 from dstune.config.compose import read_run
 from dstune.config.schema import Export, RunConfig
 from dstune.data.build import PreparedData, prepare
@@ -127,8 +128,6 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
 
 
 UNCHANGED = {
-    "world_size": ("launch.processes", "continue on as many ranks, or start another run with run.dir"),
-    "zero_stage": ("zero.stage", "continue at that stage, or start another run with run.dir"),
     "precision": ("trainer.precision", "set trainer.precision to it, or start another run with run.dir"),
     "labels": ("data.train", "bring back the rows with these labels, or set task.labels"),
     "samples": ("data.train", "bring back the rows, or start another run with run.dir"),
@@ -161,11 +160,14 @@ def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World, fixed
             fix=UNCHANGED[name][1],
         )
         for name, now in fixed.items()
-        if saved.get(name, now) != now
+        if name in UNCHANGED and saved.get(name, now) != now
     ]
     if problems:
         raise UserError(problems)
-    engine.load(checkpoint.parent, checkpoint.name)
+    if (saved["world_size"], saved["zero_stage"]) == (world.size, engine.stage):
+        engine.load(checkpoint.parent, checkpoint.name)
+    else:
+        engine.restore(Shards(checkpoint))
     return TrainState.from_dict(saved["train"])
 
 

@@ -1,4 +1,4 @@
-"""Whole fp32 weights out of DeepSpeed's shards, on a CPU, one parameter at a time.
+"""Whole parameters, and what the optimizer keeps of them, out of DeepSpeed's shards: on a CPU, one at a time.
 
 What the shards hold, as of DeepSpeed 0.19 (its own `zero_to_fp32` joins all of them in memory first):
 
@@ -15,84 +15,178 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dstune.zero.engine import PARAMETER_GROUPS
+from dstune.zero.restore import WEIGHT
 
-class Weights(Mapping[str, Tensor]):
-    """The trained parameters and the buffers of a checkpoint by the names of the module's; read when asked for.
 
-    The files are mapped into memory, so a lookup costs the one tensor: fp32 where the optimizer keeps fp32 weights (at
-    stages 1 to 3 it always does), else as the module has it.
+class Shards:
+    """The trained parameters of a checkpoint, their optimizer's tensors and the buffers, by the names of the module's.
+
+    The files are mapped into memory: a read costs the elements that it returns. Weights are fp32 where the optimizer
+    keeps fp32 weights (at stages 1 to 3 it always does), else as the module has them.
     """
 
     def __init__(self, checkpoint: Path):
-        states = [_load(path) for path in _by_rank(checkpoint, "*_model_states.pt")]
-        shards = [_load(path)["optimizer_state_dict"] for path in _by_rank(checkpoint, "*_optim_states.pt")]
-        state = states[0]
-        if shards:
-            buffers = set(state["buffer_names"])
-            self._read = {name: _constant(state["module"][name]) for name in buffers if name in state["module"]}
-            stage3 = "fp32_flat_groups" in shards[0]
-            self._read |= _partitioned_parameters(state, shards) if stage3 else _partitioned_groups(state, shards)
+        models = [_load(path) for path in _by_rank(checkpoint, "*_model_states.pt")]
+        optims = [_load(path)["optimizer_state_dict"] for path in _by_rank(checkpoint, "*_optim_states.pt")]
+        first = models[0]
+        self.loss_scaler: Any = optims[0].get("loss_scaler") if optims else None
+        self.global_steps: int = first["global_steps"]
+        names = set(first["buffer_names"])
+        self.buffers: dict[str, Tensor] = {key: value for key, value in first["module"].items() if key in names}
+        self._layout: _Layout
+        if not optims:
+            self._layout = _Whole(first)
+        elif "fp32_flat_groups" in optims[0]:
+            self._layout = _Parameters(first["param_shapes"], optims)
         else:
-            self._read = {name: _constant(weight) for name, weight in state["module"].items()}
+            self._layout = _Groups(first["param_shapes"], optims)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shapes of the trained parameters; at stage 0 a tied weight has each of its names."""
+        return self._layout.shapes
+
+    def read(self, name: str, kind: str = WEIGHT, start: int = 0, count: int | None = None) -> Tensor:
+        """Elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
+        size = math.prod(self.shapes[name])
+        return self._layout.read(name, kind, start, size - start if count is None else count)
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """The optimizer's tensors of the parameter's size: `exp_avg` and `exp_avg_sq` of AdamW, ..."""
+        state = self._layout.state(name)
+        return tuple(key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0)
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """What else the optimizer keeps for a parameter: `step` of AdamW."""
+        kinds = self.kinds(name)
+        return {key: value for key, value in self._layout.state(name).items() if key not in kinds}
+
+
+class Weights(Mapping[str, Tensor]):
+    """The trained parameters and the buffers of a checkpoint, each read when asked for."""
+
+    def __init__(self, checkpoint: Path):
+        self._shards = Shards(checkpoint)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._read[name]()
+        if name in self._shards.buffers:
+            return self._shards.buffers[name]
+        return self._shards.read(name).view(self._shards.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
+        return iter({**self._shards.buffers, **self._shards.shapes})
 
     def __len__(self) -> int:
-        return len(self._read)
+        return len({**self._shards.buffers, **self._shards.shapes})
 
 
-Reader = Callable[[], Tensor]
+class _Layout(ABC):
+    """Where the elements of a parameter are."""
+
+    shapes: dict[str, torch.Size]
+
+    @abstractmethod
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor: ...
+
+    @abstractmethod
+    def state(self, name: str) -> dict[str, Any]:
+        """What the first rank's optimizer keeps for the part of the weights with this parameter."""
 
 
-def _partitioned_groups(state: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Reader]:
+class _Whole(_Layout):
+    """Stage 0. The optimizer numbers the parameters in the order of its groups (`PARAMETER_GROUPS`)."""
+
+    def __init__(self, model: dict[str, Any]):
+        buffers = set(model["buffer_names"])
+        self._weights = {name: weight for name, weight in model["module"].items() if name not in buffers}
+        self.shapes = {name: weight.shape for name, weight in self._weights.items()}
+        states = (model.get("optimizer") or {}).get("state", {})
+        ordered = [name for group in model.get(PARAMETER_GROUPS, ()) for name in group]
+        self._states = {name: states[index] for index, name in enumerate(ordered) if index in states}
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        tensor = self._weights[name] if kind == WEIGHT else self._states[name][kind]
+        return tensor.reshape(-1)[start : start + count]
+
+    def state(self, name: str) -> dict[str, Any]:
+        return self._states.get(name, {})
+
+
+class _Groups(_Layout):
     """Stages 1 and 2."""
-    readers: dict[str, Reader] = {}
-    paddings = shards[0].get("param_alignment_paddings")
-    for group, shapes in enumerate(state["param_shapes"]):
-        pieces = [shard["single_partition_of_fp32_groups"][group] for shard in shards]
-        offset = 0
-        for index, (name, shape) in enumerate(shapes.items()):
-            readers[name] = _part(pieces, offset, torch.Size(shape))
-            offset += math.prod(shape) + (paddings[group][index] if paddings else 0)
-    return readers
+
+    def __init__(self, param_shapes: list[dict[str, Any]], optims: list[dict[str, Any]]):
+        self._optims = optims
+        self.shapes = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        paddings = optims[0].get("param_alignment_paddings")
+        for group, shapes in enumerate(param_shapes):
+            offset = 0
+            for index, (name, shape) in enumerate(shapes.items()):
+                self.shapes[name] = torch.Size(shape)
+                self._places[name] = group, offset
+                offset += math.prod(shape) + (paddings[group][index] if paddings else 0)
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        group, offset = self._places[name]
+        if kind == WEIGHT:
+            pieces = [optim["single_partition_of_fp32_groups"][group] for optim in self._optims]
+        else:
+            pieces = [optim["base_optimizer_state"]["state"][group][kind] for optim in self._optims]
+        return cut(pieces, offset + start, count)
+
+    def state(self, name: str) -> dict[str, Any]:
+        group, _ = self._places[name]
+        return self._optims[0]["base_optimizer_state"]["state"].get(group, {})
 
 
-def _part(pieces: Sequence[Tensor], offset: int, shape: torch.Size) -> Reader:
-    return lambda: cut(pieces, offset, math.prod(shape)).view(shape)
-
-
-def _partitioned_parameters(state: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Reader]:
+class _Parameters(_Layout):
     """Stage 3."""
-    readers: dict[str, Reader] = {}
-    ranks = [shard["fp32_flat_groups"] for shard in shards]
-    offset = 0
-    for shapes in state["param_shapes"]:
-        for name, shape in shapes.items():
-            share = math.ceil(math.prod(shape) / len(ranks))
-            readers[name] = _joined(ranks, offset, share, torch.Size(shape))
-            offset += share
-    held = sum(piece.numel() for piece in ranks[0])
-    assert offset == held, f"the shards hold {held} elements a rank, the parameters take {offset}"
-    return readers
 
+    def __init__(self, param_shapes: list[dict[str, Any]], optims: list[dict[str, Any]]):
+        self._optims = optims
+        self._weights = [optim["fp32_flat_groups"] for optim in optims]
+        self._states = [optim["optimizer_state_dict"]["state"] for optim in optims]
+        self.shapes = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        offset = 0
+        for shapes in param_shapes:
+            for name, shape in shapes.items():
+                share = math.ceil(math.prod(shape) / len(optims))
+                self.shapes[name] = torch.Size(shape)
+                self._places[name] = offset, share
+                offset += share
+        held = sum(piece.numel() for piece in self._weights[0])
+        assert offset == held, f"the shards hold {held} elements a rank, the parameters take {offset}"
 
-def _joined(ranks: Sequence[Sequence[Tensor]], offset: int, share: int, shape: torch.Size) -> Reader:
-    def read() -> Tensor:
-        whole = torch.cat([cut(pieces, offset, share) for pieces in ranks])
-        return whole[: math.prod(shape)].view(shape)
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        offset, share = self._places[name]
+        parts, end = [], start + count
+        for rank, weights in enumerate(self._weights):
+            first, last = max(start, rank * share), min(end, (rank + 1) * share)
+            if first < last:
+                pieces = weights
+                if kind != WEIGHT:
+                    pieces = [self._states[rank][index][kind] for index in range(len(weights))]
+                parts.append(cut(pieces, offset + first - rank * share, last - first))
+        return torch.cat(parts) if parts else torch.empty(0)
 
-    return read
+    def state(self, name: str) -> dict[str, Any]:
+        offset, _ = self._places[name]
+        for index, piece in enumerate(self._weights[0]):
+            if offset < piece.numel():
+                return self._states[0].get(index, {})
+            offset -= piece.numel()
+        raise AssertionError(f"{name} lies behind the end of the shards")
 
 
 def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
@@ -106,10 +200,6 @@ def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
     found = torch.cat(parts) if parts else torch.empty(0)
     assert found.numel() == count, f"the shards end {count - found.numel()} elements early"
     return found
-
-
-def _constant(tensor: Tensor) -> Reader:
-    return lambda: tensor
 
 
 def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:

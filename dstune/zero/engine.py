@@ -17,6 +17,10 @@ from torch import nn
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv
+from dstune.zero.restore import Source, restore
+
+PARAMETER_GROUPS = "dstune_parameter_groups"
+"""Key of the parameter names of each group in what DeepSpeed saves: at stage 0 its optimizer has numbers only."""
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
@@ -124,6 +128,11 @@ class Engine:
         self._world = world
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._group_names = [
+            [names[id(parameter)] for parameter in group["params"]]
+            for group in (optimizer.param_groups if optimizer is not None else ())
+        ]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
@@ -220,7 +229,11 @@ class Engine:
     def save(self, directory: Path, tag: str) -> None:
         """Write this rank's shards below `directory/tag`. Every rank must call it."""
         self._engine.save_checkpoint(
-            str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=self._has_frozen
+            str(directory),
+            tag=tag,
+            client_state={PARAMETER_GROUPS: self._group_names},
+            save_latest=False,
+            exclude_frozen_parameters=self._has_frozen,
         )
 
     def load(self, directory: Path, tag: str) -> None:
@@ -229,6 +242,10 @@ class Engine:
             str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
         )
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
+
+    def restore(self, source: Source) -> None:
+        """Take over a checkpoint of another number of ranks, or of another stage. Every rank must call it."""
+        restore(self._engine, self.stage, source, self._world.rank)
 
     def close(self) -> None:
         self._engine.destroy()

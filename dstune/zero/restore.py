@@ -1,0 +1,187 @@
+"""Put whole parameters and what the optimizer keeps of them into the partitions of a running engine.
+
+This is how a run continues on another number of ranks or at another ZeRO stage. Every rank reads the elements of its own
+partitions by parameter name, so there is no converted copy of the checkpoint, and no rank holds more than its share and
+one parameter. DeepSpeed's own way (universal checkpoints) writes such a copy, shares one step counter between all
+sub-groups at stage 3, gives every group the first group's hyperparameters, and cannot go from stage 2 to stage 3 or back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+WEIGHT = "weight"
+
+
+class Source(Protocol):
+    """What was saved, by parameter name. See `checkpoint.shards.Shards`."""
+
+    buffers: Mapping[str, Tensor]
+    loss_scaler: Any
+    """DeepSpeed's object of an fp16 run, else None."""
+    global_steps: int
+
+    def read(self, name: str, kind: str = WEIGHT, start: int = 0, count: int | None = None) -> Tensor:
+        """Elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
+        ...
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """The optimizer's tensors of the parameter's size, for example `exp_avg`."""
+        ...
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """What else the optimizer keeps, for example `step`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + count) of a parameter, which stand at `offset` of a partition."""
+
+    name: str
+    start: int
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """fp32 elements that this rank updates."""
+
+    key: Tensor
+    """By which the optimizer keeps their state."""
+    elements: Tensor
+    """The same memory as a vector."""
+    like: str
+    """A parameter of the group: its counters are the partition's."""
+    fragments: list[Fragment]
+
+
+def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
+    """Give `engine` (DeepSpeed's) the weights, buffers and optimizer state of `source`. Every rank must call it.
+
+    The learning rate and the other settings of the parameter groups stay as they are: they are the configuration's.
+    """
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    wrapper = engine.optimizer
+    if stage == 3:
+        wrapper.checkpoint_event_prologue()
+    partitions = list(_partitions(wrapper, stage, names, rank))
+    inner: torch.optim.Optimizer = wrapper if stage == 0 else wrapper.optimizer
+    with torch.no_grad():
+        for partition in partitions:
+            _fill(partition.elements, partition.fragments, source, WEIGHT)
+            _fill_state(inner, partition, source)
+        if stage == 3:
+            _weights_from_partitions(wrapper)
+        elif stage > 0:  # parameters of other ranks too: they are views of one buffer that DeepSpeed holds whole
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(source.read(names[id(parameter)]).view(parameter.shape))
+        for name, buffer in engine.module.named_buffers():
+            if name in source.buffers:
+                buffer.copy_(source.buffers[name])
+    if stage == 3:
+        wrapper.checkpoint_event_epilogue()
+    if source.loss_scaler is not None and hasattr(wrapper, "loss_scaler"):
+        source.loss_scaler.raise_error_at_min_scale = False
+        wrapper.loss_scaler = source.loss_scaler
+    engine.global_steps = source.global_steps
+
+
+def _partitions(wrapper: Any, stage: int, names: dict[int, str], rank: int) -> Iterator[Partition]:
+    """What this rank's optimizer updates, at any stage."""
+    if stage == 0:
+        for group in wrapper.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                yield Partition(parameter, parameter.data.view(-1), name, [Fragment(name, 0, parameter.numel(), 0)])
+    elif stage == 3:
+        for parameters, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+            yield Partition(flat, flat.data, names[id(parameters[0])], _shares(parameters, names, rank))
+    elif hasattr(wrapper, "bf16_groups"):  # stage 1 with fp32 gradients is DeepSpeed's BF16_Optimizer
+        for parameters, flat in zip(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, strict=True):
+            fragments = _overlaps(parameters, _end_to_end(parameters), names, rank, flat.numel())
+            yield Partition(flat, flat.data, names[id(parameters[0])], fragments)
+    else:
+        groups = zip(
+            wrapper.round_robin_bit16_groups,
+            wrapper.round_robin_bit16_offsets,
+            wrapper.single_partition_of_fp32_groups,
+            strict=True,
+        )
+        for parameters, offsets, flat in groups:
+            fragments = _overlaps(parameters, offsets, names, rank, flat.numel())
+            yield Partition(flat, flat.data, names[id(parameters[0])], fragments)
+
+
+def _end_to_end(parameters: list[nn.Parameter]) -> list[int]:
+    offsets, end = [], 0
+    for parameter in parameters:
+        offsets.append(end)
+        end += parameter.numel()
+    return offsets
+
+
+def _overlaps(
+    parameters: list[nn.Parameter], offsets: list[int], names: dict[int, str], rank: int, size: int
+) -> list[Fragment]:
+    """Stages 1 and 2: the group's parameters stand at `offsets` of one vector, of which this rank has the `size`
+    elements from rank * size."""
+    begin, end = rank * size, (rank + 1) * size
+    fragments = []
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        first, last = max(offset, begin), min(offset + parameter.numel(), end)
+        if first < last:
+            fragments.append(Fragment(names[id(parameter)], first - offset, last - first, first - begin))
+    return fragments
+
+
+def _shares(parameters: list[nn.Parameter], names: dict[int, str], rank: int) -> list[Fragment]:
+    """Stage 3: this rank has an equal share of every parameter; the last rank's is shorter and padded."""
+    fragments, offset = [], 0
+    for parameter in parameters:
+        share = parameter.partition_numel()  # type: ignore[attr-defined]
+        start = rank * share
+        count = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if count > 0:
+            fragments.append(Fragment(names[id(parameter)], start, count, offset))
+        offset += share
+    return fragments
+
+
+def _fill(target: Tensor, fragments: list[Fragment], source: Source, kind: str) -> None:
+    for part in fragments:
+        target[part.offset : part.offset + part.count] = source.read(part.name, kind, part.start, part.count)
+
+
+def _fill_state(inner: torch.optim.Optimizer, partition: Partition, source: Source) -> None:
+    """The optimizer's own tensors for a partition; those of its padding stay zero."""
+    state: dict[str, Any] = {}
+    for kind in source.kinds(partition.like):
+        values = torch.zeros_like(partition.elements)
+        _fill(values, partition.fragments, source, kind)
+        state[kind] = values.view(partition.key.shape)
+    for name, value in source.scalars(partition.like).items():
+        # A counter of its own: the optimizer counts in place.
+        state[name] = value.clone().to(partition.key.device) if isinstance(value, Tensor) else value
+    inner.state[partition.key] = state
+
+
+def _weights_from_partitions(wrapper: Any) -> None:
+    """Stage 3: the parameters' own partitions, in the model's dtype, after the fp32 ones."""
+    for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+        weights = wrapper.fp16_partitioned_groups_flat[index]
+        if flat.numel():
+            weights.copy_(flat)
+        views = wrapper.unflatten(weights, wrapper.fp16_partitioned_groups[index])
+        for partitioned, view in zip(wrapper.fp16_partitioned_groups[index], views, strict=True):
+            partitioned.data = view.data
+    persistent = wrapper.persistent_parameters
+    if persistent:  # whole on every rank; gathered again by checkpoint_event_epilogue
+        persistent[0].partition(persistent)

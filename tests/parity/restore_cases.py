@@ -1,0 +1,43 @@
+"""Program of the elastic tests, on every rank: an engine takes over a checkpoint and saves it again without a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from dstune.checkpoint.shards import Shards
+from dstune.config.compose import read_run
+from dstune.models.load import load_model, load_tokenizer
+from dstune.models.peft import apply_method
+from dstune.rank_env import from_environment
+from dstune.train.optim import build_optimizer, parameter_groups
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine, partitioned_loading, start_process_group
+from dstune.zero.precision import DTYPES, resolve
+
+
+def main() -> None:
+    env = from_environment(os.environ)
+    assert env is not None
+    world = start_process_group(env)
+    for case in json.loads(sys.argv[1]):
+        config = read_run(Path(case["run_yaml"])).config
+        precision = resolve(config)
+        settings = deepspeed_config(config, world.size, precision, on_gpu=False)
+        with partitioned_loading(settings):
+            model = load_model(config, load_tokenizer(config.model), (), DTYPES[precision])
+        module = apply_method(config, model)
+        groups = parameter_groups(module, config.optimizer.weight_decay)
+        engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
+        engine.restore(Shards(Path(case["from"])))
+        target = Path(case["to"])
+        engine.save(target.parent, target.name)
+        world.barrier()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)
