@@ -1,0 +1,190 @@
+"""What is done to one row by itself; the processes of `datasets.map` run it on batches of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from dstune.config.data_schema import CleanConfig, Duplicates, Found
+from dstune.data.clean import language, near, sensitive
+from dstune.data.clean.rows import Row, content_key, is_empty, map_texts, near_text, text_key, texts
+from dstune.data.clean.unicode import clean_unicode
+from dstune.data.control import ControlTokens
+from dstune.data.rows import canonical
+from dstune.data.split import content_hash
+
+STEPS = (
+    "unicode",
+    "control_tokens",
+    "secrets",
+    "personal_data",
+    "empty",
+    "too_short",
+    "too_long",
+    "languages",
+    "duplicates",
+    "near_duplicates",
+    "leaks",
+)
+"""In their order. A row that one step removes is not seen by the later ones."""
+
+SHOWN_CHARACTERS = 80
+
+
+@dataclass
+class Cleaned:
+    """What became of a row."""
+
+    row: Row
+    removed: str = ""
+    """The step that leaves it out, or nothing."""
+    changed: list[str] = field(default_factory=list)
+    """Steps that changed its text."""
+    flagged: list[str] = field(default_factory=list)
+    """Steps that found something in it and left it as it is."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What a step found, for the examples of the report."""
+
+
+class Cleaner:
+    """Cleans rows; picklable.
+
+    control: the control tokens of the run's tokenizer. seed: of `data.split`, for the hashes of changed rows.
+    Raises UserError (at creation) if a setting needs a package that is missing, or names an unknown language.
+    """
+
+    def __init__(self, config: CleanConfig, control: ControlTokens, seed: int):
+        self._config = config
+        self._control = control
+        self._seed = seed
+        self._near = config.duplicates is Duplicates.near
+        if config.languages:
+            language.check_languages(config.languages)
+        if self._near:
+            near.signature("")
+            near.similarity("", "", 1.0)
+        if config.secrets is not Found.keep:
+            sensitive.find_secrets("")
+        if config.personal_data is not Found.keep:
+            sensitive.check_personal_data()
+
+    def __call__(self, batch: dict[str, list]) -> pa.Table:
+        """For rows as JSON text (column `row`) the columns of `features`."""
+        results = [self.clean(json.loads(row)) for row in batch["row"]]
+        rows = [
+            canonical(result.row) if result.changed and not result.removed else None
+            for result in results  # None: as it was
+        ]
+        kept = [not result.removed for result in results]
+        columns = {
+            "row": [None if row is None else row.decode("utf-8") for row in rows],
+            "hash": [0 if row is None else content_hash(row, self._seed) for row in rows],
+            "removed": [result.removed for result in results],
+            "changed": [",".join(result.changed) for result in results],
+            "flagged": [",".join(result.flagged) for result in results],
+            "note": [json.dumps(result.notes) if result.notes else "" for result in results],
+            "key": [content_key(result.row) if keep else 0 for result, keep in zip(results, kept, strict=True)],
+            "text_key": [text_key(result.row) if keep else 0 for result, keep in zip(results, kept, strict=True)],
+            "signature": [near.signature(near_text(result.row)) if self._near else b"" for result in results],
+        }
+        schema = self.features.arrow_schema
+        return pa.table({name: pa.array(column, schema.field(name).type) for name, column in columns.items()})
+
+    @property
+    def features(self) -> datasets.Features:
+        """Types of the columns that a call gives: `row` and `hash` hold something only for rows that were changed."""
+        text = ("removed", "changed", "flagged", "note")
+        numbers = ("hash", "key", "text_key")
+        return datasets.Features(
+            {
+                "row": datasets.Value("large_string"),
+                **{name: datasets.Value("uint64") for name in numbers},
+                **{name: datasets.Value("string") for name in text},
+                "signature": datasets.Value("binary"),
+            }
+        )
+
+    def clean(self, row: Row) -> Cleaned:
+        """One normalised row through all steps that need no other row."""
+        result = Cleaned(row)
+        if self._config.unicode:
+            self._change(result, "unicode", clean_unicode)
+        if found := self._control.first(row):
+            result.flagged.append("control_tokens")
+            result.notes["control_tokens"] = found
+        for step, policy, find in self._searches():
+            self._search(result, step, policy, find)
+            if result.removed:
+                return result
+        result.removed = self._refusal(result)
+        return result
+
+    def shown(self, row: Row) -> str:
+        """The beginning of a row for a report: in one line, without what it hides."""
+        text = " / ".join(part for part in texts(row) if part.strip())
+        text = text[: 20 * SHOWN_CHARACTERS]  # finding what to hide in a whole document would take long
+        for _, _, find in self._searches():
+            text = sensitive.mask(text, find(text))
+        text = " ".join(text.split())
+        return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+    def _searches(self) -> list[tuple[str, Found, Callable[[str], list[sensitive.Finding]]]]:
+        wanted = (
+            ("secrets", self._config.secrets, sensitive.find_secrets),
+            ("personal_data", self._config.personal_data, sensitive.find_personal_data),
+        )
+        return [search for search in wanted if search[1] is not Found.keep]
+
+    def _change(self, result: Cleaned, step: str, change: Callable[[str], str]) -> None:
+        row = map_texts(result.row, change)
+        if row != result.row:
+            result.row = row
+            result.changed.append(step)
+
+    def _search(
+        self, result: Cleaned, step: str, policy: Found, find: Callable[[str], list[sensitive.Finding]]
+    ) -> None:
+        kinds: list[str] = []
+
+        def masked(text: str) -> str:
+            findings = find(text)
+            kinds.extend(found.kind for found in findings)
+            return sensitive.mask(text, findings)
+
+        row = map_texts(result.row, masked)
+        if not kinds:
+            return
+        result.notes[step] = ", ".join(f"<{kind}>" for kind in dict.fromkeys(kinds))
+        if policy is Found.mask:
+            result.row = row
+            result.changed.append(step)
+        elif policy is Found.drop:
+            result.removed = step
+        else:
+            result.flagged.append(step)
+
+    def _refusal(self, result: Cleaned) -> str:
+        """The step that leaves this row out, or nothing."""
+        config, row = self._config, result.row
+        if is_empty(row):
+            return "empty"
+        characters = sum(len(text) for text in texts(row))
+        if characters < config.min_characters:
+            result.notes["too_short"] = f"{characters} characters"
+            return "too_short"
+        if config.max_characters is not None and characters > config.max_characters:
+            result.notes["too_long"] = f"{characters} characters"
+            return "too_long"
+        if config.languages:
+            code, probability = language.language("\n".join(texts(row)))
+            if code not in config.languages:
+                result.notes["languages"] = f"{code} {probability:.0%}"
+                if probability >= language.SURE:
+                    return "languages"
+                result.flagged.append("languages")
+        return ""

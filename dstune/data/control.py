@@ -1,0 +1,208 @@
+"""Text that looks like a control token stays text.
+
+A row may hold `<|im_end|>` in what somebody wrote. A tokenizer would turn it into the token that ends a turn, and the
+row could close its own message and speak in another role. Here such a string becomes the tokens of its characters; the
+tokens that the chat template prints stay what they are, and text without such strings gets the same tokens as ever.
+
+How the two are told apart: before a conversation is rendered each such string in it is replaced by a run of private-use
+characters of the same length. What is found in the rendered text is the template's, at the same place as in the text
+with the strings put back; a token found elsewhere is replaced by the tokens of its text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_FIRST_STAND_IN = 0x100000
+"""Private Use Area B. Area A holds the marks of `render`."""
+
+_PREFIX_SPACES = "▁Ġ"
+"""What stands for the space that some tokenizers put in front of a text by themselves."""
+
+_MADE_UP = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes"},
+    {"role": "user", "content": "Hi"},
+]
+
+NO_TEXT = frozenset({"role", "label", "labels"})
+
+
+@dataclass(frozen=True)
+class Defused:
+    """A value whose strings hold stand-ins instead of control tokens."""
+
+    value: Any
+    strings: tuple[str, ...]
+    first: int
+    """Code of the character that stands for the first of `strings`."""
+    pattern: re.Pattern[str]
+
+    def restore(self, text: str) -> tuple[str, list[int]]:
+        """A text that was rendered from `value` with the strings put back, and where control tokens begin in it that
+        are not the value's but the template's."""
+        own = [found.start() for found in self.pattern.finditer(text)]
+        for number, string in enumerate(self.strings):
+            text = text.replace(chr(self.first + number) * len(string), string)
+        return text, own
+
+
+class ControlTokens:
+    """The tokens of a tokenizer (of transformers) that a text must not be able to write; picklable.
+
+    These are its special tokens, and of its other added tokens those that the chat template prints between messages.
+    Tokens that an answer may hold (`<think>`, `<tool_call>`) are no control tokens.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        printed = _rendered(tokenizer)
+        tokens = {
+            number: token
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.content.strip() and (token.special or token.content in printed)
+        }
+        self._ids = frozenset(tokens)
+        strings = sorted({token.content for token in tokens.values()}, key=len, reverse=True)
+        # A tokenizer that looks for a token in normalized text may find it in other letters.
+        ignoring_case = any(token.normalized for token in tokens.values())
+        self.pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)", re.I if ignoring_case else 0)
+        self._unknown = tokenizer.unk_token_id
+
+    def first(self, value: Any) -> str:
+        """The first control token in the strings of `value` (a text, a row, messages), or nothing."""
+        return next((found.group() for text in _strings(value) if (found := self.pattern.search(text))), "")
+
+    def defuse(self, value: Any) -> Defused:
+        """`value` with stand-ins for the control tokens in its strings."""
+        found = (match.group() for text in _strings(value) for match in self.pattern.finditer(text))
+        strings = tuple(dict.fromkeys(found))
+        used = set(json.dumps(value, ensure_ascii=False))
+        first = _FIRST_STAND_IN
+        while any(chr(first + number) in used for number in range(len(strings))):
+            first += len(strings)
+        stand_ins = {string: chr(first + number) * len(string) for number, string in enumerate(strings)}
+        replaced = _mapped(value, lambda text: self.pattern.sub(lambda match: stand_ins[match.group()], text))
+        return Defused(replaced, strings, first, self.pattern)
+
+    def encode(self, text: str, own: list[int] | None = None) -> tuple[list[int], np.ndarray]:
+        """Tokens of `text`, without special tokens around it, and their characters, int64 [tokens, 2].
+
+        own: where control tokens begin that are meant as such, in order; all others become text.
+        """
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return self.neutral(encoded["input_ids"], encoded["offset_mapping"], text, own or [])
+
+    def neutral(
+        self, ids: list[int], offsets: list[tuple[int, int]], text: str, own: list[int]
+    ) -> tuple[list[int], np.ndarray]:
+        """`ids` of `text`, with the tokens of its characters in place of each control token that is not `own`."""
+        kept_ids: list[int] = []
+        kept_offsets: list[tuple[int, int]] = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            after = bisect_left(own, start)
+            if token not in self._ids or token == self._unknown or (after < len(own) and own[after] < end):
+                kept_ids.append(token)
+                kept_offsets.append((start, end))
+                continue
+            plain = self._as_text(text[start:end])
+            kept_ids += plain
+            kept_offsets += [(start, end)] * len(plain)
+        return kept_ids, np.array(kept_offsets, dtype=np.int64).reshape(-1, 2)
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of `text`, none of them a control token, without special tokens around it."""
+        if not self.first(text):
+            return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not self._tokenizer.is_fast:  # one that gives no offsets
+            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return self.encode(text)[0]
+
+    def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], int]:
+        """Tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most
+        `max_length` (the longer text first), and how many there were before."""
+        parts = [self.ids(text) for text in texts]
+        around = self._around(len(texts))
+        length = sum(map(len, [*parts, *around]))
+        for _ in range(length - max_length):
+            max(parts, key=len)[-1:] = []
+        joined = list(around[0])
+        for part, behind in zip(parts, around[1:], strict=True):
+            joined += [*part, *behind]
+        return joined, length
+
+    def _around(self, count: int) -> list[list[int]]:
+        """Special tokens in front of, between and behind `count` texts."""
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        rest = list(self._tokenizer(*["a"] * count)["input_ids"])
+        around = []
+        for _ in range(count):
+            start = next(at for at in range(len(rest)) if rest[at : at + len(plain)] == plain)
+            around.append(rest[:start])
+            rest = rest[start + len(plain) :]
+        return [*around, rest]
+
+    def _as_text(self, text: str) -> list[int]:
+        """Tokens of the characters of a control token."""
+        for cut in range(len(text)):  # in one piece if possible
+            ids = [*self._without_added_tokens(text[:cut]), *self._without_added_tokens(text[cut:])]
+            # A model can have the whole string in its own vocabulary (`</s>` of SentencePiece).
+            if not (self._ids - {self._unknown}).intersection(ids):
+                return ids
+        return [] if self._unknown is None else [self._unknown]
+
+    def _without_added_tokens(self, text: str) -> list[int]:
+        """Tokens of `text` by the tokenizer's pipeline behind the search for added tokens."""
+        if not text:
+            return []
+        backend = self._tokenizer.backend_tokenizer
+        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        pieces = [normal]
+        if backend.pre_tokenizer:
+            pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
+        if pieces and not text[0].isspace() and text[0] not in _PREFIX_SPACES:
+            pieces[0] = pieces[0].lstrip(_PREFIX_SPACES)
+        return [token.id for piece in pieces if piece for token in backend.model.tokenize(piece)]
+
+
+def _rendered(tokenizer: Any) -> str:
+    """A conversation as the chat template prints it, or nothing."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(_MADE_UP, tokenize=False)
+    except Exception:  # a template is a program; one that refuses this conversation is refused elsewhere, by name
+        return ""
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in NO_TEXT:
+                yield key
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {
+            key if key in NO_TEXT else change(key): item if key in NO_TEXT else _mapped(item, change)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return value
