@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from dstune import environment, rendezvous
 from dstune.checkpoint import store
 from dstune.checkpoint.shards import Shards
 from dstune.config.compose import read_run
+from dstune.config.convert import shown
 from dstune.config.schema import Export, RunConfig
 from dstune.data.build import PreparedData, prepare
 from dstune.dist import World
@@ -28,7 +30,9 @@ from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.redact import publish, redact, redact_output
 from dstune.telling import tell_launcher, tell_once
+from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
 from dstune.train.evaluate import Evaluator, answer_prompts
 from dstune.train.feed import training_order
@@ -41,11 +45,18 @@ from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
 
+activity = logging.getLogger(__name__)
+"""What goes on before the first step; rank 0 shows it."""
+
 
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
     started = time.time()
     preemption = Preemption(config, started)  # first, so that a signal during start-up is not lost
+    publish(str(run_dir))
+    console = Console()
+    if world.is_main:
+        show_activities(console)
     precision = world.broadcast(resolve(config))
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     if config.trainer.deterministic:
@@ -56,6 +67,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())
     memory = PeakMemory()
+    activity.info("loading %s", shown(config.model.path))
     with partitioned_loading(settings):
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     module = apply_method(config, model)
@@ -73,7 +85,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         "samples": samples_digest(data),
     }
     state = resume(config, run_dir, engine, world, fixed)
-    log = Tracker(config, run_dir, resumed_at_step=state.step or None) if world.is_main else None
+    log = Tracker(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
     hooks = [
         Cadence(config, total_steps, can_evaluate=data.validation is not None),
         NonFinite(config),
@@ -98,10 +110,15 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         started=started,
         seconds_before=state.seconds,
     )
-    describe(config, run_dir, run, module)
-    show_samples(run, tokenizer, before=True)
-    decision = fit(run)
-    finish(run, run_dir, tokenizer, decision)
+    try:
+        describe(config, run_dir, run, module)
+        show_samples(run, tokenizer, before=True)
+        decision = fit(run)
+        finish(run, run_dir, tokenizer, decision)
+    except BaseException:
+        if log is not None:
+            log.finish("failed")  # what it holds, before this process ends without further ado
+        raise
 
 
 def steps_of(config: RunConfig, steps_in_epochs: int) -> int:
@@ -200,19 +217,24 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
         return
     total = sum(full_count(parameter) for parameter in module.parameters())
     trained = sum(full_count(parameter) for parameter in module.parameters() if parameter.requires_grad)
-    model = {"path": config.model.path, "revision": config.model.revision, "parameters": total, "trained": trained}
+    model = {
+        "path": shown(config.model.path),
+        "revision": config.model.revision,
+        "parameters": total,
+        "trained": trained,
+    }
     facts = environment.describe(hosts, run.data.fingerprint, model)
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
-    (run_dir / "data_report.json").write_text(json.dumps(run.data.report, indent=1))
+    (run_dir / "environment.json").write_text(redact(json.dumps(facts, indent=1)))
+    (run_dir / "data_report.json").write_text(redact(json.dumps(run.data.report, indent=1)))
     run.log.message(
-        f"{config.model.path}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
+        f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
         f"ZeRO-{config.zero.stage} on {run.world.size} ranks, {run.engine.device.type} "
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in (run.data.train, run.data.validation, run.data.test) if split}
     run.log.message(
         f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
-        f"steps {run.state.step} to {run.total_steps} of {config.trainer.global_batch_size} rows"
+        f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
     )
 
 
@@ -266,7 +288,7 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
         }
         write_result(run_dir, result)
         assert isinstance(run.log, Tracker)
-        run.log.summary({key: value for key, value in result.items() if isinstance(value, (int, float, str))})
+        run.log.summary({key: value for key, value in result.items() if value is not None and key != "confusion"})
         run.log.finish(status)
     run.memory.close()
     run.world.barrier()
@@ -289,7 +311,7 @@ def export(run_dir: Path, config: RunConfig) -> Path:
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write `result.json` whole or not at all."""
     aside = run_dir / "result.json.incomplete"
-    aside.write_text(json.dumps(result, indent=1))
+    aside.write_text(redact(json.dumps(result, indent=1)))
     aside.replace(run_dir / "result.json")
 
 
@@ -297,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The rank's process as dstune's own launcher starts it."""
     (argument,) = sys.argv[1:] if argv is None else argv
     die_with_parent()
+    redact_output()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
 
@@ -308,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]]) -> int:
     """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code."""
+    redact_output()
     try:
         rendezvous.set_address(env, os.environ)
     except DstuneError as error:  # every rank comes to the same answer

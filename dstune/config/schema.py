@@ -69,6 +69,8 @@ class ModelConfig:
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `gemma`, `llama3`, `mistral`, `mistral_tekken`."""
+    add_tokens: list[str] = setting([])
+    """Special tokens to add where the vocabulary lacks them, for a `chat_template` of your own; trained with any method."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
 
@@ -243,6 +245,10 @@ class ZeroConfig:
     """Reduce gradients while the backward pass runs (stages 2 and 3 on GPUs)."""
     param_persistence_threshold: int = setting(100_000, at_least=0)
     """Stage 3 does not partition parameters with fewer elements."""
+    path: str | None = None
+    """With `zero=file`: an existing DeepSpeed configuration (JSON) or one of accelerate (YAML), read when a run is composed."""
+    settings: dict[str, Any] = setting({})
+    """DeepSpeed's settings that dstune has no key for, as in its JSON: `{zero_optimization: {sub_group_size: 1000000}}`."""
 
 
 @dataclass(frozen=True)
@@ -331,14 +337,25 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class MlflowConfig:
+    uri: str | None = None
+    """Where MLflow keeps runs: a folder, `http://HOST:PORT`, `databricks` or a database; off when not given."""
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     project: str = "dstune"
-    """W&B project."""
+    """W&B project and MLflow experiment."""
     group: str | None = None
-    """W&B group, for runs that belong together."""
+    """Group of runs that belong together."""
     tags: list[str] = setting([])
-    """W&B tags."""
+    """Tags of the run; a `${oc.env:NAME}` among them stays as written."""
+    notes: str | None = None
+    """A description of the run."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run directory (needs `pip install 'dstune[tensorboard]'`)."""
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 
 @dataclass(frozen=True)

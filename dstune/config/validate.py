@@ -9,8 +9,9 @@ import datetime
 import re
 from collections.abc import Collection, Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
+from dstune.config.deepspeed_file import settings_problems
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     AdamWConfig,
@@ -46,6 +47,8 @@ TASK_OF_FORMAT = {
     DataFormat.pair: "classification",
 }
 
+MLFLOW_SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
+
 
 def validate(config: RunConfig) -> None:
     """Check everything that can be known from the configuration alone.
@@ -75,6 +78,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_zero,
         check_evaluation,
         check_run,
+        check_tracking,
     )
     problems = list(check_ranges(config))
     for rule in rules:
@@ -283,6 +287,7 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
         if value is not Offload.none and zero.stage != 3:
             reason = f"offloading needs stage 3, and zero.stage is {zero.stage}"
             yield Problem(f"zero.{name}", reason, f"zero=stage3_offload, or zero.{name}=none", value.name)
+    yield from settings_problems(zero.settings)
 
 
 def check_evaluation(config: RunConfig) -> Iterator[Problem]:
@@ -331,3 +336,26 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
         value = getattr(config.run, key)
         if value is not None and not value.strip():
             yield Problem(f"run.{key}", "this is empty", "give a path, or leave it out", "''")
+
+
+def check_tracking(config: RunConfig) -> Iterator[Problem]:
+    tracking = config.tracking
+    names = {
+        "run.name": config.run.name,
+        "tracking.project": tracking.project,
+        "tracking.group": tracking.group,
+        "tracking.wandb.entity": tracking.wandb.entity,
+    }
+    for key, value in names.items():
+        if isinstance(value, EnvironmentText):
+            variable = value.reference.split(ENVIRONMENT, 1)[1].split("}")[0].split(",")[0]
+            yield Problem(
+                key,
+                "a name is shown everywhere, and what comes from the environment is kept secret",
+                f'{key}="${variable}", which lets the shell fill it in, if it is no secret',
+                value.reference,
+            )
+    uri = tracking.mlflow.uri
+    if uri is not None and "://" in uri and not re.match(rf"({'|'.join(MLFLOW_SCHEMES)})(\+\w+)?://", uri):
+        fix = f"a folder, `databricks`, or {', '.join(f'{scheme}://' for scheme in MLFLOW_SCHEMES)}"
+        yield Problem("tracking.mlflow.uri", "MLflow has no such store", fix, shown(uri))

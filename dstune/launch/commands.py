@@ -17,9 +17,10 @@ from pathlib import Path
 
 import dstune
 from dstune.config.convert import to_yaml
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, WandbMode
 from dstune.errors import Problem, UserError
 from dstune.rank_env import LAUNCHER_PID
+from dstune.redact import is_secret
 
 # fmt: off
 EXPORTED_NAMES = {
@@ -119,7 +120,11 @@ def local_plan(
     if path:
         shared["PYTHONPATH"] = path
     command = (sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute()))
-    envs = tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
+    trackers = _tracker_keys(config, parent_env)
+    envs = tuple(
+        {**shared, **(trackers if rank == 0 else {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(ranks)
+    )
     return LaunchPlan(argv=(command,) * ranks, env=envs, port=port)
 
 
@@ -140,7 +145,7 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
 
 
 def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
-    """The part of `env` that ranks inherit: the built-in list and the names in `further`.
+    """The part of `env` that ranks inherit: the built-in list without keys and tokens, and the names in `further`.
 
     Raises:
         UserError: a name in `further` is not set.
@@ -150,7 +155,22 @@ def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
         reason, fix = "the variable is not set here", "export it first, or take it out of the list"
         raise UserError(Problem("launch.export_env", reason, fix, name) for name in missing)
     wanted = EXPORTED_NAMES | set(further)
-    return {name: value for name, value in env.items() if name in wanted or name.startswith(EXPORTED_PREFIXES)}
+    return {
+        name: value
+        for name, value in env.items()
+        # Ranks work offline: the launching process alone needs HF_TOKEN.
+        if name in wanted or (name.startswith(EXPORTED_PREFIXES) and not is_secret(name))
+    }
+
+
+def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
+    """What rank 0 alone needs to reach the servers of its trackers."""
+    prefixes: tuple[str, ...] = ()
+    if config.tracking.wandb.mode is WandbMode.online:
+        prefixes += ("WANDB_",)
+    if config.tracking.mlflow.uri is not None:
+        prefixes += ("MLFLOW_", "DATABRICKS_")
+    return {name: value for name, value in env.items() if prefixes and name.startswith(prefixes)}
 
 
 def _referenced(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:

@@ -56,7 +56,7 @@ class Status:
 def status_of(run_dir: Path) -> Status:
     launcher = records.read_launch(run_dir)
     result = records.read_result(run_dir)
-    last = records.last_metrics(run_dir)
+    last = records.read_metrics(run_dir).last
     reason = ""
     if launcher is not None and launcher.process() is not None:
         state = "running"

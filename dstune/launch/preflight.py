@@ -23,6 +23,7 @@ from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.data import sources
 from dstune.errors import Problem, UserError
 from dstune.launch import hub
+from dstune.tracking.extras import missing
 
 Stage = Callable[[str], None]
 
@@ -63,6 +64,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
     if template is not None and not template_path(template).is_file():
         fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
         problems.append(Problem("model.chat_template", "there is no such file", fix, template))
+    problems += missing(config.tracking)
     _refuse(problems)
     return replace(config, model=model)
 

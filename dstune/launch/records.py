@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import psutil
 
 from dstune.checkpoint import store
 from dstune.errors import Problem, UserError
+from dstune.redact import redact
 
 LOCK = ".lock"
 TAKEOVER_SECONDS = 15.0
@@ -75,51 +77,84 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_result(run_dir: Path, status: str, reason: str, world_size: int) -> None:
-    """The result of a run whose ranks could not write it; numbers are those of the last row they logged."""
-    last = last_metrics(run_dir)
+    """The result of a run whose ranks could not write it: from the rows that they logged, and from the newest
+    checkpoint what those do not tell."""
+    logged = read_metrics(run_dir)
     checkpoint = store.newest(run_dir)
+    state = _train_state(checkpoint)
     result = {
         "status": status,
         "reason": reason,
-        "steps": last.get("step", 0),
+        "steps": logged.last.get("step", 0),
         "world_size": world_size,
-        "tokens": last.get("tokens"),
-        "seconds": None,
-        "tokens_per_second": last.get("tokens_per_second"),
-        "peak_memory_gib": last.get("peak_memory_gib"),
-        "eval_initial": None,
-        "eval_final": None,
-        "best": None,
+        "tokens": logged.last.get("tokens"),
+        "seconds": state.get("seconds"),
+        "tokens_per_second": logged.last.get("tokens_per_second"),
+        "peak_memory_gib": logged.last.get("peak_memory_gib"),
+        "eval_initial": state.get("eval_initial") or logged.eval_initial,
+        "eval_final": logged.eval_last or state.get("eval_last"),
+        "best": state.get("best"),
         "test": None,
         "checkpoint": checkpoint and str(checkpoint),
         "export": None,
+        "nonfinite_steps": logged.skipped["nonfinite"],
+        "overflow_steps": logged.skipped["overflow"],
     }
     write_json(result_path(run_dir), result)
 
 
-def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """The newest training row of metrics.jsonl ({} when there is none); evaluation rows and a torn last line are
-    passed over."""
+def _train_state(checkpoint: Path | None) -> dict[str, Any]:
+    state = store.read_state(checkpoint).get("train") if checkpoint else None
+    return state if isinstance(state, dict) else {}
+
+
+@dataclass
+class Logged:
+    """What `metrics.jsonl` tells of a run."""
+
+    last: dict[str, Any] = field(default_factory=dict)
+    """The newest training row; {} when there is none."""
+    eval_initial: dict[str, Any] | None = None
+    """Metrics of the evaluation before the first step, by their names in `result.json`."""
+    eval_last: dict[str, Any] | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Steps without an update, by their reason."""
+
+
+def read_metrics(run_dir: Path) -> Logged:
+    """The rows of `metrics.jsonl`; a torn last line is passed over."""
+    logged = Logged()
     try:
         with (run_dir / "metrics.jsonl").open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 65536))
-            lines = stream.read().splitlines()
+            for line in stream:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    _note(logged, row)
     except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "loss" in row:
-            return row
-    return {}
+        pass
+    return logged
+
+
+def _note(logged: Logged, row: dict[str, Any]) -> None:
+    if "loss" in row:
+        logged.last = row
+        if "skipped" in row:
+            logged.skipped[row["skipped"]] += 1
+    evaluation = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+    evaluation.pop("seconds", None)
+    if evaluation:
+        logged.eval_last = evaluation
+        if row.get("step") == 0:
+            logged.eval_initial = evaluation
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` whole or not at all."""
     aside = path.with_name(f"{path.name}.incomplete")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.write_text(redact(json.dumps(value, indent=1)) + "\n")
     aside.replace(path)
 
 

@@ -6,8 +6,10 @@ lines to a terminal only and keeps them out of the log files.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
@@ -15,6 +17,8 @@ from typing import TextIO
 PLAIN_INTERVAL_SECONDS = 10.0
 TERMINAL_INTERVAL_SECONDS = 0.1
 BAR_CELLS = 20
+COUNTS = ("rows", "targets", "tokens")
+"""Metrics of an evaluation that are whole numbers."""
 
 Metrics = Mapping[str, float | int | str]
 
@@ -34,9 +38,31 @@ class Console:
         self._drawn = False
         self._printed_at = -float("inf")
         self._first: tuple[float, int] | None = None
+        self._activity = ""
+        # Trackers warn, and rows are counted, in threads of their own.
+        self._lock = threading.RLock()
+
+    def activity(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Show what goes on before the first step, and where it can be counted how far it is. Counts of one text come
+        as often as steps do."""
+        with self._lock:
+            now = self._clock()
+            interval = TERMINAL_INTERVAL_SECONDS if self._columns else PLAIN_INTERVAL_SECONDS
+            if text == self._activity and now - self._printed_at < interval and done < total:
+                return
+            self._activity, self._printed_at = text, now
+            count = f"{done:>{len(f'{total:,}')},}/{total:,} " if total else ""
+            if self._columns:
+                self._draw(f"{count}{_bar(done / total)} {text}" if total else f"{text} ...")
+            else:
+                self._print(f"{text}  {count}".rstrip())
 
     def progress(self, step: int, total_steps: int, metrics: Metrics) -> None:
         """Show that `step` of `total_steps` is done."""
+        with self._lock:
+            self._progress(step, total_steps, metrics)
+
+    def _progress(self, step: int, total_steps: int, metrics: Metrics) -> None:
         now = self._clock()
         if self._first is None:
             # The first step was finished right now: it began step_seconds ago.
@@ -61,21 +87,21 @@ class Console:
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
         """Show one evaluation; `metrics` are named eval/NAME."""
-        shown = [f"{name.removeprefix('eval/')} {_value(value)}" for name, value in metrics.items()]
+        shown = [_named(name.removeprefix("eval/"), value) for name, value in metrics.items()]
         self.message(f"step {step}  evaluation  {'  '.join(shown)}")
 
     def message(self, text: str) -> None:
         """Show `text` on lines of its own that stay."""
-        if self._drawn:
-            self._draw("")
-            self._drawn = False
-        self._print(text)
+        with self._lock:
+            self.close()
+            self._print(text)
 
     def close(self) -> None:
         """Leave no half-overwritten line behind."""
-        if self._drawn:
-            self._draw("")
-            self._drawn = False
+        with self._lock:
+            if self._drawn:
+                self._draw("")
+                self._drawn = False
 
     def _draw(self, line: str) -> None:
         # Padded to the full width so that nothing of a longer line before it stays visible.
@@ -106,11 +132,39 @@ def _bar(share: float) -> str:
     return "[" + "#" * filled + "-" * (BAR_CELLS - filled) + "]"
 
 
-def _value(value: float | str) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _named(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return f"{name} {value}"
+    if name == "seconds":
+        return f"{value:.1f} s"
+    return f"{name} {value:,.0f}" if name in COUNTS else f"{name} {value:.4f}"
 
 
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Activities(logging.Handler):
+    """Shows what the packages below report through `logging`: `log.info("reading %s", file)`, and with
+    `extra={"done": n, "total": m}` how far it is."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._console.message(f"warning: {text}")
+        else:
+            self._console.activity(text, getattr(record, "done", 0), getattr(record, "total", 0))
+
+
+def show_activities(console: Console) -> None:
+    """Let `console` show what dstune's own modules report from now on in this process."""
+    logger = logging.getLogger("dstune")
+    logger.handlers = [Activities(console)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,52 +1,82 @@
-"""One `log(step, metrics)` in front of the run directory's files, the console and W&B."""
+"""One `log(step, metrics)` in front of the run directory's files, the console, W&B, TensorBoard and MLflow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import RunConfig, WandbMode
+from dstune.redact import redact
 from dstune.tracking.console import Console
-from dstune.tracking.jsonl import JsonLines
+from dstune.tracking.history import History
+from dstune.tracking.jsonl import JsonLines, plain
+from dstune.tracking.mlflow_sink import MlflowSink
+from dstune.tracking.sink import Background, Row, Sink
+from dstune.tracking.tensorboard_sink import TensorBoardSink
 from dstune.tracking.wandb_sink import WandbSink
 
 Metrics = Mapping[str, float | int | str]
 
 SAMPLE_COLUMNS = ("prompt", "reference", "answer")
 
+FINISH_SECONDS = {"completed": 60.0, "stopped": 60.0, "preempted": 10.0, "failed": 3.0}
+"""How long the trackers together may hold up the end of a run, by its status: a preempted one is about to be killed,
+and the launcher ends the other ranks of a failed one within launch.grace_seconds."""
+
 
 class Tracker:
     """What rank 0 reports of a run; the other ranks have none.
 
-    Writes `metrics.jsonl` and `samples.jsonl` in `run_dir`, and sends the same rows to W&B unless
-    `tracking.wandb.mode=disabled`. resumed_at_step: the checkpoint's step, whose rows and earlier ones stay; None for a
+    Writes `metrics.jsonl` and `samples.jsonl` in `run_dir`, and sends the same rows to the trackers that
+    `tracking` turns on. resumed_at_step: the checkpoint's step, whose rows and earlier ones stay; None for a
     run that starts at step 0, where whatever an earlier attempt wrote is dropped.
 
-    A failing disk raises OSError: a run whose metrics are lost is not worth going on with. A failing W&B warns once.
+    A failing disk raises OSError: a run whose metrics are lost is not worth going on with. A failing tracker warns once.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, resumed_at_step: int | None):
-        self._console = Console()
-        self._metrics = JsonLines(run_dir / "metrics.jsonl", keep_until=resumed_at_step)
-        self._samples = JsonLines(run_dir / "samples.jsonl", keep_until=resumed_at_step)
-        enabled = config.tracking.wandb.mode is not WandbMode.disabled
-        self._wandb = WandbSink(config, run_dir, self.message) if enabled else None
+    def __init__(
+        self, config: RunConfig, run_dir: Path, *, resumed_at_step: int | None, console: Console | None = None
+    ):
+        self._console = console or Console()
+        files = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
+        self._metrics, self._samples = (JsonLines(file, keep_until=resumed_at_step) for file in files)
+        self._row: Row | None = None
+        """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
+        self._answers: tuple[dict[str, Any], ...] = ()
+        self._sinks: list[Background] = []
+        sinks = wanted(config, run_dir, self.message, fresh=resumed_at_step is None)
+        if sinks:
+            history = History(*files)
+            for row in history.rows():
+                self._row, self._answers = row, row.samples or self._answers  # type: ignore[assignment]
+            held = self._row.step if self._row else 0
+
+            def past() -> Iterator[Row]:
+                return takewhile(lambda row: row.step < held, history.rows())
+
+            self._sinks = [Background(sink, past, self.message) for sink in sinks]
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One row of metrics.jsonl. Rows named eval/NAME are shown on the console too."""
         self._metrics.append({"step": step, **metrics})
-        if self._wandb:
-            self._wandb.log(step, metrics)
+        if self._sinks:
+            self._collect(step, plain(metrics), answered=False)
         if any(name.startswith("eval/") for name in metrics):
             self._console.evaluation(step, metrics)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Answers to held-out prompts, each with the keys prompt, reference and answer, into samples.jsonl."""
-        for row in rows:
-            self._samples.append({"step": step, **{column: row.get(column, "") for column in SAMPLE_COLUMNS}})
-        if self._wandb and rows:
-            self._wandb.samples(step, rows, SAMPLE_COLUMNS)
+        new = [{"step": step, **{column: row.get(column, "") for column in SAMPLE_COLUMNS}} for row in rows]
+        for row in new:
+            self._samples.append(row)
+        if self._sinks and new:
+            self._answers += tuple(new)
+            self._collect(step, {}, answered=True)
 
     def progress(self, step: int, total_steps: int, metrics: Metrics) -> None:
         """Show on the console that `step` of `total_steps` is done."""
@@ -57,14 +87,46 @@ class Tracker:
         self._console.message(text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """The run's result (the keys of result.json) into W&B's summary."""
-        if self._wandb:
-            self._wandb.summary(values)
+        """The run's result (the keys of result.json) for the trackers' summaries."""
+        shown = json.loads(redact(json.dumps(plain(values))))
+        for sink in self._sinks:
+            sink.summary(shown)
 
     def finish(self, status: str) -> None:
         """Close everything; `status` is that of result.json. Calling it again does nothing."""
+        self._send(to_be_continued=status == "preempted")
+        deadline = time.monotonic() + FINISH_SECONDS[status]
+        for sink in self._sinks:
+            sink.finish(status)
+        for sink in self._sinks:
+            sink.wait(deadline)
+        self._sinks = []
         self._console.close()
-        if self._wandb:
-            self._wandb.finish(status)
         self._metrics.close()
         self._samples.close()
+
+    def _collect(self, step: int, metrics: Mapping[str, Any], *, answered: bool) -> None:
+        if self._row is None or self._row.step != step:
+            self._send()
+            self._row = Row(step, {}, 0.0)
+        answers = self._answers if answered else self._row.samples
+        self._row = replace(self._row, metrics={**self._row.metrics, **metrics}, time=time.time(), samples=answers)
+
+    def _send(self, *, to_be_continued: bool = False) -> None:
+        """to_be_continued: the launch that continues the run may still evaluate at this step."""
+        if self._row is not None:
+            for sink in self._sinks:
+                sink.write(self._row, only_if_rebuilt=to_be_continued)
+            self._row = None
+
+
+def wanted(config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool) -> list[Sink]:
+    """The trackers that the configuration turns on. fresh: the run starts at step 0."""
+    sinks: list[Sink] = []
+    if config.tracking.wandb.mode is not WandbMode.disabled:
+        sinks.append(WandbSink(config, run_dir, warn, fresh=fresh))
+    if config.tracking.tensorboard:
+        sinks.append(TensorBoardSink(config, run_dir))
+    if config.tracking.mlflow.uri is not None:
+        sinks.append(MlflowSink(config, run_dir, fresh=fresh))
+    return sinks

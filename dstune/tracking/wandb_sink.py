@@ -1,146 +1,160 @@
-"""Weights & Biases behind a wall: whatever happens to it, training goes on."""
+"""Weights & Biases: one W&B run for one run directory, through any number of launches.
+
+An offline run cannot be appended to: what a second launch writes is a file of its own, and `wandb sync` lets the file
+that it takes last replace the others (wandb #5865). So an offline launch writes the whole run anew from
+`metrics.jsonl`, and removes the older files once it has. An online launch asks the server for the last step that it
+has, and sends what is missing.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import to_dict
 from dstune.config.schema import RunConfig, WandbMode
-from dstune.tracking.jsonl import plain
+from dstune.tracking.sink import Row, first_line
 
 INIT_TIMEOUT_SECONDS = 60.0
-FINISH_TIMEOUT_SECONDS = 300.0
-"""How long an unreachable server may hold up the end of a run; what is not uploaded stays in the run directory."""
+FINISH_TIMEOUT_SECONDS = 60.0
+"""How long W&B's own service tries to reach a server; the tracker waits no longer than `FINISH_SECONDS` of log.py."""
+FLUSH_SECONDS = 2.0
+"""How often the service writes its file: what a killed run loses of an offline file until it is continued."""
+MAX_TAG_CHARACTERS = 64
 
-Row = Mapping[str, float | int | str]
+OWN_IDENTITY = ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_DIR")
+"""Variables with which somebody else's run would take the place of this one."""
 
 
 class WandbSink:
-    """One W&B run for one run directory, the same one after a resume (its id is kept in `wandb-id`).
+    """Files stay inside the run directory; console capture, git, code, program, machine and system data are off.
 
-    Never prompts, never raises: the first exception is reported through `warn` and ends the sink. Files stay inside the
-    run directory; console capture, git, code, machine and system data are off.
+    The configuration is that of `run.yaml`: references to environment variables, never their values.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None]):
+    name = "W&B"
+
+    def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
+        self._config = config
+        self._folder = run_dir / "wandb"
+        self._id = run_dir / "wandb-id"
         self._warn = warn
+        self._fresh = fresh
+        self._older: list[Path] = []
         self._run: Any = None
-        self._first_step = 0
-        self._guard(lambda: self._start(config, run_dir))
+        self._next_step = 0
+        self.rebuilds = False
 
-    def log(self, step: int, metrics: Row) -> None:
-        """Rows of one step become one row of the W&B run."""
-        if self._is_new(step):
-            self._guard(lambda: self._run.log(plain(metrics), step=step))
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
-        if self._is_new(step):
-            self._guard(lambda: self._log_table(step, rows, columns))
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        if self._run is not None:
-            self._guard(lambda: self._run.summary.update(plain(values)))
-
-    def finish(self, status: str) -> None:
-        """Close the W&B run; `status` is that of result.json."""
-        if self._run is not None:
-            self._guard(lambda: self._finish(status))
-            self._run = None
-
-    def _is_new(self, step: int) -> bool:
-        # A resumed run repeats the steps between its checkpoint and its end, bit for bit; the server has them already.
-        return self._run is not None and step >= self._first_step
-
-    def _guard(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:
-            self._run = None
-            self._warn(f"warning: W&B is off for the rest of this run: {type(error).__name__}: {_first_line(error)}")
-
-    def _start(self, config: RunConfig, run_dir: Path) -> None:
+    def start(self, past: Iterator[Row]) -> None:
+        self._folder.mkdir(exist_ok=True)
+        self._older = list(self._folder.glob("offline-run-*"))
+        if self._fresh and any(self._folder.glob("run-*")):
+            self._id.unlink(missing_ok=True)  # the server has steps of the attempt that is started over
+        for name in OWN_IDENTITY:
+            os.environ.pop(name, None)
         # W&B reads these once, at import: no crash reports to its makers, no lines of its own on the console, and no
         # staging area in the home directory.
         os.environ.update(WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
-        os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb"))
-        os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
-        (run_dir / "wandb").mkdir(exist_ok=True)
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder))
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "cache"))
         import wandb
 
-        mode = config.tracking.wandb.mode
-        if mode is WandbMode.online:
-            reason = "no W&B key found (WANDB_API_KEY or `wandb login`)"
-            try:
-                if _has_credentials(wandb):
-                    self._run = _start_run(wandb, config, run_dir, WandbMode.online)
-                    self._first_step = self._run.step
-                    return
-            except wandb.errors.CommError as error:
-                reason = f"W&B's server does not answer ({_first_line(error)})"
-                wandb.teardown()  # its service still holds the id of the run that did not start
-            self._warn(
-                f"warning: {reason}: this run is tracked offline;"
-                f" upload it later with `wandb sync {run_dir / 'wandb'}/offline-run-*`"
+        if self._config.tracking.wandb.mode is WandbMode.online:
+            self._run = self._start_online(wandb)
+        if self._run is None:
+            self.rebuilds = True
+            self._run = self._init(wandb, WandbMode.offline)
+        self._next_step = self._run.step
+        # Every metric over the optimizer step, by its own name instead of W&B's `Step`.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        for row in past:
+            self.write(row)
+        if self.rebuilds:
+            self._remove_older()
+
+    def write(self, row: Row) -> None:
+        """The server has the steps before `_next_step`: a resumed run repeats them, bit for bit."""
+        if row.step < self._next_step:
+            return
+        values = {"step": row.step, **row.metrics, "_timestamp": row.time}
+        if row.samples:
+            import wandb
+
+            columns = list(row.samples[0])
+            values["samples"] = wandb.Table(
+                columns=columns, data=[[answer.get(column) for column in columns] for answer in row.samples]
             )
-        self._run = _start_run(wandb, config, run_dir, WandbMode.offline)
+        self._run.log(values, step=row.step, commit=True)
 
-    def _log_table(self, step: int, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
-        import wandb
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(values))
 
-        data = [[str(row.get(column, "")) for column in columns] for row in rows]
-        self._run.log({"samples": wandb.Table(columns=list(columns), data=data)}, step=step)
-
-    def _finish(self, status: str) -> None:
+    def finish(self, status: str) -> None:
         if status == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status in ("completed", "stopped") else 1)
+        if not self.rebuilds:
+            self._remove_older()  # the server has the whole run now
 
+    def _start_online(self, wandb: Any) -> Any:
+        """The run on the server, or None: then it is tracked offline, with a warning that says why."""
+        reason = "no W&B key found (WANDB_API_KEY or `wandb login`)"
+        try:
+            if _has_credentials(wandb):
+                return self._init(wandb, WandbMode.online)
+        except (wandb.errors.Error, OSError) as error:
+            reason = f"W&B cannot be reached or refuses the key ({first_line(error)})"
+            wandb.teardown()  # its service still holds the id of the run that did not start
+        fix = f"upload it later with `wandb sync {self._folder}/offline-run-*`"
+        self._warn(f"warning: {reason}: this run is tracked offline; {fix}")
+        return None
 
-def _start_run(wandb: Any, config: RunConfig, run_dir: Path, mode: WandbMode) -> Any:
-    return wandb.init(
-        id=_run_id(run_dir),
-        project=config.tracking.project,
-        entity=config.tracking.wandb.entity,
-        group=config.tracking.group,
-        tags=list(config.tracking.tags),
-        name=config.run.name,
-        config=without_secrets(to_dict(config)),
-        # An offline run cannot ask the server whether it exists; `wandb sync` joins equal ids.
-        resume="allow" if mode is WandbMode.online else None,
-        settings=wandb.Settings(
-            mode=mode.value,
-            root_dir=str(run_dir),
-            console="off",
-            silent=True,
-            init_timeout=INIT_TIMEOUT_SECONDS,
-            finish_timeout=FINISH_TIMEOUT_SECONDS,
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-            save_code=False,
-            x_disable_machine_info=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-        ),
-    )
+    def _init(self, wandb: Any, mode: WandbMode) -> Any:
+        tracking = self._config.tracking
+        return wandb.init(
+            id=self._run_id(),
+            project=tracking.project,
+            entity=tracking.wandb.entity,
+            group=tracking.group,
+            job_type="train",
+            tags=[tag[:MAX_TAG_CHARACTERS] for tag in to_dict(tracking.tags)],
+            name=self._config.run.name,
+            notes=to_dict(tracking.notes),
+            config=to_dict(self._config),
+            resume="allow" if mode is WandbMode.online else None,
+            settings=wandb.Settings(
+                mode=mode.value,
+                root_dir=str(self._folder.parent),
+                console="off",
+                silent=True,
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                save_code=False,
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=FLUSH_SECONDS,
+            ),
+        )
 
+    def _run_id(self) -> str:
+        if not self._id.exists():
+            self._id.write_text(secrets.token_hex(8))
+        return self._id.read_text().strip()
 
-def without_secrets(config: Any) -> Any:
-    """`config` without the values that are taken from the environment: they may be keys."""
-    if isinstance(config, Mapping):
-        return {key: without_secrets(value) for key, value in config.items() if not _from_environment(value)}
-    if isinstance(config, (list, tuple)):
-        return [without_secrets(value) for value in config if not _from_environment(value)]
-    return config
-
-
-def _from_environment(value: Any) -> bool:
-    return isinstance(value, str) and "${oc.env" in value
+    def _remove_older(self) -> None:
+        for folder in self._older:
+            if folder != Path(self._run.settings.sync_dir):  # of a launch within the same second
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_credentials(wandb: Any) -> bool:
@@ -151,14 +165,3 @@ def _has_credentials(wandb: Any) -> bool:
 
     settings = wandb.setup().settings
     return bool(settings.api_key or wbauth.read_netrc_auth(host=settings.base_url))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-def _run_id(run_dir: Path) -> str:
-    path = run_dir / "wandb-id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    return path.read_text().strip()

@@ -1,0 +1,61 @@
+"""What earlier launches of a run wrote, as the rows that a tracker gets: one a step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dstune.tracking.sink import Row
+
+
+class History:
+    """The rows that `metrics.jsonl` and `samples.jsonl` hold at this moment; what is appended later is left out.
+
+    Each is dated back from now by the seconds that the steps and evaluations after it took: the times at which a run
+    that was never interrupted would have written them.
+    """
+
+    def __init__(self, metrics: Path, samples: Path):
+        self._metrics, self._metrics_size = metrics, metrics.stat().st_size
+        self._samples = list(_lines(samples, samples.stat().st_size))
+        self._now = time.time()
+        self._seconds = sum(_seconds(row) for row in _lines(metrics, self._metrics_size))
+
+    def rows(self) -> Iterator[Row]:
+        """One row a step, in the order of the steps."""
+        answers = {step: tuple(found) for step, found in groupby(self._samples, key=lambda row: row["step"])}
+        left = self._seconds
+        told: tuple[dict[str, Any], ...] = ()
+
+        def answered(step: int, metrics: dict[str, Any]) -> Row:
+            nonlocal told
+            new = answers.pop(step, ())
+            told += new
+            return Row(step, metrics, self._now - left, told if new else ())
+
+        for step, rows in groupby(_lines(self._metrics, self._metrics_size), key=lambda row: row["step"]):
+            for earlier in sorted(other for other in answers if other < step):
+                yield answered(earlier, {})
+            metrics: dict[str, Any] = {}
+            for row in rows:
+                left -= _seconds(row)
+                metrics |= {name: value for name, value in row.items() if name != "step"}
+            yield answered(step, metrics)
+        for step in sorted(answers):
+            yield answered(step, {})
+
+
+def _lines(path: Path, size: int) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as stream:
+        for line in stream:
+            if stream.tell() > size:
+                return
+            yield json.loads(line)
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return (row.get("step_seconds") or 0.0) + (row.get("eval/seconds") or 0.0)
