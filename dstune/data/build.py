@@ -22,10 +22,12 @@ from dstune.config.data_schema import DataFormat
 from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.ingest import BadRows, Table, ingest
-from dstune.data.prepared import PreparedData, SamplePrompt, Split
+from dstune.data.inputs import PARTS, of_training
+from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
 from dstune.data.prompts import sample_prompts
 from dstune.data.rows import check_columns, sort_labels
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
+from dstune.data.stream import FileShard, Position, Stream
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
@@ -34,9 +36,10 @@ from dstune.rank_env import RankEnv
 
 __all__ = ["PreparedData", "SamplePrompt", "Split", "prepare"]
 
-PARTS = ("train", "validation", "test")
 
 log = logging.getLogger(__name__)
+
+HELD_OUT = "held_out.npy"
 
 MIN_PROMPTS = 16
 """Prompts kept in the cache at least, so that a few more samples need no new entry."""
@@ -53,7 +56,13 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
     """
     inputs = _inputs(config)
     key = _fingerprint(config, tokenizer, inputs)
-    folder = cache.entry(cache_root / "data", key, Builder(config, tokenizer, inputs, env))
+    build = Builder(config, tokenizer, inputs)
+
+    def make(folder: Path) -> None:
+        log.info("rank %d prepares the data for its node", env.rank)
+        build(folder)
+
+    folder = cache.entry(cache_root / "data", key, make)
     return _load(folder, key, config)
 
 
@@ -66,6 +75,8 @@ class Input:
     files: list[sources.DataFile]
     config: RunConfig
     """The run's configuration with the format and columns of these rows."""
+    stream: Stream | None = None
+    """With `data.streaming`, the training rows."""
 
 
 Inputs = dict[str, dict[str, Input]]
@@ -78,7 +89,7 @@ def _inputs(config: RunConfig) -> Inputs:
         raise UserError(Problem(where="data.train", reason="no training data given", fix=fix))
     problems: list[Problem] = []
     inputs: Inputs = {}
-    wanted = {"train": mixture.of_training(config)}
+    wanted = {"train": of_training(config)}
     wanted |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
     for part, named in wanted.items():
         for name, (key, own) in named.items():
@@ -86,7 +97,10 @@ def _inputs(config: RunConfig) -> Inputs:
                 continue
             try:
                 check_columns(own.data.columns)
-                inputs.setdefault(part, {})[name] = Input(key, sources.of_part(own.data, part, key), own)
+                files = sources.of_part(own.data, part, key)
+                streamed = own.data.streaming and part == "train"
+                stream = Stream([FileShard(file) for file in files], own.trainer.seed) if streamed else None
+                inputs.setdefault(part, {})[name] = Input(key, files, own, stream)
             except UserError as error:
                 problems += error.problems
     if problems:
@@ -108,10 +122,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         task.pop("template_date")
         template = freeze_date(template, config.task.template_date)
     parts = {
-        "files": {
-            part: {name: [sources.fingerprint(file) for file in source.files] for name, source in named.items()}
-            for part, named in inputs.items()
-        },
+        "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
         "mixture": [[name, of.format, of.columns, of.max_rows] for name, of in data.mixture.items()],
         "tokenizer": [state, template, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}],
         "task": task,
@@ -134,31 +145,59 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
+def _rows_digest(source: Input) -> list[Any]:
+    """What tells the rows of a source: the bytes of its files, or for a stream what its first block depends on."""
+    if source.stream is None:
+        return [sources.fingerprint(file) for file in source.files]
+    return [source.stream.identity(), source.config.trainer.seed, source.config.data.stream_rows]
+
+
+def block_builder(config: RunConfig, tokenizer: Any, begin: Position, held_out: np.ndarray) -> Builder:
+    """Makes the samples of the block of the stream `data.train` that starts at `begin`.
+
+    held_out: hashes of the rows that are left out, sorted uint64.
+    """
+    inputs = {"train": _inputs(config)["train"]}
+    return Builder(config, tokenizer, inputs, begin=begin, held_out=held_out)
+
+
 def _prompt_count(config: RunConfig) -> int:
     return max(MIN_PROMPTS, config.evaluate.samples)
 
 
 class Builder:
-    """Makes one cache entry; an object so that what the steps share has a name."""
+    """Makes one cache entry; an object so that what the steps share has a name.
 
-    def __init__(self, config: RunConfig, tokenizer: Any, inputs: Inputs, env: RankEnv):
+    begin: where the block of a stream starts. held_out: for all but its first block, hashes of rows to leave out.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        inputs: Inputs,
+        *,
+        begin: Position | None = None,
+        held_out: np.ndarray | None = None,
+    ):
         self._config = config
         self._tokenizer = tokenizer
         self._inputs = inputs
-        self._env = env
+        self._begin = begin or Position()
+        self._held_out = held_out
 
     def __call__(self, folder: Path) -> None:
         """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`."""
-        log.info("rank %d prepares the data for its node", self._env.rank)
         work = folder / "work"
         work.mkdir()
         config = self._config
         bad = BadRows(config.data.on_bad_row)
         read = {part: self._read(part, work, bad) for part in self._inputs}
         bad.raise_if_any()
-        self._refuse_no_rows(read)
+        if self._held_out is None:
+            self._refuse_no_rows(read)
         tables = {part: self._joined(part, named, work) for part, named in read.items()}
-        chosen = _choose(tables, config)
+        chosen = self._choose(tables)
         labels = _labels(chosen, config, bad)
         bad.raise_if_any()
         if config.data.max_rows is not None:
@@ -175,24 +214,44 @@ class Builder:
                 )
                 report[part] = _report(rows, counts, read.get(part, read["train"]))
         bad.raise_if_any()
-        for part, counted in report.items():
-            _refuse_no_samples(part, counted, config)
+        if self._held_out is None:
+            for part, counted in report.items():
+                _refuse_no_samples(part, counted, config)
         prompts = []
         if "validation" in chosen and not isinstance(config.task, ClassificationConfig):
             rows, count = chosen["validation"], _prompt_count(config)
             prompts = sample_prompts(encode, rows.table, rows.indices, count, config.data.max_length)
         meta = {"labels": labels, "prompts": [asdict(prompt) for prompt in prompts], "report": report}
+        if config.data.streaming:
+            meta["stream"] = self._finish_block(folder, chosen)
         (folder / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(work)
 
     def _read(self, part: str, work: Path, bad: BadRows) -> dict[str, Table]:
-        return {
-            name: ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad)
-            for name, source in self._inputs[part].items()
-        }
+        read = {}
+        for name, source in self._inputs[part].items():
+            rows = source.stream and source.stream.take(self._begin, source.config.data.stream_rows)
+            read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
+        return read
 
     def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:
         return named[""] if "" in named else mixture.merge(named, self._config, work / f"{part}.rows.arrow")
+
+    def _choose(self, tables: dict[str, Table]) -> dict[str, _Rows]:
+        if self._held_out is None:
+            return _choose(tables, self._config)
+        train = tables["train"]
+        return {"train": _Rows(train, np.flatnonzero(~np.isin(train.hashes, self._held_out)))}
+
+    def _finish_block(self, folder: Path, chosen: dict[str, _Rows]) -> dict[str, Any]:
+        """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
+        stream = self._inputs["train"][""].stream
+        assert stream is not None
+        if self._held_out is None:
+            hashes = [rows.hashes for part, rows in chosen.items() if part != "train"]
+            np.save(folder / HELD_OUT, np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])))
+        begun, passes = stream.share(self._begin), stream.share(stream.position)
+        return {"begun": begun, "passes": passes, "end": stream.position.to_dict()}
 
     def _refuse_no_rows(self, read: dict[str, dict[str, Table]]) -> None:
         problems = [
@@ -253,6 +312,8 @@ def _labels(chosen: dict[str, _Rows], config: RunConfig, bad: BadRows) -> tuple[
     if not isinstance(config.task, ClassificationConfig):
         return ()
     multi_label = config.task.multi_label
+    if config.data.streaming:  # all of them are named, and reading has refused the rows with others
+        return tuple(config.task.labels)
     train = chosen["train"].table.labels
     assert train is not None
     labels = tuple(config.task.labels)
@@ -352,6 +413,7 @@ def _load(folder: Path, key: str, config: RunConfig) -> PreparedData:
         prompts=[SamplePrompt(**prompt) for prompt in meta["prompts"]],
         report=report,
         fingerprint=key,
+        stream=StreamStart(folder / HELD_OUT, **meta["stream"]) if "stream" in meta else None,
     )
 
 

@@ -52,6 +52,14 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
+def is_made(root: Path, key: str, since: float) -> bool:
+    """Whether another process has made the entry. Raises the UserError that it met after `since` (seconds of `time`)."""
+    if (root / key).is_dir():
+        return True
+    _raise_failure_since(root / f"{key}.error", since)
+    return False
+
+
 @contextmanager
 def _locked(root: Path, key: str) -> Iterator[None]:
     try:

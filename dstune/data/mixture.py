@@ -10,34 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.data_schema import DataFormat, SourceConfig
+from dstune.config.data_schema import DataFormat
 from dstune.config.schema import RunConfig
 from dstune.data.ingest import ROW_SCHEMA, Table, load_table
 from dstune.data.split import lowest
-
-
-def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
-    """The configuration under which `source` alone would be the training data."""
-    data = replace(
-        config.data,
-        train=source.path,
-        mixture={},
-        format=config.data.format if source.format is DataFormat.auto else source.format,
-        columns={**config.data.columns, **source.columns},
-        subset=source.subset,
-        revision=source.revision,
-    )
-    return replace(config, data=data)
-
-
-def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
-    """What the training rows are read from: by name (empty without a mixture) the key that says so, and the
-    configuration in which `data.train` is that source."""
-    if not config.data.mixture:
-        return {"": ("data.train", config)}
-    return {
-        name: (f"data.mixture.{name}.path", of_source(config, source)) for name, source in config.data.mixture.items()
-    }
 
 
 def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table:

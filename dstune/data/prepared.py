@@ -18,7 +18,8 @@ class Split:
     name: str
     table: datasets.Dataset
     """`input_ids` list<int32> with `labels` list<int32> (-100 = no target, not shifted, the first one always -100), or
-    for classification with `label` int."""
+    for classification with `label`: an int, or with `task.multi_label` a list of 0 and 1. For pairs of texts with
+    `token_type_ids` too, where the model is told them."""
     lengths: np.ndarray
     """Tokens of each sample, int32 [samples]."""
     weights: np.ndarray
@@ -51,10 +52,13 @@ class SamplePrompt:
 class StreamStart:
     """What the first block of a stream leaves to the later ones."""
 
-    end: dict[str, Any]
-    """The position behind its last row (`stream.Position`)."""
     held_out: Path
     """Hashes of the rows that no block may train on, sorted uint64 (.npy)."""
+    begun: float
+    passes: float
+    """Passes over the stream before and after it."""
+    end: dict[str, Any]
+    """The position behind its last row (`stream.Position`)."""
 
 
 @dataclass(frozen=True)

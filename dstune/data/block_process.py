@@ -1,0 +1,62 @@
+"""The process that prepares blocks of a stream: `python -m dstune.data.block_process`, started by `blocks.Blocks`.
+
+On its standard input come one pickled `Job` and then (name, begin) of the blocks to prepare, one after the other. It
+ends when that input does, in the middle of a block if need be: the rank that started it has gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import psutil
+
+from dstune.data import cache
+from dstune.data.blocks import NICENESS, Job
+from dstune.data.build import block_builder
+from dstune.data.stream import Position
+from dstune.errors import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Meant for the ranks, which save first and close the input after; some launchers send them to every process."""
+
+
+def main() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # The processes that tokenize are ended by SIGTERM, so they must not ignore it.
+    os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS])
+    os.nice(NICENESS)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    job: Job = pickle.load(sys.stdin.buffer)
+    held_out = np.load(job.held_out)
+    wanted: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+    threading.Thread(target=_listen, args=(wanted,), daemon=True).start()
+    while True:
+        name, begin = wanted.get()
+        make = block_builder(job.config, job.tokenizer, Position(**begin), held_out)
+        try:
+            cache.entry(job.root, name, make)
+        except UserError:  # kept beside the block, for the ranks to raise when they come to it
+            continue
+
+
+def _listen(wanted: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
+    while True:
+        try:
+            wanted.put(pickle.load(sys.stdin.buffer))
+        except (EOFError, pickle.UnpicklingError):
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

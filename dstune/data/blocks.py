@@ -1,0 +1,188 @@
+"""Blocks of a stream on one node: the next one is prepared by a process of its own while this one is trained on.
+
+One rank of a node, the leader, owns that process and decides what it prepares; the others only wait for folders to
+appear. A block's folder is named by its number and by where it begins, so a stale one is never taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dstune.config.schema import RunConfig
+from dstune.data import cache
+from dstune.data.build import PreparedData, load_split
+from dstune.data.prepared import Split
+from dstune.errors import TrainingFailed
+
+POLL_SECONDS = 0.02
+
+NICENESS = 10
+"""Of the preparing process: on a CPU it shares its cores with the training, which is to go first."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Block:
+    number: int
+    split: Split
+    begin: dict[str, Any] | None
+    """The position (`stream.Position`) of its first row; None for the first block."""
+    end: dict[str, Any]
+    """The position behind its last row."""
+    passes: tuple[float, float]
+    """Passes over the stream before and after it."""
+    digest: str
+    """Changes with the lengths and targets of its samples."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the preparing process has to know."""
+
+    config: RunConfig
+    tokenizer: Any
+    held_out: Path
+    root: Path
+
+
+class Blocks:
+    """The blocks of one run on this node.
+
+    data: the first block, as `build.prepare` gives it. run_dir: gives the folder below `cache_root` its name, so that
+    two runs do not remove each other's blocks; so does the host, for nodes that share the cache.
+    """
+
+    def __init__(
+        self, config: RunConfig, tokenizer: Any, data: PreparedData, run_dir: Path, cache_root: Path, *, leader: bool
+    ):
+        assert data.stream is not None
+        named = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
+        self.root = cache_root / "stream" / f"{named}-{socket.gethostname()}"
+        self._first = data
+        self._leader = leader
+        self._started = time.time()
+        self._job = Job(config, tokenizer, data.stream.held_out, self.root)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def get(self, number: int, begin: dict[str, Any] | None) -> Block:
+        """Block `number`, which begins at `begin`; waits until it is prepared.
+
+        Raises UserError for its bad rows, TrainingFailed where the preparing process died.
+        """
+        if number == 0:
+            stream = self._first.stream
+            assert stream is not None
+            return _block(0, self._first.train, None, stream.end, (0.0, stream.passes))
+        assert begin is not None
+        folder = self.root / self._name(number, begin)
+        if self._leader:
+            self._ask(number, begin)
+        waited = 0.0
+        while not cache.is_made(self.root, folder.name, self._started):
+            if self._process is not None and self._process.poll() is not None:
+                reason = f"the process that prepares the rows ended with {self._process.returncode}"
+                raise TrainingFailed(f"{reason}; its last lines are in this rank's log")
+            time.sleep(POLL_SECONDS)
+            waited += POLL_SECONDS
+            if waited >= cache.POLL_SECONDS:
+                log.warning("waiting for block %d of the stream: rows are prepared slower than they train", number)
+                waited = 0.0
+        meta = json.loads((folder / "meta.json").read_text())
+        stream = meta["stream"]
+        return _block(number, load_split(folder, "train"), begin, stream["end"], (stream["begun"], stream["passes"]))
+
+    def keep_from(self, block: Block) -> None:
+        """No rank needs blocks before `block` any more: remove them, and prepare the one behind it."""
+        if not self._leader:
+            return
+        kept = [] if block.begin is None else [self._name(block.number, block.begin)]
+        kept.append(self._name(block.number + 1, block.end))
+        with self._lock:
+            kept += [name for name in self._asked if _number(name) > block.number]  # drawn ahead of the loop
+            self._asked &= set(kept)
+            for path in self.root.glob("block-*"):
+                if path.name.split(".")[0] not in kept:
+                    _remove(path)
+        self._ask(block.number + 1, block.end)
+
+    def close(self, *, remove: bool) -> None:
+        """End the preparing process; with `remove` the blocks go too, else a resumed run finds them."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()  # its end of the work
+            self._process.wait()
+            self._process = None
+        if remove and self._leader:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def _ask(self, number: int, begin: dict[str, Any]) -> None:
+        with self._lock:
+            name = self._name(number, begin)
+            if name in self._asked:
+                return
+            self._asked.add(name)
+            if (self.root / name).is_dir():
+                return
+            if self._process is None:
+                self._process = _start(self._job)
+            assert self._process.stdin is not None
+            try:
+                pickle.dump((name, begin), self._process.stdin)
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                log.debug("the preparing process is gone; `get` says so")
+
+    def _name(self, number: int, begin: dict[str, Any]) -> str:
+        what = json.dumps([self._first.fingerprint, begin], sort_keys=True)
+        return f"block-{number:06d}-{xxhash.xxh3_64_hexdigest(what.encode())}"
+
+
+def _number(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def _block(
+    number: int, split: Split, begin: dict[str, Any] | None, end: dict[str, Any], passes: tuple[float, float]
+) -> Block:
+    digest = xxhash.xxh3_64()
+    digest.update(split.lengths.tobytes())
+    digest.update(split.weights.tobytes())
+    return Block(number, split, begin, end, passes, digest.hexdigest())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    """The preparing process, in the session of this rank so that whoever ends the rank ends it too."""
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }  # it computes nothing, and a context takes memory of the GPU
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dstune.data.block_process"], stdin=subprocess.PIPE, env=environment
+    )
+    assert process.stdin is not None
+    pickle.dump(job, process.stdin)
+    process.stdin.flush()
+    return process

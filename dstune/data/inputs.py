@@ -1,0 +1,44 @@
+"""What the rows of each part are read from: one source, or several by name. Light: the launching process asks too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dstune.config.data_schema import DataFormat, SourceConfig
+from dstune.config.schema import RunConfig
+
+PARTS = ("train", "validation", "test")
+
+
+def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
+    """The configuration under which `source` alone would be the training data."""
+    data = replace(
+        config.data,
+        train=source.path,
+        mixture={},
+        format=config.data.format if source.format is DataFormat.auto else source.format,
+        columns={**config.data.columns, **source.columns},
+        subset=source.subset,
+        revision=source.revision,
+    )
+    return replace(config, data=data)
+
+
+def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
+    """What the training rows are read from: by name (empty without a mixture) the key that says so, and the
+    configuration in which `data.train` is that source."""
+    if not config.data.mixture:
+        return {"": ("data.train", config)}
+    return {
+        name: (f"data.mixture.{name}.path", of_source(config, source)) for name, source in config.data.mixture.items()
+    }
+
+
+def given(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
+    """(key, part, configuration in which `data.PART` is the source) of everything that rows are read from."""
+    for key, own in of_training(config).values():
+        yield key, "train", own
+    for part in PARTS[1:]:
+        if getattr(config.data, part) is not None:
+            yield f"data.{part}", part, config
