@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import socket
 import subprocess
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +41,20 @@ def describe(hosts: list[str], data_fingerprint: str, model: dict[str, Any]) -> 
         "data_fingerprint": data_fingerprint,
         "model": model,
     }
+
+
+def launches(before: Path, step: int, ranks: int) -> list[dict[str, Any]]:
+    """The launches of a run, this one last: the step it went on from, when (UTC), and its ranks.
+
+    before: the `environment.json` of the launch before. A start at step 0 begins the list anew: nothing of an earlier
+    attempt is left in the run.
+    """
+    earlier: list[dict[str, Any]] = []
+    if step > 0:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = list(json.loads(before.read_text())["launches"])
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return [*earlier, {"step": step, "time": now, "ranks": ranks}]
 
 
 def host() -> str:

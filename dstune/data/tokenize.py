@@ -15,6 +15,7 @@ from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfi
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
+from dstune.data.rows import labels_of
 from dstune.errors import Problem, UserError
 
 Rows = list[dict[str, Any]]
@@ -33,6 +34,8 @@ class Sample:
     problem: str = ""
     length: int = 0
     """Tokens before truncation."""
+    segments: np.ndarray | None = None
+    """Which of two texts each token belongs to, for models that are told (token_type_ids)."""
 
 
 class RowTokenizer:
@@ -51,6 +54,10 @@ class RowTokenizer:
         self._task = task
         self._max_length = max_length
         self._label_ids = {label: index for index, label in enumerate(labels)}
+        self._classified_task = isinstance(task, ClassificationConfig)
+        self._multi_label = isinstance(task, ClassificationConfig) and task.multi_label
+        # For a single text every segment is 0, which is what a model takes where none is given.
+        self._with_segments = fmt is DataFormat.pair and "token_type_ids" in tokenizer.model_input_names
         self._train_on_prompt = isinstance(task, ChatConfig) and task.train_on_prompt
         self._control = ControlTokens(tokenizer)
         self.renderer: ChatRenderer | None = None
@@ -77,8 +84,11 @@ class RowTokenizer:
     def features(self) -> datasets.Features:
         """Types of the columns of `table_of`."""
         tokens = datasets.List(datasets.Value("int32"))
-        classified = isinstance(self._task, ClassificationConfig)
-        targets = {"label": datasets.Value("int64")} if classified else {"labels": tokens}
+        targets = {"labels": tokens}
+        if self._classified_task:
+            targets = {"label": tokens if self._multi_label else datasets.Value("int64")}
+        if self._with_segments:
+            targets["token_type_ids"] = tokens
         counted = {name: datasets.Value("int64") for name in ("weight", "number")}
         rest = {"truncated": datasets.Value("bool"), "length": datasets.Value("int64")}
         return datasets.Features(
@@ -106,15 +116,24 @@ class RowTokenizer:
         raise AssertionError(f"no tokenization for {self._task!r}")
 
     def table_of(self, samples: list[Sample], rows: Rows, numbers: list[int]) -> pa.Table:
-        """`samples` as columns: input_ids, labels or label, weight, number, truncated, length, problem."""
+        """`samples` as columns: input_ids, labels or label, weight, number, truncated, length, problem.
+
+        `label` is the index of the row's label, with `task.multi_label` a 1 or 0 for each label.
+        """
         columns: dict[str, pa.Array] = {"input_ids": _lists([sample.input_ids for sample in samples])}
-        if isinstance(self._task, ClassificationConfig):
-            by_number = {number: self._label_ids[row["label"]] for number, row in zip(numbers, rows, strict=True)}
-            columns["label"] = pa.array([by_number[sample.row] for sample in samples], pa.int64())
+        if self._classified_task:
+            row_of = dict(zip(numbers, rows, strict=True))
+            chosen = [[self._label_ids[name] for name in labels_of(row_of[sample.row])] for sample in samples]
+            if self._multi_label:
+                columns["label"] = _lists([np.isin(np.arange(len(self._label_ids)), indices) for indices in chosen])
+            else:
+                columns["label"] = pa.array([index for (index,) in chosen], pa.int64())
             weights = [1] * len(samples)
         else:
             columns["labels"] = _lists([sample.labels for sample in samples])
             weights = [int(np.count_nonzero(sample.labels != NO_TARGET)) for sample in samples]
+        if self._with_segments:
+            columns["token_type_ids"] = _lists([sample.segments for sample in samples if sample.segments is not None])
         columns["weight"] = pa.array(weights, pa.int64())
         columns["number"] = pa.array([sample.row for sample in samples], pa.int64())
         columns["truncated"] = pa.array([sample.truncated for sample in samples], pa.bool_())
@@ -203,6 +222,7 @@ class RowTokenizer:
                 piece = document[start : start + self._max_length]
                 sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), "")
                 sample.truncated = len(document) > self._max_length
+                sample.length = len(document)
                 samples.append(sample)
         return samples
 
@@ -211,17 +231,27 @@ class RowTokenizer:
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
     def _classified(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        """Texts, or pairs of texts, with the special tokens that the tokenizer puts around and between them."""
         texts = [row["text"] for row in rows]
-        kept = self._tokenizer(texts, truncation=True, max_length=self._max_length, verbose=False)["input_ids"]
+        pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
+        # Of a pair the longer text is cut first.
+        kept = self._tokenizer(texts, pairs, truncation=True, max_length=self._max_length, verbose=False)
         empty = np.empty(0, dtype=np.int32)
         samples = []
-        for number, text, ids in zip(numbers, texts, kept, strict=True):
+        for position, number in enumerate(numbers):
+            whole = [texts[position], *([pairs[position]] if pairs else [])]
+            ids = np.array(kept["input_ids"][position], dtype=np.int32)
+            segments = kept["token_type_ids"][position] if self._with_segments else None
             length = len(ids)
-            if self._control.first(text):
-                ids, length = self._control.sequence([text], self._max_length)
+            if self._control.first(whole):
+                ids, segments, length = self._control.sequence(whole, self._max_length)
+                ids = np.array(ids, dtype=np.int32)
             elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
-                length = len(self._tokenizer(text, verbose=False)["input_ids"])
-            samples.append(Sample(number, np.array(ids, dtype=np.int32), empty, length > len(ids), "", length))
+                length = len(self._tokenizer(*whole, verbose=False)["input_ids"])
+            sample = Sample(number, ids, empty, length > len(ids), "", length)
+            if self._with_segments:
+                sample.segments = np.array(segments, dtype=np.int32)
+            samples.append(sample)
         return samples
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dstune.data import statistics
 from dstune.data.ingest import BadRows, Table
 from dstune.data.tokenize import RowTokenizer
 
@@ -23,7 +24,7 @@ MIN_ROWS_PER_PROCESS = 500
 
 ROWS_PER_BATCH = 100
 
-KEPT_COLUMNS = ("input_ids", "labels", "label")
+KEPT_COLUMNS = ("input_ids", "labels", "label", "token_type_ids")
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Counts:
     shortest: int = 0
     """Tokens of the shortest row before it was cut."""
     longest: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Rows by their length before it was cut (`statistics.histogram`)."""
 
 
 def write_samples(
@@ -86,6 +89,7 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
     schema = pa.schema([column for column in written if column.name in KEPT_COLUMNS])
     # Rows may be many, so nothing here takes more than 14 bytes for each.
+    last_number = -1
     lengths, weights, sources = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16))
     with pa.OSFile(f"{target}.arrow", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
         for batch in mapped.data.table.to_batches() if len(mapped) else []:
@@ -99,14 +103,18 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
             cut = batch["truncated"].to_numpy(zero_copy_only=False) & ~faulty
             counts.bad_rows += int(faulty.sum())
             counts.dropped += int(empty.sum())
-            counts.truncated += len(np.unique(number[cut]))
+            # A document may be several samples, one behind the other; it counts once.
+            first = np.diff(number, prepend=last_number) != 0
+            last_number = number[-1] if len(number) else last_number
+            counts.truncated += int((cut & first).sum())
             kept = batch.select(schema.names).filter(pa.array(good))
             writer.write_batch(kept)
             lengths.append(pc.list_value_length(kept["input_ids"]).to_numpy().astype(np.int32))
             weights.append(weight[good])
             if table.sources is not None:
                 sources.append(table.sources[number[good]])
-            row_lengths = batch["length"].to_numpy()[~faulty]
+            row_lengths = batch["length"].to_numpy()[~faulty & first]
+            counts.lengths = statistics.merged([counts.lengths, statistics.histogram(row_lengths)])
             if len(row_lengths):
                 shortest = int(row_lengths.min())
                 counts.shortest = min(counts.shortest, shortest) if counts.longest else shortest

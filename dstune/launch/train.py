@@ -16,7 +16,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
-from dstune.launch.commands import NO_TELEMETRY, OFFLINE, number_of_ranks, this_machine
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> Command:
     return Command(run, hydra_flags(words), json=len(words) + (run is not None) < len(argv))
 
 
-def prepare(command: Command, console: Console, ranks: int | None = None) -> Prepared:
+def prepare(command: Command, console: Console) -> Prepared:
     """Compose, validate, choose the run directory, fetch what is needed, and write `run.yaml`.
 
     Raises:
@@ -87,8 +87,7 @@ def prepare(command: Command, console: Console, ranks: int | None = None) -> Pre
         console.message(f"dstune: warning: {warning}")
     composed = rundir.choose(composed, command.run, given=command.flags.overrides)
     config = preflight.resolve_run(composed.config, console.stage)
-    ranks = ranks or number_of_ranks(config, this_machine(os.environ))
-    prepared = rundir.prepare(Composed(config, composed.overrides), ranks)
+    prepared = rundir.prepare(Composed(config, composed.overrides))
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"
         console.stage(f"run {prepared.run_dir} {start}")
@@ -119,7 +118,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         if command is None:
             assert mistake is not None
             raise mistake
-        prepared = prepare(command, Console(), env.world_size)
+        prepared = prepare(command, Console())
         if prepared.nothing_to_do:
             raise _nothing_to_do(prepared)
         started.append(prepared)
@@ -142,7 +141,10 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
 
 
 def _conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
-    """The last words of the command: what was achieved, or how to go on."""
+    """The report, and the last words of the command: what was achieved, or how to go on."""
+    from dstune.report.command import leave_behind
+
+    leave_behind(run_dir, console.message)
     result = records.read_result(run_dir) or {}
     if command.json:
         print(json.dumps(result))

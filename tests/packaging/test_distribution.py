@@ -86,6 +86,7 @@ def test_the_wheel_has_every_module_and_every_yaml(wheel_names: set[str]) -> Non
     configuration = {f"dstune/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert configuration, "conf/ has YAML files"
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "dstune" / "chat_templates").glob("*.jinja")}
+    templates |= {str(path.relative_to(ROOT)) for path in (ROOT / "dstune" / "report" / "templates").iterdir()}
     assert templates, "the packaged chat templates"
     found = {name for name in wheel_names if ".dist-info/" not in name}
     assert found == modules | configuration | templates | {"dstune/conf/__init__.py", "dstune/py.typed"}

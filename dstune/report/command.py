@@ -1,0 +1,59 @@
+"""The verb `dstune report`, and the report that every run leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.report.page import REPORT_FILE, write
+from dstune.report.run_files import find_runs
+
+
+def main(argv: list[str]) -> int:
+    """`dstune report RUN [RUN...] [--output FILE] [--json]`. Raises UserError; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dstune report",
+        description="One self-contained HTML page about a run, a sweep, or several runs side by side.",
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="run directory, or a folder that holds runs (a sweep)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"where to write it (default {REPORT_FILE} in the directory of the run, or of the first folder given)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: report, runs")
+    arguments = parser.parse_args(argv)
+    runs = find_runs(arguments.runs)
+    target = arguments.output or _default_target(arguments.runs, runs)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(runs, target)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        raise UserError(Problem("--output", reason, "give a file in a folder of yours", str(target))) from None
+    if arguments.json:
+        print(json.dumps({"report": str(target), "runs": [str(run) for run in runs]}))
+    else:
+        print(target)
+    return EXIT_DONE
+
+
+def _default_target(given: list[Path], runs: list[Path]) -> Path:
+    """Several runs named one by one get a page where the command was given: it belongs to none of them."""
+    if len(given) > 1:
+        return Path(REPORT_FILE)
+    return (runs[0] if len(runs) == 1 else given[0]) / REPORT_FILE
+
+
+def leave_behind(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Write the report of a run that has ended. Whatever goes wrong here is told and costs the run nothing."""
+    try:
+        write([run_dir], run_dir / REPORT_FILE)
+    except Exception as error:
+        say(f"dstune: no {REPORT_FILE} was written: {type(error).__name__}: {error}")

@@ -1,0 +1,98 @@
+"""Which charts a report has, from the metrics that its runs logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dstune.report.charts import COLOURS, Chart, Line, Mark, draw
+from dstune.report.run_files import RunFiles
+from dstune.report.series import Series, smoothed, smoothing_span
+
+__all__ = ["COLOURS", "charts"]
+
+Curves = Mapping[str, Series]
+
+TITLES = {
+    "loss": "Training loss",
+    "eval/loss": "Held-out loss",
+    "eval/perplexity": "Held-out perplexity",
+    "eval/token_accuracy": "Held-out token accuracy",
+    "eval/accuracy": "Held-out accuracy",
+    "eval/f1_macro": "Held-out F1, macro average",
+    "eval/f1_micro": "Held-out F1, micro average",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+    "peak_memory_gib": "Peak memory, GiB a rank",
+}
+"""The charts in their order; other metrics follow under their own names."""
+
+NOT_DRAWN = frozenset({"epoch", "tokens", "step_seconds", "eval/seconds", "eval/targets", "eval/rows", "eval/tokens"})
+"""Counters that say where a run is, not how it goes. Seconds a step are the inverse of tokens per second."""
+
+FROM_ZERO = frozenset({"lr", "tokens_per_second", "peak_memory_gib"})
+SMOOTHED = frozenset({"loss", "grad_norm", "tokens_per_second"})
+
+
+def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[str]) -> list[Chart]:
+    """One chart a metric with one line a run. With one run, its held-out loss is drawn on its training loss, where the
+    distance of the two shows overfitting."""
+    names = dict.fromkeys(name for name in TITLES if any(name in own for own in curves))
+    names |= dict.fromkeys(name for own in curves for name in own if name not in NOT_DRAWN)
+    steps = [series.steps[end] for own in curves for name, series in own.items() if name in names for end in (0, -1)]
+    if not steps:
+        return []
+    span = (min(steps), max(steps))
+    window = smoothing_span(max(len(own["loss"].steps) if "loss" in own else 0 for own in curves))
+    marks = _marks(runs[0]) if len(runs) == 1 else []
+    if len(runs) == 1 and {"loss", "eval/loss"} <= set(names):
+        own = curves[0]
+        lines, note = _of_run(own["loss"], "training", 0, window)
+        lines.append(Line("held-out", own["eval/loss"], 1))
+        drawn = [draw("Loss", lines, span, metric="loss eval/loss", note=note, marks=marks, tall=True)]
+        del names["loss"], names["eval/loss"]
+    else:
+        drawn = []
+    for name in names:
+        lines = []
+        note = ""
+        for number, (own, label) in enumerate(zip(curves, labels, strict=True)):
+            if name in own:
+                added, note = _of_run(own[name], label, number, window if name in SMOOTHED else 0)
+                # Unsmoothed values of several runs would hide each other.
+                lines += added if len(runs) == 1 else added[-1:]
+        drawn.append(
+            draw(
+                TITLES.get(name, name),
+                lines,
+                span,
+                metric=name,
+                note=note if not drawn else "smoothed" * bool(note),
+                marks=marks,
+                from_zero=name in FROM_ZERO,
+                tall=not drawn,
+            )
+        )
+    return drawn
+
+
+def _of_run(series: Series, label: str, colour: int, window: int) -> tuple[list[Line], str]:
+    """The line of one run, smoothed over `window` steps with its values behind it (0: as it is), and what to say of it."""
+    if not window:
+        return [Line(label, series, colour)], ""
+    raw = Line(f"{label}, each step", series, colour, faint=True)
+    return [raw, Line(label, smoothed(series, window), colour)], f"smoothed over {window} steps"
+
+
+def _marks(run: RunFiles) -> list[Mark]:
+    marks = [
+        Mark(info.step, "checkpoint", f"checkpoint at step {info.step:,}" + (", the best one" if info.best else ""))
+        for info in run.checkpoints
+    ]
+    launches = run.environment.get("launches")
+    marks += [
+        Mark(launch["step"], "resume", f"resumed at step {launch['step']:,}, {launch.get('time', '')}")
+        for launch in (launches if isinstance(launches, list) else [])
+        if isinstance(launch, dict) and isinstance(launch.get("step"), int) and launch["step"] > 0
+    ]
+    return marks

@@ -1,0 +1,166 @@
+"""What happened to the rows, from `data_report.json`: counts, cleaning, lengths and sources of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstune.report.numbers import number, percent
+from dstune.report.run_files import RunFiles, section
+
+PARTS = ("train", "validation", "test")
+SHOWN_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One class of lengths."""
+
+    label: str
+    rows: str
+    share: float
+    """Height as a share of the highest bar."""
+    cut: bool
+    """Whether its rows are longer than `data.max_length`."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    bars: list[Bar]
+    shortest: str
+    longest: str
+    cuts: list[tuple[str, str, str, bool]] = field(default_factory=list)
+    """(max_length, rows longer, their share, whether it is the run's own)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of cleaning."""
+
+    name: str
+    removed: str
+    changed: str
+    flagged: str
+    examples: list[tuple[str, str]]
+    """(FILE:LINE, text)"""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    facts: list[tuple[str, str, str]]
+    """(label, number, remark)"""
+    histogram: Histogram | None
+    steps: list[Step]
+    sources: list[list[str]]
+    """Name, and the numbers under `source_columns`."""
+    source_columns: list[str]
+
+
+def parts(run: RunFiles) -> list[Part]:
+    """Every part that the data report of `run` describes."""
+    data = section(run.config, "data")
+    return [part(name, counts, data) for name in PARTS if (counts := section(run.data, name))]
+
+
+def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
+    """One part. counts: its entry of data_report.json. data: the section `data` of the configuration."""
+    max_length = data.get("max_length")
+    read, rows, samples = counts.get("rows_read"), counts.get("rows"), counts.get("samples")
+    tokens, targets = counts.get("tokens"), counts.get("targets")
+    facts: list[tuple[str, str, str]] = []
+
+    def add(label: str, value: Any, remark: str = "") -> None:
+        if isinstance(value, (int, float)):
+            facts.append((label, number(value), remark))
+
+    add("rows read", read)
+    if counts.get("bad_rows"):
+        add("bad rows left out", counts["bad_rows"], _of(counts["bad_rows"], read))
+    if removed := sum(entry.get("removed") or 0 for entry in _steps(counts).values()):
+        add("removed by cleaning", removed, _of(removed, read))
+    add("rows of this part", rows)
+    if counts.get("truncated"):
+        add("longer than max_length", counts["truncated"], _of(counts["truncated"], rows))
+    if counts.get("dropped"):
+        add("dropped, no target left", counts["dropped"], _of(counts["dropped"], rows))
+    add("samples", samples)
+    add("tokens", tokens)
+    if tokens and targets is not None:
+        add("targets", targets, f"{percent(targets / tokens)} of the tokens" if targets <= tokens else "")
+    if isinstance(counts.get("packing"), float) and data.get("packing"):
+        facts.append(("packing efficiency", percent(counts["packing"]), "positions that hold a token"))
+    return Part(
+        name=name,
+        facts=facts,
+        histogram=histogram(counts, max_length),
+        steps=[_step(label, entry, _examples(counts, label)) for label, entry in _steps(counts).items()],
+        sources=_sources(counts),
+        source_columns=_source_columns(counts),
+    )
+
+
+def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:
+    """The lengths of a part's rows before they are cut; None where they were not counted."""
+    from dstune.data import statistics
+
+    try:
+        counted = {int(bound): int(rows) for bound, rows in section(dict(counts), "lengths").items()}
+    except (TypeError, ValueError):
+        return None
+    if not counted:
+        return None
+    classes = statistics.classes(counted)
+    highest, total = max(counted.values()), sum(counted.values())
+    limit = max_length if isinstance(max_length, int) else None
+    bars = []
+    below = classes[0][0] - 1 if len(classes) == 1 else 0
+    for bound, rows in classes:
+        label = f"{below + 1:,} to {bound:,} tokens" if below + 1 < bound else f"{bound:,} tokens"
+        bars.append(Bar(label, f"{rows:,}", rows / highest, limit is not None and bound > limit))
+        below = bound
+    powers = [2**exponent for exponent in range(5, 41) if min(counted) < 2**exponent < 2 * max(counted)]
+    cuts = []
+    for length in sorted({*powers[-7:], *([limit] if limit else [])}):
+        longer = statistics.longer_than(counted, length)
+        if length == limit and isinstance(counts.get("truncated"), int):
+            longer = counts["truncated"]
+        cuts.append((f"{length:,}", f"{longer:,}", percent(longer / total), length == limit))
+    return Histogram(bars, number(counts.get("shortest")), number(counts.get("longest")), cuts)
+
+
+def _of(count: Any, total: Any) -> str:
+    return f"{percent(count / total)}" if total else ""
+
+
+def _steps(counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The steps of cleaning that did something."""
+    steps = section(dict(counts), "clean")
+    return {name: entry for name, entry in steps.items() if isinstance(entry, dict) and any(entry.values())}
+
+
+def _step(name: str, entry: Mapping[str, Any], examples: list[tuple[str, str]]) -> Step:
+    shown = [number(entry[key]) if entry.get(key) else "" for key in ("removed", "changed", "flagged")]
+    return Step(name.replace("_", " "), *shown, examples)
+
+
+def _examples(counts: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
+    found = section(dict(counts), "examples").get(name)
+    rows = found if isinstance(found, list) else []
+    shown = [row for row in rows if isinstance(row, dict)][:SHOWN_EXAMPLES]
+    return [(str(row.get("place", "")), str(row.get("text", ""))) for row in shown]
+
+
+def _source_columns(counts: Mapping[str, Any]) -> list[str]:
+    columns: dict[str, None] = {}
+    for entry in section(dict(counts), "sources").values():
+        if isinstance(entry, dict):
+            columns |= dict.fromkeys(key for key, value in entry.items() if isinstance(value, (int, float)))
+    return list(columns)
+
+
+def _sources(counts: Mapping[str, Any]) -> list[list[str]]:
+    columns = _source_columns(counts)
+    entries = {name: entry for name, entry in section(dict(counts), "sources").items() if isinstance(entry, dict)}
+    return [[str(name), *(number(entry.get(column)) for column in columns)] for name, entry in entries.items()]

@@ -1,0 +1,43 @@
+"""The templates as HTML: everything escaped, style and script inside the page, nothing from outside."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from dstune.report import numbers
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dstune.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = numbers.number
+    environment.filters["percent"] = numbers.percent
+    environment.filters["visible"] = visible
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """`template` of the folder `templates` with `values`, each escaped where it stands."""
+    return _environment().get_template(template).render(**values)
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as pictures (U+2400...), line feeds and tabs as they are: a browser drops some of
+    them and HTML forbids others."""
+    return (
+        "".join(
+            chr(0x2400 + ord(character)) if ord(character) < 32 and character not in "\n\t" else character
+            for character in text.replace("\r\n", "\n").replace("\x7f", "\u2421")
+        )
+        .encode("utf-8", "replace")
+        .decode("utf-8")
+    )

@@ -1,0 +1,168 @@
+"""The page: what of the runs is shown, in which order, and the HTML of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from dstune import __version__
+from dstune.redact import redact
+from dstune.report import configuration, curves, data_section, numbers, samples
+from dstune.report.html import render
+from dstune.report.results import Figure, Outcome, figures, outcome, outcomes_table
+from dstune.report.run_files import RunFiles, read, section
+from dstune.report.series import collect
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One run as the templates show it."""
+
+    label: str
+    colour: int
+    files: RunFiles
+    outcome: Outcome
+    summary: str
+    started: str
+    hardware: str
+    figures: list[Figure]
+    sections: list[configuration.Section]
+    data: list[data_section.Part]
+    confusion: dict[str, Any] | None
+    environment: list[tuple[str, str]]
+
+
+def write(runs: Sequence[Path], target: Path) -> None:
+    """Write the report of `runs` (directories of runs) to `target`, whole or not at all.
+
+    Raises:
+        UserError: a `run.yaml` that cannot be read.
+        OSError: `target` cannot be written.
+    """
+    html = redact(report([read(path) for path in runs]))
+    aside = target.with_name(f"{target.name}.incomplete")
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(target)
+
+
+def report(runs: Sequence[RunFiles]) -> str:
+    """The HTML of one run, or of several side by side."""
+    labels = _labels(runs)
+    curves_of = [collect(run.metrics) for run in runs]
+    shown = [_shown(run, label, number) for number, (run, label) in enumerate(zip(runs, labels, strict=True))]
+    charts = curves.charts(runs, curves_of, labels)
+    return render(
+        "report.html.j2",
+        title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
+        runs=shown,
+        one=shown[0] if len(runs) == 1 else None,
+        charts=charts,
+        results=outcomes_table([run.outcome for run in shown]),
+        differences=configuration.differences(runs) if len(runs) > 1 else [],
+        samples=samples.answered(runs, labels),
+        version=__version__,
+        made=_date(datetime.now(timezone.utc).timestamp()),
+    )
+
+
+def _shown(run: RunFiles, label: str, number: int) -> Shown:
+    metrics = collect(run.metrics)
+    return Shown(
+        label=label,
+        colour=number % curves.COLOURS,
+        files=run,
+        outcome=outcome(run, metrics),
+        summary=configuration.one_line(run),
+        started=_date(run.launch.get("started")),
+        hardware=_hardware(run),
+        figures=figures(run, metrics),
+        sections=configuration.sections(run),
+        data=data_section.parts(run),
+        confusion=_confusion(run),
+        environment=_environment(run),
+    )
+
+
+def _labels(runs: Sequence[RunFiles]) -> list[str]:
+    """A name for each run that no other has: `run.name`, else as much of the path as it takes."""
+    for names in ([run.name for run in runs], [run.path.name for run in runs]):
+        if len(set(names)) == len(runs):
+            return names
+    return [str(run.path) for run in runs]
+
+
+def _date(seconds: Any) -> str:
+    if not isinstance(seconds, (int, float)):
+        return ""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%-d %B %Y, %H:%M UTC")
+
+
+def _hardware(run: RunFiles) -> str:
+    devices = [str(device) for device in run.environment.get("devices") or []]
+    hosts = run.environment.get("hosts") or []
+    ranks = run.result.get("world_size") or run.launch.get("processes")
+    counted = [
+        f"{devices.count(name)} {numbers.TIMES} {name}" if devices.count(name) > 1 else name
+        for name in dict.fromkeys(devices)
+    ]
+    facts = [*counted]
+    if ranks:
+        facts.append(f"{ranks} rank{'s' * (ranks != 1)}")
+    if len(hosts) > 1:
+        facts.append(f"{len(hosts)} hosts")
+    return ", ".join(facts)
+
+
+def _confusion(run: RunFiles) -> dict[str, Any] | None:
+    """The confusion matrix of the last evaluation with the share of each true class; None where there is none."""
+    counts = run.result.get("confusion")
+    if not counts:
+        return None
+    labels = run.result.get("labels") or section(run.config, "task").get("labels") or []
+    if len(labels) != len(counts):
+        labels = [f"class {number}" for number in range(len(counts))]
+    rows = []
+    for label, row in zip(labels, counts, strict=True):
+        total = sum(row)
+        cells = [
+            {"count": numbers.number(count), "share": count / total if total else 0.0, "right": column == len(rows)}
+            for column, count in enumerate(row)
+        ]
+        recall = row[len(rows)] / total if total else None
+        rows.append({"label": label, "cells": cells, "recall": numbers.percent(recall)})
+    precision = []
+    for column in range(len(counts)):
+        predicted = sum(row[column] for row in counts)
+        precision.append(numbers.percent(counts[column][column] / predicted if predicted else None))
+    return {"labels": labels, "rows": rows, "precision": precision}
+
+
+def _environment(run: RunFiles) -> list[tuple[str, str]]:
+    facts = run.environment
+    model = section(facts, "model")
+    rows = [
+        ("Model", str(model.get("path") or "")),
+        ("Revision", str(model.get("revision") or "")),
+        ("Parameters", _parameters(model)),
+        ("Devices", ", ".join(str(device) for device in facts.get("devices") or [])),
+        ("Hosts", ", ".join(str(host) for host in facts.get("hosts") or [])),
+        ("Platform", str(facts.get("platform") or "")),
+        ("Python", str(facts.get("python") or "")),
+        *((name, str(version or "")) for name, version in section(facts, "packages").items()),
+        ("Git commit", str(facts.get("git_commit") or "")),
+        ("Data fingerprint", str(facts.get("data_fingerprint") or "")),
+        ("Run directory", str(run.path)),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _parameters(model: dict[str, Any]) -> str:
+    total, trained = model.get("parameters"), model.get("trained")
+    if not isinstance(total, int) or not isinstance(trained, int):
+        return ""
+    return f"{numbers.number(total)} ({numbers.number(trained)} trained)"

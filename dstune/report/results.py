@@ -1,0 +1,204 @@
+"""The figures of a run: what it reached, and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstune.report.numbers import MINUS, NONE, duration, number, short
+from dstune.report.run_files import RunFiles, section
+from dstune.report.series import Series
+from dstune.train.metrics import LOWER_IS_BETTER
+
+Curves = Mapping[str, Series]
+
+NAMES = {
+    "loss": "held-out loss",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "f1_macro": "F1 macro",
+    "f1_micro": "F1 micro",
+}
+COUNTS = ("targets", "rows", "tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number under the headline."""
+
+    label: str
+    value: str
+    detail: str = ""
+    good: bool | None = None
+    """Whether the change in `detail` is one for the better; None where it is neither."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's results as numbers, for the table of several runs."""
+
+    status: str
+    reason: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Last value of each held-out metric by its name; `training loss` where nothing was held out."""
+    best: float | None = None
+    best_metric: str = "loss"
+    steps: int = 0
+    tokens: float | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_gib: float | None = None
+
+
+def outcome(run: RunFiles, curves: Curves) -> Outcome:
+    evaluated = {
+        name.removeprefix("eval/"): series.last
+        for name, series in curves.items()
+        if name.startswith("eval/") and series.last is not None and name.removeprefix("eval/") not in COUNTS
+    }
+    training = curves.get("loss")
+    if not evaluated and training and training.last is not None:
+        evaluated = {"training loss": training.last}
+    metric = _chosen_metric(run, curves)
+    best = run.result.get("best")
+    value = best.get("value") if isinstance(best, dict) else _best(curves.get(f"eval/{metric}"), metric)
+    return Outcome(
+        status=run.status,
+        reason=run.reason,
+        metrics={name: last for name, last in evaluated.items() if last is not None},
+        best=value,
+        best_metric=str(best.get("metric", metric)) if isinstance(best, dict) else metric,
+        steps=_steps(run, curves),
+        tokens=run.result.get("tokens") or _last(curves, "tokens"),
+        seconds=run.result.get("seconds") or _seconds(curves),
+        tokens_per_second=run.result.get("tokens_per_second") or _mean_speed(curves),
+        peak_memory_gib=run.result.get("peak_memory_gib") or _last(curves, "peak_memory_gib"),
+    )
+
+
+def figures(run: RunFiles, curves: Curves) -> list[Figure]:
+    """The headline numbers of one run; what was never measured is left out."""
+    reached = outcome(run, curves)
+    metric = _chosen_metric(run, curves)
+    shown = []
+    for name in dict.fromkeys(["loss", metric, "accuracy"]):
+        series = curves.get(f"eval/{name}")
+        if series and series.last is not None:
+            shown.append(_change(NAMES.get(name, name), series, name in LOWER_IS_BETTER))
+    training = curves.get("loss")
+    if not shown and training and training.last is not None:
+        shown.append(_change("training loss", training, True))
+    if reached.best is not None:
+        best = section(run.result, "best")
+        at = f"at step {best['step']:,}" if isinstance(best.get("step"), int) else ""
+        shown.append(Figure(f"best {NAMES.get(reached.best_metric, reached.best_metric)}", number(reached.best), at))
+    test = section(run.result, "test")
+    for name, value in test.items():
+        if name in (metric, "loss", "accuracy") and isinstance(value, (int, float)):
+            shown.append(Figure(f"test {name}", number(value)))
+    planned = section(run.config, "trainer").get("max_steps")
+    of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != reached.steps else ""
+    epoch = _last(curves, "epoch")
+    shown.append(Figure("steps", f"{reached.steps:,}", of_planned or (f"{number(epoch, 3)} epochs" if epoch else "")))
+    if reached.tokens:
+        shown.append(Figure("tokens", short(reached.tokens)))
+    if reached.tokens_per_second:
+        shown.append(Figure("tokens/s", short(reached.tokens_per_second)))
+    if reached.peak_memory_gib:
+        shown.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
+    if reached.seconds:
+        shown.append(Figure("time", duration(reached.seconds)))
+    return shown
+
+
+def _change(label: str, series: Series, lower_is_better: bool) -> Figure:
+    first, last = series.first, series.last
+    assert first is not None and last is not None
+    if len(series.finite) < 2 or series.steps[-1] == series.steps[0]:
+        return Figure(label, number(last))
+    change = (last - first) / abs(first) if first else 0.0
+    sign = "+" if change > 0 else MINUS if change < 0 else "±"
+    good = None if abs(change) < 5e-4 else (change < 0) == lower_is_better
+    return Figure(label, number(last), f"from {number(first)}, {sign}{_rough(change)}", good)
+
+
+def _rough(change: float) -> str:
+    share = abs(100 * change)
+    return f"{share:.0f}\u2009%" if share >= 10 else f"{share:.1f}\u2009%"
+
+
+def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The results of all runs as columns, each cell with its text and whether it is the best of its column."""
+    names = dict.fromkeys(name for one in outcomes for name in one.metrics)
+    columns: list[tuple[str, list[float | None], bool | None, Any]] = [
+        (
+            NAMES.get(name, name),
+            [one.metrics.get(name) for one in outcomes],
+            name not in _higher_is_better(names),
+            number,
+        )
+        for name in names
+    ]
+    columns += [
+        ("steps", [one.steps for one in outcomes], None, number),
+        ("tokens", [one.tokens for one in outcomes], None, short),
+        ("tokens/s", [one.tokens_per_second for one in outcomes], False, short),
+        ("GiB a rank", [one.peak_memory_gib for one in outcomes], True, lambda value: number(value, 3)),
+        ("time", [one.seconds for one in outcomes], None, duration),
+    ]
+    table = []
+    for label, values, lower, shown in columns:
+        present = [value for value in values if value is not None]
+        if not present:
+            continue
+        best = None
+        if lower is not None and len(present) > 1 and min(present) != max(present):
+            best = min(present) if lower else max(present)
+        cells = [
+            {"text": shown(value) if value is not None else NONE, "best": best is not None and value == best}
+            for value in values
+        ]
+        table.append({"label": label, "cells": cells})
+    return table
+
+
+def _higher_is_better(names: Mapping[str, Any]) -> set[str]:
+    return {name for name in names if name not in LOWER_IS_BETTER and name != "training loss"}
+
+
+def _chosen_metric(run: RunFiles, curves: Curves) -> str:
+    metric = str(section(section(run.config, "trainer"), "early_stopping").get("metric") or "loss")
+    return metric if f"eval/{metric}" in curves else "loss"
+
+
+def _best(series: Series | None, metric: str) -> float | None:
+    if series is None or not series.finite:
+        return None
+    return min(series.finite) if metric in LOWER_IS_BETTER else max(series.finite)
+
+
+def _last(curves: Curves, name: str) -> float | None:
+    series = curves.get(name)
+    return series.last if series else None
+
+
+def _steps(run: RunFiles, curves: Curves) -> int:
+    if isinstance(run.result.get("steps"), int):
+        return int(run.result["steps"])
+    return max((curves[name].steps[-1] for name in ("loss", "lr") if name in curves), default=0)
+
+
+def _seconds(curves: Curves) -> float | None:
+    """Time of the logged steps and evaluations, for a run without a result."""
+    spent = [sum(curves[name].finite) for name in ("step_seconds", "eval/seconds") if name in curves]
+    return sum(spent) if spent else None
+
+
+def _mean_speed(curves: Curves) -> float | None:
+    """Tokens over seconds of the logged steps, for a run without a result."""
+    speed, seconds = curves.get("tokens_per_second"), curves.get("step_seconds")
+    if not speed or not seconds or len(speed.values) != len(seconds.values):
+        return None
+    pairs = [(a, b) for a, b in zip(speed.values, seconds.values, strict=True) if a is not None and b]
+    return sum(a * b for a, b in pairs) / sum(b for _, b in pairs) if pairs else None

@@ -1,0 +1,173 @@
+"""What the directory of a run holds, read so that a running, killed or half-written run is read as far as it goes."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from dstune.checkpoint import store
+from dstune.errors import Problem, UserError
+
+RUN_FILE = "run.yaml"
+SEARCHED_DEPTH = 3
+"""Folders below a sweep's in which runs are looked for: SWEEP/TRIAL, or NAME/DATE_TIME below `runs`, or one more."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run as plain values; absent or broken ones are empty."""
+
+    path: Path
+    config: Row
+    """The resolved configuration as `run.yaml` has it: references to the environment are not followed."""
+    overrides: list[str]
+    version: str
+    metrics: list[Row]
+    samples: list[Row]
+    result: Row
+    environment: Row
+    data: Row
+    launch: Row
+    checkpoints: list[store.CheckpointInfo]
+
+    @property
+    def name(self) -> str:
+        return str(section(self.config, "run").get("name") or self.path.name)
+
+    @property
+    def status(self) -> str:
+        """That of result.json; without one `running`, or `ended` (killed before it could write a result)."""
+        if self.result.get("status"):
+            return str(self.result["status"])
+        return "running" if _is_alive(self.launch) else "ended"
+
+    @property
+    def reason(self) -> str:
+        if self.status == "ended":
+            return "no result was written: the run was killed, or runs on another machine"
+        return str(self.result.get("reason") or "")
+
+
+def section(mapping: Row, name: str) -> Row:
+    """`mapping[name]` if it is a mapping, else an empty one."""
+    value = mapping.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run directories that `paths` name: each is one, or a folder that holds some (a sweep). Sorted, without doubles.
+
+    Raises:
+        UserError: every path that is neither.
+    """
+    found: dict[Path, Path] = {}
+    problems = []
+    for path in paths:
+        runs = [path] if (path / RUN_FILE).is_file() else _inside(path)
+        if not runs:
+            problems.append(_no_run(path))
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    if problems:
+        raise UserError(problems)
+    return list(found.values())
+
+
+def _inside(folder: Path) -> list[Path]:
+    depths = ("/".join("*" * depth) for depth in range(1, SEARCHED_DEPTH + 1))
+    return sorted(file.parent for pattern in depths for file in folder.glob(f"{pattern}/{RUN_FILE}"))
+
+
+def _no_run(path: Path) -> Problem:
+    if path.is_dir():
+        reason = "this folder holds no run (no run.yaml in it or below it)"
+    elif path.exists():
+        reason = "this is a file, not a run"
+    else:
+        reason = "there is no such folder"
+    places = [place for place in (path.parent, Path("runs")) if place.is_dir()]
+    runs = [run for place in places for run in _inside(place)]
+    if path.is_file() and (path.parent / RUN_FILE).is_file():
+        runs = [path.parent]
+    newest = max(runs, key=lambda run: (run / RUN_FILE).stat().st_mtime, default=None)
+    fix = f"dstune report {newest}" if newest else "give the directory of a run, for example runs/NAME/DATE_TIME"
+    return Problem("RUN", reason, fix, str(path))
+
+
+def read(path: Path) -> RunFiles:
+    """Everything the report needs of the run at `path`.
+
+    Raises:
+        UserError: its `run.yaml` cannot be read.
+    """
+    try:
+        stored = yaml.safe_load((path / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = f"cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(Problem(str(path / RUN_FILE), reason, "give another run")) from None
+    stored = stored if isinstance(stored, dict) else {}
+    return RunFiles(
+        path=path,
+        config=section(stored, "config"),
+        overrides=[str(text) for text in stored.get("overrides") or []],
+        version=str(stored.get("dstune_version") or ""),
+        metrics=_rows(path / "metrics.jsonl"),
+        samples=_rows(path / "samples.jsonl"),
+        result=_object(path / "result.json"),
+        environment=_object(path / "environment.json"),
+        data=_object(path / "data_report.json"),
+        launch=_object(path / "launch.json"),
+        checkpoints=_checkpoints(path),
+    )
+
+
+def _object(path: Path) -> Row:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(path: Path) -> list[Row]:
+    """Objects with a whole number as their step; a line that is just being written, or torn, is passed over."""
+    rows = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _checkpoints(path: Path) -> list[store.CheckpointInfo]:
+    try:
+        return [info for info in store.listing(path) if info.committed]
+    except (OSError, ValueError):  # a running launch prunes while this reads
+        return []
+
+
+def _is_alive(launch: Row) -> bool:
+    """Whether the process of launch.json lives on this machine (and is not a later one with the same number)."""
+    if launch.get("host") != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(launch["pid"])
+        return abs(process.create_time() - launch["started"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
