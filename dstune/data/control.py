@@ -26,6 +26,9 @@ _FIRST_STAND_IN = 0x100000
 _PREFIX_SPACES = "▁Ġ"
 """What stands for the space that some tokenizers put in front of a text by themselves."""
 
+_UNKNOWN = "\U0010fffd"
+"""A character that no vocabulary has."""
+
 _MADE_UP = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Yes"},
@@ -74,7 +77,8 @@ class ControlTokens:
         # A tokenizer that looks for a token in normalized text may find it in other letters.
         ignoring_case = any(token.normalized for token in tokens.values())
         self.pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)", re.I if ignoring_case else 0)
-        self._unknown = tokenizer.unk_token_id
+        # What the model writes for a character that it does not know is text as well.
+        self._unknown = self._ids.intersection(self._without_added_tokens(_UNKNOWN) if tokenizer.is_fast else [])
 
     def first(self, value: Any) -> str:
         """The first control token in the strings of `value` (a text, a row, messages), or nothing."""
@@ -108,7 +112,8 @@ class ControlTokens:
         kept_offsets: list[tuple[int, int]] = []
         for token, (start, end) in zip(ids, offsets, strict=True):
             after = bisect_left(own, start)
-            if token not in self._ids or token == self._unknown or (after < len(own) and own[after] < end):
+            written = token in self._ids and self.pattern.fullmatch(text[start:end].strip())
+            if not written or (after < len(own) and own[after] < end):
                 kept_ids.append(token)
                 kept_offsets.append((start, end))
                 continue
@@ -125,38 +130,34 @@ class ControlTokens:
             return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return self.encode(text)[0]
 
-    def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], int]:
+    def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], int]:
         """Tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most
-        `max_length` (the longer text first), and how many there were before."""
+        `max_length` (the longer text first); to which text each belongs (`token_type_ids`, zeros where the tokenizer
+        has none); and how many tokens there were before."""
         parts = [self.ids(text) for text in texts]
-        around = self._around(len(texts))
-        length = sum(map(len, [*parts, *around]))
+        example = self._tokenizer(*["a"] * len(texts))
+        types = example.get("token_type_ids", [0] * len(example["input_ids"]))
+        rest = list(zip(example["input_ids"], types, strict=True))
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        length = len(rest) + sum(len(part) - len(plain) for part in parts)
         for _ in range(length - max_length):
             max(parts, key=len)[-1:] = []
-        joined = list(around[0])
-        for part, behind in zip(parts, around[1:], strict=True):
-            joined += [*part, *behind]
-        return joined, length
-
-    def _around(self, count: int) -> list[list[int]]:
-        """Special tokens in front of, between and behind `count` texts."""
-        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        rest = list(self._tokenizer(*["a"] * count)["input_ids"])
-        around = []
-        for _ in range(count):
-            start = next(at for at in range(len(rest)) if rest[at : at + len(plain)] == plain)
-            around.append(rest[:start])
+        joined: list[tuple[int, int]] = []
+        for part in parts:
+            start = next(at for at in range(len(rest)) if [token for token, _ in rest[at : at + len(plain)]] == plain)
+            joined += [*rest[:start], *((token, rest[start][1]) for token in part)]
             rest = rest[start + len(plain) :]
-        return [*around, rest]
+        joined += rest
+        return [token for token, _ in joined], [kind for _, kind in joined], length
 
     def _as_text(self, text: str) -> list[int]:
         """Tokens of the characters of a control token."""
         for cut in range(len(text)):  # in one piece if possible
             ids = [*self._without_added_tokens(text[:cut]), *self._without_added_tokens(text[cut:])]
             # A model can have the whole string in its own vocabulary (`</s>` of SentencePiece).
-            if not (self._ids - {self._unknown}).intersection(ids):
+            if not (self._ids - self._unknown).intersection(ids):
                 return ids
-        return [] if self._unknown is None else [self._unknown]
+        return sorted(self._unknown)
 
     def _without_added_tokens(self, text: str) -> list[int]:
         """Tokens of `text` by the tokenizer's pipeline behind the search for added tokens."""

@@ -27,8 +27,8 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dstune.data.template_date import freeze_date
 from dstune.data.control import ControlTokens
+from dstune.data.template_date import freeze_date
 from dstune.errors import Problem, UserError
 
 Messages = list[dict[str, Any]]
