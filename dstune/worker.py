@@ -21,7 +21,9 @@ from dstune.checkpoint.shards import Shards
 from dstune.config.compose import read_run
 from dstune.config.convert import shown
 from dstune.config.schema import Export, RunConfig
+from dstune.data.blocks import Blocks
 from dstune.data.build import PreparedData, prepare
+from dstune.data.statistics import with_packing
 from dstune.dist import World
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError
 from dstune.models.heads import build_head
@@ -35,12 +37,12 @@ from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
 from dstune.train.evaluate import Evaluator, answer_prompts
-from dstune.train.feed import training_order
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
 from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, parameter_groups
 from dstune.train.state import TrainState
+from dstune.train.supply import supply_of
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
@@ -66,6 +68,9 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         torch.use_deterministic_algorithms(True)
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())
+    blocks = None
+    if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
+        blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)
     memory = PeakMemory()
     activity.info("loading %s", shown(config.model.path))
     with partitioned_loading(settings):
@@ -75,8 +80,6 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     groups = parameter_groups(module, config.optimizer.weight_decay)
     engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
-    order = training_order(config, data)
-    total_steps = steps_of(config, order.steps(config.trainer.epochs))
     fixed = {
         "world_size": world.size,
         "zero_stage": engine.stage,
@@ -85,6 +88,8 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         "samples": samples_digest(data),
     }
     state = resume(config, run_dir, engine, world, fixed)
+    supply = supply_of(config, data, blocks, state.cursor)
+    total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
     log = Tracker(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
     hooks = [
         Cadence(config, total_steps, can_evaluate=data.validation is not None),
@@ -98,7 +103,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         engine=engine,
         head=head,
         data=data,
-        order=order,
+        supply=supply,
         total_steps=total_steps,
         state=state,
         hooks=hooks,
@@ -119,11 +124,6 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         if log is not None:
             log.finish("failed")  # what it holds, before this process ends without further ado
         raise
-
-
-def steps_of(config: RunConfig, steps_in_epochs: int) -> int:
-    """The horizon in optimizer steps: `trainer.max_steps` where given, with as many passes as that takes."""
-    return config.trainer.max_steps or steps_in_epochs
 
 
 def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:
@@ -153,8 +153,15 @@ UNCHANGED = {
 
 
 def samples_digest(data: PreparedData) -> str:
-    """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code."""
-    return xxhash.xxh3_64_hexdigest(data.train.lengths.tobytes() + data.train.weights.tobytes())
+    """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code.
+
+    Of a stream it knows the first block and what the shards are."""
+    digest = xxhash.xxh3_64()
+    digest.update(data.train.lengths.tobytes())
+    digest.update(data.train.weights.tobytes())
+    if data.stream is not None:
+        digest.update(data.stream.identity.encode())
+    return digest.hexdigest()
 
 
 def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World, fixed: dict[str, Any]) -> TrainState:
@@ -224,8 +231,9 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
         "trained": trained,
     }
     facts = environment.describe(hosts, run.data.fingerprint, model)
+    facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
     (run_dir / "environment.json").write_text(redact(json.dumps(facts, indent=1)))
-    (run_dir / "data_report.json").write_text(redact(json.dumps(run.data.report, indent=1)))
+    (run_dir / "data_report.json").write_text(redact(json.dumps(data_report(config, run.data), indent=1)))
     run.log.message(
         f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
         f"ZeRO-{config.zero.stage} on {run.world.size} ranks, {run.engine.device.type} "
@@ -236,6 +244,14 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
         f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
     )
+
+
+def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What happened to the rows, and how well they pack."""
+    if not config.data.packing:
+        return data.report
+    parts = (data.train, data.validation, data.test)
+    return with_packing(data.report, {part.name: part.lengths for part in parts if part}, config.data.max_length)
 
 
 def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
@@ -264,6 +280,7 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
             result["export"] = str(export(run_dir, config))
         run.world.barrier()
         show_samples(run, tokenizer, before=False)
+    run.supply.close(for_good=not decision.wish & (Wish.FAIL | Wish.PREEMPT))
     state.seconds = run.seconds_before + time.time() - run.started
     status = "stopped" if decision.reason else "completed"
     status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
@@ -284,7 +301,11 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
             "checkpoint": checkpoint and str(checkpoint),
             "nonfinite_steps": state.nonfinite_steps,
             "overflow_steps": state.overflow_steps,
-            **({"confusion": state.extra["confusion"]} if "confusion" in state.extra else {}),
+            **(
+                {"confusion": state.extra["confusion"], "labels": list(run.data.labels)}
+                if "confusion" in state.extra
+                else {}
+            ),
         }
         write_result(run_dir, result)
         assert isinstance(run.log, Tracker)

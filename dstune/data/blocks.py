@@ -76,10 +76,10 @@ class Blocks:
         self._first = data
         self._leader = leader
         self._started = time.time()
-        self._job = Job(config, tokenizer, data.stream.held_out, self.root)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = _start(Job(config, tokenizer, data.stream.held_out, self.root)) if leader else None
         self._asked: set[str] = set()
         self._lock = threading.Lock()
+        self._interrupted = threading.Event()
 
     def get(self, number: int, begin: dict[str, Any] | None) -> Block:
         """Block `number`, which begins at `begin`; waits until it is prepared.
@@ -99,7 +99,8 @@ class Blocks:
             if self._process is not None and self._process.poll() is not None:
                 reason = f"the process that prepares the rows ended with {self._process.returncode}"
                 raise TrainingFailed(f"{reason}; its last lines are in this rank's log")
-            time.sleep(POLL_SECONDS)
+            if self._interrupted.wait(POLL_SECONDS):
+                raise InterruptedError(f"nobody waits for block {number} any more")
             waited += POLL_SECONDS
             if waited >= cache.POLL_SECONDS:
                 log.warning("waiting for block %d of the stream: rows are prepared slower than they train", number)
@@ -108,8 +109,8 @@ class Blocks:
         stream = meta["stream"]
         return _block(number, load_split(folder, "train"), begin, stream["end"], (stream["begun"], stream["passes"]))
 
-    def keep_from(self, block: Block) -> None:
-        """No rank needs blocks before `block` any more: remove them, and prepare the one behind it."""
+    def keep_from(self, block: Block, *, ahead: bool) -> None:
+        """No rank needs blocks before `block` any more: remove them, and with `ahead` prepare the one behind it."""
         if not self._leader:
             return
         kept = [] if block.begin is None else [self._name(block.number, block.begin)]
@@ -120,7 +121,12 @@ class Blocks:
             for path in self.root.glob("block-*"):
                 if path.name.split(".")[0] not in kept:
                     _remove(path)
-        self._ask(block.number + 1, block.end)
+        if ahead:
+            self._ask(block.number + 1, block.end)
+
+    def interrupt(self) -> None:
+        """Let a `get` that waits raise."""
+        self._interrupted.set()
 
     def close(self, *, remove: bool) -> None:
         """End the preparing process; with `remove` the blocks go too, else a resumed run finds them."""
@@ -140,8 +146,7 @@ class Blocks:
             self._asked.add(name)
             if (self.root / name).is_dir():
                 return
-            if self._process is None:
-                self._process = _start(self._job)
+            assert self._process is not None, "only the leader asks, and not after `close`"
             assert self._process.stdin is not None
             try:
                 pickle.dump((name, begin), self._process.stdin)

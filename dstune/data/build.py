@@ -251,7 +251,8 @@ class Builder:
             hashes = [rows.hashes for part, rows in chosen.items() if part != "train"]
             np.save(folder / HELD_OUT, np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])))
         begun, passes = stream.share(self._begin), stream.share(stream.position)
-        return {"begun": begun, "passes": passes, "end": stream.position.to_dict()}
+        end = stream.position.to_dict()
+        return {"identity": stream.identity(), "begun": begun, "passes": passes, "end": end}
 
     def _refuse_no_rows(self, read: dict[str, dict[str, Table]]) -> None:
         problems = [

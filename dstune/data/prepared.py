@@ -54,6 +54,8 @@ class StreamStart:
 
     held_out: Path
     """Hashes of the rows that no block may train on, sorted uint64 (.npy)."""
+    identity: str
+    """Changes with the shards of the stream."""
     begun: float
     passes: float
     """Passes over the stream before and after it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,22 +15,14 @@ from dstune.data.build import PreparedData
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
 from dstune.dist import World
+from dstune.train.supply import Supply, order_of
 
 T = TypeVar("T")
 
 
 def training_order(config: RunConfig, data: PreparedData) -> TrainingOrder:
     """The global order of the training rows: the same on every rank and for any number of them."""
-    return TrainingOrder(
-        data.train.lengths,
-        data.train.weights,
-        micro_batch_size=config.trainer.micro_batch_size,
-        global_batch_size=config.trainer.global_batch_size,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-        length_grouping=config.trainer.length_grouping,
-        seed=config.trainer.seed,
-    )
+    return order_of(config, data.train)
 
 
 @dataclass(frozen=True)
@@ -38,21 +30,23 @@ class Feed:
     """One window as this rank sees it."""
 
     window: Window
+    epoch: float
+    """Passes over the training rows that are done after it."""
     batches: tuple[tuple[MicroBatch, dict[str, torch.Tensor]], ...]
 
 
 def windows(
-    config: RunConfig, data: PreparedData, order: TrainingOrder, world: World, pad_token_id: int, steps: range
+    config: RunConfig, data: PreparedData, supply: Supply, world: World, pad_token_id: int, steps: range
 ) -> Iterator[Feed]:
     """The windows of `steps` in order, two windows ahead of their use."""
 
     def prepare(step: int) -> Feed:
-        window = order.window(*order.locate(step))
+        draw = supply.draw(step)
         pinned = torch.cuda.is_available()
         batches = []
-        for micro_batch in share(window.micro_batches, world.rank, world.size):
+        for micro_batch in share(draw.window.micro_batches, world.rank, world.size):
             batch = collate(
-                data.train,
+                draw.split,
                 micro_batch,
                 pad_token_id=pad_token_id,
                 packing=config.data.packing,
@@ -60,12 +54,19 @@ def windows(
             )
             batch.pop("index", None)
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
-        return Feed(window, tuple(batches))
+        return Feed(draw.window, draw.epoch, tuple(batches))
 
-    return ahead(prepare, steps, depth=2)
+    feeds = ahead(prepare, steps, depth=2)
+    try:
+        for step, feed in zip(steps, feeds, strict=True):
+            supply.begin(step)  # the ranks agree after every step, so all of them are done with the one before
+            yield feed
+    finally:
+        supply.interrupt()
+        feeds.close()
 
 
-def ahead(prepare: Callable[[int], T], steps: range, depth: int) -> Iterator[T]:
+def ahead(prepare: Callable[[int], T], steps: range, depth: int) -> Generator[T]:
     """`prepare(step)` for each step, computed in one background thread; its exceptions are raised at their step."""
     ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

@@ -11,7 +11,6 @@ import torch
 
 from dstune.config.schema import RunConfig
 from dstune.data.build import PreparedData
-from dstune.data.sampler import TrainingOrder
 from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.train.evaluate import Evaluation, Evaluator
@@ -20,6 +19,7 @@ from dstune.train.hooks import Decision, Hook, Wish, join
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.state import TrainState
+from dstune.train.supply import Supply
 from dstune.zero.engine import Engine, Update
 
 UNTIMED_STEPS = 2
@@ -43,7 +43,7 @@ class Training:
     engine: Engine
     head: Head
     data: PreparedData
-    order: TrainingOrder
+    supply: Supply
     total_steps: int
     state: TrainState
     hooks: list[Hook]
@@ -71,11 +71,12 @@ def fit(run: Training) -> Decision:
             return decision
     steps = range(state.step, run.total_steps)
     began = time.perf_counter()
-    for number, feed in enumerate(windows(run.config, run.data, run.order, run.world, run.pad_token_id, steps)):
+    for number, feed in enumerate(windows(run.config, run.data, run.supply, run.world, run.pad_token_id, steps)):
         update, loss_sum = train_step(run, feed)
         state.step += 1
         state.tokens += feed.window.tokens
         state.targets += feed.window.weight
+        state.cursor = run.supply.cursor(state.step)
         asked = join([hook.after_step(state, update) for hook in run.hooks])
         decision, loss_sum = agree(run, asked, loss_sum)
         seconds = time.perf_counter() - began
@@ -166,7 +167,7 @@ def report_step(run: Training, feed: Feed, update: Update, loss_sum: float, seco
         return
     state = run.state
     metrics: dict[str, float | int | str] = {
-        "epoch": feed.window.epoch + (feed.window.index + 1) / run.order.windows(feed.window.epoch),
+        "epoch": feed.epoch,
         "loss": loss_sum / feed.window.weight,
         "lr": run.config.optimizer.lr * schedule_factor(run.config.schedule, state.step - 1, run.total_steps),
         "grad_norm": update.grad_norm,

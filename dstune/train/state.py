@@ -1,7 +1,7 @@
 """Where a run is: everything that a checkpoint has to remember beside weights and optimizer states.
 
-Generators are not here: every micro-batch seeds them from (seed, step, index), so there is nothing to remember. Nor is the
-data cursor: it follows from the number of optimizer steps.
+Generators are not here: every micro-batch seeds them from (seed, step, index), so there is nothing to remember. Where the
+data is follows from the number of optimizer steps, except in a stream.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class TrainState:
     eval_initial: dict[str, float] | None = None
     eval_last: dict[str, float] | None = None
     eval_last_step: int = -1
+    cursor: dict[str, Any] | None = None
+    """Where the next step begins in a stream (`supply.Streamed`); None for data that is there as a whole."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What hooks remember, by their name."""
 
