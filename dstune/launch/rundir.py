@@ -127,13 +127,12 @@ def choose(
     return Composed(replace(config, run=replace(config.run, dir=str(path))), composed.overrides)
 
 
-def prepare(composed: Composed, ranks: int) -> Prepared:
-    """Create the chosen run directory, lock it and write its `run.yaml`. `ranks`: how many will be started.
+def prepare(composed: Composed) -> Prepared:
+    """Create the chosen run directory, lock it and write its `run.yaml`.
 
     Raises:
-        UserError: what is to be continued was saved by another number of ranks or at another ZeRO stage; another launch
-            uses the directory, it cannot be written, or what a branch name of `model.revision` stands for has changed
-            since the run began.
+        UserError: another launch uses the directory, it cannot be written, or what a branch name of `model.revision`
+            stands for has changed since the run began.
     """
     config = composed.config
     assert config.run.dir is not None, "choose() sets it"
@@ -158,28 +157,9 @@ def prepare(composed: Composed, ranks: int) -> Prepared:
         checkpoint = store.newest(path)
         if checkpoint is None and config.run.resume not in KEYWORDS:
             checkpoint = checkpoint_of(config.run.resume)
-        if checkpoint is not None:
-            _check_layout(checkpoint, ranks, config.zero.stage)
         write_run(run_file, composed)
         unless_it_runs.pop_all()
     return Prepared(config, path, lock, before, checkpoint)
-
-
-def _check_layout(checkpoint: Path, ranks: int, stage: int) -> None:
-    """Before anything of the run is touched; the ranks check this again with what else must not change."""
-    saved = store.read_state(checkpoint)
-    problems = [
-        Problem(
-            key,
-            f"{checkpoint.name} was written with {name} {saved[name]}",
-            f"continue with {saved[name]}, or start another run with run.dir",
-            str(now),
-        )
-        for name, key, now in (("world_size", "launch.processes", ranks), ("zero_stage", "zero.stage", stage))
-        if saved.get(name, now) != now
-    ]
-    if problems:
-        raise UserError(problems)
 
 
 def checkpoint_of(run: str) -> Path:

@@ -122,14 +122,16 @@ def test_a_changed_trajectory_is_refused_on_resume(workplace, undisturbed):
     assert done.returncode == 0
 
 
-def test_another_world_size_is_refused_with_its_reason(workplace, undisturbed):
-    refused = workplace.run("train", "undisturbed", f"trainer.max_steps={STEPS + 5}", "launch.processes=1")
-    assert refused.returncode == 2
-    assert "launch.processes" in refused.stderr
-    assert "world_size 2" in refused.stderr
-    # Nothing of the finished run was touched.
-    assert result(workplace.folder / "undisturbed")["status"] == "completed"
-    assert workplace.run("train", "undisturbed").returncode == 0
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(workplace, undisturbed):
+    """Its curve is that of tests/parity/test_elastic.py; here through the command line, to a longer run and its export."""
+    shutil.copytree(workplace.folder / "undisturbed", workplace.folder / "moved")
+    more = ["launch.processes=1", "zero.stage=1", f"trainer.max_steps={STEPS + 1}"]
+    moved = workplace.run("train", "moved", *more)
+    assert moved.returncode == 0, moved.stdout + moved.stderr
+    end = result(workplace.folder / "moved")
+    assert (end["status"], end["steps"], end["world_size"]) == ("completed", STEPS + 1, 1)
+    rows = [row for row in exact(workplace.folder / "moved") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 2))
 
 
 def test_changed_rows_are_refused_on_resume(workplace, undisturbed):

@@ -31,7 +31,7 @@ def composed(*, overrides=(), max_steps=10, lr=2e-5, **run):
 
 def begin(path, **arguments):
     """A run at `path` as a first launch leaves it."""
-    prepared = rundir.prepare(rundir.choose(composed(dir=str(path), **arguments)), 2)
+    prepared = rundir.prepare(rundir.choose(composed(dir=str(path), **arguments)))
     assert prepared.continues is None
     release(prepared)
     return path
@@ -67,12 +67,12 @@ def test_a_new_run_gets_a_directory_of_its_second(tmp_path, monkeypatch):
 def test_a_started_run_is_written_and_continued_from_its_newest_whole_checkpoint(tmp_path):
     run = begin(tmp_path / "run")
     assert read_run(run / "run.yaml").config.run.dir == str(run)
-    again = rundir.prepare(rundir.choose(composed(dir=str(run))), 2)
+    again = rundir.prepare(rundir.choose(composed(dir=str(run))))
     assert again.continues is None  # it had not saved
     release(again)
     first = save(run, 4)
     save(run, 8, torn=True)
-    longer = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=20)), 2)
+    longer = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=20)))
     assert (longer.continues, longer.nothing_to_do) == (first, False)
     assert read_run(run / "run.yaml").config.trainer.max_steps == 20
     release(longer)
@@ -95,10 +95,10 @@ def test_the_named_run_is_continued_whatever_its_first_start_said(tmp_path):
 
 def test_keys_that_change_the_trajectory_are_refused(tmp_path):
     run = begin(tmp_path / "run")
-    mended = rundir.prepare(rundir.choose(composed(dir=str(run), lr=2.0)), 2)  # it had saved nothing
+    mended = rundir.prepare(rundir.choose(composed(dir=str(run), lr=2.0)))  # it had saved nothing
     assert read_run(run / "run.yaml").config.optimizer.lr == 2.0
     release(mended)
-    release(rundir.prepare(rundir.choose(composed(dir=str(run))), 2))
+    release(rundir.prepare(rundir.choose(composed(dir=str(run)))))
     save(run, 4)
     with pytest.raises(UserError, match=r"optimizer.lr=0.1: the run began with 2e-05"):
         rundir.choose(composed(dir=str(run), lr=0.1))
@@ -113,7 +113,7 @@ def test_something_else_in_the_way_is_refused(tmp_path):
     with pytest.raises(UserError, match="this is a file"):
         rundir.choose(composed(dir=str(tmp_path / "photos" / "cat.jpg")))
     with pytest.raises(UserError, match=r"run.dir=.*cannot be created"):
-        rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "photos" / "cat.jpg" / "run"))), 2)
+        rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "photos" / "cat.jpg" / "run"))))
 
 
 def test_a_start_that_was_cut_short_is_no_obstacle(tmp_path):
@@ -132,16 +132,16 @@ def test_starting_from_another_run(tmp_path):
         rundir.choose(composed(resume=str(checkpoint), dir=str(tmp_path / "new")))
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"), lr=0.1))
-    fork = rundir.prepare(rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"))), 2)
+    fork = rundir.prepare(rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"))))
     assert fork.continues == checkpoint
     release(fork)
     # The same command, and `auto`, go on with the fork itself; until it has saved, from the other run.
     for resume in (str(other), "auto"):
-        again = rundir.prepare(rundir.choose(composed(resume=resume, dir=str(tmp_path / "new"))), 2)
+        again = rundir.prepare(rundir.choose(composed(resume=resume, dir=str(tmp_path / "new"))))
         assert again.continues == checkpoint
         release(again)
     own = save(tmp_path / "new", 6)
-    again = rundir.prepare(rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"))), 2)
+    again = rundir.prepare(rundir.choose(composed(resume=str(other), dir=str(tmp_path / "new"))))
     assert again.continues == own
     release(again)
     with pytest.raises(UserError, match="did not begin from there"):
@@ -155,24 +155,24 @@ def test_starting_from_another_run(tmp_path):
 def test_a_completed_run_has_nothing_more_to_do(tmp_path, status, max_steps, done):
     run = begin(tmp_path / "run")
     (run / "result.json").write_text(json.dumps({"status": status}))
-    prepared = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=max_steps)), 2)
+    prepared = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=max_steps)))
     assert prepared.nothing_to_do is done
     assert (prepared.lock is None) is done
     release(prepared)
 
 
 def test_a_directory_in_use_is_refused(tmp_path):
-    mine = rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run"))), 2)
+    mine = rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run"))))
     with pytest.raises(UserError, match="is running here"):
-        rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run"))), 2)
+        rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run"))))
     release(mine)
-    release(rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run"))), 2))
+    release(rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "run")))))
 
 
 def test_what_the_first_start_froze_is_kept(tmp_path):
     first = composed(dir=str(tmp_path / "run"))
     frozen = replace(first.config, model=replace(first.config.model, revision="a" * 40))
-    release(rundir.prepare(Composed(frozen, []), 2))
+    release(rundir.prepare(Composed(frozen, [])))
     save(tmp_path / "run", 4)
     assert rundir.choose(first).config.model.revision == "a" * 40
 
