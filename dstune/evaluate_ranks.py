@@ -70,7 +70,7 @@ def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> No
 
 
 def with_labels(config: RunConfig) -> RunConfig:
-    """A classifier's own labels in their order, whatever labels the rows have.
+    """A classifier's own labels in their order, whatever labels the rows have, and whether a row may have several.
 
     Raises UserError where the model has no trained classification head.
     """
@@ -82,7 +82,9 @@ def with_labels(config: RunConfig) -> RunConfig:
         raise UserError(Problem("MODEL", reason, "give a classifier, or train one", config.model.path))
     labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
     named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
-    return replace(config, task=replace(config.task, labels=labels)) if named else config
+    several = config.task.multi_label or architecture.problem_type == "multi_label_classification"
+    task = replace(config.task, multi_label=several)
+    return replace(config, task=replace(task, labels=labels) if named else task)
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ class HeadOutput:
     correct: torch.Tensor
     """Targets that the most probable prediction hits, scalar."""
     predictions: torch.Tensor | None = None
-    """Classification: the predicted class of each row, [batch]."""
+    """Classification: the predicted class of each row, [batch]; with several labels a row 0 and 1, [batch, labels]."""
 
 
 class Head(Protocol):
@@ -46,7 +46,7 @@ def build_head(task: TaskConfig, model: PreTrainedModel) -> Head:
         case ChatConfig() | CausalLmConfig():
             return CausalLmHead(model)
         case ClassificationConfig():
-            return classification_head
+            return multi_label_head if task.multi_label else classification_head
 
 
 class CausalLmHead:
@@ -99,5 +99,27 @@ def classification_head(forward: Forward, batch: Batch) -> HeadOutput:
         loss_sum=functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"),
         weight=(labels != IGNORED).sum(),
         correct=(predictions == labels).sum(),
+        predictions=predictions,
+    )
+
+
+def multi_label_head(forward: Forward, batch: Batch) -> HeadOutput:
+    """Binary cross entropy of every label, meaned over the labels of a row, so that a row counts as one target.
+
+    batch: input_ids, attention_mask [batch, sequence], labels [batch, labels] of 0 and 1. A label is predicted where
+    its probability is above 0.5, and a row is correct where all of its labels are.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+    labels = batch["labels"]
+    logits = forward(**inputs).logits.float()
+    counted = labels[:, 0] != IGNORED
+    # A filler's rows take part with the weight 0: leaving them out would leave its ranks without a graph.
+    wanted = labels.clamp(min=0).float()
+    losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+    predictions = (logits.detach() > 0).long()
+    return HeadOutput(
+        loss_sum=(losses * counted).sum(),
+        weight=counted.sum(),
+        correct=((predictions == labels).all(dim=1) & counted).sum(),
         predictions=predictions,
     )

@@ -17,8 +17,8 @@ from dstune.data.sampler import evaluation_batches, share
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
-from dstune.models.heads import IGNORED, Head
-from dstune.train.metrics import classification_metrics, language_model_metrics
+from dstune.models.heads import Head
+from dstune.train.metrics import classification_metrics, language_model_metrics, multi_label_metrics
 from dstune.zero.engine import Engine, full_count
 
 
@@ -46,6 +46,7 @@ class Evaluator:
         self._config, self._data, self._engine, self._head, self._world = config, data, engine, head, world
         self._pad_token_id = pad_token_id
         self._classes = len(data.labels) if isinstance(config.task, ClassificationConfig) else 0
+        self._multi_label = isinstance(config.task, ClassificationConfig) and config.task.multi_label
 
     def __call__(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         split = limited(split, self._config.evaluate.max_rows)
@@ -57,7 +58,7 @@ class Evaluator:
         )
         mine = share(batches, self._world.rank, self._world.size)
         loss_sum = weight = correct = 0.0
-        rows: list[tuple[int, int, int]] = []
+        rows: list[tuple[int, Any, Any]] = []
         self._engine.train(False)
         for number, micro_batch in enumerate(mine):
             batch = collate(
@@ -73,8 +74,7 @@ class Evaluator:
             weight += float(output.weight)
             correct += float(output.correct)
             if output.predictions is not None and not micro_batch.filler:
-                counted = batch["labels"] != IGNORED
-                columns = (batch["index"][counted], output.predictions.cpu()[counted], batch["labels"][counted])
+                columns = (batch["index"], output.predictions.cpu(), batch["labels"])
                 rows.extend(zip(*(column.tolist() for column in columns), strict=True))
             if progress:
                 progress(number + 1, len(mine))
@@ -84,6 +84,8 @@ class Evaluator:
             return Evaluation(language_model_metrics(loss_sum, weight, correct))
         everyone = sorted(row for part in self._world.gather(rows) for row in part)
         _, predictions, labels = zip(*everyone, strict=True)
+        if self._multi_label:
+            return Evaluation(multi_label_metrics(loss_sum, predictions, labels))
         metrics, confusion = classification_metrics(loss_sum, predictions, labels, self._classes)
         return Evaluation(metrics, confusion)
 

@@ -45,3 +45,21 @@ def classification_metrics(
         "targets": float(len(labels)),
     }
     return metrics, confusion_matrix(labels, predictions, labels=list(range(classes))).tolist()
+
+
+def multi_label_metrics(
+    loss_sum: float, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Metrics of scikit-learn for rows of 0 and 1, [rows][labels]; `accuracy` is the share of rows with all right."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    # For one label alone, scikit-learn takes 0 and 1 for two classes and means over both; it is the 1 that counts.
+    only: dict[str, Any] = {"labels": [1]} if len(labels[0]) == 1 else {}
+    true, found = ([row if len(row) > 1 else row[0] for row in rows] for rows in (labels, predictions))
+    return {
+        "loss": loss_sum / len(labels),
+        "accuracy": float(accuracy_score(true, found)),
+        "f1_macro": float(f1_score(true, found, average="macro", zero_division=0.0, **only)),
+        "f1_micro": float(f1_score(true, found, average="micro", zero_division=0.0, **only)),
+        "targets": float(len(labels)),
+    }
