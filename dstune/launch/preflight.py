@@ -19,10 +19,12 @@ from typing import Any
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import encoder_decoder_problem
-from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
-from dstune.data import sources
+from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
+from dstune.data import inputs, sources
 from dstune.errors import Problem, UserError
 from dstune.launch import hub
+from dstune.launch.commands import count_gpus
+from dstune.launch.first_rows import first_row_problems, hardware_problems
 from dstune.tracking.extras import missing
 
 Stage = Callable[[str], None]
@@ -40,7 +42,7 @@ TOKENIZER_FILES = (
 
 def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfig:
     """`config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and
-    downloaded, model folder and data files checked.
+    downloaded; model folder, the first rows of the data files and the hardware checked.
 
     stage: told what is being done where it may take long.
 
@@ -53,13 +55,14 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
         model = resolve_model(config.model, stage)
     except UserError as error:
         problems += error.problems
-    for key in ("train", "validation", "test"):
-        given = getattr(config.data, key)
-        if given is not None:
-            try:
-                check_data(f"data.{key}", given, stage)
-            except UserError as error:
-                problems += error.problems
+    for key, part, own in inputs.given(config):
+        try:
+            check_data(key, getattr(own.data, part), stage)
+            problems += [problem for problem in first_row_problems(own, part, key) if problem not in problems]
+        except UserError as error:
+            problems += error.problems
+    if config.trainer.precision is Precision.fp16:  # looking for GPUs starts a program
+        problems += hardware_problems(config, count_gpus(os.environ))
     template = config.model.chat_template
     if template is not None and not template_path(template).is_file():
         fix = f"give a Jinja file, or one of {', '.join(NAMES)}"

@@ -3,7 +3,7 @@
 import errno
 import json
 import re
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,10 +11,12 @@ import pytest
 from huggingface_hub import errors
 
 from dstune import samples
-from dstune.config.data_schema import DataConfig
-from dstune.config.schema import InitialWeights, ModelConfig
+from dstune.config.data_schema import DataConfig, OnBadRow, SourceConfig
+from dstune.config.schema import InitialWeights, ModelConfig, Precision, TrainerConfig
+from dstune.data import inputs
 from dstune.errors import Problem, UserError
 from dstune.launch import preflight
+from dstune.launch.first_rows import first_row_problems, hardware_problems
 from dstune.launch.preflight import looks_local, resolve_model, resolve_run
 from tests.support.configs import run_config
 
@@ -299,14 +301,15 @@ def test_every_problem_of_the_run_is_listed(tmp_path):
 
 
 def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
-    fetched = []
+    fetched, rows = [], tmp_path / "rows.jsonl"
+    written(rows, {"prompt": "a", "completion": "b"})
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(samples, "resolve", lambda uri, fetch=True: fetched.append(uri) or Path("x"))
+    monkeypatch.setattr(samples, "resolve", lambda uri, fetch=True: fetched.append(uri) or rows)
     told = []
     model, data = ModelConfig(path="sample://smollm2"), DataConfig(train="sample://chitchat")
     config = run_config(model=model, data=data)
     assert resolve_run(config, told.append) == config
-    assert fetched == ["sample://smollm2", "sample://chitchat"]
+    assert fetched == ["sample://smollm2", "sample://chitchat", "sample://chitchat"]  # the second time for its first row
     assert "fetching sample://smollm2 (93 MB)" in told
     with pytest.raises(UserError, match=r"model.path=sample://chitchat: this sample is no model"):
         resolve_run(run_config(model=ModelConfig(path="sample://chitchat"), data=data))
@@ -321,3 +324,63 @@ def test_a_sample_that_cannot_be_had_names_the_key(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "resolve", resolve)
     with pytest.raises(UserError, match=r"data.train=sample://ner: no connection"):
         preflight.check_data("data.train", "sample://ner", quiet)
+
+
+# ---- first rows and hardware ----
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def first_rows(config):
+    return [problem for key, part, own in inputs.given(config) for problem in first_row_problems(own, part, key)]
+
+
+def test_columns_that_do_not_fit_are_found_in_the_first_row(tmp_path):
+    strange = written(tmp_path / "a.jsonl", {"question": "w1", "reply": "w2"})
+    broken_later = written(tmp_path / "b.jsonl", {"prompt": "w1", "completion": "w2"}, {"prompt": "w1"})
+    config = run_config(data=DataConfig(train=strange, validation=broken_later))
+    [problem] = first_rows(config)
+    assert problem.where == f"{strange}:1"
+    assert "missing column" in problem.reason
+    mapped = DataConfig(train=strange, columns={"prompt": "question", "completion": "reply"})
+    assert first_rows(run_config(data=mapped)) == []
+    assert first_rows(run_config(data=DataConfig(train=broken_later))) == []  # that is for the ranks to list
+
+
+def test_a_bad_first_row_counts_unless_bad_rows_are_skipped(tmp_path):
+    rows = written(tmp_path / "a.jsonl", {"messages": [{"role": "robot", "content": "w1"}]})
+    [problem] = first_rows(run_config(data=DataConfig(train=rows)))
+    assert (problem.where, "robot" in problem.reason, "on_bad_row" in problem.fix) == (f"{rows}:1", True, True)
+    assert first_rows(run_config(data=DataConfig(train=rows, on_bad_row=OnBadRow.skip))) == []
+
+
+def test_an_unknown_role_of_columns_is_told_once(tmp_path):
+    rows = written(tmp_path / "a.jsonl", {"prompt": "w1", "completion": "w2"})
+    config = run_config(data=DataConfig(train=rows, validation=rows, columns={"prmpt": "prompt"}))
+    model = folder(tmp_path / "model", "model.safetensors", "tokenizer.json")
+    with pytest.raises(UserError) as caught:
+        resolve_run(replace(config, model=ModelConfig(path=str(model))))
+    assert [problem.where for problem in caught.value.problems] == ["data.columns.prmpt"]
+
+
+def test_sources_of_a_mixture_are_looked_at_in_their_own_formats(tmp_path):
+    rows = written(tmp_path / "a.jsonl", {"question": "w1", "reply": "w2"})
+    columns = {"prompt": "question", "completion": "reply"}
+    mixture = {"good": SourceConfig(path=rows, columns=columns), "bad": SourceConfig(path=rows)}
+    [problem] = first_rows(run_config(data=DataConfig(mixture=mixture)))
+    assert problem.where == f"{rows}:1"
+    gone = {"gone": SourceConfig(path=str(tmp_path / "gone.jsonl"))}
+    model = folder(tmp_path / "model", "model.safetensors", "tokenizer.json")
+    with pytest.raises(UserError, match=r"data\.mixture\.gone\.path"):
+        resolve_run(run_config(model=ModelConfig(path=str(model)), data=DataConfig(mixture=gone)))
+
+
+def test_fp16_needs_a_gpu():
+    half = run_config(trainer=TrainerConfig(precision=Precision.fp16))
+    [problem] = hardware_problems(half, gpus=0)
+    assert (problem.where, problem.value) == ("trainer.precision", "fp16")
+    assert not list(hardware_problems(half, gpus=1))
+    assert not list(hardware_problems(run_config(), gpus=0))

@@ -1,0 +1,71 @@
+"""What the first row of each data file and this machine's hardware can tell before any rank starts.
+
+A rank finds the same, but only after 10 s of imports, and in a run directory that was made for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dstune.config.data_schema import DataFormat, OnBadRow
+from dstune.config.schema import ChatConfig, ClassificationConfig, Precision, RunConfig
+from dstune.data import sources
+from dstune.data.rows import RowError, check_columns, normalise, recognise
+from dstune.errors import Problem, UserError
+
+WHOLE_FILE_BYTES = 1 << 26
+"""A JSON array is read as a whole, so one larger than this is left to the ranks."""
+
+
+def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
+    """What `gpus` devices cannot compute."""
+    if config.trainer.precision is Precision.fp16 and not gpus:
+        reason = "fp16 is trained on GPUs only, and there is none here: a CPU has no fp16 kernels for several layers"
+        yield Problem("trainer.precision", reason, "trainer.precision=fp32", "fp16")
+
+
+def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
+    """What is wrong with the first rows of the files of `data.train`, `data.validation` or `data.test` (`part`), whose
+    files are there. With `data.on_bad_row=skip` only columns that fit no format count.
+
+    key: what problems name as the source of the rows.
+    """
+    try:
+        check_columns(config.data.columns)
+        files = sources.of_part(config.data, part, key)
+    except UserError as error:
+        return error.problems
+    found: list[Problem] = []
+    format_of_part: DataFormat | None = None
+    for file in files:
+        if file.ending == ".json" and file.path.stat().st_size > WHOLE_FILE_BYTES:
+            continue
+        try:
+            row = next(iter(sources.read(file)), None)
+            if row is None or row.fields is None:  # no rows at all, or a broken one: the ranks list all of them
+                continue
+            format_of_part = format_of_part or recognise(
+                row.fields, config.data.columns, config.data.format, config.task, row.place
+            )
+            _check_row(config, row, format_of_part)
+        except UserError as error:
+            found += [problem for problem in error.problems if problem not in found]
+    return found
+
+
+def _check_row(config: RunConfig, row: sources.RawRow, format_of_part: DataFormat) -> None:
+    """Raises UserError where the row cannot be used and bad rows are not to be skipped."""
+    assert row.fields is not None
+    task = config.task
+    try:
+        normalise(
+            row.fields,
+            format_of_part,
+            config.data.columns,
+            needs_answer=not (isinstance(task, ChatConfig) and task.train_on_prompt),
+            multi_label=isinstance(task, ClassificationConfig) and task.multi_label,
+        )
+    except RowError as error:
+        if config.data.on_bad_row is OnBadRow.error:
+            fix = "mend the file, or set data.on_bad_row=skip to drop and count such rows"
+            raise UserError(Problem(row.place, str(error), fix)) from None
