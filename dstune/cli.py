@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": ("dstune.evaluate", "main", "metrics of a run, an export or a model on a split"),
     "generate": ("dstune.generate", "main", "text from a run, an export or a model"),
     "export": ("dstune.checkpoint.export", "main", "a checkpoint as a plain Hugging Face folder"),
+    "data": ("dstune.show.command", "main", "`data show`: rows as the model sees them, lengths, repetitions"),
     "report": ("dstune.report.command", "main", "one HTML page about a run, a sweep, or several runs side by side"),
     "status": ("dstune.launch.manage", "status", "where a run stands"),
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),

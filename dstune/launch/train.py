@@ -45,7 +45,7 @@ def train(argv: list[str]) -> int:
         return _as_rank(argv, env)
     command = parse(argv)
     if command.flags.shows:
-        return _show(command)
+        return show_configuration(command)
     console = Console(sys.stderr if command.json else sys.stdout)
     prepared = prepare(command, console)
     run_dir = prepared.run_dir
@@ -81,7 +81,7 @@ def prepare(command: Command, console: Console) -> Prepared:
     Raises:
         UserError: whatever keeps the run from starting; nothing is left behind then.
     """
-    composed = _compose(command)
+    composed = configuration(command)
     validate(composed.config)
     for warning in ignored_settings(composed.config, command.flags.overrides):
         console.message(f"dstune: warning: {warning}")
@@ -94,7 +94,8 @@ def prepare(command: Command, console: Console) -> Prepared:
     return prepared
 
 
-def _compose(command: Command) -> Composed:
+def configuration(command: Command) -> Composed:
+    """What the command asks for, not validated yet. Raises UserError."""
     if command.run is None:
         return compose(command.flags.overrides, command.flags.config_dirs)
     stored = read_run(command.run / rundir.RUN_FILE)
@@ -111,7 +112,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
     except UserError as error:  # raised below on rank 0, so that it is told once and every rank ends with 2
         mistake = error
     if command is not None and command.flags.shows:
-        return _show(command) if env.rank == 0 else EXIT_DONE
+        return show_configuration(command) if env.rank == 0 else EXIT_DONE
     started: list[Prepared] = []
 
     def prepare_run() -> tuple[RunConfig, Path]:
@@ -154,11 +155,11 @@ def _conclude(command: Command, run_dir: Path, code: int, console: Console) -> N
         console.message(f"dstune: continue with: dstune train {run_dir}")
 
 
-def _show(command: Command) -> int:
+def show_configuration(command: Command) -> int:
     """`--cfg`, `--help` and the like; with the PATH of a run, `--cfg` shows that run's configuration."""
     if command.run is None or not command.flags.cfg:
         return show(command.flags)
-    print(to_yaml(_compose(command).config), end="")
+    print(to_yaml(configuration(command).config), end="")
     return EXIT_DONE
 
 

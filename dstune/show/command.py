@@ -1,0 +1,120 @@
+"""From the command line to rows on the screen: composes as `dstune train` does, loads the tokenizer and no weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dstune.config.schema import InitialWeights, RunConfig
+from dstune.config.validate import validate
+from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.launch import preflight, train
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE
+from dstune.launch.console import Console
+
+if TYPE_CHECKING:
+    from dstune.show.facts import Shown
+
+SPLITS = ("train", "validation", "test")
+EPILOG = """\
+Everything else is taken as by `dstune train`: overrides, --config-dir, and the PATH of a run in the first place.
+
+examples:
+  dstune data show experiment=sentiment --rows 3
+  dstune data show task=causal_lm data.train=corpus.jsonl data.max_length=2048
+  dstune data show runs/NAME/DATE_TIME --split validation --html rows.html
+  dstune data show data.train=my.jsonl --row my.jsonl:17
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    rows: int
+    split: str
+    html: Path | None
+    row: str | None
+    json: bool
+
+
+def main(argv: list[str]) -> int:
+    """`dstune data show [RUN] [key=value ...] [flags]`. Raises UserError; returns the exit code."""
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print("usage: dstune data show [RUN] [key=value ...] [flags]\n\n`dstune data show --help` explains it.")
+        return EXIT_DONE
+    if argv[0] != "show":
+        raise UserError(Problem("data", "there is no such command", "dstune data show", argv[0]))
+    options, rest = _parse(argv[1:])
+    command = train.parse(rest)
+    if command.flags.shows:
+        return train.show_configuration(command)
+    config = train.configuration(command).config
+    validate(config)
+    config = located(config, Console(sys.stderr))
+    os.environ.update(NO_TELEMETRY | OFFLINE)
+    _print(_shown(config, options), options)
+    return EXIT_DONE
+
+
+def _parse(argv: list[str]) -> tuple[Options, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="dstune data show",
+        usage="dstune data show [RUN] [key=value ...] [flags]",
+        description="Rows as the model sees them, with the trained tokens marked, and what there is to know of all rows.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", type=int, default=4, metavar="N", help="rows to show, evenly spaced (default 4)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="which rows (default train)")
+    parser.add_argument("--row", metavar="FILE:LINE", help="show this row alone")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    known, rest = parser.parse_known_args(argv)
+    if known.rows < 0:
+        raise UserError(Problem("--rows", "must be at least 0", "--rows 4", str(known.rows)))
+    return Options(known.rows, known.split, known.html, known.row, known.json), rest
+
+
+def located(config: RunConfig, console: Console) -> RunConfig:
+    """`config` with its data and the files of its model in place, all but the weights.
+
+    Raises:
+        UserError: everything that is missing, listed together.
+    """
+    without_weights = replace(config, model=replace(config.model, weights=InitialWeights.random))
+    found = preflight.resolve_run(without_weights, console.stage)
+    return replace(found, model=replace(found.model, weights=config.model.weights))
+
+
+def _shown(config: RunConfig, options: Options) -> Shown:
+    from dstune.show.facts import show, show_row
+
+    if options.row is not None:
+        return show_row(config, options.row)
+    return show(config, options.split, options.rows)
+
+
+def _print(shown: Shown, options: Options) -> None:
+    if options.html is not None:
+        from dstune.show.page import page
+
+        try:
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            options.html.write_text(page(shown), encoding="utf-8")
+        except OSError as error:
+            fix = "give a file in a folder of yours"
+            reason = f"cannot be written: {error.strerror}"
+            raise UserError(Problem("--html", reason, fix, str(options.html))) from None
+    if options.json:
+        print(json.dumps(shown.to_json()))
+    elif options.html is not None:
+        print(options.html)
+    else:
+        from dstune.show.terminal import Style, text
+
+        print(text(shown, Style.of(sys.stdout, os.environ)))

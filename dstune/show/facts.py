@@ -1,0 +1,227 @@
+"""What `dstune data show` knows: some rows in pieces, and figures about all of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dstune.config.convert import shown
+from dstune.config.schema import RunConfig
+from dstune.data import sources
+from dstune.data.build import PreparedData, Split, prepare
+from dstune.data.collate import NO_TARGET
+from dstune.data.statistics import longer_than, with_packing
+from dstune.errors import Problem, UserError
+from dstune.models.load import load_tokenizer
+from dstune.paths import cache_root
+from dstune.rank_env import RankEnv
+from dstune.show.segments import Segment, segments
+
+ALONE = RankEnv(0, 1, 0, 1, "alone")
+COMPARED_SAMPLES = 1_000_000
+"""Samples looked at for repetitions; a hash of 8 bytes is kept of each."""
+SHOWN_REPETITIONS = 5
+SHOWN_CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample."""
+
+    number: int
+    """Its place in the split."""
+    tokens: int
+    targets: int
+    label: str | None
+    """What a classifier learns from it."""
+    source: str | None
+    """Its source in a mixture."""
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Something that several samples have in common."""
+
+    count: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    model: str
+    task: str
+    split: str
+    samples: int
+    rows: list[Row]
+    report: dict[str, Any]
+    """The split's entry of the data report; empty for a single row."""
+    data: dict[str, Any]
+    """Values of the section `data` that the figures are judged by: max_length, packing."""
+    duplicates: list[Repeated] = field(default_factory=list)
+    """Samples that occur more than once, the most frequent first."""
+    answers: list[Repeated] = field(default_factory=list)
+    """Trained texts that occur in more than one sample, where the sample as a whole does not."""
+
+    def to_json(self) -> dict[str, Any]:
+        counted = {int(bound): rows for bound, rows in (self.report.get("lengths") or {}).items()}
+        powers = [2**exponent for exponent in range(4, 41) if counted and 2**exponent < 2 * max(counted)]
+        return {**asdict(self), "longer_than": {str(length): longer_than(counted, length) for length in powers}}
+
+
+def show(config: RunConfig, split: str, count: int) -> Shown:
+    """`count` evenly spaced samples of `split`, and figures about all of them. The samples end up in the cache, where a
+    run of the same configuration finds them.
+
+    Raises:
+        UserError: whatever `prepare` refuses, or there is no such split.
+    """
+    tokenizer = load_tokenizer(config.model)
+    data = prepare(config, tokenizer, ALONE, cache_root())
+    part: Split | None = getattr(data, split)
+    if part is None:
+        fix = f"give data.{split}=FILE, or data.split.{split}=0.1 to hold rows out"
+        raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
+    report = data.report
+    if config.data.packing:
+        report = with_packing(report, {split: part.lengths}, config.data.max_length)
+    found = len(part.lengths)
+    chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)) if count else []
+    samples, answers = repetitions(part, tokenizer)
+    return Shown(
+        model=shown(config.model.path),
+        task=config.task.name,
+        split=split,
+        samples=found,
+        rows=[_row(config, data, part, tokenizer, int(number)) for number in chosen],
+        report=report[split],
+        data={"max_length": config.data.max_length, "packing": config.data.packing},
+        duplicates=samples,
+        answers=answers,
+    )
+
+
+def show_row(config: RunConfig, place: str) -> Shown:
+    """The samples that the row at `place` (FILE:LINE) alone gives.
+
+    Raises:
+        UserError: there is no such row, or it is refused; the message names `place`.
+    """
+    name, _, line = place.rpartition(":")
+    if not name or not line.isdigit():
+        raise UserError(Problem("--row", "expected FILE:LINE", "--row my.jsonl:17", place))
+    fields = _fields(sources.expand(name, "--row"), int(line), place)
+    tokenizer = load_tokenizer(config.model)
+    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+        file = Path(scratch) / "row.jsonl"
+        file.write_text(json.dumps(fields, default=str) + "\n", encoding="utf-8")
+        nothing_held_out = replace(config.data.split, validation=0.0, test=0.0)
+        alone = replace(
+            config.data,
+            train=str(file),
+            validation=None,
+            test=None,
+            mixture={},
+            streaming=False,
+            split=nothing_held_out,
+        )
+        config = replace(config, data=alone)
+        try:
+            data = prepare(config, tokenizer, ALONE, Path(scratch))
+        except UserError as error:
+            named = [replace(problem, where=problem.where.replace(f"{file}:1", place)) for problem in error.problems]
+            raise UserError(named) from None
+        rows = [_row(config, data, data.train, tokenizer, number) for number in range(len(data.train.lengths))]
+    values = {"max_length": config.data.max_length, "packing": config.data.packing}
+    return Shown(shown(config.model.path), config.task.name, place, len(rows), rows, {}, values)
+
+
+def _fields(files: list[Any], line: int, place: str) -> dict[str, Any]:
+    for raw in (raw for file in files for raw in sources.read(file)):
+        if raw.line == line:
+            if raw.fields is None:
+                raise UserError(Problem(place, raw.error, "mend the row"))
+            return raw.fields
+    raise UserError(Problem("--row", "no row starts at this line", "give the first line of a row", place))
+
+
+def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, number: int) -> Row:
+    sample = part.sample(number)
+    source = None
+    if part.sources is not None:
+        source = list(config.data.mixture)[int(part.sources[number])]
+    return Row(
+        number=number,
+        tokens=int(part.lengths[number]),
+        targets=int(part.weights[number]),
+        label=_label(sample["label"], data.labels) if "label" in sample else None,
+        source=source,
+        segments=segments(tokenizer, sample["input_ids"], sample.get("labels")),
+    )
+
+
+def _label(value: Any, labels: tuple[str, ...]) -> str:
+    if np.ndim(value):  # several labels: 0 or 1 for each
+        return ", ".join(label for label, set_ in zip(labels, value, strict=True) if set_) or "(none)"
+    return labels[int(value)]
+
+
+# ---- what occurs more than once ----
+
+
+def repetitions(part: Split, tokenizer: Any) -> tuple[list[Repeated], list[Repeated]]:
+    """The samples, and the trained texts of different samples, that occur most often, among the first
+    COMPARED_SAMPLES. Compared by hash, so texts are decoded for the few that are shown only."""
+    whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
+    trained = np.zeros(len(whole), np.uint64)
+    for number, (ids, labels) in enumerate(_arrays(part, len(whole))):
+        whole[number] = xxhash.xxh3_64_intdigest(ids.tobytes())
+        if labels is not None:
+            trained[number] = xxhash.xxh3_64_intdigest(labels[labels != NO_TARGET].tobytes())
+    samples = [Repeated(count, _decoded(tokenizer, part, first)) for first, count in _frequent(whole)]
+    if not trained.any():
+        return samples, []
+    # Copies of one sample share their answer too; that was said already.
+    _, once = np.unique(whole, return_index=True)
+    once.sort()
+    answers = [
+        Repeated(count, _decoded(tokenizer, part, int(once[first]), trained=True))
+        for first, count in _frequent(trained[once])
+    ]
+    return samples, answers
+
+
+def _arrays(part: Split, count: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Token ids and labels of the first `count` samples; a batch of them in memory at a time."""
+    columns = [name for name in ("input_ids", "labels") if name in part.table.column_names]
+    table = part.table.select(range(count)).select_columns(columns).with_format("arrow")
+    for batch in table.iter(batch_size=1000):
+        lists = [batch[name].combine_chunks() for name in columns]
+        offsets = lists[0].offsets.to_numpy()
+        values = [column.values.to_numpy() for column in lists]
+        for start, end in pairwise(offsets):
+            yield values[0][start:end], values[1][start:end] if len(values) > 1 else None
+
+
+def _frequent(hashes: np.ndarray) -> list[tuple[int, int]]:
+    """(first place, number of times) of the hashes that occur more than once, the most frequent first."""
+    _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+    order = np.lexsort((first, -counts))[:SHOWN_REPETITIONS]
+    return [(int(first[at]), int(counts[at])) for at in order if counts[at] > 1]
+
+
+def _decoded(tokenizer: Any, part: Split, number: int, *, trained: bool = False) -> str:
+    sample = part.sample(number)
+    ids = sample["input_ids"]
+    if trained:
+        ids = ids[sample["labels"] != NO_TARGET]
+    text = " ".join(tokenizer.decode(ids[:SHOWN_CHARACTERS], skip_special_tokens=True).split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."

@@ -1,0 +1,25 @@
+"""Rows and figures as a page that shares the look of the report."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from dstune import __version__
+from dstune.redact import redact
+from dstune.report.data_section import part
+from dstune.report.html import render
+from dstune.show.facts import Shown
+
+
+def page(shown: Shown) -> str:
+    """The HTML of what is shown, everything escaped, nothing from outside."""
+    described = part(shown.split, shown.report, shown.data) if shown.report else None
+    html = render(
+        "show.html.j2",
+        title=f"{shown.split} rows",
+        shown=shown,
+        parts=[described] if described else [],
+        version=__version__,
+        made=datetime.now(timezone.utc).strftime("%-d %B %Y, %H:%M UTC"),
+    )
+    return redact(html)

@@ -1,0 +1,165 @@
+"""Rows and figures as lines of text, with colours where a terminal shows them and brackets elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+from dstune.data.statistics import longer_than
+from dstune.report.data_section import Part, part
+from dstune.report.numbers import percent
+from dstune.show.facts import Repeated, Row, Shown
+
+BAR_CELLS = 40
+SHOWN_CHARACTERS = 1200
+"""Longer pieces lose their middle; the page (--html) and --json have all of it."""
+
+RESET = "\x1b[0m"
+TRAINED, SPECIAL, QUIET, STRONG = "\x1b[32m", "\x1b[35m", "\x1b[2m", "\x1b[1m"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the text is marked up."""
+
+    colours: bool
+    blocks: bool
+    """Whether the output's encoding has block characters."""
+
+    @classmethod
+    def of(cls, stream: TextIO, environ: Mapping[str, str]) -> Style:
+        """Colours on a terminal unless NO_COLOR is set (no-color.org) or TERM is dumb."""
+        plain = bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
+        return cls(stream.isatty() and not plain, "utf" in (stream.encoding or "").lower())
+
+    def paint(self, text: str, *codes: str) -> str:
+        return f"{''.join(codes)}{text}{RESET}" if self.colours and text else text
+
+    def cell(self) -> str:
+        return "\u2588" if self.blocks else "#"
+
+
+def text(shown: Shown, style: Style) -> str:
+    """Everything that there is to see, as one text."""
+    key = style.paint("trained", TRAINED) if style.colours else "[[trained]]"
+    lines = [style.paint(f"{shown.split}: {shown.samples:,} samples", STRONG) + f", task={shown.task}, {shown.model}"]
+    if any(segment.trained for row in shown.rows for segment in row.segments):
+        lines.append(f"tokens that count in the loss are {key}")
+    for row in shown.rows:
+        lines += ["", _heading(row, shown, style), _row(row, style)]
+    if shown.report:
+        described = part(shown.split, shown.report, shown.data)
+        lines += ["", style.paint("rows", STRONG), *_facts(described)]
+        lines += _lengths(shown, style)
+        lines += _cleaning(described, style) + _sources(described, style)
+        lines += _repeated("samples that occur more than once", shown.duplicates, style)
+        lines += _repeated("trained texts that occur in several samples", shown.answers, style)
+    return "\n".join(lines)
+
+
+def _heading(row: Row, shown: Shown, style: Style) -> str:
+    full = " (max_length)" if row.tokens == shown.data["max_length"] else ""
+    facts = [f"sample {row.number:,} of {shown.samples:,}", f"{row.tokens:,} tokens{full}"]
+    if row.label is None:
+        facts.append(f"{row.targets:,} trained")
+    else:
+        facts.append(f"label {visible(row.label)}")
+    if row.source is not None:
+        facts.append(f"from {visible(row.source)}")
+    return style.paint(f"--- {', '.join(facts)} ---", QUIET)
+
+
+def _row(row: Row, style: Style) -> str:
+    pieces = []
+    inside = False
+    for segment in row.segments:
+        piece = _shortened(visible(segment.text))
+        if style.colours:
+            codes = [TRAINED] if segment.trained else []
+            if segment.special:
+                codes = [*codes, STRONG] if segment.trained else [SPECIAL]
+            pieces.append("\n".join(style.paint(line, *codes) for line in piece.split("\n")))
+            continue
+        if segment.trained != inside:
+            pieces.append("[[" if segment.trained else "]]")
+            inside = segment.trained
+        pieces.append(piece)
+    return ("".join(pieces) + ("]]" if inside else "")).rstrip("\n")
+
+
+def visible(value: str) -> str:
+    """`value` without characters that a terminal would obey: controls as \\x1b, line feeds and tabs as they are."""
+    return "".join(
+        character if character in "\n\t" or character.isprintable() else character.encode("unicode_escape").decode()
+        for character in value
+    )
+
+
+def _shortened(value: str) -> str:
+    if len(value) <= SHOWN_CHARACTERS:
+        return value
+    half = SHOWN_CHARACTERS // 2
+    return f"{value[:half]} [... {len(value) - 2 * half:,} characters ...] {value[-half:]}"
+
+
+def _facts(described: Part) -> list[str]:
+    width = max(len(label) for label, _, _ in described.facts)
+    numbers = max(len(number) for _, number, _ in described.facts)
+    return [
+        f"  {label:<{width}}  {number:>{numbers}}  {remark}".rstrip().replace("\u2009", " ")
+        for label, number, remark in described.facts
+    ]
+
+
+def _lengths(shown: Shown, style: Style) -> list[str]:
+    """A bar for each power of two, and how many rows other lengths would cut."""
+    counted = {int(bound): int(rows) for bound, rows in (shown.report.get("lengths") or {}).items()}
+    if not counted:
+        return []
+    edges = [2**exponent for exponent in range(41)]
+    octaves = [(edge // 2 + 1, edge, longer_than(counted, edge // 2) - longer_than(counted, edge)) for edge in edges]
+    first = next(index for index, (_, _, rows) in enumerate(octaves) if rows)
+    octaves = [octave for octave in octaves[first:] if octave[0] <= max(counted)]
+    highest, total = max(rows for _, _, rows in octaves), sum(counted.values())
+    limit = shown.data["max_length"]
+    width = len(f"{octaves[-1][1]:,}")
+    lines = ["", style.paint("lengths in tokens", STRONG) + f" (data.max_length={limit})"]
+    for low, high, rows in octaves:
+        bar = style.cell() * max(round(BAR_CELLS * rows / highest), int(rows > 0))
+        longer = longer_than(counted, high)
+        cut = f"  max_length={high} cuts {longer:,} ({percent(longer / total)})" if longer else ""
+        count = f"{bar:<{BAR_CELLS}} {rows:>9,}"
+        lines.append(f"  {low:>{width},} to {high:>{width},}  {count}{cut}".replace("\u2009", " ").rstrip())
+    return lines
+
+
+def _cleaning(described: Part, style: Style) -> list[str]:
+    if not described.steps:
+        return []
+    lines = ["", style.paint("cleaning", STRONG)]
+    for step in described.steps:
+        counts = (("removed", step.removed), ("changed", step.changed), ("flagged", step.flagged))
+        lines.append(f"  {step.name}: {', '.join(f'{count} {name}' for name, count in counts if count)}")
+        lines += [f"    {visible(place)}  {visible(' '.join(example.split()))}" for place, example in step.examples]
+    return lines
+
+
+def _sources(described: Part, style: Style) -> list[str]:
+    if not described.sources:
+        return []
+    cells = [["source", *(name.replace("_", " ") for name in described.source_columns)], *described.sources]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["", style.paint("sources", STRONG)]
+    for name, *numbers in cells:
+        shown = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        lines.append(f"  {visible(name):<{widths[0]}}  {shown}")
+    return lines
+
+
+def _repeated(title: str, found: list[Repeated], style: Style) -> list[str]:
+    if not found:
+        return []
+    width = len(f"{found[0].count:,}")
+    rows = [f"  {repeated.count:>{width},} x  {visible(repeated.text)}" for repeated in found]
+    return ["", style.paint(title, STRONG), *rows]
