@@ -21,6 +21,8 @@ import xxhash
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
 from dstune.data import cache, mixture, sources
+from dstune.data.clean.extras import versions
+from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.inputs import PARTS, of_training
 from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
@@ -136,7 +138,8 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             data.on_bad_row,
         ],
         "prompts": _prompt_count(config),
-        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(Path(__file__).parent.glob("*.py"))],
+        "clean": [asdict(data.clean), versions(data.clean)],
+        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(Path(__file__).parent.rglob("*.py"))],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     text = json.dumps(
@@ -196,8 +199,13 @@ class Builder:
         bad.raise_if_any()
         if self._held_out is None:
             self._refuse_no_rows(read)
-        tables = {part: self._joined(part, named, work) for part, named in read.items()}
+        cleaning = Cleaning(config, self._tokenizer, work)
+        with _no_progress_bars():
+            tables = {part: cleaning.rows(part, self._joined(part, named, work)) for part, named in read.items()}
+        if self._held_out is None:
+            cleaning.refuse_nothing_left(tables)
         chosen = self._choose(tables)
+        _leave_out_leaks(chosen, cleaning)
         labels = _labels(chosen, config, bad)
         bad.raise_if_any()
         if config.data.max_rows is not None:
@@ -213,6 +221,8 @@ class Builder:
                     rows.table, rows.indices, encode, folder, part, bad, work=work, workers=config.data.workers
                 )
                 report[part] = _report(rows, counts, read.get(part, read["train"]))
+                if part in cleaning.reports:
+                    report[part] |= cleaning.reports[part].to_dict()
         bad.raise_if_any()
         if self._held_out is None:
             for part, counted in report.items():
@@ -241,7 +251,10 @@ class Builder:
         if self._held_out is None:
             return _choose(tables, self._config)
         train = tables["train"]
-        return {"train": _Rows(train, np.flatnonzero(~np.isin(train.hashes, self._held_out)))}
+        known = np.isin(train.hashes, self._held_out)
+        if self._config.data.clean.leaks:
+            known |= np.isin(train.text_keys, self._held_out)
+        return {"train": _Rows(train, train.rows[~known[train.rows]])}
 
     def _finish_block(self, folder: Path, chosen: dict[str, _Rows]) -> dict[str, Any]:
         """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
@@ -249,6 +262,8 @@ class Builder:
         assert stream is not None
         if self._held_out is None:
             hashes = [rows.hashes for part, rows in chosen.items() if part != "train"]
+            if self._config.data.clean.leaks:
+                hashes += [rows.text_keys for part, rows in chosen.items() if part != "train"]
             np.save(folder / HELD_OUT, np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])))
         begun, passes = stream.share(self._begin), stream.share(stream.position)
         end = stream.position.to_dict()
@@ -282,30 +297,45 @@ class _Rows:
     def hashes(self) -> np.ndarray:
         return self.table.hashes[self.indices]
 
+    @property
+    def text_keys(self) -> np.ndarray:
+        assert self.table.text_keys is not None
+        return self.table.text_keys[self.indices]
+
     def keep(self, positions: np.ndarray, bad_rows: int = 0) -> _Rows:
         return _Rows(self.table, self.indices[positions], self.bad_rows + bad_rows)
 
 
 def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
     """Which rows make up each part: those of its own file, or those held out from the training file."""
-    train, split = tables["train"], config.data.split
+    train, split = _Rows(tables["train"], tables["train"].rows), config.data.split
     parts = assign(
         train.hashes,
         # A row with several labels cannot be a share of each of them.
-        None if _is_multi_label(config) else train.labels,
+        None if train.table.labels is None or _is_multi_label(config) else train.table.labels[train.indices],
         validation=0.0 if "validation" in tables else split.validation,
         test=0.0 if "test" in tables else split.test,
     )
-    chosen = {"train": _Rows(train, np.flatnonzero(parts == TRAIN))}
+    chosen = {"train": train.keep(np.flatnonzero(parts == TRAIN))}
     for part, number in (("validation", VALIDATION), ("test", TEST)):
         if part in tables:
-            rows = _Rows(tables[part], np.arange(len(tables[part].hashes)))
+            rows = _Rows(tables[part], tables[part].rows)
         else:
-            rows = _Rows(train, np.flatnonzero(parts == number))
+            rows = train.keep(np.flatnonzero(parts == number))
         if len(rows.indices):
             # By hash, so that the first N rows are a fair sample and not, say, all of the first label.
             chosen[part] = rows.keep(np.argsort(rows.hashes, kind="stable"))
     return chosen
+
+
+def _leave_out_leaks(chosen: dict[str, _Rows], cleaning: Cleaning) -> None:
+    train = chosen["train"]
+    held_out = [(rows.table, rows.indices) for part, rows in chosen.items() if part != "train"]
+    rows = cleaning.leaks((train.table, train.indices), held_out)
+    if len(train.indices) and not len(rows):
+        reason = "every training row occurs in validation or test as well"
+        raise UserError(Problem(where="data.clean.leaks", value="true", reason=reason, fix="data.clean.leaks=false"))
+    chosen["train"] = _Rows(train.table, rows, train.bad_rows)
 
 
 def _labels(chosen: dict[str, _Rows], config: RunConfig, bad: BadRows) -> tuple[str, ...]:

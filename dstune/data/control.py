@@ -122,13 +122,16 @@ class ControlTokens:
             kept_offsets += [(start, end)] * len(plain)
         return kept_ids, np.array(kept_offsets, dtype=np.int64).reshape(-1, 2)
 
-    def ids(self, text: str) -> list[int]:
-        """Tokens of `text`, none of them a control token, without special tokens around it."""
+    def ids(self, text: str, own: list[int] | None = None) -> list[int]:
+        """Tokens of `text` without special tokens around it, none of them a control token but those that begin at
+        `own`."""
         if not self.first(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not self._tokenizer.is_fast:  # one that gives no offsets
-            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        return self.encode(text)[0]
+            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                "input_ids"
+            ]
+        return self.encode(text, own)[0]
 
     def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], int]:
         """Tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most

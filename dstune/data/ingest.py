@@ -75,6 +75,15 @@ class Table:
     """Label names [rows], for classification; with `task.multi_label` lists of them as JSON text."""
     sources: np.ndarray | None = None
     """Number of the source in a mixture, int16 [rows]."""
+    kept: np.ndarray | None = None
+    """Which rows cleaning left, bool [rows]; None before it."""
+    text_keys: np.ndarray | None = None
+    """Equal for rows of equal text (`clean.rows.text_key`), uint64 [rows]; None before cleaning."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Numbers of the rows that are left, int64."""
+        return np.arange(len(self.hashes)) if self.kept is None else np.flatnonzero(self.kept)
 
     def place(self, number: int) -> str:
         """`FILE:LINE` of a row."""

@@ -97,7 +97,7 @@ class RowTokenizer:
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
-        ids = self._control.ids(text)
+        ids = self._control.ids(text, self._own_tokens(text, end=None))
         return [*self._missing_prefix(ids), *ids]
 
     def decode(self, ids: list[int]) -> str:
@@ -214,7 +214,7 @@ class RowTokenizer:
         samples = []
         for number, row, ids in zip(numbers, rows, encoded["input_ids"], strict=True):
             if self._control.first(row):
-                ids = self._control.ids(row["text"])
+                ids = self._control.ids(row["text"], self._own_tokens(row["text"], self._tokenizer.eos_token))
             prefix = self._missing_prefix(ids)
             document = np.array([*prefix, *ids, *([] if ids[-1:] == [end] else [end])], dtype=np.int32)
             step = self._max_length - 1
@@ -225,6 +225,11 @@ class RowTokenizer:
                 sample.length = len(document)
                 samples.append(sample)
         return samples
+
+    def _own_tokens(self, text: str, end: str | None) -> list[int]:
+        """Where a document has a first special token, or an `end`, that it would get anyway: there they are no text."""
+        first = [0] if self._prefix and text.startswith(self._tokenizer.decode(self._prefix)) else []
+        return [*first, *([len(text) - len(end)] if end and text.endswith(end) else [])]
 
     def _missing_prefix(self, ids: list[int]) -> list[int]:
         """The first special tokens, unless the text brought them itself."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +12,8 @@ import pyarrow.compute as pc
 
 from dstune.data import statistics
 from dstune.data.ingest import BadRows, Table
+from dstune.data.parallel import map_rows
 from dstune.data.tokenize import RowTokenizer
-
-MIN_ROWS_FOR_PROCESSES = 2000
-"""Starting processes takes a second or two, in which one process tokenizes about this many rows."""
-
-MIN_ROWS_PER_PROCESS = 500
-
-ROWS_PER_BATCH = 100
 
 KEPT_COLUMNS = ("input_ids", "labels", "label", "token_type_ids")
 
@@ -66,20 +57,7 @@ def write_samples(
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
     """
     chosen = table.data.select(indices).select_columns(["row", "number"])
-    processes = _processes(len(chosen), workers)
-    with _tokenizer_threads(enabled=processes == 1):
-        mapped = chosen.map(
-            encode,
-            batched=True,
-            batch_size=ROWS_PER_BATCH,
-            remove_columns=["row", "number"],
-            features=encode.features,
-            num_proc=processes if processes > 1 else None,
-            cache_file_name=str(work / f"{part}.samples.arrow"),
-            load_from_cache_file=False,
-            # datasets would pickle the tokenizer to name its own cache, which is not used here.
-            new_fingerprint=f"{part}-samples",
-        )
+    mapped = map_rows(chosen, encode, encode.features, work / f"{part}.samples.arrow", workers=workers)
     return _keep_good(mapped, encode, table, folder / part, bad)
 
 
@@ -131,25 +109,3 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
             for of in (np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1))
         ]
     return counts
-
-
-def _processes(rows: int, workers: int) -> int:
-    if rows < MIN_ROWS_FOR_PROCESSES:
-        return 1
-    return max(1, min(workers or len(os.sched_getaffinity(0)), rows // MIN_ROWS_PER_PROCESS))
-
-
-@contextmanager
-def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
-    """Threads inside the tokenizer, or processes around it, but not both: they would fight for the same cores (and
-    a process forked after the threads started would wait for them for ever)."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true" if enabled else "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -56,7 +56,7 @@ def unigram_tokenizer() -> Any:
 @cache
 def metaspace_tokenizer() -> Any:
     """As SentencePiece models have it: a text gets a space in front, which is part of its first token."""
-    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!<>/|_\n▁[]") + ["▁w", "▁<", "</"]
+    letters = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!<>/|_\n▁[]", "▁w", "▁<", "</"]
     vocabulary = {token: number for number, token in enumerate(["<unk>", *SPECIAL, *letters])}
     merges = [("▁", "w"), ("▁", "<"), ("<", "/")]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
@@ -218,11 +218,25 @@ def test_prompt_and_completion_without_a_template(train_on_prompt):
 
 def test_documents():
     tokenizer = byte_tokenizer(None, eos="</s>", bos="<s>")
-    found = sample(tokenizer, {"text": "<s>one</s>two</s>"}, CausalLmConfig(), DataFormat.text)
     first, last = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
-    ids = found.input_ids.tolist()
-    assert (ids[0], ids[-1], ids.count(first), ids.count(last)) == (first, last, 1, 1)
-    assert tokenizer.decode(ids) == "<s><s>one</s>two</s></s>"
+    for text, decoded in [
+        ("one</s><s>two", "<s>one</s><s>two</s>"),
+        ("<s>one</s>two</s>", "<s>one</s>two</s>"),  # what it begins and ends with anyway is not doubled
+        (" <s>one</s> ", "<s> <s>one</s> </s>"),
+    ]:
+        ids = sample(tokenizer, {"text": text}, CausalLmConfig(), DataFormat.text).input_ids.tolist()
+        assert (ids[0], ids[-1], ids.count(first), ids.count(last)) == (first, last, 1, 1)
+        assert tokenizer.decode(ids) == decoded
+
+
+def test_a_prompt_does_not_end_itself():
+    tokenizer = byte_tokenizer(None, eos="</s>", bos="<s>")
+    encode = RowTokenizer(tokenizer, CausalLmConfig(), DataFormat.text, 64)
+    first, last = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    for text in ("<s>go on</s>", "go on</s>"):
+        ids = encode.plain_prompt_ids(text)
+        assert (ids[0], ids.count(first), ids.count(last)) == (first, 1, 0)
+        assert tokenizer.decode(ids) == "<s>go on</s>"
 
 
 def encoder_tokenizer() -> Any:

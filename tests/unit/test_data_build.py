@@ -16,7 +16,7 @@ from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepare
 
 from dstune.config.data_schema import DataFormat, OnBadRow, SplitConfig
 from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, EvaluateConfig
-from dstune.data import build, cache, write
+from dstune.data import build, cache, parallel
 from dstune.data.collate import NO_TARGET
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import Problem, UserError
@@ -395,8 +395,8 @@ def test_several_processes_give_the_same_samples(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "rows.jsonl", [*chats(120), *[{"messages": []}] * 2])
     config = data_run(path, on_bad_row=OnBadRow.skip, workers=3, max_length=20)
     alone = prepared(config, byte_tokenizer(), tmp_path / "alone")
-    monkeypatch.setattr(write, "MIN_ROWS_FOR_PROCESSES", 2)
-    monkeypatch.setattr(write, "MIN_ROWS_PER_PROCESS", 2)
+    monkeypatch.setattr(parallel, "MIN_ROWS_FOR_PROCESSES", 2)
+    monkeypatch.setattr(parallel, "MIN_ROWS_PER_PROCESS", 2)
     several = prepared(config, byte_tokenizer(), tmp_path / "several")
     assert alone.report == several.report
     assert alone.train.table["input_ids"][:] == several.train.table["input_ids"][:]
@@ -490,7 +490,7 @@ def test_everything_longer_than_max_length(tmp_path):
 
 def test_labels_unseen_in_training(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}])
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "c"}])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"text": "v", "label": "a"}, {"text": "w", "label": "c"}])
     config = data_run(train, validation=str(held_out), task=ClassificationConfig())
     (problem,) = refusal(config, byte_tokenizer(), tmp_path)
     assert problem.where == f"{held_out}:2"

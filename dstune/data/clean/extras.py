@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from dstune.config.data_schema import CleanConfig, Duplicates, Found
 from dstune.errors import Problem, UserError
 
 
@@ -24,3 +26,23 @@ def require(module: str, key: str, value: str) -> Any:
                 fix="pip install 'dstune[clean]'",
             )
         ) from None
+
+
+def versions(config: CleanConfig) -> dict[str, str]:
+    """Versions of the packages that decide what cleaning under `config` does."""
+    wanted = {
+        "py3langid": bool(config.languages),
+        "rensa": config.duplicates is Duplicates.near,
+        "rapidfuzz": config.duplicates is Duplicates.near,
+        "detect-secrets": config.secrets is not Found.keep,
+        "phonenumbers": config.personal_data is not Found.keep,
+        "python-stdnum": config.personal_data is not Found.keep,
+    }
+    return {name: _version(name) for name, needed in wanted.items() if needed}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # said where it is needed
+        return ""
