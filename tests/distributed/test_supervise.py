@@ -297,7 +297,8 @@ def test_transient_lines_stay_out_of_pipes_and_logs(tmp_path):
     assert launch.note("console", 0) == "plain"
 
 
-def test_transient_lines_reach_a_terminal(tmp_path):
+def test_transient_lines_reach_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # of another terminal: whoever runs the tests may have exported it
     screen, terminal = pty.openpty()
     subprocess.run(["stty", "cols", "77", "-onlcr"], stdin=terminal, check=True)
     launch = Launch(tmp_path / "run", PROGRESS, stdout=terminal)

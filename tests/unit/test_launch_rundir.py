@@ -12,7 +12,7 @@ from dstune.checkpoint import store
 from dstune.config import schema
 from dstune.config.compose import Composed, read_run
 from dstune.errors import UserError
-from dstune.launch import rundir
+from dstune.launch import records, rundir
 from tests.support.configs import run_config
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
@@ -91,6 +91,72 @@ def test_the_named_run_is_continued_whatever_its_first_start_said(tmp_path):
     (run / "metrics.jsonl").touch()
     stored = read_run(run / "run.yaml")
     assert rundir.choose(stored, run).config.run.dir == str(run)
+
+
+def test_never_counts_when_it_is_said_now(tmp_path):
+    run = begin(tmp_path / "run")
+    (run / "metrics.jsonl").touch()
+    stored = read_run(run / "run.yaml")
+    now = replace(stored.config, run=replace(stored.config.run, resume="never"))
+    with pytest.raises(UserError, match=r"run.resume=never: .* holds a run already"):
+        rundir.choose(Composed(now, ["run.resume=never"]), run, given=["run.resume=never"])
+
+
+def test_a_refused_first_start_leaves_nothing(tmp_path):
+    path = tmp_path / "runs" / "mine" / "run"
+    prepared = rundir.prepare(rundir.choose(composed(dir=str(path))))
+    (path / "logs").mkdir()
+    (path / "logs" / "rank-0.log").write_text("refused")
+    release(prepared)
+    assert prepared.before.restore()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_first_start_leaves_the_users_own_folders(tmp_path):
+    (tmp_path / "mine").mkdir()
+    prepared = rundir.prepare(rundir.choose(composed(dir=str(tmp_path / "mine" / "new" / "run"))))
+    release(prepared)
+    (tmp_path / "mine" / "new" / "other").mkdir()  # another run that was begun meanwhile
+    assert prepared.before.restore()
+    assert [path.name for path in (tmp_path / "mine" / "new").iterdir()] == ["other"]
+
+
+def test_a_start_that_prepare_refuses_leaves_nothing(tmp_path):
+    other = begin(tmp_path / "other")
+    with pytest.raises(UserError, match=r"run\.resume"):
+        rundir.prepare(composed(dir=str(tmp_path / "new"), resume=str(other)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_continuation_leaves_the_run_as_it_was(tmp_path):
+    run = begin(tmp_path / "run")
+    save(run, 4)
+    (run / "result.json").write_text('{"status": "completed"}')
+    (run / "launch.json").write_text('{"id": "first"}')
+    (run / "environment.json").write_text("{}")
+    (run / "logs").mkdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    prepared = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=20)))
+    records.begin(run, "second", 2)
+    (run / "logs" / "rank-0.error").write_text("{}")
+    records.write_result(run, "failed", "refused", 2)
+    release(prepared)
+    assert prepared.before.restore()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_training_that_began_is_not_undone(tmp_path):
+    for name, continued in (("new", False), ("old", True)):
+        run = tmp_path / name
+        if continued:
+            begin(run)
+            (run / "environment.json").write_text("{}")
+            os.utime(run / "environment.json", ns=(1, 1))
+        prepared = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=20)))
+        (run / "environment.json").write_text("{}")  # as a rank does once nothing can be refused any more
+        release(prepared)
+        assert not prepared.before.restore()
+        assert read_run(run / "run.yaml").config.trainer.max_steps == 20
 
 
 def test_keys_that_change_the_trajectory_are_refused(tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support.configs import run_config
 
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
+from dstune.train.evaluate import Evaluation
 from dstune.train.feed import ahead
-from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Wish
-from dstune.train.loop import dropout_seed
+from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Wish
+from dstune.train.loop import dropout_seed, evaluate
 from dstune.train.metrics import classification_metrics, improves, language_model_metrics
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
@@ -100,6 +103,40 @@ def test_classification_metrics_by_hand():
     assert metrics["loss"] == 1.0
     assert metrics["f1_macro"] == pytest.approx((0.8 + 2 / 3 + 0 + 0) / 4)
     assert confusion == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
+class SecondRank:
+    """What the hooks of rank 1 ask for, of which rank 0 knows nothing."""
+
+    decision = Decision(Wish.STOP | Wish.SAVE, "rank 1 has had enough")
+
+
+class TwoRanks:
+    """Rank 0's view of a world in which rank 1 asks for `SecondRank.decision`."""
+
+    def gather_numbers(self, numbers):
+        return np.array([numbers, [float(SecondRank.decision.wish), 0.0, 0.0]])
+
+    def gather(self, value):
+        return [value, SecondRank.decision.reason]
+
+
+def test_wishes_after_an_evaluation_are_those_of_all_ranks():
+    run = SimpleNamespace(
+        data=SimpleNamespace(validation=object()),
+        state=TrainState(step=4),
+        evaluator=lambda split: Evaluation({"loss": 1.0}),
+        log=None,
+        hooks=[Hook()],  # nothing is asked for here
+        world=TwoRanks(),
+        memory=SimpleNamespace(gib=0.0),
+    )
+    assert evaluate(run) == SecondRank.decision
+
+
+def test_speed_is_unknown_until_a_step_was_timed():
+    assert TrainState().tokens_per_second is None
+    assert TrainState(timed_tokens=30, timed_seconds=2.0).tokens_per_second == 15.0
 
 
 def test_dropout_seeds_are_distinct():
