@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dstune.data.files import DataFile, is_readable
@@ -88,6 +88,8 @@ def cached(name: HubName, subset: str | None, key: str, why: str = "it was not p
         at = f" at revision {name.revision}" if name.revision else ""
         reason = f"there is no such file or folder, and the cache of datasets has no such data set{at} ({why})"
         fix = f"give a file that exists, or run once with a connection to {page}"
+        if known := prepared(name.repository):
+            fix = f"{key}={replace(name, revision=known[0].commit)} is in the cache; else {fix}"
         raise UserError(Problem(where=key, value=str(name), reason=reason, fix=fix))
     if subset is not None:
         entries = [entry for entry in entries if entry.subset == subset] or _refuse_subset(key, subset, entries)

@@ -1,4 +1,4 @@
-"""A model of the hub: its revision as a commit, its files in the cache, and its refusals as messages.
+"""A model of the hub: its revision as a commit, its files in the cache, and the hub's refusals as messages.
 
 Files are chosen by name, so that a repository with the same weights in several formats is not downloaded twice.
 """
@@ -9,6 +9,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def fetch(
     except UserError:
         raise
     except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries
-        refusal = _refusal(config, error)
-        if refusal is not None:
-            raise UserError(refusal) from error
-        if not _is_connection_problem(error):
+        problem = refusal(Wanted("model", "model.path", "model.revision", config.path, config.revision), error)
+        if problem is not None:
+            raise UserError(problem) from error
+        if not is_connection_problem(error):
             raise
         snapshot = _cached(config, f"the hub cannot be reached ({type(error).__name__})")
         stage(f"the hub cannot be reached; using {config.path} as cached, commit {snapshot.name[:12]}")
@@ -117,37 +118,57 @@ def _cached(config: ModelConfig, why: str) -> Path:
     return Path(found)
 
 
-def _refusal(config: ModelConfig, error: Exception) -> Problem | None:
+@dataclass(frozen=True)
+class Wanted:
+    """What the hub was asked for, and the keys that asked."""
+
+    kind: str
+    """`model` or `data set`."""
+    key: str
+    revision_key: str
+    name: str
+    """`OWNER/NAME`."""
+    revision: str | None
+
+    @property
+    def page(self) -> str:
+        """Where a person looks it up."""
+        return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.name}"
+
+
+def refusal(wanted: Wanted, error: Exception) -> Problem | None:
     """The hub's answer as something to do; None if it gave none."""
     from huggingface_hub import errors
 
+    key, kind, page = wanted.key, wanted.kind, wanted.page
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         reason = f"the hub's cache cannot be written ({error.strerror})"
         return Problem("HF_HOME", reason, "set HF_HOME to a folder with room", str(error.filename or ""))
     signed_in = "log in with `hf auth login` or set HF_TOKEN"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
-        reason = "access to this model has to be granted"
-        return Problem("model.path", reason, f"ask for it at {page(config)}, then {signed_in}", config.path)
+        reason = f"access to this {kind} has to be granted"
+        return Problem(key, reason, f"ask for it at {page}, then {signed_in}", wanted.name)
     if isinstance(error, errors.RevisionNotFoundError):
-        fix = f"see the branches and tags at {page(config)}/tree/main"
-        return Problem("model.revision", f"{config.path} has no such revision", fix, str(config.revision))
+        fix = f"see the branches and tags at {page}/tree/main"
+        return Problem(wanted.revision_key, f"{wanted.name} has no such revision", fix, str(wanted.revision))
     if isinstance(error, errors.RepositoryNotFoundError):
         # The hub answers 401 for what does not exist, as for what is private and asked for without a token.
-        reason = "the hub has no such model, or it is private, and there is no such folder either"
-        return Problem("model.path", reason, f"check {page(config)}; if it is private, {signed_in}", config.path)
+        here = "folder" if kind == "model" else "file or folder"
+        reason = f"the hub has no such {kind}, or it is private, and there is no such {here} either"
+        return Problem(key, reason, f"check {page}; if it is private, {signed_in}", wanted.name)
     if isinstance(error, errors.HFValidationError):
         reason = "this is neither a folder nor a hub id"
-        return Problem("model.path", reason, "give a folder, OWNER/NAME or a sample:// name", config.path)
+        return Problem(key, reason, "give a folder, OWNER/NAME or a sample:// name", wanted.name)
     if status in (401, 403):
         reason = f"the hub refuses access ({status})"
-        return Problem("model.path", reason, f"see {page(config)}, then {signed_in}", config.path)
+        return Problem(key, reason, f"see {page}, then {signed_in}", wanted.name)
     if status == 404:
-        return Problem("model.path", "the hub does not have it (404)", f"check {page(config)}", config.path)
+        return Problem(key, "the hub does not have it (404)", f"check {page}", wanted.name)
     return None
 
 
-def _is_connection_problem(error: BaseException) -> bool:
+def is_connection_problem(error: BaseException) -> bool:
     """Time-outs, refused connections, failing name servers, and the hub's own failures (5xx, 429)."""
     chain: list[Any] = [error]
     while chain[-1].__cause__ is not None:

@@ -21,8 +21,9 @@ from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.data import inputs, sources
+from dstune.data.hub import hub_name
 from dstune.errors import Problem, UserError
-from dstune.launch import hub
+from dstune.launch import hub, hub_data
 from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems
 from dstune.tracking.extras import missing
@@ -55,9 +56,17 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
         model = resolve_model(config.model, stage)
     except UserError as error:
         problems += error.problems
+    try:
+        config = replace(config, data=hub_data.resolve(config.data, stage))
+        from_hub = True
+    except UserError as error:
+        problems += error.problems
+        from_hub = False
     for key, part, own in inputs.given(config):
+        if not from_hub and hub_name(getattr(own.data, part)):
+            continue  # told above
         try:
-            check_data(key, getattr(own.data, part), stage)
+            check_data(key, part, own, stage)
             problems += [problem for problem in first_row_problems(own, part, key) if problem not in problems]
         except UserError as error:
             problems += error.problems
@@ -72,17 +81,20 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
     return replace(config, model=model)
 
 
-def check_data(key: str, given: str, stage: Stage) -> None:
-    """Fetch a sample; check that files are there.
+def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:
+    """Fetch a sample; check that the files of `data.PART` are there.
+
+    key: what problems name as their source.
 
     Raises:
         UserError: no such sample or file.
     """
+    given = getattr(config.data, part)
     if samples.is_sample(given):
         fetch_sample(key, given, "data", stage)
         return
     try:
-        sources.expand(given, key)
+        sources.of_part(config.data, part, key)
     except UserError as error:
         if (similar := _similar(Path(given))) and not Path(given).exists():
             raise UserError(replace(error.problems[0], fix=f"did you mean {similar}?")) from None

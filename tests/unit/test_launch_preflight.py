@@ -309,7 +309,11 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
     model, data = ModelConfig(path="sample://smollm2"), DataConfig(train="sample://chitchat")
     config = run_config(model=model, data=data)
     assert resolve_run(config, told.append) == config
-    assert fetched == ["sample://smollm2", "sample://chitchat", "sample://chitchat"]  # the second time for its first row
+    assert fetched == [
+        "sample://smollm2",
+        "sample://chitchat",
+        "sample://chitchat",
+    ]  # the second time for its first row
     assert "fetching sample://smollm2 (93 MB)" in told
     with pytest.raises(UserError, match=r"model.path=sample://chitchat: this sample is no model"):
         resolve_run(run_config(model=ModelConfig(path="sample://chitchat"), data=data))
@@ -323,7 +327,7 @@ def test_a_sample_that_cannot_be_had_names_the_key(tmp_path, monkeypatch):
 
     monkeypatch.setattr(samples, "resolve", resolve)
     with pytest.raises(UserError, match=r"data.train=sample://ner: no connection"):
-        preflight.check_data("data.train", "sample://ner", quiet)
+        preflight.check_data("data.train", "train", run_config(data=DataConfig(train="sample://ner")), quiet)
 
 
 # ---- first rows and hardware ----

@@ -1,0 +1,159 @@
+"""Data sets of the hub before the ranks start: a revision becomes a commit, and `datasets` downloads and prepares it.
+
+Ranks never ask the hub: they read the Arrow files that are then in the cache of `datasets`, in a folder of that commit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from dstune.config.data_schema import DataConfig
+from dstune.data.hub import HubName, Prepared, cached, hub_name, subset_key, subset_problem
+from dstune.data.inputs import PARTS
+from dstune.errors import Problem, UserError
+from dstune.launch.hub import Wanted, is_connection_problem, is_offline, refusal
+
+Stage = Callable[[str], None]
+
+
+def resolve(data: DataConfig, stage: Stage) -> DataConfig:
+    """`data` with every revision of a hub data set as a commit, and its configuration by name; both in the cache.
+
+    One repository for all parts: `data.revision` and `data.subset` hold them. Where the parts come from several, each
+    path gets its own commit (`OWNER/NAME@COMMIT:SPLIT`).
+
+    Raises:
+        UserError: absent, private, gated, offline and not cached, or nothing that `datasets` reads; all listed together.
+    """
+    problems: list[Problem] = []
+    prepared: dict[tuple[HubName, str | None], Prepared] = {}
+
+    def of(name: HubName, revision: str | None, subset: str | None, key: str) -> Prepared | None:
+        wanted = replace(name, revision=name.revision or revision, split=None)
+        try:
+            if (wanted, subset) not in prepared:
+                prepared[wanted, subset] = fetch(wanted, subset, key, stage)
+            return prepared[wanted, subset]
+        except UserError as error:
+            problems.extend(problem for problem in error.problems if problem not in problems)
+            return None
+
+    found: dict[str, tuple[HubName, Prepared]] = {}
+    named = {part: name for part in PARTS if (name := hub_name(getattr(data, part) or ""))}
+    for part, name in named.items():
+        if entry := of(name, data.revision, data.subset, f"data.{part}"):
+            found[part] = name, entry
+    mixture = dict(data.mixture)
+    for source, given in data.mixture.items():
+        if name := hub_name(given.path):
+            if entry := of(name, given.revision, given.subset, f"data.mixture.{source}.path"):
+                path = str(replace(name, revision=None))
+                mixture[source] = replace(given, path=path, revision=entry.commit, subset=entry.subset)
+        else:
+            problems += _of_no_hub(given.revision, given.subset, f"data.mixture.{source}")
+    if not named:
+        problems += _of_no_hub(data.revision, data.subset, "data")
+    if problems:
+        raise UserError(problems)
+    data = replace(data, mixture=mixture)
+    if len({(name.repository, entry.commit, entry.subset) for name, entry in found.values()}) == 1:
+        _, entry = next(iter(found.values()))
+        paths = {part: str(replace(name, revision=None)) for part, (name, _) in found.items()}
+        return replace(data, revision=entry.commit, subset=entry.subset, **paths)
+    pinned = {part: str(replace(name, revision=entry.commit)) for part, (name, entry) in found.items()}
+    return replace(data, **pinned)
+
+
+def _of_no_hub(revision: str | None, subset: str | None, section: str) -> list[Problem]:
+    reason = "no rows come from the hub, and nothing else has it"
+    return [
+        Problem(f"{section}.{key}", reason, f"{section}.{key}=null", value)
+        for key, value in (("revision", revision), ("subset", subset))
+        if value is not None
+    ]
+
+
+def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared:
+    """The data set at the commit that `name.revision` (the main branch when None) stands for, in the cache.
+
+    Offline (HF_HUB_OFFLINE=1, or no connection) the cache has to hold it.
+    key: where the name came from. Raises UserError.
+    """
+    if is_offline():
+        return cached(name, subset, key, "HF_HUB_OFFLINE is set")
+    revision_key = f"{subset_key(key).removesuffix('subset')}revision"
+    wanted = Wanted("data set", key, revision_key, name.repository, name.revision)
+    try:
+        return _prepare(name, subset, wanted, stage)
+    except UserError:
+        raise
+    except Exception as error:  # classes differ among the releases of datasets, huggingface_hub and its HTTP libraries
+        problem = refusal(wanted, error)
+        if problem is not None:
+            raise UserError(problem) from error
+        if not is_connection_problem(error):
+            raise
+        entry = cached(name, subset, key, f"the hub cannot be reached: {type(error).__name__}")
+        stage(f"the hub cannot be reached; using {name.repository} as cached, commit {entry.commit[:12]}")
+        return entry
+
+
+def _prepare(name: HubName, subset: str | None, wanted: Wanted, stage: Stage) -> Prepared:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub import HfApi
+
+    commit = str(HfApi().dataset_info(name.repository, revision=name.revision, timeout=30).sha)
+    stage(f"data set {name.repository} at commit {commit[:12]}")
+    with _progress(sys.stderr.isatty()):
+        try:
+            builder = datasets.load_dataset_builder(name.repository, subset, revision=commit)
+            if builder.hash != commit:
+                # datasets takes what its cache has, at any commit, where it cannot get what was asked for.
+                raise ConnectionError(f"{name.repository} at commit {commit} could not be loaded")
+            builder.download_and_prepare()
+        except ValueError as error:
+            raise UserError(_unknown_subset(name, subset, commit, wanted)) from error
+        except (FileNotFoundError, RuntimeError, DatasetGenerationError) as error:
+            if isinstance(error.__cause__, Exception) and is_connection_problem(error.__cause__):
+                raise error.__cause__ from error
+            raise UserError(_unreadable(error, wanted)) from error
+    return cached(replace(name, revision=commit), builder.config.name, wanted.key)
+
+
+def _unknown_subset(name: HubName, subset: str | None, commit: str, wanted: Wanted) -> Problem:
+    import datasets
+
+    names = datasets.get_dataset_config_names(name.repository, revision=commit)
+    return subset_problem(subset_key(wanted.key), subset, sorted(names))
+
+
+def _unreadable(error: Exception, wanted: Wanted) -> Problem:
+    """What keeps `datasets` from reading a repository that is there."""
+    cause: BaseException = error.__cause__ or error
+    text = (str(cause).splitlines() or [type(cause).__name__])[0]
+    if "scripts are no longer supported" in str(error):
+        reason = "it is a Python script, which datasets no longer runs"
+        fix = f"{wanted.revision_key}=refs/convert/parquet, where the hub keeps a copy as Parquet"
+        return Problem(wanted.key, reason, fix, wanted.name)
+    fix = f"look at its files at {wanted.page}/tree/main, download them and give their path"
+    return Problem(wanted.key, f"datasets cannot read it: {text}", fix, wanted.name)
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[None]:
+    """The bars of `datasets` on a terminal, and none in a log."""
+    import datasets
+
+    before: Any = datasets.is_progress_bar_enabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if before:
+            datasets.enable_progress_bars()
