@@ -36,6 +36,7 @@ from dstune.config.names import default_classes, sections
 from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, ChatConfig, RunConfig
 from dstune.config.validate import find_problems
+from dstune.config.zero_file import given_by, with_file
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
     given = with_default_experiment(overrides)
     with session(config_dirs) as hydra:
         raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
-    config = _typed(raw, "the composed configuration")
+        config = _typed(raw, "the composed configuration")
+        if config.zero.path is not None:
+            config = with_file(config, given_by(hydra, given))
     if isinstance(config.task, ChatConfig) and config.task.template_date is None:
         config = replace(config, task=replace(config.task, template_date=datetime.date.today().isoformat()))
     return Composed(config, given)
@@ -272,6 +275,9 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         if user_overrides.is_group_choice(override, groups) and "." not in key:
             fix = f"set single values, such as {key}.KEY=VALUE" if key != "experiment" else "set single values"
             problems.append(Problem(key, "the groups of an existing run are settled", fix, shown(override.value())))
+        elif key == "zero.path":
+            fix = "set single values, such as zero.reduce_bucket_size=N or zero.settings.KEY=VALUE"
+            problems.append(Problem(key, "the file was read when the run began", fix, shown(override.value())))
         else:
             values.append(override)
     classes = {section: type(getattr(config, section)) for section in sections()}

@@ -48,6 +48,5 @@ def presets_page(conf: Path) -> str:
         others = " ".join(f"`{key}={value}`" for key, value in values.items() if key != "path")
         models.append(f"| `{path.stem}` | `{values['path']}` | {others} | {description(path)} |")
     experiments = ["| `experiment=` | |", "| --- | --- |"]
-    for path in sorted((conf / "experiment").glob("*.yaml")):
-        experiments.append(f"| `{path.stem}` | {what_it_is(path)} |")
+    experiments += [f"| `{path.stem}` | {what_it_is(path)} |" for path in sorted((conf / "experiment").glob("*.yaml"))]
     return "\n".join([PRESETS_HEAD, "## Models", "", *models, "", "## Experiments", "", *experiments, ""])

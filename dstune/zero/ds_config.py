@@ -56,4 +56,15 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
     if precision is not Precision.fp32:
         # bf16 sums of many micro-batches lose the small gradients: 8 bits of mantissa.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _with(settings, config.zero.settings)
+
+
+def _with(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `zero.settings` in it; what it says about offloading needs something to be offloaded."""
+    for key, value in more.items():
+        if isinstance(value, dict):
+            if key in settings or not key.startswith("offload_"):
+                settings[key] = _with(dict(settings.get(key, {})), value)
+        else:
+            settings[key] = value
     return settings

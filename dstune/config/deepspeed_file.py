@@ -1,0 +1,361 @@
+"""A DeepSpeed configuration, or one of Hugging Face accelerate, in the words of dstune's own keys.
+
+`auto` is left to dstune's own key. `zero_file` puts the result into a run's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstune.config.convert import load, shown
+from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANSLATED, WITHOUT_EFFECT
+from dstune.config.names import classes_of
+from dstune.errors import Problem, UserError
+
+AUTO = "auto"
+LONGEST_CONFIGURATION = 1_000_000
+"""Bytes; a data file given by mistake is not read whole."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that the file asks for."""
+
+    key: str
+    """dstune's key, or the name of a group whose choice it is."""
+    value: Any
+    source: str
+    """Where the file says so."""
+
+
+@dataclass
+class Content:
+    """What a file says, in dstune's words."""
+
+    values: list[Value] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What dstune has no key for, nested as DeepSpeed takes it."""
+    accumulation: Value | None = None
+    """Micro-batches of a rank in one step, where the file gives their number."""
+    processes: int | None = None
+    """Ranks of this machine; only accelerate's files tell. A hint, not a claim: the command line decides."""
+    problems: list[Problem] = field(default_factory=list)
+
+
+# ---- reading ----
+
+
+def read(path: Path) -> Content:
+    """The content of the file, each of its values judged by the tables of `deepspeed_keys`.
+
+    Raises:
+        UserError: the file cannot be read or is neither kind of configuration; its other mistakes are in `problems`.
+    """
+    raw = _parse(path)
+    if "deepspeed_config" in raw or "distributed_type" in raw:
+        return _of_accelerate(raw, path)
+    if not any(key.split(".", 1)[0] in raw for table in (OWN_KEYS, TRANSLATED, PASSED) for key in table):
+        fix = "give the JSON for DeepSpeed, or accelerate's YAML with a section deepspeed_config"
+        raise UserError(Problem("zero.path", "this is no DeepSpeed configuration", fix, str(path)))
+    return translate(raw, str(path))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LONGEST_CONFIGURATION:
+            raise UserError(Problem("zero.path", "this is too long for a configuration", value=str(path)))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        fix = "zero.path=ds_config.json, relative to the folder in which dstune is started"
+        raise UserError(Problem("zero.path", f"cannot be read: {error.strerror}", fix, str(path))) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem("zero.path", "this is not text", "give a JSON or YAML file", str(path))) from None
+    if path.suffix in (".yaml", ".yml"):
+        content = load(text, str(path))
+    else:
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(Problem(f"{path}:{error.lineno}", f"this is no JSON: {error.msg}")) from None
+    if not isinstance(content, dict):
+        raise UserError(Problem("zero.path", "this is no configuration (a mapping of keys)", value=str(path)))
+    return content
+
+
+# ---- DeepSpeed's own format ----
+
+
+def translate(raw: Mapping[str, Any], where: str) -> Content:
+    """What a DeepSpeed configuration says; `where` names it in messages."""
+    content = Content()
+    for key, value in flat(raw):
+        if key.startswith("_") or value == AUTO or (key == "gradient_accumulation_steps" and value is None):
+            continue
+        if key in OWN_KEYS:
+            content.values.append(Value(OWN_KEYS[key], _number(value), key))
+        elif key == "gradient_accumulation_steps":
+            content.accumulation = Value("trainer.global_batch_size", _number(value), key)
+        elif not key.startswith(("optimizer.", "scheduler.")) and key not in TRANSLATED:
+            content.problems += _other(key, value, where, content.settings)
+    _precision(raw, content, where)
+    _optimizer(raw.get("optimizer"), content, where)
+    _scheduler(raw.get("scheduler"), content, where)
+    for value in content.values:
+        if value.key in ("zero.offload_optimizer", "zero.offload_param") and value.value == "nvme":
+            fix = f'"device": "cpu" in {where}'
+            content.problems.append(Problem(value.source, "this version does not offload to NVMe", fix, "nvme"))
+    if not any(value.key == "zero.stage" for value in content.values) and _section(raw, "zero_optimization") != AUTO:
+        content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
+    _same_values(content, where)
+    return content
+
+
+def flat(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; of a section that is refused as a whole, the section."""
+    for name, value in raw.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in REFUSED:
+            yield from flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
+    """A key that dstune has none for: into `settings`, or a problem."""
+    if key in WITHOUT_EFFECT:
+        return []
+    found = setting_problems(key, value, f"{key} in {where}")
+    if not found and key in PASSED:
+        *sections, name = key.split(".")
+        holder = settings
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = _typed(value, PASSED[key])
+    return found
+
+
+def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with `zero.settings`, which may hold only what dstune has no key for."""
+    for key, value in flat(settings):
+        where = f"zero.settings.{key}"
+        group = key.split(".", 1)[0].replace("scheduler", "schedule")
+        own_key = OWN_KEYS.get(key) or TRANSLATED.get(key)
+        if group in ("optimizer", "schedule"):
+            yield Problem(where, f"dstune has a group for this: {group}", f"{group}=CHOICE {group}.KEY=VALUE", shown(value))
+        elif own_key:
+            yield Problem(where, f"dstune's own key for this is {own_key}", f"{own_key}=VALUE", shown(value))
+        elif key in WITHOUT_EFFECT:
+            yield Problem(where, "this has no effect: dstune does it on its own way", "leave it out", shown(value))
+        else:
+            yield from setting_problems(key, value, where)
+
+
+def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
+    """What is wrong with a DeepSpeed key that dstune has none for (a leaf, or a section of `REFUSED`)."""
+    if key in PASSED:
+        kind = PASSED[key]
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        return (
+            [] if _typed(value, kind) is not None else [Problem(where, f"expected {words[kind]}", value=shown(value))]
+        )
+    if key in FIXED:
+        usual, reason = FIXED[key]
+        if value == usual:
+            return []
+        fix = f"remove it{'' if usual is None else f', or write {json.dumps(usual)}'}"
+        return [Problem(where, f"dstune cannot honour this: {reason}", fix, shown(value))]
+    if reason := REFUSED.get(key):
+        off = not value or (isinstance(value, Mapping) and not _enabled(value))
+        return [] if off else [Problem(where, f"dstune cannot honour this: {reason}", "remove it")]
+    return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", shown(value))]
+
+
+def _enabled(section: Mapping[str, Any]) -> bool:
+    """Whether a section asks for something: it says so, or it does not say that it is off."""
+    parts = [part for part in section.values() if isinstance(part, Mapping)]
+    if "enabled" in section:
+        return bool(section["enabled"]) and (not parts or any(_enabled(part) for part in parts))
+    return any(_enabled(part) if isinstance(part, Mapping) else bool(part) for part in section.values())
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """`value` as `kind`, None where it is none; JSON's 5e8 is a float that means a whole number."""
+    if kind in (bool, str) or isinstance(value, (bool, str)):
+        return value if type(value) is kind else None
+    if not isinstance(value, (int, float)):
+        return None
+    if kind is int:
+        return int(value) if float(value).is_integer() else None
+    return float(value)
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Any:
+    value = raw.get(name)
+    return value if isinstance(value, Mapping) or value == AUTO else {}
+
+
+def _precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
+    asked = {}
+    for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
+        for section in sections:
+            enabled = _section(raw, section).get("enabled", AUTO) if section in raw else AUTO
+            if enabled != AUTO:
+                asked[name] = bool(enabled)
+    on = [name for name, enabled in asked.items() if enabled]
+    if len(on) == 2:
+        content.problems.append(Problem(f"fp16.enabled in {where}", "bf16 is enabled too", "disable one of them"))
+    elif on:
+        content.values.append(Value("trainer.precision", on[0], f"{on[0]}.enabled"))
+    elif asked.get("bf16") is False:
+        content.values.append(Value("trainer.precision", "fp32", "bf16.enabled"))
+
+
+OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}
+"""DeepSpeed's `Adam` decays weights as AdamW does, unless `adam_w_mode` is false."""
+OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "momentum")
+OPTIMIZER_FIXED: dict[str, Any] = {
+    "adam_w_mode": True,
+    "bias_correction": True,
+    "amsgrad": False,
+    "nesterov": False,
+    "dampening": 0,
+}
+
+
+def _optimizer(section: Any, content: Content, where: str) -> None:
+    if not isinstance(section, Mapping):
+        return
+    kind = section.get("type", AUTO)
+    choice = OPTIMIZERS.get(str(kind).lower())
+    if kind != AUTO and choice is None:
+        reason = f"dstune has no such optimizer (there are {', '.join(sorted(classes_of('optimizer')))})"
+        content.problems.append(Problem(f"optimizer.type in {where}", reason, value=str(kind)))
+        return
+    if choice is not None:
+        content.values.append(Value("optimizer", choice, "optimizer.type"))
+    for name, value in (section.get("params") or {}).items():
+        source = f"optimizer.params.{name}"
+        if value == AUTO or name in ("torch_adam", "fused", "foreach"):
+            continue
+        if name in OPTIMIZER_PARAMS:
+            content.values.append(Value(f"optimizer.{name}", value, source))
+        elif OPTIMIZER_FIXED.get(name, value is None) != value:
+            content.problems.append(
+                Problem(f"{source} in {where}", "dstune's optimizers do not do this", value=shown(value))
+            )
+
+
+SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+SCHEDULER_PARAMS = {
+    "warmup_max_lr": "optimizer.lr",
+    "warmup_num_steps": "schedule.warmup_steps",
+    "cos_min_ratio": "schedule.min_lr_ratio",
+}
+
+
+def _scheduler(section: Any, content: Content, where: str) -> None:
+    if not isinstance(section, Mapping):
+        return
+    kind = section.get("type", AUTO)
+    if kind != AUTO and kind not in SCHEDULERS:
+        reason = f"dstune has no such schedule; {', '.join(SCHEDULERS)} have one"
+        content.problems.append(Problem(f"scheduler.type in {where}", reason, value=str(kind)))
+        return
+    if kind != AUTO:
+        content.values.append(Value("schedule", SCHEDULERS[kind], "scheduler.type"))
+    for name, value in (section.get("params") or {}).items():
+        source = f"scheduler.params.{name}"
+        if value == AUTO:
+            continue
+        if name in SCHEDULER_PARAMS:
+            content.values.append(Value(SCHEDULER_PARAMS[name], value, source))
+        elif name == "total_num_steps":
+            content.values.append(Value("trainer.max_steps", value, source))
+        elif (name, value) not in (("warmup_min_lr", 0), ("warmup_min_ratio", 0), ("warmup_type", "linear")):
+            reason = "the rate rises linearly from 0"
+            content.problems.append(Problem(f"{source} in {where}", reason, 'write "auto"', shown(value)))
+
+
+def _same_values(content: Content, where: str) -> None:
+    """A key that two places of the file give has one value."""
+    first: dict[str, Value] = {}
+    for value in content.values:
+        other = first.setdefault(value.key, value)
+        if other.value != value.value:
+            reason = f"{other.source} says {shown(other.value)}"
+            content.problems.append(Problem(f"{value.source} in {where}", reason, value=shown(value.value)))
+    content.values = list(first.values())
+
+
+# ---- accelerate's format ----
+
+ACCELERATE = {
+    "zero_stage": "zero_optimization.stage",
+    "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
+    "offload_param_device": "zero_optimization.offload_param.device",
+    "gradient_clipping": "gradient_clipping",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+ACCELERATE_WITHOUT_EFFECT = {
+    "zero3_init_flag",
+    "zero3_save_16bit_model",
+    "deepspeed_multinode_launcher",
+    "deepspeed_hostfile",
+    "deepspeed_inclusion_filter",
+    "deepspeed_exclusion_filter",
+    "seq_parallel_communication_data_type",
+}
+"""Keys of accelerate's section that say how it launches, loads and saves: dstune does each on its own way."""
+
+
+def _of_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
+    section = raw.get("deepspeed_config")
+    kind = str(raw.get("distributed_type", "DEEPSPEED")).upper()
+    if not isinstance(section, Mapping) or kind != "DEEPSPEED":
+        reason = f"accelerate would not use DeepSpeed with it (distributed_type {kind})"
+        raise UserError(Problem("zero.path", reason, "choose zero=stage2 or zero=stage3 instead", str(path)))
+    settings: dict[str, Any] = {}
+    problems: list[Problem] = []
+    if file := section.get("deepspeed_config_file"):
+        beside = Path(file) if Path(file).is_file() else path.parent / file
+        settings = _parse(beside)
+    for name, value in section.items():
+        if name in ACCELERATE and not file:
+            _put(settings, ACCELERATE[name], value)
+        elif not file and name not in ACCELERATE_WITHOUT_EFFECT and value not in (None, "none", False):
+            problems.append(
+                Problem(f"deepspeed_config.{name} in {path}", "this version does not support it", value=shown(value))
+            )
+    precision = str(raw.get("mixed_precision") or "auto").lower()
+    if precision in ("bf16", "fp16", "no"):
+        for name in ("bf16", "fp16"):
+            if _section(settings, name).get("enabled", AUTO) == AUTO:
+                _put(settings, f"{name}.enabled", precision == name)
+    elif precision != AUTO:
+        problems.append(Problem(f"mixed_precision in {path}", "this version does not support it", value=precision))
+    parallel = raw.get("parallelism_config") or {}
+    for name in ("tp", "cp", "sp"):
+        size = parallel.get(f"parallelism_config_{name}_size", 1)
+        if size not in (None, 1):
+            where = f"parallelism_config_{name}_size in {path}"
+            problems.append(Problem(where, "this version partitions models by ZeRO only", value=shown(size)))
+    content = translate(settings, str(path))
+    content.problems += problems
+    if raw.get("num_machines", 1) == 1 and isinstance(raw.get("num_processes"), int):
+        content.processes = raw["num_processes"]
+    return content
+
+
+def _put(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+    settings[name] = value

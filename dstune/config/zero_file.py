@@ -1,0 +1,207 @@
+"""`zero=file`: the values of an existing DeepSpeed configuration become those of dstune's own keys.
+
+The file is read once, when a run is composed; `run.yaml` holds what it said. A value that dstune has a key for becomes that
+key's, unless somebody gave the key another value: that is a contradiction, told with both places. What dstune has no key
+for goes into `zero.settings`, and from there to DeepSpeed as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.config import overrides as user_overrides
+from dstune.config.convert import from_dict, shown, to_dict
+from dstune.config.deepspeed_file import Content, Value, read
+from dstune.config.hydra_session import ROOT_CONFIG
+from dstune.config.names import classes_of, type_hints
+from dstune.config.schema import CHOICES, RunConfig
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+Given = Callable[[str], str | None]
+"""Who gave a key its value, or chose a group: `the command line`, `experiment=NAME`; None where nobody did."""
+
+COMMAND_LINE = "the command line"
+
+
+def with_file(config: RunConfig, given: Given) -> RunConfig:
+    """`config` with the content of the file that `zero.path` names; itself where that names none.
+
+    Raises:
+        UserError: the file cannot be read, everything in it that dstune cannot honour, and every value that contradicts a
+            given one.
+    """
+    if config.zero.path is None:
+        return config
+    if not config.zero.path.strip():
+        raise UserError(Problem("zero.path", "zero=file needs the file's name", "zero.path=ds_config.json"))
+    path = Path(config.zero.path)
+    content = read(path)
+    merge = _Merge(to_dict(config), given, str(path))
+    for value in sorted(content.values, key=lambda value: "." in value.key):  # choices of groups come first
+        merge.put(value)
+    merge.ranks(content)
+    problems = content.problems + merge.problems
+    if problems:
+        raise UserError(problems)
+    settings = merge.tree["zero"]["settings"]
+    merge.tree["zero"]["settings"] = nested_merge(content.settings, settings)
+    return from_dict(merge.tree, f"the values of {path}")
+
+
+class _Merge:
+    """A configuration as nested dicts, and what the values of a file do to it."""
+
+    def __init__(self, tree: dict[str, Any], given: Given, path: str):
+        self.tree, self.given, self.path = tree, given, path
+        self.problems: list[Problem] = []
+        self._taken: set[str] = set()
+
+    def put(self, value: Value) -> None:
+        section, _, name = value.key.partition(".")
+        if not name:
+            self._choose(value)
+        elif name not in self._keys(section):
+            choice = f"{section}={self.tree[section]['name']}"
+            self._refuse(value, f"{choice} has no such key", "remove it")
+        elif value.key == "trainer.max_steps":
+            self._length(value)
+        else:
+            now, who = self.tree[section][name], self.given(value.key)
+            if who and now != value.value:
+                self._contradiction(value, now, who)
+            self.tree[section][name] = value.value
+            self._taken.add(value.key)
+
+    def _choose(self, value: Value) -> None:
+        group, now = value.key, self.tree[value.key]["name"]
+        if now == value.value:
+            return
+        if who := self.given(group):
+            self._contradiction(value, now, who)
+        kept = type_hints(classes_of(group)[value.value])
+        old = {name: part for name, part in self.tree[group].items() if name in kept and self.given(f"{group}.{name}")}
+        defaults = to_dict(classes_of(group)[value.value]())
+        self.tree[group] = {**defaults, **old, "name": value.value}
+
+    def _length(self, value: Value) -> None:
+        """DeepSpeed's schedules have to be told how long the run is; here a schedule is as long as the run."""
+        steps = self.tree["trainer"]["max_steps"]
+        if steps != value.value:
+            length = "trainer.epochs" if steps is None else f"trainer.max_steps={steps}"
+            self._refuse(value, f"the schedule is as long as the run, which {length} gives", 'write "auto" there')
+
+    def ranks(self, content: Content) -> None:
+        """What depends on the number of ranks: their number itself, and the accumulation steps."""
+        launch, trainer = self.tree["launch"], self.tree["trainer"]
+        if content.processes and "processes" in launch and not self.given("launch.processes"):
+            launch["processes"] = content.processes
+        if value := content.accumulation:
+            known = "trainer.global_batch_size"
+            is_known = bool(self.given(known)) or known in self._taken
+            self.problems += _accumulate(trainer, launch.get("processes"), value, is_known, self.path)
+
+    def _keys(self, section: str) -> Mapping[str, Any]:
+        choice = self.tree[section]["name"] if section in CHOICES else ""
+        return type_hints(classes_of(section)[choice])
+
+    def _contradiction(self, value: Value, now: Any, who: str) -> None:
+        reason = f"{who} says so, but {value.source} in {self.path} is {shown(value.value)}"
+        fix = f'{value.key}={shown(value.value)}, or write "auto" in the file'
+        self.problems.append(Problem(value.key, reason, fix, shown(now)))
+
+    def _refuse(self, value: Value, reason: str, fix: str) -> None:
+        self.problems.append(Problem(f"{value.source} in {self.path}", reason, fix, shown(value.value)))
+
+
+def _accumulate(
+    trainer: dict[str, Any], processes: int | None, value: Value, known: bool, path: str
+) -> Iterator[Problem]:
+    """Set the global batch from micro-batch x accumulation x ranks, or hold a known one against them."""
+    where, steps = f"{value.source} in {path}", value.value
+    if not isinstance(steps, int) or steps < 1:
+        yield Problem(where, "expected a whole number", 'write "auto" there', shown(steps))
+        return
+    rows, of_rank = trainer["global_batch_size"], trainer["micro_batch_size"] * steps
+    formula = f"{trainer['micro_batch_size']} rows x {steps} micro-batches"
+    if known and (rows != of_rank * processes if processes else rows % of_rank):
+        ranks = f"{formula} x {processes} ranks" if processes else f"{formula} a rank"
+        fix = 'write "auto" there: dstune accumulates as often as the number of ranks needs'
+        yield Problem(where, f"{ranks} do not make trainer.global_batch_size={rows}", fix, shown(steps))
+    elif not known and processes:
+        trainer["global_batch_size"] = of_rank * processes
+    elif not known:
+        fix = f"launch.processes=8, or trainer.global_batch_size={of_rank * 8} (for 8 ranks)"
+        yield Problem(where, f"{formula} make a global batch only with the number of ranks", fix, shown(steps))
+
+
+def nested_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings as one; where both have a value, that of `above`."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = nested_merge(merged[key], value) if both else value
+    return merged
+
+
+# ---- who gave a value ----
+
+
+@dataclass(frozen=True)
+class _Source:
+    who: str
+    keys: frozenset[str]
+
+
+def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
+    """Tells, for these overrides, who gave a key its value or chose a group: the command line, or a file of `conf/`."""
+    texts = user_overrides.for_hydra(overrides)
+    parsed, _ = user_overrides.parse(texts)
+    told = {override.key_or_group for override in parsed}
+    plain, chosen = _defaults(hydra, []), _defaults(hydra, texts)
+    files = [
+        _Source(f"{'='.join(path.split('/', 1))}", _keys_of(hydra, path, package)) for path, package in chosen.items()
+    ]
+    groups = {path.split("/", 1)[0]: path for path in chosen if "/" in path}
+    experiment = groups.get("experiment", "").replace("/", "=", 1)
+
+    def given(key: str) -> str | None:
+        if any(key == name or key.startswith(f"{name}.") for name in told if "." in name or name == key):
+            return COMMAND_LINE
+        if "." not in key:
+            return experiment if groups.get(key) not in plain else None
+        return next((file.who for file in reversed(files) if key in file.keys), None)
+
+    return given
+
+
+def _defaults(hydra: Hydra, texts: list[str]) -> dict[str, str]:
+    """The files of a composition in order, with the section that each fills ("" for several)."""
+    from hydra.types import RunMode
+
+    found = hydra.config_loader.compute_defaults_list(ROOT_CONFIG, texts, RunMode.RUN).defaults
+    own = [entry for entry in found if not str(entry.config_path).startswith(("hydra/", "schema/", "run_schema"))]
+    return {str(entry.config_path): str(entry.package or "") for entry in own}
+
+
+def _keys_of(hydra: Hydra, path: str, package: str) -> frozenset[str]:
+    from omegaconf import OmegaConf
+
+    loaded = hydra.config_loader.repository.load_config(path)
+    if loaded is None:
+        return frozenset()
+    content = OmegaConf.to_container(loaded.config, resolve=False)
+    return frozenset(_dotted(content, f"{package}." if package else ""))
+
+
+def _dotted(content: Any, prefix: str) -> Iterator[str]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

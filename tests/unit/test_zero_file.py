@@ -1,0 +1,401 @@
+"""`zero=file`: what a DeepSpeed or accelerate configuration becomes, and what of it is refused, by table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstune.config.compose import apply_overrides, compose, read_run, write_run
+from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
+from dstune.config.schema import CosineConfig, LinearConfig, Offload, Precision, RunConfig, SgdConfig
+from dstune.config.validate import validate
+from dstune.errors import UserError
+from dstune.zero.ds_config import deepspeed_config
+
+FILES = Path(__file__).parents[1] / "data" / "deepspeed"
+
+
+def composed(path: Path | str, *overrides: str) -> RunConfig:
+    config = compose(["data=chitchat", "zero=file", f"zero.path={path}", *overrides]).config
+    validate(config)
+    return config
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def written(content: Any, name: str = "ds.json") -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return written
+
+
+def refused(path: Path, *overrides: str) -> dict[str, str]:
+    with pytest.raises(UserError) as error:
+        composed(path, *overrides)
+    return {problem.where.replace(f" in {path}", ""): str(problem) for problem in error.value.problems}
+
+
+def settings_of(config: RunConfig, precision: Precision = Precision.fp32, world: int = 2) -> dict[str, Any]:
+    return deepspeed_config(config, world, precision, on_gpu=True)
+
+
+# ---- whole files, as published ----
+
+
+def test_a_file_for_the_trainer_full_of_auto_leaves_dstune_s_own_values():
+    config = composed(FILES / "trainer_zero2.json", "trainer.grad_clip=0.3", "trainer.micro_batch_size=2")
+    assert (config.zero.stage, config.zero.reduce_bucket_size, config.zero.overlap_comm) == (2, 500_000_000, False)
+    assert (config.trainer.grad_clip, config.trainer.micro_batch_size) == (0.3, 2)
+    assert config.trainer.precision is Precision.auto
+    settings = settings_of(config)
+    assert "auto" not in json.dumps(settings)
+    assert settings["gradient_clipping"] == 0.3
+    assert settings["zero_optimization"]["allgather_bucket_size"] == 500_000_000
+    assert isinstance(settings["zero_optimization"]["allgather_bucket_size"], int)
+    assert settings["zero_optimization"]["round_robin_gradients"] is True
+    assert settings["fp16"] == {
+        "enabled": False,
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    }
+
+
+def test_offloading_and_sections_of_optimizer_and_scheduler_with_auto():
+    config = composed(FILES / "trainer_zero3.json", "optimizer.lr=3e-4")
+    assert (config.zero.stage, config.zero.offload_optimizer, config.zero.offload_param) == (
+        3,
+        Offload.cpu,
+        Offload.cpu,
+    )
+    assert isinstance(config.schedule, LinearConfig)
+    assert config.optimizer.lr == 3e-4
+    zero = settings_of(config)["zero_optimization"]
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert zero["stage3_max_live_parameters"] == 10**9
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is False
+
+
+def test_axolotl_s_file():
+    config = composed(FILES / "axolotl_zero3.json")
+    assert (config.zero.stage, config.trainer.precision) == (3, Precision.bf16)
+    assert config.zero.settings["zero_optimization"] == {
+        "contiguous_gradients": True,
+        "sub_group_size": 0,
+        "max_live_parameters": 0,
+        "max_reuse_distance": 0,
+    }
+
+
+def test_a_plain_file_gives_dstune_s_keys_their_values():
+    config = composed(FILES / "plain.json")
+    trainer = config.trainer
+    assert (trainer.global_batch_size, trainer.micro_batch_size, trainer.grad_clip) == (32, 2, 0.5)
+    assert trainer.precision is Precision.fp32
+    assert config.optimizer == SgdConfig(lr=0.01, momentum=0.9)
+    assert config.schedule == CosineConfig(warmup_steps=3, min_lr_ratio=0.1)
+    assert (config.zero.stage, config.zero.reduce_bucket_size) == (1, 1_000_000)
+    assert config.zero.settings == {"zero_optimization": {"round_robin_gradients": True}}
+
+
+def test_accelerate_s_file():
+    config = composed(FILES / "accelerate_zero3.yaml")
+    assert (config.zero.stage, config.trainer.precision, config.launch.processes) == (3, Precision.bf16, 8)
+    assert config.zero.offload_param is Offload.none
+    assert composed(FILES / "accelerate_zero3.yaml", "launch.processes=2").launch.processes == 2
+
+
+def test_accelerate_may_name_a_deepspeed_file_beside_it(write):
+    inner = write({"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}, "inner.json")
+    outer = write(
+        f"distributed_type: DEEPSPEED\nmixed_precision: 'no'\ndeepspeed_config: {{deepspeed_config_file: {inner.name}}}\n",
+        "a.yaml",
+    )
+    config = composed(outer)
+    assert (config.zero.stage, config.trainer.precision) == (1, Precision.fp32)
+
+
+def test_the_run_does_not_need_the_file_any_more(write, tmp_path: Path):
+    path = write({"zero_optimization": {"stage": 2, "round_robin_gradients": True}, "gradient_clipping": 0.25})
+    first = compose(["data=chitchat", "zero=file", f"zero.path={path}"])
+    write_run(tmp_path / "run.yaml", first)
+    path.unlink()
+    again = read_run(tmp_path / "run.yaml").config
+    assert again == first.config
+    assert apply_overrides(again, ["trainer.max_steps=3"]).zero == first.config.zero
+    with pytest.raises(UserError, match="was read when the run began"):
+        apply_overrides(again, ["zero.path=other.json"])
+
+
+# ---- contradictions ----
+
+BATCH = {
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "override", "key"),
+    [
+        ({"train_batch_size": 32}, "trainer.global_batch_size=16", "trainer.global_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 1}, "trainer.micro_batch_size=4", "trainer.micro_batch_size"),
+        ({"gradient_clipping": 0.5}, "trainer.grad_clip=1.0", "trainer.grad_clip"),
+        ({"bf16": {"enabled": True}}, "trainer.precision=fp32", "trainer.precision"),
+        ({"fp16": {"enabled": True}}, "trainer.precision=bf16", "trainer.precision"),
+        ({"bf16": {"enabled": False}}, "trainer.precision=bf16", "trainer.precision"),
+        ({"zero_optimization": {"stage": 2}}, "zero.stage=3", "zero.stage"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}},
+            "zero.reduce_bucket_size=7",
+            "zero.reduce_bucket_size",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "optimizer.lr=2e-4", "optimizer.lr"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}},
+            "optimizer.betas=[0.9,0.999]",
+            "optimizer.betas",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}, "optimizer.eps=1e-8", "optimizer.eps"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}},
+            "optimizer.weight_decay=0",
+            "optimizer.weight_decay",
+        ),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer=sgd", "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "schedule=linear", "schedule"),
+        ({"scheduler": {"params": {"warmup_num_steps": 10}}}, "schedule.warmup_steps=5", "schedule.warmup_steps"),
+        ({"scheduler": {"params": {"warmup_max_lr": 1e-4}}}, "optimizer.lr=1e-3", "optimizer.lr"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_another_value_of_the_command_line_is_refused_with_both_places(write, content, override, key):
+    content = {"zero_optimization": {"stage": 1}, **content}
+    path = write(content)
+    problems = refused(path, override)
+    assert list(problems) == [key]
+    assert "the command line" in problems[key]
+    assert str(path) in problems[key]
+    # What the file says is accepted by itself, and when it is said twice.
+    kept = composed(path)
+    fix = problems[key].split("fix: ", 1)[1].split(", or write")[0]
+    assert composed(path, fix) == kept
+
+
+def test_a_value_that_an_experiment_gives_is_given_even_where_it_is_the_default(write):
+    problems = refused(
+        write({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 8}), "experiment=chat_lora"
+    )
+    assert "experiment=chat_lora says so" in problems["trainer.micro_batch_size"]
+
+
+def test_all_contradictions_are_told_at_once(write):
+    path = write(
+        {
+            "train_batch_size": 1,
+            "gradient_clipping": 9,
+            "sparse_attention": {"mode": "fixed"},
+            "zero_optimization": {"stage": 1},
+        }
+    )
+    problems = refused(path, "trainer.global_batch_size=16", "trainer.grad_clip=1")
+    assert set(problems) == {"trainer.global_batch_size", "trainer.grad_clip", "sparse_attention"}
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "words"),
+    [
+        (
+            {"optimizer": {"params": {"lr": 1}}, "scheduler": {"params": {"warmup_max_lr": 2}}},
+            "scheduler.params.warmup_max_lr",
+            "optimizer.params.lr says 1",
+        ),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled", "bf16 is enabled too"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"cos_min_ratio": 0.1}}},
+            "scheduler.params.cos_min_ratio",
+            "schedule=constant has no such key",
+        ),
+        ({"scheduler": {"params": {"total_num_steps": 70}}}, "scheduler.params.total_num_steps", "as long as the run"),
+        ({"scheduler": {"params": {"warmup_type": "log"}}}, "scheduler.params.warmup_type", "linearly"),
+        ({"scheduler": {"type": "OneCycle"}}, "scheduler.type", "no such schedule"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "adamw, sgd"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+            "optimizer.params.adam_w_mode",
+            "do not do this",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"eps": 1e-8}}},
+            "optimizer.params.eps",
+            "optimizer=sgd has no such key",
+        ),
+    ],
+)
+def test_contradictions_inside_the_file(write, content, where, words):
+    assert words in refused(write({"zero_optimization": {"stage": 1}, **content}))[where]
+
+
+# ---- accumulation ----
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "rows"),
+    [
+        ({"gradient_accumulation_steps": 3}, ["launch.processes=2"], 24),
+        ({"gradient_accumulation_steps": 3, "train_micro_batch_size_per_gpu": 1}, ["launch.processes=2"], 6),
+        ({"gradient_accumulation_steps": 2, "train_batch_size": 32}, [], 32),
+        ({"gradient_accumulation_steps": 2}, ["trainer.global_batch_size=16", "launch.processes=2"], 16),
+        ({"gradient_accumulation_steps": 3}, ["trainer.global_batch_size=16"], None),
+        ({"gradient_accumulation_steps": 2}, ["trainer.global_batch_size=16", "launch.processes=4"], None),
+        ({"gradient_accumulation_steps": 2}, [], None),
+        ({"gradient_accumulation_steps": 0.5}, ["launch.processes=2"], None),
+    ],
+)
+def test_accumulation_steps_make_the_global_batch(write, content, overrides, rows):
+    path = write({"zero_optimization": {"stage": 1}, **content})
+    if rows:
+        assert composed(path, *overrides).trainer.global_batch_size == rows
+    else:
+        assert list(refused(path, *overrides)) == ["gradient_accumulation_steps"]
+
+
+# ---- what is passed on, and what is refused ----
+
+
+@pytest.mark.parametrize("key", sorted(PASSED))
+def test_what_dstune_has_no_key_for_reaches_deepspeed(write, key):
+    value: Any = {bool: True, int: 12345, float: 0.5, str: "fp32"}[PASSED[key]]
+    content: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    for part in ("optimizer", "param"):
+        content["zero_optimization"][f"offload_{part}"] = {"device": "cpu"}
+    *sections, name = key.split(".")
+    holder = content
+    for section in sections:
+        holder = holder.setdefault(section, {})
+    holder[name] = value
+    found: Any = settings_of(composed(write(content)))
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize("key", sorted(PASSED))
+def test_a_passed_value_of_another_type_is_refused(write, key):
+    content: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    *sections, name = key.split(".")
+    holder = content
+    for section in sections:
+        holder = holder.setdefault(section, {})
+    holder[name] = [1]
+    assert "expected" in refused(write(content))[key]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_sections_that_dstune_cannot_honour_are_refused_unless_off(write, name):
+    def with_section(value: Any) -> Path:
+        content: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+        *sections, last = name.split(".")
+        holder = content
+        for section in sections:
+            holder = holder[section]
+        holder[last] = value
+        return write(content)
+
+    assert REFUSED[name] in refused(with_section({"enabled": True, "x": 1}))[name]
+    assert REFUSED[name] in refused(with_section({"x": 1}))[name]
+    assert composed(with_section({"enabled": False, "x": 1})).zero.settings == {}
+
+
+@pytest.mark.parametrize("key", sorted(FIXED))
+def test_keys_with_one_possible_value(write, key):
+    def with_value(value: Any) -> Path:
+        content: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+        *sections, last = key.split(".")
+        holder = content
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[last] = value
+        return write(content)
+
+    usual, reason = FIXED[key]
+    assert composed(with_value(usual)).zero.settings == {}
+    assert reason in refused(with_value("something else"))[key]
+
+
+def test_nvme_and_unknown_keys_are_refused(write):
+    content = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, "stagee": 2}, "made_up": 1}
+    problems = refused(write(content))
+    assert "NVMe" in problems["zero_optimization.offload_param.device"]
+    assert "does not know" in problems["zero_optimization.stagee"]
+    assert "does not know" in problems["made_up"]
+
+
+def test_a_file_without_a_stage_is_stage_0(write):
+    assert composed(write({"gradient_clipping": 1.0})).zero.stage == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("ds.json", '{"zero_optimization": {\n"stage": 2,}}', "ds.json:2"),
+        ("ds.yaml", "a: [", "no YAML"),
+        ("ds.json", "[1]", "no configuration"),
+        ("ds.json", '{"hidden_size": 3}', "no DeepSpeed configuration"),
+        ("fsdp.yaml", "distributed_type: FSDP\nfsdp_config: {}\n", "would not use DeepSpeed"),
+    ],
+)
+def test_files_that_are_something_else(write, name, text, words):
+    with pytest.raises(UserError, match=words):
+        composed(write(text, name))
+
+
+def test_a_missing_file_and_a_missing_path():
+    with pytest.raises(UserError, match="cannot be read"):
+        composed("absent.json")
+    with pytest.raises(UserError, match=r"zero\.path"):
+        compose(["data=chitchat", "zero=file"])
+
+
+# ---- zero.settings by hand ----
+
+
+def test_settings_may_be_given_without_a_file():
+    config = compose(
+        ["data=chitchat", "zero=stage2", "zero.settings.zero_optimization.round_robin_gradients=true"]
+    ).config
+    validate(config)
+    assert settings_of(config)["zero_optimization"]["round_robin_gradients"] is True
+
+
+def test_settings_given_by_hand_win_over_those_of_the_file(write):
+    path = write({"zero_optimization": {"stage": 2, "allgather_bucket_size": 5}})
+    config = composed(path, "zero.settings.zero_optimization.allgather_bucket_size=7")
+    assert config.zero.settings == {"zero_optimization": {"allgather_bucket_size": 7}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        *[(f"{key}=1", own) for key, own in OWN_KEYS.items()],
+        ("optimizer.type=AdamW", "optimizer=CHOICE"),
+        ("elasticity={enabled: true}", "remove it"),
+        ("steps_per_print=1", "leave it out"),
+    ],
+)
+def test_settings_for_which_there_is_another_key(setting, fix):
+    config = compose(["data=chitchat", f"zero.settings.{setting}"]).config
+    with pytest.raises(UserError) as error:
+        validate(config)
+    (problem,) = error.value.problems
+    assert problem.where == f"zero.settings.{setting.split('=')[0]}"
+    assert fix in problem.fix
