@@ -53,7 +53,7 @@ format: $(VENV)/.installed-dev
 
 # What the tests and the lint use beside Python packages; says what will be skipped where it cannot install.
 debian:
-	@.ci/debian-packages shellcheck openmpi-bin iproute2
+	@.ci/debian-packages shellcheck openmpi-bin iproute2 zsh fish
 
 clean:
 	rm -rf $(VENV) build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

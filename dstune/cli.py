@@ -47,6 +47,15 @@ exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune 
 """
 
 
+COMPLETION_HELP = """\
+usage: dstune completion bash|zsh|fish
+
+bash: put eval "$(dstune completion bash)" into ~/.bashrc
+zsh:  put eval "$(dstune completion zsh)" into ~/.zshrc
+fish: put dstune completion fish | source into ~/.config/fish/config.fish
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code of the public contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -104,7 +113,7 @@ def unknown_verb(given: str) -> Problem:
 def completion(arguments: list[str]) -> int:
     """`dstune completion bash|zsh|fish`: print the script that a shell evaluates."""
     if arguments in (["--help"], ["-h"]):
-        print('usage: dstune completion bash|zsh|fish\n\nPut eval "$(dstune completion bash)" into ~/.bashrc.')
+        print(COMPLETION_HELP)
         return EXIT_DONE
     if len(arguments) != 1:
         raise UserError(Problem("completion", "expected the name of a shell", "dstune completion bash (or zsh, fish)"))

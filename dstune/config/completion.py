@@ -1,7 +1,8 @@
 """Completion of `dstune VERB key=value ...` in the shell.
 
 Hydra's own engine expects the overrides right behind the program's name; here a verb stands between. Hydra's scripts
-for bash, zsh and fish are used as they are: they call `dstune -sc query=SHELL` with the line in COMP_LINE.
+for bash and fish are used as they are: they call `dstune -sc query=SHELL` with the line in COMP_LINE. For zsh Hydra has
+bash's script, which fails in a shell without `bashcompinit`, so zsh gets one of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ FLAGS = (
     "--resolve",
     "--shell-completion",
 )
-WITH_VALUE = ("--cfg", "-c", "--config-dir", "-cd", "--package", "-p")
+ZSH = {
+    "install": """\
+_dstune() {
+    local -a found
+    found=(${(f)"$(COMP_LINE="$LBUFFER" $words[1] -sc query=zsh)"})
+    compadd -Q -S '' -- $found
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+compdef _dstune dstune""",
+    "uninstall": "compdef -d dstune; unfunction _dstune",
+}
 
 
 def complete(line: str, verbs: Sequence[str]) -> list[str]:
@@ -105,8 +116,11 @@ def shell_completion(request: Sequence[str], verbs: Sequence[str]) -> None:
     if command not in ("install", "uninstall", "query"):
         raise UserError(Problem("--shell-completion", "expected one of install=, uninstall=, query=", usage))
     if command == "query" and shell in ("bash", "zsh", "fish"):
-        separator = "\n" if shell == "fish" else " "
+        separator = " " if shell == "bash" else "\n"
         print(separator.join(complete(os.environ.get("COMP_LINE", ""), verbs)))
+        return
+    if shell == "zsh":
+        print(ZSH[command])
         return
     with session() as hydra:
         plugins = hydra.get_shell_to_plugin_map(hydra.config_loader)

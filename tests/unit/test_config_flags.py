@@ -229,7 +229,7 @@ def test_completion_knows_groups_of_a_config_dir(tmp_path: Path):
     assert complete(f"dstune train --config-dir {tmp_path} method=mine method.ra", VERBS) == ["method.rank="]
 
 
-@pytest.mark.parametrize(("shell", "separator"), [("bash", " "), ("zsh", " "), ("fish", "\n")])
+@pytest.mark.parametrize(("shell", "separator"), [("bash", " "), ("zsh", "\n"), ("fish", "\n")])
 def test_query(shell: str, separator: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COMP_LINE", "dstune train model")
     assert shown(capsys, "--shell-completion", f"query={shell}") == f"model.{separator}model=\n"
@@ -237,6 +237,7 @@ def test_query(shell: str, separator: str, capsys: pytest.CaptureFixture[str], m
 
 def test_uninstall_and_wrong_requests(capsys: pytest.CaptureFixture[str]):
     assert "unset hydra_bash_completion" in shown(capsys, "-sc", "uninstall=bash")
+    assert "compdef -d dstune" in shown(capsys, "-sc", "uninstall=zsh")
     assert "complete -c dstune" in shown(capsys, "-sc", "install=fish")
     assert "bash, fish, zsh" in refused("-sc", "install=csh").problems[0].reason
     assert "install=" in refused("-sc").problems[0].reason
