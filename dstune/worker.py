@@ -17,7 +17,7 @@ import xxhash
 
 from dstune import environment, rendezvous
 from dstune.checkpoint import store
-from dstune.checkpoint.shards import Shards
+from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import read_run
 from dstune.config.convert import shown
 from dstune.config.schema import Export, RunConfig
@@ -41,8 +41,8 @@ from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Pree
 from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, parameter_groups
-from dstune.train.state import TrainState
 from dstune.train.supply import supply_of
+from dstune.train.watchdog import Watchdog
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
@@ -54,7 +54,9 @@ activity = logging.getLogger(__name__)
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
     started = time.time()
-    preemption = Preemption(config, started)  # first, so that a signal during start-up is not lost
+    preemption = Preemption(
+        config, started, run_dir, is_main=world.is_main
+    )  # first, so that a signal during start-up is not lost
     publish(str(run_dir))
     console = Console()
     if world.is_main:
@@ -80,14 +82,18 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     groups = parameter_groups(module, config.optimizer.weight_decay)
     engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
-    fixed = {
+    facts = {
         "world_size": world.size,
         "zero_stage": engine.stage,
         "precision": precision.value,
         "labels": list(data.labels),
         "samples": samples_digest(data),
     }
-    state = resume(config, run_dir, engine, world, fixed)
+    checkpoints = Checkpoints(
+        config, run_dir, engine, world, facts, console.message if world.is_main else lambda text: None
+    )
+    state = checkpoints.resume()
+    checkpoints.check_space()
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
     log = Tracker(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
@@ -108,7 +114,8 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         state=state,
         hooks=hooks,
         evaluator=Evaluator(config, data, engine, head, world, tokenizer.pad_token_id),
-        save=lambda state: save(config, run_dir, engine, world, fixed, state),
+        save=checkpoints.save,
+        watchdog=Watchdog(config.trainer.stall_seconds, world.rank),
         log=log,
         memory=memory,
         pad_token_id=tokenizer.pad_token_id,
@@ -119,10 +126,11 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         describe(config, run_dir, run, module)
         show_samples(run, tokenizer, before=True)
         decision = fit(run)
+        run.watchdog.rest()
         finish(run, run_dir, tokenizer, decision)
     except BaseException:
         if log is not None:
-            log.finish("failed")  # what it holds, before this process ends without further ado
+            log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         raise
 
 
@@ -144,14 +152,6 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
         )
 
 
-UNCHANGED = {
-    "precision": ("trainer.precision", "set trainer.precision to it, or start another run with run.dir"),
-    "labels": ("data.train", "bring back the rows with these labels, or set task.labels"),
-    "samples": ("data.train", "bring back the rows, or start another run with run.dir"),
-}
-"""What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
-
-
 def samples_digest(data: PreparedData) -> str:
     """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code.
 
@@ -162,59 +162,6 @@ def samples_digest(data: PreparedData) -> str:
     if data.stream is not None:
         digest.update(data.stream.identity.encode())
     return digest.hexdigest()
-
-
-def resume(config: RunConfig, run_dir: Path, engine: Engine, world: World, fixed: dict[str, Any]) -> TrainState:
-    """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0.
-
-    Raises UserError where what must not change between launches (`fixed`, see UNCHANGED) has changed.
-    """
-    checkpoint = store.newest(run_dir)
-    if checkpoint is None and config.run.resume not in ("auto", "never"):
-        checkpoint = store.newest(Path(config.run.resume))
-    checkpoint = world.broadcast(checkpoint)
-    if checkpoint is None:
-        return TrainState()
-    saved = store.read_state(checkpoint)
-    problems = [
-        Problem(
-            UNCHANGED[name][0],
-            value=str(now) if name != "samples" else str(config.data.train),
-            reason=f"{checkpoint.name} was written with {name} {saved.get(name)}",
-            fix=UNCHANGED[name][1],
-        )
-        for name, now in fixed.items()
-        if name in UNCHANGED and saved.get(name, now) != now
-    ]
-    if problems:
-        raise UserError(problems)
-    if (saved["world_size"], saved["zero_stage"]) == (world.size, engine.stage):
-        engine.load(checkpoint.parent, checkpoint.name)
-    else:
-        engine.restore(Shards(checkpoint))
-    return TrainState.from_dict(saved["train"])
-
-
-def save(
-    config: RunConfig, run_dir: Path, engine: Engine, world: World, fixed: dict[str, Any], state: TrainState
-) -> None:
-    """Write a checkpoint of all ranks; it exists once its marker is written and its folder renamed."""
-    target = store.folder(run_dir)
-    target.mkdir(parents=True, exist_ok=True)
-    name = store.tag(state.step) + store.INCOMPLETE
-    engine.save(target, name)
-    world.barrier()
-    if world.is_main:
-        described = {
-            "step": state.step,
-            **fixed,
-            "best": state.best and vars(state.best),
-            "metrics": state.eval_last,
-            "train": state.to_dict(),
-        }
-        store.commit(target / name, described)
-        store.prune(run_dir, config.checkpoint.keep)
-    world.barrier()
 
 
 def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.Module) -> None:
@@ -272,8 +219,9 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
             evaluate(run)
         newest = store.newest(run_dir)
         # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
-        if run.world.broadcast(evaluated or newest is None or newest.name != store.tag(state.step)):
-            run.save(state)
+        due = run.world.broadcast(evaluated or newest is None or newest.name != store.tag(state.step))
+        if due and not run.save(state):
+            raise TrainingFailed(f"there is no room to save step {state.step}: free some space, then continue the run")
         if run.data.test is not None:
             result["test"] = run.evaluator(run.data.test).metrics
         if config.run.export is not Export.none and run.world.is_main:

@@ -24,9 +24,9 @@ Metrics = Mapping[str, float | int | str]
 
 SAMPLE_COLUMNS = ("prompt", "reference", "answer")
 
-FINISH_SECONDS = {"completed": 60.0, "stopped": 60.0, "preempted": 10.0, "failed": 3.0}
-"""How long the trackers together may hold up the end of a run, by its status: a preempted one is about to be killed,
-and the launcher ends the other ranks of a failed one within launch.grace_seconds."""
+FINISH_SECONDS, PREEMPTED_SECONDS, CRASHED_SECONDS = 60.0, 10.0, 3.0
+"""How long all trackers together may hold up the end of a run. A preempted one is about to be killed, and the launcher
+ends the other ranks of a crashed one within launch.grace_seconds."""
 
 
 class Tracker:
@@ -92,10 +92,14 @@ class Tracker:
         for sink in self._sinks:
             sink.summary(shown)
 
-    def finish(self, status: str) -> None:
-        """Close everything; `status` is that of result.json. Calling it again does nothing."""
+    def finish(self, status: str, *, crashed: bool = False) -> None:
+        """Close everything; `status` is that of result.json. Calling it again does nothing.
+
+        crashed: an exception ends this process, so that it should not take long.
+        """
         self._send(to_be_continued=status == "preempted")
-        deadline = time.monotonic() + FINISH_SECONDS[status]
+        seconds = PREEMPTED_SECONDS if status == "preempted" else FINISH_SECONDS
+        deadline = time.monotonic() + (CRASHED_SECONDS if crashed else seconds)
         for sink in self._sinks:
             sink.finish(status)
         for sink in self._sinks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ class TensorBoardSink:
             self.write(row)
         self._writer.flush()
         for file in older:
-            file.unlink(missing_ok=True)
+            # Emptied first and removed by the next launch: a TensorBoard that is watching stays at a file that is gone.
+            if file.stat().st_size:
+                os.truncate(file, 0)
+            else:
+                file.unlink()
 
     def write(self, row: Row) -> None:
         for name, value in numbers(row.metrics).items():

@@ -68,7 +68,7 @@ class WandbSink:
         if self._run is None:
             self.rebuilds = True
             self._run = self._init(wandb, WandbMode.offline)
-        self._next_step = self._run.step
+        self._next_step = self._run.starting_step  # `step` still says 0 here for a resumed run (wandb 0.31)
         # Every metric over the optimizer step, by its own name instead of W&B's `Step`.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -108,7 +108,7 @@ class WandbSink:
             if _has_credentials(wandb):
                 return self._init(wandb, WandbMode.online)
         except (wandb.errors.Error, OSError) as error:
-            reason = f"W&B cannot be reached or refuses the key ({first_line(error)})"
+            reason = f"W&B cannot be used ({first_line(error)})"
             wandb.teardown()  # its service still holds the id of the run that did not start
         fix = f"upload it later with `wandb sync {self._folder}/offline-run-*`"
         self._warn(f"warning: {reason}: this run is tracked offline; {fix}")

@@ -1,0 +1,116 @@
+"""Values of the environment are shown by their reference, in every way in which dstune writes."""
+
+import io
+import json
+import logging
+import pickle
+import sys
+
+import pytest
+from support.configs import run_config
+
+from dstune import redact as module
+from dstune.config import schema
+from dstune.config.convert import EnvironmentText
+from dstune.config.validate import validate
+from dstune.errors import Problem, TrainingFailed, UserError, from_json, to_json
+from dstune.redact import Redacted, publish, redact, redact_output, remember
+
+VALUE = 'planted "välue" 123'
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(module, "_known", {})
+    monkeypatch.setattr(module, "_public", set())
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    monkeypatch.setenv("PLANTED", VALUE)
+    return EnvironmentText(f"/data/{VALUE}/x", "/data/${oc.env:PLANTED}/x")
+
+
+def test_the_whole_text_and_the_variable_alone_are_replaced(planted):
+    assert redact(f"no such file: {planted}") == "no such file: /data/${oc.env:PLANTED}/x"
+    assert redact(f"{VALUE}/y") == "${oc.env:PLANTED}/y"
+    assert redact("nothing here") == "nothing here"
+
+
+def test_json_is_searched_as_it_is_written(planted):
+    assert VALUE not in json.dumps({"a": VALUE})  # quotes and letters beyond ASCII are escaped
+    assert json.loads(redact(json.dumps({"a": str(planted)}))) == {"a": "/data/${oc.env:PLANTED}/x"}
+
+
+def test_variables_that_hold_a_key_by_their_name_are_always_kept_back(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
+    monkeypatch.setenv("HF_HOME", "/somewhere/else")
+    assert redact("hf_abcdefghijkl at /somewhere/else") == "${oc.env:HF_TOKEN} at /somewhere/else"
+
+
+def test_short_values_stay_readable(monkeypatch):
+    monkeypatch.setenv("MODE", "auto")
+    remember("auto", "${oc.env:MODE}")
+    assert redact("precision auto") == "precision auto"
+
+
+def test_the_path_of_the_run_directory_is_public(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    remember("/scratch/me/rows.jsonl", "${oc.env:SCRATCH}/rows.jsonl")
+    publish("/scratch/me/runs/one")
+    assert redact("/scratch/me/runs/one") == "/scratch/me/runs/one"
+
+
+def test_errors_hold_the_reference_wherever_they_go(planted):
+    problem = Problem(f"{planted}:3", f"the row of {planted} is bad", f"mend {planted}", planted)
+    error = UserError(problem)
+    texts = [str(error), to_json(error), str(from_json(to_json(error))), str(pickle.loads(pickle.dumps(error)))]
+    texts += [str(TrainingFailed(f"lost {planted}")), to_json(TrainingFailed(f"lost {planted}"))]
+    for text in texts:
+        assert VALUE not in text and json.dumps(VALUE)[1:-1] not in text
+        assert "${oc.env:PLANTED}" in text
+
+
+def test_a_configuration_that_was_sent_to_another_rank_is_known_there(planted, monkeypatch):
+    sent = pickle.dumps(planted)
+    monkeypatch.setattr(module, "_known", {})
+    monkeypatch.delenv("PLANTED")
+    pickle.loads(sent)
+    assert redact(str(planted)) == "/data/${oc.env:PLANTED}/x"
+
+
+def test_prints_tracebacks_and_loggers_are_redacted(planted, monkeypatch):
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    handler = logging.StreamHandler(err)
+    logger = logging.getLogger("a.library")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    redact_output()
+    print("rows of", planted)
+    logger.warning("cannot read %s", planted)
+    try:
+        raise FileNotFoundError(str(planted))
+    except FileNotFoundError:
+        sys.excepthook(*sys.exc_info())
+    assert isinstance(sys.stdout, Redacted)
+    shown = out.getvalue() + err.getvalue()
+    assert VALUE not in shown and shown.count("${oc.env:PLANTED}") == 3
+
+
+@pytest.mark.parametrize("key", ["run.name", "tracking.project", "tracking.group", "tracking.wandb.entity"])
+def test_a_name_cannot_come_from_the_environment(key, monkeypatch):
+    monkeypatch.setenv("NAME", "planted-name")
+    value = EnvironmentText("planted-name", "${oc.env:NAME}")
+    sections = {
+        "run.name": {"run": schema.RunSection(name=value)},
+        "tracking.project": {"tracking": schema.TrackingConfig(project=value)},
+        "tracking.group": {"tracking": schema.TrackingConfig(group=value)},
+        "tracking.wandb.entity": {"tracking": schema.TrackingConfig(wandb=schema.WandbConfig(entity=value))},
+    }
+    with pytest.raises(UserError) as caught:
+        validate(run_config(**sections[key]))
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.value) == (key, "${oc.env:NAME}")
+    assert problem.fix.startswith(f'{key}="$NAME"')
+    assert "planted-name" not in str(caught.value)
