@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstune.checkpoint import store
 from dstune.zero.engine import PARAMETER_GROUPS
 from dstune.zero.restore import WEIGHT
 
@@ -35,6 +36,7 @@ class Shards:
     """
 
     def __init__(self, checkpoint: Path):
+        self._held = store.hold(checkpoint) if store.is_committed(checkpoint) else None
         models = [_load(path) for path in _by_rank(checkpoint, "*_model_states.pt")]
         optims = [_load(path)["optimizer_state_dict"] for path in _by_rank(checkpoint, "*_optim_states.pt")]
         first = models[0]

@@ -6,13 +6,14 @@ is renamed last. What has no `COMMITTED`, or files that differ from it in size, 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -73,16 +74,38 @@ def is_committed(checkpoint: Path) -> bool:
         return False
 
 
-def damaged_files(checkpoint: Path) -> list[str]:
-    """Names of committed files that are absent or differ from what was written, by their hash."""
+def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Names of committed files that are absent or differ from what was written, by their hash.
+
+    share: (r, n) looks at every n-th file from the r-th only, so that n processes read all of them together.
+    """
     files = json.loads((checkpoint / COMMITTED).read_text())["files"]
+    names = list(files)[share[0] :: share[1]]
 
     def differs(name: str) -> bool:
         path = checkpoint / name
         return not path.is_file() or _hash(path) != files[name]["xxh3_64"]
 
     with ThreadPoolExecutor() as pool:
-        return [name for name, bad in zip(files, pool.map(differs, files), strict=True) if bad]
+        return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+
+
+def hold(checkpoint: Path) -> TextIO:
+    """Keep `checkpoint` from being pruned by another process until the returned file is closed."""
+    marker = (checkpoint / COMMITTED).open()
+    fcntl.flock(marker, fcntl.LOCK_SH)
+    return marker
+
+
+def _held(checkpoint: Path) -> bool:
+    try:
+        with (checkpoint / COMMITTED).open() as marker:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no marker, or a file system without locks
+        return False
+    return False
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -116,11 +139,14 @@ def best(run_dir: Path) -> Path | None:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` whole checkpoints and the best one, and what torn saves left. Returns the removed."""
+    """Remove all but the newest `keep` whole checkpoints and the best one, and what torn saves left. Returns the removed.
+
+    One that another process reads (`hold`) stays until the next time.
+    """
     infos = listing(run_dir)
     whole = [info.path for info in infos if info.committed]
     kept = {*whole[-keep:], best(run_dir)}
-    doomed = [info.path for info in infos if info.path not in kept]
+    doomed = [info.path for info in infos if info.path not in kept and not _held(info.path)]
     for ending in (INCOMPLETE, REPLACED):
         doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]
     for path in doomed:

@@ -285,6 +285,8 @@ class TrainerConfig:
     """Without packing, put rows of similar length into one micro-batch."""
     max_nonfinite_steps: int = setting(10, at_least=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    stall_seconds: float = setting(1800.0, at_least=0.0)
+    """A rank that makes no progress for so long ends, with its Python stacks in its log; 0 waits for ever."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
 

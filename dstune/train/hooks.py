@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from dataclasses import dataclass
 from enum import IntFlag
+from pathlib import Path
 from types import FrameType
 
 from dstune.config.schema import RunConfig
 from dstune.train.metrics import improves
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
+
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+"""Names of files in the run directory that ask for a save, with and without stopping."""
+
+SAVES_BEFORE_DEADLINE = 3.0
 
 
 class Wish(IntFlag):
@@ -125,14 +132,25 @@ class EarlyStopping(Hook):
 
 
 class Preemption(Hook):
-    """A signal, or the end of `run.time_limit`, asks for a save at the next window; a second signal ends at once."""
+    """A signal, the end of the time or a file named STOP in the run directory asks for a save at the next window and exit
+    75; a file named SAVE for a save alone. A second signal ends at once.
+
+    The time is `run.time_limit`, or what SLURM says (SLURM_JOB_END_TIME); the save begins early enough to take
+    `SAVES_BEFORE_DEADLINE` times as long as the last one.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, config: RunConfig, started: float):
+    def __init__(self, config: RunConfig, started: float, run_dir: Path, *, is_main: bool):
+        """is_main: the rank that looks for the files and removes them."""
         minutes = config.run.time_limit
-        self._deadline = None if minutes is None else started + 60 * minutes
-        self._minutes = minutes
+        self._limits: list[tuple[float, str]] = []
+        if minutes is not None:
+            self._limits.append((started + 60 * minutes, f"run.time_limit={minutes:g} minutes is over"))
+        if (end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
+            self._limits.append((float(end), "the time of the SLURM job is over"))
+        self._files = (run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
+        self._last_step = time.time()
         self._received: str | None = None
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
@@ -148,6 +166,15 @@ class Preemption(Hook):
     def after_step(self, state: TrainState, update: Update) -> Decision:
         if self._received is not None:
             return Decision(Wish.PREEMPT, f"received {self._received}")
-        if self._deadline is not None and time.time() >= self._deadline:
-            return Decision(Wish.PREEMPT, f"run.time_limit={self._minutes:g} minutes is over")
+        now = time.time()
+        step_seconds, self._last_step = now - self._last_step, now
+        for deadline, reason in self._limits:
+            # The next chance is a step away.
+            if now + step_seconds + SAVES_BEFORE_DEADLINE * state.save_seconds >= deadline:
+                return Decision(Wish.PREEMPT, reason)
+        for file in self._files:
+            if file.exists():
+                file.unlink(missing_ok=True)
+                stop = file.name == STOP_FILE
+                return Decision(Wish.PREEMPT, f"a file named {STOP_FILE} asked for it") if stop else Decision(Wish.SAVE)
         return CONTINUE

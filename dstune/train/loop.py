@@ -20,6 +20,7 @@ from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.state import TrainState
 from dstune.train.supply import Supply
+from dstune.train.watchdog import Watchdog
 from dstune.zero.engine import Engine, Update
 
 UNTIMED_STEPS = 2
@@ -48,7 +49,9 @@ class Training:
     state: TrainState
     hooks: list[Hook]
     evaluator: Evaluator
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState], bool]
+    """Returns whether there was room for it."""
+    watchdog: Watchdog
     log: Log | None
     memory: PeakMemory
     pad_token_id: int
@@ -70,6 +73,7 @@ def fit(run: Training) -> Decision:
         if decision.wish & Wish.STOP:
             return decision
     steps = range(state.step, run.total_steps)
+    run.watchdog.beat(f"step {state.step + 1}")
     began = time.perf_counter()
     for number, feed in enumerate(windows(run.config, run.data, run.supply, run.world, run.pad_token_id, steps)):
         update, loss_sum = train_step(run, feed)
@@ -94,7 +98,11 @@ def fit(run: Training) -> Decision:
         if decision.wish & Wish.FAIL:
             return decision
         if decision.wish & (Wish.SAVE | Wish.PREEMPT):
-            run.save(state)
+            with run.watchdog.paused():
+                saved = run.save(state)
+            if decision.wish & Wish.PREEMPT and not saved:
+                return Decision(Wish.FAIL, f"{decision.reason}, and there is no room to save step {state.step}")
+        run.watchdog.beat(f"step {state.step + 1}")
         if decision.wish & (Wish.STOP | Wish.PREEMPT):
             return decision
         began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
@@ -109,6 +117,7 @@ def train_step(run: Training, feed: Feed) -> tuple[Update, float]:
     for position, (micro_batch, batch) in enumerate(feed.batches):
         # Dropout depends on (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume.
         torch.manual_seed(dropout_seed(run.config.trainer.seed, run.state.step, micro_batch.index))
+        run.watchdog.beat(f"micro-batch {position + 1} of step {run.state.step + 1}")
         loss_sum += run.engine.accumulate(
             run.head,
             {key: value.to(run.engine.device, non_blocking=True) for key, value in batch.items()},
@@ -143,7 +152,8 @@ def evaluate(run: Training) -> Decision:
     validation, state = run.data.validation, run.state
     assert validation is not None
     began = time.perf_counter()
-    evaluation = run.evaluator(validation)
+    with run.watchdog.paused():
+        evaluation = run.evaluator(validation)
     metrics = evaluation.metrics
     state.evaluation_due = False
     state.eval_last, state.eval_last_step = metrics, state.step

@@ -34,6 +34,8 @@ class TrainState:
     timed_tokens: int = 0
     timed_seconds: float = 0.0
     """Tokens and time of the steps that count for throughput: without evaluation, saving and each launch's first two."""
+    save_seconds: float = 0.0
+    """Time that the last save took."""
     peak_memory_gib: float = 0.0
     best: Best | None = None
     evaluations_without_gain: int = 0

@@ -106,6 +106,13 @@ def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modified_by_rank)
 
 
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    """Tensors of a parameter's size that the optimizer keeps."""
+    if "betas" in optimizer.defaults:
+        return 2
+    return 1 if optimizer.defaults.get("momentum") else 0
+
+
 @dataclass(frozen=True)
 class Update:
     """What one optimizer step did."""
@@ -128,6 +135,7 @@ class Engine:
         self._world = world
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
+        self._moments = 0 if optimizer is None else _moments(optimizer)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [
             [names[id(parameter)] for parameter in group["params"]]
@@ -225,6 +233,12 @@ class Engine:
                 offload._register_deepspeed_module(offload.module)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint_bytes(self) -> int:
+        """About how much `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights."""
+        elements = sum(full_count(parameter) for parameter in self._trained)
+        in_module = 0 if self.stage == 3 else next(iter(self._trained)).element_size()
+        return elements * (in_module + (0 if self.stage == 0 else 4) + 4 * self._moments)
 
     def save(self, directory: Path, tag: str) -> None:
         """Write this rank's shards below `directory/tag`. Every rank must call it."""

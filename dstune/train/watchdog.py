@@ -1,0 +1,66 @@
+"""Ends a rank that makes no progress, with its Python stacks in the log, instead of a silent wait for a time-out."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dstune.errors import EXIT_FAILED
+
+LAST_WORDS_SECONDS = 2.0
+"""Between the stacks and the end: the other ranks stall at about the same time, and shall get to print theirs."""
+
+
+class Watchdog:
+    """A thread that ends this process when `beat` was not called for `seconds`; 0 never does.
+
+    It sleeps until the loop begins to beat, and while something runs that may take any time (`paused`).
+    """
+
+    def __init__(self, seconds: float, rank: int):
+        self._seconds, self._rank = seconds, rank
+        self._last: float | None = None
+        self._doing = ""
+        if seconds > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing` is what comes next."""
+        self._doing, self._last = doing, time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Saving, exporting and generating may take any time."""
+        watching, self._last = self._last is not None, None
+        try:
+            yield
+        finally:
+            self._last = time.monotonic() if watching else None
+
+    def rest(self) -> None:
+        """The loop has ended."""
+        self._last = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._seconds / 4))
+            last = self._last
+            if last is not None and time.monotonic() - last > self._seconds:
+                self._end()
+
+    def _end(self) -> None:
+        print(
+            f"dstune: rank {self._rank} made no progress for {self._seconds:g} s (trainer.stall_seconds) in {self._doing};"
+            " the stacks of its threads:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        time.sleep(LAST_WORDS_SECONDS)
+        os._exit(EXIT_FAILED)

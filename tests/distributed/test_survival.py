@@ -1,0 +1,99 @@
+"""What clusters do to a run: files that ask it to stop, damaged checkpoints, a full disk, a rank that hangs."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from distributed.test_runs import STEPS, at_step, overrides, undisturbed, workplace  # noqa: F401 (fixtures)
+from support.command import exact, ranks_of, result, wait_until
+
+from dstune.checkpoint import store
+
+
+def test_files_named_save_and_stop_and_a_damaged_checkpoint(workplace, undisturbed):  # noqa: F811
+    """SAVE saves and goes on, STOP saves and leaves; a flipped bit is named, and the checkpoint before it is used."""
+    run_dir = workplace.folder / "asked"
+    command = workplace.start("train", *overrides("asked", "checkpoint.every=0", "checkpoint.keep=3"))
+    wait_until(lambda: at_step(run_dir, 5))
+    (run_dir / "SAVE").touch()
+    wait_until(lambda: store.newest(run_dir) is not None)
+    first = store.newest(run_dir)
+    wait_until(lambda: at_step(run_dir, int(first.name.removeprefix("step-")) + 3))
+    (run_dir / "STOP").touch()
+    assert command.wait(timeout=60) == 75
+    assert "STOP" in result(run_dir)["reason"]
+    assert not list(run_dir.glob("S[AT]*"))
+    second = store.newest(run_dir)
+    assert second != first
+
+    shard = max(second.glob("*optim_states.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    again = workplace.run("train", "asked", "checkpoint.every=5")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{second.name} is damaged and not used: {shard.name}" in again.stdout
+    assert exact(run_dir) == undisturbed
+
+
+def test_a_rank_that_hangs_is_ended_with_stacks(workplace):  # noqa: F811
+    run_dir = workplace.folder / "hangs"
+    command = workplace.start("train", *overrides("hangs", "trainer.stall_seconds=3"))
+    wait_until(lambda: at_step(run_dir, 3))
+    victim = next(rank for rank in ranks_of(run_dir) if rank.environ()["RANK"] == "1")
+    victim.send_signal(signal.SIGSTOP)  # as a hung device or file system would
+    stopped = time.monotonic()
+    assert command.wait(timeout=60) == 1
+    assert time.monotonic() - stopped < 25
+    assert not ranks_of(run_dir)
+    log = (run_dir / "logs" / "rank-0.log").read_text()
+    assert "rank 0 made no progress for 3 s" in log
+    assert "loop.py" in log.split("made no progress")[1]
+    assert result(run_dir)["status"] == "failed"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small disk is a tmpfs: run as root, with mount installed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    with file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(2**16))
+
+
+def test_a_full_disk_costs_no_checkpoint_that_is_there(workplace, small_disk):  # noqa: F811
+    run_dir = small_disk / "full"
+    command = workplace.start("train", *overrides("full", f"run.dir={run_dir}"))
+    wait_until(lambda: store.newest(run_dir) is not None)
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        fill(filler)
+    kept = store.newest(run_dir)
+    wait_until(lambda: "is not saved" in workplace.log)
+    filler.unlink()
+    assert command.wait(timeout=120) == 0, workplace.log
+    assert result(run_dir)["steps"] == STEPS
+    assert kept is not None
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused(workplace, small_disk):  # noqa: F811
+    (small_disk / "filler").write_bytes(bytes(24 * 2**20 - 2**17))
+    refused = workplace.run("train", *overrides("small", f"run.dir={small_disk / 'small'}"))
+    assert refused.returncode == 2
+    assert "there must be room for two" in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
