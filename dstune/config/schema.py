@@ -323,6 +323,9 @@ class LocalConfig:
     """Ranks; every GPU when not given, else two (one on a single core)."""
     export_env: list[str] = setting([])
     """Further environment variables that the ranks inherit, beside the built-in list."""
+    restarts: int = setting(0, at_least=0)
+    """How often a run that failed starts again from its newest whole checkpoint; the same failure at the same step twice
+    ends it."""
     grace_seconds: float = setting(5.0, above=0.0, at_most=8.0)
     """How long the other ranks may take to end after one of them died; then they are killed."""
 

@@ -26,6 +26,7 @@ from dstune.launch import records
 from dstune.launch.commands import LaunchPlan, free_port, local_plan
 from dstune.launch.console import Console, copy
 from dstune.launch.processes import LAUNCH_ID, Guard, end_all
+from dstune.launch.restarts import Restarts
 from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.05
@@ -58,14 +59,20 @@ def run(
     plan = plan or local_plan(config, run_dir, console=console.kind)
     grace = config.launch.grace_seconds
     with caught_signals() as received:
-        launch = Launch(plan, run_dir, grace, console, received, lock)
-        verdict = launch.run()
-        if verdict.exit_code == EXIT_FAILED and launch.port_was_taken(verdict) and not received:
-            console.message("dstune: another program took the port of the ranks; trying once more with another one")
-            launch = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock)
+        restarts = Restarts(config.launch.restarts, run_dir, console, received)
+        while True:
+            launch = Launch(plan, run_dir, grace, console, received, lock)
             verdict = launch.run()
-        if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
-            verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", launch.ended[0])
+            if verdict.exit_code == EXIT_FAILED and launch.port_was_taken(verdict) and not received:
+                console.message("dstune: another program took the port of the ranks; trying once more with another one")
+                launch = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock)
+                verdict = launch.run()
+            if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
+                verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", launch.ended[0])
+            verdict, again = restarts.consider(verdict, launch)
+            if not again:
+                break
+            plan = plan.with_port(free_port())
         launch.record(verdict)
     launch.explain(verdict)
     return verdict.exit_code

@@ -41,6 +41,16 @@ def test_files_named_save_and_stop_and_a_damaged_checkpoint(workplace, undisturb
     assert exact(run_dir) == undisturbed
 
 
+def test_a_killed_rank_is_started_again(workplace, undisturbed):  # noqa: F811
+    run_dir = workplace.folder / "again"
+    command = workplace.start("train", *overrides("again", "launch.restarts=1"))
+    wait_until(lambda: at_step(run_dir, 8))
+    next(rank for rank in ranks_of(run_dir) if rank.environ()["RANK"] == "1").kill()
+    assert command.wait(timeout=120) == 0, workplace.log
+    assert "starting again from step-" in workplace.log
+    assert exact(run_dir) == undisturbed
+
+
 def test_a_rank_that_hangs_is_ended_with_stacks(workplace):  # noqa: F811
     run_dir = workplace.folder / "hangs"
     command = workplace.start("train", *overrides("hangs", "trainer.stall_seconds=3"))

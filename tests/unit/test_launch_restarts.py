@@ -1,0 +1,84 @@
+"""When a failed launch is tried again, and when it is not."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
+from dstune.launch import restarts
+from dstune.launch.console import Console
+from dstune.launch.restarts import Restarts
+from dstune.launch.verdict import Ended, Verdict
+
+
+class Log:
+    def __init__(self, *lines: str):
+        self.lines = list(lines)
+
+    def last_lines(self, rank: int, count: int = 20) -> list[str]:
+        return self.lines
+
+
+@pytest.fixture
+def waited(monkeypatch) -> list[float]:
+    """Time stands still but for what is slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(restarts.time, "sleep", slept.append)
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: sum(slept))
+    return slept
+
+
+def failed(code: int = 1) -> Verdict:
+    return Verdict(EXIT_FAILED, f"rank 1 ended with exit code {code}", Ended(1, code, 0))
+
+
+def at_step(run_dir, step: int) -> None:
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+
+
+@pytest.mark.parametrize("code", [EXIT_DONE, EXIT_PREEMPTED, EXIT_USER])
+def test_only_a_failure_is_tried_again(tmp_path, waited, code):
+    verdict, again = Restarts(3, tmp_path, Console(io.StringIO()), []).consider(Verdict(code, "so"), Log())
+    assert not again
+    assert verdict.reason == "so"
+    assert not waited
+
+
+def test_without_restarts_a_failure_is_the_end(tmp_path, waited):
+    assert not Restarts(0, tmp_path, Console(io.StringIO()), []).consider(failed(), Log("ValueError: x"))[1]
+
+
+def test_each_wait_is_longer_and_the_number_is_limited(tmp_path, waited):
+    decide = Restarts(2, tmp_path, Console(io.StringIO()), [])
+    waits = []
+    for step in (4, 8):
+        at_step(tmp_path, step)
+        before = sum(waited)
+        assert decide.consider(failed(), Log("OSError: no route"))[1]
+        waits.append(round(sum(waited) - before))
+    assert waits == [5, 10]
+    at_step(tmp_path, 12)
+    verdict, again = decide.consider(failed(), Log("OSError: no route"))
+    assert not again
+    assert "launch.restarts" in verdict.reason
+
+
+def test_the_same_exception_at_the_same_step_ends_with_the_diagnosis(tmp_path, waited):
+    decide = Restarts(9, tmp_path, Console(io.StringIO()), [])
+    at_step(tmp_path, 7)
+    assert decide.consider(failed(), Log("Traceback", "ValueError: bad row"))[1]
+    assert decide.consider(failed(), Log("Traceback", "ValueError: another"))[1]  # another exception
+    verdict, again = decide.consider(failed(), Log("Traceback", "ValueError: bad row"))
+    assert not again
+    assert "twice after step 7" in verdict.reason
+    assert "ValueError: bad row" in verdict.reason
+
+
+def test_a_request_to_stop_ends_the_wait(tmp_path, monkeypatch):
+    received: list[str] = []
+    monkeypatch.setattr(restarts.time, "sleep", lambda seconds: received.append("SIGTERM"))
+    decide = Restarts(3, tmp_path, Console(io.StringIO()), received)
+    assert not decide.consider(failed(), Log("OSError: x"))[1]
