@@ -15,19 +15,24 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dstune.report"),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = numbers.number
     environment.filters["percent"] = numbers.percent
-    environment.filters["visible"] = visible
     return environment
 
 
 def render(template: str, **values: Any) -> str:
     """`template` of the folder `templates` with `values`, each escaped where it stands."""
     return _environment().get_template(template).render(**values)
+
+
+def _shown(value: Any) -> Any:
+    """What a template writes for `value`; text that is HTML already stays as it is."""
+    return visible(value) if type(value) is str else value
 
 
 def visible(text: str) -> str:
