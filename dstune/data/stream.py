@@ -44,6 +44,9 @@ class Shard(Protocol):
     def mark(self) -> dict[str, Any] | None:
         """How to find the row behind the one that `rows` gave last."""
 
+    def share(self, position: Position) -> float:
+        """How much of it is before `position`, from 0 to 1; 0 where that is not known without reading."""
+
     def identity(self) -> str:
         """Changes with the shard, and takes no reading of all of it."""
 
@@ -65,6 +68,9 @@ class FileShard:
 
     def mark(self) -> dict[str, Any] | None:
         return None if self._reader is None else {"offset": self._reader.offset, "line": self._reader.line}
+
+    def share(self, position: Position) -> float:
+        return position.mark["offset"] / self._file.path.stat().st_size if position.mark else 0.0
 
     def identity(self) -> str:
         with self._file.path.open("rb") as stream:
@@ -121,7 +127,8 @@ class Stream:
 
     def share(self, position: Position) -> float:
         """Passes up to `position`, by shards: 1.5 is half of the second pass."""
-        return position.passes + position.shard / len(self._shards)
+        inside = self._shards[self.order(position.passes)[position.shard]].share(position)
+        return position.passes + (position.shard + inside) / len(self._shards)
 
     def identity(self) -> str:
         """Digest of what the shards are, whatever folder they lie in."""
