@@ -15,3 +15,16 @@ NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 def template_path(value: str) -> Path:
     """The file of `model.chat_template`: a packaged template by its name, else the path that was given."""
     return FOLDER / f"{value}.jinja" if value in NAMES else Path(value)
+
+
+CONTROL_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""What a template prints around turns and each vocabulary must have as single tokens."""
+
+
+def control_tokens(value: str | None) -> tuple[str, ...]:
+    """Control tokens of the packaged template `value`; those of a user's own Jinja file are not known."""
+    return CONTROL_TOKENS.get(value or "", ())

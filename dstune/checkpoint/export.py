@@ -1,50 +1,61 @@
 """A checkpoint of a run as a plain Hugging Face folder, and the verb `dstune export`.
 
-The model is built by the same two functions as for training, so names, head, labels and adapters are the run's own.
-transformers and peft then write their own formats, from the weights in the shards.
+The folder is made aside and renamed when it is whole. What is in it: weights, configuration and tokenizer
+(`model_folder.py`), a model card (`card.py`), and what `dstune evaluate` needs to know of the run (`record.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
+import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint import store
+from dstune.checkpoint.record import write_record
 from dstune.config.compose import read_run
-from dstune.config.schema import Attention, HeadConfig, InitialWeights, LoraConfig, ModelConfig, RunConfig
+from dstune.config.schema import LoraConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_SHARD_SIZE = "5GB"
 
 
-def export_checkpoint(run_dir: Path, checkpoint: Path, out: Path, *, merge: bool = False, force: bool = False) -> Path:
+def export_checkpoint(
+    run_dir: Path,
+    checkpoint: Path,
+    out: Path,
+    *,
+    merge: bool = False,
+    force: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Path:
     """Write the weights of `checkpoint`, one of the run's, to `out`, in the model's storage dtype. Needs one process.
 
     Full and head runs give a whole model, LoRA runs an adapter on the hub id or folder of the base (with `merge`, or
-    where the base has random weights and so exists nowhere else, a whole model too). Tokenizer and chat template are
-    always there. `out` appears whole or not at all; a former export is replaced with `force` only.
+    where the base has random weights and so exists nowhere else, a whole model too). Tokenizer, chat template and model
+    card are always there. `out` appears whole or not at all; a former export is replaced with `force` only.
+
+    Memory: one file of at most `max_shard_size` (bytes, or text such as "5GB"), or the largest tensor. The base model is
+    loaded as a whole only where its files have other names than its parameters, or its vocabulary was enlarged.
 
     Raises UserError where `out` exists, or the base model is no longer to be found.
     """
-    _check_free(out, force)
-    aside = out.with_name(f"{out.name}{store.INCOMPLETE}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    with _outside_of_zero3():
-        _write(read_run(run_dir / "run.yaml").config, checkpoint, aside, merge)
-    if out.exists():
-        shutil.rmtree(out)
-    aside.rename(out)
+    check_free(out, force)
+    config = read_run(run_dir / "run.yaml").config
+    with _aside(out) as folder, _quiet(), _outside_of_zero3():
+        from dstune.checkpoint.card import write_card
+        from dstune.checkpoint.model_folder import write_model
+
+        state = store.read_state(checkpoint)
+        write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
+        write_record(folder, config, state, checkpoint.name)
+        write_card(folder, run_dir, config, state, adapter=(folder / "adapter_config.json").is_file())
     return out
 
 
@@ -65,123 +76,31 @@ def exported(run_dir: Path, scratch: Path, *, merge: bool = False) -> Path:
     return export_checkpoint(run_dir, find_checkpoint(run_dir, "last"), scratch / "export", merge=merge)
 
 
-def _write(config: RunConfig, checkpoint: Path, folder: Path, merge: bool) -> None:
-    from transformers.utils import logging
-
-    from dstune.checkpoint.shards import Weights
-    from dstune.data.stopping import stop_token_ids
-    from dstune.models.load import load_config, load_tokenizer
-
-    logging.disable_progress_bar()
-    tokenizer = load_tokenizer(config.model)
-    adapter = isinstance(config.method, LoraConfig)
-    merge = adapter and (merge or config.model.weights is InitialWeights.random)
-    built = _build(config, tokenizer, tuple(store.read_state(checkpoint)["labels"]), merge)
-    weights = Weights(checkpoint)
-    trained = [name for name, parameter in built.module.named_parameters() if parameter.requires_grad]
-    absent = [name for name in trained if name not in weights]
-    assert not absent, f"{checkpoint} has no weights for {absent[:3]}"
-
-    if merge:
-        built.module.load_state_dict(dict(weights), strict=False)
-        model = built.module.merge_and_unload()
-        state = {name: weight.to(built.dtype) for name, weight in model.state_dict().items()}
-    elif adapter:
-        model = built.module
-        state = dict(weights)  # stays in fp32: adapters are small, and peft computes them in fp32
-    else:
-        model = built.module
-        state = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
-        state |= {name: _cast(weights[name], built.dtype) for name in weights}
-
-    stops = stop_token_ids(tokenizer)
-    _set_generation(config.model, model, stops, tokenizer.pad_token_id)
-    if adapter and not merge:
-        settings = model.peft_config["default"]
-        settings.base_model_name_or_path = _named(config.model.path)
-        settings.revision = config.model.revision
-        # Asked explicitly, since peft would ask the hub otherwise.
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=built.resized)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, not filled in
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-    else:
-        # Training has no use for the cache of past keys and values; generation has.
-        model.config.use_cache = load_config(config.model).use_cache
-        model.to(built.dtype).save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
-    tokenizer.save_pretrained(folder)
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` when the block ends without an error."""
+    folder = out.with_name(f"{out.name}{store.INCOMPLETE}")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    yield folder
+    if out.exists():
+        shutil.rmtree(out)
+    folder.rename(out)
 
 
-@dataclass(frozen=True)
-class _Built:
-    module: Any
-    """As in training. Its weights are those before training, or have no memory where the checkpoint has them all."""
-    dtype: torch.dtype
-    """In which the model is stored: that of its config.json."""
-    resized: bool
-    """Whether the vocabulary was enlarged for the tokenizer."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what DeepSpeed and torch say of themselves while peft imports them: nothing of it is about the export."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        import torch
 
-
-def _build(config: RunConfig, tokenizer: Any, labels: tuple[str, ...], merge: bool) -> _Built:
-    import torch
-
-    from dstune.models.load import load_config, load_model
-    from dstune.models.peft import apply_method
-
-    architecture = load_config(config.model)
-    dtype = architecture.dtype or torch.float32
-    resized = len(tokenizer) > architecture.get_text_config().vocab_size
-    config = replace(
-        config,
-        # Any attention has the same weights; eager is there for every model, on a machine without GPU too.
-        model=replace(config.model, attention=Attention.eager),
-        trainer=replace(config.trainer, activation_checkpointing=False),
-    )
-    if merge or isinstance(config.method, HeadConfig) or resized:
-        # Merging adds two weights: in fp32, and rounded once.
-        loaded = load_model(config, tokenizer, labels, torch.float32 if merge else dtype)
-        return _Built(apply_method(config, loaded), dtype, resized)
-    config = replace(config, model=replace(config.model, weights=InitialWeights.random))
-    with torch.device("meta"):
-        return _Built(apply_method(config, load_model(config, tokenizer, labels, dtype)), dtype, resized)
-
-
-def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return weight.to(dtype) if weight.is_floating_point() else weight
-
-
-def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token_id: int | None) -> None:
-    """Give the model the generation settings of its base, with `stops` added to what ends an answer."""
-    from transformers import GenerationConfig
-
-    from dstune.models.load import local_path
-
-    if not model.can_generate():
-        return
-    try:
-        generation = GenerationConfig.from_pretrained(
-            local_path(config.path), revision=config.revision or "main", local_files_only=True
-        )
-    except OSError:
-        generation = model.generation_config
-    before = generation.eos_token_id
-    ends = sorted({*stops, *(before if isinstance(before, list) else [] if before is None else [before])})
-    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    generation.pad_token_id = pad_token_id
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        # Some published models have sampling values and do not switch sampling on, which saving refuses.
-        generation.do_sample = True
-    model.generation_config = generation
-
-
-def _named(path: str) -> str:
-    """The base model as others find it: a folder's whole path, or the hub id."""
-    from dstune.models.load import local_path
-
-    local = local_path(path)
-    return str(Path(local).resolve()) if Path(local).exists() else local
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager
@@ -197,7 +116,7 @@ def _outside_of_zero3() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = keep
 
 
-def _check_free(out: Path, force: bool) -> None:
+def check_free(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not force:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from dstune import samples
-from dstune.chat_templates import template_path
+from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.schema import (
     Attention,
@@ -43,7 +44,7 @@ def local_path(path: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with `model.chat_template` applied and a padding token.
+    """The model's tokenizer with `model.chat_template` applied, its control tokens added, and a padding token.
 
     Raises UserError where the files are missing or the template cannot be read.
     """
@@ -61,6 +62,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                     fix="give the path of a Jinja file",
                 )
             ) from error
+    single = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    absent = [token for token in (*control_tokens(config.chat_template), *config.add_tokens) if token not in single]
+    if absent:
+        tokenizer.add_special_tokens({"additional_special_tokens": absent}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         # Targets are chosen by position, never by comparing with the padding token, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -90,6 +95,23 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     return architecture
 
 
+@dataclass(frozen=True)
+class NewWeights:
+    """What a model has beyond its pretrained weights. It has to be trained, whatever the method freezes."""
+
+    parameters: tuple[str, ...] = ()
+    """Names of whole parameters: a classification head, a pooler."""
+    rows: tuple[int, ...] = ()
+    """Rows of the vocabulary, those of added tokens."""
+
+
+def new_weights(model: PreTrainedModel) -> NewWeights:
+    """What `load_model` added to the model; no parameters where all weights are new (`model.weights=random`)."""
+    found = getattr(model, "dstune_new_weights", NewWeights())
+    assert isinstance(found, NewWeights)
+    return found
+
+
 def load_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -105,6 +127,11 @@ def load_model(
         architecture.id2label = dict(enumerate(labels))
         architecture.label2id = {label: index for index, label in enumerate(labels)}
         architecture.pad_token_id = tokenizer.pad_token_id
+    if isinstance(config.task, ClassificationConfig):
+        # Tells whoever loads the export which loss and which kind of answer its logits are for.
+        architecture.problem_type = (
+            "multi_label_classification" if config.task.multi_label else "single_label_classification"
+        )
     model_class = _model_class(config.task)
     options = {"attn_implementation": _attention(config, dtype), "dtype": dtype}
     with _named_errors(config.model):
@@ -126,9 +153,13 @@ def load_model(
             new = sorted({*loading["missing_keys"], *mismatched})
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
         # New rows start from the mean of the old ones; without it a new token's logit dwarfs all others.
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        on_meta = model.device.type == "meta"
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
+    parameters = () if config.model.weights is InitialWeights.random else tuple(new)
+    model.dstune_new_weights = NewWeights(parameters, tuple(range(rows, len(tokenizer))))
     if config.trainer.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dstune.config.schema import ClassificationConfig, FullConfig, HeadConfig, LoraConfig, RunConfig
 from dstune.errors import Problem, UserError
 from dstune.models.freeze import freeze_body
+from dstune.models.load import NewWeights, new_weights
 
 
 def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
@@ -36,13 +37,19 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
     targets: Any = lora.target_modules
     if lora.target_modules == ["all-linear"]:
         targets = "all-linear"
+    new = new_weights(model)
+    if new.rows and config.zero.stage == 3:
+        # peft reads the rows that it trains from the weight itself, which is partitioned.
+        reason = f"{len(new.rows)} added tokens cannot be trained beside adapters where weights are partitioned"
+        raise UserError(Problem("zero.stage", reason, "zero=stage2, or method=full", "3"))
     settings = peft.LoraConfig(
         r=lora.rank,
         # peft types alpha as an integer but only ever divides it by the rank.
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        modules_to_save=lora.modules_to_save or None,
+        modules_to_save=_modules_to_save(lora, new) or None,
+        trainable_token_indices=_token_rows(model, new) or None,
         use_rslora=lora.rslora,
         task_type=peft.TaskType.SEQ_CLS if classification else peft.TaskType.CAUSAL_LM,
     )
@@ -61,3 +68,26 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
         # A frozen embedding's output carries no gradient, and a checkpointed block without one is not differentiated.
         model.enable_input_require_grads()
     return adapted
+
+
+def _modules_to_save(lora: LoraConfig, new: NewWeights) -> list[str]:
+    """The modules trained whole: those asked for, and those whose weights are drawn new (a pooler, a head).
+
+    An adapter's folder holds nothing else of the model, so a new weight left frozen would be another one at every load.
+    """
+    owners = {name.rpartition(".")[0] for name in new.parameters}
+    # peft adds a classifier's head by itself, as a whole.
+    owners = {owner for owner in owners if not {"classifier", "score"} & set(owner.split("."))}
+    return [*lora.modules_to_save, *sorted(owners - set(lora.modules_to_save))]
+
+
+def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]:
+    """Added tokens, by the name of each module that has a row for them (two where the vocabulary is not tied)."""
+    if not new.rows:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = [model.get_input_embeddings()]
+    projection = model.get_output_embeddings()
+    if projection is not None and projection.weight is not modules[0].weight:
+        modules.append(projection)
+    return {names[id(module)].rpartition(".")[2]: list(new.rows) for module in modules}

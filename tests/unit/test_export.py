@@ -37,6 +37,13 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "labels-2": ("encoder", "labels", ["method=full", "zero=stage2"]),
     "labels-head-3": ("encoder", "labels", ["method=head", "zero=stage3"]),
     "labels-lora-3": ("encoder", "labels", [*LORA, "zero=stage3"]),
+    "pooler-lora-2": ("no_pooler", "labels", [*LORA, "zero=stage2"]),
+    "pooler-head-3": ("no_pooler", "labels", ["method=head", "zero=stage3"]),
+    **{
+        f"tokens-{model}-{stage}": (model, "chat", [*LORA, f"zero=stage{stage}", "model.chat_template=llama3"])
+        for model, stage in (("untied", 0), ("tied", 1), ("untied", 2))
+    },
+    "tokens-full-3": ("untied", "chat", ["method=full", "zero=stage3", "model.chat_template=llama3"]),
 }
 
 
@@ -44,6 +51,17 @@ def in_bf16(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def without_pooler(folder: Path) -> Path:
+    """As many published encoders are: transformers draws a pooler for them."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "pooler" not in name}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -57,6 +75,7 @@ class Shelf:
             "tied": save_decoder(folder / "models" / "tied", tied=True),
             "stored_bf16": in_bf16(save_decoder(folder / "models" / "stored_bf16")),
             "encoder": save_encoder(folder / "models" / "encoder"),
+            "no_pooler": without_pooler(save_encoder(folder / "models" / "no_pooler")),
         }
         self.data = {
             "chat": write_dialogues(folder / "chat.jsonl", 40),
@@ -186,9 +205,11 @@ def test_an_adapter_export_loads_with_peft_on_its_base(shelf, name):
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(shelf.model(name))
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "dstune.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -253,6 +274,75 @@ def test_a_classifier_keeps_its_head_and_label_names(shelf, name):
     assert all(torch.equal(found[key], whole[key]) for key in whole.keys() - unused)
 
 
+def test_what_was_drawn_new_is_trained_and_saved_with_an_adapter(shelf):
+    """A new pooler that stayed frozen would be another one at every load."""
+    import peft
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    whole = shelf.whole("pooler-lora-2")
+    base = Classifier.from_pretrained(shelf.model("pooler-lora-2"), num_labels=2)
+    exported = peft.PeftModel.from_pretrained(base, shelf.run("pooler-lora-2") / "export").eval()
+    found = dict(exported.named_parameters())
+    poolers = {key for key in whole if "pooler" in key and "original_module" not in key}
+    assert len(poolers) >= 2
+    assert all(torch.equal(found[key], whole[key]) for key in poolers)
+    # And a method that freezes the body trains it too.
+    name = "bert.pooler.dense.weight"
+    first, last = shelf.whole("pooler-head-3", step=2)[name], shelf.whole("pooler-head-3")[name]
+    assert not torch.equal(first, last)
+    assert torch.equal(
+        load(shelf.run("pooler-head-3") / "export", "SequenceClassification").bert.pooler.dense.weight, last
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tokens")])
+def test_added_tokens_are_trained_and_end_an_answer(shelf, name, tmp_path):
+    import peft
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = shelf.run(name) / "export"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    before = load(shelf.model(name)).config.vocab_size
+    assert end >= before and len(tokenizer) == before + 3
+    assert end in GenerationConfig.from_pretrained(folder).eos_token_id
+    exported = load(folder) if "full" in name else peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(9, before + 3)[None]
+    with torch.no_grad():
+        expected = exported(input_ids=ids, use_cache=False).logits
+    assert expected.shape[-1] == before + 3
+    if "full" not in name:
+        run_dir = shelf.run(name)
+        merged = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "merged", merge=True)
+        with torch.no_grad():
+            torch.testing.assert_close(load(merged)(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        rows = [
+            [weight for key, weight in shelf.whole(name, step).items() if "trainable_tokens_delta" in key]
+            for step in (2, 3)
+        ]
+        assert len(rows[0]) == (1 if "-tied" in name else 2)
+        assert all(not torch.equal(early, late) for early, late in zip(*rows, strict=True)), "they were not trained"
+
+
+def test_added_tokens_beside_frozen_weights_are_refused(shelf):
+    from dstune.config.compose import apply_overrides, read_run
+    from dstune.models.load import load_model, load_tokenizer
+    from dstune.models.peft import apply_method
+
+    config = read_run(shelf.run("tokens-untied-2") / "run.yaml").config
+    tokenizer = load_tokenizer(config.model)
+    for overrides, reason in ((["zero.stage=3"], "zero=stage2"), (["method=head"], "method=lora")):
+        changed = apply_overrides(config, overrides) if "method=head" not in overrides else None
+        if changed is None:
+            from dataclasses import replace
+
+            from dstune.config.schema import HeadConfig
+
+            changed = replace(config, method=HeadConfig())
+        with pytest.raises(UserError, match=reason):
+            apply_method(changed, load_model(changed, tokenizer, (), torch.float32))
+
+
 def test_answers_end_where_the_turn_ends(shelf):
     from transformers import GenerationConfig
 
@@ -262,10 +352,9 @@ def test_answers_end_where_the_turn_ends(shelf):
         assert settings.pad_token_id == 2
 
 
-def test_large_models_are_written_in_several_files(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "MAX_SHARD_SIZE", "60KB")
+def test_large_models_are_written_in_several_files(shelf, tmp_path):
     run_dir = shelf.run("full-3")
-    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "out")
+    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "out", max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert (folder / "model.safetensors.index.json").exists()
     assert torch.equal(logits(load(folder)), logits(load(run_dir / "export")))
@@ -280,6 +369,83 @@ def test_shards_agree_with_deepspeeds_own_reader(shelf):
         found = Weights(checkpoint)
         assert expected.keys() == set(found)
         assert all(torch.equal(expected[key], found[key]) for key in found)
+
+
+# -- what is beside the weights --------------------------------------------------------------------------------------
+
+
+def test_the_model_card(shelf):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(shelf.run("lora-2") / "export" / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == ["dstune", "chat", "lora"]
+    assert "base_model" not in data, "a folder of the user's own is no id on the hub"
+    state = store.read_state(store.newest(shelf.run("lora-2")))
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics == {name: value for name, value in state["metrics"].items() if name != "targets"}
+    for expected in ("AutoPeftModelForCausalLM", "| adamw |", "`chat.jsonl`", "rank | 4", "| train |", "torch "):
+        assert expected in card.content
+    assert str(shelf.folder) not in card.content, "paths of this machine are nobody else's business"
+
+
+def test_the_code_of_the_model_card_runs(shelf, capsys):
+    for name in ("full-2", "lora-2", "labels-2", "labels-lora-3"):
+        folder = shelf.run(name) / "export"
+        code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        code = code.replace('"PATH"', repr(str(folder))).replace("max_new_tokens=256", "max_new_tokens=4")
+        exec(compile(code, str(folder / "README.md"), "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_a_sample_and_a_hub_id_are_named_in_the_card():
+    from dataclasses import replace
+
+    from dstune.checkpoint.card import _datasets, _hub_name, _licence
+    from tests.support.configs import run_config
+
+    assert _hub_name("sample://smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert _licence("sample://gemma3") == "gemma"
+    assert _hub_name("org/name") == "org/name" and _hub_name("/home/me/model") is None
+    config = run_config()
+    for path, ids in (("org/rows:train_sft", ["org/rows"]), ("data/rows.jsonl", []), ("sample://chitchat", [])):
+        assert _datasets(replace(config, data=replace(config.data, train=path))) == ids
+
+
+def test_an_export_says_how_it_is_evaluated(shelf):
+    from dstune.checkpoint.record import recorded_overrides
+
+    chat = recorded_overrides(shelf.run("full-2") / "export", [])
+    assert chat[0] == "task=chat" and "data.max_length=64" in chat and "data.packing=true" in chat
+    assert any(text.startswith("task.template_date='20") for text in chat)
+    labels = recorded_overrides(shelf.run("labels-2") / "export", [])
+    assert labels[0] == "task=classification" and "task.labels=['left','right']" in labels
+    assert recorded_overrides(shelf.run("labels-2") / "export", ["task=chat"])[0].startswith("data.")
+    compose([*labels, "data.train=x.jsonl"])
+
+
+def test_a_classifier_of_other_origin_is_evaluated_as_one(shelf, tmp_path):
+    from dstune.checkpoint.record import recorded_overrides
+
+    folder = shutil.copytree(shelf.run("labels-2") / "export", tmp_path / "copy")
+    (folder / "dstune.json").unlink()
+    assert recorded_overrides(folder, []) == ["task=classification"]
+    assert recorded_overrides(shelf.model("full-2"), []) == []
+
+
+def test_what_vllm_asks_for(shelf, tmp_path):
+    from dstune.checkpoint.serving import vllm_problems
+
+    for name in ("full-3", "lora-2", "tokens-full-3"):
+        assert vllm_problems(shelf.run(name) / "export") == [], name
+    (problem,) = vllm_problems(shelf.run("tokens-tied-1") / "export")
+    assert "no low-rank matrices" in problem
+    assert "trained as a whole" in vllm_problems(shelf.run("labels-lora-3") / "export")[0]
+    broken = shutil.copytree(shelf.run("full-3") / "export", tmp_path / "broken")
+    for file in ("model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (broken / file).unlink()
+    assert len(vllm_problems(broken)) == 4
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------

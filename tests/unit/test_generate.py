@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from dstune.checkpoint import store
 from dstune.config.compose import compose, write_run
 from dstune.data.stopping import stop_token_ids
 from dstune.errors import UserError
+from dstune.generate.answers_file import AnswersFile
+from dstune.generate.prompts import Request
+from dstune.generate.voices import BASE, Speaker, Voice
+from dstune.generate.writer import Answer, Sampling, Writer
 from dstune.models.generation import generate_answers
 from tests.support.tiny import save_decoder, save_encoder
 
@@ -77,7 +82,8 @@ def saved_run(folder: Path, model: Path, *overrides: str) -> Path:
     written.mkdir(parents=True)
     trained = AutoModelForCausalLM.from_pretrained(model)
     module = {name: parameter.detach() * 2 for name, parameter in trained.named_parameters()}
-    torch.save({"module": module}, written / "mp_rank_00_model_states.pt")
+    state = {"module": module, "buffer_names": [], "global_steps": 3}
+    torch.save(state, written / "mp_rank_00_model_states.pt")
     store.commit(written, {"step": 3, "labels": [], "best": None})
     return run_dir
 
@@ -138,8 +144,8 @@ def test_an_answer_ends_with_the_turn_even_if_the_model_does_not_say_so(decoder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
     tokenizer.eos_token = "</s>"
     model.generation_config.eos_token_id = 2
-    writer = generate.Writer(model, tokenizer, chat=True, date=None, max_new_tokens=5, temperature=0.0)
-    request = generate.Request("w1", "here")
+    writer = Writer(Speaker(model, {BASE: Voice(tokenizer, chat=True)}), Sampling(max_new_tokens=5))
+    request = Request("w1", "here")
     hidden = {}
     hook = model.model.norm.register_forward_hook(lambda _, __, output: hidden.update(last=output[0, -1].detach()))
     with torch.no_grad():
@@ -147,7 +153,7 @@ def test_an_answer_ends_with_the_turn_even_if_the_model_does_not_say_so(decoder)
         hook.remove()
         model.lm_head.weight.zero_()
         model.lm_head.weight[4] = hidden["last"]  # now <|im_end|> is the most probable first token
-    assert writer.write(request) == ("", 1)
+    assert writer.answer([request]) == [Answer("", 1, "end")]
     # During training, too: after the end of the turn it would go on with w1.
     prompt = writer.prompt_ids(request)
     model.model.embed_tokens.weight.data[4] = 50 * model.model.embed_tokens.weight[10]
@@ -243,7 +249,7 @@ def test_text_without_a_terminal(decoder, monkeypatch, capsys):
 
 
 def test_a_conversation_is_remembered(decoder, monkeypatch):
-    typed = iter(["w1", "w2", "", "w2"])
+    typed = iter(["w1", "w2", "/reset", "w2", "/help", "/exit", "never"])
 
     def read(_: str) -> str:
         try:
@@ -253,16 +259,194 @@ def test_a_conversation_is_remembered(decoder, monkeypatch):
 
     asked = []
 
-    def write(writer, request, *, stream=False):
+    def stream(writer, request, show, interrupted):
         asked.append(request.messages)
-        return "said", 1
+        return Answer("said", 1, "end")
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(builtins, "input", read)
-    monkeypatch.setattr(generate.Writer, "write", write)
+    monkeypatch.setattr(Writer, "stream", stream)
     assert generate.main([str(decoder)]) == 0
     user = [{"role": "user", "content": content} for content in ("w1", "w2")]
     assert asked == [[user[0]], [user[0], {"role": "assistant", "content": "said"}, user[1]], [user[1]]]
+
+
+def test_a_batch_answers_as_one_by_one(decoder, tmp_path, capsys):
+    """Padding on the left changes nothing, whatever the lengths."""
+    prompts = ["w1", "w2 w3 w4 w5 w6 w7", "w8 w9", "w10 w11 w12"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    command = (decoder, "--input", tmp_path / "p.txt", "--max-new-tokens", 8)
+    together = answers(capsys, *command, "--batch-size", 4)
+    assert together == answers(capsys, *command, "--batch-size", 1)
+    assert [row["answer"] for row in together] == [expected(decoder, prompt) for prompt in prompts]
+
+
+def test_a_long_prompt_does_not_cut_its_neighbours(decoder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
+    writer = Writer(Speaker(model, {BASE: Voice(tokenizer, chat=False)}), Sampling(max_new_tokens=9), plain=True)
+    short, long = Request("w1 w2", "1"), Request(" ".join(["w3"] * 252), "2")
+    alone = writer.answer([short])[0]
+    found = writer.answer([long, short])
+    assert found[0].tokens <= 4 and found[1] == alone
+
+
+def test_a_stop_text_ends_the_answer(decoder, capsys):
+    command = (decoder, "--plain", "--max-new-tokens", 12)
+    rows = answers(capsys, *command, *(f"--prompt=w{number}" for number in range(40)))
+    row = next(row for row in rows if len(set(row["answer"].split())) > 1)
+    first, *others = row["answer"].split()
+    stop = next(word for word in others if word not in first)
+    (cut,) = answers(capsys, *command, "--prompt", row["prompt"], "--stop", stop)
+    assert cut["ended"] == "stop" and cut["answer"] == row["answer"].partition(stop)[0].strip() != ""
+    assert cut["tokens"] <= row["tokens"]
+
+
+def test_a_system_message_comes_first(decoder, capsys, tmp_path):
+    rows = [{"prompt": "w1"}, {"messages": [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1"}]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = (decoder, "--max-new-tokens", 8)
+    first, second = answers(capsys, *command, "--input", tmp_path / "p.jsonl", "--system", "w9")
+    assert first["answer"] == second["answer"], "a conversation's own system message stays"
+    assert first["answer"] != answers(capsys, *command, "--prompt", "w1")[0]["answer"]
+    assert "--system" in refusal(decoder, "--plain", "--prompt", "w1", "--system", "w9")
+
+
+# -- adapters by name -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(decoder, tmp_path_factory) -> dict[str, Path]:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(("a", "b")):
+        torch.manual_seed(number)
+        settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), settings)
+        adapted.save_pretrained(folder / name)
+    return {"a": folder / "a", "b": folder / "b"}
+
+
+def test_rows_choose_an_adapter_by_name(decoder, adapters, tmp_path, capsys):
+    rows = [{"prompt": "w1", "adapter": name} for name in ("a", "b", "base", "a")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "w1"}])))
+    given = [f"--adapter={name}={path}" for name, path in adapters.items()]
+    found = answers(capsys, decoder, *given, "--input", tmp_path / "p.jsonl", "--max-new-tokens", 8)
+    assert [row["adapter"] for row in found] == ["a", "b", "base", "a", "a"]
+    alone = [answers(capsys, adapters[name], "--prompt", "w1", "--max-new-tokens", 8)[0]["answer"] for name in "ab"]
+    assert [row["answer"] for row in found] == [alone[0], alone[1], expected(decoder, "w1"), alone[0], alone[0]]
+    assert len({row["answer"] for row in found}) == 3
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "w1", "adapter": "c"}))
+    text = refusal(decoder, *given, "--input", tmp_path / "p.jsonl")
+    assert "p.jsonl:1=c" in text and "a, b" in text
+
+
+def test_adapters_that_are_none(decoder, adapters, tmp_path):
+    assert "is no adapter" in refusal(decoder, "--prompt", "w1", "--adapter", f"x={decoder}")
+    assert "is not NAME=PATH" in refusal(decoder, "--prompt", "w1", "--adapter", "x")
+    twice = [f"--adapter=a={adapters['a']}", f"--adapter=a={adapters['b']}"]
+    assert "is taken" in refusal(decoder, "--prompt", "w1", *twice)
+    other = save_decoder(tmp_path / "other", hidden_size=64)
+    assert "does not fit" in refusal(other, "--prompt", "w1", "--adapter", f"a={adapters['a']}")
+
+
+def test_a_conversation_changes_its_adapter(decoder, adapters, monkeypatch, capsys):
+    typed = iter(["w1", "/adapter b", "/reset", "w1", "/adapter", "/adapter c", "/exit"])
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(builtins, "input", lambda _: next(typed))
+    given = [f"--adapter={name}={path}" for name, path in adapters.items()]
+    assert generate.main([str(decoder), *given, "--max-new-tokens", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    alone = [answers(capsys, adapters[name], "--prompt", "w1", "--max-new-tokens", 8)[0]["answer"] for name in "ab"]
+    assert [lines[1].strip(), lines[3].strip()] == alone
+    assert lines[2] == lines[4] == "a, [b], base"
+    assert lines[5] == "there is no adapter c; there are a, [b], base"
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(decoder, monkeypatch, capsys):
+    typed = iter(["w1", "w2", "/exit"])
+    asked = []
+    real = Writer.stream
+
+    def stream(writer, request, show, interrupted):
+        asked.append(request.messages)
+
+        def interrupt(piece: str) -> None:
+            show(piece)
+            if len(asked) == 1 and not interrupted():
+                signal.raise_signal(signal.SIGINT)
+
+        return real(writer, request, interrupt, interrupted)
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(builtins, "input", lambda _: next(typed))
+    monkeypatch.setattr(Writer, "stream", stream)
+    before = signal.getsignal(signal.SIGINT)
+    assert generate.main([str(decoder), "--max-new-tokens", "40"]) == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    kept = asked[1][1]["content"]
+    assert 1 <= len(kept.split()) < len(expected(decoder, "w1", count=40).split()), (
+        "what was written stays in the history"
+    )
+
+
+# -- a file of answers ------------------------------------------------------------------------------------------------
+
+
+def test_answers_into_a_file(decoder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("w1\nw2\nw3\n")
+    command = [str(decoder), "--input", str(tmp_path / "p.txt"), "--max-new-tokens", "4", "--batch-size", "2"]
+    assert generate.main([*command, "--output", str(tmp_path / "a.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["w1", "w2", "w3"]
+    assert rows == answers(capsys.readouterr() and capsys, *command)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("a.")] == ["a.jsonl"]
+    assert "exists already" in refusal(*command, "--output", tmp_path / "a.jsonl")
+
+
+def test_a_killed_command_goes_on(decoder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(f"w{number}" for number in range(7)))
+    sampled = ["--temperature", "1.2", "--seed", "3", "--max-new-tokens", "6", "--batch-size", "2"]
+    command = [str(decoder), "--input", str(tmp_path / "p.txt"), *sampled, "--output"]
+    assert generate.main([*command, str(tmp_path / "whole.jsonl")]) == 0
+    real, batches = Writer.answer, []
+
+    def killed(writer, requests, number=0):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(number)
+        return real(writer, requests, number)
+
+    monkeypatch.setattr(Writer, "answer", killed)
+    part = tmp_path / "a.jsonl.part"
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([*command, str(tmp_path / "a.jsonl")])
+    assert not (tmp_path / "a.jsonl").exists()
+    with part.open("a") as stream:
+        stream.write('{"prompt": "w4", "answ')  # torn in the middle of a row
+    assert "other settings" in refusal(*command, tmp_path / "a.jsonl", "--top-p", 0.5)
+    batches.clear()
+    monkeypatch.setattr(Writer, "answer", real)
+    assert generate.main([*command, str(tmp_path / "a.jsonl")]) == 0
+    assert "4 of 7 answers are there already" in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+def test_only_whole_batches_are_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    begun = AnswersFile(path, {"model": "m"}, 2)
+    begun.append([{"n": 0}, {"n": 1}])
+    begun.append([{"n": 2}])
+    again = AnswersFile(path, {"model": "m"}, 2)
+    assert again.done == 2
+    again.append([{"n": 2}, {"n": 3}])
+    again.finish()
+    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    assert AnswersFile(path, {"model": "other"}, 2, force=True).done == 0
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------
@@ -271,6 +455,7 @@ def test_a_conversation_is_remembered(decoder, monkeypatch):
 def test_bad_values_are_refused_together(decoder):
     text = refusal(decoder, "--prompt", "w1", "--max-new-tokens", 0, "--temperature", -1)
     assert "--max-new-tokens=0" in text and "--temperature=-1.0" in text
+    assert "greedy answers draw nothing" in refusal(decoder, "--prompt", "w1", "--top-p", 0.9)
 
 
 def test_bad_rows_are_named_by_file_and_line(decoder, tmp_path):
@@ -281,10 +466,11 @@ def test_bad_rows_are_named_by_file_and_line(decoder, tmp_path):
         '{"text": "w"}',
         "[1]",
         '{"messages": [{"role": "assistant", "content": "w"}]}',
+        '{"prompt": " "}',
     ]
     path.write_text("\n".join(rows))
     text = refusal(decoder, "--file", path)
-    assert all(f"{path}:{line}" in text for line in (2, 3, 4, 5)) and f"{path}:1" not in text
+    assert all(f"{path}:{line}" in text for line in (2, 3, 4, 5, 6)) and f"{path}:1" not in text
     assert "cannot be read: No such file" in refusal(decoder, "--file", tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n")
     assert "no prompts" in refusal(decoder, "--file", tmp_path / "empty.txt")
@@ -299,6 +485,8 @@ def test_models_that_write_no_text(tmp_path):
     overrides = [f"model.path={encoder}", "data=files", "data.train=x.jsonl", "task=classification", "method=full"]
     write_run(run_dir / "run.yaml", compose([*overrides, "data.packing=false"]))
     assert "writes no text" in refusal(run_dir, "--prompt", "w1")
+    (encoder / "dstune.json").write_text(json.dumps({"task": {"name": "classification"}}))
+    assert f"dstune evaluate {encoder}" in refusal(encoder, "--prompt", "w1")
 
 
 def test_a_model_that_is_not_there(tmp_path):

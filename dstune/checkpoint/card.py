@@ -1,0 +1,233 @@
+"""The model card of an export: `README.md` with the front matter that the hub reads, and what a reader wants to know.
+
+Facts come from the run's own files. Nothing of `tracking` or `launch` is in it, and of local paths the last part only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dstune import samples
+from dstune.checkpoint.record import public_name
+from dstune.config.schema import ClassificationConfig, LoraConfig, RunConfig
+
+DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
+SHOWN_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")
+
+
+def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[str, Any], *, adapter: bool) -> None:
+    """Write `README.md` to `folder`, the export of the checkpoint whose `state.json` is `state`."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    classifier = isinstance(config.task, ClassificationConfig)
+    pipeline = "text-classification" if classifier else "text-generation"
+    metrics = state.get("metrics") or {}
+    origin = _hub_name(config.model.path)
+    data = ModelCardData(
+        base_model=origin,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=pipeline,
+        tags=["dstune", config.task.name, config.method.name],
+        license=_licence(config.model.path),
+        datasets=_datasets(config) or None,
+        metrics=[name for name in metrics if name in ("accuracy", "perplexity")] or None,
+        model_name=config.run.name if metrics else None,
+        eval_results=[
+            EvalResult(
+                task_type=pipeline,
+                dataset_type="held-out",
+                dataset_name=f"held-out rows of {_data_name(config)}",
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in metrics.items()
+            if name != "targets"
+        ]
+        or None,
+    )
+    body = "\n\n".join(_sections(run_dir, config, state, adapter))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+
+
+def _sections(run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapter: bool) -> Iterator[str]:
+    what = "A LoRA adapter of" if adapter else "A fine-tuned version of"
+    base = _hub_name(config.model.path) or public_name(config.model.path)
+    revision = f" at revision `{config.model.revision}`" if config.model.revision else ""
+    yield f"# {config.run.name}\n\n{what} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."
+    yield f"## Use\n\n```python\n{_usage(config, state, adapter)}\n```"
+    yield f"## Data\n\nTraining rows: {_data_name(config)}.\n\n{_counts(_read(run_dir / 'data_report.json'))}".rstrip()
+    yield f"## Evaluation\n\n{_evaluation(run_dir, state)}"
+    yield f"## Training\n\n{_settings(config, state)}"
+    environment = _read(run_dir / "environment.json")
+    packages = environment.get("packages") or {}
+    versions = [f"{name} {packages[name]}" for name in SHOWN_PACKAGES if packages.get(name)]
+    if versions:
+        yield f"## Versions\n\nPython {environment.get('python')}, {', '.join(versions)}."
+
+
+def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
+    classifier = isinstance(config.task, ClassificationConfig)
+    kind = "SequenceClassification" if classifier else "CausalLM"
+    library, loader = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
+    labels = f", num_labels={len(state['labels'])}" if adapter and classifier else ""
+    lines = [
+        *([f"from peft import {loader}", "from transformers import AutoTokenizer"] if library == "peft" else []),
+        *([f"from transformers import {loader}, AutoTokenizer"] if library == "transformers" else []),
+        "",
+        'path = "PATH"  # this folder, or the id under which it was published',
+        f"model = {loader}.from_pretrained(path{labels})",
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+    ]
+    if classifier:
+        labels_at = "" if adapter else "model.config.id2label[int(...)]"
+        lines += ['logits = model(**tokenizer("A text.", return_tensors="pt")).logits', "print(logits.argmax(-1))"]
+        lines += [f"# {labels_at}" if labels_at else f"# labels by index: {', '.join(state['labels'])}"]
+    elif config.task.name == "chat":
+        lines += [
+            'messages = [{"role": "user", "content": "Hello"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            "answer = model.generate(**inputs, max_new_tokens=256)[0, inputs['input_ids'].shape[1] :]",
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+    else:
+        lines += [
+            'inputs = tokenizer("Once", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
+        ]
+    return "\n".join(lines)
+
+
+def _counts(report: Mapping[str, Any]) -> str:
+    columns = ("rows", "samples", "tokens", "targets", "truncated", "bad_rows")
+    parts = [(name, counts) for name, counts in report.items() if isinstance(counts, dict) and "samples" in counts]
+    if not parts:
+        return ""
+    rows = [
+        [name, *(f"{counts[key]:,}" if isinstance(counts.get(key), int) else "" for key in columns)]
+        for name, counts in parts
+    ]
+    return _table(["part", *(name.replace("_", " ") for name in columns)], rows)
+
+
+def _evaluation(run_dir: Path, state: Mapping[str, Any]) -> str:
+    before = (state.get("train") or {}).get("eval_initial") or {}
+    after = state.get("metrics") or {}
+    result = _read(run_dir / "result.json")
+    test = (result.get("test") or {}) if result.get("steps") == state.get("step") else {}
+    names = [name for name in after or test if name != "targets"]
+    if not names:
+        return "No rows were held out."
+    heads = ["metric", *(["before training"] if before else []), f"step {state['step']}", *(["test"] if test else [])]
+    columns = [*([before] if before else []), after, *([test] if test else [])]
+    return _table(heads, [[name, *(_number(column.get(name)) for column in columns)] for name in names])
+
+
+def _settings(config: RunConfig, state: Mapping[str, Any]) -> str:
+    trainer, train = config.trainer, state.get("train") or {}
+    values: dict[str, Any] = {
+        "steps": state["step"],
+        "tokens": train.get("tokens"),
+        "rows per step": trainer.global_batch_size,
+        "longest row (tokens)": config.data.max_length,
+        "packing": config.data.packing,
+        "precision": state.get("precision"),
+        "gradient clipping": trainer.grad_clip,
+        "seed": trainer.seed,
+        "ranks": state.get("world_size"),
+        "ZeRO stage": state.get("zero_stage"),
+    }
+    for section in (
+        config.optimizer,
+        config.schedule,
+        *([config.method] if isinstance(config.method, LoraConfig) else []),
+    ):
+        for key, value in asdict(section).items():
+            values[section.name if key == "name" else f"{section.name}: {key}"] = "" if key == "name" else value
+    rows = [
+        [key, f"{value:,}" if type(value) is int else _text(value)]
+        for key, value in values.items()
+        if value is not None
+    ]
+    return _table(["setting", "value"], rows)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _hub_name(path: str) -> str | None:
+    """The model's id on the hub; None for a folder of the user's own."""
+    if samples.is_sample(path):
+        sample = samples.CATALOGUE.get(path.removeprefix(samples.SCHEME))
+        return sample.origin if sample else None
+    return path if public_name(path) == path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) else None
+
+
+def _licence(path: str) -> str | None:
+    """The licence that the base model's own card names, where its card is on this machine."""
+    from huggingface_hub import ModelCard
+
+    if samples.is_sample(path):
+        sample = samples.CATALOGUE.get(path.removeprefix(samples.SCHEME))
+        known = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Gemma terms: tests only": "gemma"}
+        return known.get(sample.licence) if sample else None
+    card = Path(path) / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except ValueError:
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def _sources(config: RunConfig) -> list[str]:
+    mixed = [source.path for source in config.data.mixture.values()]
+    return mixed or ([config.data.train] if config.data.train else [])
+
+
+def _datasets(config: RunConfig) -> list[str]:
+    """Ids of the data sets that come from the hub."""
+    names = [path.partition(":")[0] for path in _sources(config) if not samples.is_sample(path)]
+    return [
+        name
+        for name in names
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not DATA_FILE.search(name) and not Path(name).exists()
+    ]
+
+
+def _data_name(config: RunConfig) -> str:
+    """What the rows are called in public: samples and hub ids whole, of files and addresses the last part."""
+    hub = _datasets(config)
+    shown = []
+    for path in _sources(config):
+        plain = path.partition("?")[0]
+        name = (
+            path if samples.is_sample(path) or path.partition(":")[0] in hub else plain.rstrip("/").rpartition("/")[2]
+        )
+        shown.append(f"`{name}`")
+    return ", ".join(shown)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,247 @@
+"""A checkpoint's weights as the folder that transformers or peft reads: built like the trained model, written by streaming.
+
+The model is built by the same two functions as for training, so names, head, labels and adapters are the run's own; but on
+the meta device, without memory. Weights come from the shards, and from the base model's files where the run did not train
+them, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dstune.checkpoint import store
+from dstune.checkpoint.shards import Weights
+from dstune.checkpoint.weights import BaseWeights, Source, saved_tensors, write_safetensors
+from dstune.config.schema import Attention, InitialWeights, LoraConfig, ModelConfig, RunConfig
+from dstune.data.stopping import stop_token_ids
+from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
+from dstune.models.peft import apply_method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTED = "base_model.model."
+"""What peft puts in front of the names of the model that it wraps."""
+
+
+def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: bool, max_shard_size: int | str) -> None:
+    """Write weights, configuration, generation settings and tokenizer of `checkpoint` to the empty `folder`.
+
+    A LoRA run gives an adapter; with `merge`, or where the base has random weights and so exists nowhere else, a whole
+    model.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(config.model)
+    labels = tuple(store.read_state(checkpoint)["labels"])
+    trained = Weights(checkpoint)
+    built = _build(config, tokenizer, labels, trained)
+    expected = {name for name, parameter in built.module.named_parameters() if parameter.requires_grad}
+    absent = expected - set(trained) if built.adapted else set()
+    assert not absent, f"{checkpoint} has no weights for {sorted(absent)[:3]}"
+
+    stops = stop_token_ids(tokenizer)
+    _set_generation(config.model, built.model, stops, tokenizer.pad_token_id)
+    if built.adapted and not merge and config.model.weights is not InitialWeights.random:
+        _save_adapter(config.model, built, dict(trained), folder)
+    else:
+        sources = _Sources(config, tokenizer, labels, built, trained).all()
+        # Training has no use for the cache of past keys and values; generation has.
+        built.model.config.use_cache = load_config(config.model).use_cache
+        _save_whole(built, sources, folder, max_shard_size)
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The model on the meta device."""
+
+    module: Any
+    """As in training, adapters included."""
+    model: Any
+    """Of transformers; with adapters it is the one inside of `module`."""
+    names: Mapping[str, Tensor]
+    """What the model saves by itself, without adapters."""
+    dtype: torch.dtype
+    """In which the model is stored: that of its config.json."""
+
+    @property
+    def adapted(self) -> bool:
+        return self.module is not self.model
+
+
+def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], trained: Weights) -> _Built:
+    architecture = load_config(config.model)
+    dtype = architecture.dtype or torch.float32
+    config = _plain(config)
+    with torch.device("meta"):
+        on_meta = replace(config, model=replace(config.model, weights=InitialWeights.random))
+        model = load_model(on_meta, tokenizer, labels, dtype)
+        names = saved_tensors(model)
+        if not isinstance(config.method, LoraConfig):
+            return _Built(model, model, names, dtype)
+        # Which weights were new is known only where the base is loaded; the checkpoint has them as modules of their own.
+        saved = (name.split(".modules_to_save.default.") for name in trained)
+        parts = {f"{owner[0].removeprefix(ADAPTED)}.{owner[1]}" for owner in saved if len(owner) == 2}
+        parts &= set(names)
+        model.dstune_new_weights = NewWeights(tuple(sorted(parts)), new_weights(model).rows)
+        return _Built(apply_method(config, model), model, names, dtype)
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """Any attention has the same weights; eager is there for every model, on a machine without GPU too."""
+    return replace(
+        config,
+        model=replace(config.model, attention=Attention.eager),
+        trainer=replace(config.trainer, activation_checkpointing=False),
+    )
+
+
+class _Sources:
+    """Where the tensors of the whole model are: in the shards, in the base model's files, or a sum of both."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: tuple[str, ...],
+        built: _Built,
+        trained: Weights,
+    ):
+        self._built, self._trained = built, trained
+        self._lora: dict[str, list[str]] = {}
+        for name in trained:
+            owner, found, _ = name.partition(".lora_")
+            if found:
+                self._lora.setdefault(owner.removeprefix(ADAPTED), []).append(name)
+        whole = {name: self._trained_name(name) for name in built.names}
+        missing = {name: built.names[name].shape for name, key in whole.items() if not key}
+        self._whole = {name: key for name, key in whole.items() if key}
+        self._base = self._base_weights(_plain(config), tokenizer, labels, missing)
+
+    def all(self) -> dict[str, Source]:
+        dtype = self._built.dtype
+        return {
+            name: Source(tensor.shape, dtype if tensor.is_floating_point() else tensor.dtype, partial(self._read, name))
+            for name, tensor in self._built.names.items()
+        }
+
+    def _trained_name(self, name: str) -> str:
+        """The name under which the run trained the whole tensor `name`; empty where it did not."""
+        if not self._built.adapted:
+            return name if name in self._trained else ""
+        parts = name.split(".")
+        for cut in range(1, len(parts)):
+            key = ".".join([ADAPTED + ".".join(parts[:cut]), "modules_to_save.default", *parts[cut:]])
+            if key in self._trained:
+                return key
+        return ""
+
+    def _read(self, name: str) -> Tensor:
+        if name in self._whole:
+            return self._trained[self._whole[name]]
+        weight = self._base[name]
+        owner, _, leaf = name.rpartition(".")
+        if not self._built.adapted or leaf != "weight":
+            return weight
+        prefix = f"{ADAPTED}{owner}."
+        rows = f"{prefix}token_adapter.trainable_tokens_delta.default"
+        if rows in self._trained:
+            module = self._built.model.get_submodule(owner)
+            index = torch.tensor(module.token_adapter.token_indices["default"])
+            return weight.index_copy(0, index, self._trained[rows].to(weight.dtype))
+        if owner not in self._lora:
+            return weight
+        module = self._built.model.get_submodule(owner)
+        for key in self._lora[owner]:
+            part, _, parameter = key.removeprefix(prefix).rpartition(".")
+            module.get_submodule(part)._parameters[parameter] = nn.Parameter(self._trained[key].float())
+        # A sum of two weights: in fp32, and rounded once.
+        return weight.float() + module.get_delta_weight("default")
+
+    def _base_weights(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: tuple[str, ...],
+        missing: Mapping[str, torch.Size],
+    ) -> Mapping[str, Tensor]:
+        if not missing:
+            return {}
+        if config.model.weights is InitialWeights.pretrained:
+            try:
+                return BaseWeights(config.model, self._built.model.base_model_prefix, missing)
+            except LookupError:
+                pass  # other names than in the files, or an enlarged vocabulary: transformers knows how to load it
+        dtype = torch.float32 if config.model.weights is InitialWeights.random else self._built.dtype
+        loaded: dict[str, Tensor] = load_model(config, tokenizer, labels, dtype).state_dict()
+        return loaded
+
+
+def _save_adapter(config: ModelConfig, built: _Built, state: dict[str, Tensor], folder: Path) -> None:
+    """In fp32: adapters are small, and peft computes them in fp32."""
+    settings = built.module.peft_config["default"]
+    settings.base_model_name_or_path = base_name(config)
+    settings.revision = config.revision
+    # Asked explicitly, since peft would ask the hub otherwise. Rows of added tokens are the adapter's own.
+    built.module.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    if built.model.can_generate():
+        built.model.generation_config.save_pretrained(folder)
+
+
+def _save_whole(built: _Built, sources: Mapping[str, Source], folder: Path, max_shard_size: int | str) -> None:
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.dynamic_module_utils import custom_object_save
+
+    model = built.model
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = built.dtype
+    if revert_weight_conversion(model, dict(built.names)).keys() != built.names.keys():
+        # Some architectures (mixtures of experts) are stored otherwise than they are computed; that takes all at once.
+        state = {name: source.read().to(source.dtype) for name, source in sources.items()}
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        return
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    write_safetensors(folder, sources, max_shard_size)
+
+
+def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token_id: int | None) -> None:
+    """Give the model the generation settings of its base, with `stops` added to what ends an answer."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return
+    try:
+        generation = GenerationConfig.from_pretrained(
+            local_path(config.path), revision=config.revision or "main", local_files_only=True
+        )
+    except OSError:
+        generation = model.generation_config
+    before = generation.eos_token_id
+    ends = sorted({*stops, *(before if isinstance(before, list) else [] if before is None else [before])})
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    generation.pad_token_id = pad_token_id
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        # Some published models have sampling values and do not switch sampling on, which saving refuses.
+        generation.do_sample = True
+    model.generation_config = generation
+
+
+def base_name(config: ModelConfig) -> str:
+    """The base model as others find it: a folder's whole path, or the hub id."""
+    local = local_path(config.path)
+    return str(Path(local).resolve()) if Path(local).exists() else local

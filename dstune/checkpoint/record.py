@@ -1,0 +1,87 @@
+"""What an export records of its run beside the model (`dstune.json`), so that it can be evaluated as it was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dstune import __version__
+from dstune.config.data_schema import DataFormat
+from dstune.config.schema import ClassificationConfig, RunConfig
+
+NAME = "dstune.json"
+
+
+def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str) -> None:
+    """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step."""
+    task = asdict(config.task)
+    if isinstance(config.task, ClassificationConfig):
+        task["labels"] = state["labels"]
+    data = config.data
+    record = {
+        "dstune": __version__,
+        "task": task,
+        "data": {"format": data.format.name, "max_length": data.max_length, "packing": data.packing},
+        "base_model": public_name(config.model.path),
+        "revision": config.model.revision,
+        "method": config.method.name,
+        "step": state["step"],
+        "checkpoint": checkpoint,
+    }
+    (folder / NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record in `folder`; empty where there is none that can be read."""
+    try:
+        record = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
+    """The export's task and data settings as overrides; without the task's where `given` chooses another.
+
+    A folder without a record that is a classifier by its config.json gives `task=classification`.
+    """
+    chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
+    record = read_record(folder)
+    if not record:
+        return ["task=classification"] if chosen is None and _is_classifier(folder) else []
+    task = dict(record["task"])
+    name = task.pop("name")
+    overrides = [] if chosen else [f"task={name}"]
+    if chosen in (None, name):
+        overrides += [f"task.{key}={_value(value)}" for key, value in task.items()]
+    data = dict(record["data"])
+    if data["format"] == DataFormat.auto.name:
+        del data["format"]
+    return overrides + [f"data.{key}={_value(value)}" for key, value in data.items()]
+
+
+def public_name(path: str) -> str:
+    """A hub id or sample as it is, and of a local folder the name only: its path is nobody else's business."""
+    if path.startswith("sample://"):
+        return path
+    return Path(path).name if Path(path).exists() or path.startswith(("/", ".", "~")) else path
+
+
+def _is_classifier(folder: Path) -> bool:
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return False
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
+def _value(value: Any) -> str:
+    """`value` in the grammar of overrides."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

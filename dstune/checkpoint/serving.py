@@ -1,0 +1,79 @@
+"""What vLLM asks of a folder before it serves it, checked by the files alone (vLLM need not be installed).
+
+Read from vLLM's loader as of 0.11: models by `architectures`, safetensors and their index; adapters by `PEFTHelper` (rank,
+DoRA, bias, modules_to_save) and by the names of their tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_RANK = 512
+"""The largest value that `--max-lora-rank` takes (its default is 16)."""
+ADAPTER_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
+
+def vllm_problems(folder: Path) -> list[str]:
+    """Why vLLM would not serve the model or adapter in `folder`; empty where nothing speaks against it."""
+    adapter = _read(folder / "adapter_config.json")
+    problems = _adapter_problems(folder, adapter) if adapter else _model_problems(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        problems.append("there is no tokenizer")
+    return problems
+
+
+def _model_problems(folder: Path) -> list[str]:
+    config, problems = _read(folder / "config.json"), []
+    if not config.get("architectures") or not config.get("model_type"):
+        problems.append("config.json names no architecture")
+    index = _read(folder / "model.safetensors.index.json")
+    files = set(index.get("weight_map", {}).values()) if index else {"model.safetensors"}
+    problems += [f"{name} is missing" for name in sorted(files) if not (folder / name).is_file()]
+    if "ForCausalLM" in str(config.get("architectures")):
+        if _read(folder / "generation_config.json").get("eos_token_id") is None:
+            problems.append("generation_config.json names no end of an answer")
+        if not _has_template(folder):
+            problems.append(
+                "there is no chat template, so only completions are served (--chat-template FILE gives one)"
+            )
+    return problems
+
+
+def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"adapters of the type {config.get('peft_type')} are not served")
+    if not isinstance(config.get("r"), int) or not 1 <= config["r"] <= MAX_RANK:
+        problems.append(f"the rank {config.get('r')} is not between 1 and {MAX_RANK}")
+    if config.get("modules_to_save"):
+        problems.append(f"modules trained as a whole are not served: {', '.join(config['modules_to_save'])}")
+    if config.get("use_dora"):
+        problems.append("DoRA is not served")
+    if config.get("bias", "none") != "none":
+        problems.append("trained biases are not served")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        return [*problems, "adapter_model.safetensors is missing"]
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as opened:
+        other = [name for name in opened.keys() if not name.endswith(ADAPTER_ENDINGS)]  # noqa: SIM118
+    if other and not config.get("modules_to_save"):
+        problems.append(f"{len(other)} tensors are no low-rank matrices, first {other[0]}")
+    return problems
+
+
+def _has_template(folder: Path) -> bool:
+    return (folder / "chat_template.jinja").is_file() or bool(
+        _read(folder / "tokenizer_config.json").get("chat_template")
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,186 @@
+"""The verb `dstune generate`: text from a run, a checkpoint, an export, an adapter or any model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dstune.config.schema import ModelConfig
+from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.generate.answers_file import AnswersFile
+from dstune.generate.conversation import converse
+from dstune.generate.prompts import Request, check_adapters, read_file
+from dstune.generate.voices import BASE, OWN, opened
+from dstune.generate.writer import Answer, Sampling, Writer
+
+
+def main(argv: list[str]) -> int:
+    """`dstune generate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    adapters = _check(arguments)
+    asks = bool(arguments.prompt) or arguments.input is not None
+    interactive = not asks and sys.stdin.isatty() and not arguments.json and arguments.output is None
+    # Bad input is refused before a model is loaded.
+    requests = [] if interactive else _requests(arguments)
+    check_adapters(requests, [*adapters, OWN, BASE])
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+    )
+    output = _output(arguments, requests, sampling, adapters) if arguments.output else None
+    wanted = ModelConfig(
+        path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
+    )
+    with opened(wanted, arguments.checkpoint, adapters) as speaker:
+        writer = Writer(speaker, sampling, plain=arguments.plain, system=arguments.system)
+        check_adapters(requests, writer.names)
+        if interactive:
+            converse(writer)
+        elif output is not None:
+            _write_all(writer, requests, output, arguments.batch_size)
+        else:
+            _print_all(writer, requests, arguments.batch_size, as_json=arguments.json)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dstune generate",
+        description="Text from a run, an export or a model; without prompts, a conversation in the terminal.",
+    )
+    parser.add_argument(
+        "model", metavar="RUN|CHECKPOINT|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME"
+    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--input",
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="prompts: a .jsonl with `prompt` or `messages` in each row, or a text with one a line",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="answers as JSON lines; killed and repeated, it goes on"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file of --output")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers computed together (default 8)")
+    parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a LoRA run or export by a name, several at will: rows with `adapter`, and /adapter NAME, choose",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message in front of each conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest share P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling with a temperature")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
+    parser.add_argument("--plain", action="store_true", help="go on with the text as it is, without the chat template")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line: prompt, answer, tokens, ended")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, str]:
+    """The adapters by name. Raises UserError with all that is wrong."""
+    problems = []
+    for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
+        value = getattr(arguments, flag)
+        if not value >= least:
+            problems.append(Problem(f"--{flag.replace('_', '-')}", f"must be at least {least}", value=str(value)))
+    if not 0 < arguments.top_p <= 1:
+        problems.append(Problem("--top-p", "must be more than 0 and at most 1", value=str(arguments.top_p)))
+    if not arguments.temperature and (arguments.top_p != 1 or arguments.top_k):
+        problems.append(Problem("--temperature", "greedy answers draw nothing", "--temperature 0.7", "0"))
+    adapters: dict[str, str] = {}
+    for given in arguments.adapter:
+        name, equals, path = given.partition("=")
+        if not equals or not name or not path or not name.replace("-", "_").isidentifier():
+            problems.append(Problem("--adapter", "is not NAME=PATH", "--adapter mine=runs/mine", given))
+        elif name in adapters or name in (BASE, OWN):
+            problems.append(Problem("--adapter", "this name is taken", "give it another name", given))
+        adapters[name] = path
+    if problems:
+        raise UserError(problems)
+    return adapters
+
+
+def _requests(arguments: argparse.Namespace) -> list[Request]:
+    requests = [Request(text, f"--prompt {number}") for number, text in enumerate(arguments.prompt, 1)]
+    if arguments.input is not None:
+        requests += read_file(arguments.input)
+    elif not requests:
+        requests = [Request(sys.stdin.read().rstrip("\n"), "stdin")]
+    empty = [request.where for request in requests if not request.shown.strip() and not request.messages]
+    if empty:
+        raise UserError(Problem(where, "the prompt is empty", "give --prompt TEXT or --input FILE") for where in empty)
+    return requests
+
+
+def _output(
+    arguments: argparse.Namespace, requests: list[Request], sampling: Sampling, adapters: dict[str, str]
+) -> AnswersFile:
+    import xxhash
+
+    from dstune.checkpoint import store
+
+    newest = store.newest(Path(arguments.model))
+    text = json.dumps([[request.shown, request.messages, request.adapter] for request in requests])
+    asked = {
+        "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
+        "adapters": adapters,
+        "prompts": xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass")),
+        "sampling": {**asdict(sampling), "stop": list(sampling.stop)},
+        "speech": [arguments.plain, arguments.system],
+    }
+    return AnswersFile(arguments.output, asked, arguments.batch_size, force=arguments.force)
+
+
+def _row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:
+    row = {"prompt": request.messages or request.shown, "answer": answer.text, "tokens": answer.tokens}
+    adapter = {"adapter": request.adapter or writer.active} if len(writer.names) > 1 else {}
+    return {**row, "ended": answer.ended, **adapter}
+
+
+def _write_all(writer: Writer, requests: list[Request], output: AnswersFile, batch_size: int) -> None:
+    if output.done:
+        print(f"dstune: {output.done} of {len(requests)} answers are there already", file=sys.stderr)
+    for start in range(output.done, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        answers = writer.answer(batch, start // batch_size)
+        output.append([_row(writer, request, answer) for request, answer in zip(batch, answers, strict=True)])
+        print(f"dstune: {start + len(batch)} of {len(requests)} answers", file=sys.stderr, flush=True)
+    output.finish()
+    print(output.path)
+
+
+def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_json: bool) -> None:
+    if sys.stdout.isatty() and not as_json:
+        for request in requests:
+            if len(requests) > 1:
+                print(f"> {request.shown}", flush=True)
+            writer.stream(request, lambda piece: print(piece, end="", flush=True))
+            print()
+        return
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        for request, answer in zip(batch, writer.answer(batch, start // batch_size), strict=True):
+            if as_json:
+                print(json.dumps(_row(writer, request, answer), ensure_ascii=False), flush=True)
+                continue
+            if len(requests) > 1:
+                print(f"> {request.shown}")
+            print(answer.text, flush=True)

@@ -1,0 +1,64 @@
+"""A file of answers that a killed command leaves usable: it goes on behind the last whole batch.
+
+While it is written it is called `NAME.part`, and its first line tells what was asked and how; at the end it gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dstune.errors import Problem, UserError
+
+
+class AnswersFile:
+    """Rows of JSON, appended batch by batch."""
+
+    def __init__(self, path: Path, asked: dict[str, Any], batch_size: int, *, force: bool = False):
+        """asked: everything that the answers depend on; a part that was begun with something else is refused.
+
+        Raises UserError where `path` exists, or a part of other answers does; with `force` it starts over.
+        """
+        self.path, self._part = path, path.with_name(f"{path.name}.part")
+        head = json.dumps({"asked": asked, "batch_size": batch_size})
+        if path.exists() and not force:
+            raise UserError(
+                Problem("--output", "exists already", "give another file, or --force to replace it", str(path))
+            )
+        if path.parent != Path() and not path.parent.is_dir():
+            raise UserError(Problem("--output", "there is no such folder", f"mkdir -p {path.parent}", str(path)))
+        self.done = 0
+        if self._part.exists() and not force:
+            self._resume(head, batch_size)
+        else:
+            self._part.write_text(head + "\n", encoding="utf-8")
+
+    def _resume(self, head: str, batch_size: int) -> None:
+        lines = self._part.read_bytes().splitlines(keepends=True)
+        if not lines or lines[0].decode("utf-8", "replace").rstrip("\n") != head:
+            reason = f"{self._part} was begun with other prompts, another model or other settings"
+            raise UserError(
+                Problem("--output", reason, "repeat that command, or --force to start over", str(self.path))
+            )
+        whole = sum(line.endswith(b"\n") for line in lines[1:])
+        self.done = whole - whole % batch_size
+        os.truncate(self._part, sum(map(len, lines[: 1 + self.done])))
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write a whole batch to the disk."""
+        with self._part.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        whole = self.path.with_name(f"{self.path.name}.whole")
+        with self._part.open("rb") as source, whole.open("wb") as target:
+            source.readline()
+            shutil.copyfileobj(source, target)
+        whole.replace(self.path)
+        self._part.unlink()

@@ -1,0 +1,88 @@
+"""What is to be answered: prompts and conversations of the command line, a file, or standard input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstune.errors import Problem, UserError
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer: a conversation, or with `messages` None a text to go on with (a chat model's first message)."""
+
+    shown: str
+    where: str
+    """How errors call it: `--prompt 1`, `prompts.jsonl:7`."""
+    messages: Messages | None = None
+    adapter: str | None = None
+    """Name of the adapter that is to answer; None leaves it to the command."""
+
+
+def read_file(path: Path, key: str = "--input") -> list[Request]:
+    """The prompts of a file, one for each line that is not blank: text, or in a `.jsonl` file rows with `prompt` or
+    `messages` (and `adapter`). Raises UserError with every bad line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(Problem(key, f"cannot be read: {reason}", value=str(path))) from error
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(Problem(key, "there are no prompts in it", value=str(path)))
+    if path.suffix not in (".jsonl", ".json"):
+        return [Request(line, where) for where, line in numbered]
+    requests, problems = [], []
+    for where, line in numbered:
+        try:
+            requests.append(_from_row(line, where))
+        except ValueError as error:
+            problems.append(Problem(where, str(error), 'write {"prompt": "..."} or {"messages": [...]}'))
+    if problems:
+        raise UserError(problems)
+    return requests
+
+
+def _from_row(line: str, where: str) -> Request:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is no JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object")
+    prompt, messages, adapter = row.get("prompt"), row.get("messages"), row.get("adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise ValueError("has an `adapter` that is no name")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("has an empty `prompt`")
+        return Request(prompt, where, adapter=adapter)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("has neither a `prompt` nor `messages`")
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages):
+        raise ValueError("has a message without `role` or `content`")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("ends with the assistant's message, so there is nothing to answer")
+    return Request(str(messages[-1]["content"]), where, messages, adapter)
+
+
+def with_system(request: Request, system: str | None) -> Request:
+    """`request` as a conversation that begins with the system message `system`, unless it has one of its own."""
+    messages = request.messages or [{"role": "user", "content": request.shown}]
+    if not system or messages[0]["role"] == "system":
+        return request
+    return replace(request, messages=[{"role": "system", "content": system}, *messages])
+
+
+def check_adapters(requests: Sequence[Request], names: Sequence[str]) -> None:
+    """Raises UserError with every row that names an adapter which was not given."""
+    unknown = [request for request in requests if request.adapter is not None and request.adapter not in names]
+    if unknown:
+        known = f"the adapters are {', '.join(names)}" if names else "give --adapter NAME=PATH"
+        raise UserError(Problem(r.where, "there is no adapter of this name", known, str(r.adapter)) for r in unknown)

@@ -1,0 +1,228 @@
+"""A language model in memory, with its adapters by name, from a run, a checkpoint, an export or any model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.checkpoint.record import read_record
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, ModelConfig
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+OWN = "default"
+"""Name of the adapter that the model's own folder is."""
+BASE = "base"
+"""Name under which the model without any adapter answers."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How one adapter (or the model without any) is spoken to."""
+
+    tokenizer: Any
+    chat: bool
+    """Whether prompts go through the chat template."""
+    date: str | None = None
+    """The date that the template tells, as in training."""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with its voices; the first one answers unless another is asked for."""
+
+    model: Any
+    voices: Mapping[str, Voice]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where weights are, and how their run spoke to them."""
+
+    config: ModelConfig
+    chat: bool = True
+    date: str | None = None
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        folder = Path(self.config.path)
+        return folder if (folder / "adapter_config.json").is_file() else None
+
+
+@contextmanager
+def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
+    """The model `wanted.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) in memory.
+
+    checkpoint: which one of a run: a step, `best` or `last`. adapters: further ones by name, each a run or an export.
+
+    Raises UserError where they cannot be had, or write no text.
+    """
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+        found = _find(wanted, checkpoint, Path(scratch) / OWN, "MODEL")
+        others = {
+            name: _find(ModelConfig(path=path), "last", Path(scratch) / name, f"--adapter {name}")
+            for name, path in adapters.items()
+        }
+        no_adapters = [name for name, other in others.items() if other.adapter_folder is None]
+        if no_adapters:
+            fix = "give the directory of a LoRA run, or its export"
+            raise UserError(Problem(f"--adapter {name}", "is no adapter", fix, adapters[name]) for name in no_adapters)
+        speaker = _load(found, others)
+        speaker.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        yield speaker
+
+
+def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
+    from dstune.checkpoint.export import export_checkpoint, exported, find_checkpoint
+    from dstune.config.compose import read_run
+
+    path = Path(wanted.path)
+    if path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file():
+        path, which = path.parent.parent, str(int(path.name.rpartition("-")[2]))
+    if not (path / "run.yaml").is_file():
+        return _from_record(wanted, key)
+    config = read_run(path / "run.yaml").config
+    _refuse_classifier(isinstance(config.task, ClassificationConfig), key, str(path))
+    if which == "last":
+        folder = exported(path, scratch)
+    else:
+        folder = export_checkpoint(path, find_checkpoint(path, which), scratch / "export")
+    trust = wanted.trust_remote_code or config.model.trust_remote_code
+    model = replace(wanted, path=str(folder), trust_remote_code=trust)
+    if isinstance(config.task, ChatConfig):
+        return _Found(model, date=config.task.template_date)
+    return _Found(model, chat=False)
+
+
+def _from_record(wanted: ModelConfig, key: str) -> _Found:
+    task = read_record(Path(wanted.path)).get("task") or {}
+    _refuse_classifier(task.get("name") == ClassificationConfig.name, key, wanted.path)
+    return _Found(wanted, chat=task.get("name") != CausalLmConfig.name, date=task.get("template_date"))
+
+
+def _refuse_classifier(is_one: bool, key: str, path: str) -> None:
+    if is_one:
+        raise UserError(Problem(key, "is a classifier, which writes no text", f"dstune evaluate {path}", path))
+
+
+def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
+    import peft
+    from transformers import AutoTokenizer
+
+    base, own = _base_of(found), found.adapter_folder
+    source = located(base)
+    voices: dict[str, Voice] = {}
+    folders = {**({OWN: own} if own else {}), **{name: other.adapter_folder for name, other in others.items()}}
+    for name, folder in folders.items():
+        assert folder is not None
+        has_own = (folder / "tokenizer_config.json").is_file()
+        place = {"pretrained_model_name_or_path": folder} if has_own else {}
+        adapter = found if name == OWN and own else others[name]
+        tokenizer = AutoTokenizer.from_pretrained(**(source | place))
+        voices[name] = Voice(tokenizer, adapter.chat and bool(tokenizer.chat_template), adapter.date)
+        _note_other_base(name, folder, base)
+    plain = AutoTokenizer.from_pretrained(**source)
+    voices[BASE] = Voice(plain, found.chat and bool(plain.chat_template), found.date)
+
+    model = _language_model(source, base)
+    longest = max(len(voice.tokenizer) for voice in voices.values())
+    if longest > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(longest, mean_resizing=False)
+    for name, folder in folders.items():
+        try:
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(folder, adapter_name=name)
+            else:
+                model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
+        except (RuntimeError, ValueError) as error:
+            reason = f"does not fit the model: {str(error).splitlines()[0]}"
+            raise UserError(Problem(f"--adapter {name}", reason, "", str(folder))) from error
+    return Speaker(model, voices)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return settings
+
+
+def _base_of(found: _Found) -> ModelConfig:
+    """The model itself, or what its adapter stands on."""
+    if found.adapter_folder is None:
+        return found.config
+    settings = _settings(found.adapter_folder)
+    return replace(found.config, path=settings["base_model_name_or_path"], revision=settings.get("revision"))
+
+
+def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
+    """An adapter on another base gives nonsense where the shapes fit; but the same base may have several names."""
+    from dstune.checkpoint.model_folder import base_name
+
+    expected = _settings(folder)["base_model_name_or_path"]
+    if expected != base_name(base):
+        print(f"dstune: adapter {name} was trained on {expected}, and is put on {base.path}", file=sys.stderr)
+
+
+def located(wanted: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
+    from dstune.launch.preflight import resolve_model
+    from dstune.models.load import local_path
+
+    flags = {
+        "model.path": "MODEL",
+        "model.revision": "--revision",
+        "model.trust_remote_code": "--trust-remote-code",
+    }
+    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    try:
+        resolved = resolve_model(wanted, tell)
+    except UserError as error:
+        raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
+    revision = {} if resolved.revision is None else {"revision": resolved.revision}
+    return {
+        "pretrained_model_name_or_path": local_path(resolved.path),
+        "trust_remote_code": resolved.trust_remote_code,
+        "local_files_only": True,
+        **revision,
+    }
+
+
+def _language_model(source: dict[str, Any], wanted: ModelConfig) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = AutoConfig.from_pretrained(**source)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=_dtype(architecture), use_safetensors=True, output_loading_info=True
+        )
+    except ValueError as error:
+        raise UserError(Problem("MODEL", f"cannot be loaded: {str(error).splitlines()[0]}", "", wanted.path)) from error
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        reason = f"is no language model: it has no weights for {', '.join(absent[:2])}"
+        raise UserError(Problem("MODEL", reason, "give a model that writes text", wanted.path))
+    return model
+
+
+def _dtype(architecture: Any) -> torch.dtype:
+    """The number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
+    import torch
+
+    from dstune.zero.precision import fast_bf16
+
+    stored = architecture.dtype or torch.float32
+    if torch.cuda.is_available():
+        return stored
+    return torch.bfloat16 if stored is not torch.float32 and fast_bf16() else torch.float32

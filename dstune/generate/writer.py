@@ -1,0 +1,240 @@
+"""Answers of a model in memory: several at a time, or one that is shown while it is being written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.errors import Problem, UserError
+from dstune.generate.prompts import Request, with_system
+from dstune.generate.voices import BASE, Speaker, Voice
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that have this share together."""
+    top_k: int = 0
+    """Sample from this many tokens; 0 from all."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the model's own end."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: int
+    """Written, the end included."""
+    ended: str
+    """`end`: the model ended its turn; `stop`: one of the stop texts; `length`: cut; `interrupted`."""
+
+
+class Writer:
+    """Draws answers from a model's voices."""
+
+    def __init__(self, speaker: Speaker, sampling: Sampling, *, plain: bool = False, system: str | None = None):
+        """plain: go on with the text as it is, without the chat template. system: first message of conversations."""
+        self._model, self._voices = speaker.model, speaker.voices
+        self._sampling, self._plain, self._system = sampling, plain, system
+        self._templates: dict[str, str] = {}
+        self.active = next(iter(speaker.voices))
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, and `base` for the model without any."""
+        return list(self._voices)
+
+    def is_chat(self, name: str) -> bool:
+        return self._voices[name].chat and not self._plain
+
+    def prompt_ids(self, request: Request) -> list[int]:
+        """The tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
+        import jinja2
+
+        name = request.adapter or self.active
+        tokenizer = self._voices[name].tokenizer
+        if not self.is_chat(name):
+            if request.messages is not None or self._system:
+                reason = "holds messages, but the model has no chat template (or --plain switched it off)"
+                if request.messages is None:
+                    reason = (
+                        "a system message needs a chat template, which the model lacks (or --plain switched it off)"
+                    )
+                raise UserError(Problem(request.where, reason, "give `prompt` instead, without --system"))
+            ids: list[int] = tokenizer(request.shown)["input_ids"]
+            return ids
+        asked = with_system(request, self._system)
+        messages = asked.messages or [{"role": "user", "content": asked.shown}]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=self._template(name), add_generation_prompt=True, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(Problem(request.where, f"the chat template refuses this conversation: {error}")) from error
+        # The template prints the special tokens itself; the tokenizer would double the first one.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
+        """The answers to `requests`, computed together, in their order.
+
+        number: of this batch; with the seed it decides what is drawn. Requests of one adapter share a forward pass, padded on
+        the left; one whose answer the model's length cuts shorter than asked has a pass of its own.
+        """
+        import torch
+
+        torch.manual_seed(self._sampling.seed * 2**20 + number)
+        prompts = [self.prompt_ids(request) for request in requests]
+        groups: dict[tuple[str, int], list[int]] = {}
+        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            cut = self._room(len(prompt), request) < self._sampling.max_new_tokens
+            groups.setdefault((request.adapter or self.active, index if cut else -1), []).append(index)
+        answers: dict[int, Answer] = {}
+        for (name, _), members in groups.items():
+            longest = max(len(prompts[index]) for index in members)
+            written = self._generate(
+                name, [prompts[index] for index in members], self._room(longest, requests[members[0]])
+            )
+            for index, row in zip(members, written, strict=True):
+                answers[index] = self._finished(name, row)
+        return [answers[index] for index in range(len(requests))]
+
+    def stream(
+        self, request: Request, show: Callable[[str], None], interrupted: Callable[[], bool] = lambda: False
+    ) -> Answer:
+        """The answer to one request; `show` gets its text piece by piece. interrupted: asked after every token."""
+        name = request.adapter or self.active
+        prompt = self.prompt_ids(request)
+        (row,) = self._generate(name, [prompt], self._room(len(prompt), request), show=show, interrupted=interrupted)
+        return self._finished(name, row, interrupted=interrupted())
+
+    def _generate(
+        self,
+        name: str,
+        prompts: list[list[int]],
+        room: int,
+        *,
+        show: Callable[[str], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt."""
+        import torch
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        voice, sampling = self._voices[name], self._sampling
+        padding = voice.tokenizer.pad_token_id or 0
+        width = max(map(len, prompts))
+        rows = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
+        masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        drawn = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
+        # Values that greedy decoding ignores are set to their neutral ones, or the model's own would be warned about.
+        greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        settings = GenerationConfig(
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            eos_token_id=self._ends(voice) or None,
+            pad_token_id=padding,
+            use_cache=True,
+            **(drawn if sampling.temperature else greedy),
+        )
+        criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
+        if sampling.stop:
+            criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[width:])))
+        device = next(self._model.parameters()).device
+        with torch.inference_mode(), self._speaking(name):
+            written = self._model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(masks, device=device),
+                generation_config=settings,
+                streamer=_streamer(voice.tokenizer, show) if show else None,
+                stopping_criteria=StoppingCriteriaList(criteria),
+            )[:, width:]
+        answers: list[list[int]] = written.tolist()
+        return answers
+
+    def _says_stop(self, voice: Voice, written: list[int]) -> bool:
+        """Whether the last tokens hold a stop text (transformers' own `stop_strings` fails on vocabularies of whole words)."""
+        reach = (
+            max(map(len, self._sampling.stop)) + 8
+        )  # a token is a character at least, but one may need several bytes
+        text = voice.tokenizer.decode(written[-reach:], skip_special_tokens=True)
+        return any(stop in text for stop in self._sampling.stop)
+
+    def _speaking(self, name: str) -> Any:
+        """Context in which the model is that adapter, or none."""
+        if not hasattr(self._model, "peft_config"):
+            return nullcontext()
+        if name == BASE:
+            return self._model.disable_adapter()
+        self._model.set_adapter(name)
+        return nullcontext()
+
+    def _finished(self, name: str, row: list[int], *, interrupted: bool = False) -> Answer:
+        voice = self._voices[name]
+        ends = set(self._ends(voice))
+        length = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        ended = "end" if length and row[length - 1] in ends else "length"
+        text: str = voice.tokenizer.decode(row[:length], skip_special_tokens=True)
+        found = min((text.find(stop) for stop in self._sampling.stop if stop in text), default=-1)
+        if found >= 0:
+            text, ended = text[:found], "stop"
+        elif interrupted and ended == "length":
+            ended = "interrupted"
+        return Answer(text.strip(), length, ended)
+
+    def _ends(self, voice: Voice) -> list[int]:
+        from dstune.data.stopping import stop_token_ids
+        from dstune.models.generation import end_tokens
+
+        return end_tokens(self._model, stop_token_ids(voice.tokenizer))
+
+    def _template(self, name: str) -> str:
+        from dstune.data.render import freeze_date
+
+        if name not in self._templates:
+            voice = self._voices[name]
+            self._templates[name] = freeze_date(voice.tokenizer.get_chat_template(), voice.date)
+        return self._templates[name]
+
+    def _room(self, length: int, request: Request) -> int:
+        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        if length >= longest:
+            raise UserError(Problem(request.where, f"has {length} tokens; the model takes {longest}, answer included"))
+        return int(longest - length)
+
+
+class _EveryRow:
+    """A stopping criterion of transformers that asks about each row by itself."""
+
+    def __init__(self, stops: Callable[[list[int]], bool]):
+        self._stops = stops
+
+    def __call__(self, tokens: Any, scores: Any, **unused: Any) -> Any:
+        """tokens: [batch, sequence]; which rows are done: bool [batch]."""
+        import torch
+
+        return torch.tensor([self._stops(row) for row in tokens.tolist()], device=tokens.device)
+
+
+def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                show(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
