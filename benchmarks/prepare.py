@@ -97,12 +97,13 @@ def prepare(kind: str, file: Path, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def anonymous(process: psutil.Process) -> int:
-    """Bytes of memory that no file stands behind, of this process."""
+    """Bytes of memory that no file stands behind, of this process; what it shares with others counts in parts, so that
+    the sum over a process and its forks is what they take together."""
     try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     except OSError:  # ended meanwhile
         return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss_Anon")), 0)
 
 
 def size_of(folder: Path) -> int:

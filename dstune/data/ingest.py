@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,8 @@ from dstune.errors import Problem, UserError
 SHOWN_BAD_ROWS = 10
 
 ROWS_PER_BATCH = 1000
+
+log = logging.getLogger(__name__)
 
 ROW_SCHEMA = pa.schema(
     [
@@ -46,6 +49,10 @@ class BadRows:
         self.count += 1
         if len(self._problems) < SHOWN_BAD_ROWS:
             self._problems.append(Problem(where=place, reason=reason))
+
+    def first(self, since: int = 0) -> list[dict[str, str]]:
+        """The first bad rows, of those behind the first `since` ones, by place and reason, as far as they are kept."""
+        return [{"place": problem.where, "text": problem.reason} for problem in self._problems[since:]]
 
     def raise_if_any(self) -> None:
         """Raises UserError with the first bad rows and the number of the others, unless they are to be skipped."""
@@ -79,6 +86,8 @@ class Table:
     """Which rows cleaning left, bool [rows]; None before it."""
     text_keys: np.ndarray | None = None
     """Equal for rows of equal text (`clean.rows.text_key`), uint64 [rows]; None before cleaning."""
+    bad_examples: tuple[dict[str, str], ...] = ()
+    """The first of the bad rows: `place` and, as `text`, the reason."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -106,14 +115,15 @@ def ingest(
     reader = _Reader(config, bad)
     already_bad = bad.count
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
-        for batch in reader.batches(_all_rows(files) if rows is None else rows):
+        for batch in reader.batches(_told(files, _all_rows(files) if rows is None else rows)):
             writer.write_batch(batch)
     if not reader.rows_read:
         names = ", ".join(str(file) for file in files)
         raise UserError(Problem(where=names, reason="holds no rows", fix="give a file with at least one row"))
     assert reader.format is not None or bad.count, "rows without a format"
     fmt = DataFormat.messages if reader.any_messages else reader.format or DataFormat.auto
-    return load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
+    table = load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
+    return replace(table, bad_examples=tuple(bad.first(already_bad)))
 
 
 def load_table(
@@ -125,8 +135,21 @@ def load_table(
     hashes = columns["hash"].to_numpy()
     labels = None
     if isinstance(config.task, ClassificationConfig):
-        labels = np.array(columns["label"].to_pylist(), dtype=object).astype(str)
+        # By way of the different ones: a text object for each row would take 60 bytes and more.
+        encoded = columns["label"].combine_chunks().dictionary_encode()
+        labels = np.array(encoded.dictionary.to_pylist(), dtype=str)[encoded.indices.to_numpy()]
     return Table(data, files, fmt, rows_read, bad_rows, hashes, labels)
+
+
+def _told(
+    files: list[sources.DataFile], rows: Iterable[tuple[int, sources.RawRow]]
+) -> Iterator[tuple[int, sources.RawRow]]:
+    """`rows`, with a report of how many there were every thousand rows."""
+    more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+    for count, row in enumerate(rows, 1):
+        if count % ROWS_PER_BATCH == 0:
+            log.info("reading %s%s", files[0].path.name, more, extra={"done": count})
+        yield row
 
 
 def _all_rows(files: list[sources.DataFile]) -> Iterator[tuple[int, sources.RawRow]]:
