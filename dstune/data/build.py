@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 HELD_OUT = "held_out.npy"
 
+HEAD_START_SECONDS = 0.3
+"""What a node's first rank is ahead of the others, so that it does the work: rank 0 shows how far it is."""
+
 MIN_PROMPTS = 16
 """Prompts kept in the cache at least, so that a few more samples need no new entry."""
 
@@ -61,9 +65,11 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
     build = Builder(config, tokenizer, inputs)
 
     def make(folder: Path) -> None:
-        log.info("rank %d prepares the data for its node", env.rank)
+        log.info("preparing the rows")
         build(folder)
 
+    if env.local_rank and not (cache_root / "data" / key).is_dir():
+        time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
     return _load(folder, key, config)
 
@@ -199,6 +205,8 @@ class Builder:
         bad.raise_if_any()
         if self._held_out is None:
             self._refuse_no_rows(read)
+        for skipped in bad.first():
+            log.warning("skipped %s: %s", skipped["place"], skipped["text"])
         cleaning = Cleaning(config, self._tokenizer, work)
         with _no_progress_bars():
             tables = {part: cleaning.rows(part, self._joined(part, named, work)) for part, named in read.items()}
@@ -222,7 +230,9 @@ class Builder:
                 )
                 report[part] = _report(rows, counts, read.get(part, read["train"]))
                 if part in cleaning.reports:
-                    report[part] |= cleaning.reports[part].to_dict()
+                    cleaned = cleaning.reports[part].to_dict()
+                    cleaned["examples"] = report[part].get("examples", {}) | cleaned["examples"]
+                    report[part] |= cleaned
         bad.raise_if_any()
         if self._held_out is None:
             for part, counted in report.items():
@@ -415,6 +425,8 @@ def _report(rows: _Rows, counts: Counts, read: dict[str, Table]) -> dict[str, An
             }
             for number, (name, table) in enumerate(read.items())
         }
+    if skipped := [example for table in read.values() for example in table.bad_examples]:
+        report["examples"] = {"bad_rows": skipped}
     return report
 
 

@@ -452,6 +452,7 @@ def test_bad_rows_are_counted_if_they_are_to_be_skipped(tmp_path):
     config = data_run(path, on_bad_row=OnBadRow.skip, split=NOTHING_HELD_OUT)
     report = prepared(config, byte_tokenizer(), tmp_path / "cache").report["train"]
     assert (report["rows_read"], report["samples"], report["bad_rows"]) == (22, 20, 2)
+    assert [example["place"] for example in report["examples"]["bad_rows"]] == [f"{path}:21", f"{path}:22"]
     path.write_text("{broken\n")
     (problem,) = refusal(config, byte_tokenizer(), tmp_path)
     assert (problem.where, problem.value) == ("data.train", str(path))
