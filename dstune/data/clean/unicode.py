@@ -23,7 +23,7 @@ _TAGS = re.compile("(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[\U000e0000-\
 """Invisible copies of ASCII: part of the flags of regions, else a way to hide text."""
 
 _SEPARATED_BY_SPACES = re.compile(
-    "[A-Za-z0-9\u00a0-\u024f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff\u2000-\u206f\\s]"  # Latin, Greek, Cyrillic, ...
+    "[A-Za-z0-9\u00a0-\u036f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff\u2000-\u206f\\s]"  # Latin, Greek, Cyrillic, ...
 )
 _SOUTH_EAST_ASIAN = re.compile("[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf]")
 
@@ -34,6 +34,12 @@ def clean_unicode(text: str) -> str:
         if not _ASCII_SUSPECTS.search(text):
             return text
         return _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
+    while (cleaned := _pass(text)) != text:
+        text = cleaned  # what was removed may have stood between what is to be removed now
+    return text
+
+
+def _pass(text: str) -> str:
     text = _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
     text = _TAGS.sub(lambda found: found.group(1) or "", text)
     if _DIRECTIONS.search(text) and not _has_right_to_left(text):
