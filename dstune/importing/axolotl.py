@@ -1,0 +1,264 @@
+"""axolotl's YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dstune.errors import Problem, UserError
+from dstune.importing import common
+from dstune.importing.common import HUGGING_FACE, LATER
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same, with_others
+from dstune.importing.sources import Source, put_sources, with_split
+
+DEFAULTS: dict[str, Any] = {
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 1,
+    "weight_decay": 0.0,
+    "sample_packing": False,
+    "sequence_len": 512,
+    "val_set_size": 0.0,
+    "gradient_checkpointing": False,
+    "seed": 42,
+}
+"""What axolotl does where its file is silent and dstune would do something else."""
+
+
+def recognised(raw: Mapping[str, Any]) -> bool:
+    return "base_model" in raw
+
+
+def check(raw: Mapping[str, Any]) -> None:
+    """Raises UserError for a kind of training that dstune does not have at all."""
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if raw.get(key):
+            reason = "this version trains on answers, not on preferences or rewards"
+            raise UserError(Problem(key, reason, "import the configuration of a supervised run", str(raw[key])))
+
+
+def adapter(found: Import, value: Any) -> None:
+    if value not in ("lora", "qlora"):
+        found.drop(f"dstune's adapter is LoRA; {LATER}")
+        return
+    targets = found.get("lora_target_modules") or "all-linear"
+    if found.get("lora_target_linear"):
+        targets = "all-linear"
+    for name in ("lora_target_modules", "lora_target_linear"):
+        if found.get(name):
+            found.carried[name] = ["method.target_modules"]
+    common.method_of_lora(
+        found,
+        rank="lora_r",
+        alpha="lora_alpha",
+        dropout="lora_dropout",
+        targets=targets,
+        save="lora_modules_to_save",
+        rslora="peft_use_rslora",
+    )
+    if value == "qlora":
+        common.quantized(found, True)
+
+
+def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
+    """The source and the task that its type is for."""
+    kind = str(entry.get("type") or "chat_template").split(":", 1)[0].split(".", 1)[0]
+    path = str(entry.get("path", ""))
+    if isinstance(entry.get("type"), Mapping):
+        found.drop(f"{path}: a type of its own; map the columns with data.columns")
+        return None
+    source = Source(with_split(path, entry.get("split")), subset=entry.get("name"), revision=entry.get("revision"))
+    files = entry.get("data_files")
+    if path in ("json", "csv", "parquet", "text") and files:
+        source.path = str(files[0] if isinstance(files, list) else files)
+        files = files[1:] if isinstance(files, list) else None
+    mapped = dict(entry.get("message_property_mappings") or {})
+    if kind == "completion":
+        source.format, task = "text", "causal_lm"
+        if entry.get("field", "text") != "text":
+            source.columns = {"text": str(entry["field"])}
+    elif kind == "pretrain":
+        source.format, task = "text", "causal_lm"
+        if entry.get("text_column", "text") != "text":
+            source.columns = {"text": str(entry["text_column"])}
+    elif kind == "alpaca":
+        source.format, task = "alpaca", "chat"
+    elif kind == "sharegpt" or (kind == "chat_template" and mapped.get("role") == "from"):
+        source.format, task = "conversations", "chat"
+        if (column := entry.get("field_messages", "conversations")) != "conversations":
+            source.columns = {"conversations": str(column)}
+    elif kind == "chat_template":
+        source.format, task = "messages", "chat"
+        if (column := entry.get("field_messages", "messages")) != "messages":
+            source.columns = {"messages": str(column)}
+    else:
+        found.drop(f"{path}: dstune has no rows of type {entry.get('type')}")
+        return None
+    known = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "field", "text_column"}
+    known |= {"field_messages", "message_property_mappings", "conversation", "chat_template", "trust_remote_code"}
+    left = sorted(set(entry) - known)
+    if kind == "chat_template" and mapped and mapped.get("role") not in (None, "role", "from"):
+        left.append("message_property_mappings")
+    if files:
+        left.append("data_files")
+    if left:
+        found.drop(f"{path}: {', '.join(left)} of the entry", DIFFERENT)
+    return source, task
+
+
+def datasets(found: Import, value: Any) -> None:
+    pairs = [pair for entry in value if (pair := _source(found, entry))]
+    tasks = {task for _, task in pairs}
+    task = "chat" if "chat" in tasks or not tasks else "causal_lm"
+    others = [source.path for source, kind in pairs if kind != task]
+    if others:
+        found.drop(f"{', '.join(others)}: plain text beside conversations; one run has one task", DIFFERENT)
+    found.choose("task", task)
+    put_sources(found, [source for source, kind in pairs if kind == task])
+
+
+def pretraining(found: Import, value: Any) -> None:
+    datasets(
+        found,
+        [
+            {"type": "pretrain", **entry} if isinstance(entry, dict) else {"path": entry, "type": "pretrain"}
+            for entry in (value if isinstance(value, list) else [value])
+        ],
+    )
+    if "data.train" in found.values and int(found.get("max_steps", -1)) > 0:
+        found.put("data.streaming", True)
+
+
+def validation(found: Import, value: Any) -> None:
+    pair = _source(found, value[0])
+    if pair:
+        found.put("data.validation", pair[0].path)
+    if len(value) > 1:
+        found.drop("data.validation takes one source: the first", DIFFERENT)
+
+
+def precision(found: Import, value: Any) -> None:
+    if value == "auto":
+        found.put("trainer.precision", "auto")
+    else:
+        common.precision(found, value)
+
+
+def wandb_project(found: Import, value: Any) -> None:
+    found.put("tracking.project", str(value))
+    found.put("tracking.wandb.mode", found.get("wandb_mode", "online"))
+
+
+def special_tokens(found: Import, value: Any) -> None:
+    left = sorted(set(dict(value)) - {"pad_token"})
+    if left:
+        found.drop(f"{', '.join(left)}: the tokenizer's own special tokens stay")
+    else:
+        found.drop("padding never counts in the loss, whatever token it is", MEANINGLESS)
+
+
+def flag_of_attention(name: str) -> Rule:
+    def rule(found: Import, value: Any) -> None:
+        if value:
+            common.attention(found, name)
+
+    return rule
+
+
+EPOCHS = "it counts by epochs; {}=N counts optimizer steps"
+
+TABLE: dict[str, Rule] = {
+    **HUGGING_FACE,
+    "base_model": same("model.path"),
+    "base_model_config": own_way("the architecture is the model's own"),
+    "revision_of_model": common.revision,
+    "model_type": own_way("known from the model's config.json"),
+    "tokenizer_type": own_way("known from the model's tokenizer files"),
+    "tokenizer_config": missing("the tokenizer is the model's own"),
+    "is_llama_derived_model": own_way("known from the model's config.json"),
+    "is_mistral_derived_model": own_way("known from the model's config.json"),
+    "trust_remote_code": same("model.trust_remote_code"),
+    "attn_implementation": common.attention,
+    "flash_attention": flag_of_attention("flash_attention_2"),
+    "sdp_attention": flag_of_attention("sdpa"),
+    "eager_attention": flag_of_attention("eager"),
+    "xformers_attention": missing(LATER),
+    "flex_attention": missing(LATER),
+    "chat_template": common.chat_template,
+    "chat_template_jinja": common.chat_template,
+    "special_tokens": special_tokens,
+    "tokens": missing("the vocabulary stays as it is"),
+    "datasets": datasets,
+    "pretraining_dataset": pretraining,
+    "test_datasets": validation,
+    "dataset_prepared_path": own_way("tokenized rows are cached by their content"),
+    "dataset_processes": same("data.workers"),
+    "dataset_num_proc": same("data.workers"),
+    "dataset_exact_deduplication": lambda found, value: found.put(
+        "data.clean.duplicates", "exact" if value else "keep"
+    ),
+    "shuffle_merged_datasets": own_way("rows are shuffled each epoch"),
+    "push_dataset_to_hub": missing("dstune uploads nothing"),
+    "val_set_size": common.share_held_out,
+    "sequence_len": same("data.max_length"),
+    "min_sample_len": missing("data.clean.min_characters leaves out short rows"),
+    "sample_packing": lambda found, value: found.put("data.packing", bool(value)),
+    "eval_sample_packing": own_way("evaluation counts every row once"),
+    "pad_to_sequence_len": own_way("rows are padded to the longest of a micro-batch"),
+    "train_on_inputs": lambda found, value: found.put("task.train_on_prompt", bool(value)),
+    "adapter": adapter,
+    **dict.fromkeys(
+        (
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "lora_target_linear",
+            "lora_modules_to_save",
+            "peft_use_rslora",
+        ),
+        with_others,
+    ),
+    "lora_model_dir": missing("begin from a merged model with model.path"),
+    "lora_fan_in_fan_out": missing(LATER),
+    "peft_use_dora": missing(LATER),
+    "loraplus_lr_ratio": missing(LATER),
+    "load_in_4bit": common.quantized,
+    "load_in_8bit": common.quantized,
+    "gptq": common.quantized,
+    "unfrozen_parameters": missing(LATER),
+    "micro_batch_size": lambda found, _: common.global_batch(found, "micro_batch_size", "gradient_accumulation_steps"),
+    "gradient_accumulation_steps": lambda found, _: common.global_batch(
+        found, "micro_batch_size", "gradient_accumulation_steps"
+    ),
+    "eval_batch_size": same("evaluate.micro_batch_size"),
+    "num_epochs": common.epochs,
+    "optimizer": common.optimizer,
+    "lr_scheduler": common.schedule,
+    "cosine_min_lr_ratio": common.min_lr_ratio,
+    "bf16": precision,
+    "bfloat16": missing("bf16 and fp16 keep fp32 weights in the optimizer"),
+    "float16": missing("bf16 and fp16 keep fp32 weights in the optimizer"),
+    "saves_per_epoch": missing(EPOCHS.format("checkpoint.every")),
+    "evals_per_epoch": missing(EPOCHS.format("evaluate.every")),
+    "save_first_step": missing("set checkpoint.every"),
+    "early_stopping_patience": same("trainer.early_stopping.patience"),
+    "loss_watchdog_threshold": missing("non-finite losses stop a run (trainer.max_nonfinite_steps), high ones do not"),
+    "loss_watchdog_patience": missing("non-finite losses stop a run (trainer.max_nonfinite_steps), high ones do not"),
+    "wandb_project": wandb_project,
+    "wandb_entity": same("tracking.wandb.entity"),
+    "wandb_name": same("run.name"),
+    "wandb_mode": with_others,
+    "wandb_run_id": own_way("a continued run continues its W&B run"),
+    "wandb_watch": missing(LATER),
+    "wandb_log_model": missing("dstune uploads nothing"),
+    "use_tensorboard": same("tracking.tensorboard"),
+    "auto_resume_from_checkpoints": own_way("a run directory is always continued"),
+    "plugins": missing(LATER),
+    "tiled_mlp": missing(LATER),
+    "context_parallel_size": missing("sequences are not split over ranks in this version"),
+    "activation_offloading": missing("activations can be computed again: trainer.activation_checkpointing=true"),
+    "debug": own_way("logs/ has a file of every rank"),
+    "strict": own_way("unknown keys are always refused"),
+}
+"""axolotl's key: what it becomes."""

@@ -1,0 +1,84 @@
+"""The verb `import`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from dstune.errors import EXIT_DONE, EXIT_USER, Problem, UserError
+from dstune.importing.convert import Experiment, convert
+from dstune.importing.files import TOOLS, read, tool_of
+
+DESCRIPTION = """\
+Convert a configuration of axolotl, LLaMA-Factory or TRL (YAML, or a shell script with its command) into an experiment,
+and list every key that could not be carried over. Exit code 2: the experiment does not compose as it is.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(Problem("command line", message, "`dstune import --help` shows the arguments"))
+
+
+def _parser() -> _Parser:
+    parser = _Parser("dstune import", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--output", "-o", type=Path, metavar="DIR/experiment/NAME.yaml", help="write it there")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--from", dest="tool", metavar="|".join(TOOLS), help="the tool; recognised by the keys otherwise"
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of ranks that the batch sizes are meant for")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The verb. Raises UserError; returns the exit code of the public contract."""
+    asked = _parser().parse_args(argv)
+    if asked.ranks is not None and asked.ranks < 1:
+        raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(asked.ranks)))
+    if asked.output is not None and asked.output.exists() and not asked.force:
+        raise UserError(Problem("--output", "the file exists", "another name, or --force", str(asked.output)))
+    raw = read(asked.file)
+    found = convert(raw, tool_of(raw, asked.tool, str(asked.file)), asked.file, asked.ranks)
+    if asked.output is not None:
+        try:
+            asked.output.parent.mkdir(parents=True, exist_ok=True)
+            asked.output.write_text(found.text, encoding="utf-8")
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}"
+            raise UserError(Problem("--output", reason, "give a folder of yours", str(asked.output))) from None
+    if asked.json:
+        print(json.dumps({**asdict(found), "experiment": found.text, "output": asked.output and str(asked.output)}))
+    else:
+        if asked.output is None:
+            print(found.text, end="")
+        print(report(found, asked.output), file=sys.stderr if asked.output is None else sys.stdout)
+    return EXIT_USER if found.problems else EXIT_DONE
+
+
+def report(found: Experiment, output: Path | None) -> str:
+    """What was carried, what not and why, what was assumed, and how to go on."""
+    lines = [f"{found.tool}: {len(found.carried)} keys carried, {len(found.dropped)} not or not to the letter"]
+    for key, dropped in found.dropped.items():
+        shown = str(dropped.value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        lines.append(f"  {key}: {shown}\n    {dropped.kind}: {dropped.reason}")
+    if found.assumed:
+        lines += ["assumed:", *(f"  {text}" for text in found.assumed)]
+    if found.problems:
+        lines += ["to be mended before it runs:"]
+        lines += [f"  {problem}".replace("\n", "\n  ") for problem in found.problems]
+    if output is not None:
+        folder = output.parent.parent if output.parent.name == "experiment" else None
+        lines.append(f"written: {output}")
+        if folder is None:
+            lines.append("put it into a folder named experiment, so that --config-dir finds it")
+        else:
+            lines.append(f"next: dstune train --config-dir {folder} experiment={output.stem}")
+    return "\n".join(lines)

@@ -1,0 +1,372 @@
+"""Rules for settings that the three tools share, most of them the arguments of the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dstune.chat_templates import NAMES
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same
+
+LATER = "this version does not have it"
+
+
+# ---- model ----
+
+
+def attention(found: Import, value: Any) -> None:
+    if value in ("sdpa", "eager", "flash_attention_2"):
+        packed = value == "flash_attention_2" and bool(found.get("sample_packing") or found.get("packing"))
+        if packed:
+            found.drop("packed rows are told apart with sdpa only, so model.attention stays auto", DIFFERENT)
+        else:
+            found.put("model.attention", value)
+    elif value not in ("auto", "fa2", "disabled"):
+        found.drop(f"dstune's attentions are sdpa, eager and flash_attention_2; {LATER}")
+
+
+def dtype(found: Import, value: Any) -> None:
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(value))
+    if short in ("bf16", "fp16") and not (found.get("bf16") or found.get("fp16")):
+        found.put("trainer.precision", short)
+    elif short == "fp32" or value == "auto":
+        found.drop("weights are loaded in the precision of the run (trainer.precision)", MEANINGLESS)
+    else:
+        found.note("trainer.precision")
+
+
+def revision(found: Import, value: Any) -> None:
+    if value != "main":
+        found.put("model.revision", value)
+    else:
+        found.note("model.revision")
+
+
+def chat_template(found: Import, value: Any) -> None:
+    """A packaged template by its name, or a file; the tokenizer's own is what dstune takes by itself."""
+    text = str(value)
+    name = {"mistral_v1": "mistral", "mistral_v2v3": "mistral", "mistral_v3_tekken": "mistral_tekken"}.get(text, text)
+    if name in NAMES or text.endswith((".jinja", ".j2")):
+        found.put("model.chat_template", name)
+    elif name in ("tokenizer_default", "default", "empty"):
+        found.note("model.chat_template")
+    elif "{" in text:
+        found.drop("a template inside the file: save it as a Jinja file and give model.chat_template=FILE")
+    else:
+        known = ", ".join(NAMES)
+        found.drop(f"the tokenizer's own template is used; packaged ones are {known}, others model.chat_template=FILE")
+
+
+# ---- method ----
+
+
+def method_of_lora(found: Import, *, rank: str, alpha: str, dropout: str, targets: Any, save: str, rslora: str) -> None:
+    found.choose("method", "lora")
+    found.put("method.rank", int(found.get(rank, 16)))
+    found.put("method.alpha", float(found.get(alpha, 2 * int(found.get(rank, 16)))))
+    found.put("method.dropout", float(found.get(dropout, 0.0)))
+    for name, key in ((rank, "method.rank"), (alpha, "method.alpha"), (dropout, "method.dropout")):
+        if name in found.raw:
+            found.carried[name] = [key]
+    modules = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else list(targets)
+    found.put("method.target_modules", ["all-linear"] if modules in (["all"], ["all-linear"]) else modules)
+    if value := found.get(save):
+        modules = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+        found.values["method.modules_to_save"] = modules
+        found.carried[save] = ["method.modules_to_save"]
+    if found.get(rslora):
+        found.values["method.rslora"] = True
+        found.carried[rslora] = ["method.rslora"]
+
+
+def quantized(found: Import, value: Any) -> None:
+    if value:
+        found.drop("quantized weights (method=qlora): the adapter is trained on 16-bit weights, which need more memory")
+
+
+# ---- batches and length ----
+
+
+def global_batch(found: Import, micro: str, accumulation: str) -> None:
+    """Rows of a step: the tools multiply what a rank does by the number of ranks; dstune's number stays."""
+    rows, steps = int(found.get(micro, 1)), int(found.get(accumulation, 1))
+    found.values["trainer.micro_batch_size"] = rows
+    found.values["trainer.global_batch_size"] = rows * steps * found.ranks
+    for name, key in ((micro, "trainer.micro_batch_size"), (accumulation, "trainer.global_batch_size")):
+        if name in found.raw:
+            found.carried[name] = [key]
+    found.assume(
+        f"{found.ranks} rank(s): trainer.global_batch_size = {rows} rows x {steps} micro-batches x {found.ranks} "
+        f"= {rows * steps * found.ranks} (--ranks N for another number)"
+    )
+
+
+def epochs(found: Import, value: Any) -> None:
+    if int(found.get("max_steps", -1)) > 0:
+        found.drop("max_steps is the length of the run", MEANINGLESS)
+    elif float(value).is_integer():
+        found.put("trainer.epochs", int(value))
+    else:
+        found.put("trainer.epochs", max(1, int(float(value))))
+        found.drop("a part of an epoch: rounded down, trainer.max_steps gives any length", DIFFERENT)
+
+
+def max_steps(found: Import, value: Any) -> None:
+    if int(value) > 0:
+        found.put("trainer.max_steps", int(value))
+    else:
+        found.note("trainer.epochs")
+
+
+# ---- optimizer and schedule ----
+
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "adamw")
+EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw")
+
+
+def optimizer(found: Import, value: Any) -> None:
+    name = str(value).lower()
+    if name in ADAMW:
+        found.choose("optimizer", "adamw")
+    elif name == "sgd":
+        found.choose("optimizer", "sgd")
+    else:
+        found.choose("optimizer", "adamw")
+        if name in EIGHT_BIT:
+            found.drop("AdamW with states in fp32, 6 bytes a trained parameter more; ZeRO shares them", DIFFERENT)
+        else:
+            found.drop(f"AdamW is used instead; {LATER}")
+
+
+def beta(place: int) -> Rule:
+    def rule(found: Import, value: Any) -> None:
+        betas = found.values.get("optimizer.betas", [0.9, 0.999])
+        betas[place] = float(value)
+        found.put("optimizer.betas", betas)
+
+    return rule
+
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "warmup_stable_decay",
+}
+
+
+def schedule(found: Import, value: Any) -> None:
+    name = SCHEDULES.get(str(value))
+    if name is None:
+        found.choose("schedule", "cosine")
+        found.drop(f"cosine is used instead; {LATER}")
+    else:
+        found.choose("schedule", name)
+
+
+def schedule_arguments(found: Import, value: Any) -> None:
+    for name, part in dict(value).items():
+        if name == "min_lr_rate":
+            found.put("schedule.min_lr_ratio", float(part))
+        elif name == "min_lr" and found.get("learning_rate"):
+            found.put("schedule.min_lr_ratio", float(part) / float(found.get("learning_rate")))
+        else:
+            found.drop(f"{name}: {LATER}")
+
+
+def min_lr_ratio(found: Import, value: Any) -> None:
+    found.put("schedule.min_lr_ratio", float(value))
+
+
+def warmup(found: Import, value: Any) -> None:
+    """`warmup_steps` wins over `warmup_ratio`; a number below 1 is a ratio."""
+    if found.get("lr_scheduler_type", found.get("lr_scheduler")) == "constant":
+        found.drop("a constant rate has no warm-up in that tool", MEANINGLESS)
+    elif found.current == "warmup_ratio" and found.get("warmup_steps"):
+        found.drop("warmup_steps is given", MEANINGLESS)
+    elif found.current == "warmup_ratio" or 0 < float(value) < 1:
+        found.put("schedule.warmup_ratio", float(value))
+    else:
+        found.put("schedule.warmup_steps", int(value))
+
+
+# ---- precision and memory ----
+
+
+def precision(found: Import, value: Any) -> None:
+    if value is True or value in ("true", "full"):
+        found.put("trainer.precision", found.current)
+    else:
+        found.note("trainer.precision")
+
+
+def checkpointing(found: Import, value: Any) -> None:
+    found.put("trainer.activation_checkpointing", bool(value))
+    if isinstance(value, str) and value not in ("true", "True"):
+        found.drop("activations are computed again on the device", DIFFERENT)
+
+
+def deepspeed(found: Import, value: Any) -> None:
+    if isinstance(value, dict):
+        found.drop("a configuration inside the file: save it as JSON and give zero=file zero.path=FILE")
+        return
+    found.choose("zero", "file")
+    found.put("zero.path", str(value))
+
+
+def fsdp(found: Import, value: Any) -> None:
+    found.choose("zero", "stage3")
+    found.drop("ZeRO-3 partitions the same: parameters, gradients and states", DIFFERENT)
+
+
+# ---- saving, evaluation, tracking ----
+
+
+def steps_between(key: str, what: str) -> Rule:
+    def rule(found: Import, value: Any) -> None:
+        if isinstance(value, (int, float)) and float(value) >= 1:
+            found.put(key, int(value))
+        else:
+            found.drop(f"a share of the run; {key}=N counts optimizer steps between {what}")
+
+    return rule
+
+
+def strategy(key: str, what: str) -> Rule:
+    """`no`, `steps` or `epoch`."""
+
+    def rule(found: Import, value: Any) -> None:
+        word = "no" if value is False else str(value)
+        if word in ("no", "steps"):
+            found.note(key)
+        else:
+            found.drop(f"{key}=N counts optimizer steps; without it {what} at the end", DIFFERENT)
+
+    return rule
+
+
+def share_held_out(found: Import, value: Any) -> None:
+    if 0 <= float(value) < 1:
+        found.put("data.split.validation", float(value))
+    else:
+        found.put("data.split.validation", 0.05)
+        found.drop(
+            "a number of rows: 5% are held out instead (data.split.validation), evaluate.max_rows caps them", DIFFERENT
+        )
+
+
+def best_at_the_end(found: Import, value: Any) -> None:
+    if value:
+        found.put("run.export", "best")
+
+
+def report_to(found: Import, value: Any) -> None:
+    names = [value] if isinstance(value, str) else list(value)
+    for name in names:
+        if name == "wandb":
+            found.put("tracking.wandb.mode", "online")
+        elif name == "tensorboard":
+            found.put("tracking.tensorboard", True)
+        elif name in ("none", "all"):
+            found.note("tracking.wandb.mode")
+        else:
+            found.drop(f"{name}: give tracking.mlflow.uri" if name == "mlflow" else f"{name}: {LATER}")
+
+
+def output_dir(found: Import, value: Any) -> None:
+    found.put("run.dir", str(value))
+    if not found.get("run_name") and not found.get("wandb_name"):
+        found.put("run.name", Path(str(value)).name or "run")
+
+
+def resume(found: Import, value: Any) -> None:
+    if value not in (False, True, "true", "false"):
+        found.drop("a checkpoint of another tool; load its weights with model.path", MEANINGLESS)
+    elif value:
+        found.note("run.resume")
+
+
+HUGGING_FACE: dict[str, Rule] = {
+    "learning_rate": lambda found, value: found.put("optimizer.lr", float(value)),
+    "weight_decay": lambda found, value: found.put("optimizer.weight_decay", float(value)),
+    "adam_beta1": beta(0),
+    "adam_beta2": beta(1),
+    "adam_epsilon": lambda found, value: found.put("optimizer.eps", float(value)),
+    "max_grad_norm": lambda found, value: found.put("trainer.grad_clip", float(value)),
+    "optim": optimizer,
+    "lr_scheduler_type": schedule,
+    "lr_scheduler_kwargs": schedule_arguments,
+    "warmup_ratio": warmup,
+    "warmup_steps": warmup,
+    "num_train_epochs": epochs,
+    "max_steps": max_steps,
+    "per_device_train_batch_size": lambda found, _: global_batch(
+        found, "per_device_train_batch_size", "gradient_accumulation_steps"
+    ),
+    "gradient_accumulation_steps": lambda found, _: global_batch(
+        found, "per_device_train_batch_size", "gradient_accumulation_steps"
+    ),
+    "per_device_eval_batch_size": same("evaluate.micro_batch_size"),
+    "group_by_length": lambda found, value: found.put("trainer.length_grouping", bool(value)),
+    "bf16": precision,
+    "fp16": precision,
+    "tf32": own_way("fp32 products stay fp32"),
+    "gradient_checkpointing": checkpointing,
+    "gradient_checkpointing_kwargs": own_way("activations are computed again without re-entering autograd"),
+    "deepspeed": deepspeed,
+    "fsdp": fsdp,
+    "fsdp_config": own_way("ZeRO partitions instead"),
+    "seed": same("trainer.seed"),
+    "data_seed": missing("the order of rows follows trainer.seed"),
+    "save_steps": steps_between("checkpoint.every", "saves"),
+    "save_strategy": strategy("checkpoint.every", "a checkpoint is saved"),
+    "save_total_limit": lambda found, value: found.put("checkpoint.keep", max(1, int(value))),
+    "save_only_model": missing("checkpoints are whole, so that a run can be continued"),
+    "load_best_model_at_end": best_at_the_end,
+    "metric_for_best_model": missing("set trainer.early_stopping.metric"),
+    "greater_is_better": own_way("known from the metric"),
+    "eval_steps": steps_between("evaluate.every", "evaluations"),
+    "eval_strategy": strategy("evaluate.every", "an evaluation is made"),
+    "do_train": own_way("`dstune train` trains"),
+    "do_eval": own_way("evaluated where there are validation rows"),
+    "do_predict": own_way("`dstune evaluate` and `dstune generate` do it"),
+    "report_to": report_to,
+    "run_name": same("run.name"),
+    "output_dir": output_dir,
+    "overwrite_output_dir": own_way("a run directory is continued; another run.dir begins anew"),
+    "resume_from_checkpoint": resume,
+    "logging_steps": own_way("every step is in metrics.jsonl"),
+    "logging_strategy": own_way("every step is in metrics.jsonl"),
+    "logging_first_step": own_way("every step is in metrics.jsonl"),
+    "logging_dir": own_way("metrics.jsonl is in the run directory"),
+    "log_level": own_way("logs/ has a file of every rank"),
+    "remove_unused_columns": own_way("columns are chosen by data.format and data.columns"),
+    "dataloader_num_workers": own_way("rows are tokenized before training, by data.workers"),
+    "dataloader_drop_last": missing("every row is trained"),
+    "dataloader_pin_memory": own_way("done on GPUs"),
+    "ddp_timeout": own_way("ranks of a dead one are ended by launch.grace_seconds"),
+    "ddp_find_unused_parameters": own_way("ZeRO reduces what has gradients"),
+    "average_tokens_across_devices": own_way("the loss is always the mean over the whole global batch"),
+    "push_to_hub": missing("dstune uploads nothing; `dstune export` writes a folder to upload"),
+    "hub_model_id": own_way("dstune uploads nothing; `dstune export` writes a folder to upload"),
+    "hub_strategy": own_way("dstune uploads nothing; `dstune export` writes a folder to upload"),
+    "neftune_noise_alpha": missing(LATER),
+    "torch_compile": missing(LATER),
+    "use_liger_kernel": missing("fused kernels; logits of prompt tokens are never computed in dstune"),
+    "include_num_input_tokens_seen": own_way("tokens are in metrics.jsonl"),
+}
+"""Arguments of the Hugging Face Trainer, which TRL and LLaMA-Factory take as they are."""
+
+HUGGING_FACE_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3,
+    "learning_rate": 5e-5,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "seed": 42,
+}
+"""What the Hugging Face Trainer does where its file is silent and dstune would do something else."""

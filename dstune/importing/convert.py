@@ -1,0 +1,139 @@
+"""From the keys of another tool to an experiment that composes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.config.compose import compose
+from dstune.config.convert import dump, to_dict
+from dstune.config.names import all_keys, classes_of, type_hints
+from dstune.config.schema import CHOICES
+from dstune.config.validate import validate
+from dstune.errors import Problem, UserError
+from dstune.importing.files import TOOLS
+from dstune.importing.result import MEANINGLESS, Dropped, Import, apply
+
+USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "stage3"}
+"""What `conf/train.yaml` chooses by itself."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an import comes to."""
+
+    tool: str
+    text: str
+    """The experiment's YAML."""
+    carried: dict[str, list[str]]
+    dropped: dict[str, Dropped]
+    off: list[str]
+    """Keys that ask for nothing: empty, or a feature that is switched off."""
+    assumed: list[str]
+    problems: list[Problem]
+    """What is wrong with the experiment when it is composed."""
+
+
+def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = None) -> Experiment:
+    """The experiment for the keys `raw` of `tool`, read from `source`.
+
+    ranks: by which batches of one rank are multiplied; what the file says, else one.
+
+    Raises:
+        UserError: the file is for a kind of training that dstune does not have.
+    """
+    module = TOOLS[tool]
+    module.check(raw)
+    world = ranks or raw.get("num_processes") or 1
+    silent = {key: value for key, value in module.DEFAULTS.items() if raw.get(key) is None}
+    found = Import(
+        {**silent, **{key: value for key, value in raw.items() if value is not None}}, int(world), frozenset(silent)
+    )
+    found.raw["_file"] = str(source)
+    apply({**module.TABLE, "_file": lambda found, value: None}, found)
+    del found.raw["_file"]
+    _finish(found)
+    text = _text(found, tool, source)
+    carried = {key: names for key, names in found.carried.items() if key in raw and key not in found.dropped}
+    off = [key for key in raw if key not in carried and key not in found.dropped]
+    return Experiment(tool, text, carried, found.dropped, off, found.assumed, problems_of(text))
+
+
+def _finish(found: Import) -> None:
+    """What several keys together allow or ask for."""
+    values = found.values
+    if "zero" not in found.choices:
+        found.choices["zero"] = "stage1"
+        found.assume("no DeepSpeed configuration: zero=stage1, which computes what data parallelism does")
+    if not (values.get("data.validation") or values.get("data.split.validation", 0.05)):
+        for key in ("evaluate.every", "trainer.early_stopping.patience", "run.export"):
+            if key in values:
+                del values[key]
+                _undo(found, key, "no rows are held out for an evaluation (data.validation, data.split.validation)")
+    if not values.get("evaluate.every"):
+        for key in ("trainer.early_stopping.patience", "run.export"):
+            if key in values:
+                del values[key]
+                _undo(found, key, "it needs evaluate.every=N, in optimizer steps")
+    for section in ("task", "method", "optimizer", "schedule"):
+        choice = found.choices.get(section, USUAL[section])
+        for key in [key for key in values if key.startswith(f"{section}.")]:
+            if key.split(".", 1)[1] not in type_hints(CHOICES[section][choice]):
+                del values[key]
+                _undo(found, key, f"{section}={choice} has no such key")
+
+
+def _undo(found: Import, key: str, reason: str) -> None:
+    """A value that was put cannot stay: the keys that it came from are dropped."""
+    for theirs in [theirs for theirs, ours in found.carried.items() if key in ours]:
+        found.drop(reason, MEANINGLESS, key=theirs)
+
+
+def _text(found: Import, tool: str, source: Path) -> str:
+    lines = ["# @package _global_", f"# From {source.name} ({tool}) by `dstune import`."]
+    wished = {key: dropped for key, dropped in found.dropped.items() if dropped.kind != MEANINGLESS}
+    if wished:
+        lines.append("# Not carried over, or not to the letter:")
+        lines += [f"#   {key}: {dropped.reason}" for key, dropped in wished.items()]
+    chosen = [f"  - override /{group}: {found.choices[group]}" for group in USUAL if _differs(found, group)]
+    lines += ["defaults:", *chosen, "  - _self_"]
+    tree: dict[str, Any] = {}
+    for key in sorted(found.values, key=list(all_keys()).index):
+        if found.values[key] != _usual(found, key):
+            _nest(tree, key.split("."), found.values[key])
+    return "\n".join(lines) + "\n" + (dump(tree) if tree else "")
+
+
+def _differs(found: Import, group: str) -> bool:
+    return found.choices.get(group, USUAL[group]) != USUAL[group]
+
+
+def _usual(found: Import, key: str) -> Any:
+    """The default of a key, which an experiment need not repeat."""
+    section, *names = key.split(".")
+    classes = classes_of(section)
+    value: Any = to_dict(classes.get(found.choices.get(section, ""), next(iter(classes.values())))())
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _nest(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def problems_of(text: str) -> list[Problem]:
+    """What is wrong with an experiment, found by composing it."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "experiment"
+        place.mkdir()
+        (place / "imported.yaml").write_text(text, encoding="utf-8")
+        try:
+            validate(compose(["experiment=imported"], [folder]).config)
+        except UserError as error:
+            return error.problems
+    return []

@@ -1,0 +1,92 @@
+"""Reading the file of another tool, and telling which tool it is of."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from dstune.config.convert import load
+from dstune.errors import Problem, UserError
+from dstune.importing import axolotl, llama_factory, trl
+
+TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llama-factory": llama_factory, "trl": trl}
+"""The order in which a file is tried: TRL's keys are a part of LLaMA-Factory's."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, or of the command line in a shell script.
+
+    Raises:
+        UserError: the file cannot be read, or holds neither.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(Problem("FILE", f"cannot be read: {error.strerror}", "give a YAML file", str(path))) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem("FILE", "this is not text", "give a YAML file", str(path))) from None
+    if path.suffix == ".sh" or text.lstrip().startswith(("accelerate ", "trl ", "torchrun ", "python ")):
+        return of_command(text, str(path))
+    content = load(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError(Problem("FILE", "this is no configuration (a mapping of keys)", "give a YAML file", str(path)))
+    return {str(key): value for key, value in content.items()}
+
+
+def of_command(text: str, where: str) -> dict[str, Any]:
+    """The arguments of the training command in a script: `--key value`, `--key=value`, `--flag`, `--list a b`.
+
+    Raises:
+        UserError: no command in it has such arguments.
+    """
+    lines = text.replace("\\\n", " ").splitlines()
+    try:
+        commands = [shlex.split(line, comments=True) for line in lines]
+    except ValueError as error:
+        raise UserError(Problem("FILE", f"this is no shell script: {error}", value=where)) from None
+    words = max(commands, key=lambda command: sum(word.startswith("--") for word in command), default=[])
+    found: dict[str, Any] = {}
+    key = ""
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            found[key] = _value(value) if equals else True
+        elif key and not word.endswith(".py"):  # the script stands behind accelerate's own arguments
+            before = found[key]
+            more = _value(word)
+            found[key] = more if before is True else [*(before if isinstance(before, list) else [before]), more]
+        else:
+            key = ""
+    if not found:
+        raise UserError(Problem("FILE", "no command in it has arguments", "give a YAML file or a command", where))
+    return found
+
+
+def _value(word: str) -> Any:
+    try:
+        value = yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
+    return value if isinstance(value, (bool, int, float, list, dict)) else word
+
+
+def tool_of(raw: dict[str, Any], named: str | None, where: str) -> str:
+    """The name of the tool whose keys these are.
+
+    Raises:
+        UserError: no tool is known by these keys, or `named` is none.
+    """
+    if named is not None:
+        if named not in TOOLS:
+            raise UserError(Problem("--from", "there is no such tool", f"one of {', '.join(TOOLS)}", named))
+        return named
+    for name, tool in TOOLS.items():
+        if tool.recognised(raw):
+            return name
+    fix = f"--from {'|'.join(TOOLS)}"
+    raise UserError(Problem("FILE", "the keys are of no tool that this import knows", fix, where))

@@ -1,0 +1,219 @@
+"""LLaMA-Factory's YAML, with the data sets that its dataset_info.json describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstune.errors import Problem, UserError
+from dstune.importing import common
+from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
+from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_way, same, with_others
+from dstune.importing.sources import Source, put_sources, with_split
+
+DEFAULTS: dict[str, Any] = {
+    **HUGGING_FACE_DEFAULTS,
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "lora_rank": 8,
+    "lora_target": "all",
+    "cutoff_len": 2048,
+    "val_size": 0.0,
+    "disable_gradient_checkpointing": False,
+}
+"""What LLaMA-Factory does where its file is silent and dstune would do something else."""
+
+
+def recognised(raw: Mapping[str, Any]) -> bool:
+    return "model_name_or_path" in raw and bool({"finetuning_type", "stage", "cutoff_len", "template"} & set(raw))
+
+
+def check(raw: Mapping[str, Any]) -> None:
+    """Raises UserError for a kind of training that dstune does not have at all."""
+    stage = raw.get("stage", "sft")
+    if stage not in ("sft", "pt"):
+        reason = "this version trains on answers and plain text, not on preferences or rewards"
+        raise UserError(Problem("stage", reason, "import a configuration with stage: sft or pt", str(stage)))
+
+
+def stage(found: Import, value: Any) -> None:
+    found.choose("task", "causal_lm" if value == "pt" else "chat")
+    if not isinstance(found.raw.get("packing"), bool):
+        found.put("data.packing", value == "pt" or bool(found.get("neat_packing")))
+
+
+def finetuning(found: Import, value: Any) -> None:
+    if value == "full":
+        found.choose("method", "full")
+        for name in ("lora_rank", "lora_target", "lora_alpha", "lora_dropout"):
+            found.drop("finetuning_type is full", "meaningless here", key=name) if name in found.raw else None
+    elif value == "lora":
+        common.method_of_lora(
+            found,
+            rank="lora_rank",
+            alpha="lora_alpha",
+            dropout="lora_dropout",
+            targets=found.get("lora_target", "all"),
+            save="additional_target",
+            rslora="use_rslora",
+        )
+        found.carried["lora_target"] = ["method.target_modules"]
+    else:
+        found.choose("method", "lora")
+        found.drop(f"LoRA is used instead; {LATER}")
+
+
+def _described(found: Import) -> dict[str, Any]:
+    """dataset_info.json of `dataset_dir`, looked for from here and from the folders above the file."""
+    folder = Path(str(found.get("dataset_dir", "data")))
+    here = Path(found.raw.get("_file", ".")).absolute().parent
+    for base in (Path(), *[here, *here.parents][:4]):
+        file = base / folder / "dataset_info.json"
+        if file.is_file():
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(Problem(str(file), f"this is no JSON: {error}")) from None
+            return {"_folder": str(base / folder), **content}
+    return {}
+
+
+def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
+    described = info.get(name)
+    if described is None:
+        found.drop(f"{name}: no dataset_info.json describes it; give data.train", DIFFERENT)
+        return None
+    place = described.get("hf_hub_url") or described.get("file_name")
+    if place is None or described.get("ranking"):
+        found.drop(f"{name}: rows of this kind or from this hub; {LATER}", DIFFERENT)
+        return None
+    path = str(place) if described.get("hf_hub_url") else str(Path(info["_folder"]) / place)
+    source = Source(with_split(path, described.get("split")), subset=described.get("subset"))
+    columns, tags = dict(described.get("columns") or {}), dict(described.get("tags") or {})
+    if described.get("formatting", "alpaca") == "sharegpt":
+        role = "messages" if tags.get("role_tag") == "role" else "conversations"
+        source.format = role
+        if (column := columns.get("messages", "conversations")) != role:
+            source.columns[role] = column
+        if columns.get("tools", "tools") != "tools":
+            source.columns["tools"] = columns["tools"]
+    elif found.get("stage") == "pt":
+        source.format = "text"
+        if (column := columns.get("prompt", "text")) != "text":
+            source.columns["text"] = column
+    else:
+        source.format = "alpaca"
+        roles = {
+            "prompt": "instruction",
+            "query": "input",
+            "response": "output",
+            "system": "system",
+            "history": "history",
+        }
+        source.columns = {
+            ours: columns[theirs] for theirs, ours in roles.items() if theirs in columns and columns[theirs] != ours
+        }
+    media = sorted({"images", "videos", "audios"} & set(columns))
+    if media:
+        found.drop(f"{name}: {', '.join(media)}; {LATER}", DIFFERENT)
+        return None
+    source.max_rows = found.get("max_samples") or described.get("num_samples")
+    return source
+
+
+def dataset(found: Import, value: Any) -> None:
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    info = _described(found)
+    sources = [source for name in names if (source := _source(found, name, info))]
+    put_sources(found, sources)
+    if found.get("max_samples") and sources:
+        found.carried["max_samples"] = ["data.max_rows" if len(sources) == 1 else "data.mixture"]
+
+
+def eval_dataset(found: Import, value: Any) -> None:
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    source = _source(found, names[0], _described(found))
+    if source:
+        found.put("data.validation", source.path)
+    if len(names) > 1:
+        found.drop("data.validation takes one source: the first", DIFFERENT)
+
+
+def attention(found: Import, value: Any) -> None:
+    common.attention(found, {"fa2": "flash_attention_2", "disabled": "eager"}.get(str(value), str(value)))
+
+
+def quantization(found: Import, value: Any) -> None:
+    common.quantized(found, value)
+
+
+TABLE: dict[str, Rule] = {
+    **HUGGING_FACE,
+    "model_name_or_path": same("model.path"),
+    "model_revision": common.revision,
+    "trust_remote_code": same("model.trust_remote_code"),
+    "adapter_name_or_path": missing("begin from a merged model with model.path"),
+    "flash_attn": attention,
+    "rope_scaling": missing("set model.config_overrides"),
+    "use_fast_tokenizer": own_way("tokenizers are fast ones"),
+    "resize_vocab": missing("the vocabulary stays as it is"),
+    "train_from_scratch": lambda found, value: found.put("model.weights", "random" if value else "pretrained"),
+    "enable_liger_kernel": missing("fused kernels; logits of prompt tokens are never computed in dstune"),
+    "use_unsloth": missing(LATER),
+    "use_unsloth_gc": missing("activations can be computed again: trainer.activation_checkpointing=true"),
+    "upcast_layernorm": missing(LATER),
+    "stage": stage,
+    "finetuning_type": finetuning,
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora"), with_others
+    ),
+    "use_dora": missing(LATER),
+    "loraplus_lr_ratio": missing(LATER),
+    "pissa_init": missing(LATER),
+    "pissa_iter": missing("it belongs to pissa_init"),
+    "pissa_convert": missing("it belongs to pissa_init"),
+    "freeze_trainable_layers": missing(LATER),
+    "use_galore": missing(LATER),
+    "use_badam": missing(LATER),
+    "use_apollo": missing(LATER),
+    "use_muon": missing(LATER),
+    "use_adam_mini": missing(LATER),
+    "pure_bf16": missing("weights are updated in fp32"),
+    "quantization_bit": quantization,
+    "quantization_method": missing("it belongs to quantization_bit"),
+    "double_quantization": missing("it belongs to quantization_bit"),
+    "template": common.chat_template,
+    "default_system": missing("put the system message into the rows"),
+    "enable_thinking": missing("rows are rendered as they are"),
+    "dataset": dataset,
+    "eval_dataset": eval_dataset,
+    "dataset_dir": with_others,
+    "media_dir": missing(LATER),
+    "cutoff_len": same("data.max_length"),
+    "max_samples": with_others,
+    "train_on_prompt": lambda found, value: found.put("task.train_on_prompt", bool(value)),
+    "mask_history": missing("every turn of the assistant is trained"),
+    "packing": lambda found, value: found.put("data.packing", bool(value)),
+    "neat_packing": lambda found, value: found.note("data.packing"),
+    "streaming": missing("data.streaming=true reads one source in blocks"),
+    "buffer_size": missing("data.stream_rows is the size of a block"),
+    "mix_strategy": missing("data.mixture.NAME.weight says how often rows come"),
+    "interleave_probs": missing("data.mixture.NAME.weight says how often rows come"),
+    "overwrite_cache": own_way("tokenized rows are cached by their content"),
+    "tokenized_path": own_way("tokenized rows are cached by their content"),
+    "preprocessing_num_workers": same("data.workers"),
+    "preprocessing_batch_size": own_way("rows are tokenized in batches of dstune's own"),
+    "val_size": common.share_held_out,
+    "disable_gradient_checkpointing": lambda found, value: found.put("trainer.activation_checkpointing", not value),
+    "early_stopping_steps": same("trainer.early_stopping.patience"),
+    "disable_shuffling": missing("rows are shuffled each epoch"),
+    "plot_loss": own_way("metrics.jsonl holds the loss of every step"),
+    "compute_accuracy": own_way("token_accuracy is always evaluated"),
+    "include_effective_tokens_per_second": own_way("tokens_per_second is in metrics.jsonl"),
+    "use_swanlab": missing(LATER),
+    "ray_num_workers": missing("ranks are started by dstune or by an outer launch"),
+    "predict_with_generate": missing("`dstune generate` answers prompts of a file"),
+}
+"""LLaMA-Factory's key: what it becomes."""

@@ -1,0 +1,188 @@
+"""TRL: the YAML of `trl sft --config`, recipes of the alignment handbook, or a command line with the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dstune.errors import Problem, UserError
+from dstune.importing import common
+from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same, with_others
+from dstune.importing.sources import Source, put_sources, with_split
+
+DEFAULTS: dict[str, Any] = {
+    **HUGGING_FACE_DEFAULTS,
+    "learning_rate": 2e-5,
+    "max_length": 1024,
+    "packing": False,
+    "gradient_checkpointing": True,
+    "assistant_only_loss": False,
+    "eval_strategy": "no",
+}
+"""What TRL's SFTTrainer does where its file is silent and dstune would do something else."""
+
+
+def recognised(raw: Mapping[str, Any]) -> bool:
+    return "model_name_or_path" in raw
+
+
+def check(raw: Mapping[str, Any]) -> None:
+    """Raises UserError for a kind of training that dstune does not have at all."""
+    for key in ("beta", "loss_type", "max_prompt_length", "num_generations", "reward_funcs"):
+        if key in raw and not (key == "loss_type" and raw[key] in ("nll", "chunked_nll")):
+            reason = "this is not supervised fine-tuning, which is what this version does of TRL"
+            raise UserError(Problem(key, reason, "import the configuration of an SFT run", str(raw[key])))
+
+
+def _set_task(found: Import, columns: dict[str, str] | None = None) -> None:
+    if column := found.get("dataset_text_field"):
+        found.choose("task", "causal_lm")
+        found.put("data.format", "text")
+        if column != "text":
+            found.put("data.columns", {"text": str(column)})
+        found.carried["dataset_text_field"] = ["task", "data.columns"]
+        return
+    found.choose("task", "chat")
+    found.assume("rows are conversations or prompt and completion (task=chat); for plain text give task=causal_lm")
+
+
+def dataset_name(found: Import, value: Any) -> None:
+    if found.get("dataset_mixture") or found.get("datasets"):
+        found.drop("a mixture is given", MEANINGLESS)
+        return
+    source = Source(with_split(str(value), found.get("dataset_train_split")), subset=found.get("dataset_config"))
+    for name, ours in (("dataset_train_split", "data.train"), ("dataset_config", "data.subset")):
+        if found.get(name):
+            found.carried[name] = [ours]
+    put_sources(found, [source])
+    _set_task(found)
+    if str(found.get("eval_strategy", "no")) in ("steps", "epoch"):
+        split = str(found.get("dataset_test_split", "test"))
+        found.values["data.validation"] = f"{value}:{split}"
+        found.carried["dataset_test_split"] = ["data.validation"]
+    else:
+        found.values["data.split.validation"] = 0.0
+
+
+def mixture(found: Import, value: Any) -> None:
+    entries = value.get("datasets", []) if isinstance(value, Mapping) else value
+    sources = []
+    for entry in entries:
+        path = str(entry.get("id") or entry.get("path"))
+        subset = entry.get("config") or entry.get("name")
+        source = Source(with_split(path, entry.get("split")), subset=None if subset == "default" else subset)
+        source.weight = float(entry.get("weight") or 1.0)
+        sources.append(source)
+        if entry.get("fraction") is not None:
+            found.drop(f"{path}: a share of the mixture; data.mixture.NAME.weight says how often rows come", DIFFERENT)
+        if entry.get("data_files") or entry.get("data_dir"):
+            found.drop(f"{path}: data_files and data_dir; give the files as path", DIFFERENT)
+    put_sources(found, sources)
+    _set_task(found)
+    size = value.get("test_split_size") if isinstance(value, Mapping) else found.get("test_split_size")
+    if size is not None:
+        common.share_held_out(found, size)
+    else:
+        found.values["data.split.validation"] = 0.0
+
+
+def use_peft(found: Import, value: Any) -> None:
+    if value:
+        common.method_of_lora(
+            found,
+            rank="lora_r",
+            alpha="lora_alpha",
+            dropout="lora_dropout",
+            targets=found.get("lora_target_modules", "all-linear"),
+            save="lora_modules_to_save",
+            rslora="use_rslora",
+        )
+        if found.get("lora_target_modules"):
+            found.carried["lora_target_modules"] = ["method.target_modules"]
+        else:
+            found.assume("adapters on all linear layers (method.target_modules=[all-linear])")
+        if not found.get("lora_alpha"):
+            found.values["method.alpha"] = 32.0
+        if found.get("lora_dropout") is None:
+            found.values["method.dropout"] = 0.05
+    else:
+        found.choose("method", "full")
+
+
+def lora_part(found: Import, value: Any) -> None:
+    if not found.get("use_peft"):
+        found.drop("use_peft is off", MEANINGLESS)
+
+
+def assistant_only(found: Import, value: Any) -> None:
+    if not found.get("dataset_text_field"):
+        found.put("task.train_on_prompt", not value)
+        if found.current in found.defaults:
+            found.assume("TRL trains on prompts too unless told otherwise (task.train_on_prompt=true)")
+
+
+def packing_strategy(found: Import, value: Any) -> None:
+    if value in ("bfd", "ffd"):
+        found.note("data.packing")
+    else:
+        found.drop("rows are packed whole, the longest first", DIFFERENT)
+
+
+def eos_token(found: Import, value: Any) -> None:
+    found.drop("the end of each turn is the one of the chat template, and is trained", MEANINGLESS)
+
+
+TABLE: dict[str, Rule] = {
+    **HUGGING_FACE,
+    "model_name_or_path": same("model.path"),
+    "model_revision": common.revision,
+    "trust_remote_code": same("model.trust_remote_code"),
+    "attn_implementation": common.attention,
+    "dtype": common.dtype,
+    "torch_dtype": common.dtype,
+    "model_init_kwargs": missing("set model.config_overrides"),
+    "use_peft": use_peft,
+    **dict.fromkeys(
+        ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora"), lora_part
+    ),
+    "lora_task_type": own_way("known from the task"),
+    "use_dora": missing(LATER),
+    "load_in_4bit": common.quantized,
+    "load_in_8bit": common.quantized,
+    "bnb_4bit_quant_type": missing("it belongs to load_in_4bit"),
+    "use_bnb_nested_quant": missing("it belongs to load_in_4bit"),
+    "chat_template": common.chat_template,
+    "chat_template_path": common.chat_template,
+    "eos_token": eos_token,
+    "pad_token": own_way("padding never counts in the loss, whatever token it is"),
+    "dataset_name": dataset_name,
+    "dataset_mixture": mixture,
+    "datasets": mixture,
+    "dataset_config": with_others,
+    "dataset_train_split": with_others,
+    "dataset_test_split": with_others,
+    "dataset_text_field": with_others,
+    "dataset_streaming": missing("data.streaming=true reads one source in blocks"),
+    "dataset_num_proc": same("data.workers"),
+    "dataset_kwargs": missing(LATER),
+    "test_split_size": with_others,
+    "max_length": same("data.max_length"),
+    "max_seq_length": same("data.max_length"),
+    "truncation_mode": own_way("the start of a long row is kept"),
+    "shuffle_dataset": own_way("rows are shuffled each epoch"),
+    "packing": lambda found, value: found.put("data.packing", bool(value)),
+    "packing_strategy": packing_strategy,
+    "eval_packing": own_way("evaluation counts every row once"),
+    "padding_free": missing("set data.packing=true"),
+    "pad_to_multiple_of": own_way("rows are padded to the longest of a micro-batch"),
+    "completion_only_loss": lambda found, value: found.put("task.train_on_prompt", not value),
+    "assistant_only_loss": assistant_only,
+    "loss_type": own_way("next-token cross entropy, computed for trained tokens only"),
+    "activation_offloading": missing("activations can be computed again: trainer.activation_checkpointing=true"),
+    "config_file": common.deepspeed,
+    "num_processes": own_way("it gives the number of ranks to this import"),
+    "num_machines": own_way("every rank of an outer launch becomes a worker"),
+    "env": missing("set the environment of the command"),
+}
+"""TRL's key: what it becomes."""

@@ -1,0 +1,473 @@
+"""`dstune import`: published examples of each tool compose; what is carried and what is not is told key by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dstune.cli import main
+from dstune.config.compose import compose
+from dstune.config.names import all_keys, sections
+from dstune.config.schema import LoraConfig, Offload, Precision, RunConfig
+from dstune.config.validate import validate
+from dstune.errors import UserError
+from dstune.importing import axolotl, llama_factory, trl
+from dstune.importing.convert import Experiment, convert
+from dstune.importing.files import TOOLS, of_command, read, tool_of
+from dstune.importing.result import DIFFERENT, MEANINGLESS, NOT_SUPPORTED
+
+EXAMPLES = Path(__file__).parents[1] / "data" / "imports"
+
+TRAINER = {"do_train", "dataloader_num_workers", "logging_steps", "plot_loss", "overwrite_output_dir", "ddp_timeout"}
+HANDBOOK = {
+    "do_eval",
+    "gradient_checkpointing_kwargs",
+    "hub_model_id",
+    "hub_strategy",
+    "log_level",
+    "logging_steps",
+    "logging_strategy",
+    "overwrite_output_dir",
+}
+AXOLOTL = {"tf32", "logging_steps", "special_tokens"}
+EPOCHS = {"evals_per_epoch", "saves_per_epoch"}
+WATCHDOG = {"loss_watchdog_threshold", "loss_watchdog_patience"}
+
+NOT_CARRIED: dict[str, dict[str, set[str]]] = {
+    "axolotl/llama3_instruct_lora.yaml": {
+        NOT_SUPPORTED: {"load_in_8bit", *EPOCHS},
+        DIFFERENT: {"optimizer"},
+        MEANINGLESS: {"model_type", "tokenizer_type", *AXOLOTL},
+    },
+    "axolotl/llama3_full.yaml": {
+        NOT_SUPPORTED: EPOCHS,
+        DIFFERENT: {"optimizer", "attn_implementation"},
+        MEANINGLESS: {"dataset_prepared_path", "gradient_checkpointing_kwargs", *AXOLOTL},
+    },
+    "axolotl/llama3_qlora_1b.yaml": {
+        NOT_SUPPORTED: {"load_in_4bit", "adapter", *WATCHDOG, *EPOCHS},
+        DIFFERENT: {"optimizer", "attn_implementation"},
+        MEANINGLESS: {"dataset_prepared_path", "eval_sample_packing", *AXOLOTL},
+    },
+    "axolotl/tiny_llama_pretrain.yaml": {
+        NOT_SUPPORTED: {"saves_per_epoch"},
+        DIFFERENT: {"optimizer", "attn_implementation"},
+        MEANINGLESS: {"model_type", "tokenizer_type", "num_epochs", "tf32", "logging_steps"},
+    },
+    "llama_factory/qwen3_full_sft.yaml": {NOT_SUPPORTED: {"template"}, MEANINGLESS: TRAINER},
+    "llama_factory/qwen3_lora_sft.yaml": {NOT_SUPPORTED: {"template"}, MEANINGLESS: TRAINER},
+    "llama_factory/qwen3_lora_pretrain.yaml": {MEANINGLESS: TRAINER},
+    "llama_factory/qwen3_qlora_sft.yaml": {
+        NOT_SUPPORTED: {"template", "quantization_bit", "quantization_method"},
+        MEANINGLESS: TRAINER,
+    },
+    "trl/cli_example.yaml": {},
+    "trl/sft_lora.sh": {NOT_SUPPORTED: {"push_to_hub"}, MEANINGLESS: {"eos_token"}},
+    "trl/smollm2_sft.yaml": {
+        NOT_SUPPORTED: {"push_to_hub", "chat_template"},
+        DIFFERENT: {"eval_strategy"},
+        MEANINGLESS: {"remove_unused_columns", *HANDBOOK},
+    },
+    "trl/zephyr_qlora.yaml": {
+        NOT_SUPPORTED: {"push_to_hub", "load_in_4bit"},
+        DIFFERENT: {"eval_strategy", "dataset_mixture"},
+        MEANINGLESS: HANDBOOK,
+    },
+}
+OFF = {
+    "axolotl/llama3_instruct_lora.yaml": {
+        "load_in_4bit",
+        "dataset_prepared_path",
+        "lora_model_dir",
+        "wandb_project",
+        "resume_from_checkpoint",
+    },
+    "axolotl/llama3_qlora_1b.yaml": {"load_in_8bit"},
+    "axolotl/tiny_llama_pretrain.yaml": {"evals_per_epoch"},
+    **{
+        f"llama_factory/qwen3_{name}.yaml": {"save_only_model", "resume_from_checkpoint"}
+        for name in ("full_sft", "lora_sft", "lora_pretrain")
+    },
+    "llama_factory/qwen3_qlora_sft.yaml": {"save_only_model"},
+}
+"""Keys of the examples that ask for nothing."""
+
+
+def imported(name: str, monkeypatch: pytest.MonkeyPatch, ranks: int | None = 8) -> Experiment:
+    path = EXAMPLES / name
+    monkeypatch.chdir(path.parent)  # zero.path and dataset_info.json are relative to where dstune is started
+    raw = read(path)
+    return convert(raw, tool_of(raw, None, name), path, ranks)
+
+
+def configuration(text: str, tmp_path: Path) -> RunConfig:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    config = compose(["experiment=mine"], [tmp_path]).config
+    validate(config)
+    return config
+
+
+def test_there_are_three_examples_of_each_tool_and_all_are_in_the_table():
+    files = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*/*.*")}
+    assert files == set(NOT_CARRIED)
+    assert all(sum(name.startswith(tool.replace("-", "_")) for name in files) >= 3 for tool in TOOLS)
+
+
+@pytest.mark.parametrize("name", NOT_CARRIED)
+def test_example_composes_and_every_key_is_accounted_for(name, monkeypatch):
+    found = imported(name, monkeypatch)
+    assert found.problems == []
+    assert found.tool.replace("-", "_") == name.split("/")[0]
+    for kind in (NOT_SUPPORTED, DIFFERENT, MEANINGLESS):
+        told = {key for key, dropped in found.dropped.items() if dropped.kind == kind}
+        assert told == NOT_CARRIED[name].get(kind, set()), kind
+    assert set(found.off) == OFF.get(name, set())
+    assert set(read(EXAMPLES / name)) == {*found.carried, *found.dropped, *found.off}
+    assert all(dropped.reason for dropped in found.dropped.values())
+
+
+@pytest.mark.parametrize("name", NOT_CARRIED)
+def test_what_carries_a_key_is_a_key_or_a_group(name, monkeypatch):
+    for theirs, ours in imported(name, monkeypatch).carried.items():
+        assert ours, theirs
+        assert set(ours) <= {*all_keys(), *sections()}, theirs
+
+
+def test_axolotl_lora(monkeypatch, tmp_path):
+    config = configuration(imported("axolotl/llama3_instruct_lora.yaml", monkeypatch, ranks=4).text, tmp_path)
+    assert config.model.path == "NousResearch/Meta-Llama-3-8B-Instruct"
+    assert config.method == LoraConfig(rank=32, alpha=16.0, dropout=0.05)
+    assert (config.data.train, config.data.format.name) == ("fozziethebeat/alpaca_messages_2k_test", "messages")
+    assert (config.data.max_length, config.data.packing, config.data.split.validation) == (4096, False, 0.05)
+    assert (config.trainer.micro_batch_size, config.trainer.global_batch_size) == (2, 2 * 4 * 4)
+    assert (config.trainer.epochs, config.optimizer.lr, config.schedule.warmup_ratio) == (4, 2e-4, 0.1)
+    assert (config.schedule.name, config.trainer.precision) == ("cosine", Precision.auto)
+
+
+def test_axolotl_pretraining_streams(monkeypatch, tmp_path):
+    config = configuration(imported("axolotl/tiny_llama_pretrain.yaml", monkeypatch).text, tmp_path)
+    assert (config.task.name, config.data.train, config.data.subset) == ("causal_lm", "allenai/c4", "en")
+    assert (config.data.streaming, config.trainer.max_steps) == (True, 200)
+
+
+def test_llama_factory_with_a_deepspeed_file_and_two_data_sets(monkeypatch, tmp_path):
+    config = configuration(imported("llama_factory/qwen3_full_sft.yaml", monkeypatch).text, tmp_path)
+    assert (config.zero.stage, config.zero.offload_param) == (3, Offload.none)
+    assert config.zero.settings["zero_optimization"]["sub_group_size"] == 10**9
+    assert {name: source.path for name, source in config.data.mixture.items()} == {
+        "identity": "data/identity.json",
+        "alpaca_en_demo": "data/alpaca_en_demo.json",
+    }
+    assert {source.max_rows for source in config.data.mixture.values()} == {1000}
+    assert (config.method.name, config.trainer.precision, config.trainer.epochs) == ("full", Precision.bf16, 3)
+    assert (config.schedule.warmup_ratio, config.schedule.warmup_steps) == (0.1, None)
+    assert config.data.split.validation == 0  # LLaMA-Factory holds nothing out by itself
+
+
+def test_trl_command_line(monkeypatch, tmp_path):
+    found = imported("trl/sft_lora.sh", monkeypatch)
+    config = configuration(found.text, tmp_path)
+    assert config.method == LoraConfig(rank=32, alpha=16.0, dropout=0.05)
+    assert (config.data.train, config.data.validation) == ("trl-lib/Capybara", "trl-lib/Capybara:test")
+    assert (config.data.packing, config.trainer.epochs, config.evaluate.every) == (True, 1, 100)
+    assert (config.schedule.name, config.trainer.global_batch_size) == ("linear", 2 * 8 * 8)
+    assert config.task.train_on_prompt is True
+    assert any("TRL trains on prompts" in text for text in found.assumed)
+
+
+def test_trl_mixture(monkeypatch, tmp_path):
+    config = configuration(imported("trl/zephyr_qlora.yaml", monkeypatch).text, tmp_path)
+    assert [source.path for source in config.data.mixture.values()] == [
+        "HuggingFaceH4/ultrachat_200k:train_sft",
+        "HuggingFaceH4/ultrachat_200k:test_sft",
+    ]
+    assert config.tracking.tensorboard is True
+    assert (config.checkpoint.every, config.checkpoint.keep) == (100, 1)
+
+
+def test_the_number_of_ranks_is_asked_for_or_said():
+    raw = {"base_model": "m", "micro_batch_size": 2, "gradient_accumulation_steps": 3}
+    for ranks, rows in ((None, 6), (8, 48)):
+        found = convert(raw, "axolotl", Path("x.yaml"), ranks)
+        assert yaml.safe_load(found.text)["trainer"]["global_batch_size"] == rows
+        assert any("--ranks" in text for text in found.assumed)
+
+
+# ---- single keys ----
+
+
+def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
+    base = {
+        "axolotl": {"base_model": "m", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}]},
+        "llama-factory": {"model_name_or_path": "m", "stage": "sft", "dataset": "none"},
+        "trl": {"model_name_or_path": "m", "dataset_name": "rows.jsonl"},
+    }[tool]
+    found = convert({**base, **keys}, tool, Path("x.yaml"), 1)
+    return yaml.safe_load(found.text), found
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "expected"),
+    [
+        (
+            "axolotl",
+            {"datasets": [{"path": "a/b", "type": "completion", "field": "body"}]},
+            {"data": {"train": "a/b", "format": "text", "columns": {"text": "body"}}},
+        ),
+        (
+            "axolotl",
+            {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "turns"}]},
+            {"data": {"format": "messages", "columns": {"messages": "turns"}}},
+        ),
+        (
+            "axolotl",
+            {
+                "datasets": [
+                    {
+                        "path": "a/b",
+                        "type": "chat_template",
+                        "message_property_mappings": {"role": "from", "content": "value"},
+                    }
+                ]
+            },
+            {"data": {"format": "conversations"}},
+        ),
+        (
+            "axolotl",
+            {"datasets": [{"path": "a/b", "type": "alpaca", "split": "part", "name": "en", "revision": "v1"}]},
+            {"data": {"train": "a/b:part", "subset": "en", "revision": "v1"}},
+        ),
+        (
+            "axolotl",
+            {"datasets": [{"path": "json", "data_files": ["x.jsonl"], "type": "alpaca"}]},
+            {"data": {"train": "x.jsonl"}},
+        ),
+        (
+            "axolotl",
+            {"wandb_project": "p", "wandb_entity": "e", "wandb_mode": "offline", "wandb_name": "n"},
+            {"tracking": {"project": "p", "wandb": {"mode": "offline", "entity": "e"}}, "run": {"name": "n"}},
+        ),
+        (
+            "axolotl",
+            {"train_on_inputs": True, "seed": 7, "bf16": True},
+            {"task": {"train_on_prompt": True}, "trainer": {"seed": 7, "precision": "bf16"}},
+        ),
+        (
+            "axolotl",
+            {"warmup_steps": 10, "max_steps": 100},
+            {"schedule": {"warmup_steps": 10}, "trainer": {"max_steps": 100}},
+        ),
+        ("axolotl", {"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1}, {"schedule": {"min_lr_ratio": 0.1}}),
+        (
+            "axolotl",
+            {"adam_beta2": 0.95, "adam_epsilon": 1e-6, "max_grad_norm": 0.5},
+            {"optimizer": {"betas": [0.9, 0.95], "eps": 1e-6}, "trainer": {"grad_clip": 0.5}},
+        ),
+        (
+            "axolotl",
+            {"early_stopping_patience": 3, "val_set_size": 0.1, "eval_steps": 20},
+            {"evaluate": {"every": 20}, "trainer": {"early_stopping": {"patience": 3}}},
+        ),
+        (
+            "llama-factory",
+            {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj", "use_rslora": True},
+            {"method": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"], "rslora": True}},
+        ),
+        (
+            "llama-factory",
+            {"template": "llama3", "flash_attn": "sdpa"},
+            {"model": {"chat_template": "llama3", "attention": "sdpa"}},
+        ),
+        (
+            "llama-factory",
+            {"packing": True, "val_size": 0.1, "save_steps": 10, "save_total_limit": 3},
+            {"data": {"split": {"validation": 0.1}}, "checkpoint": {"every": 10, "keep": 3}},
+        ),
+        (
+            "trl",
+            {
+                "packing": True,
+                "max_length": 512,
+                "assistant_only_loss": True,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            },
+            {"data": {"max_length": 512}, "schedule": {"min_lr_ratio": 0.1}},
+        ),
+        (
+            "trl",
+            {"dataset_text_field": "body", "optim": "sgd"},
+            {"data": {"format": "text", "columns": {"text": "body"}}},
+        ),
+        (
+            "trl",
+            {"dtype": "float16", "report_to": "wandb", "run_name": "r"},
+            {"trainer": {"precision": "fp16"}, "tracking": {"wandb": {"mode": "online"}}, "run": {"name": "r"}},
+        ),
+        (
+            "trl",
+            {"datasets": [{"path": "a/b", "name": "x", "split": "s"}, {"path": "c/b"}]},
+            {"data": {"mixture": {"b_s": {"path": "a/b:s", "subset": "x"}, "b": {"path": "c/b"}}}},
+        ),
+    ],
+)
+def test_values(tool, keys, expected):
+    tree, _ = values(tool, **keys)
+
+    def within(part: Any, whole: Any) -> None:
+        if isinstance(part, dict):
+            for key, value in part.items():
+                within(value, whole[key])
+        else:
+            assert part == whole
+
+    within(expected, tree)
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "dropped", "kind"),
+    [
+        ("axolotl", {"made_up": 3}, "made_up", NOT_SUPPORTED),
+        (
+            "axolotl",
+            {"datasets": [{"path": "a", "type": "dan"}, {"path": "b", "type": "alpaca"}]},
+            "datasets",
+            NOT_SUPPORTED,
+        ),
+        (
+            "axolotl",
+            {"datasets": [{"path": "a", "type": "completion"}, {"path": "b", "type": "alpaca"}]},
+            "datasets",
+            DIFFERENT,
+        ),
+        ("axolotl", {"val_set_size": 500}, "val_set_size", DIFFERENT),
+        ("axolotl", {"num_epochs": 0.5}, "num_epochs", DIFFERENT),
+        ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler", NOT_SUPPORTED),
+        ("axolotl", {"optimizer": "lion"}, "optimizer", NOT_SUPPORTED),
+        ("axolotl", {"deepspeed": {"zero_optimization": {}}}, "deepspeed", NOT_SUPPORTED),
+        ("axolotl", {"fsdp": ["full_shard"]}, "fsdp", DIFFERENT),
+        ("axolotl", {"eval_steps": 50}, "eval_steps", MEANINGLESS),
+        ("axolotl", {"eval_steps": 0.1, "val_set_size": 0.1}, "eval_steps", NOT_SUPPORTED),
+        ("axolotl", {"load_best_model_at_end": True, "val_set_size": 0.1}, "load_best_model_at_end", MEANINGLESS),
+        ("axolotl", {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio", MEANINGLESS),
+        ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type", NOT_SUPPORTED),
+        ("llama-factory", {"pissa_init": True}, "pissa_init", NOT_SUPPORTED),
+        ("llama-factory", {"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio", NOT_SUPPORTED),
+        ("llama-factory", {"dataset": "one,two"}, "dataset", DIFFERENT),
+        ("trl", {"neftune_noise_alpha": 5}, "neftune_noise_alpha", NOT_SUPPORTED),
+        ("trl", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1", MEANINGLESS),
+        ("trl", {"lora_r": 8}, "lora_r", MEANINGLESS),
+        ("trl", {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "warmup_ratio", MEANINGLESS),
+    ],
+)
+def test_keys_that_cannot_be_carried(tool, keys, dropped, kind):
+    _, found = values(tool, **keys)
+    assert found.dropped[dropped].kind == kind
+
+
+def test_every_lost_data_set_is_named():
+    _, found = values("llama-factory", dataset="one,two")
+    assert "one:" in found.dropped["dataset"].reason
+    assert "two:" in found.dropped["dataset"].reason
+    assert [problem.where for problem in found.problems] == ["data.train"]
+
+
+def test_a_secret_is_not_repeated():
+    _, found = values("trl", hub_token="hf_abc")
+    assert "hf_abc" not in json.dumps(found.text) + str(found.dropped)
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "key"),
+    [
+        ("axolotl", {"rl": "dpo"}, "rl"),
+        ("axolotl", {"reward_model": True}, "reward_model"),
+        ("llama-factory", {"stage": "dpo"}, "stage"),
+        ("trl", {"beta": 0.1}, "beta"),
+        ("trl", {"loss_type": "sigmoid"}, "loss_type"),
+    ],
+)
+def test_another_kind_of_training_is_refused(tool, keys, key):
+    with pytest.raises(UserError) as error:
+        values(tool, **keys)
+    assert error.value.problems[0].where == key
+
+
+@pytest.mark.parametrize("tool", [axolotl, llama_factory, trl])
+def test_defaults_of_a_tool_are_in_its_table(tool):
+    assert set(tool.DEFAULTS) <= set(tool.TABLE)
+
+
+def test_a_command_with_an_accelerate_file():
+    raw = of_command(
+        "accelerate launch --config_file ds.yaml --num_processes 4 \\\n  trl/scripts/sft.py --model_name_or_path m "
+        "--dataset_name d --learning_rate=1e-4 --use_peft --report_to wandb tensorboard  # comment\n",
+        "x.sh",
+    )
+    assert raw == {
+        "config_file": "ds.yaml",
+        "num_processes": 4,
+        "model_name_or_path": "m",
+        "dataset_name": "d",
+        "learning_rate": "1e-4",
+        "use_peft": True,
+        "report_to": ["wandb", "tensorboard"],
+    }
+    found = convert(raw, "trl", Path("x.sh"))
+    tree = yaml.safe_load(found.text)
+    assert tree["zero"]["path"] == "ds.yaml"
+    assert (tree["trainer"]["global_batch_size"], tree["optimizer"]["lr"]) == (32, 1e-4)
+
+
+# ---- the verb ----
+
+
+def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = EXAMPLES / "axolotl" / "llama3_qlora_1b.yaml"
+    assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml", "--ranks", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "load_in_4bit: True" in told
+    assert "next: dstune train --config-dir mine experiment=qlora" in told
+    config = compose(["experiment=qlora"], ["mine"]).config
+    assert config.trainer.global_batch_size == 16
+    assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml", "--force", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["dropped"]["load_in_4bit"]["kind"] == NOT_SUPPORTED
+    assert answer["carried"]["learning_rate"] == ["optimizer.lr"]
+    assert answer["output"] == "mine/experiment/qlora.yaml"
+
+
+def test_the_verb_prints_the_experiment_and_what_has_to_be_mended(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("base_model: m\nmicro_batch_size: 1\n")
+    assert main(["import", "a.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("# @package _global_\n")
+    assert "to be mended" in err
+    assert "data.train" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "where"),
+    [
+        ("[1, 2]", [], "FILE"),
+        ("b: 1\na: [", [], "a.yaml:2"),
+        ("some: keys\n", [], "FILE"),
+        ("base_model: m\n", ["--from", "unsloth"], "--from"),
+        ("base_model: m\n", ["--ranks", "0"], "--ranks"),
+        ("base_model: m\n", ["--ranks", "two"], "command line"),
+    ],
+)
+def test_bad_files_and_arguments(tmp_path, monkeypatch, capsys, text, arguments, where):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    assert main(["import", "a.yaml", *arguments]) == 2
+    assert where in capsys.readouterr().err
