@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,11 @@ MIN_ROWS_PER_PROCESS = 500
 
 ROWS_PER_BATCH = 100
 
+TOLD_EVERY_SECONDS = 1.0
+"""How often the number of rows that are done is reported; what takes less is not worth a line."""
+
+log = logging.getLogger(__name__)
+
 
 def map_rows(
     rows: datasets.Dataset,
@@ -25,16 +32,18 @@ def map_rows(
     target: Path,
     *,
     workers: int,
+    doing: str,
 ) -> datasets.Dataset:
     """What `function` gives for batches of `rows`, in order, memory-mapped from `target` (several files beside it where
     several processes ran); the columns of `rows` are not kept.
 
-    workers: processes; 0 is one per core that this process may use.
+    workers: processes; 0 is one per core that this process may use. doing: what it is, for those who wait.
     """
     processes = _processes(len(rows), workers)
-    with _tokenizer_threads(enabled=processes == 1):
+    tally = target.with_name(f"{target.name}.batches")
+    with _tokenizer_threads(enabled=processes == 1), _told(doing, tally, len(rows)):
         return rows.map(
-            function,
+            _Tallied(function, tally),
             batched=True,
             batch_size=ROWS_PER_BATCH,
             remove_columns=rows.column_names,
@@ -67,3 +76,38 @@ def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+class _Tallied:
+    """`function`, which leaves a byte in a file for each batch: a count over processes that needs no lock."""
+
+    def __init__(self, function: Callable[[dict[str, list]], pa.Table], tally: Path):
+        self._function = function
+        self._tally = tally
+
+    def __call__(self, batch: dict[str, list]) -> pa.Table:
+        result = self._function(batch)
+        with self._tally.open("ab") as file:
+            file.write(b".")
+        return result
+
+
+@contextmanager
+def _told(doing: str, tally: Path, rows: int) -> Iterator[None]:
+    """Reports every second how many of the rows are done."""
+    over = threading.Event()
+    tally.touch()
+
+    def tell() -> None:
+        while not over.wait(TOLD_EVERY_SECONDS):
+            done = min(tally.stat().st_size * ROWS_PER_BATCH, rows)
+            log.info(doing, extra={"done": done, "total": rows})
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+        tally.unlink()

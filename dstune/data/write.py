@@ -57,7 +57,14 @@ def write_samples(
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
     """
     chosen = table.data.select(indices).select_columns(["row", "number"])
-    mapped = map_rows(chosen, encode, encode.features, work / f"{part}.samples.arrow", workers=workers)
+    mapped = map_rows(
+        chosen,
+        encode,
+        encode.features,
+        work / f"{part}.samples.arrow",
+        workers=workers,
+        doing=f"tokenizing {part} rows",
+    )
     return _keep_good(mapped, encode, table, folder / part, bad)
 
 

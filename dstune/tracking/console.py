@@ -48,12 +48,12 @@ class Console:
         with self._lock:
             now = self._clock()
             interval = TERMINAL_INTERVAL_SECONDS if self._columns else PLAIN_INTERVAL_SECONDS
-            if text == self._activity and now - self._printed_at < interval and done < total:
+            if text == self._activity and now - self._printed_at < interval and not 0 < total <= done:
                 return
             self._activity, self._printed_at = text, now
-            count = f"{done:>{len(f'{total:,}')},}/{total:,} " if total else ""
+            count = f"{done:>{len(f'{total:,}')},}/{total:,}" if total else f"{done:,}" if done else ""
             if self._columns:
-                self._draw(f"{count}{_bar(done / total)} {text}" if total else f"{text} ...")
+                self._draw(f"{count} {_bar(done / total)} {text}" if total else f"{text} {count or '...'}")
             else:
                 self._print(f"{text}  {count}".rstrip())
 

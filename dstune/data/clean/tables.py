@@ -86,6 +86,7 @@ class Cleaning:
             self._cleaner.features,
             self._work / f"{part}.clean.arrow",
             workers=self._workers,
+            doing=f"cleaning the {part} rows",
         )
         results = mapped.data.table
         self._count(results, table, report)
