@@ -17,6 +17,7 @@ from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.launch import records
+from dstune.redact import publish
 
 RUN_FILE = "run.yaml"
 REPLACED = (RUN_FILE, "result.json", "launch.json")
@@ -113,6 +114,7 @@ def choose(
     path = run or (Path(config.run.dir) if config.run.dir else None)
     if path is None:
         path = _fresh(Path("runs") / config.run.name, now or datetime.now())
+    publish(str(path))
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
         asked = run is None or any(key_of(text) == "run.resume" for text in given)
