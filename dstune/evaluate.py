@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint.export import exported
+from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
 from dstune.config.schema import FullConfig, InitialWeights, RunConfig, WandbConfig
 from dstune.config.validate import validate
@@ -78,7 +79,8 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
         )
         config = replace(config, model=model)
     else:
-        config = compose([f"model.path={_quoted(arguments.target)}", *arguments.overrides]).config
+        recorded = recorded_overrides(path, arguments.overrides)
+        config = compose([f"model.path={_quoted(arguments.target)}", *recorded, *arguments.overrides]).config
     config = replace(
         config,
         data=replace(config.data, train=config.data.train or getattr(config.data, arguments.split)),

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dstune.checkpoint import store
+from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import write_record
+from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
 from dstune.config.schema import LoraConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
 
 MAX_SHARD_SIZE = "5GB"
+GGUF_TYPES = ("f16", "f32", "q8_0")
 
 
 def export_checkpoint(
@@ -57,6 +61,33 @@ def export_checkpoint(
         write_record(folder, config, state, checkpoint.name)
         write_card(folder, run_dir, config, state, adapter=(folder / "adapter_config.json").is_file())
     return out
+
+
+def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force: bool = False) -> Path:
+    """Write the whole model of `checkpoint` (an adapter merged) to `out/NAME-KIND.gguf`, with its card. Returns the file.
+
+    kind: `f16`, `f32` or `q8_0`. Needs room on the disk for the model twice. `out` appears whole or not at all.
+
+    Raises UserError where `out` exists, or architecture or tokenizer have no GGUF form: before any work.
+    """
+    check_free(out, force)
+    config = read_run(run_dir / "run.yaml").config
+    with _quiet():
+        from dstune.checkpoint.gguf_file import check_architecture, write_gguf
+        from dstune.checkpoint.gguf_vocabulary import read_vocabulary
+        from dstune.models.load import load_config, load_tokenizer
+
+        architecture = load_config(config.model)
+        check_architecture(architecture)
+        read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
+    with _aside(out) as folder:
+        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=isinstance(config.method, LoraConfig))
+        name = f"{config.run.name}-{kind}.gguf"
+        write_gguf(whole, folder / name, kind, config.run.name)
+        for kept in (RECORD, "README.md"):
+            (whole / kept).rename(folder / kept)
+        shutil.rmtree(whole)
+    return out / name
 
 
 def exported(run_dir: Path, scratch: Path, *, merge: bool = False) -> Path:
@@ -121,7 +152,8 @@ def check_free(out: Path, force: bool) -> None:
         return
     if not force:
         raise UserError(Problem("--out", "exists already", "give another folder, or --force to replace it", str(out)))
-    if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+    former = [out / name for name in ("config.json", "adapter_config.json")]
+    if not any(path.is_file() for path in former) and not list(out.glob("*.gguf")):
         raise UserError(Problem("--out", "is no former export, so it is not replaced", "give another folder", str(out)))
 
 
@@ -133,8 +165,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
-    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, with --merge RUN/export-merged")
+    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
+    parser.add_argument(
+        "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
+    )
+    parser.add_argument(
+        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of weight files (default 5GB)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a former export")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
@@ -143,13 +181,27 @@ def main(argv: list[str]) -> int:
     method = read_run(run_dir / "run.yaml").config.method
     if arguments.merge and not isinstance(method, LoraConfig):
         raise UserError(Problem("--merge", f"the run trained with method={method.name}: there is nothing to merge"))
-    out = arguments.out or run_dir / ("export-merged" if arguments.merge else "export")
-    export_checkpoint(run_dir, checkpoint, out, merge=arguments.merge, force=arguments.force)
-    if arguments.json:
-        kind = "adapter" if (out / "adapter_config.json").exists() else "model"
-        print(json.dumps({"export": str(out), "kind": kind, "checkpoint": str(checkpoint)}))
+    if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
+        raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
+    if arguments.gguf:
+        out = arguments.out or run_dir / "export-gguf"
+        written = export_gguf(run_dir, checkpoint, out, arguments.gguf, force=arguments.force)
+        kind, problems = "gguf", []
     else:
-        print(f"{checkpoint.name} -> {out}")
+        out = arguments.out or run_dir / ("export-merged" if arguments.merge else "export")
+        size = arguments.max_shard_size
+        written = export_checkpoint(
+            run_dir, checkpoint, out, merge=arguments.merge, force=arguments.force, max_shard_size=size
+        )
+        kind = "adapter" if (out / "adapter_config.json").exists() else "model"
+        problems = vllm_problems(out)
+    if arguments.json:
+        result = {"export": str(written), "kind": kind, "checkpoint": str(checkpoint), "vllm_problems": problems}
+        print(json.dumps(result))
+        return EXIT_DONE
+    print(f"{checkpoint.name} -> {written}")
+    if kind == "adapter" and problems:
+        print(f"vLLM does not serve this adapter ({'; '.join(problems)}): --merge gives a model that it serves")
     return EXIT_DONE
 
 

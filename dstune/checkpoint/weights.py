@@ -71,7 +71,7 @@ class BaseWeights(Mapping[str, Tensor]):
         """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack."""
         self._files: dict[str, Any] = {}
         folder = _folder(config)
-        places = _places(folder)
+        places = tensor_files(folder)
         self._found: dict[str, tuple[Path, str]] = {}
         for name, shape in wanted.items():
             key = next(
@@ -108,7 +108,7 @@ def _folder(config: ModelConfig) -> Path:
     return Path(snapshot_download(path, revision=config.revision, local_files_only=True, allow_patterns=["*.json"]))
 
 
-def _places(folder: Path) -> dict[str, str]:
+def tensor_files(folder: Path) -> dict[str, str]:
     """The file of each tensor. Raises LookupError where there is neither an index nor one file."""
     if (folder / INDEX).is_file():
         with suppress(ValueError):

@@ -455,7 +455,8 @@ def test_the_verb_exports_a_named_step(shelf, tmp_path, capsys):
     run_dir, out = shelf.run("full-3"), tmp_path / "out"
     assert export.main([str(run_dir), "--checkpoint", "2", "--out", str(out), "--json"]) == 0
     checkpoint = run_dir / "checkpoints" / "step-00000002"
-    assert json.loads(capsys.readouterr().out) == {"export": str(out), "kind": "model", "checkpoint": str(checkpoint)}
+    expected = {"export": str(out), "kind": "model", "checkpoint": str(checkpoint), "vllm_problems": []}
+    assert json.loads(capsys.readouterr().out) == expected
     whole = shelf.whole("full-3", step=2)
     assert all(torch.equal(weight, whole[key]) for key, weight in load(out).named_parameters())
 

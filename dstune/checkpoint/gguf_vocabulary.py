@@ -1,0 +1,80 @@
+"""A tokenizer as GGUF metadata: tokens, their kinds, merges, and how text is split before they apply."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.errors import Problem, UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of tokens, as llama.cpp numbers them."""
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+"""Regular expressions that split text, and what llama.cpp calls them."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    kind: str
+    """`gpt2`: byte-level pairs with their merges; `llama`: SentencePiece, whose merges follow from the scores."""
+    pre: str
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    scores: list[float]
+
+
+def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """The vocabulary of a fast tokenizer, filled up to the `size` rows that the model has.
+
+    Raises UserError where GGUF has no name for how the tokenizer works.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise _unknown(f"a vocabulary of the type {model['type']}")
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = {token["id"]: token for token in state["added_tokens"]}
+    pieces = bool(model["byte_fallback"])
+    kinds = []
+    for index in range(size):
+        token = by_id.get(index)
+        if token is None:
+            kinds.append(UNUSED)
+        elif index in added:
+            unknown = pieces and token == model["unk_token"]
+            kinds.append(UNKNOWN if unknown else CONTROL if added[index]["special"] else USER_DEFINED)
+        else:
+            kinds.append(BYTE if pieces and token.startswith("<0x") and len(token) == 6 else NORMAL)
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
+    if pieces:
+        # The order of the vocabulary is the order of the merges, which is what scores stand for.
+        return Vocabulary("llama", "default", tokens, kinds, [], [-float(index) for index in range(size)])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Vocabulary("gpt2", _split_name(state), tokens, kinds, merges, [])
+
+
+def _split_name(state: dict[str, Any]) -> str:
+    before = state["pre_tokenizer"] or {}
+    steps = before.get("pretokenizers", [before]) if before else []
+    names = [step["type"] for step in steps]
+    if names == ["ByteLevel"] and steps[0]["use_regex"] and not state["normalizer"]:
+        return "gpt-2"
+    if names == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    if names == ["Split", "ByteLevel"]:
+        pattern = steps[0]["pattern"].get("Regex", "")
+        if pattern in _SPLITS:
+            return _SPLITS[pattern]
+    raise _unknown(f"a tokenizer that splits text by {', '.join(names) or 'nothing'}")
+
+
+def _unknown(what: str) -> UserError:
+    fix = "export without --gguf, and convert the folder with llama.cpp's own converter"
+    return UserError(Problem("--gguf", f"the model has {what}, for which GGUF files are not written here", fix))

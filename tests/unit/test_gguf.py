@@ -1,0 +1,221 @@
+"""GGUF files hold the model: read back by transformers, weights within the format's rounding, tokenizer and template alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dstune.checkpoint import export, store
+from dstune.checkpoint.gguf_file import check_architecture, write_gguf
+from dstune.checkpoint.gguf_vocabulary import read_vocabulary
+from dstune.config.compose import compose, write_run
+from dstune.errors import UserError
+from tests.support.tiny import CHATML, save_decoder
+
+TEXT = "Numbers like 1234 and words, don't they?  <|im_start|>user\nhi<|im_end|>\n"
+
+
+def save_byte_level(folder: Path) -> int:
+    """A byte-level tokenizer with ChatML, trained on a sentence; its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["Numbers like words, the words they like, and don't they like numbers"] * 9, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+    wrapped.chat_template = CHATML
+    wrapped.save_pretrained(folder)
+    return len(wrapped)
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 128}),
+}
+
+
+def save_model(folder: Path, name: str) -> Path:
+    import transformers
+
+    kind, changes = MODELS[name]
+    rows = save_byte_level(folder)
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | {"vocab_size": rows} | changes))
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gguf")
+    return {name: save_model(root / name, name) for name in MODELS}
+
+
+def read_back(file: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 67).view(2, 32), use_cache=False).logits
+
+
+def original(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def rounding(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """The largest difference that storing a matrix makes: half a step of each number's own scale."""
+    if kind == "f16":
+        return weight.abs() * 2**-11 + 2**-25
+    blocks = weight.reshape(-1, 32).abs().amax(-1, keepdim=True) / 127  # q8_0: a scale for 32 numbers, kept as f16
+    return (blocks * (0.5 + 127 * 2**-11)).expand(-1, 32).reshape(weight.shape) + 1e-7
+
+
+def assert_within_rounding(found, before, kind: str) -> None:
+    weights = dict(before.named_parameters())
+    assert {key for key, _ in found.named_parameters()} == set(weights)
+    for key, weight in found.named_parameters():
+        exact = kind == "f32" or weight.dim() < 2
+        allowed = torch.zeros_like(weight) if exact else rounding(weights[key].data, kind)
+        assert bool(((weight - weights[key]).abs() <= allowed).all()), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_a_model_is_read_back_within_the_rounding_of_its_type(models, name, kind, tmp_path):
+    write_gguf(models[name], tmp_path / "model.gguf", kind, "model")
+    found, before = read_back(tmp_path / "model.gguf")[0], original(models[name])
+    assert_within_rounding(found, before, kind)
+    difference = (logits(found) - logits(before)).square().mean().sqrt() / logits(before).square().mean().sqrt()
+    assert difference < {"f32": 1e-6, "f16": 2e-3, "q8_0": 6e-2}[kind]
+
+
+def test_tokenizer_template_and_end_of_turn_are_in_it(models, tmp_path):
+    from transformers import AutoTokenizer
+
+    write_gguf(models["llama"], tmp_path / "model.gguf", "f16", "model")
+    _, found = read_back(tmp_path / "model.gguf")
+    before = AutoTokenizer.from_pretrained(models["llama"])
+    assert found(TEXT)["input_ids"] == before(TEXT)["input_ids"]
+    assert found.chat_template == before.chat_template
+    assert (found.eos_token, found.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_the_frequencies_of_llama_3(tmp_path):
+    """llama.cpp divides the frequencies by what is stored; the quotient are those of transformers."""
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rows = save_byte_level(tmp_path / "model")
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": rows, "rope_parameters": rope})))
+    model.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16", "model")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    plain = 500000.0 ** -(torch.arange(0, 16, 2) / 16)
+    found = plain / torch.tensor(tensors["rope_freqs.weight"])
+    torch.testing.assert_close(found, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    assert not torch.allclose(found, plain)
+
+
+# -- what is refused, and the verb ------------------------------------------------------------------------------------
+
+
+def test_other_architectures_are_refused_by_name(tmp_path):
+    from transformers import GPT2Config, LlamaConfig
+
+    with pytest.raises(UserError, match=r"gpt2(.|\n)*llama, mistral"):
+        check_architecture(GPT2Config())
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UserError, match="linear"):
+        check_architecture(LlamaConfig(rope_parameters=rope))
+    with pytest.raises(UserError, match="biases"):
+        check_architecture(LlamaConfig(attention_bias=True))
+
+
+def test_other_tokenizers_are_refused_by_name(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_decoder(tmp_path / "words")
+    with pytest.raises(UserError, match="WordLevel"):
+        read_vocabulary(AutoTokenizer.from_pretrained(folder), 105)
+
+
+def saved_run(folder: Path, model: Path) -> Path:
+    """A run directory with one checkpoint at stage 0, whose weights are twice the base model's."""
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    overrides = ["data=files", "data.train=x.jsonl", "task=chat", "method=full"]
+    write_run(run_dir / "run.yaml", compose([f"model.path={model}", *overrides]))
+    written = store.folder(run_dir) / "step-00000003.incomplete"
+    written.mkdir(parents=True)
+    module = {name: parameter.detach() * 2 for name, parameter in original(model).named_parameters()}
+    torch.save({"module": module, "buffer_names": [], "global_steps": 3}, written / "mp_rank_00_model_states.pt")
+    store.commit(written, {"step": 3, "labels": [], "best": None})
+    return run_dir
+
+
+def test_the_verb_writes_one_file(models, tmp_path, capsys):
+    run_dir = saved_run(tmp_path, models["llama"])
+    assert export.main([str(run_dir), "--gguf", "q8_0", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    file = run_dir / "export-gguf" / "run-q8_0.gguf"
+    assert (result["export"], result["kind"]) == (str(file), "gguf")
+    assert sorted(path.name for path in file.parent.iterdir()) == ["README.md", "dstune.json", file.name]
+    found, twice = read_back(file)[0], original(models["llama"])
+    for parameter in twice.parameters():
+        parameter.data *= 2
+    assert_within_rounding(found, twice, "q8_0")
+    with pytest.raises(UserError, match="exists already"):
+        export.main([str(run_dir), "--gguf"])
+    assert export.main([str(run_dir), "--gguf", "--force"]) == 0
+    assert (run_dir / "export-gguf" / "run-f16.gguf").is_file() and not file.exists()
+
+
+def test_the_verb_refuses_before_any_work(tmp_path):
+    run_dir = saved_run(tmp_path, save_decoder(tmp_path / "words"))
+    with pytest.raises(UserError, match="WordLevel"):
+        export.main([str(run_dir), "--gguf"])
+    assert not list(run_dir.glob("export*"))
