@@ -1,0 +1,338 @@
+"""Every message about a row or a file that cannot be used: docs/data.md, the code, and a case for each hold together."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import gzip
+import json
+import re
+import shlex
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from unit.data_helpers import CHATML, byte_tokenizer, data_run, exchange, prepared, write_jsonl
+
+from dstune.config.compose import compose
+from dstune.config.data_schema import OnBadRow, SplitConfig
+from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.validate import validate
+from dstune.errors import Problem, UserError
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+NOTHING_HELD_OUT = SplitConfig(validation=0.0)
+
+CHAT, TEXT = ChatConfig(template_date="2025-03-09"), CausalLmConfig()
+CLASSES, SEVERAL = ClassificationConfig(), ClassificationConfig(multi_label=True)
+GOOD = exchange("Hi", "Yes")
+LABELLED = {"text": "a", "label": "x"}
+
+
+def documented(section: str) -> list[str]:
+    """The messages of a table of the guide."""
+    inside = GUIDE.split(f"<!-- {section}", 1)[1].split(f"<!-- /{section} -->", 1)[0]
+    return [line.split("`")[1] for line in inside.splitlines() if line.startswith("| `")]
+
+
+def pattern(message: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
+
+
+def said(role: str, content: Any = "Yes", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def chat(*messages: Any, **columns: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **columns}
+
+
+def called(**call: Any) -> dict[str, Any]:
+    return chat(said("user"), {"role": "assistant", "tool_calls": [call]})
+
+
+USER, ANSWER = said("user"), said("assistant")
+CALL = {"function": {"name": "f", "arguments": {}}}
+REFUSING = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('it is bad') }}{% endif %}"
+# Long answers of the history are shortened, so that nobody can tell where they went.
+SHORT = "(message['content'] if message['content']|length < 10 or loop.last else '(long)')"
+REWRITING = CHATML.replace("message['content']", SHORT)
+NOTHING_MARKED = CHATML + "{% generation %}{% endgeneration %}"
+
+# The message of the guide, then what has it: a row, or the whole content of a file by its name, the bad row in line 2.
+Case = tuple[str, TaskConfig, Any]
+ROWS: list[Case] = [
+    ("broken JSON: … at column …", CHAT, '{"messages": [}'),
+    ("broken JSON: nested too deeply", CHAT, '{"messages": ' + "[" * 100_000),
+    (
+        "broken JSON: … at column …; the rest of the file, to line …, is lost",
+        CHAT,
+        {"rows.json": f'[{json.dumps(GOOD)},\n{{"messages": }}\n]'},
+    ),
+    (
+        "broken JSON: no comma between rows; the rest of the file, to line …, is lost",
+        CHAT,
+        {"rows.json": f"[{json.dumps(GOOD)}\n{json.dumps(GOOD)}]"},
+    ),
+    ("broken JSON: the array is not closed", CHAT, {"rows.json": f"[{json.dumps(GOOD)},\n{json.dumps(GOOD)}"}),
+    ("a row is a JSON object, this is …", CHAT, "[1, 2]"),
+    ("not UTF-8: byte … of the line is …", CHAT, {"rows.jsonl": json.dumps(GOOD).encode() + b'\n{"messages": "\xff"}'}),
+    ("not UTF-8: byte … after …", CLASSES, {"rows.csv": b"text,label\nok\xe9,x\nfine,y\n"}),
+    ("… fields where the header has …", CLASSES, {"rows.csv": "text,label\na,b,c\nfine,y\n"}),
+    ("broken CSV: …; lines … to … are lost", CLASSES, {"rows.csv": 'text,label\n"a\nb"c,x\nfine,y\n'}),
+    (
+        "broken CSV: a quote that opens here is never closed; lines … to …, the end of the file, are lost",
+        CLASSES,
+        {"rows.csv": 'text,label\n"a,x\nb,y\nc,z\n'},
+    ),
+    ("missing column …, the columns here are …", CHAT, {"message": []}),
+    ("column … must be text, it is …", TEXT, {"text": 7}),
+    ("column … is empty", TEXT, {"text": " "}),
+    (
+        "column … must be text or a list of messages, it is …",
+        CHAT,
+        [{"prompt": "a", "completion": "b"}, {"prompt": 1, "completion": "b"}],
+    ),
+    ("text holds half of a surrogate pair (…), which is no character", TEXT, '{"text": "\\ud83d"}'),
+    (
+        "a value is not JSON: …",
+        CHAT,
+        pa.Table.from_pylist([chat(said("user", at=datetime.date(2025, 1, 1)), ANSWER)] * 2),
+    ),
+    ("column … is text but not JSON: … at character …", CHAT, {"messages": "[{"}),
+    ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
+    ("message … must be an object with role and content", CHAT, chat("Hi")),
+    ("message … has the unknown role …; roles are …", CHAT, chat(USER, said("robot"))),
+    ("message … has the role … after …, where … is expected", CHAT, chat(USER, USER)),
+    ("message … has the role … at the start, where … is expected", CHAT, chat(ANSWER)),
+    ("message … (…): content must be text, it is …", CHAT, chat(said("user", 3), ANSWER)),
+    (
+        "message … (…) has a part of type …; only text is trained on",
+        CHAT,
+        chat(said("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER),
+    ),
+    ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, said("assistant", weight=0.5))),
+    (
+        "message … has the key …; what is not to be trained is marked with weight: 0",
+        CHAT,
+        chat(USER, said("assistant", train=False)),
+    ),
+    ("no trainable token: the conversation has no assistant message", CHAT, chat(USER)),
+    ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, said("assistant", weight=0))),
+    ("message … (…) calls a tool, which only the assistant does", CHAT, chat(said("user", tool_calls=[CALL]), ANSWER)),
+    ("message …: tool_calls must be a list, it is …", CHAT, chat(USER, {"role": "assistant", "tool_calls": {"a": 1}})),
+    ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, said("assistant", tool_calls="[{"))),
+    ("message …: a tool call needs the name of a function, it is …", CHAT, called(function={"arguments": {}})),
+    (
+        "message …: arguments of … are not JSON: … at character …",
+        CHAT,
+        called(function={"name": "f", "arguments": "{a}"}),
+    ),
+    (
+        "message …: arguments of … must be an object, it is …",
+        CHAT,
+        called(function={"name": "f", "arguments": "[1]"}),
+    ),
+    (
+        "message … (function_call) is not JSON: … at character …",
+        CHAT,
+        [
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f()"}]},
+        ],
+    ),
+    (
+        "message … calls … tools, and parallel_tool_calls is false",
+        CHAT,
+        chat(USER, {"role": "assistant", "tool_calls": [CALL, CALL]}, parallel_tool_calls=False),
+    ),
+    ("parallel_tool_calls must be true or false, it is …", CHAT, chat(USER, ANSWER, parallel_tool_calls="no")),
+    ("tools are not JSON: … at character …", CHAT, chat(USER, ANSWER, tools="f(x)")),
+    ("tools must be a list of JSON schemas", CHAT, chat(USER, ANSWER, tools=["f"])),
+    (
+        "a system text stands in the column 'system' and in the first message",
+        CHAT,
+        [
+            {"conversations": GOOD["messages"], "system": "s"},
+            {"conversations": [said("system"), USER, ANSWER], "system": "s"},
+        ],
+    ),
+    (
+        "history … must be a question and an answer, it is …",
+        CHAT,
+        [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "history": [["a"]]}],
+    ),
+    ("column … must be a label (text or an integer), it is …", CLASSES, {"text": "a", "label": 0.5}),
+    (
+        "column … has … labels (…); task.multi_label=true trains on any number of them",
+        CLASSES,
+        {"text": "a", "label": ["x", "y"]},
+    ),
+    ("column … must be a list of labels, it is …", SEVERAL, {"text": "a", "label": None}),
+    ("column … starts as a list but is not JSON: …", SEVERAL, {"text": "a", "label": "[x, y]"}),
+    ("label … is not among task.labels (…)", ClassificationConfig(labels=["x", "y"]), {"text": "a", "label": "z"}),
+    ("label … does not occur in the training rows (…)", CLASSES, {"held-out.jsonl": '{"text": "c", "label": "q"}'}),
+    ("the chat template refuses this conversation: …", CHAT, chat(said("user", "bad"), ANSWER)),
+    (
+        "the chat template rewrites this conversation so that the assistant's tokens cannot be told …",
+        CHAT,
+        chat(USER, said("assistant", "No, and no again"), USER, ANSWER),
+    ),
+    ("no trainable token", CHAT, [GOOD]),
+]
+
+
+def first_good(task: TaskConfig) -> Any:
+    return GOOD if isinstance(task, ChatConfig) else {"text": "a"} if isinstance(task, CausalLmConfig) else LABELLED
+
+
+def write(folder: Path, task: TaskConfig, given: Any) -> tuple[Path, Path | None]:
+    """Training and validation file of a case."""
+    path = folder / "rows.jsonl"
+    if isinstance(given, pa.Table):
+        path = folder / "rows.parquet"
+        pq.write_table(given, path)
+    elif isinstance(given, list):
+        write_jsonl(path, given)
+    elif isinstance(given, dict) and any("." in name for name in given):
+        ((name, content),) = given.items()
+        written = folder / name
+        written.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if name == "held-out.jsonl":
+            return write_jsonl(path, [LABELLED, {"text": "b", "label": "y"}]), written
+        path = written
+    else:
+        rows = [first_good(task), given]
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path, None
+
+
+def tokenizer_of(message: str) -> Any:
+    if "refuses" in message:
+        return byte_tokenizer(REFUSING + byte_tokenizer().chat_template)
+    if "rewrites" in message:
+        return byte_tokenizer(REWRITING)
+    if message == "no trainable token":
+        return byte_tokenizer(NOTHING_MARKED)
+    return byte_tokenizer()
+
+
+def problems_of(folder: Path, message: str, task: TaskConfig, given: Any, **data: Any) -> list[Problem]:
+    train, validation = write(folder, task, given)
+    more = {"validation": str(validation)} if validation else {"split": NOTHING_HELD_OUT}
+    config = data_run(train, task=task, **more, **data)
+    with pytest.raises(UserError) as caught:
+        prepared(config, tokenizer_of(message), folder / "cache")
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("message", "task", "given"), ROWS, ids=[case[0] for case in ROWS])
+def test_a_bad_row_has_the_documented_message(tmp_path, message, task, given):
+    problem = problems_of(tmp_path, message, task, given)[0]
+    assert pattern(message).fullmatch(problem.reason), problem.reason
+    held_out = tmp_path / "held-out.jsonl"
+    file = held_out if held_out.exists() else next(tmp_path.glob("rows.*"))
+    first = held_out.exists() or isinstance(given, pa.Table) or given == [GOOD]
+    assert problem.where == f"{file}:{1 if first else 2}"
+
+
+def test_the_guide_lists_what_has_a_case_and_only_that():
+    assert documented("messages") == [message for message, _, _ in ROWS]
+    assert documented("files") == [message for message, _ in FILES]
+
+
+def raised_in(file: Path) -> list[str]:
+    """The texts of all RowError, RenderError and broken RawRow in a module, with … for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            arguments = node.args[:1] if node.func.id in ("RowError", "RenderError") else node.args[3:4]
+            if node.func.id in ("RowError", "RenderError", "RawRow") and arguments:
+                found.append(_template(arguments[0]))
+    return [text for text in found if text.strip("…")]
+
+
+def _template(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)  # type: ignore[misc]
+    return "…"
+
+
+def test_the_guide_lists_every_message_of_the_code():
+    code = [text for file in sorted((ROOT / "dstune" / "data").glob("*.py")) for text in raised_in(file)]
+    assert len(code) > 40
+    listed = documented("messages")
+    missing = [
+        text
+        for text in code
+        if not any(pattern(message).fullmatch(text) or pattern(text).fullmatch(message) for message in listed)
+    ]
+    assert missing == []
+
+
+# -- whole files ------------------------------------------------------------------------------------------------------
+
+FILES: list[tuple[str, Any]] = [
+    ("no such file", "absent.jsonl"),
+    ("no file matches", "absent-*.jsonl"),
+    ("the file is empty (named by …)", {"empty.jsonl": b""}),
+    ("… unknown ending …", {"rows.xlsx": b"x"}),
+    ("this folder holds no file of rows", {"folder/notes.doc": b"x", "": "folder"}),
+    ("there is no split …; the splits are …", {"folder/train.jsonl": b"{}\n", "": "folder:trian"}),
+    ("the archive holds no file of rows (named by …)", {"rows.zip": {"README": "x"}}),
+    ("no whole … file: …", {"rows.jsonl.gz": gzip.compress(json.dumps(GOOD).encode() * 99)[:-9]}),
+    ("no readable … file: …", {"rows.arrow": b"ARROW1 is not enough"}),
+    ("not UTF-8: byte … in line …", {"rows.json": b'[\n{"messages": "\xff"}]'}),
+    ("the header has … twice", {"rows.csv": b"prompt,prompt\na,b\n"}),
+    ("holds no rows", {"rows.json": b"[]"}),
+    ("only files of this machine and data sets of the hub are read", "s3://bucket/rows.jsonl"),
+    ("there is no such file or folder, and the cache of datasets has no such data set …", "nobody/nothing"),
+    ("missing column: task=… needs …, the columns here are …", {"rows.csv": b"question,reply\na,b\n"}),
+    ("… has no such column, the columns there are …", {"rows.csv": b"question,reply\na,b\n"}),
+]
+
+
+@pytest.mark.parametrize(("message", "given"), FILES, ids=[message for message, _ in FILES])
+@pytest.mark.parametrize("policy", OnBadRow)
+def test_a_file_that_cannot_be_read_has_the_documented_message(tmp_path, monkeypatch, message, given, policy):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    files = dict(given) if isinstance(given, dict) else {"": given}
+    named = files.pop("", next(iter(files), ""))
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, dict):
+            with zipfile.ZipFile(path, "w") as archive:
+                for inner, text in content.items():
+                    archive.writestr(inner, text)
+        else:
+            path.write_bytes(content)
+    train = named if "//" in named or named == "nobody/nothing" else f"{tmp_path}/{named}"
+    columns = {"prompt": "qestion", "completion": "reply"} if "no such column" in message else {}
+    config = data_run(train, on_bad_row=policy, columns=columns, split=NOTHING_HELD_OUT)
+    with pytest.raises(UserError) as caught:
+        prepared(config, byte_tokenizer(), tmp_path / "cache")
+    (problem,) = caught.value.problems
+    assert pattern(message).fullmatch(problem.reason), problem.reason
+    assert problem.fix
+    if columns:
+        assert (problem.where, problem.value) == ("data.columns.prompt", "qestion")
+        (typed,) = shlex.split(problem.fix)
+        assert compose([typed]).config.data.columns == {"prompt": "question", "completion": "reply"}
+    if "trian" in named:
+        assert problem.fix == f"data.train={tmp_path}/folder:train"
+
+
+def test_the_commands_of_the_guide_compose():
+    blocks = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    assert len(lines) >= 4
+    for command in lines:
+        assert command[:2] == ["dstune", "train"]
+        validate(compose(command[2:]).config)
