@@ -145,7 +145,9 @@ def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
         group = key.split(".", 1)[0].replace("scheduler", "schedule")
         own_key = OWN_KEYS.get(key) or TRANSLATED.get(key)
         if group in ("optimizer", "schedule"):
-            yield Problem(where, f"dstune has a group for this: {group}", f"{group}=CHOICE {group}.KEY=VALUE", shown(value))
+            yield Problem(
+                where, f"dstune has a group for this: {group}", f"{group}=CHOICE {group}.KEY=VALUE", shown(value)
+            )
         elif own_key:
             yield Problem(where, f"dstune's own key for this is {own_key}", f"{own_key}=VALUE", shown(value))
         elif key in WITHOUT_EFFECT:
@@ -168,9 +170,9 @@ def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
             return []
         fix = f"remove it{'' if usual is None else f', or write {json.dumps(usual)}'}"
         return [Problem(where, f"dstune cannot honour this: {reason}", fix, shown(value))]
-    if reason := REFUSED.get(key):
+    if key in REFUSED:
         off = not value or (isinstance(value, Mapping) and not _enabled(value))
-        return [] if off else [Problem(where, f"dstune cannot honour this: {reason}", "remove it")]
+        return [] if off else [Problem(where, f"dstune cannot honour this: {REFUSED[key]}", "remove it")]
     return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", shown(value))]
 
 

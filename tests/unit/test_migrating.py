@@ -1,0 +1,51 @@
+"""The commands of docs/migrating.md do what the page says, in order, with published examples under its file names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from dstune.cli import main
+from dstune.config.compose import compose
+from dstune.config.validate import validate
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+FILES = {
+    "qlora-1b.yml": "imports/axolotl/llama3_qlora_1b.yaml",
+    "ds_config.json": "deepspeed/trainer_zero2.json",
+    "accelerate.yaml": "deepspeed/accelerate_zero3.yaml",
+}
+
+
+def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    for name, example in FILES.items():
+        shutil.copy(ROOT / "tests" / "data" / example, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert len(commands) == 5
+    for program, verb, *arguments in commands:
+        assert program == "dstune"
+        if verb == "import":
+            assert main([verb, *arguments]) == 0
+            continue
+        assert verb == "train"
+        folders = []
+        if arguments[0] == "--config-dir":
+            _, folder, *arguments = arguments
+            folders = [folder]
+        # The files leave precision and buckets to dstune; what chat_lora gives does not contradict them.
+        validate(compose(arguments, folders).config)
+    assert "load_in_4bit" in capsys.readouterr().out
+
+
+def test_files_and_kinds_of_the_page_are_those_of_the_code():
+    from dstune.importing.files import TOOLS
+    from dstune.importing.result import DIFFERENT, MEANINGLESS, NOT_SUPPORTED
+
+    text = " ".join(PAGE.split())
+    assert all(f"`{name}`" in text or f"--from {name}" in text for name in TOOLS)
+    assert all(f"*{kind}*" in text for kind in (DIFFERENT, MEANINGLESS, NOT_SUPPORTED))
