@@ -23,6 +23,7 @@ from dstune.config.convert import shown
 from dstune.config.schema import Export, RunConfig
 from dstune.data.blocks import Blocks
 from dstune.data.build import PreparedData, prepare
+from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.dist import World
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError
@@ -47,7 +48,7 @@ from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
 
-activity = logging.getLogger(__name__)
+activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__ in a rank
 """What goes on before the first step; rank 0 shows it."""
 
 
@@ -191,6 +192,9 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
         f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
     )
+    for part, counts in run.data.report.items():
+        if cleaned := summary(counts.get("clean", {})):
+            run.log.message(f"cleaning of the {part} rows: {cleaned} (data_report.json)")
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:

@@ -17,10 +17,13 @@ from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = (ROOT / "docs" / "tracking.md",)
+"""Their commands are checked as the README's are."""
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    text = "\n".join([README, *(guide.read_text(encoding="utf-8") for guide in GUIDES)])
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
