@@ -106,7 +106,7 @@ def subset_key(key: str) -> str:
 
 def _refuse_subset(key: str, subset: str | None, entries: list[Prepared]) -> list[Prepared]:
     names = sorted(entry.subset for entry in entries)
-    raise UserError(subset_problem(subset_key(key), subset, names, "of them are in the cache"))
+    raise UserError(subset_problem(subset_key(key), subset, names, "are in the cache"))
 
 
 def subset_problem(key: str, subset: str | None, names: list[str], these: str = "are there") -> Problem:
@@ -115,7 +115,7 @@ def subset_problem(key: str, subset: str | None, names: list[str], these: str = 
     if subset is None:
         reason = f"the data set has several configurations, and one has to be named; {listed} {these}"
         return Problem(where=key, value="null", reason=reason, fix=f"{key}={names[0]}")
-    close = difflib.get_close_matches(subset, names, n=1)
+    close = difflib.get_close_matches(subset, names, n=1, cutoff=0.4)
     fix = f"{key}={close[0] if close else names[0]}"
     return Problem(where=key, value=subset, reason=f"no such configuration; {listed} {these}", fix=fix)
 
@@ -137,7 +137,7 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
 
 def split_problem(key: str, path: str, split: str, splits: list[str]) -> Problem:
     """A split that is not there, with those that are."""
-    close = difflib.get_close_matches(split, splits, n=1)
+    close = difflib.get_close_matches(split, splits, n=1, cutoff=0.4)
     other = close[0] if close else splits[0] if splits else "SPLIT"
     reason = f"there is no split {split!r}; the splits are {', '.join(splits) or 'none'}"
     return Problem(where=key, value=path, reason=reason, fix=f"{key}={path}:{other}")

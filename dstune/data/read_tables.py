@@ -32,7 +32,6 @@ def read_parquet(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
     """As `read_parquet`, of an Arrow file, an Arrow stream (as `datasets` writes them) or a Feather file."""
     import pyarrow as pa
-    import pyarrow.feather
 
     try:
         with pa.memory_map(str(file.path)) as source:
@@ -42,9 +41,6 @@ def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
                 reader = pa.ipc.open_file(source)
                 batches: Iterable[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
                 yield from _rows(file, reader.schema, batches, skip=skip)
-            elif start.startswith(b"FEA1"):
-                table = pyarrow.feather.read_table(source)
-                yield from _rows(file, table.schema, table.to_batches(), skip=skip)
             else:
                 stream = pa.ipc.open_stream(source)
                 yield from _rows(file, stream.schema, stream, skip=skip)
