@@ -105,6 +105,14 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             f"task={wanted}, or rows in the format {' or '.join(formats)}",
             data.format.name,
         )
+    for code in data.clean.languages:
+        if not re.fullmatch(r"[a-z]{2,3}", code):
+            reason = "a language is given by its ISO 639 code"
+            yield Problem("data.clean.languages", reason, "codes such as en, de or zh", shown(code))
+    most = data.clean.max_characters
+    if most is not None and data.clean.min_characters > most:
+        reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"
+        yield Problem("data.clean.min_characters", reason, f"at most {most}", shown(data.clean.min_characters))
     if data.packing and isinstance(config.task, ClassificationConfig):
         yield Problem("data.packing", "one row is one text in classification", "data.packing=false", "true")
     held_out = [

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from dstune.errors import Problem, UserError
+
 _FIRST_STAND_IN = 0x100000
 """Private Use Area B. Area A holds the marks of `render`."""
 
@@ -99,8 +101,12 @@ class ControlTokens:
     def encode(self, text: str, own: list[int] | None = None) -> tuple[list[int], np.ndarray]:
         """Tokens of `text`, without special tokens around it, and their characters, int64 [tokens, 2].
 
-        own: where control tokens begin that are meant as such, in order; all others become text.
+        own: where control tokens begin that are meant as such, in order; all others become text. A tokenizer that
+        cannot tell which characters a token stands for gives the tokens of a text as it is, and no characters.
+        Raises UserError if it would have to.
         """
+        if not self._tokenizer.is_fast:
+            return self._without_offsets(text, own or []), np.empty((0, 2), dtype=np.int64)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return self.neutral(encoded["input_ids"], encoded["offset_mapping"], text, own or [])
 
@@ -127,11 +133,16 @@ class ControlTokens:
         `own`."""
         if not self.first(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not self._tokenizer.is_fast:  # one that gives no offsets
-            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-                "input_ids"
-            ]
         return self.encode(text, own)[0]
+
+    def _without_offsets(self, text: str, own: list[int]) -> list[int]:
+        written = [found.start() for found in self.pattern.finditer(text)]
+        if written == own or not own:
+            as_text = written != own
+            encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)
+            return encoded["input_ids"]
+        reason = "a text holds a control token, and this tokenizer cannot keep it apart from those of the template"
+        raise UserError(Problem("model.path", reason, "convert it to a tokenizer.json (a fast tokenizer)"))
 
     def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], int]:
         """Tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most

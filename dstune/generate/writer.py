@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune.errors import Problem, UserError
 from dstune.generate.prompts import Request, with_system
 from dstune.generate.voices import BASE, Speaker, Voice
+
+if TYPE_CHECKING:
+    from dstune.data.control import ControlTokens
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Writer:
         self._model, self._voices = speaker.model, speaker.voices
         self._sampling, self._plain, self._system = sampling, plain, system
         self._templates: dict[str, str] = {}
+        self._controls: dict[str, ControlTokens] = {}
         self.active = next(iter(speaker.voices))
 
     @property
@@ -70,19 +74,20 @@ class Writer:
                         "a system message needs a chat template, which the model lacks (or --plain switched it off)"
                     )
                 raise UserError(Problem(request.where, reason, "give `prompt` instead, without --system"))
-            ids: list[int] = tokenizer(request.shown)["input_ids"]
-            return ids
+            return self._control(name).sequence([request.shown], sys.maxsize)[0]
         asked = with_system(request, self._system)
         messages = asked.messages or [{"role": "user", "content": asked.shown}]
+        control = self._control(name)
+        defused = control.defuse(messages)
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=self._template(name), add_generation_prompt=True, tokenize=False
+                defused.value, chat_template=self._template(name), add_generation_prompt=True, tokenize=False
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(Problem(request.where, f"the chat template refuses this conversation: {error}")) from error
-        # The template prints the special tokens itself; the tokenizer would double the first one.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        # The template prints the special tokens itself; the tokenizer would double the first one. What somebody wrote
+        # stays text, even if it reads like the end of a turn.
+        return control.encode(*defused.restore(text))[0]
 
     def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
         """The answers to `requests`, computed together, in their order.
@@ -200,6 +205,13 @@ class Writer:
         from dstune.models.generation import end_tokens
 
         return end_tokens(self._model, stop_token_ids(voice.tokenizer))
+
+    def _control(self, name: str) -> ControlTokens:
+        from dstune.data.control import ControlTokens
+
+        if name not in self._controls:
+            self._controls[name] = ControlTokens(self._voices[name].tokenizer)
+        return self._controls[name]
 
     def _template(self, name: str) -> str:
         from dstune.data.render import freeze_date

@@ -21,6 +21,7 @@ from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.data import inputs, sources
+from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
 from dstune.errors import Problem, UserError
 from dstune.launch import hub, hub_data
@@ -77,6 +78,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
         fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
         problems.append(Problem("model.chat_template", "there is no such file", fix, template))
     problems += missing(config.tracking)
+    problems += cleaning.missing(config.data.clean)
     _refuse(problems)
     return replace(config, model=model)
 

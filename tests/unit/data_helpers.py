@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.configs import run_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dstune.config.data_schema import DataConfig
 from dstune.config.schema import ChatConfig, RunConfig, TaskConfig
 from dstune.data.build import PreparedData, prepare
+from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv
 
 SPECIAL = [
@@ -107,3 +109,10 @@ def data_run(train: Path | str, *, task: TaskConfig | None = None, **data: Any) 
 
 def prepared(config: RunConfig, tokenizer: Any, cache_root: Path) -> PreparedData:
     return prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "environment"), cache_root)
+
+
+def refusal_of(config: RunConfig, tokenizer: Any, folder: Path) -> list[Problem]:
+    """What is wrong with the rows."""
+    with pytest.raises(UserError) as caught:
+        prepared(config, tokenizer, folder / "cache")
+    return caught.value.problems

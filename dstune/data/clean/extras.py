@@ -1,44 +1,62 @@
-"""Libraries that only some settings need: imported when they are, or a message that says what to install."""
+"""Libraries that only some settings of `data.clean` need: imported when they are, or a message what to install."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
+from dstune.config.convert import shown
 from dstune.config.data_schema import CleanConfig, Duplicates, Found
 from dstune.errors import Problem, UserError
 
+PACKAGES = {
+    "languages": {"py3langid": "py3langid"},
+    "duplicates": {"rensa": "rensa", "rapidfuzz": "rapidfuzz"},
+    "secrets": {"detect_secrets": "detect-secrets"},
+    "personal_data": {"phonenumbers": "phonenumbers", "stdnum": "python-stdnum"},
+}
+"""By key of `data.clean`: modules that it may need, and the distribution that each comes from."""
 
-@cache
-def require(module: str, key: str, value: str) -> Any:
-    """The imported `module`. Raises UserError, naming the setting `key=value` that needs it, where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(
-            Problem(
-                where=key,
-                value=value,
-                reason=f"this needs the package {package}, which is not installed",
-                fix="pip install 'dstune[clean]'",
-            )
-        ) from None
+
+def _needed(config: CleanConfig) -> dict[str, dict[str, str]]:
+    asked = {
+        "languages": bool(config.languages),
+        "duplicates": config.duplicates is Duplicates.near,
+        "secrets": config.secrets is not Found.keep,
+        "personal_data": config.personal_data is not Found.keep,
+    }
+    return {key: PACKAGES[key] for key, wanted in asked.items() if wanted}
+
+
+def missing(config: CleanConfig) -> Iterator[Problem]:
+    """What has to be installed for `config`, told without importing it."""
+    for key, packages in _needed(config).items():
+        for module in packages:
+            if find_spec(module) is None:
+                yield _problem(module, f"data.clean.{key}", shown(getattr(config, key)))
 
 
 def versions(config: CleanConfig) -> dict[str, str]:
     """Versions of the packages that decide what cleaning under `config` does."""
-    wanted = {
-        "py3langid": bool(config.languages),
-        "rensa": config.duplicates is Duplicates.near,
-        "rapidfuzz": config.duplicates is Duplicates.near,
-        "detect-secrets": config.secrets is not Found.keep,
-        "phonenumbers": config.personal_data is not Found.keep,
-        "python-stdnum": config.personal_data is not Found.keep,
-    }
-    return {name: _version(name) for name, needed in wanted.items() if needed}
+    return {name: _version(name) for packages in _needed(config).values() for name in packages.values()}
+
+
+@cache
+def require(module: str, key: str) -> Any:
+    """The imported `module`. Raises UserError, naming the setting `key` that needs it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(_problem(module.partition(".")[0], key, "")) from None
+
+
+def _problem(module: str, key: str, value: str) -> Problem:
+    name = next(packages[module] for packages in PACKAGES.values() if module in packages)
+    return Problem(key, f"the package {name} is not installed", "pip install 'dstune[clean]'", value)
 
 
 def _version(package: str) -> str:

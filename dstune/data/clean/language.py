@@ -20,7 +20,7 @@ LOOKED_AT = 1000
 
 @cache
 def _identifier() -> Any:
-    module = require("py3langid.langid", KEY, "")
+    module = require("py3langid.langid", KEY)
     return module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
 
 

@@ -39,7 +39,7 @@ Allowed = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def signature(text: str) -> bytes:
     """256 numbers (uint32) of `text`; needs the extra `clean`."""
-    minhash = require("rensa", "data.clean.duplicates", "near").RMinHash
+    minhash = require("rensa", "data.clean.duplicates").RMinHash
     hashes = _runs(text)
     offsets = np.array([0, len(hashes)], dtype=np.uint64)
     # One text a call: many at once start threads, and a process forked after that waits for them for ever.
@@ -68,7 +68,7 @@ def open_signatures(file: Path, rows: int) -> np.ndarray:
 
 def similarity(first: str, second: str, threshold: float) -> float:
     """1 - edit distance / length of the longer text (Levenshtein 1966), or 0 where it is below `threshold`."""
-    distance = require("rapidfuzz.distance", "data.clean.duplicates", "near").Levenshtein
+    distance = require("rapidfuzz.distance", "data.clean.duplicates").Levenshtein
     return distance.normalized_similarity(first, second, score_cutoff=threshold)
 
 

@@ -72,7 +72,7 @@ _REST = re.compile(r"[A-Za-z0-9_\-]*")
 
 @cache
 def _secret_detectors() -> list[Any]:
-    require("detect_secrets", "data.clean.secrets", "")
+    require("detect_secrets", "data.clean.secrets")
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
@@ -115,7 +115,7 @@ def _always(_: str) -> bool:
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{4}){2,7}(?:[ ]?[A-Z0-9]{1,4})?\b")
-_CARD = re.compile(r"(?<![\d.,-])(?:\d[ -]?){12,18}\d(?![\d,-]|\.\d)")
+_CARD = re.compile(r"(?<![\d.,-])(?:\d[ -]?){12,18}\d(?!\d|[.,-]\d)")
 _SSN = re.compile(r"(?<![\d-])\d{3}([- ])\d{2}\1\d{4}(?![\d-])")
 _IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.]*\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:){2,7}(?:[0-9A-Fa-f]{1,4}|:)?(?![\w:])")
@@ -158,7 +158,7 @@ def _personal_data(text: str) -> Iterator[Finding]:
 
 
 def _checks(module: str) -> Any:
-    return require(module, "data.clean.personal_data", "")
+    return require(module, "data.clean.personal_data")
 
 
 def _is_person_address(text: str) -> bool:
@@ -170,7 +170,7 @@ def _is_person_address(text: str) -> bool:
 
 
 def _phones(text: str) -> Iterator[Finding]:
-    phonenumbers = require("phonenumbers", "data.clean.personal_data", "")
+    phonenumbers = require("phonenumbers", "data.clean.personal_data")
     for region in PHONE_REGIONS:
         matches = phonenumbers.PhoneNumberMatcher(text, region, phonenumbers.Leniency.STRICT_GROUPING)
         for match in matches:

@@ -1,0 +1,275 @@
+"""What is done to single rows: lengths, languages, secrets, personal data; policies, counts and examples."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from support.cleaning import CHAT, TEXT, Cleaned, left, texts_of
+from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, refusal_of, write_jsonl
+
+from dstune.config.data_schema import CleanConfig, Duplicates, Found, SplitConfig
+from dstune.config.schema import CausalLmConfig
+from dstune.data.clean import extras
+from dstune.data.clean.report import summary
+from dstune.data.clean.sensitive import find_personal_data, find_secrets, mask
+from dstune.errors import UserError
+
+KEY = "AKIAIOSFODNN7EXAMPLE"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nIBAAK\n-----END RSA PRIVATE KEY-----"
+TOKEN = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
+
+SECRETS = {
+    f"the key {KEY} is": "the key <SECRET> is",
+    "ghp_" + "a1B2" * 9: "<SECRET>",
+    "github_pat_" + "11ABCDEFG0" * 8: "<SECRET>",
+    "hf_" + "aB" * 17 + " ok": "<SECRET> ok",
+    "https://me:hunter2@host.org/x": "https://me:<SECRET>@host.org/x",
+    f"before\n{PEM}\nafter": "before\n<SECRET>\nafter",
+    f"Bearer {TOKEN}, please": "Bearer <SECRET>, please",
+    "sk-proj-" + "aB3_" * 12: "<SECRET>",
+    "sk-ant-api03-" + "aB3_" * 12: "<SECRET>",
+    "AIza" + "SyA1b2C3d" * 3 + "x" * 8: "<SECRET>",
+    "xoxb-1234567890-abcdefghij": "<SECRET>",
+}
+
+NO_SECRETS = [
+    "The password is forgotten, and the token was a bus ticket.",
+    "https://example.org/a/very/long/path/that-is-not-a-secret/at-all?x=1",
+    "import numpy as np  # commit 5f2b6c1 by someone@example.org",
+    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft APARTMENTHAUSORDNUNG",
+]
+
+PERSONAL = {
+    "mail jane.doe+x@mail.example.co.uk!": "mail <EMAIL>!",
+    "call +49 30 901820 now": "call <PHONE> now",
+    "call (650) 253-0000 or 020 7031 3000": "call <PHONE> or <PHONE>",
+    "pay DE89 3704 0044 0532 0130 00 soon": "pay <IBAN> soon",
+    "GB29NWBK60161331926819": "<IBAN>",
+    "card 4111 1111 1111 1111, 5500-0000-0000-0004": "card <CARD>, <CARD>",
+    "ssn 536-90-4399.": "ssn <SSN>.",
+    "from 8.8.8.8 and 2001:4860:4860::8888": "from <IP_ADDRESS> and <IP_ADDRESS>",
+}
+
+NO_PERSONAL = [
+    "In 2020 there were 1234567 people, 3.14159265358979 and 2020-01-01 12:00:59.",
+    "version 1.2.3.4.5, local 192.168.0.1, 127.0.0.1, documentation 2001:db8::1, std::vector, 10:20:30",
+    "DE89 3704 0044 0532 0130 01 and 4111 1111 1111 1112 and 000-12-3456 have wrong check digits",
+    "a@b and @name and user@localhost",
+    "1 + 2 = 3; 100,000,000,000,000 dollars; ISBN 978-3-16-148410-0",
+]
+
+
+@pytest.mark.parametrize(("text", "masked"), SECRETS.items())
+def test_secrets(text, masked):
+    assert mask(text, find_secrets(text)) == masked
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
+def test_no_secrets(text):
+    assert find_secrets(text) == []
+
+
+@pytest.mark.parametrize(("text", "masked"), PERSONAL.items())
+def test_personal_data(text, masked):
+    assert mask(text, find_personal_data(text)) == masked
+
+
+@pytest.mark.parametrize("text", NO_PERSONAL)
+def test_no_personal_data(text):
+    assert find_personal_data(text) == []
+
+
+SENSITIVE = [
+    exchange("Hello", "Hi"),
+    exchange(f"My key is {KEY}", "Mail jane@example.org"),
+    exchange("How are you?", "Fine"),
+]
+
+
+@pytest.mark.parametrize("policy", list(Found))
+def test_policies(policy, tmp_path):
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT, secrets=policy, personal_data=policy)
+    table = cleaned.rows(SENSITIVE)
+    written = json.dumps(texts_of(table))
+    kind = {Found.keep: None, Found.flag: "flagged", Found.mask: "changed", Found.drop: "removed"}[policy]
+    expected = {step: {kind: 1} for step in ("secrets", "personal_data")} if kind else {}
+    if policy is Found.drop:  # the first step that removes a row is the one that counts it
+        expected.pop("personal_data")
+    assert cleaned.counts() == expected
+    assert left(table) == ([0, 2] if policy is Found.drop else [0, 1, 2])
+    assert (KEY in written, "jane@" in written) == (policy in (Found.keep, Found.flag),) * 2
+    assert ("My key is <SECRET>" in written, "Mail <EMAIL>" in written) == (policy is Found.mask,) * 2
+    report = json.dumps(cleaned.report())
+    assert KEY not in report and "jane@" not in report
+    if kind:
+        (example,) = cleaned.report()["examples"]["secrets"]
+        assert example["place"] == f"{tmp_path / 'train.jsonl'}:2"
+        assert example["text"] == "<SECRET>: My key is <SECRET> / Mail <EMAIL>"
+
+
+def test_examples_of_other_steps_hide_what_is_only_flagged(tmp_path):
+    rows = [{"text": f"the key {KEY} again"}] * 2
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, secrets=Found.flag)
+    cleaned.rows(rows)
+    assert cleaned.counts() == {"secrets": {"flagged": 2}, "duplicates": {"removed": 1}}
+    assert KEY not in json.dumps(cleaned.report())
+
+
+def test_a_masked_row_has_a_new_hash(tmp_path):
+    table = Cleaned(tmp_path, byte_tokenizer(), CHAT, secrets=Found.mask).rows(SENSITIVE)
+    plain = Cleaned(tmp_path, byte_tokenizer(), CHAT).rows(SENSITIVE)
+    assert [a == b for a, b in zip(table.hashes, plain.hashes, strict=True)] == [True, False, True]
+
+
+def test_lengths_and_empty_rows(tmp_path):
+    rows = [{"text": text} for text in ("12345", "1234", "123456789", "1234567890", "\u200b\x00", "  54321  ")]
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, min_characters=5, max_characters=9)
+    assert left(cleaned.rows(rows)) == [0, 2, 5]
+    assert cleaned.counts() == {
+        "unicode": {"changed": 1},
+        "empty": {"removed": 1},
+        "too_short": {"removed": 1},
+        "too_long": {"removed": 1},
+    }
+    examples = cleaned.report()["examples"]
+    assert examples["too_long"][0]["text"] == "10 characters: 1234567890"
+
+
+def test_a_conversation_is_measured_as_a_whole_without_its_system_prompt(tmp_path):
+    rows = [{"messages": [{"role": "system", "content": "x" * 50}, *exchange("1234", "56789")["messages"]]}]
+    assert left(Cleaned(tmp_path, byte_tokenizer(), CHAT, min_characters=9, max_characters=9).rows(rows)) == [0]
+    assert left(Cleaned(tmp_path, byte_tokenizer(), CHAT, min_characters=10).rows(rows)) == []
+
+
+def test_empty_messages_are_no_reason_but_a_conversation_of_them(tmp_path):
+    rows = [exchange("Hi", ""), exchange("", " ")]
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT)
+    assert left(cleaned.rows(rows)) == [0]
+    assert cleaned.counts() == {"empty": {"removed": 1}}
+
+
+def test_languages(tmp_path):
+    rows = [
+        {"text": "The weather in the city was warm and sunny for the whole week."},
+        {"text": "Das Wetter in der Stadt war die ganze Woche warm und sonnig."},
+        {"text": "La météo en ville était chaude et ensoleillée toute la semaine."},
+        {"text": "ok"},  # of no language for sure: stays, and is counted
+        {"text": "El tiempo en la ciudad fue cálido y soleado durante toda la semana."},
+    ]
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), TEXT, languages=["en", "fr"])
+    assert left(cleaned.rows(rows)) == [0, 2, 3]
+    assert cleaned.counts() == {"languages": {"removed": 2, "flagged": 1}}
+    assert cleaned.report()["examples"]["languages"][0]["text"].startswith("de ")
+
+
+def test_an_unknown_language_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"data.clean.languages=xq: no such language"):
+        Cleaned(tmp_path, byte_tokenizer(), TEXT, languages=["en", "xq"])
+
+
+def test_control_tokens_are_counted(tmp_path):
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT)
+    assert left(cleaned.rows([exchange("Hi<|im_end|>", "no"), exchange("a", "b")])) == [0, 1]
+    assert cleaned.counts() == {"control_tokens": {"flagged": 1}}
+    (example,) = cleaned.report()["examples"]["control_tokens"]
+    assert example["text"] == "<|im_end|>: Hi<|im_end|> / no"
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        ("py3langid", {"languages": ["en"]}),
+        ("rensa", {"duplicates": Duplicates.near}),
+        ("rapidfuzz", {"duplicates": Duplicates.near}),
+        ("detect_secrets", {"secrets": Found.flag}),
+        ("phonenumbers", {"personal_data": Found.mask}),
+        ("stdnum", {"personal_data": Found.drop}),
+    ],
+)
+def test_what_is_missing_is_named(module, settings, tmp_path, monkeypatch):
+    for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, loaded, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    extras.require.cache_clear()
+    for cached in (extras.require, *_cached()):
+        cached.cache_clear()
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == module else object())
+    (problem,) = extras.missing(CleanConfig(**settings))
+    (key,) = settings
+    assert (problem.where, problem.fix) == (f"data.clean.{key}", "pip install 'dstune[clean]'")
+    with pytest.raises(UserError, match=f"data.clean.{key}: the package .* is not installed"):
+        Cleaned(tmp_path, byte_tokenizer(), TEXT, **settings)
+    for cached in (extras.require, *_cached()):
+        cached.cache_clear()
+
+
+def _cached():
+    from dstune.data.clean import language, sensitive
+
+    return language._identifier, sensitive._secret_detectors
+
+
+def test_nothing_is_needed_by_default():
+    assert list(extras.missing(CleanConfig())) == []
+    assert extras.versions(CleanConfig()) == {}
+
+
+def test_the_summary_is_one_line():
+    counts = {
+        "unicode": {"removed": 0, "changed": 2, "flagged": 0},
+        "duplicates": {"removed": 1234, "changed": 0, "flagged": 0},
+        "control_tokens": {"removed": 0, "changed": 0, "flagged": 1},
+    }
+    assert summary(counts) == "left out 1,234 duplicates; changed 2 Unicode; flagged 1 control tokens"
+    assert summary({"unicode": {"removed": 0, "changed": 0, "flagged": 0}}) == ""
+
+
+# -- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_counts_in_its_report(tmp_path):
+    rows = [*chats(20), *chats(5), exchange("a\r\nb", "c"), exchange("x<|im_end|>", "y")]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = prepared(data_run(path, split=SplitConfig(validation=0.2)), byte_tokenizer(), tmp_path / "cache")
+    report = data.report["train"]
+    assert report["clean"]["duplicates"] == {"removed": 5, "changed": 0, "flagged": 0}
+    assert report["clean"]["unicode"]["changed"] == 1 and report["clean"]["control_tokens"]["flagged"] == 1
+    assert report["clean"]["leaks"]["removed"] == 0
+    assert report["examples"]["duplicates"][0]["place"] == f"{path}:21"
+    assert len(data.train.lengths) + len(data.validation.lengths) == 22
+    assert "clean" not in data.report["validation"]
+
+
+def test_cleaning_is_part_of_the_fingerprint(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", chats(20))
+    keys = {
+        prepared(data_run(path, clean=CleanConfig(**settings)), byte_tokenizer(), tmp_path / "cache").fingerprint
+        for settings in ({}, {"leaks": False}, {"unicode": False}, {"min_characters": 2})
+    }
+    assert len(keys) == 4
+
+
+def test_leaks_between_given_files(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", chats(20))
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [*chats(3), exchange("of its", "own")])
+    config = data_run(train, validation=str(held_out))
+    data = prepared(config, byte_tokenizer(), tmp_path / "cache")
+    assert (len(data.train.lengths), len(data.validation.lengths)) == (17, 4)
+    assert data.report["train"]["clean"]["leaks"]["removed"] == 3
+    kept = prepared(
+        data_run(train, validation=str(held_out), clean=CleanConfig(leaks=False)), byte_tokenizer(), tmp_path / "cache"
+    )
+    assert len(kept.train.lengths) == 20
+
+
+def test_cleaning_that_leaves_nothing_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "short"}, {"text": "also"}])
+    config = data_run(path, task=CausalLmConfig(), clean=CleanConfig(min_characters=100))
+    (problem,) = refusal_of(config, byte_tokenizer(), tmp_path)
+    assert problem.where == "data.clean.min_characters"
+    assert problem.reason == "cleaning leaves no train row (too short 2)"
+    config = data_run(path, validation=str(path), task=CausalLmConfig())
+    (problem,) = refusal_of(config, byte_tokenizer(), tmp_path)
+    assert problem.where == "data.clean.leaks"
