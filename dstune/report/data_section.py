@@ -87,7 +87,7 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
         add("dropped, no target left", counts["dropped"], _of(counts["dropped"], rows))
     add("samples", samples)
     add("tokens", tokens)
-    if tokens and targets is not None:
+    if tokens and targets is not None and targets != samples:  # a row of a classifier is one target
         add("targets", targets, f"{percent(targets / tokens)} of the tokens" if targets <= tokens else "")
     if isinstance(counts.get("packing"), float) and data.get("packing"):
         facts.append(("packing efficiency", percent(counts["packing"]), "positions that hold a token"))

@@ -34,7 +34,7 @@ class Style:
         return cls(stream.isatty() and not plain, "utf" in (stream.encoding or "").lower())
 
     def paint(self, text: str, *codes: str) -> str:
-        return f"{''.join(codes)}{text}{RESET}" if self.colours and text else text
+        return f"{''.join(codes)}{text}{RESET}" if self.colours and text and codes else text
 
     def cell(self) -> str:
         return "\u2588" if self.blocks else "#"

@@ -1,0 +1,107 @@
+"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER]`.
+
+Trains a small chat model and three classifiers (about ten minutes on two CPU cores), renders their pages, and takes
+pictures with headless Chromium. Runs that are already in FOLDER are taken as they are. Needs Chromium and Pillow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+IMAGES = Path(__file__).parent / "images"
+MOST_BYTES = 200_000
+
+CHAT = (
+    "experiment=quickstart",
+    "data.max_length=128",
+    "trainer.max_steps=40",
+    "evaluate.every=10",
+    "evaluate.max_rows=16",
+    "evaluate.samples=3",
+    "evaluate.max_new_tokens=32",
+    "checkpoint.every=20",
+    "run.export=none",
+)
+SENTIMENT = (
+    "experiment=sentiment",
+    "data.max_rows=2000",
+    "data.max_length=64",
+    "trainer.max_steps=40",
+    "evaluate.every=10",
+    "evaluate.max_rows=200",
+    "launch.processes=1",
+    "run.export=none",
+)
+RATES = ("3e-5", "1e-4", "3e-4")
+
+CHROMIUM = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+
+
+def dstune(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dstune", *arguments], check=True)
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """The run in `folder`, trained with these overrides unless it is there already."""
+    if not (folder / "result.json").is_file():
+        dstune("train", *overrides, f"run.dir={folder}")
+    return folder
+
+
+def picture(page: Path, name: str, width: int, height: int, *, dark: bool = False) -> None:
+    """Take `page` in a window of that size; 256 colours are enough for it and keep the repository small."""
+    browser = next((path for program in ("chromium", "google-chrome") if (path := shutil.which(program))), None)
+    if browser is None:
+        sys.exit("Chromium is not installed (Debian: apt-get install chromium)")
+    target = IMAGES / f"{name}.png"
+    with tempfile.TemporaryDirectory(prefix="dstune-") as profile:
+        flags = [f"--user-data-dir={profile}", f"--window-size={width},{height}", f"--screenshot={target}"]
+        if dark:
+            flags.append("--blink-settings=preferredColorScheme=0")
+        subprocess.run([browser, *CHROMIUM, *flags, page.resolve().as_uri()], check=True, capture_output=True)
+    with Image.open(target) as image:
+        few = image.convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(target, optimize=True)
+    size = target.stat().st_size
+    print(f"{target}: {width} x {height}, {size / 1000:.0f} kB")
+    if size > MOST_BYTES:
+        sys.exit(f"{target} is larger than {MOST_BYTES / 1000:.0f} kB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/screenshots"), help="default runs/screenshots")
+    folder = parser.parse_args().runs
+    chat = trained(folder / "chat", *CHAT, "run.name=chitchat")
+    rates = [
+        trained(folder / f"lr-{rate}", *SENTIMENT, f"optimizer.lr={rate}", f"run.name=lr-{rate}") for rate in RATES
+    ]
+    dstune("report", str(chat))
+    dstune("report", *map(str, rates), "--output", str(folder / "compare.html"))
+    dstune("data", "show", *CHAT, "--rows", "2", "--html", str(folder / "rows.html"))
+    IMAGES.mkdir(exist_ok=True)
+    picture(chat / "report.html", "report-desktop", 1280, 1480)
+    picture(chat / "report.html", "report-phone", 390, 1500)
+    picture(folder / "compare.html", "report-compare-dark", 1280, 1330, dark=True)
+    picture(folder / "rows.html", "data-show", 1280, 1330)
+
+
+if __name__ == "__main__":
+    main()
