@@ -162,20 +162,7 @@ def check_free(out: Path, force: bool) -> None:
 
 def main(argv: list[str]) -> int:
     """`dstune export RUN`. Raises UserError; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
-    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
-    parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
-    parser.add_argument(
-        "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
-    )
-    parser.add_argument(
-        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of weight files (default 5GB)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a former export")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     run_dir = run_directory(arguments.run)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
     method = read_run(run_dir / "run.yaml").config.method
@@ -203,6 +190,23 @@ def main(argv: list[str]) -> int:
     if kind == "adapter" and problems:
         print(f"vLLM does not serve this adapter ({'; '.join(problems)}): --merge gives a model that it serves")
     return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
+    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
+    parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
+    parser.add_argument(
+        "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
+    )
+    parser.add_argument(
+        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of weight files (default 5GB)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a former export")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
 
 def run_directory(path: Path) -> Path:

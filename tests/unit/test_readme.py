@@ -17,7 +17,7 @@ from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = (ROOT / "docs" / "tracking.md",)
+GUIDES = (ROOT / "docs" / "tracking.md", ROOT / "docs" / "export.md")
 """Their commands are checked as the README's are."""
 
 
@@ -55,6 +55,17 @@ def test_every_command_is_one_that_exists():
         else:
             assert command[0] in {"pip", "deepspeed", "srun", "mpirun"}
     assert len(TRAIN) >= 8
+
+
+def test_flags_of_export_and_generate_exist():
+    from dstune import generate
+    from dstune.checkpoint import export
+
+    parsers = {"export": export._parser(), "generate": generate._parser()}
+    found = [command for command in commands() if command[0] == "dstune" and command[1] in parsers]
+    assert len(found) >= 9
+    for command in found:
+        parsers[command[1]].parse_args(command[2:])  # exits where a flag does not exist
 
 
 def test_groups_and_keys_are_those_of_the_schema():
