@@ -250,7 +250,8 @@ class Builder:
     def _read(self, part: str, work: Path, bad: BadRows) -> dict[str, Table]:
         read = {}
         for name, source in self._inputs[part].items():
-            rows = source.stream and source.stream.take(self._begin, source.config.data.stream_rows)
+            stream = source.stream
+            rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
             read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
         return read
 
@@ -262,7 +263,7 @@ class Builder:
             return _choose(tables, self._config)
         train = tables["train"]
         known = np.isin(train.hashes, self._held_out)
-        if self._config.data.clean.leaks:
+        if self._config.data.clean.leaks and train.text_keys is not None:
             known |= np.isin(train.text_keys, self._held_out)
         return {"train": _Rows(train, train.rows[~known[train.rows]])}
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import RunConfig
+from dstune.data.files import DataFile
 from dstune.data.ingest import ROW_SCHEMA, Table, load_table
 from dstune.data.split import lowest
 
@@ -21,7 +22,9 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
 
     Each source keeps `max_rows` rows at most. Rows are numbered anew.
     """
-    numbers, files, first_row = [], [], 0
+    numbers: list[np.ndarray] = []
+    files: list[DataFile] = []
+    first_row = 0
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for number, (name, table) in enumerate(tables.items()):
             kept = capped(table.hashes, config.data.mixture[name].max_rows)
