@@ -14,6 +14,23 @@ from dstune.report.run_files import find_runs
 
 def main(argv: list[str]) -> int:
     """`dstune report RUN [RUN...] [--output FILE] [--json]`. Raises UserError; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    runs = find_runs(arguments.runs)
+    target = arguments.output or _default_target(arguments.runs, runs)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(runs, target)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        raise UserError(Problem("--output", reason, "give a file in a folder of yours", str(target))) from None
+    if arguments.json:
+        print(json.dumps({"report": str(target), "runs": [str(run) for run in runs]}))
+    else:
+        print(target)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dstune report",
         description="One self-contained HTML page about a run, a sweep, or several runs side by side.",
@@ -28,20 +45,7 @@ def main(argv: list[str]) -> int:
         help=f"where to write it (default {REPORT_FILE} in the directory of the run, or of the first folder given)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: report, runs")
-    arguments = parser.parse_args(argv)
-    runs = find_runs(arguments.runs)
-    target = arguments.output or _default_target(arguments.runs, runs)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(runs, target)
-    except OSError as error:
-        reason = f"cannot be written: {error.strerror}"
-        raise UserError(Problem("--output", reason, "give a file in a folder of yours", str(target))) from None
-    if arguments.json:
-        print(json.dumps({"report": str(target), "runs": [str(run) for run in runs]}))
-    else:
-        print(target)
-    return EXIT_DONE
+    return parser
 
 
 def _default_target(given: list[Path], runs: list[Path]) -> Path:

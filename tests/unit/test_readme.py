@@ -68,6 +68,25 @@ def test_flags_of_export_and_generate_exist():
         parsers[command[1]].parse_args(command[2:])  # exits where a flag does not exist
 
 
+def test_commands_of_report_and_data_show_are_understood():
+    from dstune.launch import train
+    from dstune.report import command as report
+    from dstune.show import command as show
+
+    reports = [command[2:] for command in commands() if command[:2] == ["dstune", "report"]]
+    shows = [command[3:] for command in commands() if command[:3] == ["dstune", "data", "show"]]
+    assert len(reports) >= 2
+    assert len(shows) >= 2
+    for arguments in reports:
+        report._parser().parse_args(arguments)
+    for arguments in shows:
+        _, rest = show._parse(arguments)
+        overrides = [word for word in rest if "=" in word]
+        assert not train.hydra_flags(overrides).shows
+        assert len(rest) - len(overrides) <= 1, "the PATH of a run"
+        validate(compose(overrides).config)
+
+
 def test_groups_and_keys_are_those_of_the_schema():
     with session() as hydra:
         table = groups_table(group_options(hydra))
