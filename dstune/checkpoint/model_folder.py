@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dstune.checkpoint import store
 from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import BaseWeights, Source, saved_tensors, write_safetensors
+from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, LoraConfig, ModelConfig, RunConfig
 from dstune.data.stopping import stop_token_ids
 from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
@@ -242,6 +243,9 @@ def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token
 
 
 def base_name(config: ModelConfig) -> str:
-    """The base model as others find it: a folder's whole path, or the hub id."""
+    """The base model as others find it: a folder's whole path, the hub id, or what stands for a value of the
+    environment, which `generate` resolves again."""
+    if isinstance(config.path, EnvironmentText):
+        return config.path.reference
     local = local_path(config.path)
     return str(Path(local).resolve()) if Path(local).exists() else local

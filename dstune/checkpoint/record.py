@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
+from dstune.config.convert import EnvironmentText
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import ClassificationConfig, RunConfig
 
@@ -64,6 +65,8 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
 
 def public_name(path: str) -> str:
     """A hub id or sample as it is, and of a local folder the name only: its path is nobody else's business."""
+    if isinstance(path, EnvironmentText):
+        return path.reference
     if path.startswith("sample://"):
         return path
     return Path(path).name if Path(path).exists() or path.startswith(("/", ".", "~")) else path

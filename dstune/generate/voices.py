@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint.record import read_record
+from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, ModelConfig
 from dstune.errors import Problem, UserError
 
@@ -163,7 +164,10 @@ def _base_of(found: _Found) -> ModelConfig:
     if found.adapter_folder is None:
         return found.config
     settings = _settings(found.adapter_folder)
-    return replace(found.config, path=settings["base_model_name_or_path"], revision=settings.get("revision"))
+    path = settings["base_model_name_or_path"]
+    if ENVIRONMENT in path:  # saved without the value, as everything is
+        path = resolve_text(path, str(found.adapter_folder / "adapter_config.json"))
+    return replace(found.config, path=path, revision=settings.get("revision"))
 
 
 def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
