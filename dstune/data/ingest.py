@@ -85,7 +85,7 @@ class Table:
     kept: np.ndarray | None = None
     """Which rows cleaning left, bool [rows]; None before it."""
     text_keys: np.ndarray | None = None
-    """Equal for rows of equal text (`clean.rows.text_key`), uint64 [rows]; None before cleaning."""
+    """Equal for rows of equal text (the second of `clean.rows.keys`), uint64 [rows]; None before cleaning."""
     bad_examples: tuple[dict[str, str], ...] = ()
     """The first of the bad rows: `place` and, as `text`, the reason."""
 

@@ -249,8 +249,8 @@ class RowTokenizer:
             segments = kept["token_type_ids"][position] if self._with_segments else None
             length = len(ids)
             if self._control.first(whole):
-                ids, segments, length = self._control.sequence(whole, self._max_length)
-                ids = np.array(ids, dtype=np.int32)
+                tokens, segments, length = self._control.sequence(whole, self._max_length)
+                ids = np.array(tokens, dtype=np.int32)
             elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
                 length = len(self._tokenizer(*whole, verbose=False)["input_ids"])
             sample = Sample(number, ids, empty, length > len(ids), "", length)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dstune.config.data_schema import CleanConfig, Duplicates, Found
 from dstune.data.clean import language, near, sensitive
-from dstune.data.clean.rows import Row, content_key, is_empty, map_texts, near_text, text_key, texts
+from dstune.data.clean.rows import Row, is_empty, keys, map_texts, near_text, texts
 from dstune.data.clean.unicode import clean_unicode
 from dstune.data.control import ControlTokens
 from dstune.data.rows import canonical
@@ -79,7 +79,7 @@ class Cleaner:
             canonical(result.row) if result.changed and not result.removed else None
             for result in results  # None: as it was
         ]
-        kept = [not result.removed for result in results]
+        both_keys = [(0, 0) if result.removed else keys(result.row) for result in results]
         columns = {
             "row": [None if row is None else row.decode("utf-8") for row in rows],
             "hash": [0 if row is None else content_hash(row, self._seed) for row in rows],
@@ -87,8 +87,8 @@ class Cleaner:
             "changed": [",".join(result.changed) for result in results],
             "flagged": [",".join(result.flagged) for result in results],
             "note": [json.dumps(result.notes) if result.notes else "" for result in results],
-            "key": [content_key(result.row) if keep else 0 for result, keep in zip(results, kept, strict=True)],
-            "text_key": [text_key(result.row) if keep else 0 for result, keep in zip(results, kept, strict=True)],
+            "key": [of_row for of_row, _ in both_keys],
+            "text_key": [of_text for _, of_text in both_keys],
             "signature": [near.signature(near_text(result.row)) if self._near else b"" for result in results],
         }
         schema = self.features.arrow_schema

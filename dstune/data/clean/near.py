@@ -3,7 +3,7 @@
 A text is the set of its runs of 5 characters. Its signature (MinHash: Broder 1997) is 256 numbers; the share of equal
 numbers in two signatures estimates the Jaccard index of the sets. Rows that agree in one of 64 groups of 4 numbers are
 compared (locality-sensitive hashing: Indyk and Motwani 1998): a pair of index J is missed with probability
-(1 - J^4)^64. Copies with 5% of the characters edited at random have J = 0.63, so all but 4 in 100,000 of them meet;
+(1 - J^4)^64. Copies with 5% of the characters edited at random have J = 0.63, so all but 2 in 100,000 of them meet;
 with 10%, J = 0.42 and one in 8 is missed.
 
 The groups are sorted one after the other instead of being kept in an index, so memory holds 40 bytes for each row; the

@@ -66,16 +66,16 @@ def comparable(text: str) -> str:
     return " ".join(text.split())
 
 
-def content_key(row: Row) -> int:
-    """64-bit hash, equal for rows that differ in white space only (runs of it, and at the ends of texts)."""
-    content = json.dumps(map_texts(row, comparable), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"))
+def keys(row: Row) -> tuple[int, int]:
+    """Two 64-bit hashes of a row, white space apart (runs of it count as one space, at the ends of texts as none).
 
-
-def text_key(row: Row) -> int:
-    """As `content_key`, of the texts alone: without label, system prompt and tools."""
-    content = "\x1f".join(comparable(text) for text in texts(row))
-    return xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"))
+    Equal for rows that are equal; and equal for rows of equal text, whatever their label, system prompt and tools.
+    """
+    row = map_texts(row, comparable)
+    content = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    said = "\x1f".join(texts(row))
+    first, second = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in (content, said))
+    return first, second
 
 
 def near_text(row: Row) -> str:

@@ -72,15 +72,11 @@ _REST = re.compile(r"[A-Za-z0-9_\-]*")
 
 @cache
 def _secret_detectors() -> list[Any]:
-    require("detect_secrets", "data.clean.secrets")
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-    from detect_secrets.plugins.base import RegexBasedDetector
-
-    classes = sorted(get_mapping_from_secret_type_to_class().values(), key=lambda detector: detector.__name__)
+    kinds = require("detect_secrets.core.plugins.util", "data.clean.secrets").get_mapping_from_secret_type_to_class()
+    by_pattern = require("detect_secrets.plugins.base", "data.clean.secrets").RegexBasedDetector
+    classes = sorted(kinds.values(), key=lambda detector: detector.__name__)
     return [
-        detector()
-        for detector in classes
-        if issubclass(detector, RegexBasedDetector) and detector.__name__ not in NO_SECRETS
+        detector() for detector in classes if issubclass(detector, by_pattern) and detector.__name__ not in NO_SECRETS
     ]
 
 
