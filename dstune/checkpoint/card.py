@@ -143,13 +143,12 @@ def _settings(config: RunConfig, state: Mapping[str, Any]) -> str:
         "ranks": state.get("world_size"),
         "ZeRO stage": state.get("zero_stage"),
     }
-    for section in (
-        config.optimizer,
-        config.schedule,
-        *([config.method] if isinstance(config.method, LoraConfig) else []),
-    ):
-        for key, value in asdict(section).items():
-            values[section.name if key == "name" else f"{section.name}: {key}"] = "" if key == "name" else value
+    sections: dict[str, Any] = {"optimizer": config.optimizer, "schedule": config.schedule}
+    if isinstance(config.method, LoraConfig):
+        sections["method"] = config.method
+    for name, section in sections.items():
+        values[name] = section.name
+        values |= {f"{name}.{key}": value for key, value in asdict(section).items() if key != "name"}
     rows = [
         [key, f"{value:,}" if type(value) is int else _text(value)]
         for key, value in values.items()
@@ -191,7 +190,7 @@ def _licence(path: str) -> str | None:
     if not card.is_file():
         return None
     try:
-        licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+        licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict().get("license")
     except ValueError:
         return None
     return licence if isinstance(licence, str) else None

@@ -214,7 +214,7 @@ class Writer:
         return self._controls[name]
 
     def _template(self, name: str) -> str:
-        from dstune.data.render import freeze_date
+        from dstune.data.template_date import freeze_date
 
         if name not in self._templates:
             voice = self._voices[name]

@@ -385,7 +385,14 @@ def test_the_model_card(shelf):
     state = store.read_state(store.newest(shelf.run("lora-2")))
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert metrics == {name: value for name, value in state["metrics"].items() if name != "targets"}
-    for expected in ("AutoPeftModelForCausalLM", "| adamw |", "`chat.jsonl`", "rank | 4", "| train |", "torch "):
+    for expected in (
+        "AutoPeftModelForCausalLM",
+        "| optimizer | adamw |",
+        "`chat.jsonl`",
+        "| method.rank | 4 |",
+        "| train |",
+        "torch ",
+    ):
         assert expected in card.content
     assert str(shelf.folder) not in card.content, "paths of this machine are nobody else's business"
 

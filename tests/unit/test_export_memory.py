@@ -95,7 +95,10 @@ def test_an_export_needs_two_files_of_weights_in_memory(model, tmp_path, how):
         weights, overrides = {}, ["method=lora", "method.rank=4", "method.target_modules=[q_proj]"]
         for layer in range(SIZES["num_hidden_layers"]):
             name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora"
-            weights |= {f"{name}_A.default.weight": torch.randn(4, 512), f"{name}_B.default.weight": torch.randn(512, 4)}
+            weights |= {
+                f"{name}_A.default.weight": torch.randn(4, 512),
+                f"{name}_B.default.weight": torch.randn(512, 4),
+            }
     run_dir = save_run(tmp_path, model, weights, *overrides)
     peak = peak_mb(run_dir, tmp_path / "out", how)
     # A tensor is read before it joins its file; the rest is room for tokenizer, model objects and allocator.
