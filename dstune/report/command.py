@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+from dstune.arguments import VerbParser
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.report.page import REPORT_FILE, write
 from dstune.report.run_files import find_runs
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> VerbParser:
+    parser = VerbParser(
         prog="dstune report",
         description="One self-contained HTML page about a run, a sweep, or several runs side by side.",
     )

@@ -141,8 +141,10 @@ def _steps(counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _step(name: str, entry: Mapping[str, Any], examples: list[tuple[str, str]]) -> Step:
-    shown = [number(entry[key]) if entry.get(key) else "" for key in ("removed", "changed", "flagged")]
-    return Step(name.replace("_", " "), *shown, examples)
+    def shown(key: str) -> str:
+        return number(entry[key]) if entry.get(key) else ""
+
+    return Step(name.replace("_", " "), shown("removed"), shown("changed"), shown("flagged"), examples)
 
 
 def _examples(counts: Mapping[str, Any], name: str) -> list[tuple[str, str]]:

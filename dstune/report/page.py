@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +14,7 @@ from dstune.report import configuration, curves, data_section, numbers, samples
 from dstune.report.html import render
 from dstune.report.results import Figure, Outcome, figures, outcome, outcomes_table
 from dstune.report.run_files import RunFiles, read, section
-from dstune.report.series import collect
+from dstune.report.series import Series, collect
 
 REPORT_FILE = "report.html"
 
@@ -54,7 +54,10 @@ def report(runs: Sequence[RunFiles]) -> str:
     """The HTML of one run, or of several side by side."""
     labels = _labels(runs)
     curves_of = [collect(run.metrics) for run in runs]
-    shown = [_shown(run, label, number) for number, (run, label) in enumerate(zip(runs, labels, strict=True))]
+    shown = [
+        _shown(run, label, number, metrics)
+        for number, (run, label, metrics) in enumerate(zip(runs, labels, curves_of, strict=True))
+    ]
     charts = curves.charts(runs, curves_of, labels)
     return render(
         "report.html.j2",
@@ -70,8 +73,7 @@ def report(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _shown(run: RunFiles, label: str, number: int) -> Shown:
-    metrics = collect(run.metrics)
+def _shown(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series]) -> Shown:
     return Shown(
         label=label,
         colour=number % curves.COLOURS,
@@ -126,7 +128,7 @@ def _confusion(run: RunFiles) -> dict[str, Any] | None:
     labels = run.result.get("labels") or section(run.config, "task").get("labels") or []
     if len(labels) != len(counts):
         labels = [f"class {number}" for number in range(len(counts))]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, row in zip(labels, counts, strict=True):
         total = sum(row)
         cells = [

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dstune.arguments import VerbParser
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, Problem, UserError
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[Options, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = VerbParser(
         prog="dstune data show",
         usage="dstune data show [RUN] [key=value ...] [flags]",
         description="Rows as the model sees them, with the trained tokens marked, and what there is to know of all rows.",

@@ -94,14 +94,16 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
     if config.data.packing:
         report = with_packing(report, {split: part.lengths}, config.data.max_length)
     found = len(part.lengths)
-    chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)) if count else []
+    chosen: list[int] = []
+    if count:
+        chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)).tolist()
     samples, answers = repetitions(part, tokenizer)
     return Shown(
         model=shown(config.model.path),
         task=config.task.name,
         split=split,
         samples=found,
-        rows=[_row(config, data, part, tokenizer, int(number)) for number in chosen],
+        rows=[_row(config, data, part, tokenizer, number) for number in chosen],
         report=report[split],
         data={"max_length": config.data.max_length, "packing": config.data.packing},
         duplicates=samples,
