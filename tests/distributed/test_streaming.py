@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from support.command import Commands, exact, metrics, ranks_of, result, wait_until
+from support.command import Commands, exact, metrics, ranks_of, wait_until
 from support.tiny import save_decoder, write_dialogues
 
 from dstune.checkpoint.shards import Weights
@@ -84,4 +82,36 @@ def test_killed_twice_and_continued_is_the_undisturbed_run(workplace, data, requ
 
 
 def test_a_stream_goes_on_without_its_cache_and_on_one_rank(workplace):
-    """The position in the checkpoint is enough: the blocks prepared before are gone."""
+    """The position in the checkpoint is enough: all that was prepared is gone, and the ranks are others."""
+    whole, moved = workplace.folder / "stream-whole", workplace.folder / "stream-moved"
+    if not whole.exists():
+        assert workplace.run("train", *overrides(whole.name, *STREAM)).returncode == 0
+    kill_at(workplace, moved, 27, overrides(moved.name, *STREAM))
+    shutil.rmtree(workplace.folder / "cache")
+    again = workplace.run("train", *overrides(moved.name, *STREAM, "launch.processes=1"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    expected, found = ([row for row in metrics(run) if "loss" in row] for run in (whole, moved))
+    for name in ("step", "epoch", "tokens"):
+        assert [row[name] for row in found] == [row[name] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert not list((workplace.folder / "cache" / "stream").iterdir())  # a run that ends leaves no block
+
+
+def test_changed_shards_and_bad_rows_are_named(workplace):
+    folder = workplace.folder
+    for number in range(2):
+        write_dialogues(folder / f"part-{number}.jsonl", 60, seed=20 + number)
+    data = ("data.train='part-*.jsonl'", "data.streaming=true", "data.stream_rows=30", "data.packing=false")
+    few = ("trainer.max_steps=6", "launch.processes=1", "evaluate.every=0")
+    assert workplace.run("train", *overrides("changed", *data, *few)).returncode == 0
+    with (folder / "part-1.jsonl").open("a") as stream:
+        stream.write('{"messages": []}\n')
+    refused = workplace.run("train", *overrides("changed", *data, *few, "trainer.max_steps=40"))
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "bring back the rows" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    failed = workplace.run("train", *overrides("bad", *data, *few, "trainer.max_steps=40"))
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert "part-1.jsonl:61" in failed.stderr
+    assert "data.on_bad_row=skip" in failed.stderr
+    assert "Traceback" not in failed.stderr
