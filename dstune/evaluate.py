@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dstune.arguments import VerbParser
 from dstune.checkpoint.export import exported
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = VerbParser(
         prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows."
     )
     parser.add_argument("target", metavar="RUN|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME")

@@ -6,7 +6,6 @@ The folder is made aside and renamed when it is whole. What is in it: weights, c
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import logging
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import write_record
@@ -192,8 +192,8 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
+def _parser() -> VerbParser:
+    parser = VerbParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
     parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")

@@ -111,7 +111,7 @@ def shell_completion(request: Sequence[str], verbs: Sequence[str]) -> None:
     """
     from dstune.config.hydra_session import program_name, session
 
-    usage = "dstune --shell-completion install=bash (or zsh, fish; uninstall=...)"
+    usage = "dstune completion bash (or zsh, fish); dstune --shell-completion uninstall=bash takes it back"
     command, _, shell = request[0].partition("=") if len(request) == 1 else ("", "", "")
     if command not in ("install", "uninstall", "query"):
         raise UserError(Problem("--shell-completion", "expected one of install=, uninstall=, query=", usage))
@@ -126,9 +126,7 @@ def shell_completion(request: Sequence[str], verbs: Sequence[str]) -> None:
         plugins = hydra.get_shell_to_plugin_map(hydra.config_loader)
         if shell not in plugins:
             raise UserError(
-                Problem(
-                    "--shell-completion", f"no completion for this shell: there is {', '.join(plugins)}", usage, shell
-                )
+                Problem("completion", f"no completion for this shell: there is {', '.join(plugins)}", usage, shell)
             )
         with program_name():
             getattr(plugins[shell][0], command)()

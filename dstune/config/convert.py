@@ -6,6 +6,7 @@ is written (run.yaml, the configuration sent to a tracker) holds the reference o
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dstune.config.names import classes_of, entry_class, nearest, sections, suggest_key, type_hints
+from dstune.config.names import all_keys, classes_of, entry_class, nearest, sections, suggest_key, type_hints
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.errors import Problem, UserError
 from dstune.redact import remember
@@ -116,13 +117,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     if is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
+    wanted = describe(hint)
     if is_optional(hint):
         if value is None:
             return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if isinstance(value, str) and not isinstance(value, EnvironmentText) and ENVIRONMENT in value:
         value = resolve_text(value, where)
-    wrong = UserError(Problem(where, f"expected {describe(hint)}", _fix(value, hint, where), shown(value)))
+    wrong = UserError(Problem(where, f"expected {wanted}", _fix(value, hint, where), shown(value)))
     if hint is Any:
         return _plain_any(value, where)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -196,12 +198,17 @@ def _fix(value: Any, hint: Any, where: str) -> str:
     """How to write what was probably meant, where that can be told."""
     if isinstance(hint, type) and issubclass(hint, Enum):
         similar = nearest(str(value).lower(), hint.__members__, cutoff=0.5)
-        return f"{where}={similar}" if similar else ""
+        if similar:
+            return f"{where}={similar}"
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"{where}={int(value)}"  # 1e3
     if typing.get_origin(hint) is list and isinstance(value, (str, int, float)):
         return f"{where}=[{shown(value)}]"
-    return ""
+    if typing.get_origin(hint) is dict and (pair := re.fullmatch(r"(\w+):(\S+)", str(value))):
+        return f"'{where}={{{pair[1]}: {pair[2]}}}'"  # without quotes, bash takes the braces for alternatives
+    from dstune.config.words import example
+
+    return example(where) if where in all_keys() else ""
 
 
 # ---- the tree ----

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dstune.config.names import all_keys, nearest, suggest_key
+from dstune.config.words import meaning
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +24,19 @@ UNSUPPORTED = {
     "--config-path": "--config-dir FOLDER adds groups of your own",
     "--experimental-rerun": "run.resume=PATH continues a run",
 }
+
+OTHER_VERBS = {
+    "--checkpoint": "export` and `dstune generate",
+    "--prompt": "generate",
+    "--input": "generate",
+    "--split": "evaluate",
+    "--merge": "export",
+    "--out": "export",
+    "--verify": "checkpoints",
+    "--prune": "checkpoints",
+    "--now": "cancel",
+}
+"""Flags of other verbs."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,8 @@ class Flags:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(Problem("command line", message, "`dstune train --help` shows the flags"))
+        fix = "--cfg job shows the configuration" if "--cfg" in message else "`dstune train --help` shows the flags"
+        raise UserError(Problem("command line", message, fix))
 
 
 def _parser() -> _Parser:
@@ -78,7 +94,8 @@ def hydra_flags(argv: Sequence[str]) -> Flags:
             words[i] = "--info=all"  # its value may be left out, and argparse would take the next override for it
     parsed, unknown = _parser().parse_known_intermixed_args(words)
     # A word without dashes here is the value of the unknown flag before it.
-    problems = [_unknown_flag(flag) for flag in unknown if flag.startswith("-")]
+    following = dict(itertools.pairwise(words))
+    problems = [_unknown_flag(flag, following.get(flag, "")) for flag in unknown if flag.startswith("-")]
     if parsed.multirun:
         problems.append(Problem("--multirun", UNSUPPORTED["--multirun"], "start one command for each"))
     problems += [
@@ -106,13 +123,24 @@ def hydra_flags(argv: Sequence[str]) -> Flags:
     )
 
 
-def _unknown_flag(flag: str) -> Problem:
-    """`--max-steps 5` of another tool is a key here, `--cgf` a mistyped flag."""
-    name, _, value = flag.partition("=")
+def _unknown_flag(flag: str, following: str) -> Problem:
+    """`--max-steps 5` of another tool is a key here, `--cgf` a mistyped flag; `following` is the word behind it."""
+    name, equals, value = flag.partition("=")
+    if not equals and not following.startswith("-"):
+        value = following
+    plain = name.lstrip("-").replace("-", "_")
+    if plain in ("resume", "resume_from_checkpoint"):
+        run = value or "RUN"
+        fix = f"`dstune train {run}` continues a run; run.resume={run} starts another one from its newest checkpoint"
+        return Problem(name, "settings are keys, not flags", fix, value)
+    if verbs := OTHER_VERBS.get(name):
+        return Problem(name, "this verb has no such flag", f"it belongs to `dstune {verbs}`", value)
+    if plain in ("config", "config_file"):
+        return Problem(name, "there is no such flag", meaning(value or "NAME.yaml") or "", value)
     known = [option for option in _parser()._option_string_actions if option.startswith("--")]
     if similar := nearest(name, known, cutoff=0.75):
         return Problem(name, "there is no such flag", f"did you mean {similar}?", value)
-    if key := suggest_key(name.lstrip("-").replace("-", "_"), all_keys()):
+    if key := suggest_key(plain, all_keys()):
         return Problem(name, "settings are keys, not flags", f"write {key}={value or 'VALUE'}", value)
     return Problem(name, "there is no such flag", "`dstune train --help` shows flags and keys", value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,9 @@ def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[
 
 def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
     """The problem with a choice that a group does not have."""
-    similar = nearest(choice, options)
+    similar = nearest(choice, options) or next((option for option in options if option.endswith(choice)), None)
     fix = f"did you mean {group}={similar}?" if similar else f"one of {', '.join(options)}"
+    key = {"data": "data.train", "model": "model.path"}.get(group)
+    if key and re.search(r"[/.~]|^sample:", choice) and not (similar and "/" not in choice):
+        fix = f"{group}= takes a name; rows and models of yours go into {key}={choice}"
     return Problem(group, f"there is no such {group}", fix, choice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ OTHER_TOOLS = {
     "gradient_accumulation_steps": "trainer.global_batch_size",
     "num_train_epochs": "trainer.epochs",
     "num_epochs": "trainer.epochs",
+    "num_steps": "trainer.max_steps",
     "steps": "trainer.max_steps",
     "max_grad_norm": "trainer.grad_clip",
     "gradient_clipping": "trainer.grad_clip",
@@ -80,8 +81,8 @@ def default_classes() -> dict[str, type]:
 
 def entry_class(hint: Any) -> type | None:
     """The class of the entries of a mapping of sections by name (`data.mixture`), None for every other type."""
-    arguments = typing.get_args(hint)
-    return arguments[1] if typing.get_origin(hint) is dict and is_dataclass(arguments[1]) else None
+    cls = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return cls if isinstance(cls, type) and is_dataclass(cls) else None
 
 
 def entry_leaves(key: str, mapping: str, cls: type) -> dict[str, Any]:
@@ -115,6 +116,18 @@ def all_keys() -> dict[str, Any]:
     }
 
 
+def default_of(key: str) -> Any:
+    """The default of a dotted key of `all_keys`, in the first choice that has it."""
+    section, *path = key.split(".")
+    for cls in classes_of(section).values():
+        value = cls()
+        for name in path:
+            value = getattr(value, name, MISSING)
+        if value is not MISSING:
+            return value
+    raise KeyError(key)
+
+
 def names_choice(key: str) -> bool:
     """Whether the key is the `name` by which a section's class is known (`method.name`): chosen, not set."""
     section, _, name = key.partition(".")
@@ -141,7 +154,8 @@ def suggest_key(key: str, valid: Iterable[str]) -> str | None:
     section = key.rpartition(".")[0]
     siblings = {name.rsplit(".", 1)[-1]: name for name in valid if section and name.startswith(f"{section}.")}
     others = {name.rsplit(".", 1)[-1]: name for name in valid}
-    for known_names, cutoff in ((siblings, 0.6), (others, 0.75)):
+    # Inside a section that exists, a key of another one has to be nearly the same: launch.nodes is not tracking.notes.
+    for known_names, cutoff in ((siblings, 0.6), (others, 0.9 if section in sections() else 0.75)):
         if similar := nearest(last, known_names, cutoff):
             return known_names[similar]
     return nearest(plain, valid, cutoff=0.8)

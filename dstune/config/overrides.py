@@ -7,12 +7,14 @@ one command line with three mistakes gets one answer with three fixes.
 from __future__ import annotations
 
 import re
+import shlex
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import build, convert, shown
+from dstune.config.convert import build, convert, is_optional, shown
 from dstune.config.names import (
     all_keys,
     choices_with,
@@ -26,12 +28,14 @@ from dstune.config.names import (
     suggest_key,
 )
 from dstune.config.schema import CHOICES
+from dstune.config.words import meaning, rejoined
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 QUOTED_FIX = "quote the value for Hydra inside quotes for the shell: '{key}=\"{value}\"'"
+ENTRY = "for example trainer.max_steps=100"
 
 
 def key_of(text: str) -> str:
@@ -57,45 +61,62 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 
     parser = OverridesParser.create()
     parsed: list[Override] = []
-    problems: list[Problem] = []
-    for text in texts:
+    texts, problems = rejoined(texts)
+    for before, text in zip(["", *texts], texts, strict=False):
         try:
             override = parser.parse_override(text)
         except HydraException:
-            problems.append(_grammar_problem(text))
+            problems.append(_grammar_problem(text, before))
             continue
         override.input_line = text
         if override.is_sweep_override():
             key, value = override.key_or_group, text.split("=", 1)[1]
-            fix = f"for a list write {key}=[{value}]; " + QUOTED_FIX.format(key=key, value=value)
-            problems.append(Problem(key, "several values would be a sweep, which this command does not do", fix, value))
+            reason = "several values would be a sweep, which this command does not do"
+            problems.append(Problem(key, reason, _one_value(key, value), value))
         else:
             parsed.append(override)
     return parsed, problems
 
 
-def _grammar_problem(text: str) -> Problem:
+def _one_value(key: str, value: str) -> str:
+    """How several values (`a,b`) were meant for a key that takes one."""
+    hint = all_keys().get(key)
+    if typing.get_origin(hint) in (list, tuple):
+        return f"{key}=[{value}]"
+    if hint is str or (hint is not None and is_optional(hint) and str in typing.get_args(hint)):
+        return QUOTED_FIX.format(key=key, value=value)
+    return f"start one command for each, the first with {key}={value.split(',')[0]}"
+
+
+def _closed(key: str, value: str) -> str:
+    """The value with the brackets that are missing at its end, or as text with brackets in it."""
+    opened: list[str] = []
+    for character in value:
+        if character in "[{":
+            opened.append({"[": "]", "{": "}"}[character])
+        elif character in "]}" and (not opened or opened.pop() != character):
+            return QUOTED_FIX.format(key=key, value=value)
+    return shlex.quote(f"{key}={value}{''.join(reversed(opened))}")
+
+
+def _grammar_problem(text: str, before: str) -> Problem:
+    """What is wrong with a word; `before` is the one in front of it."""
     key, equals, value = text.partition("=")
+    key = key.lstrip("+")
     if not equals:
-        return Problem(text or "''", "expected KEY=VALUE", _without_value(text))
+        fix = meaning(text) or ENTRY
+        if "=" in before and not before.startswith("~") and text:  # `run.name=my run` without quotes
+            fix = f"{fix}; or does it belong to the word before? Then quote both: {shlex.quote(f'{before} {text}')}"
+        return Problem(text or "''", "expected KEY=VALUE", fix)
     if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
-        return Problem(key, "a bracket of the value is not closed", QUOTED_FIX.format(key=key, value=value), value)
-    if not re.fullmatch(r"[+~]{0,2}[\w./@:-]+", key):
-        return Problem(key, "this is no name of a key", _without_value(key), value)
+        return Problem(key, "a bracket of the value is not closed", _closed(key, value), value)
+    if not re.fullmatch(r"~{0,2}[\w./@:-]+", key):
+        return Problem(key, "this is no name of a key", meaning(key) or ENTRY, value)
+    if value.startswith("~"):
+        return Problem(key, "the shell did not expand the ~", f"{key}={Path(value).expanduser()}", value)
     return Problem(
         key, "the value has characters with a meaning in Hydra", QUOTED_FIX.format(key=key, value=value), value
     )
-
-
-def _without_value(word: str) -> str:
-    """How a word without `=` was probably meant."""
-    for section, choices in CHOICES.items():
-        if word in choices:
-            return f"did you mean {section}={word}?"
-    if word in sections():
-        return f"write {word}=CHOICE or {word}.KEY=VALUE"
-    similar = suggest_key(word, all_keys())
-    return f"did you mean {similar}=VALUE?" if similar else "for example trainer.max_steps=100"
 
 
 def is_group_choice(override: Override, groups: Mapping[str, Sequence[str]]) -> bool:
@@ -298,6 +319,7 @@ def _unknown_key(
 
 def _carried(similar: str, key: str, value: str) -> str:
     """The value for a suggested key; that of another tool's switch (`bf16=true`) is the switch's name."""
-    if similar == "trainer.precision" and key in ("bf16", "fp16"):
-        return key
-    return "ROWS" if key == "gradient_accumulation_steps" else value
+    last = key.rsplit(".", 1)[-1]
+    if similar == "trainer.precision" and last in ("bf16", "fp16"):
+        return last
+    return "ROWS" if last == "gradient_accumulation_steps" else value

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dstune.arguments import VerbParser
 from dstune.config.schema import ModelConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.generate.answers_file import AnswersFile
@@ -51,8 +52,8 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> VerbParser:
+    parser = VerbParser(
         prog="dstune generate",
         description="Text from a run, an export or a model; without prompts, a conversation in the terminal.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
 from dstune.launch import records
@@ -175,8 +175,8 @@ def checkpoints(argv: list[str]) -> int:
     return EXIT_FAILED if any(damaged.values()) else EXIT_DONE
 
 
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"dstune {verb}", description=description)
+def _parser(verb: str, description: str) -> VerbParser:
+    parser = VerbParser(prog=f"dstune {verb}", description=description)
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory, for example runs/NAME/DATE_TIME")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -14,6 +14,7 @@ from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
+from dstune.config.words import meaning
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
@@ -67,11 +68,12 @@ def parse(argv: list[str]) -> Command:
     words = [word for word in argv if word != "--json"]
     run = None
     if words and _is_path(words[0]):
-        path = Path(words.pop(0))
-        if not path.exists() and len(path.parts) == 1:
-            fix = f"write KEY=VALUE, for example experiment={path}, or give a run directory"
-            raise UserError(Problem("command line", "this is neither key=value nor a run directory", fix, str(path)))
+        path = Path(words[0])
+        if not (path / rundir.RUN_FILE).is_file() and (fix := meaning(words[0], words[1:])):
+            reason = "this is neither key=value nor a run directory"
+            raise UserError(Problem("command line", reason, fix, words[0]))
         run = rundir.run_directory(path)
+        del words[0]
     return Command(run, hydra_flags(words), json=len(words) + (run is not None) < len(argv))
 
 

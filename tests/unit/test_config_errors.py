@@ -57,7 +57,7 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("", "''", "", "KEY=VALUE", ""),
         ("run.dir=/a=b", "run.dir", "/a=b", "meaning in Hydra", "'run.dir=\"/a=b\"'"),
         ("tracking.tags=[a", "tracking.tags", "[a", "bracket", ""),
-        ("trainer.seed=1,2", "trainer.seed", "1,2", "sweep", "trainer.seed=[1,2]"),
+        ("trainer.seed=1,2", "trainer.seed", "1,2", "sweep", "trainer.seed=1"),
         # what Hydra has and dstune does not
         ("hydra.run.dir=x", "hydra.run.dir", "x", "hydra.searchpath", "run.dir"),
         ("hydra/launcher=joblib", "hydra/launcher", "joblib", "hydra.searchpath", ""),

@@ -61,7 +61,7 @@ def test_the_value_of_info_may_be_left_out(argv: list[str], info: str, overrides
 @pytest.mark.parametrize(
     ("argv", "where", "text"),
     [
-        (["--max-steps", "5"], "--max-steps", "write trainer.max_steps=VALUE"),
+        (["--max-steps", "5"], "--max-steps", "write trainer.max_steps=5"),
         (["--learning_rate=3"], "--learning_rate", "write optimizer.lr=3"),
         (["--confg-dir=x"], "--confg-dir", "did you mean --config-dir?"),
         (["--zzz"], "--zzz", "no such flag"),
@@ -151,7 +151,8 @@ def test_help_has_groups_keys_and_flags_but_not_the_schema(capsys: pytest.Captur
 
 
 def test_every_key_is_documented_once_for_each_choice():
-    assert {setting.key for setting in documentation()} == {key for key in all_keys() if not names_choice(key)}
+    documented = {setting.key for setting in documentation() if ".NAME." not in setting.key}
+    assert documented == {key for key in all_keys() if not names_choice(key)}
     assert [setting.key for setting in documentation() if not setting.doc.endswith((".", "..."))] == []
     assert len(set(documentation())) == len(documentation())
 
@@ -195,8 +196,8 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
         ("dstune ", list(VERBS)),
         ("dstune e", ["evaluate", "export"]),
         ("dstune train mod", ["model.", "model="]),
-        ("dstune train model=", ["model=llama3_8b", "model=minilm", "model=smollm2"]),
-        ("dstune train experiment=q", ["experiment=quickstart"]),
+        ("dstune train model=mini", ["model=minilm"]),
+        ("dstune train experiment=quick", ["experiment=quickstart"]),
         ("dstune train method=lora method.r", ["method.rank=", "method.rslora="]),
         ("dstune train method=full method.r", []),
         ("dstune train trainer.early", ["trainer.early_stopping."]),

@@ -1,0 +1,26 @@
+"""The parser of the verbs that take arguments of their own: its complaints are those of every other mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from typing import NoReturn
+
+from dstune.errors import Problem, UserError
+
+
+class VerbParser(argparse.ArgumentParser):
+    """`argparse` whose errors are a `UserError` with what to type instead, also as JSON."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        if missing := re.search(r"the following arguments are required: (.+)", message):
+            raise UserError(Problem(missing[1], "this is missing", f"{self.prog} {missing[1].replace(', ', ' ')}"))
+        if unknown := re.search(r"unrecognized arguments: (.+)", message):
+            given = unknown[1].split()[0]
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(given.partition("=")[0], flags, n=1)
+            fix = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` explains what it takes"
+            raise UserError(Problem("command line", "this verb has no such argument", fix, unknown[1]))
+        raise UserError(Problem("command line", message, f"`{self.prog} --help` explains what it takes"))

@@ -1,0 +1,106 @@
+"""What a user may have meant by a word of the command line that is no KEY=VALUE, or that the shell cut in pieces."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shlex
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dstune.config.convert import is_optional, shown
+from dstune.config.names import all_keys, default_of, sections, suggest_key
+from dstune.errors import Problem
+
+DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".zip")
+EXAMPLES = {int: "100", float: "0.1", bool: "true", str: "NAME"}
+"""By type, for keys whose default is nothing."""
+
+
+def typed(key: str, value: str) -> str:
+    """`key=value` as it is typed in a shell."""
+    return shlex.quote(f"{key}={value}")
+
+
+def example(key: str) -> str:
+    """A line that sets `key` to something right."""
+    hint = all_keys()[key]
+    default = default_of(key)
+    if default not in (None, "", [], {}):
+        return f"{typed(key, shown(default))} (the default)"
+    if is_optional(hint):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    other = {list: "[NAME,NAME]", dict: "{NAME: VALUE}"}.get(typing.get_origin(hint), "VALUE")
+    return f"for example {typed(key, EXAMPLES.get(hint, other))}"
+
+
+def meaning(word: str, following: Sequence[str] = ()) -> str | None:
+    """How `word` without `=` was probably meant; None where nothing comes near. `following`: the words behind it."""
+    choices = packaged_choices()
+    if word in all_keys():
+        return example(word)
+    if word in choices and following and following[0] in choices[word]:
+        return f"write {word}={following[0]}"
+    for group, names in choices.items():
+        if word in names:
+            return f"did you mean {group}={word}?"
+    if word in choices:
+        own = f", or {word}.KEY=VALUE" if word in sections() else ""
+        return f"write {word}=CHOICE with one of {', '.join(choices[word])}{own}"
+    if word in sections():
+        return f"write {word}.KEY=VALUE"
+    path = Path(word)
+    if path.suffix in (".yaml", ".yml"):
+        return f"--config-dir FOLDER experiment={path.stem}, with the file as FOLDER/experiment/{path.stem}.yaml"
+    if path.name.lower().endswith(DATA_ENDINGS):
+        return f"did you mean {typed('data.train', word)}?"
+    if (path / "config.json").is_file():
+        return f"did you mean {typed('model.path', word)}?"
+    if len(path.parts) == 1 and (similar := suggest_key(word, all_keys())):
+        return f"did you mean {similar}=VALUE?"
+    return None
+
+
+def packaged_choices() -> dict[str, list[str]]:
+    """The choices of dstune's own groups, from the names of its files (without Hydra, which takes 0.3 s)."""
+    from dstune.config.hydra_session import CONFIG_MODULE, config_folder
+
+    folder: Any = config_folder() or importlib.resources.files(CONFIG_MODULE)
+    groups = [group for group in folder.iterdir() if group.is_dir() and not group.name.startswith("_")]
+    return {
+        group.name: sorted(file.name.removesuffix(".yaml") for file in group.iterdir() if file.name.endswith(".yaml"))
+        for group in sorted(groups, key=lambda group: group.name)
+    }
+
+
+def rejoined(texts: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """The overrides without those that the shell split at a space inside brackets, and a problem for each of these."""
+    whole: list[str] = []
+    problems: list[Problem] = []
+    rest = list(texts)
+    while rest:
+        text = rest.pop(0)
+        key, equals, value = text.partition("=")
+        pieces = _to_the_closing_bracket(value, rest) if equals and _opened(value) > 0 else 0
+        if not pieces:
+            whole.append(text)
+            continue
+        key, value = key.lstrip("+"), " ".join([value, *rest[:pieces]])
+        del rest[:pieces]
+        problems.append(Problem(key, "the shell split this at its spaces", typed(key, value), value))
+    return whole, problems
+
+
+def _to_the_closing_bracket(value: str, following: Sequence[str]) -> int:
+    """How many of the following words belong to `value`; 0 where its bracket is never closed."""
+    opened = _opened(value)
+    for number, word in enumerate(following, start=1):
+        opened += _opened(word)
+        if opened <= 0:
+            return number
+    return 0
+
+
+def _opened(text: str) -> int:
+    return sum(text.count(bracket) for bracket in "[{") - sum(text.count(bracket) for bracket in "]}")
