@@ -89,7 +89,7 @@ class Redacted(io.TextIOBase):
 
     @property
     def buffer(self) -> Any:
-        return self._stream.buffer  # type: ignore[attr-defined]
+        return self._stream.buffer
 
 
 def redact_output() -> None:

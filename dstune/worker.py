@@ -184,7 +184,7 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
     (run_dir / "data_report.json").write_text(redact(json.dumps(data_report(config, run.data), indent=1)))
     run.log.message(
         f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
-        f"ZeRO-{config.zero.stage} on {run.world.size} ranks, {run.engine.device.type} "
+        f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in (run.data.train, run.data.validation, run.data.test) if split}

@@ -44,10 +44,8 @@ class MlflowSink:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=str(Path(uri).absolute()) if "://" not in uri else str(uri))
-        self._run = self._known()
-        if self._run is None:
-            self._run = self._create()
-            self._id.write_text(self._run)
+        self._run = self._known() or self._create()
+        self._id.write_text(self._run)
         for row in past:
             self.write(row)
 

@@ -36,7 +36,7 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(self._folder), purge_step=0 if older else None, flush_secs=FLUSH_SECONDS)
         settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
         for part in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
-            self._writer.file_writer.add_summary(part)
+            self._writer._get_file_writer().add_summary(part)
         self._writer.add_text("configuration", _indented(to_yaml(self._config)))
         for row in past:
             self.write(row)

@@ -10,7 +10,7 @@ import pytest
 
 import dstune
 from dstune.config.convert import EnvironmentText
-from dstune.config.schema import LocalConfig, TrackingConfig
+from dstune.config.schema import LocalConfig, MlflowConfig, TrackingConfig, WandbConfig, WandbMode
 from dstune.errors import UserError
 from dstune.launch import commands
 from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, local_plan, number_of_ranks
@@ -61,10 +61,28 @@ def test_ranks_find_each_other():
 
 def test_inherited_environment_is_a_list():
     (env, _) = plan().env
-    for name in ("PATH", "HOME", "HF_HOME", "WANDB_API_KEY", "NCCL_DEBUG", "https_proxy", "LC_ALL"):
+    for name in ("PATH", "HOME", "HF_HOME", "NCCL_DEBUG", "https_proxy", "LC_ALL"):
         assert env[name] == PARENT[name]
     for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "AWS_SECRET_ACCESS_KEY", "MY_SETTING"):
         assert name not in env
+
+
+def test_keys_go_to_the_rank_that_needs_them():
+    parent = PARENT | {"HF_TOKEN": "hf", "MLFLOW_TRACKING_TOKEN": "ml", "DATABRICKS_TOKEN": "db"}
+    keys = ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
+
+    def given(tracking, **launch):
+        config = run_config(launch=LocalConfig(processes=2, **launch), tracking=tracking)
+        plan = local_plan(config, Path("run"), parent_env=parent, machine=EIGHT_CORES, port=1)
+        return [[name for name in keys if name in env] for env in plan.env]
+
+    assert given(TrackingConfig(wandb=WandbConfig(mode=WandbMode.offline))) == [[], []]
+    assert given(TrackingConfig(wandb=WandbConfig(mode=WandbMode.online))) == [["WANDB_API_KEY"], []]
+    assert given(TrackingConfig(mlflow=MlflowConfig("http://host"))) == [
+        ["MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN"],
+        [],
+    ]
+    assert given(TrackingConfig(), export_env=["HF_TOKEN"]) == [["HF_TOKEN"], ["HF_TOKEN"]]
 
 
 def test_export_env_adds_to_the_list():
