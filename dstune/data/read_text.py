@@ -205,8 +205,8 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
                 where = "" if reader.line_num == line else f" (in lines {line} to {reader.line_num})"
                 yield RawRow(file, line, None, f"{len(values)} fields where the header has {len(names)}{where}")
                 continue
-            if error := _not_utf8(values):
-                yield RawRow(file, line, None, error)
+            if fault := _not_utf8(values):
+                yield RawRow(file, line, None, fault)
                 continue
             yield RawRow(file, line, dict(zip(names, values, strict=True)))
 
@@ -234,7 +234,9 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
     """Plain text as the column `text`: a row is a line, a paragraph (up to a blank line) or the whole document."""
     with opened(file) as stream:
         if file.text_rows is TextRows.line:
-            blocks = ((number, [raw]) for number, raw in _lines(stream) if raw.strip())
+            blocks: Iterator[tuple[int, list[bytes]]] = (
+                (number, [raw]) for number, raw in _lines(stream) if raw.strip()
+            )
         elif file.text_rows is TextRows.paragraph:
             blocks = _paragraphs(stream)
         else:
@@ -246,7 +248,8 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
 
 
 def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
-    first, block = 1, []
+    first = 1
+    block: list[bytes] = []
     for number, raw in _lines(stream):
         if raw.strip():
             if not block:

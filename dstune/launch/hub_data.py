@@ -62,9 +62,9 @@ def resolve(data: DataConfig, stage: Stage) -> DataConfig:
     data = replace(data, mixture=mixture)
     if len({(name.repository, entry.commit, entry.subset) for name, entry in found.values()}) == 1:
         _, entry = next(iter(found.values()))
-        paths = {part: str(replace(name, revision=None)) for part, (name, _) in found.items()}
+        paths: dict[str, Any] = {part: str(replace(name, revision=None)) for part, (name, _) in found.items()}
         return replace(data, revision=entry.commit, subset=entry.subset, **paths)
-    pinned = {part: str(replace(name, revision=entry.commit)) for part, (name, entry) in found.items()}
+    pinned: dict[str, Any] = {part: str(replace(name, revision=entry.commit)) for part, (name, entry) in found.items()}
     return replace(data, **pinned)
 
 
