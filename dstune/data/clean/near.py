@@ -6,7 +6,7 @@ compared (locality-sensitive hashing: Indyk and Motwani 1998): a pair of index J
 (1 - J^4)^64. Copies with 5% of the characters edited at random have J = 0.63, so all but 2 in 100,000 of them meet;
 with 10%, J = 0.42 and one in 8 is missed.
 
-The groups are sorted one after the other instead of being kept in an index, so memory holds 40 bytes for each row; the
+The groups are sorted one after the other instead of being kept in an index, so memory holds 48 bytes for each row; the
 signatures, 1 KiB for each row, lie on disk.
 """
 

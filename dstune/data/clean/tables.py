@@ -1,6 +1,6 @@
 """Cleaning of whole tables of rows: each row by itself, then rows against each other.
 
-Memory holds 34 bytes for each row, 40 more while near duplicates are looked for; texts are read from disk.
+Memory holds 25 bytes for each row, 48 more while near duplicates are looked for; texts are read from disk.
 """
 
 from __future__ import annotations
