@@ -236,7 +236,7 @@ class ZeroConfig:
     stage: int = setting(3, at_least=0, at_most=3)
     """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
     offload_optimizer: Offload = Offload.none
-    """Keep optimizer states and fp32 weights in host memory (stage 3)."""
+    """Keep optimizer states and fp32 weights in host memory (stages 1 to 3)."""
     offload_param: Offload = Offload.none
     """Keep partitioned parameters in host memory (stage 3)."""
     reduce_bucket_size: int = setting(50_000_000, at_least=1)

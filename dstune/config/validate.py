@@ -290,10 +290,10 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
             "zero=stage1, or trainer.precision=fp32",
             "0",
         )
-    for name in ("offload_optimizer", "offload_param"):
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         value = getattr(zero, name)
-        if value is not Offload.none and zero.stage != 3:
-            reason = f"offloading needs stage 3, and zero.stage is {zero.stage}"
+        if value is not Offload.none and zero.stage < lowest:
+            reason = f"this needs stage {lowest}{'' if lowest == 3 else ' or more'}, and zero.stage is {zero.stage}"
             yield Problem(f"zero.{name}", reason, f"zero=stage3_offload, or zero.{name}=none", value.name)
     yield from settings_problems(zero.settings)
 

@@ -35,10 +35,10 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
             "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
-        if config.zero.offload_optimizer is Offload.cpu:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         if config.zero.offload_param is Offload.cpu:
             zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero.stage > 0 and config.zero.offload_optimizer is Offload.cpu:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.trainer.micro_batch_size,
         "gradient_accumulation_steps": per_rank,

@@ -110,7 +110,7 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ),
     ("zero.stage", (*CHAT, "zero=stage0"), ("trainer.precision=bf16",), ("trainer.precision=fp32",)),
     ("zero.stage", (*CHAT, "trainer.precision=fp16"), ("zero=stage0",), ("zero=stage1",)),
-    ("zero.offload_optimizer", CHAT, ("zero=stage2", "zero.offload_optimizer=cpu"), ("zero.offload_optimizer=cpu",)),
+    ("zero.offload_param", CHAT, ("zero=stage2", "zero.offload_param=cpu"), ("zero.offload_param=cpu",)),
     ("zero.offload_param", CHAT, ("zero=stage1", "zero.offload_param=cpu"), ("zero=stage3_offload",)),
     (
         "trainer.early_stopping.metric",

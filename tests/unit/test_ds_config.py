@@ -61,3 +61,11 @@ def test_offload():
     zero = deepspeed_config(run_config(zero=offload), 2, Precision.bf16, on_gpu=True)["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_optimizer_states_may_be_offloaded_below_stage_3(stage):
+    zero = deepspeed_config(
+        run_config(zero=ZeroConfig(stage=stage, offload_optimizer=Offload.cpu)), 2, Precision.fp32, on_gpu=False
+    )["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
