@@ -68,6 +68,8 @@ class Shown:
     """Values of the section `data` that the figures are judged by: max_length, packing."""
     duplicates: list[Repeated] = field(default_factory=list)
     """Samples that occur more than once, the most frequent first."""
+    note: str = ""
+    """What the figures leave out."""
     answers: list[Repeated] = field(default_factory=list)
     """Trained texts that occur in more than one sample, where the sample as a whole does not."""
 
@@ -108,6 +110,7 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
         data={"max_length": config.data.max_length, "packing": config.data.packing},
         duplicates=samples,
         answers=answers,
+        note="the first block of the stream" if config.data.streaming and split == "train" else "",
     )
 
 

@@ -44,6 +44,8 @@ def text(shown: Shown, style: Style) -> str:
     """Everything that there is to see, as one text."""
     key = style.paint("trained", TRAINED) if style.colours else "[[trained]]"
     lines = [style.paint(f"{shown.split}: {shown.samples:,} samples", STRONG) + f", task={shown.task}, {shown.model}"]
+    if shown.note:
+        lines.append(shown.note)
     if any(segment.trained for row in shown.rows for segment in row.segments):
         lines.append(f"tokens that count in the loss are {key}")
     for row in shown.rows:

@@ -48,7 +48,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces = [Segment("<s>", 1, False, True), Segment(LONG * 3, 9, True, False), Segment(HOSTILE, 3, False, False)]
     row = Row(0, 13, 9, None, LONG, pieces)
     data = {"max_length": 128, "packing": True}
-    shown = Shown("m", "chat", "train", 1, [row], DATA["train"], data, [Repeated(3, LONG)], [Repeated(2, HOSTILE)])
+    shown = Shown(
+        "m", "chat", "train", 1, [row], DATA["train"], data, [Repeated(3, LONG)], answers=[Repeated(2, HOSTILE)]
+    )
     target = tmp_path_factory.mktemp("rows") / "rows.html"
     target.write_text(page(shown), encoding="utf-8")
     return target
