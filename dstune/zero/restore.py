@@ -8,7 +8,7 @@ sub-groups at stage 3, gives every group the first group's hyperparameters, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ WEIGHT = "weight"
 class Source(Protocol):
     """What was saved, by parameter name. See `checkpoint.shards.Shards`."""
 
-    buffers: Mapping[str, Tensor]
+    buffers: dict[str, Tensor]
     loss_scaler: Any
     """DeepSpeed's object of an fp16 run, else None."""
     global_steps: int
