@@ -51,9 +51,8 @@ def jsonl(rows: Rows) -> bytes:
 
 
 def write_csv(path: Path, rows: Rows, delimiter: str = ",") -> Path:
-    lines = [delimiter.join(rows[0])]
-    for row in rows:
-        lines.append(delimiter.join('"' + str(value).replace('"', '""') + '"' for value in row.values()))
+    quoted = [[f'"{str(value).replace(chr(34), chr(34) * 2)}"' for value in row.values()] for row in rows]
+    lines = [delimiter.join(fields) for fields in [list(rows[0]), *quoted]]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -12,8 +12,8 @@ from dstune.config.data_schema import DataFormat
 from dstune.config.schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, target_mask
-from dstune.data.template_date import freeze_date
 from dstune.data.stopping import stop_token_ids
+from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
 
