@@ -100,7 +100,7 @@ def main() -> None:
     picture(chat / "report.html", "report-desktop", 1280, 1480)
     picture(chat / "report.html", "report-phone", 390, 1500)
     picture(folder / "compare.html", "report-compare-dark", 1280, 1330, dark=True)
-    picture(folder / "rows.html", "data-show", 1280, 1330)
+    picture(folder / "rows.html", "data-show", 1280, 1960)
 
 
 if __name__ == "__main__":

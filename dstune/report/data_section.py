@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from dstune.report.run_files import RunFiles, section
 
 PARTS = ("train", "validation", "test")
 SHOWN_EXAMPLES = 5
+SHOWN_LENGTHS = 7
+"""Other values of data.max_length that are judged: the powers of two next to the one chosen."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:
         bars.append(Bar(label, f"{rows:,}", rows / highest, limit is not None and bound > limit))
         below = bound
     powers = [2**exponent for exponent in range(5, 41) if min(counted) < 2**exponent < 2 * max(counted)]
+    near = sorted(powers, key=lambda length: abs(math.log2(length / (limit or max(counted)))))[:SHOWN_LENGTHS]
     cuts = []
-    for length in sorted({*powers[-7:], *([limit] if limit else [])}):
+    for length in sorted({*near, *([limit] if limit else [])}):
         longer = statistics.longer_than(counted, length)
         if length == limit and isinstance(counts.get("truncated"), int):
             longer = counts["truncated"]
