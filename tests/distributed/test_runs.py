@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from html import unescape
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,7 @@ def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):
     assert "rank 1" in workplace.log
     assert "SIGKILL" in workplace.log
     ended = result(run_dir)
+    assert ended["reason"] in unescape((run_dir / "report.html").read_text()), "a run that failed leaves its report too"
     assert ended["status"] == "failed"
     assert "rank 1" in ended["reason"]
 
@@ -83,6 +85,7 @@ def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):
     assert again.returncode == 0, again.stdout + again.stderr
     assert exact(run_dir) == undisturbed
     assert result(run_dir)["status"] == "completed"
+    assert 'title="resumed at step' in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
