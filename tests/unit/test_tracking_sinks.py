@@ -25,8 +25,9 @@ def configuration(store: Path | None = None) -> schema.RunConfig:
     return run_config(run=schema.RunSection(name="trial"), tracking=tracking)
 
 
-def launch(config: schema.RunConfig, run_dir: Path, first: int, last: int, status: str) -> None:
-    """One launch that takes the steps after `first` up to `last`, with an evaluation after every second one."""
+def launch(config: schema.RunConfig, run_dir: Path, first: int, last: int, status: str) -> Tracker:
+    """One launch that takes the steps after `first` up to `last`, with an evaluation after every second one, and ends
+    with `status` unless that is empty."""
     tracker = Tracker(config, run_dir, resumed_at_step=first or None)
     if first == 0:
         tracker.samples(0, [{"prompt": "ask", "reference": "right", "answer": "before"}])
@@ -34,17 +35,20 @@ def launch(config: schema.RunConfig, run_dir: Path, first: int, last: int, statu
         tracker.log(step, {"loss": float("nan") if step == 2 else 1 / step, "lr": 0.5, "step_seconds": 2.0})
         if step % 2 == 0 and not (status == "preempted" and step == last):
             tracker.log(step, {"eval/loss": 2 / step, "eval/seconds": 0.5})
-    if status == "killed":
-        tracker._sinks[0].wait(0.0)
-        return
+    if not status:
+        return tracker
     tracker.samples(last, [{"prompt": "ask", "reference": "right", "answer": "after"}])
     tracker.summary({"status": status, "steps": last, "eval_final": {"loss": 0.5}})
     tracker.finish(status)
+    return tracker
 
 
 def continued(config: schema.RunConfig, run_dir: Path) -> None:
-    """A run in three launches: failed after step 5, continued at 3, preempted at 6 before its evaluation, finished."""
-    launch(config, run_dir, 0, 5, "failed")
+    """A run in four launches: crashed in the evaluation after step 4, continued at 3, preempted at 6 before its
+    evaluation, and once more after it, finished."""
+    tracker = launch(config, run_dir, 0, 3, "")
+    tracker.log(4, {"loss": 1 / 4, "lr": 0.5, "step_seconds": 2.0})
+    tracker.finish("failed", crashed=True)
     launch(config, run_dir, 3, 6, "preempted")
     tracker = Tracker(config, run_dir, resumed_at_step=6)
     tracker.log(6, {"eval/loss": 2 / 6, "eval/seconds": 0.5})
