@@ -6,7 +6,6 @@ Judged with SGD: losses, gradient norms and weights. AdamW could not see a loss 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +95,8 @@ def references(workshop) -> dict[str, Reference]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, references, size):
+    """To 1e-6 in fp32. Measured over stages 0 to 3 on 1 to 3 ranks: loss 1e-7, gradient norm 3e-7, weights 4e-7; the plain
+    loop in fp32 itself is 1e-7, 6e-7 and 4e-7 away from that in float64. What remains is the rounding of fp32 sums."""
     names = {}
     for stage in STAGES:
         names[f"s{stage}-n{size}"] = ("unpacked", [f"zero=stage{stage}", "data.packing=false"])
@@ -105,11 +106,11 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
         expected = references[kind]
         rows = workshop.rows(name)
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=2e-6), name
-        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=5e-6), name
+        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-6), name
+        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-6), name
         trained = workshop.weights(name)
-        for key, weight in expected.weights.items():
-            assert (trained[key] - weight).abs().max() < 2e-6, f"{name}: {key}"
+        for key, weight in expected.weights.items():  # the largest weight is about 1
+            assert (trained[key] - weight).abs().max() < 1e-6, f"{name}: {key}"
 
 
 def test_the_reference_has_what_could_go_wrong(workshop, references):
@@ -177,13 +178,12 @@ def exact(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in volatile} for row in rows]
 
 
-def test_bf16_with_64_micro_batches_stays_near_fp32(workshop):
-    """Gradients accumulate in fp32: the norm over 64 micro-batches keeps within 2% of that in fp32 (bf16 has 3 digits)."""
-    overrides = ["trainer.micro_batch_size=1", "trainer.global_batch_size=64", "trainer.max_steps=2", "zero=stage2"]
-    overrides += ["data.packing=false", "data.split.validation=0", "run.export=none", "trainer.epochs=2"]
+def test_bf16_stays_near_fp32(workshop):
+    """A whole run; how the gradients of many micro-batches are summed is the subject of test_accumulation.py."""
+    overrides = ["trainer.micro_batch_size=1", "trainer.global_batch_size=48", "trainer.max_steps=1", "zero=stage2"]
+    overrides += ["data.packing=false", "data.split.validation=0", "run.export=none"]
     cases = [workshop.case(f"many-{kind}", *overrides, f"trainer.precision={kind}") for kind in ("fp32", "bf16")]
     run_ranks(PROGRAM, 2, cases)
     fp32, bf16 = (workshop.rows(f"many-{kind}")[0] for kind in ("fp32", "bf16"))
     assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.01)
     assert bf16["grad_norm"] == pytest.approx(fp32["grad_norm"], rel=0.02)
-    shutil.rmtree(workshop.folder / "many-bf16")
