@@ -4,7 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Whole files side by side: most tests wait for processes of one or two ranks.
+TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n $(TEST_WORKERS) --dist loadfile
 
 # Tests never ask a hub, and ranks that share two cores must not start a thread per core each.
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -29,10 +32,10 @@ quickstart: $(VENV)/.installed
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-test debian
-	$(TEST_ENV) $(PYTEST) -m "not slow and not gpu"
+	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed-test debian
-	$(TEST_ENV) $(PYTEST) -m "not gpu"
+	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not gpu"
 
 test-gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
