@@ -87,7 +87,7 @@ def test_command_line_wins_over_experiment_wins_over_group():
     changed = compose(["experiment=sentiment", "data.max_length=64", "optimizer=sgd", "schedule=linear"]).config
     assert changed.data.max_length == 64
     assert isinstance(changed.optimizer, SgdConfig)
-    assert changed.optimizer.lr == 5e-5  # the experiment's value also for another optimizer
+    assert changed.optimizer.lr == 1e-4  # the experiment's value also for another optimizer
 
 
 def test_nothing_of_hydra_leaves(config: RunConfig):
