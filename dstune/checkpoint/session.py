@@ -98,14 +98,18 @@ class Checkpoints:
             raise UserError(problems)
 
     def check_space(self) -> None:
-        """Say how much the checkpoints will take. Raises UserError where there is no room for two of them."""
+        """Say how much the checkpoints will take. Raises UserError where there is no room for two of them, unless
+        `run.force` says to start all the same."""
         size = self._engine.checkpoint_bytes()
         free = self._world.broadcast(shutil.disk_usage(self._run_dir).free)
         keep = self._config.checkpoint.keep
         if free < SAVES_OF_FREE_SPACE * size:
             reason = f"a checkpoint takes about {_gb(size)}, and {_gb(free)} are free: there must be room for two"
-            fix = "free some space, or give a run.dir on a larger disk"
-            raise UserError(Problem("run.dir", reason, fix, str(self._run_dir)))
+            if not self._config.run.force:
+                fix = "free some space, give a run.dir on a larger disk, or start all the same with run.force=true"
+                raise UserError(Problem("run.dir", reason, fix, str(self._run_dir)))
+            self._say(f"{reason}; started all the same (run.force)")
+            return
         self._say(f"a checkpoint takes about {_gb(size)}; {keep} and the best are kept, {_gb(free)} are free")
 
     def save(self, state: TrainState) -> bool:

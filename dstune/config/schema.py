@@ -70,7 +70,7 @@ class ModelConfig:
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `gemma`, `llama3`, `mistral`, `mistral_tekken`."""
     add_tokens: list[str] = setting([])
-    """Special tokens to add where the vocabulary lacks them, for a `chat_template` of your own; trained with any method."""
+    """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, their rows trained with adapters too."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
 
@@ -375,6 +375,8 @@ class RunSection:
     """Weights written to `export/` at the end: the last, the best by evaluation, or none."""
     time_limit: float | None = setting(None, above=0.0)
     """Minutes after which the run saves and exits 75."""
+    force: bool = False
+    """Start although an estimate says no (room for two checkpoints on the disk); what is certain stays refused."""
 
 
 @dataclass(frozen=True)

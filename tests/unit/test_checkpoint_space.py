@@ -1,0 +1,32 @@
+"""Room for two checkpoints is an estimate: refused, unless `run.force` says to start all the same."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from support.configs import run_config
+
+from dstune.checkpoint.session import Checkpoints
+from dstune.config.schema import RunSection
+from dstune.errors import UserError
+
+
+def check(folder, size: int, *, force: bool) -> list[str]:
+    said: list[str] = []
+    engine, world = SimpleNamespace(checkpoint_bytes=lambda: size), SimpleNamespace(broadcast=lambda value: value)
+    Checkpoints(run_config(run=RunSection(force=force)), folder, engine, world, {}, said.append).check_space()
+    return said
+
+
+def test_no_room_is_refused_and_the_fix_works(tmp_path):
+    with pytest.raises(UserError, match=r"there must be room for two\n    fix: .*run\.force=true"):
+        check(tmp_path, 10**18, force=False)
+    [said] = check(tmp_path, 10**18, force=True)
+    assert "started all the same (run.force)" in said
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_room_is_told(tmp_path, force):
+    [said] = check(tmp_path, 1, force=force)
+    assert "are free" in said and "force" not in said

@@ -1,0 +1,150 @@
+"""What a word without `=` was meant to be, values that the shell cut in pieces, and what other tools call things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dstune.arguments import VerbParser
+from dstune.cli import OTHER_NAMES, VERBS
+from dstune.config.compose import compose
+from dstune.config.flags import hydra_flags
+from dstune.config.names import all_keys, default_of
+from dstune.config.overrides import parse
+from dstune.config.words import example, meaning, packaged_choices, rejoined
+from dstune.errors import Problem, UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["trainer.max_steps"], "for example trainer.max_steps=100"),
+        (["data.max_length"], "data.max_length=1024 (the default)"),
+        (["quickstart"], "did you mean experiment=quickstart?"),
+        (["lora"], "did you mean method=lora?"),
+        (["experiment", "quickstart"], "write experiment=quickstart"),
+        (["rows.jsonl"], "did you mean data.train=rows.jsonl?"),
+        (["my rows.csv"], "did you mean 'data.train=my rows.csv'?"),
+        (["mine.yaml"], "--config-dir FOLDER experiment=mine, with the file as FOLDER/experiment/mine.yaml"),
+        (["run"], "write run.KEY=VALUE"),
+        (["max_steps"], "did you mean trainer.max_steps=VALUE?"),
+        (["runs/quickstart/2026"], None),
+    ],
+)
+def test_meaning(words: list[str], meant: str | None):
+    assert meaning(words[0], words[1:]) == meant
+
+
+def test_a_folder_with_a_model_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("zephyr").mkdir()
+    Path("zephyr/config.json").touch()
+    assert meaning("zephyr") == "did you mean model.path=zephyr?"
+
+
+def test_the_choices_are_those_that_hydra_finds():
+    from dstune.config.hydra_session import group_options, session
+
+    with session() as hydra:
+        found = {group: sorted(names) for group, names in group_options(hydra).items()}
+    assert packaged_choices() == found
+
+
+def test_every_key_has_an_example_that_composes():
+    keys = [key for key in all_keys() if ".name" not in key]
+    assert all(example(key) for key in keys)
+    for key in ("trainer.max_steps", "data.max_rows", "run.time_limit", "model.attention", "tracking.tags"):
+        line = example(key).removeprefix("for example ").removesuffix(" (the default)").strip("'")
+        assert compose(["data=chitchat", line]).overrides[-1] == line
+    assert default_of("trainer.early_stopping.patience") == 0
+
+
+def test_what_the_shell_split_is_joined_in_the_fix():
+    words = ["data.columns={text:", "review,", "label:", "stars}", "trainer.seed=1", "optimizer.betas=[0.9,", "0.99]"]
+    whole, problems = rejoined(words)
+    assert whole == ["trainer.seed=1"]
+    assert [problem.fix for problem in problems] == [
+        "'data.columns={text: review, label: stars}'",
+        "'optimizer.betas=[0.9, 0.99]'",
+    ]
+    assert rejoined(["data.columns={text:", "review"]) == (["data.columns={text:", "review"], [])  # never closed
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["data.columns={text: review"], "'data.columns={text: review}'"),
+        (["experiment=a,b"], "start one command for each, the first with experiment=a"),
+        (["trainer.seed=1,2"], "start one command for each, the first with trainer.seed=1"),
+        (["tracking.tags=a,b"], "tracking.tags=[a,b]"),
+        (["run.name=a,b"], "quote the value for Hydra inside quotes for the shell: 'run.name=\"a,b\"'"),
+        (["data.train=~/x"], f"data.train={Path.home() / 'x'}"),
+        (["run.name=my", "own"], "Then quote both: 'run.name=my own'"),
+    ],
+)
+def test_grammar(words: list[str], fix: str):
+    [problem] = parse(words)[1]
+    assert problem.fix.endswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--lr", "1e-4"], "write optimizer.lr=1e-4"),
+        (["--max_steps=5"], "write trainer.max_steps=5"),
+        (["--resume", "runs/x"], "`dstune train runs/x` continues a run; run.resume=runs/x starts another one"),
+        (["--checkpoint", "x"], "it belongs to `dstune export` and `dstune generate`"),
+        (["--config", "c.yaml"], "--config-dir FOLDER experiment=c"),
+        (["--cfg"], "--cfg job"),
+    ],
+)
+def test_flags_of_other_tools_and_verbs(words: list[str], fix: str):
+    with pytest.raises(UserError) as caught:
+        hydra_flags(words)
+    assert caught.value.problems[0].fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("data=rows.jsonl", "data.train=rows.jsonl"),
+        ("model=org/name", "model.path=org/name"),
+        ("zero=3", "zero=stage3"),
+        ("launch.nodes=2", "it has launch.processes"),
+        ("trainer.bf16=true", "trainer.precision=bf16"),
+        ("trainer.precision=half", "trainer.precision=auto (the default)"),
+        ("data.columns=text:review", "'data.columns={text: review}'"),
+    ],
+)
+def test_fixes_lead_to_what_was_meant(override: str, fix: str):
+    with pytest.raises(UserError) as caught:
+        compose(["data.train=x.jsonl", override] if not override.startswith("data=") else [override])
+    assert fix in next(problem.fix for problem in caught.value.problems if problem.where == override.split("=")[0])
+
+
+def test_names_of_other_tools_lead_to_verbs_that_exist():
+    assert not set(OTHER_NAMES) & set(VERBS)
+    assert {fix.split("`")[1].split()[1] for fix in OTHER_NAMES.values()} <= set(VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], Problem("RUN", "this is missing", "dstune status RUN")),
+        (["x", "--jsn"], Problem("command line", "this verb has no such argument", "did you mean --json?", "--jsn")),
+        (
+            ["x", "y"],
+            Problem(
+                "command line", "this verb has no such argument", "`dstune status --help` explains what it takes", "y"
+            ),
+        ),
+    ],
+)
+def test_arguments_of_a_verb(words: list[str], problem: Problem):
+    parser = VerbParser(prog="dstune status")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--json", action="store_true")
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(words)
+    assert caught.value.problems == [problem]
