@@ -93,7 +93,8 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         saved = (name.split(".modules_to_save.default.") for name in trained)
         parts = {f"{owner[0].removeprefix(ADAPTED)}.{owner[1]}" for owner in saved if len(owner) == 2}
         parts &= set(names)
-        model.dstune_new_weights = NewWeights(tuple(sorted(parts)), new_weights(model).rows)
+        rows = new_weights(model).rows if any("trainable_tokens_delta" in name for name in trained) else ()
+        model.dstune_new_weights = NewWeights(tuple(sorted(parts)), rows)
         return _Built(apply_method(config, model), model, names, dtype)
 
 

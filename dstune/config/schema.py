@@ -70,7 +70,7 @@ class ModelConfig:
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `gemma`, `llama3`, `mistral`, `mistral_tekken`."""
     add_tokens: list[str] = setting([])
-    """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, their rows trained with adapters too."""
+    """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
 

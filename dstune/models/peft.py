@@ -12,6 +12,7 @@ from dstune.config.schema import ClassificationConfig, FullConfig, HeadConfig, L
 from dstune.errors import Problem, UserError
 from dstune.models.freeze import freeze_body
 from dstune.models.load import NewWeights, new_weights
+from dstune.zero.engine import gathered
 
 
 def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
@@ -38,10 +39,6 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
     if lora.target_modules == ["all-linear"]:
         targets = "all-linear"
     new = new_weights(model)
-    if new.rows and config.zero.stage == 3:
-        # peft reads the rows that it trains from the weight itself, which is partitioned.
-        reason = f"{len(new.rows)} added tokens cannot be trained beside adapters where weights are partitioned"
-        raise UserError(Problem("zero.stage", reason, "zero=stage2, or method=full", "3"))
     settings = peft.LoraConfig(
         r=lora.rank,
         # peft types alpha as an integer but only ever divides it by the rank.
@@ -54,7 +51,9 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
         task_type=peft.TaskType.SEQ_CLS if classification else peft.TaskType.CAUSAL_LM,
     )
     try:
-        adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+        # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.
+        with gathered(_vocabulary(model) if new.rows else []):
+            adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(
             Problem(
@@ -82,12 +81,16 @@ def _modules_to_save(lora: LoraConfig, new: NewWeights) -> list[str]:
 
 
 def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]:
-    """Added tokens, by the name of each module that has a row for them (two where the vocabulary is not tied)."""
+    """Rows to train, by the name of each module that has them (two where the vocabulary is not tied)."""
     if not new.rows:
         return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    modules = [model.get_input_embeddings()]
-    projection = model.get_output_embeddings()
-    if projection is not None and projection.weight is not modules[0].weight:
-        modules.append(projection)
-    return {names[id(module)].rpartition(".")[2]: list(new.rows) for module in modules}
+    weights = {id(weight) for weight in _vocabulary(model)}
+    owners = [name for name, weight in model.named_parameters() if id(weight) in weights]
+    return {name.split(".")[-2]: list(new.rows) for name in owners}
+
+
+def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights with a row for each token: one where they are tied, else two."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(module.weight): module.weight for module in modules if module is not None}
+    return list(weights.values())
