@@ -10,7 +10,7 @@ from support.tiny import save_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unit.data_helpers import CHATML, SPECIAL, byte_tokenizer
-from unit.test_data_render import LLAMA3, MISTRAL, QWEN3
+from unit.templates import LLAMA3, MISTRAL, QWEN3
 
 from dstune import samples
 from dstune.config.data_schema import DataFormat
