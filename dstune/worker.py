@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         "labels": list(data.labels),
         "samples": samples_digest(data),
     }
+    refuse_different_rows(world, facts["samples"])
     checkpoints = Checkpoints(
         config, run_dir, engine, world, facts, console.message if world.is_main else lambda text: None
     )
@@ -151,6 +153,16 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
                 fix="data.packing=false, or another model.attention",
             )
         )
+
+
+def refuse_different_rows(world: World, digest: str) -> None:
+    """Raises UserError on all ranks where nodes with files of their own do not have the same rows."""
+    digests = dict(zip(world.gather(environment.host()), world.gather(digest), strict=True))
+    common, _ = Counter(digests.values()).most_common(1)[0]
+    others = sorted(host for host, found in digests.items() if found != common)
+    if others:
+        reason = f"the rows on {', '.join(others)} are not those of the other nodes"
+        raise UserError(Problem("data.train", reason, "bring the same files to every node"))
 
 
 def samples_digest(data: PreparedData) -> str:

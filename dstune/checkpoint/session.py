@@ -54,6 +54,8 @@ class Checkpoints:
         Raises UserError where what must not change between launches has changed, or no checkpoint is undamaged.
         """
         source = self._run_dir
+        if self._world.is_main:
+            store.mend(source)
         if self._world.broadcast(store.newest(source)) is None and self._config.run.resume not in ("auto", "never"):
             source = Path(self._config.run.resume)
         checkpoint = self._newest_undamaged(source)
@@ -78,6 +80,9 @@ class Checkpoints:
                 return checkpoint
             found.append(f"{checkpoint.name} ({', '.join(damaged)})")
             self._say(f"{checkpoint.name} is damaged and not used: {', '.join(damaged)} differ from what was written")
+            if self._world.is_main and run_dir == self._run_dir:
+                store.set_aside(checkpoint)
+            self._world.barrier()
         if found:
             reason = f"every checkpoint is damaged: {'; '.join(found)}"
             raise UserError(Problem("run.dir", reason, "start another run with run.dir", str(run_dir)))
@@ -126,6 +131,11 @@ class Checkpoints:
             self._say(f"step {state.step} is not saved: it takes about {_gb(size)}, and {_gb(free)} are free")
             return False
         name = store.tag(state.step) + store.INCOMPLETE
+        if (
+            self._world.is_main
+        ):  # what a torn save of other ranks or another stage left would be taken for a part of this one
+            shutil.rmtree(target / name, ignore_errors=True)
+        self._world.barrier()
         try:
             self._engine.save(target, name)
             self._world.barrier()

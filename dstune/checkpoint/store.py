@@ -21,6 +21,7 @@ COMMITTED = "COMMITTED"
 STATE = "state.json"
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"
+DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,26 @@ def commit(written: Path, state: dict[str, Any]) -> Path:
     if replaced.exists():
         shutil.rmtree(replaced)
     return final
+
+
+def mend(run_dir: Path) -> None:
+    """Give whole checkpoints their name back that a crash between the two renames of `commit` left without one."""
+    for ending in (INCOMPLETE, REPLACED):
+        for path in folder(run_dir).glob(f"step-*{ending}"):
+            final = path.with_name(path.name.removesuffix(ending))
+            if is_committed(path) and not is_committed(final):
+                if final.exists():
+                    shutil.rmtree(final)
+                path.rename(final)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint whose files are not what was written, so that it neither counts as the newest nor keeps a whole
+    one from being kept. It is pruned with the others."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    checkpoint.rename(aside)
 
 
 def is_committed(checkpoint: Path) -> bool:
@@ -147,7 +168,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     whole = [info.path for info in infos if info.committed]
     kept = {*whole[-keep:], best(run_dir)}
     doomed = [info.path for info in infos if info.path not in kept and not _held(info.path)]
-    for ending in (INCOMPLETE, REPLACED):
+    for ending in (INCOMPLETE, REPLACED, DAMAGED):
         doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]
     for path in doomed:
         # The marker goes first: a removal that is cut short leaves no half checkpoint that looks whole.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dstune.checkpoint import store
-from dstune.errors import EXIT_FAILED
+from dstune.errors import EXIT_FAILED, EXIT_PREEMPTED
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.verdict import Verdict
@@ -56,7 +56,9 @@ class Restarts:
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline:
             if self._received:
-                return verdict, False
+                if checkpoint is None:
+                    return verdict, False
+                return Verdict(EXIT_PREEMPTED, f"received {self._received[0]} while waiting to start again"), False
             time.sleep(0.1)
         return verdict, True
 

@@ -81,4 +81,10 @@ def test_a_request_to_stop_ends_the_wait(tmp_path, monkeypatch):
     received: list[str] = []
     monkeypatch.setattr(restarts.time, "sleep", lambda seconds: received.append("SIGTERM"))
     decide = Restarts(3, tmp_path, Console(io.StringIO()), received)
-    assert not decide.consider(failed(), Log("OSError: x"))[1]
+    verdict, again = decide.consider(failed(), Log("OSError: x"))
+    assert (verdict.exit_code, again) == (EXIT_FAILED, False)  # nothing was saved
+
+    received.clear()
+    monkeypatch.setattr(restarts.store, "newest", lambda run_dir: run_dir / "checkpoints" / "step-00000005")
+    verdict, again = Restarts(3, tmp_path, Console(io.StringIO()), received).consider(failed(), Log("OSError: x"))
+    assert (verdict.exit_code, again) == (EXIT_PREEMPTED, False)

@@ -62,6 +62,36 @@ def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned(tmp_path):
     assert not torn.exists()
 
 
+def test_a_damaged_checkpoint_set_aside_costs_no_whole_one(tmp_path):
+    write(tmp_path, 40, best_step=40)
+    store.set_aside(write(tmp_path, 60, best_step=40))
+    write(tmp_path, 50, best_step=40)
+    store.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [40, 50]
+    assert sorted(path.name for path in store.folder(tmp_path).iterdir()) == ["step-00000040", "step-00000050"]
+
+
+@pytest.mark.parametrize("ending", [store.INCOMPLETE, store.REPLACED])
+def test_a_whole_checkpoint_without_its_name_gets_it_back(tmp_path, ending):
+    path = write(tmp_path, 10)
+    path.rename(path.with_name(path.name + ending))
+    torn = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
+    torn.mkdir()
+    assert store.newest(tmp_path) is None
+    store.mend(tmp_path)
+    assert store.newest(tmp_path) == path
+    assert torn.exists()  # not whole: left to the next pruning
+
+
+def test_a_checkpoint_that_is_read_is_not_pruned(tmp_path):
+    first = write(tmp_path, 10)
+    write(tmp_path, 20)
+    reader = store.hold(first)
+    assert store.prune(tmp_path, keep=1) == []
+    reader.close()
+    assert store.prune(tmp_path, keep=1) == [first]
+
+
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
     write(tmp_path, 10, best_step=10)
     for step in (20, 30, 40):
