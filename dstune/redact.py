@@ -2,7 +2,8 @@
 
 `run.yaml` holds `${oc.env:KEY}` instead of the value, and so does everything else: what a rank prints, error messages,
 files of the run directory, what trackers get. Each process remembers the values that it resolved, and those of the
-variables that hold a key by their name; `redact` puts the reference in their place.
+variables that hold a key by their name; `redact` puts the reference in their place in a text, and `redacted` in all
+texts of what is about to be written as JSON.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 MIN_CHARACTERS = 6
 """A shorter value (`auto`, `8`, `cuda`) stays: it is no secret, and replacing it would garble every text."""
 
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)[^}]*\}")
-SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS)$")
-"""Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY."""
+SECRET_NAME = re.compile(r"(^|_)(TOKEN|(API)?KEY|(PG)?PASSWORD|PASSWD|SECRET|CREDENTIALS)$")
+"""Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, PGPASSWORD; not MONKEY."""
 
 _known: dict[str, str] = {}
 """What stands for a value, by value."""
@@ -54,6 +56,18 @@ def redact(text: str) -> str:
         if value in text and not any(value in path for path in _public):
             text = text.replace(value, _known[value])
     return text
+
+
+def redacted(value: Any) -> Any:
+    """`value`, made of mappings and sequences as JSON is, with every text in it redacted. Numbers and keys stay: a file
+    must be read back with the same ones, and the digits of a count are found in many a password."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return value
 
 
 def _add(value: str, reference: str) -> None:

@@ -34,7 +34,7 @@ from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.redact import publish, redact, redact_output
+from dstune.redact import publish, redact_output, redacted
 from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
@@ -192,8 +192,8 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
     }
     facts = environment.describe(hosts, run.data.fingerprint, model)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
-    (run_dir / "environment.json").write_text(redact(json.dumps(facts, indent=1)))
-    (run_dir / "data_report.json").write_text(redact(json.dumps(data_report(config, run.data), indent=1)))
+    (run_dir / "environment.json").write_text(json.dumps(redacted(facts), indent=1))
+    (run_dir / "data_report.json").write_text(json.dumps(redacted(data_report(config, run.data)), indent=1))
     run.log.message(
         f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
         f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
@@ -296,7 +296,7 @@ def export(run_dir: Path, config: RunConfig) -> Path:
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write `result.json` whole or not at all."""
     aside = run_dir / "result.json.incomplete"
-    aside.write_text(redact(json.dumps(result, indent=1)))
+    aside.write_text(json.dumps(redacted(result), indent=1))
     aside.replace(run_dir / "result.json")
 
 

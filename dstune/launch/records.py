@@ -16,7 +16,7 @@ import psutil
 
 from dstune.checkpoint import store
 from dstune.errors import Problem, UserError
-from dstune.redact import redact
+from dstune.redact import redacted
 
 LOCK = ".lock"
 TAKEOVER_SECONDS = 15.0
@@ -154,7 +154,7 @@ def _note(logged: Logged, row: dict[str, Any]) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` whole or not at all."""
     aside = path.with_name(f"{path.name}.incomplete")
-    aside.write_text(redact(json.dumps(value, indent=1)) + "\n")
+    aside.write_text(json.dumps(redacted(value), indent=1) + "\n")
     aside.replace(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import RunConfig, WandbMode
-from dstune.redact import redact
+from dstune.redact import redacted
 from dstune.tracking.console import Console
 from dstune.tracking.history import History
 from dstune.tracking.jsonl import JsonLines, plain
@@ -88,7 +87,7 @@ class Tracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """The run's result (the keys of result.json) for the trackers' summaries."""
-        shown = json.loads(redact(json.dumps(plain(values))))
+        shown = redacted(plain(values))
         for sink in self._sinks:
             sink.summary(shown)
 

@@ -14,7 +14,8 @@ from dstune.config import schema
 from dstune.config.convert import EnvironmentText
 from dstune.config.validate import validate
 from dstune.errors import Problem, TrainingFailed, UserError, from_json, to_json
-from dstune.redact import Redacted, publish, redact, redact_output, remember
+from dstune.launch import records
+from dstune.redact import Redacted, is_secret, publish, redact, redact_output, redacted, remember
 
 VALUE = 'planted "välue" 123'
 
@@ -40,6 +41,39 @@ def test_the_whole_text_and_the_variable_alone_are_replaced(planted):
 def test_json_is_searched_as_it_is_written(planted):
     assert VALUE not in json.dumps({"a": VALUE})  # quotes and letters beyond ASCII are escaped
     assert json.loads(redact(json.dumps({"a": str(planted)}))) == {"a": "/data/${oc.env:PLANTED}/x"}
+
+
+def test_numbers_and_keys_of_a_file_stay(monkeypatch, tmp_path):
+    from dstune import worker
+
+    monkeypatch.setenv("DB_PASSWORD", "123456")
+    result = {"tokens": 1234567, "checkpoint": "/x/123456", "123456": [0.123456, ("123456",), None, True]}
+    shown = "${oc.env:DB_PASSWORD}"
+    expected = {"tokens": 1234567, "checkpoint": f"/x/{shown}", "123456": [0.123456, [shown], None, True]}
+    assert redacted(result) == expected
+    worker.write_result(tmp_path, result)
+    assert records.read_result(tmp_path) == expected
+    records.write_json(tmp_path / "launch.json", result)
+    assert json.loads((tmp_path / "launch.json").read_text()) == expected
+
+
+def test_a_reference_with_a_quoted_default_leaves_json_whole(monkeypatch, tmp_path):
+    from dstune import worker
+
+    reference = '${oc.env:ROWS,"a b"}/rows'
+    remember("/mnt/secret/rows", reference)
+    worker.write_result(tmp_path, {"export": "/mnt/secret/rows"})
+    assert records.read_result(tmp_path) == {"export": reference}
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "TOKEN", "WANDB_API_KEY", "OPENAI_APIKEY", "PGPASSWORD", "my_secret"])
+def test_names_of_secrets(name):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["MONKEY", "TURKEY", "TOKENS", "KEYBOARD", "HF_TOKEN_PATH"])
+def test_names_of_other_variables(name):
+    assert not is_secret(name)
 
 
 def test_variables_that_hold_a_key_by_their_name_are_always_kept_back(monkeypatch):
