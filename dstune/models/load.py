@@ -168,7 +168,9 @@ def load_model(
     if len(tokenizer) > rows:
         # New rows start from the mean of the old ones; without it a new token's logit dwarfs all others.
         on_meta = model.device.type == "meta"
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.trainer.seed)  # they are drawn around the mean: alike on all ranks and stages
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=not on_meta)
     parameters = () if config.model.weights is InitialWeights.random else tuple(new)
     control = tokenizer.convert_tokens_to_ids(list(_control_tokens(config.model)))
     trained_rows = sorted({*range(rows, len(tokenizer)), *control})
