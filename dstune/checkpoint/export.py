@@ -20,7 +20,7 @@ from pathlib import Path
 from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.checkpoint.record import NAME as RECORD
-from dstune.checkpoint.record import write_record
+from dstune.checkpoint.record import read_record, write_record
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
 from dstune.config.schema import LoraConfig
@@ -90,21 +90,28 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
     return out / name
 
 
-def exported(run_dir: Path, scratch: Path, *, merge: bool = False) -> Path:
-    """The folder with what a run has learnt: its `export/` unless a newer checkpoint was saved since, else an export of
-    the newest one into `scratch`. With `merge` it is a whole model, never an adapter.
+def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
+    """The folder with what a run has learnt up to a checkpoint, `which`: a step, `best` or `last`. It is the run's `export/`
+    if that was made of this very checkpoint, else an export of it into `scratch`. With `merge` it is a whole model, never
+    an adapter.
 
-    Raises UserError where the run has saved nothing.
+    Raises UserError where the run has saved no such checkpoint, or its files are damaged.
     """
-    folder, newest = run_dir / "export", store.newest(run_dir)
+    folder = run_dir / "export"
     description = folder / "config.json"
     if not description.is_file() and not merge:
         description = folder / "adapter_config.json"
-    if description.is_file():
-        saved = (newest / store.COMMITTED).stat().st_mtime_ns if newest else 0
+    there = description.is_file()
+    if there and which == "last" and store.newest(run_dir) is None:  # the export is all that was kept
+        return folder
+    checkpoint = find_checkpoint(run_dir, which)
+    if there and read_record(folder).get("checkpoint") == checkpoint.name:
+        # The same step may have been saved again since, by a run that went on from an earlier one.
+        saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
         if description.stat().st_mtime_ns >= saved:
             return folder
-    return export_checkpoint(run_dir, find_checkpoint(run_dir, "last"), scratch / "export", merge=merge)
+    refuse_damaged(run_dir, checkpoint)
+    return export_checkpoint(run_dir, checkpoint, scratch / "export", merge=merge)
 
 
 @contextmanager
@@ -170,6 +177,7 @@ def main(argv: list[str]) -> int:
         raise UserError(Problem("--merge", f"the run trained with method={method.name}: there is nothing to merge"))
     if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
         raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
+    refuse_damaged(run_dir, checkpoint)
     if arguments.gguf:
         out = arguments.out or run_dir / "export-gguf"
         written = export_gguf(run_dir, checkpoint, out, arguments.gguf, force=arguments.force)
@@ -231,3 +239,17 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
         )
         raise UserError(Problem("--checkpoint", f"there is no such whole checkpoint in {run_dir}", there, which))
     return found
+
+
+def refuse_damaged(run_dir: Path, checkpoint: Path) -> None:
+    """Raises UserError where files of `checkpoint` are not what was saved; it names the newest other one that is whole."""
+    damaged = store.damaged_files(checkpoint)
+    if not damaged:
+        return
+    others = [info for info in store.listing(run_dir) if info.committed and info.path != checkpoint]
+    step = next((info.step for info in reversed(others) if not store.damaged_files(info.path)), None)
+    fix = f"dstune export {run_dir} --checkpoint {step} --out {run_dir}/export-step-{step}"
+    if step is None:
+        fix = "no other checkpoint of the run is whole: bring these files back from a copy"
+    files = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+    raise UserError(Problem(str(checkpoint), f"is damaged, these files are not as they were saved: {files}", fix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -87,25 +88,31 @@ def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
 
 
 def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
-    from dstune.checkpoint.export import export_checkpoint, exported, find_checkpoint
+    from dstune.checkpoint.export import exported
     from dstune.config.compose import read_run
 
     path = Path(wanted.path)
     if path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file():
-        path, which = path.parent.parent, str(int(path.name.rpartition("-")[2]))
+        path, which = _run_and_step(path, key)
     if not (path / "run.yaml").is_file():
         return _from_record(wanted, key)
     config = read_run(path / "run.yaml").config
     _refuse_classifier(isinstance(config.task, ClassificationConfig), key, str(path))
-    if which == "last":
-        folder = exported(path, scratch)
-    else:
-        folder = export_checkpoint(path, find_checkpoint(path, which), scratch / "export")
+    folder = exported(path, scratch, which=which)
     trust = wanted.trust_remote_code or config.model.trust_remote_code
     model = replace(wanted, path=str(folder), trust_remote_code=trust)
     if isinstance(config.task, ChatConfig):
         return _Found(model, date=config.task.template_date)
     return _Found(model, chat=False)
+
+
+def _run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
+    """The run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
+    run_dir, step = checkpoint.parent.parent, re.fullmatch(r"step-(\d+)", checkpoint.name)
+    if step is None:
+        fix = f"give {run_dir}, which is its newest whole checkpoint, or {run_dir}/checkpoints/step-N"
+        raise UserError(Problem(key, "is no whole checkpoint", fix, str(checkpoint)))
+    return run_dir, str(int(step[1]))
 
 
 def _from_record(wanted: ModelConfig, key: str) -> _Found:

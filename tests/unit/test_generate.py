@@ -73,24 +73,30 @@ def test_plain_goes_on_with_the_text(decoder, capsys):
 
 def saved_run(folder: Path, model: Path, *overrides: str) -> Path:
     """A run directory with one checkpoint at stage 0, whose weights are twice the base model's."""
-    from transformers import AutoModelForCausalLM
-
     run_dir = folder / "run"
     run_dir.mkdir()
     write_run(run_dir / "run.yaml", compose([f"model.path={model}", "data=files", "data.train=x.jsonl", *overrides]))
-    written = store.folder(run_dir) / "step-00000003.incomplete"
+    save_step(run_dir, model, 3, factor=2)
+    return run_dir
+
+
+def save_step(run_dir: Path, model: Path, step: int, *, factor: float) -> Path:
+    """Another checkpoint, whose weights are `factor` times the model's."""
+    from transformers import AutoModelForCausalLM
+
+    written = store.folder(run_dir) / f"{store.tag(step)}.incomplete"
     written.mkdir(parents=True)
     trained = AutoModelForCausalLM.from_pretrained(model)
-    module = {name: parameter.detach() * 2 for name, parameter in trained.named_parameters()}
-    state = {"module": module, "buffer_names": [], "global_steps": 3}
+    module = {name: parameter.detach() * factor for name, parameter in trained.named_parameters()}
+    state = {"module": module, "buffer_names": [], "global_steps": step}
     torch.save(state, written / "mp_rank_00_model_states.pt")
-    store.commit(written, {"step": 3, "labels": [], "best": None})
-    return run_dir
+    return store.commit(written, {"step": step, "labels": [], "best": None})
 
 
 def test_a_run_is_answered_from_its_export(decoder, tmp_path, capsys):
     run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
     other = save_decoder(run_dir / "export", seed=7)
+    (other / "dstune.json").write_text(json.dumps({"checkpoint": "step-00000003"}))
     (row,) = answers(capsys, run_dir, "--prompt", "w5", "--max-new-tokens", 8)
     assert row["answer"] == expected(other, "w5") != expected(decoder, "w5")
 
@@ -105,9 +111,72 @@ def test_a_run_without_export_is_answered_from_its_checkpoint(decoder, tmp_path,
     assert row["answer"] == expected(folder, "w5") != expected(decoder, "w5")
 
 
+def test_an_export_of_another_checkpoint_is_not_what_was_asked_for(decoder, tmp_path, capsys):
+    from dstune.checkpoint import export
+
+    run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
+    newer = save_step(run_dir, decoder, 5, factor=-1)
+    assert export.main([str(run_dir), "--checkpoint", "3"]) == 0  # after step 5 was saved
+    last = export.export_checkpoint(run_dir, newer, tmp_path / "last")
+    capsys.readouterr()
+    asked = ["--prompt", "w5", "--max-new-tokens", 8]
+    (row,) = answers(capsys, run_dir, *asked)
+    assert row["answer"] == expected(last, "w5") != expected(run_dir / "export", "w5")
+    (row,) = answers(capsys, run_dir, *asked, "--checkpoint", 3)
+    assert row["answer"] == expected(run_dir / "export", "w5")
+    scratch = tmp_path / "scratch"
+    assert export.exported(run_dir, scratch, which="3") == run_dir / "export"
+    (run_dir / "export" / "dstune.json").unlink()  # nothing says what it was made of
+    assert export.exported(run_dir, scratch, which="3") == scratch / "export"
+
+
+def damage(checkpoint: Path) -> str:
+    """Change one byte of the weights; the size stays. Returns the file's name."""
+    file = checkpoint / "mp_rank_00_model_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file.name
+
+
+def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(decoder, tmp_path, capsys):
+    from dstune.checkpoint import export
+
+    run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
+    for step in (4, 5):
+        name = damage(save_step(run_dir, decoder, step, factor=-1))
+    with pytest.raises(UserError) as caught:
+        export.main([str(run_dir)])
+    (problem,) = caught.value.problems
+    assert problem.where.endswith("step-00000005") and name in problem.reason
+    assert not (run_dir / "export").exists()
+    text = refusal(run_dir, "--prompt", "w1")
+    assert name in text and problem.fix in text
+    # The fix works as it stands: the newest whole one is step 3.
+    program, verb, *arguments = problem.fix.split()
+    assert (program, verb) == ("dstune", "export") and arguments[:3] == [str(run_dir), "--checkpoint", "3"]
+    assert export.main(arguments) == 0
+    damage(store.folder(run_dir) / "step-00000003")
+    assert "no other checkpoint" in refusal(run_dir, "--prompt", "w1", "--checkpoint", 3)
+
+
+def test_what_a_torn_save_left_is_no_checkpoint(decoder, tmp_path, capsys):
+    run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
+    whole = store.newest(run_dir)
+    torn = whole.with_name("step-00000040.incomplete")
+    torn.mkdir()
+    text = refusal(torn, "--prompt", "w1")
+    assert "is no whole checkpoint" in text and str(run_dir) in text
+    text = refusal(decoder, "--prompt", "w1", "--adapter", f"mine={torn}")
+    assert "--adapter mine" in text and "is no whole checkpoint" in text
+    (row,) = answers(capsys, whole, "--prompt", "w5", "--max-new-tokens", 8)
+    assert row["answer"]
+
+
 def test_a_run_on_plain_text_goes_on_with_the_text(decoder, tmp_path, capsys):
     run_dir = saved_run(tmp_path, decoder, "task=causal_lm", "method=full")
     shutil.copytree(decoder, run_dir / "export")
+    (run_dir / "export" / "dstune.json").write_text(json.dumps({"checkpoint": "step-00000003"}))
     (run_dir / "export" / "config.json").touch()  # newer than the checkpoint
     (row,) = answers(capsys, run_dir, "--prompt", "w5", "--max-new-tokens", 8)
     assert row["answer"] == expected(decoder, "w5", chat=False)
