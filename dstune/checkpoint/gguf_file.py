@@ -177,7 +177,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(False)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
     for which, index in _special(tokenizer):
         getattr(writer, f"add_{which}_token_id")(index)
     other_ends = [index for index in stop_token_ids(tokenizer) if index != tokenizer.eos_token_id]

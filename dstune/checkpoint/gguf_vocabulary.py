@@ -28,6 +28,8 @@ class Vocabulary:
     kinds: list[int]
     merges: list[str]
     scores: list[float]
+    space_prefix: bool = False
+    """Whether SentencePiece puts a space in front of a text: Llama 2 and Mistral do, Gemma does not."""
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -55,9 +57,32 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
     if pieces:
         # The order of the vocabulary is the order of the merges, which is what scores stand for.
-        return Vocabulary("llama", "default", tokens, kinds, [], [-float(index) for index in range(size)])
+        scores = [-float(index) for index in range(size)]
+        return Vocabulary("llama", "default", tokens, kinds, [], scores, _space_prefix(state))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary("gpt2", _split_name(state), tokens, kinds, merges, [])
+
+
+_TO_PIECES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_PREPENDED = {"type": "Prepend", "prepend": "▁"}
+
+
+def _space_prefix(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer of SentencePiece's kind puts a space in front of a text.
+
+    Spaces become ▁ in the normalizer, with a ▁ prepended (Llama 2) or not (Gemma); or in the pre-tokenizer Metaspace, which
+    says when it prepends. `first` and `always` differ behind a control token only, where llama.cpp always prepends.
+    """
+    normalizer, before = state["normalizer"] or {}, state["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    # A split at spaces, of which the normalizer has left none, does nothing.
+    splits = before and not (before["type"] == "Split" and before["pattern"] == {"String": " "})
+    if steps in ([_TO_PIECES], [_PREPENDED, _TO_PIECES]) and not splits:
+        return len(steps) == 2
+    if not steps and before.get("type") == "Metaspace" and before["replacement"] == "▁" and not before["split"]:
+        return bool(before["prepend_scheme"] != "never")
+    names = [part["type"] for part in (*steps, *before.get("pretokenizers", [before])) if part]
+    raise _unknown(f"a SentencePiece tokenizer that prepares text by {', '.join(names) or 'nothing'}")
 
 
 def _split_name(state: dict[str, Any]) -> str:

@@ -160,6 +160,76 @@ def test_the_frequencies_of_llama_3(tmp_path):
     assert not torch.allclose(found, plain)
 
 
+# -- SentencePiece ----------------------------------------------------------------------------------------------------
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def metaspace(scheme: str, *, split: bool = False) -> dict:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+def save_pieces(folder: Path, normalizer: dict | None, before: dict | None) -> int:
+    """A tokenizer with bytes to fall back on, as those of Llama 2 and Gemma are; its size."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    merges = [("▁", "a"), ("▁a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    state = json.loads(tokenizer.to_str()) | {"normalizer": normalizer, "pre_tokenizer": before}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(folder)
+    return len(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "before", "prefix"),
+    [
+        (PREPEND, None, True),  # Llama 2, Mistral 7B v0.1
+        (None, metaspace("first"), True),
+        (None, metaspace("always"), True),
+        (None, metaspace("never"), False),
+        (REPLACE, SPLIT, False),  # Gemma
+        (REPLACE, None, False),
+    ],
+)
+def test_a_space_is_put_in_front_of_a_text_where_the_tokenizer_does_so(normalizer, before, prefix, tmp_path):
+    import gguf
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    rows = save_pieces(tmp_path / "model", normalizer, before)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    first = tokenizer.convert_ids_to_tokens(tokenizer("ab", add_special_tokens=False)["input_ids"])[0]
+    assert first == ("▁ab" if prefix else "a")
+    LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": rows}))).save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16", "model")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() is prefix
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "before", "named"),
+    [
+        ({"type": "NFKC"}, metaspace("first"), "NFKC, Metaspace"),
+        (None, metaspace("first", split=True), "Metaspace"),
+        (REPLACE, {"type": "Digits", "individual_digits": True}, "Replace, Digits"),
+        (None, None, "nothing"),
+    ],
+)
+def test_pieces_of_another_kind_are_refused_by_name(normalizer, before, named, tmp_path):
+    from transformers import AutoTokenizer
+
+    rows = save_pieces(tmp_path, normalizer, before)
+    with pytest.raises(UserError, match=f"prepares text by {named}"):
+        read_vocabulary(AutoTokenizer.from_pretrained(tmp_path), rows)
+
+
 # -- what is refused, and the verb ------------------------------------------------------------------------------------
 
 
