@@ -13,6 +13,8 @@ import queue
 import signal
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,14 @@ from dstune.data.blocks import NICENESS, Job
 from dstune.data.build import block_builder
 from dstune.data.stream import Position
 from dstune.errors import UserError
+from dstune.redact import redact_output
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Meant for the ranks, which save first and close the input after; some launchers send them to every process."""
 
 
 def main() -> None:
+    redact_output()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The processes that tokenize are ended by SIGTERM, so they must not ignore it.
@@ -41,11 +45,15 @@ def main() -> None:
     threading.Thread(target=_listen, args=(wanted,), daemon=True).start()
     while True:
         name, begin = wanted.get()
-        make = block_builder(job.config, job.tokenizer, Position(**begin), held_out)
         try:
-            cache.entry(job.root, name, make)
+            cache.entry(job.root, name, partial(_make, job, held_out, Position(**begin)))
         except UserError:  # kept beside the block, for the ranks to raise when they come to it
             continue
+
+
+def _make(job: Job, held_out: np.ndarray, begin: Position, folder: Path) -> None:
+    """The files of the stream are looked for here, so that an error in that is one of the block."""
+    block_builder(job.config, job.tokenizer, begin, held_out, job.shards)(folder)
 
 
 def _listen(wanted: queue.Queue[tuple[str, dict[str, Any]]]) -> None:

@@ -33,6 +33,9 @@ POLL_SECONDS = 0.02
 NICENESS = 10
 """Of the preparing process: on a CPU it shares its cores with the training, which is to go first."""
 
+CLOSE_SECONDS = 10.0
+"""For the preparing process to end by itself; it takes milliseconds."""
+
 log = logging.getLogger(__name__)
 
 
@@ -57,6 +60,8 @@ class Job:
     config: RunConfig
     tokenizer: Any
     held_out: Path
+    shards: list[list[str]]
+    """Of the first block; the later ones have to find the same."""
     root: Path
 
 
@@ -76,7 +81,9 @@ class Blocks:
         self._first = data
         self._leader = leader
         self._started = time.time()
-        self._process = _start(Job(config, tokenizer, data.stream.held_out, self.root)) if leader else None
+        self._process: subprocess.Popen[bytes] | None = None
+        if leader:
+            self._process = _start(Job(config, tokenizer, data.stream.held_out, data.stream.shards, self.root))
         self._asked: set[str] = set()
         self._lock = threading.Lock()
         self._interrupted = threading.Event()
@@ -109,14 +116,14 @@ class Blocks:
         stream = meta["stream"]
         return _block(number, load_split(folder, "train"), begin, stream["end"], (stream["begun"], stream["passes"]))
 
-    def keep_from(self, block: Block, *, ahead: bool) -> None:
-        """No rank needs blocks before `block` any more: remove them, and with `ahead` prepare the one behind it."""
+    def keep_from(self, first: int, block: Block, *, ahead: bool) -> None:
+        """No rank needs blocks before number `first` any more: remove them. With `ahead` prepare the one behind `block`."""
         if not self._leader:
             return
         kept = [] if block.begin is None else [self._name(block.number, block.begin)]
         kept.append(self._name(block.number + 1, block.end))
         with self._lock:
-            kept += [name for name in self._asked if _number(name) > block.number]  # drawn ahead of the loop
+            kept += [name for name in self._asked if _number(name) >= first]
             self._asked &= set(kept)
             for path in self.root.glob("block-*"):
                 if path.name.split(".")[0] not in kept:
@@ -133,7 +140,11 @@ class Blocks:
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()  # its end of the work
-            self._process.wait()
+            try:
+                self._process.wait(CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:  # stopped, or in a read that hangs
+                self._process.kill()
+                self._process.wait()
             self._process = None
         if remove and self._leader:
             shutil.rmtree(self.root, ignore_errors=True)

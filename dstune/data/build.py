@@ -30,7 +30,7 @@ from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
 from dstune.data.prompts import sample_prompts
 from dstune.data.rows import check_columns, sort_labels
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
-from dstune.data.stream import FileShard, Position, Stream
+from dstune.data.stream import FileShard, Position, Stream, difference, identity_of
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
@@ -161,13 +161,18 @@ def _rows_digest(source: Input) -> list[Any]:
     return [source.stream.identity(), source.config.trainer.seed, source.config.data.stream_rows]
 
 
-def block_builder(config: RunConfig, tokenizer: Any, begin: Position, held_out: np.ndarray) -> Builder:
+def block_builder(
+    config: RunConfig, tokenizer: Any, begin: Position, held_out: np.ndarray, shards: list[list[str]]
+) -> Builder:
     """Makes the samples of the block of the stream `data.train` that starts at `begin`.
 
-    held_out: hashes of the rows that are left out, sorted uint64.
+    held_out: hashes of the rows that are left out, sorted uint64. shards: what the first block was read from
+    (`StreamStart.shards`). Raises UserError where they are others now, since `begin` would mean other rows.
     """
     inputs = {"train": _inputs(config)["train"]}
-    return Builder(config, tokenizer, inputs, begin=begin, held_out=held_out)
+    builder = Builder(config, tokenizer, inputs, begin=begin, held_out=held_out, shards=shards)
+    builder.refuse_changed_shards()
+    return builder
 
 
 def _prompt_count(config: RunConfig) -> int:
@@ -177,7 +182,8 @@ def _prompt_count(config: RunConfig) -> int:
 class Builder:
     """Makes one cache entry; an object so that what the steps share has a name.
 
-    begin: where the block of a stream starts. held_out: for all but its first block, hashes of rows to leave out.
+    begin: where the block of a stream starts. For all but its first block, held_out: hashes of rows to leave out, and
+    shards: those of the first block.
     """
 
     def __init__(
@@ -188,12 +194,14 @@ class Builder:
         *,
         begin: Position | None = None,
         held_out: np.ndarray | None = None,
+        shards: list[list[str]] | None = None,
     ):
         self._config = config
         self._tokenizer = tokenizer
         self._inputs = inputs
         self._begin = begin or Position()
         self._held_out = held_out
+        self._shards = shards
 
     def __call__(self, folder: Path) -> None:
         """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`."""
@@ -271,14 +279,26 @@ class Builder:
         """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
         stream = self._inputs["train"][""].stream
         assert stream is not None
+        shards = self.refuse_changed_shards()  # while it was read
         if self._held_out is None:
             hashes = [rows.hashes for part, rows in chosen.items() if part != "train"]
             if self._config.data.clean.leaks:
                 hashes += [rows.text_keys for part, rows in chosen.items() if part != "train"]
             np.save(folder / HELD_OUT, np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])))
         begun, passes = stream.share(self._begin), stream.share(stream.position)
-        end = stream.position.to_dict()
-        return {"identity": stream.identity(), "begun": begun, "passes": passes, "end": end}
+        found = {"identity": identity_of(shards), "begun": begun, "passes": passes, "end": stream.position.to_dict()}
+        return found | {"shards": shards} if self._held_out is None else found
+
+    def refuse_changed_shards(self) -> list[list[str]]:
+        """The shards as they are now. Raises UserError where they are not those of the first block."""
+        source = self._inputs["train"][""]
+        assert source.stream is not None
+        shards = source.stream.shards()
+        if self._shards is not None and (changed := difference(self._shards, shards)):
+            reason = f"the files of the stream changed while the run trains ({changed})"
+            fix = "bring them back as they were and continue the run, or start another run with run.dir"
+            raise UserError(Problem(source.key, reason, fix, str(self._config.data.train)))
+        return shards
 
     def _refuse_no_rows(self, read: dict[str, dict[str, Table]]) -> None:
         problems = [

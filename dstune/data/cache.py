@@ -45,7 +45,9 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
         except BaseException as error:
             shutil.rmtree(incomplete, ignore_errors=True)
             if isinstance(error, UserError):
-                failure.write_text(json.dumps({"time": time.time(), "error": to_json(error)}))
+                aside = root / f"{key}.error-incomplete"  # `is_made` reads without the lock
+                aside.write_text(json.dumps({"time": time.time(), "error": to_json(error)}))
+                os.replace(aside, failure)
             raise
         os.rename(incomplete, folder)
         failure.unlink(missing_ok=True)
@@ -86,7 +88,9 @@ def _locked(root: Path, key: str) -> Iterator[None]:
 
 def _raise_failure_since(failure: Path, asked: float) -> None:
     """Raise the error that another process met after `asked`: it read the same files under the same settings."""
-    if failure.exists():
+    try:
         recorded = json.loads(failure.read_text())
-        if recorded["time"] >= asked:
-            raise from_json(recorded["error"])
+    except FileNotFoundError:
+        return
+    if recorded["time"] >= asked:
+        raise from_json(recorded["error"])

@@ -56,6 +56,8 @@ class StreamStart:
     """Hashes of the rows that no block may train on, sorted uint64 (.npy)."""
     identity: str
     """Changes with the shards of the stream."""
+    shards: list[list[str]]
+    """Name and identity of each shard, for later blocks to find the same ones."""
     begun: float
     passes: float
     """Passes over the stream before and after it."""

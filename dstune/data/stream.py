@@ -14,6 +14,9 @@ from dstune.data import sources
 HEAD_BYTES = 1 << 16
 """How much of a shard is hashed to know it again: a stream is too long to be read for that."""
 
+SHOWN = 3
+"""Names of shards in a message, of each kind."""
+
 SHARDS_SEED = 1
 """Keeps the order of shards apart from the other orders that the run's seed gives."""
 
@@ -47,6 +50,9 @@ class Shard(Protocol):
     def share(self, position: Position) -> float:
         """How much of it is before `position`, from 0 to 1; 0 where that is not known without reading."""
 
+    def name(self) -> str:
+        """What messages call it."""
+
     def identity(self) -> str:
         """Changes with the shard, and takes no reading of all of it."""
 
@@ -71,6 +77,9 @@ class FileShard:
 
     def share(self, position: Position) -> float:
         return position.mark["offset"] / self._file.path.stat().st_size if position.mark else 0.0
+
+    def name(self) -> str:
+        return f"{self._file.path.name}!{self._file.member}" if self._file.member else self._file.path.name
 
     def identity(self) -> str:
         with self._file.path.open("rb") as stream:
@@ -130,6 +139,30 @@ class Stream:
         inside = self._shards[self.order(position.passes)[position.shard]].share(position)
         return position.passes + (position.shard + inside) / len(self._shards)
 
+    def shards(self) -> list[list[str]]:
+        """Name and identity of each shard."""
+        return [[shard.name(), shard.identity()] for shard in self._shards]
+
     def identity(self) -> str:
         """Digest of what the shards are, whatever folder they lie in."""
-        return xxhash.xxh3_128_hexdigest("\n".join(shard.identity() for shard in self._shards).encode())
+        return identity_of(self.shards())
+
+
+def identity_of(shards: list[list[str]]) -> str:
+    return xxhash.xxh3_128_hexdigest("\n".join(identity for _, identity in shards).encode())
+
+
+def difference(before: list[list[str]], now: list[list[str]]) -> str:
+    """How the shards differ, in words; empty where they do not. Each is given by its name and identity."""
+    if before == now:
+        return ""
+    old, new = dict(before), dict(now)
+    found = {
+        "gone": [name for name in old if name not in new],
+        "new": [name for name in new if name not in old],
+        "changed": [name for name in old if name in new and old[name] != new[name]],
+    }
+    words = [
+        f"{what}: {', '.join(names[:SHOWN])}{' ...' * (len(names) > SHOWN)}" for what, names in found.items() if names
+    ]
+    return "; ".join(words) or f"{len(before)} files then, {len(now)} in this order now"

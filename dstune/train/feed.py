@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -15,9 +15,13 @@ from dstune.data.build import PreparedData
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
 from dstune.dist import World
+from dstune.errors import DstuneError
 from dstune.train.supply import Supply, order_of
 
 T = TypeVar("T")
+
+WAIT_SECONDS = 0.5
+"""While any rank waits for a block of a stream, how often all of them see whether to go on waiting."""
 
 
 def training_order(config: RunConfig, data: PreparedData) -> TrainingOrder:
@@ -37,8 +41,12 @@ class Feed:
 
 def windows(
     config: RunConfig, data: PreparedData, supply: Supply, world: World, pad_token_id: int, steps: range
-) -> Iterator[Feed]:
-    """The windows of `steps` in order, two windows ahead of their use."""
+) -> Iterator[Feed | None]:
+    """The windows of `steps` in order, two windows ahead of their use.
+
+    None comes, on all ranks alike, while any of them waits for a block of a stream: then they may agree on what to do.
+    What one rank raises in preparing the first window of a block, all of them raise.
+    """
 
     def prepare(step: int) -> Feed:
         draw = supply.draw(step)
@@ -56,9 +64,12 @@ def windows(
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return Feed(draw.window, draw.epoch, tuple(batches))
 
-    feeds = ahead(prepare, steps, depth=2)
+    feeds = Ahead(prepare, steps, depth=2)
     try:
-        for step, feed in zip(steps, feeds, strict=True):
+        for step in steps:
+            while supply.may_wait(step) and not _all_have_it(feeds, world):
+                yield None
+            feed = next(feeds)
             supply.begin(step)  # the ranks agree after every step, so all of them are done with the one before
             yield feed
     finally:
@@ -66,37 +77,63 @@ def windows(
         feeds.close()
 
 
-def ahead(prepare: Callable[[int], T], steps: range, depth: int) -> Generator[T]:
-    """`prepare(step)` for each step, computed in one background thread; its exceptions are raised at their step."""
-    ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+def _all_have_it(feeds: Ahead[Feed], world: World) -> bool:
+    """Whether every rank has its next window. A collective of at most about `WAIT_SECONDS`."""
+    item = feeds.peek(WAIT_SECONDS)
+    if isinstance(item, BaseException) and not isinstance(item, DstuneError):
+        raise item  # a fault of this rank alone, whose end is that of the others
+    error = item if isinstance(item, DstuneError) else None
+    waiting, failed = world.sum([item is None, error is not None])
+    if failed:
+        raise next(error for error in world.gather(error) if error is not None)
+    return not waiting
 
-    def put(item: T | BaseException) -> bool:
-        while not stopped.is_set():
+
+class Ahead(Generic[T]):
+    """`prepare(step)` for each step, computed in one background thread; its exceptions are raised at their step."""
+
+    def __init__(self, prepare: Callable[[int], T], steps: range, depth: int):
+        self._prepare, self._steps = prepare, steps
+        self._ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=depth)
+        self._next: T | BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
+        self._thread.start()
+
+    def peek(self, seconds: float | None) -> T | BaseException | None:
+        """What comes next; None if it is not there within `seconds`."""
+        if self._next is None:
             try:
-                ready.put(item, timeout=0.1)
+                self._next = self._ready.get(timeout=seconds)
+            except queue.Empty:
+                return None
+        return self._next
+
+    def __next__(self) -> T:
+        item, self._next = self.peek(None), None
+        assert item is not None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        for step in self._steps:
+            try:
+                item: T | BaseException = self._prepare(step)
+            except BaseException as error:
+                item = error
+            if not self._put(item) or isinstance(item, BaseException):
+                return
+
+    def _put(self, item: T | BaseException) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 continue
         return False
-
-    def work() -> None:
-        for step in steps:
-            try:
-                item: T | BaseException = prepare(step)
-            except BaseException as error:
-                item = error
-            if not put(item) or isinstance(item, BaseException):
-                return
-
-    thread = threading.Thread(target=work, name="feed", daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -51,6 +51,10 @@ class Hook:
     def after_step(self, state: TrainState, update: Update) -> Decision:
         return CONTINUE
 
+    def while_waiting(self, state: TrainState) -> Decision:
+        """Asked again and again between two steps while a rank waits for rows."""
+        return CONTINUE
+
     def after_evaluation(self, state: TrainState, metrics: dict[str, float]) -> Decision:
         return CONTINUE
 
@@ -132,7 +136,7 @@ class EarlyStopping(Hook):
 
 
 class Preemption(Hook):
-    """A signal, the end of the time or a file named STOP in the run directory asks for a save at the next window and exit
+    """A signal, the end of the time or a file named STOP in the run directory asks for a save after this step and exit
     75; a file named SAVE for a save alone. A second signal ends at once.
 
     The time is `run.time_limit`, or what SLURM says (SLURM_JOB_END_TIME); the save begins early enough to take
@@ -150,7 +154,7 @@ class Preemption(Hook):
         if (end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
             self._limits.append((float(end), "the time of the SLURM job is over"))
         self._files = (run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
-        self._last_step = time.time()
+        self._last_asked, self._step_seconds = time.time(), 0.0
         self._received: str | None = None
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
@@ -164,13 +168,16 @@ class Preemption(Hook):
         self._received = signal.Signals(number).name
 
     def after_step(self, state: TrainState, update: Update) -> Decision:
+        self._step_seconds = time.time() - self._last_asked
+        return self.while_waiting(state)
+
+    def while_waiting(self, state: TrainState) -> Decision:
+        self._last_asked = now = time.time()
         if self._received is not None:
             return Decision(Wish.PREEMPT, f"received {self._received}")
-        now = time.time()
-        step_seconds, self._last_step = now - self._last_step, now
         for deadline, reason in self._limits:
             # The next chance is a step away.
-            if now + step_seconds + SAVES_BEFORE_DEADLINE * state.save_seconds >= deadline:
+            if now + self._step_seconds + SAVES_BEFORE_DEADLINE * state.save_seconds >= deadline:
                 return Decision(Wish.PREEMPT, reason)
         for file in self._files:
             if file.exists():

@@ -75,7 +75,15 @@ def fit(run: Training) -> Decision:
     steps = range(state.step, run.total_steps)
     run.watchdog.beat(f"step {state.step + 1}")
     began = time.perf_counter()
-    for number, feed in enumerate(windows(run.config, run.data, run.supply, run.world, run.pad_token_id, steps)):
+    for feed in windows(run.config, run.data, run.supply, run.world, run.pad_token_id, steps):
+        if feed is None:  # rows of a stream are not ready on some rank
+            run.watchdog.beat(f"the wait for the rows of step {state.step + 1}")
+            decision, _ = agree(run, join([hook.while_waiting(state) for hook in run.hooks]))
+            decision = save_if_asked(run, decision)
+            if decision.wish & (Wish.PREEMPT | Wish.FAIL):
+                return decision
+            continue
+        number = state.step - steps.start
         update, loss_sum = train_step(run, feed)
         state.step += 1
         state.tokens += feed.window.tokens
@@ -97,16 +105,23 @@ def fit(run: Training) -> Decision:
                 decision = join([decision, evaluate(run)])
         if decision.wish & Wish.FAIL:
             return decision
-        if decision.wish & (Wish.SAVE | Wish.PREEMPT):
-            with run.watchdog.paused():
-                saved = run.save(state)
-            if decision.wish & Wish.PREEMPT and not saved:
-                return Decision(Wish.FAIL, f"{decision.reason}, and there is no room to save step {state.step}")
+        decision = save_if_asked(run, decision)
         run.watchdog.beat(f"step {state.step + 1}")
-        if decision.wish & (Wish.STOP | Wish.PREEMPT):
+        if decision.wish & (Wish.STOP | Wish.PREEMPT | Wish.FAIL):
             return decision
         began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
     return Decision(Wish.STOP, "")
+
+
+def save_if_asked(run: Training, decision: Decision) -> Decision:
+    """Save for `decision`, which comes back; as a failure where the run leaves and there was no room to save."""
+    if not decision.wish & (Wish.SAVE | Wish.PREEMPT):
+        return decision
+    with run.watchdog.paused():
+        saved = run.save(run.state)
+    if decision.wish & Wish.PREEMPT and not saved:
+        return Decision(Wish.FAIL, f"{decision.reason}, and there is no room to save step {run.state.step}")
+    return decision
 
 
 def train_step(run: Training, feed: Feed) -> tuple[Update, float]:

@@ -34,6 +34,9 @@ class Supply(Protocol):
     def draw(self, step: int) -> Draw:
         """The window of `step`; asked for in rising order, by one thread."""
 
+    def may_wait(self, step: int) -> bool:
+        """Whether `draw(step)` may take any time; asked when all steps before it are drawn."""
+
     def begin(self, step: int) -> None:
         """All ranks are done with the steps before `step`."""
 
@@ -90,6 +93,9 @@ class Whole:
         window = self._order.window(epoch, index)
         return Draw(self._split, window, epoch + (index + 1) / self._order.windows(epoch))
 
+    def may_wait(self, step: int) -> bool:
+        return False
+
     def begin(self, step: int) -> None: ...
 
     def cursor(self, step: int) -> dict[str, Any] | None:
@@ -104,6 +110,8 @@ class Whole:
 class _Stretch:
     """The steps that one block serves."""
 
+    passed: int
+    """Number of the first of the empty blocks before it, or of the block itself."""
     block: Block
     order: TrainingOrder
     first_step: int
@@ -137,10 +145,11 @@ class Streamed:
         self._announced: int | None = None
 
     def _stretch(self, block: Block, first_step: int) -> _Stretch:
+        passed = block.number
         while not len(block.split.lengths):  # nothing but held-out, cleaned or bad rows
             block = self._blocks.get(block.number + 1, block.end)
         order = order_of(self._config, block.split)
-        return _Stretch(block, order, first_step, order.windows(block.number))
+        return _Stretch(passed, block, order, first_step, order.windows(block.number))
 
     def steps(self, epochs: int) -> int:
         raise AssertionError("a stream's length is trainer.max_steps")
@@ -157,14 +166,18 @@ class Streamed:
         window = last.order.window(last.block.number, step - last.first_step)
         return Draw(last.block.split, window, begin + done * (end - begin))
 
+    def may_wait(self, step: int) -> bool:
+        with self._lock:
+            return any(stretch.end == step for stretch in self._stretches)
+
     def begin(self, step: int) -> None:
         with self._lock:
             self._stretches = [stretch for stretch in self._stretches if stretch.end > step]
-            block = self._stretches[0].block
+            passed, block = self._stretches[0].passed, self._stretches[0].block
         if block.number != self._announced:
             self._announced = block.number
-            # The block behind the last one of the run is not prepared.
-            self._blocks.keep_from(block, ahead=self._stretches[-1].end < self._total_steps)
+            # The block behind the last one of the run is not prepared. Another rank may still be passing the empty ones.
+            self._blocks.keep_from(passed, block, ahead=self._stretches[-1].end < self._total_steps)
 
     def cursor(self, step: int) -> dict[str, Any] | None:
         with self._lock:

@@ -149,6 +149,25 @@ def test_a_killed_maker_is_followed_by_the_next(tmp_path, monkeypatch):
     assert len(log.read_text().split()) == 2
 
 
+def test_an_error_is_whole_or_not_there_for_those_who_look_without_the_lock(tmp_path, monkeypatch):
+    genuine, seen = Path.write_text, []
+
+    def in_two_parts(path: Path, text: str) -> int:
+        genuine(path, text[:9])
+        seen.append(cache.is_made(tmp_path, "key", 0.0))
+        return genuine(path, text)
+
+    monkeypatch.setattr(Path, "write_text", in_two_parts)
+
+    def make(folder: Path) -> None:
+        raise UserError(Problem(where="rows.jsonl:3", reason="broken"))
+
+    for raised in (cache.entry, lambda root, key, make: cache.is_made(root, key, 0.0)):
+        with pytest.raises(UserError, match=r"rows\.jsonl:3"):
+            raised(tmp_path, "key", make)
+    assert seen == [False]
+
+
 def _failing(root: Path, log: Path, seen: Path) -> None:
     def make(folder: Path) -> None:
         with log.open("a") as stream:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, prepared, write_jsonl
 
-from dstune.config.data_schema import DataConfig, SourceConfig, SplitConfig
+from dstune.config.data_schema import DataConfig, OnBadRow, SourceConfig, SplitConfig
 from dstune.config.schema import ClassificationConfig, TrainerConfig
 from dstune.config.validate import validate
 from dstune.data import sources
@@ -152,7 +155,7 @@ def test_rows_held_out_of_the_first_block_are_in_no_block(tmp_path):
     for number in range(1, 5):  # to the second pass, which has other blocks
         folder = tmp_path / f"block-{number}"
         folder.mkdir()
-        block_builder(config, byte_tokenizer(), begin, known)(folder)
+        block_builder(config, byte_tokenizer(), begin, known, data.stream.shards)(folder)
         meta = json.loads((folder / "meta.json").read_text())
         assert meta["report"]["train"]["rows_read"] == 20
         begin = Position(**meta["stream"]["end"])
@@ -203,6 +206,89 @@ def test_a_bad_row_of_a_later_block_is_named_when_training_comes_to_it(tmp_path,
         train()
     assert "data.on_bad_row=skip" in str(raised.value)
     assert len(done) > 3
+
+
+CHANGES = {
+    "new: s2.jsonl": lambda folder: write_jsonl(folder / "s2.jsonl", chats(5)),
+    "gone: s0.jsonl": lambda folder: (folder / "s0.jsonl").unlink(),
+    "changed: s1.jsonl": lambda folder: write_jsonl(folder / "s1.jsonl", chats(64)[1::2]),
+}
+
+
+@pytest.mark.parametrize("told", CHANGES)
+def test_files_that_change_during_training_are_named(tmp_path, opened, told):
+    supply = Streamed(streaming(tmp_path), opened(streaming(tmp_path)), None)
+    CHANGES[told](tmp_path)
+
+    def train() -> None:
+        for step in range(30):
+            supply.draw(step)
+            supply.begin(step)
+
+    with pytest.raises(UserError, match="changed while the run trains") as raised:
+        train()
+    assert [problem.where for problem in raised.value.problems] == ["data.train"]
+    assert f"({told})" in str(raised.value)
+
+
+def test_files_that_change_while_a_block_is_read_are_named(tmp_path):
+    config = streaming(tmp_path)
+    data = prepared(config, byte_tokenizer(), tmp_path / "cache")
+    begin, held_out = Position(**data.stream.end), np.load(data.stream.held_out)
+    build = block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards)
+    CHANGES["changed: s1.jsonl"](tmp_path)
+    (tmp_path / "block").mkdir()
+    with pytest.raises(UserError, match=r"changed: s1\.jsonl"):
+        build(tmp_path / "block")
+
+
+def test_an_empty_block_is_kept_until_every_rank_has_passed_it(tmp_path, opened):
+    config = streaming(tmp_path)
+    held_out = prepared(config, byte_tokenizer(), tmp_path / "cache").stream
+    rows = chats(60)
+    write_jsonl(tmp_path / "held_out.jsonl", rows[10:40])  # of the six blocks of 10 rows some have no other ones
+    config = replace(config, data=replace(config.data, validation=str(tmp_path / "held_out.jsonl"), stream_rows=5))
+    assert held_out is not None
+    blocks = opened(config)
+    other = Blocks(config, byte_tokenizer(), blocks._first, tmp_path / "run", tmp_path / "cache", leader=False)
+    leads, follows = Streamed(config, blocks, None), Streamed(config, other, None)
+    skipped = 0
+    for step in range(30):
+        before = leads._stretches[-1].block.number
+        draw = leads.draw(step)
+        leads.begin(step)  # all ranks are done with the step before, but only this one has drawn `step`
+        skipped += leads._stretches[-1].block.number - before > 1
+        timer = threading.Timer(20, follows.interrupt)
+        timer.start()
+        assert follows.draw(step).window == draw.window
+        timer.cancel()
+    assert skipped
+
+
+def test_the_preparing_process_prints_references_instead_of_secrets(tmp_path, opened, monkeypatch, capfd):
+    monkeypatch.setenv("CORPUS_TOKEN", "s2-of-the-secret")
+    folder = tmp_path / "s2-of-the-secret"
+    folder.mkdir()
+    config = streaming(folder, on_bad_row=OnBadRow.skip)
+    for number in range(2):
+        rows = [json.loads(line) for line in (folder / f"s{number}.jsonl").read_text().splitlines()]
+        write_jsonl(folder / f"s{number}.jsonl", [*rows[:24], {"messages": []}, *rows[25:]])
+    supply = Streamed(config, opened(config), None)
+    for step in range(15):
+        supply.draw(step)
+        supply.begin(step)
+    printed = capfd.readouterr().err
+    assert "${oc.env:CORPUS_TOKEN}/s" in printed
+    assert "s2-of-the-secret" not in printed
+
+
+def test_a_preparing_process_that_hangs_does_not_hold_up_the_end(tmp_path, opened, monkeypatch):
+    blocks = opened(streaming(tmp_path))
+    monkeypatch.setattr("dstune.data.blocks.CLOSE_SECONDS", 0.5)
+    os.kill(blocks._process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    blocks.close(remove=False)
+    assert time.monotonic() - began < 5
 
 
 def test_waiting_for_a_block_can_be_interrupted(tmp_path, opened, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,12 +14,15 @@ import pytest
 from support.configs import run_config
 
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
+from dstune.errors import DstuneError, Problem, UserError
 from dstune.train.evaluate import Evaluation
-from dstune.train.feed import ahead
-from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Wish
+from dstune.train.feed import Ahead, windows
+from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Preemption, Wish
 from dstune.train.loop import dropout_seed, evaluate
 from dstune.train.metrics import classification_metrics, improves, language_model_metrics
 from dstune.train.state import Best, TrainState
+from dstune.train.supply import Draw
+from dstune.train.watchdog import Watchdog
 from dstune.zero.engine import Update
 
 FINE = Update(1.0, applied=True)
@@ -127,6 +132,7 @@ def test_wishes_after_an_evaluation_are_those_of_all_ranks():
         state=TrainState(step=4),
         evaluator=lambda split: Evaluation({"loss": 1.0}),
         log=None,
+        watchdog=Watchdog(0, rank=0),
         hooks=[Hook()],  # nothing is asked for here
         world=TwoRanks(),
         memory=SimpleNamespace(gib=0.0),
@@ -151,14 +157,94 @@ def test_feed_keeps_the_order_and_raises_where_it_belongs():
             raise ValueError("row 3")
         return step * 10
 
-    feed = ahead(prepare, range(6), depth=2)
+    feed = Ahead(prepare, range(6), depth=2)
     assert [next(feed) for _ in range(3)] == [0, 10, 20]
     with pytest.raises(ValueError, match="row 3"):
         next(feed)
 
 
+class Ranks:
+    """Ranks of one process that call the collectives of `World` from a thread each."""
+
+    def __init__(self, size: int):
+        self._barrier, self._given = threading.Barrier(size, timeout=30), [None] * size
+
+    def gather(self, rank: int, value):
+        self._given[rank] = value
+        self._barrier.wait()
+        given = list(self._given)
+        self._barrier.wait()
+        return given
+
+
+@pytest.fixture
+def no_rows(monkeypatch):
+    monkeypatch.setattr("dstune.train.feed.share", lambda *_: [])
+    monkeypatch.setattr("dstune.train.feed.WAIT_SECONDS", 0.05)
+    return Draw(None, SimpleNamespace(micro_batches=[]), 0.5)
+
+
+def all_see(*prepare):
+    """How often each rank waited, and what came of it, where rank i prepares its window with `prepare[i]`."""
+    ranks = Ranks(len(prepare))
+
+    def run(rank: int):
+        world = SimpleNamespace(
+            gather=lambda value: ranks.gather(rank, value),
+            sum=lambda numbers: np.sum(ranks.gather(rank, numbers), axis=0).tolist(),
+            rank=rank,
+            size=len(prepare),
+        )
+        supply = SimpleNamespace(may_wait=lambda step: True, begin=lambda step: None, interrupt=lambda: None)
+        supply.draw = lambda step: prepare[rank]()
+        rounds = 0
+        try:
+            for feed in windows(run_config(), SimpleNamespace(labels=()), supply, world, 0, range(1)):
+                if feed is not None:
+                    return rounds, feed.epoch
+                rounds += 1
+        except DstuneError as error:
+            return rounds, str(error)
+
+    with ThreadPoolExecutor(len(prepare)) as pool:
+        return list(pool.map(run, range(len(prepare))))
+
+
+def test_while_one_rank_waits_for_its_rows_all_of_them_come_to_agree(no_rows):
+    def slow():
+        time.sleep(0.5)
+        return no_rows
+
+    (ready, epoch), (waiting, same) = all_see(lambda: no_rows, slow)
+    assert epoch == same == 0.5
+    assert ready == waiting > 3
+
+
+def test_an_error_in_the_rows_of_one_rank_is_raised_by_all(no_rows):
+    def broken():
+        raise UserError(Problem("data.train", "changed"))
+
+    def slow():
+        time.sleep(2)
+        return no_rows
+
+    results = all_see(slow, broken)
+    assert [message for _, message in results] == ["data.train: changed"] * 2
+
+
+def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda number, action: None)
+    config = run_config()
+    config = replace(config, run=replace(config.run, time_limit=1.0))
+    preemption = Preemption(config, time.time(), tmp_path, is_main=True)
+    assert preemption.while_waiting(TrainState()).wish is Wish.NOTHING
+    (tmp_path / "STOP").touch()
+    assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT
+    assert preemption.while_waiting(TrainState(save_seconds=30.0)).wish is Wish.PREEMPT  # 3 * 30 s do not fit
+
+
 def test_feed_thread_ends_when_the_loop_leaves_early():
-    feed = ahead(lambda step: step, range(10**9), depth=2)
+    feed = Ahead(lambda step: step, range(10**9), depth=2)
     assert next(feed) == 0
     feed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
