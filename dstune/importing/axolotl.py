@@ -133,8 +133,21 @@ def validation(found: Import, value: Any) -> None:
     pair = _source(found, value[0])
     if pair:
         found.put("data.validation", pair[0].path)
+        _tell_lost_settings(found, pair[0])
     if len(value) > 1:
         found.drop("data.validation takes one source: the first", DIFFERENT)
+
+
+def _tell_lost_settings(found: Import, source: Source) -> None:
+    """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
+    aside = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
+    pairs = [_source(aside, entry) for entry in found.get("datasets", [])]
+    training = [pair[0] for pair in pairs if pair]
+    read_as = training[0] if len(training) == 1 else Source(source.path)
+    for name in ("format", "columns", "subset", "revision"):
+        theirs, ours = getattr(source, name), getattr(read_as, name)
+        if theirs != ours:
+            found.drop(f"{source.path}: its {name} ({theirs}); it is read with data.{name}={ours}", DIFFERENT)
 
 
 def precision(found: Import, value: Any) -> None:

@@ -370,6 +370,23 @@ def test_keys_that_cannot_be_carried(tool, keys, dropped, kind):
     assert found.dropped[dropped].kind == kind
 
 
+def test_settings_of_validation_rows_that_are_lost_are_named():
+    training = {"path": "org/rows", "type": "chat_template", "name": "small", "revision": "v1"}
+    other = {"path": "org/held", "type": "completion", "name": "large", "revision": "v2", "field": "body"}
+    experiment, found = values("axolotl", test_datasets=[other], datasets=[training])
+    assert experiment["data"]["validation"] == "org/held"
+    lost = found.dropped["test_datasets"]
+    assert lost.kind == DIFFERENT
+    for text in ("format (text)", "columns ({'text': 'body'})", "subset (large)", "revision (v2)"):
+        assert f"its {text}" in lost.reason
+    assert "data.subset=small" in lost.reason
+    _, found = values("axolotl", test_datasets=[{**training, "split": "test"}], datasets=[training])
+    assert "test_datasets" not in found.dropped, "both are read alike"
+    # Beside a mixture there are the defaults only.
+    _, found = values("axolotl", datasets=[training, {**training, "path": "org/more"}], test_datasets=[training])
+    assert "subset (small)" in found.dropped["test_datasets"].reason
+
+
 def test_every_lost_data_set_is_named():
     _, found = values("llama-factory", dataset="one,two")
     assert "one:" in found.dropped["dataset"].reason
