@@ -46,9 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = VerbParser(
-        prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows."
-    )
+    parser = VerbParser(prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows.")
     parser.add_argument("target", metavar="RUN|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"

@@ -84,7 +84,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     groups = parameter_groups(module, config.optimizer.weight_decay)
     engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
-    facts = {
+    facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,
         "precision": precision.value,
