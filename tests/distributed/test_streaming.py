@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from support.command import Commands, exact, metrics, ranks_of, wait_until
+from support.command import Commands, exact, metrics, ranks_of, result, wait_until
 from support.tiny import save_decoder, write_dialogues
 
+from dstune.checkpoint import store
 from dstune.checkpoint.shards import Weights
 
 STEPS = 44
@@ -95,6 +99,48 @@ def test_a_stream_goes_on_without_its_cache_and_on_one_rank(workplace):
         assert [row[name] for row in found] == [row[name] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert not list((workplace.folder / "cache" / "stream").iterdir())  # a run that ends leaves no block
+
+
+def preparing(run_dir: Path) -> psutil.Process:
+    """The process that prepares the blocks of the run."""
+    children = [child for rank in ranks_of(run_dir) for child in rank.children()]
+    return next(child for child in children if "dstune.data.block_process" in child.cmdline())
+
+
+def test_a_wait_for_rows_is_no_hang_and_can_be_preempted(workplace):
+    slow = workplace.folder / "stream-slow"
+    arguments = overrides(slow.name, *STREAM, "trainer.stall_seconds=2", "checkpoint.every=0")
+    command = workplace.start("train", *arguments)
+    wait_until(lambda: (rows := metrics(slow)) and rows[-1]["step"] >= 2)
+    preparing(slow).send_signal(signal.SIGSTOP)  # as if its rows took for ever
+    last, since = 0, time.monotonic()
+    while time.monotonic() - since < 6:
+        step = metrics(slow)[-1]["step"]
+        last, since = (step, time.monotonic()) if step > last else (last, since)
+        time.sleep(0.1)
+    assert last < STEPS
+    assert command.poll() is None  # three times trainer.stall_seconds
+    (slow / "SAVE").touch()
+    wait_until(lambda: store.newest(slow) is not None)
+    assert store.newest(slow).name == store.tag(last)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(timeout=60) == 75, workplace.log
+    assert result(slow)["status"] == "preempted"
+    assert result(slow)["steps"] == last
+    assert store.newest(slow).name == store.tag(last)
+    assert not ranks_of(slow)
+
+
+def test_files_that_change_while_it_trains_end_a_run_with_exit_code_2(workplace):
+    for number in range(2):
+        write_dialogues(workplace.folder / f"grows-{number}.jsonl", 60, seed=20 + number)
+    data = ("data.train='grows-*.jsonl'", "data.streaming=true", "data.stream_rows=30", "data.packing=false")
+    command = workplace.start("train", *overrides("grows", *data, "evaluate.every=0"))
+    wait_until(lambda: metrics(workplace.folder / "grows"))
+    write_dialogues(workplace.folder / "grows-2.jsonl", 60, seed=22)
+    assert command.wait(timeout=60) == 2, workplace.log
+    assert "changed while the run trains (new: grows-2.jsonl)" in workplace.log
+    assert "Traceback" not in workplace.log
 
 
 def test_changed_shards_and_bad_rows_are_named(workplace):
