@@ -80,9 +80,13 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
     else:
         recorded = recorded_overrides(path, arguments.overrides)
         config = compose([f"model.path={_quoted(arguments.target)}", *recorded, *arguments.overrides]).config
+    data = config.data
+    if not data.train and not data.mixture:
+        # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
+        data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
     config = replace(
         config,
-        data=replace(config.data, train=config.data.train or getattr(config.data, arguments.split)),
+        data=data,
         method=FullConfig(),
         tracking=replace(config.tracking, wandb=WandbConfig()),
     )

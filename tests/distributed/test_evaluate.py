@@ -92,6 +92,14 @@ def test_a_model_is_measured_as_before_training(shelf, capsys):
     assert found["metrics"] == pytest.approx(shelf.result("full-3")["eval_initial"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["full-3", "labels-2"])
+def test_an_export_says_itself_how_it_is_measured(shelf, name, capsys):
+    """Neither task, labels nor length are given, only the rows."""
+    data = ["data=files", f"data.train={shelf.data[CASES[name][0]]}", *SHARED, "launch.processes=1"]
+    found = measured(capsys, shelf.folder / name / "export", *data)
+    assert found["metrics"] == pytest.approx(shelf.result(name)["eval_final"], rel=1e-5)
+
+
 def test_a_classifiers_labels_keep_their_order_on_other_rows(shelf, capsys, tmp_path):
     rows = [json.loads(line) for line in shelf.data["encoder"].read_text().splitlines()]
     path = tmp_path / "right.jsonl"
