@@ -70,7 +70,7 @@ def share_stopped(folder: str, template_of: str, prompts: list[Any], new_tokens:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/stopping"))
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
