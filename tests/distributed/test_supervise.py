@@ -242,6 +242,9 @@ from dstune.errors import TrainingFailed, to_json
 if rank == 0:
     result("failed")
     (run_dir / "logs" / "rank-0.error").write_text(to_json(TrainingFailed("loss was not finite in 10 steps")))
+else:  # all ranks come to this end together
+    while not (run_dir / "logs" / "rank-0.error").exists():
+        time.sleep(0.01)
 sys.exit(1)
 """
     launch = Launch(tmp_path / "run", script)
