@@ -15,7 +15,8 @@ from dstune.arguments import VerbParser
 from dstune.checkpoint.export import exported
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
-from dstune.config.schema import FullConfig, InitialWeights, RunConfig, WandbConfig
+from dstune.config.method_schema import FullConfig
+from dstune.config.schema import InitialWeights, RunConfig, WandbConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, supervise

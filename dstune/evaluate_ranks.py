@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from dstune.config.compose import read_run
-from dstune.config.schema import ClassificationConfig, Offload, RunConfig
+from dstune.config.schema import Offload, RunConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.build import prepare
 from dstune.dist import World
 from dstune.errors import Problem, UserError

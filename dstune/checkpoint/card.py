@@ -14,7 +14,9 @@ from typing import Any
 
 from dstune import samples
 from dstune.checkpoint.record import public_name
-from dstune.config.schema import ClassificationConfig, LoraConfig, RunConfig
+from dstune.config.method_schema import LoraConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ClassificationConfig
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
 SHOWN_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")

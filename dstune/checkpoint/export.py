@@ -23,7 +23,7 @@ from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
-from dstune.config.schema import LoraConfig
+from dstune.config.method_schema import LoraConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
 
 MAX_SHARD_SIZE = "5GB"

@@ -20,7 +20,8 @@ from dstune.checkpoint import store
 from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import BaseWeights, Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
-from dstune.config.schema import Attention, InitialWeights, LoraConfig, ModelConfig, RunConfig
+from dstune.config.method_schema import LoraConfig
+from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.data.stopping import stop_token_ids
 from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
 from dstune.models.peft import apply_method

@@ -10,7 +10,8 @@ from typing import Any
 from dstune import __version__
 from dstune.config.convert import EnvironmentText
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import ClassificationConfig, RunConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ClassificationConfig
 
 NAME = "dstune.json"
 

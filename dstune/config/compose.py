@@ -34,7 +34,8 @@ from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes, sections
 from dstune.config.resume import check_resume
-from dstune.config.schema import CHOICES, ChatConfig, RunConfig
+from dstune.config.schema import CHOICES, RunConfig
+from dstune.config.task_schema import ChatConfig
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, with_file
 from dstune.errors import Problem, UserError

@@ -13,11 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dstune.config import data_schema, schema
+from dstune.config import data_schema, launch_schema, method_schema, schema, task_schema
 from dstune.config.convert import describe, shown
 from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
+
+SOURCES = (schema, data_schema, task_schema, method_schema, launch_schema)
+"""The modules whose classes are the schema."""
 
 
 class Setting(NamedTuple):
@@ -34,7 +37,7 @@ class Setting(NamedTuple):
 def attribute_docs() -> dict[str, dict[str, str]]:
     """The string below each field of each class of the schema, by class and field name."""
     docs: dict[str, dict[str, str]] = {}
-    sources = [inspect.getsource(module) for module in (data_schema, schema)]
+    sources = [inspect.getsource(module) for module in SOURCES]
     for node in itertools.chain.from_iterable(ast.parse(source).body for source in sources):
         if not isinstance(node, ast.ClassDef):
             continue

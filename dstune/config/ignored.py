@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
-from dstune.config.schema import ChatConfig, RunConfig, WandbMode
+from dstune.config.schema import RunConfig, WandbMode
+from dstune.config.task_schema import ChatConfig
 from dstune.errors import Problem
 
 

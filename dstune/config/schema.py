@@ -17,6 +17,9 @@ from typing import Any
 
 from dstune.config.data_schema import DataConfig
 from dstune.config.fields import setting
+from dstune.config.launch_schema import LAUNCHES, LaunchConfig
+from dstune.config.method_schema import METHODS, MethodConfig
+from dstune.config.task_schema import TASKS, TaskConfig
 
 
 class Attention(Enum):
@@ -73,74 +76,6 @@ class ModelConfig:
     """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """Conversations; the loss is on the assistant's tokens, the end of each turn included."""
-
-    name: str = "chat"
-    template_date: str | None = None
-    """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
-    train_on_prompt: bool = False
-    """Let every token count in the loss, not only those of the assistant."""
-
-
-@dataclass(frozen=True)
-class CausalLmConfig:
-    """Plain text; the loss is on every token and on the end of each document."""
-
-    name: str = "causal_lm"
-
-
-@dataclass(frozen=True)
-class ClassificationConfig:
-    """A label, or several, for a text or a pair of texts."""
-
-    name: str = "classification"
-    labels: list[str] = setting([])
-    """Label names in the order of their indices; found in the training rows when empty."""
-    multi_label: bool = False
-    """Any number of labels for a row, each decided by itself (binary cross entropy, threshold 0.5)."""
-
-
-TaskConfig = ChatConfig | CausalLmConfig | ClassificationConfig
-
-
-@dataclass(frozen=True)
-class FullConfig:
-    """All weights are trained."""
-
-    name: str = "full"
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Only the task's head is trained; the body stays frozen."""
-
-    name: str = "head"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen weights."""
-
-    name: str = "lora"
-    rank: int = setting(16, at_least=1)
-    """Rank of the update matrices."""
-    alpha: float = setting(32.0, above=0.0)
-    """The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
-    dropout: float = setting(0.0, at_least=0.0, below=1.0)
-    """Dropout in front of the adapters."""
-    target_modules: list[str] = setting(["all-linear"])
-    """Module name endings that get an adapter; `all-linear` is every linear layer except the head."""
-    modules_to_save: list[str] = setting([])
-    """Modules trained whole and saved beside the adapter (a new classification head always is)."""
-    rslora: bool = False
-    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
-
-
-MethodConfig = FullConfig | HeadConfig | LoraConfig
 
 
 @dataclass(frozen=True)
@@ -315,25 +250,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class LocalConfig:
-    """Ranks on this machine, started and supervised by dstune itself."""
-
-    name: str = "local"
-    processes: int | None = setting(None, at_least=1)
-    """Ranks; every GPU when not given, else two (one on a single core)."""
-    export_env: list[str] = setting([])
-    """Further environment variables that the ranks inherit, beside the built-in list."""
-    restarts: int = setting(0, at_least=0)
-    """How often a run that failed starts again from its newest whole checkpoint; the same failure at the same step twice
-    ends it."""
-    grace_seconds: float = setting(5.0, above=0.0, at_most=8.0)
-    """How long the other ranks may take to end after one of them died; then they are killed."""
-
-
-LaunchConfig = LocalConfig
-
-
-@dataclass(frozen=True)
 class WandbConfig:
     mode: WandbMode = WandbMode.disabled
     """`online` falls back to `offline` where no key is found; never prompts."""
@@ -399,8 +315,8 @@ class RunConfig:
 
 
 CHOICES: dict[str, dict[str, type]] = {
-    "task": {"chat": ChatConfig, "causal_lm": CausalLmConfig, "classification": ClassificationConfig},
-    "method": {"full": FullConfig, "head": HeadConfig, "lora": LoraConfig},
+    "task": TASKS,
+    "method": METHODS,
     "optimizer": {"adamw": AdamWConfig, "sgd": SgdConfig},
     "schedule": {
         "cosine": CosineConfig,
@@ -408,6 +324,6 @@ CHOICES: dict[str, dict[str, type]] = {
         "constant": ConstantConfig,
         "warmup_stable_decay": WarmupStableDecayConfig,
     },
-    "launch": {"local": LocalConfig},
+    "launch": LAUNCHES,
 }
 """Classes of the groups whose choices have different keys, by the choice's `name`."""

@@ -5,28 +5,17 @@ Pure: no file, no network, no hardware is looked at. What only a machine or the 
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Collection, Iterator
 
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
 from dstune.config.deepspeed_file import settings_problems
+from dstune.config.method_rules import check_method
 from dstune.config.ranges import check_ranges
-from dstune.config.schema import (
-    AdamWConfig,
-    Attention,
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    Export,
-    HeadConfig,
-    LoraConfig,
-    Offload,
-    Precision,
-    RunConfig,
-    WarmupStableDecayConfig,
-)
+from dstune.config.schema import AdamWConfig, Attention, Export, Offload, Precision, RunConfig, WarmupStableDecayConfig
+from dstune.config.task_rules import check_task
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.config.watched import watched
 from dstune.errors import Problem, UserError
 
@@ -73,6 +62,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_task,
         check_model,
         check_method,
+        check_optimizer,
         check_batches,
         check_schedule,
         check_zero,
@@ -176,31 +166,6 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def check_task(config: RunConfig) -> Iterator[Problem]:
-    task = config.task
-    if isinstance(task, ChatConfig) and task.template_date is not None:
-        try:
-            valid = datetime.date.fromisoformat(task.template_date).isoformat() == task.template_date
-        except ValueError:
-            valid = False
-        if not valid:
-            yield Problem(
-                "task.template_date",
-                "this is no date",
-                "write it as YYYY-MM-DD, or leave it out",
-                shown(task.template_date),
-            )
-    if isinstance(task, ClassificationConfig) and task.labels:
-        twice = sorted({label for label in task.labels if task.labels.count(label) > 1})
-        if twice:
-            reason = f"given more than once: {', '.join(twice)}"
-            yield Problem("task.labels", reason, "name each label once", shown(task.labels))
-        if len(task.labels) < 2 and not task.multi_label:
-            yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", shown(task.labels))
-        if not all(label.strip() for label in task.labels):
-            yield Problem("task.labels", "a label is empty", "give each a name", shown(task.labels))
-
-
 def check_model(config: RunConfig) -> Iterator[Problem]:
     model = config.model
     if not model.path.strip():
@@ -223,19 +188,7 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def check_method(config: RunConfig) -> Iterator[Problem]:
-    method = config.method
-    if isinstance(method, HeadConfig) and not isinstance(config.task, ClassificationConfig):
-        yield Problem("method", f"task={config.task.name} has no head of its own", "method=full or method=lora", "head")
-    if isinstance(method, LoraConfig):
-        modules = method.target_modules
-        if not modules:
-            fix = "method.target_modules=[all-linear], or module names such as [q_proj,v_proj]"
-            yield Problem("method.target_modules", "no module would get an adapter", fix, "[]")
-        if "all-linear" in modules and len(modules) > 1:
-            yield Problem(
-                "method.target_modules", "all-linear stands alone", "leave out the other names", shown(modules)
-            )
+def check_optimizer(config: RunConfig) -> Iterator[Problem]:
     if isinstance(config.optimizer, AdamWConfig) and not all(0 <= beta < 1 for beta in config.optimizer.betas):
         yield Problem(
             "optimizer.betas", "each has to be in [0, 1)", "for example [0.9,0.999]", shown(config.optimizer.betas)

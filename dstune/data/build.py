@@ -20,7 +20,8 @@ import transformers
 import xxhash
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning

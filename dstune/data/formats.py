@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.errors import Problem, UserError
 
 FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {

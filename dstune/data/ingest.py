@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.data_schema import DataFormat, OnBadRow
-from dstune.config.schema import ChatConfig, ClassificationConfig, RunConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, canonical, labels_of, normalise, recognise
 from dstune.data.split import content_hash

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask

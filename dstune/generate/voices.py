@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint.record import read_record
 from dstune.config.convert import ENVIRONMENT, resolve_text
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, ModelConfig
+from dstune.config.schema import ModelConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:

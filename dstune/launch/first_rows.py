@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.data_schema import DataFormat, OnBadRow
-from dstune.config.schema import ChatConfig, ClassificationConfig, Precision, RunConfig
+from dstune.config.schema import Precision, RunConfig
+from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
 from dstune.errors import Problem, UserError

@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 
 IGNORED = -100
 """Label of a position that is no target."""

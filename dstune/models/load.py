@@ -24,16 +24,8 @@ from transformers import (
 from dstune import samples
 from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import encoder_decoder_problem
-from dstune.config.schema import (
-    Attention,
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    InitialWeights,
-    ModelConfig,
-    RunConfig,
-    TaskConfig,
-)
+from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.errors import Problem, UserError
 from dstune.zero.engine import gathered
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.schema import ClassificationConfig, FullConfig, HeadConfig, LoraConfig, RunConfig
+from dstune.config.method_schema import FullConfig, HeadConfig, LoraConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import Problem, UserError
 from dstune.models.freeze import freeze_body
 from dstune.models.load import NewWeights, new_weights

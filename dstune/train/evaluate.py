@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import torch
 
-from dstune.config.schema import ClassificationConfig, RunConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.build import PreparedData, Split
 from dstune.data.collate import collate
 from dstune.data.sampler import evaluation_batches, share

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from support.configs import run_config
 
-from dstune.config import schema
+from dstune.config import method_schema, schema, task_schema
 from dstune.dist import World
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
@@ -21,11 +21,11 @@ from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 
 METHODS = {
-    "full": schema.FullConfig(),
-    "head": schema.HeadConfig(),
-    "lora": schema.LoraConfig(rank=4),
-    "lora on the projection": schema.LoraConfig(rank=4, target_modules=["q_proj", "lm_head"]),
-    "projection saved whole": schema.LoraConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "full": method_schema.FullConfig(),
+    "head": method_schema.HeadConfig(),
+    "lora": method_schema.LoraConfig(rank=4),
+    "lora on the projection": method_schema.LoraConfig(rank=4, target_modules=["q_proj", "lm_head"]),
+    "projection saved whole": method_schema.LoraConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 }
 
 
@@ -78,7 +78,7 @@ def main() -> None:
         classes = case["task"] == "classification"
         config = run_config(
             model=schema.ModelConfig(path=argument["encoder" if classes else "decoder"]),
-            task=schema.ClassificationConfig() if classes else schema.ChatConfig(),
+            task=task_schema.ClassificationConfig() if classes else task_schema.ChatConfig(),
             method=METHODS[case["method"]],
             optimizer=schema.AdamWConfig(lr=1e-2, weight_decay=0.1),
             zero=schema.ZeroConfig(stage=case["stage"], param_persistence_threshold=0),

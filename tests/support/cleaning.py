@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dstune.config.data_schema import CleanConfig, DataConfig, OnBadRow
-from dstune.config.schema import CausalLmConfig, ChatConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, TaskConfig
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.sources import of_part

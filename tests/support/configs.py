@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config import schema
+from dstune.config import launch_schema, method_schema, schema, task_schema
 
 
 def run_config(**sections: Any) -> schema.RunConfig:
@@ -12,15 +12,15 @@ def run_config(**sections: Any) -> schema.RunConfig:
     defaults: dict[str, Any] = {
         "model": schema.ModelConfig(),
         "data": schema.DataConfig(train="train.jsonl"),
-        "task": schema.ChatConfig(),
-        "method": schema.FullConfig(),
+        "task": task_schema.ChatConfig(),
+        "method": method_schema.FullConfig(),
         "optimizer": schema.AdamWConfig(),
         "schedule": schema.CosineConfig(),
         "zero": schema.ZeroConfig(),
         "trainer": schema.TrainerConfig(),
         "checkpoint": schema.CheckpointConfig(),
         "evaluate": schema.EvaluateConfig(),
-        "launch": schema.LocalConfig(),
+        "launch": launch_schema.LocalConfig(),
         "tracking": schema.TrackingConfig(),
         "run": schema.RunSection(),
     }

@@ -35,7 +35,7 @@ from dstune.launch.commands import Machine, local_plan
 from dataclasses import replace
 sys.path.insert(0, {root!r})
 from tests.support.configs import run_config
-from dstune.config.schema import LocalConfig
+from dstune.config.launch_schema import LocalConfig
 run_dir, grace, ranks = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 config = run_config(launch=LocalConfig(processes=ranks, grace_seconds=grace))
 console = supervise.Console()

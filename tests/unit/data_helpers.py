@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from dstune.config.data_schema import DataConfig
-from dstune.config.schema import ChatConfig, RunConfig, TaskConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ChatConfig, TaskConfig
 from dstune.data.build import PreparedData, prepare
 from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv

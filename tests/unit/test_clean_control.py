@@ -14,7 +14,7 @@ from unit.templates import LLAMA3, MISTRAL, QWEN3
 
 from dstune import samples
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer

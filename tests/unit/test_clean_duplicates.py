@@ -17,7 +17,7 @@ from unit.data_helpers import byte_tokenizer, exchange
 
 from dstune import samples
 from dstune.config.data_schema import Duplicates
-from dstune.config.schema import ClassificationConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.clean.near import NearCopies, signature, similarity
 from dstune.data.clean.rows import near_text
 

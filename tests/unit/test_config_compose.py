@@ -23,7 +23,9 @@ from dstune.config.compose import (
     write_run,
 )
 from dstune.config.convert import EnvironmentText, from_dict
-from dstune.config.schema import AdamWConfig, ClassificationConfig, LoraConfig, Offload, RunConfig, SgdConfig
+from dstune.config.method_schema import LoraConfig
+from dstune.config.schema import AdamWConfig, Offload, RunConfig, SgdConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import UserError
 
 TODAY = datetime.date.today().isoformat()

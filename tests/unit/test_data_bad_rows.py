@@ -19,7 +19,7 @@ from unit.data_helpers import CHATML, byte_tokenizer, data_run, exchange, prepar
 
 from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.config.validate import validate
 from dstune.errors import Problem, UserError
 

@@ -10,7 +10,8 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import DataFormat, SplitConfig
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig, EvaluateConfig
+from dstune.config.schema import EvaluateConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.data import build
 from dstune.data.collate import NO_TARGET
 from dstune.data.tokenize import RowTokenizer

@@ -13,7 +13,7 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
-from dstune.config.schema import ChatConfig
+from dstune.config.task_schema import ChatConfig
 from dstune.data import build, cache, parallel
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import Problem, UserError

@@ -12,7 +12,7 @@ from torch import nn
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import DataFormat, SplitConfig
-from dstune.config.schema import ChatConfig, ClassificationConfig
+from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.formats import check_columns, recognise
 from dstune.data.render import ChatRenderer

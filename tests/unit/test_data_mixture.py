@@ -10,7 +10,7 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import SourceConfig, SplitConfig
-from dstune.config.schema import ClassificationConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.mixture import capped
 from dstune.data.repeats import Repeats
 from dstune.data.sampler import TrainingOrder

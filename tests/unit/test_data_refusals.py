@@ -9,7 +9,7 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
-from dstune.config.schema import CausalLmConfig, ClassificationConfig
+from dstune.config.task_schema import CausalLmConfig, ClassificationConfig
 from dstune.errors import Problem, UserError
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)

@@ -20,7 +20,7 @@ from unit.templates import (
 )
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import ChatConfig
+from dstune.config.task_schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, target_mask
 from dstune.data.stopping import stop_token_ids

@@ -11,7 +11,7 @@ import pytest
 from unit.data_helpers import exchange, write_jsonl
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.schema import CausalLmConfig, ChatConfig, ClassificationConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.data.rows import RowError, canonical, check_columns, normalise, recognise, sort_labels
 from dstune.data.sources import DataFile, expand, fingerprint, read
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, lowest

@@ -18,7 +18,8 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import DataConfig, OnBadRow, SourceConfig, SplitConfig
-from dstune.config.schema import ClassificationConfig, TrainerConfig
+from dstune.config.schema import TrainerConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.config.validate import validate
 from dstune.data import sources
 from dstune.data.blocks import Blocks

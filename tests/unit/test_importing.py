@@ -11,8 +11,9 @@ import yaml
 
 from dstune.cli import main
 from dstune.config.compose import compose
+from dstune.config.method_schema import LoraConfig
 from dstune.config.names import all_keys, sections
-from dstune.config.schema import LoraConfig, Offload, Precision, RunConfig
+from dstune.config.schema import Offload, Precision, RunConfig
 from dstune.config.validate import validate
 from dstune.errors import UserError
 from dstune.importing import axolotl, llama_factory, trl
