@@ -118,9 +118,7 @@ def ready_tensors(options: argparse.Namespace, folder: Path) -> dict[str, object
         ranks = []
         for rank in range(options.ranks):
             (micro_batch,) = share(window.micro_batches, rank, options.ranks)
-            batch = collate(
-                data.train, micro_batch, pad_token_id=tokenizer.pad_token_id, packing=True, classification=False
-            )
+            batch = collate(data.train, micro_batch, pad_token_id=tokenizer.pad_token_id, packing=True)
             # Both sides get rows of the same length; one that is a few tokens short is filled up with no targets.
             fill = {"input_ids": tokenizer.pad_token_id, "labels": -100, "position_ids": 0}
             short = options.length - batch["input_ids"].shape[1]

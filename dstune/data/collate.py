@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,57 +14,56 @@ from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 NO_TARGET = -100
 """Label of a position that does not count (the value that torch's cross entropy ignores by default)."""
 
+TOKEN_COLUMNS = {"labels": NO_TARGET, "token_type_ids": 0}
+"""Columns of a sample with a value for each token, padded with this; `input_ids` with the padding token."""
+
+ROW_COLUMNS = {"label": "labels"}
+"""Columns of a sample with one target (or a list of fixed length) by the name that a batch gives them."""
+
 
 def collate(
-    split: Split, micro_batch: MicroBatch, *, pad_token_id: int, packing: bool, classification: bool
+    split: Split, micro_batch: MicroBatch, *, pad_token_id: int, packing: bool, with_index: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of `micro_batch`, all int64.
+    """Tensors of `micro_batch`, all int64. What a batch holds follows from what the samples hold.
 
     Packed: `input_ids`, `labels`, `position_ids`, each [rows, longest row]. Positions restart at 0 with every sample,
     padding included, and there is no attention mask: from the restarts transformers keeps samples apart.
-    Not packed: `input_ids`, `attention_mask`, `labels`, each [rows, longest sample rounded up to a multiple of 8].
-    Classification: `input_ids`, `attention_mask`, `labels` [rows] and `index` [rows] (sample numbers); with several labels
-    a row, `labels` is [rows, labels] of 0 and 1; for pairs of texts `token_type_ids` where the model is told.
-    In a filler every label is -100.
+    Not packed: `input_ids`, `attention_mask` and what TOKEN_COLUMNS names, each [rows, longest sample rounded up to a
+    multiple of 8]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
+    with_index: `index` [rows] (sample numbers) too. In a filler every label is -100.
     """
-    assert not (packing and classification), "classification rows hold one sample"
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
+    held = rows[0][0].keys()
     longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
     width = longest if packing else -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     shape = (len(rows), width)
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    padding = {"input_ids": pad_token_id} | {name: value for name, value in TOKEN_COLUMNS.items() if name in held}
+    arrays = {name: np.full(shape, value, dtype=np.int64) for name, value in padding.items()}
     real = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, NO_TARGET, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    with_segments = "token_type_ids" in rows[0][0]
-    segments = np.zeros(shape, dtype=np.int64)
     for number, row in enumerate(rows):
         end = 0
         for sample in row:
             start, end = end, end + len(sample["input_ids"])
-            input_ids[number, start:end] = sample["input_ids"]
+            for name, array in arrays.items():
+                array[number, start:end] = sample[name]
             real[number, start:end] = 1
-            if with_segments:
-                segments[number, start:end] = sample["token_type_ids"]
             position_ids[number, start:end] = np.arange(end - start)
-            if not classification and not micro_batch.filler:
-                labels[number, start:end] = sample["labels"]
         position_ids[number, end:] = np.arange(width - end)
 
-    if packing:
-        arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    elif classification:
-        classes = np.array([row[0]["label"] for row in rows], dtype=np.int64)
-        if micro_batch.filler:
-            classes[:] = NO_TARGET
-        arrays = {
-            "input_ids": input_ids,
-            "attention_mask": real,
-            "labels": classes,
-            "index": np.array(micro_batch.samples, dtype=np.int64),
-        }
-        if with_segments:
-            arrays["token_type_ids"] = segments
-    else:
-        arrays = {"input_ids": input_ids, "attention_mask": real, "labels": labels}
+    targets = {name: of for name, of in ROW_COLUMNS.items() if name in held}
+    assert not (packing and targets), "a packed row has no target of its own"
+    for name, of in targets.items():
+        arrays[of] = np.array([_only(row)[name] for row in rows], dtype=np.int64)
+    if micro_batch.filler:
+        for name in {"labels", *targets.values()} & arrays.keys():
+            arrays[name][:] = NO_TARGET
+    arrays["position_ids" if packing else "attention_mask"] = position_ids if packing else real
+    if with_index:
+        arrays["index"] = np.array([_only(row) for row in micro_batch.rows], dtype=np.int64)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _only(row: Any) -> Any:
+    (sample,) = row
+    return sample

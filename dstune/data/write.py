@@ -13,9 +13,7 @@ import pyarrow.compute as pc
 from dstune.data import statistics
 from dstune.data.ingest import BadRows, Table
 from dstune.data.parallel import map_rows
-from dstune.data.tokenize import RowTokenizer
-
-KEPT_COLUMNS = ("input_ids", "labels", "label", "token_type_ids")
+from dstune.data.tokenize import COUNTED, RowTokenizer
 
 
 @dataclass
@@ -72,7 +70,7 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
     """Copy the samples that have targets, without the columns that only served to count."""
     counts = Counts()
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
-    schema = pa.schema([column for column in written if column.name in KEPT_COLUMNS])
+    schema = pa.schema([column for column in written if column.name not in COUNTED])
     # Rows may be many, so nothing here takes more than 14 bytes for each.
     last_number = -1
     lengths, weights, sources = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16))

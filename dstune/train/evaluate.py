@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.build import PreparedData, Split
 from dstune.data.collate import collate
 from dstune.data.sampler import evaluation_batches, share
@@ -19,15 +18,8 @@ from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.models.heads import Head
-from dstune.train.metrics import classification_metrics, language_model_metrics, multi_label_metrics
+from dstune.train.measure import Evaluation, Totals, measure
 from dstune.zero.engine import Engine, full_count
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    metrics: dict[str, float]
-    confusion: list[list[int]] | None = None
-    """Rows are true classes, columns predicted ones, in the order of the labels."""
 
 
 def limited(split: Split, max_rows: int | None) -> Split:
@@ -46,49 +38,44 @@ class Evaluator:
     ):
         self._config, self._data, self._engine, self._head, self._world = config, data, engine, head, world
         self._pad_token_id = pad_token_id
-        self._classes = len(data.labels) if isinstance(config.task, ClassificationConfig) else 0
-        self._multi_label = isinstance(config.task, ClassificationConfig) and config.task.multi_label
 
     def __call__(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         split = limited(split, self._config.evaluate.max_rows)
+        packing = self._config.data.packing
         batches = evaluation_batches(
             split.lengths,
             micro_batch_size=self._config.evaluate.micro_batch_size or self._config.trainer.micro_batch_size,
             max_length=self._config.data.max_length,
-            packing=self._config.data.packing,
+            packing=packing,
         )
         mine = share(batches, self._world.rank, self._world.size)
-        loss_sum = weight = correct = 0.0
-        rows: list[tuple[int, Any, Any]] = []
+        sums = np.zeros(3)
+        rows: list[tuple[int, dict[str, Any]]] = []
         self._engine.train(False)
         for number, micro_batch in enumerate(mine):
             batch = collate(
-                split,
-                micro_batch,
-                pad_token_id=self._pad_token_id,
-                packing=self._config.data.packing,
-                classification=self._classes > 0,
+                split, micro_batch, pad_token_id=self._pad_token_id, packing=packing, with_index=not packing
             )
             on_device = {key: value.to(self._engine.device) for key, value in batch.items()}
             output = self._engine.evaluate(self._head, on_device)
-            loss_sum += float(output.loss_sum)
-            weight += float(output.weight)
-            correct += float(output.correct)
-            if output.predictions is not None and not micro_batch.filler:
-                columns = (batch["index"], output.predictions.cpu(), batch["labels"])
-                rows.extend(zip(*(column.tolist() for column in columns), strict=True))
+            sums += [float(output.loss_sum), float(output.weight), float(output.correct)]
+            if output.rows and not micro_batch.filler:
+                rows += zip(batch["index"].tolist(), _by_row(output.rows), strict=True)
             if progress:
                 progress(number + 1, len(mine))
         self._engine.train(True)
-        loss_sum, weight, correct = self._world.sum([loss_sum, weight, correct])
-        if not self._classes:
-            return Evaluation(language_model_metrics(loss_sum, weight, correct))
-        everyone = sorted(row for part in self._world.gather(rows) for row in part)
-        _, predictions, labels = zip(*everyone, strict=True)
-        if self._multi_label:
-            return Evaluation(multi_label_metrics(loss_sum, predictions, labels))
-        metrics, confusion = classification_metrics(loss_sum, predictions, labels, self._classes)
-        return Evaluation(metrics, confusion)
+        totals = Totals(*self._world.sum(sums.tolist()))
+        everyone = sorted((row for part in self._world.gather(rows) for row in part), key=itemgetter(0))
+        return measure(self._config.task, self._data.labels, totals, [kept for _, kept in everyone])
+
+
+def _by_row(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> list[dict[str, np.ndarray]]:
+    """Columns of a batch as one dictionary a row, on the CPU."""
+    arrays = {
+        name: column.cpu().numpy() if isinstance(column, torch.Tensor) else [part.cpu().numpy() for part in column]
+        for name, column in columns.items()
+    }
+    return [dict(zip(arrays, values, strict=True)) for values in zip(*arrays.values(), strict=True)]
 
 
 def answer_prompts(

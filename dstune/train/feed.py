@@ -58,9 +58,7 @@ def windows(
                 micro_batch,
                 pad_token_id=pad_token_id,
                 packing=config.data.packing,
-                classification=bool(data.labels),
             )
-            batch.pop("index", None)
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return Feed(draw.window, draw.epoch, tuple(batches))
 

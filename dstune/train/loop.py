@@ -13,9 +13,10 @@ from dstune.config.schema import RunConfig
 from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Head
-from dstune.train.evaluate import Evaluation, Evaluator
+from dstune.train.evaluate import Evaluator
 from dstune.train.feed import Feed, windows
 from dstune.train.hooks import Decision, Hook, Wish, join
+from dstune.train.measure import Evaluation
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.state import TrainState

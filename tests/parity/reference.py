@@ -44,9 +44,7 @@ def train_plainly(config: RunConfig, cache: Path) -> Reference:
     for step in range(config.trainer.max_steps):
         window = order.window(*order.locate(step))
         batches = [
-            collate(
-                data.train, m, pad_token_id=tokenizer.pad_token_id, packing=config.data.packing, classification=False
-            )
+            collate(data.train, m, pad_token_id=tokenizer.pad_token_id, packing=config.data.packing)
             for m in window.micro_batches
         ]
         targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)

@@ -219,11 +219,9 @@ def test_several_labels_become_ones_and_zeros(tmp_path):
     data = prepared(config, byte_tokenizer(), tmp_path / "cache")
     assert data.labels == ("a", "b", "c")
     assert data.train.table["label"][:] == [[0, 1, 0], [1, 0, 1], [0, 0, 0]]
-    batch = collate(data.train, MicroBatch(0, ((1,), (2,))), pad_token_id=0, packing=False, classification=True)
+    batch = collate(data.train, MicroBatch(0, ((1,), (2,))), pad_token_id=0, packing=False)
     assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0]]
-    filler = collate(
-        data.train, MicroBatch(0, ((1,),), filler=True), pad_token_id=0, packing=False, classification=True
-    )
+    filler = collate(data.train, MicroBatch(0, ((1,),), filler=True), pad_token_id=0, packing=False)
     assert filler["labels"].tolist() == [[NO_TARGET] * 3]
 
 
@@ -253,9 +251,9 @@ def test_the_head_is_the_mean_of_binary_cross_entropies():
     expected = nn.BCEWithLogitsLoss()(logits[:3], labels[:3].float())
     assert output.weight == 3
     assert output.loss_sum / output.weight == pytest.approx(expected)
-    assert output.predictions is not None
-    assert output.predictions.tolist() == (torch.sigmoid(logits) > 0.5).long().tolist()
-    assert output.correct == (output.predictions[:3] == labels[:3]).all(dim=1).sum()
+    assert "prediction" in output.rows
+    assert output.rows["prediction"].tolist() == (torch.sigmoid(logits) > 0.5).long().tolist()
+    assert output.correct == (output.rows["prediction"][:3] == labels[:3]).all(dim=1).sum()
 
 
 @pytest.mark.parametrize("classes", [1, 4])
@@ -316,7 +314,7 @@ def test_pairs_are_joined_as_the_tokenizer_does_it(tmp_path, max_length):
         assert data.train.table[number]["input_ids"] == expected["input_ids"]
         assert data.train.table[number]["token_type_ids"] == expected["token_type_ids"]
     assert data.report["train"]["truncated"] == (1 if max_length == 8 else 0)
-    batch = collate(data.train, MicroBatch(0, ((0,), (1,))), pad_token_id=0, packing=False, classification=True)
+    batch = collate(data.train, MicroBatch(0, ((0,), (1,))), pad_token_id=0, packing=False)
     whole = tokenizer([row["text"] for row in PAIRS], [row["text_pair"] for row in PAIRS], truncation=True,
                       max_length=max_length, padding=True, pad_to_multiple_of=8, return_tensors="pt")  # fmt: skip
     for name in ("input_ids", "token_type_ids", "attention_mask"):

@@ -265,7 +265,7 @@ def token_split() -> Split:
 
 
 def test_collate_packed():
-    batch = collate(token_split(), MicroBatch(0, ((0, 1), (2,))), pad_token_id=9, packing=True, classification=False)
+    batch = collate(token_split(), MicroBatch(0, ((0, 1), (2,))), pad_token_id=9, packing=True)
     assert set(batch) == {"input_ids", "labels", "position_ids"}
     assert batch["input_ids"].tolist() == [[11, 12, 13, 21, 22], [31, 32, 33, 34, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
@@ -274,12 +274,12 @@ def test_collate_packed():
 
 
 def test_collate_packed_padding_is_a_sample_of_its_own():
-    batch = collate(token_split(), MicroBatch(0, ((0, 1), (1,))), pad_token_id=9, packing=True, classification=False)
+    batch = collate(token_split(), MicroBatch(0, ((0, 1), (1,))), pad_token_id=9, packing=True)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
 
 
 def test_collate_unpacked_pads_to_a_multiple_of_eight():
-    batch = collate(token_split(), MicroBatch(0, ((1,), (2,))), pad_token_id=9, packing=False, classification=False)
+    batch = collate(token_split(), MicroBatch(0, ((1,), (2,))), pad_token_id=9, packing=False)
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
     assert batch["input_ids"].tolist() == [[21, 22] + [9] * 6, [31, 32, 33, 34] + [9] * 4]
     assert batch["attention_mask"].tolist() == [[1] * 2 + [0] * 6, [1] * 4 + [0] * 4]
@@ -288,9 +288,7 @@ def test_collate_unpacked_pads_to_a_multiple_of_eight():
 
 def test_collate_filler_counts_for_nothing():
     for packing in (True, False):
-        batch = collate(
-            token_split(), MicroBatch(5, ((0,),), filler=True), pad_token_id=9, packing=packing, classification=False
-        )
+        batch = collate(token_split(), MicroBatch(5, ((0,),), filler=True), pad_token_id=9, packing=packing)
         assert (batch["labels"] == -100).all()
         assert batch["input_ids"][0, :3].tolist() == [11, 12, 13]
 
@@ -298,9 +296,9 @@ def test_collate_filler_counts_for_nothing():
 def test_collate_classification():
     table = datasets.Dataset.from_dict({"input_ids": [[11, 12, 13], [21, 22]], "label": [1, 0]})
     split = Split("train", table, np.array([3, 2], np.int32), np.array([1, 1]))
-    batch = collate(split, MicroBatch(0, ((1,), (0,))), pad_token_id=9, packing=False, classification=True)
+    batch = collate(split, MicroBatch(0, ((1,), (0,))), pad_token_id=9, packing=False)
     assert batch["labels"].tolist() == [0, 1]
     assert batch["index"].tolist() == [1, 0]
     assert batch["attention_mask"].sum(1).tolist() == [2, 3]
-    filler = collate(split, MicroBatch(0, ((1,),), filler=True), pad_token_id=9, packing=False, classification=True)
+    filler = collate(split, MicroBatch(0, ((1,),), filler=True), pad_token_id=9, packing=False)
     assert filler["labels"].tolist() == [-100]

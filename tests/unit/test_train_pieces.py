@@ -15,10 +15,10 @@ from support.configs import run_config
 
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.errors import DstuneError, Problem, UserError
-from dstune.train.evaluate import Evaluation
 from dstune.train.feed import Ahead, windows
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Preemption, Wish
 from dstune.train.loop import dropout_seed, evaluate
+from dstune.train.measure import Evaluation
 from dstune.train.metrics import classification_metrics, improves, language_model_metrics
 from dstune.train.state import Best, TrainState
 from dstune.train.supply import Draw

@@ -1,33 +1,9 @@
-"""Metrics of an evaluation, from sums that every rank agrees on."""
+"""Metrics of classification, by scikit-learn."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-
-
-def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
-    if not math.isfinite(value):
-        return False
-    if best is None:
-        return True
-    gain = best - value if metric in LOWER_IS_BETTER else value - best
-    return gain > min_delta
-
-
-def language_model_metrics(loss_sum: float, weight: float, correct: float) -> dict[str, float]:
-    """Mean loss in nats per target token, its exponential, and the share of targets predicted."""
-    loss = loss_sum / weight
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "token_accuracy": correct / weight,
-        "targets": weight,
-    }
 
 
 def classification_metrics(

@@ -1,0 +1,106 @@
+"""Rows to token ids and targets: what one process of `datasets.map` runs on a batch of rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from dstune.config.data_schema import DataFormat
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.data.render import ChatRenderer
+from dstune.data.tokenize.classification import ClassificationEncoder
+from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversation
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
+
+__all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
+
+COUNTED = {
+    "weight": datasets.Value("int64"),
+    "number": datasets.Value("int64"),
+    "truncated": datasets.Value("bool"),
+    "length": datasets.Value("int64"),
+    "problem": datasets.Value("string"),
+}
+"""Columns of `RowTokenizer` that serve to count and are not kept with the samples."""
+
+
+class RowTokenizer:
+    """Tokenizes rows for one task; picklable, so that it travels to the processes of `datasets.map`.
+
+    tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification).
+    Control tokens in what a row says are encoded as text (see `control`).
+    Raises UserError (at creation) if the tokenizer lacks what task and format need.
+    """
+
+    def __init__(
+        self, tokenizer: Any, task: TaskConfig, fmt: DataFormat, max_length: int, labels: tuple[str, ...] = ()
+    ):
+        self._tokenizer = tokenizer
+        self._encoder = _encoder(tokenizer, task, fmt, max_length, labels)
+
+    def __call__(self, batch: dict[str, list]) -> pa.Table:
+        """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
+        rows = [json.loads(row) for row in batch["row"]]
+        return self.table_of(self.samples(rows, batch["number"]))
+
+    @property
+    def features(self) -> datasets.Features:
+        """Types of the columns of `table_of`."""
+        tokens = datasets.List(datasets.Value("int32"))
+        return datasets.Features({"input_ids": tokens, **self._encoder.columns, **COUNTED})
+
+    @property
+    def renderer(self) -> ChatRenderer | None:
+        """What renders conversations, where there is a template."""
+        return self._encoder.renderer if isinstance(self._encoder, ChatEncoder) else None
+
+    def plain_prompt_ids(self, text: str) -> list[int]:
+        """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        assert isinstance(self._encoder, ChatEncoder | DocumentEncoder), "only a language model continues a text"
+        return self._encoder.plain_prompt_ids(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids` without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def samples(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        """Samples of normalised `rows`, in order; `numbers` is how their rows are called."""
+        return self._encoder(rows, numbers)
+
+    def table_of(self, samples: list[Sample]) -> pa.Table:
+        """`samples` as columns: `input_ids`, what the task's encoder adds, and those of COUNTED."""
+        columns: dict[str, list[Any]] = {
+            "input_ids": [sample.input_ids for sample in samples],
+            **{name: [sample.columns[name] for sample in samples] for name in self._encoder.columns},
+            "weight": [sample.weight for sample in samples],
+            "number": [sample.row for sample in samples],
+            "truncated": [sample.truncated for sample in samples],
+            "length": [sample.length for sample in samples],
+            "problem": [sample.problem for sample in samples],
+        }
+        schema = self.features.arrow_schema
+        return pa.table({name: _column(values, schema.field(name).type) for name, values in columns.items()})
+
+
+def _encoder(tokenizer: Any, task: TaskConfig, fmt: DataFormat, max_length: int, labels: tuple[str, ...]) -> Encoder:
+    match task:
+        case ChatConfig():
+            return ChatEncoder(tokenizer, task, fmt, max_length)
+        case CausalLmConfig():
+            return DocumentEncoder(tokenizer, max_length)
+        case ClassificationConfig():
+            return ClassificationEncoder(tokenizer, task, fmt, max_length, labels)
+    raise AssertionError(f"no tokenization for {task!r}")
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(kind):
+        return pa.array(values, kind)
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(array) for array in values], out=offsets[1:])
+    flat = np.concatenate(values) if values else np.empty(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(kind.value_type.to_pandas_dtype())))

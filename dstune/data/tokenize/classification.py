@@ -1,0 +1,68 @@
+"""Samples of classification: a text, or a pair of texts, and its label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dstune.config.data_schema import DataFormat
+from dstune.config.task_schema import ClassificationConfig
+from dstune.data.control import ControlTokens
+from dstune.data.rows import labels_of
+from dstune.data.tokenize.sample import Rows, Sample
+
+
+class ClassificationEncoder:
+    """Texts with the special tokens that the tokenizer puts around and between them.
+
+    The column `label` is the index of the row's label, with `task.multi_label` a 1 or 0 for each label.
+    """
+
+    def __init__(
+        self, tokenizer: Any, task: ClassificationConfig, fmt: DataFormat, max_length: int, labels: tuple[str, ...]
+    ):
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._label_ids = {label: index for index, label in enumerate(labels)}
+        self._multi_label = task.multi_label
+        # For a single text every segment is 0, which is what a model takes where none is given.
+        self._with_segments = fmt is DataFormat.pair and "token_type_ids" in tokenizer.model_input_names
+        self._control = ControlTokens(tokenizer)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        tokens = datasets.List(datasets.Value("int32"))
+        label = {"label": tokens if self._multi_label else datasets.Value("int64")}
+        return label | ({"token_type_ids": tokens} if self._with_segments else {})
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        texts = [row["text"] for row in rows]
+        pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
+        # Of a pair the longer text is cut first.
+        kept = self._tokenizer(texts, pairs, truncation=True, max_length=self._max_length, verbose=False)
+        samples = []
+        for position, number in enumerate(numbers):
+            whole = [texts[position], *([pairs[position]] if pairs else [])]
+            ids = np.array(kept["input_ids"][position], dtype=np.int32)
+            segments = kept["token_type_ids"][position] if self._with_segments else None
+            length = len(ids)
+            if self._control.first(whole):
+                tokens, segments, length = self._control.sequence(whole, self._max_length)
+                ids = np.array(tokens, dtype=np.int32)
+            elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
+                length = len(self._tokenizer(*whole, verbose=False)["input_ids"])
+            columns = {"label": self._label(rows[position])}
+            if self._with_segments:
+                columns["token_type_ids"] = np.array(segments, dtype=np.int32)
+            samples.append(Sample(number, ids, columns, 1, length > len(ids), "", length))
+        return samples
+
+    def _label(self, row: dict[str, Any]) -> Any:
+        indices = [self._label_ids[name] for name in labels_of(row)]
+        if self._multi_label:
+            return np.isin(np.arange(len(self._label_ids)), indices).astype(np.int32)
+        (index,) = indices
+        return index

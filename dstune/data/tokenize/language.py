@@ -1,0 +1,179 @@
+"""Samples of language models: every token has a label, the token itself or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dstune.config.data_schema import DataFormat
+from dstune.config.task_schema import ChatConfig
+from dstune.data.collate import NO_TARGET
+from dstune.data.control import ControlTokens
+from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
+from dstune.data.tokenize.sample import Rows, Sample
+from dstune.errors import Problem, UserError
+
+
+class _Language:
+    """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                Problem(
+                    where="model.path",
+                    reason="the tokenizer has no end-of-sequence token, so the model could not learn to stop",
+                    fix="choose a model made to generate text",
+                )
+            )
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._control = ControlTokens(tokenizer)
+        self._prefix = _first_special_tokens(tokenizer)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {"labels": datasets.List(datasets.Value("int32"))}
+
+    def plain_prompt_ids(self, text: str) -> list[int]:
+        """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        ids = self._control.ids(text, self._own_tokens(text, end=None))
+        return [*self._missing_prefix(ids), *ids]
+
+    def _sample(self, number: int, input_ids: np.ndarray, targets: np.ndarray, problem: str) -> Sample:
+        targets[:1] = False  # nothing precedes the first token, so nothing predicts it
+        labels = np.where(targets, input_ids, NO_TARGET).astype(np.int32)
+        if not problem and not targets.any():
+            problem = "no trainable token"
+        length = len(input_ids)
+        kept = slice(0, self._max_length)
+        weight = int(np.count_nonzero(labels[kept] != NO_TARGET))
+        return Sample(
+            number, input_ids[kept], {"labels": labels[kept]}, weight, length > self._max_length, problem, length
+        )
+
+    def _own_tokens(self, text: str, end: str | None) -> list[int]:
+        """Where a document has a first special token, or an `end`, that it would get anyway: there they are no text."""
+        first = [0] if self._prefix and text.startswith(self._tokenizer.decode(self._prefix)) else []
+        return [*first, *([len(text) - len(end)] if end and text.endswith(end) else [])]
+
+    def _missing_prefix(self, ids: list[int]) -> list[int]:
+        """The first special tokens, unless the text brought them itself."""
+        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+
+
+class ChatEncoder(_Language):
+    """Prompts and completions go through the chat template if the model has one, else one follows the other."""
+
+    def __init__(self, tokenizer: Any, task: ChatConfig, fmt: DataFormat, max_length: int):
+        require_offsets(tokenizer)
+        self.renderer: ChatRenderer | None = None
+        if fmt is DataFormat.messages or tokenizer.chat_template:
+            self.renderer = ChatRenderer(tokenizer, task.template_date)
+        self._train_on_prompt = task.train_on_prompt
+        super().__init__(tokenizer, max_length)
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        problems: list[str] = []
+        own: list[list[int] | None] = []
+        for row in rows:
+            defused = self._control.defuse(row) if self._control.first(row) else None
+            text, found, problem = self._render(defused.value if defused else row)
+            text, template_tokens = defused.restore(text) if defused else (text, None)
+            texts.append(text)
+            spans.append(found)
+            problems.append(problem)
+            own.append(template_tokens)
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        samples = []
+        for number, ids, offsets, text, template_tokens, row_spans, problem in zip(
+            numbers, encoded["input_ids"], encoded["offset_mapping"], texts, own, spans, problems, strict=True
+        ):
+            if template_tokens is not None:
+                ids, offsets = self._control.neutral(ids, offsets, text, template_tokens)
+            input_ids = np.array(ids, dtype=np.int32)
+            if self._train_on_prompt and self.renderer is None:
+                targets = np.ones(len(input_ids), dtype=bool)
+            else:
+                targets = target_mask(np.array(offsets, dtype=np.int64).reshape(-1, 2), row_spans)
+            if self.renderer is None:
+                prefix = self._missing_prefix(ids)
+                input_ids = np.array([*prefix, *ids, self._tokenizer.eos_token_id], dtype=np.int32)
+                targets = np.concatenate([np.full(len(prefix), self._train_on_prompt), targets, [True]])
+            samples.append(self._sample(number, input_ids, targets, problem))
+        return samples
+
+    def _render(self, row: dict[str, Any]) -> tuple[str, list[Span], str]:
+        """The text of a row, the characters of it that are targets, and what is wrong with the row, if anything."""
+        if self.renderer is None:
+            text = row["prompt"] + row["completion"]
+            return text, [(len(row["prompt"]), len(text))], ""
+        try:
+            if self._train_on_prompt:
+                # Everything but what has the weight 0.
+                text, left_out = self.renderer.spans(conversation(row), tools=row.get("tools"), weight=0)
+                return text, _between(left_out, len(text)), ""
+            return *self.renderer.spans(conversation(row), tools=row.get("tools")), ""
+        except RenderError as error:
+            return "", [], str(error)
+
+
+class DocumentEncoder(_Language):
+    """Documents, cut into pieces of `max_length` tokens that overlap by one token.
+
+    The first token of a piece is no target, so it is the last one of the piece before: no target is lost and
+    none counts twice. Example, max_length 4: tokens a b c d e f </s> give [a b c d] and [d e f </s>].
+    """
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        encoded = self._tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)
+        end = self._tokenizer.eos_token_id
+        samples = []
+        for number, row, ids in zip(numbers, rows, encoded["input_ids"], strict=True):
+            if self._control.first(row):
+                ids = self._control.ids(row["text"], self._own_tokens(row["text"], self._tokenizer.eos_token))
+            prefix = self._missing_prefix(ids)
+            document = np.array([*prefix, *ids, *([] if ids[-1:] == [end] else [end])], dtype=np.int32)
+            step = self._max_length - 1
+            for start in range(0, max(len(document) - 1, 1), step):
+                piece = document[start : start + self._max_length]
+                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), "")
+                sample.truncated = len(document) > self._max_length
+                sample.length = len(document)
+                samples.append(sample)
+        return samples
+
+
+def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a chat row; a prompt and its completion are one exchange."""
+    if "messages" in row:
+        return row["messages"]
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
+def _between(spans: list[Span], length: int) -> list[Span]:
+    """What `spans` leave of a text of `length` characters, a token without characters at its end included."""
+    edges = [0, *(edge for span in spans for edge in span), length + 1]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
+def _first_special_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []

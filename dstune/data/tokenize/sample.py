@@ -1,0 +1,44 @@
+"""One tokenized sample, and what turns rows into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Rows = list[dict[str, Any]]
+"""Normalised rows, as `rows.normalise` gives them."""
+
+
+@dataclass
+class Sample:
+    """One tokenized sample, or the reason why the row gives none."""
+
+    row: int
+    """Number of the row that it came from."""
+    input_ids: np.ndarray
+    columns: dict[str, Any]
+    """What else it holds, by the names of `Encoder.columns`: a list with a value for each token, or a value."""
+    weight: float
+    """Targets that it adds to the loss."""
+    truncated: bool = False
+    problem: str = ""
+    length: int = 0
+    """Tokens before truncation."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.columns["labels"]
+
+
+class Encoder(Protocol):
+    """Makes samples of one task's rows; picklable."""
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """Types (of `datasets`) of what a sample holds beside `input_ids`. `collate` knows which ones a batch gets."""
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        """Samples of `rows`, those of one row one behind the other; `numbers` is how the rows are called."""

@@ -1,0 +1,22 @@
+"""Metrics of an evaluation, from sums that every rank agrees on and from what the heads keep of each row."""
+
+from __future__ import annotations
+
+import math
+
+from dstune.train.metrics.classification import classification_metrics, multi_label_metrics
+from dstune.train.metrics.language import language_model_metrics
+
+__all__ = ["LOWER_IS_BETTER", "classification_metrics", "improves", "language_model_metrics", "multi_label_metrics"]
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    gain = best - value if metric in LOWER_IS_BETTER else value - best
+    return gain > min_delta
