@@ -296,9 +296,9 @@ def test_collate_filler_counts_for_nothing():
 def test_collate_classification():
     table = datasets.Dataset.from_dict({"input_ids": [[11, 12, 13], [21, 22]], "label": [1, 0]})
     split = Split("train", table, np.array([3, 2], np.int32), np.array([1, 1]))
-    batch = collate(split, MicroBatch(0, ((1,), (0,))), pad_token_id=9, packing=False)
+    batch = collate(split, MicroBatch(0, ((1,), (0,))), pad_token_id=9, packing=False, with_index=True)
     assert batch["labels"].tolist() == [0, 1]
     assert batch["index"].tolist() == [1, 0]
     assert batch["attention_mask"].sum(1).tolist() == [2, 3]
-    filler = collate(split, MicroBatch(0, ((1,),), filler=True), pad_token_id=9, packing=False)
+    filler = collate(split, MicroBatch(0, ((1,),), filler=True), pad_token_id=9, packing=False, with_index=True)
     assert filler["labels"].tolist() == [-100]
