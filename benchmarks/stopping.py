@@ -90,7 +90,6 @@ def main() -> None:
         "optimizer.lr=1e-3",
         "schedule=cosine",
         "zero=stage1",
-        "trainer.precision=fp32",
         "trainer.micro_batch_size=1",
         "trainer.global_batch_size=4",
         f"trainer.max_steps={arguments.steps}",

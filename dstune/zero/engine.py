@@ -93,12 +93,17 @@ def full_count(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether stage 3 keeps this parameter in parts."""
+    return hasattr(parameter, "ds_id")
+
+
 def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None = None) -> Any:
     """Context in which stage 3 parameters are whole on every rank; a collective on entry and on exit.
 
     With `modified_by_rank`, what that rank writes into them is kept.
     """
-    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         return nullcontext()
     import deepspeed
