@@ -95,7 +95,9 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     model.train()
     for step in range(steps):
         window = order.window(*order.locate(step))
-        chosen = [sample for micro_batch in window.micro_batches if not micro_batch.filler for sample in micro_batch.samples]
+        chosen = [
+            sample for micro_batch in window.micro_batches if not micro_batch.filler for sample in micro_batch.samples
+        ]
         inputs, labels = batch(data.train, chosen)
         loss = cross_entropy(model(**inputs).logits, labels)
         loss.backward()

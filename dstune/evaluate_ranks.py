@@ -26,7 +26,7 @@ from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.tracking.console import Console
 from dstune.train.evaluate import Evaluator, limited
-from dstune.worker import check_packing, guarded, leave, write_result
+from dstune.worker import check_packing, examine, guarded, leave, write_result
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
@@ -52,6 +52,7 @@ def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> No
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     head = build_head(config.task, model)
     engine = Engine(model, None, settings, world)
+    examine(head, engine)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     console = Console() if world.is_main else None
     evaluator = Evaluator(config, data, engine, head, world, tokenizer.pad_token_id)

@@ -28,7 +28,8 @@ from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.dist import World
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError
-from dstune.models.heads import build_head
+from dstune.models.heads import Head, build_head
+from dstune.models.heads.language import CausalLmHead
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.peft import apply_method
@@ -83,6 +84,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     head = build_head(config.task, model)  # after the method: an adapter may wrap the vocabulary projection
     groups = parameter_groups(module, config.optimizer.weight_decay)
     engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
+    examine(head, engine)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     facts: dict[str, Any] = {
         "world_size": world.size,
@@ -135,6 +137,14 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         if log is not None:
             log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         raise
+
+
+def examine(head: Head, engine: Engine) -> None:
+    """Let the head of a language model see whether it may leave the logits out."""
+    if isinstance(head, CausalLmHead):
+        engine.train(False)
+        head.examine(engine.forward, engine.device)
+        engine.train(True)
 
 
 def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:

@@ -46,7 +46,7 @@ def projected_cross_entropy(
     hidden: [targets, hidden size]; targets: [targets], none of them ignored.
     """
     linear = type(projection) is nn.Linear and projection.bias is None
-    rows = max(1, CHUNK_BYTES // (hidden.element_size() * _vocabulary(projection)))
+    rows = max(1, CHUNK_BYTES // (hidden.element_size() * vocabulary_size(projection)))
     if not linear and any(is_partitioned(weight) for weight in projection.parameters()):
         # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
         rows = max(1, len(hidden))
@@ -55,7 +55,9 @@ def projected_cross_entropy(
     # fp16's loss scale reaches a gradient in the backward pass only: too late for small ones that are made before.
     if torch.is_grad_enabled() and linear and hidden.dtype is not torch.float16:
         return CrossEntropy(_LinearCrossEntropy.apply(hidden, projection.weight, targets, rows), correct)
-    for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):  # one of no rows where there are none
+    for some, wanted in zip(
+        hidden.split(rows), targets.split(rows), strict=True
+    ):  # one of no rows where there are none
         if torch.is_grad_enabled():
             loss_sum = loss_sum + checkpoint(_loss_and_hits, project, some, wanted, use_reentrant=False)[0]
         else:
@@ -72,7 +74,7 @@ def _loss_and_hits(
     return loss, None if torch.is_grad_enabled() else (logits.argmax(dim=-1) == targets).sum()
 
 
-def _vocabulary(projection: nn.Module) -> int:
+def vocabulary_size(projection: nn.Module) -> int:
     """Number of logits: rows of the largest weight in a projection, however it is wrapped."""
     return max(full_shape(weight)[0] for weight in projection.parameters())
 

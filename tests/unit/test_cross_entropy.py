@@ -124,3 +124,26 @@ def test_no_more_than_a_tenth_of_the_logits_is_ever_in_memory():
     """4,096 targets of a vocabulary of 151,936: the share of the full fp32 logits by which the process grows."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.1, done.stdout
+
+
+@pytest.mark.parametrize(("capping", "in_chunks"), [(None, True), (30.0, False)])
+def test_a_model_that_changes_its_logits_keeps_them(capping, in_chunks):
+    """Gemma 2 caps its logits softly: its loss is made of what comes out of the model, with the same figures either way."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from dstune.models.heads.language import CausalLmHead
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8, "sliding_window": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": capping}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, **sizes, **heads)).eval()
+    tokens = torch.randint(3, VOCABULARY, (2, 6))
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    logits = model(input_ids=tokens).logits
+    expected = functional.cross_entropy(logits[:, 2:-1].flatten(0, 1), labels[:, 3:].flatten(), reduction="sum")
+    head = CausalLmHead(model)
+    assert head.examine(model, torch.device("cpu")) is in_chunks
+    found = head(model, {"input_ids": tokens, "labels": labels})
+    torch.testing.assert_close(found.loss_sum, expected)
+    torch.testing.assert_close(model(input_ids=tokens).logits, logits)  # others get the logits as before

@@ -7,43 +7,70 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
+from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, vocabulary_size
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
 
 
 class CausalLmHead:
     """Next-token cross entropy, computed at the positions that have a target and at no other.
 
-    Logits of the others are most of the memory and up to a fifth of the time of a small model, so a hook in front of the
-    vocabulary projection keeps only the hidden states whose next token is a target: [batch, sequence, hidden] becomes
-    [targets, hidden]. What the model does after its projection (soft-capping, scaling) is elementwise and stays as it is.
+    Logits of the others are most of the memory and up to a fifth of the time of a small model, so the vocabulary
+    projection is given only the hidden states whose next token is a target: [batch, sequence, hidden] becomes
+    [targets, hidden]. Once `examine` has shown that the model does nothing with its logits (no soft-capping, no scaling),
+    the projection answers with the loss itself and never makes all logits (`models.cross_entropy`).
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._kept: torch.Tensor | None = None
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
-        projection.register_forward_pre_hook(self._keep_targets)
+        self._projection, self._project = projection, projection.forward
+        self._kept: torch.Tensor | None = None
+        self._targets: torch.Tensor | None = None
+        self._found: CrossEntropy | None = None
+        self._examined = False
+        self._probe: torch.Tensor | None = None
+        projection.forward = self._forward
 
-    def _keep_targets(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def examine(self, forward: Forward, device: torch.device) -> bool:
+        """Whether the model's output is what its projection gives. At ZeRO-3 every rank must call this."""
+        self._probe = torch.linspace(-60.0, 60.0, vocabulary_size(self._projection), device=device)
+        try:
+            with torch.no_grad():
+                logits = forward(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+            whole = self._probe.to(logits.dtype).expand(1, 2, -1)
+            self._examined = logits.shape == whole.shape and torch.equal(logits, whole)
+        finally:
+            self._probe = None
+        return self._examined
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In place of the projection's own forward pass."""
+        if self._probe is not None:
+            return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
         if self._kept is None:
-            return None
-        hidden, *rest = inputs
-        return (hidden[self._kept], *rest)
+            return self._project(hidden)
+        hidden = hidden[self._kept]
+        if self._targets is None:
+            return self._project(hidden)
+        self._found = projected_cross_entropy(self._projection, self._project, hidden, self._targets)
+        return self._found.loss_sum
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows."""
         # The label of the next position is the target of this one; the last position has none.
-        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        self._kept = targets != IGNORED
-        targets = targets[self._kept]
+        labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        self._kept = labels != IGNORED
+        targets = labels[self._kept]
+        self._targets = targets if self._examined else None
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
-            logits = forward(**inputs_of(batch), use_cache=False).logits
+            output = forward(**inputs_of(batch), use_cache=False).logits
         finally:
-            self._kept = None
-        loss_sum = functional.cross_entropy(logits.float(), targets, reduction="sum")
-        return HeadOutput(
-            loss_sum=loss_sum,
-            weight=torch.tensor(targets.numel()),
-            correct=(logits.detach().argmax(dim=-1) == targets).sum(),
-        )
+            self._kept = self._targets = None
+        if self._found is None:
+            loss_sum = functional.cross_entropy(output.float(), targets, reduction="sum")
+            correct = (output.detach().argmax(dim=-1) == targets).sum()
+        else:
+            # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
+            loss_sum, correct, self._found = output.float(), self._found.correct, None
+        return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct)
