@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,23 @@ import xxhash
 from dstune import environment, rendezvous
 from dstune.checkpoint import store
 from dstune.checkpoint.session import Checkpoints
-from dstune.config.compose import read_run
+from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
+from dstune.config.domain_stage import FOLDER, classifier_stage, has_language_model_stage, language_model_stage
+from dstune.config.forgetting import general_rows
+from dstune.config.method_schema import FeaturesConfig, ImportanceConfig
 from dstune.config.schema import Export, RunConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.blocks import Blocks
 from dstune.data.build import PreparedData, prepare
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.dist import World
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError
+from dstune.models.features import feature_classifier
 from dstune.models.heads import Head, build_head
 from dstune.models.heads.language import CausalLmHead
-from dstune.models.load import load_model, load_tokenizer
+from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
@@ -39,12 +46,17 @@ from dstune.redact import publish, redact_output, redacted
 from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
+from dstune.train.classical import classical_results
 from dstune.train.evaluate import Evaluator, answer_prompts
+from dstune.train.features import Features, features_of
+from dstune.train.forgetting import Fisher, Penalties, fisher_information
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
+from dstune.train.importance import Selected, selected
 from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
-from dstune.train.optim import build_optimizer, parameter_groups
+from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.supply import supply_of
+from dstune.train.unfreezing import unfreezing_of
 from dstune.train.watchdog import Watchdog
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
@@ -56,6 +68,9 @@ activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__
 
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
+    if has_language_model_stage(config):
+        train_language_model(config, run_dir, world)
+        config = classifier_stage(config, run_dir)
     started = time.time()
     preemption = Preemption(
         config, started, run_dir, is_main=world.is_main
@@ -78,20 +93,44 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)
     memory = PeakMemory()
     activity.info("loading %s", shown(config.model.path))
+    digest, features = samples_digest(data), None
+    if isinstance(config.method, FeaturesConfig):
+        features = features_of(config, data, tokenizer, precision, world, cache_root())
+        data = features.data
+    selection = None
+    if isinstance(config.method, ImportanceConfig):
+        selection = selected(config, data, tokenizer, precision, world, run_dir)
+    fisher: Fisher = {}
+    if config.forgetting.ewc:
+        rows = general_rows(config)
+        if isinstance(rows.task, ClassificationConfig):
+            rows = replace(rows, task=replace(rows.task, labels=list(data.labels)))
+        general = prepare(rows, tokenizer, world.env, cache_root())
+        fisher = fisher_information(config, general, tokenizer, precision, world)
     with partitioned_loading(settings):
-        model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+        if features is not None:
+            architecture = trained_config(config, tokenizer, data.labels)
+            model = feature_classifier(architecture, DTYPES[precision], config.trainer.seed)
+        else:
+            model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     module = apply_method(config, model)
     head = build_head(config.task, model)  # after the method: an adapter may wrap the vocabulary projection
-    groups = parameter_groups(module, config.optimizer.weight_decay)
-    engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
+    if selection is not None:
+        selection.freeze_others(module, new_weights(model))
+    engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
     examine(head, engine)
+    if selection is not None and selection.masks:
+        engine.mask(selection.masks)
+    penalties = None
+    if config.forgetting.l2sp or config.forgetting.ewc:
+        penalties = Penalties(config.forgetting, engine, new_weights(model), fisher, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,
         "precision": precision.value,
         "labels": list(data.labels),
-        "samples": samples_digest(data),
+        "samples": digest,
     }
     refuse_different_rows(world, facts["samples"])
     checkpoints = Checkpoints(
@@ -101,6 +140,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     checkpoints.check_space()
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
+    unfreezing = unfreezing_of(config, model, engine, supply, state.step)
     log = Tracker(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
     hooks = [
         Cadence(config, total_steps, can_evaluate=data.validation is not None),
@@ -124,15 +164,17 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         log=log,
         memory=memory,
         pad_token_id=tokenizer.pad_token_id,
+        unfreezing=unfreezing,
+        penalties=penalties,
         started=started,
         seconds_before=state.seconds,
     )
     try:
-        describe(config, run_dir, run, module)
+        describe(config, run_dir, run, module, features, selection)
         show_samples(run, tokenizer, before=True)
         decision = fit(run)
         run.watchdog.rest()
-        finish(run, run_dir, tokenizer, decision)
+        finish(run, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0)
     except BaseException:
         if log is not None:
             log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
@@ -145,6 +187,24 @@ def examine(head: Head, engine: Engine) -> None:
         engine.train(False)
         head.examine(engine.forward, engine.device)
         engine.train(True)
+
+
+def train_language_model(config: RunConfig, run_dir: Path, world: World) -> None:
+    """The first stage of the run, in a folder of its own, unless its export is there already."""
+    folder = run_dir / FOLDER
+    if world.broadcast((folder / "export" / "config.json").is_file()):
+        return
+    stage = language_model_stage(config, run_dir)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_run(folder / "run.yaml", Composed(stage, []))
+    world.barrier()
+    try:
+        train(stage, folder, world)
+    except Preempted:
+        if world.is_main:  # the whole run is preempted; the next launch goes on with this stage
+            shutil.copyfile(folder / "result.json", run_dir / "result.json")
+        raise
 
 
 def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:
@@ -187,13 +247,29 @@ def samples_digest(data: PreparedData) -> str:
     return digest.hexdigest()
 
 
-def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.Module) -> None:
+def describe(
+    config: RunConfig,
+    run_dir: Path,
+    run: Training,
+    module: torch.nn.Module,
+    features: Features | None,
+    selection: Selected | None,
+) -> None:
     """Write `environment.json` and say on the console what is about to be trained."""
     hosts = run.world.gather(environment.host())
     if not run.world.is_main or run.log is None:
         return
     total = sum(full_count(parameter) for parameter in module.parameters())
-    trained = sum(full_count(parameter) for parameter in module.parameters() if parameter.requires_grad)
+    if features is not None:
+        total += features.body_parameters
+        took = f"computed in {features.seconds:.1f} s" if features.seconds else "found in the cache"
+        run.log.message(f"features of all rows: {took}; the body is not run again")
+    trained = run.engine.trained_count
+    if selection is not None and selection.masks:
+        in_masks = sum(
+            full_count(parameter) for name, parameter in module.named_parameters() if name in selection.masks
+        )
+        trained += sum(int(mask.sum()) for mask in selection.masks.values()) - in_masks
     model = {
         "path": shown(config.model.path),
         "revision": config.model.revision,
@@ -214,6 +290,8 @@ def describe(config: RunConfig, run_dir: Path, run: Training, module: torch.nn.M
         f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
     )
+    if run.unfreezing is not None and (waiting := run.unfreezing.waiting(run.total_steps)):
+        run.log.message(f"the lowest {waiting} layers never train: the run is over before (method.unfreeze_epochs)")
     for part, counts in run.data.report.items():
         if cleaned := summary(counts.get("clean", {})):
             run.log.message(f"cleaning of the {part} rows: {cleaned} (data_report.json)")
@@ -235,7 +313,7 @@ def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
         run.log.samples(run.state.step, answers)
 
 
-def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> None:
+def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, features_seconds: float = 0.0) -> None:
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
     state, config = run.state, run.config
     result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
@@ -250,6 +328,10 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision) -> 
             raise TrainingFailed(f"there is no room to save step {state.step}: free some space, then continue the run")
         if run.data.test is not None:
             result["test"] = run.evaluator(run.data.test).metrics
+        if isinstance(config.method, FeaturesConfig) and run.world.is_main:
+            method, rows = config.method, config.evaluate.max_rows
+            result["feature_seconds"] = round(features_seconds, 3)
+            result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
         if config.run.export is not Export.none and run.world.is_main:
             result["export"] = str(export(run_dir, config))
         run.world.barrier()

@@ -14,7 +14,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.checkpoint.record import public_name
-from dstune.config.method_schema import LoraConfig
+from dstune.config.method_schema import FeaturesConfig, HeadConfig, LoraConfig, Pooling
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
 
@@ -77,12 +77,15 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
     kind = "SequenceClassification" if classifier else "CausalLM"
     library, loader = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
     labels = f", num_labels={len(state['labels'])}" if adapter and classifier else ""
+    method = config.method
+    own_head = isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model
+    code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
     lines = [
         *([f"from peft import {loader}", "from transformers import AutoTokenizer"] if library == "peft" else []),
         *([f"from transformers import {loader}, AutoTokenizer"] if library == "transformers" else []),
         "",
         'path = "PATH"  # this folder, or the id under which it was published',
-        f"model = {loader}.from_pretrained(path{labels})",
+        f"model = {loader}.from_pretrained(path{labels}{code})",
         "tokenizer = AutoTokenizer.from_pretrained(path)",
     ]
     if classifier:

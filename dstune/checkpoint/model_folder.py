@@ -7,6 +7,7 @@ them, one at a time.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,11 +24,16 @@ from dstune.config.convert import EnvironmentText
 from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.data.stopping import stop_token_ids
+from dstune.models import pooled
 from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
 from dstune.models.peft import apply_method
+from dstune.models.pooled import PooledForSequenceClassification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CLASSIFIER_CODE = "modeling_dstune"
+"""The module beside an exported classifier with a head of dstune's own."""
 
 ADAPTED = "base_model.model."
 """What peft puts in front of the names of the model that it wraps."""
@@ -212,6 +218,10 @@ def _save_whole(built: _Built, sources: Mapping[str, Source], folder: Path, max_
         state = {name: source.read().to(source.dtype) for name, source in sources.items()}
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
         return
+    if isinstance(model, PooledForSequenceClassification):
+        # For plain transformers; dstune knows the class by `dstune_head`.
+        model.config.auto_map = {"AutoModelForSequenceClassification": f"{CLASSIFIER_CODE}.{type(model).__name__}"}
+        shutil.copyfile(pooled.__file__, folder / f"{CLASSIFIER_CODE}.py")
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)

@@ -13,13 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dstune.config import data_schema, launch_schema, method_schema, schema, task_schema
+from dstune.config import data_schema, forgetting_schema, launch_schema, method_schema, schema, task_schema
 from dstune.config.convert import describe, shown
+from dstune.config.methods_page import methods_page
 from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
 
-SOURCES = (schema, data_schema, task_schema, method_schema, launch_schema)
+SOURCES = (schema, data_schema, task_schema, method_schema, forgetting_schema, launch_schema)
 """The modules whose classes are the schema."""
 
 
@@ -184,7 +185,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def write_guides(root: Path) -> None:
-    """Put the current tables into README.md, docs/configuration.md and docs/presets.md below `root`."""
+    """Put the current tables into README.md, docs/configuration.md, docs/methods.md and docs/presets.md below `root`."""
     from dstune.config.hydra_session import group_options, session
 
     with session() as hydra:
@@ -194,6 +195,7 @@ def write_guides(root: Path) -> None:
     _, end, after = rest.partition(GROUPS_END)
     readme.write_text(f"{before}{start}\n{table}{end}{after}", encoding="utf-8")
     (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
+    (root / "docs" / "methods.md").write_text(methods_page(root), encoding="utf-8")
     (root / "docs" / "presets.md").write_text(presets_page(root / "conf"), encoding="utf-8")
 
 

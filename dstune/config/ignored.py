@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
-from dstune.config.schema import RunConfig, WandbMode
+from dstune.config.schema import RunConfig, SlantedTriangularConfig, WandbMode
 from dstune.config.task_schema import ChatConfig
 from dstune.errors import Problem
 
@@ -30,7 +30,7 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     data, trainer, zero, schedule = config.data, config.trainer, config.zero, config.schedule
     if trainer.max_steps is not None:
         yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")
-    if schedule.warmup_steps is not None:
+    if not isinstance(schedule, SlantedTriangularConfig) and schedule.warmup_steps is not None:
         reason = f"schedule.warmup_steps={schedule.warmup_steps} replaces it"
         yield "schedule.warmup_ratio", (reason, "schedule.warmup_steps=null")
     for part in ("validation", "test"):

@@ -17,6 +17,7 @@ from typing import Any
 
 from dstune.config.data_schema import DataConfig
 from dstune.config.fields import setting
+from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.launch_schema import LAUNCHES, LaunchConfig
 from dstune.config.method_schema import METHODS, MethodConfig
 from dstune.config.task_schema import TASKS, TaskConfig
@@ -161,7 +162,18 @@ class WarmupStableDecayConfig:
     """Final rate as a share of the peak."""
 
 
-ScheduleConfig = CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig
+@dataclass(frozen=True)
+class SlantedTriangularConfig:
+    """A short steep rise to the peak, a long fall from it (Howard and Ruder 2018, arXiv:1801.06146)."""
+
+    name: str = "slanted_triangular"
+    cut_fraction: float = setting(0.1, above=0.0, below=1.0)
+    """Share of the optimizer steps over which the rate rises."""
+    ratio: float = setting(32.0, at_least=1.0)
+    """How many times smaller than the peak the lowest rate is."""
+
+
+ScheduleConfig = CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig | SlantedTriangularConfig
 
 
 @dataclass(frozen=True)
@@ -303,6 +315,7 @@ class RunConfig:
     data: DataConfig
     task: TaskConfig
     method: MethodConfig
+    forgetting: ForgettingConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     zero: ZeroConfig
@@ -323,6 +336,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "linear": LinearConfig,
         "constant": ConstantConfig,
         "warmup_stable_decay": WarmupStableDecayConfig,
+        "slanted_triangular": SlantedTriangularConfig,
     },
     "launch": LAUNCHES,
 }

@@ -11,9 +11,19 @@ from collections.abc import Collection, Iterator
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
 from dstune.config.deepspeed_file import settings_problems
+from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.method_rules import check_method
 from dstune.config.ranges import check_ranges
-from dstune.config.schema import AdamWConfig, Attention, Export, Offload, Precision, RunConfig, WarmupStableDecayConfig
+from dstune.config.schema import (
+    AdamWConfig,
+    Attention,
+    Export,
+    Offload,
+    Precision,
+    RunConfig,
+    SlantedTriangularConfig,
+    WarmupStableDecayConfig,
+)
 from dstune.config.task_rules import check_task
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.config.watched import watched
@@ -62,6 +72,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_task,
         check_model,
         check_method,
+        check_forgetting,
         check_optimizer,
         check_batches,
         check_schedule,
@@ -209,6 +220,8 @@ def check_batches(config: RunConfig) -> Iterator[Problem]:
 
 def check_schedule(config: RunConfig) -> Iterator[Problem]:
     schedule, max_steps = config.schedule, config.trainer.max_steps
+    if isinstance(schedule, SlantedTriangularConfig):
+        return
     decay = schedule.decay_ratio if isinstance(schedule, WarmupStableDecayConfig) else 0.0
     if schedule.warmup_steps is None:
         if schedule.warmup_ratio + decay > 1:

@@ -20,6 +20,7 @@ import transformers
 import xxhash
 
 from dstune.config.data_schema import DataFormat
+from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data import cache, mixture, sources
@@ -132,6 +133,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         template = freeze_date(template, config.task.template_date)
     parts = {
         "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
+        "replay": mixes_in(config),
         "mixture": [[name, of.format, of.columns, of.max_rows] for name, of in data.mixture.items()],
         "tokenizer": [state, template, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}],
         "task": task,
@@ -225,8 +227,7 @@ class Builder:
         _leave_out_leaks(chosen, cleaning)
         labels = _labels(chosen, config, bad)
         bad.raise_if_any()
-        if config.data.max_rows is not None:
-            chosen["train"] = chosen["train"].keep(lowest(chosen["train"].hashes, config.data.max_rows))
+        chosen["train"] = _limited(chosen["train"], config)
 
         formats = {table.format for table in tables.values()}
         fmt = DataFormat.messages if DataFormat.messages in formats else tables["train"].format
@@ -341,10 +342,14 @@ class _Rows:
 def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
     """Which rows make up each part: those of its own file, or those held out from the training file."""
     train, split = _Rows(tables["train"], tables["train"].rows), config.data.split
-    parts = assign(
-        train.hashes,
+    own = np.arange(len(train.indices))
+    if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
+        own = np.flatnonzero(_of_task(train))
+    parts = np.full(len(train.indices), TRAIN, dtype=np.int8)
+    parts[own] = assign(
+        train.hashes[own],
         # A row with several labels cannot be a share of each of them.
-        None if train.table.labels is None or _is_multi_label(config) else train.table.labels[train.indices],
+        None if train.table.labels is None or _is_multi_label(config) else train.table.labels[train.indices[own]],
         validation=0.0 if "validation" in tables else split.validation,
         test=0.0 if "test" in tables else split.test,
     )
@@ -358,6 +363,23 @@ def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
             # By hash, so that the first N rows are a fair sample and not, say, all of the first label.
             chosen[part] = rows.keep(np.argsort(rows.hashes, kind="stable"))
     return chosen
+
+
+def _of_task(rows: _Rows) -> np.ndarray:
+    """With `forgetting.replay`, which rows are those of the task, bool [rows]."""
+    assert rows.table.sources is not None
+    return np.asarray(rows.table.sources[rows.indices] == 0)
+
+
+def _limited(rows: _Rows, config: RunConfig) -> _Rows:
+    """`data.max_rows` of the training rows; general rows are not counted."""
+    if config.data.max_rows is None:
+        return rows
+    if not mixes_in(config):
+        return rows.keep(lowest(rows.hashes, config.data.max_rows))
+    task = np.flatnonzero(_of_task(rows))
+    kept = task[lowest(rows.hashes[task], config.data.max_rows)]
+    return rows.keep(np.sort(np.concatenate([kept, np.flatnonzero(~_of_task(rows))])))
 
 
 def _leave_out_leaks(chosen: dict[str, _Rows], cleaning: Cleaning) -> None:

@@ -30,10 +30,13 @@ def collate(
     padding included, and there is no attention mask: from the restarts transformers keeps samples apart.
     Not packed: `input_ids`, `attention_mask` and what TOKEN_COLUMNS names, each [rows, longest sample rounded up to a
     multiple of 8]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
+    Rows whose body was run before (`method=features`): `features` [rows, hidden] float32 and what ROW_COLUMNS names.
     with_index: `index` [rows] (sample numbers) too. In a filler every label is -100.
     """
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
     held = rows[0][0].keys()
+    if "features" in held:
+        return _of_features([_only(row) for row in rows], micro_batch, with_index)
     longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
     width = longest if packing else -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     shape = (len(rows), width)
@@ -67,3 +70,13 @@ def collate(
 def _only(row: Any) -> Any:
     (sample,) = row
     return sample
+
+
+def _of_features(rows: list[dict[str, Any]], micro_batch: MicroBatch, with_index: bool) -> dict[str, Tensor]:
+    arrays: dict[str, np.ndarray] = {"features": np.stack([row["features"] for row in rows]).astype(np.float32)}
+    for name, of in ROW_COLUMNS.items():
+        targets = np.array([row[name] for row in rows], dtype=np.int64)
+        arrays[of] = np.full_like(targets, NO_TARGET) if micro_batch.filler else targets
+    if with_index:
+        arrays["index"] = np.array(micro_batch.samples, dtype=np.int64)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

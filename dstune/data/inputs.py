@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from dstune.config.data_schema import DataFormat, SourceConfig
+from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
 
 PARTS = ("train", "validation", "test")
@@ -42,3 +43,5 @@ def given(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
     for part in PARTS[1:]:
         if getattr(config.data, part) is not None:
             yield f"data.{part}", part, config
+    if config.forgetting.ewc and config.forgetting.general is not None:
+        yield "forgetting.general", "train", general_rows(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.data_schema import DataFormat
+from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.data.files import DataFile
 from dstune.data.ingest import ROW_SCHEMA, Table, load_table
@@ -48,12 +49,27 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
     return replace(merged, sources=np.concatenate(numbers))
 
 
+def source_weights(config: RunConfig, rows: Sequence[int]) -> list[float]:
+    """How often the rows of each source of `data.mixture` come in an epoch. rows: how many each has.
+
+    With `forgetting.replay` the general rows make up that share of an epoch in which each row of the task comes once.
+    """
+    if not mixes_in(config):
+        return [source.weight for source in config.data.mixture.values()]
+    task, general = rows
+    share = config.forgetting.replay
+    return [1.0, max(1e-6, round(share / (1 - share) * task / max(1, general), 6))]
+
+
 def add_shares(counted: dict[str, dict[str, Any]], config: RunConfig) -> None:
     """Put into the report of each source its weight and its share of an epoch's targets, from 0 to 1."""
-    targets = {name: counts["targets"] * config.data.mixture[name].weight for name, counts in counted.items()}
+    weights = dict(
+        zip(counted, source_weights(config, [counts["samples"] for counts in counted.values()]), strict=True)
+    )
+    targets = {name: counts["targets"] * weights[name] for name, counts in counted.items()}
     total = sum(targets.values())
     for name, counts in counted.items():
-        counts |= {"weight": config.data.mixture[name].weight, "target_share": round(targets[name] / total, 6)}
+        counts |= {"weight": weights[name], "target_share": round(targets[name] / total, 6)}
 
 
 def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:

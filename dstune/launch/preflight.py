@@ -19,6 +19,7 @@ from typing import Any
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import encoder_decoder_problem
+from dstune.config.forgetting import with_replay
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
@@ -51,6 +52,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
     Raises:
         UserError: everything that is missing or cannot be had, listed together.
     """
+    config = with_replay(config)
     problems: list[Problem] = []
     model = config.model
     try:

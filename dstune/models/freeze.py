@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import PreTrainedModel
 
+from dstune.config.method_schema import FreezeConfig
 from dstune.errors import Problem, UserError
+from dstune.models.layers import layers_of
 from dstune.models.load import new_weights
 
 
@@ -24,3 +28,45 @@ def freeze_body(model: PreTrainedModel) -> None:
     body = {id(parameter) for parameter in model.base_model.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) not in body or name in new.parameters)
+
+
+def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
+    """Freeze what `method` names. Weights that were drawn new (a head, a pooler) are trained whatever it says.
+
+    Raises UserError where it names something that the model does not have, or nothing is left to train.
+    """
+    layers = layers_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    problems = []
+    for key in ("first_layers", "last_layers"):
+        if (wanted := getattr(method, key)) > len(layers.blocks):
+            reason = f"the model has {len(layers.blocks)} layers"
+            problems.append(Problem(f"method.{key}", reason, f"at most {len(layers.blocks)}", str(wanted)))
+    for key in ("parameters", "trained"):
+        for pattern in getattr(method, key):
+            if not any(re.search(pattern, name) for name in names):
+                middle = names[len(names) // 2]
+                reason = f"no parameter has a name like that; names are such as {names[0]}, {middle} and {names[-1]}"
+                problems.append(Problem(f"method.{key}", reason, "an expression that finds some of them", pattern))
+    if problems:
+        raise UserError(problems)
+
+    frozen = set(layers.embeddings if method.embeddings else ())
+    for block in layers.blocks[: method.first_layers] + layers.blocks[len(layers.blocks) - method.last_layers :]:
+        frozen.update(block)
+    frozen |= {name for name in names if any(re.search(pattern, name) for pattern in method.parameters)}
+    frozen -= {name for name in names if any(re.search(pattern, name) for pattern in method.trained)}
+    new = new_weights(model)
+    frozen -= set(new.parameters)
+    if not frozen:
+        fix = "freeze more, or method=full"
+        raise UserError(Problem("method.trained", "nothing of the model would be frozen", fix, str(method.trained)))
+    if len(frozen) == len(names):
+        fix = "freeze less, or method.trained=[...] for what is to be trained"
+        raise UserError(Problem("method", "nothing is left to be trained", fix, "freeze"))
+    vocabulary = model.get_input_embeddings().weight
+    if new.rows and any(parameter is vocabulary and name in frozen for name, parameter in model.named_parameters()):
+        reason = f"{len(new.rows)} added tokens have to be trained, and their rows would be frozen"
+        raise UserError(Problem("method", reason, "leave the embeddings out, or method=lora", "freeze"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)

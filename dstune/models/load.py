@@ -24,9 +24,11 @@ from transformers import (
 from dstune import samples
 from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import encoder_decoder_problem
+from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
 from dstune.errors import Problem, UserError
+from dstune.models.pooled import PooledForSequenceClassification
 from dstune.zero.engine import gathered
 
 
@@ -115,14 +117,8 @@ def new_weights(model: PreTrainedModel) -> NewWeights:
     return found
 
 
-def load_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], dtype: torch.dtype
-) -> PreTrainedModel:
-    """The model of a run, partitioned while it loads where `zero.engine.partitioned_loading` is open.
-
-    labels: names of the classes, empty for language models. New weights (a classification head, random initial weights)
-    depend on `trainer.seed` and their name only, so they are the same at every ZeRO stage and number of ranks.
-    """
+def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:
+    """The architecture of a run's model with what the task and the method add to it. See `load_model`."""
     architecture = load_config(config.model)
     architecture.use_cache = False
     if labels:
@@ -135,11 +131,29 @@ def load_model(
         architecture.problem_type = (
             "multi_label_classification" if config.task.multi_label else "single_label_classification"
         )
-    model_class = _model_class(config.task)
+    method = config.method
+    if isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model:
+        head = {"pooling": method.pooling.value, "layers": method.layers, "dropout": method.dropout}
+        architecture.dstune_head = head
+    return architecture
+
+
+def load_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a run, partitioned while it loads where `zero.engine.partitioned_loading` is open.
+
+    labels: names of the classes, empty for language models. New weights (a classification head, random initial weights)
+    depend on `trainer.seed` and their name only, so they are the same at every ZeRO stage and number of ranks.
+    """
+    architecture = trained_config(config, tokenizer, labels)
+    # An export of such a run says so in its configuration.
+    pooled = isinstance(config.task, ClassificationConfig) and getattr(architecture, "dstune_head", None)
+    model_class = PooledForSequenceClassification if pooled else _model_class(config.task)
     options = {"attn_implementation": _attention(config, dtype), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
-            model = model_class.from_config(architecture, trust_remote_code=config.model.trust_remote_code, **options)
+            model = _new_model(model_class, architecture, config.model.trust_remote_code, options)
             new = [name for name, _ in model.named_parameters()]
         else:
             model, loading = model_class.from_pretrained(
@@ -199,6 +213,12 @@ def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter])
         if data.device.type == "cuda":
             data.copy_(parameter.data)
             parameter.data = data
+
+
+def _new_model(model_class: Any, architecture: PretrainedConfig, trust: bool, options: dict[str, Any]) -> Any:
+    if model_class is PooledForSequenceClassification:
+        return model_class._from_config(architecture, **options)
+    return model_class.from_config(architecture, trust_remote_code=trust, **options)
 
 
 def _model_class(task: TaskConfig) -> Any:

@@ -8,11 +8,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import FullConfig, HeadConfig, LoraConfig
+from dstune.config.method_schema import (
+    FeaturesConfig,
+    FreezeConfig,
+    FullConfig,
+    HeadConfig,
+    ImportanceConfig,
+    LoraConfig,
+    UlmfitConfig,
+)
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import Problem, UserError
-from dstune.models.freeze import freeze_body
+from dstune.models.freeze import freeze_body, freeze_parts
 from dstune.models.load import NewWeights, new_weights
 from dstune.zero.engine import gathered
 
@@ -23,7 +31,10 @@ def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
     Raises UserError where the method does not fit the model.
     """
     match config.method:
-        case FullConfig():
+        case FullConfig() | FeaturesConfig() | UlmfitConfig() | ImportanceConfig():
+            return model
+        case FreezeConfig() as freeze:
+            freeze_parts(model, freeze)
             return model
         case HeadConfig():
             freeze_body(model)

@@ -12,6 +12,7 @@ from dstune import __version__
 from dstune.redact import redact
 from dstune.report import configuration, curves, data_section, numbers, samples
 from dstune.report.html import render
+from dstune.report.importance import Importance, importance
 from dstune.report.results import Figure, Outcome, figures, outcome, outcomes_table
 from dstune.report.run_files import RunFiles, read, section
 from dstune.report.series import Series, collect
@@ -35,6 +36,7 @@ class Shown:
     data: list[data_section.Part]
     confusion: dict[str, Any] | None
     environment: list[tuple[str, str]]
+    importance: Importance | None
 
 
 def write(runs: Sequence[Path], target: Path) -> None:
@@ -87,6 +89,7 @@ def _shown(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series]
         data=data_section.parts(run),
         confusion=_confusion(run),
         environment=_environment(run),
+        importance=importance(run.path),
     )
 
 

@@ -14,13 +14,15 @@ from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.train.evaluate import Evaluator
-from dstune.train.feed import Feed, windows
+from dstune.train.feed import Feed, dropout_seed, windows
+from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Decision, Hook, Wish, join
 from dstune.train.measure import Evaluation
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.state import TrainState
 from dstune.train.supply import Supply
+from dstune.train.unfreezing import Unfreezing
 from dstune.train.watchdog import Watchdog
 from dstune.zero.engine import Engine, Update
 
@@ -56,6 +58,9 @@ class Training:
     log: Log | None
     memory: PeakMemory
     pad_token_id: int
+    unfreezing: Unfreezing | None = None
+    """Of a method that trains more and more layers."""
+    penalties: Penalties | None = None
     started: float = field(default_factory=time.time)
     seconds_before: float = 0.0
     """Time that earlier launches of this run took."""
@@ -97,7 +102,8 @@ def fit(run: Training) -> Decision:
         if number >= UNTIMED_STEPS:
             state.timed_tokens += feed.window.tokens
             state.timed_seconds += seconds
-        report_step(run, feed, update, loss_sum, seconds)
+        penalty = None if run.penalties is None else run.penalties.value()
+        report_step(run, feed, update, loss_sum, seconds, penalty)
 
         leaving = decision.wish & (Wish.PREEMPT | Wish.FAIL)
         if decision.wish & Wish.EVALUATE and validation is not None:
@@ -127,6 +133,8 @@ def save_if_asked(run: Training, decision: Decision) -> Decision:
 
 def train_step(run: Training, feed: Feed) -> tuple[Update, float]:
     """One optimizer step: accumulate this rank's micro-batches, then update. Returns this rank's sum of losses too."""
+    if run.unfreezing is not None:
+        run.unfreezing.before_step(run.state.step)
     factor = schedule_factor(run.config.schedule, run.state.step, run.total_steps)
     run.engine.set_learning_rate(run.config.optimizer.lr * factor)
     loss_sum = torch.zeros((), device=run.engine.device)
@@ -141,11 +149,6 @@ def train_step(run: Training, feed: Feed) -> tuple[Update, float]:
             last=position == len(feed.batches) - 1,
         )
     return run.engine.update(), float(loss_sum)
-
-
-def dropout_seed(seed: int, step: int, index: int) -> int:
-    """One of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed."""
-    return (seed * 0x9E3779B97F4A7C15 + (step << 20) + index) % 2**63
 
 
 def agree(run: Training, asked: Decision, loss_sum: float = 0.0) -> tuple[Decision, float]:
@@ -188,7 +191,9 @@ def remember_confusion(state: TrainState, evaluation: Evaluation) -> None:
         state.extra["confusion"] = evaluation.confusion
 
 
-def report_step(run: Training, feed: Feed, update: Update, loss_sum: float, seconds: float) -> None:
+def report_step(
+    run: Training, feed: Feed, update: Update, loss_sum: float, seconds: float, penalty: float | None
+) -> None:
     if run.log is None:
         return
     state = run.state
@@ -202,6 +207,10 @@ def report_step(run: Training, feed: Feed, update: Update, loss_sum: float, seco
         "step_seconds": seconds,
         "peak_memory_gib": state.peak_memory_gib,
     }
+    if penalty is not None:
+        metrics["penalty"] = penalty
+    if run.unfreezing is not None:
+        metrics["trained_layers"] = run.unfreezing.trained_layers(state.step - 1)
     if not update.applied:
         metrics["skipped"] = "overflow" if update.loss_scale > 1.0 else "nonfinite"
     run.log.log(state.step, metrics)

@@ -3,36 +3,70 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from dstune.config.method_schema import FreezeConfig, FullConfig, UlmfitConfig
 from dstune.config.schema import (
     AdamWConfig,
     ConstantConfig,
     CosineConfig,
     LinearConfig,
     OptimizerConfig,
+    RunConfig,
     ScheduleConfig,
     SgdConfig,
+    SlantedTriangularConfig,
     WarmupStableDecayConfig,
 )
+from dstune.models.layers import decayed_rates, layers_of
 from dstune.zero.engine import full_shape
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trained parameters in at most two groups: with weight decay, and (norms, biases, other vectors) without.
+def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, object]]:
+    """The optimizer's parameter groups for `module`, as `config.method` has trained it."""
+    decay = config.optimizer.weight_decay
+    match config.method:
+        case FullConfig() | FreezeConfig() as method if method.layer_decay < 1:
+            assert isinstance(module, PreTrainedModel)
+            rates = decayed_rates(layers_of(module), method.layer_decay)
+            return parameter_groups(module, decay, rates.__getitem__)
+        case UlmfitConfig() as method:
+            assert isinstance(module, PreTrainedModel)
+            layers = layers_of(module)
+            rates = decayed_rates(layers, 1 / method.rate_factor)
+            parts = {name: number for number, part in enumerate(layers.parts) for name in part}
+            return parameter_groups(module, decay, rates.__getitem__, parts.__getitem__)
+        case _:
+            return parameter_groups(module, decay)
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
+    part_of: Callable[[str], int] = lambda name: 0,
+) -> list[dict[str, object]]:
+    """Trained parameters in groups: by their factor on the learning rate, and with weight decay or (norms, biases, other
+    vectors) without.
+
+    rate_of: the factor for the parameter of this name. It stays in the group as `rate`, which
+    `Engine.set_learning_rate` multiplies. part_of: parameters of different parts are never in one group.
 
     A parameter frozen here never enters the optimizer; an empty group would crash DeepSpeed's stages 1 and 2.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
-    vectors = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
-    groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    members: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = len(full_shape(parameter)) >= 2
+            members.setdefault((part_of(name), rate_of(name), decayed), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decayed else 0.0, "rate": rate}
+        for (_, rate, decayed), parameters in sorted(members.items(), key=lambda item: (*item[0][:2], not item[0][2]))
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
@@ -46,6 +80,8 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) ->
 
 
 def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
+    if isinstance(config, SlantedTriangularConfig):
+        return 0  # its rise is not one from 0
     if config.warmup_steps is not None:
         return config.warmup_steps
     return math.ceil(config.warmup_ratio * total_steps)
@@ -69,6 +105,11 @@ def schedule_factor(config: ScheduleConfig, step: int, total_steps: int) -> floa
         case LinearConfig():
             progress = (step - warmup) / max(1, total_steps - warmup)
             return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 - min(1.0, progress))
+        case SlantedTriangularConfig():
+            # Equation 3 of arXiv:1801.06146; a run of a few steps rises for one of them at least.
+            cut = max(1, math.floor(config.cut_fraction * total_steps))
+            share = step / cut if step < cut else 1 - (step - cut) / (cut * (1 / config.cut_fraction - 1))
+            return (1 + max(0.0, share) * (config.ratio - 1)) / config.ratio
         case WarmupStableDecayConfig():
             decay = math.ceil(config.decay_ratio * total_steps)
             start = total_steps - decay

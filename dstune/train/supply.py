@@ -6,8 +6,11 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from dstune.config.schema import RunConfig
 from dstune.data.blocks import Block, Blocks
+from dstune.data.mixture import source_weights
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.repeats import Repeats
 from dstune.data.sampler import TrainingOrder, Window
@@ -54,7 +57,8 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
     """The global order of training samples: the same on every rank and for any number of them."""
     repeats = None
     if split.sources is not None:
-        weights = [source.weight for source in config.data.mixture.values()]
+        counts = np.bincount(split.sources, minlength=len(config.data.mixture)).tolist()
+        weights = source_weights(config, counts)
         repeats = Repeats(split.sources, weights, config.trainer.seed)
     return TrainingOrder(
         split.lengths,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +17,13 @@ from torch import nn
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv
-from dstune.zero.restore import Source, restore
+from dstune.zero.restore import Partition, Source, partitions_of, reset_counters, restore
 
 PARAMETER_GROUPS = "dstune_parameter_groups"
 """Key of the parameter names of each group in what DeepSpeed saves: at stage 0 its optimizer has numbers only."""
+
+Change = Callable[[Partition, torch.Tensor, dict[str, Any]], None]
+"""See `Engine.before_update`."""
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
@@ -111,6 +114,19 @@ def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modified_by_rank)
 
 
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """A bool tensor as bits, uint8 [ceil(elements / 8)]."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """What `pack_bits` was given."""
+    every = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return every.view(-1)[: shape.numel()].view(shape).bool()
+
+
 def _moments(optimizer: torch.optim.Optimizer) -> int:
     """Tensors of a parameter's size that the optimizer keeps."""
     if "betas" in optimizer.defaults:
@@ -153,8 +169,15 @@ class Engine:
         self._engine.train()  # transformers hands a loaded model over in evaluation mode, without dropout
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)
+        self._parameters = dict(self.module.named_parameters())
+        self._frozen_groups: set[int] = set()
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
+
+    @property
+    def trained_count(self) -> int:
+        """Elements of the parameters that the optimizer has, those that wait to be unfrozen included."""
+        return sum(full_count(parameter) for parameter in self._trained)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -193,9 +216,140 @@ class Engine:
         return torch.nn.utils.get_total_norm(gradients)
 
     def set_learning_rate(self, rate: float) -> None:
-        """The rate of every parameter group for the next update."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        """The rate of the next update; a parameter group with a factor of its own (`rate`) gets that share of it."""
+        for number, group in enumerate(self._engine.optimizer.param_groups):
+            # A frozen group has no gradients, but stages 1 to 3 apply weight decay and old momentum: 4.6e-4 of drift.
+            group["lr"] = 0.0 if number in self._frozen_groups else rate * group.get("rate", 1.0)
+
+    # -- unfreezing ---------------------------------------------------------------------------------------------------
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Leave the parameters of these names as they are, to the bit, until `unfreeze`. They are whole groups of the
+        optimizer: DeepSpeed never trains a parameter that was frozen when the engine was made."""
+        for number in self._groups_with(names):
+            self._frozen_groups.add(number)
+            self._require_gradients(number, False)
+
+    def unfreeze(self, names: Collection[str], *, fresh: bool) -> None:
+        """Train the parameters of these names from the next update on.
+
+        fresh: their optimizer starts to count its steps now. It counted on while they were frozen, without a moment, and
+        would take its first moments for biased by nothing: AdamW's first step would be a third as large.
+        """
+        for number in self._groups_with(names):
+            self._frozen_groups.discard(number)
+            self._require_gradients(number, True)
+            if fresh:
+                reset_counters(self._engine, self.stage, set(self._group_names[number]), self._world.rank)
+
+    def _groups_with(self, names: Collection[str]) -> list[int]:
+        wanted = set(names)
+        found = [number for number, group in enumerate(self._group_names) if wanted & set(group)]
+        assert wanted == {name for number in found for name in self._group_names[number]}, "a part of a group"
+        return found
+
+    def _require_gradients(self, number: int, wanted: bool) -> None:
+        for name in self._group_names[number]:
+            self._parameters[name].requires_grad_(wanted)
+
+    @contextmanager
+    def _all_trained(self) -> Iterator[None]:
+        """DeepSpeed files a parameter without gradients under those that are never trained."""
+        for number in self._frozen_groups:
+            self._require_gradients(number, True)
+        try:
+            yield
+        finally:
+            for number in self._frozen_groups:
+                self._require_gradients(number, False)
+
+    # -- what is done to gradients and weights on the side ------------------------------------------------------------
+
+    def before_update(self, change: Change) -> None:
+        """Call `change(partition, gradient, group)` for all that this rank updates, each time before the optimizer does.
+
+        gradient: of the window's mean loss, clipped, a vector of `partition.elements`' size that may be changed. group:
+        the optimizer's, with `lr` and `weight_decay`. Every element of every trained parameter comes once over all ranks,
+        at stage 0 once on each.
+        """
+        partitions = {id(partition.key): partition for partition in self.partitions()}
+
+        def on_step(inner: torch.optim.Optimizer, *unused: Any) -> None:
+            for group in inner.param_groups:  # stages 1 to 3 step the groups one by one
+                for key in group["params"]:
+                    if key.grad is not None:
+                        change(partitions[id(key)], key.grad.view(-1), group)
+
+        with torch.no_grad():
+            self._inner.register_step_pre_hook(on_step)
+
+    def partitions(self) -> list[Partition]:
+        """What this rank updates."""
+        return partitions_of(self._engine, self.stage, self._world.rank)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        wrapper = self._engine.optimizer
+        inner = wrapper if self.stage == 0 else wrapper.optimizer
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def assemble(self, name: str, fragment: tuple[int, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of a parameter's size as a vector, the same on every rank, from the fragments of all ranks.
+
+        fragment: (first element, values) that this rank has, None for nothing. Every rank must call it.
+        """
+        whole = torch.zeros(full_count(self._parameters[name]), dtype=dtype, device=self.device)
+        if fragment is not None and (self.stage > 0 or self._world.is_main):
+            start, values = fragment
+            whole[start : start + values.numel()] = values.to(whole.device, dtype)
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    def mask(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Train only the entries of these parameters whose mask is true; the others keep every bit.
+
+        masks: bool tensors of the parameters' full size, by name. Gradients of the others are zero from the start, so they
+        have no moments and no share in the norm; weight decay is taken from the optimizer and applied here. Masks cost a
+        bit for each entry on every rank.
+        """
+        packed = {name: pack_bits(mask) for name, mask in masks.items()}
+        for name, bits in packed.items():
+            parameter = self._parameters[name]
+            shape = full_shape(parameter)
+            parameter.register_hook(lambda gradient, bits=bits, shape=shape: gradient * unpack_bits(bits, shape))
+        kept: dict[int, torch.Tensor] = {}
+        for partition in self.partitions():
+            wanted = torch.ones_like(partition.elements, dtype=torch.bool)
+            for part in partition.fragments:
+                if part.name in masks:
+                    chosen = masks[part.name].reshape(-1)[part.start : part.start + part.count]
+                    wanted[part.offset : part.offset + part.count] = chosen.to(wanted.device)
+            kept[id(partition.key)] = wanted
+        for group in self._inner.param_groups:
+            group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+        decoupled = isinstance(self._inner, torch.optim.AdamW)
+
+        def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+            wanted = kept[id(partition.key)]
+            if decoupled:
+                partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * wanted)
+            else:
+                gradient.add_(partition.elements * wanted, alpha=group["masked_decay"])
+
+        self.before_update(decay)
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """The model with zeros for the parameter `name`. Every rank must enter and leave it."""
+        parameter = self._parameters[name]
+        with torch.no_grad():
+            with gathered([parameter], modified_by_rank=0):
+                before = parameter.detach().clone()
+                parameter.zero_()
+            yield
+            with gathered([parameter], modified_by_rank=0):
+                parameter.copy_(before)
 
     def evaluate(self, loss: Loss, batch: Batch) -> Any:
         """The head's answer for one micro-batch without gradients. At stage 3 every rank must call it equally often."""
@@ -241,19 +395,20 @@ class Engine:
 
     def checkpoint_bytes(self) -> int:
         """About how much `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights."""
-        elements = sum(full_count(parameter) for parameter in self._trained)
+        elements = self.trained_count
         in_module = 0 if self.stage == 3 else next(iter(self._trained)).element_size()
         return elements * (in_module + (0 if self.stage == 0 else 4) + 4 * self._moments)
 
     def save(self, directory: Path, tag: str) -> None:
         """Write this rank's shards below `directory/tag`. Every rank must call it."""
-        self._engine.save_checkpoint(
-            str(directory),
-            tag=tag,
-            client_state={PARAMETER_GROUPS: self._group_names},
-            save_latest=False,
-            exclude_frozen_parameters=self._has_frozen,
-        )
+        with self._all_trained():
+            self._engine.save_checkpoint(
+                str(directory),
+                tag=tag,
+                client_state={PARAMETER_GROUPS: self._group_names},
+                save_latest=False,
+                exclude_frozen_parameters=self._has_frozen,
+            )
 
     def load(self, directory: Path, tag: str) -> None:
         """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage."""

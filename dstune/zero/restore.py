@@ -8,7 +8,7 @@ sub-groups at stage 3, gives every group the first group's hyperparameters, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,6 +92,21 @@ def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
         source.loss_scaler.raise_error_at_min_scale = False
         wrapper.loss_scaler = source.loss_scaler
     engine.global_steps = source.global_steps
+
+
+def partitions_of(engine: Any, stage: int, rank: int) -> list[Partition]:
+    """What this rank's optimizer updates."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return list(_partitions(engine.optimizer, stage, names, rank))
+
+
+def reset_counters(engine: Any, stage: int, names: Collection[str], rank: int) -> None:
+    """Let the optimizer of `engine` (DeepSpeed's) count the steps of the groups with the parameters `names` from 0."""
+    inner: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for partition in partitions_of(engine, stage, rank):
+        step = inner.state.get(partition.key, {}).get("step")
+        if partition.like in names and step is not None:
+            step.zero_()
 
 
 def _partitions(wrapper: Any, stage: int, names: dict[int, str], rank: int) -> Iterator[Partition]:

@@ -16,13 +16,16 @@ from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
 from dstune.rank_env import from_environment
-from dstune.train.optim import build_optimizer, parameter_groups
+from dstune.train.optim import build_optimizer, method_groups
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 
 METHODS = {
     "full": method_schema.FullConfig(),
     "head": method_schema.HeadConfig(),
+    "layer decay": method_schema.FullConfig(layer_decay=0.5),
+    "freeze": method_schema.FreezeConfig(embeddings=True, first_layers=1, trained=["norm|Norm"]),
+    "freeze names": method_schema.FreezeConfig(parameters=["mlp|intermediate"], last_layers=1),
     "lora": method_schema.LoraConfig(rank=4),
     "lora on the projection": method_schema.LoraConfig(rank=4, target_modules=["q_proj", "lm_head"]),
     "projection saved whole": method_schema.LoraConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
@@ -41,7 +44,7 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
         model = load_model(config, load_tokenizer(config.model), labels, torch.float32)
     module = apply_method(config, model)
     head = build_head(config.task, model)
-    optimizer = build_optimizer(config.optimizer, parameter_groups(module, config.optimizer.weight_decay))
+    optimizer = build_optimizer(config.optimizer, method_groups(config, module))
     engine = Engine(module, optimizer, settings, world)
     engine.set_learning_rate(config.optimizer.lr)
     frozen, trained = whole(engine, trained=False), whole(engine, trained=True)

@@ -7,20 +7,20 @@ in both types), so that a difference is dstune's own rounding: the same loop in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
 from transformers import AutoModelForCausalLM
 
+from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
 from dstune.data.build import prepare
 from dstune.data.collate import collate
 from dstune.models.load import load_tokenizer
 from dstune.rank_env import RankEnv
-from dstune.train.feed import training_order
-from dstune.train.loop import dropout_seed
+from dstune.train.feed import dropout_seed, training_order
 
 
 @dataclass
@@ -31,13 +31,17 @@ class Reference:
 
 
 def train_plainly(config: RunConfig, cache: Path) -> Reference:
-    """`config` with SGD, a constant rate and no clipping, in float64."""
+    """`config` with SGD, a constant rate and no clipping, in float64; with the penalties of `forgetting`."""
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
     order = training_order(config, data)
     model = AutoModelForCausalLM.from_pretrained(
         config.model.path, dtype=torch.float64, attn_implementation="sdpa", **config.model.config_overrides
     )
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    fisher = {name: torch.zeros_like(weight) for name, weight in start.items()}
+    if config.forgetting.ewc:
+        fisher = _fisher(config, model, tokenizer, cache)
     model.train()
     result = Reference([], [], {})
     assert config.trainer.max_steps is not None
@@ -62,8 +66,32 @@ def train_plainly(config: RunConfig, cache: Path) -> Reference:
         result.losses.append(float(loss.detach()))
         result.grad_norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
+                strength = config.forgetting.l2sp + config.forgetting.ewc * fisher[name]
+                parameter.grad += strength * (parameter - start[name])
                 parameter -= config.optimizer.lr * parameter.grad
                 parameter.grad = None
     result.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return result
+
+
+def _fisher(config: RunConfig, model, tokenizer, cache: Path) -> dict[str, torch.Tensor]:
+    """Mean over rows of the squared gradient of a row's loss."""
+    rows = general_rows(config)
+    rows = replace(rows, data=replace(rows.data, packing=False))
+    data = prepare(rows, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
+    single = replace(rows, trainer=replace(rows.trainer, micro_batch_size=1, global_batch_size=1))
+    order = training_order(single, data)
+    model.eval()
+    found = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for step in range(config.forgetting.ewc_rows):
+        (micro_batch,) = order.window(*order.locate(step)).micro_batches
+        batch = collate(data.train, micro_batch, pad_token_id=tokenizer.pad_token_id, packing=False)
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        for (name, _), gradient in zip(
+            model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            found[name] += gradient.square() / config.forgetting.ewc_rows
+    return found

@@ -12,7 +12,7 @@ from dstune.config.compose import read_run
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
 from dstune.rank_env import from_environment
-from dstune.train.optim import build_optimizer, parameter_groups
+from dstune.train.optim import build_optimizer, method_groups
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
@@ -29,8 +29,7 @@ def main() -> None:
         with partitioned_loading(settings):
             model = load_model(config, load_tokenizer(config.model), (), DTYPES[precision])
         module = apply_method(config, model)
-        groups = parameter_groups(module, config.optimizer.weight_decay)
-        engine = Engine(module, build_optimizer(config.optimizer, groups), settings, world)
+        engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
         engine.restore(Shards(Path(case["from"])))
         target = Path(case["to"])
         engine.save(target.parent, target.name)

@@ -14,6 +14,7 @@ def run_config(**sections: Any) -> schema.RunConfig:
         "data": schema.DataConfig(train="train.jsonl"),
         "task": task_schema.ChatConfig(),
         "method": method_schema.FullConfig(),
+        "forgetting": schema.ForgettingConfig(),
         "optimizer": schema.AdamWConfig(),
         "schedule": schema.CosineConfig(),
         "zero": schema.ZeroConfig(),

@@ -18,6 +18,8 @@ COMPANIONS = {
     "task/causal_lm": ["data=files", "data.train=rows.jsonl"],
     "task/classification": ["data=sentiment"],
     "method/head": ["task=classification", "data=sentiment"],
+    "method/features": ["task=classification", "data=sentiment"],
+    "method/freeze": ["data=chitchat", "method.embeddings=true"],
     "zero/file": ["data=chitchat", f"zero.path={Path(__file__).parents[1] / 'data' / 'deepspeed' / 'plain.json'}"],
 }
 """What a choice makes sense with; the others go with the dialogues."""

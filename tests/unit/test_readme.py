@@ -12,12 +12,14 @@ from dstune.cli import VERBS
 from dstune.config.compose import compose
 from dstune.config.documentation import CONFIGURATION_HEAD, GROUPS_END, GROUPS_START, groups_table, markdown_table
 from dstune.config.hydra_session import group_options, session
+from dstune.config.method_schema import METHODS
+from dstune.config.methods_page import methods_page
 from dstune.config.presets import presets_page
 from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = (ROOT / "docs" / "tracking.md", ROOT / "docs" / "export.md")
+GUIDES = (ROOT / "docs" / "tracking.md", ROOT / "docs" / "export.md", ROOT / "docs" / "methods.md")
 """Their commands are checked as the README's are."""
 
 
@@ -96,6 +98,14 @@ def test_groups_and_keys_are_those_of_the_schema():
 def test_page_of_presets_is_that_of_the_files():
     text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     assert text == presets_page(ROOT / "conf"), "run python -m dstune.config.documentation"
+
+
+def test_page_of_methods_is_that_of_schema_files_and_measurements():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert text == methods_page(ROOT), "run python -m dstune.config.documentation"
+    for name in METHODS:
+        assert f"## `method={name}`" in text
+        assert (ROOT / "conf" / "method" / f"{name}.yaml").is_file()
 
 
 def test_configuration_reference_is_that_of_the_schema():

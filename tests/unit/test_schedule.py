@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from dstune.config.schema import ConstantConfig, CosineConfig, LinearConfig, WarmupStableDecayConfig
+from dstune.config.schema import (
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    SlantedTriangularConfig,
+    WarmupStableDecayConfig,
+)
 from dstune.train.optim import schedule_factor, warmup_steps
 
 
@@ -35,6 +41,12 @@ def test_warmup_stable_decay():
     assert factors(config, 10) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1.0, 0.75, 0.5, 0.25])
 
 
+def test_slanted_triangular():
+    # cut = 2 of 10 steps, p = t / 2, then 1 - (t - 2) / (2 * (1 / 0.2 - 1)); the factor is (1 + 3 p) / 4
+    config = SlantedTriangularConfig(cut_fraction=0.2, ratio=4)
+    assert factors(config, 10) == pytest.approx([(1 + 3 * p / 8) / 4 for p in (0, 4, 8, 7, 6, 5, 4, 3, 2, 1)])
+
+
 @pytest.mark.parametrize(("ratio", "total", "steps"), [(0.0, 100, 0), (0.03, 100, 3), (0.03, 10, 1), (1.0, 7, 7)])
 def test_warmup_ratio_rounds_up(ratio, total, steps):
     assert warmup_steps(LinearConfig(warmup_ratio=ratio), total) == steps
@@ -45,5 +57,5 @@ def test_warmup_steps_replace_the_ratio():
 
 
 def test_never_zero_while_training():
-    for config in (LinearConfig(), CosineConfig(), WarmupStableDecayConfig()):
+    for config in (LinearConfig(), CosineConfig(), WarmupStableDecayConfig(), SlantedTriangularConfig()):
         assert min(factors(config, 50)) > 0

@@ -14,7 +14,7 @@ IGNORED = -100
 Forward = Callable[..., Any]
 Batch = Mapping[str, torch.Tensor]
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "features")
 
 
 @dataclass(frozen=True)

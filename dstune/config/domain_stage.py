@@ -1,0 +1,60 @@
+"""`method=ulmfit` with a language model stage in front: one run's configuration as those of its two stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dstune.config.data_schema import DataFormat
+from dstune.config.method_schema import UlmfitConfig
+from dstune.config.schema import (
+    EarlyStoppingConfig,
+    Export,
+    InitialWeights,
+    RunConfig,
+    TrackingConfig,
+)
+from dstune.config.task_schema import CausalLmConfig
+
+FOLDER = "language_model"
+"""Of the first stage, in the run directory: a run of its own."""
+
+
+def has_language_model_stage(config: RunConfig) -> bool:
+    return isinstance(config.method, UlmfitConfig) and config.method.language_model_epochs > 0
+
+
+def language_model_stage(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The first stage: the texts of the classifier's rows, all layers with discriminative rates (section 3.2 of
+    arXiv:1801.06146)."""
+    method = config.method
+    assert isinstance(method, UlmfitConfig)
+    columns = {role: name for role, name in config.data.columns.items() if role == "text"}
+    return replace(
+        config,
+        task=CausalLmConfig(),
+        data=replace(config.data, format=DataFormat.text, columns=columns, packing=True),
+        method=UlmfitConfig(rate_factor=method.rate_factor, unfreeze_epochs=0.0),
+        optimizer=replace(config.optimizer, lr=method.language_model_lr or config.optimizer.lr),
+        trainer=replace(
+            config.trainer,
+            max_steps=None,
+            epochs=method.language_model_epochs,
+            early_stopping=EarlyStoppingConfig(),
+        ),
+        evaluate=replace(config.evaluate, every=0, samples=0),
+        tracking=TrackingConfig(),
+        run=replace(config.run, dir=str(run_dir / FOLDER), export=Export.last, resume="auto"),
+    )
+
+
+def classifier_stage(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The second stage: the run itself, from what the first one exported."""
+    model = replace(
+        config.model,
+        path=str(run_dir / FOLDER / "export"),
+        revision=None,
+        weights=InitialWeights.pretrained,
+        config_overrides={},
+    )
+    return replace(config, model=model)

@@ -1,0 +1,35 @@
+"""Rules of `forgetting`: what the other keys may not say beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dstune.config.convert import shown
+from dstune.config.forgetting import mixes_in
+from dstune.config.method_schema import FreezeConfig, FullConfig, ImportanceConfig, UlmfitConfig
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem
+
+MOVING = (FullConfig, FreezeConfig, UlmfitConfig, ImportanceConfig)
+"""Methods that change pretrained weights; the others leave them as they are."""
+
+
+def check_forgetting(config: RunConfig) -> Iterator[Problem]:
+    forgetting = config.forgetting
+    for key in ("l2sp", "ewc"):
+        if getattr(forgetting, key) and not isinstance(config.method, MOVING):
+            reason = f"method={config.method.name} does not move pretrained weights, so there is no distance"
+            yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0", shown(getattr(forgetting, key)))
+    for key in ("ewc", "replay"):
+        if getattr(forgetting, key) and not forgetting.general:
+            reason = "this needs rows of what is not to be forgotten"
+            yield Problem(f"forgetting.{key}", reason, "forgetting.general=FILE", shown(getattr(forgetting, key)))
+    if forgetting.general and not (forgetting.ewc or forgetting.replay):
+        fix = "forgetting.replay=0.1 or forgetting.ewc=1000"
+        yield Problem("forgetting.general", "nothing uses these rows", fix, shown(forgetting.general))
+    if forgetting.replay and config.data.mixture and not mixes_in(config):
+        fix = "add the rows to data.mixture with a weight of their own, forgetting.replay=0"
+        yield Problem("forgetting.replay", "data.mixture has sources already", fix, shown(forgetting.replay))
+    if forgetting.replay and config.data.streaming:
+        reason = "the share is one of an epoch, and a stream has no known end"
+        yield Problem("forgetting.replay", reason, "data.streaming=false", shown(forgetting.replay))

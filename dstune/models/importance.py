@@ -1,0 +1,52 @@
+"""Which weights matter: from scores to the tensors, or the entries, that are trained. Pure; how scores are made is elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def chosen_tensors(scores: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:
+    """The names with the highest scores whose sizes sum to at most `share` of all; one that does not fit is passed over.
+
+    The highest one is taken in any case.
+    """
+    budget = share * sum(sizes.values())
+    ordered = sorted(scores, key=lambda name: (-scores[name], name))
+    chosen, used = [ordered[0]], sizes[ordered[0]]
+    for name in ordered[1:]:
+        if used + sizes[name] <= budget:
+            chosen.append(name)
+            used += sizes[name]
+    return chosen
+
+
+def sortable(scores: torch.Tensor) -> torch.Tensor:
+    """int32 keys in the order of fp32 scores, so that a threshold is found bit by bit; the bits of a negative float fall
+    as it rises."""
+    bits = scores.float().contiguous().view(torch.int32)
+    return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+def threshold(count_from: Callable[[int], int], wanted: int) -> int:
+    """The lowest key for which `count_from(key)`, how many entries of all ranks have it or a higher one, is at most
+    `wanted`. Entries with equal scores are taken together or not at all."""
+    low, high = -(2**31), 2**31
+    while low < high:
+        middle = (low + high) // 2
+        if count_from(middle) <= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def rank_correlation(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, Any]:
+    """Spearman's rank correlation of two scores of the same tensors, and the probability of one as far from 0 by chance."""
+    from scipy.stats import spearmanr
+
+    names = sorted(left)
+    found = spearmanr([left[name] for name in names], [right[name] for name in names])
+    return {"spearman": float(found.statistic), "p": float(found.pvalue), "tensors": len(names)}

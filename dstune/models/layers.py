@@ -1,0 +1,70 @@
+"""The layers of any transformer, from the bottom to the top, by the names of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dstune.zero.engine import full_count
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Names of a model's parameters by depth. Every parameter is in one of the parts, a tied one by its first name."""
+
+    embeddings: tuple[str, ...]
+    """What is in front of the first block: tokens, positions. A tied vocabulary projection is the same weight."""
+    blocks: tuple[tuple[str, ...], ...]
+    """Of each block, the first one first; those of an encoder in front of those of its decoder."""
+    top: tuple[str, ...]
+    """What is behind the last block: norm, pooler, head."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """Embeddings, each block, top: those that have parameters."""
+        return tuple(part for part in (self.embeddings, *self.blocks, self.top) if part)
+
+
+def layers_of(model: PreTrainedModel) -> Layers:
+    """The layers of `model`. Its blocks are the members of the outermost lists of modules in its body that have as many
+    parameters as half of the largest one: a list of small modules (of projections, of poolers) is none of blocks."""
+    blocks = list(_blocks(model))
+    block_of = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    inputs = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    embeddings: list[str] = []
+    inside: list[list[str]] = [[] for _ in blocks]
+    top: list[str] = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in block_of:
+            inside[block_of[id(parameter)]].append(name)
+        elif id(parameter) in inputs or (id(parameter) in body and not any(inside)):
+            embeddings.append(name)
+        else:
+            top.append(name)
+    return Layers(tuple(embeddings), tuple(map(tuple, inside)), tuple(top))
+
+
+def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
+    lists = list(_outermost_lists(model.base_model))
+    sizes = [sum(full_count(parameter) for parameter in found.parameters()) for found in lists]
+    for found, size in zip(lists, sizes, strict=True):
+        if 2 * size >= max(sizes):
+            yield from found
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def decayed_rates(layers: Layers, decay: float) -> dict[str, float]:
+    """Factor on the learning rate of each parameter: 1 for the top, `decay` times that of the part above for the others
+    (Howard and Ruder 2018, section 3.2)."""
+    return {name: decay**depth for depth, part in enumerate(reversed(layers.parts)) for name in part}

@@ -1,0 +1,72 @@
+"""What `method=importance` found: tensors by score, and the ranks by gradients beside those by ablation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.report.numbers import number, percent
+
+SHOWN = 15
+"""Tensors in the table; all are in importance.json."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    lead: str
+    columns: list[str]
+    rows: list[list[str]]
+    correlations: list[tuple[str, str]]
+    """Score, and its rank correlation with ablation."""
+    dots: list[tuple[float, float, str]]
+    """Of each tensor: its rank by the score from the left and by ablation from the bottom, per cent, and its name."""
+
+
+def importance(run_dir: Path) -> Importance | None:
+    """The section of a run; None where there is no whole importance.json."""
+    try:
+        report = json.loads((run_dir / "importance.json").read_text(encoding="utf-8"))
+        return _section(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _section(report: dict[str, Any]) -> Importance:
+    selection, tensors = report["selection"], report["tensors"]
+    ablated = bool(report["correlation"])
+    columns = ["tensor", "shape", selection.replace("_", " "), "trained"] + (["loss without it"] if ablated else [])
+    rows = []
+    for row in tensors[:SHOWN]:
+        size = 1
+        for length in row["shape"]:
+            size *= length
+        shape = " x ".join(map(str, row["shape"]))
+        cells = [row["name"], shape, number(row["scores"][selection]), percent(row["trained"] / size)]
+        rows.append(cells + ([f"{row['lost']['loss']:+.4f}"] if ablated else []))
+    what = "entries" if report["unit"] == "entries" else "whole tensors"
+    lead = (
+        f"{percent(report['trained_share'])} of the pretrained weights are trained, {what} chosen by "
+        f"{selection.replace('_', ' ')} over {report['steps']} steps."
+    )
+    against = selection if selection in report["correlation"] else "gradient_weight"
+    return Importance(
+        lead=lead,
+        columns=columns,
+        rows=rows,
+        correlations=[
+            (name.replace("_", " "), f"{found['spearman']:+.2f}") for name, found in report["correlation"].items()
+        ],
+        dots=_dots(tensors, against) if ablated else [],
+    )
+
+
+def _dots(tensors: list[dict[str, Any]], score: str) -> list[tuple[float, float, str]]:
+    across = sorted(range(len(tensors)), key=lambda index: tensors[index]["scores"][score])
+    up = sorted(range(len(tensors)), key=lambda index: tensors[index]["lost"]["loss"])
+    last = max(1, len(tensors) - 1)
+    left, bottom = ({index: 100 * place / last for place, index in enumerate(order)} for order in (across, up))
+    return [
+        (round(left[index], 2), round(100 - bottom[index], 2), tensors[index]["name"]) for index in range(len(tensors))
+    ]

@@ -1,0 +1,67 @@
+"""Classifiers of scikit-learn on cached features: what a run reports beside its own classifier."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from dstune.config.method_schema import FeaturesConfig
+from dstune.data.prepared import PreparedData, Split
+from dstune.train.evaluate import limited
+from dstune.train.features import matrix
+from dstune.train.metrics import classification_metrics
+
+RANKED = 20
+"""Features named in the report of a random forest."""
+
+
+def classical_results(
+    method: FeaturesConfig, data: PreparedData, seed: int, max_rows: int | None
+) -> dict[str, dict[str, Any]]:
+    """Metrics of each classifier that `method` asks for, by its name and by part; of a forest also `ranking`: the features
+    by mean decrease in impurity (Breiman 2001), the most important first.
+
+    max_rows: of validation, as `evaluate.max_rows`.
+    """
+    wanted = {"logistic_regression": method.logistic_regression, "random_forest": method.random_forest}
+    if not any(wanted.values()):
+        return {}
+    features, labels = matrix(data.train)
+    held_out = {"validation": data.validation and limited(data.validation, max_rows), "test": data.test}
+    results: dict[str, dict[str, Any]] = {}
+    for name in (name for name, asked in wanted.items() if asked):
+        began = time.perf_counter()
+        model = _classifier(name, method, seed).fit(features, labels)
+        results[name] = {
+            part: _metrics(model, split, len(data.labels)) for part, split in held_out.items() if split is not None
+        }
+        results[name]["seconds"] = round(time.perf_counter() - began, 3)
+        if name == "random_forest":
+            importances = model.feature_importances_
+            first = np.argsort(-importances, kind="stable")[:RANKED]
+            results[name]["ranking"] = [
+                {"feature": int(number), "impurity": round(float(importances[number]), 6)} for number in first
+            ]
+    return results
+
+
+def _classifier(name: str, method: FeaturesConfig, seed: int) -> Any:
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if name == "logistic_regression":
+        return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return RandomForestClassifier(n_estimators=method.trees, random_state=seed)
+
+
+def _metrics(model: Any, split: Split, classes: int) -> dict[str, float]:
+    features, labels = matrix(split)
+    probabilities = np.zeros((len(labels), classes))
+    probabilities[:, model.classes_] = model.predict_proba(features)
+    loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).sum()
+    metrics, _ = classification_metrics(float(loss), probabilities.argmax(axis=1).tolist(), labels.tolist(), classes)
+    return metrics

@@ -1,0 +1,212 @@
+"""The vectors that a frozen body gives for the rows of a run: computed once, kept in the cache, mapped into memory.
+
+Every rank computes its share of the rows of each part and writes it as an Arrow file of its own; a node whose disk does not
+hold the file of another rank gets a copy. `meta.json`, written last, names the files, so another number of ranks reads what
+is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+import xxhash
+
+from dstune.config.method_schema import FeaturesConfig
+from dstune.config.schema import InitialWeights, Offload, Precision, RunConfig
+from dstune.data.collate import collate
+from dstune.data.prepared import PreparedData, Split
+from dstune.data.sampler import evaluation_batches, share
+from dstune.dist import World
+from dstune.models import pooled
+from dstune.models.heads.base import inputs_of
+from dstune.models.load import load_model, local_path
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine, full_count, partitioned_loading
+from dstune.zero.precision import DTYPES
+
+log = logging.getLogger(__name__)
+
+META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Features:
+    """The prepared data of a run with vectors in the place of texts."""
+
+    data: PreparedData
+    """Its tables have `features` list<float32> [hidden], `label` and `index`; a row counts as one position."""
+    seconds: float
+    """What computing them took; 0 where they were in the cache."""
+    body_parameters: int
+
+
+def features_of(
+    config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, cache_root: Path
+) -> Features:
+    """The vectors of all parts of `data`, from the cache where it has them. Every rank must call it."""
+    folder = cache_root / "features" / world.broadcast(_key(config, data, precision) if world.is_main else "")
+    seconds = 0.0
+    if world.any(not (folder / META).is_file()):
+        began = time.perf_counter()
+        _compute(config, data, tokenizer, precision, world, folder)
+        seconds = time.perf_counter() - began
+    meta = json.loads((folder / META).read_text())
+    parts = {}
+    for split in (data.train, data.validation, data.test):
+        if split is not None:
+            files = [folder / name.format(part=split.name) for name in meta["files"]]
+            parts[split.name] = _load(split, files)
+    with_vectors = replace(
+        data, train=parts["train"], validation=parts.get("validation"), test=parts.get("test"), prompts=[]
+    )
+    return Features(with_vectors, seconds, meta["body_parameters"])
+
+
+def _key(config: RunConfig, data: PreparedData, precision: Precision) -> str:
+    """Digest of all that the vectors depend on: rows, body, pooling, arithmetic, code."""
+    method = config.method
+    assert isinstance(method, FeaturesConfig)
+    folder = Path(local_path(config.model.path))
+    body: Any = [config.model.path, config.model.revision]
+    if folder.is_dir():
+        body = {
+            file.name: _file_digest(file)
+            for file in sorted(folder.glob("*"))
+            if file.suffix in (".json", ".safetensors")
+        }
+    if config.model.weights is InitialWeights.random:
+        body = [body, config.trainer.seed]
+    parts = [
+        data.fingerprint,
+        data.labels,
+        body,
+        config.model.config_overrides,
+        method.pooling.value,
+        precision.value,
+        [_file_digest(Path(file)) for file in (__file__, pooled.__file__)],
+        transformers.__version__,
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+def _file_digest(file: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _compute(
+    config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, folder: Path
+) -> None:
+    """Run the body over every row once, as evaluation does, and write `folder`."""
+    stage = 3 if config.zero.stage == 3 else 0  # there is no optimizer whose states could be partitioned
+    alone = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=Offload.none))
+    settings = deepspeed_config(alone, world.size, precision, on_gpu=torch.cuda.is_available())
+    with partitioned_loading(settings):
+        model = load_model(alone, tokenizer, data.labels, DTYPES[precision])
+    body_parameters = sum(full_count(parameter) for parameter in model.base_model.parameters())
+    engine = Engine(model, None, settings, world)
+    engine.train(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    pattern = "{part}-%d-of-%d.arrow"
+    for split in (data.train, data.validation, data.test):
+        if split is not None:
+            log.info("the frozen body reads %d %s rows", len(split.lengths), split.name)
+            mine = folder / (pattern % (world.rank, world.size)).format(part=split.name)
+            _write(_vectors(alone, split, engine, world, tokenizer.pad_token_id), mine)
+            for rank in range(world.size):
+                _bring(folder / (pattern % (rank, world.size)).format(part=split.name), rank, world)
+    engine.close()
+    if world.local_rank == 0:
+        meta = {"files": [pattern % (rank, world.size) for rank in range(world.size)]}
+        _write_whole(folder / META, json.dumps(meta | {"body_parameters": body_parameters}).encode())
+    world.barrier()
+
+
+def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_token_id: int) -> pa.Table:
+    """This rank's share of the rows of `split`."""
+    batches = evaluation_batches(
+        split.lengths,
+        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.micro_batch_size,
+        max_length=config.data.max_length,
+        packing=False,
+    )
+    vectors: list[np.ndarray] = []
+    indices: list[int] = []
+    for micro_batch in share(batches, world.rank, world.size):
+        batch = collate(split, micro_batch, pad_token_id=pad_token_id, packing=False)
+        inputs = {key: value.to(engine.device) for key, value in inputs_of(batch).items()}
+        found = engine.evaluate(_pooled, inputs)
+        if not micro_batch.filler:
+            vectors.append(found.float().cpu().numpy())
+            indices += micro_batch.samples
+    width = vectors[0].shape[1] if vectors else 1
+    flat = np.concatenate(vectors).reshape(-1) if vectors else np.empty(0, np.float32)
+    labels = split.table.with_format(None)["label"]
+    return pa.table(
+        {
+            "features": pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), width).cast(
+                pa.list_(pa.float32())
+            ),
+            "label": pa.array([labels[index] for index in indices]),
+            "index": pa.array(indices, pa.int64()),
+        }
+    )
+
+
+def _pooled(forward: Any, inputs: Any) -> Any:
+    return forward(**inputs).pooled
+
+
+def _write(table: pa.Table, target: Path) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    _write_whole(target, sink.getvalue().to_pybytes())
+
+
+def _write_whole(target: Path, content: bytes) -> None:
+    """Whole or not at all; another process may write the same at the same time."""
+    aside = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
+    aside.write_bytes(content)
+    aside.replace(target)
+
+
+def _bring(file: Path, owner: int, world: World) -> None:
+    """Let every node have `file`, which rank `owner` has written."""
+    if not world.any(not file.is_file()):
+        return
+    content = world.gather(file.read_bytes() if world.rank == owner else None)[owner]
+    if not file.is_file() and world.local_rank == 0:
+        assert content is not None
+        _write_whole(file, content)
+    world.barrier()
+
+
+def _load(split: Split, files: list[Path]) -> Split:
+    """The vectors of `split` in the order of its rows."""
+    shards = [datasets.Dataset.from_file(str(file)) for file in files]
+    table = datasets.concatenate_datasets([shard for shard in shards if len(shard)])
+    order = np.argsort(np.asarray(table.with_format("numpy")["index"][:]), kind="stable")
+    assert len(order) == len(split.lengths), f"{files[0].parent} has {len(order)} of {len(split.lengths)} rows"
+    ones = np.ones(len(order), dtype=np.int32)
+    return replace(split, table=table.select(order), lengths=ones)
+
+
+def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """All vectors of a part, float32 [rows, hidden], and labels [rows] or [rows, labels]."""
+    table = split.table.with_format("numpy")
+    return np.stack(list(table["features"][:])).astype(np.float32), np.asarray(list(table["label"][:]))

@@ -1,0 +1,83 @@
+"""Penalties against forgetting: the distance of the weights from where they started, plain or weighted by Fisher information.
+
+A penalty's gradient is added once for each window, to the gradient that the optimizer is about to use, by the rank that
+updates the entry. So it is the same on any number of ranks and at every ZeRO stage, costs a copy of the rank's own share,
+and is neither clipped nor part of `grad_norm`, which are those of the loss of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dstune.config.forgetting import general_rows
+from dstune.config.forgetting_schema import ForgettingConfig
+from dstune.config.schema import Precision, RunConfig
+from dstune.data.prepared import PreparedData
+from dstune.dist import World
+from dstune.models.load import NewWeights
+from dstune.train.probe import probing, standing_still
+from dstune.zero.engine import Engine
+from dstune.zero.restore import Partition
+
+Fisher = dict[str, torch.Tensor]
+"""Of this rank's fragment of each parameter."""
+
+
+class Penalties:
+    """Must be made while the weights are still the start weights. New weights (a head) have no start worth keeping.
+
+    The loss of the window is the data's loss + sum over entries of (l2sp + ewc * fisher) / 2 * (weight - start)^2.
+    """
+
+    def __init__(self, config: ForgettingConfig, engine: Engine, new: NewWeights, fisher: Fisher, world: World):
+        self._world, self._shared = world, engine.stage > 0
+        self._start: dict[int, torch.Tensor] = {}
+        self._strength: dict[int, torch.Tensor] = {}
+        self._value = 0.0
+        for partition in engine.partitions():
+            strength = torch.zeros_like(partition.elements, dtype=torch.float32)
+            for part in partition.fragments:
+                if part.name not in new.parameters:
+                    place = slice(part.offset, part.offset + part.count)
+                    strength[place] = config.l2sp
+                    if config.ewc:
+                        strength[place] += config.ewc * fisher[part.name]
+            self._start[id(partition.key)] = partition.elements.detach().float().clone()
+            self._strength[id(partition.key)] = strength
+        engine.before_update(self._add)
+
+    def _add(self, partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        distance = partition.elements.float() - self._start[id(partition.key)]
+        pull = self._strength[id(partition.key)] * distance
+        self._value += 0.5 * float((pull.double() * distance).sum())
+        gradient.add_(pull)
+
+    def value(self) -> float:
+        """The penalty of the weights before the last update, over all ranks. Every rank must call it, once a step."""
+        mine, self._value = self._value, 0.0
+        return self._world.sum([mine])[0] if self._shared else mine
+
+
+def fisher_information(
+    config: RunConfig, general: PreparedData, tokenizer: Any, precision: Precision, world: World
+) -> Fisher:
+    """The mean squared gradient of each row's loss over `forgetting.ewc_rows` rows, at the start weights, without dropout
+    (the empirical Fisher information: of the rows' own targets)."""
+    # One row makes a window, so that the gradient that is squared is that of a single row on any number of ranks.
+    trainer = replace(config.trainer, micro_batch_size=1, global_batch_size=1)
+    data = replace(general_rows(config).data, packing=False)
+    found: Fisher = {}
+
+    def add(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        for part in partition.fragments:
+            squared = gradient[part.offset : part.offset + part.count].float().square()
+            found[part.name] = found[part.name].add_(squared) if part.name in found else squared
+
+    single = standing_still(replace(config, trainer=trainer, data=data))
+    with probing(single, general, tokenizer, precision, world) as probe:
+        probe.engine.train(False)
+        probe.train(config.forgetting.ewc_rows, add, rate=0.0)
+    return {name: total / config.forgetting.ewc_rows for name, total in found.items()}

@@ -1,0 +1,238 @@
+"""Scores of a model's weights by gradients and by ablation, the choice of what is trained, and the report of both.
+
+A copy of the model is trained for a few steps and thrown away; the run begins with the start weights. Scores of entries stay
+with the rank that updates them; only sums over tensors, counts and the chosen bits are exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dstune.config.method_schema import ImportanceConfig, Selection, Unit
+from dstune.config.schema import Precision, RunConfig
+from dstune.data.prepared import PreparedData
+from dstune.dist import World
+from dstune.models.importance import chosen_tensors, rank_correlation, sortable, threshold
+from dstune.models.load import NewWeights
+from dstune.train.evaluate import Evaluator
+from dstune.train.probe import Probe, probing
+from dstune.zero.engine import Engine, full_count, full_shape, pack_bits, unpack_bits
+from dstune.zero.restore import Partition
+
+log = logging.getLogger(__name__)
+
+REPORT = "importance.json"
+MASKS = "importance.safetensors"
+GRADIENT_SCORES = {
+    Selection.squared_gradient: lambda weight, gradient: gradient.square(),
+    Selection.gradient_weight: lambda weight, gradient: (weight * gradient).abs(),
+    Selection.movement: lambda weight, gradient: -weight * gradient,
+}
+"""Scores of entries that add up over steps: of weights before the update, and gradients of the window's mean loss."""
+
+CONSTANT_SCORES = {Selection.magnitude, Selection.random}
+"""Scores that no gradient changes."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What is trained beside new weights."""
+
+    tensors: frozenset[str]
+    """Names of the parameters of which something is trained."""
+    masks: dict[str, torch.Tensor]
+    """Of entries, bool in the parameters' shapes; empty where whole tensors are trained."""
+
+    def freeze_others(self, module: nn.Module, new: NewWeights) -> None:
+        """Before the optimizer is made: a tensor without a trained entry costs neither gradients nor states."""
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in self.tensors or name in new.parameters)
+
+
+def selected(
+    config: RunConfig,
+    data: PreparedData,
+    tokenizer: Any,
+    precision: Precision,
+    world: World,
+    run_dir: Path,
+) -> Selected:
+    """Score and choose, and write `importance.json` into the run directory; a run that goes on reads its choice there."""
+    assert isinstance(config.method, ImportanceConfig)
+    if not world.broadcast((run_dir / REPORT).is_file()):
+        with probing(config, data, tokenizer, precision, world) as probe:
+            _score_and_choose(config, config.method, probe, run_dir)
+        world.barrier()
+    return world.broadcast(_read(run_dir) if world.is_main else None)  # type: ignore[return-value]
+
+
+def _read(run_dir: Path) -> Selected:
+    report = json.loads((run_dir / REPORT).read_text())
+    tensors = {row["name"]: row for row in report["tensors"] if row["trained"]}
+    masks = {}
+    if report["unit"] == Unit.entries.value:
+        bits = load_file(run_dir / MASKS)
+        masks = {name: unpack_bits(bits[name], torch.Size(row["shape"])) for name, row in tensors.items()}
+    return Selected(frozenset(tensors), masks)
+
+
+class _Scores:
+    """Of this rank's elements: sums over tensors of each gradient score, and every entry of the one that selects."""
+
+    def __init__(self, method: ImportanceConfig, engine: Engine, new: NewWeights, seed: int):
+        self.sums: dict[Selection, dict[str, float]] = {kind: {} for kind in GRADIENT_SCORES}
+        self.entries: dict[str, tuple[int, torch.Tensor]] = {}
+        self._wanted = method.selection if method.unit is Unit.entries else None
+        self._new = set(new.parameters)
+        if method.selection not in CONSTANT_SCORES:
+            return
+        sums = self.sums.setdefault(method.selection, {})
+        for partition in engine.partitions():
+            for part in partition.fragments:
+                if part.name in self._new:
+                    continue
+                values = partition.elements[part.offset : part.offset + part.count].detach().abs().float()
+                if method.selection is Selection.random:
+                    size = full_count(engine.module.get_parameter(part.name))
+                    values = _random(part.name, size, seed)[part.start : part.start + part.count].to(values.device)
+                sums[part.name] = float(values.double().sum())
+                if self._wanted is not None:
+                    self.entries[part.name] = part.start, values
+
+    def add(self, partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        for part in partition.fragments:
+            if part.name in self._new:
+                continue
+            place = slice(part.offset, part.offset + part.count)
+            for kind, score in GRADIENT_SCORES.items():
+                values = score(partition.elements[place].float(), gradient[place].float())
+                sums = self.sums[kind]
+                sums[part.name] = sums.get(part.name, 0.0) + float(values.double().sum())
+                if kind is self._wanted:
+                    before = self.entries.get(part.name)
+                    self.entries[part.name] = part.start, values if before is None else before[1].add_(values)
+
+
+def _random(name: str, size: int, seed: int) -> torch.Tensor:
+    """The same for an entry wherever it lies."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed * 2**32 + crc32(name.encode())))
+
+
+def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe, run_dir: Path) -> None:
+    engine, world = probe.engine, probe.world
+    log.info("scoring weights along %d steps", method.score_steps)
+    scores = _Scores(method, engine, probe.new, config.trainer.seed)
+    probe.train(method.score_steps, scores.add, config.optimizer.lr)
+    parameters = {
+        name: parameter for name, parameter in engine.module.named_parameters() if name not in probe.new.parameters
+    }
+    sizes = {name: full_count(parameter) for name, parameter in parameters.items()}
+    kinds = dict.fromkeys([*GRADIENT_SCORES, *({method.selection} & CONSTANT_SCORES)])
+    means = {kind: _means(scores.sums.get(kind, {}), sizes, world, engine.stage) for kind in kinds}
+    ablation = _ablate(config, method, probe, list(parameters)) if method.ablation_rows else {}
+    if ablation:
+        means[Selection.ablation] = {name: lost["loss"] for name, lost in ablation.items()}
+
+    masks: dict[str, torch.Tensor] = {}
+    if method.unit is Unit.tensors:
+        kept = {name: sizes[name] for name in chosen_tensors(means[method.selection], sizes, method.share)}
+    else:
+        masks, kept = _choose_entries(scores.entries, sizes, method.share, engine, world)
+    if not world.is_main:
+        return
+    order = sorted(sizes, key=lambda name: -means[method.selection][name])
+    rows = [
+        {
+            "name": name,
+            "shape": list(full_shape(parameters[name])),
+            "trained": kept.get(name, 0),
+            "scores": {kind.value: means[kind][name] for kind in means},
+            **({"lost": ablation[name]} if ablation else {}),
+        }
+        for name in order
+    ]
+    report = {
+        "selection": method.selection.value,
+        "unit": method.unit.value,
+        "share": method.share,
+        "trained_share": sum(kept.values()) / sum(sizes.values()),
+        "steps": method.score_steps,
+        "ablation_rows": method.ablation_rows,
+        "correlation": {
+            kind.value: rank_correlation(means[kind], means[Selection.ablation])
+            for kind in means
+            if kind is not Selection.ablation
+        }
+        if ablation
+        else {},
+        "tensors": rows,
+    }
+    if masks:
+        save_file(masks, run_dir / MASKS)
+    aside = run_dir / f"{REPORT}.incomplete"
+    aside.write_text(json.dumps(report, indent=1))
+    aside.replace(run_dir / REPORT)
+
+
+def _means(sums: Mapping[str, float], sizes: Mapping[str, int], world: World, stage: int) -> dict[str, float]:
+    """Mean score of the entries of each tensor over all ranks; at stage 0 every rank has all of them."""
+    if stage > 0:
+        totals = world.sum([sums.get(name, 0.0) for name in sizes])
+    else:
+        totals = world.broadcast([sums.get(name, 0.0) for name in sizes])
+    return {name: total / size for (name, size), total in zip(sizes.items(), totals, strict=True)}
+
+
+def _choose_entries(
+    entries: Mapping[str, tuple[int, torch.Tensor]],
+    sizes: Mapping[str, int],
+    share: float,
+    engine: Engine,
+    world: World,
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Packed masks of the tensors with a chosen entry, and how many each has."""
+    keys = {name: (start, sortable(values)) for name, (start, values) in entries.items()}
+    shared = engine.stage > 0
+
+    def count_from(key: int) -> int:
+        mine = sum(int((values >= key).sum()) for _, values in keys.values())
+        return int(world.sum([mine])[0]) if shared else world.broadcast(mine)
+
+    lowest = threshold(count_from, int(share * sum(sizes.values())))
+    masks, kept = {}, {}
+    for name in sizes:
+        mine = keys.get(name)
+        bits = engine.assemble(name, mine and (mine[0], mine[1] >= lowest), torch.uint8).bool()
+        if count := int(bits.sum()):
+            masks[name], kept[name] = pack_bits(bits.cpu()), count
+    return masks, kept
+
+
+def _ablate(config: RunConfig, method: ImportanceConfig, probe: Probe, names: list[str]) -> dict[str, dict[str, float]]:
+    """What is lost of each metric without each tensor, positive for a worse model."""
+    assert probe.data.validation is not None
+    few = replace(config, evaluate=replace(config.evaluate, max_rows=method.ablation_rows))
+    evaluator = Evaluator(few, probe.data, probe.engine, probe.head, probe.world, probe.pad_token_id)
+    whole = evaluator(probe.data.validation).metrics
+    lost = {}
+    for number, name in enumerate(names):
+        if number % 20 == 0:
+            log.info("leaving out tensor %d of %d", number + 1, len(names))
+        with probe.engine.without(name):
+            metrics = evaluator(probe.data.validation).metrics
+        lost[name] = {
+            key: (metrics[key] - value if key == "loss" else value - metrics[key])
+            for key, value in whole.items()
+            if key in ("loss", "accuracy", "token_accuracy")
+        }
+    return lost

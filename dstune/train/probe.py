@@ -1,0 +1,78 @@
+"""A throw-away training of a copy of the model, along which gradients are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dstune.config.schema import Precision, RunConfig, SgdConfig
+from dstune.data.prepared import PreparedData
+from dstune.dist import World
+from dstune.models.heads import Head, build_head
+from dstune.models.load import NewWeights, load_model, new_weights
+from dstune.models.peft import apply_method
+from dstune.train.feed import dropout_seed, windows
+from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.supply import supply_of
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Change, Engine, partitioned_loading
+from dstune.zero.precision import DTYPES
+
+
+@dataclass(frozen=True)
+class Probe:
+    engine: Engine
+    head: Head
+    config: RunConfig
+    data: PreparedData
+    world: World
+    new: NewWeights
+    pad_token_id: int
+
+    def train(self, steps: int, change: Change, rate: float) -> None:
+        """So many optimizer steps over the first windows of the run's order; `change` as in `Engine.before_update`."""
+        self.engine.before_update(change)
+        self.engine.set_learning_rate(rate)
+        supply = supply_of(self.config, self.data, None, None)
+        for step, feed in enumerate(
+            windows(self.config, self.data, supply, self.world, self.pad_token_id, range(steps))
+        ):
+            assert feed is not None, "whole data is always there"
+            for position, (micro_batch, batch) in enumerate(feed.batches):
+                torch.manual_seed(dropout_seed(self.config.trainer.seed, step, micro_batch.index))
+                self.engine.accumulate(
+                    self.head,
+                    {key: value.to(self.engine.device) for key, value in batch.items()},
+                    window_weight=feed.window.weight,
+                    last=position == len(feed.batches) - 1,
+                )
+            self.engine.update()
+
+
+@contextmanager
+def probing(
+    config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World
+) -> Iterator[Probe]:
+    """A copy of the run's model at the run's ZeRO stage, with the parameters that `config.method` trains, and gradients as
+    they are: nothing is clipped."""
+    config = replace(config, trainer=replace(config.trainer, grad_clip=0.0))
+    settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
+    with partitioned_loading(settings):
+        model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+    new = new_weights(model)
+    module = apply_method(config, model)
+    head = build_head(config.task, model)
+    engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
+    try:
+        yield Probe(engine, head, config, data, world, new, tokenizer.pad_token_id)
+    finally:
+        engine.close()
+
+
+def standing_still(config: RunConfig) -> RunConfig:
+    """With an optimizer that keeps nothing: for gradients at the start weights, with a rate of 0."""
+    return replace(config, optimizer=SgdConfig(lr=0.0))

@@ -1,0 +1,73 @@
+"""Gradual unfreezing: the top trains first, and layer after layer joins from above (Howard and Ruder 2018, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedModel
+
+from dstune.config.method_schema import UlmfitConfig
+from dstune.config.schema import RunConfig
+from dstune.models.layers import layers_of
+from dstune.train.supply import Supply
+from dstune.zero.engine import Engine
+
+Part = tuple[str, ...]
+"""Names of the parameters that begin to train together."""
+
+
+class Unfreezing:
+    """Which parts train is a function of the step alone, so there is nothing to save.
+
+    begins: (first step, part) from the top to the bottom. step: where the run goes on, 0 for a new one.
+    """
+
+    def __init__(self, begins: list[tuple[int, Part]], engine: Engine, step: int):
+        self._begins, self._engine = begins, engine
+        for begin, part in begins:
+            # A part that begins with the next step is opened by it, with a counter of its own.
+            engine.freeze(part) if begin >= step else engine.unfreeze(part, fresh=False)
+
+    def before_step(self, step: int) -> None:
+        """Open what begins with `step`; asked before every step."""
+        for begin, part in self._begins:
+            if begin == step:
+                self._engine.unfreeze(part, fresh=True)
+
+    def trained_layers(self, step: int) -> int:
+        """How many parts are trained in `step`."""
+        return sum(begin <= step for begin, _ in self._begins)
+
+    def waiting(self, total_steps: int) -> int:
+        """How many parts never train in a run of so many steps."""
+        return sum(begin >= total_steps for begin, _ in self._begins)
+
+
+def unfreezing_of(
+    config: RunConfig, model: PreTrainedModel, engine: Engine, supply: Supply, step: int
+) -> Unfreezing | None:
+    """What `config.method` asks for; None for a method that trains the same weights throughout."""
+    method = config.method
+    if not isinstance(method, UlmfitConfig):
+        return None
+    return Unfreezing(first_steps(method, layers_of(model).parts, supply), engine, step)
+
+
+def first_steps(method: UlmfitConfig, parts: tuple[Part, ...], supply: Supply) -> list[tuple[int, Part]]:
+    """The step with which each part begins to train, from the top down. parts: from the bottom up."""
+    top, *below = reversed(parts)
+    at_once = method.layers_at_once
+    chunks = [top, *(sum(below[first : first + at_once], ()) for first in range(0, len(below), at_once))]
+    return [(_after(method, number, supply), chunk) for number, chunk in enumerate(chunks)]
+
+
+def _after(method: UlmfitConfig, waits: int, supply: Supply) -> int:
+    """Steps after so many times what the method waits."""
+    if method.unfreeze_steps is not None:
+        return waits * method.unfreeze_steps
+    epochs = waits * method.unfreeze_epochs
+    if not epochs:
+        return 0
+    whole = math.floor(epochs)
+    steps = supply.steps(whole)
+    return steps + round((epochs - whole) * (supply.steps(whole + 1) - steps))
