@@ -11,7 +11,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,8 @@ from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.domain_stage import FOLDER, classifier_stage, has_language_model_stage, language_model_stage
-from dstune.config.forgetting import general_rows
-from dstune.config.method_schema import FeaturesConfig, ImportanceConfig
+from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import Export, RunConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.blocks import Blocks
 from dstune.data.build import PreparedData, prepare
 from dstune.data.clean.report import summary
@@ -46,12 +43,13 @@ from dstune.redact import publish, redact_output, redacted
 from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
+from dstune.train.beforehand import work_out
 from dstune.train.classical import classical_results
 from dstune.train.evaluate import Evaluator, answer_prompts
-from dstune.train.features import Features, features_of
-from dstune.train.forgetting import Fisher, Penalties, fisher_information
+from dstune.train.features import Features
+from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
-from dstune.train.importance import Selected, selected
+from dstune.train.importance import Selected
 from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, method_groups
@@ -93,20 +91,9 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)
     memory = PeakMemory()
     activity.info("loading %s", shown(config.model.path))
-    digest, features = samples_digest(data), None
-    if isinstance(config.method, FeaturesConfig):
-        features = features_of(config, data, tokenizer, precision, world, cache_root())
-        data = features.data
-    selection = None
-    if isinstance(config.method, ImportanceConfig):
-        selection = selected(config, data, tokenizer, precision, world, run_dir)
-    fisher: Fisher = {}
-    if config.forgetting.ewc:
-        rows = general_rows(config)
-        if isinstance(rows.task, ClassificationConfig):
-            rows = replace(rows, task=replace(rows.task, labels=list(data.labels)))
-        general = prepare(rows, tokenizer, world.env, cache_root())
-        fisher = fisher_information(config, general, tokenizer, precision, world)
+    digest = samples_digest(data)
+    before = work_out(config, data, tokenizer, precision, world, run_dir)
+    data, features, selection = before.data, before.features, before.selection
     with partitioned_loading(settings):
         if features is not None:
             architecture = trained_config(config, tokenizer, data.labels)
@@ -123,7 +110,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         engine.mask(selection.masks)
     penalties = None
     if config.forgetting.l2sp or config.forgetting.ewc:
-        penalties = Penalties(config.forgetting, engine, new_weights(model), fisher, world)
+        penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     facts: dict[str, Any] = {
         "world_size": world.size,

@@ -18,7 +18,7 @@ from dstune.config.schema import Precision, RunConfig
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.models.load import NewWeights
-from dstune.train.probe import probing, standing_still
+from dstune.train.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine
 from dstune.zero.restore import Partition
 
@@ -44,6 +44,7 @@ class Penalties:
                     place = slice(part.offset, part.offset + part.count)
                     strength[place] = config.l2sp
                     if config.ewc:
+                        assert fisher[part.name].numel() == part.count, f"{part.name} lies otherwise"
                         strength[place] += config.ewc * fisher[part.name]
             self._start[id(partition.key)] = partition.elements.detach().float().clone()
             self._strength[id(partition.key)] = strength
@@ -62,10 +63,16 @@ class Penalties:
 
 
 def fisher_information(
-    config: RunConfig, general: PreparedData, tokenizer: Any, precision: Precision, world: World
+    config: RunConfig,
+    general: PreparedData,
+    tokenizer: Any,
+    precision: Precision,
+    world: World,
+    restrict: Restrict | None = None,
 ) -> Fisher:
     """The mean squared gradient of each row's loss over `forgetting.ewc_rows` rows, at the start weights, without dropout
-    (the empirical Fisher information: of the rows' own targets)."""
+    (the empirical Fisher information: of the rows' own targets). restrict: leaves the parameters that the run trains, so that
+    a rank has the same fragments in both."""
     # One row makes a window, so that the gradient that is squared is that of a single row on any number of ranks.
     trainer = replace(config.trainer, micro_batch_size=1, global_batch_size=1)
     data = replace(general_rows(config).data, packing=False)
@@ -77,7 +84,7 @@ def fisher_information(
             found[part.name] = found[part.name].add_(squared) if part.name in found else squared
 
     single = standing_still(replace(config, trainer=trainer, data=data))
-    with probing(single, general, tokenizer, precision, world) as probe:
+    with probing(single, general, tokenizer, precision, world, restrict) as probe:
         probe.engine.train(False)
         probe.train(config.forgetting.ewc_rows, add, rate=0.0)
     return {name: total / config.forgetting.ewc_rows for name, total in found.items()}

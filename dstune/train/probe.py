@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dstune.config.schema import Precision, RunConfig, SgdConfig
 from dstune.data.prepared import PreparedData
@@ -21,6 +22,8 @@ from dstune.train.supply import supply_of
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Change, Engine, partitioned_loading
 from dstune.zero.precision import DTYPES
+
+Restrict = Callable[[nn.Module, NewWeights], None]
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,15 @@ class Probe:
 
 @contextmanager
 def probing(
-    config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World
+    config: RunConfig,
+    data: PreparedData,
+    tokenizer: Any,
+    precision: Precision,
+    world: World,
+    restrict: Restrict | None = None,
 ) -> Iterator[Probe]:
     """A copy of the run's model at the run's ZeRO stage, with the parameters that `config.method` trains, and gradients as
-    they are: nothing is clipped."""
+    they are: nothing is clipped. restrict: freezes some of them before the engine is made."""
     config = replace(config, trainer=replace(config.trainer, grad_clip=0.0))
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     with partitioned_loading(settings):
@@ -66,6 +74,8 @@ def probing(
     new = new_weights(model)
     module = apply_method(config, model)
     head = build_head(config.task, model)
+    if restrict is not None:
+        restrict(module, new)
     engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
     try:
         yield Probe(engine, head, config, data, world, new, tokenizer.pad_token_id)
