@@ -17,6 +17,7 @@ from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
 from dstune.config.method_schema import FullConfig
 from dstune.config.schema import InitialWeights, RunConfig, WandbConfig
+from dstune.config.task_schema import PreferenceConfig, TaskConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, supervise
@@ -77,7 +78,7 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
             chat_template=None,
             config_overrides={},
         )
-        config = replace(config, model=model)
+        config = replace(config, model=model, task=_compared(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)
         config = compose([f"model.path={_quoted(arguments.target)}", *recorded, *arguments.overrides]).config
@@ -85,6 +86,9 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
     if not data.train and not data.mixture:
         # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
         data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
+    if isinstance(config.task, PreferenceConfig) and config.task.compares and config.task.reference_model is None:
+        reason = f"the rewards of task.loss={config.task.loss.name} are relative to the model that training began with"
+        raise UserError(Problem("task.reference_model", reason, "task.reference_model=PATH of that model"))
     config = replace(
         config,
         data=data,
@@ -93,6 +97,19 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
     )
     validate(config)
     return preflight.resolve_run(config, stage)
+
+
+def _compared(config: RunConfig) -> TaskConfig:
+    """The task of a run, with the model that it began with as the reference."""
+    task, model = config.task, config.model
+    if not isinstance(task, PreferenceConfig) or not task.compares or task.reference_model is not None:
+        return task
+    if model.weights is InitialWeights.random:
+        reason = (
+            "the run began with random weights, which are nowhere to be found, and the rewards are relative to them"
+        )
+        raise UserError(Problem("task.reference_model", reason, "give another model as the reference"))
+    return replace(task, reference_model=model.path, reference_revision=model.revision)
 
 
 def _quoted(path: str) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from dstune.config.compose import read_run
 from dstune.config.schema import Offload, RunConfig
-from dstune.config.task_schema import ClassificationConfig
+from dstune.config.task_schema import HEADED, RewardConfig
 from dstune.data.build import prepare
 from dstune.dist import World
 from dstune.errors import Problem, UserError
@@ -26,6 +26,7 @@ from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.tracking.console import Console
 from dstune.train.evaluate import Evaluator, limited
+from dstune.train.reference import with_reference_model
 from dstune.worker import check_packing, examine, guarded, leave, write_result
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
@@ -48,6 +49,11 @@ def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> No
     if part is None:
         fix = f"give data.{split}=FILE, or data.split.{split}=0.1 to hold rows out"
         raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
+    data = with_reference_model(
+        config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
+    )
+    part = data.validation if split == "validation" else data.test
+    assert part is not None
     with partitioned_loading(settings):
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     head = build_head(config.task, model)
@@ -76,12 +82,17 @@ def with_labels(config: RunConfig) -> RunConfig:
 
     Raises UserError where the model has no trained classification head.
     """
-    if not isinstance(config.task, ClassificationConfig):
+    if not isinstance(config.task, HEADED):
         return config
     architecture = load_config(config.model)
     if not any(name.endswith("ForSequenceClassification") for name in architecture.architectures or []):
         reason = "the model has no trained classification head, so there is nothing to evaluate"
         raise UserError(Problem("MODEL", reason, "give a classifier, or train one", config.model.path))
+    if isinstance(config.task, RewardConfig):
+        if architecture.num_labels != 1:
+            reason = f"a reward model has one output, and this one has {architecture.num_labels}"
+            raise UserError(Problem("MODEL", reason, "give a reward model, or train one", config.model.path))
+        return config
     labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
     named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
     several = config.task.multi_label or architecture.problem_type == "multi_label_classification"

@@ -53,6 +53,7 @@ from dstune.train.importance import Selected
 from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.supply import supply_of
 from dstune.train.unfreezing import unfreezing_of
 from dstune.train.watchdog import Watchdog
@@ -90,6 +91,9 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
         blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)
     memory = PeakMemory()
+    data = with_reference_model(
+        config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
+    )
     activity.info("loading %s", shown(config.model.path))
     digest = samples_digest(data)
     before = work_out(config, data, tokenizer, precision, world, run_dir)
@@ -112,6 +116,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     if config.forgetting.l2sp or config.forgetting.ewc:
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
+    data = with_reference(config, data, engine, head, world, tokenizer.pad_token_id, precision, cache_root())
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,

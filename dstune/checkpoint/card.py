@@ -16,7 +16,7 @@ from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.method_schema import FeaturesConfig, HeadConfig, LoraConfig, Pooling
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
+from dstune.config.task_schema import CONVERSATIONS, HEADED, EmbeddingConfig, RewardConfig
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
 SHOWN_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")
@@ -26,8 +26,9 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
     """Write `README.md` to `folder`, the export of the checkpoint whose `state.json` is `state`."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    classifier = isinstance(config.task, ClassificationConfig)
-    pipeline = "text-classification" if classifier else "text-generation"
+    pipeline = "text-classification" if isinstance(config.task, HEADED) else "text-generation"
+    if isinstance(config.task, EmbeddingConfig):
+        pipeline = "sentence-similarity"
     metrics = state.get("metrics") or {}
     origin = _hub_name(config.model.path)
     data = ModelCardData(
@@ -73,10 +74,13 @@ def _sections(run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapte
 
 
 def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
-    classifier = isinstance(config.task, ClassificationConfig)
+    if isinstance(config.task, EmbeddingConfig):
+        return "\n".join(_embedding_usage())
+    classifier = isinstance(config.task, HEADED)
     kind = "SequenceClassification" if classifier else "CausalLM"
     library, loader = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
-    labels = f", num_labels={len(state['labels'])}" if adapter and classifier else ""
+    reward = isinstance(config.task, RewardConfig)
+    labels = f", num_labels={1 if reward else len(state['labels'])}" if adapter and classifier else ""
     method = config.method
     own_head = isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model
     code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
@@ -88,11 +92,15 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
         f"model = {loader}.from_pretrained(path{labels}{code})",
         "tokenizer = AutoTokenizer.from_pretrained(path)",
     ]
-    if classifier:
+    if reward:
+        lines += [
+            'print(model(**tokenizer("A question with its answer, rendered.", return_tensors="pt")).logits[0, 0])'
+        ]
+    elif classifier:
         labels_at = "" if adapter else "model.config.id2label[int(...)]"
         lines += ['logits = model(**tokenizer("A text.", return_tensors="pt")).logits', "print(logits.argmax(-1))"]
         lines += [f"# {labels_at}" if labels_at else f"# labels by index: {', '.join(state['labels'])}"]
-    elif config.task.name == "chat":
+    elif isinstance(config.task, CONVERSATIONS):
         lines += [
             'messages = [{"role": "user", "content": "Hello"}]',
             "inputs = tokenizer.apply_chat_template(",
@@ -107,6 +115,16 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
         ]
     return "\n".join(lines)
+
+
+def _embedding_usage() -> list[str]:
+    return [
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("PATH")  # this folder, or the id under which it was published',
+        'vectors = model.encode(["A text.", "Another text."])',
+        "print(model.similarity(vectors, vectors))",
+    ]
 
 
 def _counts(report: Mapping[str, Any]) -> str:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dstune.checkpoint import store
+from dstune.checkpoint.sentence_transformers import write_modules
 from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import BaseWeights, Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
+from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
 from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
@@ -66,6 +68,8 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
         built.model.config.use_cache = load_config(config.model).use_cache
         _save_whole(built, sources, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
+    if isinstance(config.task, EmbeddingConfig):
+        write_modules(folder, config.task, built.model.config.get_text_config().hidden_size, config.data.max_length)
 
 
 @dataclass(frozen=True)

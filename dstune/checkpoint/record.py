@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.convert import EnvironmentText
+from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
@@ -18,9 +17,11 @@ NAME = "dstune.json"
 
 def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str) -> None:
     """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step."""
-    task = asdict(config.task)
+    task = to_dict(config)["task"]
     if isinstance(config.task, ClassificationConfig):
         task["labels"] = state["labels"]
+    for key in ("reference_model", "reference_revision"):  # a path of this machine, perhaps
+        task.pop(key, None)
     data = config.data
     record = {
         "dstune": __version__,

@@ -35,7 +35,7 @@ from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes, sections
 from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.config.task_schema import ChatConfig
+from dstune.config.task_schema import CONVERSATIONS
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, with_file
 from dstune.errors import Problem, UserError
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
-FROZEN_AT_START = ("task.template_date", "model.revision")
+FROZEN_AT_START = ("task.template_date", "model.revision", "task.reference_revision")
 """Keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
 
 Result = TypeVar("Result")
@@ -88,7 +88,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         config = _typed(raw, "the composed configuration")
         if config.zero.path is not None:
             config = with_file(config, given_by(hydra, given))
-    if isinstance(config.task, ChatConfig) and config.task.template_date is None:
+    if isinstance(config.task, CONVERSATIONS) and config.task.template_date is None:
         config = replace(config, task=replace(config.task, template_date=datetime.date.today().isoformat()))
     return Composed(config, given)
 

@@ -17,6 +17,9 @@ class DataFormat(Enum):
     text = "text"
     text_label = "text_label"
     pair = "pair"
+    preference = "preference"
+    feedback = "feedback"
+    contrastive = "contrastive"
 
 
 class TextRows(Enum):

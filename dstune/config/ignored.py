@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig, SlantedTriangularConfig, WandbMode
-from dstune.config.task_schema import ChatConfig
+from dstune.config.task_schema import CONVERSATIONS
 from dstune.errors import Problem
 
 
@@ -48,7 +48,7 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "zero.overlap_comm", (f"zero.stage is {zero.stage}", "zero=stage2")
     if zero.stage < 3:
         yield "zero.param_persistence_threshold", (f"zero.stage is {zero.stage}", "zero=stage3")
-    if config.model.chat_template is not None and not isinstance(config.task, ChatConfig):
+    if config.model.chat_template is not None and not isinstance(config.task, CONVERSATIONS):
         yield "model.chat_template", (f"task={config.task.name} renders no conversations", "task=chat")
     if not config.evaluate.samples:
         yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")

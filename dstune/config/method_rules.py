@@ -18,14 +18,17 @@ from dstune.config.method_schema import (
     Unit,
 )
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
+from dstune.config.task_schema import HEADED, ClassificationConfig, RewardConfig
 from dstune.errors import Problem
 
 
 def check_method(config: RunConfig) -> Iterator[Problem]:
     method = config.method
-    if isinstance(method, HeadConfig) and not isinstance(config.task, ClassificationConfig):
+    if isinstance(method, HeadConfig) and not isinstance(config.task, HEADED):
         yield Problem("method", f"task={config.task.name} has no head of its own", "method=full or method=lora", "head")
+    if isinstance(method, HeadConfig) and isinstance(config.task, RewardConfig) and method.pooling is not Pooling.model:
+        reason = "a reward model has the head of its architecture"
+        yield Problem("method.pooling", reason, "method.pooling=model", method.pooling.name)
     if isinstance(method, FeaturesConfig):
         yield from _check_features(config, method)
     if isinstance(method, HeadConfig) and method.pooling is Pooling.model:

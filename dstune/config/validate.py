@@ -25,7 +25,7 @@ from dstune.config.schema import (
     WarmupStableDecayConfig,
 )
 from dstune.config.task_rules import check_task
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
+from dstune.config.task_schema import WRITERS, CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.config.watched import watched
 from dstune.errors import Problem, UserError
 
@@ -33,18 +33,33 @@ METRICS = {
     "chat": ("loss", "perplexity", "token_accuracy"),
     "causal_lm": ("loss", "perplexity", "token_accuracy"),
     "classification": ("loss", "accuracy", "f1_macro", "f1_micro"),
+    "preference": ("loss", "reward_accuracy", "reward_margin"),
+    "reward": ("loss", "reward_accuracy", "reward_margin"),
+    "embedding": ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"),
 }
 """Evaluation metrics of each task that may decide which checkpoint is best."""
 
-TASK_OF_FORMAT = {
-    DataFormat.messages: "chat",
-    DataFormat.conversations: "chat",
-    DataFormat.alpaca: "chat",
-    DataFormat.prompt_completion: "chat",
-    DataFormat.text: "causal_lm",
-    DataFormat.text_label: "classification",
-    DataFormat.pair: "classification",
+UNPACKED = {
+    "classification": "one row is one text in classification",
+    "preference": "answers are compared whole, each in a row of its own",
+    "reward": "answers are compared whole, each in a row of its own",
+    "embedding": "every text has a vector of its own",
 }
+"""Why the rows of a task are not packed."""
+
+TASKS_OF_FORMAT = {
+    DataFormat.messages: ("chat",),
+    DataFormat.conversations: ("chat",),
+    DataFormat.alpaca: ("chat",),
+    DataFormat.prompt_completion: ("chat",),
+    DataFormat.text: ("causal_lm",),
+    DataFormat.text_label: ("classification",),
+    DataFormat.pair: ("classification",),
+    DataFormat.preference: ("preference", "reward"),
+    DataFormat.feedback: ("preference",),
+    DataFormat.contrastive: ("embedding",),
+}
+"""What each row format is for."""
 
 MLFLOW_SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 
@@ -97,13 +112,13 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             "data.train=rows.jsonl, a sample (data=chitchat), or an experiment (experiment=quickstart)",
             shown(data.train),
         )
-    wanted = TASK_OF_FORMAT.get(data.format)
-    if wanted is not None and wanted != task:
-        formats = [form.name for form, of_task in TASK_OF_FORMAT.items() if of_task == task]
+    wanted = TASKS_OF_FORMAT.get(data.format)
+    if wanted is not None and task not in wanted:
+        formats = [form.name for form, tasks in TASKS_OF_FORMAT.items() if task in tasks]
         yield Problem(
             "data.format",
-            f"rows of this format are for task={wanted}, but the task is {task}",
-            f"task={wanted}, or rows in the format {' or '.join(formats)}",
+            f"rows of this format are for task={' or '.join(wanted)}, but the task is {task}",
+            f"task={wanted[0]}, or rows in the format {' or '.join(formats)}",
             data.format.name,
         )
     for code in data.clean.languages:
@@ -114,8 +129,8 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
     if most is not None and data.clean.min_characters > most:
         reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"
         yield Problem("data.clean.min_characters", reason, f"at most {most}", shown(data.clean.min_characters))
-    if data.packing and isinstance(config.task, ClassificationConfig):
-        yield Problem("data.packing", "one row is one text in classification", "data.packing=false", "true")
+    if data.packing and not isinstance(config.task, (ChatConfig, CausalLmConfig)):
+        yield Problem("data.packing", f"{UNPACKED[task]}, so rows are not packed", "data.packing=false", "true")
     held_out = [
         (f"data.split.{name}", share)
         for name, share, given in (
@@ -290,7 +305,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
         if needs_cadence and evaluate.every == 0:
             yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
-    if evaluate.samples > 0 and not isinstance(task, (ChatConfig, CausalLmConfig)):
+    if evaluate.samples > 0 and not isinstance(task, WRITERS):
         reason = f"task={task.name} answers no prompts"
         yield Problem("evaluate.samples", reason, "evaluate.samples=0", shown(evaluate.samples))
 

@@ -22,7 +22,7 @@ import xxhash
 from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ChatConfig, ClassificationConfig
+from dstune.config.task_schema import CONVERSATIONS, WRITERS, ClassificationConfig, EmbeddingConfig, PreferenceConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
@@ -127,10 +127,14 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
     state.pop("padding", None)
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     task = asdict(config.task)
-    if isinstance(config.task, ChatConfig):
+    if isinstance(config.task, CONVERSATIONS):
         # The date counts only if the template prints it.
         task.pop("template_date")
+        if isinstance(config.task, PreferenceConfig):  # what the loss makes of them does not change the samples
+            task = {"name": config.task.name, "single": config.task.single}
         template = freeze_date(template, config.task.template_date)
+    if isinstance(config.task, EmbeddingConfig):  # nor does what the loss makes of their vectors
+        task = {"name": config.task.name}
     parts = {
         "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
         "replay": mixes_in(config),
@@ -248,7 +252,7 @@ class Builder:
             for part, counted in report.items():
                 _refuse_no_samples(part, counted, config)
         prompts = []
-        if "validation" in chosen and not isinstance(config.task, ClassificationConfig):
+        if "validation" in chosen and isinstance(config.task, WRITERS):
             rows, count = chosen["validation"], _prompt_count(config)
             prompts = sample_prompts(encode, rows.table, rows.indices, count, config.data.max_length)
         meta = {"labels": labels, "prompts": [asdict(prompt) for prompt in prompts], "report": report}

@@ -6,7 +6,16 @@ import difflib
 from collections.abc import Collection, Mapping
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    EmbeddingConfig,
+    PreferenceConfig,
+    PreferenceLoss,
+    RewardConfig,
+    TaskConfig,
+)
 from dstune.errors import Problem, UserError
 
 FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
@@ -17,6 +26,9 @@ FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.text: ("text",),
     DataFormat.pair: ("text", "text_pair", "label"),
     DataFormat.text_label: ("text", "label"),
+    DataFormat.preference: ("chosen", "rejected"),
+    DataFormat.feedback: ("prompt", "completion", "label"),
+    DataFormat.contrastive: ("anchor", "positive"),
 }
 """The roles that a row of each format needs; `data.columns` maps a role to the column of the file."""
 
@@ -25,6 +37,9 @@ OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.conversations: ("system", "tools"),
     DataFormat.alpaca: ("input", "system", "history"),
     DataFormat.prompt_completion: ("system", "tools"),
+    DataFormat.preference: ("prompt", "system", "tools", "margin"),
+    DataFormat.feedback: ("system", "tools"),
+    DataFormat.contrastive: ("negative",),
 }
 
 OTHER_NAMES = {
@@ -52,6 +67,13 @@ def formats_of(task: TaskConfig) -> tuple[DataFormat, ...]:
             return (DataFormat.text,)
         case ClassificationConfig():
             return (DataFormat.pair, DataFormat.text_label)
+        case PreferenceConfig():
+            judged = (DataFormat.feedback,) if task.loss is PreferenceLoss.kto else ()
+            return (*judged, DataFormat.preference)
+        case RewardConfig():
+            return (DataFormat.preference,)
+        case EmbeddingConfig():
+            return (DataFormat.contrastive,)
     raise AssertionError(f"no formats for {task!r}")
 
 
@@ -158,6 +180,10 @@ def _other_task(columns: Collection[str]) -> str:
     def has(choice: DataFormat) -> bool:
         return not _missing(choice, {}, columns)
 
+    if has(DataFormat.preference):
+        return "task=preference and task=reward read these columns"
+    if has(DataFormat.contrastive):
+        return "task=embedding reads these columns"
     if any(has(choice) for choice in formats_of(ChatConfig())):
         return "task=chat reads these columns"
     if any(has(choice) for choice in formats_of(ClassificationConfig())):

@@ -197,7 +197,7 @@ class _Reader:
         row = normalise(
             raw.fields, self.format, self._data.columns, needs_answer=self._needs_answer, multi_label=multi_label
         )
-        self.any_messages |= "messages" in row
+        self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
         if isinstance(self._task, ClassificationConfig) and self._task.labels:
             for name in labels_of(row):
                 if name not in self._task.labels:

@@ -19,13 +19,17 @@ class Split:
     table: datasets.Dataset
     """`input_ids` list<int32> with `labels` list<int32> (-100 = no target, not shifted, the first one always -100), or
     for classification with `label`: an int, or with `task.multi_label` a list of 0 and 1. For pairs of texts with
-    `token_type_ids` too, where the model is told them."""
+    `token_type_ids` too, where the model is told them. Further columns: `tokenize.more_columns`, `value_columns`."""
     lengths: np.ndarray
     """Tokens of each sample, int32 [samples]."""
     weights: np.ndarray
-    """Targets that each sample adds to the loss, int64 [samples]; 1 for classification."""
+    """Targets that each sample adds to the loss, int64 [samples]; 1 where a row or a pair counts as a whole."""
     sources: np.ndarray | None = None
     """Number of each sample's source in `data.mixture`, int16 [samples]; None without a mixture."""
+    rows: np.ndarray | None = None
+    """Which row of `table` each sample is, where the split is a part of it; None for all rows in order."""
+    reference: np.ndarray | None = None
+    """What the reference model says of each row of `table`: log-probabilities, float32 [rows, answers]."""
 
     @cached_property
     def _arrays(self) -> datasets.Dataset:
@@ -33,7 +37,15 @@ class Split:
 
     def sample(self, index: int) -> dict[str, Any]:
         """One sample as numpy arrays."""
-        return self._arrays[index]
+        return self._arrays[self.row(index)]
+
+    def row(self, index: int) -> int:
+        """The row of `table` that the sample `index` is."""
+        return index if self.rows is None else int(self.rows[index])
+
+    def neighbour(self, index: int) -> dict[str, Any]:
+        """The sample of the row of `table` behind that of `index`; behind the last row comes the first."""
+        return self._arrays[(self.row(index) + 1) % len(self.table)]
 
 
 @dataclass(frozen=True)

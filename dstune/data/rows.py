@@ -17,6 +17,7 @@ from dstune.data.messages import (
     tools_of,
     with_system,
 )
+from dstune.data.preferences import pair_row, verdict_of
 from dstune.data.problems import RowError, shown
 
 __all__ = ["RowError", "canonical", "check_columns", "labels_of", "normalise", "recognise", "sort_labels"]
@@ -33,7 +34,8 @@ def normalise(
     """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
     Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `text`, or `text` with `text_pair`
-    where it has one and `label` (a string) or `labels` (with `multi_label`: sorted strings, perhaps none).
+    where it has one and `label` (a string) or `labels` (with `multi_label`: sorted strings, perhaps none). Pairs of
+    answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true or false).
     `needs_answer=False` accepts a conversation in which the assistant says nothing.
     Raises RowError.
     """
@@ -42,17 +44,34 @@ def normalise(
         column = column_of(role, mapping, fields)
         if column not in fields:
             raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")
-        check = _labels if role == "label" and multi_label else _CHECKS.get(role)
+        check = _check_of(role, fmt, multi_label)
         found[role] = check(fields[column], column) if check else fields[column]
     for role in OPTIONAL_COLUMNS.get(fmt, ()):
         value = fields.get(column_of(role, mapping, fields))
         if value is not None:
             found[role] = value
+    if fmt is DataFormat.contrastive:
+        if "negative" in found:
+            found["negative"] = _text(found["negative"], column_of("negative", mapping, fields))
+        if found["positive"] == found.get("negative"):
+            raise RowError("positive and negative are the same")
+        return found
     if fmt in (DataFormat.text, DataFormat.text_label, DataFormat.pair):
         if multi_label and "label" in found:
             found["labels"] = found.pop("label")
         return found
+    if fmt is DataFormat.preference:
+        return pair_row(found)
+    if fmt is DataFormat.feedback:
+        verdict = found.pop("label")
+        return {**_chat(found, DataFormat.prompt_completion, needs_answer), "desirable": verdict}
     return _chat(found, fmt, needs_answer)
+
+
+def _check_of(role: str, fmt: DataFormat, multi_label: bool) -> Callable[[Any, str], Any] | None:
+    if role == "label":
+        return verdict_of if fmt is DataFormat.feedback else _labels if multi_label else _label
+    return _CHECKS.get(role)
 
 
 def _chat(found: dict[str, Any], fmt: DataFormat, needs_answer: bool) -> dict[str, Any]:
@@ -149,7 +168,8 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "completion": _text_or_messages,
     "text": _text,
     "text_pair": _text,
-    "label": _label,
+    "anchor": _text,
+    "positive": _text,
 }
 
 

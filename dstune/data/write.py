@@ -15,6 +15,9 @@ from dstune.data.ingest import BadRows, Table
 from dstune.data.parallel import map_rows
 from dstune.data.tokenize import COUNTED, RowTokenizer
 
+TOKENS = "input_ids"
+"""What the names of columns with a sample's tokens end in: a pair has two of them."""
+
 
 @dataclass
 class Counts:
@@ -92,7 +95,8 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
             counts.truncated += int((cut & first).sum())
             kept = batch.select(schema.names).filter(pa.array(good))
             writer.write_batch(kept)
-            lengths.append(pc.list_value_length(kept["input_ids"]).to_numpy().astype(np.int32))
+            parts = [pc.list_value_length(kept[name]).to_numpy() for name in schema.names if name.endswith(TOKENS)]
+            lengths.append(np.sum(parts, axis=0).astype(np.int32))
             weights.append(weight[good])
             if table.sources is not None:
                 sources.append(table.sources[number[good]])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.checkpoint.record import read_record
 from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import ModelConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
+from dstune.config.task_schema import CONVERSATIONS, TASKS, WRITERS, CausalLmConfig, ChatConfig
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     if not (path / "run.yaml").is_file():
         return _from_record(wanted, key)
     config = read_run(path / "run.yaml").config
-    _refuse_classifier(isinstance(config.task, ClassificationConfig), key, str(path))
+    _refuse_classifier(not isinstance(config.task, WRITERS), key, str(path))
     folder = exported(path, scratch, which=which)
     trust = wanted.trust_remote_code or config.model.trust_remote_code
     model = replace(wanted, path=str(folder), trust_remote_code=trust)
-    if isinstance(config.task, ChatConfig):
+    if isinstance(config.task, CONVERSATIONS):
         return _Found(model, date=config.task.template_date)
     return _Found(model, chat=False)
 
@@ -118,13 +118,13 @@ def _run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
 
 def _from_record(wanted: ModelConfig, key: str) -> _Found:
     task = read_record(Path(wanted.path)).get("task") or {}
-    _refuse_classifier(task.get("name") == ClassificationConfig.name, key, wanted.path)
+    _refuse_classifier(TASKS.get(task.get("name", ""), ChatConfig) not in WRITERS, key, wanted.path)
     return _Found(wanted, chat=task.get("name") != CausalLmConfig.name, date=task.get("template_date"))
 
 
 def _refuse_classifier(is_one: bool, key: str, path: str) -> None:
     if is_one:
-        raise UserError(Problem(key, "is a classifier, which writes no text", f"dstune evaluate {path}", path))
+        raise UserError(Problem(key, "is no language model, so it writes no text", f"dstune evaluate {path}", path))
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:

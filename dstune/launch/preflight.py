@@ -21,6 +21,7 @@ from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.forgetting import with_replay
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
+from dstune.config.task_schema import PreferenceConfig, TaskConfig
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
@@ -57,6 +58,10 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
     model = config.model
     try:
         model = resolve_model(config.model, stage)
+    except UserError as error:
+        problems += error.problems
+    try:
+        config = replace(config, task=resolve_reference(config, stage))
     except UserError as error:
         problems += error.problems
     try:
@@ -135,6 +140,25 @@ def resolve_model(config: ModelConfig, stage: Stage) -> ModelConfig:
         raise
     check_folder(snapshot, config)
     return replace(config, revision=commit)
+
+
+def resolve_reference(config: RunConfig, stage: Stage) -> TaskConfig:
+    """The task with its reference model in place, and that one's revision resolved to a commit.
+
+    Raises:
+        UserError: as `resolve_model`, about the keys of the task.
+    """
+    task = config.task
+    if not isinstance(task, PreferenceConfig) or task.reference_model is None:
+        return task
+    model = replace(config.model, path=task.reference_model, revision=task.reference_revision)
+    keys = {"model.path": "task.reference_model", "model.revision": "task.reference_revision"}
+    try:
+        found = resolve_model(replace(model, weights=InitialWeights.pretrained), stage)
+    except UserError as error:
+        named = [replace(problem, where=keys.get(problem.where, problem.where)) for problem in error.problems]
+        raise UserError(named) from None
+    return replace(task, reference_revision=found.revision)
 
 
 def looks_local(path: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,7 +28,7 @@ from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import HEADED, WRITERS, ClassificationConfig, EmbeddingConfig, RewardConfig, TaskConfig
 from dstune.errors import Problem, UserError
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.zero.engine import gathered
@@ -35,6 +37,22 @@ from dstune.zero.engine import gathered
 def local_path(path: str) -> str:
     """What transformers can load: a sample's folder, or the path itself (a folder or an id in the hub's cache)."""
     return str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
+
+
+REWARD = "reward"
+"""What the one output of a reward model is called in its config.json."""
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """Where the files of a model that is on this machine are."""
+    path = Path(local_path(config.path))
+    if path.is_dir():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    assert isinstance(found, str), f"{config.path} is not in the hub's cache, though it was loaded"
+    return Path(found).parent
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -121,11 +139,15 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
     """The architecture of a run's model with what the task and the method add to it. See `load_model`."""
     architecture = load_config(config.model)
     architecture.use_cache = False
+    if isinstance(config.task, RewardConfig):
+        labels = (REWARD,)
     if labels:
         architecture.num_labels = len(labels)
         architecture.id2label = dict(enumerate(labels))
         architecture.label2id = {label: index for index, label in enumerate(labels)}
         architecture.pad_token_id = tokenizer.pad_token_id
+    if isinstance(config.task, RewardConfig):
+        architecture.problem_type = "regression"
     if isinstance(config.task, ClassificationConfig):
         # Tells whoever loads the export which loss and which kind of answer its logits are for.
         architecture.problem_type = (
@@ -162,12 +184,14 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 # A classifier may be tuned to another number of labels: its head is new then.
-                ignore_mismatched_sizes=isinstance(config.task, ClassificationConfig),
+                ignore_mismatched_sizes=isinstance(config.task, HEADED),
                 **options,
                 **_source(config.model),
             )
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
+    if isinstance(config.task, EmbeddingConfig):
+        new = _without_pooler(model, new)
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
     rows = model.get_input_embeddings().num_embeddings
@@ -223,10 +247,21 @@ def _new_model(model_class: Any, architecture: PretrainedConfig, trust: bool, op
 
 def _model_class(task: TaskConfig) -> Any:
     match task:
-        case ChatConfig() | CausalLmConfig():
-            return AutoModelForCausalLM
-        case ClassificationConfig():
+        case ClassificationConfig() | RewardConfig():
             return AutoModelForSequenceClassification
+        case EmbeddingConfig():
+            return AutoModel
+    assert isinstance(task, WRITERS)
+    return AutoModelForCausalLM
+
+
+def _without_pooler(model: PreTrainedModel, new: list[str]) -> list[str]:
+    """Take off the layer that some encoders put behind the first token: a text's vector does not come from it, and weights
+    without a gradient would decay at some ZeRO stages and not at others. Returns the names among `new` that are left."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    left = {name for name, _ in model.named_parameters()}
+    return [name for name in new if name in left]
 
 
 def _attention(config: RunConfig, dtype: torch.dtype) -> str:
@@ -248,7 +283,7 @@ def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]
         return
     body = f"{model.base_model_prefix}."
     absent = [name for name in new if name.startswith(body) and ".pooler." not in name]
-    if not isinstance(config.task, ClassificationConfig):
+    if not isinstance(config.task, HEADED):
         absent = new
     if absent:
         raise UserError(

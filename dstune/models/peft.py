@@ -18,7 +18,7 @@ from dstune.config.method_schema import (
     UlmfitConfig,
 )
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
+from dstune.config.task_schema import HEADED, EmbeddingConfig
 from dstune.errors import Problem, UserError
 from dstune.models.freeze import freeze_body, freeze_parts
 from dstune.models.load import NewWeights, new_weights
@@ -47,7 +47,11 @@ def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
 def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn.Module:
     import peft
 
-    classification = isinstance(config.task, ClassificationConfig)
+    kind = peft.TaskType.CAUSAL_LM
+    if isinstance(config.task, HEADED):
+        kind = peft.TaskType.SEQ_CLS
+    elif isinstance(config.task, EmbeddingConfig):
+        kind = peft.TaskType.FEATURE_EXTRACTION
     targets: Any = lora.target_modules
     if lora.target_modules == ["all-linear"]:
         targets = "all-linear"
@@ -61,7 +65,7 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
         modules_to_save=_modules_to_save(lora, new) or None,
         trainable_token_indices=_token_rows(model, new) or None,
         use_rslora=lora.rslora,
-        task_type=peft.TaskType.SEQ_CLS if classification else peft.TaskType.CAUSAL_LM,
+        task_type=kind,
     )
     try:
         # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.

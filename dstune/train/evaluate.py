@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -11,14 +13,16 @@ import psutil
 import torch
 
 from dstune.config.schema import RunConfig
+from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
-from dstune.data.collate import collate
-from dstune.data.sampler import evaluation_batches, share
+from dstune.data.sampler import MicroBatch, evaluation_batches, share
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
-from dstune.models.heads import Head
+from dstune.models.heads import Head, sums_of
+from dstune.models.heads.embedding import EmbeddingHead
 from dstune.train.measure import Evaluation, Totals, measure
+from dstune.train.window import joined
 from dstune.zero.engine import Engine, full_count
 
 
@@ -27,7 +31,7 @@ def limited(split: Split, max_rows: int | None) -> Split:
     if max_rows is None or len(split.lengths) <= max_rows:
         return split
     chosen = np.linspace(0, len(split.lengths) - 1, max_rows).round().astype(int)
-    return Split(split.name, split.table.select(chosen), split.lengths[chosen], split.weights[chosen])
+    return replace(split, lengths=split.lengths[chosen], weights=split.weights[chosen], rows=chosen, sources=None)
 
 
 class Evaluator:
@@ -49,24 +53,29 @@ class Evaluator:
             packing=packing,
         )
         mine = share(batches, self._world.rank, self._world.size)
-        sums = np.zeros(3)
+        sums: dict[str, float] = defaultdict(float)
         rows: list[tuple[int, dict[str, Any]]] = []
         self._engine.train(False)
+        shares = None
+        if not isinstance(self._head, EmbeddingHead):  # whose metrics need the vectors themselves
+            shares = joined(self._head, self._engine, (self._batch(split, part) for part in mine), self._world)
         for number, micro_batch in enumerate(mine):
-            batch = collate(
-                split, micro_batch, pad_token_id=self._pad_token_id, packing=packing, with_index=not packing
-            )
-            on_device = {key: value.to(self._engine.device) for key, value in batch.items()}
-            output = self._engine.evaluate(self._head, on_device)
-            sums += [float(output.loss_sum), float(output.weight), float(output.correct)]
+            batch = self._batch(split, micro_batch)
+            output = self._engine.evaluate(self._head, batch | (shares[number] if shares else {}))
+            for name, value in sums_of(output).items():
+                sums[name] += float(value)
             if output.rows and not micro_batch.filler:
                 rows += zip(batch["index"].tolist(), _by_row(output.rows), strict=True)
             if progress:
                 progress(number + 1, len(mine))
         self._engine.train(True)
-        totals = Totals(*self._world.sum(sums.tolist()))
+        totals = Totals.of(dict(zip(sums, self._world.sum(list(sums.values())), strict=True)))
         everyone = sorted((row for part in self._world.gather(rows) for row in part), key=itemgetter(0))
         return measure(self._config.task, self._data.labels, totals, [kept for _, kept in everyone])
+
+    def _batch(self, split: Split, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        batch = batch_of(self._config, split, micro_batch, self._pad_token_id, with_index=not self._config.data.packing)
+        return {key: value.to(self._engine.device) for key, value in batch.items()}
 
 
 def _by_row(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> list[dict[str, np.ndarray]]:

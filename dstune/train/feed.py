@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 import torch
 
 from dstune.config.schema import RunConfig
+from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData
-from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
 from dstune.dist import World
 from dstune.errors import DstuneError
@@ -53,12 +53,7 @@ def windows(
         pinned = torch.cuda.is_available()
         batches = []
         for micro_batch in share(draw.window.micro_batches, world.rank, world.size):
-            batch = collate(
-                draw.split,
-                micro_batch,
-                pad_token_id=pad_token_id,
-                packing=config.data.packing,
-            )
+            batch = batch_of(config, draw.split, micro_batch, pad_token_id)
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return Feed(draw.window, draw.epoch, tuple(batches))
 

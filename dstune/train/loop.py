@@ -12,18 +12,19 @@ import torch
 from dstune.config.schema import RunConfig
 from dstune.data.build import PreparedData
 from dstune.dist import World
-from dstune.models.heads import Head
+from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
 from dstune.train.evaluate import Evaluator
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Decision, Hook, Wish, join
-from dstune.train.measure import Evaluation
+from dstune.train.measure import Evaluation, Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.state import TrainState
 from dstune.train.supply import Supply
 from dstune.train.unfreezing import Unfreezing
 from dstune.train.watchdog import Watchdog
+from dstune.train.window import joined
 from dstune.zero.engine import Engine, Update
 
 UNTIMED_STEPS = 2
@@ -90,20 +91,20 @@ def fit(run: Training) -> Decision:
                 return decision
             continue
         number = state.step - steps.start
-        update, loss_sum = train_step(run, feed)
+        update, sums = train_step(run, feed)
         state.step += 1
         state.tokens += feed.window.tokens
         state.targets += feed.window.weight
         state.cursor = run.supply.cursor(state.step)
         asked = join([hook.after_step(state, update) for hook in run.hooks])
-        decision, loss_sum = agree(run, asked, loss_sum)
+        decision, sums = agree(run, asked, sums)
         seconds = time.perf_counter() - began
         state.seconds = run.seconds_before + time.time() - run.started
         if number >= UNTIMED_STEPS:
             state.timed_tokens += feed.window.tokens
             state.timed_seconds += seconds
         penalty = None if run.penalties is None else run.penalties.value()
-        report_step(run, feed, update, loss_sum, seconds, penalty)
+        report_step(run, feed, update, sums, seconds, penalty)
 
         leaving = decision.wish & (Wish.PREEMPT | Wish.FAIL)
         if decision.wish & Wish.EVALUATE and validation is not None:
@@ -131,39 +132,51 @@ def save_if_asked(run: Training, decision: Decision) -> Decision:
     return decision
 
 
-def train_step(run: Training, feed: Feed) -> tuple[Update, float]:
-    """One optimizer step: accumulate this rank's micro-batches, then update. Returns this rank's sum of losses too."""
+def train_step(run: Training, feed: Feed) -> tuple[Update, dict[str, float]]:
+    """One optimizer step: accumulate this rank's micro-batches, then update. Returns this rank's sums too."""
     if run.unfreezing is not None:
         run.unfreezing.before_step(run.state.step)
     factor = schedule_factor(run.config.schedule, run.state.step, run.total_steps)
     run.engine.set_learning_rate(run.config.optimizer.lr * factor)
-    loss_sum = torch.zeros((), device=run.engine.device)
-    for position, (micro_batch, batch) in enumerate(feed.batches):
-        # Dropout depends on (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume.
-        torch.manual_seed(dropout_seed(run.config.trainer.seed, run.state.step, micro_batch.index))
+    # Dropout depends on (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume.
+    seeds = [dropout_seed(run.config.trainer.seed, run.state.step, part.index) for part, _ in feed.batches]
+    device = run.engine.device
+    batches = [{key: value.to(device, non_blocking=True) for key, value in batch.items()} for _, batch in feed.batches]
+    shares = joined(run.head, run.engine, batches, run.world, seeds)
+    sums: dict[str, torch.Tensor] = {}
+
+    def summed(forward: Forward, batch: Batch) -> HeadOutput:
+        output = run.head(forward, batch)
+        for name, value in sums_of(output).items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        return output
+
+    for position, batch in enumerate(batches):
+        torch.manual_seed(seeds[position])
         run.watchdog.beat(f"micro-batch {position + 1} of step {run.state.step + 1}")
-        loss_sum += run.engine.accumulate(
-            run.head,
-            {key: value.to(run.engine.device, non_blocking=True) for key, value in batch.items()},
+        run.engine.accumulate(
+            summed,
+            batch | (shares[position] if shares else {}),
             window_weight=feed.window.weight,
-            last=position == len(feed.batches) - 1,
+            last=position == len(batches) - 1,
         )
-    return run.engine.update(), float(loss_sum)
+    return run.engine.update(), {name: float(value) for name, value in sums.items()}
 
 
-def agree(run: Training, asked: Decision, loss_sum: float = 0.0) -> tuple[Decision, float]:
-    """What any rank asked for, and the sum of all ranks' losses: the same on every rank. One small collective a step."""
-    numbers = run.world.gather_numbers([float(asked.wish), loss_sum, run.memory.gib])
+def agree(run: Training, asked: Decision, sums: Mapping[str, float] | None = None) -> tuple[Decision, dict[str, float]]:
+    """What any rank asked for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
+    sums = sums or {}
+    numbers = run.world.gather_numbers([float(asked.wish), run.memory.gib, *sums.values()])
     wish = Wish.NOTHING
     for flags in numbers[:, 0]:
         wish |= Wish(int(flags))
-    run.state.peak_memory_gib = max(run.state.peak_memory_gib, float(numbers[:, 2].max()))
+    run.state.peak_memory_gib = max(run.state.peak_memory_gib, float(numbers[:, 1].max()))
     reason = asked.reason
     if wish & (Wish.STOP | Wish.PREEMPT | Wish.FAIL):
         reasons = run.world.gather(asked.reason)
         named = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
         reason = "; ".join(text if len(named) == 1 else f"rank {rank}: {text}" for text, rank in named.items())
-    return Decision(wish, reason), float(numbers[:, 1].sum())
+    return Decision(wish, reason), dict(zip(sums, numbers[:, 2:].sum(axis=0).tolist(), strict=True))
 
 
 def evaluate(run: Training) -> Decision:
@@ -192,14 +205,14 @@ def remember_confusion(state: TrainState, evaluation: Evaluation) -> None:
 
 
 def report_step(
-    run: Training, feed: Feed, update: Update, loss_sum: float, seconds: float, penalty: float | None
+    run: Training, feed: Feed, update: Update, sums: Mapping[str, float], seconds: float, penalty: float | None
 ) -> None:
     if run.log is None:
         return
     state = run.state
     metrics: dict[str, float | int | str] = {
         "epoch": feed.epoch,
-        "loss": loss_sum / feed.window.weight,
+        "loss": sums["loss_sum"] / feed.window.weight,
         "lr": run.config.optimizer.lr * schedule_factor(run.config.schedule, state.step - 1, run.total_steps),
         "grad_norm": update.grad_norm,
         "tokens": state.tokens,
@@ -211,6 +224,7 @@ def report_step(
         metrics["penalty"] = penalty
     if run.unfreezing is not None:
         metrics["trained_layers"] = run.unfreezing.trained_layers(state.step - 1)
+    metrics |= measure_step(run.config.task, Totals.of(sums))
     if not update.applied:
         metrics["skipped"] = "overflow" if update.loss_scale > 1.0 else "nonfinite"
     run.log.log(state.step, metrics)

@@ -110,3 +110,42 @@ def write_labelled(path: Path, rows: int, *, seed: int = 0) -> Path:
             words = [choose.choice(mine if choose.random() < 0.8 else other) for _ in range(choose.randint(3, 20))]
             stream.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
     return path
+
+
+def write_preferences(path: Path, rows: int, *, seed: int = 0) -> Path:
+    """Prompts with two answers of very different lengths; the better one prefers the first half of the words."""
+    choose = random.Random(seed)
+    half = len(WORDS) // 2
+
+    def answer(good: bool) -> list[dict]:
+        mine, other = (WORDS[:half], WORDS[half:]) if good else (WORDS[half:], WORDS[:half])
+        words = [choose.choice(mine if choose.random() < 0.8 else other) for _ in range(choose.choice([1, 2, 5, 20]))]
+        return [{"role": "assistant", "content": " ".join(words)}]
+
+    with path.open("w") as stream:
+        for _ in range(rows):
+            question = " ".join(choose.choices(WORDS, k=choose.randint(1, 12)))
+            prompt = [{"role": "user", "content": question}]
+            stream.write(json.dumps({"prompt": prompt, "chosen": answer(True), "rejected": answer(False)}) + "\n")
+    return path
+
+
+def write_contrastive(path: Path, rows: int, *, seed: int = 0) -> Path:
+    """Texts that share words with their positive; every third row has a negative that does not. One anchor comes twice."""
+    choose = random.Random(seed)
+
+    def text(words: list[str], count: int) -> str:
+        return " ".join(choose.choices(words, k=count))
+
+    first = ""
+    with path.open("w") as stream:
+        for number in range(rows):
+            topic = choose.sample(WORDS, 6)
+            row = {"anchor": text(topic, choose.randint(2, 12)), "positive": text(topic, choose.randint(2, 12))}
+            if number % 3 == 0:
+                row["negative"] = text(choose.sample(WORDS, 6), choose.randint(2, 12))
+            if number == 1:
+                row["anchor"] = first
+            first = first or row["anchor"]
+            stream.write(json.dumps(row) + "\n")
+    return path

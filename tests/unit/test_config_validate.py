@@ -12,7 +12,7 @@ from dstune.config.names import classes_of, sections
 from dstune.config.ranges import check_ranges
 from dstune.config.resume import MAY_CHANGE_KEYS, check_resume
 from dstune.config.schema import RunConfig
-from dstune.config.validate import METRICS, TASK_OF_FORMAT, validate
+from dstune.config.validate import METRICS, TASKS_OF_FORMAT, validate
 from dstune.errors import Problem, UserError
 
 CHAT = ("data=chitchat",)
@@ -199,7 +199,7 @@ def test_a_secret_given_as_a_value_is_not_repeated():
 def test_the_tables_know_every_task():
     tasks = set(classes_of("task"))
     assert set(METRICS) == tasks
-    assert set(TASK_OF_FORMAT.values()) == tasks
+    assert {task for of in TASKS_OF_FORMAT.values() for task in of} == tasks
 
 
 # ---- ranges ----

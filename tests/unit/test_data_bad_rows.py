@@ -19,7 +19,15 @@ from unit.data_helpers import CHATML, byte_tokenizer, data_run, exchange, prepar
 
 from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    EmbeddingConfig,
+    PreferenceConfig,
+    PreferenceLoss,
+    TaskConfig,
+)
 from dstune.config.validate import validate
 from dstune.errors import Problem, UserError
 
@@ -31,6 +39,15 @@ CHAT, TEXT = ChatConfig(template_date="2025-03-09"), CausalLmConfig()
 CLASSES, SEVERAL = ClassificationConfig(), ClassificationConfig(multi_label=True)
 GOOD = exchange("Hi", "Yes")
 LABELLED = {"text": "a", "label": "x"}
+PAIRS = PreferenceConfig(template_date="2025-03-09")
+JUDGED = PreferenceConfig(loss=PreferenceLoss.kto, template_date="2025-03-09")
+FIRST_GOOD = {
+    "chat": GOOD,
+    "causal_lm": {"text": "a"},
+    "classification": LABELLED,
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "embedding": {"anchor": "a", "positive": "b"},
+}
 
 
 def documented(section: str) -> list[str]:
@@ -55,7 +72,7 @@ def called(**call: Any) -> dict[str, Any]:
     return chat(said("user"), {"role": "assistant", "tool_calls": [call]})
 
 
-USER, ANSWER = said("user"), said("assistant")
+USER, ANSWER, OTHER = said("user"), said("assistant"), said("user", "No")
 CALL = {"function": {"name": "f", "arguments": {}}}
 REFUSING = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('it is bad') }}{% endif %}"
 # Long answers of the history are shortened, so that nobody can tell where they went.
@@ -176,6 +193,43 @@ ROWS: list[Case] = [
     ("column … starts as a list but is not JSON: …", SEVERAL, {"text": "a", "label": "[x, y]"}),
     ("label … is not among task.labels (…)", ClassificationConfig(labels=["x", "y"]), {"text": "a", "label": "z"}),
     ("label … does not occur in the training rows (…)", CLASSES, {"held-out.jsonl": '{"text": "c", "label": "q"}'}),
+    (
+        "no column 'prompt', without which chosen and rejected must be whole conversations",
+        PAIRS,
+        {"chosen": "b", "rejected": "c"},
+    ),
+    ("chosen and rejected are the same", PAIRS, {"prompt": "a", "chosen": "b", "rejected": "b"}),
+    (
+        "chosen and rejected begin with different messages, so they answer no common prompt",
+        PAIRS,
+        {"chosen": [USER, ANSWER], "rejected": [OTHER, ANSWER]},
+    ),
+    (
+        "one of chosen and rejected is a whole conversation, the other an answer",
+        PAIRS,
+        {"prompt": "a", "chosen": [USER, ANSWER], "rejected": "No"},
+    ),
+    (
+        "… ends where the other one goes on",
+        PAIRS,
+        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER, ANSWER]},
+    ),
+    (
+        "chosen and rejected differ before the assistant answers: message … of … has the role …",
+        PAIRS,
+        {"chosen": [USER, ANSWER, USER], "rejected": [USER, ANSWER, OTHER]},
+    ),
+    (
+        "column 'margin' must be a number, it is …",
+        PAIRS,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"},
+    ),
+    (
+        "column … must be true (a good answer) or false (a bad one), it is …",
+        JUDGED,
+        {"prompt": "a", "completion": "b", "label": "great"},
+    ),
+    ("positive and negative are the same", EmbeddingConfig(), {"anchor": "a", "positive": "b", "negative": "b"}),
     ("the chat template refuses this conversation: …", CHAT, chat(said("user", "bad"), ANSWER)),
     (
         "the chat template rewrites this conversation so that the assistant's tokens cannot be told …",
@@ -187,7 +241,7 @@ ROWS: list[Case] = [
 
 
 def first_good(task: TaskConfig) -> Any:
-    return GOOD if isinstance(task, ChatConfig) else {"text": "a"} if isinstance(task, CausalLmConfig) else LABELLED
+    return {"prompt": "a", "completion": "b", "label": True} if task is JUDGED else FIRST_GOOD[task.name]
 
 
 def write(folder: Path, task: TaskConfig, given: Any) -> tuple[Path, Path | None]:

@@ -19,7 +19,12 @@ from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = (ROOT / "docs" / "tracking.md", ROOT / "docs" / "export.md", ROOT / "docs" / "methods.md")
+GUIDES = (
+    ROOT / "docs" / "tracking.md",
+    ROOT / "docs" / "export.md",
+    ROOT / "docs" / "methods.md",
+    ROOT / "docs" / "tasks.md",
+)
 """Their commands are checked as the README's are."""
 
 
@@ -101,7 +106,7 @@ def test_page_of_presets_is_that_of_the_files():
 
 
 def test_page_of_methods_is_that_of_schema_files_and_measurements():
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md", ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     assert text == methods_page(ROOT), "run python -m dstune.config.documentation"
     for name in METHODS:
         assert f"## `method={name}`" in text

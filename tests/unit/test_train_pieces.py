@@ -120,7 +120,7 @@ class TwoRanks:
     """Rank 0's view of a world in which rank 1 asks for `SecondRank.decision`."""
 
     def gather_numbers(self, numbers):
-        return np.array([numbers, [float(SecondRank.decision.wish), 0.0, 0.0]])
+        return np.array([numbers, [float(SecondRank.decision.wish), *[0.0] * (len(numbers) - 1)]])
 
     def gather(self, value):
         return [value, SecondRank.decision.reason]

@@ -10,10 +10,20 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.data_schema import DataFormat
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    EmbeddingConfig,
+    PreferenceConfig,
+    RewardConfig,
+    TaskConfig,
+)
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.classification import ClassificationEncoder
+from dstune.data.tokenize.contrastive import ContrastiveEncoder
 from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversation
+from dstune.data.tokenize.preference import JudgedEncoder, PairEncoder, RewardEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -94,6 +104,13 @@ def _encoder(tokenizer: Any, task: TaskConfig, fmt: DataFormat, max_length: int,
             return DocumentEncoder(tokenizer, max_length)
         case ClassificationConfig():
             return ClassificationEncoder(tokenizer, task, fmt, max_length, labels)
+        case PreferenceConfig():
+            encoder = JudgedEncoder if task.single else PairEncoder
+            return encoder(tokenizer, task.template_date, fmt, max_length)
+        case RewardConfig():
+            return RewardEncoder(tokenizer, task.template_date, fmt, max_length)
+        case EmbeddingConfig():
+            return ContrastiveEncoder(tokenizer, max_length)
     raise AssertionError(f"no tokenization for {task!r}")
 
 

@@ -12,6 +12,7 @@ from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
+from dstune.data.preferences import as_chat
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
 from dstune.data.tokenize.sample import Rows, Sample
 from dstune.errors import Problem, UserError
@@ -21,6 +22,15 @@ class _Language:
     """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token."""
 
     def __init__(self, tokenizer: Any, max_length: int):
+        self._end = self._end_of(tokenizer)
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._control = ControlTokens(tokenizer)
+        self._prefix = _first_special_tokens(tokenizer)
+
+    @staticmethod
+    def _end_of(tokenizer: Any) -> int:
+        """The token behind a text."""
         if tokenizer.eos_token_id is None:
             raise UserError(
                 Problem(
@@ -29,10 +39,7 @@ class _Language:
                     fix="choose a model made to generate text",
                 )
             )
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._control = ControlTokens(tokenizer)
-        self._prefix = _first_special_tokens(tokenizer)
+        return int(tokenizer.eos_token_id)
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -110,7 +117,7 @@ class ChatEncoder(_Language):
                 targets = target_mask(np.array(offsets, dtype=np.int64).reshape(-1, 2), row_spans)
             if self.renderer is None:
                 prefix = self._missing_prefix(ids)
-                input_ids = np.array([*prefix, *ids, self._tokenizer.eos_token_id], dtype=np.int32)
+                input_ids = np.array([*prefix, *ids, self._end], dtype=np.int32)
                 targets = np.concatenate([np.full(len(prefix), self._train_on_prompt), targets, [True]])
             samples.append(self._sample(number, input_ids, targets, problem))
         return samples
@@ -157,7 +164,9 @@ class DocumentEncoder(_Language):
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a chat row; a prompt and its completion are one exchange."""
+    """The messages of a chat row; a prompt and its completion are one exchange. Of a pair those of the better answer."""
+    if "chosen" in row:
+        row = as_chat(row, "chosen")
     if "messages" in row:
         return row["messages"]
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]

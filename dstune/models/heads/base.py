@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -27,10 +27,33 @@ class HeadOutput:
     """Targets that the most probable prediction hits, scalar."""
     rows: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] = field(default_factory=dict)
     """What the task's metrics need of each row, by name: tensors [batch, ...], or one tensor of any length a row."""
+    sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further sums over the batch that the task's metrics are made of, scalars without a graph."""
+
+
+def sums_of(output: HeadOutput) -> dict[str, torch.Tensor]:
+    """All sums of a batch by name, `loss_sum`, `weight` and `correct` among them."""
+    return {"loss_sum": output.loss_sum, "weight": output.weight, "correct": output.correct, **output.sums}
 
 
 class Head(Protocol):
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput: ...
+
+
+@runtime_checkable
+class WindowHead(Protocol):
+    """A head whose loss of one micro-batch depends on all others of the window (or of the split that is evaluated).
+
+    Before the loss of any of them, `first_pass` runs on each without a graph, with the same random numbers as later, and
+    `join` turns what it gave into what the loss of each needs, as further tensors of the batch. See `train.window`.
+    """
+
+    def __call__(self, forward: Forward, batch: Batch) -> HeadOutput: ...
+
+    def first_pass(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]: ...
+
+    def join(self, parts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """parts: of all micro-batches of all ranks, in the window's order, fillers last."""
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor]:

@@ -5,9 +5,20 @@ from __future__ import annotations
 import math
 
 from dstune.train.metrics.classification import classification_metrics, multi_label_metrics
+from dstune.train.metrics.embedding import embedding_metrics
 from dstune.train.metrics.language import language_model_metrics
+from dstune.train.metrics.preference import preference_metrics, reward_metrics
 
-__all__ = ["LOWER_IS_BETTER", "classification_metrics", "improves", "language_model_metrics", "multi_label_metrics"]
+__all__ = [
+    "LOWER_IS_BETTER",
+    "classification_metrics",
+    "embedding_metrics",
+    "improves",
+    "language_model_metrics",
+    "multi_label_metrics",
+    "preference_metrics",
+    "reward_metrics",
+]
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 

@@ -1,0 +1,139 @@
+"""Rows that compare or judge answers: two answers to a prompt, or one with a verdict.
+
+A pair holds `prompt`, `chosen` and `rejected`: texts, or lists of messages. Where there is no prompt, or `chosen` and
+`rejected` are whole conversations, the prompt is what the two have in common at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dstune.data.messages import (
+    Message,
+    check_conversation,
+    conversation_of,
+    exchange,
+    text_or_nothing,
+    tools_of,
+    with_system,
+)
+from dstune.data.problems import RowError, shown
+
+Row = dict[str, Any]
+ANSWERS = ("chosen", "rejected")
+
+
+def pair_row(fields: Mapping[str, Any]) -> Row:
+    """A normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools` and `margin` where given.
+
+    Raises RowError.
+    """
+    margin = _margin(fields.get("margin"))
+    tools = tools_of(fields["tools"]) if fields.get("tools") else []
+    system = text_or_nothing(fields.get("system"), "system")
+    answers = {name: _answer(fields[name], name) for name in ANSWERS}
+    prompt = _prompt(fields.get("prompt"))
+    if prompt is None and any(isinstance(answer, str) for answer in answers.values()):
+        raise RowError("no column 'prompt', without which chosen and rejected must be whole conversations")
+    row: Row
+    if (
+        isinstance(prompt, str)
+        and all(isinstance(answer, str) for answer in answers.values())
+        and not (tools or system)
+    ):
+        row = {"prompt": prompt, **answers}
+    else:
+        row = _conversations(prompt, answers, system)
+        if tools:
+            row["tools"] = tools
+    if row["chosen"] == row["rejected"]:
+        raise RowError("chosen and rejected are the same")
+    return row if margin is None else {**row, "margin": margin}
+
+
+def verdict_of(value: Any, column: str) -> bool:
+    """Whether an answer is a good one: true or false, 1 or 0, or these as text. Raises RowError."""
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise RowError(f"column {column!r} must be true (a good answer) or false (a bad one), it is {shown(value)}")
+
+
+def as_chat(row: Row, answer: str) -> Row:
+    """The chat row in which the prompt of the pair `row` is answered by its `chosen` or `rejected`; what the assistant
+    says in the prompt is no target."""
+    if isinstance(row["prompt"], str):
+        return {"prompt": row["prompt"], "completion": row[answer]}
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    return {"messages": [*_untrained(row["prompt"]), *row[answer]], **tools}
+
+
+def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
+    """The pair with prompt and answers as messages."""
+    answered = {
+        name: exchange("", answer)[1:] if isinstance(answer, str) else answer for name, answer in answers.items()
+    }
+    whole = [messages[0]["role"] in ("system", "user") for messages in answered.values()]
+    if all(whole):  # a prompt beside them says it once more
+        common = _common(answered["chosen"], answered["rejected"])
+        if answered["chosen"] == answered["rejected"]:
+            raise RowError("chosen and rejected are the same")
+        if not common:
+            raise RowError("chosen and rejected begin with different messages, so they answer no common prompt")
+        asked = answered["chosen"][:common]
+        answered = {name: messages[common:] for name, messages in answered.items()}
+    elif any(whole):
+        raise RowError("one of chosen and rejected is a whole conversation, the other an answer")
+    elif prompt is None:
+        raise RowError("no column 'prompt', without which chosen and rejected must be whole conversations")
+    else:
+        asked = exchange(prompt, "")[:1] if isinstance(prompt, str) else prompt
+    asked = with_system(asked, system)
+    for name, messages in answered.items():
+        if not messages:
+            raise RowError(f"{name} ends where the other one goes on")
+        if messages[0]["role"] != "assistant":
+            raise RowError(
+                f"chosen and rejected differ before the assistant answers: message {len(asked) + 1} of {name} has the "
+                f"role {messages[0]['role']}"
+            )
+        check_conversation([*_untrained(asked), *messages], needs_answer=True)
+    return {"prompt": asked, **answered}
+
+
+def _common(first: list[Message], second: list[Message]) -> int:
+    """How many messages the two have in common at the start."""
+    for number, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return number
+    return min(len(first), len(second))
+
+
+def _untrained(messages: list[Message]) -> list[Message]:
+    return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
+
+
+def _prompt(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        if value is not None and not value.strip():
+            raise RowError("column 'prompt' is empty")
+        return value
+    return conversation_of(value, "prompt")
+
+
+def _answer(value: Any, column: str) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            raise RowError(f"column {column!r} is empty")
+        return value
+    return conversation_of([value] if isinstance(value, dict) else value, column)
+
+
+def _margin(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise RowError(f"column 'margin' must be a number, it is {shown(value)}")
+    return float(value)

@@ -1,0 +1,130 @@
+"""The head of embedding models: contrastive pairs against all others of the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from dstune.config.task_schema import EmbeddingConfig, Pooling
+from dstune.models.heads.base import Batch, Forward, HeadOutput, inputs_of
+
+KINDS = ("anchor", "positive", "negative")
+"""The order of the texts in a batch; there may be fewer negatives than pairs."""
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One vector of length 1 for each row, fp32 [rows, hidden]. hidden: [rows, sequence, hidden]; mask: 1 at tokens."""
+    hidden = hidden.float()
+    match pooling:
+        case Pooling.mean:
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            vectors = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        case Pooling.cls:
+            vectors = hidden[:, 0]
+        case Pooling.last:
+            last = mask.sum(dim=1).clamp(min=1) - 1
+            vectors = hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return functional.normalize(vectors, dim=-1)
+
+
+class EmbeddingHead:
+    """InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) with in-batch negatives: an anchor has to find its positive
+    among the positives and the negatives of all pairs of the window, by the cosine divided by the temperature.
+
+    The window is embedded without a graph first; the gradient of its loss with respect to every vector then stands in for
+    the loss in the pass with a graph (Gao et al. 2021, arXiv:2101.06983). So memory holds the graph of one micro-batch, and
+    the gradient is that of the whole window, whatever its micro-batches and ranks.
+    """
+
+    def __init__(self, task: EmbeddingConfig):
+        self._task = task
+
+    def _vectors(self, forward: Forward, batch: Batch) -> Tensor:
+        hidden = forward(**inputs_of(batch)).last_hidden_state
+        return pooled(hidden, batch["attention_mask"], self._task.pooling)
+
+    def first_pass(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
+        kept = {name: batch[name] for name in ("counted", *(f"{kind}_key" for kind in KINDS))}
+        return {"vectors": self._vectors(forward, batch), **kept}
+
+    def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        real = [part for part in parts if bool(part["counted"].any())]
+        split = [_by_kind(part["vectors"], part) for part in real]
+        with torch.enable_grad():
+            joined = [torch.cat(of_kind).requires_grad_() for of_kind in zip(*split, strict=True)]
+            keys = [torch.cat([part[f"{kind}_key"] for part in real]) for kind in KINDS]
+            losses = contrastive_losses(joined, keys, self._task.temperature, symmetric=self._task.symmetric)
+            gradients = torch.autograd.grad(losses.sum(), joined)
+        sizes = [[len(of_kind) for of_kind in part] for part in split]
+        cut = [gradient.split(list(size)) for gradient, size in zip(gradients, zip(*sizes, strict=True), strict=True)]
+        shares = [
+            {"gradient": torch.cat(of_part), "loss": of_losses.sum()}
+            for of_part, of_losses in zip(
+                zip(*cut, strict=True), losses.detach().split([size[0] for size in sizes]), strict=True
+            )
+        ]
+        fillers = [
+            {"gradient": torch.zeros_like(part["vectors"]), "loss": torch.zeros_like(shares[0]["loss"])}
+            for part in parts[len(real) :]
+        ]
+        return [*shares, *fillers]
+
+    def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
+        """batch: input_ids, attention_mask [texts, sequence] in the order of KINDS; a key of each text, equal for equal
+        texts; counted [pairs], 0 in a filler; and what `join` adds. Without that the vectors are all it gives."""
+        vectors = self._vectors(forward, batch)
+        counted = batch["counted"]
+        nothing = torch.zeros_like(counted.sum())
+        if "gradient" not in batch:
+            return HeadOutput(vectors.sum() * 0, counted.sum(), nothing, rows=_rows(vectors.detach(), batch))
+        stand_in = (vectors * batch["gradient"]).sum()
+        return HeadOutput(stand_in + (batch["loss"] - stand_in.detach()), counted.sum(), nothing)
+
+
+def _by_kind(vectors: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    return vectors.split([len(batch[f"{kind}_key"]) for kind in KINDS])
+
+
+def _rows(vectors: Tensor, batch: Batch) -> dict[str, list[Tensor]]:
+    """By pair: the vectors of its texts and their keys; nothing for a negative that it does not have."""
+    anchors, positives, negatives = _by_kind(vectors, batch)
+    owners = batch["negative_owner"].tolist()
+    none, no_key = vectors[:0], batch["negative_key"][:0]
+    found = {owner: number for number, owner in enumerate(owners)}
+    of_pair = [found.get(pair) for pair in range(len(anchors))]
+    return {
+        "anchor": list(anchors),
+        "positive": list(positives),
+        "negative": [none if at is None else negatives[at : at + 1] for at in of_pair],
+        "anchor_key": list(batch["anchor_key"]),
+        "positive_key": list(batch["positive_key"]),
+        "negative_key": [no_key if at is None else batch["negative_key"][at : at + 1] for at in of_pair],
+    }
+
+
+def contrastive_losses(
+    vectors: Sequence[Tensor], keys: Sequence[Tensor], temperature: float, *, symmetric: bool = False
+) -> Tensor:
+    """The loss of each pair [pairs]. vectors: anchors, positives [pairs, hidden] and negatives [any number, hidden], of
+    length 1; keys: of their texts, [pairs], [pairs], [any number].
+
+    A candidate that is the same text as the pair's own positive, or that belongs to the same anchor, is none (keys are equal
+    for equal texts). symmetric: the mean of this and of finding the anchor of each positive among all anchors.
+    """
+    (anchors, positives, negatives), (anchor_keys, positive_keys, negative_keys) = vectors, keys
+    candidates, candidate_keys = torch.cat([positives, negatives]), torch.cat([positive_keys, negative_keys])
+    pairs = torch.arange(len(anchors), device=anchors.device)
+    same = candidate_keys[None] == positive_keys[:, None]
+    same[:, : len(pairs)] |= anchor_keys[None] == anchor_keys[:, None]
+    same[pairs, pairs] = False
+    scores = (anchors @ candidates.T / temperature).masked_fill(same, -torch.inf)
+    losses = functional.cross_entropy(scores, pairs, reduction="none")
+    if not symmetric:
+        return losses
+    same = (anchor_keys[None] == anchor_keys[:, None]) | (positive_keys[None] == positive_keys[:, None])
+    same[pairs, pairs] = False
+    scores = (positives @ anchors.T / temperature).masked_fill(same, -torch.inf)
+    return (losses + functional.cross_entropy(scores, pairs, reduction="none")) / 2

@@ -1,0 +1,235 @@
+"""Learning from preferences: which of two answers is better, or whether an answer is good.
+
+Every loss is a mean over pairs (over rows with `kto`) of the whole window; the log-probability of an answer is the sum of
+those of its tokens, the prompt's are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dstune.config.task_schema import PreferenceConfig, PreferenceLoss, beta_of
+from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
+
+LARGEST_LOG_PROBABILITY = -1e-6
+"""Of a token's mean in the odds ratio: the odds of a certain answer are infinite."""
+
+
+class TargetLogits:
+    """Logits at the positions that have a target and at no other.
+
+    Logits of the others are most of the memory and up to a fifth of the time of a small model, so a hook in front of the
+    vocabulary projection keeps only the hidden states whose next token is a target: [batch, sequence, hidden] becomes
+    [targets, hidden]. What the model does after its projection (soft-capping, scaling) is elementwise and stays as it is.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._kept: torch.Tensor | None = None
+        projection = model.get_output_embeddings()
+        assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
+        projection.register_forward_pre_hook(self._keep_targets)
+
+    def _keep_targets(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._kept is None:
+            return None
+        hidden, *rest = inputs
+        return (hidden[self._kept], *rest)
+
+    def __call__(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows.
+
+        Returns logits [targets, vocabulary] in fp32, targets [targets], and the row of each [targets].
+        """
+        # The label of the next position is the target of this one; the last position has none.
+        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        self._kept = kept = targets != IGNORED
+        try:
+            # Packed rows are told apart only without a cache; with it they contaminate each other silently.
+            logits = forward(**inputs_of(batch), use_cache=False).logits
+        finally:
+            self._kept = None
+        return logits.float(), targets[kept], kept.nonzero()[:, 0]
+
+
+class LogProbabilities:
+    """Log-probabilities of answers, by the model that is trained and by the reference that it starts from."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        self._logits = TargetLogits(model)
+
+    def __call__(self, forward: Forward, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
+        """batch: PREFIX + input_ids, attention_mask, labels, each [rows, sequence]. Returns the sum over the targets of
+        each row, fp32 [rows], and their number [rows]."""
+        named = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        logits, targets, rows = self._logits(forward, named)
+        each = -functional.cross_entropy(logits, targets, reduction="none")
+        zeros = torch.zeros(len(named["input_ids"]), dtype=each.dtype, device=each.device)
+        return zeros.index_add(0, rows, each), zeros.index_add(0, rows, torch.ones_like(each.detach()))
+
+    def reference(self, forward: Forward, batch: Batch, prefix: str = "") -> Tensor:
+        """Those of the reference, without a graph: from the batch where they were computed before training, else of the
+        model with its adapters switched off. fp32 [rows]."""
+        if f"{prefix}reference" in batch:
+            return batch[f"{prefix}reference"]
+        with torch.no_grad(), without_adapters(self._model):
+            return self(forward, batch, prefix)[0]
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train(training)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """`model` as it was before its adapters, and without dropout.
+
+    The flags of peft's layers alone are set: its own `disable_adapter` sets `requires_grad` of what is trained as well,
+    which the optimizer of a running step must not see.
+    """
+    adapted = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    assert adapted, "there is no adapter to switch off"
+    training = model.training
+    model.eval()
+    for module in adapted:
+        module._disable_adapters = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module._disable_adapters = False  # type: ignore[assignment]
+        model.train(training)
+
+
+class PairHead:
+    """The loss of a better and a worse answer, both in one forward pass."""
+
+    def __init__(self, task: PreferenceConfig, model: PreTrainedModel):
+        self._task, self._beta = task, beta_of(task)
+        self._log_probabilities = LogProbabilities(model)
+
+    def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:
+        """Of the better and the worse answer of each pair, fp32 [pairs, 2]."""
+        return self._log_probabilities(forward, batch)[0].view(2, -1).T
+
+    def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
+        """batch: input_ids, attention_mask, labels [2 pairs, sequence], the better answers first; counted [pairs], 0 in a
+        filler; reference [2 pairs] where it was computed before."""
+        # First, so that no activations of the other pass are in memory meanwhile.
+        compared = self._log_probabilities.reference(forward, batch).view(2, -1) if self._task.compares else None
+        summed, tokens = (part.view(2, -1) for part in self._log_probabilities(forward, batch))
+        losses, rewards = pair_losses(self._task, summed, tokens, compared)
+        counted = batch["counted"]
+        better, worse = (rewards.detach() * counted).unbind()
+        sums = {"reward_chosen": better.sum(), "reward_rejected": worse.sum(), "chosen": counted.sum()}
+        sums |= {"rejected": counted.sum()}
+        for name, values in zip(("logps_chosen", "logps_rejected"), summed.detach() * counted, strict=True):
+            sums[name] = values.sum()
+        return HeadOutput(
+            loss_sum=(losses * counted).sum(),
+            weight=counted.sum(),
+            correct=((better > worse) & (counted > 0)).sum(),
+            sums=sums,
+        )
+
+
+def pair_losses(
+    task: PreferenceConfig, summed: Tensor, tokens: Tensor, reference: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The loss of each pair [pairs], and the rewards of its better and its worse answer [2, pairs].
+
+    summed: log-probabilities of the answers, tokens: their lengths, reference: the log-probabilities under the reference
+    model; each [2, pairs], the better answers first.
+
+    dpo: Rafailov et al. 2023 (arXiv:2305.18290), equation 7; with label smoothing its conservative form.
+    ipo: Azar et al. 2023 (arXiv:2310.12036), equation 17, of the mean over an answer's tokens.
+    orpo: Hong et al. 2024 (arXiv:2403.07691), equation 6; the first term is the mean over the better answer's tokens.
+    simpo: Meng et al. 2024 (arXiv:2405.14734), equation 6.
+    """
+    beta = beta_of(task)
+    means = summed / tokens.clamp(min=1)
+    match task.loss:
+        case PreferenceLoss.dpo:
+            assert reference is not None
+            rewards = beta * (summed - reference)
+            margin = rewards[0] - rewards[1]
+            wrong = task.label_smoothing
+            return -(1 - wrong) * functional.logsigmoid(margin) - wrong * functional.logsigmoid(-margin), rewards
+        case PreferenceLoss.ipo:
+            assert reference is not None
+            ratios = means - reference / tokens.clamp(min=1)
+            return (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2, beta * ratios
+        case PreferenceLoss.orpo:
+            means = means.clamp(max=LARGEST_LOG_PROBABILITY)
+            odds = means - torch.log(-torch.expm1(means))
+            return -means[0] - beta * functional.logsigmoid(odds[0] - odds[1]), beta * means
+        case PreferenceLoss.simpo:
+            rewards = beta * means
+            return -functional.logsigmoid(rewards[0] - rewards[1] - task.gamma), rewards
+    raise AssertionError(f"{task.loss} has no pairs")
+
+
+class JudgedHead:
+    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8): single answers, good or bad, against a reference point.
+
+    The reference point z0 estimates how far the model has moved from the reference on answers that belong to other
+    prompts: each prompt is continued with the answer of the sample behind it in the data (behind the last one comes the
+    first), and z0 is the mean of the log-probability ratios over the whole window, at least 0. That pairing is a property
+    of the data: neither the number of ranks nor the order of training changes it. z0 carries no gradient and no dropout.
+    """
+
+    def __init__(self, task: PreferenceConfig, model: PreTrainedModel):
+        self._task, self._beta = task, beta_of(task)
+        self._log_probabilities = LogProbabilities(model)
+
+    def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:
+        """Of the answer of each row, and of the one that belongs to another prompt, fp32 [rows, 2]."""
+        answers = [self._log_probabilities(forward, batch, prefix)[0] for prefix in ("", "other_")]
+        return torch.stack(answers, dim=1)
+
+    def first_pass(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
+        with self._log_probabilities.without_dropout():
+            moved, _ = self._log_probabilities(forward, batch, "other_")
+        moved = moved - self._log_probabilities.reference(forward, batch, "other_")
+        return {"moved": (moved * batch["counted"]).sum().double(), "rows": batch["counted"].sum()}
+
+    def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        total = sum(float(part["moved"]) for part in parts) / sum(int(part["rows"]) for part in parts)
+        return [{"reference_point": torch.tensor(max(0.0, total), dtype=torch.float32)}] * len(parts)
+
+    def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
+        """batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference [rows] where it
+        was computed before; and what `join` adds. The same names after `other_` belong to the first pass."""
+        compared = self._log_probabilities.reference(forward, batch)
+        summed, _ = self._log_probabilities(forward, batch)
+        rewards = self._beta * (summed - compared)
+        good, counted = batch["desirable"] > 0, batch["counted"]
+        losses = judged_losses(self._task, rewards, good, batch["reference_point"])
+        better, worse = good * counted, ~good * counted
+        rewards, summed = rewards.detach(), summed.detach()
+        sums = {"chosen": better.sum(), "rejected": worse.sum()}
+        for name, values in (("reward", rewards), ("logps", summed)):
+            sums |= {f"{name}_chosen": (values * better).sum(), f"{name}_rejected": (values * worse).sum()}
+        right = (rewards > self._beta * batch["reference_point"]) == good
+        return HeadOutput(
+            loss_sum=(losses * counted).sum(), weight=counted.sum(), correct=(right & (counted > 0)).sum(), sums=sums
+        )
+
+
+def judged_losses(task: PreferenceConfig, rewards: Tensor, good: Tensor, reference_point: Tensor) -> Tensor:
+    """The loss of each answer [rows]: beta times its log-probability ratio (`rewards`), whether it is `good`, and the mean
+    ratio of answers that belong to other prompts."""
+    above = rewards - beta_of(task) * reference_point
+    weight = torch.where(good, task.desirable_weight, task.undesirable_weight)
+    return weight * (1 - torch.sigmoid(torch.where(good, above, -above)))

@@ -1,0 +1,186 @@
+"""Log-probabilities of the reference model, computed once before training and kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dstune.config.method_schema import FullConfig
+from dstune.config.schema import InitialWeights, ModelConfig, Offload, Precision, RunConfig
+from dstune.config.task_rules import cached_reference
+from dstune.config.task_schema import PreferenceConfig
+from dstune.data import cache
+from dstune.data.batches import batch_of
+from dstune.data.build import PreparedData, Split
+from dstune.data.inputs import PARTS
+from dstune.data.sampler import evaluation_batches, share
+from dstune.dist import World
+from dstune.errors import Problem, UserError
+from dstune.models.heads import build_head
+from dstune.models.heads.preference import JudgedHead, PairHead
+from dstune.models.load import load_model, load_tokenizer, model_folder
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine, partitioned_loading
+from dstune.zero.precision import DTYPES
+
+activity = logging.getLogger(__name__)
+
+
+def with_reference(
+    config: RunConfig,
+    data: PreparedData,
+    engine: Engine,
+    head: Any,
+    world: World,
+    pad_token_id: int,
+    precision: Precision,
+    root: Path,
+) -> PreparedData:
+    """`data` with what the model that training starts from says of every row. Every rank calls this, before anything is
+    trained or loaded from a checkpoint, so a continued run that finds the cache empty computes the same once more."""
+    if not cached_reference(config) or _other_model(config) is not None:
+        return data
+    assert isinstance(head, (PairHead, JudgedHead))
+    found = _Cache(root, data, _identity(config, world), precision)
+    return found.filled(data, world, lambda: _compute(config, data, engine, head, world, pad_token_id))
+
+
+def with_reference_model(
+    config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision, root: Path, on_gpu: bool
+) -> PreparedData:
+    """`data` with what `task.reference_model` says of every row; it is loaded for that and given back before the model
+    that is trained is loaded. Raises UserError where it has other tokens."""
+    other = _other_model(config)
+    if other is None:
+        return data
+    found = _Cache(root, data, _identity(other, world), precision)
+
+    def compute() -> dict[str, np.ndarray]:
+        if load_tokenizer(other.model).get_vocab() != tokenizer.get_vocab():
+            reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
+            raise UserError(
+                Problem("task.reference_model", reason, "give a model of the same family", other.model.path)
+            )
+        settings = deepspeed_config(other, world.size, precision, on_gpu=on_gpu)
+        with partitioned_loading(settings):
+            model = load_model(other, tokenizer, (), DTYPES[precision])
+        head = build_head(other.task, model)
+        assert isinstance(head, (PairHead, JudgedHead))
+        engine = Engine(model, None, settings, world)
+        computed = _compute(other, data, engine, head, world, tokenizer.pad_token_id)
+        engine.close()
+        return computed
+
+    return found.filled(data, world, compute)
+
+
+def _other_model(config: RunConfig) -> RunConfig | None:
+    """The configuration under which `task.reference_model` is the model; None where there is none."""
+    task = config.task
+    if not isinstance(task, PreferenceConfig) or not task.compares or task.reference_model is None:
+        return None
+    model = ModelConfig(
+        path=task.reference_model,
+        revision=task.reference_revision,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    zero = replace(config.zero, stage=3 if config.zero.stage == 3 else 0, offload_optimizer=Offload.none)
+    return replace(config, model=model, method=FullConfig(), zero=zero)
+
+
+class _Cache:
+    """The arrays of all parts, by data, model and precision."""
+
+    def __init__(self, root: Path, data: PreparedData, identity: Sequence[Any], precision: Precision):
+        parts = [data.fingerprint, identity, precision.name]
+        self._root = root / "references"
+        self._key = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+    def filled(self, data: PreparedData, world: World, compute: Any) -> PreparedData:
+        """`data` with the arrays; computed by all ranks where any node lacks them."""
+        if world.any(not (self._root / self._key).is_dir()):
+            computed = compute()
+
+            def make(folder: Path) -> None:
+                for part, array in computed.items():
+                    np.save(folder / f"{part}.npy", array)
+
+            cache.entry(self._root, self._key, make)
+            world.barrier()
+        folder = self._root / self._key
+        parts = {part: split for part in PARTS if (split := getattr(data, part)) is not None}
+        return replace(
+            data,
+            **{
+                part: replace(split, reference=np.load(folder / f"{part}.npy", mmap_mode="r"))
+                for part, split in parts.items()
+            },
+        )
+
+
+def _compute(
+    config: RunConfig,
+    data: PreparedData,
+    engine: Engine,
+    head: PairHead | JudgedHead,
+    world: World,
+    pad_token_id: int,
+) -> dict[str, np.ndarray]:
+    """Log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
+    engine.train(False)
+    found = {}
+    for part in PARTS:
+        split: Split | None = getattr(data, part)
+        if split is None:
+            continue
+        batches = evaluation_batches(
+            split.lengths,
+            micro_batch_size=config.evaluate.micro_batch_size or config.trainer.micro_batch_size,
+            max_length=config.data.max_length,
+            packing=False,
+        )
+        mine = share(batches, world.rank, world.size)
+        pairs = []
+        for number, micro_batch in enumerate(mine):
+            activity.info("reference of the %s rows", part, extra={"done": number + 1, "total": len(mine)})
+            batch = batch_of(config, split, micro_batch, pad_token_id)
+            on_device = {key: value.to(engine.device) for key, value in batch.items()}
+            values = engine.evaluate(head.log_probabilities, on_device).float().cpu().numpy()
+            if not micro_batch.filler:
+                pairs.append((micro_batch.samples, values))
+        array = np.zeros((len(split.lengths), 2), dtype=np.float32)
+        for of_rank in world.gather(pairs):
+            for samples, values in of_rank:
+                array[samples] = values
+        found[part] = array
+    engine.train(True)
+    return found
+
+
+def _identity(config: RunConfig, world: World) -> list[Any]:
+    """What tells the model that `config` starts from: the bytes of its files, of which every rank reads its share."""
+    model = config.model
+    settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
+    if model.weights is InitialWeights.random or model.add_tokens:
+        settings.append(config.trainer.seed)
+    folder = model_folder(model)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".bin", ".py"))
+    mine = {path.name: _digest(path) for path in files[world.rank :: world.size]}
+    digests = {name: digest for part in world.gather(mine) for name, digest in part.items()}
+    return [*settings, digests, asdict(config.method) if not isinstance(config.method, FullConfig) else {}]
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""Losses that need the whole window: a pass over all of its micro-batches on all ranks before the loss of any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from dstune.dist import World
+from dstune.models.heads import Batch, Head, WindowHead
+from dstune.zero.engine import Engine
+
+
+def joined(
+    head: Head, engine: Engine, batches: Iterable[Batch], world: World, seeds: Sequence[int] | None = None
+) -> list[dict[str, torch.Tensor]] | None:
+    """What each of this rank's micro-batches needs of the whole window; None for a head that needs nothing of it.
+
+    batches: on the engine's device. seeds: of the dropout of each, the same as in the pass with a graph. Micro-batch i of
+    the window is the one at i // world size of rank i % world size, so the result does not depend on the number of ranks.
+    """
+    if not isinstance(head, WindowHead):
+        return None
+    mine = []
+    for position, batch in enumerate(batches):
+        if seeds is not None:
+            torch.manual_seed(seeds[position])
+        mine.append({name: value.cpu() for name, value in engine.evaluate(head.first_pass, batch).items()})
+    everyone = world.gather(mine)
+    ordered = [everyone[number % world.size][number // world.size] for number in range(world.size * len(mine))]
+    parts = [{name: value.to(engine.device) for name, value in part.items()} for part in ordered]
+    shares = head.join(parts)[world.rank :: world.size]
+    return [{name: value.to(engine.device) for name, value in share.items()} for share in shares]

@@ -1,0 +1,229 @@
+"""Preference losses on 1, 2 and 3 ranks at ZeRO 0 to 3 = a plain loop that knows one pair at a time, in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from support.tiny import save_decoder, write_preferences
+from support.workshop import Workshop
+
+from dstune import evaluate
+from dstune.checkpoint import store
+from dstune.checkpoint.export import export_checkpoint
+from dstune.data.build import prepare
+from dstune.errors import UserError
+from dstune.models.load import load_model, load_tokenizer
+from dstune.models.peft import apply_method
+from dstune.rank_env import RankEnv
+from dstune.train.feed import training_order
+
+PROGRAM = Path(__file__).with_name("train_cases.py")
+BASE = [
+    "task=preference",
+    "data=files",
+    "data.max_length=64",
+    "data.split.validation=0.2",
+    "optimizer=sgd",
+    "optimizer.lr=0.5",
+    "schedule=constant",
+    "trainer.precision=fp32",
+    "trainer.grad_clip=0",
+    "trainer.micro_batch_size=2",
+    "trainer.global_batch_size=9",  # five micro-batches, the last one of a single pair
+    "trainer.max_steps=3",
+    "zero.param_persistence_threshold=0",
+    "evaluate.at_start=false",
+    "run.export=none",
+]
+KINDS = {
+    "dpo": ["task.loss=dpo", "task.beta=0.3", "task.label_smoothing=0.1"],
+    "dpo-lora": ["task.loss=dpo", "method=lora", "method.rank=4"],
+    "ipo": ["task.loss=ipo", "task.beta=0.2"],
+    "kto": ["task.loss=kto", "task.beta=0.5", "task.undesirable_weight=1.5"],
+    "kto-lora": ["task.loss=kto", "method=lora", "method.rank=4"],
+    "orpo": ["task.loss=orpo", "task.beta=0.5"],
+    "simpo": ["task.loss=simpo"],
+}
+CELLS = {
+    1: [("dpo", 0), ("kto", 0), ("dpo-lora", 0), ("kto-lora", 3)],
+    2: [
+        *(("dpo", stage) for stage in range(4)),
+        *(("dpo-lora", stage) for stage in range(4)),
+        *(("kto", stage) for stage in (1, 3)),
+        *(("kto-lora", stage) for stage in (2, 3)),
+        ("ipo", 1),
+        ("orpo", 2),
+        ("simpo", 3),
+    ],
+    3: [("dpo", 3), ("kto", 2), ("dpo-lora", 2), ("kto-lora", 1)],
+}
+RESUMED = {"dpo": 3, "kto-lora": 2}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSTUNE_CACHE", str(folder / "cache"))
+        sources = [f"model.path={save_decoder(folder / 'model')}"]
+        sources.append(f"data.train={write_preferences(folder / 'pairs.jsonl', 40)}")
+        shop = Workshop(folder, [*BASE, *sources])
+        for size, cells in CELLS.items():
+            cases = [shop.case(f"{kind}-s{stage}-n{size}", *KINDS[kind], f"zero=stage{stage}") for kind, stage in cells]
+            if size == 2:
+                for kind, stage in RESUMED.items():
+                    changed = [f"zero=stage{stage}", "optimizer=adamw", "optimizer.lr=1e-2"]
+                    cases += shop.stopped_and_continued(kind, *KINDS[kind], *changed)
+            run_ranks(PROGRAM, size, cases)
+        yield shop
+
+
+def log_probability(module: torch.nn.Module, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, int]:
+    """Of the targets of one sequence alone, and their number."""
+    tokens = torch.tensor(ids)[None]
+    logits = module(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0]
+    found = [torch.log_softmax(logits[at - 1], 0)[ids[at]] for at in range(1, len(ids)) if labels[at] != -100]
+    return torch.stack(found).sum(), len(found)
+
+
+def sigmoid(value: torch.Tensor) -> torch.Tensor:
+    return 1 / (1 + torch.exp(-value))
+
+
+class Plain:
+    """The mean loss of a window, from formulas written out for one sample."""
+
+    def __init__(self, kind: str, config, policy, reference, split):
+        self.kind, self.task, self.split = kind, config.task, split
+        self.policy, self.reference = policy, reference
+
+    def sequence(self, index: int, answer: str = "") -> tuple[torch.Tensor, torch.Tensor, int]:
+        sample = self.split.sample(index)
+        return self.both(sample[f"{answer}input_ids"].tolist(), sample[f"{answer}labels"].tolist())
+
+    def both(self, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        mine, count = log_probability(self.policy, ids, labels)
+        with torch.no_grad():
+            theirs, _ = log_probability(self.reference, ids, labels)
+        return mine, theirs, count
+
+    def window(self, samples: list[int]) -> torch.Tensor:
+        if self.kind.startswith("kto"):
+            return self.kto(samples)
+        return torch.stack([self.pair(index) for index in samples]).mean()
+
+    def pair(self, index: int) -> torch.Tensor:
+        (c, c_ref, c_n), (r, r_ref, r_n) = self.sequence(index), self.sequence(index, "rejected_")
+        beta, smoothing = self.task.beta or 0.1, self.task.label_smoothing
+        match self.kind:
+            case "dpo" | "dpo-lora":
+                margin = beta * ((c - c_ref) - (r - r_ref))
+                return -(1 - smoothing) * sigmoid(margin).log() - smoothing * sigmoid(-margin).log()
+            case "ipo":
+                return ((c - c_ref) / c_n - (r - r_ref) / r_n - 1 / (2 * beta)) ** 2
+            case "orpo":
+                odds = [(p / n).exp() / (1 - (p / n).exp()) for p, n in ((c, c_n), (r, r_n))]
+                return -c / c_n - beta * sigmoid((odds[0] / odds[1]).log()).log()
+            case "simpo":
+                return -sigmoid(2.0 * (c / c_n - r / r_n) - 1.0).log()
+        raise AssertionError(self.kind)
+
+    def kto(self, samples: list[int]) -> torch.Tensor:
+        beta = self.task.beta or 0.1
+        moved = []
+        for index in samples:
+            own, other = self.split.sample(index), self.split.sample((index + 1) % len(self.split.lengths))
+            start, begin = (next(at for at, label in enumerate(of["labels"]) if label != -100) for of in (own, other))
+            ids = [*own["input_ids"][:start].tolist(), *other["input_ids"][begin:].tolist()][:64]
+            with torch.no_grad():
+                mine, theirs, _ = self.both(ids, ([-100] * start + other["labels"][begin:].tolist())[:64])
+            moved.append(float(mine - theirs))
+        point = max(0.0, math.fsum(moved) / len(moved))
+        losses = []
+        for index in samples:
+            mine, theirs, _ = self.sequence(index)
+            if self.split.sample(index)["desirable"]:
+                losses.append(1 - sigmoid(beta * (mine - theirs - point)))
+            else:
+                losses.append(self.task.undesirable_weight * (1 - sigmoid(beta * (point - mine + theirs))))
+        return torch.stack(losses).mean()
+
+
+@pytest.fixture(scope="module")
+def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
+    found = {}
+    for kind, overrides in KINDS.items():
+        config = workshop.config(*overrides).config
+        tokenizer = load_tokenizer(config.model)
+        data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")
+        model = load_model(config, tokenizer, (), torch.float32)
+        policy = apply_method(config, model).double()
+        plain = Plain(kind, config, policy, copy.deepcopy(policy), data.train)
+        order = training_order(config, data)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        losses, norms = [], []
+        for step in range(3):
+            window = order.window(*order.locate(step))
+            loss = plain.window([index for part in window.micro_batches for index in part.samples])
+            gradients = torch.autograd.grad(loss, trained)
+            losses.append(float(loss.detach()))
+            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+            with torch.no_grad():
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    parameter -= config.optimizer.lr * gradient
+        found[kind] = (losses, norms)
+    return found
+
+
+@pytest.mark.parametrize("size", CELLS)
+def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, references, size):
+    for kind, stage in CELLS[size]:
+        losses, norms = references[kind]
+        rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-5), (kind, stage)
+        assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=5e-5), (kind, stage)
+        assert abs(losses[2] - losses[0]) > 1e-3, "three steps change the loss"
+
+
+def test_the_reference_point_of_kto_matters(workshop, references):
+    """Guards the guard: after two steps z0 is above 0, and differs from that of the single micro-batches."""
+    losses, _ = references["kto"]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_resumed_equals_uninterrupted_to_the_bit(workshop, kind):
+    whole, cut = workshop.rows(f"{kind}-whole"), workshop.rows(f"{kind}-cut")
+    assert workshop.result(f"{kind}-cut")["status"] == "completed"
+    assert whole == cut
+    assert {"reward_accuracy", "reward_margin", "logps_chosen"} <= whole[0].keys()
+
+
+def test_the_reference_is_computed_once_for_the_same_rows_and_model(workshop):
+    """Two sets of rows (pairs, and single answers) under one model: two entries, however many runs used them."""
+    entries = [path for path in (workshop.folder / "cache" / "references").iterdir() if path.is_dir()]
+    assert len(entries) == 2
+
+
+def test_evaluate_measures_against_the_model_that_the_run_began_with(workshop, capsys):
+    """A run whose reference was its model without the adapter: the merged export against that model, on one rank."""
+    run = workshop.folder / "dpo-lora-s3-n2"
+    assert evaluate.main([str(run), "--json", "launch.processes=1"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    final = workshop.result(run.name)["eval_final"]
+    assert found == pytest.approx(final, rel=1e-4, abs=1e-5)
+    assert abs(final["reward_margin"]) > 1e-4
+
+
+def test_an_export_alone_does_not_know_its_reference(workshop):
+    export = export_checkpoint(
+        workshop.folder / "dpo-lora-s3-n2", store.newest(workshop.folder / "dpo-lora-s3-n2"), workshop.folder / "alone"
+    )
+    with pytest.raises(UserError, match=r"task\.reference_model"):
+        evaluate.main([str(export), "data=files", f"data.validation={workshop.folder / 'pairs.jsonl'}"])

@@ -1,0 +1,44 @@
+"""Runs of one test module: composed, trained many to a process group, and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dstune.config.compose import Composed, compose, write_run
+
+VOLATILE = {"tokens_per_second", "step_seconds", "peak_memory_gib", "eval/seconds", "time"}
+
+
+class Workshop:
+    """base: overrides of every run."""
+
+    def __init__(self, folder: Path, base: Sequence[str]):
+        self.folder, self._base = folder, base
+
+    def config(self, *overrides: str) -> Composed:
+        return compose([*self._base, *overrides])
+
+    def case(self, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
+        """A case of `parity/train_cases.py`."""
+        path = self.folder / f"{name}.yaml"
+        write_run(path, self.config(f"run.dir={self.folder / (directory or name)}", *overrides))
+        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name))}
+
+    def stopped_and_continued(self, name: str, *overrides: str) -> list[dict[str, str]]:
+        """NAME-whole without a stop, and NAME-cut that is stopped after its first step and then continued."""
+        limit = "run.time_limit=0.000001"  # over after the first step of each launch
+        return [
+            self.case(f"{name}-whole", *overrides),
+            self.case(f"{name}-cut", *overrides, limit),
+            self.case(f"{name}-end", *overrides, directory=f"{name}-cut"),
+        ]
+
+    def rows(self, name: str) -> list[dict]:
+        """Metrics rows, without times and memory."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in VOLATILE} for line in lines]
+
+    def result(self, name: str) -> dict:
+        return json.loads((self.folder / name / "result.json").read_text())
