@@ -30,10 +30,10 @@ def recognised(raw: Mapping[str, Any]) -> bool:
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of training that dstune does not have at all."""
+    """Raises UserError for a kind of training that is not imported."""
     for key in ("rl", "reward_model", "process_reward_model"):
         if raw.get(key):
-            reason = "this version trains on answers, not on preferences or rewards"
+            reason = "runs of this kind are not imported; task=preference and task=reward train on the same rows (docs/tasks.md)"
             raise UserError(Problem(key, reason, "import the configuration of a supervised run", str(raw[key])))
 
 

@@ -31,10 +31,12 @@ def recognised(raw: Mapping[str, Any]) -> bool:
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of training that dstune does not have at all."""
+    """Raises UserError for a kind of training that is not imported."""
     stage = raw.get("stage", "sft")
     if stage not in ("sft", "pt"):
-        reason = "this version trains on answers and plain text, not on preferences or rewards"
+        reason = (
+            "runs of this kind are not imported; task=preference and task=reward train on the same rows (docs/tasks.md)"
+        )
         raise UserError(Problem("stage", reason, "import a configuration with stage: sft or pt", str(stage)))
 
 

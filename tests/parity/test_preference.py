@@ -51,17 +51,17 @@ KINDS = {
     "simpo": ["task.loss=simpo"],
 }
 CELLS = {
-    1: [("dpo", 0), ("kto", 0), ("dpo-lora", 0), ("kto-lora", 3)],
+    1: [("dpo", 0), ("kto", 0)],
     2: [
         *(("dpo", stage) for stage in range(4)),
-        *(("dpo-lora", stage) for stage in range(4)),
-        *(("kto", stage) for stage in (1, 3)),
-        *(("kto-lora", stage) for stage in (2, 3)),
+        *(("dpo-lora", stage) for stage in (1, 3)),
+        ("kto", 3),
+        ("kto-lora", 2),
         ("ipo", 1),
         ("orpo", 2),
         ("simpo", 3),
     ],
-    3: [("dpo", 3), ("kto", 2), ("dpo-lora", 2), ("kto-lora", 1)],
+    3: [("dpo", 2), ("kto-lora", 3)],
 }
 RESUMED = {"dpo": 3, "kto-lora": 2}
 

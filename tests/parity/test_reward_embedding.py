@@ -48,15 +48,14 @@ KINDS = {
     ],
 }
 CELLS = {
-    1: [("reward", 1), ("embedding", 0)],
+    1: [("embedding", 0)],
     2: [
         *(("reward", stage) for stage in range(4)),
         *(("embedding", stage) for stage in range(4)),
         ("reward-lora", 3),
-        ("embedding-lora", 0),
         ("embedding-lora", 3),
     ],
-    3: [("reward", 3), ("reward-lora", 2), ("embedding", 1), ("embedding", 3), ("embedding-lora", 2)],
+    3: [("reward", 3), ("embedding", 3), ("embedding-lora", 2)],
 }
 RESUMED = {"reward": 1, "embedding": 3}
 
