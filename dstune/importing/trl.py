@@ -31,7 +31,9 @@ def check(raw: Mapping[str, Any]) -> None:
     """Raises UserError for a kind of training that is not imported."""
     for key in ("beta", "loss_type", "max_prompt_length", "num_generations", "reward_funcs"):
         if key in raw and not (key == "loss_type" and raw[key] in ("nll", "chunked_nll")):
-            reason = "only supervised runs are imported; task=preference trains on the rows of a DPO run (docs/tasks.md)"
+            reason = (
+                "only supervised runs are imported; task=preference trains on the rows of a DPO run (docs/tasks.md)"
+            )
             raise UserError(Problem(key, reason, "import the configuration of an SFT run", str(raw[key])))
 
 

@@ -39,7 +39,9 @@ class TargetLogits:
         if self._kept is None:
             return None
         hidden, *rest = inputs
-        return (hidden[self._kept], *rest)
+        # A trained prompt stands in front of the row; none of its positions has a target.
+        kept = functional.pad(self._kept, (hidden.shape[1] - self._kept.shape[1], 0))
+        return (hidden[kept], *rest)
 
     def __call__(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows.
