@@ -73,7 +73,7 @@ def _measured(path: Path) -> dict[str, Any]:
 
 def _table(measured: dict[str, Any]) -> list[str]:
     if not measured:
-        return []
+        return ["Accuracy, time and memory side by side: not measured yet (`python benchmarks/methods.py`).", ""]
     packages = ", ".join(f"{name} {number}" for name, number in measured["packages"].items())
     lines = [
         "## Side by side",
