@@ -278,10 +278,10 @@ class Engine:
             for group in inner.param_groups:  # stages 1 to 3 step the groups one by one
                 for key in group["params"]:
                     if key.grad is not None:
-                        change(partitions[id(key)], key.grad.view(-1), group)
+                        with torch.no_grad():
+                            change(partitions[id(key)], key.grad.view(-1), group)
 
-        with torch.no_grad():
-            self._inner.register_step_pre_hook(on_step)
+        self._inner.register_step_pre_hook(on_step)
 
     def partitions(self) -> list[Partition]:
         """What this rank updates."""
