@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 VERBS = {
     "train": ("dstune.launch.train", "train", "compose a run, check it, start its ranks and wait"),
+    "plan": (
+        "dstune.launch.plan",
+        "main",
+        "memory of a rank and time of a step for each ZeRO choice, before anything runs",
+    ),
     "evaluate": ("dstune.evaluate", "main", "metrics of a run, an export or a model on a split"),
     "generate": ("dstune.generate", "main", "text from a run, an export or a model"),
     "export": ("dstune.checkpoint.export", "main", "a checkpoint as a plain Hugging Face folder"),

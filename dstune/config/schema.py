@@ -304,7 +304,7 @@ class RunSection:
     time_limit: float | None = setting(None, above=0.0)
     """Minutes after which the run saves and exits 75."""
     force: bool = False
-    """Start although an estimate says no (room for two checkpoints on the disk); what is certain stays refused."""
+    """Start although an estimate says no (memory, room for two checkpoints on the disk); what is certain stays refused."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dstune.errors import Problem, UserError
 from dstune.launch import hub, hub_data
 from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems
+from dstune.launch.room import memory_problems
 from dstune.tracking.extras import missing
 
 Stage = Callable[[str], None]
@@ -87,7 +88,9 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
     problems += missing(config.tracking)
     problems += cleaning.missing(config.data.clean)
     _refuse(problems)
-    return replace(config, model=model)
+    config = replace(config, model=model)
+    _refuse(memory_problems(config))
+    return config
 
 
 def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:

@@ -21,7 +21,11 @@ def test_import_contracts() -> None:
 
 def light_modules() -> list[str]:
     """Every module that the launching process may import: all of these folders, and the files beside them."""
-    paths = [path for folder in ("config", "launch", "samples") for path in (ROOT / "dstune" / folder).rglob("*.py")]
+    paths = [
+        path
+        for folder in ("config", "launch", "planning", "samples")
+        for path in (ROOT / "dstune" / folder).rglob("*.py")
+    ]
     paths += [ROOT / "dstune" / f"{name}.py" for name in ("cli", "errors", "paths", "rank_env")]
     names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__main__.py")
     return sorted(name.removesuffix(".__init__") for name in names)

@@ -1,0 +1,198 @@
+"""What each rank of `dstune plan --calibrate` runs: `python -m dstune.calibrate_ranks DIR`.
+
+Every rank measures at the same time as the others, as in training: they share memory bandwidth, and on a CPU its caches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as functional
+
+from dstune.config.compose import compose
+from dstune.config.schema import Precision
+from dstune.dist import World
+from dstune.planning import activations
+from dstune.planning.architecture import architecture
+from dstune.planning.setup import Setup, setup
+from dstune.planning.time import Speed, forward_flops
+from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.telling import tell_launcher
+from dstune.worker import guarded, leave
+from dstune.zero.engine import start_process_group
+from dstune.zero.precision import fast_bf16
+
+SECONDS = 1.0
+"""Time spent on each measurement, after one call that does not count."""
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+"""A decoder whose layers are timed forward and backward."""
+
+LENGTH = 512
+
+
+def calibrate(directory: Path, world: World) -> None:
+    """Measure and let rank 0 write `speeds.json` into `directory`: `Speed` by the bytes of a weight."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    formats = {4: torch.float32} | ({2: torch.bfloat16} if fast_bf16() else {})
+    link = communication(world, device)
+    speeds = {size: asdict(compute(world, device, size, dtype, link)) for size, dtype in formats.items()}
+    if world.is_main:
+        device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        found = {"device": device_name, "ranks": world.size, "threads": torch.get_num_threads(), "speeds": speeds}
+        (directory / "speeds.json").write_text(json.dumps(found, indent=1))
+    world.barrier()
+
+
+def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, link: float) -> Speed:
+    """Speeds of one number format."""
+    on_gpu = device.type == "cuda"
+    wide = 4096 if on_gpu else 1024
+    a, b = (torch.randn(wide, wide, device=device, dtype=dtype) for _ in range(2))
+    flops = 2 * wide**3 / seconds_of(world, device, lambda: a @ b)
+    attention = attention_flops() / seconds_of(world, device, attention_pass(device, dtype))
+
+    targets, vocabulary = 256, 32768
+    logits = torch.randn(targets, vocabulary, device=device, dtype=dtype, requires_grad=True)
+    wanted = torch.randint(vocabulary, (targets,), device=device)
+
+    def loss_pass() -> None:
+        logits.grad = None
+        functional.cross_entropy(logits.float(), wanted, reduction="sum").backward()
+
+    logit_rate = targets * vocabulary / seconds_of(world, device, loss_pass)
+
+    weight = torch.nn.Parameter(torch.randn(1 << 23, device=device))
+    weight.grad = torch.randn_like(weight)
+    adam = torch.optim.AdamW([weight], fused=True)
+    weights = weight.numel() / seconds_of(world, device, adam.step)
+    speed = Speed(flops=flops, saved=float("inf"), logits=logit_rate, weights=weights, link=link, attention=attention)
+    return layers(world, device, dtype, size, speed)
+
+
+def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:
+    config = compose(
+        [
+            "task=causal_lm",
+            "data=files",
+            f"data.max_length={LENGTH}",
+            "data.packing=true",
+            f"trainer.micro_batch_size={rows}",
+            f"trainer.global_batch_size={rows}",
+        ]
+    ).config
+    precision = Precision.bf16 if size == 2 else Precision.fp32
+    return setup(config, architecture(SMALL), ranks=1, ranks_per_node=1, on_gpu=on_gpu, precision=precision, values={})
+
+
+def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, speed: Speed) -> Speed:
+    """The rate of elementwise work: what a decoder's layers take beside their products, by the bytes that they keep."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    on_gpu = device.type == "cuda"
+    rows = 8 if on_gpu else 2
+    values = {key: value for key, value in SMALL.items() if key != "model_type"}
+    config = AutoConfig.for_model("llama", **values)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    tokens = torch.randint(512, (rows, LENGTH), device=device)
+    halves = torch.arange(LENGTH // 2, device=device).repeat(2).expand(rows, -1)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        hidden = model.model(input_ids=tokens, position_ids=halves, use_cache=False).last_hidden_state
+        hidden.float().sum().backward()
+
+    taken = seconds_of(world, device, step)
+    s = small_setup(size, rows, on_gpu=on_gpu)
+    linear, attention, _ = forward_flops(s)
+    products = 3 * linear / speed.flops + 3 * attention / speed.attention
+    kept = s.model.layers * activations.layer(s).saved
+    rest = max(taken - products, taken / 20)
+    return Speed(**(asdict(speed) | {"saved": kept / rest}))
+
+
+HEADS, HEAD = 12, 64
+
+
+def attention_flops() -> float:
+    """Of a forward and backward pass as the planner counts them: three times the forward pass."""
+    return 3.0 * 4 * HEADS * HEAD * LENGTH * LENGTH * 2
+
+
+def attention_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    query, key, value = (
+        torch.randn(2, HEADS, LENGTH, HEAD, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    mask = torch.ones(2, 1, LENGTH, LENGTH, device=device, dtype=torch.bool).tril()
+
+    def run() -> None:
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).float().sum().backward()
+
+    return run
+
+
+def communication(world: World, device: torch.device) -> float:
+    """Bytes a second that leave a rank in an all-reduce of 32 MiB; infinite for a single rank."""
+    if world.size == 1:
+        return 1e12
+    buffer = torch.zeros(1 << 23, device=device)
+    taken = seconds_of(world, device, lambda: torch_dist.all_reduce(buffer), equally_often=True)
+    return 2 * (world.size - 1) / world.size * buffer.numel() * 4 / taken
+
+
+def seconds_of(
+    world: World, device: torch.device, action: Callable[[], object], *, equally_often: bool = False
+) -> float:
+    """Seconds of one call, the mean over all ranks. equally_often: a collective, which all ranks call 5 times."""
+
+    def once() -> None:
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    world.barrier()
+    began, calls = time.perf_counter(), 0
+    while calls < 5 if equally_often else (calls < 3 or time.perf_counter() - began < SECONDS):
+        once()
+        calls += 1
+    return float(world.gather_numbers([(time.perf_counter() - began) / calls]).mean())
+
+
+def main() -> int:
+    (argument,) = sys.argv[1:]
+    die_with_parent()
+    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
+    directory = Path(argument)
+
+    def work() -> None:
+        world = start_process_group(env)
+        calibrate(directory, world)
+        if world.is_main:
+            (directory / "result.json").write_text(json.dumps({"status": "completed"}))
+        world.barrier()
+
+    return guarded(work, lambda error: tell_launcher(directory, env.rank, error))
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,316 @@
+"""The verb `plan`: memory of a rank and time of a step for every ZeRO choice, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstune.config.compose import apply_overrides, compose, read_run
+from dstune.config.flags import hydra_flags, show
+from dstune.config.schema import Precision, RunConfig
+from dstune.config.validate import find_problems
+from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.launch import machine, rundir
+from dstune.launch.calibrate import calibrate, speeds
+from dstune.launch.console import Console
+from dstune.planning import architecture, hardware, source
+from dstune.planning.hardware import GIB, NUMBERS, Cluster
+from dstune.planning.plan import Choice, Plan, plan
+from dstune.planning.setup import Setup, head_of, labels_of, setup
+from dstune.planning.time import Speed, speed_of
+
+HELP = """\
+usage: dstune plan [RUN] [key=value ...] [hardware=8xH100-80G] [nodes=4] [price=2.5] [--json]
+
+Memory of a rank and time of a step for every ZeRO choice, with a recommendation; needs neither GPU nor weights.
+
+  hardware=NxNAME     N devices in a node: A100-40G, A100-80G, H100, H200, B200, L40S, RTX4090, MI300X, CPU, or 24G for
+                      any device of 24 GB; this machine when not given
+  hardware.KEY=VALUE  own numbers: memory_gib, tflops (bf16), bandwidth, link, network (GB/s), host_gib (of a node)
+  nodes=N             nodes of that kind
+  --calibrate         measure this machine with real ranks first, in about half a minute; later plans use it
+  price=X             what an hour of one device costs you, in your currency
+  key=value           as for `dstune train`: model=llama3_8b method=lora data.max_length=4096 ...
+
+With the PATH of a run, its configuration is planned.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `plan` itself understands; the rest is Hydra's."""
+
+    hardware: str | None
+    numbers: dict[str, float]
+    nodes: int
+    price: float | None
+    json: bool
+    calibrate: bool
+    rest: list[str]
+
+
+def main(argv: list[str]) -> int:
+    """The verb. Raises UserError; returns the exit code."""
+    if {"--help", "-h"} & set(argv):
+        print(HELP, end="")
+        return EXIT_DONE
+    arguments = parse(argv)
+    words, run = list(arguments.rest), None
+    if words and "=" not in words[0] and not words[0].startswith(("-", "~", "+")):
+        run = rundir.run_directory(Path(words.pop(0)))
+    flags = hydra_flags(words)
+    if flags.shows:
+        return show(flags)
+    if run is None:
+        config = compose(flags.overrides, flags.config_dirs).config
+    else:
+        config = apply_overrides(read_run(run / rundir.RUN_FILE).config, flags.overrides)
+    refuse(config)
+    if arguments.calibrate:
+        if arguments.hardware or arguments.numbers:
+            raise UserError(
+                Problem("--calibrate", "this machine is measured, so none can be named", "leave hardware= out")
+            )
+        calibrate(config, Console(sys.stderr if arguments.json else sys.stdout))
+    found = plan_of(config, arguments)
+    if arguments.json:
+        print(json.dumps(as_json(found, arguments.price, config), indent=1))
+    else:
+        print(as_text(found, arguments.price, config))
+    return EXIT_DONE
+
+
+def refuse(config: RunConfig) -> None:
+    """Raises UserError for what `train` refuses too, except rows that are not needed to plan."""
+    problems = [problem for problem in find_problems(config) if not problem.where.startswith("data.train")]
+    if problems:
+        raise UserError(problems)
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Raises UserError: a number that is none, an unknown key of the hardware."""
+    found: dict[str, str] = {}
+    numbers: dict[str, float] = {}
+    rest: list[str] = []
+    problems: list[Problem] = []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if equals and key in ("hardware", "nodes", "price"):
+            found[key] = value
+        elif equals and key.startswith("hardware."):
+            name = key.removeprefix("hardware.")
+            if name not in NUMBERS:
+                fix = "; ".join(f"hardware.{known}: {what}" for known, what in NUMBERS.items())
+                problems.append(Problem(key, "hardware has no such number", fix, value))
+            elif (number := _number(value)) is None:
+                problems.append(Problem(key, "expected a number above 0", f"{key}=80", value))
+            else:
+                numbers[name] = number
+        elif word not in ("--json", "--calibrate"):
+            rest.append(word)
+    nodes, price = _number(found.get("nodes", "1")), _number(found.get("price", "1"))
+    if nodes is None or nodes != int(nodes):
+        problems.append(Problem("nodes", "expected a number of nodes", "nodes=4", found["nodes"]))
+    if price is None:
+        problems.append(Problem("price", "expected a price above 0", "price=2.5", found["price"]))
+    if problems:
+        raise UserError(problems)
+    return Arguments(
+        hardware=found.get("hardware"),
+        numbers=numbers,
+        nodes=int(nodes or 1),
+        price=price if "price" in found else None,
+        json="--json" in argv,
+        calibrate="--calibrate" in argv,
+        rest=rest,
+    )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?([eE]\d+)?", text) and float(text) > 0 else None
+
+
+@dataclass(frozen=True)
+class Planned:
+    plan: Plan
+    cluster: Cluster
+    setup: Setup
+    precision: Precision
+    calibrated: bool = False
+    """Whether the speeds were measured on this machine."""
+
+
+def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
+    """The plan of a run on the hardware that the arguments name, or on this machine."""
+    if arguments.hardware or arguments.numbers:
+        return planned(config, hardware.parse(arguments.hardware, arguments.numbers, arguments.nodes))
+    cluster = replace(machine.here(config).cluster, nodes=arguments.nodes)
+    return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu) if cluster.nodes == 1 else {})
+
+
+def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> Planned:
+    """measured: speeds by the bytes of a weight, in place of the hardware table's.
+
+    Raises UserError where the model's architecture is not known."""
+    values = source.config_json(config.model)
+    model = architecture.architecture(values, head_of(config), labels_of(config))
+    precision = resolved_precision(config, on_gpu=cluster.device.gpu)
+    configured = setup(
+        config,
+        model,
+        ranks=cluster.ranks,
+        ranks_per_node=cluster.per_node,
+        on_gpu=cluster.device.gpu,
+        precision=precision,
+        values=values,
+    )
+    by_size = {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
+    return Planned(plan(configured, cluster, by_size), cluster, configured, precision, bool(measured))
+
+
+def resolved_precision(config: RunConfig, *, on_gpu: bool) -> Precision:
+    """What `auto` becomes (`dstune.zero.precision.resolve`)."""
+    asked = config.trainer.precision
+    if asked is not Precision.auto:
+        return asked
+    fast = on_gpu or machine.fast_bf16()
+    return Precision.bf16 if config.zero.stage > 0 and fast else Precision.fp32
+
+
+# ---- what is shown ----
+
+
+def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
+    """The public contract of `plan --json`, and more keys beside it."""
+    best = found.plan.recommended
+    return {
+        "choices": [row(choice, found, price, config) for choice in found.plan.choices],
+        "recommended": best.overrides(found.setup) if best else {},
+        "fits": best is not None,
+        "configured": row(found.plan.configured, found, price, config),
+        "hardware": {
+            "device": found.cluster.device.name,
+            "per_node": found.cluster.per_node,
+            "nodes": found.cluster.nodes,
+            "memory_gib": round(found.cluster.device.memory_gib, 2),
+        },
+        "calibrated": found.calibrated,
+        "model": {
+            "parameters": found.setup.model.parameters,
+            "trained": found.setup.trained_count,
+            "precision": found.precision.value,
+        },
+    }
+
+
+def row(choice: Choice, found: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
+    """One choice, numbers only."""
+    time = choice.time
+    hours = _hours(choice, config)
+    return {
+        "zero": choice.zero,
+        "offload": choice.offload,
+        "activation_checkpointing": choice.checkpointing,
+        "micro_batch_size": choice.setup.micro_batch_size,
+        "memory_gib_per_rank": round(choice.memory_gib, 4),
+        "host_gib_per_rank": round(choice.memory.host / GIB, 4),
+        "fits": choice.fits,
+        "parts_gib": {name: round(size / GIB, 4) for name, size in choice.memory.parts.items() if size}
+        | {"margin": round(choice.memory.margin / GIB, 4)},
+        "peak": choice.memory.peak,
+        "step_seconds": round(time.seconds, 4),
+        "tokens_per_second": round(time.tokens_per_second, 1),
+        "communication_gib_per_step": round(time.volume / GIB, 4),
+        "hours": hours and round(hours, 3),
+        "hours_per_billion_tokens": round(1e9 / time.tokens_per_second / 3600, 2),
+        "cost": price and hours and round(price * hours * found.cluster.ranks, 2),
+    }
+
+
+def _hours(choice: Choice, config: RunConfig) -> float | None:
+    steps = config.trainer.max_steps
+    return steps * choice.time.seconds / 3600 if steps else None
+
+
+def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
+    """The plan for people: the run as configured part by part, then the choices, then what to write."""
+    cluster, model, s = found.cluster, found.setup.model, found.setup
+    nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
+    lines = [
+        (
+            f"{config.model.path}: {model.parameters / 1e9:.3f}B parameters, {s.trained_count / 1e6:.1f}M trained "
+            f"({config.method.name}), {found.precision.value}, rows of {s.length} tokens"
+        ),
+        f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
+        "",
+        "as configured:",
+        *_parts(found.plan.configured),
+        "",
+        (
+            f"{'zero':<8}{'offload':<17}{'micro-batch':>11}{'GiB a rank':>12}{'fits':>6}{'step':>10}{'tokens/s':>12}"
+            f"{'sent a step':>13}{_time_heading(price, config)}"
+        ),
+        *(_line(choice, found, price, config) for choice in found.plan.choices),
+    ]
+    best = found.plan.recommended
+    lines.append("")
+    if best is None:
+        lines.append(_nothing_fits(found))
+    else:
+        overrides = best.overrides(s)
+        text = " ".join(f"{key}={_value(value)}" for key, value in overrides.items())
+        lines.append(f"recommended: {text or 'as configured'}")
+    lines.append(f"Memory includes a margin; {_source_of_times(found)}")
+    return "\n".join(lines)
+
+
+def _source_of_times(found: Planned) -> str:
+    if found.calibrated:
+        return "step times come from what `dstune plan --calibrate` measured here."
+    if found.cluster.known:
+        return "step times are estimates from data sheets."
+    return "step times are rough: this hardware's speed is not known (`dstune plan --calibrate` measures this machine)."
+
+
+def _parts(choice: Choice) -> list[str]:
+    rows = [(name, size) for name, size in choice.memory.parts.items() if size] + [("margin", choice.memory.margin)]
+    lines = [f"  {name:<14}{size / GIB:>9.3f} GiB" for name, size in rows]
+    verdict = "fits" if choice.fits else "does not fit"
+    total = f"  {'at most':<14}{choice.memory_gib:>9.3f} GiB in the {choice.memory.peak}: {verdict}"
+    host = [f"  {'in host memory':<14}{choice.memory.host / GIB:>9.3f} GiB a rank"] if choice.memory.host else []
+    return [*lines, total, *host]
+
+
+def _time_heading(price: float | None, config: RunConfig) -> str:
+    heading = f"{'hours':>9}" if config.trainer.max_steps else f"{'h/1e9 tok':>11}"
+    return heading + (f"{'cost':>10}" if price and config.trainer.max_steps else "")
+
+
+def _line(choice: Choice, found: Planned, price: float | None, config: RunConfig) -> str:
+    numbers = row(choice, found, price, config)
+    marks = ("+checkpointing" if choice.checkpointing and not found.setup.checkpointing else "",)
+    offload = choice.offload + "".join(marks)
+    time = numbers["hours"] if numbers["hours"] is not None else numbers["hours_per_billion_tokens"]
+    width = 9 if numbers["hours"] is not None else 11
+    cost = f"{numbers['cost']:>10.2f}" if numbers["cost"] is not None else ""
+    return (
+        f"{choice.zero:<8}{offload:<17}{choice.setup.micro_batch_size:>11}{choice.memory_gib:>12.2f}"
+        f"{'yes' if choice.fits else 'no':>6}{choice.time.seconds:>8.2f} s{choice.time.tokens_per_second:>12.0f}"
+        f"{choice.time.volume / GIB:>9.2f} GiB{time:>{width}.2f}{cost}"
+    )
+
+
+def _nothing_fits(found: Planned) -> str:
+    least = min(found.plan.choices, key=lambda choice: choice.memory_gib)
+    return (
+        f"nothing fits: the least is {least.memory_gib:.1f} GiB a rank ({least.zero}, offload {least.offload}), there are "
+        f"{found.cluster.device.memory_gib:.1f}; more ranks, shorter rows (data.max_length) or method=lora take less"
+    )
+
+
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,108 @@
+"""A run that cannot fit into the memory that is there is refused before its ranks start, with what would fit.
+
+The bound is low on purpose, so that nothing is refused that fits: 90% of weights, optimizer states and gradient sums, which
+every step holds whatever the rows are, and of the activations only where the rows are known to be full.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ChatConfig
+from dstune.data import inputs, sources
+from dstune.errors import Problem, UserError
+from dstune.launch import machine
+from dstune.launch.plan import Planned, planned
+from dstune.planning.hardware import GIB
+from dstune.planning.memory import Memory
+from dstune.planning.setup import Setup
+from dstune.rank_env import from_environment
+
+CERTAIN = 0.9
+"""Share of the bound that has to be there: the planner's worst error is below 10% (docs/planning.md)."""
+
+BYTES_PER_TOKEN = 16
+"""A token of JSON rows is never longer on average: 3 to 6 bytes of text, names of columns and quotes beside it."""
+
+ENOUGH_ROWS = 32
+"""Full rows for each row of a micro-batch that the data has to hold at least: some may be repeated and left out."""
+
+
+def memory_problems(config: RunConfig, env: Mapping[str, str] | None = None) -> list[Problem]:
+    """What keeps `config` from fitting on this machine; nothing where the planner does not know the model."""
+    if config.run.force:
+        return []
+    launch = from_environment(os.environ if env is None else env)
+    if launch is None and config.launch.name != "local":
+        return []  # the ranks' machines are others
+    try:
+        found = machine.here(config, env)
+        cluster = found.cluster
+        if launch is not None:  # somebody else's launch: as many ranks, this node's devices
+            nodes = max(1, launch.world_size // launch.local_size)
+            cluster = replace(cluster, per_node=launch.local_size, nodes=nodes)
+        free = replace(cluster, device=replace(cluster.device, memory_gib=found.free_gib))
+        plan = planned(config, free)
+    except UserError:  # an architecture that the planner does not know, processes that others refuse
+        return []
+    configured = plan.plan.configured
+    needed = CERTAIN * least(configured.setup, configured.memory, full=rows_are_full(config), config=config) / GIB
+    if needed <= found.free_gib:
+        return []
+    place = (
+        "GPU memory"
+        if cluster.device.gpu
+        else f"memory ({cluster.per_node} ranks share {found.free_gib * cluster.per_node:.1f})"
+    )
+    reason = (
+        f"a rank takes at least {needed:.1f} GiB, about {configured.memory_gib:.1f} at its peak, and {found.free_gib:.1f} GiB "
+        f"of {place} are free"
+    )
+    return [Problem("trainer.micro_batch_size", reason, _fix(plan), str(config.trainer.micro_batch_size))]
+
+
+def _fix(plan: Planned) -> str:
+    best = plan.plan.recommended
+    if best is None:
+        advice = "no choice fits here: more ranks, a smaller model, method=lora or a shorter data.max_length"
+    else:
+        overrides = best.overrides(plan.setup)
+        words = " ".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()
+        )
+        advice = f"{words} ({best.memory_gib:.1f} GiB)"
+    return f"{advice}; `dstune plan` shows all choices, run.force=true starts all the same"
+
+
+def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int:
+    """Bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
+    always = ("weights", "optimizer", "offloaded")
+    sums = min(parts["gradients"] for parts in memory.moments.values())
+    moments = []
+    for parts in memory.moments.values():
+        held = sums + sum(parts.get(name, 0) for name in always)
+        if full:
+            every_target = not isinstance(config.task, ChatConfig) or config.task.train_on_prompt
+            held += parts.get("activations", 0) + (parts.get("logits", 0) if every_target else 0)
+        moments.append(held)
+    return max(moments)
+
+
+def rows_are_full(config: RunConfig) -> bool:
+    """Whether micro-batches of `data.max_length` tokens are certain: packed rows of enough data."""
+    if not config.data.packing or config.data.max_rows is not None or config.data.mixture:
+        return False
+    needed = ENOUGH_ROWS * config.data.max_length * config.trainer.micro_batch_size
+    tokens = 0
+    for key, part, own in inputs.given(config):
+        if part != "train":
+            continue
+        try:
+            for file in sources.of_part(own.data, part, key):
+                tokens += file.path.stat().st_size // BYTES_PER_TOKEN
+        except (UserError, OSError):
+            return False
+    return tokens >= needed

@@ -1,0 +1,155 @@
+"""Bytes that one micro-batch keeps for the backward pass, from what each operation of a layer saves.
+
+The accounting follows Korthikanti et al. 2022 (arXiv:2205.05198), operation by operation for the layers as transformers
+writes them: norms that compute in fp32, gated feed-forward layers, repeated key and value heads, masks of packed rows.
+n: positions of a micro-batch, b: its rows, L: positions of a row, p: bytes of a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.planning.setup import Setup
+
+FUSED_ATTENTION_BLOCK = 512
+"""Fused attention computes scores in blocks of about this many positions and keeps none of them."""
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one layer."""
+
+    saved: int
+    """Kept from the forward to the backward pass."""
+    working: int
+    """Needed beside them while the layer's own gradients are computed."""
+    boundary: int
+    """The layer's input alone: what activation checkpointing keeps."""
+
+
+def layer(s: Setup) -> LayerActivations:
+    """An average layer of the model."""
+    m, n, p = s.model, s.tokens, s.weight_bytes
+    if m.encoder or m.encoder_decoder:
+        saved = _encoder_layer(s)
+    else:
+        saved = _decoder_layer(s)
+    working = n * p * (2 * m.intermediate + 2 * m.hidden) + _attention_working(s)
+    return LayerActivations(saved, working, n * p * m.hidden)
+
+
+def _decoder_layer(s: Setup) -> int:
+    m, n, p = s.model, s.tokens, s.weight_bytes
+    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    norms = m.norms * _rms_norm(s, m.hidden)
+    inputs = 2 * n * p * m.hidden  # of the attention's and of the feed-forward layer's projections
+    feed_forward = 4 * n * p * m.intermediate  # gate, its activation, up, their product
+    query_norms = _rms_norm(s, query) + _rms_norm(s, key) if m.query_norm else 0
+    return norms + inputs + feed_forward + query_norms + _attention(s, query, key) + _adapters(s)
+
+
+def _rms_norm(s: Setup, width: int) -> int:
+    """The input in fp32, and the normed input where the norm's weight is trained."""
+    gemma = s.model.kind.startswith("gemma")
+    normed = 0 if s.adapter else (4 if gemma else s.weight_bytes)
+    return s.tokens * width * (4 + normed)
+
+
+def masked(s: Setup) -> bool:
+    """Whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise."""
+    return s.attention != "flash_attention_2"
+
+
+def _attention(s: Setup, query: int, key: int) -> int:
+    n, p = s.tokens, s.weight_bytes
+    repeated = 2 * (query if masked(s) else key)  # a mask makes transformers repeat the heads of keys and values
+    projections = n * p * (query + repeated)
+    output = n * p * query
+    return projections + output + _scores(s)
+
+
+def _scores(s: Setup) -> int:
+    """What attention keeps of its scores, [b, heads, L, L]; nothing but a sum for each row where it is fused."""
+    m, p = s.model, s.weight_bytes
+    square = s.micro_batch_size * s.length * s.length
+    sums = 4 * s.micro_batch_size * m.heads * s.length
+    if s.attention == "flash_attention_2":
+        return sums
+    if s.attention == "sdpa" and not (s.dropout and not s.on_gpu):
+        return sums + square * p  # the mask of every layer, in the weights' number format
+    probabilities = (4 if p == 2 else 0) + p
+    return square * m.heads * (probabilities + (p if m.soft_capped else 0) + (_noise(s) + p if s.dropout else 0))
+
+
+def _attention_working(s: Setup) -> int:
+    """Scores and their gradients of one layer, while its attention is differentiated."""
+    square = s.micro_batch_size * s.length * s.length
+    if s.attention == "eager" or (s.attention == "sdpa" and s.dropout and not s.on_gpu):
+        return 2 * square * s.model.heads * 4
+    return 0
+
+
+def _noise(s: Setup) -> int:
+    """Bytes of dropout's mask for an element: GPUs keep a boolean, CPUs a factor."""
+    return 1 if s.on_gpu else s.weight_bytes
+
+
+def _adapters(s: Setup) -> int:
+    """LoRA: the product with the first matrix, and with dropout the input of each adapter and its mask."""
+    if not s.adapter:
+        return 0
+    n, p = s.tokens, s.weight_bytes
+    of_layer = [tensor for tensor in s.trained if tensor.layer == 0]
+    rank = sum(tensor.shape[0] for tensor in of_layer if tensor.name.endswith("lora_A.weight"))
+    inputs = sum(tensor.shape[1] for tensor in of_layer if tensor.name.endswith("lora_A.weight"))
+    return n * p * rank + (n * inputs * (p + _noise(s)) if s.adapter_dropout else 0)
+
+
+def _encoder_layer(s: Setup) -> int:
+    m, n, p = s.model, s.tokens, s.weight_bytes
+    query = m.heads * m.head_dim
+    if m.kind == "modernbert":
+        # Norm inputs and outputs; queries, keys and values before and after the rotation; the attention's output.
+        hidden = 4 * n * p * m.hidden + n * p * (3 + 2) * m.hidden + n * p * m.hidden
+        return hidden + 4 * n * p * m.intermediate + _scores(s)
+    dropout = 2 * n * m.hidden * (_noise(s) + 0) if s.dropout else 0
+    # Input, queries, keys, values, the attention's output; both norms' inputs, and the output of the first.
+    hidden = n * p * (m.hidden + 4 * query + 3 * m.hidden)
+    feed_forward = n * p * m.intermediate * (4 if m.gated else 2)
+    attention = _scores(s) + (_disentangled(s) if m.relative_attention else 0)
+    if m.encoder_decoder:  # the decoder's layers attend twice
+        hidden += n * p * 4 * query // 2
+    return hidden + feed_forward + attention + dropout
+
+
+def _disentangled(s: Setup) -> int:
+    """DeBERTa: scores of content to position and back, gathered from products with all relative positions."""
+    return s.micro_batch_size * s.length * s.length * s.model.heads * s.weight_bytes * 2
+
+
+@dataclass(frozen=True)
+class HeadActivations:
+    saved: int
+    """Kept until the backward pass begins: it is over when the layers' begins."""
+    peak: int
+    """At most, while the loss is computed and differentiated; includes `saved`."""
+
+
+def head(s: Setup) -> HeadActivations:
+    """The vocabulary projection and the cross entropy (`dstune/models/heads.py`) at positions with a target."""
+    m, p = s.model, s.weight_bytes
+    pooled = not any(tensor.shape == (m.vocabulary, m.hidden) for tensor in m.tensors)
+    if m.encoder or pooled:
+        return HeadActivations(0, 0)
+    targets = int(s.tokens * s.target_share)
+    hidden = targets * p * m.hidden + s.tokens * m.hidden * (4 + p)  # the last norm, and its chosen rows
+    # Forward: logits, the same in fp32, log-probabilities. Backward: log-probabilities and two gradients in fp32.
+    logits = targets * m.vocabulary
+    return HeadActivations(hidden + logits * 4, hidden + logits * 12)
+
+
+def shared(s: Setup) -> int:
+    """Embedded tokens, the mask, sines and cosines: once for all layers."""
+    m, n, p = s.model, s.tokens, s.weight_bytes
+    mask = s.micro_batch_size * s.length * s.length if masked(s) else 0
+    return n * p * m.hidden + mask + 2 * n * p * m.head_dim + 3 * 8 * n

@@ -1,0 +1,240 @@
+"""Memory of one rank, part by part, at each moment of a run that can be its peak.
+
+Formulas and their sources: docs/planning.md. What DeepSpeed holds was read from the code of its version 0.19.8 and
+measured with `benchmarks/plan_accuracy.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.planning import activations
+from dstune.planning.setup import Setup
+
+GIB = 2**30
+MIB = 2**20
+
+ALL_REDUCE_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at a time at stage 0."""
+
+Parts = dict[str, int]
+"""Bytes by the name of what they are for."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    moments: dict[str, Parts]
+    """What is held at each moment of a run that may be the peak."""
+    host: int
+    """Bytes in the host's memory that offloading takes, beside those of the device."""
+    margin: int
+    """Fragmentation and libraries: what is added to the parts."""
+
+    @property
+    def peak(self) -> str:
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """The parts at the peak."""
+        return self.moments[self.peak]
+
+    @property
+    def total(self) -> int:
+        """At the peak, margin included."""
+        return sum(self.parts.values()) + self.margin
+
+
+def memory(s: Setup) -> Memory:
+    """The memory of one rank of `s`."""
+    resident, host = _resident(s)
+    moments = {
+        "forward": _at_the_head(s, resident),
+        "backward": _in_the_layers(s, resident),
+        "reduction": _at_the_reduction(s, resident),
+        "step": _at_the_step(s, resident),
+    }
+    if not s.on_gpu:  # a CPU's ranks offload to the memory that they are in
+        moments = {name: parts | ({"offloaded": host} if host else {}) for name, parts in moments.items()}
+        host = 0
+    return Memory(moments, host, margin(s, max(sum(parts.values()) for parts in moments.values())))
+
+
+def margin(s: Setup, held: int) -> int:
+    """What is added to `held` bytes.
+
+    GPU: 3% of the allocator's memory that fragments, and 1 GiB of the CUDA context, NCCL and cuBLAS (the device's memory
+    counts it; `torch.cuda.max_memory_allocated` does not).
+    CPU: see docs/planning.md for the measurement.
+    """
+    if s.on_gpu:
+        return GIB + held * 3 // 100
+    return 0
+
+
+def _partitioned(s: Setup) -> int:
+    """Weights that stage 3 partitions: of all tensors but the small ones."""
+    return sum(t.count for t in _all(s) if t.count > s.persistence)
+
+
+def _all(s: Setup) -> tuple:
+    own = {t.name for t in s.trained}
+    return (*s.trained, *(t for t in s.model.tensors if t.name not in own)) if s.adapter else s.model.tensors
+
+
+def _weights(s: Setup) -> int:
+    frozen, trained = s.frozen * s.frozen_bits // 8, s.trained_count * s.weight_bytes
+    if s.stage < 3:
+        return frozen + trained
+    if s.offload_param and s.on_gpu:
+        return _persistent(s)
+    return (frozen + trained) // s.ranks + _persistent(s)
+
+
+def _persistent(s: Setup) -> int:
+    return (s.total - _partitioned(s)) * s.weight_bytes
+
+
+def gathered(s: Setup) -> int:
+    """Stage 3: bytes of weights that are whole while layers compute.
+
+    DeepSpeed keeps a weight that is used again within `max_reuse` elements, so that it stays whole from a forward pass to
+    the backward pass where at most half as many elements lie behind it; it prefetches `prefetch_bucket` elements.
+    """
+    if s.stage < 3:
+        return 0
+    embedding = max(t.count for t in s.model.tensors)
+    least = max(embedding, s.model.layer_parameters) + s.prefetch_bucket
+    return min(_partitioned(s), max(min(s.max_live, s.max_reuse // 2), least)) * s.weight_bytes
+
+
+def _resident(s: Setup) -> tuple[Parts, int]:
+    """What a rank holds from the first step to the last, and what of it lies in the host's memory."""
+    trained = s.trained_count
+    share = trained if s.stage == 0 else -(-trained // s.ranks)
+    # Stage 0, and stage 3 in fp32, step on the model's own weights.
+    master = 0 if s.stage == 0 or (s.stage == 3 and s.weight_bytes == 4 and not s.offload_optimizer) else 4 * share
+    states = 4 * s.moments * share
+    parts: Parts = {"weights": _weights(s)}
+    host = 0
+    if s.offload_optimizer:
+        host = master + states + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
+        # Gradients on their way to the host.
+        parts["gradients"] = 2 * max((t.count for t in s.trained), default=0) * s.weight_bytes if s.stage < 3 else 0
+    else:
+        parts["optimizer"] = master + states
+        parts["gradients"] = _gradient_store(s)
+    if s.offload_param:
+        host += s.total * s.weight_bytes // s.ranks
+    if s.on_gpu and s.stage >= 2:
+        # DeepSpeed's contiguous buffer, two of them where the reduction overlaps with the backward pass.
+        parts["buffers"] = min(s.reduce_bucket, max(trained, 1)) * s.weight_bytes * 2
+    return parts, host
+
+
+def _gradient_store(s: Setup) -> int:
+    """Gradients of a whole window that are held beside those of the running backward pass."""
+    trained, share = s.trained_count, -(-s.trained_count // s.ranks)
+    mixed = s.weight_bytes == 2
+    if s.stage == 1 and mixed:
+        return 4 * trained  # BF16_Optimizer: fp32 sums of all of them
+    if s.stage == 2:
+        return 4 * share if mixed else 0
+    if s.stage == 3:
+        return 4 * share
+    return 0
+
+
+def _running_gradients(s: Setup, done: int) -> int:
+    """Gradients of the running backward pass when those of `done` weights are computed."""
+    p = s.weight_bytes
+    if s.stage < 2:
+        kept = p == 4 and s.micro_batches > 1  # from the second micro-batch on they are all there
+        return p * (s.trained_count if kept else done)
+    if s.on_gpu:  # in the bucket's buffer already, but for those of the layer
+        return p * min(done, s.model.layer_parameters)
+    return p * min(done, max(s.reduce_bucket, s.model.layer_parameters))
+
+
+def _at_the_head(s: Setup, resident: Parts) -> Parts:
+    act = activations.layer(s)
+    kept = s.model.layers * (act.boundary if s.checkpointing else act.saved) + activations.shared(s)
+    return resident | {
+        "gathered": gathered(s),
+        "activations": kept,
+        "logits": activations.head(s).peak,
+        "gradients": resident["gradients"] + _running_gradients(s, 0),
+    }
+
+
+def _in_the_layers(s: Setup, resident: Parts) -> Parts:
+    """The largest moment of the backward pass through the layers, from the last to the first."""
+    act = activations.layer(s)
+    m = s.model
+    last = sum(t.count for t in s.trained if t.layer is None and not _is_embedding(s, t))
+    # A tied embedding has the gradient of the projection before that of the embedding.
+    tied = m.tied and not m.encoder and not s.adapter
+    if tied:
+        last += m.vocabulary * m.hidden
+    of_layer: dict[int, int] = {}
+    for tensor in s.trained:
+        if tensor.layer is not None:
+            of_layer[tensor.layer] = of_layer.get(tensor.layer, 0) + tensor.count
+    best: Parts = {}
+    done = last
+    for index in reversed(range(m.layers)):
+        done += of_layer.get(index, 0)
+        saved = act.boundary * index + act.saved if s.checkpointing else act.saved * (index + 1)
+        moment = resident | {
+            "gathered": gathered(s),
+            "activations": saved + act.working + activations.shared(s),
+            "gradients": resident["gradients"] + _running_gradients(s, done),
+        }
+        if sum(moment.values()) > sum(best.values()):
+            best = moment
+    if not s.adapter:  # the embedding's own gradient, beside that of the projection where they are tied
+        table = m.vocabulary * m.hidden
+        end = resident | {
+            "gathered": gathered(s),
+            "activations": activations.shared(s),
+            "gradients": resident["gradients"] + _running_gradients(s, done) + (table * s.weight_bytes),
+        }
+        if sum(end.values()) > sum(best.values()):
+            best = end
+    return best
+
+
+def _is_embedding(s: Setup, tensor: object) -> bool:
+    return getattr(tensor, "shape", None) == (s.model.vocabulary, s.model.hidden)
+
+
+def _at_the_reduction(s: Setup, resident: Parts) -> Parts:
+    p, trained = s.weight_bytes, s.trained_count
+    if s.ranks == 1:
+        copies = 0
+    elif s.stage == 0:
+        copies = p * min(trained, ALL_REDUCE_BUCKET)
+    elif s.on_gpu:
+        copies = p * min(trained, s.reduce_bucket)
+    else:
+        copies = p * min(trained, s.reduce_bucket)
+    return resident | {
+        "gathered": 0,
+        "gradients": resident["gradients"] + _running_gradients(s, trained),
+        "communication": copies,
+    }
+
+
+def _at_the_step(s: Setup, resident: Parts) -> Parts:
+    share = -(-s.trained_count // s.ranks)
+    mixed = s.weight_bytes == 2
+    if s.offload_optimizer or s.stage == 0:
+        flat = 0 if s.offload_optimizer else 4 * s.trained_count
+    elif (s.stage == 1 and mixed) or (s.stage == 2 and mixed):
+        flat = 0
+    else:
+        flat = 4 * share
+    kept = s.weight_bytes * s.trained_count if s.stage == 1 and mixed else 0
+    return resident | {"gradients": resident["gradients"] + flat + kept}

@@ -1,0 +1,144 @@
+"""The choices of a run on given hardware: does it fit, how large a micro-batch, how long is a step, what to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dstune.planning.hardware import GIB, Cluster
+from dstune.planning.memory import Memory, memory
+from dstune.planning.setup import Setup
+from dstune.planning.time import Speed, StepTime, step_time
+
+CANDIDATES = (
+    ("stage0", "none"),
+    ("stage1", "none"),
+    ("stage2", "none"),
+    ("stage3", "none"),
+    ("stage2", "optimizer"),
+    ("stage3", "optimizer"),
+    ("stage3", "optimizer+param"),
+)
+"""ZeRO stage and what lies in host memory."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the plan."""
+
+    zero: str
+    offload: str
+    checkpointing: bool
+    setup: Setup
+    """With the micro-batch of this row."""
+    memory: Memory
+    time: StepTime
+    fits: bool
+
+    @property
+    def memory_gib(self) -> float:
+        return self.memory.total / GIB
+
+    def overrides(self, configured: Setup) -> dict[str, object]:
+        """What to write behind `dstune train` to get it, beside what was given."""
+        found: dict[str, object] = {}
+        if configured.stage != self.setup.stage:
+            found["zero.stage"] = self.setup.stage
+        if configured.offload_optimizer != self.setup.offload_optimizer:
+            found["zero.offload_optimizer"] = "cpu" if self.setup.offload_optimizer else "none"
+        if configured.offload_param != self.setup.offload_param:
+            found["zero.offload_param"] = "cpu" if self.setup.offload_param else "none"
+        if configured.weight_bytes != self.setup.weight_bytes:
+            found["trainer.precision"] = "fp32" if self.setup.weight_bytes == 4 else "bf16"
+        if configured.checkpointing != self.checkpointing:
+            found["trainer.activation_checkpointing"] = self.checkpointing
+        if configured.micro_batch_size != self.setup.micro_batch_size:
+            found["trainer.micro_batch_size"] = self.setup.micro_batch_size
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    configured: Choice
+    """The run as its configuration says."""
+    choices: tuple[Choice, ...]
+    recommended: Choice | None
+    """The fastest choice that fits; None where nothing does."""
+
+
+def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed]) -> Plan:
+    """All choices for one run. What is offloaded is held against the node's memory where that is known.
+
+    speeds: by the bytes of a weight.
+    """
+
+    def choice(setup: Setup, zero: str, offload: str) -> Choice:
+        held = memory(setup)
+        fits = held.total <= cluster.device.memory_gib * GIB
+        if cluster.host_gib is not None:
+            fits = fits and held.host * setup.ranks_per_node <= cluster.host_gib * GIB
+        time = step_time(setup, speeds[setup.weight_bytes])
+        return Choice(zero, offload, setup.checkpointing, setup, held, time, fits)
+
+    def largest(setup: Setup, zero: str, offload: str) -> Choice:
+        """The largest micro-batch that fits, or a row of 1."""
+        best = choice(replace(setup, micro_batch_size=1), zero, offload)
+        for size in _sizes(setup):
+            tried = choice(replace(setup, micro_batch_size=size), zero, offload)
+            if not tried.fits:
+                break
+            best = tried
+        return best
+
+    def variants(checkpointing: bool) -> Iterator[Choice]:
+        for zero, offload in CANDIDATES:
+            setup = variant(replace(configured, checkpointing=checkpointing), zero, offload)
+            if setup is not None:
+                yield largest(setup, zero, offload)
+
+    zero = f"stage{configured.stage}"
+    offload = "+".join(
+        name for name, on in (("optimizer", configured.offload_optimizer), ("param", configured.offload_param)) if on
+    )
+    as_configured = choice(configured, zero, offload or "none")
+    choices = list(variants(configured.checkpointing))
+    if not configured.checkpointing and not any(row.fits and row.offload == "none" for row in choices):
+        choices += variants(True)
+    fitting = [row for row in choices if row.fits]
+    # A plain choice before one that offloads; among those about as fast, the lower stage and the larger micro-batch.
+    recommended = min(
+        fitting,
+        key=lambda row: (round(row.time.seconds / _fastest(fitting), 1), row.offload != "none", row.setup.stage),
+        default=None,
+    )
+    return Plan(as_configured, tuple(choices), recommended)
+
+
+def _fastest(rows: list[Choice]) -> float:
+    return min(row.time.seconds for row in rows) or 1.0
+
+
+def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
+    """`setup` at another stage; None where it cannot be trained so."""
+    stage = int(zero.removeprefix("stage"))
+    if stage == 3 and setup.frozen_bits == 4:
+        return None  # zero.Init does not take quantized weights
+    if offload != "none" and not setup.on_gpu:
+        return None  # a CPU's ranks hold the same either way
+    # DeepSpeed's stage 0 makes an optimizer step without gradients at initialisation in bf16: it stays in fp32.
+    weight_bytes = 4 if stage == 0 else setup.weight_bytes
+    frozen_bits = 8 * weight_bytes if setup.frozen_bits > 4 else setup.frozen_bits
+    return replace(
+        setup,
+        stage=stage,
+        offload_optimizer=offload.startswith("optimizer"),
+        offload_param=offload.endswith("param"),
+        weight_bytes=weight_bytes,
+        frozen_bits=frozen_bits,
+    )
+
+
+def _sizes(setup: Setup) -> list[int]:
+    """Micro-batches worth trying: powers of two up to a rank's share of the global batch."""
+    share = max(1, -(-setup.global_batch_size // setup.ranks))
+    return [2**power for power in range(share.bit_length()) if 2**power <= share]

@@ -1,0 +1,133 @@
+"""Architectures of the presets' models, so that `dstune plan model=NAME` needs neither hub nor weights.
+
+The numbers are those of each model's `config.json` on the Hugging Face hub; the parameter counts that its page states are
+held against them by `tests/unit/test_plan_published.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _of(
+    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        **more,
+    }
+
+
+def _llama(*numbers: int, **more: Any) -> dict[str, Any]:
+    return _of("llama", *numbers, **({"tie_word_embeddings": False} | more))
+
+
+_TIED = {"tie_word_embeddings": True}
+_LLAMA_1B = _llama(128256, 2048, 8192, 16, 32, 8, head_dim=64, **_TIED)
+_LLAMA_8B = _llama(128256, 4096, 14336, 32, 32, 8)
+_LLAMA_70B = _llama(128256, 8192, 28672, 80, 64, 8)
+_MISTRAL_7B = _of("mistral", 32768, 4096, 14336, 32, 32, 8, sliding_window=None)
+_NEMO_12B = _of("mistral", 131072, 5120, 14336, 40, 32, 8, head_dim=128, sliding_window=None)
+_SMALL_24B = _of("mistral", 131072, 5120, 32768, 40, 32, 8, head_dim=128, sliding_window=None)
+_GEMMA2_2B = _of("gemma2", 256000, 2304, 9216, 26, 8, 4, head_dim=256, sliding_window=4096)
+_GEMMA2_9B = _of("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256, sliding_window=4096)
+_GEMMA2_27B = _of("gemma2", 256000, 4608, 36864, 46, 32, 16, head_dim=128, sliding_window=4096)
+_GEMMA3_270M = _of("gemma3_text", 262144, 640, 2048, 18, 4, 1, head_dim=256, sliding_window=512)
+_GEMMA3_1B = _of("gemma3_text", 262144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512)
+_SMOLLM2_135M = _llama(49152, 576, 1536, 30, 9, 3, **_TIED)
+_SMOLLM2_360M = _llama(49152, 960, 2560, 32, 15, 5, **_TIED)
+_SMOLLM2_1_7B = _llama(49152, 2048, 8192, 24, 32, 32, **_TIED)
+_SMOLLM3 = _of("smollm3", 128256, 2048, 11008, 36, 16, 4, **_TIED)
+
+
+def _qwen2(*numbers: int, tied: bool) -> dict[str, Any]:
+    return _of("qwen2", *numbers, tie_word_embeddings=tied)
+
+
+def _qwen3(*numbers: int, tied: bool) -> dict[str, Any]:
+    return _of("qwen3", 151936, *numbers, head_dim=128, tie_word_embeddings=tied)
+
+
+def _bert(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    return _of("bert", 30522, hidden, inner, layers, heads, heads, max_position_embeddings=512, hidden_dropout_prob=0.1)
+
+
+def _deberta(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    return _of(
+        "deberta-v2",
+        128100,
+        hidden,
+        inner,
+        layers,
+        heads,
+        heads,
+        max_position_embeddings=512,
+        position_buckets=256,
+        relative_attention=True,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        type_vocab_size=0,
+        hidden_dropout_prob=0.1,
+    )
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sample://smollm2": _SMOLLM2_135M,
+    "sample://gemma3": _GEMMA3_270M,
+    "sample://minilm": _bert(384, 1536, 6, 12),
+    "meta-llama/Llama-3.2-1B": _LLAMA_1B,
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
+    "meta-llama/Llama-3.1-8B": _LLAMA_8B,
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
+    "meta-llama/Llama-3.1-70B": _LLAMA_70B,
+    "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_70B,
+    "mistralai/Mistral-7B-v0.3": _MISTRAL_7B,
+    "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_7B,
+    "mistralai/Mistral-Nemo-Base-2407": _NEMO_12B,
+    "mistralai/Mistral-Nemo-Instruct-2407": _NEMO_12B,
+    "mistralai/Mistral-Small-24B-Base-2501": _SMALL_24B,
+    "mistralai/Mistral-Small-24B-Instruct-2501": _SMALL_24B,
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen2(151936, 896, 4864, 24, 14, 2, tied=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen2(151936, 1536, 8960, 28, 12, 2, tied=True),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen2(151936, 2048, 11008, 36, 16, 2, tied=True),
+    "Qwen/Qwen2.5-7B-Instruct": _qwen2(152064, 3584, 18944, 28, 28, 4, tied=False),
+    "Qwen/Qwen2.5-14B-Instruct": _qwen2(152064, 5120, 13824, 48, 40, 8, tied=False),
+    "Qwen/Qwen2.5-32B-Instruct": _qwen2(152064, 5120, 27648, 64, 40, 8, tied=False),
+    "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, 8, tied=True),
+    "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, 8, tied=True),
+    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, 8, tied=True),
+    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, tied=False),
+    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, 8, tied=False),
+    "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8, tied=False),
+    "google/gemma-2-2b": _GEMMA2_2B,
+    "google/gemma-2-2b-it": _GEMMA2_2B,
+    "google/gemma-2-9b": _GEMMA2_9B,
+    "google/gemma-2-9b-it": _GEMMA2_9B,
+    "google/gemma-2-27b": _GEMMA2_27B,
+    "google/gemma-2-27b-it": _GEMMA2_27B,
+    "google/gemma-3-270m": _GEMMA3_270M,
+    "google/gemma-3-270m-it": _GEMMA3_270M,
+    "google/gemma-3-1b-pt": _GEMMA3_1B,
+    "google/gemma-3-1b-it": _GEMMA3_1B,
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-360M": _SMOLLM2_360M,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": _SMOLLM2_360M,
+    "HuggingFaceTB/SmolLM2-1.7B": _SMOLLM2_1_7B,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": _SMOLLM2_1_7B,
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
+    "HuggingFaceTB/SmolLM3-3B-Base": _SMOLLM3,
+    "google-bert/bert-base-uncased": _bert(768, 3072, 12, 12),
+    "google-bert/bert-large-uncased": _bert(1024, 4096, 24, 16),
+    "microsoft/deberta-v3-base": _deberta(768, 3072, 12, 12),
+    "microsoft/deberta-v3-large": _deberta(1024, 4096, 24, 16),
+    "answerdotai/ModernBERT-base": _of("modernbert", 50368, 768, 1152, 22, 12, 12),
+    "answerdotai/ModernBERT-large": _of("modernbert", 50368, 1024, 2624, 28, 16, 16),
+}

@@ -1,0 +1,181 @@
+"""What memory and time depend on, from a `RunConfig`, an architecture and the ranks: plain numbers for the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from dstune.config.schema import AdamWConfig, Attention, Offload, Precision, RunConfig, SgdConfig
+from dstune.planning.architecture import (
+    BODY,
+    CLASSIFIER,
+    LANGUAGE_MODEL,
+    TOKEN_CLASSIFIER,
+    Architecture,
+    Tensor,
+    adapters,
+)
+
+HEADS = {
+    "classification": CLASSIFIER,
+    "reward": CLASSIFIER,
+    "token_classification": TOKEN_CLASSIFIER,
+    "question_answering": TOKEN_CLASSIFIER,
+    "embedding": BODY,
+}
+"""The head of a task; every other task has the vocabulary projection."""
+
+CLASSES_UNKNOWN = 2
+"""Classes that are counted where the labels are found in the rows only: a head of a few thousand weights."""
+
+PADDING = 8
+"""Rows without packing are padded to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train one model."""
+
+    model: Architecture
+    trained: tuple[Tensor, ...]
+    frozen: int
+    """Weights that are not trained."""
+    stage: int
+    offload_optimizer: bool
+    offload_param: bool
+    weight_bytes: int
+    """Bytes of a weight in the model: 2 or 4."""
+    frozen_bits: int
+    """Bits of a frozen weight: 4 for QLoRA, else those of a weight."""
+    moments: int
+    """Optimizer tensors beside the fp32 weights: 2 for Adam."""
+    ranks: int
+    ranks_per_node: int
+    on_gpu: bool
+    micro_batch_size: int
+    length: int
+    """Tokens of the longest row."""
+    global_batch_size: int
+    packing: bool
+    attention: str
+    """`sdpa`, `eager` or `flash_attention_2`."""
+    checkpointing: bool
+    adapter: bool
+    target_share: float
+    """Share of the positions that are projected onto the vocabulary."""
+    dropout: float
+    adapter_dropout: bool
+    reduce_bucket: int
+    persistence: int
+    prefetch_bucket: int
+    max_live: int
+    max_reuse: int
+
+    @property
+    def trained_count(self) -> int:
+        return sum(tensor.count for tensor in self.trained)
+
+    @property
+    def total(self) -> int:
+        """All weights, those of adapters included."""
+        return self.trained_count + self.frozen
+
+    @property
+    def tokens(self) -> int:
+        """Positions of one micro-batch."""
+        return self.micro_batch_size * self.length
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in one optimizer step."""
+        return ceil(ceil(self.global_batch_size / self.micro_batch_size) / self.ranks)
+
+
+def head_of(config: RunConfig) -> str:
+    return HEADS.get(config.task.name, LANGUAGE_MODEL)
+
+
+def labels_of(config: RunConfig) -> int:
+    return len(getattr(config.task, "labels", None) or []) or CLASSES_UNKNOWN
+
+
+def setup(
+    config: RunConfig,
+    model: Architecture,
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    on_gpu: bool,
+    precision: Precision,
+    values: dict[str, Any],
+) -> Setup:
+    """The numbers of a run. `precision` is resolved; `values` is the model's config.json (dropout)."""
+    method = config.method
+    trained, frozen = trained_tensors(config, model)
+    weight_bytes = 4 if precision is Precision.fp32 else 2
+    zero = config.zero
+    more = zero.settings.get("zero_optimization", {}) if isinstance(zero.settings, dict) else {}
+    attention = config.model.attention
+    length = -(-config.data.max_length // PADDING) * PADDING if not config.data.packing else config.data.max_length
+    return Setup(
+        model=model,
+        trained=trained,
+        frozen=frozen,
+        stage=zero.stage,
+        offload_optimizer=zero.offload_optimizer is not Offload.none and zero.stage > 0,
+        offload_param=zero.offload_param is not Offload.none and zero.stage == 3,
+        weight_bytes=weight_bytes,
+        frozen_bits=4 if method.name == "qlora" else 8 * weight_bytes,
+        moments=_moments(config),
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        on_gpu=on_gpu,
+        micro_batch_size=config.trainer.micro_batch_size,
+        length=length,
+        global_batch_size=config.trainer.global_batch_size,
+        packing=config.data.packing,
+        attention="sdpa" if attention is Attention.auto else attention.value,
+        checkpointing=config.trainer.activation_checkpointing,
+        adapter=hasattr(method, "rank"),
+        target_share=1.0,
+        dropout=float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0),
+        adapter_dropout=getattr(method, "dropout", 0.0) > 0,
+        reduce_bucket=zero.reduce_bucket_size,
+        persistence=zero.param_persistence_threshold,
+        # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements.
+        prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", 50_000_000),
+        max_live=_number(more, "stage3_max_live_parameters", 1_000_000_000),
+        max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
+    )
+
+
+def _number(settings: dict[str, Any], key: str, default: int) -> int:
+    value = settings.get(key, default)
+    return int(value) if isinstance(value, (int, float)) else default
+
+
+def _moments(config: RunConfig) -> int:
+    match config.optimizer:
+        case AdamWConfig():
+            return 2
+        case SgdConfig() as sgd:
+            return 1 if sgd.momentum else 0
+    return 2
+
+
+def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
+    """The tensors that are trained, and how many weights stay frozen."""
+    method = config.method
+    if hasattr(method, "rank"):
+        targets = list(getattr(method, "target_modules", ["all-linear"]))
+        kept = ("classifier", "score", *getattr(method, "modules_to_save", []))
+        whole = [t for t in model.tensors if set(kept) & set(t.name.split("."))]
+        # peft trains a copy of a whole module beside the frozen original.
+        return (*adapters(model, targets, method.rank), *whole), model.parameters
+    if method.name == "head":
+        trained = tuple(t for t in model.tensors if t.name.startswith(("classifier", "score", "pooler", "head.")))
+        if not trained:  # a language model's head; tied to the embedding it is the embedding
+            trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
+        return trained, model.parameters - sum(t.count for t in trained)
+    return model.tensors, 0

@@ -1,0 +1,71 @@
+"""Where the planner finds a model's `config.json`: the folder, the sample's, the hub's cache, or the published numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dstune import samples
+from dstune.config.schema import ModelConfig
+from dstune.errors import Problem, UserError
+from dstune.planning.published import CONFIGS
+
+
+def config_json(model: ModelConfig) -> dict[str, Any]:
+    """The model's `config.json` with `model.config_overrides` in it; never downloads.
+
+    Raises:
+        UserError: it is nowhere on this machine and not among the published ones; it cannot be read.
+    """
+    for file in _places(model):
+        if file.is_file():
+            values = _read(file, model)
+            break
+    else:
+        if model.path not in CONFIGS:
+            reason = "its config.json is neither in a folder, nor in the hub's cache, nor known to the planner"
+            fix = f"give a folder with its config.json, or one of {', '.join(sorted(CONFIGS)[:3])}, ..."
+            raise UserError(Problem("model.path", reason, fix, model.path))
+        values = dict(CONFIGS[model.path])
+    # Models that see images hold the language model's numbers in a part of their own.
+    text = values.get("text_config")
+    if isinstance(text, dict) and "hidden_size" in text:
+        values = text
+    return values | model.config_overrides
+
+
+def _places(model: ModelConfig) -> list[Path]:
+    if samples.is_sample(model.path):
+        try:
+            return [samples.resolve(model.path, fetch=False) / "config.json"]
+        except UserError:
+            return []  # not fetched yet, or no such sample
+    if (folder := Path(model.path)).is_dir():
+        return [folder / "config.json"]
+    cached = _hub_cache() / f"models--{model.path.replace('/', '--')}"
+    reference = cached / "refs" / (model.revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else model.revision
+    return [cached / "snapshots" / commit / "config.json"] if commit else []
+
+
+def _hub_cache() -> Path:
+    """Where huggingface_hub keeps files; asked from the environment, since importing it takes longer than the plan."""
+    if own := os.environ.get("HF_HUB_CACHE"):
+        return Path(own).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "hub"
+
+
+def _read(file: Path, model: ModelConfig) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = f"its config.json cannot be read: {error}"
+        raise UserError(Problem("model.path", reason, "give a folder in Hugging Face layout", model.path)) from None
+    if not isinstance(values, dict):
+        raise UserError(
+            Problem("model.path", "its config.json is no object", "give a folder in Hugging Face layout", model.path)
+        )
+    return values

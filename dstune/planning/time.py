@@ -1,0 +1,159 @@
+"""Seconds of an optimizer step: arithmetic, memory traffic, communication, and the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.planning import activations
+from dstune.planning.hardware import Cluster
+from dstune.planning.setup import Setup
+
+# Bytes that elementwise operations move for each byte that a layer keeps: written once, its fp32 or intermediate copy
+# read and written, read in the backward pass and a gradient written. Replaced by a measurement where calibrated.
+TRAFFIC_PER_SAVED_BYTE = 5.0
+LOSS_BYTES_PER_LOGIT = 40.0
+OPTIMIZER_BYTES_PER_WEIGHT = 34.0
+"""Read and write fp32 weight, two moments; read the gradient; write the weight."""
+
+OVERLAP = 0.7
+"""Share of the communication that hides behind the backward pass where DeepSpeed overlaps them (GPUs, stages 2 and 3)."""
+
+HOST_LINK = 25e9
+"""Bytes a second between a GPU and the host (PCIe 4 x16), for offloading."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one rank does in a second while all the others are busy too."""
+
+    flops: float
+    """Floating-point operations of matrix products."""
+    saved: float
+    """Bytes of kept activations, for the elementwise work of forward and backward."""
+    logits: float
+    """Elements of logits through the cross entropy and back."""
+    weights: float
+    """Weights updated by AdamW."""
+    link: float
+    """Bytes that leave a rank in a ring."""
+    attention: float = 0.0
+    """Floating-point operations of fused attention; those of matrix products where 0."""
+    fixed: float = 0.0
+    """Seconds of a micro-batch and layer whatever its size."""
+
+
+def speed_of(cluster: Cluster, weight_bytes: int) -> Speed:
+    """From the hardware table. fp32 products are taken at an eighth of bf16's peak on a GPU, at half on a CPU."""
+    device = cluster.device
+    slower = 1 if weight_bytes == 2 else (8 if device.gpu else 2)
+    moved = device.bandwidth * 1e9
+    return Speed(
+        flops=device.tflops * 1e12 * device.share_of_peak / slower,
+        saved=moved / TRAFFIC_PER_SAVED_BYTE,
+        logits=moved / LOSS_BYTES_PER_LOGIT,
+        weights=moved / OPTIMIZER_BYTES_PER_WEIGHT,
+        link=cluster.link * 1e9,
+        fixed=device.overhead,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step of one rank."""
+
+    compute: float
+    elementwise: float
+    loss: float
+    communication: float
+    """What does not hide behind the backward pass."""
+    optimizer: float
+    tokens: int
+    """Positions of the step over all ranks."""
+    volume: int
+    """Bytes that leave a rank in a step."""
+    flops: float
+    """Floating-point operations of a rank in a step, recomputation excluded."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.elementwise + self.loss + self.communication + self.optimizer
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def forward_flops(s: Setup) -> tuple[float, float, float]:
+    """Floating-point operations of a micro-batch's forward pass: linear layers, attention, vocabulary projection."""
+    m = s.model
+    linear = sum(t.count for t in m.tensors if t.linear and t.layer is not None)
+    if s.adapter:
+        linear += sum(t.count for t in s.trained if t.layer is not None)
+    attention = sum(4 * m.heads * m.head_dim * length for length in _lengths(s)) * s.tokens
+    head = 0 if m.encoder else 2 * m.vocabulary * m.hidden * s.tokens * s.target_share
+    return 2.0 * linear * s.tokens, float(attention), float(head)
+
+
+def _lengths(s: Setup) -> list[int]:
+    """Positions that a query looks at, layer by layer."""
+    m = s.model
+    windowed = m.windowed_layers if m.window and s.attention == "flash_attention_2" else 0
+    return [min(m.window or 0, s.length)] * windowed + [s.length] * (m.layers - windowed)
+
+
+def communication(s: Setup) -> int:
+    """Bytes that leave a rank in one step, by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
+    around = (s.ranks - 1) / s.ranks
+    p, trained = s.weight_bytes, s.trained_count
+    if s.stage == 0:
+        return int(2 * around * trained * p)
+    if s.stage == 1:  # once a window; sums are in fp32 in mixed precision
+        return int(2 * around * trained * 4 + around * trained * p)
+    if s.stage == 2:  # every micro-batch is all-reduced in buckets, and the weights gathered after the step
+        return int((2 * s.micro_batches + 1) * around * trained * p)
+    weights = s.frozen * s.frozen_bits // 8 + trained * p
+    return int(s.micro_batches * around * (2 * weights + trained * p))
+
+
+def step_time(s: Setup, speed: Speed) -> StepTime:
+    """Time of one optimizer step."""
+    linear, attention, head = forward_flops(s)
+    forward = linear + attention + head
+    # Inputs' gradients cost a forward pass; weights' gradients another, of trained matrices only.
+    share = 1.0 if not s.adapter else 0.0
+    if not s.adapter and s.trained_count < s.total:
+        share = s.trained_count / s.total
+    backward = (linear + head) * (1 + share) + attention * 2
+    if share == 0.0:
+        trained = 2.0 * s.tokens * sum(t.count for t in s.trained if t.layer is not None)
+        backward += trained
+    again = linear + attention if s.checkpointing else 0.0
+    count = s.micro_batches
+    rate = speed.attention or speed.flops
+    attention_flops = attention * (4 if s.checkpointing else 3)
+    matmul_flops = forward + backward + again - attention_flops
+    act = activations.layer(s)
+    kept = s.model.layers * act.saved * (1.4 if s.checkpointing else 1.0)
+    targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
+    volume = communication(s) if s.ranks > 1 else 0
+    hidden = OVERLAP if s.on_gpu and s.stage >= 2 else 0.0
+    sent = volume / speed.link
+    compute = count * (matmul_flops / speed.flops + attention_flops / rate + s.model.layers * speed.fixed)
+    exposed = max(sent * (1 - hidden), sent - 0.66 * compute) if hidden else sent
+    share_of_step = s.trained_count / (1 if s.stage == 0 else s.ranks)
+    optimizer = share_of_step / speed.weights
+    if s.offload_optimizer and s.on_gpu:
+        # Gradients down, weights up; the update runs on the node's cores, at about 1.5e9 weights a second and node.
+        optimizer = share_of_step * (4 + s.weight_bytes) / HOST_LINK + share_of_step * s.ranks_per_node / 1.5e9
+    if s.offload_param and s.on_gpu:
+        exposed += count * 2 * s.total * s.weight_bytes / s.ranks / HOST_LINK
+    return StepTime(
+        compute=compute,
+        elementwise=count * kept / speed.saved,
+        loss=count * targets / speed.logits,
+        communication=exposed,
+        optimizer=optimizer,
+        tokens=s.global_batch_size * s.length,
+        volume=volume,
+        flops=count * (forward + backward),
+    )

@@ -1,0 +1,157 @@
+"""Tensors from config.json alone against models that transformers and peft build on the meta device, name by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from dstune.errors import UserError
+from dstune.planning.architecture import (
+    CLASSIFIER,
+    DEFAULTS,
+    LANGUAGE_MODEL,
+    TOKEN_CLASSIFIER,
+    Architecture,
+    adapters,
+    architecture,
+)
+
+DECODER = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+ENCODER = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "pad_token_id": 0,
+}
+V3 = {
+    "relative_attention": True,
+    "position_buckets": 16,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+T5 = {"vocab_size": 211, "d_model": 48, "d_ff": 80, "d_kv": 12, "num_layers": 3, "num_heads": 4}
+BART = {
+    "vocab_size": 211,
+    "d_model": 48,
+    **{
+        f"{stack}_{key}": value
+        for stack in ("encoder", "decoder")
+        for key, value in (("layers", 2), ("ffn_dim", 80), ("attention_heads", 4))
+    },
+}
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", DECODER, LANGUAGE_MODEL),
+    ("llama", DECODER | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, LANGUAGE_MODEL),
+    ("llama", DECODER | {"head_dim": 16, "num_key_value_heads": 6}, CLASSIFIER),
+    ("mistral", DECODER | {"head_dim": 16}, LANGUAGE_MODEL),
+    ("qwen2", DECODER | {"tie_word_embeddings": True}, LANGUAGE_MODEL),
+    ("qwen2", DECODER, TOKEN_CLASSIFIER),
+    ("qwen3", DECODER, LANGUAGE_MODEL),
+    ("gemma", DECODER, LANGUAGE_MODEL),
+    ("gemma2", DECODER, LANGUAGE_MODEL),
+    ("gemma3_text", DECODER, LANGUAGE_MODEL),
+    ("smollm3", DECODER, LANGUAGE_MODEL),
+    ("bert", ENCODER, CLASSIFIER),
+    ("bert", ENCODER, TOKEN_CLASSIFIER),
+    ("roberta", ENCODER, CLASSIFIER),
+    ("xlm-roberta", ENCODER, TOKEN_CLASSIFIER),
+    ("deberta-v2", ENCODER | V3, CLASSIFIER),
+    ("deberta-v2", ENCODER | V3 | {"share_att_key": False, "position_biased_input": True}, TOKEN_CLASSIFIER),
+    ("modernbert", ENCODER, CLASSIFIER),
+    ("t5", T5, LANGUAGE_MODEL),
+    (
+        "t5",
+        T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
+        LANGUAGE_MODEL,
+    ),
+    ("bart", BART, LANGUAGE_MODEL),
+]
+
+
+def on_meta(kind: str, values: dict[str, Any], head: str) -> Any:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    config = AutoConfig.for_model(kind, **values, num_labels=5)
+    language = AutoModelForSeq2SeqLM if kind in ("t5", "bart") else AutoModelForCausalLM
+    classes = {
+        LANGUAGE_MODEL: language,
+        CLASSIFIER: AutoModelForSequenceClassification,
+        TOKEN_CLASSIFIER: AutoModelForTokenClassification,
+    }
+    with torch.device("meta"):
+        return classes[head].from_config(config)
+
+
+def planned(kind: str, values: dict[str, Any], head: str) -> Architecture:
+    return architecture({"model_type": kind, **values}, head, labels=5)
+
+
+@pytest.mark.parametrize(("kind", "values", "head"), CASES)
+def test_the_tensors_are_those_of_transformers(kind: str, values: dict[str, Any], head: str) -> None:
+    model = on_meta(kind, values, head)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {tensor.name: tensor.shape for tensor in planned(kind, values, head).tensors}
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in CASES} - {"modernbert"}))
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "query", "q"]])
+def test_adapters_are_those_of_peft(kind: str, targets: list[str]) -> None:
+    import peft
+
+    _, values, head = next(case for case in CASES if case[0] == kind)
+    model = on_meta(kind, values, head)
+    if targets != ["all-linear"]:
+        present = {name.split(".")[-1] for name, _ in model.named_modules()}
+        targets = [target for target in targets if target in present]
+        if not targets:
+            pytest.skip("this architecture has none of them")
+    settings = peft.LoraConfig(r=4, target_modules="all-linear" if targets == ["all-linear"] else targets)
+    task = peft.TaskType.SEQ_CLS if head == CLASSIFIER else None
+    settings.task_type = task
+    adapted = peft.get_peft_model(model, settings)
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", ""): tuple(parameter.shape)
+        for name, parameter in adapted.named_parameters()
+        if ".lora_" in name
+    }
+    found = {tensor.name: tensor.shape for tensor in adapters(planned(kind, values, head), targets, 4)}
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", sorted(DEFAULTS))
+def test_what_config_json_may_leave_out_is_what_transformers_assumes(kind: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind)
+    for key, value in DEFAULTS[kind].items():
+        if value is not None and hasattr(config, key):
+            assert getattr(config, key) == value, key
+
+
+def test_an_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="mamba"):
+        architecture(json.loads('{"model_type": "mamba"}'))

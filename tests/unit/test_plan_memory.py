@@ -1,0 +1,175 @@
+"""The planner's memory and time against arithmetic by hand, and the refusal of a run that cannot fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dstune.config.compose import compose
+from dstune.config.schema import Precision
+from dstune.errors import UserError
+from dstune.launch import machine, preflight, room
+from dstune.planning import activations
+from dstune.planning.architecture import architecture
+from dstune.planning.hardware import DEVICES, GIB, Cluster
+from dstune.planning.memory import memory
+from dstune.planning.published import CONFIGS
+from dstune.planning.setup import Setup, setup
+from dstune.planning.time import communication, forward_flops, speed_of, step_time
+
+P = 8_030_261_248  # weights of Llama 3.1 8B
+LAYER, WORDS = 218_112_000, 128256 * 4096
+
+
+def llama(*overrides: str, ranks: int = 8, precision: Precision = Precision.bf16) -> Setup:
+    config = compose(["model=llama3_8b", "task=causal_lm", "data=files", "zero=stage3", *overrides]).config
+    model = architecture(CONFIGS["meta-llama/Llama-3.1-8B"])
+    return setup(config, model, ranks=ranks, ranks_per_node=8, on_gpu=True, precision=precision, values={})
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "optimizer", "sums"),
+    [
+        (1, 2 * P, 12 * P / 8, 4 * P),  # fp32 sums of all gradients
+        (2, 2 * P, 12 * P / 8, 4 * P / 8),
+        (3, 2 * P / 8, 12 * P / 8, 4 * P / 8),
+    ],
+)
+def test_what_every_stage_partitions(stage: int, weights: float, optimizer: float, sums: float) -> None:
+    parts = memory(llama(f"zero.stage={stage}")).moments["forward"]
+    norms = 65 * 4096  # too small to be partitioned: whole on every rank
+    assert parts["weights"] == pytest.approx(weights + (2 * norms if stage == 3 else 0), abs=1e5)
+    assert parts["optimizer"] == pytest.approx(optimizer, abs=10)
+    assert parts["gradients"] == pytest.approx(sums, abs=10)
+
+
+def test_fp32_at_stage_0_is_16_bytes_a_weight_and_the_copy_that_is_reduced() -> None:
+    found = memory(llama("zero.stage=0", precision=Precision.fp32))
+    step = found.moments["reduction"]
+    assert step["weights"] + step["optimizer"] + step["gradients"] == 16 * P
+    assert step["communication"] == 4 * 500_000_000
+
+
+def test_a_layer_keeps_49_times_its_positions_and_width() -> None:
+    # Of a layer of Llama 8B, in units of positions x 4096 bytes: two norms (fp32 input 4 + normed 2), inputs of the
+    # projections 2 x 2, four tensors of the feed-forward layer 4 x 2 x 3.5, query and repeated keys and values 3 x 2, output 2.
+    s = llama("data.max_length=1024", "trainer.micro_batch_size=1")
+    expected = (2 * 6 + 4 + 28 + 6 + 2) * 1024 * 4096
+    sums, mask = 4 * 32 * 1024, 2 * 1024 * 1024
+    assert activations.layer(s).saved == expected + sums + mask
+
+
+def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:
+    plain, again = (
+        memory(llama("data.max_length=4096", f"trainer.activation_checkpointing={word}")) for word in ("false", "true")
+    )
+    inputs = 32 * 4 * 4096 * 4096 * 2
+    assert again.moments["forward"]["activations"] == pytest.approx(inputs, rel=0.1)
+    assert plain.moments["forward"]["activations"] > 20 * inputs
+    assert again.moments["backward"]["activations"] > again.moments["forward"]["activations"]
+
+
+def test_lora_trains_two_matrices_beside_each_linear_layer() -> None:
+    s = llama("method=lora", "method.rank=16", "zero.stage=2", ranks=1)
+    assert s.trained_count == 32 * (16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)))
+    parts = memory(s).moments["forward"]
+    assert parts["weights"] == 2 * P + 2 * s.trained_count
+    assert parts["optimizer"] == 12 * s.trained_count
+
+
+def test_offloading_moves_optimizer_states_to_the_host() -> None:
+    found = memory(llama("zero.offload_optimizer=cpu"))
+    assert "optimizer" not in found.parts
+    assert found.host == pytest.approx(16 * P / 8, rel=1e-6)
+    assert memory(llama("zero.offload_optimizer=cpu", "zero.offload_param=cpu")).parts["weights"] < 10 * 2**20
+
+
+def test_communication_of_a_step_by_stage() -> None:
+    around = 7 / 8
+    batches = ["trainer.micro_batch_size=1", "trainer.global_batch_size=16"]  # two micro-batches of a rank
+    assert communication(llama("zero.stage=2", *batches)) == pytest.approx((2 * 2 + 1) * around * 2 * P)
+    assert communication(llama("zero.stage=3", *batches)) == pytest.approx(2 * around * 3 * 2 * P)
+
+
+def test_a_step_of_arithmetic_alone_is_six_operations_a_weight_and_token() -> None:
+    s = llama("data.max_length=1024", "trainer.micro_batch_size=1", "trainer.global_batch_size=8")
+    linear, attention, head = forward_flops(s)
+    assert linear + head == 2 * 1024 * (P - WORDS - 65 * 4096)  # without the embedding and the norms
+    assert attention == 4 * 32 * 4096 * 1024 * 1024
+    time = step_time(s, speed_of(Cluster(DEVICES["H100-80G"], 8), 2))
+    assert time.flops == pytest.approx(3 * (linear + head + attention))
+    assert time.compute == pytest.approx(time.flops / (989e12 * DEVICES["H100-80G"].share_of_peak))
+
+
+# Published: torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3: Llama 3.1 8B, FSDP, fp32 weights,
+# gradients and AdamW states (16 bytes), on 8 and 128 GPUs otherwise alike.
+def test_what_more_ranks_save_agrees_with_torchtitans_tables() -> None:
+    eight, many = (memory(llama("data.max_length=8192", ranks=ranks)).moments["forward"] for ranks in (8, 128))
+    ours = sum(eight.values()) - sum(many.values())
+    theirs = ours * 16 / 18 / GIB  # DeepSpeed holds bf16 weights beside fp32 ones
+    for published in (82.4 - 67.0, 77.0 - 62.0, 76.8 - 61.8):
+        assert theirs == pytest.approx(published, rel=0.1)
+
+
+# ---- the check before a launch ----
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A model of 4 GiB in fp32 whose weights are random, with a tokenizer's file."""
+    values = CONFIGS["meta-llama/Llama-3.2-1B"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    return tmp_path
+
+
+def run(folder: Path, *more: str) -> list[str]:
+    rows = f"data.train={folder / 'rows.jsonl'}"
+    return [f"model.path={folder}", "model.weights=random", "task=causal_lm", "data=files", rows, *more]
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, free_gib: float) -> None:
+    cluster = Cluster(replace(DEVICES["A100-40G"], memory_gib=39.4), 1, host_gib=0.0)
+    monkeypatch.setattr(machine, "here", lambda config, env=None: machine.Here(cluster, free_gib))
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 16.0)  # 1.24B weights x 18 bytes take 20.7 GiB
+    config = compose(run(small, "trainer.precision=bf16", "zero=stage2", "data.max_length=512")).config
+    with pytest.raises(UserError, match="a rank takes at least") as caught:
+        preflight.resolve_run(config)
+    assert "run.force=true" in str(caught.value)
+    (problem,) = caught.value.problems
+    assert "no choice fits here" in problem.fix
+    preflight.resolve_run(replace(config, run=replace(config.run, force=True)))
+
+
+def test_the_advice_fits(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 30.0)
+    (small / "rows.jsonl").write_text('{"text": "' + "word " * 200 + '"}\n')
+    wide = ["trainer.precision=bf16", "zero=stage1", "data.max_length=4096", "trainer.micro_batch_size=4"]
+    config = compose(run(small, *wide)).config
+    assert room.memory_problems(config) == []  # one short row: nothing is certain
+    (small / "rows.jsonl").write_text(('{"text": "' + "word " * 2000 + '"}\n') * 1000)
+    (problem,) = room.memory_problems(config)
+    words = [word for word in problem.fix.split(" (")[0].split() if "=" in word]
+    assert any(word.startswith("trainer.micro_batch_size=") for word in words)
+    assert room.memory_problems(compose(run(small, *wide, *words)).config) == []
+
+
+@pytest.mark.parametrize("more", [["method=lora"], ["zero=stage2"], ["trainer.precision=fp32", "zero=stage0"]])
+def test_what_fits_is_not_refused(small: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
+    gpu(monkeypatch, 24.0)
+    assert room.memory_problems(compose(run(small, "trainer.precision=bf16", *more)).config) == []
+
+
+def test_an_architecture_that_the_planner_does_not_know_is_let_through(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, 0.1)
+    (small / "config.json").write_text('{"model_type": "mamba"}')
+    assert room.memory_problems(compose(run(small)).config) == []

@@ -1,0 +1,143 @@
+"""`dstune plan`: the public contract of its JSON, its own arguments beside Hydra's, and the recipes' hardware."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstune.config.compose import compose
+from dstune.errors import UserError
+from dstune.launch.plan import main, parse, plan_of, planned
+from dstune.planning.hardware import DEVICES
+from dstune.planning.hardware import parse as hardware
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_json_is_the_public_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, "model=llama3_8b", "task=chat", "hardware=8xH100-80G")
+    assert {choice["zero"] for choice in found["choices"]} == {"stage0", "stage1", "stage2", "stage3"}
+    for choice in found["choices"]:
+        kinds = {"zero": str, "offload": str, "micro_batch_size": int, "memory_gib_per_rank": float, "fits": bool}
+        assert all(isinstance(choice[key], kind) for key, kind in kinds.items())
+        assert choice["step_seconds"] > 0
+        assert choice["fits"] == (choice["memory_gib_per_rank"] <= DEVICES["H100-80G"].memory_gib)
+    assert found["recommended"]
+
+
+def test_the_recommendation_can_be_typed_and_fits_as_configured(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=qwen3_14b", "task=chat", "data.max_length=4096", "trainer.global_batch_size=64"]
+    found = plan_json(capsys, *words, "hardware=8xA100-40G")
+    assert not found["configured"]["fits"]  # kept activations of 4 rows
+    typed = [f"{key}={str(value).lower()}" for key, value in found["recommended"].items()]
+    assert typed
+    again = plan_json(capsys, *words, *typed, "hardware=8xA100-40G")
+    assert again["configured"]["fits"]
+    assert again["recommended"] == {}
+
+
+def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3_70b", "task=chat", "hardware=RTX4090", "hardware.host_gib=256"]
+    found = plan_json(capsys, *words)
+    assert not found["fits"]
+    assert found["recommended"] == {}
+    assert main(words) == 0
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def test_nodes_price_and_own_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["model=llama3_8b", "task=chat", "trainer.max_steps=1000", "trainer.global_batch_size=256"]
+    one = plan_json(capsys, *run, "hardware=8xH100", "price=2.5")
+    four = plan_json(capsys, *run, "hardware=8xH100", "nodes=4", "price=2.5")
+    stage3 = [next(row for row in found["choices"] if row["zero"] == "stage3") for found in (one, four)]
+    assert stage3[1]["hours"] < stage3[0]["hours"]
+    assert stage3[0]["cost"] == pytest.approx(2.5 * 8 * stage3[0]["hours"], rel=1e-3)
+    assert four["hardware"]["nodes"] == 4
+    assert plan_json(capsys, *run, "hardware=8xH100")["choices"][0]["cost"] is None  # no price is made up
+    numbers = ["hardware.memory_gib=48", "hardware.tflops=180", "hardware.bandwidth=900"]
+    own = plan_json(capsys, *run, "hardware=2xmine", *numbers)
+    assert own["hardware"] == {"device": "mine", "per_node": 2, "nodes": 1, "memory_gib": 48.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["hardware=8xH1O0"], "hardware"),
+        (["hardware=0xH100"], "hardware"),
+        (["nodes=0"], "nodes"),
+        (["price=free"], "price"),
+        (["hardware.memory=48"], "hardware.memory"),
+        (["hardware.tflops=-3"], "hardware.tflops"),
+        (["zero=stage9"], "zero"),
+        (["model.path=nobody/nothing"], "model.path"),
+        (["trainer.micro_batch_size=0"], "trainer.micro_batch_size"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main(["model=qwen3_8b", "task=chat", *([] if "hardware" in words[0] else ["hardware=H100"]), *words])
+    assert where in {problem.where for problem in caught.value.problems}
+
+
+def test_it_answers_without_torch_in_a_second_or_so(tmp_path: Path) -> None:
+    script = (
+        "import sys, resource; from dstune.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'deepspeed'} & set(sys.modules);"
+        "print(code, sorted(heavy), resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+    )
+    command = [sys.executable, "-c", script, "plan", "model=llama3_8b", "task=chat", "hardware=8xH100-80G"]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    code, heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 2)
+    assert (code, heavy) == ("0", "[]")
+    assert float(seconds) < 2.5  # processor time: 0.6 s alone; a loaded machine's clock says nothing
+    assert time.perf_counter() - began < 60
+
+
+RECIPES = {
+    "llama3_1b_full_1gpu": ("A100-40G", 1),
+    "llama3_70b_full_4nodes": ("8xH100-80G", 4),
+    "llama3_70b_full_offload": ("8xH100-80G", 1),
+    "llama3_8b_4nodes": ("8xA100-80G", 4),
+    "llama3_8b_full_8gpus": ("8xA100-80G", 1),
+    "llama3_8b_lora_24gb": ("24G", 1),
+    "llama3_8b_lora_80gb": ("A100-80G", 1),
+    "modernbert_1gpu": ("16G", 1),
+    "qwen3_32b_lora_8gpus": ("8xA100-40G", 1),
+}
+"""What the first lines of each file in conf/experiment say it needs."""
+
+
+@pytest.mark.parametrize("experiment", RECIPES)
+def test_each_recipe_fits_the_hardware_that_it_names(experiment: str) -> None:
+    devices, nodes = RECIPES[experiment]
+    found = plan_of(compose([f"experiment={experiment}"]).config, parse([f"hardware={devices}", f"nodes={nodes}"]))
+    configured = found.plan.configured
+    assert configured.fits, f"{configured.memory_gib:.1f} GiB: {configured.memory.parts}"
+    assert found.plan.recommended is not None
+
+
+def test_every_recipe_for_gpus_is_held_against_its_hardware() -> None:
+    for_gpus = {
+        file.stem
+        for file in (ROOT / "conf" / "experiment").glob("*.yaml")
+        if " GPU" in file.read_text(encoding="utf-8").split("defaults:")[0]
+    }
+    assert for_gpus <= set(RECIPES) | {"llama3_8b_4nodes"}
+
+
+def test_a_model_too_large_by_far_does_not_fit() -> None:
+    config = compose(["experiment=llama3_8b_full_8gpus"]).config
+    assert not planned(config, hardware("RTX4090", {}, 1)).plan.configured.fits
