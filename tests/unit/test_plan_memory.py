@@ -53,7 +53,7 @@ def test_fp32_at_stage_0_is_16_bytes_a_weight_and_the_copy_that_is_reduced() -> 
     assert step["communication"] == 4 * 500_000_000
 
 
-def test_a_layer_keeps_49_times_its_positions_and_width() -> None:
+def test_a_layer_keeps_52_times_its_positions_and_width() -> None:
     # Of a layer of Llama 8B, in units of positions x 4096 bytes: two norms (fp32 input 4 + normed 2), inputs of the
     # projections 2 x 2, four tensors of the feed-forward layer 4 x 2 x 3.5, query and repeated keys and values 3 x 2, output 2.
     s = llama("data.max_length=1024", "trainer.micro_batch_size=1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -141,3 +143,18 @@ def test_every_recipe_for_gpus_is_held_against_its_hardware() -> None:
 def test_a_model_too_large_by_far_does_not_fit() -> None:
     config = compose(["experiment=llama3_8b_full_8gpus"]).config
     assert not planned(config, hardware("RTX4090", {}, 1)).plan.configured.fits
+
+
+def documented() -> list[list[str]]:
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/planning.md")]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [words[2:] for words in commands if words[:2] == ["dstune", "plan"] and "--calibrate" not in words]
+
+
+def test_the_documented_commands_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(documented()) >= 5
+    for words in documented():
+        assert main(words) == 0, words
+        assert "recommended" in capsys.readouterr().out

@@ -19,12 +19,7 @@ from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = (
-    ROOT / "docs" / "tracking.md",
-    ROOT / "docs" / "export.md",
-    ROOT / "docs" / "methods.md",
-    ROOT / "docs" / "tasks.md",
-)
+GUIDES = tuple(ROOT / "docs" / f"{name}.md" for name in ("tracking", "export", "methods", "tasks", "planning"))
 """Their commands are checked as the README's are."""
 
 
