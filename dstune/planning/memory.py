@@ -140,8 +140,8 @@ def _gradient_store(s: Setup) -> int:
     mixed = s.weight_bytes == 2
     if s.stage == 1 and mixed:
         return 4 * trained  # BF16_Optimizer: fp32 sums of all of them
-    if s.stage == 2:
-        return 4 * share if mixed else 0
+    if s.stage == 2:  # in fp32 they are the gradients of this rank's tensors themselves
+        return 4 * share if mixed or s.micro_batches > 1 else 0
     if s.stage == 3:
         return 4 * share
     return 0
@@ -161,11 +161,13 @@ def _running_gradients(s: Setup, done: int) -> int:
 def _at_the_head(s: Setup, resident: Parts) -> Parts:
     act = activations.layer(s)
     kept = s.model.layers * (act.boundary if s.checkpointing else act.saved) + activations.shared(s)
+    # At stage 2 they are made by the first reduction and freed by the step: not there in the first forward pass.
+    sums = 0 if s.stage == 2 and s.micro_batches == 1 else resident["gradients"]
     return resident | {
         "gathered": gathered(s),
         "activations": kept,
         "logits": activations.head(s).peak,
-        "gradients": resident["gradients"] + _running_gradients(s, 0),
+        "gradients": sums + _running_gradients(s, 0),
     }
 
 
