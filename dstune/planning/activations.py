@@ -7,7 +7,7 @@ n: positions of a micro-batch, b: its rows, L: positions of a row, p: bytes of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dstune.planning.setup import Setup
 
@@ -146,6 +146,14 @@ def head(s: Setup) -> HeadActivations:
     # Forward: logits, the same in fp32, log-probabilities. Backward: log-probabilities and two gradients in fp32.
     logits = targets * m.vocabulary
     return HeadActivations(hidden + logits * 4, hidden + logits * 12)
+
+
+def evaluation(s: Setup) -> int:
+    """At most in a forward pass without gradients: one layer's tensors, then logits, the same in fp32, log-probabilities."""
+    rows = s.evaluation_batch or s.micro_batch_size
+    once = replace(s, micro_batch_size=rows, checkpointing=False)
+    loss = once.tokens * s.model.vocabulary * (s.weight_bytes + 8) if head(s).peak else 0
+    return max(layer(once).saved, loss) + shared(once)
 
 
 def shared(s: Setup) -> int:

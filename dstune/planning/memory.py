@@ -56,6 +56,8 @@ def memory(s: Setup) -> Memory:
         "reduction": _at_the_reduction(s, resident),
         "step": _at_the_step(s, resident),
     }
+    if s.evaluation_batch:
+        moments["evaluation"] = resident | {"gathered": gathered(s), "activations": activations.evaluation(s)}
     if not s.on_gpu:  # a CPU's ranks offload to the memory that they are in
         moments = {name: parts | ({"offloaded": host} if host else {}) for name, parts in moments.items()}
         host = 0
@@ -129,8 +131,8 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     if s.offload_param:
         host += s.total * s.weight_bytes // s.ranks
     if s.on_gpu and s.stage >= 2:
-        # DeepSpeed's contiguous buffer, two of them where the reduction overlaps with the backward pass.
-        parts["buffers"] = min(s.reduce_bucket, max(trained, 1)) * s.weight_bytes * 2
+        # DeepSpeed's contiguous buffer; two of them at stage 2, where the reduction overlaps with the backward pass.
+        parts["buffers"] = s.reduce_bucket * s.weight_bytes * (2 if s.stage == 2 else 1)
     return parts, host
 
 

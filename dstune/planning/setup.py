@@ -71,6 +71,8 @@ class Setup:
     prefetch_bucket: int
     max_live: int
     max_reuse: int
+    evaluation_batch: int | None
+    """Rows of a forward pass in an evaluation, where it is not the micro-batch of training."""
 
     @property
     def trained_count(self) -> int:
@@ -147,6 +149,7 @@ def setup(
         prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", 50_000_000),
         max_live=_number(more, "stage3_max_live_parameters", 1_000_000_000),
         max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
+        evaluation_batch=config.evaluate.micro_batch_size,
     )
 
 
