@@ -26,6 +26,7 @@ from typing import Any
 from dstune.config.compose import compose
 from dstune.launch.plan import planned
 from dstune.planning.hardware import DEVICES, Cluster
+from dstune.planning.plan import CPU_CAUTION
 
 WORDS = [f"w{number}" for number in range(96)]
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -221,7 +222,10 @@ def report(rows: list[tuple[str, float, float]]) -> None:
         print(f"| {name} | {predicted:.3f} | {actual:.3f} | {errors[-1]:+.1%} |")
     if errors:
         sizes = [abs(error) for error in errors]
-        print(f"mean error {sum(sizes) / len(sizes):.1%}, worst {max(sizes):.1%}, largest shortfall {min(errors):+.1%}")
+        wrong = [name for name, predicted, actual in rows if predicted * CPU_CAUTION < actual]
+        print(
+            f"mean error {sum(sizes) / len(sizes):.1%}, worst {max(sizes):.1%}, false fits: {', '.join(wrong) or 'none'}"
+        )
 
 
 def plot(rows: list[tuple[str, float, float]]) -> str:

@@ -80,7 +80,7 @@ def _fix(plan: Planned) -> str:
 def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int:
     """Bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
     always = ("weights", "optimizer", "offloaded")
-    sums = memory.moments["step"]["gradients"] if setup.stage else 0
+    sums = memory.moments["step"]["gradient sums"] if setup.stage else 0
     moments = []
     for parts in memory.moments.values():
         held = sums + sum(parts.get(name, 0) for name in always)

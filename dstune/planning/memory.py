@@ -30,11 +30,13 @@ class Memory:
     host: int
     """Bytes in the host's memory that offloading takes, beside those of the device."""
     margin: int
-    """Fragmentation and libraries: what is added to the parts."""
+    """Fragmentation, what freed memory is not given back, and libraries: what is added to the parts."""
+    largest: str = ""
+    """The moment of the peak; the one that holds most where empty."""
 
     @property
     def peak(self) -> str:
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return self.largest or max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> Parts:
@@ -61,19 +63,43 @@ def memory(s: Setup) -> Memory:
     if not s.on_gpu:  # a CPU's ranks offload to the memory that they are in
         moments = {name: parts | ({"offloaded": host} if host else {}) for name, parts in moments.items()}
         host = 0
-    return Memory(moments, host, margin(s, max(sum(parts.values()) for parts in moments.values())))
-
-
-def margin(s: Setup, held: int) -> int:
-    """What is added to `held` bytes.
-
-    GPU: 3% of the allocator's memory that fragments, and 1 GiB of the CUDA context, NCCL and cuBLAS (the device's memory
-    counts it; `torch.cuda.max_memory_allocated` does not).
-    CPU: see docs/planning.md for the measurement.
-    """
     if s.on_gpu:
-        return GIB + held * 3 // 100
-    return 0
+        # Fragmentation, and the CUDA context, NCCL and cuBLAS: the device's memory holds them, torch does not count them.
+        return Memory(moments, host, GIB + max(sum(parts.values()) for parts in moments.values()) * 3 // 100)
+    return _with_heap(s, moments)
+
+
+LARGE = 32 * MIB
+"""glibc maps what is larger and gives it back when it is freed; what is smaller comes from the heap, which rarely shrinks
+(`M_MMAP_THRESHOLD`, whose dynamic limit is 32 MiB on 64-bit machines)."""
+
+
+def _with_heap(s: Setup, moments: dict[str, Parts]) -> Memory:
+    """A CPU's rank: the heap keeps the size of its largest moment, whatever else is held then."""
+    heap = {name: _in_heap(s, parts) for name, parts in moments.items()}
+    largest = max(heap.values())
+    peak = max(moments, key=lambda name: sum(moments[name].values()) - heap[name])
+    rest = largest - heap[peak] + CPU_BASE + int(CPU_FRAGMENTATION * largest)
+    return Memory(moments, 0, rest, peak)
+
+
+CPU_BASE = 0
+CPU_FRAGMENTATION = 0.0
+
+
+def _in_heap(s: Setup, parts: Parts) -> int:
+    """Bytes of tensors that are too small to be mapped one by one."""
+    m, p = s.model, s.weight_bytes
+    table = m.vocabulary * m.hidden * p
+    small = 0
+    if s.tokens * p * max(m.hidden, m.intermediate) < LARGE:
+        small += parts.get("activations", 0)
+    if int(s.tokens * s.target_share) * m.vocabulary * 4 < LARGE:
+        small += parts.get("logits", 0)
+    for name in ("gradients", "gathered", *(("weights",) if s.stage == 0 else ())):
+        held = parts.get(name, 0)
+        small += held if table < LARGE else max(0, held - table)
+    return small
 
 
 def _partitioned(s: Setup) -> int:
@@ -124,10 +150,10 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     if s.offload_optimizer:
         host = master + states + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
         # Gradients on their way to the host.
-        parts["gradients"] = 2 * max((t.count for t in s.trained), default=0) * s.weight_bytes if s.stage < 3 else 0
+        parts["gradient sums"] = 2 * max((t.count for t in s.trained), default=0) * s.weight_bytes if s.stage < 3 else 0
     else:
         parts["optimizer"] = master + states
-        parts["gradients"] = _gradient_store(s)
+        parts["gradient sums"] = _gradient_store(s)
     if s.offload_param:
         host += s.total * s.weight_bytes // s.ranks
     if s.on_gpu and s.stage >= 2:
@@ -164,12 +190,13 @@ def _at_the_head(s: Setup, resident: Parts) -> Parts:
     act = activations.layer(s)
     kept = s.model.layers * (act.boundary if s.checkpointing else act.saved) + activations.shared(s)
     # At stage 2 they are made by the first reduction and freed by the step: not there in the first forward pass.
-    sums = 0 if s.stage == 2 and s.micro_batches == 1 else resident["gradients"]
+    sums = 0 if s.stage == 2 and s.micro_batches == 1 else resident["gradient sums"]
     return resident | {
         "gathered": gathered(s),
         "activations": kept,
         "logits": activations.head(s).peak,
-        "gradients": sums + _running_gradients(s, 0),
+        "gradient sums": sums,
+        "gradients": _running_gradients(s, 0),
     }
 
 
@@ -194,7 +221,7 @@ def _in_the_layers(s: Setup, resident: Parts) -> Parts:
         moment = resident | {
             "gathered": gathered(s),
             "activations": saved + act.working + activations.shared(s),
-            "gradients": resident["gradients"] + _running_gradients(s, done),
+            "gradients": _running_gradients(s, done),
         }
         if sum(moment.values()) > sum(best.values()):
             best = moment
@@ -203,7 +230,7 @@ def _in_the_layers(s: Setup, resident: Parts) -> Parts:
         end = resident | {
             "gathered": gathered(s),
             "activations": activations.shared(s),
-            "gradients": resident["gradients"] + _running_gradients(s, done) + (table * s.weight_bytes),
+            "gradients": _running_gradients(s, done) + table * s.weight_bytes,
         }
         if sum(end.values()) > sum(best.values()):
             best = end
@@ -220,13 +247,13 @@ def _at_the_reduction(s: Setup, resident: Parts) -> Parts:
         copies = 0
     elif s.stage == 0:
         copies = p * min(trained, ALL_REDUCE_BUCKET)
-    elif s.on_gpu:
-        copies = p * min(trained, s.reduce_bucket)
     else:
         copies = p * min(trained, s.reduce_bucket)
+        if s.stage == 3 and not s.on_gpu:
+            copies *= 2  # gloo has no reduce-scatter of its own: torch clones the input and reduces all of it
     return resident | {
-        "gathered": 0,
-        "gradients": resident["gradients"] + _running_gradients(s, trained),
+        "gathered": gathered(s),
+        "gradients": _running_gradients(s, trained),
         "communication": copies,
     }
 
@@ -241,4 +268,4 @@ def _at_the_step(s: Setup, resident: Parts) -> Parts:
     else:
         flat = 4 * share
     kept = s.weight_bytes * s.trained_count if s.stage == 1 and mixed else 0
-    return resident | {"gradients": resident["gradients"] + flat + kept}
+    return resident | {"gradients": flat + kept}

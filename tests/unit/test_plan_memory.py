@@ -45,7 +45,7 @@ def test_what_every_stage_partitions(stage: int, weights: float, optimizer: floa
     norms = 65 * 4096  # too small to be partitioned: whole on every rank
     assert parts["weights"] == pytest.approx(weights + (2 * norms if stage == 3 else 0), abs=1e5)
     assert parts["optimizer"] == pytest.approx(optimizer, abs=10)
-    assert parts["gradients"] == pytest.approx(sums, abs=10)
+    assert parts["gradient sums"] == pytest.approx(sums, abs=10)
 
 
 def test_fp32_at_stage_0_is_16_bytes_a_weight_and_the_copy_that_is_reduced() -> None:
