@@ -135,24 +135,52 @@ class HeadActivations:
     """At most, while the loss is computed and differentiated; includes `saved`."""
 
 
+CHUNK_BYTES = 2**27
+"""Logits that the chunked cross entropy makes at a time (`dstune/models/cross_entropy.py`)."""
+BLOCK_ELEMENTS = {False: 2**18, True: 2**24}
+"""Logits that become probabilities in fp32 at a time, on a CPU and on a GPU."""
+
+
 def head(s: Setup) -> HeadActivations:
-    """The vocabulary projection and the cross entropy (`dstune/models/heads.py`) at positions with a target."""
+    """The vocabulary projection and the cross entropy at positions with a target (`dstune/models/heads`)."""
     m, p = s.model, s.weight_bytes
-    pooled = not any(tensor.shape == (m.vocabulary, m.hidden) for tensor in m.tensors)
-    if m.encoder or pooled:
+    if m.encoder or not any(tensor.shape == (m.vocabulary, m.hidden) for tensor in m.tensors):
         return HeadActivations(0, 0)
     targets = int(s.tokens * s.target_share)
-    hidden = targets * p * m.hidden + s.tokens * m.hidden * (4 + p)  # the last norm, and its chosen rows
-    # Forward: logits, the same in fp32, log-probabilities. Backward: log-probabilities and two gradients in fp32.
-    logits = targets * m.vocabulary
-    return HeadActivations(hidden + logits * 4, hidden + logits * 12)
+    hidden = targets * p * m.hidden + s.tokens * m.hidden * (4 + p)  # the chosen rows of the last norm, and the norm
+    if m.soft_capped:
+        # The model changes its logits, so all of them are made. Forward: logits, the same in fp32, log-probabilities.
+        # Backward: log-probabilities and two gradients in fp32.
+        logits = targets * m.vocabulary
+        return HeadActivations(hidden + logits * 4, hidden + logits * 12)
+    rows = min(targets, chunk_rows(s))
+    many = targets > rows
+    weight = m.vocabulary * m.hidden if trains_projection(s) else 0
+    # Gradients are made in the forward pass: in fp32 for the weight where several chunks are summed.
+    kept = hidden + targets * m.hidden * p + weight * (4 if many else p)
+    chunk = rows * m.vocabulary * p + max(BLOCK_ELEMENTS[s.on_gpu], m.vocabulary) * 8
+    forward = kept + chunk + (weight * p if many else 0)
+    backward = kept + weight * p + targets * m.hidden * 4
+    return HeadActivations(kept, max(forward, backward))
+
+
+def chunk_rows(s: Setup) -> int:
+    """Targets whose logits are made at a time."""
+    return max(1, CHUNK_BYTES // (s.weight_bytes * s.model.vocabulary))
+
+
+def trains_projection(s: Setup) -> bool:
+    """Whether the vocabulary projection's weight, or the embedding that it is tied to, is trained."""
+    names = ("lm_head.weight",) if not s.model.tied else ("embed_tokens.weight", "shared.weight", "lm_head.weight")
+    return any(tensor.name.endswith(names) for tensor in s.trained)
 
 
 def evaluation(s: Setup) -> int:
     """At most in a forward pass without gradients: one layer's tensors, then logits, the same in fp32, log-probabilities."""
     rows = s.evaluation_batch or s.micro_batch_size
     once = replace(s, micro_batch_size=rows, checkpointing=False)
-    loss = once.tokens * s.model.vocabulary * (s.weight_bytes + 8) if head(s).peak else 0
+    targets = once.tokens if s.model.soft_capped else min(once.tokens, chunk_rows(s))
+    loss = targets * s.model.vocabulary * (s.weight_bytes + 8) if head(s).peak else 0
     return max(layer(once).saved, loss) + shared(once)
 
 

@@ -94,7 +94,7 @@ def _in_heap(s: Setup, parts: Parts) -> int:
     small = 0
     if s.tokens * p * max(m.hidden, m.intermediate) < LARGE:
         small += parts.get("activations", 0)
-    if int(s.tokens * s.target_share) * m.vocabulary * 4 < LARGE:
+    if activations.head(s).peak < 2 * LARGE:
         small += parts.get("logits", 0)
     for name in ("gradients", "gathered", *(("weights",) if s.stage == 0 else ())):
         held = parts.get(name, 0)

@@ -153,10 +153,10 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(small: Path, monkeypat
 def test_the_advice_fits(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch, 30.0)
     (small / "rows.jsonl").write_text('{"text": "' + "word " * 200 + '"}\n')
-    wide = ["trainer.precision=bf16", "zero=stage1", "data.max_length=4096", "trainer.micro_batch_size=4"]
+    wide = ["trainer.precision=bf16", "zero=stage1", "data.max_length=4096", "trainer.micro_batch_size=8"]
     config = compose(run(small, *wide)).config
     assert room.memory_problems(config) == []  # one short row: nothing is certain
-    (small / "rows.jsonl").write_text(('{"text": "' + "word " * 2000 + '"}\n') * 1000)
+    (small / "rows.jsonl").write_text(('{"text": "' + "word " * 2000 + '"}\n') * 4000)
     (problem,) = room.memory_problems(config)
     words = [word for word in problem.fix.split(" (")[0].split() if "=" in word]
     assert any(word.startswith("trainer.micro_batch_size=") for word in words)
