@@ -75,30 +75,33 @@ LARGE = 32 * MIB
 
 
 def _with_heap(s: Setup, moments: dict[str, Parts]) -> Memory:
-    """A CPU's rank: the heap keeps the size of its largest moment, whatever else is held then."""
+    """A CPU's rank: the heap keeps the size that each kind of small tensor had at most, whatever is held later."""
     heap = {name: _in_heap(s, parts) for name, parts in moments.items()}
-    largest = max(heap.values())
-    peak = max(moments, key=lambda name: sum(moments[name].values()) - heap[name])
-    rest = largest - heap[peak] + CPU_BASE + int(CPU_FRAGMENTATION * largest)
-    return Memory(moments, 0, rest, peak)
+    kinds = {kind for parts in heap.values() for kind in parts}
+    largest = sum(max(parts.get(kind, 0) for parts in heap.values()) for kind in kinds)
+    peak = max(moments, key=lambda name: sum(moments[name].values()) - sum(heap[name].values()))
+    libraries = CPU_LIBRARIES + (PEFT if s.adapter else 0)
+    return Memory(moments, 0, largest - sum(heap[peak].values()) + libraries, peak)
 
 
-CPU_BASE = 0
-CPU_FRAGMENTATION = 0.0
+CPU_LIBRARIES = 45 * MIB
+"""What is imported and started after the level that a rank's memory is measured from: optimizer, gloo, matrix kernels."""
+PEFT = 20 * MIB
+"""peft is imported after that level, too."""
 
 
-def _in_heap(s: Setup, parts: Parts) -> int:
-    """Bytes of tensors that are too small to be mapped one by one."""
+def _in_heap(s: Setup, parts: Parts) -> Parts:
+    """Bytes of tensors that are too small to be mapped one by one, by their kind."""
     m, p = s.model, s.weight_bytes
     table = m.vocabulary * m.hidden * p
-    small = 0
+    small: Parts = {}
     if s.tokens * p * max(m.hidden, m.intermediate) < LARGE:
-        small += parts.get("activations", 0)
+        small["activations"] = parts.get("activations", 0)
     if activations.head(s).peak < 2 * LARGE:
-        small += parts.get("logits", 0)
+        small["logits"] = parts.get("logits", 0)
     for name in ("gradients", "gathered", *(("weights",) if s.stage == 0 else ())):
         held = parts.get(name, 0)
-        small += held if table < LARGE else max(0, held - table)
+        small[name] = held if table < LARGE else max(0, held - table)
     return small
 
 
@@ -242,20 +245,28 @@ def _is_embedding(s: Setup, tensor: object) -> bool:
 
 
 def _at_the_reduction(s: Setup, resident: Parts) -> Parts:
-    p, trained = s.weight_bytes, s.trained_count
-    if s.ranks == 1:
-        copies = 0
-    elif s.stage == 0:
-        copies = p * min(trained, ALL_REDUCE_BUCKET)
-    else:
-        copies = p * min(trained, s.reduce_bucket)
-        if s.stage == 3 and not s.on_gpu:
-            copies *= 2  # gloo has no reduce-scatter of its own: torch clones the input and reduces all of it
     return resident | {
         "gathered": gathered(s),
-        "gradients": _running_gradients(s, trained),
-        "communication": copies,
+        "gradients": _running_gradients(s, s.trained_count),
+        "communication": _copies(s) if s.ranks > 1 or (s.stage >= 1 and s.weight_bytes == 2) else 0,
     }
+
+
+def _copies(s: Setup) -> int:
+    """Copies of gradients while they are reduced and added up."""
+    p, trained = s.weight_bytes, s.trained_count
+    share = -(-trained // s.ranks)
+    largest = max((t.count for t in s.trained), default=0)
+    bucket = min(trained, max(s.reduce_bucket, largest))
+    mixed = p == 2
+    if s.stage == 0 or (s.stage == 1 and mixed):  # one flat copy, of fp32 sums in mixed precision
+        return 4 * min(trained, ALL_REDUCE_BUCKET)
+    flat = p * bucket
+    if s.stage == 3:
+        if not s.on_gpu:
+            flat *= 2  # gloo has no reduce-scatter of its own: torch clones the input and reduces all of it
+        return flat + (4 * bucket // s.ranks if mixed else 0)  # this rank's shares in fp32
+    return flat + (4 * min(largest, share) if mixed else 0)  # one tensor's share in fp32, on its way into the sums
 
 
 def _at_the_step(s: Setup, resident: Parts) -> Parts:
