@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from dstune.config.schema import AdamWConfig, Attention, Offload, Precision, RunConfig, SgdConfig
+from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig
 from dstune.planning.architecture import (
     BODY,
     CLASSIFIER,
@@ -159,11 +159,8 @@ def _number(settings: dict[str, Any], key: str, default: int) -> int:
 
 
 def _moments(config: RunConfig) -> int:
-    match config.optimizer:
-        case AdamWConfig():
-            return 2
-        case SgdConfig() as sgd:
-            return 1 if sgd.momentum else 0
+    if isinstance(config.optimizer, SgdConfig):
+        return 1 if config.optimizer.momentum else 0
     return 2
 
 
