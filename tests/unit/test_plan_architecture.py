@@ -117,7 +117,7 @@ def test_the_tensors_are_those_of_transformers(kind: str, values: dict[str, Any]
     assert found == expected
 
 
-@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in CASES} - {"modernbert"}))
+@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in CASES} - {"modernbert", "xlm-roberta"}))
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "query", "q"]])
 def test_adapters_are_those_of_peft(kind: str, targets: list[str]) -> None:
     import peft
