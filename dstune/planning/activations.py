@@ -71,8 +71,8 @@ def _attention(s: Setup, query: int, key: int) -> int:
 def _scores(s: Setup) -> int:
     """What attention keeps of its scores, [b, heads, L, L]; nothing but a sum for each row where it is fused."""
     m, p = s.model, s.weight_bytes
-    square = s.micro_batch_size * s.length * s.length
-    sums = 4 * s.micro_batch_size * m.heads * s.length
+    square = s.rows * s.length * s.length
+    sums = 4 * s.rows * m.heads * s.length
     if s.attention == "flash_attention_2":
         return sums
     if s.attention == "sdpa" and not (s.dropout and not s.on_gpu):
@@ -83,7 +83,7 @@ def _scores(s: Setup) -> int:
 
 def _attention_working(s: Setup) -> int:
     """Scores and their gradients of one layer, while its attention is differentiated."""
-    square = s.micro_batch_size * s.length * s.length
+    square = s.rows * s.length * s.length
     if s.attention == "eager" or (s.attention == "sdpa" and s.dropout and not s.on_gpu):
         return 2 * square * s.model.heads * 4
     return 0
@@ -124,7 +124,7 @@ def _encoder_layer(s: Setup) -> int:
 
 def _disentangled(s: Setup) -> int:
     """DeBERTa: scores of content to position and back, gathered from products with all relative positions."""
-    return s.micro_batch_size * s.length * s.length * s.model.heads * s.weight_bytes * 2
+    return s.rows * s.length * s.length * s.model.heads * s.weight_bytes * 2
 
 
 @dataclass(frozen=True)
@@ -187,5 +187,5 @@ def evaluation(s: Setup) -> int:
 def shared(s: Setup) -> int:
     """Embedded tokens, the mask, sines and cosines: once for all layers."""
     m, n, p = s.model, s.tokens, s.weight_bytes
-    mask = s.micro_batch_size * s.length * s.length if masked(s) else 0
+    mask = s.rows * s.length * s.length if masked(s) else 0
     return n * p * m.hidden + mask + 2 * n * p * m.head_dim + 3 * 8 * n

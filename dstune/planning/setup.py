@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from dstune.config.method_schema import FreezeConfig
 from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig
 from dstune.planning.architecture import (
     BODY,
@@ -25,6 +27,9 @@ HEADS = {
     "embedding": BODY,
 }
 """The head of a task; every other task has the vocabulary projection."""
+
+PAIRS = ("preference", "reward", "embedding")
+"""Tasks whose rows are pairs of texts."""
 
 CLASSES_UNKNOWN = 2
 """Classes that are counted where the labels are found in the rows only: a head of a few thousand weights."""
@@ -54,6 +59,8 @@ class Setup:
     ranks_per_node: int
     on_gpu: bool
     micro_batch_size: int
+    texts: int
+    """Rows that the model reads for one row of the data: two where they are pairs."""
     length: int
     """Tokens of the longest row."""
     global_batch_size: int
@@ -84,9 +91,14 @@ class Setup:
         return self.trained_count + self.frozen
 
     @property
+    def rows(self) -> int:
+        """Rows of one micro-batch as the model sees them."""
+        return self.micro_batch_size * self.texts
+
+    @property
     def tokens(self) -> int:
         """Positions of one micro-batch."""
-        return self.micro_batch_size * self.length
+        return self.rows * self.length
 
     @property
     def micro_batches(self) -> int:
@@ -134,6 +146,7 @@ def setup(
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
         micro_batch_size=config.trainer.micro_batch_size,
+        texts=2 if config.task.name in PAIRS else 1,
         length=length,
         global_batch_size=config.trainer.global_batch_size,
         packing=config.data.packing,
@@ -173,9 +186,23 @@ def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tenso
         whole = [t for t in model.tensors if set(kept) & set(t.name.split("."))]
         # peft trains a copy of a whole module beside the frozen original.
         return (*adapters(model, targets, method.rank), *whole), model.parameters
-    if method.name == "head":
+    if isinstance(method, FreezeConfig):
+        trained = tuple(t for t in model.tensors if not _is_frozen(t, method, model.layers))
+        return trained, model.parameters - sum(t.count for t in trained)
+    if method.name in ("head", "features"):
         trained = tuple(t for t in model.tensors if t.name.startswith(("classifier", "score", "pooler", "head.")))
         if not trained:  # a language model's head; tied to the embedding it is the embedding
             trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
         return trained, model.parameters - sum(t.count for t in trained)
     return model.tensors, 0
+
+
+def _is_frozen(tensor: Tensor, method: FreezeConfig, layers: int) -> bool:
+    """Whether `method=freeze` keeps a tensor as it is (`dstune/models/freeze.py`)."""
+    if any(re.search(pattern, tensor.name) for pattern in method.trained):
+        return False
+    if tensor.layer is None:
+        below = method.embeddings and any(part in tensor.name for part in ("embed", "shared"))
+    else:
+        below = tensor.layer < method.first_layers or tensor.layer >= layers - method.last_layers
+    return below or any(re.search(pattern, tensor.name) for pattern in method.parameters)

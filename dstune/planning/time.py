@@ -153,7 +153,7 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         loss=count * targets / speed.logits,
         communication=exposed,
         optimizer=optimizer,
-        tokens=s.global_batch_size * s.length,
+        tokens=s.global_batch_size * s.texts * s.length,
         volume=volume,
         flops=count * (forward + backward),
     )
