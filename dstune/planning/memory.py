@@ -270,13 +270,16 @@ def _copies(s: Setup) -> int:
 
 
 def _at_the_step(s: Setup, resident: Parts) -> Parts:
-    share = -(-s.trained_count // s.ranks)
+    trained, share = s.trained_count, -(-s.trained_count // s.ranks)
+    largest = max((t.count for t in s.trained), default=0)
     mixed = s.weight_bytes == 2
-    if s.offload_optimizer or s.stage == 0:
-        flat = 0 if s.offload_optimizer else 4 * s.trained_count
-    elif (s.stage == 1 and mixed) or (s.stage == 2 and mixed):
-        flat = 0
-    else:
-        flat = 4 * share
-    kept = s.weight_bytes * s.trained_count if s.stage == 1 and mixed else 0
-    return resident | {"gradients": flat + kept}
+    if s.stage == 0:
+        return resident | {"gradients": 4 * trained}
+    if s.offload_optimizer:
+        return dict(resident)
+    if s.stage == 1 and mixed:  # the running gradients are freed after it
+        return resident | {"gradients": s.weight_bytes * trained}
+    flat = 0 if s.stage == 2 and mixed else 4 * share
+    # The norm is taken in fp64, one tensor's share at a time.
+    norm = 8 * (largest // s.ranks if s.stage == 3 else min(largest, share))
+    return resident | {"copies of gradients": max(flat, norm)}
