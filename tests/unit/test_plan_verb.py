@@ -158,3 +158,23 @@ def test_the_documented_commands_plan(capsys: pytest.CaptureFixture[str]) -> Non
     for words in documented():
         assert main(words) == 0, words
         assert "recommended" in capsys.readouterr().out
+
+
+def test_what_was_measured_here_replaces_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["model=smollm2", "task=chat", "data=chitchat", "launch.processes=2"]
+    assert not plan_json(capsys, *words)["calibrated"]
+    slow = {"flops": 1e10, "saved": 1e9, "logits": 1e7, "weights": 1e7, "link": 1e8, "attention": 0.0, "fixed": 0.0}
+    fast = {name: 10 * value for name, value in slow.items()}
+    seconds = []
+    for speed in (slow, fast):
+        measured = {"device": "CPU", "ranks": 2, "threads": 1, "speeds": {"2": speed, "4": speed}}
+        (tmp_path / "calibration.json").write_text(json.dumps({"2": measured}))
+        found = plan_json(capsys, *words)
+        assert found["calibrated"]
+        seconds.append(found["configured"]["step_seconds"])
+    assert seconds[0] == pytest.approx(10 * seconds[1], rel=1e-3)
+    assert not plan_json(capsys, *words, "launch.processes=3")["calibrated"]
