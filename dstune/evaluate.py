@@ -109,6 +109,10 @@ def _compared(config: RunConfig) -> TaskConfig:
             "the run began with random weights, which are nowhere to be found, and the rewards are relative to them"
         )
         raise UserError(Problem("task.reference_model", reason, "give another model as the reference"))
+    if getattr(config.method, "adapter", None) or getattr(config.method, "frozen_adapters", None):
+        reason = "the run began with another adapter, and the rewards are relative to the model with it"
+        fix = "task.reference_model=FOLDER of that adapter's run, merged by dstune export RUN --merge"
+        raise UserError(Problem("task.reference_model", reason, fix))
     return replace(task, reference_model=model.path, reference_revision=model.revision)
 
 
