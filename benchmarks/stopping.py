@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/stopping"))
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", help="further overrides of the run")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     train, prompts = split(arguments.out, rows=400)
@@ -98,6 +99,7 @@ def main() -> None:
         "launch.processes=1",
         "run.export=none",
         f"run.dir={run_dir}",
+        *arguments.overrides,
     )
     trained = time.perf_counter()
     dstune("export", str(run_dir), "--merge", "--out", str(export), "--force")
