@@ -68,10 +68,11 @@ def projected_cross_entropy(
 
 def _loss_and_hits(
     project: Project, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     logits = project(hidden)
     loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss, None if torch.is_grad_enabled() else (logits.argmax(dim=-1) == targets).sum()
+    hits = loss.new_zeros(()) if torch.is_grad_enabled() else (logits.argmax(dim=-1) == targets).sum()
+    return loss, hits
 
 
 def vocabulary_size(projection: nn.Module) -> int:
