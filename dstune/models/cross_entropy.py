@@ -66,9 +66,7 @@ def projected_cross_entropy(
     return CrossEntropy(loss_sum, correct)
 
 
-def _loss_and_hits(
-    project: Project, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_hits(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits = project(hidden)
     loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
     hits = loss.new_zeros(()) if torch.is_grad_enabled() else (logits.argmax(dim=-1) == targets).sum()
