@@ -106,7 +106,7 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
         schedule.step()
         optimizer.zero_grad()
     model.eval()
-    held_out = limited(data.validation, config.evaluate.max_rows)
+    held_out = limited(data.validation, config.evaluate.max_rows, config.task)
     count, total, truth, guessed = len(held_out.lengths), 0.0, [], []
     with torch.no_grad():
         for start in range(0, count, 64):

@@ -138,11 +138,40 @@ def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
         print(f"  {name:<{width}}  {value:.4f}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
     if "confusion" in result:
         _print_confusion(result["labels"], result["confusion"])
+    if result.get("by_type"):
+        _print_table("by type", result["by_type"])
+    for column, found in result.get("slices", {}).items():
+        gap = (
+            f", {found['metric']}: worst {found['worst']}, gap {found['gap']:.4f}" if found["worst"] is not None else ""
+        )
+        _print_table(f"by {column}{gap}", found["values"])
+    if result.get("counterfactual"):
+        changes = dict(result["counterfactual"])
+        by_term = changes.pop("by_term")
+        _print_table("with swapped terms", {"all": changes, **by_term})
+
+
+def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """One line a name; columns are all values that any of them has."""
+    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+    _print_cells(
+        [
+            [title, *columns],
+            *([name, *(_cell(values.get(column)) for column in columns)] for name, values in rows.items()),
+        ]
+    )
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _print_confusion(labels: list[str], confusion: list[list[int]]) -> None:
     rows = [[label, *map(str, counts)] for label, counts in zip(labels, confusion, strict=True)]
-    cells = [["true \\ predicted", *labels], *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(labels) + 1)]
+    _print_cells([["true \\ predicted", *labels], *rows])
+
+
+def _print_cells(cells: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
         print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from dstune.checkpoint.record import HEADS
 from dstune.config.compose import read_run
 from dstune.config.schema import Offload, RunConfig
-from dstune.config.task_schema import HEADED, RewardConfig
+from dstune.config.task_schema import ClassificationConfig, RewardConfig, TokenClassificationConfig
 from dstune.data.build import prepare
 from dstune.dist import World
 from dstune.errors import Problem, UserError
@@ -26,6 +27,7 @@ from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.tracking.console import Console
 from dstune.train.evaluate import Evaluator, limited
+from dstune.train.measure import count_rows
 from dstune.train.reference import with_reference_model
 from dstune.worker import check_packing, examine, guarded, leave, write_result
 from dstune.zero.ds_config import deepspeed_config
@@ -63,41 +65,52 @@ def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> No
     console = Console() if world.is_main else None
     evaluator = Evaluator(config, data, engine, head, world, tokenizer.pad_token_id)
     evaluation = evaluator(part, (lambda done, total: console.progress(done, total, {})) if console else None)
+    changes = evaluator.counterfactual(part)
     if world.is_main:
         result = {
             "status": "completed",
             "split": split,
-            "rows": len(limited(part, config.evaluate.max_rows).lengths),
+            "rows": count_rows(limited(part, config.evaluate.max_rows, config.task), config.task),
             "world_size": world.size,
             "metrics": evaluation.metrics,
         }
-        if evaluation.confusion is not None:
-            result |= {"labels": list(data.labels), "confusion": evaluation.confusion}
+        if changes is not None:
+            result["counterfactual"] = changes
+        if evaluation.details:
+            result |= {"labels": list(data.labels), **evaluation.details}
         write_result(directory, result)
     world.barrier()
 
 
 def with_labels(config: RunConfig) -> RunConfig:
-    """A classifier's own labels in their order, whatever labels the rows have, and whether a row may have several.
+    """The model's own labels in their order, whatever labels the rows have, and whether a row may have several.
 
-    Raises UserError where the model has no trained classification head.
+    Raises UserError where the model has no trained head for the task.
     """
-    if not isinstance(config.task, HEADED):
+    named = "classification" if isinstance(config.task, RewardConfig) else config.task.name
+    end = next((end for end, task in HEADS.items() if task == named), None)
+    if end is None:
         return config
     architecture = load_config(config.model)
-    if not any(name.endswith("ForSequenceClassification") for name in architecture.architectures or []):
-        reason = "the model has no trained classification head, so there is nothing to evaluate"
-        raise UserError(Problem("MODEL", reason, "give a classifier, or train one", config.model.path))
+    if not any(name.endswith(end) for name in architecture.architectures or []):
+        kind = named.replace("_", " ")
+        reason = f"the model has no trained {kind} head, so there is nothing to evaluate"
+        raise UserError(Problem("MODEL", reason, f"give a model for {kind}, or train one", config.model.path))
     if isinstance(config.task, RewardConfig):
         if architecture.num_labels != 1:
             reason = f"a reward model has one output, and this one has {architecture.num_labels}"
             raise UserError(Problem("MODEL", reason, "give a reward model, or train one", config.model.path))
         return config
+    if not isinstance(config.task, ClassificationConfig | TokenClassificationConfig):
+        return config
+    if isinstance(config.task, ClassificationConfig) and architecture.problem_type == "regression":
+        return replace(config, task=replace(config.task, regression=True, labels=[]))
     labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
-    named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
-    several = config.task.multi_label or architecture.problem_type == "multi_label_classification"
-    task = replace(config.task, multi_label=several)
-    return replace(config, task=replace(task, labels=labels) if named else task)
+    own_names = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
+    task = replace(config.task, labels=labels) if own_names else config.task
+    if isinstance(task, ClassificationConfig) and architecture.problem_type == "multi_label_classification":
+        task = replace(task, multi_label=True)
+    return replace(config, task=task)
 
 
 def main() -> int:

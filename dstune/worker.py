@@ -324,6 +324,8 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
             method, rows = config.method, config.evaluate.max_rows
             result["feature_seconds"] = round(features_seconds, 3)
             result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
+        if run.data.validation is not None and config.evaluate.counterfactual:
+            state.extra["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
         if config.run.export is not Export.none and run.world.is_main:
             result["export"] = str(export(run_dir, config))
         run.world.barrier()
@@ -349,15 +351,11 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
             "checkpoint": checkpoint and str(checkpoint),
             "nonfinite_steps": state.nonfinite_steps,
             "overflow_steps": state.overflow_steps,
-            **(
-                {"confusion": state.extra["confusion"], "labels": list(run.data.labels)}
-                if "confusion" in state.extra
-                else {}
-            ),
+            **({"labels": list(run.data.labels), **state.extra} if state.extra else {}),
         }
         write_result(run_dir, result)
         assert isinstance(run.log, Tracker)
-        run.log.summary({key: value for key, value in result.items() if value is not None and key != "confusion"})
+        run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.extra})
         run.log.finish(status)
     run.memory.close()
     run.world.barrier()

@@ -16,9 +16,25 @@ from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.method_schema import FeaturesConfig, HeadConfig, LoraConfig, Pooling
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CONVERSATIONS, HEADED, EmbeddingConfig, RewardConfig
+from dstune.config.task_schema import CONVERSATIONS, EmbeddingConfig
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
+PIPELINES = {
+    "classification": "text-classification",
+    "token_classification": "token-classification",
+    "question_answering": "question-answering",
+    "reward": "text-classification",
+    "embedding": "sentence-similarity",
+}
+"""Pipelines of transformers by task; of the others it is `text-generation`."""
+KINDS = {
+    "classification": "SequenceClassification",
+    "reward": "SequenceClassification",
+    "token_classification": "TokenClassification",
+    "question_answering": "QuestionAnswering",
+}
+EXAMPLES = {"token_classification": '"A text."'}
+"""What a pipeline is called with."""
 SHOWN_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")
 
 
@@ -26,9 +42,7 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
     """Write `README.md` to `folder`, the export of the checkpoint whose `state.json` is `state`."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    pipeline = "text-classification" if isinstance(config.task, HEADED) else "text-generation"
-    if isinstance(config.task, EmbeddingConfig):
-        pipeline = "sentence-similarity"
+    pipeline = PIPELINES.get(config.task.name, "text-generation")
     metrics = state.get("metrics") or {}
     origin = _hub_name(config.model.path)
     data = ModelCardData(
@@ -76,11 +90,16 @@ def _sections(run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapte
 def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
     if isinstance(config.task, EmbeddingConfig):
         return "\n".join(_embedding_usage())
-    classifier = isinstance(config.task, HEADED)
-    kind = "SequenceClassification" if classifier else "CausalLM"
+    classifier = config.task.name in ("classification", "reward")
+    kind = KINDS.get(config.task.name, "CausalLM")
+    if not adapter and config.task.name in EXAMPLES:
+        call = f"pipeline({PIPELINES[config.task.name]!r}, path)({EXAMPLES[config.task.name]})"
+        path = 'path = "PATH"  # this folder, or the id under which it was published'
+        return "\n".join(["from transformers import pipeline", "", path, f"print({call})".replace("'", '"')])
     library, loader = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
-    reward = isinstance(config.task, RewardConfig)
-    labels = f", num_labels={1 if reward else len(state['labels'])}" if adapter and classifier else ""
+    labels = f", num_labels={len(state['labels'])}" if adapter and state["labels"] else ""
+    if adapter and config.task.name == "reward":
+        labels = ", num_labels=1"
     method = config.method
     own_head = isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model
     code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
@@ -92,7 +111,7 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
         f"model = {loader}.from_pretrained(path{labels}{code})",
         "tokenizer = AutoTokenizer.from_pretrained(path)",
     ]
-    if reward:
+    if config.task.name == "reward":
         lines += [
             'print(model(**tokenizer("A question with its answer, rendered.", return_tensors="pt")).logits[0, 0])'
         ]
@@ -100,6 +119,15 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
         labels_at = "" if adapter else "model.config.id2label[int(...)]"
         lines += ['logits = model(**tokenizer("A text.", return_tensors="pt")).logits', "print(logits.argmax(-1))"]
         lines += [f"# {labels_at}" if labels_at else f"# labels by index: {', '.join(state['labels'])}"]
+    elif config.task.name == "question_answering":
+        lines += [
+            'inputs = tokenizer("A question?", "A text.", return_tensors="pt")',
+            "output = model(**inputs)",
+            "first, last = output.start_logits.argmax(), output.end_logits.argmax()",
+            'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
+        ]
+    elif config.task.name in EXAMPLES:
+        lines += ["# labels by index: " + ", ".join(state["labels"])] if state["labels"] else []
     elif isinstance(config.task, CONVERSATIONS):
         lines += [
             'messages = [{"role": "user", "content": "Hello"}]',

@@ -10,7 +10,6 @@ from dstune import __version__
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
 
 NAME = "dstune.json"
 
@@ -18,7 +17,9 @@ NAME = "dstune.json"
 def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str) -> None:
     """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step."""
     task = to_dict(config)["task"]
-    if isinstance(config.task, ClassificationConfig):
+    for weights in ("class_weights", "balanced"):  # they belong to the rows of the training
+        task.pop(weights, None)
+    if hasattr(config.task, "labels"):
         task["labels"] = state["labels"]
     for key in ("reference_model", "reference_revision"):  # a path of this machine, perhaps
         task.pop(key, None)
@@ -48,12 +49,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     """The export's task and data settings as overrides; without the task's where `given` chooses another.
 
-    A folder without a record that is a classifier by its config.json gives `task=classification`.
+    A folder without a record gives the task that the head in its config.json is for.
     """
     chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
     record = read_record(folder)
     if not record:
-        return ["task=classification"] if chosen is None and _is_classifier(folder) else []
+        found = task_of_head(folder) if chosen is None else None
+        return [f"task={found}"] if found else []
     task = dict(record["task"])
     name = task.pop("name")
     overrides = [] if chosen else [f"task={name}"]
@@ -74,12 +76,21 @@ def public_name(path: str) -> str:
     return Path(path).name if Path(path).exists() or path.startswith(("/", ".", "~")) else path
 
 
-def _is_classifier(folder: Path) -> bool:
+HEADS = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+}
+"""Tasks by the end of a model class's name."""
+
+
+def task_of_head(folder: Path) -> str | None:
+    """The task that the head named in the folder's config.json is for; None where it has none, or there is no such file."""
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (OSError, ValueError, AttributeError):
-        return False
-    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
+        return None
+    return next((task for end, task in HEADS.items() if any(str(name).endswith(end) for name in architectures)), None)
 
 
 def _value(value: Any) -> str:

@@ -20,12 +20,15 @@ class DataFormat(Enum):
     preference = "preference"
     feedback = "feedback"
     contrastive = "contrastive"
+    tokens_tags = "tokens_tags"
+    squad = "squad"
 
 
 class TextRows(Enum):
     line = "line"
     paragraph = "paragraph"
     document = "document"
+    tagged = "tagged"
 
 
 class OnBadRow(Enum):
@@ -121,7 +124,7 @@ class DataConfig:
     columns: dict[str, str] = setting({})
     """Column names of the file by role, for example `{text: review, label: stars}`."""
     text_rows: TextRows = TextRows.line
-    """What is a row of a plain text file (.txt, .md): a line, a paragraph, or the whole document."""
+    """What is a row of a plain text file (.txt, .md): a line, a paragraph, the whole document, or `tagged` words (CoNLL)."""
     max_length: int = setting(1024, at_least=8)
     """Longest row in tokens; longer ones are cut."""
     packing: bool = True

@@ -18,7 +18,13 @@ from dstune.config.method_schema import (
     Unit,
 )
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import HEADED, ClassificationConfig, RewardConfig
+from dstune.config.task_schema import (
+    HEADED,
+    ClassificationConfig,
+    QuestionAnsweringConfig,
+    RewardConfig,
+    TokenClassificationConfig,
+)
 from dstune.errors import Problem
 
 
@@ -31,6 +37,13 @@ def check_method(config: RunConfig) -> Iterator[Problem]:
         yield Problem("method.pooling", reason, "method.pooling=model", method.pooling.name)
     if isinstance(method, FeaturesConfig):
         yield from _check_features(config, method)
+    if (
+        isinstance(method, HeadConfig)
+        and method.pooling is not Pooling.model
+        and isinstance(config.task, TokenClassificationConfig | QuestionAnsweringConfig)
+    ):
+        reason = f"task={config.task.name} reads every token, and pooling leaves one vector of all"
+        yield Problem("method.pooling", reason, "method.pooling=model", method.pooling.name)
     if isinstance(method, HeadConfig) and method.pooling is Pooling.model:
         for key in ("layers", "dropout"):
             if value := getattr(method, key):
@@ -66,6 +79,13 @@ def _check_features(config: RunConfig, method: FeaturesConfig) -> Iterator[Probl
         reason = "the classifiers of scikit-learn are fitted to one label a row"
         fix = "leave out method.logistic_regression and method.random_forest"
         yield Problem("task.multi_label", reason, fix, "true")
+    elif config.task.regression and (method.logistic_regression or method.random_forest):
+        reason = "the classifiers of scikit-learn are fitted to classes, and the labels are numbers"
+        fix = "leave out method.logistic_regression and method.random_forest"
+        yield Problem("task.regression", reason, fix, "true")
+    if config.evaluate.counterfactual:
+        reason = "other texts have other features, and the body does not run again"
+        yield Problem("evaluate.counterfactual", reason, "dstune evaluate RUN with it", config.evaluate.counterfactual)
     if method.pooling is Pooling.model:
         reason = "the architecture's own head takes texts, and there are features only"
         yield Problem("method.pooling", reason, "method.pooling=mean, cls or last", "model")

@@ -259,6 +259,14 @@ class EvaluateConfig:
     """Held-out prompts answered before and after training (chat and causal_lm)."""
     max_new_tokens: int = setting(48, at_least=1)
     """Longest answer to a sample prompt, in tokens."""
+    slices: list[str] = setting([])
+    """Columns of the rows by whose values metrics are given apart, with the worst value and the gap between them."""
+    slice_metric: str | None = None
+    """The metric that tells the worst slice; when not given the task's own (docs/tasks.md)."""
+    min_slice_rows: int = setting(10, at_least=1)
+    """A slice with fewer rows is shown, but cannot be the worst or the best one."""
+    counterfactual: str | None = None
+    """File with terms to swap (columns `from` and `to`): how much changes in held-out rows where only they do."""
 
 
 @dataclass(frozen=True)

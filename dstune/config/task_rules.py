@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterator
 
 from dstune.config.convert import shown
@@ -15,6 +16,8 @@ from dstune.config.task_schema import (
     PreferenceConfig,
     PreferenceLoss,
     Reference,
+    TagScheme,
+    TokenClassificationConfig,
 )
 from dstune.errors import Problem
 
@@ -39,15 +42,69 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
         yield from _check_embedding(config)
     if isinstance(task, EmbeddingConfig) or (isinstance(task, PreferenceConfig) and task.compares):
         yield from _check_scores(config)
-    if isinstance(task, ClassificationConfig) and task.labels:
-        twice = sorted({label for label in task.labels if task.labels.count(label) > 1})
-        if twice:
-            reason = f"given more than once: {', '.join(twice)}"
-            yield Problem("task.labels", reason, "name each label once", shown(task.labels))
-        if len(task.labels) < 2 and not task.multi_label:
-            yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", shown(task.labels))
-        if not all(label.strip() for label in task.labels):
-            yield Problem("task.labels", "a label is empty", "give each a name", shown(task.labels))
+    if isinstance(task, ClassificationConfig | TokenClassificationConfig) and task.labels:
+        yield from _check_labels(
+            task.labels, least=1 if isinstance(task, ClassificationConfig) and task.multi_label else 2
+        )
+    if isinstance(task, ClassificationConfig):
+        yield from _check_classification(config, task)
+    if isinstance(task, TokenClassificationConfig):
+        yield from _check_tags(config, task)
+
+
+def _check_labels(labels: list[str], *, least: int) -> Iterator[Problem]:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        reason = f"given more than once: {', '.join(twice)}"
+        yield Problem("task.labels", reason, "name each label once", shown(labels))
+    if len(labels) < least:
+        yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", shown(labels))
+    if not all(label.strip() for label in labels):
+        yield Problem("task.labels", "a label is empty", "give each a name", shown(labels))
+
+
+def _check_classification(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
+    weighted = [
+        (key, value) for key, value in (("class_weights", task.class_weights), ("balanced", task.balanced)) if value
+    ]
+    if task.regression:
+        others = [
+            ("multi_label", task.multi_label),
+            ("labels", task.labels),
+            ("focal_gamma", task.focal_gamma),
+            *weighted,
+        ]
+        for key, value in others:
+            if value:
+                reason = "with task.regression the label is a number, and there are no classes"
+                yield Problem(f"task.{key}", reason, f"leave out task.{key}, or task.regression=false", shown(value))
+    elif task.multi_label:
+        for key, value in weighted:
+            reason = "with task.multi_label a row is of several classes, and has no weight of one of them"
+            yield Problem(f"task.{key}", reason, f"leave out task.{key}", shown(value))
+    if len(weighted) > 1:
+        reason = "the weights are given by task.class_weights already"
+        yield Problem("task.balanced", reason, "task.balanced=false, or leave out task.class_weights", "true")
+    if task.balanced and config.data.streaming:
+        reason = "how many rows of a stream each class has is not known before its end"
+        yield Problem("task.balanced", reason, "task.class_weights={NAME: WEIGHT}", "true")
+    for name, weight in task.class_weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            yield Problem(f"task.class_weights.{name}", "a weight is more than 0", "for example 2.0", shown(weight))
+        if task.labels and name not in task.labels:
+            reason = f"no such label: task.labels are {', '.join(task.labels)}"
+            yield Problem(f"task.class_weights.{name}", reason, "use the names of task.labels", shown(weight))
+
+
+def _check_tags(config: RunConfig, task: TokenClassificationConfig) -> Iterator[Problem]:
+    if task.scheme is TagScheme.plain:
+        if task.repair:
+            reason = "only marks of entities can be repaired, and task.scheme=plain takes the tags as they are"
+            yield Problem("task.repair", reason, "task.scheme=bio, or task.repair=false", "true")
+        metric = config.trainer.early_stopping.metric
+        if metric.startswith("entity_"):
+            reason = "with task.scheme=plain there are no entities"
+            yield Problem("trainer.early_stopping.metric", reason, "token_accuracy, f1_macro or loss", metric)
 
 
 ONE_LOSS_ONLY = {

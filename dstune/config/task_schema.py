@@ -35,6 +35,14 @@ class ClassificationConfig:
     """Label names in the order of their indices; found in the training rows when empty."""
     multi_label: bool = False
     """Any number of labels for a row, each decided by itself (binary cross entropy, threshold 0.5)."""
+    regression: bool = False
+    """The label is a number that the model predicts (mean squared error)."""
+    class_weights: dict[str, float] = setting({})
+    """How much the rows of a class count in the loss, by its name; 1 where it is not named."""
+    balanced: bool = False
+    """Let all classes count alike: a row counts rows / (classes * rows of its class), as in scikit-learn."""
+    focal_gamma: float = setting(0.0, at_least=0.0)
+    """Above 0 the focal loss (Lin et al. 2017, arXiv:1708.02002): rows that the model is sure of count less."""
 
 
 class PreferenceLoss(Enum):
@@ -115,7 +123,59 @@ class EmbeddingConfig:
     """Let positives find their anchors as well."""
 
 
-TaskConfig = ChatConfig | CausalLmConfig | ClassificationConfig | PreferenceConfig | RewardConfig | EmbeddingConfig
+class TagScheme(Enum):
+    auto = "auto"
+    bio = "bio"
+    plain = "plain"
+
+
+class TrainedSubwords(Enum):
+    first = "first"
+    all = "all"
+
+
+@dataclass(frozen=True)
+class TokenClassificationConfig:
+    """A tag for each word: named entities, parts of speech."""
+
+    name: str = "token_classification"
+    labels: list[str] = setting([])
+    """Tag names in the order of their indices; found in the training rows when empty. Names tags that are numbers."""
+    scheme: TagScheme = TagScheme.auto
+    """`bio`: entities by B- and I- tags, which are checked; `plain`: any tags; `auto`: `bio` where all tags look so."""
+    repair: bool = False
+    """Let an I- tag that continues no entity begin one (as in IOB1), where the row would else be a bad row."""
+    subwords: TrainedSubwords = TrainedSubwords.first
+    """Sub-words of a word that count in the loss; metrics count the first one only."""
+    stride: int = setting(64, at_least=0)
+    """Sub-words that windows of a sentence longer than `data.max_length` have in common; at most half a window."""
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringConfig:
+    """The answer to a question as a span of a text (SQuAD, Rajpurkar et al. 2016 and 2018)."""
+
+    name: str = "question_answering"
+    no_answer: bool = False
+    """Some questions have no answer in their text, as in SQuAD 2: the model has to tell so."""
+    threshold: float = 0.0
+    """With `no_answer`: how much more than the best span, in logits, having no answer has to score to be predicted."""
+    max_answer_tokens: int = setting(30, at_least=1)
+    """Longest span that is predicted, in tokens."""
+    stride: int = setting(128, at_least=0)
+    """Tokens of a long text that two windows of it have in common; at most half of what has room beside the question."""
+
+
+TaskConfig = (
+    ChatConfig
+    | CausalLmConfig
+    | ClassificationConfig
+    | TokenClassificationConfig
+    | QuestionAnsweringConfig
+    | PreferenceConfig
+    | RewardConfig
+    | EmbeddingConfig
+)
 
 TASKS: dict[str, type] = {
     "chat": ChatConfig,
@@ -124,6 +184,8 @@ TASKS: dict[str, type] = {
     "preference": PreferenceConfig,
     "reward": RewardConfig,
     "embedding": EmbeddingConfig,
+    "token_classification": TokenClassificationConfig,
+    "question_answering": QuestionAnsweringConfig,
 }
 """Classes of the group by the name of the choice."""
 
@@ -133,7 +195,7 @@ CONVERSATIONS = (ChatConfig, PreferenceConfig, RewardConfig)
 WRITERS = (ChatConfig, CausalLmConfig, PreferenceConfig)
 """Tasks whose models write text."""
 
-HEADED = (ClassificationConfig, RewardConfig)
+HEADED = (ClassificationConfig, RewardConfig, TokenClassificationConfig, QuestionAnsweringConfig)
 """Tasks whose models have a head of their own in place of the vocabulary's."""
 
 DEFAULT_BETA = {PreferenceLoss.simpo: 2.0}

@@ -25,14 +25,26 @@ from dstune.config.schema import (
     WarmupStableDecayConfig,
 )
 from dstune.config.task_rules import check_task
-from dstune.config.task_schema import WRITERS, CausalLmConfig, ChatConfig, ClassificationConfig
+from dstune.config.task_schema import (
+    WRITERS,
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    EmbeddingConfig,
+    PreferenceConfig,
+    RewardConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+)
 from dstune.config.watched import watched
 from dstune.errors import Problem, UserError
 
 METRICS = {
-    "chat": ("loss", "perplexity", "token_accuracy"),
-    "causal_lm": ("loss", "perplexity", "token_accuracy"),
-    "classification": ("loss", "accuracy", "f1_macro", "f1_micro"),
+    "chat": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
+    "causal_lm": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
+    "classification": ("loss", "accuracy", "f1_macro", "f1_micro", "mcc", "auroc"),
+    "question_answering": ("loss", "exact_match", "f1", "best_f1"),
+    "token_classification": ("loss", "token_accuracy", "entity_f1", "entity_precision", "entity_recall", "f1_macro"),
     "preference": ("loss", "reward_accuracy", "reward_margin"),
     "reward": ("loss", "reward_accuracy", "reward_margin"),
     "embedding": ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"),
@@ -44,6 +56,8 @@ UNPACKED = {
     "preference": "answers are compared whole, each in a row of its own",
     "reward": "answers are compared whole, each in a row of its own",
     "embedding": "every text has a vector of its own",
+    "token_classification": "one row is one sentence, or a window of it",
+    "question_answering": "one row is one question with its text",
 }
 """Why the rows of a task are not packed."""
 
@@ -60,6 +74,8 @@ TASKS_OF_FORMAT = {
     DataFormat.contrastive: ("embedding",),
 }
 """What each row format is for."""
+
+REGRESSION_METRICS = ("loss", "mae", "rmse", "pearson", "spearman")
 
 MLFLOW_SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 
@@ -183,7 +199,7 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
             "data.max_rows=null; trainer.max_steps ends the run",
             shown(data.max_rows),
         )
-    if isinstance(config.task, ClassificationConfig) and not config.task.labels:
+    if isinstance(config.task, ClassificationConfig | TokenClassificationConfig) and not config.task.labels:
         yield Problem(
             "task.labels",
             "the labels of a stream are not known before its end",
@@ -283,7 +299,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, config.task
     held_out = bool(config.data.validation) or config.data.split.validation > 0
     rows = "data.validation=rows.jsonl or data.split.validation=0.05"
-    metrics = METRICS[task.name]
+    metrics = metrics_of(task)
     if stopping.metric not in metrics:
         yield Problem(
             "trainer.early_stopping.metric",
@@ -291,23 +307,40 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             f"one of {', '.join(metrics)}",
             shown(stopping.metric),
         )
+    whole = isinstance(task, PreferenceConfig | RewardConfig | EmbeddingConfig)
+    for key in ("slices", "counterfactual"):
+        if whole and getattr(evaluate, key):
+            reason = f"the loss of task={task.name} is not told row by row"
+            yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", shown(getattr(evaluate, key)))
+    if evaluate.slice_metric is not None and evaluate.slice_metric not in metrics:
+        reason = f"task={task.name} has no such metric"
+        yield Problem("evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", shown(evaluate.slice_metric))
     every = "evaluate.every=N with N optimizer steps between evaluations"
     wishes = (
         ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
         ("run.export", config.run.export is Export.best, "exporting the best weights", config.run.export, True),
         ("evaluate.every", evaluate.every > 0, "evaluating", evaluate.every, False),
         ("evaluate.samples", evaluate.samples > 0, "answering held-out prompts", evaluate.samples, False),
+        ("evaluate.slices", bool(evaluate.slices), "measuring slices", evaluate.slices, False),
+        ("evaluate.counterfactual", bool(evaluate.counterfactual), "swapping terms", evaluate.counterfactual, False),
     )
     for key, wished, what, value, needs_cadence in wishes:
         if not wished:
             continue
-        if not held_out:
+        if not held_out and not (config.data.test and key in ("evaluate.slices", "evaluate.counterfactual")):
             yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
         if needs_cadence and evaluate.every == 0:
             yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
     if evaluate.samples > 0 and not isinstance(task, WRITERS):
         reason = f"task={task.name} answers no prompts"
         yield Problem("evaluate.samples", reason, "evaluate.samples=0", shown(evaluate.samples))
+
+
+def metrics_of(task: TaskConfig) -> tuple[str, ...]:
+    """Evaluation metrics of `task` that may decide which checkpoint is best."""
+    if isinstance(task, ClassificationConfig) and task.regression:
+        return REGRESSION_METRICS
+    return METRICS[task.name]
 
 
 def check_run(config: RunConfig) -> Iterator[Problem]:

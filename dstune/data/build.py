@@ -22,17 +22,21 @@ import xxhash
 from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CONVERSATIONS, WRITERS, ClassificationConfig, EmbeddingConfig, PreferenceConfig
+from dstune.config.task_schema import CONVERSATIONS, WRITERS, EmbeddingConfig, PreferenceConfig, QuestionAnsweringConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.inputs import PARTS, of_training
+from dstune.data.labels import ChosenRows, class_weights, labels_of_training
 from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
 from dstune.data.prompts import sample_prompts
-from dstune.data.rows import check_columns, sort_labels
+from dstune.data.rows import check_columns, has_several
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
 from dstune.data.stream import FileShard, Position, Stream, difference, identity_of
+from dstune.data.swapped import load_swapped, write_swapped
+from dstune.data.swaps import KEY as SWAPS_KEY
+from dstune.data.swaps import Swaps
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
@@ -135,6 +139,8 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         template = freeze_date(template, config.task.template_date)
     if isinstance(config.task, EmbeddingConfig):  # nor does what the loss makes of their vectors
         task = {"name": config.task.name}
+    terms = config.evaluate.counterfactual
+    swap_files = sources.expand(terms, SWAPS_KEY) if terms else []
     parts = {
         "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
         "replay": mixes_in(config),
@@ -151,6 +157,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             data.on_bad_row,
         ],
         "prompts": _prompt_count(config),
+        "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
         "clean": [asdict(data.clean), versions(data.clean)],
         "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(Path(__file__).parent.rglob("*.py"))],
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -229,24 +236,36 @@ class Builder:
             cleaning.refuse_nothing_left(tables)
         chosen = self._choose(tables)
         _leave_out_leaks(chosen, cleaning)
-        labels = _labels(chosen, config, bad)
+        labels = labels_of_training(chosen, config, bad)
         bad.raise_if_any()
         chosen["train"] = _limited(chosen["train"], config)
 
         formats = {table.format for table in tables.values()}
         fmt = DataFormat.messages if DataFormat.messages in formats else tables["train"].format
-        encode = RowTokenizer(self._tokenizer, config.task, fmt, config.data.max_length, labels)
+        weights = class_weights(config, labels, chosen["train"])
+        encode = RowTokenizer(self._tokenizer, config.task, fmt, config.data.max_length, labels, weights)
         report: dict[str, Any] = {}
         with _no_progress_bars():
             for part, rows in chosen.items():
                 counts = write_samples(
-                    rows.table, rows.indices, encode, folder, part, bad, work=work, workers=config.data.workers
+                    rows.table,
+                    rows.indices,
+                    encode,
+                    folder,
+                    part,
+                    bad,
+                    work=work,
+                    workers=config.data.workers,
+                    with_texts=part != "train" and _metrics_read_rows(config),
                 )
                 report[part] = _report(rows, counts, read.get(part, read["train"]))
                 if part in cleaning.reports:
                     cleaned = cleaning.reports[part].to_dict()
                     cleaned["examples"] = report[part].get("examples", {}) | cleaned["examples"]
                     report[part] |= cleaned
+                if part != "train" and config.evaluate.counterfactual:
+                    swaps = Swaps.read(config.evaluate.counterfactual)
+                    write_swapped(rows, swaps, encode, folder, part, work=work, workers=config.data.workers)
         bad.raise_if_any()
         if self._held_out is None:
             for part, counted in report.items():
@@ -255,7 +274,12 @@ class Builder:
         if "validation" in chosen and isinstance(config.task, WRITERS):
             rows, count = chosen["validation"], _prompt_count(config)
             prompts = sample_prompts(encode, rows.table, rows.indices, count, config.data.max_length)
-        meta = {"labels": labels, "prompts": [asdict(prompt) for prompt in prompts], "report": report}
+        meta = {
+            "labels": labels,
+            "class_weights": weights,
+            "prompts": [asdict(prompt) for prompt in prompts],
+            "report": report,
+        }
         if config.data.streaming:
             meta["stream"] = self._finish_block(folder, chosen)
         (folder / "meta.json").write_text(json.dumps(meta))
@@ -272,16 +296,16 @@ class Builder:
     def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:
         return named[""] if "" in named else mixture.merge(named, self._config, work / f"{part}.rows.arrow")
 
-    def _choose(self, tables: dict[str, Table]) -> dict[str, _Rows]:
+    def _choose(self, tables: dict[str, Table]) -> dict[str, ChosenRows]:
         if self._held_out is None:
             return _choose(tables, self._config)
         train = tables["train"]
         known = np.isin(train.hashes, self._held_out)
         if self._config.data.clean.leaks and train.text_keys is not None:
             known |= np.isin(train.text_keys, self._held_out)
-        return {"train": _Rows(train, train.rows[~known[train.rows]])}
+        return {"train": ChosenRows(train, train.rows[~known[train.rows]])}
 
-    def _finish_block(self, folder: Path, chosen: dict[str, _Rows]) -> dict[str, Any]:
+    def _finish_block(self, folder: Path, chosen: dict[str, ChosenRows]) -> dict[str, Any]:
         """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
         stream = self._inputs["train"][""].stream
         assert stream is not None
@@ -322,30 +346,14 @@ class Builder:
             raise UserError(problems)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a table."""
-
-    table: Table
-    indices: np.ndarray
-    bad_rows: int = 0
-
-    @property
-    def hashes(self) -> np.ndarray:
-        return self.table.hashes[self.indices]
-
-    @property
-    def text_keys(self) -> np.ndarray:
-        assert self.table.text_keys is not None
-        return self.table.text_keys[self.indices]
-
-    def keep(self, positions: np.ndarray, bad_rows: int = 0) -> _Rows:
-        return _Rows(self.table, self.indices[positions], self.bad_rows + bad_rows)
+def _metrics_read_rows(config: RunConfig) -> bool:
+    """Whether metrics need the rows beside their samples."""
+    return isinstance(config.task, QuestionAnsweringConfig) or bool(config.evaluate.slices)
 
 
-def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
+def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]:
     """Which rows make up each part: those of its own file, or those held out from the training file."""
-    train, split = _Rows(tables["train"], tables["train"].rows), config.data.split
+    train, split = ChosenRows(tables["train"], tables["train"].rows), config.data.split
     own = np.arange(len(train.indices))
     if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
         own = np.flatnonzero(_of_task(train))
@@ -353,14 +361,14 @@ def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
     parts[own] = assign(
         train.hashes[own],
         # A row with several labels cannot be a share of each of them.
-        None if train.table.labels is None or _is_multi_label(config) else train.table.labels[train.indices[own]],
+        None if train.table.labels is None or has_several(config.task) else train.table.labels[train.indices[own]],
         validation=0.0 if "validation" in tables else split.validation,
         test=0.0 if "test" in tables else split.test,
     )
     chosen = {"train": train.keep(np.flatnonzero(parts == TRAIN))}
     for part, number in (("validation", VALIDATION), ("test", TEST)):
         if part in tables:
-            rows = _Rows(tables[part], tables[part].rows)
+            rows = ChosenRows(tables[part], tables[part].rows)
         else:
             rows = train.keep(np.flatnonzero(parts == number))
         if len(rows.indices):
@@ -369,13 +377,13 @@ def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, _Rows]:
     return chosen
 
 
-def _of_task(rows: _Rows) -> np.ndarray:
+def _of_task(rows: ChosenRows) -> np.ndarray:
     """With `forgetting.replay`, which rows are those of the task, bool [rows]."""
     assert rows.table.sources is not None
     return np.asarray(rows.table.sources[rows.indices] == 0)
 
 
-def _limited(rows: _Rows, config: RunConfig) -> _Rows:
+def _limited(rows: ChosenRows, config: RunConfig) -> ChosenRows:
     """`data.max_rows` of the training rows; general rows are not counted."""
     if config.data.max_rows is None:
         return rows
@@ -386,57 +394,14 @@ def _limited(rows: _Rows, config: RunConfig) -> _Rows:
     return rows.keep(np.sort(np.concatenate([kept, np.flatnonzero(~_of_task(rows))])))
 
 
-def _leave_out_leaks(chosen: dict[str, _Rows], cleaning: Cleaning) -> None:
+def _leave_out_leaks(chosen: dict[str, ChosenRows], cleaning: Cleaning) -> None:
     train = chosen["train"]
     held_out = [(rows.table, rows.indices) for part, rows in chosen.items() if part != "train"]
     rows = cleaning.leaks((train.table, train.indices), held_out)
     if len(train.indices) and not len(rows):
         reason = "every training row occurs in validation or test as well"
         raise UserError(Problem(where="data.clean.leaks", value="true", reason=reason, fix="data.clean.leaks=false"))
-    chosen["train"] = _Rows(train.table, rows, train.bad_rows)
-
-
-def _labels(chosen: dict[str, _Rows], config: RunConfig, bad: BadRows) -> tuple[str, ...]:
-    """Label names by index; rows of the other parts with a label that training lacks are bad and left out."""
-    if not isinstance(config.task, ClassificationConfig):
-        return ()
-    multi_label = config.task.multi_label
-    if config.data.streaming:  # all of them are named, and reading has refused the rows with others
-        return tuple(config.task.labels)
-    train = chosen["train"].table.labels
-    assert train is not None
-    labels = tuple(config.task.labels)
-    if not labels and multi_label:
-        # Of all rows of the file: a label that fell into the rows held out alone is still one to answer no to.
-        labels = sort_labels({name for row in np.unique(train) for name in json.loads(row)})
-    elif not labels:
-        labels = sort_labels(np.unique(train[chosen["train"].indices]).tolist())
-    if len(labels) < (1 if multi_label else 2):
-        reason = f"the training rows have one label only ({labels[0]!r})" if labels else "no training row has a label"
-        raise UserError(Problem(where="data.train", value=str(config.data.train), reason=reason))
-    for part, rows in chosen.items():
-        assert rows.table.labels is not None
-        names = rows.table.labels[rows.indices]
-        unknown = {row: _unknown(row, labels, multi_label) for row in np.unique(names)}
-        seen = np.array([unknown[row] is None for row in names], dtype=bool)
-        for position in np.flatnonzero(~seen):
-            place, name = rows.table.place(rows.indices[position]), unknown[names[position]]
-            bad.add(place, f"label {name!r} does not occur in the training rows ({', '.join(labels)})")
-        chosen[part] = rows.keep(np.flatnonzero(seen), int((~seen).sum()))
-        if not len(chosen[part].indices):
-            bad.raise_if_any()
-            raise UserError(Problem(where=f"data.{part}", reason="no row has a label that training knows"))
-    return labels
-
-
-def _is_multi_label(config: RunConfig) -> bool:
-    return isinstance(config.task, ClassificationConfig) and config.task.multi_label
-
-
-def _unknown(row: str, labels: tuple[str, ...], multi_label: bool) -> str | None:
-    """The first label of a row that is not among `labels`."""
-    names = json.loads(row) if multi_label else [str(row)]
-    return next((name for name in names if name not in labels), None)
+    chosen["train"] = ChosenRows(train.table, rows, train.bad_rows)
 
 
 def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) -> None:
@@ -456,7 +421,7 @@ def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) ->
     raise UserError(Problem(where=f"data.{part}", reason=reason, fix="data.on_bad_row=error shows what is wrong"))
 
 
-def _report(rows: _Rows, counts: Counts, read: dict[str, Table]) -> dict[str, Any]:
+def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table]) -> dict[str, Any]:
     """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file."""
     bad_rows = rows.table.bad_rows + rows.bad_rows + counts.bad_rows
     counted = asdict(counts)
@@ -503,6 +468,7 @@ def _load(folder: Path, key: str, config: RunConfig) -> PreparedData:
         labels=tuple(meta["labels"]),
         prompts=[SamplePrompt(**prompt) for prompt in meta["prompts"]],
         report=report,
+        swapped={part: found for part in PARTS[1:] if (found := load_swapped(folder, part, load_split))},
         fingerprint=key,
         stream=StreamStart(folder / HELD_OUT, **meta["stream"]) if "stream" in meta else None,
     )
@@ -512,5 +478,15 @@ def load_split(folder: Path, part: str) -> Split:
     """The samples that were written to `folder`; nothing but their pages in use is in memory."""
     table = datasets.Dataset.from_file(str(folder / f"{part}.arrow"))
     lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
-    found = folder / f"{part}.sources.npy"
-    return Split(part, table, lengths, weights, np.load(found, mmap_mode="r") if found.exists() else None)
+    sources_file, origins_file, texts = (
+        folder / f"{part}.{name}" for name in ("sources.npy", "origins.npy", "texts.arrow")
+    )
+    return Split(
+        part,
+        table,
+        lengths,
+        weights,
+        sources=np.load(sources_file, mmap_mode="r") if sources_file.exists() else None,
+        origins=np.load(origins_file, mmap_mode="r") if origins_file.exists() else None,
+        texts=datasets.Dataset.from_file(str(texts)) if texts.exists() else None,
+    )

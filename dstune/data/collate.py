@@ -14,24 +14,33 @@ from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 NO_TARGET = -100
 """Label of a position that does not count (the value that torch's cross entropy ignores by default)."""
 
-TOKEN_COLUMNS = {"labels": NO_TARGET, "token_type_ids": 0}
+TOKEN_COLUMNS = {"labels": NO_TARGET, "token_type_ids": 0, "word_start": 0, "char_start": -1, "char_end": -1}
 """Columns of a sample with a value for each token, padded with this; `input_ids` with the padding token."""
 
-ROW_COLUMNS = {"label": "labels"}
-"""Columns of a sample with one target (or a list of fixed length) by the name that a batch gives them."""
+ROW_COLUMNS = {
+    "label": "labels",
+    "loss_weight": "loss_weight",
+    "start": "start_positions",
+    "end": "end_positions",
+    "null": "null_positions",
+}
+"""Columns of a sample with one value (or a list of fixed length) by the name that a batch gives them."""
+
+TARGETS = ("labels", "start_positions", "end_positions")
+"""What of a batch is NO_TARGET in a filler, or NaN where targets are numbers of any kind."""
 
 
 def collate(
     split: Split, micro_batch: MicroBatch, *, pad_token_id: int, packing: bool, with_index: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of `micro_batch`, all int64. What a batch holds follows from what the samples hold.
+    """Tensors of `micro_batch`, int64 or float32. What a batch holds follows from what the samples hold.
 
     Packed: `input_ids`, `labels`, `position_ids`, each [rows, longest row]. Positions restart at 0 with every sample,
     padding included, and there is no attention mask: from the restarts transformers keeps samples apart.
     Not packed: `input_ids`, `attention_mask` and what TOKEN_COLUMNS names, each [rows, longest sample rounded up to a
     multiple of 8]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
     Rows whose body was run before (`method=features`): `features` [rows, hidden] float32 and what ROW_COLUMNS names.
-    with_index: `index` [rows] (sample numbers) too. In a filler every label is -100.
+    with_index: `index` [rows] (sample numbers) too. In a filler every target is -100.
     """
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
     held = rows[0][0].keys()
@@ -54,13 +63,10 @@ def collate(
             position_ids[number, start:end] = np.arange(end - start)
         position_ids[number, end:] = np.arange(width - end)
 
-    targets = {name: of for name, of in ROW_COLUMNS.items() if name in held}
-    assert not (packing and targets), "a packed row has no target of its own"
-    for name, of in targets.items():
-        arrays[of] = np.array([_only(row)[name] for row in rows], dtype=np.int64)
-    if micro_batch.filler:
-        for name in {"labels", *targets.values()} & arrays.keys():
-            arrays[name][:] = NO_TARGET
+    of_rows = _of_rows([row[0] for row in rows])
+    assert not (packing and of_rows), "a packed row has no target of its own"
+    arrays |= of_rows
+    _mark_filler(arrays, micro_batch)
     arrays["position_ids" if packing else "attention_mask"] = position_ids if packing else real
     if with_index:
         arrays["index"] = np.array([_only(row) for row in micro_batch.rows], dtype=np.int64)
@@ -72,11 +78,27 @@ def _only(row: Any) -> Any:
     return sample
 
 
+def _of_rows(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What ROW_COLUMNS names, of the samples that have it."""
+    arrays = {}
+    for name, of in ROW_COLUMNS.items():
+        if name in samples[0]:
+            values = np.array([sample[name] for sample in samples])
+            arrays[of] = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+    return arrays
+
+
+def _mark_filler(arrays: dict[str, np.ndarray], micro_batch: MicroBatch) -> None:
+    """Let nothing of a filler count."""
+    for name in arrays.keys() & set(TARGETS) if micro_batch.filler else ():
+        # Any number may be a target of a regression.
+        arrays[name][:] = np.nan if arrays[name].dtype.kind == "f" else NO_TARGET
+
+
 def _of_features(rows: list[dict[str, Any]], micro_batch: MicroBatch, with_index: bool) -> dict[str, Tensor]:
     arrays: dict[str, np.ndarray] = {"features": np.stack([row["features"] for row in rows]).astype(np.float32)}
-    for name, of in ROW_COLUMNS.items():
-        targets = np.array([row[name] for row in rows], dtype=np.int64)
-        arrays[of] = np.full_like(targets, NO_TARGET) if micro_batch.filler else targets
+    arrays |= _of_rows(rows)
+    _mark_filler(arrays, micro_batch)
     if with_index:
         arrays["index"] = np.array(micro_batch.samples, dtype=np.int64)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

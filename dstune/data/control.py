@@ -37,7 +37,7 @@ _MADE_UP = [
     {"role": "user", "content": "Hi"},
 ]
 
-NO_TEXT = frozenset({"role", "label", "labels"})
+NO_TEXT = frozenset({"role", "label", "labels", "tags"})
 
 
 @dataclass(frozen=True)

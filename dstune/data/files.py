@@ -20,7 +20,8 @@ from dstune.config.data_schema import TextRows
 from dstune.errors import Problem, UserError
 
 DOCUMENTS = (".txt", ".md")
-TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *DOCUMENTS)
+TAGGED = (".conll", ".conllu", ".bio", ".iob")
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *DOCUMENTS, *TAGGED)
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ENDINGS = (*TEXTS, *TABLES)

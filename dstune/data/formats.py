@@ -13,8 +13,10 @@ from dstune.config.task_schema import (
     EmbeddingConfig,
     PreferenceConfig,
     PreferenceLoss,
+    QuestionAnsweringConfig,
     RewardConfig,
     TaskConfig,
+    TokenClassificationConfig,
 )
 from dstune.errors import Problem, UserError
 
@@ -29,6 +31,8 @@ FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.preference: ("chosen", "rejected"),
     DataFormat.feedback: ("prompt", "completion", "label"),
     DataFormat.contrastive: ("anchor", "positive"),
+    DataFormat.tokens_tags: ("tokens", "tags"),
+    DataFormat.squad: ("question", "context", "answers"),
 }
 """The roles that a row of each format needs; `data.columns` maps a role to the column of the file."""
 
@@ -40,6 +44,7 @@ OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.preference: ("prompt", "system", "tools", "margin"),
     DataFormat.feedback: ("system", "tools"),
     DataFormat.contrastive: ("negative",),
+    DataFormat.squad: ("id", "is_impossible"),
 }
 
 OTHER_NAMES = {
@@ -47,6 +52,8 @@ OTHER_NAMES = {
     "conversations": ("conversation",),
     "label": ("labels",),
     "tools": ("functions",),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "labels"),
 }
 """Columns that are taken for a role where neither the role's own name nor `data.columns` gives one."""
 
@@ -74,6 +81,10 @@ def formats_of(task: TaskConfig) -> tuple[DataFormat, ...]:
             return (DataFormat.preference,)
         case EmbeddingConfig():
             return (DataFormat.contrastive,)
+        case TokenClassificationConfig():
+            return (DataFormat.tokens_tags,)
+        case QuestionAnsweringConfig():
+            return (DataFormat.squad,)
     raise AssertionError(f"no formats for {task!r}")
 
 
@@ -188,6 +199,10 @@ def _other_task(columns: Collection[str]) -> str:
         return "task=chat reads these columns"
     if any(has(choice) for choice in formats_of(ClassificationConfig())):
         return "task=classification reads these columns"
+    if has(DataFormat.squad):
+        return "task=question_answering reads these columns"
+    if has(DataFormat.tokens_tags):
+        return "task=token_classification reads these columns"
     if has(DataFormat.text):
         return "task=causal_lm reads these columns"
     return ""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,10 +15,11 @@ import pyarrow as pa
 
 from dstune.config.data_schema import DataFormat, OnBadRow
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ChatConfig, ClassificationConfig
+from dstune.config.task_schema import ClassificationConfig, TokenClassificationConfig
 from dstune.data import sources
-from dstune.data.rows import RowError, canonical, labels_of, normalise, recognise
+from dstune.data.rows import RowError, canonical, has_labels, has_several, labels_of, normalise, recognise
 from dstune.data.split import content_hash
+from dstune.data.swaps import slice_values
 from dstune.errors import Problem, UserError
 
 SHOWN_BAD_ROWS = 10
@@ -34,6 +36,7 @@ ROW_SCHEMA = pa.schema(
         ("label", pa.string()),
         ("file", pa.int32()),
         ("line", pa.int64()),
+        ("slices", pa.string()),
     ]
 )
 
@@ -71,7 +74,8 @@ class Table:
     """The good rows of one part, memory-mapped, in file order."""
 
     data: datasets.Dataset
-    """Columns of `ROW_SCHEMA`: `row` is the normalised row as JSON text, `number` counts from 0."""
+    """Columns of `ROW_SCHEMA`: `row` is the normalised row as JSON text, `number` counts from 0, `slices` holds the values of
+    `evaluate.slices` as JSON text."""
     files: list[sources.DataFile]
     format: DataFormat
     """`messages` where any of the rows is a conversation."""
@@ -80,7 +84,7 @@ class Table:
     hashes: np.ndarray
     """uint64 [rows]."""
     labels: np.ndarray | None
-    """Label names [rows], for classification; with `task.multi_label` lists of them as JSON text."""
+    """Label names [rows], for classification; lists of them as JSON text where a row has several."""
     sources: np.ndarray | None = None
     """Number of the source in a mixture, int16 [rows]."""
     kept: np.ndarray | None = None
@@ -135,10 +139,11 @@ def load_table(
     columns = data.data.table
     hashes = columns["hash"].to_numpy()
     labels = None
-    if isinstance(config.task, ClassificationConfig):
+    if has_labels(config.task):
         # By way of the different ones: a text object for each row would take 60 bytes and more.
         encoded = columns["label"].combine_chunks().dictionary_encode()
-        labels = np.array(encoded.dictionary.to_pylist(), dtype=str)[encoded.indices.to_numpy()]
+        names = np.array(encoded.dictionary.to_pylist(), dtype=object if has_several(config.task) else str)
+        labels = names[encoded.indices.to_numpy()]
     return Table(data, files, fmt, rows_read, bad_rows, hashes, labels)
 
 
@@ -163,8 +168,8 @@ class _Reader:
     def __init__(self, config: RunConfig, bad: BadRows):
         self._data = config.data
         self._task = config.task
+        self._slices = config.evaluate.slices
         self._bad = bad
-        self._needs_answer = not (isinstance(config.task, ChatConfig) and config.task.train_on_prompt)
         self.format: DataFormat | None = None
         self.any_messages = False
         self.rows_read = 0
@@ -179,7 +184,8 @@ class _Reader:
             except RowError as error:
                 self._bad.add(raw.place, str(error))
                 continue
-            waiting.append((row, number, content_hash_value, label, file_number, raw.line))
+            slices = json.dumps(slice_values(raw.fields or {}, self._slices)) if self._slices else None
+            waiting.append((row, number, content_hash_value, label, file_number, raw.line, slices))
             number += 1
             if len(waiting) == ROWS_PER_BATCH:
                 yield _batch(waiting)
@@ -193,18 +199,20 @@ class _Reader:
             raise RowError(raw.error)
         if self.format is None:
             self.format = recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)
-        multi_label = isinstance(self._task, ClassificationConfig) and self._task.multi_label
-        row = normalise(
-            raw.fields, self.format, self._data.columns, needs_answer=self._needs_answer, multi_label=multi_label
-        )
+        row = normalise(raw.fields, self.format, self._data.columns, self._task)
         self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
-        if isinstance(self._task, ClassificationConfig) and self._task.labels:
-            for name in labels_of(row):
-                if name not in self._task.labels:
-                    raise RowError(f"label {name!r} is not among task.labels ({', '.join(self._task.labels)})")
-        label = json.dumps(row["labels"]) if multi_label else row.get("label")
+        label = None
+        if has_labels(self._task):
+            self._refuse_other_labels(row)
+            label = json.dumps(labels_of(row)) if has_several(self._task) else row["label"]
         content = canonical(row)
         return content.decode("utf-8"), content_hash(content, self._data.split.seed), label
+
+    def _refuse_other_labels(self, row: dict[str, Any]) -> None:
+        assert isinstance(self._task, ClassificationConfig | TokenClassificationConfig)
+        for name in labels_of(row) if self._task.labels else ():
+            if name not in self._task.labels:
+                raise RowError(f"label {name!r} is not among task.labels ({', '.join(self._task.labels)})")
 
 
 def _batch(rows: list[tuple]) -> pa.RecordBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,45 @@ class Split:
 
     name: str
     table: datasets.Dataset
-    """`input_ids` list<int32> with `labels` list<int32> (-100 = no target, not shifted, the first one always -100), or
-    for classification with `label`: an int, or with `task.multi_label` a list of 0 and 1. For pairs of texts with
-    `token_type_ids` too, where the model is told them. Further columns: `tokenize.more_columns`, `value_columns`."""
+    """`input_ids` list<int32> with `labels` list<int32> (-100 = no target; of language models not shifted, the first one
+    always -100), or for classification with `label`: an int, or with `task.multi_label` a list of 0 and 1. For pairs of
+    texts with `token_type_ids` too, where the model is told them. What else there is, the task's encoder says
+    (`data.tokenize`)."""
     lengths: np.ndarray
     """Tokens of each sample, int32 [samples]."""
     weights: np.ndarray
-    """Targets that each sample adds to the loss, int64 [samples]; 1 where a row or a pair counts as a whole."""
+    """Targets that each sample adds to the loss, int64 [samples]; with class weights their weights, float64."""
     sources: np.ndarray | None = None
     """Number of each sample's source in `data.mixture`, int16 [samples]; None without a mixture."""
     rows: np.ndarray | None = None
     """Which row of `table` each sample is, where the split is a part of it; None for all rows in order."""
     reference: np.ndarray | None = None
     """What the reference model says of each row of `table`: log-probabilities, float32 [rows, answers]."""
+    origins: np.ndarray | None = None
+    """Number of the row that each sample is of, int32 [samples], from 0 in the split's order; validation and test only."""
+    texts: datasets.Dataset | None = None
+    """The normalised rows as JSON text (`row`) with the values of `evaluate.slices` (`slices`, JSON text), by the numbers in
+    `origins`, where metrics need them."""
 
     @cached_property
     def _arrays(self) -> datasets.Dataset:
         return self.table.with_format("numpy")
+
+    def select(self, samples: np.ndarray) -> Split:
+        """The split with some of its samples, int [samples]."""
+        return replace(
+            self,
+            lengths=self.lengths[samples],
+            weights=self.weights[samples],
+            sources=None if self.sources is None else self.sources[samples],
+            rows=np.asarray(samples) if self.rows is None else self.rows[samples],
+            origins=None if self.origins is None else self.origins[samples],
+        )
+
+    def column(self, name: str) -> np.ndarray:
+        """A value of each sample, [samples]."""
+        values = np.asarray(self.table.select_columns([name]).with_format("numpy")[:][name])
+        return values if self.rows is None else values[self.rows]
 
     def sample(self, index: int) -> dict[str, Any]:
         """One sample as numpy arrays."""
@@ -46,6 +68,17 @@ class Split:
     def neighbour(self, index: int) -> dict[str, Any]:
         """The sample of the row of `table` behind that of `index`; behind the last row comes the first."""
         return self._arrays[(self.row(index) + 1) % len(self.table)]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The held-out rows that hold terms of `evaluate.counterfactual`, with these swapped."""
+
+    split: Split
+    of: np.ndarray
+    """Number of the row that each of its rows was, int32 [rows of `split`]."""
+    names: list[list[str]]
+    """What was swapped in each row, as `he -> she`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +121,8 @@ class PreparedData:
     """Held-out prompts, always the same ones; empty where there is no validation split or nothing to generate."""
     report: dict[str, Any] = field(default_factory=dict)
     """By part: rows read, bad rows skipped, truncated, dropped, samples, tokens, targets."""
+    swapped: dict[str, Swapped] = field(default_factory=dict)
+    """By part, with `evaluate.counterfactual`."""
     fingerprint: str = ""
     """Digest of content, tokenizer, settings and code: equal for equal samples."""
     stream: StreamStart | None = None

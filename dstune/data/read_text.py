@@ -50,7 +50,7 @@ def _row_of_json(file: DataFile, number: int, raw: bytes) -> RawRow | None:
     raw = _line(number, raw)
     if not raw or raw.isspace():
         return None
-    text, error = _decoded(raw)
+    text, error = decoded(raw)
     if error:
         return RawRow(file, number, None, error)
     try:
@@ -65,12 +65,13 @@ def _line(number: int, raw: bytes) -> bytes:
     return (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).rstrip(b"\r\n")
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers from 1, without their ends."""
     for number, raw in enumerate(stream, start=1):
         yield number, _line(number, raw)
 
 
-def _decoded(raw: bytes) -> tuple[str, str]:
+def decoded(raw: bytes) -> tuple[str, str]:
     """The text of a line, and what is wrong with it."""
     try:
         return raw.decode("utf-8"), ""
@@ -235,12 +236,12 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
     with opened(file) as stream:
         if file.text_rows is TextRows.line:
             blocks: Iterator[tuple[int, list[bytes]]] = (
-                (number, [raw]) for number, raw in _lines(stream) if raw.strip()
+                (number, [raw]) for number, raw in lines_of(stream) if raw.strip()
             )
         elif file.text_rows is TextRows.paragraph:
             blocks = _paragraphs(stream)
         else:
-            blocks = iter([(1, [raw for _, raw in _lines(stream)])])
+            blocks = iter([(1, [raw for _, raw in lines_of(stream)])])
         for number, lines in blocks:
             row = _text_row(file, number, lines)
             if row.fields is None or row.fields["text"]:
@@ -250,7 +251,7 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
 def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
     first = 1
     block: list[bytes] = []
-    for number, raw in _lines(stream):
+    for number, raw in lines_of(stream):
         if raw.strip():
             if not block:
                 first = number
@@ -263,10 +264,10 @@ def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def _text_row(file: DataFile, first: int, lines: list[bytes]) -> RawRow:
-    decoded = []
+    parts = []
     for number, raw in enumerate(lines, start=first):
-        text, error = _decoded(raw)
+        text, error = decoded(raw)
         if error:
             return RawRow(file, number, None, error)
-        decoded.append(text)
-    return RawRow(file, first, {"text": "\n".join(decoded).strip("\n")})
+        parts.append(text)
+    return RawRow(file, first, {"text": "\n".join(parts).strip("\n")})

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dstune.config.data_schema import DataFormat
+from dstune.config.task_schema import (
+    ChatConfig,
+    ClassificationConfig,
+    QuestionAnsweringConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+)
+from dstune.data.answers import answers_of, checked_answers
 from dstune.data.formats import FORMAT_COLUMNS, OPTIONAL_COLUMNS, check_columns, column_of, listing, recognise
 from dstune.data.messages import (
     alpaca,
@@ -19,32 +29,32 @@ from dstune.data.messages import (
 )
 from dstune.data.preferences import pair_row, verdict_of
 from dstune.data.problems import RowError, shown
+from dstune.data.tags import checked
 
 __all__ = ["RowError", "canonical", "check_columns", "labels_of", "normalise", "recognise", "sort_labels"]
 
 
 def normalise(
-    fields: Mapping[str, Any],
-    fmt: DataFormat,
-    mapping: Mapping[str, str],
-    *,
-    needs_answer: bool = True,
-    multi_label: bool = False,
+    fields: Mapping[str, Any], fmt: DataFormat, mapping: Mapping[str, str], task: TaskConfig | None = None
 ) -> dict[str, Any]:
     """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
     Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `text`, or `text` with `text_pair`
-    where it has one and `label` (a string) or `labels` (with `multi_label`: sorted strings, perhaps none). Pairs of
-    answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true or false).
-    `needs_answer=False` accepts a conversation in which the assistant says nothing.
+    where it has one and `label` (a string, in a regression a number) or `labels` (of a multi-label task: sorted strings,
+    perhaps none), or `tokens` and `tags` (as many strings), or `question`, `context` and `answers` (each with `text` and
+    `start`). Pairs of answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true
+    or false). task: what its settings allow, for example an assistant that says nothing.
     Raises RowError.
     """
+    multi_label = isinstance(task, ClassificationConfig) and task.multi_label
     found: dict[str, Any] = {}
     for role in FORMAT_COLUMNS[fmt]:
         column = column_of(role, mapping, fields)
         if column not in fields:
             raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")
         check = _check_of(role, fmt, multi_label)
+        if check is _label and isinstance(task, ClassificationConfig) and task.regression:
+            check = _number
         found[role] = check(fields[column], column) if check else fields[column]
     for role in OPTIONAL_COLUMNS.get(fmt, ()):
         value = fields.get(column_of(role, mapping, fields))
@@ -60,12 +70,51 @@ def normalise(
         if multi_label and "label" in found:
             found["labels"] = found.pop("label")
         return found
+    needs_answer = not (isinstance(task, ChatConfig) and task.train_on_prompt)
     if fmt is DataFormat.preference:
         return pair_row(found)
     if fmt is DataFormat.feedback:
         verdict = found.pop("label")
         return {**_chat(found, DataFormat.prompt_completion, needs_answer), "desirable": verdict}
+    if fmt is DataFormat.tokens_tags:
+        return _tagged(found, task if isinstance(task, TokenClassificationConfig) else TokenClassificationConfig())
+    if fmt is DataFormat.squad:
+        return _question(found, no_answer=isinstance(task, QuestionAnsweringConfig) and task.no_answer)
     return _chat(found, fmt, needs_answer)
+
+
+def _question(found: dict[str, Any], *, no_answer: bool) -> dict[str, Any]:
+    named = f"question {found['id']!r}: " if isinstance(found.get("id"), str) else ""
+    try:
+        answers = [] if found.get("is_impossible") is True else answers_of(found["answers"])
+        checked_answers(answers, found["context"], no_answer=no_answer)
+    except RowError as error:  # many files have all questions in one line
+        raise RowError(f"{named}{error}") from None
+    return {"question": found["question"], "context": found["context"], "answers": answers}
+
+
+def _tagged(found: dict[str, Any], task: TokenClassificationConfig) -> dict[str, Any]:
+    tokens, tags = found["tokens"], found["tags"]
+    if len(tokens) != len(tags):
+        raise RowError(f"{len(tokens)} tokens have {len(tags)} tags")
+    return {
+        "tokens": tokens,
+        "tags": checked([_tag(tag, task.labels) for tag in tags], tokens, task.scheme, repair=task.repair),
+    }
+
+
+def _tag(value: Any, names: list[str]) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not names:
+            raise RowError(f"tag {value} is a number; task.labels=[NAME,NAME] names the tags in their order")
+        if not 0 <= value < len(names):
+            raise RowError(f"tag {value} is not the number of one of the {len(names)} task.labels")
+        return names[value]
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"a tag must be text or a number, it is {shown(value)}")
+    return value.strip()
 
 
 def _check_of(role: str, fmt: DataFormat, multi_label: bool) -> Callable[[Any, str], Any] | None:
@@ -142,6 +191,16 @@ def _label(value: Any, column: str) -> str:
     return str(value)
 
 
+def _number(value: Any, column: str) -> float:
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"column {column!r} must be a number, it is {shown(value)}")
+    return number
+
+
 def _labels(value: Any, column: str) -> list[str]:
     """Any number of labels: a list, in a CSV file a JSON list or names with commas between them."""
     if isinstance(value, str):
@@ -159,6 +218,28 @@ def _labels(value: Any, column: str) -> list[str]:
     return sorted({_label(item, column) for item in value})
 
 
+def _list(value: Any, column: str) -> list[Any]:
+    """A list with something in it; in a CSV file a JSON list, or words with spaces between them."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list):
+        raise RowError(f"column {column!r} must be a list, it is {shown(value)}")
+    if not value:
+        raise RowError(f"column {column!r} is empty")
+    return value
+
+
+def _tokens(value: Any, column: str) -> list[str]:
+    words = _list(value, column)
+    for number, word in enumerate(words, start=1):
+        if not isinstance(word, str) or not word.strip():
+            raise RowError(f"word {number} of column {column!r} must be text, it is {shown(word)}")
+    return words
+
+
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "messages": conversation_of,
     "conversations": conversation_of,
@@ -170,11 +251,29 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "text_pair": _text,
     "anchor": _text,
     "positive": _text,
+    "tokens": _tokens,
+    "tags": _list,
+    "question": _text,
+    "context": _text,
 }
 
 
+def has_labels(task: TaskConfig) -> bool:
+    """Whether the rows of `task` have labels whose names are to be found."""
+    return isinstance(task, TokenClassificationConfig) or (
+        isinstance(task, ClassificationConfig) and not task.regression
+    )
+
+
+def has_several(task: TaskConfig) -> bool:
+    """Whether a row has any number of labels."""
+    return isinstance(task, TokenClassificationConfig) or (isinstance(task, ClassificationConfig) and task.multi_label)
+
+
 def labels_of(row: Mapping[str, Any]) -> list[str]:
-    """The labels of a normalised row: one, or with `multi_label` any number."""
+    """The labels of a normalised row: one, with `multi_label` any number, of words those that occur."""
+    if "tags" in row:
+        return sorted(set(row["tags"]))
     return list(row["labels"]) if "labels" in row else [row["label"]] if "label" in row else []
 
 

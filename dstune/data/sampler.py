@@ -42,7 +42,7 @@ class Window:
     epoch: int
     index: int
     micro_batches: tuple[MicroBatch, ...]
-    weight: int
+    weight: float
     """Targets of all its samples: what the summed loss is divided by."""
     tokens: int
     """Tokens without padding."""
@@ -63,9 +63,9 @@ class _Plan:
 class TrainingOrder:
     """The order of all samples over all epochs.
 
-    lengths, weights: tokens and targets of each sample, [samples]. `global_batch_size` rows make a window, cut into
-    micro-batches of `micro_batch_size` rows; where one does not divide the other, a window's last micro-batch
-    is smaller, and an epoch's last window may be short. A window never spans epochs.
+    lengths, weights: tokens and targets (what they count in the loss) of each sample, [samples]. `global_batch_size` rows
+    make a window, cut into micro-batches of `micro_batch_size` rows; where one does not divide the other, a window's last
+    micro-batch is smaller, and an epoch's last window may be short. A window never spans epochs.
 
     With `packing` a row holds several samples, at most `max_length` tokens (best fit); without it `length_grouping`
     puts samples of similar length into one micro-batch. With `repeats` an epoch has the samples that they say, else every
@@ -141,8 +141,10 @@ class TrainingOrder:
             for number, start in enumerate(range(first, last, self._micro))
         )
         samples = plan.samples[plan.starts[first] : plan.starts[last]]
-        weight, tokens = int(self._weights[samples].sum()), int(self._lengths[samples].sum())
-        return Window(epoch, index, micro_batches, weight, tokens)
+        # A Python int where they are integers: exact, and JSON.
+        return Window(
+            epoch, index, micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum())
+        )
 
     def efficiency(self, epoch: int) -> float:
         """Share of the positions computed in this epoch that hold a token instead of padding."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dstune.config.data_schema import DataConfig, TextRows
 from dstune.data import hub
+from dstune.data.answers import flat
 from dstune.data.files import (
     COMPRESSIONS,
     DOCUMENTS,
@@ -24,6 +25,7 @@ from dstune.data.files import (
     place,
 )
 from dstune.data.read_tables import read_arrow, read_parquet
+from dstune.data.read_tagged import read_tagged
 from dstune.data.read_text import Lines, read_csv, read_json, read_jsonl, read_text
 from dstune.errors import Problem, UserError
 
@@ -47,11 +49,13 @@ def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
         case ".jsonl" | ".ndjson":
             rows = read_jsonl(file)
         case ".json":
-            rows = read_json(file)
+            rows = flat(read_json(file))
         case ".csv" | ".tsv":
             rows = read_csv(file)
+        case ".conll" | ".conllu" | ".bio" | ".iob":
+            rows = read_tagged(file)
         case _:
-            rows = read_text(file)
+            rows = read_tagged(file) if file.text_rows is TextRows.tagged else read_text(file)
     return islice(rows, skip, None)
 
 

@@ -51,13 +51,15 @@ def write_samples(
     *,
     work: Path,
     workers: int,
+    with_texts: bool = False,
 ) -> Counts:
     """Write `PART.arrow`, `PART.lengths.npy` and `PART.weights.npy` to `folder` for the rows `indices` of `table`; for
     a mixture `PART.sources.npy` too.
 
+    Validation and test get `PART.origins.npy` (which row each sample is of), and `with_texts` `PART.texts.arrow`, the rows.
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
     """
-    chosen = table.data.select(indices).select_columns(["row", "number"])
+    chosen = table.data.select(indices).select_columns(["row", "number", "slices"])
     mapped = map_rows(
         chosen,
         encode,
@@ -66,17 +68,35 @@ def write_samples(
         workers=workers,
         doing=f"tokenizing {part} rows",
     )
-    return _keep_good(mapped, encode, table, folder / part, bad)
+    counts, numbers = _keep_good(mapped, encode, table, folder / part, bad)
+    if part != "train":
+        order = np.argsort(indices)
+        places = order[np.searchsorted(indices, numbers, sorter=order)]
+        np.save(folder / f"{part}.origins.npy", places.astype(np.int32))
+    if with_texts:
+        _write_texts(chosen, folder / f"{part}.texts.arrow")
+    return counts
 
 
-def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, target: Path, bad: BadRows) -> Counts:
-    """Copy the samples that have targets, without the columns that only served to count."""
+def _write_texts(rows: datasets.Dataset, target: Path) -> None:
+    schema = pa.schema([("row", pa.large_string()), ("slices", pa.string())])
+    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+        for batch in rows.iter(batch_size=1000):
+            columns = [pa.array(batch[field.name], field.type) for field in schema]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _keep_good(
+    mapped: datasets.Dataset, encode: RowTokenizer, table: Table, target: Path, bad: BadRows
+) -> tuple[Counts, np.ndarray]:
+    """Copy the samples that have targets, without the columns that only served to count; with the counts the row
+    number of each sample, int64."""
     counts = Counts()
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
     schema = pa.schema([column for column in written if column.name not in COUNTED])
     # Rows may be many, so nothing here takes more than 14 bytes for each.
     last_number = -1
-    lengths, weights, sources = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16))
+    lengths, weights, sources, numbers = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16, np.int64))
     with pa.OSFile(f"{target}.arrow", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
         for batch in mapped.data.table.to_batches() if len(mapped) else []:
             faulty = pc.not_equal(batch["problem"], "").to_numpy(zero_copy_only=False)
@@ -98,6 +118,7 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
             parts = [pc.list_value_length(kept[name]).to_numpy() for name in schema.names if name.endswith(TOKENS)]
             lengths.append(np.sum(parts, axis=0).astype(np.int32))
             weights.append(weight[good])
+            numbers.append(number[good])
             if table.sources is not None:
                 sources.append(table.sources[number[good]])
             row_lengths = batch["length"].to_numpy()[~faulty & first]
@@ -117,4 +138,4 @@ def _keep_good(mapped: datasets.Dataset, encode: RowTokenizer, table: Table, tar
             {"samples": len(of), "tokens": int(all_lengths[of].sum()), "targets": int(all_weights[of].sum())}
             for of in (np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1))
         ]
-    return counts
+    return counts, np.concatenate(numbers)

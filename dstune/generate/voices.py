@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.checkpoint.record import read_record
+from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import ModelConfig
 from dstune.config.task_schema import CONVERSATIONS, TASKS, WRITERS, CausalLmConfig, ChatConfig
@@ -98,7 +98,7 @@ def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     if not (path / "run.yaml").is_file():
         return _from_record(wanted, key)
     config = read_run(path / "run.yaml").config
-    _refuse_classifier(not isinstance(config.task, WRITERS), key, str(path))
+    _refuse_no_writer(config.task.name, key, str(path))
     folder = exported(path, scratch, which=which)
     trust = wanted.trust_remote_code or config.model.trust_remote_code
     model = replace(wanted, path=str(folder), trust_remote_code=trust)
@@ -118,13 +118,14 @@ def _run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
 
 def _from_record(wanted: ModelConfig, key: str) -> _Found:
     task = read_record(Path(wanted.path)).get("task") or {}
-    _refuse_classifier(TASKS.get(task.get("name", ""), ChatConfig) not in WRITERS, key, wanted.path)
+    _refuse_no_writer(task.get("name") or task_of_head(Path(wanted.path)), key, wanted.path)
     return _Found(wanted, chat=task.get("name") != CausalLmConfig.name, date=task.get("template_date"))
 
 
-def _refuse_classifier(is_one: bool, key: str, path: str) -> None:
-    if is_one:
-        raise UserError(Problem(key, "is no language model, so it writes no text", f"dstune evaluate {path}", path))
+def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
+    if TASKS.get(task or "", ChatConfig) not in WRITERS:
+        reason = f"is a model for task={task}, no language model, so it writes no text"
+        raise UserError(Problem(key, reason, f"dstune evaluate {path}", path))
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from dstune.config.data_schema import DataFormat, OnBadRow
 from dstune.config.schema import Precision, RunConfig
-from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
 from dstune.errors import Problem, UserError
@@ -57,15 +56,8 @@ def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
 def _check_row(config: RunConfig, row: sources.RawRow, format_of_part: DataFormat) -> None:
     """Raises UserError where the row cannot be used and bad rows are not to be skipped."""
     assert row.fields is not None
-    task = config.task
     try:
-        normalise(
-            row.fields,
-            format_of_part,
-            config.data.columns,
-            needs_answer=not (isinstance(task, ChatConfig) and task.train_on_prompt),
-            multi_label=isinstance(task, ClassificationConfig) and task.multi_label,
-        )
+        normalise(row.fields, format_of_part, config.data.columns, config.task)
     except RowError as error:
         if config.data.on_bad_row is OnBadRow.error:
             fix = "mend the file, or set data.on_bad_row=skip to drop and count such rows"

@@ -16,7 +16,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,7 +30,16 @@ from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.config.task_schema import HEADED, WRITERS, ClassificationConfig, EmbeddingConfig, RewardConfig, TaskConfig
+from dstune.config.task_schema import (
+    HEADED,
+    WRITERS,
+    ClassificationConfig,
+    EmbeddingConfig,
+    QuestionAnsweringConfig,
+    RewardConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+)
 from dstune.errors import Problem, UserError
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.zero.engine import gathered
@@ -145,14 +156,21 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
         architecture.num_labels = len(labels)
         architecture.id2label = dict(enumerate(labels))
         architecture.label2id = {label: index for index, label in enumerate(labels)}
+    if isinstance(config.task, HEADED):
         architecture.pad_token_id = tokenizer.pad_token_id
     if isinstance(config.task, RewardConfig):
         architecture.problem_type = "regression"
     if isinstance(config.task, ClassificationConfig):
         # Tells whoever loads the export which loss and which kind of answer its logits are for.
         architecture.problem_type = (
-            "multi_label_classification" if config.task.multi_label else "single_label_classification"
+            "regression"
+            if config.task.regression
+            else "multi_label_classification"
+            if config.task.multi_label
+            else "single_label_classification"
         )
+        if config.task.regression:
+            architecture.num_labels = 1
     method = config.method
     if isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model:
         head = {"pooling": method.pooling.value, "layers": method.layers, "dropout": method.dropout}
@@ -249,6 +267,10 @@ def _model_class(task: TaskConfig) -> Any:
     match task:
         case ClassificationConfig() | RewardConfig():
             return AutoModelForSequenceClassification
+        case TokenClassificationConfig():
+            return AutoModelForTokenClassification
+        case QuestionAnsweringConfig():
+            return AutoModelForQuestionAnswering
         case EmbeddingConfig():
             return AutoModel
     assert isinstance(task, WRITERS)
@@ -278,7 +300,7 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]) -> None:
-    """Only a classification head may be absent from pretrained weights."""
+    """Only a head of the task's own may be absent from pretrained weights."""
     if config.model.weights is InitialWeights.random:
         return
     body = f"{model.base_model_prefix}."

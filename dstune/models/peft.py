@@ -18,7 +18,14 @@ from dstune.config.method_schema import (
     UlmfitConfig,
 )
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import HEADED, EmbeddingConfig
+from dstune.config.task_schema import (
+    ClassificationConfig,
+    EmbeddingConfig,
+    QuestionAnsweringConfig,
+    RewardConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+)
 from dstune.errors import Problem, UserError
 from dstune.models.freeze import freeze_body, freeze_parts
 from dstune.models.load import NewWeights, new_weights
@@ -47,11 +54,6 @@ def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
 def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn.Module:
     import peft
 
-    kind = peft.TaskType.CAUSAL_LM
-    if isinstance(config.task, HEADED):
-        kind = peft.TaskType.SEQ_CLS
-    elif isinstance(config.task, EmbeddingConfig):
-        kind = peft.TaskType.FEATURE_EXTRACTION
     targets: Any = lora.target_modules
     if lora.target_modules == ["all-linear"]:
         targets = "all-linear"
@@ -65,7 +67,7 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
         modules_to_save=_modules_to_save(lora, new) or None,
         trainable_token_indices=_token_rows(model, new) or None,
         use_rslora=lora.rslora,
-        task_type=kind,
+        task_type=_task_type(config.task),
     )
     try:
         # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.
@@ -86,14 +88,29 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
     return adapted
 
 
+def _task_type(task: TaskConfig) -> Any:
+    import peft
+
+    match task:
+        case ClassificationConfig() | RewardConfig():
+            return peft.TaskType.SEQ_CLS
+        case EmbeddingConfig():
+            return peft.TaskType.FEATURE_EXTRACTION
+        case TokenClassificationConfig():
+            return peft.TaskType.TOKEN_CLS
+        case QuestionAnsweringConfig():
+            return peft.TaskType.QUESTION_ANS
+    return peft.TaskType.CAUSAL_LM
+
+
 def _modules_to_save(lora: LoraConfig, new: NewWeights) -> list[str]:
     """The modules trained whole: those asked for, and those whose weights are drawn new (a pooler, a head).
 
     An adapter's folder holds nothing else of the model, so a new weight left frozen would be another one at every load.
     """
     owners = {name.rpartition(".")[0] for name in new.parameters}
-    # peft adds a classifier's head by itself, as a whole.
-    owners = {owner for owner in owners if not {"classifier", "score"} & set(owner.split("."))}
+    # peft adds a task's own head by itself, as a whole.
+    owners = {owner for owner in owners if not {"classifier", "score", "qa_outputs"} & set(owner.split("."))}
     return [*lora.modules_to_save, *sorted(owners - set(lora.modules_to_save))]
 
 

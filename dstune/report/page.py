@@ -11,6 +11,7 @@ from typing import Any
 from dstune import __version__
 from dstune.redact import redact
 from dstune.report import configuration, curves, data_section, numbers, samples
+from dstune.report.details import Table, details
 from dstune.report.html import render
 from dstune.report.importance import Importance, importance
 from dstune.report.results import Figure, Outcome, figures, outcome, outcomes_table
@@ -35,6 +36,7 @@ class Shown:
     sections: list[configuration.Section]
     data: list[data_section.Part]
     confusion: dict[str, Any] | None
+    details: list[Table]
     environment: list[tuple[str, str]]
     importance: Importance | None
 
@@ -88,6 +90,7 @@ def _shown(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series]
         sections=configuration.sections(run),
         data=data_section.parts(run),
         confusion=_confusion(run),
+        details=details(run),
         environment=_environment(run),
         importance=importance(run.path),
     )

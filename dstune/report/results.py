@@ -19,6 +19,12 @@ NAMES = {
     "token_accuracy": "token accuracy",
     "f1_macro": "F1 macro",
     "f1_micro": "F1 micro",
+    "f1": "F1",
+    "exact_match": "exact match",
+    "entity_f1": "entity F1",
+    "mcc": "MCC",
+    "auroc": "AUROC",
+    "bits_per_byte": "bits per byte",
 }
 COUNTS = ("targets", "rows", "tokens", "seconds")
 

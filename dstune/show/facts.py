@@ -15,6 +15,7 @@ import xxhash
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, TokenClassificationConfig
 from dstune.data import sources
 from dstune.data.build import PreparedData, Split, prepare
 from dstune.data.collate import NO_TARGET
@@ -99,7 +100,7 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
     chosen: list[int] = []
     if count:
         chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)).tolist()
-    samples, answers = repetitions(part, tokenizer)
+    samples, answers = repetitions(part, tokenizer, with_answers=isinstance(config.task, ChatConfig | CausalLmConfig))
     return Shown(
         model=shown(config.model.path),
         task=config.task.name,
@@ -169,11 +170,28 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
         targets=int(part.weights[number]),
         label=_label(sample["label"], data.labels) if "label" in sample else None,
         source=source,
-        segments=segments(tokenizer, sample["input_ids"], sample.get("labels")),
+        segments=segments(
+            tokenizer,
+            sample["input_ids"],
+            _trained(sample),
+            data.labels if isinstance(config.task, TokenClassificationConfig) else (),
+        ),
     )
 
 
+def _trained(sample: dict[str, Any]) -> np.ndarray | None:
+    """Labels of the tokens; of a question and its text the answer's tokens have one."""
+    if "start" not in sample:
+        return sample.get("labels")
+    labels = np.full(len(sample["input_ids"]), NO_TARGET)
+    if sample["start"] != sample["null"]:
+        labels[sample["start"] : sample["end"] + 1] = 0
+    return labels
+
+
 def _label(value: Any, labels: tuple[str, ...]) -> str:
+    if not labels:  # a regression
+        return f"{float(value):g}"
     if np.ndim(value):  # several labels: 0 or 1 for each
         return ", ".join(label for label, set_ in zip(labels, value, strict=True) if set_) or "(none)"
     return labels[int(value)]
@@ -182,12 +200,12 @@ def _label(value: Any, labels: tuple[str, ...]) -> str:
 # ---- what occurs more than once ----
 
 
-def repetitions(part: Split, tokenizer: Any) -> tuple[list[Repeated], list[Repeated]]:
+def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[list[Repeated], list[Repeated]]:
     """The samples, and the trained texts of different samples, that occur most often, among the first
     COMPARED_SAMPLES. Compared by hash, so texts are decoded for the few that are shown only."""
     whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
     trained = np.zeros(len(whole), np.uint64)
-    for number, (ids, labels) in enumerate(_arrays(part, len(whole))):
+    for number, (ids, labels) in enumerate(_arrays(part, len(whole), with_answers)):
         whole[number] = xxhash.xxh3_64_intdigest(ids.tobytes())
         if labels is not None:
             trained[number] = xxhash.xxh3_64_intdigest(labels[labels != NO_TARGET].tobytes())
@@ -204,9 +222,9 @@ def repetitions(part: Split, tokenizer: Any) -> tuple[list[Repeated], list[Repea
     return samples, answers
 
 
-def _arrays(part: Split, count: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Token ids and labels of the first `count` samples; a batch of them in memory at a time."""
-    columns = [name for name in ("input_ids", "labels") if name in part.table.column_names]
+    columns = list(("input_ids", "labels")[: 1 + with_labels])
     table = part.table.select(range(count)).select_columns(columns).with_format("arrow")
     for batch in table.iter(batch_size=1000):
         lists = [batch[name].combine_chunks() for name in columns]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstune.data.collate import NO_TARGET
+from dstune.data.tags import OUTSIDE, is_bio
 
 CONTEXT_TOKENS = 8
 """Tokens decoded in front of a piece, so that it keeps the space that a tokenizer drops at the start of a text."""
@@ -22,28 +23,57 @@ class Segment:
     """Whether they count in the loss."""
     special: bool
     """Whether they are a special token of the model (such a segment is one token)."""
+    tag: str = ""
+    """What kind of entity they are, or which part of speech; nothing where no tag says so."""
 
 
-def segments(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int] | None) -> list[Segment]:
+def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Sequence[str] = ()) -> list[Segment]:
     """The sample in pieces, whose texts joined are the sample's text with its special tokens.
 
     labels: as of a sample, NO_TARGET where a token does not count; None where none does (classification).
+    names: those of the tags that the labels are the indices of (token classification). Then a piece is an entity, or a
+    word with its tag, and such pieces are the trained ones.
     """
     ids = [int(token) for token in input_ids]
     targets = [False] * len(ids) if labels is None else [int(label) != NO_TARGET for label in labels]
     special = {*tokenizer.all_special_ids}
     special |= {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    groups = list(map(int, targets))
+    kinds = [""] * len(ids)
+    if names:
+        assert labels is not None, "tags are labels of tokens"
+        kinds, groups = _entities([token in special for token in ids], labels, names)
+        targets = [bool(kind) for kind in kinds]
     pieces = []
     start = 0
     while start < len(ids):
         end = start + 1
         alone = ids[start] in special
-        while not alone and end < len(ids) and targets[end] == targets[start] and ids[end] not in special:
+        while not alone and end < len(ids) and groups[end] == groups[start] and ids[end] not in special:
             end += 1
         text = tokenizer.convert_ids_to_tokens(ids[start]) if alone else _text(tokenizer, ids, start, end, special)
-        pieces.append(Segment(text, end - start, targets[start], alone))
+        pieces.append(Segment(text, end - start, targets[start], alone, kinds[start]))
         start = end
     return pieces
+
+
+def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Of each token the kind that its tag names, and the number of the piece that it belongs to."""
+    kinds, groups = [], []
+    kind, group = "", 0
+    for is_special, label in zip(special, labels, strict=True):
+        if is_special:
+            kind, group = "", group + 1
+        elif int(label) != NO_TARGET:
+            tag = names[int(label)]
+            found = "" if tag == OUTSIDE else tag[2:] if is_bio([tag]) else tag
+            if not (found == kind and (tag.startswith("I-") or not found)):
+                group += 1
+            kind = found
+        # A token without a label is a later part of its word.
+        kinds.append(kind)
+        groups.append(group)
+    return kinds, groups
 
 
 def _text(tokenizer: Any, ids: list[int], start: int, end: int, special: set[int]) -> str:

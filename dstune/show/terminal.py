@@ -17,6 +17,19 @@ SHOWN_CHARACTERS = 1200
 
 RESET = "\x1b[0m"
 TRAINED, SPECIAL, QUIET, STRONG = "\x1b[32m", "\x1b[35m", "\x1b[2m", "\x1b[1m"
+TAGS = (
+    "\x1b[32m",
+    "\x1b[36m",
+    "\x1b[33m",
+    "\x1b[34m",
+    "\x1b[31m",
+    "\x1b[92m",
+    "\x1b[96m",
+    "\x1b[93m",
+    "\x1b[94m",
+    "\x1b[91m",
+)
+"""Colours of the kinds of entities, in the order of their names."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +59,14 @@ def text(shown: Shown, style: Style) -> str:
     lines = [style.paint(f"{shown.split}: {shown.samples:,} samples", STRONG) + f", task={shown.task}, {shown.model}"]
     if shown.note:
         lines.append(shown.note)
-    if any(segment.trained for row in shown.rows for segment in row.segments):
+    tags = sorted({segment.tag for row in shown.rows for segment in row.segments if segment.tag})
+    if tags:
+        painted = [style.paint(visible(tag), _tag_colour(tag, tags)) for tag in tags]
+        lines.append(f"tags: {', '.join(painted)}")
+    elif any(segment.trained for row in shown.rows for segment in row.segments):
         lines.append(f"tokens that count in the loss are {key}")
     for row in shown.rows:
-        lines += ["", _heading(row, shown, style), _row(row, style)]
+        lines += ["", _heading(row, shown, style), _row(row, style, tags)]
     if shown.report:
         described = part(shown.split, shown.report, shown.data)
         lines += ["", style.paint("rows", STRONG), *_facts(described)]
@@ -72,11 +89,20 @@ def _heading(row: Row, shown: Shown, style: Style) -> str:
     return style.paint(f"--- {', '.join(facts)} ---", QUIET)
 
 
-def _row(row: Row, style: Style) -> str:
+def _tag_colour(tag: str, tags: list[str]) -> str:
+    return TAGS[tags.index(tag) % len(TAGS)]
+
+
+def _row(row: Row, style: Style, tags: list[str]) -> str:
     pieces = []
     inside = False
     for segment in row.segments:
         piece = _shortened(visible(segment.text))
+        if segment.tag:
+            text, space = piece.lstrip(), piece[: len(piece) - len(piece.lstrip())]
+            shown = f"{text} {segment.tag}" if style.colours else f"[[{text}]]({segment.tag})"
+            pieces.append(space + style.paint(shown, _tag_colour(segment.tag, tags)))
+            continue
         if style.colours:
             codes = [TRAINED] if segment.trained else []
             if segment.special:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dstune.config.method_schema import FeaturesConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import PreparedData, Split
 from dstune.train.evaluate import limited
 from dstune.train.features import matrix
@@ -29,7 +30,10 @@ def classical_results(
     if not any(wanted.values()):
         return {}
     features, labels = matrix(data.train)
-    held_out = {"validation": data.validation and limited(data.validation, max_rows), "test": data.test}
+    held_out = {
+        "validation": data.validation and limited(data.validation, max_rows, ClassificationConfig()),
+        "test": data.test,
+    }
     results: dict[str, dict[str, Any]] = {}
     for name in (name for name, asked in wanted.items() if asked):
         began = time.perf_counter()
@@ -63,5 +67,5 @@ def _metrics(model: Any, split: Split, classes: int) -> dict[str, float]:
     probabilities = np.zeros((len(labels), classes))
     probabilities[:, model.classes_] = model.predict_proba(features)
     loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).sum()
-    metrics, _ = classification_metrics(float(loss), probabilities.argmax(axis=1).tolist(), labels.tolist(), classes)
-    return metrics
+    metrics, _ = classification_metrics(probabilities.argmax(axis=1).tolist(), labels.tolist(), probabilities)
+    return {"loss": float(loss) / len(labels), **metrics}

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from dstune.config.schema import RunConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, TaskConfig
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
 from dstune.data.sampler import MicroBatch, evaluation_batches, share
@@ -21,17 +22,25 @@ from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.models.heads import Head, sums_of
 from dstune.models.heads.embedding import EmbeddingHead
-from dstune.train.measure import Evaluation, Totals, measure
+from dstune.train.counterfactual import compare
+from dstune.train.measure import Evaluation, Totals, count_rows, has_windows, measure
+from dstune.train.slices import measure_slices
 from dstune.train.window import joined
 from dstune.zero.engine import Engine, full_count
 
 
-def limited(split: Split, max_rows: int | None) -> Split:
-    """The same `max_rows` rows of a split every time: evenly spaced, so that no part of it is left out."""
-    if max_rows is None or len(split.lengths) <= max_rows:
+def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
+    """The same `max_rows` rows of a split every time: evenly spaced, so that no part of it is left out.
+
+    What counts as a row is a sample, or where the metrics are of whole rows (`count_rows`) a row with all its samples.
+    """
+    total = count_rows(split, task)
+    if max_rows is None or total <= max_rows:
         return split
-    chosen = np.linspace(0, len(split.lengths) - 1, max_rows).round().astype(int)
-    return replace(split, lengths=split.lengths[chosen], weights=split.weights[chosen], rows=chosen, sources=None)
+    chosen = np.linspace(0, total - 1, max_rows).round().astype(int)
+    if split.origins is not None and has_windows(task):
+        chosen = np.flatnonzero(np.isin(split.origins, np.unique(split.origins)[chosen]))
+    return split.select(chosen)
 
 
 class Evaluator:
@@ -44,37 +53,71 @@ class Evaluator:
         self._pad_token_id = pad_token_id
 
     def __call__(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-        split = limited(split, self._config.evaluate.max_rows)
-        packing = self._config.data.packing
+        """The task's metrics over the rows of `split`, and those of its slices."""
+        split = limited(split, self._config.evaluate.max_rows, self._config.task)
+        totals, kept = self._run(split, progress)
+        evaluation = measure(self._config.task, self._data.labels, split, totals, kept)
+        if not self._config.evaluate.slices:
+            return evaluation
+        metrics, details = measure_slices(self._config, self._data.labels, split, kept)
+        return Evaluation(evaluation.metrics | metrics, evaluation.details | {"slices": details})
+
+    def counterfactual(self, split: Split) -> dict[str, Any] | None:
+        """How the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""
+        swapped = self._data.swapped.get(split.name)
+        if swapped is None:
+            return None
+        split = limited(split, self._config.evaluate.max_rows, self._config.task)
+        assert split.origins is not None and swapped.split.origins is not None
+        chosen = np.flatnonzero(np.isin(swapped.of[swapped.split.origins], split.origins))
+        changed = swapped.split.select(chosen)
+        if not len(chosen):
+            return None
+        before = split.select(np.flatnonzero(np.isin(split.origins, swapped.of[changed.origins])))
+        _, kept_before = self._run(before, None)
+        _, kept_after = self._run(changed, None)
+        return compare(self._config, self._data.labels, swapped, (before, kept_before), (changed, kept_after))
+
+    def _run(self, split: Split, progress: Callable[[int, int], None] | None) -> tuple[Totals, list[dict[str, Any]]]:
+        """Sums over all rows on all ranks, and what the head keeps of each sample, in the order of `split`."""
+        evaluate = self._config.evaluate
+        each = bool(evaluate.slices or evaluate.counterfactual)
+        # What is told of single rows needs a row of the model for each; the sum is the same (proven at start).
+        packing = self._config.data.packing and not each
         batches = evaluation_batches(
             split.lengths,
-            micro_batch_size=self._config.evaluate.micro_batch_size or self._config.trainer.micro_batch_size,
+            micro_batch_size=evaluate.micro_batch_size or self._config.trainer.micro_batch_size,
             max_length=self._config.data.max_length,
             packing=packing,
         )
         mine = share(batches, self._world.rank, self._world.size)
         sums: dict[str, float] = defaultdict(float)
         rows: list[tuple[int, dict[str, Any]]] = []
+        each = each or not isinstance(self._config.task, ChatConfig | CausalLmConfig)
         self._engine.train(False)
         shares = None
         if not isinstance(self._head, EmbeddingHead):  # whose metrics need the vectors themselves
-            shares = joined(self._head, self._engine, (self._batch(split, part) for part in mine), self._world)
+            shares = joined(
+                self._head, self._engine, (self._batch(split, part, packing, each) for part in mine), self._world
+            )
         for number, micro_batch in enumerate(mine):
-            batch = self._batch(split, micro_batch)
+            batch = self._batch(split, micro_batch, packing, each)
             output = self._engine.evaluate(self._head, batch | (shares[number] if shares else {}))
             for name, value in sums_of(output).items():
                 sums[name] += float(value)
-            if output.rows and not micro_batch.filler:
+            if each and output.rows and not micro_batch.filler:
                 rows += zip(batch["index"].tolist(), _by_row(output.rows), strict=True)
             if progress:
                 progress(number + 1, len(mine))
         self._engine.train(True)
         totals = Totals.of(dict(zip(sums, self._world.sum(list(sums.values())), strict=True)))
         everyone = sorted((row for part in self._world.gather(rows) for row in part), key=itemgetter(0))
-        return measure(self._config.task, self._data.labels, totals, [kept for _, kept in everyone])
+        return totals, [kept for _, kept in everyone]
 
-    def _batch(self, split: Split, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-        batch = batch_of(self._config, split, micro_batch, self._pad_token_id, with_index=not self._config.data.packing)
+    def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
+        """each: with the numbers of the samples, for the head to tell single rows."""
+        config = replace(self._config, data=replace(self._config.data, packing=packing))
+        batch = batch_of(config, split, micro_batch, self._pad_token_id, with_index=each)
         return {key: value.to(self._engine.device) for key, value in batch.items()}
 
 

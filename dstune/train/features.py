@@ -24,7 +24,7 @@ import xxhash
 
 from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import InitialWeights, Offload, Precision, RunConfig
-from dstune.data.collate import collate
+from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
@@ -155,13 +155,13 @@ def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_
             indices += micro_batch.samples
     width = vectors[0].shape[1] if vectors else 1
     flat = np.concatenate(vectors).reshape(-1) if vectors else np.empty(0, np.float32)
-    labels = split.table.with_format(None)["label"]
+    columns = {name: split.table.with_format(None)[name] for name in ROW_COLUMNS if name in split.table.column_names}
     return pa.table(
         {
             "features": pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), width).cast(
                 pa.list_(pa.float32())
             ),
-            "label": pa.array([labels[index] for index in indices]),
+            **{name: pa.array([values[index] for index in indices]) for name, values in columns.items()},
             "index": pa.array(indices, pa.int64()),
         }
     )

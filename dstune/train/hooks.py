@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
 from dstune.train.metrics import improves
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
@@ -120,6 +121,9 @@ class EarlyStopping(Hook):
         if state.step == 0:  # untrained weights are no result: there is no checkpoint of them to go back to
             return CONTINUE
         metric = self._settings.metric
+        if metric not in metrics:  # on all ranks alike
+            reason = "these rows and labels have no such metric"
+            raise UserError(Problem("trainer.early_stopping.metric", reason, f"one of {', '.join(metrics)}", metric))
         best = state.best.value if state.best else None
         if improves(metric, metrics[metric], best, self._settings.min_delta):
             state.best = Best(metric, metrics[metric], state.step)

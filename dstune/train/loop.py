@@ -17,7 +17,7 @@ from dstune.train.evaluate import Evaluator
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Decision, Hook, Wish, join
-from dstune.train.measure import Evaluation, Totals, measure_step
+from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.state import TrainState
@@ -194,14 +194,9 @@ def evaluate(run: Training) -> Decision:
     if run.log:
         seconds = time.perf_counter() - began
         run.log.log(state.step, {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds})
-    remember_confusion(state, evaluation)
+    state.extra |= evaluation.details
     decision, _ = agree(run, join([hook.after_evaluation(state, metrics) for hook in run.hooks]))
     return decision
-
-
-def remember_confusion(state: TrainState, evaluation: Evaluation) -> None:
-    if evaluation.confusion is not None:
-        state.extra["confusion"] = evaluation.confusion
 
 
 def report_step(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -12,24 +16,34 @@ from dstune.config.task_schema import (
     ClassificationConfig,
     EmbeddingConfig,
     PreferenceConfig,
+    QuestionAnsweringConfig,
     RewardConfig,
     TaskConfig,
+    TokenClassificationConfig,
 )
+from dstune.data.prepared import Split
 from dstune.train.metrics import (
+    answer_metrics,
     classification_metrics,
     embedding_metrics,
     language_model_metrics,
     multi_label_metrics,
     preference_metrics,
+    regression_metrics,
     reward_metrics,
+    token_metrics,
 )
+
+Row = dict[str, np.ndarray]
+"""What the task's head keeps of a sample (`HeadOutput.rows`)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     metrics: dict[str, float]
-    confusion: list[list[int]] | None = None
-    """Rows are true classes, columns predicted ones, in the order of the labels."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What is no single number, JSON: `confusion` (rows are true classes, columns predicted ones, in the order of the
+    labels); `by_type`, metrics of each type of entity or tag."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +64,100 @@ class Totals:
         return cls(sums["loss_sum"], sums["weight"], sums["correct"], more)
 
 
-def measure(task: TaskConfig, labels: tuple[str, ...], totals: Totals, rows: Sequence[dict[str, Any]]) -> Evaluation:
-    """The metrics of `task`. rows: what the task's head keeps of each row (`HeadOutput.rows`), in the split's order."""
+def has_windows(task: TaskConfig) -> bool:
+    """Whether a row may be several samples that are measured together."""
+    return isinstance(task, TokenClassificationConfig | QuestionAnsweringConfig)
+
+
+def count_rows(split: Split, task: TaskConfig) -> int:
+    """Rows that are evaluated: of tasks with windows whole rows, else samples."""
+    return len(np.unique(split.origins)) if split.origins is not None and has_windows(task) else len(split.lengths)
+
+
+def measure(task: TaskConfig, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    """The metrics of `task`. kept: of each sample of `split`, in its order; empty for language models."""
     match task:
         case ChatConfig() | CausalLmConfig():
-            return Evaluation(language_model_metrics(totals.loss_sum, totals.weight, totals.correct))
+            return Evaluation(
+                language_model_metrics(totals.loss_sum, totals.weight, totals.correct, int(split.column("bytes").sum()))
+            )
         case ClassificationConfig():
-            predicted, true = ([row[name].tolist() for row in rows] for name in ("prediction", "label"))
-            if task.multi_label:
-                return Evaluation(multi_label_metrics(totals.loss_sum, predicted, true))
-            return Evaluation(*classification_metrics(totals.loss_sum, predicted, true, len(labels)))
+            return _classes(task, totals, kept)
+        case TokenClassificationConfig():
+            names = np.array(labels)
+            tags = {
+                name: [
+                    names[np.concatenate([window[name] for window in windows])].tolist()
+                    for windows in rows_of(split, kept)
+                ]
+                for name in ("prediction", "label")
+            }
+            metrics, by_type = token_metrics(tags["prediction"], tags["label"], labels)
+            loss = {"loss": totals.loss_sum / totals.weight}
+            return Evaluation(loss | metrics | {"targets": totals.weight}, {"by_type": by_type})
+        case QuestionAnsweringConfig():
+            return _answers(task, split, totals, kept)
         case PreferenceConfig():
             return Evaluation(preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
         case RewardConfig():
             return Evaluation(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
         case EmbeddingConfig():
-            return Evaluation(embedding_metrics(rows, task.temperature))
+            return Evaluation(embedding_metrics(kept, task.temperature))
 
 
 def measure_step(task: TaskConfig, totals: Totals) -> dict[str, float]:
     """What a training step reports beside its loss."""
-    if not isinstance(task, (PreferenceConfig, RewardConfig)):
-        return {}
-    metrics = measure(task, (), totals, []).metrics
+    match task:
+        case PreferenceConfig():
+            metrics = preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more)
+        case RewardConfig():
+            metrics = reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more)
+        case _:
+            return {}
     return {name: value for name, value in metrics.items() if name not in ("loss", "targets")}
+
+
+def _classes(task: ClassificationConfig, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    loss = {"loss": totals.loss_sum / totals.weight}
+    predicted, true = ([row[name].tolist() for row in kept] for name in ("prediction", "label"))
+    if task.regression:
+        return Evaluation(loss | regression_metrics(predicted, true))
+    probabilities = np.stack([row["probability"] for row in kept])
+    if task.multi_label:
+        return Evaluation(loss | multi_label_metrics(predicted, true, probabilities))
+    metrics, confusion = classification_metrics(predicted, true, probabilities)
+    return Evaluation(loss | metrics, {"confusion": confusion})
+
+
+def _answers(task: QuestionAnsweringConfig, split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    spans, margins = best_spans(split, kept)
+    right = [[answer["text"] for answer in row["answers"]] for row in texts_of(split)]
+    metrics = answer_metrics(spans, right, margins if task.no_answer else None, task.threshold)
+    return Evaluation({"loss": totals.loss_sum / totals.weight} | metrics | {"targets": float(len(right))})
+
+
+def best_spans(split: Split, kept: Sequence[Row]) -> tuple[list[str], list[float]]:
+    """Of each question the text of the best span of all windows, and how much better having no answer scores."""
+    spans, margins = [], []
+    for windows, row in zip(rows_of(split, kept), texts_of(split), strict=True):
+        best = max(windows, key=lambda window: float(window["score"]))
+        # A window that does not hold the answer knows of none; one that is sure of the answer speaks for all.
+        margins.append(min(float(window["null"]) for window in windows) - float(best["score"]))
+        found = math.isfinite(float(best["score"]))
+        spans.append(row["context"][int(best["char_start"]) : int(best["char_end"])].strip() if found else "")
+    return spans, margins
+
+
+def texts_of(split: Split) -> Iterator[dict[str, Any]]:
+    """The normalised row of each row that is measured, in order."""
+    assert split.origins is not None and split.texts is not None, "its rows were kept"
+    for number in np.unique(split.origins).tolist():
+        yield json.loads(split.texts[number]["row"])
+
+
+def rows_of(split: Split, kept: Sequence[Row]) -> Iterator[list[Row]]:
+    """The samples of each row together, in order."""
+    assert split.origins is not None, "only validation and test rows are measured"
+    edges = np.flatnonzero(np.diff(split.origins)) + 1
+    for start, end in zip([0, *edges], [*edges, len(kept)], strict=True):
+        yield list(kept[start:end])

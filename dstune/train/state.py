@@ -23,7 +23,7 @@ class TrainState:
     """Windows that are done, skipped ones included."""
     tokens: int = 0
     """Non-padding tokens seen, over all ranks."""
-    targets: int = 0
+    targets: float = 0
     """Tokens (or rows) that counted in the loss, over all ranks."""
     nonfinite_steps: int = 0
     """Steps skipped because a loss or gradient was not finite."""

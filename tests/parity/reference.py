@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -30,12 +31,23 @@ class Reference:
     weights: dict[str, torch.Tensor]
 
 
-def train_plainly(config: RunConfig, cache: Path) -> Reference:
+def next_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The sum of the losses of a micro-batch, and their weight."""
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits
+    wanted = labels[:, 1:].flatten()
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
+    return loss, int((wanted != -100).sum())
+
+
+def train_plainly(
+    config: RunConfig, cache: Path, model_class: Any = AutoModelForCausalLM, loss_of: Any = next_token_loss
+) -> Reference:
     """`config` with SGD, a constant rate and no clipping, in float64; with the penalties of `forgetting`."""
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
     order = training_order(config, data)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class.from_pretrained(
         config.model.path, dtype=torch.float64, attn_implementation="sdpa", **config.model.config_overrides
     )
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -51,16 +63,13 @@ def train_plainly(config: RunConfig, cache: Path) -> Reference:
             collate(data.train, m, pad_token_id=tokenizer.pad_token_id, packing=config.data.packing)
             for m in window.micro_batches
         ]
-        targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        total = torch.zeros((), dtype=torch.float64)
+        parts, weight = [], 0.0
         for micro_batch, batch in zip(window.micro_batches, batches, strict=True):
             torch.manual_seed(dropout_seed(config.trainer.seed, step, micro_batch.index))
-            labels = batch.pop("labels")
-            logits = model(**batch, use_cache=False).logits
-            total = total + functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-            )
-        loss = total / targets
+            part, counted = loss_of(model, batch)
+            parts.append(part)
+            weight += counted
+        loss = torch.stack(parts).sum() / weight
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         result.losses.append(float(loss.detach()))

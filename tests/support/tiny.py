@@ -149,3 +149,50 @@ def write_contrastive(path: Path, rows: int, *, seed: int = 0) -> Path:
             first = first or row["anchor"]
             stream.write(json.dumps(row) + "\n")
     return path
+
+
+def write_tagged(path: Path, rows: int, *, seed: int = 0) -> Path:
+    """Sentences in which some words begin an entity that the next few continue."""
+    choose = random.Random(seed)
+    with path.open("w") as stream:
+        for _ in range(rows):
+            tokens, tags = [], []
+            while len(tokens) < 2 or choose.random() < 0.85:
+                kind = choose.choice(["O", "O", "X", "Y"])
+                first = {"O": 0, "X": 32, "Y": 64}[kind]
+                tokens.append(choose.choice(WORDS[first : first + 16]))
+                tags.append(kind if kind == "O" else f"B-{kind}")
+                for _ in range(0 if kind == "O" else choose.randrange(3)):
+                    tokens.append(choose.choice(WORDS[first + 16 : first + 32]))
+                    tags.append(f"I-{kind}")
+            stream.write(json.dumps({"tokens": tokens, "tags": tags}) + "\n")
+    return path
+
+
+def write_questions(path: Path, rows: int, *, seed: int = 0, unanswered: float = 0.0) -> Path:
+    """Texts in which the words of the last sixth of the vocabulary are the answer; with `unanswered`, a share that has none."""
+    choose = random.Random(seed)
+    words, answers = WORDS[:80], WORDS[80:]
+    with path.open("w") as stream:
+        for _ in range(rows):
+            before, answer, after = (
+                choose.choices(of, k=choose.randint(1, most)) for of, most in ((words, 12), (answers, 3), (words, 12))
+            )
+            found = [{"text": " ".join(answer), "answer_start": len(" ".join(before)) + 1}]
+            if choose.random() < unanswered:
+                answer, found = [], []
+            text = " ".join([*before, *answer, *after])
+            row = {"question": choose.choice(words), "context": text, "answers": found, "source": choose.choice("ab")}
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+def write_scored(path: Path, rows: int, *, seed: int = 0) -> Path:
+    """Texts whose label is the share of words of the second half of the vocabulary."""
+    choose = random.Random(seed)
+    with path.open("w") as stream:
+        for _ in range(rows):
+            words = choose.choices(WORDS, k=choose.randint(3, 20))
+            label = sum(WORDS.index(word) >= len(WORDS) // 2 for word in words) / len(words)
+            stream.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return path

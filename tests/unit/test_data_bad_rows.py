@@ -26,7 +26,10 @@ from dstune.config.task_schema import (
     EmbeddingConfig,
     PreferenceConfig,
     PreferenceLoss,
+    QuestionAnsweringConfig,
+    TagScheme,
     TaskConfig,
+    TokenClassificationConfig,
 )
 from dstune.config.validate import validate
 from dstune.errors import Problem, UserError
@@ -41,7 +44,12 @@ GOOD = exchange("Hi", "Yes")
 LABELLED = {"text": "a", "label": "x"}
 PAIRS = PreferenceConfig(template_date="2025-03-09")
 JUDGED = PreferenceConfig(loss=PreferenceLoss.kto, template_date="2025-03-09")
+TAGS, BIO_TAGS = TokenClassificationConfig(), TokenClassificationConfig(scheme=TagScheme.bio)
+NAMED_TAGS = TokenClassificationConfig(labels=["O", "B-X", "I-X"])
+QUESTIONS = QuestionAnsweringConfig()
 FIRST_GOOD = {
+    "token_classification": {"tokens": ["a", "b"], "tags": ["O", "B-X"]},
+    "question_answering": {"question": "q", "context": "a b", "answers": [{"text": "a", "answer_start": 0}]},
     "chat": GOOD,
     "causal_lm": {"text": "a"},
     "classification": LABELLED,
@@ -70,6 +78,10 @@ def chat(*messages: Any, **columns: Any) -> dict[str, Any]:
 
 def called(**call: Any) -> dict[str, Any]:
     return chat(said("user"), {"role": "assistant", "tool_calls": [call]})
+
+
+def asked(answers: Any) -> dict[str, Any]:
+    return {"question": "q", "context": "a b", "answers": answers}
 
 
 USER, ANSWER, OTHER = said("user"), said("assistant"), said("user", "No")
@@ -230,6 +242,25 @@ ROWS: list[Case] = [
         {"prompt": "a", "completion": "b", "label": "great"},
     ),
     ("positive and negative are the same", EmbeddingConfig(), {"anchor": "a", "positive": "b", "negative": "b"}),
+    ("… tokens have … tags", TAGS, {"tokens": ["a", "b"], "tags": ["O"]}),
+    ("word … of column … must be text, it is …", TAGS, {"tokens": ["a", 1], "tags": ["O", "O"]}),
+    ("column … must be a list, it is …", TAGS, {"tokens": 7, "tags": ["O"]}),
+    ("a tag must be text or a number, it is …", TAGS, {"tokens": ["a"], "tags": [[]]}),
+    ("tag … is a number; task.labels=[NAME,NAME] names the tags in their order", TAGS, {"tokens": ["a"], "tags": [1]}),
+    ("tag … is not the number of one of the … task.labels", NAMED_TAGS, {"tokens": ["a"], "tags": [7]}),
+    ("tag … of word … (…) is neither O nor begins with B- or I-", BIO_TAGS, {"tokens": ["a"], "tags": ["NOUN"]}),
+    (
+        "tag … of word … (…) continues no entity: it …; task.repair=true lets it begin one",
+        TAGS,
+        {"tokens": ["a"], "tags": ["I-X"]},
+    ),
+    ("… column…, …", TAGS, {"rows.conll": "\nalone\n"}),
+    ("answers must be an object or a list, they are …", QUESTIONS, asked(7)),
+    ("answers need as many answer_start as text", QUESTIONS, asked({"text": ["a"], "answer_start": []})),
+    ("an answer must have a text, it is …", QUESTIONS, asked([{"text": "", "answer_start": 0}])),
+    ("answer_start of answer … must be a number, it is …", QUESTIONS, asked([{"text": "a", "answer_start": "0"}])),
+    ("answer … is not at character … of its context (…)", QUESTIONS, asked([{"text": "a", "answer_start": 1}])),
+    ("there is no answer; task.no_answer=true trains on questions without one", QUESTIONS, asked([])),
     ("the chat template refuses this conversation: …", CHAT, chat(said("user", "bad"), ANSWER)),
     (
         "the chat template rewrites this conversation so that the assistant's tokens cannot be told …",

@@ -33,7 +33,7 @@ def test_chat_rows_become_samples(tmp_path):
     for part in parts:
         for index in range(len(part.table)):
             row = part.table[index]
-            assert set(row) == {"input_ids", "labels"}
+            assert set(row) == {"input_ids", "labels", "bytes"}
             assert len(row["input_ids"]) == len(row["labels"]) == part.lengths[index]
             assert row["labels"][0] == NO_TARGET
             targets = [label for label in row["labels"] if label != NO_TARGET]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch import nn
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 
@@ -20,7 +20,7 @@ from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
-from dstune.models.heads import multi_label_head
+from dstune.models.heads import build_head
 from dstune.train.metrics import multi_label_metrics
 
 S = {"role": "system", "content": "s"}
@@ -201,7 +201,7 @@ def test_weights_reach_the_samples_of_a_run(tmp_path):
     ],
 )
 def test_any_number_of_labels(value, labels):
-    row = normalise({"text": "x", "labels": value}, DataFormat.text_label, {}, multi_label=True)
+    row = normalise({"text": "x", "labels": value}, DataFormat.text_label, {}, ClassificationConfig(multi_label=True))
     assert row == {"text": "x", "labels": labels}
 
 
@@ -247,11 +247,11 @@ def test_the_head_is_the_mean_of_binary_cross_entropies():
             return type("Output", (), {"logits": logits})
 
     batch = {"input_ids": torch.zeros(4, 1), "labels": labels, "index": torch.arange(4)}
-    output = multi_label_head(Model(), batch)
+    with torch.no_grad():
+        output = build_head(ClassificationConfig(multi_label=True), Model())(Model(), batch)
     expected = nn.BCEWithLogitsLoss()(logits[:3], labels[:3].float())
     assert output.weight == 3
     assert output.loss_sum / output.weight == pytest.approx(expected)
-    assert "prediction" in output.rows
     assert output.rows["prediction"].tolist() == (torch.sigmoid(logits) > 0.5).long().tolist()
     assert output.correct == (output.rows["prediction"][:3] == labels[:3]).all(dim=1).sum()
 
@@ -261,14 +261,15 @@ def test_metrics_of_several_labels_are_those_of_scikit_learn(classes):
     random = np.random.default_rng(0)
     labels, found = random.integers(0, 2, (50, classes)), random.integers(0, 2, (50, classes))
     found[:25] = labels[:25]
-    metrics = multi_label_metrics(12.5, found.tolist(), labels.tolist())
+    chances = random.random((50, classes))
+    metrics = multi_label_metrics(found.tolist(), labels.tolist(), chances)
     true, guess = (labels, found) if classes > 1 else (labels[:, 0], found[:, 0])
     kind = {} if classes > 1 else {"average": "binary"}
     assert metrics == {
-        "loss": 0.25,
         "accuracy": pytest.approx(accuracy_score(true, guess)),
         "f1_macro": pytest.approx(f1_score(true, guess, **{"average": "macro", **kind})),
         "f1_micro": pytest.approx(f1_score(true, guess, **{"average": "micro", **kind})),
+        "auroc": pytest.approx(roc_auc_score(labels, chances, average="macro")),
         "targets": 50.0,
     }
     rows_all_right = float((labels == found).all(axis=1).mean())

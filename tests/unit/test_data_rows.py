@@ -230,7 +230,7 @@ def test_messages_as_json_text_and_keys_without_a_value():
 
 
 def test_a_conversation_without_an_answer_where_prompts_are_trained():
-    assert normalise(message_row("user"), DataFormat.messages, {}, needs_answer=False)
+    assert normalise(message_row("user"), DataFormat.messages, {}, ChatConfig(train_on_prompt=True))
 
 
 @pytest.mark.parametrize(

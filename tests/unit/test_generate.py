@@ -556,6 +556,11 @@ def test_models_that_write_no_text(tmp_path):
     assert "writes no text" in refusal(run_dir, "--prompt", "w1")
     (encoder / "dstune.json").write_text(json.dumps({"task": {"name": "classification"}}))
     assert f"dstune evaluate {encoder}" in refusal(encoder, "--prompt", "w1")
+    (encoder / "dstune.json").unlink()
+    for kind in ("TokenClassification", "QuestionAnswering"):  # of other origin, known by its head
+        config = json.loads((encoder / "config.json").read_text()) | {"architectures": [f"BertFor{kind}"]}
+        (encoder / "config.json").write_text(json.dumps(config))
+        assert "writes no text" in refusal(encoder, "--prompt", "w1")
 
 
 def test_a_model_that_is_not_there(tmp_path):

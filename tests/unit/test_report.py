@@ -218,6 +218,22 @@ def test_secrets_are_shown_by_reference(tmp_path: Path, monkeypatch: pytest.Monk
     assert "no access with ${oc.env:HUB_TOKEN}" in page.text
 
 
+def test_tables_of_slices_and_swapped_terms(tmp_path: Path) -> None:
+    values = {"<i>a</i>": {"accuracy": 0.5, "rows": 12}, "b": {"accuracy": 0.875, "rows": 1200}}
+    swaps = {"rows": 3, "flips": 1, "flip_rate": 1 / 3, "by_term": {"he -> she": {"rows": 3, "flips": 1}}}
+    result = {
+        **RESULT,
+        "by_type": {"LOC": {"precision": 0.25, "support": 4.0}},
+        "slices": {"source": {"metric": "accuracy", "worst": "<i>a</i>", "gap": 0.375, "values": values}},
+        "counterfactual": swaps,
+    }
+    page = page_of(full_run(tmp_path / "run", result=result))
+    assert "By type precision support LOC 0.2500 4" in page.text
+    assert "By source By accuracy the worst is <i>a</i>, 0.3750 from the best." in page.text
+    assert "b 0.8750 1,200" in page.text
+    assert "rows flips flip rate all 3 1 0.3333 he -> she 3 1" in page.text
+
+
 def test_a_confusion_matrix(tmp_path: Path) -> None:
     result = {**RESULT, "confusion": [[8, 2], [1, 9]], "labels": ["no", "yes"]}
     page = page_of(full_run(tmp_path / "run", result=result))

@@ -103,9 +103,9 @@ def test_language_model_metrics():
 def test_classification_metrics_by_hand():
     # true    0 0 0 1 2     class 0: precision 2/2, recall 2/3 -> 0.8; class 1: 1/2, 1/1 -> 2/3; class 2: 0/1 -> 0; class 3: absent
     # guessed 0 0 1 1 3
-    metrics, confusion = classification_metrics(5.0, [0, 0, 1, 1, 3], [0, 0, 0, 1, 2], classes=4)
+    metrics, confusion = classification_metrics([0, 0, 1, 1, 3], [0, 0, 0, 1, 2], np.full((5, 4), 0.25))
     assert metrics["accuracy"] == pytest.approx(3 / 5)
-    assert metrics["loss"] == 1.0
+    assert metrics["auroc"] == 0.5
     assert metrics["f1_macro"] == pytest.approx((0.8 + 2 / 3 + 0 + 0) / 4)
     assert confusion == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
 

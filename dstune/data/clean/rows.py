@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import xxhash
 
-NO_TEXT = frozenset({"label", "labels", "tools", "weight", "role", "name", "type", "id", "tool_call_id"})
+NO_TEXT = frozenset(
+    {"label", "labels", "tags", "answers", "tools", "weight", "role", "name", "type", "id", "tool_call_id"}
+)
 """Keys whose values are no text that anybody wrote: they are left as they are."""
 
 Row = dict[str, Any]
 
 
 def map_texts(row: Row, change: Callable[[str], str]) -> Row:
-    """`row` with every text replaced by `change(text)`."""
-    return {key: value if key in NO_TEXT else _mapped(value, change) for key, value in row.items()}
+    """`row` with every text replaced by `change(text)`; answers that are parts of a context stay where it has them."""
+    changed = {key: value if key in NO_TEXT else _mapped(value, change) for key, value in row.items()}
+    if row.get("answers") and "context" in row and changed["context"] != row["context"]:
+        answers = [_moved(answer, row["context"], changed["context"], change) for answer in row["answers"]]
+        changed["answers"] = [answer for answer in answers if answer is not None]
+        if not changed["answers"]:
+            changed["context"] = ""  # a question whose answer is lost must not become one without an answer
+    return changed
+
+
+def _moved(answer: Row, context: str, changed: str, change: Callable[[str], str]) -> Row | None:
+    """`answer` (`text`, `start`) in the changed context; None where it is not there any more."""
+    text, start = change(answer["text"]), len(change(context[: answer["start"]]))
+    if not text:
+        return None
+    if changed[start : start + len(text)] != text:
+        places = [found.start() for found in re.finditer(re.escape(text), changed)]
+        if not places:
+            return None
+        start = min(places, key=lambda place: abs(place - start))
+    return {"text": text, "start": start}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -30,13 +52,15 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def texts(row: Row) -> Iterator[str]:
-    """The texts of a row in order: columns, or what the messages say; system prompts are not among them, since many
-    rows share one and it says little about the row."""
+    """The texts of a row in order: columns, words as one text, or what the messages say; system prompts are not among
+    them, since many rows share one and it says little about the row."""
     for key, value in row.items():
         if key == "messages":
             for message in value:
                 if message.get("role") != "system":
                     yield from _texts(message)
+        elif key == "tokens":
+            yield " ".join(value)
         elif key not in NO_TEXT:
             yield from _texts(value)
 

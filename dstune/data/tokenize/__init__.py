@@ -16,15 +16,19 @@ from dstune.config.task_schema import (
     ClassificationConfig,
     EmbeddingConfig,
     PreferenceConfig,
+    QuestionAnsweringConfig,
     RewardConfig,
     TaskConfig,
+    TokenClassificationConfig,
 )
 from dstune.data.render import ChatRenderer
+from dstune.data.tokenize.answers import AnswerEncoder
 from dstune.data.tokenize.classification import ClassificationEncoder
 from dstune.data.tokenize.contrastive import ContrastiveEncoder
 from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversation
 from dstune.data.tokenize.preference import JudgedEncoder, PairEncoder, RewardEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
+from dstune.data.tokenize.tokens import TokenEncoder
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
 
@@ -41,16 +45,24 @@ COUNTED = {
 class RowTokenizer:
     """Tokenizes rows for one task; picklable, so that it travels to the processes of `datasets.map`.
 
-    tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification).
+    tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification);
+    class_weights: what a row of each counts in the loss, where they differ.
     Control tokens in what a row says are encoded as text (see `control`).
     Raises UserError (at creation) if the tokenizer lacks what task and format need.
     """
 
     def __init__(
-        self, tokenizer: Any, task: TaskConfig, fmt: DataFormat, max_length: int, labels: tuple[str, ...] = ()
+        self,
+        tokenizer: Any,
+        task: TaskConfig,
+        fmt: DataFormat,
+        max_length: int,
+        labels: tuple[str, ...] = (),
+        class_weights: tuple[float, ...] = (),
     ):
         self._tokenizer = tokenizer
-        self._encoder = _encoder(tokenizer, task, fmt, max_length, labels)
+        self._counted = COUNTED | ({"weight": datasets.Value("float64")} if class_weights else {})
+        self._encoder = _encoder(tokenizer, task, fmt, max_length, labels, class_weights)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
         """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
@@ -61,7 +73,7 @@ class RowTokenizer:
     def features(self) -> datasets.Features:
         """Types of the columns of `table_of`."""
         tokens = datasets.List(datasets.Value("int32"))
-        return datasets.Features({"input_ids": tokens, **self._encoder.columns, **COUNTED})
+        return datasets.Features({"input_ids": tokens, **self._encoder.columns, **self._counted})
 
     @property
     def renderer(self) -> ChatRenderer | None:
@@ -96,14 +108,25 @@ class RowTokenizer:
         return pa.table({name: _column(values, schema.field(name).type) for name, values in columns.items()})
 
 
-def _encoder(tokenizer: Any, task: TaskConfig, fmt: DataFormat, max_length: int, labels: tuple[str, ...]) -> Encoder:
+def _encoder(
+    tokenizer: Any,
+    task: TaskConfig,
+    fmt: DataFormat,
+    max_length: int,
+    labels: tuple[str, ...],
+    class_weights: tuple[float, ...],
+) -> Encoder:
     match task:
         case ChatConfig():
             return ChatEncoder(tokenizer, task, fmt, max_length)
         case CausalLmConfig():
             return DocumentEncoder(tokenizer, max_length)
         case ClassificationConfig():
-            return ClassificationEncoder(tokenizer, task, fmt, max_length, labels)
+            return ClassificationEncoder(tokenizer, task, fmt, max_length, labels, class_weights)
+        case TokenClassificationConfig():
+            return TokenEncoder(tokenizer, task, max_length, labels)
+        case QuestionAnsweringConfig():
+            return AnswerEncoder(tokenizer, task, max_length)
         case PreferenceConfig():
             encoder = JudgedEncoder if task.single else PairEncoder
             return encoder(tokenizer, task.template_date, fmt, max_length)

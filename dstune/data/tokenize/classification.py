@@ -18,16 +18,25 @@ from dstune.data.tokenize.sample import Rows, Sample
 class ClassificationEncoder:
     """Texts with the special tokens that the tokenizer puts around and between them.
 
-    The column `label` is the index of the row's label, with `task.multi_label` a 1 or 0 for each label.
+    The column `label` is the index of the row's label, with `task.multi_label` a 1 or 0 for each label, and in a regression
+    the number itself. With class weights `loss_weight` is that of the row.
     """
 
     def __init__(
-        self, tokenizer: Any, task: ClassificationConfig, fmt: DataFormat, max_length: int, labels: tuple[str, ...]
+        self,
+        tokenizer: Any,
+        task: ClassificationConfig,
+        fmt: DataFormat,
+        max_length: int,
+        labels: tuple[str, ...],
+        class_weights: tuple[float, ...],
     ):
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._label_ids = {label: index for index, label in enumerate(labels)}
         self._multi_label = task.multi_label
+        self._regression = task.regression
+        self._class_weights = class_weights
         # For a single text every segment is 0, which is what a model takes where none is given.
         self._with_segments = fmt is DataFormat.pair and "token_type_ids" in tokenizer.model_input_names
         self._control = ControlTokens(tokenizer)
@@ -35,8 +44,11 @@ class ClassificationEncoder:
     @property
     def columns(self) -> Mapping[str, Any]:
         tokens = datasets.List(datasets.Value("int32"))
-        label = {"label": tokens if self._multi_label else datasets.Value("int64")}
-        return label | ({"token_type_ids": tokens} if self._with_segments else {})
+        number = datasets.Value("float32" if self._regression else "int64")
+        columns = {"label": tokens if self._multi_label else number}
+        if self._class_weights:
+            columns["loss_weight"] = datasets.Value("float32")
+        return columns | ({"token_type_ids": tokens} if self._with_segments else {})
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         texts = [row["text"] for row in rows]
@@ -54,13 +66,19 @@ class ClassificationEncoder:
                 ids = np.array(tokens, dtype=np.int32)
             elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
                 length = len(self._tokenizer(*whole, verbose=False)["input_ids"])
-            columns = {"label": self._label(rows[position])}
+            label = self._label(rows[position])
+            columns = {"label": label}
+            weight: float = 1
+            if self._class_weights:
+                weight = columns["loss_weight"] = self._class_weights[label]
             if self._with_segments:
                 columns["token_type_ids"] = np.array(segments, dtype=np.int32)
-            samples.append(Sample(number, ids, columns, 1, length > len(ids), "", length))
+            samples.append(Sample(number, ids, columns, weight, length > len(ids), "", length))
         return samples
 
     def _label(self, row: dict[str, Any]) -> Any:
+        if self._regression:
+            return row["label"]
         indices = [self._label_ids[name] for name in labels_of(row)]
         if self._multi_label:
             return np.isin(np.arange(len(self._label_ids)), indices).astype(np.int32)

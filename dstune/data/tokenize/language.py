@@ -19,7 +19,11 @@ from dstune.errors import Problem, UserError
 
 
 class _Language:
-    """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token."""
+    """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token.
+
+    `bytes` is the length in UTF-8 of the text that a sample's targets stand for, special tokens apart; 0 where the tokenizer
+    cannot tell.
+    """
 
     def __init__(self, tokenizer: Any, max_length: int):
         self._end = self._end_of(tokenizer)
@@ -27,6 +31,8 @@ class _Language:
         self._max_length = max_length
         self._control = ControlTokens(tokenizer)
         self._prefix = _first_special_tokens(tokenizer)
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int64)
 
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
@@ -43,24 +49,40 @@ class _Language:
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        return {"labels": datasets.List(datasets.Value("int32"))}
+        return {"labels": datasets.List(datasets.Value("int32")), "bytes": datasets.Value("int64")}
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
         ids = self._control.ids(text, self._own_tokens(text, end=None))
         return [*self._missing_prefix(ids), *ids]
 
-    def _sample(self, number: int, input_ids: np.ndarray, targets: np.ndarray, problem: str) -> Sample:
+    def _sample(
+        self, number: int, input_ids: np.ndarray, targets: np.ndarray, sizes: np.ndarray, problem: str
+    ) -> Sample:
+        """sizes: bytes of text that each token stands for."""
         targets[:1] = False  # nothing precedes the first token, so nothing predicts it
         labels = np.where(targets, input_ids, NO_TARGET).astype(np.int32)
         if not problem and not targets.any():
             problem = "no trainable token"
         length = len(input_ids)
         kept = slice(0, self._max_length)
-        weight = int(np.count_nonzero(labels[kept] != NO_TARGET))
-        return Sample(
-            number, input_ids[kept], {"labels": labels[kept]}, weight, length > self._max_length, problem, length
-        )
+        counted = labels[kept] != NO_TARGET
+        columns = {"labels": labels[kept], "bytes": int(sizes[kept][counted].sum())}
+        weight = int(np.count_nonzero(counted))
+        return Sample(number, input_ids[kept], columns, weight, length > self._max_length, problem, length)
+
+    def _sizes(self, ids: np.ndarray, offsets: Any, text: str) -> np.ndarray:
+        """Bytes of `text` that each token stands for: those behind the token before it, to its own end."""
+        if not len(ids) or len(offsets) != len(ids):
+            return np.zeros(len(ids), dtype=np.int64)
+        byte_at = np.zeros(len(text) + 1, dtype=np.int64)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF), out=byte_at[1:])
+        # The tokens of one character have the same end: the first one counts its bytes, the others none.
+        ends = np.maximum.accumulate(byte_at[np.asarray(offsets, dtype=np.int64)[:, 1]])
+        sizes = np.diff(ends, prepend=0)
+        sizes[np.isin(ids, self._special)] = 0
+        return sizes
 
     def _own_tokens(self, text: str, end: str | None) -> list[int]:
         """Where a document has a first special token, or an `end`, that it would get anyway: there they are no text."""
@@ -111,6 +133,7 @@ class ChatEncoder(_Language):
             if template_tokens is not None:
                 ids, offsets = self._control.neutral(ids, offsets, text, template_tokens)
             input_ids = np.array(ids, dtype=np.int32)
+            sizes = self._sizes(input_ids, offsets, text)
             if self._train_on_prompt and self.renderer is None:
                 targets = np.ones(len(input_ids), dtype=bool)
             else:
@@ -119,7 +142,8 @@ class ChatEncoder(_Language):
                 prefix = self._missing_prefix(ids)
                 input_ids = np.array([*prefix, *ids, self._end], dtype=np.int32)
                 targets = np.concatenate([np.full(len(prefix), self._train_on_prompt), targets, [True]])
-            samples.append(self._sample(number, input_ids, targets, problem))
+                sizes = np.concatenate([np.zeros(len(prefix), dtype=np.int64), sizes, [0]])
+            samples.append(self._sample(number, input_ids, targets, sizes, problem))
         return samples
 
     def _render(self, row: dict[str, Any]) -> tuple[str, list[Span], str]:
@@ -145,18 +169,28 @@ class DocumentEncoder(_Language):
     """
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        encoded = self._tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)
+        encoded = self._tokenizer(
+            [row["text"] for row in rows],
+            add_special_tokens=False,
+            return_offsets_mapping=self._tokenizer.is_fast,
+            verbose=False,
+        )
+        places = encoded.get("offset_mapping", [[]] * len(rows))
         end = self._tokenizer.eos_token_id
         samples = []
-        for number, row, ids in zip(numbers, rows, encoded["input_ids"], strict=True):
+        for number, row, ids, offsets in zip(numbers, rows, encoded["input_ids"], places, strict=True):
+            text = row["text"]
             if self._control.first(row):
-                ids = self._control.ids(row["text"], self._own_tokens(row["text"], self._tokenizer.eos_token))
-            prefix = self._missing_prefix(ids)
-            document = np.array([*prefix, *ids, *([] if ids[-1:] == [end] else [end])], dtype=np.int32)
+                ids, offsets = self._control.encode(text, self._own_tokens(text, self._tokenizer.eos_token))
+            prefix, suffix = self._missing_prefix(ids), [] if ids[-1:] == [end] else [end]
+            document = np.array([*prefix, *ids, *suffix], dtype=np.int32)
+            sizes = np.zeros(len(document), dtype=np.int64)
+            sizes[len(prefix) : len(prefix) + len(ids)] = self._sizes(np.array(ids), offsets, text)
             step = self._max_length - 1
             for start in range(0, max(len(document) - 1, 1), step):
-                piece = document[start : start + self._max_length]
-                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), "")
+                window = slice(start, start + self._max_length)
+                piece = document[window]
+                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), sizes[window], "")
                 sample.truncated = len(document) > self._max_length
                 sample.length = len(document)
                 samples.append(sample)

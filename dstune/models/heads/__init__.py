@@ -14,15 +14,19 @@ from dstune.config.task_schema import (
     ClassificationConfig,
     EmbeddingConfig,
     PreferenceConfig,
+    QuestionAnsweringConfig,
     RewardConfig,
     TaskConfig,
+    TokenClassificationConfig,
 )
+from dstune.models.heads.answers import AnswerHead
 from dstune.models.heads.base import Batch, Forward, Head, HeadOutput, WindowHead, sums_of
-from dstune.models.heads.classification import classification_head, multi_label_head
+from dstune.models.heads.classification import classification_head
 from dstune.models.heads.embedding import EmbeddingHead
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.heads.reward import reward_head
+from dstune.models.heads.tokens import token_classification_head
 
 __all__ = ["Batch", "Forward", "Head", "HeadOutput", "WindowHead", "build_head", "sums_of"]
 
@@ -33,7 +37,11 @@ def build_head(task: TaskConfig, model: PreTrainedModel) -> Head:
         case ChatConfig() | CausalLmConfig():
             return CausalLmHead(model)
         case ClassificationConfig():
-            return multi_label_head if task.multi_label else classification_head
+            return classification_head(task)
+        case TokenClassificationConfig():
+            return token_classification_head
+        case QuestionAnsweringConfig():
+            return AnswerHead(task.max_answer_tokens)
         case PreferenceConfig():
             return JudgedHead(task, model) if task.single else PairHead(task, model)
         case RewardConfig():

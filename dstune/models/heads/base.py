@@ -26,7 +26,9 @@ class HeadOutput:
     correct: torch.Tensor
     """Targets that the most probable prediction hits, scalar."""
     rows: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] = field(default_factory=dict)
-    """What the task's metrics need of each row, by name: tensors [batch, ...], or one tensor of any length a row."""
+    """What the task's metrics need of each row, by name, in an evaluation (without gradients):
+    tensors [batch, ...], or one tensor of any length a row. `loss` is the sum of its targets' losses, `weight` what they
+    count and `correct` how many were hit."""
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Further sums over the batch that the task's metrics are made of, scalars without a graph."""
 

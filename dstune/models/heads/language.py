@@ -56,12 +56,14 @@ class CausalLmHead:
         return self._found.loss_sum
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows."""
+        """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows. With `index`
+        (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
         # The label of the next position is the target of this one; the last position has none.
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         self._kept = labels != IGNORED
         targets = labels[self._kept]
-        self._targets = targets if self._examined else None
+        kept, by_row = self._kept, "index" in batch and not torch.is_grad_enabled()
+        self._targets = targets if self._examined and not by_row else None
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             output = forward(**inputs_of(batch), use_cache=False).logits
@@ -73,4 +75,16 @@ class CausalLmHead:
         else:
             # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
             loss_sum, correct, self._found = output.float(), self._found.correct, None
-        return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct)
+        rows = _by_row(kept, output, targets) if by_row else {}
+        return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
+
+
+def _by_row(kept: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Loss, weight and hits of each row, [batch]. kept: which positions the targets are of, bool [batch, sequence]."""
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    values = {"loss": losses, "weight": torch.ones_like(losses), "correct": logits.argmax(dim=-1) == targets}
+    row = kept.nonzero()[:, 0]
+    return {
+        name: torch.zeros(len(kept), device=losses.device).index_add_(0, row, value.float())
+        for name, value in values.items()
+    }

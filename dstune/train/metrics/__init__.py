@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 
-from dstune.train.metrics.classification import classification_metrics, multi_label_metrics
+from dstune.train.metrics.answers import answer_metrics
+from dstune.train.metrics.classification import classification_metrics, multi_label_metrics, regression_metrics
 from dstune.train.metrics.embedding import embedding_metrics
 from dstune.train.metrics.language import language_model_metrics
 from dstune.train.metrics.preference import preference_metrics, reward_metrics
+from dstune.train.metrics.tokens import token_metrics
 
 __all__ = [
     "LOWER_IS_BETTER",
+    "answer_metrics",
     "classification_metrics",
     "embedding_metrics",
     "improves",
     "language_model_metrics",
     "multi_label_metrics",
     "preference_metrics",
+    "regression_metrics",
     "reward_metrics",
+    "token_metrics",
 ]
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse"})
 
 
 def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:

@@ -5,37 +5,76 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 def classification_metrics(
-    loss_sum: float, predictions: Sequence[int], labels: Sequence[int], classes: int
+    predictions: Sequence[int], labels: Sequence[int], probabilities: np.ndarray
 ) -> tuple[dict[str, float], list[list[int]]]:
-    """Metrics of scikit-learn, and the confusion matrix [true class, predicted class]."""
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+    """Metrics of scikit-learn, and the confusion matrix [true class, predicted class]. probabilities: [rows, classes].
 
+    `auroc` is that of the second of two classes, of more the mean over the classes, each against all others.
+    """
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
+
+    classes = probabilities.shape[1]
     everything: dict[str, Any] = {"labels": list(range(classes)), "zero_division": 0.0}
     metrics = {
-        "loss": loss_sum / len(labels),
         "accuracy": float(accuracy_score(labels, predictions)),
         "f1_macro": float(f1_score(labels, predictions, average="macro", **everything)),
         "f1_micro": float(f1_score(labels, predictions, average="micro", **everything)),
+        "mcc": float(matthews_corrcoef(labels, predictions)),
+        **_auroc(
+            np.eye(classes)[list(labels)][:, -1:] if classes == 2 else np.eye(classes)[list(labels)], probabilities
+        ),
         "targets": float(len(labels)),
     }
     return metrics, confusion_matrix(labels, predictions, labels=list(range(classes))).tolist()
 
 
 def multi_label_metrics(
-    loss_sum: float, predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+    predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], probabilities: np.ndarray
 ) -> dict[str, float]:
-    """Metrics of scikit-learn for rows of 0 and 1, [rows][labels]; `accuracy` is the share of rows with all right."""
+    """Metrics of scikit-learn for rows of 0 and 1, [rows][labels]; `accuracy` is the share of rows with all right, `auroc` the
+    mean over the labels. probabilities: [rows, labels]."""
     from sklearn.metrics import accuracy_score, f1_score
 
     # For one label alone, scikit-learn takes 0 and 1 for two classes and means over both; it is the 1 that counts.
     only: dict[str, Any] = {"labels": [1]} if len(labels[0]) == 1 else {}
     true, found = ([row if len(row) > 1 else row[0] for row in rows] for rows in (labels, predictions))
     return {
-        "loss": loss_sum / len(labels),
         "accuracy": float(accuracy_score(true, found)),
         "f1_macro": float(f1_score(true, found, average="macro", zero_division=0.0, **only)),
         "f1_micro": float(f1_score(true, found, average="micro", zero_division=0.0, **only)),
+        **_auroc(np.array(labels), probabilities),
         "targets": float(len(labels)),
+    }
+
+
+def _auroc(wanted: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Mean area under the ROC curve over the last `wanted.shape[1]` columns; of a class that no row or every row is of
+    there is none. wanted: 0 and 1, [rows, classes]."""
+    from sklearn.metrics import roc_auc_score
+
+    probabilities = probabilities[:, -wanted.shape[1] :]
+    areas = [
+        roc_auc_score(wanted[:, column], probabilities[:, column])
+        for column in range(wanted.shape[1])
+        if 0 < wanted[:, column].sum() < len(wanted)
+    ]
+    return {"auroc": float(np.mean(areas))} if areas else {}
+
+
+def regression_metrics(predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
+    """Errors, and correlations by scipy; 0 where one side is the same for all rows, which correlates with nothing."""
+    from scipy.stats import pearsonr, spearmanr
+
+    found, true = np.array(predictions, dtype=np.float64), np.array(labels, dtype=np.float64)
+    varied = len(true) > 1 and np.ptp(found) > 0 and np.ptp(true) > 0
+    return {
+        "mae": float(np.abs(found - true).mean()),
+        "rmse": float(np.sqrt(np.square(found - true).mean())),
+        "pearson": float(pearsonr(found, true).statistic) if varied else 0.0,
+        "spearman": float(spearmanr(found, true).statistic) if varied else 0.0,
+        "targets": float(len(true)),
     }

@@ -1,0 +1,86 @@
+"""Questions with answers that are spans of a text: the files of SQuAD, and whether an answer stands where it is said to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dstune.data.files import RawRow
+from dstune.data.problems import RowError, shown
+
+Answer = dict[str, Any]
+"""`text` and `start`, the character of the context where it begins."""
+
+
+def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
+    """`rows` of a JSON file, those of SQuAD's own form (articles, paragraphs, questions) as one row for each question.
+
+    They are all called by the line where the article, or the whole file, begins; what is not of that form stays as it is.
+    """
+    for row in rows:
+        fields = row.fields or {}
+        articles = fields["data"] if isinstance(fields.get("data"), list) else [fields]
+        if not all(isinstance(article, dict) and isinstance(article.get("paragraphs"), list) for article in articles):
+            yield row
+            continue
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+                if not isinstance(questions, list):
+                    yield replace(row, fields=None, error="a paragraph without a list of questions (qas)")
+                    continue
+                shared = {"title": article.get("title"), "context": paragraph.get("context")}
+                for question in questions:
+                    if isinstance(question, dict):
+                        yield replace(row, fields=shared | question)
+                    else:
+                        yield replace(row, fields=None, error=f"a question must be an object, it is {shown(question)}")
+
+
+def answers_of(value: Any) -> list[Answer]:
+    """Answers of a row: `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`; as JSON in a CSV file.
+
+    Without repetitions. Raises RowError.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise RowError(f"answers must be an object or a list, they are {shown(value)}") from None
+    if isinstance(value, dict):
+        texts, starts = value.get("text"), value.get("answer_start")
+        if isinstance(texts, str):
+            texts, starts = [texts], [starts]
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise RowError("answers need as many answer_start as text")
+        value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if value is None:
+        value = []
+    if not isinstance(value, list):
+        raise RowError(f"answers must be an object or a list, they are {shown(value)}")
+    found: list[Answer] = []
+    for answer in value:
+        text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
+        if not isinstance(text, str) or not text.strip():
+            raise RowError(f"an answer must have a text, it is {shown(answer)}")
+        if isinstance(start, float) and start.is_integer():
+            start = int(start)
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise RowError(f"answer_start of answer {shown(text)} must be a number, it is {shown(start)}")
+        if {"text": text, "start": start} not in found:
+            found.append({"text": text, "start": start})
+    return found
+
+
+def checked_answers(answers: Sequence[Answer], context: str, *, no_answer: bool) -> None:
+    """Raises RowError where an answer does not stand in `context` where it is said to, or there is none and has to be."""
+    if not answers and not no_answer:
+        raise RowError("there is no answer; task.no_answer=true trains on questions without one")
+    for answer in answers:
+        text, start = answer["text"], answer["start"]
+        if start < 0 or context[start : start + len(text)] != text:
+            place = context.find(text)
+            there = f"it is at {place}" if place >= 0 else "it is nowhere in it"
+            raise RowError(f"answer {shown(text)} is not at character {start} of its context ({there})")

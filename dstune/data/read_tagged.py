@@ -1,0 +1,60 @@
+"""Rows of files with a word and its tags on a line and a blank line behind each sentence (CoNLL 2003, CoNLL-U)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dstune.data.files import DataFile, RawRow, opened
+from dstune.data.read_text import decoded, lines_of
+
+CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+"""Of CoNLL-U (universaldependencies.org/format)."""
+
+
+def read_tagged(file: DataFile) -> Iterator[RawRow]:
+    """Sentences as the columns `tokens` (the first on a line), `tags` (the last), and `column_1`, `column_2`, ...
+
+    Of a .conllu file `tokens` are the forms, `tags` the universal parts of speech, and the others have their own names.
+    Words are separated by tabs where a line has any, else by white space. A line of `-DOCSTART-` and, in a .conllu file,
+    comments, ranges and empty nodes are no words. The line of a row is that of its first word.
+    """
+    with opened(file) as stream:
+        first = 0
+        words: list[list[str]] = []
+        fault: RawRow | None = None
+        for number, raw in lines_of(stream):
+            text, error = decoded(raw)
+            if error:
+                fault = fault or RawRow(file, number, None, error)
+                continue
+            if not text.strip():
+                yield from _sentence(file, first, words, fault)
+                words, fault = [], None
+                continue
+            if text.startswith("-DOCSTART-") or (file.ending == ".conllu" and _no_word(text)):
+                continue
+            cells = [cell.strip() for cell in text.split("\t")] if "\t" in text else text.split()
+            if not words:
+                first = number
+            if (len(cells) < 2 or (words and len(cells) != len(words[0]))) and fault is None:
+                wanted = f"the sentence's first line has {len(words[0])}" if words else "a word and its tag are needed"
+                fault = RawRow(file, number, None, f"{len(cells)} column{'s' * (len(cells) != 1)}, {wanted}")
+            words.append(cells)
+        yield from _sentence(file, first, words, fault)
+
+
+def _no_word(text: str) -> bool:
+    return text.startswith("#") or re.match(r"\d+[-.]\d+\t", text) is not None
+
+
+def _sentence(file: DataFile, first: int, words: list[list[str]], fault: RawRow | None) -> Iterator[RawRow]:
+    if fault is not None:
+        yield fault
+    elif words and file.ending == ".conllu":
+        named = {name: list(values) for name, values in zip(CONLLU_COLUMNS, zip(*words, strict=True), strict=False)}
+        yield RawRow(file, first, named | {"tokens": named.get("form"), "tags": named.get("upos")})
+    elif words:
+        columns = [list(values) for values in zip(*words, strict=True)]
+        fields = {f"column_{number}": values for number, values in enumerate(columns, start=1)}
+        yield RawRow(file, first, fields | {"tokens": columns[0], "tags": columns[-1]})

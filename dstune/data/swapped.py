@@ -1,0 +1,63 @@
+"""Samples of held-out rows with the terms of a table swapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from dstune.config.data_schema import OnBadRow
+from dstune.data.ingest import ROW_SCHEMA, BadRows
+from dstune.data.labels import ChosenRows
+from dstune.data.prepared import Split, Swapped
+from dstune.data.swaps import Swaps
+from dstune.data.tokenize import RowTokenizer
+from dstune.data.write import write_samples
+
+
+def write_swapped(
+    rows: ChosenRows, swaps: Swaps, encode: RowTokenizer, folder: Path, part: str, *, work: Path, workers: int
+) -> None:
+    """Write the samples of those of `rows` that hold a term, as a part of their own beside `part`."""
+    name = _name(part)
+    target = work / f"{name}.rows.arrow"
+    of: list[int] = []
+    names: list[list[str]] = []
+    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
+        for place, number in enumerate(rows.indices.tolist()):
+            fields = rows.table.data[number]
+            row = json.loads(fields["row"])
+            swapped = swaps.row(row)
+            if swapped is None:
+                continue
+            fields |= {"row": json.dumps(swapped, ensure_ascii=False), "number": len(of)}
+            writer.write_batch(pa.RecordBatch.from_pylist([fields], schema=ROW_SCHEMA))
+            of.append(place)
+            names.append(swaps.names(row))
+    (folder / f"{name}.json").write_text(json.dumps({"of": of, "names": names}))
+    if not of:
+        return
+    data = datasets.Dataset.from_file(str(target))
+    table = replace(rows.table, data=data, sources=None)
+    unusable = BadRows(OnBadRow.skip)
+    write_samples(
+        table, np.arange(len(of)), encode, folder, name, unusable, work=work, workers=workers, with_texts=True
+    )
+
+
+def load_swapped(folder: Path, part: str, load: Callable[[Path, str], Split]) -> Swapped | None:
+    """What `write_swapped` wrote; None where it did not, or no row held a term."""
+    file = folder / f"{_name(part)}.json"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    return Swapped(load(folder, _name(part)), np.array(found["of"]), found["names"]) if found["of"] else None
+
+
+def _name(part: str) -> str:
+    return f"{part}_swapped"

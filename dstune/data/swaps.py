@@ -1,0 +1,80 @@
+"""Terms of a user's table put in each other's place, to see what a model makes of them alone (`evaluate.counterfactual`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dstune.data import sources
+from dstune.data.clean.rows import Row, map_texts, texts
+from dstune.errors import Problem, UserError
+
+KEY = "evaluate.counterfactual"
+
+
+class Swaps:
+    """Replaces each term by its counterpart, in both directions; a term that has several counterparts by the first one.
+
+    Terms are found as whole words whatever their case, longer ones first; a capital letter at the beginning, or capitals
+    throughout, are kept. Example, of the pair (he, she): "He told her" becomes "She told her", "SHE" becomes "HE".
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]):
+        self._other: dict[str, str] = {}
+        for first, second in pairs:
+            self._other.setdefault(first.lower(), second)
+        for first, second in pairs:
+            self._other.setdefault(second.lower(), first)
+        longest_first = sorted(self._other, key=len, reverse=True)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+
+    @classmethod
+    def read(cls, path: str) -> Swaps:
+        """From a file of rows with the columns `from` and `to`. Raises UserError."""
+        pairs, problems = [], []
+        for file in sources.expand(path, KEY):
+            for raw in sources.read(file):
+                terms = [(raw.fields or {}).get(name) for name in ("from", "to")]
+                if all(isinstance(term, str) and term.strip() for term in terms):
+                    pairs.append((str(terms[0]).strip(), str(terms[1]).strip()))
+                else:
+                    reason = raw.error or "a row needs two terms, in the columns 'from' and 'to'"
+                    problems.append(Problem(raw.place, reason, 'for example {"from": "he", "to": "she"}'))
+        if problems:
+            raise UserError(problems[:10])
+        if not pairs:
+            raise UserError(Problem(KEY, "the table has no terms", "give rows with the columns 'from' and 'to'", path))
+        return cls(pairs)
+
+    def text(self, text: str) -> str:
+        return self._pattern.sub(lambda found: _cased(self._other[found.group().lower()], found.group()), text)
+
+    def row(self, row: Row) -> Row | None:
+        """The normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
+        swapped = map_texts(row, self.text)
+        return None if swapped == row or swapped.get("context") == "" else swapped
+
+    def names(self, row: Row) -> list[str]:
+        """What is swapped in `row`: `he -> she`, sorted."""
+        found = {
+            match.group().lower() for text in row.get("tokens", texts(row)) for match in self._pattern.finditer(text)
+        }
+        return sorted(f"{term} -> {self._other[term].lower()}" for term in found)
+
+
+def _cased(term: str, like: str) -> str:
+    if len(like) > 1 and like.isupper():
+        return term.upper()
+    return term[:1].upper() + term[1:] if like[:1].isupper() else term
+
+
+def slice_values(fields: dict[str, Any], columns: Sequence[str]) -> dict[str, str | None]:
+    """The value of each column that rows are measured apart by, as text; None where the row has none."""
+    found: dict[str, str | None] = {}
+    for column in columns:
+        value = fields.get(column)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        found[column] = None if value is None or isinstance(value, list | dict) else str(value)
+    return found

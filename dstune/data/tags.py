@@ -1,0 +1,61 @@
+"""Tags of words: the marks of entities, what is wrong with a sequence of them, and the names that belong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from dstune.config.task_schema import TagScheme
+from dstune.data.problems import RowError
+
+OUTSIDE = "O"
+
+_MARKED = re.compile(r"[BIESLUM]-.+", re.DOTALL)
+
+_AS_BIO = {"S": "B", "U": "B", "E": "I", "L": "I", "M": "I"}
+"""Marks of BIOES and BILOU by those of BIO, which says the same of whole entities."""
+
+
+def is_bio(tags: Collection[str]) -> bool:
+    """Whether all of `tags` are `O` or the mark of an entity's word (BIO, or BIOES and BILOU)."""
+    return all(tag == OUTSIDE or _MARKED.fullmatch(tag) for tag in tags)
+
+
+def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, repair: bool) -> list[str]:
+    """The tags of one sentence; those of entities in BIO (IOB2: every entity begins with B-).
+
+    Marks of BIOES and BILOU become B- and I-. With `repair` an I- tag that continues no entity of its type becomes B-,
+    which turns IOB1 into IOB2. Raises RowError.
+    """
+    if scheme is TagScheme.plain or (scheme is TagScheme.auto and not is_bio(tags)):
+        return list(tags)
+    found = []
+    before = OUTSIDE
+    for number, (tag, token) in enumerate(zip(tags, tokens, strict=True), start=1):
+        if tag == OUTSIDE:
+            found.append(tag)
+            before = tag
+            continue
+        if not _MARKED.fullmatch(tag):
+            raise RowError(f"tag {tag!r} of word {number} ({token!r}) is neither O nor begins with B- or I-")
+        mark, kind = tag[0], tag[2:]
+        mark = _AS_BIO.get(mark, mark)
+        if mark == "I" and before not in (f"B-{kind}", f"I-{kind}"):
+            if not repair:
+                follows = f"follows {before!r}" if number > 1 else "is the first one"
+                raise RowError(
+                    f"tag {tag!r} of word {number} ({token!r}) continues no entity: it {follows}; "
+                    "task.repair=true lets it begin one"
+                )
+            mark = "B"
+        before = f"{mark}-{kind}"
+        found.append(before)
+    return found
+
+
+def completed(labels: Sequence[str]) -> tuple[str, ...]:
+    """`labels` with both marks of every entity's type and `O`, where they are of entities: O, B-x, I-x, B-y, I-y, ..."""
+    if not is_bio(labels):
+        return tuple(labels)
+    kinds = sorted({label[2:] for label in labels if label != OUTSIDE})
+    return (OUTSIDE, *(f"{mark}-{kind}" for kind in kinds for mark in "BI"))

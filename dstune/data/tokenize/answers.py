@@ -1,0 +1,89 @@
+"""Samples of question answering: a question beside a window of its text, and where in it the answer begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dstune.config.task_schema import QuestionAnsweringConfig
+from dstune.data.answers import Answer
+from dstune.data.control import ControlTokens
+from dstune.data.render import require_offsets
+from dstune.data.tokenize.frame import Frame, windows
+from dstune.data.tokenize.sample import Rows, Sample
+
+NOT_IN_CONTEXT = -1
+
+
+class AnswerEncoder:
+    """A text that does not fit beside its question becomes several windows that overlap by `task.stride` tokens.
+
+    `start` and `end` are the first and last token of the first answer; in a window that does not hold all of it, and for a
+    question without an answer, both are `null`, the classification token (or the first one, where a tokenizer has none).
+    `char_start` and `char_end` tell the characters of the context that a token stands for, NOT_IN_CONTEXT elsewhere. A
+    question is cut to half of `max_length`.
+    """
+
+    def __init__(self, tokenizer: Any, task: QuestionAnsweringConfig, max_length: int):
+        require_offsets(tokenizer)
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._stride = task.stride
+        self._frame = Frame.of(tokenizer, 2)
+        self._with_segments = "token_type_ids" in tokenizer.model_input_names
+        self._control = ControlTokens(tokenizer)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        tokens = datasets.List(datasets.Value("int32"))
+        segments = {"token_type_ids": tokens} if self._with_segments else {}
+        places = {name: datasets.Value("int64") for name in ("start", "end", "null")}
+        return {"char_start": tokens, "char_end": tokens, **segments, **places}
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        contexts = [row["context"] for row in rows]
+        encoded = self._tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        samples: list[Sample] = []
+        for number, row, ids, offsets in zip(
+            numbers, rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            if self._control.first(row["context"]):
+                ids, offsets = self._control.neutral(ids, offsets, row["context"], [])
+            question = self._control.ids(row["question"])
+            places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            samples += self._windows(number, question, list(ids), places, row["answers"])
+        return samples
+
+    def _windows(
+        self, number: int, question: list[int], context: list[int], offsets: np.ndarray, answers: list[Answer]
+    ) -> list[Sample]:
+        room = self._max_length - self._frame.size
+        asked = question[: room // 2]
+        size = room - len(asked)
+        span = _tokens_of(answers[0], offsets) if answers else None
+        problem = "no token holds the first answer" if answers and span is None else ""
+        length = len(question) + len(context) + self._frame.size
+        samples = []
+        for start, end in windows(len(context), size, min(self._stride, size // 2)):
+            ids, kinds, (_, place) = self._frame.around([asked, context[start:end]])
+            char_start, char_end = np.full(len(ids), NOT_IN_CONTEXT), np.full(len(ids), NOT_IN_CONTEXT)
+            char_start[place : place + end - start] = offsets[start:end, 0]
+            char_end[place : place + end - start] = offsets[start:end, 1]
+            null = ids.index(self._tokenizer.cls_token_id) if self._tokenizer.cls_token_id in ids else 0
+            columns = {"char_start": char_start, "char_end": char_end, "start": null, "end": null, "null": null}
+            if span is not None and start <= span[0] and span[1] < end:
+                columns |= {"start": place + span[0] - start, "end": place + span[1] - start}
+            if self._with_segments:
+                columns["token_type_ids"] = np.array(kinds)
+            samples.append(Sample(number, np.array(ids), columns, 1, length > self._max_length, problem, length))
+        return samples
+
+
+def _tokens_of(answer: Answer, offsets: np.ndarray) -> tuple[int, int] | None:
+    """First and last token that hold a character of the answer."""
+    start, end = answer["start"], answer["start"] + len(answer["text"])
+    held = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0]))
+    return (int(held[0]), int(held[-1])) if len(held) else None

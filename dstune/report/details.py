@@ -1,0 +1,48 @@
+"""Tables of what an evaluation tells beside its metrics: types of entities, slices, swapped terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.report import numbers
+from dstune.report.run_files import RunFiles, section
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    lead: str
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    """A name and its values, as text."""
+
+
+def details(run: RunFiles) -> list[Table]:
+    return list(_tables(run.result))
+
+
+def _tables(result: dict[str, Any]) -> Iterator[Table]:
+    if by_type := section(result, "by_type"):
+        yield _table("By type", "", by_type)
+    for column, found in section(result, "slices").items():
+        lead = ""
+        if found.get("worst") is not None:
+            metric = str(found.get("metric")).replace("_", " ")
+            lead = f"By {metric} the worst is {found['worst']}, {numbers.number(found['gap'])} from the best."
+        yield _table(f"By {column}", lead, section(found, "values"))
+    if changes := section(result, "counterfactual"):
+        rows = {"all": {name: value for name, value in changes.items() if name != "by_term"}}
+        lead = "What changes in held-out rows where nothing but these terms does."
+        yield _table("Swapped terms", lead, rows | section(changes, "by_term"))
+
+
+def _table(title: str, lead: str, rows: dict[str, dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+    shown = [(str(name), [_cell(values.get(column)) for column in columns]) for name, values in rows.items()]
+    return Table(title, lead, [column.replace("_", " ") for column in columns], shown)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else numbers.number(value)

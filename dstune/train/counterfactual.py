@@ -1,0 +1,86 @@
+"""What a model answers to rows in which nothing but some terms is another, against what it answered before."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ClassificationConfig, QuestionAnsweringConfig, TokenClassificationConfig
+from dstune.data.prepared import Split, Swapped
+from dstune.data.swaps import Swaps
+from dstune.train.measure import Row, best_spans, rows_of
+from dstune.train.metrics.answers import normalized
+
+Evaluated = tuple[Split, Sequence[Row]]
+
+
+def compare(
+    config: RunConfig, labels: tuple[str, ...], swapped: Swapped, before: Evaluated, after: Evaluated
+) -> dict[str, Any]:
+    """Over the rows that hold a term: how many answers flip, the mean change of a row's loss for each of its targets, and
+    the same for each swap. Of a regression it is the mean change of the prediction instead of flips; a language model has
+    none.
+
+    before, after: the rows as they are and with the terms swapped, with what the head keeps of their samples.
+    """
+    split, _ = after
+    assert split.origins is not None and before[0].origins is not None
+    numbers = np.unique(split.origins)
+    places = np.searchsorted(np.unique(before[0].origins), swapped.of[numbers])
+    losses = _losses(*after) - _losses(*before)[places]
+    changes: dict[str, np.ndarray] = {"loss_change": losses}
+    match config.task:
+        case ClassificationConfig(regression=True):
+            old, new = (np.array([float(row["prediction"]) for row in kept]) for _, kept in (before, after))
+            changes["prediction_change"] = new - old[places]
+        case ClassificationConfig() | TokenClassificationConfig() | QuestionAnsweringConfig():
+            earlier, later = _answers(config, *before, swap=True), _answers(config, *after, swap=False)
+            flips = [earlier[place] != answer for place, answer in zip(places, later, strict=True)]
+            changes["flips"] = np.array(flips, dtype=np.float64)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, number in enumerate(numbers.tolist()):
+        for name in swapped.names[number]:
+            groups[name].append(place)
+    return _summary(changes, list(range(len(numbers)))) | {
+        "by_term": {name: _summary(changes, members) for name, members in sorted(groups.items())}
+    }
+
+
+def _summary(changes: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {"rows": len(rows)}
+    for name, values in changes.items():
+        if name == "flips":
+            found |= {"flips": int(values[rows].sum()), "flip_rate": float(values[rows].mean())}
+        else:
+            found |= {name: float(values[rows].mean()), f"{name}_abs": float(np.abs(values[rows]).mean())}
+    return found
+
+
+def _losses(split: Split, kept: Sequence[Row]) -> np.ndarray:
+    """Mean loss of each row's targets."""
+    return np.array(
+        [
+            sum(float(window["loss"]) for window in windows)
+            / max(sum(float(window["weight"]) for window in windows), 1e-9)
+            for windows in rows_of(split, kept)
+        ]
+    )
+
+
+def _answers(config: RunConfig, split: Split, kept: Sequence[Row], *, swap: bool) -> list[Any]:
+    """What the model answers to each row. swap: with the terms of an answer's own text swapped too."""
+    if isinstance(config.task, QuestionAnsweringConfig):
+        assert config.evaluate.counterfactual is not None
+        swaps = Swaps.read(config.evaluate.counterfactual)
+        spans, margins = best_spans(split, kept)
+        none = [config.task.no_answer and margin > config.task.threshold for margin in margins]
+        given = ["" if no_answer else span for no_answer, span in zip(none, spans, strict=True)]
+        return [normalized(swaps.text(text) if swap else text) for text in given]
+    return [
+        [value for window in windows for value in np.atleast_1d(window["prediction"]).tolist()]
+        for windows in rows_of(split, kept)
+    ]

@@ -1,0 +1,87 @@
+"""Metrics of answers, as the evaluation scripts of SQuAD define them (rajpurkar.github.io/SQuAD-explorer): shares, not percent.
+
+An answer is compared after normalization: lower case, without punctuation and the articles a, an and the, white space apart.
+Of several right answers the best one counts. F1 is that of the words that two answers have in common.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = frozenset(string.punctuation)
+
+
+def normalized(text: str) -> str:
+    without = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", without).split())
+
+
+def exact_match(predicted: str, right: str) -> float:
+    return float(normalized(predicted) == normalized(right))
+
+
+def word_f1(predicted: str, right: str, *, no_answer: bool) -> float:
+    """no_answer: as the script of SQuAD 2 has it, two answers without a word are equal; that of SQuAD 1.1 says 0."""
+    words, wanted = normalized(predicted).split(), normalized(right).split()
+    if no_answer and not (words and wanted):
+        return float(words == wanted)
+    common = sum((Counter(words) & Counter(wanted)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(words), common / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def scores(predicted: str, right: Sequence[str], *, no_answer: bool) -> tuple[float, float]:
+    """Exact match and F1 of one answer. right: all texts that count as right; none where there is no answer."""
+    if no_answer:
+        right = [text for text in right if normalized(text)] or [""]
+    return (
+        max(exact_match(predicted, text) for text in right),
+        max(word_f1(predicted, text, no_answer=no_answer) for text in right),
+    )
+
+
+def answer_metrics(
+    predicted: Sequence[str],
+    right: Sequence[Sequence[str]],
+    margins: Sequence[float] | None = None,
+    threshold: float = 0.0,
+) -> dict[str, float]:
+    """Exact match and F1 over all questions.
+
+    margins: for questions that may have no answer (SQuAD 2), how much better than the best span having none scores; above
+    `threshold` none is predicted. Then `predicted` are the best spans, and the metrics say besides how the questions with and
+    without an answer fare, and which threshold would give the highest F1 on these rows (`best_threshold`, `best_f1`).
+    """
+    if margins is None:
+        both = [scores(text, of, no_answer=False) for text, of in zip(predicted, right, strict=True)]
+        return {"exact_match": _mean([exact for exact, _ in both]), "f1": _mean([f1 for _, f1 in both])}
+    spans = [scores(text, of, no_answer=True) for text, of in zip(predicted, right, strict=True)]
+    none = [(float(not of), float(not of)) for of in right]
+    chosen = [empty if margin > threshold else span for margin, span, empty in zip(margins, spans, none, strict=True)]
+    answerable = [bool(of) for of in right]
+    metrics = {"exact_match": _mean([exact for exact, _ in chosen]), "f1": _mean([f1 for _, f1 in chosen])}
+    for name, which in (("answerable", True), ("unanswerable", False)):
+        part = [both for both, of in zip(chosen, answerable, strict=True) if of is which]
+        if part:
+            metrics[f"exact_match_{name}"] = _mean([exact for exact, _ in part])
+            metrics[f"f1_{name}"] = _mean([f1 for _, f1 in part])
+    # From no answer for any question on, one question after the other gets its span, the surest first.
+    best = total = sum(f1 for _, f1 in none)
+    best_threshold = min(margins) - 1.0
+    order = sorted(range(len(margins)), key=margins.__getitem__)
+    for place, number in enumerate(order):
+        total += spans[number][1] - none[number][1]
+        tied = place + 1 < len(order) and margins[order[place + 1]] == margins[number]
+        if total > best and not tied:
+            best, best_threshold = total, margins[number]
+    return metrics | {"best_f1": best / len(right), "best_threshold": best_threshold}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

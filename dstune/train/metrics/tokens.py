@@ -1,0 +1,52 @@
+"""Metrics of tagged words: of entities by seqeval, of single words by scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dstune.data.tags import OUTSIDE, is_bio
+
+
+def token_metrics(
+    predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], labels: Sequence[str]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Share of words with the right tag and, over whole entities (equal in type, first and last word), precision, recall
+    and F1; for tags that are no marks of entities macro F1 instead. With them the same of each type.
+
+    predicted, true: tags of each word, [sentences][words]. A predicted I- tag without a beginning begins an entity, as
+    in the script of CoNLL 2000.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+    flat_true = [tag for tags in true for tag in tags]
+    flat_predicted = [tag for tags in predicted for tag in tags]
+    metrics = {"token_accuracy": float(accuracy_score(flat_true, flat_predicted))}
+    if not is_bio(labels):
+        present = sorted({*flat_true, *flat_predicted})
+        metrics["f1_macro"] = float(f1_score(flat_true, flat_predicted, average="macro", labels=present))
+        table = precision_recall_fscore_support(flat_true, flat_predicted, labels=present, zero_division=0.0)
+        return metrics, {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": float(s)}
+            for name, p, r, f, s in zip(present, *table, strict=True)
+        }
+    report = entity_report([list(tags) for tags in true], [list(tags) for tags in predicted])
+    overall = report.pop("micro avg", {"precision": 0.0, "recall": 0.0, "f1-score": 0.0})
+    metrics["entity_precision"] = float(overall["precision"])
+    metrics["entity_recall"] = float(overall["recall"])
+    metrics["entity_f1"] = float(overall["f1-score"])
+    kinds = {label[2:] for label in labels if label != OUTSIDE}
+    return metrics, {
+        kind: {name.removesuffix("-score"): float(value) for name, value in of.items()}
+        for kind, of in report.items()
+        if kind in kinds
+    }
+
+
+def entity_report(true: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
+    """seqeval's report; empty where nothing is or should be an entity, for which it raises."""
+    from seqeval.metrics import classification_report
+
+    if all(tag == OUTSIDE for tags in (*true, *predicted) for tag in tags):
+        return {}
+    return classification_report(true, predicted, output_dict=True, zero_division=0)

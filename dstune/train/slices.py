@@ -1,0 +1,83 @@
+"""Metrics of the rows that share a value of a column, the worst of them and the gap to the best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import ClassificationConfig, TaskConfig
+from dstune.data.prepared import Split
+from dstune.errors import Problem, UserError
+from dstune.train.measure import Row, Totals, count_rows, measure
+from dstune.train.metrics import LOWER_IS_BETTER
+
+NO_VALUE = "(none)"
+
+MOST_VALUES = 200
+"""A column with more different values tells single rows apart, not groups of them."""
+
+METRICS = {
+    "classification": "accuracy",
+    "token_classification": "entity_f1",
+    "question_answering": "f1",
+}
+"""What tells the worst slice of a task; `loss` of the others."""
+
+
+def measure_slices(
+    config: RunConfig, labels: tuple[str, ...], split: Split, kept: Sequence[Row]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """For each column of `evaluate.slices` the metrics `slice_worst/COLUMN` and `slice_gap/COLUMN`, and as details the
+    metrics of each value. Raises UserError for a column that no row has, or that has too many values."""
+    assert split.origins is not None and split.texts is not None, "its rows were kept"
+    texts = split.texts.select_columns(["slices"])[:]["slices"]
+    values = [json.loads(texts[number]) for number in split.origins]
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    for column in config.evaluate.slices:
+        found = np.array([row[column] or NO_VALUE for row in values], dtype=object)
+        names = sorted(set(found.tolist()))
+        if names == [NO_VALUE]:
+            reason = f"no {split.name} row has a column of this name with a single value"
+            raise UserError(Problem("evaluate.slices", reason, "name columns of the rows", column))
+        if len(names) > MOST_VALUES:
+            reason = f"the column has {len(names)} different values, and {MOST_VALUES} are the most"
+            raise UserError(Problem("evaluate.slices", reason, "a column that groups the rows", column))
+        slices = {}
+        for name in names:
+            samples = np.flatnonzero(found == name)
+            rows = [kept[sample] for sample in samples.tolist()]
+            part = split.select(samples)
+            evaluation = measure(config.task, labels, part, totals_of(rows), rows)
+            slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
+        wanted = config.evaluate.slice_metric or metric_of(config.task, slices[names[0]])
+        large = {
+            name: of[wanted]
+            for name, of in slices.items()
+            if of["rows"] >= config.evaluate.min_slice_rows and wanted in of
+        }
+        details[column] = {"metric": wanted, "values": slices, "worst": None, "gap": None}
+        if large:
+            lower = wanted in LOWER_IS_BETTER
+            worst = (max if lower else min)(large, key=large.__getitem__)
+            gap = max(large.values()) - min(large.values())
+            details[column] |= {"worst": worst, "gap": gap}
+            metrics |= {f"slice_worst/{column}": large[worst], f"slice_gap/{column}": gap}
+    return metrics, details
+
+
+def metric_of(task: TaskConfig, metrics: dict[str, float]) -> str:
+    """What tells the worst slice of this task."""
+    if isinstance(task, ClassificationConfig) and task.regression:
+        return "rmse"
+    found = METRICS.get(task.name, "loss")
+    return found if found in metrics or found != "entity_f1" else "token_accuracy"
+
+
+def totals_of(rows: Sequence[Row]) -> Totals:
+    """Sums over some samples."""
+    return Totals(*(float(sum(float(row[name]) for row in rows)) for name in ("loss", "weight", "correct")))
