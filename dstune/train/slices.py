@@ -80,4 +80,5 @@ def metric_of(task: TaskConfig, metrics: dict[str, float]) -> str:
 
 def totals_of(rows: Sequence[Row]) -> Totals:
     """Sums over some samples."""
-    return Totals(*(float(sum(float(row[name]) for row in rows)) for name in ("loss", "weight", "correct")))
+    loss, weight, correct = (float(sum(float(row[name]) for row in rows)) for name in ("loss", "weight", "correct"))
+    return Totals(loss, weight, correct)
