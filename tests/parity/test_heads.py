@@ -243,13 +243,13 @@ def test_a_tagger_learns_and_the_pipeline_of_transformers_gives_its_tags(trained
     for number in range(len(split.origins)):
         held_out.add(tokenizer.decode(split.sample(number)["input_ids"]))
     true, found = [], []
-    for line in trained.learnable("tags").read_text().splitlines():
+    for line in dict.fromkeys(trained.learnable("tags").read_text().splitlines()):
         row = json.loads(line)
         text = " ".join(row["tokens"])
         if tokenizer.decode(tokenizer(text)["input_ids"]) in held_out:
             true.append(row["tags"])
             found.append([piece["entity"] for piece in tagger(text)])
-    assert len(true) == len(split.origins) > 50
+    assert len(true) == len(split.lengths) > 50
     assert f1_score(true, found) == pytest.approx(result["eval_final"]["entity_f1"])
     right = [a == b for tags, of in zip(found, true, strict=True) for a, b in zip(tags, of, strict=True)]
     assert sum(right) / len(right) == pytest.approx(result["eval_final"]["token_accuracy"])
