@@ -21,7 +21,7 @@ help:
 	@echo "make test        unit, distributed, parity, cluster and packaging tests (under 20 minutes on 2 cores)"
 	@echo "make test-all    the slow tests too: real models, soak, faults, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
-	@echo "make lint        ruff, mypy, import contracts, shellcheck"
+	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite the code"
 	@echo "make clean       remove what the goals above made, except runs/ and the cache of samples"
 
@@ -49,6 +49,7 @@ lint: $(VENV)/.installed-dev debian
 	$(BIN)/lint-imports
 	@if command -v shellcheck >/dev/null; then scripts=$$(.ci/shell-scripts) && shellcheck $$scripts; \
 	else echo "lint: shell scripts are not checked (install shellcheck)"; fi
+	$(BIN)/hadolint docker/Dockerfile.*
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -56,7 +57,8 @@ format: $(VENV)/.installed-dev
 
 # What the tests and the lint use beside Python packages; says what will be skipped where it cannot install.
 debian:
-	@.ci/debian-packages shellcheck openmpi-bin iproute2 zsh fish
+	@.ci/debian-packages shellcheck openmpi-bin iproute2 zsh fish openssh-client openssh-server pdsh \
+		slurmctld slurmd slurm-client munge
 
 clean:
 	rm -rf $(VENV) build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -33,6 +33,7 @@ VERBS = {
     "status": ("dstune.launch.manage", "status", "where a run stands"),
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),
     "checkpoints": ("dstune.launch.manage", "checkpoints", "list, verify or prune the checkpoints of a run"),
+    "doctor": ("dstune.launch.doctor", "main", "what this machine or cluster can run, and what is missing"),
     "samples": ("dstune.samples", "main", "list or fetch the packaged sample models and data"),
     "import": (
         "dstune.importing.command",

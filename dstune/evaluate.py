@@ -15,6 +15,7 @@ from dstune.arguments import VerbParser
 from dstune.checkpoint.export import exported
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
+from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_schema import FullConfig
 from dstune.config.schema import InitialWeights, RunConfig, WandbConfig
 from dstune.config.task_schema import PreferenceConfig, TaskConfig
@@ -93,6 +94,7 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
         config,
         data=data,
         method=FullConfig(),
+        launch=config.launch if isinstance(config.launch, LocalConfig) else LocalConfig(),  # on this machine
         tracking=replace(config.tracking, wandb=WandbConfig()),
     )
     validate(config)

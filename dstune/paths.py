@@ -1,9 +1,14 @@
-"""Where dstune keeps what can be made again: fetched samples and tokenized data."""
+"""Where dstune keeps what can be made again, and the files of a run directory that several layers know."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+"""Names of files in the run directory that ask for a save, with and without stopping."""
+STOP_REASON = f"a file named {STOP_FILE} asked for it"
+"""What a run that was asked so says about its end; it shall not be continued by itself."""
 
 
 def cache_root() -> Path:

@@ -41,14 +41,29 @@ def from_environment(env: Mapping[str, str]) -> RankEnv | None:
     RANK, then Open MPI, PMI, SLURM (mpirun inside an sbatch script has both).
 
     Raises:
-        UserError: a variable is no number, or the rank is not below the world size.
+        UserError: a variable is no number, the rank is not below the world size, or the number of ranks is not told.
     """
     for find in (_torch_style, _openmpi, _pmi, _slurm):
         found = find(env)
         if found is not None:
             _check(found)
             return found
+    _refuse_unknown_launcher(env)
     return None
+
+
+RANKS = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "FLUX_TASK_RANK", "ALPS_APP_PE")
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
+    """Raises UserError for a rank of a launcher that does not say how many there are: each would start a run of its own."""
+    rank = next((name for name in RANKS if env.get(name)), None)
+    if rank is None or any(env.get(name) for name in SIZES):
+        return
+    reason = "an MPI that dstune does not know started this process, and does not say how many ranks there are"
+    fix = "export RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to the ranks; outside MPI: unset " + rank
+    raise UserError(Problem("environment", reason, fix, f"{rank}={env[rank]}"))
 
 
 def _torch_style(env: Mapping[str, str]) -> RankEnv | None:

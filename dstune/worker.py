@@ -10,14 +10,14 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from dstune import environment, rendezvous
+from dstune import environment, handed, rendezvous
 from dstune.checkpoint import store
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
@@ -383,15 +383,19 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The rank's process as dstune's own launcher starts it."""
+    """The rank's process as dstune's own launch starts it, here or through SLURM, pdsh or mpirun."""
     (argument,) = sys.argv[1:] if argv is None else argv
     die_with_parent()
-    redact_output()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
+    handed.settle(env.rank, run_dir, os.environ)
+    redact_output()
 
     def work() -> None:
-        train(read_run(run_dir / "run.yaml").config, run_dir, start_process_group(env))
+        config = read_run(run_dir / "run.yaml").config
+        rendezvous.meet(env, run_dir, os.environ)
+        record_collectives(run_dir, os.environ)
+        train(config, run_dir, start_process_group(env))
 
     return guarded(work, lambda error: tell_launcher(run_dir, env.rank, error))
 
@@ -427,7 +431,40 @@ def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]])
         world.barrier()
         return prepared.exit_code
     config, run_dir = prepared
-    return guarded(lambda: train(config, run_dir, world), lambda error: tell_once(run_dir, env, error))
+
+    def work() -> None:
+        refuse_unshared(world, run_dir)
+        train(config, run_dir, world)
+
+    return guarded(work, lambda error: tell_once(run_dir, env, error))
+
+
+def refuse_unshared(world: World, run_dir: Path) -> None:
+    """Raises UserError on all ranks where nodes do not see the run directory that rank 0 made: every rank writes its
+    shards of a checkpoint there, and reads those of others when the number of ranks changes."""
+    written = world.broadcast((run_dir / "run.yaml").read_bytes() if world.is_main else None)
+    file = run_dir / "run.yaml"
+    sees = file.is_file() and file.read_bytes() == written
+    blind = sorted(
+        {host for host, seen in zip(world.gather(environment.host()), world.gather(sees), strict=True) if not seen}
+    )
+    if blind:
+        reason = f"it is not there on {', '.join(blind)}: the nodes do not share this file system"
+        fix = "give a run.dir on a file system that all nodes share (caches and data may be each node's own)"
+        raise UserError(Problem("run.dir", reason, fix, str(run_dir)))
+
+
+def record_collectives(run_dir: Path, variables: MutableMapping[str, str]) -> None:
+    """NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/`, which
+    `torchfrtrace` reads. What the user has set is kept."""
+    if not torch.cuda.is_available():
+        return
+    renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    size = "TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    file = "TORCH_FR_DUMP_TEMP_FILE" if renamed else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    variables.setdefault(size, "2000")
+    variables.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    variables.setdefault(file, str(run_dir.absolute() / "logs" / "nccl_trace_rank_"))
 
 
 def guarded(work: Callable[[], None], tell: Callable[[DstuneError], None]) -> int:

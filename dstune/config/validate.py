@@ -12,6 +12,7 @@ from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
 from dstune.config.deepspeed_file import settings_problems
 from dstune.config.forgetting_rules import check_forgetting
+from dstune.config.launch_rules import check_launch
 from dstune.config.method_rules import check_method
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
@@ -109,6 +110,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_schedule,
         check_zero,
         check_evaluation,
+        check_launch,
         check_run,
         check_tracking,
     )
@@ -344,13 +346,6 @@ def metrics_of(task: TaskConfig) -> tuple[str, ...]:
 
 
 def check_run(config: RunConfig) -> Iterator[Problem]:
-    for name in config.launch.export_env:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            # A value would be on every rank's command line; the name is enough, and no secret is repeated here.
-            fix = (
-                "name the variable only; its value is that of this process" if "=" in name else "letters, digits and _"
-            )
-            yield Problem("launch.export_env", "this is no name of an environment variable", fix, name.split("=")[0])
     name = config.run.name
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\0\n]", name):
         yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", shown(name))

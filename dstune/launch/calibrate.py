@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.compose import Composed, write_run
+from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import EXIT_DONE, TrainingFailed
 from dstune.launch import supervise
@@ -29,6 +30,8 @@ def calibrate(config: RunConfig, console: Console) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
+        if not isinstance(config.launch, LocalConfig):  # measured here
+            config = replace(config, launch=LocalConfig())
         write_run(directory / "run.yaml", Composed(config, []))
         plan = local_plan(config, directory, console=console.kind)
         console.stage(f"measuring with {plan.size} rank{'s' * (plan.size > 1)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import dstune
 from dstune.config.convert import to_yaml
+from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig, WandbMode
 from dstune.errors import Problem, UserError
 from dstune.rank_env import LAUNCHER_PID
@@ -116,7 +117,7 @@ def local_plan(
         "DSTUNE_CONSOLE": console,
         LAUNCHER_PID: str(os.getpid()),
     }
-    path = _python_path(shared.get("PYTHONPATH", ""))
+    path = python_path(shared.get("PYTHONPATH", ""))
     if path:
         shared["PYTHONPATH"] = path
     command = (sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute()))
@@ -134,7 +135,8 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
     Raises:
         UserError: there are GPUs, but fewer than processes.
     """
-    asked = config.launch.processes
+    # Of another launcher nothing is known here but what this machine would do.
+    asked = config.launch.processes if isinstance(config.launch, LocalConfig) else None
     if asked is None:
         return machine.gpus or min(2, machine.cores)
     if 0 < machine.gpus < asked:
@@ -161,6 +163,29 @@ def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
         # Ranks work offline: the launching process alone needs HF_TOKEN.
         if name in wanted or (name.startswith(EXPORTED_PREFIXES) and not is_secret(name))
     }
+
+
+def inherited(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
+    """Everything of `env` that the ranks of another launcher get, keys of trackers included: which of them is rank 0 is
+    decided elsewhere.
+
+    Raises:
+        UserError: a name in `launch.export_env` is not set.
+    """
+    return exported(env, config.launch.export_env) | _referenced(config, env) | _tracker_keys(config, env)
+
+
+def interface_variables(interface: str | None) -> dict[str, str]:
+    """What makes NCCL and gloo use one network interface."""
+    return {} if interface is None else {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+
+
+TRACKER_PREFIXES = ("WANDB_", "MLFLOW_", "DATABRICKS_")
+
+
+def is_tracker_key(name: str) -> bool:
+    """Whether the variable is a secret that rank 0 alone needs."""
+    return name.startswith(TRACKER_PREFIXES) and is_secret(name)
 
 
 def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
@@ -237,7 +262,7 @@ def _loopback_exists() -> bool:
     return Path("/sys/class/net/lo").exists()
 
 
-def _python_path(inherited: str) -> str:
+def python_path(inherited: str) -> str:
     """`inherited` with the folder of this package in front where Python would not find it by itself (a checkout)."""
     home = Path(dstune.__file__).absolute().parent.parent
     if home.name in ("site-packages", "dist-packages"):

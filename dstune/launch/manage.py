@@ -15,11 +15,15 @@ import psutil
 from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
-from dstune.launch import records
+from dstune.launch import records, slurm, slurm_jobs
 from dstune.launch.rundir import run_directory
+from dstune.paths import STOP_FILE
 
 TWICE_SECONDS = 0.5
-"""Between two signals that shall count as two (see `supervise.TWICE_SECONDS`)."""
+"""Between two signals that shall count as two (see `signals.TWICE_SECONDS`)."""
+
+JOB_SECONDS = 1.0
+"""Between two questions to SLURM while a job ends."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Status:
     """Where a run stands."""
 
     state: str
-    """`running`; completed, stopped, preempted or failed as in result.json; `dead` (the launcher ended without a
-    result); `elsewhere` (launched on another machine, which alone can tell)."""
+    """`running`, or `pending` in SLURM's queue; completed, stopped, preempted or failed as in result.json; `dead` (the
+    launcher ended without a result); `elsewhere` (launched on another machine, which alone can tell)."""
     reason: str
     step: int
     loss: float | None
@@ -49,6 +53,7 @@ class Status:
             "pid": launcher and launcher.pid,
             "host": launcher and launcher.host,
             "processes": launcher and launcher.processes,
+            "jobs": launcher.jobs if launcher else [],
             "checkpoint": self.checkpoint and str(self.checkpoint),
         }
 
@@ -58,18 +63,34 @@ def status_of(run_dir: Path) -> Status:
     result = records.read_result(run_dir)
     last = records.read_metrics(run_dir).last
     reason = ""
-    if launcher is not None and launcher.process() is not None:
+    jobs, unreachable = _jobs(launcher)
+    if jobs:
+        state, reason = ("pending" if jobs[0].is_waiting else "running"), str(jobs[0])
+    elif unreachable:
+        state, reason = "elsewhere", unreachable
+    elif launcher is not None and not launcher.jobs and launcher.process() is not None:
         state = "running"
     elif result is not None:
         state, reason = str(result.get("status")), str(result.get("reason") or "")
-    elif launcher is not None and not launcher.is_here:
+    elif launcher is not None and not launcher.is_here and not launcher.jobs:
         state, reason = "elsewhere", f"ask on {launcher.host}"
     else:
-        state, reason = "dead", "the process that launched it ended without a result"
+        who = "its job" if launcher is not None and launcher.jobs else "the process that launched it"
+        state, reason = "dead", f"{who} ended without a result"
     age = None
     if last:
         age = round(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, 1)
     return Status(state, reason, int(last.get("step", 0)), last.get("loss"), age, launcher, store.newest(run_dir))
+
+
+def _jobs(launcher: records.LaunchRecord | None) -> tuple[list[slurm_jobs.Job], str]:
+    """The SLURM jobs of the run that are not over, and why that cannot be told."""
+    if launcher is None or not launcher.jobs:
+        return [], ""
+    try:
+        return slurm_jobs.alive(launcher.jobs), ""
+    except slurm_jobs.Unreachable as error:
+        return [], f"SLURM, which runs it as job {launcher.jobs[-1]}, does not answer here: {error}"
 
 
 def status(argv: list[str]) -> int:
@@ -81,7 +102,7 @@ def status(argv: list[str]) -> int:
         print(json.dumps(found.to_json(run_dir)))
         return EXIT_DONE
     facts = [f"{run_dir}: {found.state}" + (f" ({found.reason})" if found.reason else "")]
-    if found.state == "running" and found.launcher is not None:
+    if found.state == "running" and found.launcher is not None and not found.launcher.jobs:
         facts.append(f"process {found.launcher.pid} on {found.launcher.host}, {found.launcher.processes} rank(s)")
     loss = "" if found.loss is None else f", loss {found.loss:.4f}"
     facts.append(f"step {found.step}{loss}" + ("" if found.age_seconds is None else f", {found.age_seconds:.0f} s ago"))
@@ -97,6 +118,8 @@ def cancel(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     run_dir = run_directory(arguments.run)
     launcher = records.read_launch(run_dir)
+    if launcher is not None and launcher.jobs:
+        return _cancel_jobs(launcher.jobs, run_dir, now=arguments.now, as_json=arguments.json)
     if launcher is not None and not launcher.is_here and records.read_result(run_dir) is None:
         reason = f"the run was launched on {launcher.host}, and can be stopped from there alone"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(run_dir)))
@@ -110,6 +133,32 @@ def cancel(argv: list[str]) -> int:
         print(json.dumps(after.to_json(run_dir)))
     elif process is None:
         print(f"{run_dir} is not running ({after.state})")
+    else:
+        print(f"{run_dir}: {after.state}" + (f" ({after.reason})" if after.reason else ""))
+    return EXIT_DONE
+
+
+def _cancel_jobs(jobs: list[str], run_dir: Path, *, now: bool, as_json: bool) -> int:
+    """Stop a run that SLURM has: a job that waits leaves the queue, one that runs saves first."""
+    slurm_jobs.require("scancel")
+    try:
+        while left := slurm_jobs.alive(jobs):
+            if now:
+                slurm_jobs.cancel([job.id for job in left])
+            else:
+                slurm.ask_to_stop(jobs, run_dir)
+            time.sleep(JOB_SECONDS)
+    except slurm_jobs.Unreachable as error:
+        fix = "run it on a login node of the cluster"
+        raise UserError(Problem("RUN", f"SLURM does not answer here: {error}", fix, str(run_dir))) from None
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    if records.read_result(run_dir) is None:
+        launcher = records.read_launch(run_dir)
+        status = "failed" if now and store.newest(run_dir) is None else "preempted"
+        records.write_result(run_dir, status, "cancelled", launcher.processes if launcher else len(jobs))
+    after = status_of(run_dir)
+    if as_json:
+        print(json.dumps(after.to_json(run_dir)))
     else:
         print(f"{run_dir}: {after.state}" + (f" ({after.reason})" if after.reason else ""))
     return EXIT_DONE

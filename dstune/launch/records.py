@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class LaunchRecord:
     """When that process started, in seconds since the epoch: tells it from a later one with the same pid."""
     host: str
     processes: int
+    jobs: list[str] = field(default_factory=list)
+    """Numbers of the SLURM jobs that the ranks run in, one after the other."""
 
     @property
     def is_here(self) -> bool:
@@ -50,14 +53,19 @@ class LaunchRecord:
             return None
 
 
-def begin(run_dir: Path, launch_id: str, processes: int) -> None:
+def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()) -> None:
     """Note that this process launches the run now, and remove what could pass for its own: an earlier launch's errors
     and result."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for stale in (*(run_dir / "logs").glob("rank-*.error"), result_path(run_dir)):
         stale.unlink(missing_ok=True)
+    note(run_dir, launch_id, processes, jobs)
+
+
+def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()) -> None:
+    """Write `launch.json` for this process."""
     me = psutil.Process()
-    record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes)
+    record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes, list(jobs))
     write_json(run_dir / "launch.json", asdict(record))
 
 

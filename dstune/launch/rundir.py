@@ -16,7 +16,7 @@ from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
-from dstune.launch import records
+from dstune.launch import records, slurm_jobs
 from dstune.redact import publish
 
 RUN_FILE = "run.yaml"
@@ -149,6 +149,7 @@ def prepare(composed: Composed) -> Prepared:
     with ExitStack() as unless_it_runs:
         unless_it_runs.callback(os.close, lock)
         unless_it_runs.callback(before.restore)
+        _refuse_running_job(path)
         run_file = path / RUN_FILE
         if run_file.is_file():
             stored = read_run(run_file).config
@@ -162,6 +163,23 @@ def prepare(composed: Composed) -> Prepared:
         write_run(run_file, composed)
         unless_it_runs.pop_all()
     return Prepared(config, path, lock, before, checkpoint)
+
+
+def _refuse_running_job(path: Path) -> None:
+    """Raises UserError where a SLURM job, which holds no lock, uses the directory."""
+    record = records.read_launch(path)
+    if record is None or not record.jobs:
+        return
+    try:
+        jobs = slurm_jobs.alive(record.jobs)
+    except slurm_jobs.Unreachable:
+        if records.read_result(path) is None:
+            reason = f"job {record.jobs[-1]} may be running here, and SLURM does not answer"
+            raise UserError(Problem("run.dir", reason, "start it on a login node", str(path))) from None
+        return
+    if jobs:
+        fix = f"wait for it, stop it with `dstune cancel {path}`, or give another run.dir"
+        raise UserError(Problem("run.dir", str(jobs[0]), fix, str(path)))
 
 
 def checkpoint_of(run: str) -> Path:

@@ -6,37 +6,30 @@ save. When one rank dies the others are ended; whatever happens, no process of t
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
+from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError, from_json
-from dstune.launch import records
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError
+from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan, free_port, local_plan
 from dstune.launch.console import Console, copy
 from dstune.launch.processes import LAUNCH_ID, Guard, end_all
 from dstune.launch.restarts import Restarts
+from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.05
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-TWICE_SECONDS = 0.25
-"""The same signal within this time is the same request: coreutils' `timeout` sends its signal to the command and then
-to the command's group, which delivers it twice."""
 LEFTOVER_SECONDS = 2.0
 """Time that processes which outlive their rank (W&B's service) get to end by themselves."""
-SHOWN_LINES = 20
 
 
 def run(
@@ -56,6 +49,7 @@ def run(
         UserError: the launch cannot be planned (see `local_plan`), or the ranks found the user's mistake.
     """
     console = console or Console()
+    assert isinstance(config.launch, LocalConfig)
     plan = plan or local_plan(config, run_dir, console=console.kind)
     grace = config.launch.grace_seconds
     with caught_signals() as received:
@@ -73,33 +67,9 @@ def run(
             if not again:
                 break
             plan = plan.with_port(free_port())
-        launch.record(verdict)
-    launch.explain(verdict)
+        attempt.record(run_dir, verdict, plan.size)
+    attempt.explain(run_dir, verdict, console, dict(enumerate(launch.log_starts)))
     return verdict.exit_code
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[str]]:
-    """Collects names of requests to stop instead of acting on them. Signals that the parent ignores stay ignored
-    (`nohup`, background jobs of a script)."""
-    received: list[str] = []
-    last = {"number": 0, "at": 0.0}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not (number == last["number"] and now - last["at"] < TWICE_SECONDS):
-            received.append(signal.Signals(number).name)
-        last.update(number=number, at=now)
-
-    before: dict[signal.Signals, Any] = {}
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Launch:
@@ -142,7 +112,7 @@ class Launch:
             self._end_leftovers()  # whoever else holds rank 0's output open has ended now
             output.join(timeout=5.0)
         self.console.close()
-        self.errors = self._read_errors()
+        self.errors = attempt.read_errors(self.run_dir, self.plan.size)
         return judge(self.ended, self.errors, self.stop_signal, self.forced)
 
     def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread:
@@ -239,23 +209,11 @@ class Launch:
         return [process.pid for process in self.ranks]
 
     def _log_path(self, rank: int) -> Path:
-        return self.logs / f"rank-{rank}.log"
+        return attempt.log_path(self.run_dir, rank)
 
-    def _read_errors(self) -> dict[int, DstuneError]:
-        errors: dict[int, DstuneError] = {}
-        for rank in range(self.plan.size):
-            try:
-                errors[rank] = from_json((self.logs / f"rank-{rank}.error").read_text())
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        return errors
-
-    def last_lines(self, rank: int, count: int = SHOWN_LINES) -> list[str]:
+    def last_lines(self, rank: int, count: int = attempt.SHOWN_LINES) -> list[str]:
         """The end of what `rank` wrote during this launch."""
-        with self._log_path(rank).open("rb") as log:
-            log.seek(max(self.log_starts[rank], log.seek(0, os.SEEK_END) - 65536))
-            text = log.read().decode(errors="replace")
-        return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")][-count:] if text.strip() else []
+        return attempt.last_lines(self._log_path(rank), self.log_starts[rank], count)
 
     def port_was_taken(self, verdict: Verdict) -> bool:
         """Whether the ranks failed to meet because somebody took the port between choosing and using it."""
@@ -263,22 +221,3 @@ class Launch:
             return False
         text = "\n".join(line for end in self.ended for line in self.last_lines(end.rank, 50))
         return "EADDRINUSE" in text or "address already in use" in text.lower()
-
-    def record(self, verdict: Verdict) -> None:
-        """Write `result.json` where the ranks did not get to it."""
-        if not records.result_path(self.run_dir).exists():
-            status = "preempted" if verdict.exit_code == EXIT_PREEMPTED else "failed"
-            records.write_result(self.run_dir, status, verdict.reason, self.plan.size)
-
-    def explain(self, verdict: Verdict) -> None:
-        """Say on stderr why the run did not complete; a user's mistake is raised instead."""
-        if verdict.exit_code == EXIT_DONE:
-            return
-        if isinstance(verdict.error, UserError):
-            raise verdict.error
-        self.console.message(f"dstune: {verdict.reason}")
-        if verdict.culprit is not None and verdict.error is None:
-            rank = verdict.culprit.rank
-            self.console.message(f"last lines of {self._log_path(rank)}:")
-            for line in self.last_lines(rank) or ["(it wrote nothing)"]:
-                self.console.message(f"  | {line}")

@@ -12,13 +12,15 @@ from pathlib import Path
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
+from dstune.config.launch_schema import HostfileConfig, LocalConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.config.words import meaning
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
-from dstune.launch import preflight, records, rundir, supervise
+from dstune.launch import preflight, records, remote, rundir, slurm, supervise
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
+from dstune.launch.manage import status_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.rank_env import RankEnv, from_environment
@@ -55,12 +57,28 @@ def train(argv: list[str]) -> int:
         code = EXIT_DONE
     else:
         try:
-            code = supervise.run(prepared.config, run_dir, console=console, lock=prepared.lock)
+            code = start(prepared, console)
         except UserError:
             prepared.before.restore()
             raise
+    launch = prepared.config.launch
+    if isinstance(launch, SlurmConfig) and not launch.wait and not prepared.nothing_to_do:
+        if command.json:
+            print(json.dumps(status_of(run_dir).to_json(run_dir)))
+        return code
     _conclude(command, run_dir, code, console)
     return code
+
+
+def start(prepared: Prepared, console: Console) -> int:
+    """Start the ranks where the configuration says, and wait for them. Raises UserError; returns the exit code."""
+    match prepared.config.launch:
+        case SlurmConfig():
+            return slurm.run(prepared.config, prepared.run_dir, console=console)
+        case HostfileConfig() | OpenMpiConfig():
+            return remote.run(prepared.config, prepared.run_dir, console=console)
+        case LocalConfig():
+            return supervise.run(prepared.config, prepared.run_dir, console=console, lock=prepared.lock)
 
 
 def parse(argv: list[str]) -> Command:

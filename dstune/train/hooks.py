@@ -13,12 +13,10 @@ from types import FrameType
 
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
+from dstune.paths import SAVE_FILE, STOP_FILE, STOP_REASON
 from dstune.train.metrics import improves
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
-
-STOP_FILE, SAVE_FILE = "STOP", "SAVE"
-"""Names of files in the run directory that ask for a save, with and without stopping."""
 
 SAVES_BEFORE_DEADLINE = 3.0
 
@@ -187,5 +185,5 @@ class Preemption(Hook):
             if file.exists():
                 file.unlink(missing_ok=True)
                 stop = file.name == STOP_FILE
-                return Decision(Wish.PREEMPT, f"a file named {STOP_FILE} asked for it") if stop else Decision(Wish.SAVE)
+                return Decision(Wish.PREEMPT, STOP_REASON) if stop else Decision(Wish.SAVE)
         return CONTINUE

@@ -16,6 +16,19 @@ LAST_WORDS_SECONDS = 2.0
 """Between the stacks and the end: the other ranks stall at about the same time, and shall get to print theirs."""
 
 
+def whereabouts() -> str:
+    """Where the main thread is: the collective that it waits in, or the line of its program."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename.endswith("distributed_c10d.py") and name != "wrapper" and not name.startswith("_"):
+            return f"it waits in the collective {name}"
+        if "/dstune/" in frame.f_code.co_filename:
+            return f"it is in {name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
+        frame = frame.f_back
+    return "its main thread has ended"
+
+
 class Watchdog:
     """A thread that ends this process when `beat` was not called for `seconds`; 0 never does.
 
@@ -55,8 +68,8 @@ class Watchdog:
 
     def _end(self) -> None:
         print(
-            f"dstune: rank {self._rank} made no progress for {self._seconds:g} s (trainer.stall_seconds) in {self._doing};"
-            " the stacks of its threads:",
+            f"dstune: rank {self._rank} made no progress for {self._seconds:g} s (trainer.stall_seconds) in {self._doing}: "
+            f"{whereabouts()}; the stacks of its threads:",
             file=sys.stderr,
             flush=True,
         )

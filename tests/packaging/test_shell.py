@@ -42,7 +42,7 @@ def test_ci_run_fails_when_lint_or_tests_do(tmp_path: Path, lint: int, test: int
     (tmp_path / "pyproject.toml").touch()
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for name, status in {"python": test, "ruff": lint, "mypy": 0, "lint-imports": 0}.items():
+    for name, status in {"python": test, "ruff": lint, "mypy": 0, "lint-imports": 0, "hadolint": 0}.items():
         (tools / name).write_text(f"#!/bin/sh\nexit {status}\n")
         (tools / name).chmod(0o755)
     for stamp in (".installed", ".installed-test", ".installed-dev"):

@@ -111,7 +111,7 @@ def test_flags_of_other_tools_and_verbs(words: list[str], fix: str):
         ("data=rows.jsonl", "data.train=rows.jsonl"),
         ("model=org/name", "model.path=org/name"),
         ("zero=3", "zero=stage3"),
-        ("launch.nodes=2", "it has launch.processes"),
+        ("launch.nodes=2", "it is a key of launch=slurm"),
         ("trainer.bf16=true", "trainer.precision=bf16"),
         ("trainer.precision=half", "trainer.precision=auto (the default)"),
         ("data.columns=text:review", "'data.columns={text: review}'"),

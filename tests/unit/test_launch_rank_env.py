@@ -86,6 +86,7 @@ def test_launchers(name):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "contradict"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "contradict"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "2"}, "contradict"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK=0: an MPI that dstune does not know"),
     ],
 )
 def test_contradictions_are_refused(variables, named):

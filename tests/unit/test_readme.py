@@ -19,7 +19,9 @@ from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = tuple(ROOT / "docs" / f"{name}.md" for name in ("tracking", "export", "methods", "tasks", "planning"))
+GUIDES = tuple(
+    ROOT / "docs" / f"{name}.md" for name in ("tracking", "export", "methods", "tasks", "planning", "clusters")
+)
 """Their commands are checked as the README's are."""
 
 

@@ -1,0 +1,90 @@
+"""All-reduce between ranks, for `dstune doctor`: `python -m dstune.doctor_ranks RUN_DIR` in each of them.
+
+Latency is that of 4 KiB, bandwidth that of the largest message, as bus bandwidth: bytes / seconds * 2 (n - 1) / n, the
+traffic of a ring over the slowest link (NVIDIA's nccl-tests, PERFORMANCE.md), so that it compares with a link's speed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune import environment, handed, rendezvous
+from dstune.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.telling import tell_launcher
+from dstune.worker import guarded, leave
+from dstune.zero.engine import start_process_group
+
+SMALL_BYTES = 4096
+LARGE_BYTES = {"cuda": (2**24, 2**28, 2**30), "cpu": (2**20, 2**24, 2**26)}
+ROUNDS = {"cuda": 20, "cpu": 5}
+
+
+def measure(device: torch.device, size: int) -> dict[str, Any]:
+    """Figures of the process group that is there; the same calls on every rank."""
+    small = torch.zeros(SMALL_BYTES // 4, device=device)
+    latency = _seconds(small, ROUNDS[device.type] * 5)
+    rows = []
+    for size_bytes in LARGE_BYTES[device.type]:
+        seconds = _seconds(torch.zeros(size_bytes // 4, device=device), ROUNDS[device.type])
+        bandwidth = size_bytes / seconds * 2 * (size - 1) / size / 1e9 if size > 1 else None
+        rows.append({"bytes": size_bytes, "seconds": seconds, "bus_gb_per_second": bandwidth})
+    return {"latency_seconds": latency, "sizes": rows}
+
+
+def _seconds(tensor: torch.Tensor, rounds: int) -> float:
+    """Of one all-reduce: the mean of `rounds` after two that set connections up."""
+    for number in range(2 + rounds):
+        if number == 2:
+            _synchronize(tensor)
+            began = time.perf_counter()
+        torch.distributed.all_reduce(tensor)
+    _synchronize(tensor)
+    return (time.perf_counter() - began) / rounds
+
+
+def _synchronize(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (argument,) = sys.argv[1:] if argv is None else argv
+    die_with_parent()
+    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
+    run_dir = Path(argument)
+    handed.settle(env.rank, run_dir, os.environ)
+
+    def work() -> None:
+        rendezvous.meet(env, run_dir, os.environ)
+        if torch.cuda.is_available():  # says over what it talks
+            os.environ.setdefault("NCCL_DEBUG", "INFO")
+            os.environ.setdefault("NCCL_DEBUG_FILE", str(run_dir / "logs" / "nccl-%h-%p.log"))
+        world = start_process_group(env)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        found = measure(device, world.size)
+        hosts = world.gather(environment.host())
+        sockets = world.any(_over_sockets(run_dir))
+        if world.is_main:
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+            found |= {"ranks": world.size, "hosts": sorted(set(hosts)), "device": name, "nccl_over_sockets": sockets}
+            (run_dir / "result.json").write_text(json.dumps({"status": "completed", "allreduce": found}))
+        world.barrier()
+
+    return guarded(work, lambda error: tell_launcher(run_dir, env.rank, error))
+
+
+def _over_sockets(run_dir: Path) -> bool:
+    """Whether NCCL says that it goes over TCP sockets between nodes."""
+    return any("via NET/Socket" in log.read_text(errors="replace") for log in (run_dir / "logs").glob("nccl-*.log"))
+
+
+if __name__ == "__main__":
+    leave(main())

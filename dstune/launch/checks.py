@@ -1,0 +1,300 @@
+"""The single checks of `dstune doctor` on this machine. Each yields what it found, with the fix where something is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from dstune.config.launch_schema import OpenMpiConfig
+from dstune.errors import UserError
+from dstune.launch.commands import count_cores, free_port
+from dstune.launch.remote import check_mpi
+from dstune.paths import cache_root
+
+PASS, WARN, FAIL, SKIP = "pass", "warn", "fail", "skip"
+GIB = 2**30
+FREE_GIB, SHARED_GIB, OPEN_FILES = 20, 1, 4096
+SECONDS = 90
+
+INSIDE = """
+import json, sys
+found = {}
+try:
+    import torch
+    found |= {"cuda_build": torch.version.cuda or torch.version.hip, "gpus": []}
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        found["gpus"].append([torch.cuda.get_device_name(number), free, total])
+    if torch.cuda.is_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    found["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+except Exception as error:
+    found["torch_error"] = f"{type(error).__name__}: {error}"
+try:
+    import contextlib, io, logging
+    logging.disable(logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
+        found["ops"] = {name: bool(builder.is_compatible(verbose=False)) for name, builder in ALL_OPS.items() if builder}
+except Exception as error:
+    found["deepspeed_error"] = f"{type(error).__name__}: {error}"
+print("FOUND " + json.dumps(found))
+"""
+"""Run in a process of its own: importing torch and DeepSpeed takes seconds, and may crash."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    status: str
+    detail: str
+    fix: str = ""
+
+
+def software() -> Iterator[Check]:
+    """Python, the packages that dstune needs in their ranges, PyTorch with its devices, DeepSpeed with its operators."""
+    enough = sys.version_info >= (3, 10)
+    fix = "" if enough else "install Python 3.10 or newer"
+    yield Check("Python", PASS if enough else FAIL, f"{platform.python_version()} at {sys.executable}", fix)
+    yield from _packages()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONWARNINGS")}
+    done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, timeout=SECONDS, env=env)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), "")
+    if not line:
+        last = next(iter(done.stderr.strip().splitlines()[::-1]), f"exit code {done.returncode}")
+        yield Check("PyTorch", FAIL, f"importing it crashes: {last}", "reinstall torch for this machine")
+        return
+    found = json.loads(line.removeprefix("FOUND "))
+    yield from _torch(found)
+    yield from _operators(found)
+
+
+def _packages() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    try:
+        needed = [Requirement(text) for text in importlib.metadata.requires("dstune") or []]
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("packages", WARN, "dstune runs from a checkout and is not installed", "pip install --editable .")
+        return
+    wrong = []
+    names = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    for need in names:
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{need.name} is missing")
+            continue
+        if not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name} {version} is not {need.specifier}")
+    fix = "pip install --upgrade dstune in this environment" if wrong else ""
+    main = ", ".join(
+        f"{name} {_version(name)}" for name in ("torch", "deepspeed", "transformers", "peft", "hydra-core")
+    )
+    yield Check("packages", FAIL if wrong else PASS, "; ".join(wrong) or main, fix)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _torch(found: dict) -> Iterator[Check]:
+    if "torch_error" in found:
+        yield Check("PyTorch", FAIL, found["torch_error"], "reinstall torch for this machine")
+        return
+    build = f"for {found['cuda_build']}" if found["cuda_build"] else "for CPUs"
+    yield Check(
+        "PyTorch", PASS, f"{_version('torch')} {build}" + (f", NCCL {found['nccl']}" if "nccl" in found else "")
+    )
+    gpus = found["gpus"]
+    if gpus:
+        free = ", ".join(f"{name} {free / GIB:.0f} of {total / GIB:.0f} GiB free" for name, free, total in gpus)
+        taken = [name for name, free, total in gpus if free < 0.9 * total]
+        fix = "nvidia-smi shows who uses them" if taken else ""
+        yield Check("accelerators", WARN if taken else PASS, free, fix)
+    elif shutil.which("nvidia-smi") and not found["cuda_build"]:
+        yield Check(
+            "accelerators",
+            WARN,
+            "there is an NVIDIA driver, but PyTorch is built for CPUs",
+            "install a CUDA build of torch",
+        )
+    elif found["cuda_build"] and shutil.which("nvidia-smi"):
+        yield Check(
+            "accelerators",
+            WARN,
+            "PyTorch sees no GPU",
+            "nvidia-smi; CUDA_VISIBLE_DEVICES; a driver new enough for torch",
+        )
+    else:
+        yield Check("accelerators", PASS, f"none: runs train on the CPU ({count_cores()} cores)")
+
+
+def _operators(found: dict) -> Iterator[Check]:
+    if "deepspeed_error" in found:
+        yield Check("DeepSpeed", FAIL, found["deepspeed_error"], "reinstall deepspeed")
+        return
+    compiler = shutil.which("c++") or shutil.which("g++")
+    missing = [name for name, there in (("a C++ compiler", compiler), ("ninja", shutil.which("ninja"))) if not there]
+    if found.get("gpus") and not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        missing.append("nvcc")
+    works = sorted(name for name, compatible in found["ops"].items() if compatible)
+    detail = f"{_version('deepspeed')}; operators that can be compiled here: {', '.join(works) or 'none'}"
+    if missing:
+        fix = (
+            "only for zero.settings that ask for compiled operators: apt-get install build-essential, pip install ninja"
+        )
+        yield Check(
+            "DeepSpeed", WARN, f"{_version('deepspeed')}; no operator compiles without {', '.join(missing)}", fix
+        )
+    else:
+        yield Check("DeepSpeed", PASS, detail)
+
+
+def machine() -> Iterator[Check]:
+    """Memory, shared memory, open files, the clock."""
+    memory = psutil.virtual_memory()
+    short = memory.available < 4 * GIB
+    detail = f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available, {count_cores()} cores"
+    yield Check("memory", WARN if short else PASS, detail, "end other programs" if short else "")
+    try:
+        shared = os.statvfs("/dev/shm")
+        size = shared.f_bavail * shared.f_frsize / GIB
+        small = size < SHARED_GIB
+        fix = "docker run --shm-size 8g; mount -o remount,size=8G /dev/shm" if small else ""
+        yield Check("/dev/shm", WARN if small else PASS, f"{size:.1f} GiB free", fix)
+    except OSError:
+        yield Check("/dev/shm", WARN, "is not there; ranks of one machine talk through it", "mount a tmpfs there")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = soft != resource.RLIM_INFINITY and soft < OPEN_FILES
+    yield Check("open files", WARN if few else PASS, f"{soft} (at most {hard})", "ulimit -n 65536" if few else "")
+
+
+def places() -> Iterator[Check]:
+    """Room and permission where runs, samples and the hub's files go, and the quota where there is one."""
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    for name, folder in (("runs", Path.cwd()), ("cache", cache_root()), ("hub cache", hub)):
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(existing).free / GIB
+        where = f"{folder}: {free:.0f} GiB free"
+        if not os.access(existing, os.W_OK):
+            variable = {"cache": "DSTUNE_CACHE", "hub cache": "HF_HOME"}.get(name, "run.dir")
+            yield Check(name, FAIL, f"{folder} cannot be written", f"set {variable} to a folder of yours")
+        else:
+            yield Check(name, WARN if free < FREE_GIB else PASS, where, "free some space" if free < FREE_GIB else "")
+    if shutil.which("quota"):
+        done = subprocess.run(
+            ["quota", "--no-wrap", "--show-mntpoint"], capture_output=True, text=True, timeout=SECONDS
+        )
+        over = done.returncode != 0 and "none" not in done.stdout
+        said = " ".join(done.stdout.split())[:200]
+        yield Check("quota", FAIL if over else PASS, said or "none", "you are over it: remove files" if over else "")
+
+
+def network(*, hub: bool) -> Iterator[Check]:
+    """The loopback with a free port, this machine's name, the hub."""
+    try:
+        yield Check("ports", PASS, f"the loopback works, port {free_port()} is free")
+    except UserError as error:
+        yield Check("ports", FAIL, error.problems[0].reason, error.problems[0].fix)
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+        yield Check("host name", PASS, f"{name} is {address}")
+    except OSError:
+        fix = "add it to /etc/hosts (several nodes find each other by name unless launch.interface is given)"
+        yield Check("host name", WARN, f"{name} cannot be resolved", fix)
+    if hub:
+        yield _hub()
+
+
+def _hub() -> Check:
+    import urllib.error
+    import urllib.request
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return Check("hub", SKIP, "HF_HUB_OFFLINE is set: models and data come from the cache")
+    from huggingface_hub import constants
+
+    began = time.perf_counter()
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=5):
+            pass
+    except urllib.error.HTTPError:  # it answers
+        pass
+    except (OSError, ValueError) as error:
+        fix = "HF_HUB_OFFLINE=1 with what is cached, a mirror in HF_ENDPOINT, or the packaged samples"
+        return Check("hub", WARN, f"{constants.ENDPOINT} cannot be reached ({getattr(error, 'reason', error)})", fix)
+    return Check("hub", PASS, f"{constants.ENDPOINT} answers in {(time.perf_counter() - began) * 1000:.0f} ms")
+
+
+def launchers(*, needed: str) -> Iterator[Check]:
+    """What starts ranks elsewhere. needed: the choice of `launch`, whose absence is a failure and not a remark."""
+    for choice, programs, packages in (
+        ("hostfile", ("ssh", "pdsh"), "openssh-client pdsh"),
+        ("slurm", ("sbatch", "srun", "squeue"), "slurm-client"),
+    ):
+        absent = [program for program in programs if shutil.which(program) is None]
+        if absent:
+            fix = f"for launch={choice}: Debian's {packages}"
+            yield Check(choice, FAIL if needed == choice else SKIP, f"{', '.join(absent)} not installed", fix)
+        elif choice == "slurm":
+            yield _slurm(needed == choice)
+        else:
+            yield Check(choice, PASS, ", ".join(shutil.which(program) or "" for program in programs))
+    try:
+        program = check_mpi(OpenMpiConfig())
+        yield Check("openmpi", PASS, f"{program}, and mpi4py {_version('mpi4py')} uses the same MPI")
+    except UserError as error:
+        yield Check("openmpi", FAIL if needed == "openmpi" else SKIP, error.problems[0].reason, error.problems[0].fix)
+
+
+def _slurm(needed: bool) -> Check:
+    command = ["sinfo", "--noheader", "--format=%P %a %l %D nodes %G"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, 1, "", "no answer within 20 s")
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+        return Check(
+            "slurm", FAIL if needed else SKIP, f"the controller does not answer: {said}", "run it on a login node"
+        )
+    return Check("slurm", PASS, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[:8]))
+
+
+def trackers() -> Iterator[Check]:
+    """Whether a W&B key is found, as a run would find it. No server is asked."""
+    if os.environ.get("WANDB_API_KEY"):
+        yield Check("W&B", PASS, "a key in WANDB_API_KEY")
+        return
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        known = file.is_file() and netrc.netrc(file).authenticators(host) is not None
+    except (netrc.NetrcParseError, OSError):
+        known = False
+    if known:
+        yield Check("W&B", PASS, f"a key for {host} in {file}")
+    else:
+        yield Check("W&B", SKIP, "not logged in; tracking.wandb.mode=offline needs no key", "wandb login")

@@ -1,0 +1,188 @@
+"""`dstune doctor`: what this machine, the hosts of a hostfile or a cluster can run, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dstune.arguments import VerbParser
+from dstune.config.compose import Composed, compose, write_run
+from dstune.config.launch_rules import check_launch
+from dstune.config.launch_schema import HostfileConfig, LocalConfig, OpenMpiConfig, SlurmConfig
+from dstune.config.schema import RunConfig
+from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
+from dstune.launch import checks, hosts, records, remote, slurm, supervise
+from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
+from dstune.launch.commands import local_plan
+from dstune.launch.console import Console
+from dstune.launch.hostfile import chosen, read
+from dstune.launch.remote_commands import ssh_of
+
+LINKS = {"B200": 900, "H200": 450, "H100": 450, "A100": 300, "MI300X": 448, "L40S": 32, "4090": 32}
+"""GB/s from a GPU to another one of its node in one direction, by a part of its name: the vendors' published figures."""
+MINUTES = "10"
+"""Time limit of a job that measures."""
+ENOUGH = 0.8
+"""Share of the published speed of a link below which something is wrong with it."""
+
+
+def main(argv: list[str]) -> int:
+    """The verb. Raises UserError for what was asked; returns 1 where a check fails."""
+    arguments = _parse(argv)
+    config = compose(["data.train=none", *arguments.overrides]).config
+    if problems := list(check_launch(config)):
+        raise UserError(problems)
+    found: list[Check] = []
+    for check in _checks(config, arguments):
+        found.append(check)
+        if not arguments.json:
+            print(_line(check), flush=True)
+    failed = [check for check in found if check.status == FAIL]
+    if arguments.json:
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}))
+    else:
+        warned = sum(check.status == WARN for check in found)
+        print(f"\n{len(found)} checks: {len(failed)} failed, {warned} warning{'s' * (warned != 1)}")
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    text = "What this machine, or the hosts that launch=... names, can run, and what is missing."
+    parser = VerbParser(prog="dstune doctor", description=text)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="launch=hostfile launch.hostfile=hosts, ...")
+    parser.add_argument("--no-allreduce", action="store_true", help="leave out the measurement between ranks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_intermixed_args(argv)
+
+
+def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]:
+    launch = config.launch
+    stages: list[Callable[[], Iterator[Check]]] = [
+        checks.software,
+        checks.machine,
+        checks.places,
+        lambda: checks.network(hub=True),
+        lambda: checks.launchers(needed=launch.name),
+        checks.trackers,
+    ]
+    for stage in stages:
+        yield from stage()
+    reachable = True
+    if isinstance(launch, (HostfileConfig, OpenMpiConfig)) and launch.hostfile is not None:
+        for check in hosts_checks(launch):
+            reachable &= check.status != FAIL
+            yield check
+    if arguments.no_allreduce:
+        return
+    if isinstance(launch, SlurmConfig):
+        reachable = shutil.which("sbatch") is not None
+    if not reachable:
+        yield Check("all-reduce", SKIP, "not measured: what is wrong above first")
+    else:
+        yield allreduce(config)
+
+
+def hosts_checks(launch: HostfileConfig | OpenMpiConfig) -> Iterator[Check]:
+    """Each host: reached, the same versions and files, the clock."""
+    assert launch.hostfile is not None
+    try:
+        names = list(chosen(read(launch.hostfile), launch.include, launch.exclude))
+    except UserError as error:
+        for problem in error.problems:
+            yield Check("hostfile", FAIL, f"{problem.value}: {problem.reason}", problem.fix)
+        return
+    ssh, paths = ssh_of(launch), [hosts.package_folder()]
+    answers = hosts.ask(names, ssh, paths)
+    problems = hosts.compare(answers, paths)
+    reached = [answer.host for answer in answers if answer.facts is not None]
+    problems += hosts.sees(reached, ssh, Path.cwd()) if reached else []
+    for answer in answers:
+        own = [problem for problem in problems if problem.value == answer.host]
+        for problem in own:
+            yield Check(f"host {answer.host}", FAIL, problem.reason, problem.fix)
+        if own or answer.facts is None:
+            continue
+        skew = hosts.common_skew([answer]).get(answer.host)
+        if skew is not None:
+            yield Check(
+                f"host {answer.host}", WARN, f"its clock is off by {skew:+.1f} s", "synchronise the clocks (chrony)"
+            )
+            continue
+        links = ", ".join(f"{name} {address}" for name, address in answer.facts["interfaces"].items() if name != "lo")
+        detail = (
+            f"same versions and files, {answer.facts['gpus']} GPU(s), {answer.facts['memory_gib']:.0f} GiB, {links}"
+        )
+        yield Check(f"host {answer.host}", PASS, detail)
+
+
+def allreduce(config: RunConfig) -> Check:
+    """Bus bandwidth and latency between all ranks, started as a run would start them."""
+    launch = config.launch
+    quiet = Console(sys.stderr)
+    # Where the nodes look for it too: the folder of this command, when there are several.
+    several = isinstance(launch, SlurmConfig) or getattr(launch, "hostfile", None)
+    inside = Path.cwd() if several else None
+    with tempfile.TemporaryDirectory(prefix=".dstune-doctor-", dir=inside) as scratch:
+        folder = Path(scratch)
+        (folder / "logs").mkdir()
+        try:
+            write_run(folder / "run.yaml", Composed(config, []))
+            if isinstance(launch, LocalConfig):
+                plan = local_plan(config, folder)
+                argv = tuple(_measuring(words) for words in plan.argv)
+                code = supervise.run(config, folder, plan=replace(plan, argv=argv), console=quiet)
+            elif isinstance(launch, SlurmConfig):
+                one_job = replace(launch, wait=True, requeue=False, chain=1, time=launch.time or MINUTES)
+                config = replace(config, launch=one_job)
+                code = slurm.run(config, folder, console=quiet, module="dstune.doctor_ranks")
+            else:
+                code = remote.run(config, folder, console=quiet, module="dstune.doctor_ranks")
+        except DstuneError as error:
+            return Check("all-reduce", FAIL, str(error).splitlines()[0], "mend this first")
+        result = records.read_result(folder) or {}
+    if code != EXIT_DONE or "allreduce" not in result:
+        return Check(
+            "all-reduce", FAIL, str(result.get("reason") or f"the ranks ended with {code}"), "see the lines above"
+        )
+    return judge(result["allreduce"])
+
+
+def judge(found: dict) -> Check:
+    """The figures against the published speed of the link."""
+    ranks, hosts_of = found["ranks"], len(found["hosts"])
+    latency = f"latency {found['latency_seconds'] * 1e6:,.0f} us (4 KiB)"
+    best = max((row["bus_gb_per_second"] or 0.0 for row in found["sizes"]), default=0.0)
+    where = f"{ranks} rank{'s' * (ranks > 1)} on {hosts_of} host{'s' * (hosts_of > 1)}"
+    if ranks == 1:
+        return Check("all-reduce", PASS, f"{where}: {latency}; nothing to measure between ranks")
+    detail = f"{where}: bus bandwidth {best:.2f} GB/s, {latency}"
+    if found.get("nccl_over_sockets"):
+        fix = "is the fabric's driver there (ibv_devinfo), and launch.interface right? NCCL_DEBUG=INFO says more"
+        return Check("all-reduce", WARN, f"{detail}; NCCL goes over TCP sockets", fix)
+    link = next((speed for name, speed in LINKS.items() if name in found["device"]), None)
+    if link is None or hosts_of > 1:  # between nodes the network decides, which nobody has told
+        return Check("all-reduce", PASS, detail)
+    if best < ENOUGH * link:
+        fix = "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO what NCCL makes of it"
+        return Check("all-reduce", WARN, f"{detail}; the link of a {found['device']} has {link} GB/s", fix)
+    return Check("all-reduce", PASS, f"{detail} of {link} GB/s")
+
+
+def _measuring(argv: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("dstune.doctor_ranks" if word == "dstune.worker" else word for word in argv)
+
+
+def _line(check: Check) -> str:
+    mark = {PASS: "pass", WARN: "WARN", FAIL: "FAIL", SKIP: " -- "}[check.status]
+    head = f"{mark}  {check.name:<18} "
+    lines = textwrap.wrap(check.detail, 100) or [""]
+    rest = [f"{'':<{len(head)}}{line}" for line in lines[1:]]
+    fix = [f"{'':<{len(head)}}fix: {check.fix}"] if check.fix and check.status != PASS else []
+    return "\n".join([head + lines[0], *rest, *fix])

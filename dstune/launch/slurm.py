@@ -1,0 +1,148 @@
+"""`launch=slurm`: writes the job's script, submits it, shows rank 0's output and waits, or leaves the job to SLURM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from dstune.config.launch_schema import SlurmConfig
+from dstune.config.schema import RunConfig
+from dstune.errors import EXIT_DONE, EXIT_PREEMPTED
+from dstune.launch import attempt, records, slurm_jobs
+from dstune.launch.attempt import Follower, log_path
+from dstune.launch.commands import inherited
+from dstune.launch.console import Console
+from dstune.launch.signals import caught_signals
+from dstune.launch.slurm_script import SCRIPT, job_script, ranks_per_node
+from dstune.launch.verdict import Verdict
+from dstune.paths import STOP_FILE, STOP_REASON
+
+LOOK_SECONDS = 0.2
+ASK_SECONDS, PATIENT_SECONDS, IMPATIENT_FOR = 1.0, 10.0, 60.0
+"""How often SLURM is asked: often at first and after a change, seldom later, since the controller serves everybody."""
+SHARED_SECONDS = 10.0
+"""How long files of the job's node may take to be seen here (attribute caches of NFS last up to a minute, but a new
+file in a folder that was not listed is found at once)."""
+
+
+def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "dstune.worker") -> int:
+    """Submit the run and wait for it, or not (`launch.wait`); the exit code of the public contract.
+
+    module: what each rank runs with the directory as its argument.
+
+    Raises:
+        UserError: sbatch refuses, or the ranks found the user's mistake.
+    """
+    launch = config.launch
+    assert isinstance(launch, SlurmConfig)
+    size = launch.nodes * ranks_per_node(launch)
+    starts = {rank: _size(log_path(run_dir, rank)) for rank in range(size)}
+    follower = Follower(log_path(run_dir, 0), console)
+    jobs = submit(config, run_dir, module)
+    many = f"jobs {', '.join(jobs)}" if len(jobs) > 1 else f"job {jobs[0]}"
+    console.stage(f"submitted {many}: {launch.nodes} node(s) x {ranks_per_node(launch)} rank(s), {run_dir / SCRIPT}")
+    if not launch.wait:
+        console.message(f"dstune: look with `dstune status {run_dir}`, stop with `dstune cancel {run_dir}`")
+        return EXIT_DONE
+    verdict = wait(jobs, run_dir, size, follower, console)
+    if verdict is None:
+        return EXIT_DONE
+    attempt.record(run_dir, verdict, size)
+    attempt.explain(run_dir, verdict, console, starts)
+    return verdict.exit_code
+
+
+def submit(config: RunConfig, run_dir: Path, module: str = "dstune.worker") -> list[str]:
+    """Write the script and submit it, as often as `launch.chain` says; the numbers of the jobs. Raises UserError."""
+    launch = config.launch
+    assert isinstance(launch, SlurmConfig)
+    slurm_jobs.require("sbatch")
+    script = run_dir / SCRIPT
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(job_script(config, run_dir, os.environ, module))
+    script.chmod(0o755)
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    size = launch.nodes * ranks_per_node(launch)
+    launch_id = uuid.uuid4().hex
+    # Before the job can start, since it may be over before the next line is reached.
+    records.begin(run_dir, launch_id, size)
+    env = {**os.environ, **inherited(config, os.environ)}
+    jobs: list[str] = []
+    for _ in range(launch.chain):
+        jobs.append(slurm_jobs.submit(script, env, after=jobs[-1] if jobs else None))
+        records.note(run_dir, launch_id, size, jobs)
+    return jobs
+
+
+def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, console: Console) -> Verdict | None:
+    """Until the last job is over. None where the terminal went away: the jobs do not need this process."""
+    told, changed, asked, over = "", time.monotonic(), 0.0, ""
+    with caught_signals() as received:
+        answered = 0
+        while not over:
+            follower.look()
+            if "SIGHUP" in received:
+                return None
+            if len(received) > answered:
+                answered = len(received)
+                _stop(jobs, run_dir, console, received)
+                asked = 0.0
+            now = time.monotonic()
+            if now - asked >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
+                asked = now
+                try:
+                    known = slurm_jobs.ask(jobs)
+                except slurm_jobs.Unreachable as error:
+                    text = f"SLURM does not answer ({error}); still waiting"
+                else:
+                    left = [job for job in known if not job.is_over]
+                    text = str(left[0] if left else known[-1] if known else "the job is over")
+                    over = "" if left else text
+                if text != told and not over:
+                    console.stage(text)
+                    told, changed = text, now
+            time.sleep(LOOK_SECONDS)
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not records.result_path(run_dir).exists() and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    follower.end()
+    return _judge(run_dir, size, over, jobs, received)
+
+
+def _judge(run_dir: Path, size: int, over: str, jobs: Sequence[str], received: Sequence[str]) -> Verdict:
+    verdict = attempt.of_files(run_dir, size, f"{over}; its output is in {run_dir}/logs/slurm-{jobs[-1]}.log")
+    if records.read_result(run_dir) is None and received and verdict.error is None:
+        return Verdict(EXIT_PREEMPTED, f"received {received[0]} before training began")
+    return verdict
+
+
+def _stop(jobs: Sequence[str], run_dir: Path, console: Console, received: Sequence[str]) -> None:
+    if len(received) > 1:
+        console.message("dstune: received a second signal: the job is cancelled without saving")
+        slurm_jobs.cancel(jobs)
+        return
+    message = f"received {received[0]}: saving at the next window; again to stop at once without saving"
+    console.message(f"dstune: {message}")
+    with contextlib.suppress(slurm_jobs.Unreachable):  # asked again by the next signal
+        ask_to_stop(jobs, run_dir)
+
+
+def ask_to_stop(jobs: Sequence[str], run_dir: Path) -> None:
+    """Let a running job save and end, and take waiting ones out of the queue. Raises Unreachable."""
+    for job in slurm_jobs.alive(jobs):
+        if job.is_waiting:
+            slurm_jobs.cancel([job.id])
+        elif not (run_dir / STOP_FILE).exists() and STOP_REASON not in _reason(run_dir):
+            (run_dir / STOP_FILE).touch()
+
+
+def _reason(run_dir: Path) -> str:
+    return str((records.read_result(run_dir) or {}).get("reason"))
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

@@ -1,0 +1,60 @@
+"""What the script of a SLURM job does before and after its ranks, on the job's first node:
+`python -m dstune.launch.slurm_job begin|end RUN_DIR [CODE]`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
+from dstune.launch import attempt, records
+from dstune.launch.slurm_script import NOTHING_LEFT, REQUEUE
+from dstune.paths import STOP_REASON
+
+
+def main(argv: Sequence[str]) -> int:
+    action, folder, *rest = argv
+    if action == "begin":
+        return begin(Path(folder), os.environ["SLURM_JOB_ID"])
+    return end(Path(folder), int(rest[0]))
+
+
+def begin(run_dir: Path, job: str) -> int:
+    """Note that this job runs now. `NOTHING_LEFT` for a job of a chain whose run has ended already."""
+    before = records.read_launch(run_dir)
+    jobs = before.jobs if before else []
+    result = records.read_result(run_dir)
+    if job in jobs[1:] and result is not None and not _continues(result):
+        print(f"dstune: {result.get('status')}: {result.get('reason') or 'nothing is left to do'}")
+        return NOTHING_LEFT
+    size = before.processes if before else int(os.environ.get("SLURM_NTASKS", "1"))
+    records.begin(run_dir, before.id if before else job, size, jobs if job in jobs else [job])
+    return EXIT_DONE
+
+
+def end(run_dir: Path, code: int) -> int:
+    """Judge how the ranks ended; leave the result and the report. `REQUEUE` where the run goes on in another job."""
+    from dstune.report.command import leave_behind
+
+    launch = records.read_launch(run_dir)
+    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, f"srun ended with exit code {code}")
+    attempt.record(run_dir, verdict, launch.processes if launch else 1)
+    leave_behind(run_dir, print)
+    if isinstance(verdict.error, UserError):
+        print(f"dstune: {verdict.error}", file=sys.stderr)
+    elif verdict.exit_code == EXIT_FAILED:
+        print(f"dstune: {verdict.reason}", file=sys.stderr)
+    result = records.read_result(run_dir) or {}
+    return REQUEUE if verdict.exit_code == EXIT_PREEMPTED and _continues(result) else verdict.exit_code
+
+
+def _continues(result: dict[str, object]) -> bool:
+    """Whether the run was interrupted by the clock, not by somebody's wish."""
+    return result.get("status") == "preempted" and STOP_REASON not in str(result.get("reason"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

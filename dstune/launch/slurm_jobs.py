@@ -1,0 +1,118 @@
+"""SLURM's own commands: submit, ask, cancel."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstune.errors import DstuneError, Problem, UserError
+
+FINAL = {
+    *(
+        "COMPLETED",
+        "FAILED",
+        "TIMEOUT",
+        "CANCELLED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "BOOT_FAIL",
+        "DEADLINE",
+    ),
+    "REVOKED",
+}
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+SECONDS = 60
+
+
+class Unreachable(DstuneError):
+    """SLURM's controller does not answer now."""
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    state: str
+    """PENDING, RUNNING, COMPLETING, ... as squeue names it."""
+    reason: str
+    """Why it waits, or its nodes."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in WAITING
+
+    def __str__(self) -> str:
+        if self.is_waiting:
+            return f"job {self.id} waits in the queue ({self.reason})"
+        if self.is_over:
+            return f"job {self.id} ended as {self.state}"
+        return f"job {self.id} is {self.state.lower()} on {self.reason}"
+
+
+def submit(script: Path, env: Mapping[str, str], after: str | None = None) -> str:
+    """Submit and return the number of the job. after: a job whose end it waits for.
+
+    Raises:
+        UserError: there is no sbatch here, or it refuses; with its own words.
+    """
+    require("sbatch")
+    dependency = [f"--dependency=afterany:{after}"] if after else []
+    done = subprocess.run(
+        ["sbatch", "--parsable", *dependency, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=dict(env),
+    )
+    if done.returncode != 0:
+        said = (
+            "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()) or "no reason"
+        )
+        fix = f"change the keys of launch, or look at {script}"
+        raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {said}", fix))
+    return done.stdout.strip().split(";")[0]
+
+
+def ask(ids: Sequence[str]) -> list[Job]:
+    """The jobs among `ids` that SLURM still knows, in this order.
+
+    Raises:
+        Unreachable: no answer, which says nothing about the jobs.
+    """
+    found: dict[str, Job] = {}
+    for number in ids:  # one by one: an unknown one would make squeue refuse all
+        command = ["squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unreachable(f"squeue: {error}") from None
+        if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
+            raise Unreachable(done.stderr.strip())
+        for line in done.stdout.splitlines():
+            own, state, reason, nodes = line.split("|")
+            waiting = state in WAITING
+            found[own] = Job(own, state, reason if waiting else nodes or reason)
+    return [found[number] for number in ids if number in found]
+
+
+def alive(ids: Sequence[str]) -> list[Job]:
+    """Those that wait or run. Raises Unreachable."""
+    return [job for job in ask(ids) if not job.is_over]
+
+
+def cancel(ids: Sequence[str]) -> None:
+    subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=SECONDS)
+
+
+def require(program: str) -> None:
+    """Raises UserError where SLURM's client is not installed."""
+    if shutil.which(program) is None:
+        fix = "start it on a login node of the cluster, or choose launch=local or launch=hostfile"
+        raise UserError(Problem("launch=slurm", f"there is no {program} on this machine", fix))

@@ -1,0 +1,160 @@
+"""From a `RunConfig` to the script of its SLURM job: a pure function.
+
+The script stays in the run directory. It can be read, and submitted by hand: a new job continues the run.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
+from dstune.config.schema import RunConfig
+from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
+
+SCRIPT = Path("launch") / "job.sbatch"
+REQUEUE = 85
+"""Exit code of `slurm_job end` that asks the script to put the job back into the queue."""
+NOTHING_LEFT = 10
+"""Exit code of `slurm_job begin` where an earlier job of the chain has ended the run."""
+
+
+def ranks_per_node(launch: SlurmConfig) -> int:
+    return launch.processes or launch.gpus or 1
+
+
+def job_script(config: RunConfig, run_dir: Path, parent_env: Mapping[str, str], module: str = "dstune.worker") -> str:
+    """The whole script. Values of variables that the ranks inherit are not in it, only their names.
+
+    module: what each rank runs with the directory as its argument.
+
+    Raises:
+        UserError: an unset variable in `launch.export_env`.
+    """
+    launch = config.launch
+    assert isinstance(launch, SlurmConfig)
+    run = run_dir.absolute()
+    names = sorted(inherited(config, parent_env))
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {config.run.name}: made by `dstune train launch=slurm`, and made anew by each start.",
+        f"# By hand: sbatch {shlex.quote(str(run / SCRIPT))}   (continues the run from its newest checkpoint)",
+        *(f"#SBATCH {option}" for option in options(config, run, names)),
+        "",
+        f"run={shlex.quote(str(run))}",
+        f"python={shlex.quote(sys.executable)}",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        *_variables(config, names, parent_env),
+        *launch.setup,
+        "",
+        '"$python" -m dstune.launch.slurm_job begin "$run"; code=$?',
+        f"[[ $code -eq {NOTHING_LEFT} ]] && exit 0  # an earlier job of the chain has ended the run",
+        "[[ $code -eq 0 ]] || exit $code",
+        "",
+        "# One log for each rank. When one rank dies, the others are ended.",
+        f"srun {' '.join(_srun(launch))} \\",
+        '  --output="$run/logs/rank-%t.log" --open-mode=append \\',
+        f"  {' '.join(_rank(launch, run, module))}",
+        "code=$?",
+        "",
+        '"$python" -m dstune.launch.slurm_job end "$run" $code; code=$?',
+        f"if [[ $code -eq {REQUEUE} ]]; then",
+        *(_again(launch)),
+        "fi",
+        "exit $code",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def options(config: RunConfig, run: Path, names: list[str]) -> list[str]:
+    """Options of sbatch, in the order of its manual."""
+    launch = config.launch
+    assert isinstance(launch, SlurmConfig)
+    log = str(run / "logs" / "slurm-%j.log")
+    found = [
+        f"--job-name={_quoted(config.run.name)}",
+        f"--nodes={launch.nodes}",
+        f"--ntasks-per-node={ranks_per_node(launch)}",
+    ]
+    valued = {
+        "gres": f"gpu:{launch.gpus}" if launch.gpus else None,
+        "cpus-per-task": launch.cpus,
+        "mem": launch.memory,
+        "partition": launch.partition,
+        "account": launch.account,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+        "time": launch.time,
+    }
+    found += [f"--{name}={_quoted(str(value))}" for name, value in valued.items() if value is not None]
+    found += [
+        f"--output={_quoted(log)}",
+        "--open-mode=append",
+        # To the ranks, which save and leave.
+        f"--signal=USR1@{launch.signal_seconds}",
+        "--requeue" if launch.requeue else "--no-requeue",
+        f"--export={','.join(names) or 'NIL'}",
+    ]
+    return found + launch.directives
+
+
+def _variables(config: RunConfig, names: list[str], parent_env: Mapping[str, str]) -> list[str]:
+    launch = config.launch
+    assert isinstance(launch, SlurmConfig)
+    constants = dict(ALWAYS) | interface_variables(launch.interface) | {"DSTUNE_CONSOLE": "plain"}
+    if path := python_path(parent_env.get("PYTHONPATH", "")):
+        constants["PYTHONPATH"] = path
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in constants.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in UNLESS_SET.items() if name not in names]
+    if "OMP_NUM_THREADS" not in names:
+        lines.append('export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"')
+    return lines
+
+
+def _srun(launch: SlurmConfig) -> list[str]:
+    words = [
+        f"--nodes={launch.nodes}",
+        f"--ntasks-per-node={ranks_per_node(launch)}",
+        "--export=ALL",  # what this script sets too, not the names above alone
+        "--kill-on-bad-exit=1",
+    ]
+    if launch.cpus:
+        words.append(f"--cpus-per-task={launch.cpus}")  # sbatch's is not passed on since SLURM 22.05
+    return words + [shlex.quote(option) for option in launch.srun_options]
+
+
+def _rank(launch: SlurmConfig, run: Path, module: str) -> list[str]:
+    worker = ["-u", "-m", module, '"$run"']
+    if launch.container is None:
+        return ['"$python"', *worker]
+    mounts = [str(run), str(Path.cwd()), *launch.container_mounts]
+    image, python = shlex.quote(launch.container), shlex.quote(launch.container_python)
+    if launch.container_runtime is ContainerRuntime.pyxis:
+        pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+        return [
+            f"--container-image={image}",
+            f"--container-mounts={shlex.quote(pairs)}",
+            '--container-workdir="$PWD"',
+            python,
+            *worker,
+        ]
+    binds = [f"--bind {shlex.quote(mount)}" for mount in mounts]
+    nvidia = ["--nv"] if launch.gpus else []
+    return ["apptainer", "exec", *nvidia, *binds, '--pwd "$PWD"', image, python, *worker]
+
+
+def _again(launch: SlurmConfig) -> list[str]:
+    if not launch.requeue:
+        return ["  code=75  # saved; the next job of the chain, or `dstune train`, continues"]
+    return [
+        "  code=75",
+        '  scontrol requeue "$SLURM_JOB_ID" || echo "dstune: the job cannot be requeued; dstune train $run continues it" >&2',
+    ]
+
+
+def _quoted(value: str) -> str:
+    """As a value in a line of sbatch's options, where `%` in a path of the user's would be a pattern."""
+    return f'"{value}"' if any(character.isspace() for character in value) else value

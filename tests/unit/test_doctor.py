@@ -1,0 +1,110 @@
+"""`dstune doctor`: verdicts on figures, checks of this machine, its table and its JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from dstune.launch import attempt, checks, doctor
+from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
+
+
+def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400.0, sockets=False):
+    rows = [{"bytes": 2**24, "seconds": 1.0, "bus_gb_per_second": bandwidth / 2 if ranks > 1 else None}]
+    rows.append({"bytes": 2**30, "seconds": 1.0, "bus_gb_per_second": bandwidth if ranks > 1 else None})
+    found = {"latency_seconds": 3e-5, "sizes": rows, "ranks": ranks, "hosts": list(hosts), "device": device}
+    return found | {"nccl_over_sockets": sockets}
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "told"),
+    [
+        (figures(), PASS, "bus bandwidth 400.00 GB/s"),
+        (figures(bandwidth=359), WARN, "the link of a NVIDIA H100 80GB HBM3 has 450 GB/s"),
+        (
+            figures(device="CPU", bandwidth=1.5, ranks=2),
+            PASS,
+            "2 ranks on 1 host: bus bandwidth 1.50 GB/s, latency 30 us",
+        ),
+        (figures(hosts=("a", "b"), bandwidth=40), PASS, "8 ranks on 2 hosts"),
+        (figures(hosts=("a", "b"), bandwidth=4, sockets=True), WARN, "NCCL goes over TCP sockets"),
+        (figures(ranks=1), PASS, "nothing to measure"),
+    ],
+)
+def test_the_measured_bandwidth_is_held_against_the_link(found, status, told):
+    check = doctor.judge(found)
+    assert check.status == status
+    assert told in check.detail
+    assert bool(check.fix) == (status == WARN)
+
+
+def test_a_failed_check_is_the_exit_code_and_has_its_fix(capsys, monkeypatch):
+    found = [Check("a", PASS, "fine"), Check("b", FAIL, "broken", "mend it"), Check("c", WARN, "slow", "faster")]
+    monkeypatch.setattr(doctor, "_checks", lambda *_: iter(found))
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL  b" in shown and "fix: mend it" in shown and "3 checks: 1 failed, 1 warning" in shown
+    assert doctor.main(["--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"ok": False, "checks": [vars(check) for check in found]}
+    found[1] = Check("b", SKIP, "absent")
+    assert doctor.main([]) == 0
+
+
+def test_places_without_permission_or_room(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", "/proc/no-such-place")
+    monkeypatch.setattr(os, "access", lambda place, mode: not str(place).startswith("/proc"))
+    found = {check.name: check for check in checks.places()}
+    assert found["runs"].status in (PASS, WARN)
+    assert found["hub cache"].status == FAIL
+    assert "HF_HOME" in found["hub cache"].fix
+    monkeypatch.setattr(checks, "FREE_GIB", 10**9)
+    assert {check.name: check.status for check in checks.places()}["cache"] == WARN
+
+
+def test_the_hub_and_few_open_files(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert {check.name: check.status for check in checks.network(hub=True)}["hub"] == WARN
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert {check.name: check.status for check in checks.network(hub=True)}["hub"] == SKIP
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (1024, 4096))
+    few = next(check for check in checks.machine() if check.name == "open files")
+    assert (few.status, few.fix) == (WARN, "ulimit -n 65536")
+
+
+def test_a_launcher_that_is_asked_for_and_missing_fails(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(checks, "check_mpi", lambda _: "/usr/bin/mpirun")
+    assert {check.name: check.status for check in checks.launchers(needed="local")}["slurm"] == SKIP
+    assert {check.name: check.status for check in checks.launchers(needed="slurm")}["slurm"] == FAIL
+    assert {check.name: check.status for check in checks.launchers(needed="hostfile")}["hostfile"] == FAIL
+
+
+def test_who_waited_for_whom(tmp_path):
+    """The last words of the watchdogs of a launch, joined."""
+    (tmp_path / "logs").mkdir()
+    words = "dstune: rank {} made no progress for 3 s (trainer.stall_seconds) in step 7: it {}; the stacks of its threads:\n"
+    said = {
+        0: "waits in the collective all_gather",
+        2: "waits in the collective all_gather",
+        3: "is in read (files.py:7)",
+    }
+    for rank, what in said.items():
+        (tmp_path / "logs" / f"rank-{rank}.log").write_text("earlier\n" + words.format(rank, what) + "File x\n")
+    (tmp_path / "logs" / "rank-1.log").write_text(words.format(1, "waits in the collective barrier"))
+    starts = {
+        0: 0,
+        1: (tmp_path / "logs" / "rank-1.log").stat().st_size,
+        2: 0,
+        3: 0,
+    }  # rank 1's is of an earlier launch
+    assert attempt.stalled(tmp_path, 4, starts) == (
+        "ranks 0, 2 waited in the collective all_gather (step 7); rank 3 was in read (files.py:7); "
+        "rank 1 did not come to it and said nothing"
+    )
+    assert attempt.stalled(tmp_path, 2, {0: 10**6, 1: 10**6}) == ""

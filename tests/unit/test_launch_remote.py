@@ -1,0 +1,152 @@
+"""Command lines of launchers over several hosts: what they say, what they must not show; and what ssh's words mean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstune import handed
+from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
+from dstune.config.schema import TrackingConfig, WandbConfig, WandbMode
+from dstune.launch import hosts
+from dstune.launch.hosts import Answer, Ssh
+from dstune.launch.remote_commands import mpirun_plan, pdsh_plan
+from tests.support.configs import run_config
+
+SLOTS = {"node1": [0, 1], "node2": [0]}
+PARENT = {
+    "PATH": "/bin",
+    "HOME": "/home/me",
+    "CUDA_VISIBLE_DEVICES": "0,1",
+    "NCCL_DEBUG": "INFO",
+    "HF_TOKEN": "hf-secret",
+    "WANDB_API_KEY": "wandb-secret",
+    "WANDB_PROJECT": "mine",
+    "MY_TOKEN": "my-secret",
+    "LC_MESSAGES": 'a "quoted" $value',
+    "RANK": "3",
+}
+ONLINE = TrackingConfig(wandb=WandbConfig(mode=WandbMode.online))
+
+
+def pdsh(parent=PARENT, tracking=ONLINE, **keys):
+    config = run_config(launch=HostfileConfig(hostfile="hosts", **keys), tracking=tracking)
+    given = {"launch_id": "id", "parent": parent, "address": "10.0.0.1", "port": 4242, "on_cpu": False}
+    return pdsh_plan(config, Path("run"), SLOTS, **given)
+
+
+def mpirun(parent=PARENT, **keys):
+    config = run_config(launch=OpenMpiConfig(**keys), tracking=ONLINE)
+    given = {"launch_id": "id", "parent": parent, "program": "/usr/bin/mpirun", "as_root": True, "on_cpu": True}
+    return mpirun_plan(config, Path("run"), SLOTS, **given)
+
+
+def test_deepspeeds_launcher_is_told_where_and_what():
+    plan = pdsh(include="node1@node2:0", user="me", port=2222)
+    assert plan.size == 3
+    assert plan.argv == (
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
+        f"--hostfile={Path('hosts').absolute()}",
+        "--include=node1@node2:0",
+        *("--launcher=pdsh", "--force_multi", "--no_ssh_check", "--master_addr=10.0.0.1", "--master_port=4242"),
+        *("--ssh_port=2222", "--launcher_args=-l me", "--no_local_rank"),
+        *("--module", "dstune.worker", str(Path("run").absolute())),
+    )
+
+
+@pytest.mark.parametrize(
+    "plan", [pdsh(export_env=["MY_TOKEN"]), mpirun(export_env=["MY_TOKEN"])], ids=["pdsh", "mpirun"]
+)
+def test_no_command_line_and_no_file_shows_a_secret(plan):
+    shown = "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
+    assert not [secret for secret in ("hf-secret", "wandb-secret", "my-secret") if secret in shown]
+    assert plan.handed["all"]["MY_TOKEN"] == "my-secret"
+    assert plan.handed["first"]["WANDB_API_KEY"] == "wandb-secret"
+    assert "HF_TOKEN" not in json.dumps(plan.handed)
+    # What two shells would change goes the same way.
+    assert plan.handed["all"]["LC_MESSAGES"] == 'a "quoted" $value'
+
+
+def test_what_belongs_to_this_machine_stays_here():
+    lines = dict(line.split("=", 1) for line in pdsh(interface="ib0").files[".deepspeed_env"].splitlines())
+    assert not {"HOME", "CUDA_VISIBLE_DEVICES", "RANK"} & set(lines)
+    assert lines["NCCL_DEBUG"] == "INFO"
+    assert lines["NCCL_SOCKET_IFNAME"] == lines["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert lines["DSTUNE_FOLDER"] == str(Path.cwd())
+    assert "" not in lines.values()  # DeepSpeed reads no empty lines, and exports no empty values
+
+
+def test_deepspeed_reads_the_file_of_variables_as_it_is_meant():
+    """Its own code: `key, value = line.split("=", maxsplit=1)` for each line."""
+    for line in pdsh().files[".deepspeed_env"].splitlines(keepends=True):
+        name, value = line.split("=", maxsplit=1)
+        assert name.isidentifier()
+        assert value.endswith("\n")
+
+
+def test_mpirun_gets_names_of_variables_and_hosts_with_slots():
+    plan = mpirun(port=2222, interface="ib0", mpirun_options=["--report-bindings"])
+    assert plan.argv[:5] == ("/usr/bin/mpirun", "-n", "3", "--host", "node1:2,node2:1")
+    assert "ssh -o BatchMode=yes" in plan.argv[plan.argv.index("plm_ssh_agent") + 1]
+    assert "-p 2222" in plan.argv[plan.argv.index("plm_ssh_agent") + 1]
+    exported = [plan.argv[place + 1] for place, word in enumerate(plan.argv) if word == "-x"]
+    assert "NCCL_DEBUG" in exported
+    assert not [name for name in exported if "=" in name or name not in plan.env]
+    assert plan.env["OMPI_ALLOW_RUN_AS_ROOT"] == "1"
+    assert plan.argv[-5:] == (sys.executable, "-u", "-m", "dstune.worker", str(Path("run").absolute()))
+    assert "--report-bindings" in plan.argv
+
+
+def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(handed, "handed_file", lambda launch_id: tmp_path / launch_id)
+    (tmp_path / "x").write_text(json.dumps({"all": {"A": "1"}, "first": {"B": "2"}}))
+    for rank, expected in ((0, {"A": "1", "B": "2"}), (1, {"A": "1"})):
+        variables = {handed.HANDED: "1", handed.LAUNCH_ID: "x"}
+        handed.take(rank, variables)
+        assert {name: variables[name] for name in ("A", "B") if name in variables} == expected
+    nothing = {handed.HANDED: "1", handed.LAUNCH_ID: "y"}
+    handed.take(0, nothing)
+    assert set(nothing) == {handed.HANDED, handed.LAUNCH_ID}
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "reason"),
+    [
+        (255, "ssh: Could not resolve hostname n9: Name or service not known", "no machine has this name"),
+        (255, "me@n1: Permission denied (publickey).", "it refuses the key"),
+        (255, "ssh: connect to host n1 port 22: Connection refused", "it does not answer"),
+        (255, "ssh: connect to host n1 port 22: No route to host", "it does not answer"),
+        (255, "Host key verification failed.", "its host key is unknown"),
+        (127, "env: '/opt/python': No such file or directory", f"it has no {sys.executable}"),
+    ],
+)
+def test_what_ssh_says_in_words_of_the_user(code, said, reason):
+    told, fix = hosts.explain("n1", code, said)
+    assert reason in told
+    assert fix
+
+
+def test_other_versions_and_files_are_named_by_host():
+    mine = hosts.here([])
+    old = {**mine, "files": {}, "packages": {**mine["packages"], "torch": "2.6.0", "peft": None}}
+    answers = [Answer("n1", {**mine, "files": {}}, 0.1, 0.0), Answer("n2", old, 0.1, 0.0)]
+    [problem] = hosts.compare(answers, [])
+    assert problem.value == "n2"
+    assert "torch 2.6.0 (here" in problem.reason
+    assert "peft is missing" in problem.reason
+
+
+def test_clocks():
+    facts = hosts.here([])
+    answers = [Answer("n1", facts, 0.2, 0.3), Answer("n2", facts, 0.2, -61.0), Answer("slow", facts, 30.0, 9.0)]
+    assert hosts.common_skew(answers) == {"n2": -61.0}
+
+
+def test_ssh_never_asks():
+    words = Ssh("me", 2222).command("n1", ["echo", "a b"])
+    assert words[0] == "ssh"
+    assert "BatchMode=yes" in words
+    assert words[-5:] == ["2222", "-l", "me", "n1", "echo 'a b'"]

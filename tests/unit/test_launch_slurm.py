@@ -1,0 +1,150 @@
+"""The script of a SLURM job: what it asks for, what is in it and what is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
+from dstune.config.schema import RunSection, TrackingConfig, WandbConfig, WandbMode
+from dstune.launch import records, slurm_job
+from dstune.launch.slurm_script import NOTHING_LEFT, REQUEUE, job_script
+from dstune.paths import STOP_REASON
+from tests.support.configs import run_config
+
+PARENT = {
+    "PATH": "/bin",
+    "HF_HOME": "/cache",
+    "WANDB_API_KEY": "hunter2hunter2",
+    "SLURM_JOB_ID": "7",
+    "MINE": "secret words",
+}
+
+
+NO_TRACKING = TrackingConfig()
+
+
+def script(tmp_path=Path("/shared/runs/one"), name="run", tracking=NO_TRACKING, **keys):
+    config = run_config(launch=SlurmConfig(**keys), run=RunSection(name=name), tracking=tracking)
+    return job_script(config, tmp_path, PARENT)
+
+
+def directives(text):
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_what_is_asked_for():
+    asked = directives(
+        script(
+            nodes=2,
+            gpus=4,
+            cpus=8,
+            memory="0",
+            partition="gpu",
+            account="me",
+            qos="high",
+            constraint="a100|h100",
+            time="1-00:00:00",
+            directives=["--exclusive", "--mail-type=END"],
+        )
+    )
+    assert asked == [
+        "--job-name=run",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gres=gpu:4",
+        "--cpus-per-task=8",
+        "--mem=0",
+        "--partition=gpu",
+        "--account=me",
+        "--qos=high",
+        "--constraint=a100|h100",
+        "--time=1-00:00:00",
+        "--output=/shared/runs/one/logs/slurm-%j.log",
+        "--open-mode=append",
+        "--signal=USR1@120",
+        "--requeue",
+        "--export=HF_HOME,PATH",
+        "--exclusive",
+        "--mail-type=END",
+    ]
+
+
+def test_variables_are_named_and_their_values_are_not_there():
+    online = TrackingConfig(wandb=WandbConfig(mode=WandbMode.online))
+    text = script(tracking=online, export_env=["MINE"])
+    assert "--export=HF_HOME,MINE,PATH,WANDB_API_KEY" in directives(text)
+    assert "hunter2" not in text and "secret words" not in text
+    assert "WANDB_API_KEY" not in script()
+
+
+def test_ranks_on_each_node():
+    assert "--ntasks-per-node=1" in directives(script())
+    assert "--ntasks-per-node=3" in directives(script(processes=3, gpus=4))
+    assert " --ntasks-per-node=3 " in script(processes=3)
+
+
+def test_containers():
+    pyxis = script(container="img.sqsh", container_mounts=["/data", "/a:/b"])
+    assert f"--container-mounts=/shared/runs/one:/shared/runs/one,{Path.cwd()}:{Path.cwd()},/data:/data,/a:/b" in pyxis
+    assert "--container-image=img.sqsh" in pyxis
+    assert 'python3 -u -m dstune.worker "$run"' in pyxis
+    apptainer = script(
+        container="i.sif", container_runtime=ContainerRuntime.apptainer, gpus=2, container_mounts=["/data"]
+    )
+    assert "apptainer exec --nv --bind /shared/runs/one" in apptainer
+    assert "--bind /data" in apptainer
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"requeue": False, "chain": 2}, {"container": "i.sif", "setup": ["module load a"]}]
+)
+def test_it_is_a_script_that_shellcheck_accepts(tmp_path, keys):
+    text = script(tmp_path / "a run's folder", name="my run", **keys)
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    try:
+        done = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed (Debian: apt-get install shellcheck)")
+    assert done.returncode == 0, done.stdout
+    assert ("scontrol requeue" in text) == keys.get("requeue", True)
+
+
+def result(run_dir, status, reason=""):
+    records.write_json(run_dir / "result.json", {"status": status, "reason": reason, "steps": 3})
+
+
+def test_a_job_goes_back_into_the_queue_when_the_clock_stopped_it_and_never_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr("dstune.report.command.leave_behind", lambda *_: None)
+    records.begin(tmp_path, "x", 2)
+    for status, reason, code in (
+        ("preempted", "received SIGUSR1", REQUEUE),
+        ("preempted", "the time of the SLURM job is over", REQUEUE),
+        ("preempted", STOP_REASON, 75),
+        ("completed", "", 0),
+        ("failed", "loss was not finite", 1),
+    ):
+        result(tmp_path, status, reason)
+        assert slurm_job.end(tmp_path, 143) == code, (status, reason)
+    (tmp_path / "result.json").unlink()
+    assert slurm_job.end(tmp_path, 137) == 1
+    assert records.read_result(tmp_path)["reason"] == "srun ended with exit code 137"
+
+
+def test_jobs_of_a_chain_behind_the_end_have_nothing_to_do(tmp_path):
+    for status, reason, code in (
+        ("completed", "", NOTHING_LEFT),
+        ("failed", "no", NOTHING_LEFT),
+        ("preempted", STOP_REASON, NOTHING_LEFT),
+        ("preempted", "received SIGUSR1", 0),
+    ):
+        records.begin(tmp_path, "x", 2, ["5", "6"])
+        result(tmp_path, status, reason)
+        assert slurm_job.begin(tmp_path, "6") == code, (status, reason)
+    # Submitted by hand after a stop: somebody wants it to go on.
+    records.begin(tmp_path, "x", 2, ["5"])
+    result(tmp_path, "preempted", STOP_REASON)
+    assert slurm_job.begin(tmp_path, "9") == 0
+    assert records.read_launch(tmp_path).jobs == ["9"]
+    assert sys.executable in script()
