@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from dstune.arguments import VerbParser
-from dstune.checkpoint.export import exported
+from dstune.checkpoint import store
+from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
 from dstune.config.launch_schema import LocalConfig
-from dstune.config.method_schema import FullConfig
+from dstune.config.method_rules import can_merge
+from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.schema import InitialWeights, RunConfig, WandbConfig
-from dstune.config.task_schema import PreferenceConfig, TaskConfig
+from dstune.config.task_schema import ClassificationConfig, PreferenceConfig, TaskConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, supervise
@@ -34,10 +36,10 @@ def main(argv: list[str]) -> int:
     console = Console(sys.stderr if arguments.json else sys.stdout)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
-        config = _configuration(arguments, directory, console.stage)
+        config, checkpoint = _configuration(arguments, directory, console.stage)
         write_run(directory / "run.yaml", Composed(config, arguments.overrides))
         plan = local_plan(config, directory, console=console.kind)
-        ranks = tuple(_command(argv, directory, arguments.split) for argv in plan.argv)
+        ranks = tuple(_command(argv, directory, arguments.split, checkpoint) for argv in plan.argv)
         code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console)
         if code != EXIT_DONE:
             # There is nothing saved to go on from.
@@ -63,11 +65,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]) -> RunConfig:
-    """What the ranks evaluate: a whole model, with the data of the run or of the overrides. Raises UserError."""
-    path = Path(arguments.target)
-    if (path / "run.yaml").is_file():
-        stored = read_run(path / "run.yaml").config
+def _configuration(
+    arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]
+) -> tuple[RunConfig, Path | None]:
+    """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
+    become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
+    path, checkpoint = Path(arguments.target), None
+    stored = read_run(path / "run.yaml").config if (path / "run.yaml").is_file() else None
+    if stored is not None and isinstance(stored.method, AdapterConfig) and not can_merge(stored.method):
+        config = apply_overrides(stored, arguments.overrides)
+        checkpoint = find_checkpoint(path, "last")
+        refuse_damaged(path, checkpoint)
+        if isinstance(config.task, ClassificationConfig):
+            config = replace(config, task=replace(config.task, labels=store.read_state(checkpoint)["labels"]))
+    elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
         folder = exported(path, scratch, merge=True)
         # Its configuration, tokenizer and chat template are those that the run trained with.
@@ -93,12 +104,12 @@ def _configuration(arguments: argparse.Namespace, scratch: Path, stage: Callable
     config = replace(
         config,
         data=data,
-        method=FullConfig(),
+        method=config.method if checkpoint else FullConfig(),
         launch=config.launch if isinstance(config.launch, LocalConfig) else LocalConfig(),  # on this machine
         tracking=replace(config.tracking, wandb=WandbConfig()),
     )
     validate(config)
-    return preflight.resolve_run(config, stage)
+    return preflight.resolve_run(config, stage), checkpoint
 
 
 def _compared(config: RunConfig) -> TaskConfig:
@@ -124,10 +135,11 @@ def _quoted(path: str) -> str:
     return f"'{escaped}'"
 
 
-def _command(argv: tuple[str, ...], directory: Path, split: str) -> tuple[str, ...]:
+def _command(argv: tuple[str, ...], directory: Path, split: str, checkpoint: Path | None) -> tuple[str, ...]:
     """The command of a training rank, turned into one that evaluates."""
     module = argv.index("dstune.worker")
-    return (*argv[:module], "dstune.evaluate_ranks", str(directory), split)
+    adapter = () if checkpoint is None else (str(checkpoint),)
+    return (*argv[:module], "dstune.evaluate_ranks", str(directory), split, *adapter)
 
 
 def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:

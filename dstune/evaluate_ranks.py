@@ -1,4 +1,4 @@
-"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluate_ranks DIR SPLIT`.
+"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluate_ranks DIR SPLIT [CHECKPOINT]`.
 
 As in training, but there is no optimizer and nothing is saved: at ZeRO-3 the weights stay partitioned, else every rank
 holds the model.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.record import HEADS
 from dstune.config.compose import read_run
 from dstune.config.schema import Offload, RunConfig
@@ -22,6 +23,7 @@ from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import build_head
 from dstune.models.load import load_config, load_model, load_tokenizer
+from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
@@ -35,13 +37,16 @@ from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
 
 
-def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> None:
+def evaluate(config: RunConfig, directory: Path, split: str, checkpoint: Path | None, world: World) -> None:
     """Evaluate the whole model in `config.model` on a split; rank 0 writes `result.json` into `directory`.
+
+    checkpoint: with one, the model is the base of the adapter that is in it.
 
     Raises UserError where there is no such split, or the model does not fit the task.
     """
     precision = world.broadcast(resolve(config))
-    config = with_labels(config)
+    if checkpoint is None:
+        config = with_labels(config)
     stage = 3 if config.zero.stage == 3 else 0
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=Offload.none))
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
@@ -58,8 +63,11 @@ def evaluate(config: RunConfig, directory: Path, split: str, world: World) -> No
     assert part is not None
     with partitioned_loading(settings):
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+    module = model if checkpoint is None else apply_method(config, model)
+    if checkpoint is not None:
+        load_trained(module, checkpoint)
     head = build_head(config.task, model)
-    engine = Engine(model, None, settings, world)
+    engine = Engine(module, None, settings, world)
     examine(head, engine)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     console = Console() if world.is_main else None
@@ -115,11 +123,12 @@ def with_labels(config: RunConfig) -> RunConfig:
 
 def main() -> int:
     directory, split = Path(sys.argv[1]), sys.argv[2]
+    checkpoint = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     die_with_parent()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
 
     def work() -> None:
-        evaluate(read_run(directory / "run.yaml").config, directory, split, start_process_group(env))
+        evaluate(read_run(directory / "run.yaml").config, directory, split, checkpoint, start_process_group(env))
 
     return guarded(work, lambda error: tell_launcher(directory, env.rank, error))
 

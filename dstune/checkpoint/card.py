@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dstune import samples
 from dstune.checkpoint.record import public_name
-from dstune.config.method_schema import FeaturesConfig, HeadConfig, LoraConfig, Pooling
+from dstune.config.method_schema import AdapterConfig, FeaturesConfig, HeadConfig, LoraConfig, Pooling
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CONVERSATIONS, EmbeddingConfig
 
@@ -195,17 +195,24 @@ def _settings(config: RunConfig, state: Mapping[str, Any]) -> str:
         "ZeRO stage": state.get("zero_stage"),
     }
     sections: dict[str, Any] = {"optimizer": config.optimizer, "schedule": config.schedule}
-    if isinstance(config.method, LoraConfig):
-        sections["method"] = config.method
+    if isinstance(config.method, AdapterConfig):
+        sections["method"] = without_paths(config.method)
     for name, section in sections.items():
         values[name] = section.name
         values |= {f"{name}.{key}": value for key, value in asdict(section).items() if key != "name"}
     rows = [
         [key, f"{value:,}" if type(value) is int else _text(value)]
         for key, value in values.items()
-        if value is not None
+        if value is not None and value not in ({}, [])
     ]
     return _table(["setting", "value"], rows)
+
+
+def without_paths(method: AdapterConfig) -> AdapterConfig:
+    """The method with the names of the adapters that it stands on, not with where they are on this machine."""
+    if isinstance(method, LoraConfig):
+        method = replace(method, frozen_adapters=[public_name(path) for path in method.frozen_adapters])
+    return method if method.adapter is None else replace(method, adapter=public_name(method.adapter))
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

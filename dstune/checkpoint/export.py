@@ -23,7 +23,8 @@ from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
-from dstune.config.method_schema import LoraConfig
+from dstune.config.method_rules import can_merge
+from dstune.config.method_schema import AdapterConfig, MethodConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
 
 MAX_SHARD_SIZE = "5GB"
@@ -81,7 +82,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         check_architecture(architecture)
         read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
     with _aside(out) as folder:
-        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=isinstance(config.method, LoraConfig))
+        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=can_merge(config.method))
         name = f"{config.run.name}-{kind}.gguf"
         write_gguf(whole, folder / name, kind, config.run.name)
         for kept in (RECORD, "README.md"):
@@ -129,7 +130,9 @@ def _aside(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what DeepSpeed and torch say of themselves while peft imports them: nothing of it is about the export."""
+    """Without what DeepSpeed, bitsandbytes and torch say of themselves while peft imports them: nothing of it is about the
+    export."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if importlib.util.find_spec("deepspeed") is not None:
         import torch
 
@@ -173,8 +176,8 @@ def main(argv: list[str]) -> int:
     run_dir = run_directory(arguments.run)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
     method = read_run(run_dir / "run.yaml").config.method
-    if arguments.merge and not isinstance(method, LoraConfig):
-        raise UserError(Problem("--merge", f"the run trained with method={method.name}: there is nothing to merge"))
+    for flag in (name for name, asked in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if asked):
+        refuse_unmergeable(flag, method)
     if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
         raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
     refuse_damaged(run_dir, checkpoint)
@@ -200,12 +203,24 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
+def refuse_unmergeable(flag: str, method: MethodConfig) -> None:
+    """Raises UserError where `flag` (`--merge` or `--gguf`) asks for a whole model that there is none of."""
+    if can_merge(method) or (flag == "--gguf" and not isinstance(method, AdapterConfig)):
+        return
+    if isinstance(method, AdapterConfig):
+        reason = (
+            f"what method={method.name} trained stands in front of each row: the model's own weights cannot hold it"
+        )
+        raise UserError(Problem(flag, reason, f"leave out {flag}: the export is an adapter that peft loads"))
+    raise UserError(Problem(flag, f"the run trained with method={method.name}: there is nothing to merge"))
+
+
 def _parser() -> VerbParser:
     parser = VerbParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
     parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
-    parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
     parser.add_argument(
         "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
     )

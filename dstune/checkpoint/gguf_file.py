@@ -55,7 +55,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer
 
-    from dstune.checkpoint.weights import tensor_files
+    from dstune.models.base_weights import tensor_files
 
     config = AutoConfig.from_pretrained(folder)
     check_architecture(config)

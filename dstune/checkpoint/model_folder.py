@@ -15,30 +15,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dstune.checkpoint import store
+from dstune.checkpoint.adapters import (
+    ADAPTED,
+    adapters_by_module,
+    fill,
+    merged,
+    plain_lora,
+    replace_tensors,
+    shifts_by_module,
+)
 from dstune.checkpoint.sentence_transformers import write_modules
 from dstune.checkpoint.shards import Weights
-from dstune.checkpoint.weights import BaseWeights, Source, saved_tensors, write_safetensors
+from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
-from dstune.config.method_schema import LoraConfig
+from dstune.config.method_schema import AdapterConfig, QloraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
+from dstune.models.base_weights import BaseWeights
 from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
 from dstune.models.peft import apply_method
 from dstune.models.pooled import PooledForSequenceClassification
+from dstune.models.quantize import quantized_modules, rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLASSIFIER_CODE = "modeling_dstune"
 """The module beside an exported classifier with a head of dstune's own."""
-
-ADAPTED = "base_model.model."
-"""What peft puts in front of the names of the model that it wraps."""
 
 
 def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: bool, max_shard_size: int | str) -> None:
@@ -61,7 +69,7 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
     stops = stop_token_ids(tokenizer)
     _set_generation(config.model, built.model, stops, tokenizer.pad_token_id)
     if built.adapted and not merge and config.model.weights is not InitialWeights.random:
-        _save_adapter(config.model, built, dict(trained), folder)
+        _save_adapter(config.model, built, trained, folder)
     else:
         sources = _Sources(config, tokenizer, labels, built, trained).all()
         # Training has no use for the cache of past keys and values; generation has.
@@ -98,7 +106,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         on_meta = replace(config, model=replace(config.model, weights=InitialWeights.random))
         model = load_model(on_meta, tokenizer, labels, dtype)
         names = saved_tensors(model)
-        if not isinstance(config.method, LoraConfig):
+        if not isinstance(config.method, AdapterConfig):
             return _Built(model, model, names, dtype)
         # Which weights were new is known only where the base is loaded; the checkpoint has them as modules of their own.
         saved = (name.split(".modules_to_save.default.") for name in trained)
@@ -130,11 +138,11 @@ class _Sources:
         trained: Weights,
     ):
         self._built, self._trained = built, trained
-        self._lora: dict[str, list[str]] = {}
-        for name in trained:
-            owner, found, _ = name.partition(".lora_")
-            if found:
-                self._lora.setdefault(owner.removeprefix(ADAPTED), []).append(name)
+        self._adapters = adapters_by_module(trained)
+        self._shifts = shifts_by_module(trained)
+        self._quantized = {}
+        if isinstance(config.method, QloraConfig):  # the weights that the adapters were trained on
+            self._quantized = dict.fromkeys(quantized_modules(built.model), config.method)
         whole = {name: self._trained_name(name) for name in built.names}
         missing = {name: built.names[name].shape for name, key in whole.items() if not key}
         self._whole = {name: key for name, key in whole.items() if key}
@@ -163,7 +171,7 @@ class _Sources:
             return self._trained[self._whole[name]]
         weight = self._base[name]
         owner, _, leaf = name.rpartition(".")
-        if not self._built.adapted or leaf != "weight":
+        if not self._built.adapted or leaf not in ("weight", "bias"):
             return weight
         prefix = f"{ADAPTED}{owner}."
         rows = f"{prefix}token_adapter.trainable_tokens_delta.default"
@@ -171,14 +179,16 @@ class _Sources:
             module = self._built.model.get_submodule(owner)
             index = torch.tensor(module.token_adapter.token_indices["default"])
             return weight.index_copy(0, index, self._trained[rows].to(weight.dtype))
-        if owner not in self._lora:
+        if leaf == "weight" and owner in self._quantized:
+            weight = rounded(weight, self._quantized[owner])
+        if leaf == "weight" and owner in self._shifts:
+            a, b = self._shifts[owner]
+            weight = weight.float() + b @ a
+        if owner not in self._adapters:
             return weight
-        module = self._built.model.get_submodule(owner)
-        for key in self._lora[owner]:
-            part, _, parameter = key.removeprefix(prefix).rpartition(".")
-            module.get_submodule(part)._parameters[parameter] = nn.Parameter(self._trained[key].float())
-        # A sum of two weights: in fp32, and rounded once.
-        return weight.float() + module.get_delta_weight("default")
+        layer = self._built.model.get_submodule(owner)
+        fill(layer, prefix, self._adapters[owner], self._trained)
+        return merged(layer, leaf, weight)
 
     def _base_weights(
         self,
@@ -199,13 +209,20 @@ class _Sources:
         return loaded
 
 
-def _save_adapter(config: ModelConfig, built: _Built, state: dict[str, Tensor], folder: Path) -> None:
+def _save_adapter(config: ModelConfig, built: _Built, trained: Weights, folder: Path) -> None:
     """In fp32: adapters are small, and peft computes them in fp32."""
+    whole = plain_lora(built.module, trained)
+    if hasattr(built.module, "prompt_encoder"):  # what is saved is what the encoder gives
+        tokens = built.module.prompt_tokens
+        tokens["default"] = torch.arange(len(tokens["default"]))
+        fill(built.module, "", [name for name in trained if name.startswith("prompt_encoder.")], trained)
     settings = built.module.peft_config["default"]
     settings.base_model_name_or_path = base_name(config)
     settings.revision = config.revision
     # Asked explicitly, since peft would ask the hub otherwise. Rows of added tokens are the adapter's own.
-    built.module.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    built.module.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
+    if whole:  # peft saves the modules that were trained, and finished adapters may be on others too
+        replace_tensors(folder / "adapter_model.safetensors", whole)
     if built.model.can_generate():
         built.model.generation_config.save_pretrained(folder)
 

@@ -9,6 +9,7 @@ from typing import Any
 from dstune import __version__
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import DataFormat
+from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import RunConfig
 
 NAME = "dstune.json"
@@ -31,6 +32,9 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
         "base_model": public_name(config.model.path),
         "revision": config.model.revision,
         "method": config.method.name,
+        **(
+            {"double_quantization": config.method.double_quantization} if isinstance(config.method, QloraConfig) else {}
+        ),
         "step": state["step"],
         "checkpoint": checkpoint,
     }

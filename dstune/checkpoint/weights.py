@@ -6,19 +6,14 @@ A tensor is read when its shard is written, so one shard of weights is in memory
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from dstune.config.schema import ModelConfig
-
-INDEX = "model.safetensors.index.json"
+from dstune.models.base_weights import INDEX
 
 
 @dataclass(frozen=True)
@@ -58,64 +53,3 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return parameters | {name: tensor for name, tensor in model.state_dict().items() if name not in every}
-
-
-class BaseWeights(Mapping[str, Tensor]):
-    """The pretrained weights of a model by the names of its parameters, straight from the safetensors files.
-
-    Raises LookupError where a name or shape of `wanted` is not in the files as it is: transformers loads some
-    architectures under other names, or joins tensors.
-    """
-
-    def __init__(self, config: ModelConfig, prefix: str, wanted: Mapping[str, torch.Size]):
-        """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack."""
-        self._files: dict[str, Any] = {}
-        folder = _folder(config)
-        places = tensor_files(folder)
-        self._found: dict[str, tuple[Path, str]] = {}
-        for name, shape in wanted.items():
-            key = next(
-                (key for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if key in places), ""
-            )
-            if not key or torch.Size(self._open(folder / places[key]).get_slice(key).get_shape()) != shape:
-                raise LookupError(name)
-            self._found[name] = folder / places[key], key
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, key = self._found[name]
-        return self._open(file).get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def _open(self, file: Path) -> Any:
-        if file.name not in self._files:
-            self._files[file.name] = safe_open(file, framework="pt")
-        return self._files[file.name]
-
-
-def _folder(config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-
-    from dstune.models.load import local_path
-
-    path = local_path(config.path)
-    if Path(path).is_dir():
-        return Path(path)
-    return Path(snapshot_download(path, revision=config.revision, local_files_only=True, allow_patterns=["*.json"]))
-
-
-def tensor_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor. Raises LookupError where there is neither an index nor one file."""
-    if (folder / INDEX).is_file():
-        with suppress(ValueError):
-            places: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-            return places
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise LookupError(f"{folder} has no model.safetensors")
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file.name)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from dstune.config import data_schema, forgetting_schema, launch_schema, method_schema, schema, task_schema
 from dstune.config.convert import describe, shown
+from dstune.config.method_matrix import matrix_table
 from dstune.config.methods_page import methods_page
 from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
@@ -65,7 +66,10 @@ def documentation() -> tuple[Setting, ...]:
 
 
 def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
-    hints, docs = type_hints(cls), attribute_docs().get(cls.__name__, {})
+    hints = type_hints(cls)
+    docs = {
+        name: doc for base in reversed(cls.__mro__) for name, doc in attribute_docs().get(base.__name__, {}).items()
+    }
     settings = []
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], f"{prefix}.{field.name}"
@@ -184,6 +188,12 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(parts)
 
 
+def _between(text: str, start: str, table: str, end: str) -> str:
+    """`text` with `table` between the two marks."""
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{table}{end}{rest.partition(end)[2]}"
+
+
 def write_guides(root: Path) -> None:
     """Put the current tables into README.md, docs/configuration.md, docs/methods.md and docs/presets.md below `root`."""
     from dstune.config.hydra_session import group_options, session
@@ -191,9 +201,8 @@ def write_guides(root: Path) -> None:
     with session() as hydra:
         table = groups_table(group_options(hydra))
     readme = root / "README.md"
-    before, start, rest = readme.read_text(encoding="utf-8").partition(GROUPS_START)
-    _, end, after = rest.partition(GROUPS_END)
-    readme.write_text(f"{before}{start}\n{table}{end}{after}", encoding="utf-8")
+    text = _between(readme.read_text(encoding="utf-8"), GROUPS_START, table, GROUPS_END)
+    readme.write_text(_between(text, METHODS_START, matrix_table(), METHODS_END), encoding="utf-8")
     (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
     (root / "docs" / "methods.md").write_text(methods_page(root), encoding="utf-8")
     (root / "docs" / "presets.md").write_text(presets_page(root / "conf"), encoding="utf-8")
@@ -201,6 +210,8 @@ def write_guides(root: Path) -> None:
 
 GROUPS_START = "<!-- groups: made by `python -m dstune.config.documentation` -->"
 GROUPS_END = "<!-- /groups -->"
+METHODS_START = "<!-- methods: made by `python -m dstune.config.documentation` -->"
+METHODS_END = "<!-- /methods -->"
 CONFIGURATION_HEAD = """\
 # Configuration
 

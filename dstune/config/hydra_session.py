@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dstune
+from dstune.config.method_rules import REFUSED
 from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.errors import Problem, UserError
@@ -156,4 +157,5 @@ def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
     key = {"data": "data.train", "model": "model.path"}.get(group)
     if key and re.search(r"[/.~]|^sample:", choice) and not (similar and "/" not in choice):
         fix = f"{group}= takes a name; rows and models of yours go into {key}={choice}"
-    return Problem(group, f"there is no such {group}", fix, choice)
+    reason = REFUSED.get(choice) if group == "method" else None
+    return Problem(group, f"is not offered: {reason}" if reason else f"there is no such {group}", fix, choice)

@@ -10,14 +10,22 @@ from dstune.config.method_schema import (
     FeaturesConfig,
     FreezeConfig,
     HeadConfig,
+    Ia3Config,
     ImportanceConfig,
     LoraConfig,
+    LoraInit,
+    MethodConfig,
+    ModuleAdapterConfig,
     Pooling,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QloraConfig,
     Selection,
     UlmfitConfig,
     Unit,
 )
-from dstune.config.schema import RunConfig
+from dstune.config.schema import InitialWeights, RunConfig
 from dstune.config.task_schema import (
     HEADED,
     ClassificationConfig,
@@ -26,6 +34,34 @@ from dstune.config.task_schema import (
     TokenClassificationConfig,
 )
 from dstune.errors import Problem
+
+PROMPTS = (PromptConfig, PrefixConfig, PTuningConfig)
+"""Methods whose parameters stand in front of the row; the model's weights stay as they are."""
+
+PROMPTED_TASKS = ("chat", "causal_lm", "classification", "preference", "reward")
+"""Tasks whose heads know that a prompt may stand in front of the row."""
+
+QLORA_STAGE_3_ON_CPU = (
+    "on a CPU, 4-bit weights of bitsandbytes have a shape of their own, and ZeRO-3 gathers them in the one that it cut"
+)
+"""Why a cell of the matrix is for GPUs only."""
+
+REFUSED = {
+    "adalora": "it takes ranks away by the gradients of single parameters between backward pass and update, and partitioned"
+    " stages do not keep them (method=lora with method.rank_pattern sets ranks by hand)",
+}
+"""Methods of the field that are not offered, and why."""
+
+
+def cpu_problems(config: RunConfig) -> Iterator[Problem]:
+    """What is refused where there is no GPU."""
+    if isinstance(config.method, QloraConfig) and config.zero.stage == 3:
+        yield Problem("zero.stage", QLORA_STAGE_3_ON_CPU, "zero=stage2, or method=lora", "3")
+
+
+def can_merge(method: MethodConfig) -> bool:
+    """Whether what the method trains can become part of the model's own weights."""
+    return isinstance(method, ModuleAdapterConfig)
 
 
 def check_method(config: RunConfig) -> Iterator[Problem]:
@@ -50,8 +86,19 @@ def check_method(config: RunConfig) -> Iterator[Problem]:
                 reason = "the head of the architecture has its own"
                 yield Problem(f"method.{key}", reason, "method.pooling=mean, cls or last", shown(value))
     if isinstance(method, LoraConfig):
+        yield from _check_lora(method)
+    if isinstance(method, QloraConfig) and config.model.weights is InitialWeights.random:
+        reason = "weights are rounded to 4 bits while they are read, and random ones are not read"
+        yield Problem("model.weights", reason, "model.weights=pretrained, or method=lora", "random")
+    if isinstance(method, PROMPTS):
+        yield from _check_prompt(config, method)
+    if isinstance(method, Ia3Config) and (strange := set(method.feedforward_modules) - set(method.target_modules)):
+        reason = f"{', '.join(sorted(strange))} are not among method.target_modules"
+        fix = "name them in both, or leave out both for peft's choice"
+        yield Problem("method.feedforward_modules", reason, fix, shown(method.feedforward_modules))
+    if isinstance(method, ModuleAdapterConfig):
         modules = method.target_modules
-        if not modules:
+        if not modules and not isinstance(method, Ia3Config):
             fix = "method.target_modules=[all-linear], or module names such as [q_proj,v_proj]"
             yield Problem("method.target_modules", "no module would get an adapter", fix, "[]")
         if "all-linear" in modules and len(modules) > 1:
@@ -131,4 +178,65 @@ def _check_freeze(method: FreezeConfig) -> Iterator[Problem]:
             except re.error as error:
                 yield Problem(
                     f"method.{key}", f"this is no regular expression: {error}", "see Python's re", shown(pattern)
+                )
+
+
+def _check_prompt(config: RunConfig, method: PromptConfig | PrefixConfig | PTuningConfig) -> Iterator[Problem]:
+    name = method.name
+    if config.task.name not in PROMPTED_TASKS:
+        reason = f"task={config.task.name} reads the positions of the row, and those of a trained prompt come in front of them"
+        yield Problem("method", reason, "method=lora", name)
+    if config.data.packing:
+        reason = "the trained prompt stands once in front of a row, so packed samples behind the first would have none"
+        yield Problem("data.packing", f"with method={name} {reason}", "data.packing=false", "true")
+    if config.model.weights is InitialWeights.random:
+        reason = f"what method={name} trains is exported beside its base, and random weights exist nowhere else"
+        yield Problem("model.weights", reason, "model.weights=pretrained, or method=full", "random")
+    if isinstance(method, PrefixConfig) and config.trainer.activation_checkpointing:
+        reason = "the prefix stands in the cache of keys and values, which checkpointed layers do not have"
+        yield Problem("trainer.activation_checkpointing", reason, "false, or method=lora", "true")
+    through_network = isinstance(method, PTuningConfig) or getattr(method, "projection_size", None) is not None
+    if through_network and method.adapter:
+        reason = "an export holds what the network gives, and the network itself cannot be had from it"
+        yield Problem("method.adapter", reason, "continue the run itself: dstune train RUN", shown(method.adapter))
+
+
+def _check_lora(method: LoraConfig) -> Iterator[Problem]:
+    splits = method.init in (LoraInit.pissa, LoraInit.olora)
+    if isinstance(method, QloraConfig):
+        if splits:
+            reason = (
+                "what is left of a split weight would be rounded to 4 bits, and the export would not be its difference"
+            )
+            yield Problem("method.init", reason, "method.init=loftq, or method=lora", method.init.value)
+        if method.frozen_adapters:
+            reason = "a weight in 4 bits cannot take up an adapter"
+            fix = "method=lora, or a merged model in model.path"
+            yield Problem("method.frozen_adapters", reason, fix, shown(method.frozen_adapters))
+    elif method.init is LoraInit.loftq:
+        reason = "it makes up for what rounding to 4 bits takes, and method=lora rounds nothing"
+        yield Problem("method.init", reason, "method=qlora, or method.init=default", "loftq")
+    if method.adapter and method.init is not LoraInit.default:
+        reason = "the adapter that method.adapter names has its values already"
+        yield Problem("method.init", reason, "method.init=default, or leave out method.adapter", method.init.value)
+    if method.init_iterations is not None and method.init is not LoraInit.pissa:
+        reason = "is for the singular value decomposition of init=pissa"
+        yield Problem(
+            "method.init_iterations", reason, "leave it out, or method.init=pissa", str(method.init_iterations)
+        )
+    if method.dora and method.frozen_adapters:
+        reason = "DoRA scales the whole weight, so an adapter of its own cannot hold its sum with others"
+        yield Problem("method.dora", reason, "method.dora=false, or a merged model in model.path", "true")
+    if splits and method.lr_ratio != 1:
+        reason = "LoRA+ is for a B that begins at zero, and init=" + method.init.value + " gives both their size"
+        yield Problem("method.lr_ratio", reason, "method.lr_ratio=1, or method.init=default", f"{method.lr_ratio:g}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name, value in getattr(method, key).items():
+            if not value > 0:
+                yield Problem(f"method.{key}", f"{name} must be more than 0", "", shown(value))
+            try:
+                re.compile(name)
+            except re.error as error:
+                yield Problem(
+                    f"method.{key}", f"is no regular expression: {error}", "q_proj, or 'layers.0.mlp.*'", name
                 )

@@ -45,9 +45,40 @@ class HeadConfig:
     """Dropout in front of each layer of the head."""
 
 
+class LoraInit(Enum):
+    default = "default"
+    gaussian = "gaussian"
+    pissa = "pissa"
+    olora = "olora"
+    loftq = "loftq"
+
+
 @dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen weights."""
+class AdapterConfig:
+    """What every method of peft has: a few new parameters beside frozen weights."""
+
+    name: str = ""
+    adapter: str | None = None
+    """Start from this adapter: an export, or a run with one in `export/`. Its own settings replace those not given here."""
+
+
+@dataclass(frozen=True)
+class ModuleAdapterConfig(AdapterConfig):
+    """Adapters on modules of the model."""
+
+    target_modules: list[str] = setting(["all-linear"])
+    """Module name endings that get an adapter; `all-linear` is every linear layer except the head."""
+    modules_to_save: list[str] = setting([])
+    """Modules trained whole and saved beside the adapter (a new classification head always is)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig(ModuleAdapterConfig):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen weights.
+
+    The default: near full fine-tuning at a fraction of its memory, and an adapter of a few MB that merges into the model.
+    DoRA helps low ranks, PiSSA and OLoRA a fast start; rank-stabilised scaling is for high ranks.
+    """
 
     name: str = "lora"
     rank: int = setting(16, at_least=1)
@@ -56,12 +87,24 @@ class LoraConfig:
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
     dropout: float = setting(0.0, at_least=0.0, below=1.0)
     """Dropout in front of the adapters."""
-    target_modules: list[str] = setting(["all-linear"])
-    """Module name endings that get an adapter; `all-linear` is every linear layer except the head."""
-    modules_to_save: list[str] = setting([])
-    """Modules trained whole and saved beside the adapter (a new classification head always is)."""
+    rank_pattern: dict[str, int] = setting({})
+    """Other ranks by ending of the module's name, or regular expression: `{q_proj: 32, 'layers.0.mlp.*': 4}`."""
+    alpha_pattern: dict[str, float] = setting({})
+    """Other values of `alpha`, by module like `rank_pattern`."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed: direction by the adapter, a trained magnitude for each output (Liu et al. 2024, arXiv:2402.09353)."""
+    init: LoraInit = LoraInit.default
+    """First values: `default` and `gaussian` (B is zero), `pissa` (arXiv:2404.02948) and `olora` (arXiv:2406.01775), which
+    split each weight into the adapter and a frozen rest, and with qlora `loftq` (arXiv:2310.08659), which makes up for what
+    rounding took."""
+    init_iterations: int | None = setting(None, at_least=1)
+    """With `init=pissa`: subspace iterations of a randomised SVD, for large models; the exact SVD when not given."""
+    lr_ratio: float = setting(1.0, above=0.0)
+    """LoRA+: the rate of B as a multiple of that of A, for example 16 (Hayou et al. 2024, arXiv:2402.12354)."""
+    frozen_adapters: list[str] = setting([])
+    """Finished LoRA adapters (exports or runs) on which the new one is trained: the export holds their sum."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +212,137 @@ class ImportanceConfig:
     """Validation rows on which each tensor is left out in turn and the loss of it is measured; 0 leaves it out."""
 
 
-MethodConfig = FullConfig | ImportanceConfig | HeadConfig | FeaturesConfig | FreezeConfig | UlmfitConfig | LoraConfig
+@dataclass(frozen=True)
+class QloraConfig(LoraConfig):
+    """Low-rank adapters on frozen weights that are kept in 4-bit NF4 (Dettmers et al. 2023, arXiv:2305.14314).
+
+    Where the frozen weights do not fit otherwise: a quarter of 16 bits, for slower steps and a small loss of accuracy.
+    """
+
+    name: str = "qlora"
+    double_quantization: bool = True
+    """Quantize the scales of the blocks of 64 weights as well: 4.13 instead of 4.5 bits a weight."""
+
+
+@dataclass(frozen=True)
+class Ia3Config(ModuleAdapterConfig):
+    """A trained scale for each key, value and feed-forward feature (Liu et al. 2022, arXiv:2205.05638).
+
+    For few rows, or thousands of adapters on one model: a hundredth of LoRA's parameters, and it merges.
+    """
+
+    name: str = "ia3"
+    target_modules: list[str] = setting([])
+    """Module name endings that are scaled; peft's choice for the architecture when empty (llama: k_proj, v_proj, down_proj)."""
+    feedforward_modules: list[str] = setting([])
+    """Those of `target_modules` whose inputs are scaled instead of their outputs; peft's choice with them."""
+
+
+@dataclass(frozen=True)
+class VeraConfig(ModuleAdapterConfig):
+    """Two trained vectors for each module between fixed random matrices shared by all (Kopiczko et al. 2023, arXiv:2310.11454).
+
+    For many small adapters: a tenth of LoRA's parameters at a higher rank; the shared matrices are saved with each.
+    """
+
+    name: str = "vera"
+    rank: int = setting(256, at_least=1)
+    """Rows of the shared matrices; more than with LoRA, since each costs one trained number a module."""
+    dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Dropout in front of the adapters."""
+    first_scale: float = setting(0.1, above=0.0)
+    """First value of the vector between the two matrices."""
+    projection_seed: int = setting(0, at_least=0)
+    """Seed of the shared matrices; they are saved with the adapter."""
+
+
+@dataclass(frozen=True)
+class OftConfig(ModuleAdapterConfig):
+    """Orthogonal rotations of the modules' inputs, block by block (Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847).
+
+    Where the geometry of pretrained features has to survive: angles between neurons stay as they are.
+    """
+
+    name: str = "oft"
+    block_size: int = setting(32, at_least=2)
+    """Features rotated together; where it does not divide a module's inputs, peft takes the nearest size that does."""
+    dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Share of the blocks that do not rotate in a forward pass."""
+    block_share: bool = False
+    """One rotation for all blocks of a module."""
+    exact: bool = False
+    """Cayley transform by solving instead of five terms of its series: exactly orthogonal, and slower."""
+
+
+@dataclass(frozen=True)
+class PromptConfig(AdapterConfig):
+    """Trained token embeddings in front of every row (Lester et al. 2021, arXiv:2104.08691).
+
+    For one served copy of a large model and a prompt for each task; small models learn little from it.
+    """
+
+    name: str = "prompt"
+    virtual_tokens: int = setting(20, at_least=1)
+    """Length of the trained prompt; it comes on top of `data.max_length`."""
+    init_text: str | None = None
+    """Begin with the embeddings of this text, repeated or cut to the length; with those of random tokens when not given."""
+
+
+@dataclass(frozen=True)
+class PrefixConfig(AdapterConfig):
+    """Trained keys and values in front of every layer's own (Li and Liang 2021, arXiv:2101.00190).
+
+    As `prompt`, with a say in every layer; decoders only.
+    """
+
+    name: str = "prefix"
+    virtual_tokens: int = setting(20, at_least=1)
+    """Length of the prefix."""
+    projection_size: int | None = setting(None, at_least=1)
+    """Train the prefix through a two-layer network of this width; as it is when not given."""
+
+
+class PTuningEncoder(Enum):
+    mlp = "mlp"
+    lstm = "lstm"
+
+
+@dataclass(frozen=True)
+class PTuningConfig(AdapterConfig):
+    """A trained prompt that comes out of a small network (Liu et al. 2021, arXiv:2103.10385).
+
+    As `prompt`, easier to train; the network is not exported, so an export is served but not trained on.
+    """
+
+    name: str = "p_tuning"
+    virtual_tokens: int = setting(20, at_least=1)
+    """Length of the trained prompt; it comes on top of `data.max_length`."""
+    encoder: PTuningEncoder = PTuningEncoder.mlp
+    """The network: three linear layers, or an LSTM in front of two."""
+    encoder_size: int = setting(128, at_least=1)
+    """Its width."""
+    encoder_layers: int = setting(2, at_least=1)
+    """Layers of the LSTM."""
+    encoder_dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Dropout between the layers of the LSTM."""
+
+
+MethodConfig = (
+    FullConfig
+    | ImportanceConfig
+    | HeadConfig
+    | FeaturesConfig
+    | FreezeConfig
+    | UlmfitConfig
+    | LoraConfig
+    | QloraConfig
+    | Ia3Config
+    | VeraConfig
+    | OftConfig
+    | PromptConfig
+    | PrefixConfig
+    | PTuningConfig
+)
 
 METHODS: dict[str, type] = {
     "full": FullConfig,
@@ -179,5 +352,12 @@ METHODS: dict[str, type] = {
     "ulmfit": UlmfitConfig,
     "importance": ImportanceConfig,
     "lora": LoraConfig,
+    "qlora": QloraConfig,
+    "ia3": Ia3Config,
+    "vera": VeraConfig,
+    "oft": OftConfig,
+    "prompt": PromptConfig,
+    "prefix": PrefixConfig,
+    "p_tuning": PTuningConfig,
 }
 """Classes of the group by the name of the choice."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import ImportanceConfig, LoraConfig
+from dstune.config.method_schema import ImportanceConfig, LoraConfig, LoraInit
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.task_schema import (
     CONVERSATIONS,
@@ -187,4 +187,8 @@ def cached_reference(config: RunConfig) -> bool:
         return False
     if task.reference is Reference.cached or task.reference_model is not None:
         return True
-    return not isinstance(config.method, LoraConfig)
+    method = config.method
+    # Only an adapter that begins at zero can be switched off to have the model that training began with.
+    if not isinstance(method, LoraConfig):
+        return True
+    return method.adapter is not None or method.init not in (LoraInit.default, LoraInit.gaussian)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -147,7 +148,7 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     plain = AutoTokenizer.from_pretrained(**source)
     voices[BASE] = Voice(plain, found.chat and bool(plain.chat_template), found.date)
 
-    model = _language_model(source, base)
+    model = _language_model(source, base, read_record(own) if own else {})
     longest = max(len(voice.tokenizer) for voice in voices.values())
     if longest > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(longest, mean_resizing=False)
@@ -212,13 +213,20 @@ def located(wanted: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _language_model(source: dict[str, Any], wanted: ModelConfig) -> Any:
+def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping[str, Any]) -> Any:
+    """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from dstune.models.quantize import keep_layout, rounding
+
     architecture = AutoConfig.from_pretrained(**source)
+    dtype = _dtype(architecture)
+    quantized: dict[str, Any] = {}
+    if record.get("method") == "qlora" and importlib.util.find_spec("bitsandbytes") is not None:
+        quantized["quantization_config"] = rounding(dtype, double=bool(record.get("double_quantization", True)))
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=_dtype(architecture), use_safetensors=True, output_loading_info=True
+            **source, **quantized, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except ValueError as error:
         raise UserError(Problem("MODEL", f"cannot be loaded: {str(error).splitlines()[0]}", "", wanted.path)) from error
@@ -226,6 +234,7 @@ def _language_model(source: dict[str, Any], wanted: ModelConfig) -> Any:
     if absent:
         reason = f"is no language model: it has no weights for {', '.join(absent[:2])}"
         raise UserError(Problem("MODEL", reason, "give a model that writes text", wanted.path))
+    keep_layout(model)
     return model
 
 

@@ -135,6 +135,8 @@ class Writer:
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
+        from dstune.models.generation import generation_inputs
+
         voice, sampling = self._voices[name], self._sampling
         padding = voice.tokenizer.pad_token_id or 0
         width = max(map(len, prompts))
@@ -155,18 +157,20 @@ class Writer:
             use_cache=True,
             **(drawn if sampling.temperature else greedy),
         )
-        criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
-        if sampling.stop:
-            criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[width:])))
         device = next(self._model.parameters()).device
         with torch.inference_mode(), self._speaking(name):
-            written = self._model.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(masks, device=device),
+            model, inputs, before = generation_inputs(
+                self._model, torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+            )
+            criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
+            if sampling.stop:
+                criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[before:])))
+            written = model.generate(
+                **inputs,
                 generation_config=settings,
                 streamer=_streamer(voice.tokenizer, show) if show else None,
                 stopping_criteria=StoppingCriteriaList(criteria),
-            )[:, width:]
+            )[:, before:]
         answers: list[list[int]] = written.tolist()
         return answers
 
@@ -223,6 +227,8 @@ class Writer:
 
     def _room(self, length: int, request: Request) -> int:
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        settings = getattr(self._model, "peft_config", {}).get(request.adapter or self.active)
+        longest -= getattr(settings, "num_virtual_tokens", None) or 0
         if length >= longest:
             raise UserError(Problem(request.where, f"has {length} tokens; the model takes {longest}, answer included"))
         return int(longest - length)

@@ -54,10 +54,14 @@ def adapter(found: Import, value: Any) -> None:
         dropout="lora_dropout",
         targets=targets,
         save="lora_modules_to_save",
-        rslora="peft_use_rslora",
+        switches={
+            "peft_use_rslora": "method.rslora",
+            "peft_use_dora": "method.dora",
+            "loraplus_lr_ratio": "method.lr_ratio",
+            "lora_model_dir": "method.adapter",
+        },
+        four_bits=value == "qlora" or bool(found.get("load_in_4bit")),
     )
-    if value == "qlora":
-        common.quantized(found, True)
 
 
 def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
@@ -229,14 +233,14 @@ TABLE: dict[str, Rule] = {
             "lora_target_linear",
             "lora_modules_to_save",
             "peft_use_rslora",
+            "peft_use_dora",
+            "loraplus_lr_ratio",
+            "lora_model_dir",
         ),
         with_others,
     ),
-    "lora_model_dir": missing("begin from a merged model with model.path"),
     "lora_fan_in_fan_out": missing(LATER),
-    "peft_use_dora": missing(LATER),
-    "loraplus_lr_ratio": missing(LATER),
-    "load_in_4bit": common.quantized,
+    "load_in_4bit": common.four_bits,
     "load_in_8bit": common.quantized,
     "gptq": common.quantized,
     "unfrozen_parameters": missing(LATER),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,19 @@ def chat_template(found: Import, value: Any) -> None:
 # ---- method ----
 
 
-def method_of_lora(found: Import, *, rank: str, alpha: str, dropout: str, targets: Any, save: str, rslora: str) -> None:
-    found.choose("method", "lora")
+def method_of_lora(
+    found: Import,
+    *,
+    rank: str,
+    alpha: str,
+    dropout: str,
+    targets: Any,
+    save: str,
+    switches: Mapping[str, str],
+    four_bits: bool,
+) -> None:
+    """switches: keys of the other tool that say the same as one of ours."""
+    found.choose("method", "qlora" if four_bits else "lora")
     found.put("method.rank", int(found.get(rank, 16)))
     found.put("method.alpha", float(found.get(alpha, 2 * int(found.get(rank, 16)))))
     found.put("method.dropout", float(found.get(dropout, 0.0)))
@@ -74,14 +86,24 @@ def method_of_lora(found: Import, *, rank: str, alpha: str, dropout: str, target
         modules = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
         found.values["method.modules_to_save"] = modules
         found.carried[save] = ["method.modules_to_save"]
-    if found.get(rslora):
-        found.values["method.rslora"] = True
-        found.carried[rslora] = ["method.rslora"]
+    for name, key in switches.items():
+        if value := found.get(name):
+            found.values[key] = value
+            found.carried[name] = [key]
+
+
+def four_bits(found: Import, value: Any) -> None:
+    """Looked at together with the adapter."""
+    adapters = found.get("use_peft") or found.get("adapter") or found.get("finetuning_type") == "lora"
+    if value and adapters:
+        found.note("method")
+    elif value:
+        found.drop("weights in 4 bits are trained through adapters only")
 
 
 def quantized(found: Import, value: Any) -> None:
     if value:
-        found.drop("quantized weights (method=qlora): the adapter is trained on 16-bit weights, which need more memory")
+        found.drop("weights are kept in 16 bits, or in 4 (method=qlora)")
 
 
 # ---- batches and length ----

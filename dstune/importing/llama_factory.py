@@ -59,8 +59,15 @@ def finetuning(found: Import, value: Any) -> None:
             dropout="lora_dropout",
             targets=found.get("lora_target", "all"),
             save="additional_target",
-            rslora="use_rslora",
+            switches={"use_rslora": "method.rslora", "use_dora": "method.dora", "loraplus_lr_ratio": "method.lr_ratio"},
+            four_bits=found.get("quantization_bit") == 4,
         )
+        if found.get("pissa_init"):
+            found.values["method.init"] = "pissa"
+            found.carried["pissa_init"] = ["method.init"]
+            if found.get("pissa_iter", 16) != -1:
+                found.values["method.init_iterations"] = int(found.get("pissa_iter", 16))
+                found.carried["pissa_iter"] = ["method.init_iterations"]
         found.carried["lora_target"] = ["method.target_modules"]
     else:
         found.choose("method", "lora")
@@ -148,7 +155,10 @@ def attention(found: Import, value: Any) -> None:
 
 
 def quantization(found: Import, value: Any) -> None:
-    common.quantized(found, value)
+    if value == 4:
+        common.four_bits(found, value)
+    else:
+        common.quantized(found, value)
 
 
 TABLE: dict[str, Rule] = {
@@ -171,11 +181,8 @@ TABLE: dict[str, Rule] = {
     **dict.fromkeys(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora"), with_others
     ),
-    "use_dora": missing(LATER),
-    "loraplus_lr_ratio": missing(LATER),
-    "pissa_init": missing(LATER),
-    "pissa_iter": missing("it belongs to pissa_init"),
-    "pissa_convert": missing("it belongs to pissa_init"),
+    **dict.fromkeys(("use_dora", "loraplus_lr_ratio", "pissa_init", "pissa_iter"), with_others),
+    "pissa_convert": own_way("an export is a plain adapter on the weights as they were"),
     "freeze_trainable_layers": missing(LATER),
     "use_galore": missing(LATER),
     "use_badam": missing(LATER),

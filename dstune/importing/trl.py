@@ -98,7 +98,8 @@ def use_peft(found: Import, value: Any) -> None:
             dropout="lora_dropout",
             targets=found.get("lora_target_modules", "all-linear"),
             save="lora_modules_to_save",
-            rslora="use_rslora",
+            switches={"use_rslora": "method.rslora", "use_dora": "method.dora"},
+            four_bits=bool(found.get("load_in_4bit")),
         )
         if found.get("lora_target_modules"):
             found.carried["lora_target_modules"] = ["method.target_modules"]
@@ -146,11 +147,19 @@ TABLE: dict[str, Rule] = {
     "model_init_kwargs": missing("set model.config_overrides"),
     "use_peft": use_peft,
     **dict.fromkeys(
-        ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora"), lora_part
+        (
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "lora_modules_to_save",
+            "use_rslora",
+            "use_dora",
+        ),
+        lora_part,
     ),
     "lora_task_type": own_way("known from the task"),
-    "use_dora": missing(LATER),
-    "load_in_4bit": common.quantized,
+    "load_in_4bit": common.four_bits,
     "load_in_8bit": common.quantized,
     "bnb_4bit_quant_type": missing("it belongs to load_in_4bit"),
     "use_bnb_nested_quant": missing("it belongs to load_in_4bit"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.data_schema import DataFormat, OnBadRow
+from dstune.config.method_rules import cpu_problems
 from dstune.config.schema import Precision, RunConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
@@ -22,6 +23,8 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
     if config.trainer.precision is Precision.fp16 and not gpus:
         reason = "fp16 is trained on GPUs only, and there is none here: a CPU has no fp16 kernels for several layers"
         yield Problem("trainer.precision", reason, "trainer.precision=fp32", "fp16")
+    if not gpus:
+        yield from cpu_problems(config)
 
 
 def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:

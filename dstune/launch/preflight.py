@@ -18,8 +18,10 @@ from typing import Any
 
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
+from dstune.config.adapter_file import resolve_adapters
 from dstune.config.architectures import encoder_decoder_problem
 from dstune.config.forgetting import with_replay
+from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.config.task_schema import PreferenceConfig, TaskConfig
 from dstune.data import inputs, sources
@@ -79,7 +81,16 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
             problems += [problem for problem in first_row_problems(own, part, key) if problem not in problems]
         except UserError as error:
             problems += error.problems
-    if config.trainer.precision is Precision.fp16:  # looking for GPUs starts a program
+    try:
+        config = replace(config, method=resolve_adapters(config.method))
+    except UserError as error:
+        problems += error.problems
+    quantized = isinstance(config.method, QloraConfig)
+    if quantized and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(Problem("method", "needs the package bitsandbytes", "pip install 'dstune[qlora]'", "qlora"))
+    if config.trainer.precision is Precision.fp16 or (
+        quantized and config.zero.stage == 3
+    ):  # looking for GPUs starts a program
         problems += hardware_problems(config, count_gpus(os.environ))
     template = config.model.chat_template
     if template is not None and not template_path(template).is_file():

@@ -28,7 +28,7 @@ from transformers import (
 from dstune import samples
 from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import encoder_decoder_problem
-from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling
+from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling, QloraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import (
     HEADED,
@@ -42,6 +42,7 @@ from dstune.config.task_schema import (
 )
 from dstune.errors import Problem, UserError
 from dstune.models.pooled import PooledForSequenceClassification
+from dstune.models.quantize import keep_layout, quantization
 from dstune.zero.engine import gathered
 
 
@@ -204,12 +205,15 @@ def load_model(
                 # A classifier may be tuned to another number of labels: its head is new then.
                 ignore_mismatched_sizes=isinstance(config.task, HEADED),
                 **options,
+                **quantization(config, dtype),
                 **_source(config.model),
             )
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
     if isinstance(config.task, EmbeddingConfig):
         new = _without_pooler(model, new)
+    if isinstance(config.method, QloraConfig):
+        keep_layout(model)
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
     rows = model.get_input_embeddings().num_embeddings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from dstune.config.method_schema import FreezeConfig
+from dstune.config.method_schema import AdapterConfig, FreezeConfig, LoraConfig, OftConfig
 from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig
 from dstune.planning.architecture import (
     BODY,
@@ -152,7 +152,7 @@ def setup(
         packing=config.data.packing,
         attention="sdpa" if attention is Attention.auto else attention.value,
         checkpointing=config.trainer.activation_checkpointing,
-        adapter=hasattr(method, "rank"),
+        adapter=isinstance(method, AdapterConfig),
         target_share=1.0,
         dropout=float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0),
         adapter_dropout=getattr(method, "dropout", 0.0) > 0,
@@ -180,12 +180,12 @@ def _moments(config: RunConfig) -> int:
 def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
     """The tensors that are trained, and how many weights stay frozen."""
     method = config.method
-    if hasattr(method, "rank"):
-        targets = list(getattr(method, "target_modules", ["all-linear"]))
+    if isinstance(method, AdapterConfig):
+        targets = list(getattr(method, "target_modules", [])) or ["all-linear"]
         kept = ("classifier", "score", *getattr(method, "modules_to_save", []))
         whole = [t for t in model.tensors if set(kept) & set(t.name.split("."))]
         # peft trains a copy of a whole module beside the frozen original.
-        return (*adapters(model, targets, method.rank), *whole), model.parameters
+        return (*adapters(model, targets, _rank_alike(method)), *whole), model.parameters
     if isinstance(method, FreezeConfig):
         trained = tuple(t for t in model.tensors if not _is_frozen(t, method, model.layers))
         return trained, model.parameters - sum(t.count for t in trained)
@@ -195,6 +195,18 @@ def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tenso
             trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
         return trained, model.parameters - sum(t.count for t in trained)
     return model.tensors, 0
+
+
+def _rank_alike(method: AdapterConfig) -> int:
+    """The rank of the LoRA adapter that takes as much: exact for LoRA, no less than what is there for the others (a vector or
+    two for each module, or a prompt)."""
+    match method:
+        case LoraConfig():
+            return method.rank
+        case OftConfig():
+            return -(-method.block_size // 2)  # the entries above the diagonal of each block
+        case _:
+            return 1
 
 
 def _is_frozen(tensor: Tensor, method: FreezeConfig, layers: int) -> bool:

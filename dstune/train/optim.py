@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import FreezeConfig, FullConfig, UlmfitConfig
+from dstune.config.method_schema import FreezeConfig, FullConfig, LoraConfig, UlmfitConfig
 from dstune.config.schema import (
     AdamWConfig,
     ConstantConfig,
@@ -40,6 +40,9 @@ def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, object
             rates = decayed_rates(layers, 1 / method.rate_factor)
             parts = {name: number for number, part in enumerate(layers.parts) for name in part}
             return parameter_groups(module, decay, rates.__getitem__, parts.__getitem__)
+        case LoraConfig(lr_ratio=ratio) if ratio != 1:
+            # LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B starts at zero and has to catch up with A.
+            return parameter_groups(module, decay, lambda name: ratio if ".lora_B." in name else 1.0)
         case _:
             return parameter_groups(module, decay)
 

@@ -171,9 +171,16 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
     settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
     if model.weights is InitialWeights.random or model.add_tokens:
         settings.append(config.trainer.seed)
-    folder = model_folder(model)
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".bin", ".py"))
-    mine = {path.name: _digest(path) for path in files[world.rank :: world.size]}
+    method = config.method
+    adapters = [getattr(method, "adapter", None), *getattr(method, "frozen_adapters", ())]
+    folders = [model_folder(model), *(Path(folder) for folder in adapters if folder)]
+    files = sorted(
+        (number, path)
+        for number, folder in enumerate(folders)
+        for path in folder.iterdir()
+        if path.suffix in (".safetensors", ".json", ".bin", ".py")
+    )
+    mine = {f"{number}/{path.name}": _digest(path) for number, path in files[world.rank :: world.size]}
     digests = {name: digest for part in world.gather(mine) for name, digest in part.items()}
     return [*settings, digests, asdict(config.method) if not isinstance(config.method, FullConfig) else {}]
 

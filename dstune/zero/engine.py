@@ -39,6 +39,9 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
         LOCAL_WORLD_SIZE=str(env.local_size),
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it wherever it is; it misses what nobody needs
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
     import deepspeed
@@ -92,7 +95,10 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def full_count(parameter: nn.Parameter) -> int:
-    """The parameter's number of elements before stage 3 partitioned it."""
+    """The parameter's number of elements before stage 3 partitioned it, or bitsandbytes packed several into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

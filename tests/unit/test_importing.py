@@ -50,7 +50,7 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
         MEANINGLESS: {"dataset_prepared_path", "gradient_checkpointing_kwargs", *AXOLOTL},
     },
     "axolotl/llama3_qlora_1b.yaml": {
-        NOT_SUPPORTED: {"load_in_4bit", "adapter", *WATCHDOG, *EPOCHS},
+        NOT_SUPPORTED: {*WATCHDOG, *EPOCHS},
         DIFFERENT: {"optimizer", "attn_implementation"},
         MEANINGLESS: {"dataset_prepared_path", "eval_sample_packing", *AXOLOTL},
     },
@@ -63,7 +63,7 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
     "llama_factory/qwen3_lora_sft.yaml": {NOT_SUPPORTED: {"template"}, MEANINGLESS: TRAINER},
     "llama_factory/qwen3_lora_pretrain.yaml": {MEANINGLESS: TRAINER},
     "llama_factory/qwen3_qlora_sft.yaml": {
-        NOT_SUPPORTED: {"template", "quantization_bit", "quantization_method"},
+        NOT_SUPPORTED: {"template", "quantization_method"},
         MEANINGLESS: TRAINER,
     },
     "trl/cli_example.yaml": {},
@@ -74,7 +74,7 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
         MEANINGLESS: {"remove_unused_columns", *HANDBOOK},
     },
     "trl/zephyr_qlora.yaml": {
-        NOT_SUPPORTED: {"push_to_hub", "load_in_4bit"},
+        NOT_SUPPORTED: {"push_to_hub"},
         DIFFERENT: {"eval_strategy", "dataset_mixture"},
         MEANINGLESS: HANDBOOK,
     },
@@ -179,6 +179,34 @@ def test_trl_command_line(monkeypatch, tmp_path):
     assert (config.schedule.name, config.trainer.global_batch_size) == ("linear", 2 * 8 * 8)
     assert config.task.train_on_prompt is True
     assert any("TRL trains on prompts" in text for text in found.assumed)
+
+
+@pytest.mark.parametrize(
+    ("tool", "raw", "expected"),
+    [
+        (
+            "axolotl",
+            {
+                "base_model": "m",
+                "adapter": "qlora",
+                "peft_use_dora": True,
+                "loraplus_lr_ratio": 8,
+                "lora_model_dir": "runs/a",
+            },
+            {"dora": True, "lr_ratio": 8, "adapter": "runs/a"},
+        ),
+        (
+            "llama-factory",
+            {"model_name_or_path": "m", "finetuning_type": "lora", "quantization_bit": 4, "use_dora": True},
+            {"dora": True},
+        ),
+        ("trl", {"model_name_or_path": "m", "use_peft": True, "load_in_4bit": True, "use_dora": True}, {"dora": True}),
+    ],
+)
+def test_adapters_on_4_bit_weights(tool, raw, expected):
+    found = yaml.safe_load(convert(raw, tool, Path("x.yaml"), 1).text)
+    assert {"override /method": "qlora"} in found["defaults"]
+    assert {key: found["method"][key] for key in expected} == expected
 
 
 def test_trl_mixture(monkeypatch, tmp_path):
@@ -357,8 +385,8 @@ def test_values(tool, keys, expected):
         ("axolotl", {"load_best_model_at_end": True, "val_set_size": 0.1}, "load_best_model_at_end", MEANINGLESS),
         ("axolotl", {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio", MEANINGLESS),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type", NOT_SUPPORTED),
-        ("llama-factory", {"pissa_init": True}, "pissa_init", NOT_SUPPORTED),
-        ("llama-factory", {"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio", NOT_SUPPORTED),
+        ("llama-factory", {"quantization_bit": 8}, "quantization_bit", NOT_SUPPORTED),
+        ("trl", {"load_in_4bit": True}, "load_in_4bit", NOT_SUPPORTED),
         ("llama-factory", {"dataset": "one,two"}, "dataset", DIFFERENT),
         ("trl", {"neftune_noise_alpha": 5}, "neftune_noise_alpha", NOT_SUPPORTED),
         ("trl", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1", MEANINGLESS),
@@ -450,7 +478,7 @@ def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch
     source = EXAMPLES / "axolotl" / "llama3_qlora_1b.yaml"
     assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml", "--ranks", "2"]) == 0
     told = capsys.readouterr().out
-    assert "load_in_4bit: True" in told
+    assert "dataset_prepared_path: last_run_prepared" in told
     assert "next: dstune train --config-dir mine experiment=qlora" in told
     config = compose(["experiment=qlora"], ["mine"]).config
     assert config.trainer.global_batch_size == 16
@@ -458,7 +486,7 @@ def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch
     assert "--force" in capsys.readouterr().err
     assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml", "--force", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["dropped"]["load_in_4bit"]["kind"] == NOT_SUPPORTED
+    assert answer["dropped"]["dataset_prepared_path"]["kind"] == MEANINGLESS
     assert answer["carried"]["learning_rate"] == ["optimizer.lr"]
     assert answer["output"] == "mine/experiment/qlora.yaml"
 

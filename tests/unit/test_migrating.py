@@ -39,7 +39,7 @@ def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
             folders = [folder]
         # The files leave precision and buckets to dstune; what chat_lora gives does not contradict them.
         validate(compose(arguments, folders).config)
-    assert "load_in_4bit" in capsys.readouterr().out
+    assert "dataset_prepared_path" in capsys.readouterr().out
 
 
 def test_files_and_kinds_of_the_page_are_those_of_the_code():

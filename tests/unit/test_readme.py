@@ -10,8 +10,17 @@ import pytest
 
 from dstune.cli import VERBS
 from dstune.config.compose import compose
-from dstune.config.documentation import CONFIGURATION_HEAD, GROUPS_END, GROUPS_START, groups_table, markdown_table
+from dstune.config.documentation import (
+    CONFIGURATION_HEAD,
+    GROUPS_END,
+    GROUPS_START,
+    METHODS_END,
+    METHODS_START,
+    groups_table,
+    markdown_table,
+)
 from dstune.config.hydra_session import group_options, session
+from dstune.config.method_matrix import matrix_table
 from dstune.config.method_schema import METHODS
 from dstune.config.methods_page import methods_page
 from dstune.config.presets import presets_page
@@ -20,7 +29,8 @@ from dstune.config.validate import validate
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = tuple(
-    ROOT / "docs" / f"{name}.md" for name in ("tracking", "export", "methods", "tasks", "planning", "clusters")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("tracking", "export", "methods", "tasks", "planning", "adapters", "clusters")
 )
 """Their commands are checked as the README's are."""
 
@@ -95,6 +105,10 @@ def test_groups_and_keys_are_those_of_the_schema():
     with session() as hydra:
         table = groups_table(group_options(hydra))
     assert f"{GROUPS_START}\n{table}{GROUPS_END}" in README, "run python -m dstune.config.documentation"
+
+
+def test_matrix_of_methods_is_that_of_the_rules():
+    assert f"{METHODS_START}\n{matrix_table()}{METHODS_END}" in README, "run python -m dstune.config.documentation"
 
 
 def test_page_of_presets_is_that_of_the_files():

@@ -37,8 +37,8 @@ class CausalLmHead:
         try:
             with torch.no_grad():
                 logits = forward(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
-            whole = self._probe.to(logits.dtype).expand(1, 2, -1)
-            self._examined = logits.shape == whole.shape and torch.equal(logits, whole)
+            probe = self._probe.to(logits.dtype)
+            self._examined = logits.shape[-1:] == probe.shape and torch.equal(logits, probe.expand_as(logits))
         finally:
             self._probe = None
         return self._examined
@@ -49,7 +49,8 @@ class CausalLmHead:
             return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
         if self._kept is None:
             return self._project(hidden)
-        hidden = hidden[self._kept]
+        # A trained prompt stands in front of the row; none of its positions has a target.
+        hidden = hidden[functional.pad(self._kept, (hidden.shape[1] - self._kept.shape[1], 0))]
         if self._targets is None:
             return self._project(hidden)
         self._found = projected_cross_entropy(self._projection, self._project, hidden, self._targets)

@@ -1,0 +1,269 @@
+"""Program of the matrix, on every rank: each case trains, saves, resumes, exports and is loaded again.
+
+Prints one JSON line per case. A case is a run directory with its run.yaml; METHODS has the methods.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune import worker
+from dstune.checkpoint import store
+from dstune.checkpoint.export import export_checkpoint
+from dstune.config.adapter_file import resolve_adapters
+from dstune.config.compose import Composed, read_run, write_run
+from dstune.config.schema import RunConfig
+from dstune.dist import World
+from dstune.evaluate_ranks import evaluate
+from dstune.models.generation import generation_inputs
+from dstune.rank_env import from_environment
+from dstune.zero.engine import Engine, gathered, start_process_group
+
+TOKENS = torch.arange(9, 73).view(2, 32)
+
+
+class Recorded:
+    """What the engines of the run that goes on had: whole weights when built and at each save, logits at each save."""
+
+    engines: list[Engine] = []  # noqa: RUF012
+    first: dict[str, torch.Tensor]
+    first_logits: torch.Tensor
+    saves: dict[str, dict[str, Any]]
+
+
+def whole(engine: Engine) -> dict[str, torch.Tensor]:
+    with gathered(list(engine.module.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def logits_of(engine: Engine) -> torch.Tensor:
+    engine.train(False)
+    with torch.no_grad():
+        logits = engine.forward(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
+    engine.train(True)
+    return logits
+
+
+def record(world: World) -> None:
+    """Let the engine tell what it holds."""
+    build, save = Engine.__init__, Engine.save
+
+    def recorded_build(engine: Engine, *arguments: Any) -> None:
+        build(engine, *arguments)
+        Recorded.engines.append(engine)
+        Recorded.first, Recorded.saves = whole(engine), {}
+        Recorded.first_logits = logits_of(engine)
+
+    def recorded_save(engine: Engine, directory: Path, tag: str) -> None:
+        save(engine, directory, tag)
+        logits = logits_of(engine)
+        trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        Recorded.saves[tag.removesuffix(".incomplete")] = {"whole": whole(engine), "logits": logits, "trained": trained}
+
+    Engine.__init__ = recorded_build  # type: ignore[method-assign]
+    Engine.save = recorded_save  # type: ignore[method-assign]
+
+
+def train(run_dir: Path, world: World) -> dict[str, Any]:
+    """The records of a run; its last save among them."""
+    worker.train(config_of(run_dir), run_dir, world)
+    found = {"first": Recorded.first, "first_logits": Recorded.first_logits, **Recorded.saves}
+    put_away()
+    return found
+
+
+def put_away() -> None:
+    """Take the engines apart on all ranks together: collected at will, one in the middle of the next model's partitioned
+    loading on a single rank would switch partitioning off there, and the others would wait for it."""
+    for engine in Recorded.engines:
+        engine.close()
+    Recorded.engines.clear()
+    gc.collect()
+
+
+def config_of(run_dir: Path) -> RunConfig:
+    return read_run(run_dir / "run.yaml").config
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in rows if "loss" in row]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def load(folder: Path, task: str, quantized: bool = False) -> Any:
+    """As anyone would, without dstune."""
+    import peft
+    import transformers
+
+    if quantized:
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+        rounding = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=rounding)
+        for module in model.modules():
+            module.support_avx512bf16_for_cpu = False  # its product for evaluation is one of bf16
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+    kind = "SequenceClassification" if task == "classification" else "CausalLM"
+    if (folder / "adapter_config.json").is_file():
+        return getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(folder).eval()
+    model, report = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
+
+
+def reloaded(folder: Path, task: str, logits: torch.Tensor, quantized: bool = False) -> float:
+    model = load(folder, task, quantized)
+    with torch.no_grad():
+        found = model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
+    return difference(found, logits)
+
+
+def check(case: dict[str, Any], world: World) -> dict[str, Any]:
+    run_dir = Path(case["run_dir"])
+    began = time.perf_counter()
+    if case["after"] and world.is_main:
+        stand_on(run_dir, case)
+    world.barrier()
+    through = train(run_dir, world)
+    middle, last = through["step-00000002"], through["step-00000004"]
+    trained = middle["trained"]
+    result: dict[str, Any] = {
+        "trained": len(trained),
+        "moved": sum(not torch.equal(through["first"][name], last["whole"][name]) for name in trained),
+        "frozen": len(last["whole"]) - len(trained),
+        "frozen_equal": all(
+            torch.equal(weight, last["whole"][name]) for name, weight in through["first"].items() if name not in trained
+        ),
+        "changed": difference(middle["logits"], last["logits"]),
+    }
+    moved = {
+        part: [float((last["whole"][n] - through["first"][n]).abs().mean()) for n in trained if f".lora_{part}." in n]
+        for part in "AB"
+    }
+    if moved["A"]:
+        result["b_to_a"] = sum(moved["B"]) / sum(moved["A"])
+    if case["after"]:
+        result["began"] = difference(through["first_logits"], torch.load(Path(case["after"]) / "logits.pt"))
+    if case["evaluates"]:
+        result["evaluated"] = evaluated_again(run_dir, world)
+    resumed_dir = Path(f"{run_dir}-resumed")
+    if world.is_main:
+        store.folder(resumed_dir).mkdir(parents=True)
+        shutil.copytree(store.folder(run_dir) / "step-00000002", store.folder(resumed_dir) / "step-00000002")
+        shutil.copyfile(run_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
+        stored = config_of(run_dir)
+        config = replace(stored, zero=replace(stored.zero, stage=case["resumed_stage"]))
+        write_run(resumed_dir / "run.yaml", Composed(config, []))
+    world.barrier()
+    resumed = train(resumed_dir, world)["step-00000004"]
+    result["resumed"] = max(difference(resumed["whole"][name], last["whole"][name]) for name in trained)
+    if world.is_main:
+        torch.save(last["logits"], run_dir / "logits.pt")
+        try:
+            result |= read_back(case, run_dir, resumed_dir, last["logits"])
+            if case["quantized"]:
+                result["rounding"] = reloaded(Path(config_of(run_dir).model.path), "chat", through["first_logits"])
+        except Exception:  # of this rank alone: the other one waits
+            result["error"] = traceback.format_exc()[-3000:]
+        result["seconds"] = time.perf_counter() - began
+    world.barrier()
+    return result
+
+
+def generates_what_it_computes(model: Any) -> bool:
+    """Greedy answers to prompts of different length in one batch are those of the forward pass, one token at a time."""
+    prompts = [[9, 10, 11, 12, 13], [20, 21]]
+    width = max(map(len, prompts))
+    rows = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        speaker, inputs, before = generation_inputs(model, rows, mask)
+        answers = speaker.generate(
+            **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=2, eos_token_id=None
+        )
+        for prompt in prompts:
+            for _ in range(5):
+                tokens = torch.tensor([prompt])
+                prompt.append(
+                    int(model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, -1].argmax())
+                )
+    return answers[:, before:].tolist() == [prompt[-5:] for prompt in prompts]
+
+
+def evaluated_again(run_dir: Path, world: World) -> float:
+    """How far `dstune evaluate`, with the adapter in place, is from the loss that the run ended with."""
+    config, folder = config_of(run_dir), Path(f"{run_dir}-evaluated")
+    if world.is_main:
+        folder.mkdir()
+    labels = store.read_state(run_dir / "checkpoints" / "step-00000004")["labels"]
+    if labels:
+        config = replace(config, task=replace(config.task, labels=labels))
+    evaluate(config, folder, "validation", store.newest(run_dir), world)
+    put_away()
+    found = json.loads((folder / "result.json").read_text())["metrics"]["loss"]
+    return abs(found / json.loads((run_dir / "result.json").read_text())["eval_final"]["loss"] - 1)
+
+
+def stand_on(run_dir: Path, case: dict[str, Any]) -> None:
+    """Let the run begin with what another one has trained."""
+    config = config_of(run_dir)
+    changes = {"adapter": case["after"]} if case["as"] == "adapter" else {"frozen_adapters": [case["after"]]}
+    method = resolve_adapters(replace(config.method, **changes))
+    write_run(run_dir / "run.yaml", Composed(replace(config, method=method), []))
+
+
+def read_back(case: dict[str, Any], run_dir: Path, resumed_dir: Path, logits: torch.Tensor) -> dict[str, Any]:
+    """What the files say."""
+    task = config_of(run_dir).task.name
+    found: dict[str, Any] = {
+        "metrics_equal": metrics(run_dir) == metrics(resumed_dir),
+        "first_loss": metrics(run_dir)[0]["loss"],
+        "reloaded": reloaded(run_dir / "export", task, logits, case["quantized"]),
+    }
+    model = load(run_dir / "export", task, case["quantized"])
+    if hasattr(model, "prompt_encoder") and task == "chat":
+        found["generated"] = generates_what_it_computes(model)
+    if case["merges"]:
+        merged = export_checkpoint(run_dir, store.newest(run_dir), run_dir / "merged", merge=True)
+        found["merged"] = reloaded(merged, task, logits)
+    return found
+
+
+def main() -> None:
+    env = from_environment(os.environ)
+    assert env is not None
+    world = start_process_group(env)
+    record(world)
+    for case in json.loads(sys.argv[1]):
+        try:
+            result = check(case, world)
+        except Exception:  # in step on all ranks; the other cells are to be seen too
+            result = {"error": traceback.format_exc()[-3000:]}
+        if world.is_main:
+            print("CASE " + json.dumps({**case, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)

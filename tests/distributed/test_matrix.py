@@ -1,0 +1,253 @@
+"""The matrix: each method at each ZeRO stage trains, resumes to the bit, exports, and loads again with equal outputs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.configs import run_config
+from support.ranks import run_ranks
+from support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled, write_preferences
+
+from dstune.config import data_schema, method_schema, schema, task_schema
+from dstune.config.compose import Composed, write_run
+from dstune.config.method_rules import can_merge
+from dstune.config.validate import find_problems
+from dstune.errors import Problem
+from dstune.launch.first_rows import hardware_problems
+
+PROGRAM = Path(__file__).with_name("matrix_ranks.py")
+STAGES = (0, 1, 2, 3)
+
+METHODS: dict[str, tuple[method_schema.MethodConfig, str]] = {
+    "full": (method_schema.FullConfig(), "chat"),
+    "head": (method_schema.HeadConfig(), "classification"),
+    "freeze": (method_schema.FreezeConfig(embeddings=True, first_layers=1), "chat"),
+    "lora": (method_schema.LoraConfig(rank=4), "chat"),
+    "lora of a classifier": (method_schema.LoraConfig(rank=4), "classification"),
+    "lora with patterns": (
+        method_schema.LoraConfig(
+            rank=4, rank_pattern={"q_proj": 2, r"layers.1.mlp.*": 6}, alpha_pattern={"v_proj": 5.0}, rslora=True
+        ),
+        "chat",
+    ),
+    "dora": (method_schema.LoraConfig(rank=4, dora=True), "chat"),
+    "pissa": (method_schema.LoraConfig(rank=4, alpha=3.0, init=method_schema.LoraInit.pissa), "chat"),
+    "pissa with dora": (
+        method_schema.LoraConfig(rank=4, dora=True, init=method_schema.LoraInit.pissa, init_iterations=8),
+        "chat",
+    ),
+    "olora": (method_schema.LoraConfig(rank=4, alpha=4.0, init=method_schema.LoraInit.olora), "chat"),
+    "ia3": (method_schema.Ia3Config(), "chat"),
+    "ia3 of a classifier": (method_schema.Ia3Config(), "classification"),
+    "vera": (method_schema.VeraConfig(rank=8), "chat"),
+    "oft": (method_schema.OftConfig(block_size=8), "chat"),
+    "prompt": (method_schema.PromptConfig(virtual_tokens=4), "chat"),
+    "vera of a classifier": (method_schema.VeraConfig(rank=8), "classification"),
+    "oft of a classifier": (method_schema.OftConfig(block_size=8, exact=True, block_share=True), "classification"),
+    "p_tuning of a classifier": (method_schema.PTuningConfig(virtual_tokens=4, encoder_size=16), "classification"),
+    "prompt of a classifier": (method_schema.PromptConfig(virtual_tokens=4, init_text="w1 w2 w3"), "classification"),
+    "prefix": (method_schema.PrefixConfig(virtual_tokens=4), "chat"),
+    "prefix through a network": (method_schema.PrefixConfig(virtual_tokens=4, projection_size=16), "chat"),
+    "p_tuning": (method_schema.PTuningConfig(virtual_tokens=4, encoder_size=16), "chat"),
+    "p_tuning by an LSTM": (
+        method_schema.PTuningConfig(virtual_tokens=4, encoder_size=16, encoder=method_schema.PTuningEncoder.lstm),
+        "chat",
+    ),
+    "qlora": (method_schema.QloraConfig(rank=4), "chat"),
+    "qlora from loftq": (method_schema.QloraConfig(rank=4, init=method_schema.LoraInit.loftq), "chat"),
+    "lora continued": (method_schema.LoraConfig(), "chat"),
+    "pissa continued": (method_schema.LoraConfig(), "chat"),
+    "dora continued": (method_schema.LoraConfig(), "chat"),
+    "classifier continued": (method_schema.LoraConfig(), "classification"),
+    "ia3 continued": (method_schema.Ia3Config(), "chat"),
+    "vera continued": (method_schema.VeraConfig(), "chat"),
+    "oft continued": (method_schema.OftConfig(), "chat"),
+    "prompt continued": (method_schema.PromptConfig(), "chat"),
+    "prefix continued": (method_schema.PrefixConfig(), "chat"),
+    "dpo on from an adapter": (method_schema.LoraConfig(), "preference"),
+    "dpo on top of an adapter": (method_schema.LoraConfig(rank=3), "preference"),
+    "lora on lora": (method_schema.LoraConfig(rank=3, target_modules=["q_proj", "down_proj"]), "chat"),
+    "pissa on pissa": (method_schema.LoraConfig(rank=3, init=method_schema.LoraInit.pissa), "chat"),
+    "lora+": (method_schema.LoraConfig(rank=4, lr_ratio=8.0), "chat"),
+}
+"""What is trained, on which task."""
+
+AFTER = {
+    "lora continued": ("lora with patterns", "adapter"),
+    "pissa continued": ("pissa", "adapter"),
+    "dora continued": ("dora", "adapter"),
+    "classifier continued": ("lora of a classifier", "adapter"),
+    "ia3 continued": ("ia3", "adapter"),
+    "vera continued": ("vera", "adapter"),
+    "oft continued": ("oft", "adapter"),
+    "prompt continued": ("prompt", "adapter"),
+    "prefix continued": ("prefix", "adapter"),
+    "dpo on from an adapter": ("lora with patterns", "adapter"),
+    "dpo on top of an adapter": ("lora with patterns", "frozen"),
+    "lora on lora": ("lora with patterns", "frozen"),
+    "pissa on pissa": ("pissa", "frozen"),
+}
+"""Runs that begin with what another cell has trained: going on with its adapter, or on top of it."""
+
+
+ONLY_IN_THE_WHOLE_MATRIX = {
+    "full",
+    "head",
+    "freeze",
+    "pissa with dora",
+    "ia3 of a classifier",
+    "vera of a classifier",
+    "oft of a classifier",
+    "p_tuning of a classifier",
+    "p_tuning by an LSTM",
+    "prefix through a network",
+    "dora continued",
+    "ia3 continued",
+    "oft continued",
+    "prefix continued",
+    "pissa continued",
+}
+"""Variants, and what other tests run at every stage: about 2 s a cell on a quiet machine."""
+
+
+class Table:
+    """Runs the cells that are asked for, in one process group of two ranks."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.models = {
+            "chat": save_decoder(folder / "models" / "decoder"),
+            "classification": save_encoder(folder / "models" / "encoder"),
+            "preference": folder / "models" / "decoder",
+            # Blocks of 64 weights share a scale.
+            "wide": save_decoder(folder / "models" / "wide", hidden_size=64, intermediate_size=128),
+        }
+        self.data = {
+            "chat": write_dialogues(folder / "chat.jsonl", 24),
+            "classification": write_labelled(folder / "labels.jsonl", 24),
+            "preference": write_preferences(folder / "pairs.jsonl", 24),
+        }
+
+        self.held_out = {
+            "chat": write_dialogues(folder / "chat-held-out.jsonl", 5, seed=1),
+            "classification": write_labelled(folder / "labels-held-out.jsonl", 5, seed=1),
+            "preference": write_preferences(folder / "pairs-held-out.jsonl", 5, seed=1),
+        }
+
+    def config(self, name: str, stage: int) -> schema.RunConfig:
+        method, task = METHODS[name]
+        model = self.models["wide" if isinstance(method, method_schema.QloraConfig) else task]
+        return run_config(
+            model=schema.ModelConfig(path=str(model), attention=schema.Attention.sdpa),
+            task=task_schema.TASKS[task](),
+            data=data_schema.DataConfig(
+                train=str(self.data[task]), validation=str(self.held_out[task]), max_length=48, packing=False
+            ),
+            method=method,
+            optimizer=schema.AdamWConfig(lr=1e-2),
+            zero=schema.ZeroConfig(stage=stage, param_persistence_threshold=0),
+            trainer=schema.TrainerConfig(
+                max_steps=4, micro_batch_size=2, global_batch_size=8, precision=schema.Precision.fp32
+            ),
+            checkpoint=schema.CheckpointConfig(every=2),
+            evaluate=schema.EvaluateConfig(at_start=False, samples=1 if task == "chat" else 0, max_new_tokens=3),
+        )
+
+    def run(self, cells: list[tuple[str, int]], resumed_stages: dict[int, int] | None = None) -> list[dict]:
+        """What `matrix_ranks.py` found in each cell, and in those that others stand on."""
+        needed = [(AFTER[name][0], stage) for name, stage in cells if name in AFTER]
+        ordered = list(dict.fromkeys([*needed, *cells]))
+        cases, directories = [], {}
+        for name, stage in ordered:
+            config = self.config(name, stage)
+            assert not refusals(config), (name, stage, refusals(config))
+            run_dir = self.folder / f"{name.replace(' ', '-')}-{stage}"
+            run_dir.mkdir()
+            write_run(run_dir / "run.yaml", Composed(config, []))
+            directories[name, stage] = str(run_dir)
+            source, how = AFTER.get(name, ("", ""))
+            cases.append(
+                {
+                    "name": name,
+                    "stage": stage,
+                    "run_dir": str(run_dir),
+                    "resumed_stage": (resumed_stages or {}).get(stage, stage),
+                    "merges": can_merge(config.method),
+                    "quantized": isinstance(config.method, method_schema.QloraConfig),
+                    "after": directories.get((source, stage)),
+                    "as": how,
+                    "evaluates": name
+                    in ("dora", "pissa", "vera", "prompt of a classifier", "prefix", "p_tuning", "qlora"),
+                }
+            )
+        output = run_ranks(PROGRAM, 2, cases)[0]
+        found = [json.loads(line.removeprefix("CASE ")) for line in output.splitlines() if line.startswith("CASE ")]
+        assert len(found) == len(ordered)
+        return found
+
+
+def refusals(config: schema.RunConfig) -> list[Problem]:
+    """What a start of this run on CPUs would say."""
+    return [*find_problems(config), *hardware_problems(config, gpus=0)]
+
+
+def check(result: dict) -> None:
+    assert "error" not in result, result["error"]
+    assert result["moved"] == result["trained"] > 0, result
+    assert (result["frozen"] == 0) is (result["name"] == "full"), result
+    assert result["frozen_equal"], result
+    assert result["changed"] > 1e-4, result
+    if result["resumed_stage"] == result["stage"]:
+        assert result["resumed"] == 0 and result["metrics_equal"], result
+    else:
+        assert result["resumed"] < 1e-4, result
+    assert result["reloaded"] < 1e-5, result
+    assert result.get("merged", 0.0) < 1e-5, result
+    assert result.get("generated", True), result
+    if result["name"].startswith("dpo"):  # the reference is what the run began with, not the base below the adapter
+        assert result["first_loss"] == pytest.approx(math.log(2), rel=1e-5), result
+    assert result.get("evaluated", 0.0) < 1e-5, result
+    assert result.get("began", 0.0) < 1e-5, result
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> Table:
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    return Table(tmp_path)
+
+
+def possible(name: str, stage: int) -> bool:
+    return not (isinstance(METHODS[name][0], method_schema.QloraConfig) and stage == 3)
+
+
+def test_each_method(table):
+    """At stage 3, where most can go wrong; 4-bit weights at stage 2."""
+    cells = [(name, 3 if possible(name, 3) else 2) for name in METHODS if name not in ONLY_IN_THE_WHOLE_MATRIX]
+    results = table.run(cells)
+    for result in results:
+        check(result)
+    # B moves `lr_ratio` times as far as it does at the rate of A.
+    moved = {result["name"]: result["b_to_a"] for result in results if "b_to_a" in result}
+    assert 4 < moved["lora+"] / moved["lora"] < 16
+    rounding = {result["name"]: result["rounding"] for result in results if result["quantized"]}
+    assert rounding["qlora from loftq"] < rounding["qlora"], "an adapter from LoftQ makes up for a part of the rounding"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_whole_matrix(table, stage):
+    """All cells; half of the runs are resumed at another stage."""
+    cells = [(name, stage) for name in METHODS if possible(name, stage)]
+    for result in table.run(cells, {0: 3, 2: 3, 3: 2}):
+        check(result)
+
+
+def test_a_cell_that_cannot_be_is_refused_with_its_reason(table):
+    for name in METHODS:
+        for stage in STAGES:
+            problems = refusals(table.config(name, stage))
+            assert (not problems) is possible(name, stage), (name, stage, problems)
+            assert all(problem.reason and problem.fix for problem in problems)

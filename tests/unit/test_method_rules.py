@@ -1,0 +1,141 @@
+"""What a method refuses, and what a saved adapter says of its own form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dstune.checkpoint.export import refuse_unmergeable
+from dstune.config import data_schema, method_schema, schema
+from dstune.config.adapter_file import resolve_adapters
+from dstune.config.method_rules import cpu_problems
+from dstune.config.validate import find_problems
+from dstune.errors import UserError
+from tests.support.configs import run_config
+
+PISSA, LOFTQ = method_schema.LoraInit.pissa, method_schema.LoraInit.loftq
+Lora, Qlora = method_schema.LoraConfig, method_schema.QloraConfig
+RANDOM = {"model": schema.ModelConfig(weights=schema.InitialWeights.random)}
+UNPACKED = {"data": data_schema.DataConfig(train="rows.jsonl", packing=False)}
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "sections"),
+    [
+        ("data.packing", method_schema.PromptConfig(), {}),
+        ("data.packing", method_schema.PrefixConfig(), {}),
+        ("data.packing", method_schema.PTuningConfig(), {}),
+        ("model.weights", method_schema.PromptConfig(), RANDOM | UNPACKED),
+        ("model.weights", Qlora(), RANDOM),
+        (
+            "trainer.activation_checkpointing",
+            method_schema.PrefixConfig(),
+            {"trainer": schema.TrainerConfig(activation_checkpointing=True)} | UNPACKED,
+        ),
+        ("method.adapter", method_schema.PTuningConfig(adapter="runs/one"), UNPACKED),
+        ("method.adapter", method_schema.PrefixConfig(adapter="runs/one", projection_size=8), UNPACKED),
+        ("method.init", Lora(init=PISSA, adapter="runs/one"), {}),
+        ("method.init", Lora(init=LOFTQ), {}),
+        ("method.init", Qlora(init=PISSA), {}),
+        ("method.init_iterations", Lora(init_iterations=4), {}),
+        ("method.dora", Lora(dora=True, frozen_adapters=["runs/one"]), {}),
+        ("method.frozen_adapters", Qlora(frozen_adapters=["runs/one"]), {}),
+        ("method.lr_ratio", Lora(init=PISSA, lr_ratio=16.0), {}),
+        ("method.rank_pattern", Lora(rank_pattern={"q_proj": 0}), {}),
+        ("method.rank_pattern", Lora(rank_pattern={"q_proj(": 2}), {}),
+        ("method.feedforward_modules", method_schema.Ia3Config(feedforward_modules=["down_proj"]), {}),
+        ("method.target_modules", method_schema.VeraConfig(target_modules=[]), {}),
+    ],
+)
+def test_refused_with_the_reason(key, method, sections):
+    problems = find_problems(run_config(method=method, **sections))
+    assert [problem.where for problem in problems] == [key], problems
+    assert problems[0].reason
+
+
+def test_4_bit_weights_at_stage_3_need_a_gpu():
+    config = run_config(method=Qlora(), zero=schema.ZeroConfig(stage=3))
+    assert [problem.where for problem in cpu_problems(config)] == ["zero.stage"]
+    assert not list(cpu_problems(replace(config, zero=schema.ZeroConfig(stage=2))))
+
+
+def saved(folder: Path, **changes: object) -> Path:
+    settings = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "target_modules": ["v_proj", "q_proj"],
+        "modules_to_save": ["classifier", "score"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {},
+        "use_rslora": True,
+        "use_dora": False,
+        "bias": "none",
+        **changes,
+    }
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapter_brings_its_own_form(tmp_path):
+    saved(tmp_path / "run" / "export")
+    found = resolve_adapters(Lora(adapter=str(tmp_path / "run"), lr_ratio=4.0))
+    assert found == Lora(
+        adapter=str(tmp_path / "run" / "export"),
+        rank=4,
+        alpha=8.0,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"q_proj": 2},
+        rslora=True,
+        lr_ratio=4.0,
+    )
+    assert resolve_adapters(found) == found, "a run that is continued resolves again"
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "changes"),
+    [
+        ("method.rank", Lora(rank=8), {}),
+        ("method.dora", Lora(dora=True), {}),
+        ("method.adapter", Lora(), {"bias": "all"}),
+        ("method.adapter", Lora(), {"layers_to_transform": [1]}),
+        ("method.adapter", Lora(), {"peft_type": "IA3"}),
+        ("method.adapter", method_schema.OftConfig(), {}),
+    ],
+)
+def test_an_adapter_that_says_otherwise_is_refused(tmp_path, key, method, changes):
+    folder = saved(tmp_path / "adapter", **changes)
+    if key == "method.dora":
+        method = replace(method, dora=True)
+    with pytest.raises(UserError) as caught:
+        resolve_adapters(replace(method, adapter=str(folder)))
+    assert [problem.where for problem in caught.value.problems] == [key]
+
+
+def test_no_adapter_there(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("")
+    for method in (Lora(adapter=str(tmp_path / "run")), Lora(frozen_adapters=[str(tmp_path / "run")])):
+        with pytest.raises(UserError, match="dstune export"):
+            resolve_adapters(method)
+
+
+@pytest.mark.parametrize("flag", ["--merge", "--gguf"])
+def test_only_what_becomes_weights_is_merged(flag):
+    for choice, cls in method_schema.METHODS.items():
+        method = cls()
+        problems = []
+        try:
+            refuse_unmergeable(flag, method)
+        except UserError as error:
+            problems = error.problems
+        stands_in_front = choice in ("prompt", "prefix", "p_tuning")
+        nothing_to_merge = flag == "--merge" and not isinstance(method, method_schema.AdapterConfig)
+        assert bool(problems) is (stands_in_front or nothing_to_merge), (choice, problems)
+        if stands_in_front:
+            assert "stands in front of each row" in problems[0].reason
