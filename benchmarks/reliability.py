@@ -1,345 +1,81 @@
 """What happens to a run under faults, and whether its curve goes on: writes docs/reliability.md.
 
-    python benchmarks/reliability.py                      # every fault once, then 30 random kills: about 25 minutes on 2 cores
+    python benchmarks/reliability.py                      # every fault once, then 30 random kills: about 40 minutes on 2 cores
     python benchmarks/reliability.py --only kill disk     # faults whose name begins so; prints, writes nothing
     python benchmarks/reliability.py --kills 5 --only soak
+    python benchmarks/reliability.py --folder WORK        # keeps what it did there, and goes on where it was ended
 
-Real runs through the command line on two ranks with a tiny model; one undisturbed run is the measure. "Lost" are steps that
-were trained and had to be trained again. "Equal" compares every metric of every step and evaluation: to the bit at the
-same layout, within 1e-5 after a move to another one.
+Real runs through the command line on two ranks with a tiny model; one undisturbed run is the measure. The faults are those
+of tests/support/faults.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.command import Commands, exact, metrics, ranks_of, result, wait_until  # noqa: E402
-from support.tiny import save_decoder, write_dialogues  # noqa: E402
-
-from dstune.checkpoint import store  # noqa: E402
-
-STEPS, EVERY, AT = 40, 5, 13
-"""Steps of a run, between two saves, and after which a fault strikes."""
-
-
-@dataclass
-class Outcome:
-    name: str
-    what: str
-    exit_code: int | None = None
-    exit_seconds: float | None = None
-    lost: int | None = None
-    resume_seconds: float | None = None
-    equal: bool | None = None
-
-
-class Scene:
-    """A folder with a model, data and the undisturbed run."""
-
-    def __init__(self, folder: Path):
-        self.commands = Commands(folder)
-        self.folder = folder
-        save_decoder(folder / "model")
-        write_dialogues(folder / "dialogues.jsonl", 400)
-        done = self.commands.run("train", *self.overrides("undisturbed"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.reference = exact(folder / "undisturbed")
-
-    def overrides(self, name: str | Path, *further: str) -> list[str]:
-        return [
-            "model.path=model",
-            "data.train=dialogues.jsonl",
-            "data.max_length=64",
-            "data.packing=false",
-            "model.config_overrides={attention_dropout:0.1}",
-            "optimizer.lr=1e-3",
-            "zero=stage2",
-            "trainer.micro_batch_size=2",
-            "trainer.global_batch_size=8",
-            f"trainer.max_steps={STEPS}",
-            f"checkpoint.every={EVERY}",
-            "evaluate.every=10",
-            "launch.processes=2",
-            f"run.dir={name}",
-            *further,
-        ]
-
-    def start(self, run_dir: Path, *further: str, at: int = AT) -> subprocess.Popen:
-        command = self.commands.start("train", *self.overrides(run_dir, *further))
-        wait_until(lambda: last_step(run_dir) >= at or command.poll() is not None)
-        return command
-
-    def weights(self, name: str) -> bytes:
-        return (self.folder / name / "export" / "model.safetensors").read_bytes()
-
-
-def last_step(run_dir: Path) -> int:
-    rows = metrics(run_dir)
-    return int(rows[-1]["step"]) if rows else 0
-
-
-def rank(run_dir: Path, number: int):
-    return next(process for process in ranks_of(run_dir) if process.environ()["RANK"] == str(number))
-
-
-def saved_step(run_dir: Path) -> int:
-    newest = store.newest(run_dir)
-    return int(newest.name.removeprefix("step-")) if newest else 0
-
-
-# -- faults: each strikes a running command ------------------------------------------------------------------------------
-
-Strike = Callable[[subprocess.Popen, Path], None]
-
-
-def to_rank(number: int, what: signal.Signals) -> Strike:
-    return lambda command, run_dir: rank(run_dir, number).send_signal(what)
-
-
-def to_command(*what: signal.Signals, pause: float = 0.5) -> Strike:
-    def strike(command: subprocess.Popen, run_dir: Path) -> None:
-        for index, number in enumerate(what):
-            if index:
-                time.sleep(pause)
-            command.send_signal(number)
-
-    return strike
-
-
-def touch(name: str) -> Strike:
-    return lambda command, run_dir: (run_dir / name).touch()
-
-
-def during_save(command: subprocess.Popen, run_dir: Path) -> None:
-    """Kills everything at the moment when a save is being written."""
-    wait_until(lambda: list(store.folder(run_dir).glob(f"*{store.INCOMPLETE}")) or command.poll() is not None)
-    for process in [*ranks_of(run_dir), command]:
-        process.send_signal(signal.SIGKILL)
-
-
-RUNNING: dict[str, tuple[str, Strike, list[str]]] = {
-    "kill rank 0": ("SIGKILL to rank 0", to_rank(0, signal.SIGKILL), []),
-    "kill rank 1": ("SIGKILL to rank 1", to_rank(1, signal.SIGKILL), []),
-    "kill the command": ("SIGKILL to the launching process", to_command(signal.SIGKILL), []),
-    "kill in a save": ("SIGKILL to all while a checkpoint is written", during_save, []),
-    "segfault": ("SIGSEGV in rank 1", to_rank(1, signal.SIGSEGV), []),
-    "abort": ("SIGABRT in rank 0 (a native assertion)", to_rank(0, signal.SIGABRT), []),
-    "bus error": ("SIGBUS in rank 1 (full shared memory)", to_rank(1, signal.SIGBUS), []),
-    "hang": ("rank 1 stops (SIGSTOP); stall_seconds=3", to_rank(1, signal.SIGSTOP), ["trainer.stall_seconds=3"]),
-    "terminate": ("SIGTERM to the command", to_command(signal.SIGTERM), []),
-    "interrupt": ("Ctrl-C", to_command(signal.SIGINT), []),
-    "user signal": ("SIGUSR1 to the command", to_command(signal.SIGUSR1), []),
-    "hang-up": ("the terminal closes (SIGHUP)", to_command(signal.SIGHUP), []),
-    "one rank asked": ("SIGUSR1 to rank 1 only", to_rank(1, signal.SIGUSR1), []),
-    "two signals": ("Ctrl-C twice: at once, unsaved", to_command(signal.SIGINT, signal.SIGINT), []),
-    "file STOP": ("a file named STOP", touch("STOP"), []),
-    "time limit": ("run.time_limit is over", lambda command, run_dir: None, ["run.time_limit=0.25"]),
-}
-
-
-def strike_running(scene: Scene, name: str) -> Outcome:
-    what, strike, further = RUNNING[name]
-    run_dir = scene.folder / name.replace(" ", "-")
-    command = scene.start(run_dir, *further)
-    began = time.monotonic()
-    strike(command, run_dir)
-    code = command.wait(timeout=120)
-    seconds = time.monotonic() - began
-    wait_until(lambda: not ranks_of(run_dir))
-    outcome = Outcome(name, what, code, None if name == "time limit" else seconds)
-    return resumed(scene, run_dir, outcome, "run.time_limit=null")
-
-
-def resumed(scene: Scene, run_dir: Path, outcome: Outcome, *further: str, close: bool = False) -> Outcome:
-    """Continue the run and compare its curve."""
-    before, saved = last_step(run_dir), saved_step(run_dir)
-    outcome.lost = before - saved
-    began = time.monotonic()
-    command = scene.commands.start("train", str(run_dir), *further)
-    wait_until(lambda: (last_step(run_dir) > saved and ranks_of(run_dir)) or command.poll() is not None)
-    outcome.resume_seconds = time.monotonic() - began
-    code = command.wait(timeout=240)
-    assert code == 0, scene.commands.log
-    rows = exact(run_dir)
-    outcome.equal = near(rows, scene.reference) if close else rows == scene.reference
-    return outcome
-
-
-def near(rows: list[dict], reference: list[dict], bound: float = 1e-5) -> bool:
-    """Every metric of every row within a relative `bound`."""
-
-    def agrees(left, right) -> bool:
-        return left == right or (isinstance(left, float) and abs(left - right) <= bound * abs(right))
-
-    return len(rows) == len(reference) and all(
-        row.keys() == other.keys() and all(agrees(row[key], other[key]) for key in row if key != "grad_norm")
-        for row, other in zip(rows, reference, strict=True)
-    )
-
-
-# -- faults of checkpoints: they strike a run that has ended ----------------------------------------------------------------
-
-
-def flip_a_bit(newest: Path) -> None:
-    shard = max(newest.glob("*optim_states.pt"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-
-
-def truncate(newest: Path) -> None:
-    shard = max(newest.glob("*optim_states.pt"))
-    os.truncate(shard, shard.stat().st_size // 2)
-
-
-def delete_a_shard(newest: Path) -> None:
-    max(newest.glob("*optim_states.pt")).unlink()
-
-
-def delete_the_marker(newest: Path) -> None:
-    (newest / store.COMMITTED).unlink()
-
-
-def half_a_state(newest: Path) -> None:
-    state = newest / store.STATE
-    state.write_text(state.read_text()[:40])
-
-
-DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "bit flipped": ("one bit of the newest checkpoint", flip_a_bit),
-    "truncated": ("half of a shard is gone", truncate),
-    "shard deleted": ("a shard is gone", delete_a_shard),
-    "marker deleted": ("COMMITTED is gone", delete_the_marker),
-    "state cut": ("state.json ends early", half_a_state),
-}
-
-
-def strike_checkpoint(scene: Scene, name: str) -> Outcome:
-    what, damage = DAMAGE[name]
-    run_dir = scene.folder / name.replace(" ", "-")
-    command = scene.start(run_dir, "checkpoint.keep=3")
-    command.send_signal(signal.SIGTERM)
-    code = command.wait(timeout=60)
-    newest = store.newest(run_dir)
-    assert newest is not None
-    damage(newest)
-    return resumed(scene, run_dir, Outcome(name, what, code))
-
-
-# -- the disk, moves, restarts ------------------------------------------------------------------------------------------------
-
-
-def full_disk(scene: Scene) -> Outcome:
-    """Fills the disk after the first save: later ones are left out, and the run ends well once there is room again."""
-    disk = scene.folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
-    try:
-        run_dir = disk / "run"
-        command = scene.commands.start("train", *scene.overrides(run_dir))
-        wait_until(lambda: store.newest(run_dir) is not None)
-        filler = disk / "filler"
-        try:
-            with filler.open("wb", buffering=0) as stream:
-                while True:
-                    stream.write(bytes(2**16))
-        except OSError:
-            pass
-        wait_until(lambda: "is not saved" in scene.commands.log)
-        filler.unlink()
-        code = command.wait(timeout=240)
-        equal = exact(run_dir) == scene.reference
-        return Outcome("disk full", "no room for a save; later there is", code, None, 0, None, equal)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-MOVES = {
-    "fewer ranks": ["launch.processes=1"],
-    "more ranks": ["launch.processes=3"],
-    "stage 2 to 3": ["zero.stage=3"],
-    "stage 2 to 1, 3 ranks": ["zero.stage=1", "launch.processes=3"],
-}
-
-
-def move(scene: Scene, name: str) -> Outcome:
-    run_dir = scene.folder / name.replace(" ", "-").replace(",", "")
-    command = scene.start(run_dir)
-    began = time.monotonic()
-    rank(run_dir, 1).kill()
-    code = command.wait(timeout=60)
-    outcome = Outcome(name, f"SIGKILL to rank 1, then {' '.join(MOVES[name])}", code, time.monotonic() - began)
-    return resumed(scene, run_dir, outcome, *MOVES[name], close=True)
-
-
-def restart(scene: Scene) -> Outcome:
-    run_dir = scene.folder / "restart"
-    command = scene.start(run_dir, "launch.restarts=1")
-    saved = saved_step(run_dir)
-    lost = last_step(run_dir) - saved
-    began = time.monotonic()
-    rank(run_dir, 1).kill()
-    time.sleep(2)
-    wait_until(lambda: last_step(run_dir) > saved and len(ranks_of(run_dir)) == 2)
-    seconds = time.monotonic() - began
-    code = command.wait(timeout=240)
-    equal = exact(run_dir) == scene.reference
-    return Outcome("restart", "SIGKILL to rank 1 with launch.restarts=1", code, None, lost, seconds, equal)
-
-
-def soak(scene: Scene, kills: int, seed: int = 0) -> str:
-    """Random kills at random moments, start-up and saves included, until one launch is left alone."""
-    choose = random.Random(seed)
-    run_dir = scene.folder / "soak"
-    struck, before = 0, 0
-    while struck < kills:
-        arguments = (
-            [str(run_dir)] if (run_dir / "run.yaml").exists() else scene.overrides(run_dir, "checkpoint.every=1")
-        )
-        command = scene.commands.start("train", *arguments)
-        # Most launches get far enough to train a step or two, some are killed while they start.
-        patience = choose.uniform(1, 6)
+from support.command import exact, ranks_of, result, wait_until  # noqa: E402
+from support.faults import AT, EVERY, FAULTS, STEPS, Outcome, Scene, check, last_step, play  # noqa: E402
+
+SOAK_MODES = {"sync": [], "async": ["checkpoint.mode=async"]}
+
+
+def soak(scene: Scene, kills: int, mode: str, seed: int) -> dict[str, Any]:
+    """Random kills at random moments, start-up and saves included, until as many have struck; then the run may end.
+
+    Kept in `soak-MODE.json` after every kill, so that the soak itself can be killed."""
+    run_dir, notes = scene.folder / f"soak-{mode}", scene.folder / f"soak-{mode}.json"
+    done: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {"kills": 0, "starts": [], "trained": 0}
+    while done["kills"] < kills:
+        choose = random.Random(f"{seed}-{done['kills']}")
+        fresh = scene.overrides(run_dir, "checkpoint.every=1", *SOAK_MODES[mode])
+        command = scene.commands.start("train", *([str(run_dir)] if (run_dir / "run.yaml").exists() else fresh))
+        before = last_step(run_dir)
+        began = time.monotonic()
+        # Most launches get far enough to train a step or two; some are killed while they start.
         if choose.random() < 0.8:
-            wait_until(lambda saved=before, command=command: last_step(run_dir) > saved or command.poll() is not None)
-            patience = choose.uniform(0.0, 0.3)
-        time.sleep(patience)
+            wait_until(lambda: last_step(run_dir) > before or command.poll() is not None)  # noqa: B023
+            done["starts"].append(time.monotonic() - began)
+            time.sleep(choose.uniform(0.0, 0.3))
+        else:
+            time.sleep(choose.uniform(1.0, 8.0))
         if command.poll() is not None:
             break
-        victims = [*ranks_of(run_dir), command] if choose.random() < 0.5 else ranks_of(run_dir)[:1] or [command]
+        ranks = ranks_of(run_dir)
+        victims = [*ranks, command] if choose.random() < 0.4 else [choose.choice([*ranks, command])]
         for process in victims:
             process.send_signal(signal.SIGKILL)
         command.wait(timeout=60)
         wait_until(lambda: not ranks_of(run_dir))
-        struck += 1
-        before = last_step(run_dir)
-    if result_missing(run_dir):
-        done = scene.commands.run("train", str(run_dir), timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
-    curve = exact(run_dir) == scene.reference
-    weights = scene.weights("soak") == scene.weights("undisturbed")
-    return (
-        f"{struck} random kills over one training of {STEPS} steps (seed {seed}): curve equal: {yes(curve)}, "
-        f"final weights equal to the bit: {yes(weights)}."
-    )
+        done["kills"] += 1
+        notes.write_text(json.dumps(done))
+        print(f"soak {mode}: kill {done['kills']} at step {last_step(run_dir)}", flush=True)
+    if missing(run_dir):
+        ended = scene.commands.run("train", str(run_dir), timeout=900)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    done["curve"] = exact(run_dir) == scene.reference
+    done["weights"] = scene.weights(run_dir.name) == scene.weights("undisturbed")
+    notes.write_text(json.dumps(done))
+    return done
 
 
-def result_missing(run_dir: Path) -> bool:
+def missing(run_dir: Path) -> bool:
     try:
         return result(run_dir)["status"] != "completed"
     except (OSError, KeyError, ValueError):
@@ -354,58 +90,132 @@ def table(outcomes: list[Outcome]) -> str:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    head = (
-        "| fault | what happened | exit | s to exit | steps lost | s to the next step | curve equal |\n"
-        + "|---" * 7
-        + "|"
+    def words(text: str) -> str:
+        return text.replace("|", "/")[:110]
+
+    titles = (
+        "fault",
+        "what happened",
+        "what it said",
+        "exit",
+        "s to exit",
+        "left",
+        "steps lost",
+        "s to go on",
+        "equal",
     )
+    head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
     lines = [
-        f"| {o.name} | {o.what} | {o.exit_code} | {number(o.exit_seconds)} | {'' if o.lost is None else o.lost} "
-        f"| {number(o.resume_seconds)} | {yes(o.equal)} |"
+        f"| {o.name} | {o.what} | {words(o.said)} | {o.exit_code} | {number(o.exit_seconds)} | {o.left} "
+        f"| {'' if o.lost is None else o.lost} | {number(o.resume_seconds)} | {yes(o.equal)} |"
         for o in outcomes
     ]
     return "\n".join([head, *lines])
+
+
+def soaked(mode: str, done: dict[str, Any]) -> str:
+    starts = done["starts"]
+    median = f"{statistics.median(starts):.1f} s (longest {max(starts):.1f} s)" if starts else "not measured"
+    return (
+        f"- `checkpoint.mode={mode}`: {done['kills']} random kills over one training of {STEPS} steps. Curve equal: "
+        f"{yes(done['curve'])}. Final weights equal to the bit: {yes(done['weights'])}. From the command to the next "
+        f"trained step: median {median}."
+    )
+
+
+def page(outcomes: list[Outcome], soaks: list[str], commit: str) -> str:
+    missing = [fault.name for fault in FAULTS if fault.name not in {outcome.name for outcome in outcomes}]
+    untried = f"\nNot tried yet: {', '.join(missing)}.\n" if missing else ""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    return f"""# What a run survives
+
+Made by `python benchmarks/reliability.py` at {commit}: real runs of {STEPS} steps on two
+ranks with a tiny model, a save every {EVERY} steps, a fault after step {AT}. How a run is protected, and the settings for it,
+is in [survival.md](survival.md).
+
+- **s to exit**: from the fault to the end of the command; empty where the run went on by itself.
+- **left**: processes of the run that were there afterwards.
+- **steps lost**: trained, and trained again by `dstune train RUN`.
+- **s to go on**: from that command to its first new step; most of it is Python importing torch and DeepSpeed.
+- **equal**: every metric of every step and evaluation of the continued run is that of the undisturbed one: to the bit, and
+  within 1e-5 after a move to another layout.
+
+Machine: {os.cpu_count()} cores ({platform.machine()}) shared with other work, no GPU; {packages}.
+
+{table(outcomes)}
+{untried}
+## Soak
+
+{chr(10).join(soaks) or "Not run yet."}
+"""
+
+
+def ended_soaks(folder: Path) -> list[str]:
+    notes = {mode: folder / f"soak-{mode}.json" for mode in SOAK_MODES}
+    return [mode for mode, file in notes.items() if file.exists() and "weights" in json.loads(file.read_text())]
+
+
+def note_commit(folder: Path) -> str:
+    """The commit at which the work in `folder` began."""
+    note = folder / "commit.txt"
+    if not note.exists():
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        note.write_text(done.stdout.strip() or "an unknown commit")
+    return note.read_text()
+
+
+def write_page(known: dict[str, Outcome], soaks: list[str], commit: str) -> None:
+    ordered = [known[fault.name] for fault in FAULTS if fault.name in known]
+    (ROOT / "docs" / "reliability.md").write_text(page(ordered, soaks, commit))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults whose name begins so, or soak")
     parser.add_argument("--kills", type=int, default=30, help="random kills of the soak")
+    parser.add_argument("--modes", nargs="+", default=list(SOAK_MODES), choices=SOAK_MODES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--page", action="store_true", help="write the page with what is known in --folder; run nothing"
+    )
+    parser.add_argument("--folder", type=Path, help="work here, and keep it")
     options = parser.parse_args()
-    cases: dict[str, Callable[[Scene], Outcome]] = {}
-    cases |= {name: lambda scene, name=name: strike_running(scene, name) for name in RUNNING}
-    cases |= {name: lambda scene, name=name: strike_checkpoint(scene, name) for name in DAMAGE}
-    cases |= {"disk full": full_disk, "restart": restart}
-    cases |= {name: lambda scene, name=name: move(scene, name) for name in MOVES}
-    wanted = [name for name in cases if not options.only or any(name.startswith(start) for start in options.only)]
-    folder = Path(tempfile.mkdtemp(prefix="dstune-reliability-"))
+    faults = [fault for fault in FAULTS if not options.only or fault.name.startswith(tuple(options.only))]
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="dstune-reliability-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    notes, commit = folder / "outcomes.json", note_commit(folder)
+    known = {row["name"]: Outcome(**row) for row in json.loads(notes.read_text())} if notes.exists() else {}
+    if options.page:
+        soaks = [soaked(mode, json.loads((folder / f"soak-{mode}.json").read_text())) for mode in ended_soaks(folder)]
+        write_page(known, soaks, commit)
+        return
+    failures: list[str] = []
     try:
-        scene = Scene(folder)
-        outcomes = []
-        for name in wanted:
-            outcomes.append(cases[name](scene))
-            print(table(outcomes[-1:]).splitlines()[-1], flush=True)
-        soaked = soak(scene, options.kills) if not options.only or "soak" in options.only else ""
-        print(soaked)
+        scene = Scene(folder.absolute())
+        for fault in faults:
+            if fault.name not in known:
+                try:
+                    known[fault.name] = play(scene, fault)
+                except AssertionError as error:
+                    failures.append(f"{fault.name}: {str(error)[-2000:]}")
+                    print(failures[-1], flush=True)
+                    continue
+                notes.write_text(json.dumps([outcome.to_dict() for outcome in known.values()], indent=1))
+            print(table([known[fault.name]]).splitlines()[-1], flush=True)
+            if wrong := check(fault, known[fault.name]):
+                failures.append(f"{fault.name}: {'; '.join(wrong)}")
+        soaks = []
+        if not options.only or "soak" in options.only:
+            for mode in options.modes:
+                soaks.append(soaked(mode, soak(scene, options.kills, mode, options.seed)))
+                print(soaks[-1], flush=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if options.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print("\n".join(["as it should be" if not failures else "NOT as it should be:", *failures]))
     if not options.only:
-        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-        (ROOT / "docs" / "reliability.md").write_text(
-            f"""# What a run survives
-
-Made by `python benchmarks/reliability.py`: real runs of {STEPS} steps on two ranks with a tiny model, a save every {EVERY} steps,
-a fault after step {AT}. One undisturbed run is the measure: every metric of every step and evaluation, to the bit at the same
-layout, within 1e-5 after a move to another one. "s to the next step" is from the command that continues the run to its first
-new step; most of it is Python importing torch and DeepSpeed.
-
-Machine: {os.cpu_count()} cores ({platform.machine()}), no GPU; {packages}.
-
-{table(outcomes)}
-
-{soaked}
-"""
-        )
+        write_page(known, soaks, commit)
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ class TrainingFailed(DstuneError):
     """The run cannot go on (non-finite losses, a dead rank, a failed save)."""
 
 
+class Stalled(TrainingFailed):
+    """A rank made no progress for `trainer.stall_seconds`."""
+
+
+class WaitedInVain(Stalled):
+    """The same, in a collective: another rank did not come."""
+
+
 def to_json(error: DstuneError) -> str:
     """`error` as one JSON object, so that a rank can hand it to the process that started it."""
     problems = [asdict(problem) for problem in getattr(error, "problems", [])]
@@ -82,5 +90,5 @@ def from_json(text: str) -> DstuneError:
     fields = json.loads(text)
     if fields["problems"]:
         return UserError(Problem(**problem) for problem in fields["problems"])
-    kinds = {kind.__name__: kind for kind in (Preempted, TrainingFailed)}
+    kinds = {kind.__name__: kind for kind in (Preempted, TrainingFailed, Stalled, WaitedInVain)}
     return kinds.get(fields["type"], DstuneError)(fields["message"])

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import xxhash
 
 from dstune import environment, handed, rendezvous
 from dstune.checkpoint import store
+from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
@@ -40,9 +42,10 @@ from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output, redacted
-from dstune.telling import tell_launcher, tell_once
+from dstune.telling import leave_error, tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
+from dstune.train import spikes
 from dstune.train.beforehand import work_out
 from dstune.train.classical import classical_results
 from dstune.train.evaluate import Evaluator, answer_prompts
@@ -54,9 +57,10 @@ from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.reference import with_reference, with_reference_model
+from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
 from dstune.train.unfreezing import unfreezing_of
-from dstune.train.watchdog import Watchdog
+from dstune.train.watchdog import Watchdog, answer_with_stacks
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
@@ -70,7 +74,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     if has_language_model_stage(config):
         train_language_model(config, run_dir, world)
         config = classifier_stage(config, run_dir)
-    started = time.time()
+    started = time.monotonic()
     preemption = Preemption(
         config, started, run_dir, is_main=world.is_main
     )  # first, so that a signal during start-up is not lost
@@ -125,9 +129,8 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         "samples": digest,
     }
     refuse_different_rows(world, facts["samples"])
-    checkpoints = Checkpoints(
-        config, run_dir, engine, world, facts, console.message if world.is_main else lambda text: None
-    )
+    say = console.message if world.is_main else lambda text: None
+    checkpoints = Checkpoints(config, run_dir, engine, world, facts, say)
     state = checkpoints.resume()
     checkpoints.check_space()
     supply = supply_of(config, data, blocks, state.cursor)
@@ -151,8 +154,11 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         state=state,
         hooks=hooks,
         evaluator=Evaluator(config, data, engine, head, world, tokenizer.pad_token_id),
-        save=checkpoints.save,
-        watchdog=Watchdog(config.trainer.stall_seconds, world.rank),
+        rewind=checkpoints.rewind,
+        guard=spikes.SpikeGuard(config),
+        own_time=OwnTime(),
+        saves=Saves(config, run_dir, engine, world, facts, say),
+        watchdog=Watchdog(config.trainer.stall_seconds, world.rank, partial(leave_error, run_dir, world.rank)),
         log=log,
         memory=memory,
         pad_token_id=tokenizer.pad_token_id,
@@ -313,11 +319,14 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
         evaluated = run.data.validation is not None and state.eval_last_step != state.step
         if evaluated:
             evaluate(run)
+            run.watchdog.rest()
+        run.saves.settle()
         newest = store.newest(run_dir)
         # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
         due = run.world.broadcast(evaluated or newest is None or newest.name != store.tag(state.step))
-        if due and not run.save(state):
-            raise TrainingFailed(f"there is no room to save step {state.step}: free some space, then continue the run")
+        if due and not run.saves.save(state, now=True):
+            reason = f"step {state.step} could not be saved: {run.saves.refusal}"
+            raise TrainingFailed(f"{reason}; continue the run when that is mended")
         if run.data.test is not None:
             result["test"] = run.evaluator(run.data.test).metrics
         if isinstance(config.method, FeaturesConfig) and run.world.is_main:
@@ -330,11 +339,13 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
             result["export"] = str(export(run_dir, config))
         run.world.barrier()
         show_samples(run, tokenizer, before=False)
+    run.saves.settle()
     run.supply.close(for_good=not decision.wish & (Wish.FAIL | Wish.PREEMPT))
-    state.seconds = run.seconds_before + time.time() - run.started
+    state.seconds = run.seconds_before + time.monotonic() - run.started
     status = "stopped" if decision.reason else "completed"
     status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
     if run.world.is_main:
+        found = {name: value for name, value in state.extra.items() if name != spikes.NAME}
         checkpoint = store.newest(run_dir)
         speed = state.tokens_per_second
         result |= {
@@ -351,7 +362,9 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
             "checkpoint": checkpoint and str(checkpoint),
             "nonfinite_steps": state.nonfinite_steps,
             "overflow_steps": state.overflow_steps,
-            **({"labels": list(run.data.labels), **state.extra} if state.extra else {}),
+            "spikes": {**spikes.counts(state), "events": spikes.events(state)},
+            "slowest_rank": {"rank": run.stragglers.rank, "to_median": round(run.stragglers.ratio, 3)},
+            **({"labels": list(run.data.labels), **found} if found else {}),
         }
         write_result(run_dir, result)
         assert isinstance(run.log, Tracker)
@@ -386,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The rank's process as dstune's own launch starts it, here or through SLURM, pdsh or mpirun."""
     (argument,) = sys.argv[1:] if argv is None else argv
     die_with_parent()
+    answer_with_stacks()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
     handed.settle(env.rank, run_dir, os.environ)
@@ -403,6 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]]) -> int:
     """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code."""
     redact_output()
+    answer_with_stacks()
     try:
         rendezvous.set_address(env, os.environ)
     except DstuneError as error:  # every rank comes to the same answer

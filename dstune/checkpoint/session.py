@@ -1,18 +1,18 @@
-"""The checkpoints of the run that is going on: which one it starts from, and the saves of all ranks together."""
+"""The checkpoint that a run starts from."""
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import store
+from dstune.checkpoint.saves import megabytes
 from dstune.checkpoint.shards import Shards
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, SaveMode
 from dstune.dist import World
-from dstune.errors import Problem, TrainingFailed, UserError
+from dstune.errors import Problem, UserError
 from dstune.train.state import TrainState
 from dstune.zero.engine import Engine
 
@@ -28,9 +28,9 @@ SAVES_OF_FREE_SPACE = 2
 
 
 class Checkpoints:
-    """Reads and writes the checkpoints of one run. Every rank has one and calls its methods together with the others.
+    """Reads the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
-    facts: what is written into each checkpoint and, where UNCHANGED has it, must be equal in what is continued.
+    facts: what stands in each checkpoint and, where UNCHANGED has it, must be equal in what is continued.
     say: shows a line to the user.
     """
 
@@ -56,22 +56,44 @@ class Checkpoints:
         source = self._run_dir
         if self._world.is_main:
             store.mend(source)
-        if self._world.broadcast(store.newest(source)) is None and self._config.run.resume not in ("auto", "never"):
+        if self._world.broadcast(store.resumable(source)) is None and self._config.run.resume not in ("auto", "never"):
             source = Path(self._config.run.resume)
         checkpoint = self._newest_undamaged(source)
+        if self._world.is_main:
+            self._name_torn(source, checkpoint)
         if checkpoint is None:
             return TrainState()
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
-        if (saved["world_size"], saved["zero_stage"]) == (self._world.size, self._engine.stage):
-            self._engine.load(checkpoint.parent, checkpoint.name)
-        else:
-            self._engine.restore(Shards(checkpoint))
+        with store.hold(checkpoint):  # of another run too, which may be going on and prune
+            if (saved["world_size"], saved["zero_stage"]) == (self._world.size, self._engine.stage):
+                self._engine.load(checkpoint.parent, checkpoint.name)
+            else:
+                self._engine.restore(Shards(checkpoint))
         return TrainState.from_dict(saved["train"])
+
+    def _name_torn(self, run_dir: Path, used: Path | None) -> None:
+        """Tell of what is newer than the checkpoint that is used."""
+        for path in sorted(store.folder(run_dir).glob("step-*")):
+            if used is not None and path.name <= used.name:
+                continue
+            if path.name.endswith(store.INCOMPLETE):
+                self._say(
+                    f"{path.name.removesuffix(store.INCOMPLETE)} was being saved when the run ended, and is not used"
+                )
+            elif path.suffix == "" and not store.is_committed(path):
+                self._say(f"{path.name} is not whole and not used: {', '.join(store.torn(path))}")
+
+    def rewind(self) -> TrainState | None:
+        """Load the newest whole checkpoint that this run itself has; None, and nothing is changed, where it has none."""
+        if self._world.broadcast(store.resumable(self._run_dir)) is None:
+            return None
+        return self.resume()
 
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
         """Each rank reads its share of the files; all come to the same answer."""
-        candidates = self._world.broadcast([info.path for info in store.listing(run_dir) if info.committed])
+        whole = [info.path for info in store.listing(run_dir) if info.committed and not info.weights_only]
+        candidates = self._world.broadcast(whole)
         found: list[str] = []
         for checkpoint in reversed(candidates):
             mine = store.damaged_files(checkpoint, share=(self._world.rank, self._world.size))
@@ -107,57 +129,20 @@ class Checkpoints:
         `run.force` says to start all the same."""
         size = self._engine.checkpoint_bytes()
         free = self._world.broadcast(shutil.disk_usage(self._run_dir).free)
-        keep = self._config.checkpoint.keep
+        keep, kept = self._config.checkpoint.keep, size
+        if self._config.checkpoint.weights_only:  # one with everything beside them, when preempted
+            kept = self._engine.checkpoint_bytes(weights_only=True)
         if free < SAVES_OF_FREE_SPACE * size:
-            reason = f"a checkpoint takes about {_gb(size)}, and {_gb(free)} are free: there must be room for two"
+            reason = f"a checkpoint takes about {megabytes(size)}, and {megabytes(free)} are free: there must be room for two"
             if not self._config.run.force:
                 fix = "free some space, give a run.dir on a larger disk, or start all the same with run.force=true"
                 raise UserError(Problem("run.dir", reason, fix, str(self._run_dir)))
             self._say(f"{reason}; started all the same (run.force)")
             return
-        self._say(f"a checkpoint takes about {_gb(size)}; {keep} and the best are kept, {_gb(free)} are free")
-
-    def save(self, state: TrainState) -> bool:
-        """Write a checkpoint of all ranks; it exists once its marker is written and its folder renamed.
-
-        Returns whether it was written: where the disk has no room for it, nothing is touched and the reason is told.
-        Raises TrainingFailed where writing fails: the others would wait for this rank for ever if it went on.
-        """
-        began = time.monotonic()
-        target = store.folder(self._run_dir)
-        target.mkdir(parents=True, exist_ok=True)
-        size, free = self._engine.checkpoint_bytes(), self._world.broadcast(shutil.disk_usage(target).free)
-        if free < size:
-            self._say(f"step {state.step} is not saved: it takes about {_gb(size)}, and {_gb(free)} are free")
-            return False
-        name = store.tag(state.step) + store.INCOMPLETE
-        if (
-            self._world.is_main
-        ):  # what a torn save of other ranks or another stage left would be taken for a part of this one
-            shutil.rmtree(target / name, ignore_errors=True)
-        self._world.barrier()
-        try:
-            self._engine.save(target, name)
-            self._world.barrier()
-            if self._world.is_main:
-                described = {
-                    "step": state.step,
-                    **self._facts,
-                    "best": state.best and vars(state.best),
-                    "metrics": state.eval_last,
-                    "train": state.to_dict(),
-                }
-                store.commit(target / name, described)
-        except (OSError, RuntimeError) as error:  # torch's writer of archives raises RuntimeError when the disk is full
-            whole = store.newest(self._run_dir)
-            left = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
-            raise TrainingFailed(f"step {state.step} could not be saved ({error}); {left}") from error
-        if self._world.is_main:
-            store.prune(self._run_dir, self._config.checkpoint.keep)
-        self._world.barrier()
-        state.save_seconds = time.monotonic() - began
-        return True
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+        copies = ""
+        if self._config.checkpoint.mode is SaveMode["async"]:
+            copies = " (each rank keeps a copy of its part in host memory)"
+        self._say(
+            f"a checkpoint takes about {megabytes(size)}{copies}; {keep} and the best are kept: "
+            f"up to {megabytes((keep + 1) * kept + size)} while one is written, {megabytes(free)} are free"
+        )

@@ -13,6 +13,7 @@ Names and shapes, in that order, are in the model states. Frozen parameters are 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dstune.checkpoint import store
-from dstune.zero.engine import PARAMETER_GROUPS
+from dstune.zero.engine import BUFFER, PARAMETER_GROUPS, weights_file
 from dstune.zero.restore import WEIGHT
+from dstune.zero.safe_load import load
 
 
 class Shards:
@@ -35,16 +38,25 @@ class Shards:
     keeps fp32 weights (at stages 1 to 3 it always does), else as the module has them.
     """
 
+    buffers: dict[str, Tensor]
+    loss_scaler: Any
+    global_steps: int
+
     def __init__(self, checkpoint: Path):
         self._held = store.hold(checkpoint) if store.is_committed(checkpoint) else None
+        self._layout: _Layout
+        if files := sorted(checkpoint.glob(weights_file("*"))):
+            pieces = _Pieces(files)
+            self._layout, self.buffers = pieces, pieces.buffers
+            self.loss_scaler, self.global_steps = None, pieces.global_steps
+            return
         models = [_load(path) for path in _by_rank(checkpoint, "*_model_states.pt")]
         optims = [_load(path)["optimizer_state_dict"] for path in _by_rank(checkpoint, "*_optim_states.pt")]
         first = models[0]
-        self.loss_scaler: Any = optims[0].get("loss_scaler") if optims else None
-        self.global_steps: int = first["global_steps"]
+        self.loss_scaler = optims[0].get("loss_scaler") if optims else None
+        self.global_steps = first["global_steps"]
         names = set(first["buffer_names"])
-        self.buffers: dict[str, Tensor] = {key: value for key, value in first["module"].items() if key in names}
-        self._layout: _Layout
+        self.buffers = {key: value for key, value in first["module"].items() if key in names}
         if not optims:
             self._layout = _Whole(first)
         elif "fp32_flat_groups" in optims[0]:
@@ -191,6 +203,40 @@ class _Parameters(_Layout):
         raise AssertionError(f"{name} lies behind the end of the shards")
 
 
+class _Pieces(_Layout):
+    """The safetensors of a save of weights alone (`Engine.save_weights`): at any stage, pieces of flattened parameters."""
+
+    def __init__(self, files: list[Path]):
+        self._opened = [safe_open(file, framework="pt") for file in files]
+        metadata = self._opened[0].metadata()
+        self.shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        self.global_steps = int(metadata["global_steps"])
+        self.buffers: dict[str, Tensor] = {}
+        self._pieces: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.shapes}
+        for opened in self._opened:
+            for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+                if key.startswith(BUFFER):
+                    self.buffers[key.removeprefix(BUFFER)] = opened.get_tensor(key)
+                else:
+                    name, start = key.rsplit("@", 1)
+                    self._pieces[name].append((int(start), opened.get_slice(key)))
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        assert kind == WEIGHT, "weights alone were saved"
+        found = torch.empty(count)
+        filled = 0
+        for begin, piece in self._pieces[name]:
+            first, last = max(start, begin), min(start + count, begin + piece.get_shape()[0])
+            if first < last:
+                found[first - start : last - start] = piece[first - begin : last - begin]
+                filled += last - first
+        assert filled == count, f"{count - filled} elements of {name} are in no file"
+        return found
+
+    def state(self, name: str) -> dict[str, Any]:
+        return {}
+
+
 def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
     """Elements [start, start + count) of the one-dimensional `pieces` laid end to end, as a new tensor [count]."""
     parts = []
@@ -215,5 +261,5 @@ def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # DeepSpeed pickles objects of its own, which the safe unpickler refuses; a run's checkpoints are the user's own.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    loaded: dict[str, Any] = load(path, mmap=True)
+    return loaded

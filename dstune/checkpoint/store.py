@@ -10,9 +10,11 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import xxhash
@@ -32,6 +34,8 @@ class CheckpointInfo:
     bytes: int
     best: bool
     """Whether it was saved at the step of the best evaluation so far."""
+    weights_only: bool = False
+    """Whether a run cannot be continued from it (`checkpoint.weights_only`)."""
 
 
 def folder(run_dir: Path) -> Path:
@@ -42,16 +46,23 @@ def tag(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def commit(written: Path, state: dict[str, Any]) -> Path:
+def commit(written: Path, state: dict[str, Any], entries: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> Path:
     """Turn the folder `.../step-N.incomplete`, whose shards are all written, into the checkpoint `.../step-N`.
 
     Called by one process. Files reach the disk before the marker does, and the marker before the name.
+    entries: `bytes` and `xxh3_64` of the files that their writers have synced and hashed; the others are here.
+    Raises OSError, also where a file is not there with its size.
     """
     (written / STATE).write_text(json.dumps(state, indent=1))
-    files = sorted(path for path in written.rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        entries = list(pool.map(_sync_and_hash, files))
-    listing = {str(path.relative_to(written)): entry for path, entry in zip(files, entries, strict=True)}
+        here = dict(
+            zip(names, pool.map(lambda name: entries.get(name) or _sync_and_hash(written / name), names), strict=True)
+        )
+    listing = {name: here.get(name, entry) for name, entry in entries.items()} | here
+    for name, entry in listing.items():
+        if not (written / name).is_file() or (written / name).stat().st_size != entry["bytes"]:
+            raise OSError(f"{name} is not what was written")
     marker = written / COMMITTED
     marker.write_text(json.dumps({"files": listing}, indent=1))
     _sync(marker)
@@ -93,6 +104,25 @@ def is_committed(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def torn(checkpoint: Path) -> list[str]:
+    """What makes a folder no checkpoint, in words: its marker or files that are not there, or not with their size."""
+    try:
+        files = json.loads((checkpoint / COMMITTED).read_text())["files"]
+        sizes = {name: entry["bytes"] for name, entry in files.items()}
+    except OSError:
+        return [f"it has no {COMMITTED}"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{COMMITTED} is torn"]
+    found = []
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is gone")
+        elif path.stat().st_size != size:
+            found.append(f"{name} has {path.stat().st_size} of {size} bytes")
+    return found
 
 
 def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -141,15 +171,23 @@ def listing(run_dir: Path) -> list[CheckpointInfo]:
         if not number.isdigit() or not path.is_dir():
             continue
         committed = is_committed(path)
-        best = (read_state(path).get("best") or {}) if committed else {}
+        state = read_state(path) if committed else {}
+        best = state.get("best") or {}
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        found.append(CheckpointInfo(path, int(number), committed, size, best.get("step") == int(number)))
+        is_best, weights_only = best.get("step") == int(number), bool(state.get("weights_only"))
+        found.append(CheckpointInfo(path, int(number), committed, size, is_best, weights_only))
     return found
 
 
 def newest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
     whole = [info.path for info in listing(run_dir) if info.committed]
+    return whole[-1] if whole else None
+
+
+def resumable(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint that a run can be continued from."""
+    whole = [info.path for info in listing(run_dir) if info.committed and not info.weights_only]
     return whole[-1] if whole else None
 
 
@@ -160,13 +198,14 @@ def best(run_dir: Path) -> Path | None:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` whole checkpoints and the best one, and what torn saves left. Returns the removed.
+    """Remove all but the newest `keep` whole checkpoints, the best one and the newest one to continue from, and what torn
+    saves left. Returns the removed.
 
     One that another process reads (`hold`) stays until the next time.
     """
     infos = listing(run_dir)
     whole = [info.path for info in infos if info.committed]
-    kept = {*whole[-keep:], best(run_dir)}
+    kept = {*whole[-keep:], best(run_dir), resumable(run_dir)}
     doomed = [info.path for info in infos if info.path not in kept and not _held(info.path)]
     for ending in (INCOMPLETE, REPLACED, DAMAGED):
         doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]

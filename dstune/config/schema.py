@@ -53,6 +53,17 @@ class WandbMode(Enum):
     online = "online"
 
 
+SaveMode = Enum("SaveMode", ["sync", "async"])
+"""`async` is a keyword of Python, so there is no class statement."""
+
+
+class SpikeAction(Enum):
+    none = "none"
+    warn = "warn"
+    skip = "skip"
+    rollback = "rollback"
+
+
 class Export(Enum):
     none = "none"
     last = "last"
@@ -209,6 +220,19 @@ class EarlyStoppingConfig:
 
 
 @dataclass(frozen=True)
+class SpikeConfig:
+    action: SpikeAction = SpikeAction.none
+    """What a leap of the loss leads to: `warn`, `skip` the update, or `rollback` to the last checkpoint and leave out the
+    data since."""
+    z_score: float = setting(8.0, above=0.0)
+    """Robust standard deviations above the median of the last losses from which on a loss is a spike."""
+    window: int = setting(64, at_least=8)
+    """Losses that are compared with; judged from half as many on."""
+    limit: int = setting(10, at_least=1)
+    """Spikes that are skipped or rolled back before the run stops."""
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = setting(None, at_least=1)
     """Optimizer steps; replaces `epochs` when given, with as many passes as that takes."""
@@ -235,6 +259,7 @@ class TrainerConfig:
     stall_seconds: float = setting(1800.0, at_least=0.0)
     """A rank that makes no progress for so long ends, with its Python stacks in its log; 0 waits for ever."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
 
 
 @dataclass(frozen=True)
@@ -243,6 +268,10 @@ class CheckpointConfig:
     """Optimizer steps between saves; 0 saves at the end (and when preempted) only."""
     keep: int = setting(2, at_least=1)
     """Newest checkpoints that are kept; the best one is kept beside them."""
+    weights_only: bool = False
+    """Save weights without the optimizer's states, in a quarter of the space. Only a save when preempted can be continued."""
+    mode: SaveMode = SaveMode["sync"]
+    """`async` copies to host memory and writes in the background; the last save and one when preempted are waited for."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +328,10 @@ class TrackingConfig:
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 
+PREEMPTION_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGURG")
+"""What clusters send before they kill; other signals mean something else to the process that gets them."""
+
+
 @dataclass(frozen=True)
 class RunSection:
     name: str = "run"
@@ -311,6 +344,8 @@ class RunSection:
     """Weights written to `export/` at the end: the last, the best by evaluation, or none."""
     time_limit: float | None = setting(None, above=0.0)
     """Minutes after which the run saves and exits 75."""
+    signals: list[str] = setting(["SIGTERM", "SIGINT", "SIGUSR1"])
+    """Signals that ask the run to save and exit 75; a second one ends it at once."""
     force: bool = False
     """Start although an estimate says no (memory, room for two checkpoints on the disk); what is certain stays refused."""
 

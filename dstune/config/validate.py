@@ -14,8 +14,10 @@ from dstune.config.deepspeed_file import settings_problems
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
 from dstune.config.method_rules import check_method
+from dstune.config.method_schema import UlmfitConfig
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
+    PREEMPTION_SIGNALS,
     AdamWConfig,
     Attention,
     Export,
@@ -23,6 +25,7 @@ from dstune.config.schema import (
     Precision,
     RunConfig,
     SlantedTriangularConfig,
+    SpikeAction,
     WarmupStableDecayConfig,
 )
 from dstune.config.task_rules import check_task
@@ -111,6 +114,8 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_zero,
         check_evaluation,
         check_launch,
+        check_spikes,
+        check_saves,
         check_run,
         check_tracking,
     )
@@ -345,10 +350,35 @@ def metrics_of(task: TaskConfig) -> tuple[str, ...]:
     return METRICS[task.name]
 
 
+def check_saves(config: RunConfig) -> Iterator[Problem]:
+    if not config.checkpoint.weights_only:
+        return
+    fix = "checkpoint.weights_only=false"
+    if restarts := getattr(config.launch, "restarts", 0):
+        reason = "a restart continues from a checkpoint, and those with weights alone cannot be continued"
+        yield Problem("launch.restarts", reason, f"{fix}, or launch.restarts=0", shown(restarts))
+    if config.trainer.spike.action is SpikeAction.rollback:
+        reason = "a run cannot go back to a checkpoint with weights alone"
+        yield Problem("trainer.spike.action", reason, f"{fix}, or trainer.spike.action=skip", "rollback")
+
+
+def check_spikes(config: RunConfig) -> Iterator[Problem]:
+    if config.trainer.spike.action is SpikeAction.rollback and isinstance(config.method, UlmfitConfig):
+        reason = "a run cannot go back over a step at which method=ulmfit unfroze a layer"
+        yield Problem("trainer.spike.action", reason, "trainer.spike.action=skip", "rollback")
+    if config.trainer.spike.action is SpikeAction.rollback and not config.checkpoint.every:
+        reason = "there is nothing to go back to: checkpoint.every=0 saves at the end only"
+        yield Problem("trainer.spike.action", reason, "checkpoint.every=N, or trainer.spike.action=skip", "rollback")
+
+
 def check_run(config: RunConfig) -> Iterator[Problem]:
     name = config.run.name
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\0\n]", name):
         yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", shown(name))
+    for signal_name in config.run.signals:
+        if signal_name not in PREEMPTION_SIGNALS:
+            reason = "a run cannot be asked to leave by this"
+            yield Problem("run.signals", reason, f"some of {', '.join(PREEMPTION_SIGNALS)}", shown(signal_name))
     for key in ("dir", "resume"):
         value = getattr(config.run, key)
         if value is not None and not value.strip():

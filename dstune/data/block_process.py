@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from dstune.config.schema import PREEMPTION_SIGNALS
 from dstune.data import cache
 from dstune.data.blocks import NICENESS, Job
 from dstune.data.build import block_builder
@@ -27,7 +28,7 @@ from dstune.data.stream import Position
 from dstune.errors import UserError
 from dstune.redact import redact_output
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = tuple(signal.Signals[name] for name in PREEMPTION_SIGNALS)
 """Meant for the ranks, which save first and close the input after; some launchers send them to every process."""
 
 

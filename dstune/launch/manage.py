@@ -206,6 +206,7 @@ def checkpoints(argv: list[str]) -> int:
                 "committed": info.committed,
                 "bytes": info.bytes,
                 "best": info.best,
+                "weights_only": info.weights_only,
                 **({"damaged": damaged.get(info.path, [])} if arguments.verify else {}),
             }
             for info in found
@@ -215,7 +216,11 @@ def checkpoints(argv: list[str]) -> int:
         for path in removed:
             print(f"removed {path.name}")
         for info in found:
-            notes = ["best"] * info.best + ["torn, not usable"] * (not info.committed)
+            notes = (
+                ["best"] * info.best
+                + ["weights only"] * info.weights_only
+                + ["torn, not usable"] * (not info.committed)
+            )
             if info.path in damaged:
                 notes.append(f"damaged: {', '.join(damaged[info.path])}" if damaged[info.path] else "verified")
             print(f"{info.path.name}  {info.bytes / 1e6:10.1f} MB  {', '.join(notes)}".rstrip())

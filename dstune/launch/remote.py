@@ -60,7 +60,7 @@ def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "ds
     plan = make_plan(config, run_dir, launch_id, console)
     plan = replace(plan, argv=tuple(module if word == "dstune.worker" else word for word in plan.argv))
     remote = RemoteLaunch(plan, ssh_of(launch), run_dir, launch_id, launch.grace_seconds, console)
-    with caught_signals() as received:
+    with caught_signals(config.run.signals) as received:
         verdict = remote.run(received)
     attempt.record(run_dir, verdict, plan.size)
     attempt.explain(run_dir, verdict, console, remote.starts)

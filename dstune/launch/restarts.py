@@ -47,7 +47,7 @@ class Restarts:
             tried = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
             return replace(verdict, reason=f"{verdict.reason}; {tried}"), False
         wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (number - 1))
-        checkpoint = store.newest(self._run_dir)
+        checkpoint = store.resumable(self._run_dir)
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
         self._console.message(
             f"dstune: {verdict.reason} after step {step} ({failure[0]}); starting again {start} in {wait:.0f} s "

@@ -153,11 +153,13 @@ def prepare(composed: Composed) -> Prepared:
         run_file = path / RUN_FILE
         if run_file.is_file():
             stored = read_run(run_file).config
-            if store.newest(path) is not None:
+            if store.resumable(path) is not None:
                 check_resume(stored, config)
             if _is_done(path, stored, config):
                 return Prepared(config, path, None, before, store.newest(path), nothing_to_do=True)
-        checkpoint = store.newest(path)
+        checkpoint = store.resumable(path)
+        if checkpoint is None and store.newest(path) is not None:
+            raise UserError(_weights_alone("run.dir", path))
         if checkpoint is None and config.run.resume not in KEYWORDS:
             checkpoint = checkpoint_of(config.run.resume)
         write_run(run_file, composed)
@@ -192,7 +194,9 @@ def checkpoint_of(run: str) -> Path:
     if not path.is_dir():
         fix = "give the directory of a run, `auto` or `never`"
         raise UserError(Problem("run.resume", "there is no such run directory", fix, run))
-    newest = store.newest(path)
+    newest = store.resumable(path)
+    if newest is None and store.newest(path) is not None:
+        raise UserError(_weights_alone("run.resume", path))
     if newest is None:
         torn = [info.path.name for info in store.listing(path)]
         reason = "this run has no whole checkpoint" + (f" ({', '.join(torn)} is torn)" if torn else "")
@@ -201,6 +205,11 @@ def checkpoint_of(run: str) -> Path:
         fix = f"run.resume={path.parent.parent}" if store.is_committed(path) else "give a run that has saved"
         raise UserError(Problem("run.resume", reason, fix, run))
     return newest
+
+
+def _weights_alone(key: str, path: Path) -> Problem:
+    reason = "its checkpoints hold weights alone (checkpoint.weights_only), which cannot be continued"
+    return Problem(key, reason, f"`dstune export {path}`, and begin another run from that with model.path", str(path))
 
 
 def run_directory(path: Path) -> Path:
@@ -230,7 +239,7 @@ def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
         reason = f"{path} holds a run that did not begin from there"
         fix = "give another run.dir, or run.resume=auto to continue it"
         raise UserError(Problem("run.resume", reason, fix, resume))
-    config = composed.config if store.newest(path) is None else continue_run(stored, composed)
+    config = composed.config if store.resumable(path) is None else continue_run(stored, composed)
     # A run that began from another one and has saved nothing yet begins from there again.
     return replace(config, run=replace(config.run, resume=stored.config.run.resume)) if resume in KEYWORDS else config
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
 from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan, free_port, local_plan
 from dstune.launch.console import Console, copy
-from dstune.launch.processes import LAUNCH_ID, Guard, end_all
+from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
 from dstune.launch.restarts import Restarts
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
@@ -30,6 +30,8 @@ from dstune.launch.verdict import Ended, Verdict, judge
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0
 """Time that processes which outlive their rank (W&B's service) get to end by themselves."""
+STACKS_SECONDS = 0.5
+"""Time that the other ranks get to print their stacks after one of them stalled."""
 
 
 def run(
@@ -52,7 +54,7 @@ def run(
     assert isinstance(config.launch, LocalConfig)
     plan = plan or local_plan(config, run_dir, console=console.kind)
     grace = config.launch.grace_seconds
-    with caught_signals() as received:
+    with caught_signals(config.run.signals) as received:
         restarts = Restarts(config.launch.restarts, run_dir, console, received)
         while True:
             launch = Launch(plan, run_dir, grace, console, received, lock)
@@ -98,6 +100,7 @@ class Launch:
         self.log_starts: list[int] = []
         self.stop_signal: str | None = None
         self.forced = False
+        self.stopped: set[int] = set()
 
     def run(self) -> Verdict:
         records.begin(self.run_dir, self.id, self.plan.size)
@@ -113,7 +116,7 @@ class Launch:
             output.join(timeout=5.0)
         self.console.close()
         self.errors = attempt.read_errors(self.run_dir, self.plan.size)
-        return judge(self.ended, self.errors, self.stop_signal, self.forced)
+        return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped)
 
     def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread:
         """Start every rank; returns the thread that passes rank 0's output on."""
@@ -180,6 +183,10 @@ class Launch:
     def _end_others(self) -> None:
         """A rank died: the others wait for it in a collective. They get a moment for their last words, then SIGKILL."""
         self._note_ends()
+        if any(isinstance(error, Stalled) for error in attempt.read_errors(self.run_dir, self.plan.size).values()):
+            self._ask_for_stacks()
+            self._kill()  # they wait for each other: none of them ends by itself
+            return
         for process in self.ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -190,6 +197,17 @@ class Launch:
             self._note_ends(told_to_end=True)
         if len(self.ended) < len(self.ranks):
             self._kill()
+
+    def _ask_for_stacks(self) -> None:
+        """A rank stalled: the others print where they are (see `train.watchdog`), one that was stopped too."""
+        for rank, process in enumerate(self.ranks):
+            if process.poll() is None:
+                process.send_signal(signal.SIGQUIT)
+                if is_stopped(process.pid):
+                    self.stopped.add(rank)
+                    process.send_signal(signal.SIGCONT)  # the signal above is delivered first
+        time.sleep(STACKS_SECONDS)
+        self._note_ends(told_to_end=True)
 
     def _kill(self) -> None:
         end_all(self.id, self._sessions())

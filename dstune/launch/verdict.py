@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError, WaitedInVain
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,22 @@ class Verdict:
     """What the culprit itself said about it."""
 
 
-def judge(ended: Sequence[Ended], errors: Mapping[int, DstuneError], stop_signal: str | None, forced: bool) -> Verdict:
+def judge(
+    ended: Sequence[Ended],
+    errors: Mapping[int, DstuneError],
+    stop_signal: str | None,
+    forced: bool,
+    stopped: Collection[int] = (),
+) -> Verdict:
     """What the ends of all ranks mean.
 
     ended: every rank. errors: what ranks left in `logs/rank-N.error`. stop_signal: name of the signal that was
-    forwarded to the ranks, if any. forced: a second signal ended them at once.
+    forwarded to the ranks, if any. forced: a second signal ended them at once. stopped: ranks that the kernel did not let
+    run (SIGSTOP) when the others stalled.
 
     When one rank dies, the others soon fail in a collective with it, sometimes before its own end is seen. So the one
     to blame is, in this order: a rank that found the user's mistake, one that a signal killed, one that left an error,
-    and the first that ended badly.
+    and the first that ended badly. One that waited in vain is to blame only where no other has anything to say.
     """
     if forced:
         return Verdict(EXIT_FAILED, "stopped at once by a second signal")
@@ -48,6 +55,12 @@ def judge(ended: Sequence[Ended], errors: Mapping[int, DstuneError], stop_signal
         error = errors.get(end.rank)
         if isinstance(error, UserError):
             return Verdict(error.exit_code, str(error), end, error)
+    for end in ended:
+        if end.rank in stopped:
+            waited = next(
+                (str(error) for error in errors.values() if isinstance(error, WaitedInVain)), "the others waited"
+            )
+            return Verdict(EXIT_FAILED, f"rank {end.rank} was stopped (SIGSTOP, or a debugger); {waited}", end)
     own = sorted((end for end in ended if not end.told_to_end), key=lambda end: end.order)
     # The forwarded SIGTERM kills a rank that is still starting: nothing is lost by that, and the others must end too.
     if stop_signal and own and own[0].code == -signal.SIGTERM:
@@ -56,6 +69,7 @@ def judge(ended: Sequence[Ended], errors: Mapping[int, DstuneError], stop_signal
     if bad:
         killed = [end for end in bad if end.code < 0]
         told = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
+        told.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
         culprit = next(iter(killed or told or bad))
         if culprit.rank in errors and culprit.code >= 0:
             error = errors[culprit.rank]

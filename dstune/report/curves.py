@@ -27,7 +27,10 @@ TITLES = {
 }
 """The charts in their order; other metrics follow under their own names."""
 
-NOT_DRAWN = frozenset({"epoch", "tokens", "step_seconds", "eval/seconds", "eval/targets", "eval/rows", "eval/tokens"})
+NOT_DRAWN = frozenset(
+    {"epoch", "tokens", "step_seconds", "eval/seconds", "eval/targets", "eval/rows", "eval/tokens"}
+    | {"slowest_rank", "slowest_to_median", "spike_z_score"}
+)
 """Counters that say where a run is, not how it goes. Seconds a step are the inverse of tokens per second."""
 
 FROM_ZERO = frozenset({"lr", "tokens_per_second", "peak_memory_gib"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from typing import Any
 class JsonLines:
     """A file of rows that carry a `step`. Rows reach the kernel one by one, so a killed process loses none.
 
+    What the disk does not take waits for the next row: a full disk stops no training.
+
     Continues the file with the rows up to and including `keep_until`; None starts it anew. What comes after is what an
     earlier launch wrote beyond its last checkpoint: the resumed run writes those rows again.
     """
@@ -20,14 +23,32 @@ class JsonLines:
     def __init__(self, path: Path, *, keep_until: int | None):
         if path.exists():
             rewind(path, -1 if keep_until is None else keep_until)
-        self._stream = path.open("a", encoding="utf-8")
+        self._path, self._stream = path, path.open("ab", buffering=0)
+        self._waiting = b""
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
+        self._waiting += json.dumps(plain(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`: the run went back to it."""
+        self.close()
+        rewind(self._path, step)
+        self._stream = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
-        self._stream.close()
+        """Raises OSError where rows are left that the disk does not take. Closing again does nothing."""
+        if not self._stream.closed:
+            with self._stream:
+                self._write()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._stream.write(self._waiting) :]
 
 
 def rewind(path: Path, step: int) -> None:

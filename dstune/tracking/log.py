@@ -35,7 +35,8 @@ class Tracker:
     `tracking` turns on. resumed_at_step: the checkpoint's step, whose rows and earlier ones stay; None for a
     run that starts at step 0, where whatever an earlier attempt wrote is dropped.
 
-    A failing disk raises OSError: a run whose metrics are lost is not worth going on with. A failing tracker warns once.
+    A failing disk raises OSError: a run whose metrics are lost is not worth going on with. Rows wait for room on a full one.
+    A failing tracker warns once.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Tracker:
         self._row: Row | None = None
         """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
         self._answers: tuple[dict[str, Any], ...] = ()
+        self._newest = -1
         self._sinks: list[Background] = []
         sinks = wanted(config, run_dir, self.message, fresh=resumed_at_step is None)
         if sinks:
@@ -76,6 +78,13 @@ class Tracker:
         if self._sinks and new:
             self._answers += tuple(new)
             self._collect(step, {}, answered=True)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`. The files lose what came after; trackers, whose steps only rise, keep it, and get
+        the rows again from the first new step on."""
+        self._send()
+        for file in (self._metrics, self._samples):
+            file.rewind(step)
 
     def progress(self, step: int, total_steps: int, metrics: Metrics) -> None:
         """Show on the console that `step` of `total_steps` is done."""
@@ -109,6 +118,9 @@ class Tracker:
         self._samples.close()
 
     def _collect(self, step: int, metrics: Mapping[str, Any], *, answered: bool) -> None:
+        if step < self._newest:  # of a step that the trackers have from before the run went back
+            return
+        self._newest = step
         if self._row is None or self._row.step != step:
             self._send()
             self._row = Row(step, {}, 0.0)

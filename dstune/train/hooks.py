@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
@@ -93,7 +94,7 @@ class NonFinite(Hook):
         self._limit = config.trainer.max_nonfinite_steps
 
     def after_step(self, state: TrainState, update: Update) -> Decision:
-        if update.applied:
+        if update.applied or update.vetoed:
             return CONTINUE
         if update.loss_scale > 1.0:
             state.overflow_steps += 1
@@ -138,29 +139,30 @@ class EarlyStopping(Hook):
 
 
 class Preemption(Hook):
-    """A signal, the end of the time or a file named STOP in the run directory asks for a save after this step and exit
-    75; a file named SAVE for a save alone. A second signal ends at once.
+    """A signal (`run.signals`), the end of the time or a file named STOP in the run directory asks for a save after this
+    step and exit 75; a file named SAVE for a save alone. A second signal ends at once.
 
     The time is `run.time_limit`, or what SLURM says (SLURM_JOB_END_TIME); the save begins early enough to take
     `SAVES_BEFORE_DEADLINE` times as long as the last one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
     def __init__(self, config: RunConfig, started: float, run_dir: Path, *, is_main: bool):
-        """is_main: the rank that looks for the files and removes them."""
+        """started: by `time.monotonic`, which no change of the clock moves. is_main: the rank that looks for the files
+        and removes them."""
         minutes = config.run.time_limit
-        self._limits: list[tuple[float, str]] = []
+        self._limits: list[tuple[Callable[[], float], float, str]] = []
         if minutes is not None:
-            self._limits.append((started + 60 * minutes, f"run.time_limit={minutes:g} minutes is over"))
+            reason = f"run.time_limit={minutes:g} minutes is over"
+            self._limits.append((time.monotonic, started + 60 * minutes, reason))
         if (end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
-            self._limits.append((float(end), "the time of the SLURM job is over"))
+            self._limits.append((time.time, float(end), "the time of the SLURM job is over"))
         self._files = (run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
-        self._last_asked, self._step_seconds = time.time(), 0.0
+        self._last_asked, self._step_seconds = time.monotonic(), 0.0
         self._received: str | None = None
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                signal.signal(number, self._receive)
+            # SIGTERM in any case: that is how the launcher hands a signal on.
+            for name in {*config.run.signals, "SIGTERM"}:
+                signal.signal(signal.Signals[name], self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
@@ -170,16 +172,16 @@ class Preemption(Hook):
         self._received = signal.Signals(number).name
 
     def after_step(self, state: TrainState, update: Update) -> Decision:
-        self._step_seconds = time.time() - self._last_asked
+        self._step_seconds = time.monotonic() - self._last_asked
         return self.while_waiting(state)
 
     def while_waiting(self, state: TrainState) -> Decision:
-        self._last_asked = now = time.time()
+        self._last_asked = time.monotonic()
         if self._received is not None:
             return Decision(Wish.PREEMPT, f"received {self._received}")
-        for deadline, reason in self._limits:
+        for clock, deadline, reason in self._limits:
             # The next chance is a step away.
-            if now + self._step_seconds + SAVES_BEFORE_DEADLINE * state.save_seconds >= deadline:
+            if clock() + self._step_seconds + SAVES_BEFORE_DEADLINE * state.save_seconds >= deadline:
                 return Decision(Wish.PREEMPT, reason)
         for file in self._files:
             if file.exists():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, SpikeAction
 from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
+from dstune.train import spikes
 from dstune.train.evaluate import Evaluator
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
@@ -20,7 +22,9 @@ from dstune.train.hooks import Decision, Hook, Wish, join
 from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
+from dstune.train.spikes import SpikeGuard
 from dstune.train.state import TrainState
+from dstune.train.stragglers import OwnTime, Stragglers
 from dstune.train.supply import Supply
 from dstune.train.unfreezing import Unfreezing
 from dstune.train.watchdog import Watchdog
@@ -37,6 +41,16 @@ class Log(Protocol):
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None: ...
     def progress(self, step: int, total_steps: int, metrics: Mapping[str, float | int | str]) -> None: ...
     def message(self, text: str) -> None: ...
+    def rewind(self, step: int) -> None: ...
+
+
+class Saves(Protocol):
+    """See `checkpoint.saves.Saves`."""
+
+    refusal: str
+
+    def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool: ...
+    def settle(self) -> bool: ...
 
 
 @dataclass
@@ -53,16 +67,20 @@ class Training:
     state: TrainState
     hooks: list[Hook]
     evaluator: Evaluator
-    save: Callable[[TrainState], bool]
-    """Returns whether there was room for it."""
+    saves: Saves
+    rewind: Callable[[], TrainState | None]
+    """Loads the newest checkpoint that this run has written; None where there is none."""
     watchdog: Watchdog
     log: Log | None
     memory: PeakMemory
     pad_token_id: int
+    guard: SpikeGuard
+    own_time: OwnTime
     unfreezing: Unfreezing | None = None
     """Of a method that trains more and more layers."""
     penalties: Penalties | None = None
-    started: float = field(default_factory=time.time)
+    stragglers: Stragglers = field(default_factory=Stragglers)
+    started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     """Time that earlier launches of this run took."""
 
@@ -76,10 +94,13 @@ def fit(run: Training) -> Decision:
     if validation is not None and (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
         decision = evaluate(run)
         if decision.wish & Wish.SAVE:
-            run.save(state)
+            run.saves.save(state)
         if decision.wish & Wish.STOP:
             return decision
-    steps = range(state.step, run.total_steps)
+    run.own_time.attach(run.engine.module)
+    first = state.step
+    ahead = sys.maxsize if run.guard.action is SpikeAction.rollback else run.total_steps + state.skipped_windows
+    steps = range(state.window, ahead if first < run.total_steps else state.window)
     run.watchdog.beat(f"step {state.step + 1}")
     began = time.perf_counter()
     for feed in windows(run.config, run.data, run.supply, run.world, run.pad_token_id, steps):
@@ -90,21 +111,25 @@ def fit(run: Training) -> Decision:
             if decision.wish & (Wish.PREEMPT | Wish.FAIL):
                 return decision
             continue
-        number = state.step - steps.start
-        update, sums = train_step(run, feed)
+        number = state.step - first
+        waited = time.perf_counter() - began
+        update, sums = train_step(run, feed, waited)
         state.step += 1
         state.tokens += feed.window.tokens
         state.targets += feed.window.weight
-        state.cursor = run.supply.cursor(state.step)
+        state.cursor = run.supply.cursor(state.window)
         asked = join([hook.after_step(state, update) for hook in run.hooks])
         decision, sums = agree(run, asked, sums)
         seconds = time.perf_counter() - began
-        state.seconds = run.seconds_before + time.time() - run.started
+        state.seconds = run.seconds_before + time.monotonic() - run.started
         if number >= UNTIMED_STEPS:
             state.timed_tokens += feed.window.tokens
             state.timed_seconds += seconds
         penalty = None if run.penalties is None else run.penalties.value()
-        report_step(run, feed, update, sums, seconds, penalty)
+        spike = run.guard.note(state, sums["loss_sum"] / feed.window.weight)
+        report_step(run, feed, update, sums, seconds, penalty, spike)
+        if spike is not None:
+            decision = act_on_spike(run, spike, decision)
 
         leaving = decision.wish & (Wish.PREEMPT | Wish.FAIL)
         if decision.wish & Wish.EVALUATE and validation is not None:
@@ -117,23 +142,69 @@ def fit(run: Training) -> Decision:
         run.watchdog.beat(f"step {state.step + 1}")
         if decision.wish & (Wish.STOP | Wish.PREEMPT | Wish.FAIL):
             return decision
+        if state.step >= run.total_steps:
+            break
         began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
     return Decision(Wish.STOP, "")
 
 
 def save_if_asked(run: Training, decision: Decision) -> Decision:
-    """Save for `decision`, which comes back; as a failure where the run leaves and there was no room to save."""
+    """Save for `decision`, which comes back; as a failure where the run leaves and cannot be saved."""
     if not decision.wish & (Wish.SAVE | Wish.PREEMPT):
         return decision
+    leaving = bool(decision.wish & Wish.PREEMPT)
     with run.watchdog.paused():
-        saved = run.save(run.state)
-    if decision.wish & Wish.PREEMPT and not saved:
-        return Decision(Wish.FAIL, f"{decision.reason}, and there is no room to save step {run.state.step}")
+        saved = run.saves.save(run.state, now=leaving, whole=leaving)
+    if leaving and not saved:
+        reason = f"step {run.state.step} could not be saved: {run.saves.refusal}"
+        return Decision(Wish.FAIL, f"{decision.reason}, and {reason}")
     return decision
 
 
-def train_step(run: Training, feed: Feed) -> tuple[Update, dict[str, float]]:
-    """One optimizer step: accumulate this rank's micro-batches, then update. Returns this rank's sums too."""
+def act_on_spike(run: Training, spike: dict[str, Any], decision: Decision) -> Decision:
+    """Tell of a spike; go back to the last checkpoint where that is asked for. `spike` is one of `SpikeGuard.note`.
+
+    decision: for the step that was just done; what is left of it comes back.
+
+    After going back the run has the state of that checkpoint, but goes on with the data after the spike. A run that is
+    killed meanwhile comes to the same spike again and does the same.
+    """
+    state = run.state
+    told = f"the loss of step {spike['step']} leaps to {spike['loss']:.4g} ({spike['z_score']:g} robust deviations)"
+    if spike["action"] == "rolled back":
+        events = state.extra[spikes.NAME]["events"]
+        run.watchdog.beat(f"going back from step {state.step}")
+        with run.watchdog.paused():
+            run.saves.settle()
+            earlier = run.rewind()
+        if earlier is None:
+            spike["action"] = "skipped"
+            told += "; the update is left out, there is no checkpoint yet to go back to"
+        else:
+            earlier.skipped_windows = state.window - earlier.step
+            earlier.cursor = state.cursor
+            earlier.extra.setdefault(spikes.NAME, {"losses": []})["events"] = events
+            for name in ("seconds", "save_seconds", "peak_memory_gib", "timed_tokens", "timed_seconds"):
+                setattr(earlier, name, getattr(state, name))
+            told += f"; back to step {earlier.step}, {state.window - earlier.window} windows of data are left out"
+            vars(state).update(vars(earlier))
+            # That step is undone; its evaluation and save are not due any more.
+            decision = Decision(decision.wish & (Wish.PREEMPT | Wish.FAIL), decision.reason)
+            if run.log:
+                run.log.rewind(state.step)
+    elif spike["action"] == "skipped":
+        told += "; the update is left out"
+    if run.log:
+        run.log.message(f"warning: {told}")
+    reason = run.guard.exhausted(state)
+    return join([decision, Decision(Wish.FAIL, reason)]) if reason else decision
+
+
+def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, dict[str, float]]:
+    """One optimizer step: accumulate this rank's micro-batches, then update. Returns this rank's sums too.
+
+    waited: seconds that the step waited for its rows.
+    """
     if run.unfreezing is not None:
         run.unfreezing.before_step(run.state.step)
     factor = schedule_factor(run.config.schedule, run.state.step, run.total_steps)
@@ -151,22 +222,34 @@ def train_step(run: Training, feed: Feed) -> tuple[Update, dict[str, float]]:
             sums[name] = sums.get(name, 0) + value.detach()
         return output
 
+    def veto(_: torch.Tensor) -> bool:
+        (total,) = run.world.sum([float(sums["loss_sum"])])  # the last micro-batch is in it
+        return run.guard.is_spike(run.state, total / feed.window.weight)
+
     for position, batch in enumerate(batches):
         torch.manual_seed(seeds[position])
         run.watchdog.beat(f"micro-batch {position + 1} of step {run.state.step + 1}")
+        is_last = position == len(batches) - 1
+        if position == 0:
+            run.own_time.start(next(iter(batch.values())).numel(), waited)
         run.engine.accumulate(
             summed,
             batch | (shares[position] if shares else {}),
             window_weight=feed.window.weight,
-            last=position == len(batches) - 1,
+            last=is_last,
+            veto=veto if is_last and run.guard.before_update else None,
         )
+        run.own_time.stop()
     return run.engine.update(), {name: float(value) for name, value in sums.items()}
 
 
 def agree(run: Training, asked: Decision, sums: Mapping[str, float] | None = None) -> tuple[Decision, dict[str, float]]:
     """What any rank asked for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
     sums = sums or {}
-    numbers = run.world.gather_numbers([float(asked.wish), run.memory.gib, *sums.values()])
+    own_time = run.own_time.collect()
+    numbers = run.world.gather_numbers([float(asked.wish), run.memory.gib, own_time, *sums.values()])
+    if (slow := run.stragglers.compare(numbers[:, 2].tolist())) and run.log:
+        run.log.message(slow)
     wish = Wish.NOTHING
     for flags in numbers[:, 0]:
         wish |= Wish(int(flags))
@@ -176,7 +259,7 @@ def agree(run: Training, asked: Decision, sums: Mapping[str, float] | None = Non
         reasons = run.world.gather(asked.reason)
         named = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
         reason = "; ".join(text if len(named) == 1 else f"rank {rank}: {text}" for text, rank in named.items())
-    return Decision(wish, reason), dict(zip(sums, numbers[:, 2:].sum(axis=0).tolist(), strict=True))
+    return Decision(wish, reason), dict(zip(sums, numbers[:, 3:].sum(axis=0).tolist(), strict=True))
 
 
 def evaluate(run: Training) -> Decision:
@@ -184,8 +267,13 @@ def evaluate(run: Training) -> Decision:
     validation, state = run.data.validation, run.state
     assert validation is not None
     began = time.perf_counter()
-    with run.watchdog.paused():
-        evaluation = run.evaluator(validation)
+
+    def progress(done: int, batches: int) -> None:
+        run.watchdog.beat(f"micro-batch {done + 1} of {batches} of the evaluation after step {state.step}")
+
+    progress(0, 0)
+    evaluation = run.evaluator(validation, progress)
+    run.watchdog.beat(f"what follows the evaluation after step {state.step}")
     metrics = evaluation.metrics
     state.evaluation_due = False
     state.eval_last, state.eval_last_step = metrics, state.step
@@ -200,7 +288,13 @@ def evaluate(run: Training) -> Decision:
 
 
 def report_step(
-    run: Training, feed: Feed, update: Update, sums: Mapping[str, float], seconds: float, penalty: float | None
+    run: Training,
+    feed: Feed,
+    update: Update,
+    sums: Mapping[str, float],
+    seconds: float,
+    penalty: float | None,
+    spike: dict[str, Any] | None,
 ) -> None:
     if run.log is None:
         return
@@ -222,5 +316,11 @@ def report_step(
     metrics |= measure_step(run.config.task, Totals.of(sums))
     if not update.applied:
         metrics["skipped"] = "overflow" if update.loss_scale > 1.0 else "nonfinite"
+        if update.vetoed:
+            metrics["skipped"] = "spike"
+    if spike is not None:
+        metrics["spike_z_score"] = spike["z_score"]
+    if run.world.size > 1:
+        metrics |= {"slowest_rank": run.stragglers.rank, "slowest_to_median": round(run.stragglers.ratio, 3)}
     run.log.log(state.step, metrics)
     run.log.progress(state.step, run.total_steps, metrics)

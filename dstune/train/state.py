@@ -21,6 +21,8 @@ class Best:
 class TrainState:
     step: int = 0
     """Windows that are done, skipped ones included."""
+    skipped_windows: int = 0
+    """Windows of the data that were left out when the run went back to a checkpoint because of them."""
     tokens: int = 0
     """Non-padding tokens seen, over all ranks."""
     targets: float = 0
@@ -58,6 +60,11 @@ class TrainState:
         own = {key: value for key, value in values.items() if key in known}
         best = own.pop("best", None)
         return cls(**own, best=Best(**best) if best else None)
+
+    @property
+    def window(self) -> int:
+        """Number of the next window of the data."""
+        return self.step + self.skipped_windows
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, SpikeAction
 from dstune.data.blocks import Block, Blocks
 from dstune.data.mixture import source_weights
 from dstune.data.prepared import PreparedData, Split
@@ -29,7 +30,8 @@ class Draw:
 
 
 class Supply(Protocol):
-    """The same on every rank. Steps count from 0."""
+    """The same on every rank. Steps count from 0: those of the data, which run ahead of the optimizer's where data was
+    left out (`TrainState.window`)."""
 
     def steps(self, epochs: int) -> int:
         """Optimizer steps in `epochs` passes over the rows."""
@@ -144,7 +146,9 @@ class Streamed:
             fix = "bring back the rows, or start another run with run.dir"
             raise UserError(Problem("data.train", reason, fix, str(config.data.train)))
         self._cursor = cursor
-        self._total_steps = config.trainer.max_steps or 0
+        self._total_steps: float = config.trainer.max_steps or 0
+        if config.trainer.spike.action is SpikeAction.rollback:
+            self._total_steps = math.inf  # data that is left out is replaced by what comes after
         self._stretches = [self._stretch(block, start["first_step"])]
         self._announced: int | None = None
 

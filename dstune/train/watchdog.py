@@ -1,22 +1,31 @@
-"""Ends a rank that makes no progress, with its Python stacks in the log, instead of a silent wait for a time-out."""
+"""Ends a rank that makes no progress, with its Python stacks in the log, instead of a silent wait for a time-out.
+
+One rank that hangs makes all of them wait, and the launcher gets the stacks of those that are not asked in time, or cannot
+run at all, by a signal (`answer_with_stacks`).
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-from dstune.errors import EXIT_FAILED
+from dstune.errors import EXIT_FAILED, DstuneError, Stalled, WaitedInVain
+
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+"""Parts of the paths of the files in which a rank waits for others."""
 
 LAST_WORDS_SECONDS = 2.0
 """Between the stacks and the end: the other ranks stall at about the same time, and shall get to print theirs."""
 
 
-def whereabouts() -> str:
+def position() -> str:
     """Where the main thread is: the collective that it waits in, or the line of its program."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
@@ -35,8 +44,9 @@ class Watchdog:
     It sleeps until the loop begins to beat, and while something runs that may take any time (`paused`).
     """
 
-    def __init__(self, seconds: float, rank: int):
-        self._seconds, self._rank = seconds, rank
+    def __init__(self, seconds: float, rank: int, tell: Callable[[DstuneError], None] = lambda error: None):
+        """tell: hands the reason to whoever started the rank."""
+        self._seconds, self._rank, self._tell = seconds, rank, tell
         self._last: float | None = None
         self._doing = ""
         if seconds > 0:
@@ -67,13 +77,38 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        print(
-            f"dstune: rank {self._rank} made no progress for {self._seconds:g} s (trainer.stall_seconds) in {self._doing}: "
-            f"{whereabouts()}; the stacks of its threads:",
-            file=sys.stderr,
-            flush=True,
-        )
+        waits, place = in_collective(), position()
+        text = f"rank {self._rank} made no progress for {self._seconds:g} s (trainer.stall_seconds) in {self._doing}"
+        error = (WaitedInVain if waits else Stalled)(f"{text}: {place}")
+        try:
+            self._tell(error)
+        except OSError as unwritable:
+            print(f"dstune: {unwritable}", file=sys.stderr)
+        print(f"dstune: {error}; the stacks of its threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         sys.stderr.flush()
         time.sleep(LAST_WORDS_SECONDS)
         os._exit(EXIT_FAILED)
+
+
+def in_collective() -> bool:
+    """Whether this process waits for other ranks."""
+    frames = sys._current_frames()
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    own = [frame for ident, frame in frames.items() if names.get(ident) not in ("watchdog", "feed", "checkpoint")]
+    return any(part in path for frame in own for path in _files(frame) for part in COLLECTIVES)
+
+
+def _files(frame: FrameType, depth: int = 6) -> list[str]:
+    """The files of the innermost `depth` calls."""
+    found: list[str] = []
+    step: FrameType | None = frame
+    while step is not None and len(found) < depth:
+        found.append(step.f_code.co_filename)
+        step = step.f_back
+    return found
+
+
+def answer_with_stacks() -> None:
+    """From now on SIGQUIT prints the stacks of this process, even while it waits in native code."""
+    faulthandler.register(signal.SIGQUIT, file=sys.__stderr__ or sys.stderr, all_threads=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ from torch import nn
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv
-from dstune.zero.restore import Partition, Source, partitions_of, reset_counters, restore
+from dstune.zero.restore import Partition, Source, partitions_of, reset_counters, restore, weight_pieces
+
+if TYPE_CHECKING:
+    from dstune.zero.shard_files import Save
 
 PARAMETER_GROUPS = "dstune_parameter_groups"
 """Key of the parameter names of each group in what DeepSpeed saves: at stage 0 its optimizer has numbers only."""
@@ -133,6 +137,23 @@ def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return every.view(-1)[: shape.numel()].view(shape).bool()
 
 
+BUFFER = "buffer:"
+"""Begins the names of buffers in the files of `Engine.save_weights`."""
+
+
+def weights_file(rank: int | str) -> str:
+    """Name of a rank's file of `Engine.save_weights`, or a pattern for all of them."""
+    return f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}.safetensors"
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that belong to a module's state, by name."""
+    saved = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            yield name, buffer
+
+
 def _moments(optimizer: torch.optim.Optimizer) -> int:
     """Tensors of a parameter's size that the optimizer keeps."""
     if "betas" in optimizer.defaults:
@@ -148,6 +169,8 @@ class Update:
     """Norm of the global gradient before clipping; not finite where the step was skipped."""
     applied: bool
     loss_scale: float = 1.0
+    vetoed: bool = False
+    """Not applied because `accumulate` was told so."""
 
 
 class Engine:
@@ -162,6 +185,7 @@ class Engine:
         self._world = world
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
+        self._vetoed = False
         self._moments = 0 if optimizer is None else _moments(optimizer)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [
@@ -169,6 +193,11 @@ class Engine:
             for group in (optimizer.param_groups if optimizer is not None else ())
         ]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        from dstune.zero.shard_files import ShardFiles
+
+        self._files = self._engine.checkpoint_engine = ShardFiles()
+        # A script beside the checkpoints; what it does is `dstune export`, and a full disk must not stop one rank there.
+        self._engine._copy_recovery_script = lambda folder: None
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # `hooks.NonFinite` stops the run, with a result and a reason
@@ -187,8 +216,19 @@ class Engine:
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def accumulate(self, loss: Loss, batch: Batch, *, window_weight: float, last: bool) -> torch.Tensor:
+    def accumulate(
+        self,
+        loss: Loss,
+        batch: Batch,
+        *,
+        window_weight: float,
+        last: bool,
+        veto: Callable[[torch.Tensor], bool] | None = None,
+    ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its loss sum, detached.
+
+        veto: asked between the forward and the backward pass, with the loss sum; where it says True (on all ranks), the
+        window is not applied: its gradient is made not a number, as a non-finite loss does.
 
         The gradient is that of `sum of all losses / window_weight` over the window's micro-batches on all ranks: DeepSpeed
         averages over the ranks, so the loss is multiplied by their number, and its own division by the accumulation
@@ -197,6 +237,8 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum = loss(self._engine, batch).loss_sum
         scale = self._world.size / window_weight
+        if veto is not None and veto(loss_sum.detach()):
+            scale, self._vetoed = float("nan"), True
         # 0 * inf is nan: a non-finite loss makes this rank's gradients non-finite, hence the global norm, hence every
         # rank skips the update, without a message of its own and without waiting for the device.
         self._engine.backward(loss_sum * (scale + 0.0 * loss_sum.detach()), scale_wrt_gas=False)
@@ -204,17 +246,23 @@ class Engine:
 
     def update(self) -> Update:
         """The optimizer step of the window; skipped on all ranks where the global gradient is not finite."""
+        self._files.wait_for_copies()
+        vetoed, self._vetoed = self._vetoed, False
         if self.stage == 0:
             norm = self._unpartitioned_norm()
             if not torch.isfinite(norm):
                 self._engine.zero_grad()
-                return Update(float(norm), applied=False)
+                return Update(float(norm), applied=False, vetoed=vetoed)
             self._engine.step()
             return Update(float(norm), applied=True)
         loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
+        scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
         self._engine.step()
+        if scaler:  # a veto is no overflow that the scale should fall for
+            vars(self._engine.optimizer.loss_scaler).update(scaler)
         norm = self._engine.get_global_grad_norm()
-        return Update(float(norm), applied=self._engine.was_step_applied(), loss_scale=loss_scale)
+        applied = self._engine.was_step_applied()
+        return Update(float(norm), applied=applied, loss_scale=loss_scale, vetoed=vetoed)
 
     def _unpartitioned_norm(self) -> torch.Tensor:
         # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.
@@ -399,22 +447,50 @@ class Engine:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def checkpoint_bytes(self) -> int:
-        """About how much `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights."""
+    def checkpoint_bytes(self, *, weights_only: bool = False) -> int:
+        """About how much `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights; or
+        `save_weights`."""
         elements = self.trained_count
+        if weights_only:
+            return 4 * elements
         in_module = 0 if self.stage == 3 else next(iter(self._trained)).element_size()
         return elements * (in_module + (0 if self.stage == 0 else 4) + 4 * self._moments)
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Write this rank's shards below `directory/tag`. Every rank must call it."""
-        with self._all_trained():
-            self._engine.save_checkpoint(
-                str(directory),
-                tag=tag,
-                client_state={PARAMETER_GROUPS: self._group_names},
-                save_latest=False,
-                exclude_frozen_parameters=self._has_frozen,
-            )
+    def save(self, directory: Path, tag: str, *, background: bool = False) -> Save:
+        """Write this rank's shards below `directory/tag`, which exists. Every rank must call it.
+
+        What the disk refused is in the returned `error`. background: the caller lets a thread `work_off` the returned save;
+        the next `update` waits until it has copied the states.
+        """
+        save = self._files.begin(directory / tag, background=background)
+        try:
+            with self._all_trained():
+                self._engine.save_checkpoint(
+                    str(directory),
+                    tag=tag,
+                    client_state={PARAMETER_GROUPS: self._group_names},
+                    save_latest=False,
+                    exclude_frozen_parameters=self._has_frozen,
+                )
+        finally:
+            self._files.end()
+        return save
+
+    def save_weights(self, directory: Path, tag: str, *, background: bool = False) -> Save:
+        """Like `save`, of the trained weights and the buffers alone, as safetensors. No rank waits for another one."""
+        save = self._files.begin(directory / tag, background=background)
+        try:
+            if self.stage > 0 or self._world.is_main:
+                pieces = weight_pieces(self._engine, self.stage, self._world.rank)
+                own = {id(parameter) for parameter in self._trained}
+                trained = {n: list(full_shape(p)) for n, p in self.module.named_parameters() if id(p) in own}
+                if self._world.is_main:
+                    pieces |= {f"{BUFFER}{name}": buffer for name, buffer in persistent_buffers(self.module)}
+                metadata = {"shapes": json.dumps(trained), "global_steps": str(self._engine.global_steps)}
+                self._files.save_tensors(pieces, metadata, directory / tag / weights_file(self._world.rank))
+        finally:
+            self._files.end()
+        return save
 
     def load(self, directory: Path, tag: str) -> None:
         """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage."""

@@ -109,6 +109,17 @@ def reset_counters(engine: Any, stage: int, names: Collection[str], rank: int) -
             step.zero_()
 
 
+def weight_pieces(engine: Any, stage: int, rank: int) -> dict[str, Tensor]:
+    """The trained weights that this rank updates, as views in fp32 (at stage 0 all of them, on every rank): elements
+    [start, start + length) of a flattened parameter by `NAME@START`."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return {
+        f"{part.name}@{part.start}": partition.elements[part.offset : part.offset + part.count]
+        for partition in _partitions(engine.optimizer, stage, names, rank)
+        for part in partition.fragments
+    }
+
+
 def _partitions(wrapper: Any, stage: int, names: dict[int, str], rank: int) -> Iterator[Partition]:
     """What this rank's optimizer updates, at any stage."""
     if stage == 0:

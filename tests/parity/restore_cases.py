@@ -32,7 +32,8 @@ def main() -> None:
         engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
         engine.restore(Shards(Path(case["from"])))
         target = Path(case["to"])
-        engine.save(target.parent, target.name)
+        target.mkdir(parents=True, exist_ok=True)
+        assert not engine.save(target.parent, target.name).error
         world.barrier()
 
 

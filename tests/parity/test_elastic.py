@@ -16,8 +16,8 @@ RESTORE = Path(__file__).with_name("restore_cases.py")
 ADAMW = ["optimizer=adamw", "optimizer.lr=1e-2", "optimizer.weight_decay=0.1", "schedule=cosine", "data.packing=false"]
 ONE_STEP = "run.time_limit=0.000001"  # over after the first step of each launch
 
-LAYOUTS = [(2, 3), (1, 2), (3, 3), (4, 1), (2, 0)]
-"""(ranks, stage) of each of the five steps: 2 -> 1 -> 3 -> 4 -> 2 ranks, ZeRO 3 -> 2 -> 3 -> 1 -> 0."""
+LAYOUTS = [(2, "stage3"), (1, "stage2"), (3, "stage3_offload"), (4, "stage1"), (2, "stage0")]
+"""(ranks, zero) of each of the five steps: 2 -> 1 -> 3 -> 4 -> 2 ranks, ZeRO 3 -> 2 -> 3 with offload -> 1 -> 0."""
 
 
 METHODS = ("full", "lora")
@@ -26,10 +26,10 @@ METHODS = ("full", "lora")
 def test_a_run_that_moves_at_every_step_has_the_curve_of_one_that_stays(workshop: Workshop):  # noqa: F811
     common = [*ADAMW, "evaluate.every=2"]
     run_ranks(PROGRAM, 2, [workshop.case(f"stays-{m}", f"method={m}", "zero=stage2", *common) for m in METHODS])
-    for step, (ranks, stage) in enumerate(LAYOUTS, start=1):
+    for step, (ranks, zero) in enumerate(LAYOUTS, start=1):
         cases = []
         for method in METHODS:
-            overrides = [f"method={method}", f"zero=stage{stage}", *common, ONE_STEP]
+            overrides = [f"method={method}", f"zero={zero}", *common, ONE_STEP]
             cases.append(workshop.case(f"moves-{method}-{step}", *overrides, directory=f"moves-{method}"))
         run_ranks(PROGRAM, ranks, cases)
     for method in METHODS:

@@ -6,13 +6,38 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dstune import worker
 from dstune.config.compose import read_run, write_run
 from dstune.errors import Preempted
 from dstune.rank_env import from_environment
+from dstune.train import loop
 from dstune.zero.engine import start_process_group
+
+TRAIN_STEP = loop.train_step
+
+
+def leaping(window: int, factor: float):
+    """A step that finds the losses of one window of the data `factor` times as large."""
+
+    def train_step(run, feed, waited=0.0):
+        if run.state.window != window:
+            return TRAIN_STEP(run, feed, waited)
+        head = run.head
+
+        def larger(forward, batch):
+            output = head(forward, batch)
+            return replace(output, loss_sum=output.loss_sum * factor)
+
+        run.head = larger
+        try:
+            return TRAIN_STEP(run, feed, waited)
+        finally:
+            run.head = head
+
+    return train_step
 
 
 def main() -> None:
@@ -26,6 +51,7 @@ def main() -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_run(run_dir / "run.yaml", composed)
         world.barrier()
+        loop.train_step = leaping(*case["leap"]) if "leap" in case else TRAIN_STEP
         with contextlib.suppress(Preempted):
             worker.train(composed.config, run_dir, world)
 

@@ -13,16 +13,18 @@ from dstune import worker
 from dstune.config.compose import read_run
 from dstune.rank_env import from_environment
 from dstune.zero.engine import Engine, gathered, start_process_group
+from dstune.zero.shard_files import Save
 
 save_shards = Engine.save
 
 
-def save_and_gather(engine: Engine, directory: Path, tag: str) -> None:
-    save_shards(engine, directory, tag)
+def save_and_gather(engine: Engine, directory: Path, tag: str, *, background: bool = False) -> Save:
+    save = save_shards(engine, directory, tag, background=background)
     with gathered(list(engine.module.parameters())):
         whole = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     if torch.distributed.get_rank() == 0:
         torch.save(whole, directory.parent / f"whole-{tag.removesuffix('.incomplete')}.pt")
+    return save
 
 
 def main() -> None:

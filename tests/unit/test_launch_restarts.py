@@ -85,6 +85,6 @@ def test_a_request_to_stop_ends_the_wait(tmp_path, monkeypatch):
     assert (verdict.exit_code, again) == (EXIT_FAILED, False)  # nothing was saved
 
     received.clear()
-    monkeypatch.setattr(restarts.store, "newest", lambda run_dir: run_dir / "checkpoints" / "step-00000005")
+    monkeypatch.setattr(restarts.store, "resumable", lambda run_dir: run_dir / "checkpoints" / "step-00000005")
     verdict, again = Restarts(3, tmp_path, Console(io.StringIO()), received).consider(failed(), Log("OSError: x"))
     assert (verdict.exit_code, again) == (EXIT_PREEMPTED, False)

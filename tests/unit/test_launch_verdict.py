@@ -2,7 +2,7 @@
 
 import pytest
 
-from dstune.errors import Preempted, Problem, TrainingFailed, UserError
+from dstune.errors import Preempted, Problem, Stalled, TrainingFailed, UserError, WaitedInVain, from_json, to_json
 from dstune.launch.verdict import Ended, how, judge
 
 MISTAKE = UserError(Problem("data.train", "it is empty"))
@@ -57,3 +57,21 @@ def test_ways_to_end():
     assert how(-11).startswith("was killed by SIGSEGV")
     assert how(-10) == "was killed by SIGUSR1"
     assert how(-200) == "was killed by signal 200"
+
+
+STALLED = Stalled("rank 1 made no progress for 3 s in step 8: it is in forward (loop.py:7)")
+WAITED = WaitedInVain("rank 0 made no progress for 3 s in step 8: it waits for other ranks")
+
+
+def test_a_rank_that_waited_in_vain_is_not_the_one_to_blame():
+    both = ends((0, 1), (1, 1))
+    assert judge(both, {0: WAITED, 1: STALLED}, None, False).reason == str(STALLED)
+    assert judge(both, {0: WAITED}, None, False).reason == str(WAITED)
+    told = judge(ends((0, 1), (1, -9), told={1}), {0: WAITED}, None, False, stopped={1})
+    assert told.culprit.rank == 1
+    assert told.reason == f"rank 1 was stopped (SIGSTOP, or a debugger); {WAITED}"
+
+
+def test_kinds_of_failures_survive_the_way_to_the_launcher():
+    for error in (STALLED, WAITED, FAILED, SAVED):
+        assert type(from_json(to_json(error))) is type(error)

@@ -7,12 +7,12 @@ import pytest
 from dstune.checkpoint import store
 
 
-def write(run_dir, step, *, best_step=None, size=100):
+def write(run_dir, step, *, best_step=None, size=100, weights_only=False):
     aside = store.folder(run_dir) / (store.tag(step) + store.INCOMPLETE)
     (aside / "shards").mkdir(parents=True)
     (aside / "shards" / "rank0.pt").write_bytes(bytes(size))
     best = None if best_step is None else {"metric": "loss", "value": 1.0, "step": best_step}
-    return store.commit(aside, {"step": step, "best": best})
+    return store.commit(aside, {"step": step, "best": best, "weights_only": weights_only})
 
 
 def steps(run_dir):
@@ -42,6 +42,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
             (newer / store.COMMITTED).write_text('{"files": {"sha')
     assert not store.is_committed(newer)
     assert store.newest(tmp_path) == older
+    words = {
+        "missing": "is gone",
+        "truncated": "has 99 of 100 bytes",
+        "no marker": "no COMMITTED",
+        "torn marker": "is torn",
+    }
+    assert words[damage] in store.torn(newer)[0]
 
 
 def test_a_flipped_bit_is_named(tmp_path):
@@ -109,3 +116,27 @@ def test_the_same_step_again_replaces_the_checkpoint(tmp_path):
     path = write(tmp_path, 10, size=200)
     assert store.is_committed(path)
     assert (path / "shards" / "rank0.pt").stat().st_size == 200
+
+
+def test_weights_alone_are_no_place_to_continue_from_and_cost_none(tmp_path):
+    write(tmp_path, 10)
+    for step in (20, 30, 40):
+        write(tmp_path, step, weights_only=True)
+    store.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [10, 30, 40]
+    assert store.resumable(tmp_path).name == store.tag(10)
+    assert store.newest(tmp_path).name == store.tag(40)
+
+
+def test_entries_of_the_writers_are_held_against_the_files(tmp_path):
+    aside = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
+    aside.mkdir(parents=True)
+    (aside / "rank0.pt").write_bytes(bytes(100))
+    entry = {"bytes": 100, "xxh3_64": store._hash(aside / "rank0.pt")}
+    with pytest.raises(OSError, match=r"rank1\.pt is not what was written"):
+        store.commit(aside, {"step": 10}, {"rank0.pt": entry, "rank1.pt": entry})
+    with pytest.raises(OSError, match=r"rank0\.pt is not what was written"):
+        store.commit(aside, {"step": 10}, {"rank0.pt": {**entry, "bytes": 101}})
+    assert store.newest(tmp_path) is None
+    path = store.commit(aside, {"step": 10}, {"rank0.pt": entry})
+    assert store.damaged_files(path) == []

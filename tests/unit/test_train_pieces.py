@@ -21,6 +21,7 @@ from dstune.train.loop import dropout_seed, evaluate
 from dstune.train.measure import Evaluation
 from dstune.train.metrics import classification_metrics, improves, language_model_metrics
 from dstune.train.state import Best, TrainState
+from dstune.train.stragglers import OwnTime, Stragglers
 from dstune.train.supply import Draw
 from dstune.train.watchdog import Watchdog
 from dstune.zero.engine import Update
@@ -130,12 +131,14 @@ def test_wishes_after_an_evaluation_are_those_of_all_ranks():
     run = SimpleNamespace(
         data=SimpleNamespace(validation=object()),
         state=TrainState(step=4),
-        evaluator=lambda split: Evaluation({"loss": 1.0}),
+        evaluator=lambda split, progress: Evaluation({"loss": 1.0}),
         log=None,
         watchdog=Watchdog(0, rank=0),
         hooks=[Hook()],  # nothing is asked for here
         world=TwoRanks(),
         memory=SimpleNamespace(gib=0.0),
+        own_time=OwnTime(),
+        stragglers=Stragglers(),
     )
     assert evaluate(run) == SecondRank.decision
 
@@ -236,7 +239,7 @@ def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     config = run_config()
     config = replace(config, run=replace(config.run, time_limit=1.0))
-    preemption = Preemption(config, time.time(), tmp_path, is_main=True)
+    preemption = Preemption(config, time.monotonic(), tmp_path, is_main=True)
     assert preemption.while_waiting(TrainState()).wish is Wish.NOTHING
     (tmp_path / "STOP").touch()
     assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT

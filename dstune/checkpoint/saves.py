@@ -1,0 +1,211 @@
+"""Saves of all ranks together: written aside, synced, read back, and committed last; at once or in the background."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.checkpoint import store
+from dstune.config.schema import RunConfig, SaveMode
+from dstune.dist import World
+from dstune.train.state import TrainState
+from dstune.zero.engine import Engine
+
+if TYPE_CHECKING:
+    from dstune.zero.shard_files import Save
+
+POLL_SECONDS = 0.05
+"""How often rank 0 looks for what the other ranks say of their part of a save in the background."""
+
+
+@dataclass
+class Pending:
+    """A save whose files are being written."""
+
+    thread: threading.Thread
+    reported: threading.Event = field(default_factory=threading.Event)
+    """This rank's files are written, and rank 0 can read so, or `untold` is set."""
+    untold: str = ""
+    """What this rank could not even write into its report."""
+    parts: list[str] | None = None
+    """Rank 0: what the ranks could not report, once they have been asked."""
+    refusal: str = ""
+    """Rank 0: why there is no checkpoint of it."""
+
+
+class Saves:
+    """Writes the checkpoints of one run. Every rank has one and calls its methods together with the others.
+
+    In the background (`checkpoint.mode=async`) each rank copies its shards to host memory and goes on; a thread writes
+    them, then says so in a file of its own. The thread of rank 0 waits for these files and commits. There is no collective
+    in it, so it may run beside any of the loop's. A rank that dies leaves the folder without a marker: no checkpoint.
+
+    facts: what is written into each checkpoint. say: shows a line to the user.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        engine: Engine,
+        world: World,
+        facts: dict[str, Any],
+        say: Callable[[str], None],
+    ):
+        self._config, self._run_dir, self._engine, self._world = config, run_dir, engine, world
+        self._facts, self._say = facts, say
+        self._pending: Pending | None = None
+        self.refusal = ""
+        """Why the last save came to nothing, on every rank; empty when it was written."""
+
+    def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool:
+        """Save all ranks. now: on the disk when this returns, whatever `checkpoint.mode` says. whole: so that the run can
+        be continued, whatever `checkpoint.weights_only` says.
+
+        Returns whether it was (or, in the background, is being) written. Where the disk does not take it, the earlier
+        checkpoints are untouched, the reason is told and is in `refusal`. A save waits for the one before.
+        """
+        began = time.monotonic()
+        self.settle()
+        weights_only = self._config.checkpoint.weights_only and not whole
+        folder = self._prepare(state.step, weights_only)
+        if folder is None:
+            return False
+        background = self._config.checkpoint.mode is SaveMode["async"] and not now
+        write = self._engine.save_weights if weights_only else self._engine.save
+        save = write(folder.parent, folder.name, background=background)
+        described = self._described(state, weights_only)
+        if background:
+            arguments = (save, folder, described, state, began)
+            self._pending = Pending(threading.Thread(target=self._work_off, args=arguments, name="checkpoint"))
+            self._pending.thread.daemon = True
+            self._pending.thread.start()
+            return True
+        parts = self._world.gather((save.entries, save.error))
+        refusal = _refusals([error for _, error in parts])
+        if self._world.is_main and not refusal:
+            refusal = self._commit(folder, described, _joined([entries for entries, _ in parts]))
+        self._conclude(state.step, folder, self._world.broadcast(refusal))
+        state.save_seconds = time.monotonic() - began
+        return not self.refusal
+
+    def settle(self) -> bool:
+        """Wait for the save in the background. Returns False where it came to nothing."""
+        if self._pending is None:
+            return True
+        self._pending.reported.wait()
+        self._pending.parts = self._world.gather(self._pending.untold)
+        self._pending.thread.join()
+        self.refusal = self._world.broadcast(self._pending.refusal)
+        self._pending = None
+        return not self.refusal
+
+    def _prepare(self, step: int, weights_only: bool) -> Path | None:
+        """The empty folder that a checkpoint is written into; None where there is no room for it."""
+        folder = store.folder(self._run_dir) / (store.tag(step) + store.INCOMPLETE)
+        refusal = ""
+        if self._world.is_main:
+            try:
+                # What a torn save of other ranks or another stage left would be taken for a part of this one.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                size, free = self._engine.checkpoint_bytes(weights_only=weights_only), shutil.disk_usage(folder).free
+                if free < size:
+                    refusal = f"it takes about {megabytes(size)}, and {megabytes(free)} are free"
+            except OSError as error:
+                refusal = str(error)
+        self._conclude(step, folder, self._world.broadcast(refusal))
+        return None if self.refusal else folder
+
+    def _conclude(self, step: int, folder: Path, refusal: str) -> None:
+        """Remember and tell on every rank how a save went."""
+        self.refusal = refusal
+        if refusal and self._world.is_main:
+            self._tell(step, folder)
+
+    def _tell(self, step: int, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        whole = store.newest(self._run_dir)
+        left = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
+        self._say(f"step {step} is not saved: {self.refusal}; {left}")
+
+    def _described(self, state: TrainState, weights_only: bool) -> dict[str, Any]:
+        return {
+            "step": state.step,
+            "weights_only": weights_only,
+            **self._facts,
+            "best": state.best and vars(state.best).copy(),
+            "metrics": state.eval_last,
+            "train": state.to_dict(),
+        }
+
+    def _commit(self, folder: Path, described: dict[str, Any], entries: dict[str, Any]) -> str:
+        """By rank 0. Returns why it could not be done."""
+        try:
+            store.commit(folder, described, entries)
+            store.prune(self._run_dir, self._config.checkpoint.keep)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _work_off(self, save: Save, folder: Path, described: dict[str, Any], state: TrainState, began: float) -> None:
+        """The thread of a save in the background."""
+        assert self._pending is not None
+        try:
+            save.work_off()
+        except BaseException as error:  # nothing else waits for it, and rank 0 waits for an answer
+            save.error = f"{type(error).__name__}: {error}"
+        report = _report(folder, self._world.rank)
+        aside = report.with_suffix(".incomplete")
+        try:
+            aside.write_text(json.dumps({"entries": save.entries, "error": save.error}))
+            aside.rename(report)
+        except OSError as error:  # told when all ranks meet again
+            self._pending.untold = save.error or str(error)
+        self._pending.reported.set()
+        if not self._world.is_main:
+            return
+        parts = [self._part_of(folder, rank) for rank in range(self._world.size)]
+        refusal = _refusals([part["error"] for part in parts])
+        if not refusal:
+            for rank in range(self._world.size):
+                _report(folder, rank).unlink()
+            refusal = self._commit(folder, described, _joined([part["entries"] for part in parts]))
+        if refusal:
+            self.refusal = refusal
+            self._tell(described["step"], folder)
+        self._pending.refusal = refusal
+        state.save_seconds = time.monotonic() - began
+
+    def _part_of(self, folder: Path, rank: int) -> dict[str, Any]:
+        """What `rank` says of its part of a save. A rank that died says nothing: then this process is ended soon."""
+        report = _report(folder, rank)
+        while True:
+            if report.exists():
+                part: dict[str, Any] = json.loads(report.read_text())
+                return part
+            if self._pending is not None and self._pending.parts and self._pending.parts[rank]:
+                return {"entries": {}, "error": self._pending.parts[rank]}
+            time.sleep(POLL_SECONDS)
+
+
+def _report(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.written"
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _refusals(errors: list[str]) -> str:
+    return "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

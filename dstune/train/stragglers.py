@@ -1,0 +1,106 @@
+"""Which rank is slow. In a step all ranks take equally long, since they wait for each other; so what a rank does without
+the others is timed: the wait for its rows, and the matrix products of one forward pass.
+
+The products lie between the collectives of every ZeRO stage: hooks on the model's linear layers, put on after DeepSpeed's,
+begin when the weights are there. On GPUs events of the stream are timed, which nobody waits for.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+SMOOTHING = 0.9
+"""Weight of the past in the running mean: about ten steps, whose rows differ in length from rank to rank."""
+RATIO = 1.5
+"""Slowest rank to the median from which on it is worth a word ..."""
+PATIENCE = 20
+"""... when it lasted so many steps."""
+
+
+class OwnTime:
+    """Seconds per row element of this rank's own work, as a running mean."""
+
+    def __init__(self) -> None:
+        self._on_gpu = torch.cuda.is_available()
+        self._timing = False
+        self._hooks: list[Any] = []
+        self._spans: list[tuple[Any, Any]] = []
+        self._elements = 0
+        self._waited = 0.0
+        self.mean: float | None = None
+
+    def attach(self, module: nn.Module) -> None:
+        """Put the hooks on, behind those that are there."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear) and not list(layer.children()):
+                self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
+
+    def start(self, elements: int, waited: float) -> None:
+        """The first micro-batch of a step comes: its number of elements, padding included, and the time that the step
+        waited for its rows."""
+        self._spans, self._elements, self._waited, self._timing = [], elements, waited, True
+
+    def stop(self) -> None:
+        """Its forward and backward pass are done. (Under activation checkpointing both count.)"""
+        self._timing = False
+
+    def collect(self) -> float:
+        """The running mean after the step that ends; 0.0 where there is none. Waits for nothing: the step is over."""
+        if self._spans and self._elements:
+            if self._on_gpu:
+                seconds = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
+            else:
+                seconds = sum(end - begin for begin, end in self._spans)
+            now = (seconds + self._waited) / self._elements
+            self.mean = now if self.mean is None else SMOOTHING * self.mean + (1 - SMOOTHING) * now
+        self._spans = []
+        return self.mean or 0.0
+
+    def _moment(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self, layer: nn.Module, inputs: Any) -> None:
+        if self._timing:
+            self._spans.append((self._moment(), None))
+
+    def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if self._timing and self._spans:
+            begin, _ = self._spans[-1]
+            self._spans[-1] = (begin, self._moment())
+
+
+class Stragglers:
+    """Compares the ranks after each step; the same on all of them."""
+
+    def __init__(self) -> None:
+        self.ratio, self.rank = 1.0, 0
+        """Slowest rank to the median now, and which one it is."""
+        self._steps = 0
+        self._told = False
+
+    def compare(self, means: Sequence[float]) -> str:
+        """`means` of all ranks; a line to tell, once, where one has been slow for long."""
+        median = statistics.median(means)
+        if not median:
+            return ""
+        self.rank = max(range(len(means)), key=means.__getitem__)
+        self.ratio = means[self.rank] / median
+        self._steps = self._steps + 1 if self.ratio > RATIO else 0
+        if self._steps < PATIENCE or self._told:
+            return ""
+        self._told = True
+        return (
+            f"warning: rank {self.rank} is slow: its own work takes {self.ratio:.1f} times as long as the median rank's"
+        )

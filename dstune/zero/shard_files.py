@@ -1,0 +1,292 @@
+"""How DeepSpeed's shards reach the disk: hashed while they are written, synced, read back; at once or in the background.
+
+Import it where DeepSpeed is imported already. Why a thread of our own writes in the background was measured, see
+`benchmarks/saving.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import safetensors.torch
+import torch
+import xxhash
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from torch import Tensor
+
+from dstune.zero.safe_load import load
+
+AT_ONCE = 2**20
+"""Bytes up to which a tensor is copied while the ranks wait."""
+
+BLOCK = 2**24
+"""Bytes written or read at a time."""
+
+Entry = dict[str, Any]
+"""What the commit marker says of a file: `bytes` and `xxh3_64`."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes that are still to be copied."""
+
+    source: Tensor
+    target: Tensor
+
+
+@dataclass
+class Save:
+    """This rank's part of one checkpoint."""
+
+    directory: Path
+    entries: dict[str, Entry] = field(default_factory=dict)
+    """By the file's path below `directory`."""
+    error: str = ""
+    """Why a file could not be written; the others are not written then."""
+    queue: list[tuple[Any, Path]] = field(default_factory=list)
+    """States and files of a save in the background."""
+    copies: list[Copy] = field(default_factory=list)
+    """What the states in the queue wait for."""
+    copied: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, state: Any, path: Path) -> None:
+        """A file of this save. What the disk does not take is remembered, not raised: the ranks of a save meet in
+        collectives, and shall all hear of it afterwards."""
+        if self.error:
+            return
+        try:
+            entry = write_file(state, path)
+            self.entries[str(path.relative_to(self.directory))] = entry
+        except OSError as error:
+            self.error = str(error)
+
+    def work_off(self) -> None:
+        """Copy, then write all files of a save in the background; for a thread of its own."""
+        try:
+            copy_to_host(self.copies)
+        finally:
+            self.copied.set()
+        for state, path in self.queue:
+            self.write(state, path)
+        self.queue.clear()
+
+
+@dataclass(frozen=True)
+class SafeTensors:
+    """What a file of safetensors holds."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+class ShardFiles(CheckpointEngine):
+    """Takes the place of DeepSpeed's writer of shards (`engine.checkpoint_engine`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "dstune"
+        self._host = HostCopies()
+        self._save: Save | None = None
+        self._background = False
+        self._copying: Save | None = None
+
+    def begin(self, directory: Path, *, background: bool) -> Save:
+        """Whatever DeepSpeed saves until `end` belongs to the returned save. With `background` it is queued, and its
+        owner calls `work_off` in a thread."""
+        assert self._save is None, "one save at a time"
+        self._save, self._background = Save(directory), background
+        self._host.reuse()
+        return self._save
+
+    def end(self) -> None:
+        if self._background:
+            self._copying = self._save
+        self._save = None
+
+    def wait_for_copies(self) -> None:
+        """Weights and optimizer states may change after this."""
+        if self._copying is not None:
+            self._copying.copied.wait()
+            self._copying = None
+
+    # -- what DeepSpeed calls -----------------------------------------------------------------------------------------
+
+    def create(self, info: Any) -> None: ...
+
+    def save(self, state_dict: Any, path: str) -> None:
+        assert self._save is not None, "begin() comes first"
+        if not self._background:
+            self._save.write(state_dict, Path(path))
+            return
+        copied, copies = self._host.copy(state_dict)
+        self._save.copies += copies
+        self._save.queue.append((copied, Path(path)))
+
+    def save_tensors(self, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+        """A file of safetensors that DeepSpeed has no part in."""
+        assert self._save is not None, "begin() comes first"
+        copied, copies = self._host.copy(tensors)
+        self._save.copies += copies
+        state = SafeTensors(copied, metadata)
+        if self._background:
+            self._save.queue.append((state, path))
+        else:
+            copy_to_host(copies)
+            self._save.write(state, path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load(Path(path), map_location)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
+class HostCopies:
+    """Copies of state dictionaries in host memory, which is kept for the next ones: the pages of new memory cost five times
+    as much as the copying. On GPUs it is pinned."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._used = 0
+
+    def reuse(self) -> None:
+        """Earlier copies are not needed any more."""
+        self._used = 0
+
+    def copy(self, state: Any) -> tuple[Any, list[Copy]]:
+        """A deep copy whose tensors share memory as those of `state` do, and what is still to be copied for it.
+
+        Large tensors are left to the thread: weights and what the optimizer keeps do not change before the next update.
+        Small ones (counters, a module's buffers) and all that is no tensor are copied here.
+        """
+        self._later: list[Copy] = []
+        copied = self._copy(state, {})
+        return copied, self._later
+
+    def _copy(self, value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
+        match value:
+            case Tensor():
+                return self._tensor(value.detach(), storages)
+            case torch.Size():
+                return value
+            case dict():
+                copied: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+                copied.update((key, self._copy(entry, storages)) for key, entry in value.items())
+                if hasattr(value, "_metadata"):  # a module's state has the versions of its parts there
+                    copied._metadata = value._metadata  # type: ignore[attr-defined]
+                return copied
+            case list():
+                return [self._copy(entry, storages) for entry in value]
+            case tuple() if type(value) is tuple:
+                return tuple(self._copy(entry, storages) for entry in value)
+        return copy.copy(value)  # numbers, names, DeepSpeed's loss scaler, which counts on
+
+    def _tensor(self, tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return tensor.cpu().clone()  # a subclass (quantized weights) knows by itself how
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr() or id(storage)
+        if key not in storages:
+            buffer = self._buffer(storage.nbytes(), pinned=tensor.is_cuda)
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            if storage.nbytes() > AT_ONCE:
+                self._later.append(Copy(source, buffer))
+            else:
+                buffer.copy_(source)
+            storages[key] = buffer.untyped_storage()
+        copied = torch.empty(0, dtype=tensor.dtype)
+        return copied.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def _buffer(self, size: int, pinned: bool) -> Tensor:
+        if self._used == len(self._buffers) or self._buffers[self._used].numel() != size:
+            # The same states come in the same order at every save, so the first one allocates all of it.
+            self._buffers[self._used :] = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned)]
+        self._used += 1
+        return self._buffers[self._used - 1]
+
+
+def copy_to_host(copies: list[Copy]) -> None:
+    """In a thread beside the one that computes; on GPUs on a stream of its own."""
+    on_gpu = [copy for copy in copies if copy.source.is_cuda]
+    if on_gpu:
+        device = on_gpu[0].source.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.default_stream(device))
+        with torch.cuda.stream(stream):
+            for one in on_gpu:
+                one.target.copy_(one.source, non_blocking=True)
+        stream.synchronize()
+    for one in copies:
+        if not one.source.is_cuda:
+            one.target.copy_(one.source)
+
+
+class _Hashed(io.RawIOBase):
+    """A file that hashes what is written to it."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb", buffering=0)
+        self.digest, self.size = xxhash.xxh3_64(), 0
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            for start in range(0, len(view), BLOCK):
+                block = view[start : start + BLOCK]
+                self.digest.update(block)
+                while len(block):
+                    block = block[self._file.write(block) :]
+        except OSError as error:  # torch's writer turns it into a RuntimeError without the reason
+            self.error = error
+            raise
+        self.size += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+
+def write_file(state: Any, path: Path) -> Entry:
+    """Save `state` to `path`: on the disk when this returns, and read back. Raises OSError with the file's name."""
+    with _Hashed(path) as file:
+        try:
+            if isinstance(state, SafeTensors):
+                contiguous = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+                file.write(safetensors.torch.save(contiguous, state.metadata))
+            else:
+                torch.save(state, cast(IO[bytes], file))
+            file.sync()
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{path.name}: {file.error or error}") from error
+    entry = {"bytes": file.size, "xxh3_64": file.digest.hexdigest()}
+    if read_back(path) != entry:
+        raise OSError(f"{path.name}: reads back differently from what was written")
+    return entry
+
+
+def read_back(path: Path) -> Entry:
+    """Size and hash of what the disk gives for `path`, past the page cache where the kernel lets go of it."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "xxh3_64": digest.hexdigest()}

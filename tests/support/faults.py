@@ -1,0 +1,577 @@
+"""Faults that strike a run on two ranks, and what is expected of each: for the tests and for benchmarks/reliability.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dstune.checkpoint import store
+from support.command import Commands, exact, metrics, ranks_of, wait_until
+from support.tiny import save_decoder, write_dialogues
+
+STEPS, EVERY, AT = 40, 5, 13
+"""Steps of a run, between two saves, and after which a fault strikes."""
+INJECT = Path(__file__).with_name("inject")
+EXIT_SECONDS = 20.0
+"""No fault may keep the command longer than this, but for the time that a watchdog was told to wait."""
+
+Strike = Callable[[subprocess.Popen, Path], None]
+
+
+@dataclass
+class Fault:
+    """One way to disturb a run."""
+
+    name: str
+    what: str
+    strike: Strike | None = None
+    """Acts on the running command at step AT; None where the fault comes from inside."""
+    inject: dict[str, Any] = field(default_factory=dict)
+    """For tests/support/inject/sitecustomize.py."""
+    overrides: list[str] = field(default_factory=list)
+    exit_code: int = 1
+    says: str | tuple[str, ...] = ()
+    """Patterns of what the command has to say: the rank and the cause."""
+    again: list[str] = field(default_factory=list)
+    """Overrides of the command that continues the run."""
+    damage: Callable[[Path], None] | None = None
+    """Acts on the newest checkpoint before the run is continued."""
+    close: bool = False
+    """The continued curve is compared within 1e-5: at another layout sums have another order."""
+    disk: bool = False
+    """In a run directory on a disk of 24 MB."""
+    repair: Callable[[Path], None] | None = None
+    """Acts before the run is continued, on its directory."""
+
+
+@dataclass
+class Outcome:
+    name: str
+    what: str
+    exit_code: int | None = None
+    exit_seconds: float | None = None
+    """From the fault to the command's end; None where the run went on."""
+    left: int = 0
+    """Processes that were still there afterwards."""
+    said: str = ""
+    lost: int | None = None
+    """Steps that had to be trained again."""
+    resume_seconds: float | None = None
+    """From the command that continues the run to its first new step."""
+    equal: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Scene:
+    """A folder with a model, data and the undisturbed run."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.commands, self.folder = Commands(folder), folder
+        if not (folder / "undisturbed" / "export").exists():
+            save_decoder(folder / "model")
+            write_dialogues(folder / "dialogues.jsonl", 400)
+            done = self.commands.run("train", *self.overrides("undisturbed"), timeout=600)
+            assert done.returncode == 0, done.stdout + done.stderr
+        self.reference = exact(folder / "undisturbed")
+
+    def overrides(self, name: str | Path, *further: str) -> list[str]:
+        return [
+            "model.path=model",
+            "data.train=dialogues.jsonl",
+            "data.max_length=64",
+            "data.packing=false",
+            "model.config_overrides={attention_dropout:0.1}",
+            "optimizer.lr=1e-3",
+            "zero=stage2",
+            "trainer.micro_batch_size=2",
+            "trainer.global_batch_size=8",
+            f"trainer.max_steps={STEPS}",
+            f"checkpoint.every={EVERY}",
+            "evaluate.every=10",
+            "launch.processes=2",
+            f"run.dir={name}",
+            *further,
+        ]
+
+    def start(self, run_dir: Path, *further: str, inject: dict[str, Any] | None = None) -> subprocess.Popen:
+        before = dict(self.commands.env)
+        if inject:
+            path = os.pathsep.join([str(INJECT), before["PYTHONPATH"]])
+            self.commands.env |= {"DSTUNE_FAULT": json.dumps(inject), "PYTHONPATH": path}
+        try:
+            return self.commands.start("train", *self.overrides(run_dir, *further))
+        finally:
+            self.commands.env = before
+
+    def weights(self, name: str) -> bytes:
+        return (self.folder / name / "export" / "model.safetensors").read_bytes()
+
+
+def play(scene: Scene, fault: Fault) -> Outcome:
+    """Let `fault` strike a run, continue the run, and compare."""
+    with _place(scene, fault) as run_dir:
+        command = scene.start(run_dir, *fault.overrides, inject=fault.inject)
+        outcome = Outcome(fault.name, fault.what)
+        wait_until(lambda: last_step(run_dir) >= AT or command.poll() is not None, timeout=600)
+        struck = time.monotonic()
+        if fault.strike is not None:
+            fault.strike(command, run_dir)
+            struck = time.monotonic()
+        try:
+            outcome.exit_code = command.wait(timeout=600)
+        except subprocess.TimeoutExpired:
+            for process in [*ranks_of(run_dir), command]:
+                process.kill()
+            outcome.said = "it hung"
+            return outcome
+        if outcome.exit_code != 0:
+            outcome.exit_seconds = time.monotonic() - _last_written(run_dir) if fault.strike is None else None
+            outcome.exit_seconds = outcome.exit_seconds or time.monotonic() - struck
+        time.sleep(0.3 if outcome.exit_code != -signal.SIGKILL else 2.0)  # the guard of a killed command needs a moment
+        outcome.left = len(left_of(run_dir))
+        outcome.said = said(scene.commands.log, fault.says)
+        if fault.repair is not None:
+            fault.repair(run_dir)
+        if outcome.exit_code == 0:
+            outcome.lost, outcome.equal = 0, exact(run_dir) == scene.reference
+            return outcome
+        if fault.damage is not None:
+            newest = store.newest(run_dir)
+            assert newest is not None
+            fault.damage(newest)
+        return resumed(scene, run_dir, outcome, fault)
+
+
+def resumed(scene: Scene, run_dir: Path, outcome: Outcome, fault: Fault) -> Outcome:
+    before, launched = last_step(run_dir), len(_launches(run_dir))
+    began = time.monotonic()
+    command = scene.commands.start("train", str(run_dir), *fault.again)
+    wait_until(lambda: len(_launches(run_dir)) > launched or command.poll() is not None, timeout=600)
+    start = _launches(run_dir)[-1]["step"]
+    wait_until(lambda: last_step(run_dir) > start or command.poll() is not None, timeout=600)
+    outcome.resume_seconds = time.monotonic() - began
+    outcome.lost = before - start
+    code = command.wait(timeout=600)
+    assert code == 0, scene.commands.log
+    rows = exact(run_dir)
+    outcome.equal = near(rows, scene.reference) if fault.close else rows == scene.reference
+    if fault.damage is not None:
+        outcome.said = said(scene.commands.log, fault.says)
+    return outcome
+
+
+def check(fault: Fault, outcome: Outcome) -> list[str]:
+    """What is not as it should be."""
+    wrong = []
+    if outcome.exit_code != fault.exit_code:
+        wrong.append(f"exit code {outcome.exit_code}, not {fault.exit_code}")
+    if outcome.left:
+        wrong.append(f"{outcome.left} processes left")
+    unsaid = [pattern for pattern in as_patterns(fault.says) if not re.search(pattern, outcome.said)]
+    wrong += [f"it said {outcome.said!r}, not {pattern!r}" for pattern in unsaid]
+    if outcome.exit_seconds is not None and outcome.exit_seconds > EXIT_SECONDS:
+        wrong.append(f"{outcome.exit_seconds:.1f} s to exit")
+    if not outcome.equal:
+        wrong.append("the curve is another one")
+    return wrong
+
+
+@contextlib.contextmanager
+def _place(scene: Scene, fault: Fault) -> Iterator[Path]:
+    name = re.sub(r"\W+", "-", fault.name)
+    if not fault.disk:
+        yield scene.folder / name
+        return
+    disk = scene.folder / f"disk-{name}"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk / name
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def last_step(run_dir: Path) -> int:
+    rows = metrics(run_dir)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def _launches(run_dir: Path) -> list[dict[str, Any]]:
+    """The launches of a run that came to training, each with the step that it began from."""
+    try:
+        return json.loads((run_dir / "environment.json").read_text())["launches"]
+    except (OSError, ValueError):  # not there yet, or being written
+        return []
+
+
+def _last_written(run_dir: Path) -> float:
+    """When the last row was written, on the clock of `time.monotonic`."""
+    return time.monotonic() - (time.time() - (run_dir / "metrics.jsonl").stat().st_mtime)
+
+
+def said(log: str, patterns: str | tuple[str, ...]) -> str:
+    """The last lines of the command in which the patterns are found."""
+    lines = [line.strip().removeprefix("| ").removeprefix("dstune: ") for line in log.splitlines() if line.strip()]
+    found = []
+    for pattern in as_patterns(patterns):
+        found += [line for line in lines if re.search(pattern, line)][-1:]
+    return "; ".join(dict.fromkeys(found))
+
+
+def as_patterns(says: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (says,) if isinstance(says, str) else says
+
+
+def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: float = 1e-5) -> bool:
+    """Every metric of every row within a relative `bound`; the norm of the gradient, a difference of large sums, within
+    1e-4."""
+
+    def agrees(key: str, left: Any, right: Any) -> bool:
+        limit = 10 * bound if key == "grad_norm" else bound
+        return left == right or (isinstance(left, float) and abs(left - right) <= limit * abs(right))
+
+    return len(rows) == len(reference) and all(
+        row.keys() == other.keys() and all(agrees(key, row[key], other[key]) for key in row)
+        for row, other in zip(rows, reference, strict=True)
+    )
+
+
+def left_of(run_dir: Path) -> list[psutil.Process]:
+    """Living processes that have the run directory on their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if str(run_dir) in words and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+# -- from outside -------------------------------------------------------------------------------------------------------
+
+
+def rank(run_dir: Path, number: int) -> psutil.Process:
+    return next(process for process in ranks_of(run_dir) if process.environ()["RANK"] == str(number))
+
+
+def to_rank(number: int, what: signal.Signals) -> Strike:
+    return lambda command, run_dir: rank(run_dir, number).send_signal(what)
+
+
+def to_command(*what: signal.Signals, pause: float = 0.5) -> Strike:
+    def strike(command: subprocess.Popen, run_dir: Path) -> None:
+        for index, number in enumerate(what):
+            if index:
+                time.sleep(pause)
+            command.send_signal(number)
+
+    return strike
+
+
+def touch(name: str) -> Strike:
+    return lambda command, run_dir: (run_dir / name).touch()
+
+
+def during_save(command: subprocess.Popen, run_dir: Path) -> None:
+    """Kills everything at the moment when a save is being written."""
+    wait_until(lambda: list(store.folder(run_dir).glob(f"*{store.INCOMPLETE}")) or command.poll() is not None)
+    for process in [*ranks_of(run_dir), command]:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+
+
+def fill_for_a_while(command: subprocess.Popen, run_dir: Path) -> None:
+    filler = run_dir.parent / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(2**12))
+    log = run_dir.parent.parent / "command.log"  # the run's own logs lie on the full disk
+    wait_until(lambda: "is not saved" in log.read_text() or command.poll() is not None)
+    filler.unlink()
+
+
+def read_only(command: subprocess.Popen, run_dir: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(run_dir.parent)], check=True)
+
+
+def writable_again(run_dir: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", str(run_dir.parent)], check=True)
+
+
+# -- damage to a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def _shard(newest: Path) -> Path:
+    return max(newest.glob("*optim_states.pt"))
+
+
+def flip_a_bit(newest: Path) -> None:
+    data = bytearray(_shard(newest).read_bytes())
+    data[len(data) // 2] ^= 1
+    _shard(newest).write_bytes(data)
+
+
+def truncate(newest: Path) -> None:
+    os.truncate(_shard(newest), _shard(newest).stat().st_size // 2)
+
+
+def delete_a_shard(newest: Path) -> None:
+    _shard(newest).unlink()
+
+
+def delete_the_marker(newest: Path) -> None:
+    (newest / store.COMMITTED).unlink()
+
+
+def half_a_state(newest: Path) -> None:
+    state = newest / store.STATE
+    state.write_text(state.read_text()[:40])
+
+
+def damaged(name: str, what: str, damage: Callable[[Path], None]) -> Fault:
+    says = "is damaged and not used" if damage is flip_a_bit else "is not whole and not used"
+    keep = ["checkpoint.keep=3"]
+    terminate = to_command(signal.SIGTERM)
+    return Fault(name, what, terminate, exit_code=75, says=says, damage=damage, overrides=keep)
+
+
+def moved(name: str, *again: str, stage: int = 2) -> Fault:
+    what = f"SIGKILL to rank 1 at stage {stage}, then {' '.join(again)}"
+    layout = [f"zero.stage={stage}"]
+    return Fault(name, what, to_rank(1, signal.SIGKILL), overrides=layout, again=list(again), close=True)
+
+
+def micro_batches(step: int) -> int:
+    """Calls of `Engine.accumulate` on a rank before that of `step`: 8 rows in micro-batches of 2 on 2 ranks."""
+    return 2 * (step - 1) + 1
+
+
+FAULTS = [
+    Fault("kill rank 0", "SIGKILL to rank 0", to_rank(0, signal.SIGKILL), says="rank 0 was killed by SIGKILL"),
+    Fault("kill rank 1", "SIGKILL to rank 1", to_rank(1, signal.SIGKILL), says="rank 1 was killed by SIGKILL"),
+    Fault("kill the command", "SIGKILL to the launching process", to_command(signal.SIGKILL), exit_code=-9),
+    Fault("kill in a save", "SIGKILL to all while a checkpoint is written", during_save, exit_code=-9),
+    Fault(
+        "kill in the background",
+        "the same with checkpoint.mode=async",
+        during_save,
+        exit_code=-9,
+        overrides=["checkpoint.mode=async"],
+    ),
+    Fault("segfault", "SIGSEGV in rank 1", to_rank(1, signal.SIGSEGV), says="rank 1 was killed by SIGSEGV"),
+    Fault("abort", "SIGABRT in rank 0 (a native assertion)", to_rank(0, signal.SIGABRT), says="rank 0 .*SIGABRT"),
+    Fault("bus error", "SIGBUS in rank 1 (full shared memory)", to_rank(1, signal.SIGBUS), says="rank 1 .*SIGBUS"),
+    Fault(
+        "stopped",
+        "rank 1 stops (SIGSTOP); trainer.stall_seconds=3",
+        to_rank(1, signal.SIGSTOP),
+        overrides=["trainer.stall_seconds=3"],
+        says="rank 1 .*stopped",
+    ),
+    Fault(
+        "hang",
+        "rank 1 waits for ever in the forward pass; trainer.stall_seconds=3",
+        inject={"at": "dstune.zero.engine:Engine.accumulate", "rank": 1, "call": micro_batches(AT + 1), "do": "hang"},
+        overrides=["trainer.stall_seconds=3"],
+        says="rank 1 .*made no progress",
+    ),
+    Fault(
+        "exception in the forward pass",
+        "RuntimeError in rank 1",
+        inject={
+            "at": "dstune.zero.engine:Engine.accumulate",
+            "rank": 1,
+            "call": micro_batches(AT + 1),
+            "do": "raise",
+            "value": "a layer broke",
+        },
+        says=("rank 1 ended", "a layer broke"),
+    ),
+    Fault(
+        "out of memory",
+        "an allocation fails in rank 1",
+        inject={
+            "at": "dstune.zero.engine:Engine.accumulate",
+            "rank": 1,
+            "call": micro_batches(AT + 1),
+            "do": "oom",
+        },
+        says=("rank 1 ended", "allocate memory"),
+    ),
+    Fault(
+        "exception in the data",
+        "RuntimeError while rank 1 collates",
+        inject={
+            "at": "dstune.data.collate:collate",
+            "rank": 1,
+            "call": 60,
+            "do": "raise",
+            "value": "a row broke",
+        },
+        says=("rank 1 ended", "a row broke"),
+    ),
+    Fault(
+        "exception in an evaluation",
+        "RuntimeError in the third evaluation of rank 0",
+        inject={
+            "at": "dstune.train.evaluate:Evaluator.__call__",
+            "rank": 0,
+            "call": 3,
+            "do": "raise",
+            "value": "a metric broke",
+        },
+        says=("rank 0 ended", "a metric broke"),
+    ),
+    Fault(
+        "exception in a save",
+        "RuntimeError in rank 0 while it commits the third save",
+        inject={
+            "at": "dstune.checkpoint.store:commit",
+            "rank": 0,
+            "call": 3,
+            "do": "raise",
+            "value": "the store broke",
+        },
+        says=("rank 0 ended", "the store broke"),
+    ),
+    Fault(
+        "disk error in a save",
+        "EIO while rank 1 writes its second shard: that save is left out",
+        inject={
+            "at": "dstune.zero.shard_files:write_file",
+            "rank": 1,
+            "call": 2,
+            "do": "oserror",
+            "value": "EIO",
+        },
+        exit_code=0,
+        says="step 10 is not saved: rank 1",
+    ),
+    Fault(
+        "disk full",
+        "no room for a save; later there is",
+        fill_for_a_while,
+        exit_code=0,
+        says="is not saved",
+        disk=True,
+    ),
+    Fault(
+        "run directory read-only",
+        "it becomes so, and writable again before the run is continued",
+        read_only,
+        says=("rank 0", "Read-only file system"),
+        disk=True,
+        repair=writable_again,
+    ),
+    Fault(
+        "cache unreadable",
+        "EIO when rank 1 opens the prepared rows; then it works",
+        inject={"at": "dstune.data.build:_load", "rank": 1, "call": 1, "do": "oserror", "value": "EIO"},
+        says=("rank 1 ended", "Input/output error"),
+    ),
+    Fault(
+        "clock jump",
+        "the clock of both ranks jumps ten days ahead, with run.time_limit=60",
+        inject={
+            "at": "dstune.zero.engine:Engine.accumulate",
+            "call": micro_batches(AT + 1),
+            "do": "clock",
+            "value": 864000.0,
+        },
+        overrides=["run.time_limit=60"],
+        exit_code=0,
+    ),
+    Fault(
+        "slow rank",
+        "the matrix products of rank 1 take 2 ms more from the start",
+        inject={"at": "torch.nn.functional:linear", "rank": 1, "do": "slow", "value": 0.002, "always": True},
+        exit_code=0,
+        says="rank 1 is slow",
+    ),
+    Fault(
+        "port taken",
+        "another program has the port that was chosen for the ranks",
+        inject={"at": "dstune.launch.commands:free_port", "do": "busy port"},
+        exit_code=0,
+        says="took the port",
+    ),
+    Fault(
+        "tracker raises",
+        "W&B fails in the tenth row",
+        inject={
+            "at": "dstune.tracking.wandb_sink:WandbSink.write",
+            "rank": 0,
+            "call": 10,
+            "do": "raise",
+            "value": "no network",
+        },
+        overrides=["tracking.wandb.mode=offline"],
+        exit_code=0,
+        says="wandb|W&B",
+    ),
+    Fault("terminate", "SIGTERM to the command", to_command(signal.SIGTERM), exit_code=75, says="received SIGTERM"),
+    Fault("interrupt", "Ctrl-C", to_command(signal.SIGINT), exit_code=75, says="received SIGINT"),
+    Fault("user signal", "SIGUSR1 to the command", to_command(signal.SIGUSR1), exit_code=75, says="received SIGUSR1"),
+    Fault(
+        "chosen signal",
+        "SIGUSR2 with run.signals=[SIGUSR2]",
+        to_command(signal.SIGUSR2),
+        overrides=["run.signals=[SIGUSR2]"],
+        exit_code=75,
+        says="received SIGUSR2",
+    ),
+    Fault("hang-up", "the terminal closes (SIGHUP)", to_command(signal.SIGHUP), exit_code=75, says="received SIGHUP"),
+    Fault(
+        "one rank asked",
+        "SIGUSR1 to rank 1 only",
+        to_rank(1, signal.SIGUSR1),
+        exit_code=75,
+        says="received SIGUSR1",
+    ),
+    Fault(
+        "two signals",
+        "Ctrl-C twice: at once, unsaved",
+        to_command(signal.SIGINT, signal.SIGINT),
+        says="second signal",
+    ),
+    Fault("file STOP", "a file named STOP", touch("STOP"), exit_code=75, says="STOP"),
+    Fault(
+        "time limit",
+        "run.time_limit is over",
+        overrides=["run.time_limit=0.2"],
+        exit_code=75,
+        says="run.time_limit",
+        again=["run.time_limit=null"],
+    ),
+    Fault(
+        "restart",
+        "SIGKILL to rank 1 with launch.restarts=1: the command goes on by itself",
+        to_rank(1, signal.SIGKILL),
+        overrides=["launch.restarts=1"],
+        exit_code=0,
+        says="starting again from step-",
+    ),
+    damaged("bit flipped", "one bit of the newest checkpoint", flip_a_bit),
+    damaged("truncated", "half of a shard is gone", truncate),
+    damaged("shard deleted", "a shard is gone", delete_a_shard),
+    damaged("marker deleted", "COMMITTED is gone", delete_the_marker),
+    damaged("state cut", "state.json ends early", half_a_state),
+    moved("fewer ranks", "launch.processes=1"),
+    moved("more ranks", "launch.processes=3"),
+    moved("stage 2 to 3", "zero.stage=3"),
+    moved("stage 3 to 2 with offload", "zero.stage=2", "zero.offload_optimizer=cpu", stage=3),
+    moved("stage 2 to 1 on 3 ranks", "zero.stage=1", "launch.processes=3"),
+]
