@@ -1,7 +1,8 @@
 """Architectures of the presets' models, so that `dstune plan model=NAME` needs neither hub nor weights.
 
-The numbers are those of each model's `config.json` on the Hugging Face hub; the parameter counts that its page states are
-held against them by `tests/unit/test_plan_published.py`.
+The numbers were entered by hand after the models' published descriptions, not fetched: a `config.json` that is found (in a
+folder, or in the hub's cache) always comes before them. `tests/unit/test_plan_published.py` holds their parameter counts
+against those that are stated for the models, entered by hand as well.
 """
 
 from __future__ import annotations

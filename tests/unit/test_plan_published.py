@@ -1,4 +1,4 @@
-"""The architectures of the presets: each one is there, and has as many parameters as its page on the hub states."""
+"""The architectures of the presets: each one is there, and has as many parameters as are stated for the model (by hand)."""
 
 from __future__ import annotations
 
