@@ -55,22 +55,33 @@ def projected_cross_entropy(
     # fp16's loss scale reaches a gradient in the backward pass only: too late for small ones that are made before.
     if torch.is_grad_enabled() and linear and hidden.dtype is not torch.float16:
         return CrossEntropy(_LinearCrossEntropy.apply(hidden, projection.weight, targets, rows), correct)
-    for some, wanted in zip(
-        hidden.split(rows), targets.split(rows), strict=True
-    ):  # one of no rows where there are none
+    # Without targets this is one chunk of no rows, which gives all weights a gradient of zeros.
+    for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():
-            loss_sum = loss_sum + checkpoint(_loss_and_hits, project, some, wanted, use_reentrant=False)[0]
+            loss_sum = loss_sum + checkpoint(_plain, project, some, wanted, use_reentrant=False)
         else:
-            loss, hits = _loss_and_hits(project, some, wanted)
+            loss, hits = _evaluated(project(some), wanted)
             loss_sum, correct = loss_sum + loss, correct + hits
     return CrossEntropy(loss_sum, correct)
 
 
-def _loss_and_hits(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = project(hidden)
-    loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    hits = loss.new_zeros(()) if torch.is_grad_enabled() else (logits.argmax(dim=-1) == targets).sum()
-    return loss, hits
+def _plain(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(project(hidden).float(), targets, reduction="sum")
+
+
+def _evaluated(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and hits without gradients; log-probabilities in fp32 exist for a block of rows at a time."""
+    loss_sum = logits.new_zeros((), dtype=torch.float32)
+    hits = torch.zeros((), dtype=torch.long, device=logits.device)
+    block = _block_rows(logits)
+    for part, wanted in zip(logits.split(block), targets.split(block), strict=True):
+        loss_sum -= torch.log_softmax(part, dim=-1, dtype=torch.float32).gather(1, wanted[:, None]).sum()
+        hits += (part.argmax(dim=-1) == wanted).sum()
+    return loss_sum, hits
+
+
+def _block_rows(logits: torch.Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS.get(logits.device.type, 2**24) // logits.shape[-1])
 
 
 def vocabulary_size(projection: nn.Module) -> int:
@@ -90,10 +101,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if of_hidden else None
         weight_gradient: torch.Tensor | None = None
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
-        block = max(1, BLOCK_ELEMENTS.get(hidden.device.type, 2**24) // len(weight))
         start = 0
         for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = some @ weight.t()
+            block = _block_rows(logits)
             for part, of_part in zip(logits.split(block), wanted.split(block), strict=True):
                 probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
                 at_target = of_part[:, None]

@@ -115,6 +115,8 @@ wanted = torch.randint(0, vocabulary, (targets,))
 projected_cross_entropy(layer, layer.forward, hidden[:8], wanted[:8]).loss_sum.backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 projected_cross_entropy(layer, layer.forward, hidden, wanted).loss_sum.backward()
+with torch.no_grad():
+    projected_cross_entropy(layer, layer.forward, hidden, wanted)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(grown * 1024 / (4 * targets * vocabulary))
 """
