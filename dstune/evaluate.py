@@ -78,6 +78,7 @@ def _configuration(
         refuse_damaged(path, checkpoint)
         if isinstance(config.task, ClassificationConfig):
             config = replace(config, task=replace(config.task, labels=store.read_state(checkpoint)["labels"]))
+        config = replace(config, task=_compared(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
         folder = exported(path, scratch, merge=True)
@@ -109,7 +110,7 @@ def _configuration(
         tracking=replace(config.tracking, wandb=WandbConfig()),
     )
     validate(config)
-    return preflight.resolve_run(config, stage), checkpoint
+    return preflight.resolve_run(config, stage, trains=False), checkpoint
 
 
 def _compared(config: RunConfig) -> TaskConfig:

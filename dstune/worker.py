@@ -71,13 +71,17 @@ activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__
 
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
+    # First, so that a signal during start-up is not lost; of all stages, which share the time and the files that ask.
+    preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
     if has_language_model_stage(config):
-        train_language_model(config, run_dir, world)
+        train_language_model(config, run_dir, world, preemption)
         config = classifier_stage(config, run_dir)
+    train_stage(config, run_dir, world, preemption)
+
+
+def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
+    """As `train`, a single stage."""
     started = time.monotonic()
-    preemption = Preemption(
-        config, started, run_dir, is_main=world.is_main
-    )  # first, so that a signal during start-up is not lost
     publish(str(run_dir))
     console = Console()
     if world.is_main:
@@ -187,7 +191,7 @@ def examine(head: Head, engine: Engine) -> None:
         engine.train(True)
 
 
-def train_language_model(config: RunConfig, run_dir: Path, world: World) -> None:
+def train_language_model(config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
     """The first stage of the run, in a folder of its own, unless its export is there already."""
     folder = run_dir / FOLDER
     if world.broadcast((folder / "export" / "config.json").is_file()):
@@ -198,7 +202,7 @@ def train_language_model(config: RunConfig, run_dir: Path, world: World) -> None
         write_run(folder / "run.yaml", Composed(stage, []))
     world.barrier()
     try:
-        train(stage, folder, world)
+        train_stage(stage, folder, world, preemption)
     except Preempted:
         if world.is_main:  # the whole run is preempted; the next launch goes on with this stage
             shutil.copyfile(folder / "result.json", run_dir / "result.json")

@@ -27,48 +27,86 @@ NAMES = {
 
 
 @dataclass(frozen=True)
+class Gpu:
+    name: str
+    uuid: str
+    memory_gib: float
+    free_gib: float
+
+
+@dataclass(frozen=True)
 class Here:
     cluster: Cluster
     free_gib: float
-    """Memory that one rank may take now."""
+    """Memory that one rank may take now; infinite where there are GPUs of which nothing is known."""
 
 
-def here(config: RunConfig, env: Mapping[str, str] | None = None) -> Here:
+def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | None = None) -> Here:
     """The ranks that `dstune train` would start here, and what each of them has.
 
-    Raises UserError for more processes than GPUs.
+    ranks: how many there are, where another launcher has started them. Raises UserError for more processes than GPUs.
     """
-    machine = this_machine(os.environ if env is None else env)
-    ranks = number_of_ranks(config, machine)
+    env = os.environ if env is None else env
+    machine = this_machine(env)
+    ranks = ranks or number_of_ranks(config, machine)
     memory = psutil.virtual_memory()
     if machine.gpus and (listed := gpus()):
-        name, total, free = min(listed, key=lambda gpu: gpu[2])
+        taken = used(listed, env, ranks)
+        fullest = min(taken or listed, key=lambda gpu: gpu.free_gib)
+        free = fullest.free_gib if taken else float("inf")
+        name, total = fullest.name, fullest.memory_gib
         found = next((DEVICES[key] for part, key in NAMES.items() if part in name.upper()), None)
         device = replace(found or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
         return Here(Cluster(device, ranks, known=found is not None, host_gib=memory.available / GIB), free)
     available = min(memory.available, container_limit()) / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)
-    return Here(Cluster(cpu, ranks, known=False), available / ranks)
+    return Here(Cluster(cpu, ranks, known=False), float("inf") if machine.gpus else available / ranks)
 
 
-def gpus() -> list[tuple[str, float, float]]:
-    """Name, total and free memory in GiB of each GPU that the driver's tool lists; none where there is no such tool."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:
+    """Those of all GPUs that `ranks` ranks take: the driver's tool lists the hidden ones too, which others may fill.
+
+    Empty where that is not certain: CUDA_VISIBLE_DEVICES names parts of GPUs, or CUDA counts them in another order.
+    """
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    names = list(map(str, range(len(listed)))) if visible is None else [name.strip() for name in visible.split(",")]
+    # CUDA puts the fastest first, the driver's tool goes by the slot.
+    numbered = len({gpu.name for gpu in listed}) == 1 or env.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    found = []
+    for name in names[:ranks]:
+        own = [
+            gpu
+            for number, gpu in enumerate(listed)
+            if (numbered and name == str(number)) or (name.startswith("GPU-") and gpu.uuid.startswith(name))
+        ]
+        if len(own) != 1:
+            return []
+        found += own
+    return found
+
+
+def gpus() -> list[Gpu]:
+    """Each GPU that the driver's tool lists, by its number; none where there is no such tool."""
+    query = ["nvidia-smi", "--query-gpu=name,uuid,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        rows = [line.rsplit(",", 2) for line in lines if line.strip()]
-        return [(name.strip(), float(total) / 1024, float(free) / 1024) for name, total, free in rows]
+        rows = [[part.strip() for part in line.rsplit(",", 3)] for line in lines if line.strip()]
+        return [Gpu(name, uuid, float(total) / 1024, float(free) / 1024) for name, uuid, total, free in rows]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
 
 
 def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process's container may still take; infinite without a limit."""
+    """Bytes that this process's container may still take; infinite without a limit.
+
+    Pages of files that were read count as taken until others need the room, so they are free."""
     try:
         limit = (root / "memory.max").read_text().strip()
         if limit == "max":
             return float("inf")
-        return max(0.0, int(limit) - int((root / "memory.current").read_text()))
+        lines = [line.split() for line in (root / "memory.stat").read_text().splitlines()]
+        cached = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+        return max(0.0, int(limit) - int((root / "memory.current").read_text()) + cached)
     except (OSError, ValueError):
         return float("inf")
 

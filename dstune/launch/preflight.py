@@ -47,11 +47,11 @@ TOKENIZER_FILES = (
 )
 
 
-def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfig:
+def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: bool = True) -> RunConfig:
     """`config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and
     downloaded; model folder, the first rows of the data files and the hardware checked.
 
-    stage: told what is being done where it may take long.
+    stage: told what is being done where it may take long. trains: whether there has to be memory to train.
 
     Raises:
         UserError: everything that is missing or cannot be had, listed together.
@@ -100,7 +100,8 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None) -> RunConfi
     problems += cleaning.missing(config.data.clean)
     _refuse(problems)
     config = replace(config, model=model)
-    _refuse(memory_problems(config))
+    if trains:
+        _refuse(memory_problems(config))
     return config
 
 

@@ -39,7 +39,7 @@ def memory_problems(config: RunConfig, env: Mapping[str, str] | None = None) -> 
     if launch is None and config.launch.name != "local":
         return []  # the ranks' machines are others
     try:
-        found = machine.here(config, env)
+        found = machine.here(config, env, launch.local_size if launch else None)
         cluster = found.cluster
         if launch is not None:  # somebody else's launch: as many ranks, this node's devices
             nodes = max(1, launch.world_size // launch.local_size)

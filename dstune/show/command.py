@@ -88,7 +88,7 @@ def located(config: RunConfig, console: Console) -> RunConfig:
         UserError: everything that is missing, listed together.
     """
     without_weights = replace(config, model=replace(config.model, weights=InitialWeights.random))
-    found = preflight.resolve_run(without_weights, console.stage)
+    found = preflight.resolve_run(without_weights, console.stage, trains=False)
     return replace(found, model=replace(found.model, weights=config.model.weights))
 
 

@@ -165,6 +165,9 @@ def test_metrics_of_classes_are_those_of_scikit_learn():
         )
         assert metrics["auroc"] == pytest.approx(area)
     assert "auroc" not in classification_metrics([0], [0], np.array([[0.9, 0.1]]))[0]  # one class only: no curve
+    diverged = classification_metrics([0, 0], [0, 1], np.full((2, 2), np.nan))[0]
+    assert np.isnan(diverged["auroc"])
+    assert diverged["accuracy"] == 0.5
     found = regression_metrics([1.0, 2.0, 4.0], [1.0, 3.0, 5.0])
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 4], [1, 3, 5])[0, 1]) and found["spearman"] == 1.0
     assert found["mae"] == pytest.approx(2 / 3) and found["rmse"] == pytest.approx(math.sqrt(2 / 3))

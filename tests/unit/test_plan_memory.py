@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.errors import UserError
 from dstune.launch import machine, preflight, room
+from dstune.launch.commands import Machine
 from dstune.planning import activations
 from dstune.planning.architecture import architecture
 from dstune.planning.hardware import DEVICES, GIB, Cluster
@@ -136,7 +138,7 @@ def run(folder: Path, *more: str) -> list[str]:
 
 def gpu(monkeypatch: pytest.MonkeyPatch, free_gib: float) -> None:
     cluster = Cluster(replace(DEVICES["A100-40G"], memory_gib=39.4), 1, host_gib=0.0)
-    monkeypatch.setattr(machine, "here", lambda config, env=None: machine.Here(cluster, free_gib))
+    monkeypatch.setattr(machine, "here", lambda config, env=None, ranks=None: machine.Here(cluster, free_gib))
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,3 +177,52 @@ def test_an_architecture_that_the_planner_does_not_know_is_let_through(
     gpu(monkeypatch, 0.1)
     (small / "config.json").write_text('{"model_type": "mamba"}')
     assert room.memory_problems(compose(run(small)).config) == []
+
+
+# ---- what is free on this machine ----
+
+
+def listing(monkeypatch: pytest.MonkeyPatch, *lines: str, **env: str) -> machine.Here:
+    """What `machine.here` makes of the driver's tool's answer, for one rank."""
+    answer = SimpleNamespace(stdout="\n".join(lines) + "\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *command, **options: answer)
+    monkeypatch.setattr(machine, "this_machine", lambda env: Machine(gpus=1, cores=2))
+    return machine.here(compose(["experiment=quickstart"]).config, env)
+
+
+FULL, FREE = (f"NVIDIA H100 80GB HBM3, GPU-{name}, 81559, {free}" for name, free in (("aa11", 1024), ("bb22", 80000)))
+
+
+def test_a_gpu_that_the_run_does_not_use_may_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listing(monkeypatch, FULL, FREE, CUDA_VISIBLE_DEVICES="1").free_gib == 80000 / 1024
+    assert listing(monkeypatch, FULL, FREE, CUDA_VISIBLE_DEVICES="GPU-bb").free_gib == 80000 / 1024
+    assert listing(monkeypatch, FREE, FULL).free_gib == 80000 / 1024  # one rank takes the first
+    assert listing(monkeypatch, FULL, FREE).free_gib == 1.0
+    assert listing(monkeypatch, FULL, FREE, CUDA_VISIBLE_DEVICES="MIG-cc33").free_gib == float("inf")
+    other = FREE.replace("H100 80GB HBM3", "GeForce RTX 4090")
+    assert listing(monkeypatch, FULL, other).free_gib == float("inf")  # CUDA may count them the other way round
+    assert listing(monkeypatch, FULL, other, CUDA_DEVICE_ORDER="PCI_BUS_ID").free_gib == 1.0
+
+
+def test_without_the_drivers_tool_nothing_is_known_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listing(monkeypatch, "").free_gib == float("inf")
+
+
+def test_ranks_of_another_launcher_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "this_machine", lambda env: Machine(gpus=0, cores=8))
+    config = compose(["experiment=quickstart"]).config
+    assert machine.here(config, {}, 1).free_gib == pytest.approx(2 * machine.here(config, {}).free_gib, rel=0.1)
+
+
+def test_what_files_take_of_a_containers_memory_is_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 200\nfile 700\nshmem 50\ninactive_file 400\nactive_file 250\n")
+    assert machine.container_limit(tmp_path) == 750
+
+
+def test_what_does_not_train_needs_no_memory_to_train(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 1.0)
+    preflight.resolve_run(compose(run(small)).config, trains=False)
+    with pytest.raises(UserError, match="a rank takes at least"):
+        preflight.resolve_run(compose(run(small)).config)

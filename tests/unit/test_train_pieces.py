@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from support.configs import run_config
 
+from dstune import worker
+from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
 from dstune.train.feed import Ahead, windows
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Preemption, Wish
@@ -244,6 +247,20 @@ def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "STOP").touch()
     assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT
     assert preemption.while_waiting(TrainState(save_seconds=30.0)).wish is Wish.PREEMPT  # 3 * 30 s do not fit
+
+
+def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda number, action: None)
+    seen = []
+    monkeypatch.setattr(worker, "train_stage", lambda config, folder, world, asks: seen.append((folder, asks)))
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value, barrier=lambda: None)
+    method = UlmfitConfig(language_model_epochs=1)
+    worker.train(run_config(task=ClassificationConfig(), method=method), tmp_path, world)
+    (first, asks), (second, same) = seen
+    assert (first, second) == (tmp_path / "language_model", tmp_path)
+    assert asks is same
+    (tmp_path / "STOP").touch()
+    assert asks.while_waiting(TrainState()).wish is Wish.PREEMPT
 
 
 def test_feed_thread_ends_when_the_loop_leaves_early():

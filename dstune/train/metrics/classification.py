@@ -57,6 +57,8 @@ def _auroc(wanted: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
     probabilities = probabilities[:, -wanted.shape[1] :]
+    if not np.isfinite(probabilities).all():  # scikit-learn raises, and a run that diverged has to end with its result
+        return {"auroc": float("nan")}
     areas = [
         roc_auc_score(wanted[:, column], probabilities[:, column])
         for column in range(wanted.shape[1])
