@@ -17,6 +17,9 @@ from dstune.data.prepared import Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 from dstune.data.tokenize.contrastive import COLUMNS
 
+MOST_ANSWERS = 16
+"""Answers to one prompt behind which another prompt is looked for."""
+
 
 def batch_of(
     config: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool = False
@@ -70,10 +73,12 @@ def _key(ids: np.ndarray) -> int:
 def _judged(
     split: Split, micro_batch: MicroBatch, samples: list[dict[str, Any]], pad: int, max_length: int
 ) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with the answer of the next sample
-    in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has
+    """`input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with the answer to the next other
+    prompt in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has
     them."""
-    others = [split.neighbour(index) for index in micro_batch.samples]
+    others = [
+        _of_another_prompt(split, index, sample) for index, sample in zip(micro_batch.samples, samples, strict=True)
+    ]
     exchanged = [_exchanged(sample, other, max_length) for sample, other in zip(samples, others, strict=True)]
     arrays = padded([sample["input_ids"] for sample in samples], [sample["labels"] for sample in samples], pad)
     mismatched = padded([ids for ids, _ in exchanged], [labels for _, labels in exchanged], pad)
@@ -85,10 +90,25 @@ def _judged(
     return {**arrays, "desirable": desirable, "counted": _counted(micro_batch)}
 
 
+def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict[str, Any]:
+    """The next sample behind `index` whose prompt is another: the answers to one prompt stand together in the data."""
+    for distance in range(1, MOST_ANSWERS + 1):
+        other = split.neighbour(index, distance)
+        if not np.array_equal(_prompt(other), _prompt(sample)):
+            return other
+    return split.neighbour(index)
+
+
+def _prompt(sample: dict[str, Any]) -> np.ndarray:
+    """Everything in front of the first target."""
+    ids: np.ndarray = sample["input_ids"][: int(np.argmax(sample["labels"] != NO_TARGET))]
+    return ids
+
+
 def _exchanged(sample: dict[str, Any], other: dict[str, Any], max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompt of `sample` with the answer of `other`, which is everything from its first target on; ids and labels."""
-    prompt, answer = (int(np.argmax(of["labels"] != NO_TARGET)) for of in (sample, other))
-    ids = np.concatenate([sample["input_ids"][:prompt], other["input_ids"][answer:]])
+    prompt, answer = (len(_prompt(of)) for of in (sample, other))
+    ids = np.concatenate([_prompt(sample), other["input_ids"][answer:]])
     labels = np.concatenate([sample["labels"][:prompt], other["labels"][answer:]])
     return ids[:max_length], labels[:max_length]
 

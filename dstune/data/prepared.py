@@ -65,9 +65,9 @@ class Split:
         """The row of `table` that the sample `index` is."""
         return index if self.rows is None else int(self.rows[index])
 
-    def neighbour(self, index: int) -> dict[str, Any]:
-        """The sample of the row of `table` behind that of `index`; behind the last row comes the first."""
-        return self._arrays[(self.row(index) + 1) % len(self.table)]
+    def neighbour(self, index: int, distance: int = 1) -> dict[str, Any]:
+        """The sample of the row of `table` so far behind that of `index`; behind the last row comes the first."""
+        return self._arrays[(self.row(index) + distance) % len(self.table)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import DataFormat, SplitConfig
 from dstune.config.task_schema import PreferenceConfig, PreferenceLoss
+from dstune.data.batches import batch_of
 from dstune.data.rows import RowError, normalise
+from dstune.data.sampler import MicroBatch
 from dstune.errors import UserError
 
 
@@ -107,10 +109,16 @@ def test_a_pair_is_one_sample_with_both_answers(tmp_path):
 
 
 def test_pairs_are_judged_answers_too(tmp_path):
+    tokenizer = byte_tokenizer()
     config = run(write_jsonl(tmp_path / "pairs.jsonl", PAIRS), PreferenceLoss.kto)
-    data = prepared(config, byte_tokenizer(), tmp_path / "cache")
+    data = prepared(config, tokenizer, tmp_path / "cache")
     assert [int(data.train.sample(number)["desirable"]) for number in range(8)] == [1, 0] * 4
     assert np.array_equal(data.train.weights, [1] * 8)
+    # The reference point of KTO is one of answers to other prompts: never the other answer of the same pair.
+    batch = batch_of(config, data.train, MicroBatch(0, tuple((number,) for number in range(8))), 0)
+    for number, (ids, labels) in enumerate(zip(batch["other_input_ids"], batch["other_labels"], strict=True)):
+        assert f"q{number // 2}" in tokenizer.decode(ids)
+        assert f"good {(number // 2 + 1) % 4}" in tokenizer.decode(ids[labels != -100])
 
 
 def test_a_pair_that_differs_behind_max_length_only_is_dropped(tmp_path):
