@@ -17,8 +17,8 @@ from dstune.data.prepared import Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 from dstune.data.tokenize.contrastive import COLUMNS
 
-MOST_ANSWERS = 16
-"""Answers to one prompt behind which another prompt is looked for."""
+NEAR = 16
+"""Samples behind one among which the answer to another prompt is looked for."""
 
 
 def batch_of(
@@ -73,7 +73,7 @@ def _key(ids: np.ndarray) -> int:
 def _judged(
     split: Split, micro_batch: MicroBatch, samples: list[dict[str, Any]], pad: int, max_length: int
 ) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with the answer to the next other
+    """`input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with an answer to another
     prompt in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has
     them."""
     others = [
@@ -91,12 +91,17 @@ def _judged(
 
 
 def _of_another_prompt(split: Split, index: int, sample: dict[str, Any]) -> dict[str, Any]:
-    """The next sample behind `index` whose prompt is another: the answers to one prompt stand together in the data."""
-    for distance in range(1, MOST_ANSWERS + 1):
+    """The next sample behind `index` with another prompt, since the answers to one stand together in the data, and as good or
+    bad an answer, so that the shares of both stay; without the latter where none is near."""
+    prompt = _prompt(sample)
+    first: dict[str, Any] | None = None
+    for distance in range(1, NEAR + 1):
         other = split.neighbour(index, distance)
-        if not np.array_equal(_prompt(other), _prompt(sample)):
-            return other
-    return split.neighbour(index)
+        if not np.array_equal(_prompt(other), prompt):
+            if other["desirable"] == sample["desirable"]:
+                return other
+            first = first or other
+    return first or split.neighbour(index)
 
 
 def _prompt(sample: dict[str, Any]) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,13 +68,27 @@ def selected(
     world: World,
     run_dir: Path,
 ) -> Selected:
-    """Score and choose, and write `importance.json` into the run directory; a run that goes on reads its choice there."""
+    """Score and choose, and write `importance.json` into the run directory; a run that goes on reads its choice there, or
+    in the run that `run.resume` names."""
     assert isinstance(config.method, ImportanceConfig)
+    if world.is_main and config.run.resume not in ("auto", "never"):
+        take_over(Path(config.run.resume), run_dir)
     if not world.broadcast((run_dir / REPORT).is_file()):
         with probing(config, data, tokenizer, precision, world) as probe:
             _score_and_choose(config, config.method, probe, run_dir)
         world.barrier()
     return world.broadcast(_read(run_dir) if world.is_main else None)  # type: ignore[return-value]
+
+
+def take_over(source: Path, run_dir: Path) -> None:
+    """Copy the choice of another run, unless this one has its own: other ranks or devices might choose otherwise, and the
+    checkpoint has states of what was chosen."""
+    if (run_dir / REPORT).is_file() or not (source / REPORT).is_file():
+        return
+    for name in (MASKS, REPORT):  # the report last: it says that all is there
+        if (source / name).is_file():
+            shutil.copyfile(source / name, run_dir / f"{name}.incomplete")
+            (run_dir / f"{name}.incomplete").replace(run_dir / name)
 
 
 def _read(run_dir: Path) -> Selected:

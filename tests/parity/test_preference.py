@@ -139,17 +139,9 @@ class Plain:
         moved = []
         for index in samples:
             count = len(self.split.lengths)
-            own, *others = (self.split.sample((index + further) % count) for further in range(3))
-            start, *begins = (
-                next(at for at, label in enumerate(of["labels"]) if label != -100) for of in (own, *others)
-            )
-            # Behind the better answer of a pair comes the worse one to the same prompt.
-            prompts = [of["input_ids"][:begin].tolist() for of, begin in zip(others, begins, strict=True)]
-            other, begin = next(
-                (of, begin)
-                for of, begin, prompt in zip(others, begins, prompts, strict=True)
-                if prompt != own["input_ids"][:start].tolist()
-            )
+            own, other = self.split.sample(index), self.split.sample((index + 2) % count)  # of the next pair
+            start, begin = (next(at for at, label in enumerate(of["labels"]) if label != -100) for of in (own, other))
+            assert own["desirable"] == other["desirable"]
             ids = [*own["input_ids"][:start].tolist(), *other["input_ids"][begin:].tolist()][:64]
             with torch.no_grad():
                 mine, theirs, _ = self.both(ids, ([-100] * start + other["labels"][begin:].tolist())[:64])

@@ -10,6 +10,7 @@ import torch
 from dstune.models.importance import chosen_tensors, rank_correlation, sortable, threshold
 from dstune.report.importance import importance
 from dstune.report.numbers import percent
+from dstune.train.importance import MASKS, REPORT, take_over
 from dstune.zero.engine import pack_bits, unpack_bits
 
 
@@ -79,3 +80,18 @@ def test_report_shows_ranks_and_correlation(tmp_path):
     assert found.dots[0] == (100.0, 100.0, "layer.2.weight") and found.dots[2] == (0.0, 0.0, "layer.0.weight")
     (tmp_path / "importance.json").write_text("{torn")
     assert importance(tmp_path) is None
+
+
+def test_a_run_that_continues_another_takes_over_its_choice(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    take_over(first, second)
+    assert not list(second.iterdir())
+    (first / REPORT).write_text("first")
+    (first / MASKS).write_text("bits")
+    take_over(first, second)
+    assert {file.name: file.read_text() for file in second.iterdir()} == {REPORT: "first", MASKS: "bits"}
+    (second / REPORT).write_text("second")
+    take_over(first, second)
+    assert (second / REPORT).read_text() == "second"

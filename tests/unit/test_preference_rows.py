@@ -118,7 +118,8 @@ def test_pairs_are_judged_answers_too(tmp_path):
     batch = batch_of(config, data.train, MicroBatch(0, tuple((number,) for number in range(8))), 0)
     for number, (ids, labels) in enumerate(zip(batch["other_input_ids"], batch["other_labels"], strict=True)):
         assert f"q{number // 2}" in tokenizer.decode(ids)
-        assert f"good {(number // 2 + 1) % 4}" in tokenizer.decode(ids[labels != -100])
+        kind = ("good", "bad one")[number % 2]
+        assert f"{kind} {(number // 2 + 1) % 4}" in tokenizer.decode(ids[labels != -100])
 
 
 def test_a_pair_that_differs_behind_max_length_only_is_dropped(tmp_path):

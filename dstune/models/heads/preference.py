@@ -186,7 +186,7 @@ class JudgedHead:
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8): single answers, good or bad, against a reference point.
 
     The reference point z0 estimates how far the model has moved from the reference on answers that belong to other
-    prompts: each prompt is continued with the answer to the next other one in the data (behind the last sample comes the
+    prompts: each prompt is continued with an answer to the next other one in the data (behind the last sample comes the
     first), and z0 is the mean of the log-probability ratios over the whole window, at least 0. That pairing is a property
     of the data: neither the number of ranks nor the order of training changes it. z0 carries no gradient and no dropout.
     """
