@@ -7,10 +7,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dstune import baseline_file, harness, samples
 from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
@@ -19,34 +21,78 @@ from dstune.config.compose import Composed, apply_overrides, compose, read_run, 
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
-from dstune.config.schema import InitialWeights, RunConfig, WandbConfig
-from dstune.config.task_schema import ClassificationConfig, PreferenceConfig, TaskConfig
+from dstune.config.schema import InitialWeights, ModelConfig, RunConfig, WandbConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    PreferenceConfig,
+    Seq2SeqConfig,
+    TaskConfig,
+)
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, supervise
 from dstune.launch.commands import local_plan
 from dstune.launch.console import Console
 
-SPLITS = ("validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 def main(argv: list[str]) -> int:
     """`dstune evaluate RUN|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parse(argv)
     console = Console(sys.stderr if arguments.json else sys.stdout)
+    if arguments.harness:
+        return _harness(arguments, console.stage)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)
         write_run(directory / "run.yaml", Composed(config, arguments.overrides))
+        options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
         plan = local_plan(config, directory, console=console.kind)
-        ranks = tuple(_command(argv, directory, arguments.split, checkpoint) for argv in plan.argv)
+        options["checkpoint"] = None if checkpoint is None else str(checkpoint)
+        ranks = tuple(_command(argv, directory, options) for argv in plan.argv)
         code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console)
         if code != EXIT_DONE:
             # There is nothing saved to go on from.
             return EXIT_FAILED if code == EXIT_PREEMPTED else code
         result = records.read_result(directory)
         assert result is not None, "the supervisor saw to it"
+    del result["status"]
+    if arguments.output is not None:
+        _write_rows(arguments.output, result.pop("row_results"))
+    if arguments.shots is not None and _is_run(arguments.target):
+        run, asked = Path(arguments.target), result["asked"]
+        baseline_file.remember(run, asked, result["split"], result["rows"], result["prompted"])
     _print(arguments.target, result, as_json=arguments.json)
+    return EXIT_DONE
+
+
+def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int:
+    harness.require()
+    path = Path(arguments.target)
+    shots = arguments.shots
+    if shots is not None and len(shots) > 1:
+        raise UserError(Problem("--shots", "the harness asks with one number of examples", "--shots 5", str(shots)))
+    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+        if _is_run(arguments.target):
+            config = apply_overrides(read_run(path / "run.yaml").config, arguments.overrides)
+            folder = str(exported(path, Path(scratch), merge=True))
+            config = replace(config, model=replace(config.model, revision=None))
+        else:
+            config = compose([f"model.path={_quoted(arguments.target)}", *arguments.overrides]).config
+            folder = arguments.target
+            if not (path / "adapter_config.json").is_file():
+                config = replace(config, model=preflight.resolve_model(config.model, stage))
+                folder = str(samples.resolve(folder)) if samples.is_sample(folder) else folder
+        tasks = [name for name in arguments.harness.split(",") if name]
+        with redirect_stdout(sys.stderr):
+            results = harness.run(config, folder, tasks, arguments.harness_path, shots[0] if shots else None)
+    if arguments.json:
+        print(json.dumps({"model": arguments.target, "harness": results}))
+    else:
+        harness.show(arguments.target, results)
     return EXIT_DONE
 
 
@@ -57,12 +103,44 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"
     )
     parser.add_argument("--split", choices=SPLITS, default="validation", help="which rows (default validation)")
+    parser.add_argument(
+        "--shots",
+        type=_numbers,
+        metavar="N[,N...]",
+        help="the untuned model instead, asked with so many worked examples in front of each row (0 is none)",
+    )
+    parser.add_argument(
+        "--prompted",
+        metavar="MODEL",
+        help="with --shots and a run: the model to ask; its own base model when not given",
+    )
+    parser.add_argument(
+        "--harness", metavar="TASK[,TASK...]", help="tasks of lm-evaluation-harness instead (needs dstune[harness])"
+    )
+    parser.add_argument("--harness-path", type=Path, metavar="FOLDER", help="a folder with harness tasks of your own")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_intermixed_args(argv)
     if "=" in arguments.target:
         fix = f"dstune evaluate RUN {arguments.target}"
         raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
+    if arguments.prompted and (arguments.shots is None or not _is_run(arguments.target)):
+        fix = "dstune evaluate RUN --shots 0,4 --prompted MODEL"
+        raise UserError(
+            Problem("--prompted", "it is a run's rows that another model is asked", fix, arguments.prompted)
+        )
     return arguments
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError("numbers of examples, for example 0,4")
+    return sorted({int(part) for part in parts})
+
+
+def _is_run(target: str) -> bool:
+    return (Path(target) / "run.yaml").is_file()
 
 
 def _configuration(
@@ -72,6 +150,8 @@ def _configuration(
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
     stored = read_run(path / "run.yaml").config if (path / "run.yaml").is_file() else None
+    if stored is not None and arguments.shots is not None:
+        return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
     if stored is not None and isinstance(stored.method, AdapterConfig) and not can_merge(stored.method):
         config = apply_overrides(stored, arguments.overrides)
         checkpoint = find_checkpoint(path, "last")
@@ -95,6 +175,8 @@ def _configuration(
     else:
         recorded = recorded_overrides(path, arguments.overrides)
         config = compose([f"model.path={_quoted(arguments.target)}", *recorded, *arguments.overrides]).config
+    if arguments.shots is not None:
+        return _prompted(config, arguments, stage), None
     data = config.data
     if not data.train and not data.mixture:
         # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
@@ -130,22 +212,50 @@ def _compared(config: RunConfig) -> TaskConfig:
     return replace(task, reference_model=model.path, reference_revision=model.revision)
 
 
+def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[[str], None]) -> RunConfig:
+    """What the ranks ask: the untuned model, and training rows for the examples. Raises UserError."""
+    problems = []
+    if not config.data.train and not config.data.mixture and any(arguments.shots):
+        reason = "worked examples are drawn from training rows"
+        problems.append(Problem("--shots", reason, "data.train=FILE, or --shots 0", str(max(arguments.shots))))
+    if not isinstance(config.task, (ChatConfig, CausalLmConfig, ClassificationConfig, Seq2SeqConfig)):
+        reason = f"task={config.task.name} has no answers that a prompted model could give"
+        problems.append(Problem("--shots", reason, "leave --shots out"))
+    if config.data.streaming:
+        problems.append(Problem("data.streaming", "examples are drawn from all training rows", "data.streaming=false"))
+    if problems:
+        raise UserError(problems)
+    data = config.data
+    if not data.train and not data.mixture:
+        data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
+    if arguments.prompted:
+        config = replace(config, model=ModelConfig(path=arguments.prompted))
+    tracking = replace(config.tracking, wandb=WandbConfig())
+    launch = config.launch if isinstance(config.launch, LocalConfig) else LocalConfig()  # on this machine
+    data = replace(data, packing=False)
+    config = replace(config, data=data, method=FullConfig(), launch=launch, tracking=tracking)
+    validate(config)
+    return preflight.resolve_run(config, stage)
+
+
 def _quoted(path: str) -> str:
     """`path` as a value of Hydra's grammar, whatever characters it has."""
     escaped = path.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
-def _command(argv: tuple[str, ...], directory: Path, split: str, checkpoint: Path | None) -> tuple[str, ...]:
+def _command(argv: tuple[str, ...], directory: Path, options: dict[str, Any]) -> tuple[str, ...]:
     """The command of a training rank, turned into one that evaluates."""
     module = argv.index("dstune.worker")
-    adapter = () if checkpoint is None else (str(checkpoint),)
-    return (*argv[:module], "dstune.evaluate_ranks", str(directory), split, *adapter)
+    return (*argv[:module], "dstune.evaluate_ranks", str(directory), json.dumps(options))
 
 
 def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"model": target, **{key: value for key, value in result.items() if key != "status"}}))
+        print(json.dumps({"model": target, **result}))
+        return
+    if "prompted" in result:
+        _print_prompted(target, result)
         return
     print(f"{target}: {result['rows']:,} {result['split']} rows")
     width = max(map(len, result["metrics"]))
@@ -179,6 +289,22 @@ def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _print_prompted(target: str, result: dict[str, Any]) -> None:
+    """A column for each number of examples."""
+    print(f"{result['asked']}, untuned: {result['rows']:,} {result['split']} rows of {target}")
+    columns = [(f"{one['shots']} examples", one["metrics"]) for one in result["prompted"]]
+    names = list(columns[0][1])
+    print(" " * (2 + max(map(len, names))) + "".join(f"{head:>14}" for head, _ in columns))
+    for name in names:
+        print(f"  {name:<{max(map(len, names))}}" + "".join(f"{metrics[name]:>14.4f}" for _, metrics in columns))
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    aside = path.with_name(f"{path.name}.incomplete")
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    aside.replace(path)
 
 
 def _print_confusion(labels: list[str], confusion: list[list[int]]) -> None:

@@ -1,4 +1,6 @@
-"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluate_ranks DIR SPLIT [CHECKPOINT]`.
+"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluate_ranks DIR OPTIONS`.
+
+OPTIONS is JSON: split, shots, rows, checkpoint.
 
 As in training, but there is no optimizer and nothing is saved: at ZeRO-3 the weights stay partitioned, else every rank
 holds the model.
@@ -6,19 +8,23 @@ holds the model.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.record import HEADS
 from dstune.config.compose import read_run
+from dstune.config.convert import shown
 from dstune.config.schema import Offload, RunConfig
 from dstune.config.task_schema import ClassificationConfig, RewardConfig, TokenClassificationConfig
-from dstune.data.build import prepare
+from dstune.data.build import Split, prepare
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import build_head
@@ -28,6 +34,7 @@ from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.tracking.console import Console
+from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import count_rows
 from dstune.train.reference import with_reference_model
@@ -37,56 +44,76 @@ from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
 
 
-def evaluate(config: RunConfig, directory: Path, split: str, checkpoint: Path | None, world: World) -> None:
+def evaluate(
+    config: RunConfig,
+    directory: Path,
+    split: str,
+    checkpoint: Path | None,
+    world: World,
+    *,
+    shots: Sequence[int] | None = None,
+    with_rows: bool = False,
+) -> None:
     """Evaluate the whole model in `config.model` on a split; rank 0 writes `result.json` into `directory`.
 
     checkpoint: with one, the model is the base of the adapter that is in it.
 
+    shots: ask it with so many worked examples in front of each row instead. with_rows: the result tells each row's answer.
     Raises UserError where there is no such split, or the model does not fit the task.
     """
     precision = world.broadcast(resolve(config))
-    if checkpoint is None:
+    if checkpoint is None and shots is None:
         config = with_labels(config)
     stage = 3 if config.zero.stage == 3 else 0
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=Offload.none))
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())
-    part = data.validation if split == "validation" else data.test
+    part: Split | None = getattr(data, split)
     if part is None:
         fix = f"give data.{split}=FILE, or data.split.{split}=0.1 to hold rows out"
         raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
     data = with_reference_model(
         config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
     )
-    part = data.validation if split == "validation" else data.test
+    part = getattr(data, split)
     assert part is not None
+    loaded = config if shots is None else baseline.as_language_model(config)
     with partitioned_loading(settings):
-        model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+        model = load_model(loaded, tokenizer, data.labels if loaded is config else (), DTYPES[precision])
     module = model if checkpoint is None else apply_method(config, model)
     if checkpoint is not None:
         load_trained(module, checkpoint)
-    head = build_head(config.task, model)
+    head = build_head(loaded.task, model)
     engine = Engine(module, None, settings, world)
     examine(head, engine)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     console = Console() if world.is_main else None
-    evaluator = Evaluator(config, data, engine, head, world, tokenizer.pad_token_id)
-    evaluation = evaluator(part, (lambda done, total: console.progress(done, total, {})) if console else None)
-    changes = evaluator.counterfactual(part)
-    if world.is_main:
-        result = {
-            "status": "completed",
-            "split": split,
-            "rows": count_rows(limited(part, config.evaluate.max_rows, config.task), config.task),
-            "world_size": world.size,
-            "metrics": evaluation.metrics,
-        }
+    evaluator = Evaluator(config, data, engine, head, world, tokenizer)
+    progress = (lambda done, total: console.progress(done, total, {})) if console else None
+    measured: dict[str, Any] = {}
+    row_results: list[dict[str, Any]] = []
+    if shots is None:
+        evaluation = evaluator(part, progress)
+        measured["metrics"] = evaluation.metrics
+        changes = evaluator.counterfactual(part)
         if changes is not None:
-            result["counterfactual"] = changes
+            measured["counterfactual"] = changes
         if evaluation.details:
-            result |= {"labels": list(data.labels), **evaluation.details}
-        write_result(directory, result)
+            measured |= {"labels": list(data.labels), **evaluation.details}
+        row_results = evaluation.row_results(data.labels)
+    else:
+        prompted = baseline.measure_prompted(
+            config, data, engine, head, tokenizer, world, part, shots, progress=progress
+        )
+        measured["asked"] = shown(config.model.path)
+        measured["prompted"] = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
+        for one in prompted:
+            row_results += [{"shots": one.shots, **row} for row in one.evaluation.row_results(data.labels)]
+    if world.is_main:
+        rows = count_rows(limited(part, config.evaluate.max_rows, config.task), config.task)
+        result = {"status": "completed", "split": split, "rows": rows, "world_size": world.size, **measured}
+        write_result(directory, result | ({"row_results": row_results} if with_rows else {}))
     world.barrier()
 
 
@@ -122,13 +149,15 @@ def with_labels(config: RunConfig) -> RunConfig:
 
 
 def main() -> int:
-    directory, split = Path(sys.argv[1]), sys.argv[2]
-    checkpoint = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    directory, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     die_with_parent()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
 
     def work() -> None:
-        evaluate(read_run(directory / "run.yaml").config, directory, split, checkpoint, start_process_group(env))
+        config, world = read_run(directory / "run.yaml").config, start_process_group(env)
+        checkpoint = None if options["checkpoint"] is None else Path(options["checkpoint"])
+        split, shots, with_rows = options["split"], options["shots"], options["rows"]
+        evaluate(config, directory, split, checkpoint, world, shots=shots, with_rows=with_rows)
 
     return guarded(work, lambda error: tell_launcher(directory, env.rank, error))
 

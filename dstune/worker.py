@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import xxhash
 
-from dstune import environment, handed, rendezvous
+from dstune import baseline_file, environment, handed, rendezvous
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
@@ -46,9 +47,10 @@ from dstune.telling import leave_error, tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
 from dstune.train import spikes
+from dstune.train.baseline import measure_prompted
 from dstune.train.beforehand import work_out
 from dstune.train.classical import classical_results
-from dstune.train.evaluate import Evaluator, answer_prompts
+from dstune.train.evaluate import Evaluator, answer_prompts, limited
 from dstune.train.features import Features
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
@@ -157,7 +159,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         total_steps=total_steps,
         state=state,
         hooks=hooks,
-        evaluator=Evaluator(config, data, engine, head, world, tokenizer.pad_token_id),
+        evaluator=Evaluator(config, data, engine, head, world, tokenizer),
         rewind=checkpoints.rewind,
         guard=spikes.SpikeGuard(config),
         own_time=OwnTime(),
@@ -174,6 +176,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     try:
         describe(config, run_dir, run, module, features, selection)
         show_samples(run, tokenizer, before=True)
+        ask_untuned(run, run_dir, module, tokenizer)
         decision = fit(run)
         run.watchdog.rest()
         finish(run, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0)
@@ -313,6 +316,35 @@ def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
     answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
     if isinstance(run.log, Tracker) and answers:
         run.log.samples(run.state.step, answers)
+
+
+def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer: Any) -> None:
+    """`evaluate.baseline_shots`: what the model reaches on the validation rows before training, with examples in front."""
+    config, validation = run.config, run.data.validation
+    if not config.evaluate.baseline_shots or run.state.step > 0 or validation is None:
+        return
+    adapted: Any = module
+    untouched = adapted.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
+    with untouched, run.watchdog.paused():
+        prompted = measure_prompted(
+            config,
+            run.data,
+            run.engine,
+            run.head,
+            tokenizer,
+            run.world,
+            validation,
+            config.evaluate.baseline_shots,
+            key="evaluate.baseline_shots",
+        )
+    if run.log is None:
+        return
+    rows = len(limited(validation, config.evaluate.max_rows, config.task).lengths)
+    found = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
+    baseline_file.remember(run_dir, shown(config.model.path), validation.name, rows, found)
+    for one in prompted:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.evaluation.metrics.items())
+        run.log.message(f"untuned, {one.shots} examples: {metrics}")
 
 
 def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, features_seconds: float = 0.0) -> None:

@@ -16,7 +16,7 @@ from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.method_schema import AdapterConfig, FeaturesConfig, HeadConfig, LoraConfig, Pooling
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CONVERSATIONS, EmbeddingConfig
+from dstune.config.task_schema import CONVERSATIONS, EmbeddingConfig, Seq2SeqConfig
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
 PIPELINES = {
@@ -43,6 +43,8 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     pipeline = PIPELINES.get(config.task.name, "text-generation")
+    if _is_encoder_decoder(folder):
+        pipeline = "text2text-generation"
     metrics = state.get("metrics") or {}
     origin = _hub_name(config.model.path)
     data = ModelCardData(
@@ -67,16 +69,22 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
         ]
         or None,
     )
-    body = "\n\n".join(_sections(run_dir, config, state, adapter))
+    body = "\n\n".join(_sections(folder, run_dir, config, state, adapter))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 
-def _sections(run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapter: bool) -> Iterator[str]:
+def _is_encoder_decoder(folder: Path) -> bool:
+    """Whether the model or the adapter in `folder` is of that kind."""
+    kind = _read(folder / "adapter_config.json").get("task_type")
+    return kind == "SEQ_2_SEQ_LM" or bool(_read(folder / "config.json").get("is_encoder_decoder"))
+
+
+def _sections(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapter: bool) -> Iterator[str]:
     what = "A LoRA adapter of" if adapter else "A fine-tuned version of"
     base = _hub_name(config.model.path) or public_name(config.model.path)
     revision = f" at revision `{config.model.revision}`" if config.model.revision else ""
     yield f"# {config.run.name}\n\n{what} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."
-    yield f"## Use\n\n```python\n{_usage(config, state, adapter)}\n```"
+    yield f"## Use\n\n```python\n{_usage(folder, config, state, adapter)}\n```"
     yield f"## Data\n\nTraining rows: {_data_name(config)}.\n\n{_counts(_read(run_dir / 'data_report.json'))}".rstrip()
     yield f"## Evaluation\n\n{_evaluation(run_dir, state)}"
     yield f"## Training\n\n{_settings(config, state)}"
@@ -87,11 +95,12 @@ def _sections(run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapte
         yield f"## Versions\n\nPython {environment.get('python')}, {', '.join(versions)}."
 
 
-def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
+def _usage(folder: Path, config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
     if isinstance(config.task, EmbeddingConfig):
         return "\n".join(_embedding_usage())
     classifier = config.task.name in ("classification", "reward")
-    kind = KINDS.get(config.task.name, "CausalLM")
+    language_model = "Seq2SeqLM" if _is_encoder_decoder(folder) else "CausalLM"
+    kind = KINDS.get(config.task.name, language_model)
     if not adapter and config.task.name in EXAMPLES:
         call = f"pipeline({PIPELINES[config.task.name]!r}, path)({EXAMPLES[config.task.name]})"
         path = 'path = "PATH"  # this folder, or the id under which it was published'
@@ -128,9 +137,14 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
         ]
     elif config.task.name in EXAMPLES:
         lines += ["# labels by index: " + ", ".join(state["labels"])] if state["labels"] else []
-    elif isinstance(config.task, CONVERSATIONS):
+    elif language_model == "Seq2SeqLM":
         lines += [
-            'messages = [{"role": "user", "content": "Hello"}]',
+            f'inputs = tokenizer({_asked(folder, config)}, return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))",
+        ]
+    elif _asked_by_chat(folder, config):
+        lines += [
+            f'messages = [{{"role": "user", "content": {_asked(folder, config)}}}]',
             "inputs = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
             ")",
@@ -139,7 +153,7 @@ def _usage(config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
         ]
     else:
         lines += [
-            'inputs = tokenizer("Once", return_tensors="pt")',
+            f'inputs = tokenizer({_asked(folder, config)}, return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
         ]
     return "\n".join(lines)
@@ -153,6 +167,24 @@ def _embedding_usage() -> list[str]:
         'vectors = model.encode(["A text.", "Another text."])',
         "print(model.similarity(vectors, vectors))",
     ]
+
+
+def _asked(folder: Path, config: RunConfig) -> str:
+    """A prompt as Python text."""
+    if not isinstance(config.task, Seq2SeqConfig):
+        return '"Hello"' if isinstance(config.task, CONVERSATIONS) else '"Once"'
+    prompt = config.task.prompt.replace("{source}", "TEXT")
+    alone = _is_encoder_decoder(folder) or _asked_by_chat(folder, config)
+    return json.dumps(prompt if alone else prompt + config.task.separator, ensure_ascii=False)
+
+
+def _asked_by_chat(folder: Path, config: RunConfig) -> bool:
+    templates = (folder / "chat_template.jinja").is_file() or _read(folder / "tokenizer_config.json").get(
+        "chat_template"
+    )
+    return isinstance(config.task, CONVERSATIONS) and (
+        not isinstance(config.task, Seq2SeqConfig) or (config.task.chat and bool(templates))
+    )
 
 
 def _counts(report: Mapping[str, Any]) -> str:

@@ -37,7 +37,15 @@ from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
 from dstune.models.base_weights import BaseWeights
-from dstune.models.load import NewWeights, load_config, load_model, load_tokenizer, local_path, new_weights
+from dstune.models.load import (
+    NewWeights,
+    complete_generation,
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_path,
+    new_weights,
+)
 from dstune.models.peft import apply_method
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.quantize import quantized_modules, rounded
@@ -73,7 +81,8 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
     else:
         sources = _Sources(config, tokenizer, labels, built, trained).all()
         # Training has no use for the cache of past keys and values; generation has.
-        built.model.config.use_cache = load_config(config.model).use_cache
+        # Two joined encoders have no such setting of their own.
+        built.model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
         _save_whole(built, sources, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
     if isinstance(config.task, EmbeddingConfig):
@@ -263,6 +272,8 @@ def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token
         )
     except OSError:
         generation = model.generation_config
+    if model.config.is_encoder_decoder:
+        complete_generation(generation, model.config)
     before = generation.eos_token_id
     ends = sorted({*stops, *(before if isinstance(before, list) else [] if before is None else [before])})
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None

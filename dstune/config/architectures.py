@@ -1,13 +1,44 @@
-"""Architectures that no task can train: known from a model's `config.json`, so by the launcher and by every rank."""
+"""Architectures that not every task can train: known from a model's `config.json`, so by the launcher and by every rank."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from dstune.config.schema import ModelConfig
 from dstune.errors import Problem
 
 
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:
-    """The problem with a model (T5, BART, ...) that reads one text and writes another."""
-    reason = f"{architecture} is an encoder-decoder, which needs task=seq2seq; this version has no such task"
-    fix = "choose a decoder (task=chat, task=causal_lm) or an encoder (task=classification)"
+    """The problem with a model (T5, BART, ...) that reads one text and writes another, under another task."""
+    reason = f"{architecture} is an encoder-decoder, which task=seq2seq trains and no other"
+    fix = "task=seq2seq, or choose a decoder (task=chat, task=causal_lm) or an encoder (task=classification)"
     return Problem("model.path", reason, fix, model.path)
+
+
+def packed_encoder_decoder_problem(architecture: str) -> Problem:
+    """The problem with packing for a model whose every target belongs to one source."""
+    reason = f"{architecture} is an encoder-decoder: the decoder would attend to the sources of all samples in a row"
+    return Problem("data.packing", reason, "data.packing=false", "true")
+
+
+def encoder_decoder_method_problem(method: str, architecture: str) -> Problem | None:
+    """The problem with a method that has been made for models of one part only; None for the others."""
+    if method in ("prompt", "prefix", "p_tuning"):
+        reason = f"{architecture} is an encoder-decoder, and which of its parts a trained prompt stands before is not settled"
+    elif method == "qlora":
+        reason = (
+            f"{architecture} is an encoder-decoder, and rounding to 4 bits has been shown for models of one part only"
+        )
+    else:
+        return None
+    return Problem("method", reason, "method=lora", method)
+
+
+def mark_encoder_decoder(tokenizer: Any) -> None:
+    """Note at a tokenizer that its model is an encoder-decoder: it decides what the tokenizer's samples look like."""
+    tokenizer.dstune_encoder_decoder = True
+
+
+def is_encoder_decoder(tokenizer: Any) -> bool:
+    """Whether the model that a tokenizer was loaded for is an encoder-decoder."""
+    return bool(getattr(tokenizer, "dstune_encoder_decoder", False))

@@ -22,6 +22,7 @@ class DataFormat(Enum):
     contrastive = "contrastive"
     tokens_tags = "tokens_tags"
     squad = "squad"
+    source_target = "source_target"
 
 
 class TextRows(Enum):

@@ -285,7 +285,7 @@ class EvaluateConfig:
     micro_batch_size: int | None = setting(None, at_least=1)
     """Rows in one forward pass of one rank; `trainer.micro_batch_size` when not given."""
     samples: int = setting(0, at_least=0)
-    """Held-out prompts answered before and after training (chat and causal_lm)."""
+    """Held-out prompts answered before and after training (chat, causal_lm, seq2seq)."""
     max_new_tokens: int = setting(48, at_least=1)
     """Longest answer to a sample prompt, in tokens."""
     slices: list[str] = setting([])
@@ -296,6 +296,10 @@ class EvaluateConfig:
     """A slice with fewer rows is shown, but cannot be the worst or the best one."""
     counterfactual: str | None = None
     """File with terms to swap (columns `from` and `to`): how much changes in held-out rows where only they do."""
+    generate_rows: int | None = setting(100, at_least=0)
+    """Of seq2seq rows, how many targets are generated and scored at an evaluation; 0 none, null those of all rows."""
+    baseline_shots: list[int] = setting([])
+    """Before training, ask the untuned model too, with so many worked examples (`[0,4]`), and report what it reaches."""
 
 
 @dataclass(frozen=True)

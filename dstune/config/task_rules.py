@@ -16,6 +16,7 @@ from dstune.config.task_schema import (
     PreferenceConfig,
     PreferenceLoss,
     Reference,
+    Seq2SeqConfig,
     TagScheme,
     TokenClassificationConfig,
 )
@@ -42,6 +43,9 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
         yield from _check_embedding(config)
     if isinstance(task, EmbeddingConfig) or (isinstance(task, PreferenceConfig) and task.compares):
         yield from _check_scores(config)
+    if isinstance(task, Seq2SeqConfig) and task.prompt.count("{source}") != 1:
+        reason = "the source has to have one place in the prompt"
+        yield Problem("task.prompt", reason, "task.prompt='\"Translate: {source}\"'", shown(task.prompt))
     if isinstance(task, ClassificationConfig | TokenClassificationConfig) and task.labels:
         yield from _check_labels(
             task.labels, least=1 if isinstance(task, ClassificationConfig) and task.multi_label else 2

@@ -166,6 +166,25 @@ class QuestionAnsweringConfig:
     """Tokens of a long text that two windows of it have in common; at most half of what has room beside the question."""
 
 
+@dataclass(frozen=True)
+class Seq2SeqConfig:
+    """A target for a source (translation, summary), by encoder-decoders and by decoders; the loss is on the target."""
+
+    name: str = "seq2seq"
+    prompt: str = "{source}"
+    """What the model reads, `{source}` in it: `"Translate to Spanish: {source}"`."""
+    chat: bool = True
+    """A decoder with a chat template is asked through it; else the target follows the prompt and `separator`."""
+    separator: str = "\n"
+    """Between prompt and target where a decoder is asked without a chat template."""
+    template_date: str | None = None
+    """The date that a chat template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    max_target_length: int | None = setting(None, at_least=2)
+    """Longest target in tokens, its end included; `data.max_length` when not given. Longer ones are cut."""
+    max_new_tokens: int | None = setting(None, at_least=1)
+    """Longest generated target; when not given a quarter more than the longest target among the evaluated rows."""
+
+
 TaskConfig = (
     ChatConfig
     | CausalLmConfig
@@ -175,6 +194,7 @@ TaskConfig = (
     | PreferenceConfig
     | RewardConfig
     | EmbeddingConfig
+    | Seq2SeqConfig
 )
 
 TASKS: dict[str, type] = {
@@ -186,13 +206,14 @@ TASKS: dict[str, type] = {
     "embedding": EmbeddingConfig,
     "token_classification": TokenClassificationConfig,
     "question_answering": QuestionAnsweringConfig,
+    "seq2seq": Seq2SeqConfig,
 }
 """Classes of the group by the name of the choice."""
 
-CONVERSATIONS = (ChatConfig, PreferenceConfig, RewardConfig)
-"""Tasks whose rows are rendered with the chat template."""
+CONVERSATIONS = (ChatConfig, PreferenceConfig, RewardConfig, Seq2SeqConfig)
+"""Tasks whose rows are rendered with the chat template, where the model has one."""
 
-WRITERS = (ChatConfig, CausalLmConfig, PreferenceConfig)
+WRITERS = (ChatConfig, CausalLmConfig, PreferenceConfig, Seq2SeqConfig)
 """Tasks whose models write text."""
 
 HEADED = (ClassificationConfig, RewardConfig, TokenClassificationConfig, QuestionAnsweringConfig)

@@ -37,11 +37,15 @@ from dstune.config.task_schema import (
     EmbeddingConfig,
     PreferenceConfig,
     RewardConfig,
+    Seq2SeqConfig,
     TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.config.watched import watched
 from dstune.errors import Problem, UserError
+
+GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
+"""Of generated targets (`train/generation.py`)."""
 
 METRICS = {
     "chat": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
@@ -51,6 +55,7 @@ METRICS = {
     "token_classification": ("loss", "token_accuracy", "entity_f1", "entity_precision", "entity_recall", "f1_macro"),
     "preference": ("loss", "reward_accuracy", "reward_margin"),
     "reward": ("loss", "reward_accuracy", "reward_margin"),
+    "seq2seq": ("loss", "perplexity", "token_accuracy", *GENERATION_METRICS),
     "embedding": ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"),
 }
 """Evaluation metrics of each task that may decide which checkpoint is best."""
@@ -76,6 +81,7 @@ TASKS_OF_FORMAT = {
     DataFormat.preference: ("preference", "reward"),
     DataFormat.feedback: ("preference",),
     DataFormat.contrastive: ("embedding",),
+    DataFormat.source_target: ("seq2seq",),
 }
 """What each row format is for."""
 
@@ -152,7 +158,7 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
     if most is not None and data.clean.min_characters > most:
         reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"
         yield Problem("data.clean.min_characters", reason, f"at most {most}", shown(data.clean.min_characters))
-    if data.packing and not isinstance(config.task, (ChatConfig, CausalLmConfig)):
+    if data.packing and task in UNPACKED:
         yield Problem("data.packing", f"{UNPACKED[task]}, so rows are not packed", "data.packing=false", "true")
     held_out = [
         (f"data.split.{name}", share)
@@ -338,6 +344,25 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
         if needs_cadence and evaluate.every == 0:
             yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
+    if stopping.metric in GENERATION_METRICS and evaluate.generate_rows == 0 and stopping.metric in metrics:
+        reason = f"{stopping.metric} is a metric of generated targets, and evaluate.generate_rows is 0"
+        fix = "evaluate.generate_rows=100, or trainer.early_stopping.metric=loss"
+        yield Problem("trainer.early_stopping.metric", reason, fix, stopping.metric)
+    if evaluate.baseline_shots:
+        shots = shown(evaluate.baseline_shots)
+        if not held_out:
+            yield Problem(
+                "evaluate.baseline_shots", "the model is asked about validation rows; none are held out", rows, shots
+            )
+        if min(evaluate.baseline_shots) < 0:
+            yield Problem("evaluate.baseline_shots", "a number of examples is 0 or more", "[0,4]", shots)
+        if config.data.streaming:
+            reason = "worked examples are drawn from all training rows, and a stream is not read as a whole"
+            yield Problem("evaluate.baseline_shots", reason, "evaluate.baseline_shots=[]", shots)
+        if not isinstance(task, (ChatConfig, CausalLmConfig, Seq2SeqConfig)):
+            reason = f"the model of task={task.name} has no vocabulary to answer with"
+            fix = "evaluate.baseline_shots=[], and after training `dstune evaluate RUN --shots 0,4 --prompted MODEL`"
+            yield Problem("evaluate.baseline_shots", reason, fix, shots)
     if evaluate.samples > 0 and not isinstance(task, WRITERS):
         reason = f"task={task.name} answers no prompts"
         yield Problem("evaluate.samples", reason, "evaluate.samples=0", shown(evaluate.samples))

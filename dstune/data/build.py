@@ -19,6 +19,7 @@ import tokenizers
 import transformers
 import xxhash
 
+from dstune.config.architectures import is_encoder_decoder
 from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
@@ -145,7 +146,12 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
         "replay": mixes_in(config),
         "mixture": [[name, of.format, of.columns, of.max_rows] for name, of in data.mixture.items()],
-        "tokenizer": [state, template, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}],
+        "tokenizer": [
+            is_encoder_decoder(tokenizer),
+            state,
+            template,
+            {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        ],
         "task": task,
         "data": [
             data.format,

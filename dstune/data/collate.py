@@ -40,6 +40,7 @@ def collate(
     Not packed: `input_ids`, `attention_mask` and what TOKEN_COLUMNS names, each [rows, longest sample rounded up to a
     multiple of 8]; what ROW_COLUMNS names is [rows], with several labels a row [rows, labels].
     Rows whose body was run before (`method=features`): `features` [rows, hidden] float32 and what ROW_COLUMNS names.
+    For an encoder-decoder (samples with `target_ids`) `labels` is [rows, longest target rounded up to a multiple of 8].
     with_index: `index` [rows] (sample numbers) too. In a filler every target is -100.
     """
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
@@ -66,11 +67,22 @@ def collate(
     of_rows = _of_rows([row[0] for row in rows])
     assert not (packing and of_rows), "a packed row has no target of its own"
     arrays |= of_rows
+    if "target_ids" in held:
+        arrays["labels"] = _targets([_only(row)["target_ids"] for row in rows])
     _mark_filler(arrays, micro_batch)
     arrays["position_ids" if packing else "attention_mask"] = position_ids if packing else real
     if with_index:
         arrays["index"] = np.array([_only(row) for row in micro_batch.rows], dtype=np.int64)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _targets(targets: list[np.ndarray]) -> np.ndarray:
+    """Labels of a decoder beside an encoder, int64 [rows, longest target rounded up]."""
+    width = -(-max(map(len, targets)) // PAD_MULTIPLE) * PAD_MULTIPLE
+    labels = np.full((len(targets), width), NO_TARGET, dtype=np.int64)
+    for number, target in enumerate(targets):
+        labels[number, : len(target)] = target
+    return labels
 
 
 def _only(row: Any) -> Any:

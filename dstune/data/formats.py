@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import (
@@ -15,6 +16,7 @@ from dstune.config.task_schema import (
     PreferenceLoss,
     QuestionAnsweringConfig,
     RewardConfig,
+    Seq2SeqConfig,
     TaskConfig,
     TokenClassificationConfig,
 )
@@ -33,6 +35,7 @@ FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.contrastive: ("anchor", "positive"),
     DataFormat.tokens_tags: ("tokens", "tags"),
     DataFormat.squad: ("question", "context", "answers"),
+    DataFormat.source_target: ("source", "target"),
 }
 """The roles that a row of each format needs; `data.columns` maps a role to the column of the file."""
 
@@ -51,6 +54,8 @@ OTHER_NAMES = {
     "completion": ("response",),
     "conversations": ("conversation",),
     "label": ("labels",),
+    "source": ("document", "article", "dialogue"),
+    "target": ("summary", "highlights", "abstract"),
     "tools": ("functions",),
     "tokens": ("words",),
     "tags": ("ner_tags", "labels"),
@@ -85,7 +90,15 @@ def formats_of(task: TaskConfig) -> tuple[DataFormat, ...]:
             return (DataFormat.tokens_tags,)
         case QuestionAnsweringConfig():
             return (DataFormat.squad,)
+        case Seq2SeqConfig():
+            return (DataFormat.source_target,)
     raise AssertionError(f"no formats for {task!r}")
+
+
+def with_languages(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose column `translation` holds a text for each language (`{"en": ..., "es": ...}`), with these beside it."""
+    texts = fields.get("translation")
+    return {**texts, **fields} if isinstance(texts, Mapping) else fields
 
 
 def column_of(role: str, mapping: Mapping[str, str], columns: Collection[str]) -> str:
@@ -123,6 +136,8 @@ def recognise(
     Raises UserError that lists the columns found and what was expected.
     """
     allowed = formats_of(task)
+    if isinstance(task, Seq2SeqConfig) and isinstance(columns, Mapping):
+        columns = with_languages(columns)
     if named is not DataFormat.auto:
         # Labels beside a text are no obstacle to train on the text.
         chosen = DataFormat.text if (named, allowed) == (DataFormat.text_label, (DataFormat.text,)) else named
@@ -148,6 +163,9 @@ def recognise(
         " + ".join(repr(mapping.get(role, role)) for role in FORMAT_COLUMNS[choice]) for choice in nearest
     )
     wanted = dict.fromkeys(_missing(nearest[0], mapping, columns), "NAME")
+    if isinstance(task, Seq2SeqConfig):
+        free = [column for column in columns if column not in ("translation", "id", *mapping.values())]
+        wanted |= dict(zip(wanted, free, strict=False))
     raise UserError(
         Problem(
             where=where,
@@ -203,6 +221,8 @@ def _other_task(columns: Collection[str]) -> str:
         return "task=question_answering reads these columns"
     if has(DataFormat.tokens_tags):
         return "task=token_classification reads these columns"
+    if has(DataFormat.source_target):
+        return "task=seq2seq reads these columns"
     if has(DataFormat.text):
         return "task=causal_lm reads these columns"
     return ""

@@ -10,6 +10,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+TEXTS = ("source", "target")
+"""Columns of a seq2seq sample that hold text."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -19,10 +22,11 @@ class Split:
     table: datasets.Dataset
     """`input_ids` list<int32> with `labels` list<int32> (-100 = no target; of language models not shifted, the first one
     always -100), or for classification with `label`: an int, or with `task.multi_label` a list of 0 and 1. For pairs of
-    texts with `token_type_ids` too, where the model is told them. What else there is, the task's encoder says
-    (`data.tokenize`)."""
+    texts with `token_type_ids` too, where the model is told them. For seq2seq with the texts `source`
+    and `target`, and for an encoder-decoder with `target_ids` list<int32> in place of `labels`. What else there is, the
+    task's encoder says (`data.tokenize`)."""
     lengths: np.ndarray
-    """Tokens of each sample, int32 [samples]."""
+    """Tokens of each sample, those of `target_ids` included, int32 [samples]."""
     weights: np.ndarray
     """Targets that each sample adds to the loss, int64 [samples]; with class weights their weights, float64."""
     sources: np.ndarray | None = None
@@ -39,7 +43,8 @@ class Split:
 
     @cached_property
     def _arrays(self) -> datasets.Dataset:
-        return self.table.with_format("numpy")
+        numbers = [name for name in self.table.column_names if name not in TEXTS]
+        return self.table.with_format("numpy", columns=numbers)
 
     def select(self, samples: np.ndarray) -> Split:
         """The split with some of its samples, int [samples]."""
@@ -58,7 +63,7 @@ class Split:
         return values if self.rows is None else values[self.rows]
 
     def sample(self, index: int) -> dict[str, Any]:
-        """One sample as numpy arrays."""
+        """One sample as numpy arrays, without texts."""
         return self._arrays[self.row(index)]
 
     def row(self, index: int) -> int:
@@ -68,6 +73,11 @@ class Split:
     def neighbour(self, index: int, distance: int = 1) -> dict[str, Any]:
         """The sample of the row of `table` so far behind that of `index`; behind the last row comes the first."""
         return self._arrays[(self.row(index) + distance) % len(self.table)]
+
+    def source_and_target(self, index: int) -> dict[str, str]:
+        """The texts of a seq2seq sample: `source` and `target`."""
+        row = self.table[self.row(index)]
+        return {name: row[name] for name in TEXTS}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from dstune.data.ingest import Table
 from dstune.data.prepared import SamplePrompt
 from dstune.data.render import RenderError
+from dstune.data.seq2seq import Sources
 from dstune.data.tokenize import RowTokenizer, conversation
 
 TEXT_PROMPT_TOKENS = 16
@@ -25,12 +26,22 @@ def sample_prompts(
     prompts: dict[tuple[int, ...], SamplePrompt] = {}
     for index in indices:
         row = json.loads(table.data[int(index)]["row"])
-        prompt = _from_text(encode, row["text"]) if "text" in row else _from_chat(encode, row)
+        if encode.sources is not None:
+            prompt = _from_source(encode.sources, row)
+        else:
+            prompt = _from_text(encode, row["text"]) if "text" in row else _from_chat(encode, row)
         if prompt is not None and len(prompt.input_ids) <= max_length:
             prompts.setdefault(tuple(prompt.input_ids), prompt)
         if len(prompts) == count:
             break
     return list(prompts.values())
+
+
+def _from_source(sources: Sources, row: dict[str, Any]) -> SamplePrompt | None:
+    try:
+        return SamplePrompt(sources.prompt_ids(row["source"]), row["source"], row["target"])
+    except RenderError:
+        return None
 
 
 def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:

@@ -17,7 +17,15 @@ from dstune.config.task_schema import (
     TokenClassificationConfig,
 )
 from dstune.data.answers import answers_of, checked_answers
-from dstune.data.formats import FORMAT_COLUMNS, OPTIONAL_COLUMNS, check_columns, column_of, listing, recognise
+from dstune.data.formats import (
+    FORMAT_COLUMNS,
+    OPTIONAL_COLUMNS,
+    check_columns,
+    column_of,
+    listing,
+    recognise,
+    with_languages,
+)
 from dstune.data.messages import (
     alpaca,
     check_conversation,
@@ -39,15 +47,17 @@ def normalise(
 ) -> dict[str, Any]:
     """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
-    Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `text`, or `text` with `text_pair`
-    where it has one and `label` (a string, in a regression a number) or `labels` (of a multi-label task: sorted strings,
-    perhaps none), or `tokens` and `tags` (as many strings), or `question`, `context` and `answers` (each with `text` and
+    Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `source` and `target`, `text`, or `text` with
+    `text_pair` where it has one and `label` (a string, in a regression a number) or `labels` (of a multi-label task: sorted
+    strings, perhaps none), or `tokens` and `tags` (as many strings), or `question`, `context` and `answers` (each with `text` and
     `start`). Pairs of answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true
     or false). task: what its settings allow, for example an assistant that says nothing.
     Raises RowError.
     """
     multi_label = isinstance(task, ClassificationConfig) and task.multi_label
     found: dict[str, Any] = {}
+    if fmt is DataFormat.source_target:
+        fields = with_languages(fields)
     for role in FORMAT_COLUMNS[fmt]:
         column = column_of(role, mapping, fields)
         if column not in fields:
@@ -80,6 +90,8 @@ def normalise(
         return _tagged(found, task if isinstance(task, TokenClassificationConfig) else TokenClassificationConfig())
     if fmt is DataFormat.squad:
         return _question(found, no_answer=isinstance(task, QuestionAnsweringConfig) and task.no_answer)
+    if fmt is DataFormat.source_target:
+        return found
     return _chat(found, fmt, needs_answer)
 
 
@@ -255,6 +267,8 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "tags": _list,
     "question": _text,
     "context": _text,
+    "source": _text,
+    "target": _text,
 }
 
 

@@ -15,7 +15,7 @@ from dstune.data.ingest import BadRows, Table
 from dstune.data.parallel import map_rows
 from dstune.data.tokenize import COUNTED, RowTokenizer
 
-TOKENS = "input_ids"
+TOKENS = ("input_ids", "target_ids")
 """What the names of columns with a sample's tokens end in: a pair has two of them."""
 
 

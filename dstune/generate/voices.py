@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint.record import read_record, task_of_head
+from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import ModelConfig
-from dstune.config.task_schema import CONVERSATIONS, TASKS, WRITERS, CausalLmConfig, ChatConfig
+from dstune.config.task_schema import CONVERSATIONS, TASKS, WRITERS, CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Voice:
     """Whether prompts go through the chat template."""
     date: str | None = None
     """The date that the template tells, as in training."""
+    task: Seq2SeqConfig | None = None
+    """A prompt is a source, which is asked for its target as in training; it writes no conversations."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _Found:
     config: ModelConfig
     chat: bool = True
     date: str | None = None
+    task: Seq2SeqConfig | None = None
 
     @property
     def adapter_folder(self) -> Path | None:
@@ -103,6 +107,8 @@ def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     folder = exported(path, scratch, which=which)
     trust = wanted.trust_remote_code or config.model.trust_remote_code
     model = replace(wanted, path=str(folder), trust_remote_code=trust)
+    if isinstance(config.task, Seq2SeqConfig):
+        return _Found(model, chat=False, task=config.task)
     if isinstance(config.task, CONVERSATIONS):
         return _Found(model, date=config.task.template_date)
     return _Found(model, chat=False)
@@ -120,6 +126,8 @@ def _run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
 def _from_record(wanted: ModelConfig, key: str) -> _Found:
     task = read_record(Path(wanted.path)).get("task") or {}
     _refuse_no_writer(task.get("name") or task_of_head(Path(wanted.path)), key, wanted.path)
+    if task.get("name") == Seq2SeqConfig.name:
+        return _Found(wanted, chat=False, task=Seq2SeqConfig(**task))
     return _Found(wanted, chat=task.get("name") != CausalLmConfig.name, date=task.get("template_date"))
 
 
@@ -131,10 +139,11 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     import peft
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     base, own = _base_of(found), found.adapter_folder
     source = located(base)
+    encoder_decoder = AutoConfig.from_pretrained(**source).is_encoder_decoder
     voices: dict[str, Voice] = {}
     folders = {**({OWN: own} if own else {}), **{name: other.adapter_folder for name, other in others.items()}}
     for name, folder in folders.items():
@@ -143,10 +152,10 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
         place = {"pretrained_model_name_or_path": folder} if has_own else {}
         adapter = found if name == OWN and own else others[name]
         tokenizer = AutoTokenizer.from_pretrained(**(source | place))
-        voices[name] = Voice(tokenizer, adapter.chat and bool(tokenizer.chat_template), adapter.date)
+        voices[name] = _voice(tokenizer, adapter, encoder_decoder)
         _note_other_base(name, folder, base)
     plain = AutoTokenizer.from_pretrained(**source)
-    voices[BASE] = Voice(plain, found.chat and bool(plain.chat_template), found.date)
+    voices[BASE] = _voice(plain, found, encoder_decoder)
 
     model = _language_model(source, base, read_record(own) if own else {})
     longest = max(len(voice.tokenizer) for voice in voices.values())
@@ -162,6 +171,15 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
             reason = f"does not fit the model: {str(error).splitlines()[0]}"
             raise UserError(Problem(f"--adapter {name}", reason, "", str(folder))) from error
     return Speaker(model, voices)
+
+
+def _voice(tokenizer: Any, found: _Found, encoder_decoder: bool) -> Voice:
+    task = found.task
+    if encoder_decoder:
+        mark_encoder_decoder(tokenizer)
+        task = task or Seq2SeqConfig()  # a published one reads what it is given
+    chat = found.chat and not encoder_decoder and bool(tokenizer.chat_template)
+    return Voice(tokenizer, chat, found.date, task)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -215,17 +233,18 @@ def located(wanted: ModelConfig) -> dict[str, Any]:
 
 def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping[str, Any]) -> Any:
     """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from dstune.models.quantize import keep_layout, rounding
 
     architecture = AutoConfig.from_pretrained(**source)
+    kind = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
     dtype = _dtype(architecture)
     quantized: dict[str, Any] = {}
     if record.get("method") == "qlora" and importlib.util.find_spec("bitsandbytes") is not None:
         quantized["quantization_config"] = rounding(dtype, double=bool(record.get("double_quantization", True)))
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             **source, **quantized, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except ValueError as error:

@@ -13,7 +13,9 @@ from dstune.generate.prompts import Request, with_system
 from dstune.generate.voices import BASE, Speaker, Voice
 
 if TYPE_CHECKING:
+    from dstune.config.task_schema import Seq2SeqConfig
     from dstune.data.control import ControlTokens
+    from dstune.data.seq2seq import Sources
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Writer:
         self._sampling, self._plain, self._system = sampling, plain, system
         self._templates: dict[str, str] = {}
         self._controls: dict[str, ControlTokens] = {}
+        self._asking: dict[str, Sources] = {}
         self.active = next(iter(speaker.voices))
 
     @property
@@ -66,6 +69,12 @@ class Writer:
 
         name = request.adapter or self.active
         tokenizer = self._voices[name].tokenizer
+        task = self._voices[name].task
+        if task is not None and not self._plain:
+            if request.messages is not None or self._system:
+                reason = "holds messages, but the model writes targets for sources"
+                raise UserError(Problem(request.where, reason, "give the source as `prompt`, without --system"))
+            return self._sources(name, task).prompt_ids(request.shown)
         if not self.is_chat(name):
             if request.messages is not None or self._system:
                 reason = "holds messages, but the model has no chat template (or --plain switched it off)"
@@ -135,13 +144,10 @@ class Writer:
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        from dstune.models.generation import generation_inputs
+        from dstune.models.generation import generation_inputs, padded
 
         voice, sampling = self._voices[name], self._sampling
         padding = voice.tokenizer.pad_token_id or 0
-        width = max(map(len, prompts))
-        rows = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
-        masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         drawn = {
             "do_sample": True,
             "temperature": sampling.temperature,
@@ -155,13 +161,11 @@ class Writer:
             eos_token_id=self._ends(voice) or None,
             pad_token_id=padding,
             use_cache=True,
+            decoder_start_token_id=getattr(self._model.config, "decoder_start_token_id", None),
             **(drawn if sampling.temperature else greedy),
         )
-        device = next(self._model.parameters()).device
         with torch.inference_mode(), self._speaking(name):
-            model, inputs, before = generation_inputs(
-                self._model, torch.tensor(rows, device=device), torch.tensor(masks, device=device)
-            )
+            model, inputs, before = generation_inputs(self._model, **padded(self._model, prompts, padding))
             criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
             if sampling.stop:
                 criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[before:])))
@@ -217,6 +221,15 @@ class Writer:
             self._controls[name] = ControlTokens(self._voices[name].tokenizer)
         return self._controls[name]
 
+    def _sources(self, name: str, task: Seq2SeqConfig) -> Sources:
+        from dstune.config.architectures import is_encoder_decoder
+        from dstune.data.seq2seq import Sources
+
+        if name not in self._asking:
+            tokenizer = self._voices[name].tokenizer
+            self._asking[name] = Sources(tokenizer, task, encoder_decoder=is_encoder_decoder(tokenizer))
+        return self._asking[name]
+
     def _template(self, name: str) -> str:
         from dstune.data.template_date import freeze_date
 
@@ -229,6 +242,8 @@ class Writer:
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         settings = getattr(self._model, "peft_config", {}).get(request.adapter or self.active)
         longest -= getattr(settings, "num_virtual_tokens", None) or 0
+        if self._model.config.is_encoder_decoder and length <= longest:
+            return int(longest)  # what is read and what is written have lengths of their own
         if length >= longest:
             raise UserError(Problem(request.where, f"has {length} tokens; the model takes {longest}, answer included"))
         return int(longest - length)

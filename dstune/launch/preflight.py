@@ -19,18 +19,22 @@ from typing import Any
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
 from dstune.config.adapter_file import resolve_adapters
-from dstune.config.architectures import encoder_decoder_problem
+from dstune.config.architectures import (
+    encoder_decoder_method_problem,
+    encoder_decoder_problem,
+    packed_encoder_decoder_problem,
+)
 from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
-from dstune.config.task_schema import PreferenceConfig, TaskConfig
+from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig, TaskConfig
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
 from dstune.errors import Problem, UserError
 from dstune.launch import hub, hub_data
 from dstune.launch.commands import count_gpus
-from dstune.launch.first_rows import first_row_problems, hardware_problems
+from dstune.launch.first_rows import first_row_problems, hardware_problems, metric_problems
 from dstune.launch.room import memory_problems
 from dstune.tracking.extras import missing
 
@@ -60,7 +64,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     problems: list[Problem] = []
     model = config.model
     try:
-        model = resolve_model(config.model, stage)
+        model = resolve_model(config.model, stage, config)
     except UserError as error:
         problems += error.problems
     try:
@@ -97,6 +101,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
         fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
         problems.append(Problem("model.chat_template", "there is no such file", fix, template))
     problems += missing(config.tracking)
+    problems += metric_problems(config)
     problems += cleaning.missing(config.data.clean)
     _refuse(problems)
     config = replace(config, model=model)
@@ -125,8 +130,10 @@ def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:
         raise
 
 
-def resolve_model(config: ModelConfig, stage: Stage) -> ModelConfig:
+def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = None) -> ModelConfig:
     """The model with its `revision` resolved to a commit where it comes from the hub.
+
+    run: where it is to be trained; what its task cannot train is refused.
 
     Raises:
         UserError: no such sample, folder or hub id; files that dstune does not load; remote code without permission.
@@ -142,18 +149,18 @@ def resolve_model(config: ModelConfig, stage: Stage) -> ModelConfig:
         if config.revision is not None:
             reason = "model.path is a local folder, which has no revisions"
             raise UserError(Problem("model.revision", reason, "leave model.revision out", config.revision))
-        check_folder(folder, config)
+        check_folder(folder, config, run)
         return config
     if looks_local(config.path):
         raise UserError(_no_folder(config.path))
     try:
-        commit, snapshot = hub.fetch(config, stage, lambda folder: _refuse(description_problems(folder, config)))
+        commit, snapshot = hub.fetch(config, stage, lambda folder: _refuse(description_problems(folder, config, run)))
     except UserError as error:
         if similar := _similar(folder):
             problems = [replace(problem, fix=f"{problem.fix}; or is {similar} meant?") for problem in error.problems]
             raise UserError(problems) from error
         raise
-    check_folder(snapshot, config)
+    check_folder(snapshot, config, run)
     return replace(config, revision=commit)
 
 
@@ -199,26 +206,32 @@ def fetch_sample(key: str, uri: str, kind: str, stage: Stage) -> None:
         raise UserError(replace(problem, where=key, value=uri) for problem in error.problems) from None
 
 
-def check_folder(folder: Path, config: ModelConfig) -> None:
-    """Whether dstune can load the model in `folder`, by its files alone.
+def check_folder(folder: Path, config: ModelConfig, run: RunConfig | None = None) -> None:
+    """Whether dstune can load the model in `folder`, and train it as in `run`, by its files alone.
 
     Raises:
         UserError: everything that is missing.
     """
-    problems = description_problems(folder, config)
+    problems = description_problems(folder, config, run)
     if (folder / "config.json").is_file() and config.weights is InitialWeights.pretrained:
         problems += _weight_problems(folder, config)
     _refuse(problems)
 
 
-def description_problems(folder: Path, config: ModelConfig) -> list[Problem]:
-    """What is wrong with the files that describe the model (the weights may not be there yet)."""
+def description_problems(folder: Path, config: ModelConfig, run: RunConfig | None = None) -> list[Problem]:
+    """What is wrong with the files that describe the model (the weights may not be there yet), for `run` if it is given."""
     architecture = _read_json(folder / "config.json")
     if architecture is None:
         return [_no_config(folder, config)]
     problems = []
-    if architecture.get("is_encoder_decoder"):
-        problems.append(encoder_decoder_problem(config, str(architecture.get("model_type"))))
+    kind = str(architecture.get("model_type"))
+    if run is not None and architecture.get("is_encoder_decoder"):
+        if not isinstance(run.task, Seq2SeqConfig):
+            problems.append(encoder_decoder_problem(config, kind))
+        elif run.data.packing:
+            problems.append(packed_encoder_decoder_problem(kind))
+        refused = encoder_decoder_method_problem(run.method.name, kind)
+        problems += [] if refused is None else [refused]
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
         fix = "model.trust_remote_code=true, if you have read the code and trust its author"

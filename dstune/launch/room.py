@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ChatConfig
+from dstune.config.task_schema import ChatConfig, Seq2SeqConfig
 from dstune.data import inputs, sources
 from dstune.errors import Problem, UserError
 from dstune.launch import machine
@@ -85,7 +85,8 @@ def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int
     for parts in memory.moments.values():
         held = sums + sum(parts.get(name, 0) for name in always)
         if full:
-            every_target = not isinstance(config.task, ChatConfig) or config.task.train_on_prompt
+            answers = isinstance(config.task, (ChatConfig, Seq2SeqConfig))
+            every_target = not answers or getattr(config.task, "train_on_prompt", False)
             held += parts.get("activations", 0) + (parts.get("logits", 0) if every_target else 0)
         moments.append(held)
     return max(moments)

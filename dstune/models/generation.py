@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import nn
+from transformers import StoppingCriteriaList
 
 
 def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
@@ -22,13 +23,15 @@ def generation_inputs(
 ) -> tuple[Any, dict[str, Any], int]:
     """(the model whose `generate` is to be called, its inputs, length of what stands in front of the new tokens in its answer)
 
-    input_ids, attention_mask: [batch, sequence], padded on the left.
+    input_ids, attention_mask: [batch, sequence], as `padded` gives them.
 
     A trained prompt is put in place here: `generate` of peft 0.21 gives it other positions than its forward pass does
     under transformers 5, and the answers are other ones from the first token on.
     """
     given = {"input_ids": input_ids, "attention_mask": attention_mask}
     disabled = "generate" in vars(model)  # how peft switches a trained prompt off
+    if model.config.is_encoder_decoder:  # whose answer begins with one token of its own, not with the prompt
+        return model, given, 1
     if not hasattr(model, "prompt_encoder") or disabled:
         return model, given, input_ids.shape[1]
     batch, count = len(input_ids), model.active_peft_config.num_virtual_tokens
@@ -47,27 +50,38 @@ def generation_inputs(
 
 
 def generate_answers(
-    model: nn.Module, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, stops: Iterable[int]
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stops: Iterable[int],
+    *,
+    batch_size: int = 1,
+    in_step: bool = False,
+    one_line: bool = False,
 ) -> list[str]:
-    """The most probable continuation of each prompt (token ids), token by token, without what ends it.
+    """The most probable answer to each prompt (token ids), token by token, without special tokens.
 
-    Greedy, so the same weights give the same text. stops: see `data.stopping`. The model's training mode is put back
+    Greedy, so the same weights give the same text; `batch_size` prompts share a forward pass. in_step: all ranks run this
+    with equally many prompts, and go on with a batch until all of them are done with theirs (for partitioned weights).
+    one_line: an answer ends where its first line does. stops: see `data.stopping`. The model's training mode is put back
     afterwards.
     """
     was_training = model.training
     model.eval()
     generator: Any = model
-    device = next(model.parameters()).device
     ends = end_tokens(generator, stops) or None
-    answers = []
+    answers: list[str] = []
     with torch.no_grad():
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=device)
-            speaker, inputs, width = generation_inputs(model, ids, torch.ones_like(ids))
+        for start in range(0, len(prompts), batch_size):
+            given = padded(generator, prompts[start : start + batch_size], tokenizer.pad_token_id)
+            speaker, inputs, before = generation_inputs(generator, **given)
+            criteria = [_LineEnds(tokenizer, before)] if one_line else []
             tokens = speaker.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                num_beams=1,
                 use_cache=True,
                 # A model's own sampling settings (SmolLM2: temperature 0.2) would be warned about and not used.
                 temperature=None,
@@ -75,7 +89,38 @@ def generate_answers(
                 top_k=None,
                 eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=in_step,
+                stopping_criteria=StoppingCriteriaList(criteria),
             )
-            answers.append(tokenizer.decode(tokens[0, width:], skip_special_tokens=True).strip())
+            texts = [tokenizer.decode(row[before:], skip_special_tokens=True).strip() for row in tokens]
+            answers += [text.partition("\n")[0].strip() if one_line else text for text in texts]
     model.train(was_training)
     return answers
+
+
+class _LineEnds:
+    """A stopping criterion of transformers: a row is done when a line break follows what it has written."""
+
+    def __init__(self, tokenizer: Any, width: int):
+        self._tokenizer, self._width = tokenizer, width
+
+    def __call__(self, tokens: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
+        """tokens: [batch, sequence]; which rows are done: bool [batch]."""
+        texts = [self._tokenizer.decode(row[self._width :], skip_special_tokens=True) for row in tokens]
+        return torch.tensor(["\n" in text.lstrip() for text in texts], device=tokens.device)
+
+
+def padded(model: Any, prompts: Sequence[list[int]], padding: int) -> dict[str, torch.Tensor]:
+    """Prompts as tensors: on the left of what a decoder goes on from, on the right of what an encoder reads."""
+    width = max(map(len, prompts))
+    before = not model.config.is_encoder_decoder
+    rows, masks = [], []
+    for prompt in prompts:
+        fill = width - len(prompt)
+        rows.append([padding] * fill + prompt if before else prompt + [padding] * fill)
+        masks.append([0] * fill + [1] * len(prompt) if before else [1] * len(prompt) + [0] * fill)
+    device = next(model.parameters()).device
+    return {
+        "input_ids": torch.tensor(rows, dtype=torch.long, device=device),
+        "attention_mask": torch.tensor(masks, dtype=torch.long, device=device),
+    }

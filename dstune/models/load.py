@@ -17,9 +17,11 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +29,12 @@ from transformers import (
 
 from dstune import samples
 from dstune.chat_templates import control_tokens, template_path
-from dstune.config.architectures import encoder_decoder_problem
+from dstune.config.architectures import (
+    encoder_decoder_method_problem,
+    encoder_decoder_problem,
+    mark_encoder_decoder,
+    packed_encoder_decoder_problem,
+)
 from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling, QloraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import (
@@ -37,6 +44,7 @@ from dstune.config.task_schema import (
     EmbeddingConfig,
     QuestionAnsweringConfig,
     RewardConfig,
+    Seq2SeqConfig,
     TaskConfig,
     TokenClassificationConfig,
 )
@@ -74,6 +82,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     with _named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path), **_source(config))
+        if AutoConfig.from_pretrained(local_path(config.path), **_source(config)).is_encoder_decoder:
+            mark_encoder_decoder(tokenizer)
     if config.chat_template:
         try:
             tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
@@ -99,12 +109,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_config(config: ModelConfig) -> PretrainedConfig:
     """The model's architecture with `model.config_overrides` applied.
 
-    Raises UserError for an encoder-decoder model, and for a value that the architecture does not have.
+    Raises UserError for a value that the architecture does not have.
     """
     with _named_errors(config):
         architecture = AutoConfig.from_pretrained(local_path(config.path), **_source(config))
-    if architecture.is_encoder_decoder:
-        raise UserError(encoder_decoder_problem(config, architecture.model_type))
     unknown = [key for key in config.config_overrides if not hasattr(architecture, key)]
     if unknown:
         raise UserError(
@@ -150,6 +158,15 @@ def new_weights(model: PreTrainedModel) -> NewWeights:
 def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:
     """The architecture of a run's model with what the task and the method add to it. See `load_model`."""
     architecture = load_config(config.model)
+    if architecture.is_encoder_decoder:
+        if not isinstance(config.task, Seq2SeqConfig):
+            raise UserError(encoder_decoder_problem(config.model, architecture.model_type))
+        if config.data.packing:
+            raise UserError(packed_encoder_decoder_problem(architecture.model_type))
+        refused = encoder_decoder_method_problem(config.method.name, architecture.model_type)
+        if refused is not None:
+            raise UserError(refused)
+        _complete_decoder(architecture, tokenizer)
     architecture.use_cache = False
     if isinstance(config.task, RewardConfig):
         labels = (REWARD,)
@@ -190,7 +207,7 @@ def load_model(
     architecture = trained_config(config, tokenizer, labels)
     # An export of such a run says so in its configuration.
     pooled = isinstance(config.task, ClassificationConfig) and getattr(architecture, "dstune_head", None)
-    model_class = PooledForSequenceClassification if pooled else _model_class(config.task)
+    model_class = PooledForSequenceClassification if pooled else _model_class(config.task, architecture)
     options = {"attn_implementation": _attention(config, dtype), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
@@ -214,6 +231,8 @@ def load_model(
         new = _without_pooler(model, new)
     if isinstance(config.method, QloraConfig):
         keep_layout(model)
+    if architecture.is_encoder_decoder:
+        complete_generation(model.generation_config, architecture)
     _check_new_weights(config, model, new)
     initialize_weights(model, new, config.trainer.seed)
     rows = model.get_input_embeddings().num_embeddings
@@ -267,7 +286,28 @@ def _new_model(model_class: Any, architecture: PretrainedConfig, trust: bool, op
     return model_class.from_config(architecture, trust_remote_code=trust, **options)
 
 
-def _model_class(task: TaskConfig) -> Any:
+_DECODER_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+
+
+def _complete_decoder(architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Which tokens begin, end and fill what a decoder writes, where two encoders were joined and nobody has said so."""
+    first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    for key, token in zip(_DECODER_TOKENS, (first, last, tokenizer.pad_token_id), strict=True):
+        if getattr(architecture, key, None) is None:
+            setattr(architecture, key, token)
+
+
+def complete_generation(generation: GenerationConfig, architecture: PretrainedConfig) -> None:
+    """Give the generation settings of an encoder-decoder the tokens that its architecture begins, ends and fills with."""
+    for key in _DECODER_TOKENS:
+        if getattr(generation, key, None) is None:
+            setattr(generation, key, getattr(architecture, key, None))
+
+
+def _model_class(task: TaskConfig, architecture: PretrainedConfig) -> Any:
+    if isinstance(task, Seq2SeqConfig) and architecture.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
     match task:
         case ClassificationConfig() | RewardConfig():
             return AutoModelForSequenceClassification

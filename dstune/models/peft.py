@@ -82,7 +82,7 @@ def _module_settings(model: PreTrainedModel, method: ModuleAdapterConfig, config
     common = {
         "target_modules": _targets(method),
         "modules_to_save": _modules_to_save(method, new_weights(model)) or None,
-        "task_type": task_type(config),
+        "task_type": task_type(config, model),
     }
     match method:
         case Ia3Config():
@@ -127,7 +127,7 @@ def _add_lora(model: PreTrainedModel, lora: LoraConfig, config: RunConfig) -> nn
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights="gaussian" if lora.init is LoraInit.gaussian else True,
-        task_type=task_type(config),
+        task_type=task_type(config, model),
     )
     # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.
     with _layers_gathered(model) if lora.dora else nullcontext():

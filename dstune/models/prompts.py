@@ -26,7 +26,7 @@ COMMON_TOKENS = 5000
 merges are learnt in the order of their frequency (Lester et al. 2021 draw from the 5,000 most common)."""
 
 
-def task_type(config: RunConfig) -> Any:
+def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
     """peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
     import peft
 
@@ -39,7 +39,7 @@ def task_type(config: RunConfig) -> Any:
             return peft.TaskType.TOKEN_CLS
         case QuestionAnsweringConfig():
             return peft.TaskType.QUESTION_ANS
-    return peft.TaskType.CAUSAL_LM
+    return peft.TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else peft.TaskType.CAUSAL_LM
 
 
 def add_prompt(model: PreTrainedModel, method: AdapterConfig, config: RunConfig) -> nn.Module:
@@ -57,7 +57,7 @@ def add_prompt(model: PreTrainedModel, method: AdapterConfig, config: RunConfig)
         fix = f"data.max_length={longest - taken + config.data.max_length}"
         raise UserError(Problem("data.max_length", reason, fix, str(config.data.max_length)))
     try:
-        adapted: Any = peft.get_peft_model(model, _settings(method, config), autocast_adapter_dtype=False)
+        adapted: Any = peft.get_peft_model(model, _settings(model, method, config), autocast_adapter_dtype=False)
     except (ValueError, AttributeError, KeyError) as error:
         reason = f"{type(model).__name__} takes no {method.name}: {str(error).splitlines()[0]}"
         raise UserError(Problem("method", reason, "method=lora", method.name)) from error
@@ -67,10 +67,10 @@ def add_prompt(model: PreTrainedModel, method: AdapterConfig, config: RunConfig)
     return adapted
 
 
-def _settings(method: AdapterConfig, config: RunConfig) -> Any:
+def _settings(model: PreTrainedModel, method: AdapterConfig, config: RunConfig) -> Any:
     import peft
 
-    kind = task_type(config)
+    kind = task_type(config, model)
     match method:
         case PromptConfig():
             return peft.PromptTuningConfig(num_virtual_tokens=method.virtual_tokens, task_type=kind)

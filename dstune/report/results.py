@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dstune import baseline_file
 from dstune.report.numbers import MINUS, NONE, duration, number, short
 from dstune.report.run_files import RunFiles, section
 from dstune.report.series import Series
@@ -25,8 +26,14 @@ NAMES = {
     "mcc": "MCC",
     "auroc": "AUROC",
     "bits_per_byte": "bits per byte",
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "ter": "TER",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
 }
-COUNTS = ("targets", "rows", "tokens", "seconds")
+COUNTS = ("targets", "generated", "rows", "tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     for name, value in test.items():
         if name in (metric, "loss", "accuracy") and isinstance(value, (int, float)):
             shown.append(Figure(f"test {name}", number(value)))
+    shown += _against_prompting(run, curves, metric)
     planned = section(run.config, "trainer").get("max_steps")
     of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != reached.steps else ""
     epoch = _last(curves, "epoch")
@@ -115,6 +123,31 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
         shown.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
     if reached.seconds:
         shown.append(Figure("time", duration(reached.seconds)))
+    return shown
+
+
+def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figure]:
+    """What the untuned model reaches when it is asked, the best number of examples first named, and how far training is
+    from it: of the metrics that a reader would judge by, those that both have."""
+    tested = section(run.result, "test")
+    shown = []
+    for name in dict.fromkeys([metric, "chrf", "accuracy"]):
+        asked = [
+            row for row in baseline_file.read(run.path) if isinstance(section(row, "metrics").get(name), (int, float))
+        ]
+        if not asked:
+            continue
+        lower = name in LOWER_IS_BETTER
+        best = (min if lower else max)(asked, key=lambda row: row["metrics"][name])
+        reached = tested.get(name) if best.get("split") == "test" else _last(curves, f"eval/{name}")
+        value = best["metrics"][name]
+        label = f"untuned {NAMES.get(name, name)}, {best.get('shots')} examples"
+        if not isinstance(reached, (int, float)):
+            shown.append(Figure(label, number(value), str(best.get("split"))))
+            continue
+        good = None if reached == value else (reached < value) == lower
+        verdict = "no better than prompting" if not good else "better than prompting"
+        shown.append(Figure(label, number(value), f"trained {number(reached)}: {verdict}", good))
     return shown
 
 

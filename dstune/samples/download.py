@@ -72,7 +72,7 @@ def fetch(package: Package, folder: Path, label: str) -> Path:
         part = _pip_download(package, folder, label)
     if (found := sha256(part)) != package.sha256:
         part.unlink()
-        raise _wrong_file(package, label, found)
+        raise wrong_file(package, label, found)
     part.replace(target)
     return target
 
@@ -96,7 +96,7 @@ def disk_full(label: str, folder: Path, state: str = "is full") -> UserError:
     )
 
 
-def _wrong_file(package: Package, label: str, found: str) -> UserError:
+def wrong_file(package: Package, label: str, found: str) -> UserError:
     return UserError(
         Problem(
             where=label,

@@ -15,7 +15,7 @@ import xxhash
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, TokenClassificationConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TokenClassificationConfig
 from dstune.data import sources
 from dstune.data.build import PreparedData, Split, prepare
 from dstune.data.collate import NO_TARGET
@@ -100,7 +100,9 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
     chosen: list[int] = []
     if count:
         chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)).tolist()
-    samples, answers = repetitions(part, tokenizer, with_answers=isinstance(config.task, ChatConfig | CausalLmConfig))
+    samples, answers = repetitions(
+        part, tokenizer, with_answers=isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
+    )
     return Shown(
         model=shown(config.model.path),
         task=config.task.name,
@@ -164,6 +166,7 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
     source = None
     if part.sources is not None:
         source = list(config.data.mixture)[int(part.sources[number])]
+    ids, trained = _tokens_and_labels(sample)
     return Row(
         number=number,
         tokens=int(part.lengths[number]),
@@ -172,8 +175,8 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
         source=source,
         segments=segments(
             tokenizer,
-            sample["input_ids"],
-            _trained(sample),
+            ids,
+            trained,
             data.labels if isinstance(config.task, TokenClassificationConfig) else (),
         ),
     )
@@ -187,6 +190,14 @@ def _trained(sample: dict[str, Any]) -> np.ndarray | None:
     if sample["start"] != sample["null"]:
         labels[sample["start"] : sample["end"] + 1] = 0
     return labels
+
+
+def _tokens_and_labels(sample: dict[str, Any]) -> tuple[Any, np.ndarray | None]:
+    """Token ids and labels of a sample, the target of an encoder-decoder behind its source."""
+    if "target_ids" not in sample:
+        return sample["input_ids"], _trained(sample)
+    source, target = sample["input_ids"], sample["target_ids"]
+    return np.concatenate([source, target]), np.concatenate([np.full(len(source), NO_TARGET), target])
 
 
 def _label(value: Any, labels: tuple[str, ...]) -> str:
@@ -224,6 +235,9 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
 
 def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Token ids and labels of the first `count` samples; a batch of them in memory at a time."""
+    if "target_ids" in part.table.column_names:
+        yield from (_tokens_and_labels(part.sample(number)) for number in range(count))
+        return
     columns = list(("input_ids", "labels")[: 1 + with_labels])
     table = part.table.select(range(count)).select_columns(columns).with_format("arrow")
     for batch in table.iter(batch_size=1000):
@@ -242,9 +256,8 @@ def _frequent(hashes: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _decoded(tokenizer: Any, part: Split, number: int, *, trained: bool = False) -> str:
-    sample = part.sample(number)
-    ids = sample["input_ids"]
-    if trained:
-        ids = ids[sample["labels"] != NO_TARGET]
+    ids, labels = _tokens_and_labels(part.sample(number))
+    if trained and labels is not None:
+        ids = ids[labels != NO_TARGET]
     text = " ".join(tokenizer.decode(ids[:SHOWN_CHARACTERS], skip_special_tokens=True).split())
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TaskConfig
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
+from dstune.data.collate import NO_TARGET
 from dstune.data.sampler import MicroBatch, evaluation_batches, share
+from dstune.data.seq2seq import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.models.heads import Head, sums_of
 from dstune.models.heads.embedding import EmbeddingHead
 from dstune.train.counterfactual import compare
+from dstune.train.generation import Generated, generate_targets, generation_metrics, speaking
 from dstune.train.measure import Evaluation, Totals, count_rows, has_windows, measure
 from dstune.train.slices import measure_slices
 from dstune.train.window import joined
-from dstune.zero.engine import Engine, full_count
+from dstune.zero.engine import Engine
 
 
 def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
@@ -43,24 +45,60 @@ def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
     return split.select(chosen)
 
 
+@dataclass(frozen=True)
+class InContext(Split):
+    """Samples behind the same tokens, none of which is a target."""
+
+    context: tuple[int, ...] = ()
+    prefix: Sequence[int] = ()
+    """What begins a text: the context has it already."""
+
+    def sample(self, index: int) -> dict[str, Any]:
+        sample = super().sample(index)
+        ids = sample["input_ids"]
+        cut = len(self.prefix) if ids[: len(self.prefix)].tolist() == list(self.prefix) else 0
+        sample["input_ids"] = np.concatenate([self.context, ids[cut:]])
+        sample["labels"] = np.concatenate([np.full(len(self.context), NO_TARGET), sample["labels"][cut:]])
+        return sample
+
+
 class Evaluator:
     """Evaluates one split with the task's head; holds no state between calls."""
 
-    def __init__(
-        self, config: RunConfig, data: PreparedData, engine: Engine, head: Head, world: World, pad_token_id: int
-    ):
+    def __init__(self, config: RunConfig, data: PreparedData, engine: Engine, head: Head, world: World, tokenizer: Any):
         self._config, self._data, self._engine, self._head, self._world = config, data, engine, head, world
-        self._pad_token_id = pad_token_id
+        self._tokenizer = tokenizer
 
-    def __call__(self, split: Split, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-        """The task's metrics over the rows of `split`, and those of its slices."""
+    def __call__(
+        self,
+        split: Split,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        context: Sequence[int] = (),
+        one_line: bool = False,
+    ) -> Evaluation:
+        """The task's metrics over the rows of `split`, and those of its slices.
+
+        context: tokens in front of every row (worked examples; without packing). one_line: a generated target ends with its
+        line, where no target of the rows has a second one.
+        """
         split = limited(split, self._config.evaluate.max_rows, self._config.task)
-        totals, kept = self._run(split, progress)
+        shown: Split = split
+        if context:
+            held = {field.name: getattr(split, field.name) for field in fields(split)}
+            shown = InContext(**held, context=tuple(context), prefix=first_special_tokens(self._tokenizer))
+        totals, kept = self._run(shown, progress)
         evaluation = measure(self._config.task, self._data.labels, split, totals, kept)
+        if isinstance(self._config.task, Seq2SeqConfig) and self._config.evaluate.generate_rows != 0:
+            generated = self._generate(split, context, one_line)
+            scores = self._world.broadcast(generation_metrics(generated) if self._world.is_main else {})
+            evaluation = replace(evaluation, metrics=evaluation.metrics | scores, generated=tuple(generated))
         if not self._config.evaluate.slices:
             return evaluation
         metrics, details = measure_slices(self._config, self._data.labels, split, kept)
-        return Evaluation(evaluation.metrics | metrics, evaluation.details | {"slices": details})
+        return replace(
+            evaluation, metrics=evaluation.metrics | metrics, details=evaluation.details | {"slices": details}
+        )
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:
         """How the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""
@@ -93,7 +131,7 @@ class Evaluator:
         mine = share(batches, self._world.rank, self._world.size)
         sums: dict[str, float] = defaultdict(float)
         rows: list[tuple[int, dict[str, Any]]] = []
-        each = each or not isinstance(self._config.task, ChatConfig | CausalLmConfig)
+        each = each or not isinstance(self._config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
         self._engine.train(False)
         shares = None
         if not isinstance(self._head, EmbeddingHead):  # whose metrics need the vectors themselves
@@ -114,10 +152,15 @@ class Evaluator:
         everyone = sorted((row for part in self._world.gather(rows) for row in part), key=itemgetter(0))
         return totals, [kept for _, kept in everyone]
 
+    def _generate(self, split: Split, context: Sequence[int], one_line: bool) -> list[Generated]:
+        rows = limited(split, self._config.evaluate.generate_rows, self._config.task)
+        config, engine = self._config, self._engine
+        return generate_targets(config, rows, engine, self._tokenizer, self._world, context, one_line=one_line)
+
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
         """each: with the numbers of the samples, for the head to tell single rows."""
         config = replace(self._config, data=replace(self._config.data, packing=packing))
-        batch = batch_of(config, split, micro_batch, self._pad_token_id, with_index=each)
+        batch = batch_of(config, split, micro_batch, self._tokenizer.pad_token_id, with_index=each)
         return {key: value.to(self._engine.device) for key, value in batch.items()}
 
 
@@ -144,26 +187,13 @@ def answer_prompts(
     stops = stop_token_ids(tokenizer)
     token_ids = [prompt.input_ids for prompt in prompts]
 
-    def generate(module: torch.nn.Module) -> list[str]:
-        return generate_answers(module, tokenizer, token_ids, config.evaluate.max_new_tokens, stops)
-
-    engine.train(False)
-    if engine.stage < 3 or world.gather_numbers([_whole_weights_fit(engine)]).all():
-        with engine.whole_module() as module:
-            answers = generate(module) if world.is_main else []
-            world.barrier()
-    else:
-        answers = generate(engine.module)
-    engine.train(True)
+    answers: list[str] = []
+    with speaking(engine, world) as (module, in_step):
+        if in_step or world.is_main:
+            answers = generate_answers(module, tokenizer, token_ids, config.evaluate.max_new_tokens, stops)
     if not world.is_main:
         return []
     return [
         {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-
-
-def _whole_weights_fit(engine: Engine) -> bool:
-    needed = sum(full_count(parameter) * parameter.element_size() for parameter in engine.module.parameters())
-    free = torch.cuda.mem_get_info()[0] if engine.device.type == "cuda" else psutil.virtual_memory().available
-    return 2 * needed < free

@@ -236,8 +236,8 @@ def _choose_entries(
 def _ablate(config: RunConfig, method: ImportanceConfig, probe: Probe, names: list[str]) -> dict[str, dict[str, float]]:
     """What is lost of each metric without each tensor, positive for a worse model."""
     assert probe.data.validation is not None
-    few = replace(config, evaluate=replace(config.evaluate, max_rows=method.ablation_rows))
-    evaluator = Evaluator(few, probe.data, probe.engine, probe.head, probe.world, probe.pad_token_id)
+    few = replace(config, evaluate=replace(config.evaluate, max_rows=method.ablation_rows, generate_rows=0))
+    evaluator = Evaluator(few, probe.data, probe.engine, probe.head, probe.world, probe.tokenizer)
     whole = evaluator(probe.data.validation).metrics
     lost = {}
     for number, name in enumerate(names):

@@ -16,6 +16,7 @@ from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
 from dstune.train import spikes
 from dstune.train.evaluate import Evaluator
+from dstune.train.evaluation_cost import EvaluationCost
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Decision, Hook, Wish, join
@@ -83,6 +84,10 @@ class Training:
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     """Time that earlier launches of this run took."""
+    evaluation_cost: EvaluationCost = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.evaluation_cost = EvaluationCost(self.config, self.total_steps)
 
 
 def fit(run: Training) -> Decision:
@@ -125,6 +130,7 @@ def fit(run: Training) -> Decision:
         if number >= UNTIMED_STEPS:
             state.timed_tokens += feed.window.tokens
             state.timed_seconds += seconds
+            tell(run, run.evaluation_cost.stepped(seconds))
         penalty = None if run.penalties is None else run.penalties.value()
         spike = run.guard.note(state, sums["loss_sum"] / feed.window.weight)
         report_step(run, feed, update, sums, seconds, penalty, spike)
@@ -282,9 +288,15 @@ def evaluate(run: Training) -> Decision:
     if run.log:
         seconds = time.perf_counter() - began
         run.log.log(state.step, {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds})
+        tell(run, run.evaluation_cost.evaluated(seconds))
     state.extra |= evaluation.details
     decision, _ = agree(run, join([hook.after_evaluation(state, metrics) for hook in run.hooks]))
     return decision
+
+
+def tell(run: Training, line: str | None) -> None:
+    if run.log and line:
+        run.log.message(line)
 
 
 def report_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from dstune.config.task_schema import (
     PreferenceConfig,
     QuestionAnsweringConfig,
     RewardConfig,
+    Seq2SeqConfig,
     TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.data.prepared import Split
+from dstune.train.generation import Generated
 from dstune.train.metrics import (
     answer_metrics,
     classification_metrics,
@@ -44,6 +46,24 @@ class Evaluation:
     details: dict[str, Any] = field(default_factory=dict)
     """What is no single number, JSON: `confusion` (rows are true classes, columns predicted ones, in the order of the
     labels); `by_type`, metrics of each type of entity or tag."""
+    generated: tuple[Generated, ...] = ()
+    """Seq2seq: rows with the target that the model wrote."""
+    predictions: tuple[tuple[Any, Any], ...] = ()
+    """For each row what is true and what was predicted: of classification the index of the label, or with several a row lists
+    of 0 and 1; of a regression numbers; tags of the words; of a question the right answers and the one that was found."""
+
+    def row_results(self, labels: Sequence[str]) -> list[dict[str, Any]]:
+        """What became of each row, as JSON; nothing where a row has no answer of its own."""
+        if self.generated:
+            return [asdict(row) for row in self.generated]
+        return [{"label": _named(true, labels), "predicted": _named(found, labels)} for true, found in self.predictions]
+
+
+def _named(label: Any, names: Sequence[str]) -> Any:
+    """The name of a label's index, or those of the labels that a row has; what is no index is told as it is."""
+    if isinstance(label, list) and label and isinstance(label[0], int):
+        return [name for name, on in zip(names, label, strict=True) if on]
+    return names[label] if isinstance(label, int) else label
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,8 @@ def measure(task: TaskConfig, labels: tuple[str, ...], split: Split, totals: Tot
             return Evaluation(
                 language_model_metrics(totals.loss_sum, totals.weight, totals.correct, int(split.column("bytes").sum()))
             )
+        case Seq2SeqConfig():
+            return Evaluation(language_model_metrics(totals.loss_sum, totals.weight, totals.correct))
         case ClassificationConfig():
             return _classes(task, totals, kept)
         case TokenClassificationConfig():
@@ -94,7 +116,8 @@ def measure(task: TaskConfig, labels: tuple[str, ...], split: Split, totals: Tot
             }
             metrics, by_type = token_metrics(tags["prediction"], tags["label"], labels)
             loss = {"loss": totals.loss_sum / totals.weight}
-            return Evaluation(loss | metrics | {"targets": totals.weight}, {"by_type": by_type})
+            pairs = tuple(zip(tags["label"], tags["prediction"], strict=True))
+            return Evaluation(loss | metrics | {"targets": totals.weight}, {"by_type": by_type}, predictions=pairs)
         case QuestionAnsweringConfig():
             return _answers(task, split, totals, kept)
         case PreferenceConfig():
@@ -120,20 +143,26 @@ def measure_step(task: TaskConfig, totals: Totals) -> dict[str, float]:
 def _classes(task: ClassificationConfig, totals: Totals, kept: Sequence[Row]) -> Evaluation:
     loss = {"loss": totals.loss_sum / totals.weight}
     predicted, true = ([row[name].tolist() for row in kept] for name in ("prediction", "label"))
+    pairs = tuple(zip(true, predicted, strict=True))
     if task.regression:
-        return Evaluation(loss | regression_metrics(predicted, true))
+        return Evaluation(loss | regression_metrics(predicted, true), predictions=pairs)
     probabilities = np.stack([row["probability"] for row in kept])
     if task.multi_label:
-        return Evaluation(loss | multi_label_metrics(predicted, true, probabilities))
+        return Evaluation(loss | multi_label_metrics(predicted, true, probabilities), predictions=pairs)
     metrics, confusion = classification_metrics(predicted, true, probabilities)
-    return Evaluation(loss | metrics, {"confusion": confusion})
+    return Evaluation(loss | metrics, {"confusion": confusion}, predictions=pairs)
 
 
 def _answers(task: QuestionAnsweringConfig, split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
     spans, margins = best_spans(split, kept)
     right = [[answer["text"] for answer in row["answers"]] for row in texts_of(split)]
     metrics = answer_metrics(spans, right, margins if task.no_answer else None, task.threshold)
-    return Evaluation({"loss": totals.loss_sum / totals.weight} | metrics | {"targets": float(len(right))})
+    found = spans
+    if task.no_answer:
+        found = ["" if margin > task.threshold else span for span, margin in zip(spans, margins, strict=True)]
+    loss = {"loss": totals.loss_sum / totals.weight}
+    pairs = tuple(zip(right, found, strict=True))
+    return Evaluation(loss | metrics | {"targets": float(len(right))}, predictions=pairs)
 
 
 def best_spans(split: Split, kept: Sequence[Row]) -> tuple[list[str], list[float]]:

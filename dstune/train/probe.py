@@ -34,7 +34,7 @@ class Probe:
     data: PreparedData
     world: World
     new: NewWeights
-    pad_token_id: int
+    tokenizer: Any
 
     def train(self, steps: int, change: Change, rate: float) -> None:
         """So many optimizer steps over the first windows of the run's order; `change` as in `Engine.before_update`."""
@@ -42,7 +42,7 @@ class Probe:
         self.engine.set_learning_rate(rate)
         supply = supply_of(self.config, self.data, None, None)
         for step, feed in enumerate(
-            windows(self.config, self.data, supply, self.world, self.pad_token_id, range(steps))
+            windows(self.config, self.data, supply, self.world, self.tokenizer.pad_token_id, range(steps))
         ):
             assert feed is not None, "whole data is always there"
             for position, (micro_batch, batch) in enumerate(feed.batches):
@@ -78,7 +78,7 @@ def probing(
         restrict(module, new)
     engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
     try:
-        yield Probe(engine, head, config, data, world, new, tokenizer.pad_token_id)
+        yield Probe(engine, head, config, data, world, new, tokenizer)
     finally:
         engine.close()
 

@@ -429,7 +429,8 @@ class Engine:
         if self.stage < 3:
             yield self.module
             return
-        offload = self._engine.optimizer.parameter_offload
+        # An engine that only evaluates has the hooks in place of an optimizer.
+        offload = getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer)
         with gathered(list(self.module.parameters())):
             for parameter in self.module.parameters():
                 parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]

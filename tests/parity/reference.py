@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
@@ -40,6 +40,13 @@ def next_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.T
     return loss, int((wanted != -100).sum())
 
 
+def target_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """That of an encoder-decoder, which makes the decoder's input from the labels by itself."""
+    logits, wanted = model(**batch, use_cache=False).logits, batch["labels"].flatten()
+    loss = functional.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
+    return loss, int((wanted != -100).sum())
+
+
 def train_plainly(
     config: RunConfig, cache: Path, model_class: Any = AutoModelForCausalLM, loss_of: Any = next_token_loss
 ) -> Reference:
@@ -47,6 +54,8 @@ def train_plainly(
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
     order = training_order(config, data)
+    if AutoConfig.from_pretrained(config.model.path).is_encoder_decoder:
+        model_class, loss_of = AutoModelForSeq2SeqLM, target_loss
     model = model_class.from_pretrained(
         config.model.path, dtype=torch.float64, attn_implementation="sdpa", **config.model.config_overrides
     )

@@ -13,7 +13,7 @@ from dstune import worker
 from dstune.config.compose import read_run, write_run
 from dstune.errors import Preempted
 from dstune.rank_env import from_environment
-from dstune.train import loop
+from dstune.train import generation, loop
 from dstune.zero.engine import start_process_group
 
 TRAIN_STEP = loop.train_step
@@ -52,8 +52,12 @@ def main() -> None:
             write_run(run_dir / "run.yaml", composed)
         world.barrier()
         loop.train_step = leaping(*case["leap"]) if "leap" in case else TRAIN_STEP
+        fits = generation.whole_weights_fit
+        if case.get("in_step"):  # as if no rank had room for the whole model
+            generation.whole_weights_fit = lambda engine: False
         with contextlib.suppress(Preempted):
             worker.train(composed.config, run_dir, world)
+        generation.whole_weights_fit = fits
 
 
 if __name__ == "__main__":

@@ -85,6 +85,62 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
+SEQ2SEQ_TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "decoder_start_token_id": 2}
+
+
+def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A T5 of two layers on each side and about 45,000 parameters, its vocabulary shared three times."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    settings |= {"num_heads": 4, "dropout_rate": 0.0, "initializer_factor": 1.0, **SEQ2SEQ_TOKENS}
+    torch.manual_seed(seed)
+    T5ForConditionalGeneration(T5Config(**(settings | changes))).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_bart(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A BART of two layers on each side and about 60,000 parameters."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "max_position_embeddings": 128}
+    for side in ("encoder", "decoder"):
+        settings |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    settings |= {"dropout": 0.0, "init_std": 0.2, "forced_eos_token_id": None, **SEQ2SEQ_TOKENS}
+    torch.manual_seed(seed)
+    BartForConditionalGeneration(BartConfig(**(settings | changes))).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_joined_encoders(folder: Path, encoder: Path, *, seed: int = 0) -> Path:
+    """An `EncoderDecoderModel` of twice the same encoder, with new cross attention."""
+    import torch
+    from transformers import EncoderDecoderModel
+
+    torch.manual_seed(seed)
+    EncoderDecoderModel.from_encoder_decoder_pretrained(str(encoder), str(encoder)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def write_pairs(path: Path, rows: int, *, seed: int = 0, longest: int = 12) -> Path:
+    """Sources of words; a target is, for some of the first words, the word that follows it: w5 w7 w9 gives w6 w8."""
+    choose = random.Random(seed)
+    with path.open("w") as stream:
+        for _ in range(rows):
+            numbers = choose.choices(range(len(WORDS) - 1), k=choose.randint(2, longest))
+            kept = numbers[: choose.choice([1, 1, 2, 5, longest])]
+            row = {"source": " ".join(WORDS[n] for n in numbers), "target": " ".join(WORDS[n + 1] for n in kept)}
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
 def write_dialogues(path: Path, rows: int, *, seed: int = 0, turns: tuple[int, int] = (1, 3)) -> Path:
     """Dialogues whose answers differ much in length, so that targets are spread unevenly over micro-batches."""
     choose = random.Random(seed)

@@ -20,6 +20,8 @@ COMPANIONS = {
     "task/preference": ["data=files", "data.train=rows.jsonl"],
     "task/reward": ["data=files", "data.train=rows.jsonl"],
     "task/embedding": ["data=files", "data.train=rows.jsonl"],
+    "task/seq2seq": ["data=verses"],
+    "data/verses": ["task=seq2seq"],
     "data/ner": ["task=token_classification"],
     "task/token_classification": ["data=ner"],
     "task/question_answering": ["data=files", "data.train=squad.json"],

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from support.configs import run_config
 
 from dstune.chat_templates import NAMES, template_path
+from dstune.config.data_schema import DataConfig
 from dstune.config.schema import ModelConfig
+from dstune.config.task_schema import Seq2SeqConfig
 from dstune.errors import UserError
 from dstune.launch.preflight import description_problems, resolve_run
-from dstune.models.load import load_config
 
 CONF = Path(__file__).parents[2] / "conf"
 MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "model").glob("*.yaml"))}
@@ -103,15 +106,16 @@ def test_encoder_decoders_are_refused_with_the_task_they_need(tmp_path, kind):
 
     (T5Config if kind == "t5" else BartConfig)(d_model=16).save_pretrained(tmp_path)
     model = ModelConfig(path=str(tmp_path))
-    told = [str(problem) for problem in description_problems(tmp_path, model)]
+    told = [str(problem) for problem in description_problems(tmp_path, model, run_config(model=model))]
     assert any(f"{kind} is an encoder-decoder" in text and "task=seq2seq" in text for text in told)
-    with pytest.raises(UserError, match="encoder-decoder"):
-        load_config(model)
+    packed = run_config(model=model, task=Seq2SeqConfig(), data=DataConfig(train="x", packing=True))
+    told = [str(problem) for problem in description_problems(tmp_path, model, packed)]
+    assert any("data.packing" in text and "encoder-decoder" in text for text in told)
+    separate = replace(packed, data=DataConfig(train="x", packing=False))
+    assert not any("encoder-decoder" in str(problem) for problem in description_problems(tmp_path, model, separate))
 
 
 def test_a_template_that_is_neither_a_name_nor_a_file_is_refused(tmp_path):
-    from support.configs import run_config
-
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("")

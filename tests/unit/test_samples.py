@@ -372,7 +372,7 @@ def test_samples_start_without_the_heavy_libraries() -> None:
 @pytest.mark.slow
 def test_the_real_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sample really fetched into an empty cache: row counts, and what the models say of themselves."""
-    rows = {"chitchat": 4018, "sentiment": 12808, "ner": 2394}
+    rows = {"chitchat": 4018, "sentiment": 12808, "ner": 2394, "verses": 31058}
     for name, count in rows.items():
         with samples.resolve(f"sample://{name}").open(encoding="utf-8") as file:
             assert sum(1 for _ in file) == count

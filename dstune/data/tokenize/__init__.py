@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from dstune.config.architectures import is_encoder_decoder
 from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -18,16 +19,19 @@ from dstune.config.task_schema import (
     PreferenceConfig,
     QuestionAnsweringConfig,
     RewardConfig,
+    Seq2SeqConfig,
     TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.data.render import ChatRenderer
+from dstune.data.seq2seq import Sources
 from dstune.data.tokenize.answers import AnswerEncoder
 from dstune.data.tokenize.classification import ClassificationEncoder
 from dstune.data.tokenize.contrastive import ContrastiveEncoder
 from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversation
 from dstune.data.tokenize.preference import JudgedEncoder, PairEncoder, RewardEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
+from dstune.data.tokenize.seq2seq import ReplyEncoder, TranslationEncoder
 from dstune.data.tokenize.tokens import TokenEncoder
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -79,6 +83,11 @@ class RowTokenizer:
     def renderer(self) -> ChatRenderer | None:
         """What renders conversations, where there is a template."""
         return self._encoder.renderer if isinstance(self._encoder, ChatEncoder) else None
+
+    @property
+    def sources(self) -> Sources | None:
+        """What asks for the target of a source, where the rows are of that kind."""
+        return self._encoder.sources if isinstance(self._encoder, TranslationEncoder | ReplyEncoder) else None
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
@@ -134,6 +143,9 @@ def _encoder(
             return RewardEncoder(tokenizer, task.template_date, fmt, max_length)
         case EmbeddingConfig():
             return ContrastiveEncoder(tokenizer, max_length)
+        case Seq2SeqConfig():
+            kind = TranslationEncoder if is_encoder_decoder(tokenizer) else ReplyEncoder
+            return kind(tokenizer, task, max_length)
     raise AssertionError(f"no tokenization for {task!r}")
 
 

@@ -14,11 +14,12 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.preferences import as_chat
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
+from dstune.data.seq2seq import first_special_tokens
 from dstune.data.tokenize.sample import Rows, Sample
 from dstune.errors import Problem, UserError
 
 
-class _Language:
+class Language:
     """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token.
 
     `bytes` is the length in UTF-8 of the text that a sample's targets stand for, special tokens apart; 0 where the tokenizer
@@ -30,7 +31,7 @@ class _Language:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._control = ControlTokens(tokenizer)
-        self._prefix = _first_special_tokens(tokenizer)
+        self._prefix = first_special_tokens(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int64)
 
@@ -94,7 +95,7 @@ class _Language:
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
 
-class ChatEncoder(_Language):
+class ChatEncoder(Language):
     """Prompts and completions go through the chat template if the model has one, else one follows the other."""
 
     def __init__(self, tokenizer: Any, task: ChatConfig, fmt: DataFormat, max_length: int):
@@ -161,7 +162,7 @@ class ChatEncoder(_Language):
             return "", [], str(error)
 
 
-class DocumentEncoder(_Language):
+class DocumentEncoder(Language):
     """Documents, cut into pieces of `max_length` tokens that overlap by one token.
 
     The first token of a piece is no target, so it is the last one of the piece before: no target is lost and
@@ -210,13 +211,3 @@ def _between(spans: list[Span], length: int) -> list[Span]:
     """What `spans` leave of a text of `length` characters, a token without characters at its end included."""
     edges = [0, *(edge for span in spans for edge in span), length + 1]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-
-
-def _first_special_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []

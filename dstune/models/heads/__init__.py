@@ -16,6 +16,7 @@ from dstune.config.task_schema import (
     PreferenceConfig,
     QuestionAnsweringConfig,
     RewardConfig,
+    Seq2SeqConfig,
     TaskConfig,
     TokenClassificationConfig,
 )
@@ -23,7 +24,7 @@ from dstune.models.heads.answers import AnswerHead
 from dstune.models.heads.base import Batch, Forward, Head, HeadOutput, WindowHead, sums_of
 from dstune.models.heads.classification import classification_head
 from dstune.models.heads.embedding import EmbeddingHead
-from dstune.models.heads.language import CausalLmHead
+from dstune.models.heads.language import CausalLmHead, EncoderDecoderHead
 from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.heads.reward import reward_head
 from dstune.models.heads.tokens import token_classification_head
@@ -36,6 +37,8 @@ def build_head(task: TaskConfig, model: PreTrainedModel) -> Head:
     match task:
         case ChatConfig() | CausalLmConfig():
             return CausalLmHead(model)
+        case Seq2SeqConfig():
+            return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model)
         case ClassificationConfig():
             return classification_head(task)
         case TokenClassificationConfig():

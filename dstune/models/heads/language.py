@@ -1,4 +1,4 @@
-"""The head of language models."""
+"""The heads of language models."""
 
 from __future__ import annotations
 
@@ -36,12 +36,16 @@ class CausalLmHead:
         self._probe = torch.linspace(-60.0, 60.0, vocabulary_size(self._projection), device=device)
         try:
             with torch.no_grad():
-                logits = forward(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+                inputs = self._probe_inputs(torch.zeros(1, 2, dtype=torch.long, device=device))
+                logits = forward(**inputs, use_cache=False).logits
             probe = self._probe.to(logits.dtype)
             self._examined = logits.shape[-1:] == probe.shape and torch.equal(logits, probe.expand_as(logits))
         finally:
             self._probe = None
         return self._examined
+
+    def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": tokens}
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """In place of the projection's own forward pass."""
@@ -61,13 +65,17 @@ class CausalLmHead:
         (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
         # The label of the next position is the target of this one; the last position has none.
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        return self._loss(forward, inputs_of(batch), labels, by_row="index" in batch)
+
+    def _loss(self, forward: Forward, inputs: Batch, labels: torch.Tensor, *, by_row: bool) -> HeadOutput:
+        """labels: what each position of the projected sequence is to predict, [batch, sequence]."""
         self._kept = labels != IGNORED
         targets = labels[self._kept]
-        kept, by_row = self._kept, "index" in batch and not torch.is_grad_enabled()
+        kept, by_row = self._kept, by_row and not torch.is_grad_enabled()
         self._targets = targets if self._examined and not by_row else None
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
-            output = forward(**inputs_of(batch), use_cache=False).logits
+            output = forward(**inputs, use_cache=False).logits
         finally:
             self._kept = self._targets = None
         if self._found is None:
@@ -89,3 +97,26 @@ def _by_row(kept: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> 
         name: torch.zeros(len(kept), device=losses.device).index_add_(0, row, value.float())
         for name, value in values.items()
     }
+
+
+class EncoderDecoderHead(CausalLmHead):
+    """Cross entropy of the target's tokens, given the source and the tokens before."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        # The model's own way: which token comes first, and what stands for positions without a target.
+        self._shifted = model.prepare_decoder_input_ids_from_labels
+        self._adds_bias = hasattr(model, "final_logits_bias")
+
+    def examine(self, forward: Forward, device: torch.device) -> bool:
+        """As for every language model; but BART adds to its logits what a probe cannot see, since it is 0 at first."""
+        return False if self._adds_bias else super().examine(forward, device)
+
+    def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": tokens, "decoder_input_ids": tokens}
+
+    def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
+        """batch: input_ids, attention_mask [batch, source], labels [batch, target]."""
+        # Padding follows the target, and no position attends to a later one.
+        decoder = {"decoder_input_ids": self._shifted(labels=batch["labels"])}
+        return self._loss(forward, inputs_of(batch) | decoder, batch["labels"], by_row="index" in batch)

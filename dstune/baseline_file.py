@@ -1,0 +1,30 @@
+"""What a prompted, untuned model reaches on a run's held-out rows: `baseline.json` in the run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+NAME = "baseline.json"
+
+
+def remember(run_dir: Path, asked: str, split: str, rows: int, prompted: Sequence[dict[str, Any]]) -> None:
+    """Add {"model", "split", "rows", "shots", "metrics"} for each of `prompted`, which have the last two, in place of what is
+    known of the same model, split and number of examples."""
+    new = [{"model": asked, "split": split, "rows": rows, **one} for one in prompted]
+    keys = [(row["model"], row["split"], row["shots"]) for row in new]
+    kept = [row for row in read(run_dir) if (row.get("model"), row.get("split"), row.get("shots")) not in keys]
+    aside = run_dir / f"{NAME}.incomplete"
+    aside.write_text(json.dumps([*kept, *new], indent=1), encoding="utf-8")
+    aside.replace(run_dir / NAME)
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of the file; none where there is no readable one."""
+    try:
+        rows = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []

@@ -1,0 +1,106 @@
+"""What a model reads for a source, and what it has to write: the same in training, evaluation and `dstune generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dstune.config.task_schema import Seq2SeqConfig
+from dstune.data.control import ControlTokens
+from dstune.data.render import ChatRenderer
+
+PLACE = "{source}"
+"""Where the source stands in `task.prompt`."""
+
+
+def prompt_of(task: Seq2SeqConfig, source: str) -> str:
+    """`task.prompt` with the source in it."""
+    return task.prompt.replace(PLACE, source)
+
+
+class Sources:
+    """Sources and targets as tokens, for one tokenizer (of transformers); picklable.
+
+    encoder_decoder: the encoder reads the prompt, and the decoder begins with the target. Else a decoder reads the prompt as a
+    user's message (`renderer`, where the task and the tokenizer have a chat template), or as plain text.
+    """
+
+    def __init__(self, tokenizer: Any, task: Seq2SeqConfig, *, encoder_decoder: bool):
+        self._tokenizer, self._task, self.encoder_decoder = tokenizer, task, encoder_decoder
+        self._control = ControlTokens(tokenizer)
+        asked = task.chat and bool(tokenizer.chat_template) and not encoder_decoder
+        self.renderer = ChatRenderer(tokenizer, task.template_date) if asked else None
+        self._end = end_of_target(tokenizer)
+
+    def conversation(self, source: str, target: str) -> dict[str, Any]:
+        """A row of `task=chat` in which a decoder answers the source with the target."""
+        prompt = prompt_of(self._task, source)
+        if self.renderer is None:
+            return {"prompt": prompt + self._task.separator, "completion": target}
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
+
+    def prompt_ids(self, source: str) -> list[int]:
+        """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
+        prompt = prompt_of(self._task, source)
+        if self.encoder_decoder:
+            return self.encoder_ids(prompt, sys.maxsize)[0]
+        if self.renderer is not None:
+            return self.renderer.prompt_ids([{"role": "user", "content": prompt}])
+        text = prompt + self._task.separator
+        ids = self._control.ids(text)
+        first = first_special_tokens(self._tokenizer)
+        return ids if ids[: len(first)] == first else [*first, *ids]
+
+    def encoder_ids(self, text: str, max_length: int) -> tuple[list[int], int]:
+        """Tokens of a text with the special tokens that the tokenizer puts around it, cut to `max_length`; how many
+        there were before."""
+        if self._control.first(text):
+            ids, _, length = self._control.sequence([text], max_length)
+            return ids, length
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > max_length:
+            return self._tokenizer(text, truncation=True, max_length=max_length)["input_ids"], len(ids)
+        return ids, len(ids)
+
+    def target_ids(self, text: str, max_length: int) -> tuple[list[int], int]:
+        """Tokens that the decoder writes for a target, its end included, cut to `max_length`; how many there were
+        before. A cut target has no end, which would teach the model to stop there."""
+        if self._control.first(text):
+            ids, _, _ = self._control.sequence([text], sys.maxsize)
+        else:
+            ids = self._tokenizer(text_target=text, verbose=False)["input_ids"]
+        if self._end is not None and ids[-1:] != [self._end]:
+            ids = [*ids, self._end]
+        return ids[:max_length], len(ids)
+
+    def shortened(self, source: str, tokens: int) -> str:
+        """`source` without its last `tokens` tokens; empty where it has no more than these."""
+        ids_and_places = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        kept = ids_and_places["offset_mapping"][: max(0, len(ids_and_places["input_ids"]) - tokens)]
+        return source[: kept[-1][1]].rstrip() if kept else ""
+
+
+def end_of_target(tokenizer: Any) -> int | None:
+    """The token that ends a target: of end of text, or of encoders the separator."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
+def first_special_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []
+
+
+def decoder_prompt(sample: Mapping[str, Any], ignored: int) -> list[int]:
+    """The tokens of a sample up to its first target: what the model is to go on from."""
+    if "target_ids" in sample:
+        return np.asarray(sample["input_ids"]).tolist()
+    targets = np.flatnonzero(np.asarray(sample["labels"]) != ignored)
+    return np.asarray(sample["input_ids"])[: targets[0]].tolist()

@@ -1,0 +1,91 @@
+"""Samples of sources and targets, for encoder-decoders and for decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dstune.config.task_schema import Seq2SeqConfig
+from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import TEXTS
+from dstune.data.render import require_offsets
+from dstune.data.seq2seq import Sources, end_of_target, prompt_of
+from dstune.data.tokenize.language import ChatEncoder, Language
+from dstune.data.tokenize.sample import Rows, Sample
+from dstune.errors import Problem, UserError
+
+_TEXT_COLUMNS = {name: datasets.Value("string") for name in TEXTS}
+
+
+class TranslationEncoder:
+    """A source for the encoder (`input_ids`) and a target for the decoder (`target_ids`), each cut by itself.
+
+    Raises UserError (at creation) where the tokenizer has nothing to end a target with.
+    """
+
+    def __init__(self, tokenizer: Any, task: Seq2SeqConfig, max_length: int):
+        if end_of_target(tokenizer) is None:
+            reason = "the tokenizer has no end-of-sequence token, so the model could not learn to stop"
+            raise UserError(Problem("model.path", reason, "choose a model made to generate text"))
+        self.sources = Sources(tokenizer, task, encoder_decoder=True)
+        self._task = task
+        self._most = max_length, task.max_target_length or max_length
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {"target_ids": datasets.List(datasets.Value("int32")), **_TEXT_COLUMNS}
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        samples = []
+        for number, row in zip(numbers, rows, strict=True):
+            source, length = self.sources.encoder_ids(prompt_of(self._task, row["source"]), self._most[0])
+            target, whole = self.sources.target_ids(row["target"], self._most[1])
+            columns = {"target_ids": np.array(target, dtype=np.int32), **{name: row[name] for name in TEXTS}}
+            cut = length > len(source) or whole > len(target)
+            samples.append(Sample(number, np.array(source, np.int32), columns, len(target), cut, length=length + whole))
+        return samples
+
+
+class ReplyEncoder(ChatEncoder):
+    """A decoder's answer to each source. Where both are too long the source is shortened, at its end: a row without its
+    target would teach nothing."""
+
+    def __init__(self, tokenizer: Any, task: Seq2SeqConfig, max_length: int):
+        require_offsets(tokenizer)
+        Language.__init__(self, tokenizer, max_length)
+        self.sources = Sources(tokenizer, task, encoder_decoder=False)
+        self.renderer = self.sources.renderer
+        self._train_on_prompt = False
+        self._most = task.max_target_length
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {**super().columns, **_TEXT_COLUMNS}
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        samples = self._asked([(row["source"], row["target"]) for row in rows], numbers)
+        for place, row in enumerate(rows):
+            sample, source = samples[place], row["source"]
+            length = sample.length
+            while sample.length > self._max_length and source:
+                source = self.sources.shortened(source, sample.length - self._max_length)
+                (sample,) = self._asked([(source, row["target"])], [numbers[place]])
+            if not source:  # the target alone is too long
+                sample = samples[place]
+            sample.truncated, sample.length = length > self._max_length, length
+            self._cut_target(sample)
+            sample.columns |= {name: row[name] for name in TEXTS}
+            samples[place] = sample
+        return samples
+
+    def _asked(self, pairs: list[tuple[str, str]], numbers: list[int]) -> list[Sample]:
+        return super().__call__([self.sources.conversation(source, target) for source, target in pairs], numbers)
+
+    def _cut_target(self, sample: Sample) -> None:
+        if self._most is not None and sample.weight > self._most:
+            end = int(np.flatnonzero(sample.labels != NO_TARGET)[self._most])
+            sample.input_ids, sample.columns["labels"] = sample.input_ids[:end], sample.labels[:end]
+            sample.weight, sample.truncated = self._most, True

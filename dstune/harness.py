@@ -1,0 +1,88 @@
+"""`dstune evaluate --harness TASKS`: the public benchmarks of lm-evaluation-harness, in one process.
+
+Tasks are asked as plain text, as published tables do, not through a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
+
+
+def require() -> None:
+    """Raises UserError where lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        fix = "pip install 'dstune[harness]'"
+        raise UserError(Problem("--harness", "the package lm-eval is not installed", fix))
+
+
+def run(
+    config: RunConfig, folder: str, tasks: Sequence[str], task_files: Path | None, shots: int | None
+) -> dict[str, dict[str, Any]]:
+    """Metrics by task of the model in `folder` (or of the adapter there).
+
+    config: `model` and `evaluate.max_rows`, `evaluate.micro_batch_size` count. task_files: a folder with tasks of the
+    user's own. shots: worked examples; as each task has it when not given.
+    Raises UserError for a task that is not there, or data that cannot be had.
+    """
+    require()
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    manager = TaskManager(include_path=str(task_files) if task_files else None)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        fix = "the tasks are listed by `lm-eval ls tasks`; --harness-path FOLDER adds your own"
+        raise UserError(Problem("--harness", "there is no such task", fix, name) for name in unknown)
+    batch_size = config.evaluate.micro_batch_size or config.trainer.micro_batch_size
+    options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "batch_size": batch_size}
+    if config.model.revision is not None:
+        options["revision"] = config.model.revision
+    adapter = Path(folder) / "adapter_config.json"
+    if adapter.is_file():
+        options["peft"], folder = folder, json.loads(adapter.read_text())["base_model_name_or_path"]
+    model = HFLM(pretrained=folder, device="cuda" if torch.cuda.is_available() else "cpu", **options)
+    try:
+        found = simple_evaluate(
+            model,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=config.evaluate.max_rows,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ConnectionError) as error:
+        reason = f"its rows cannot be had: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        fix = "run it once where the model hub is reachable, or give tasks with local rows (--harness-path FOLDER)"
+        raise UserError(Problem("--harness", reason, fix, ",".join(tasks))) from error
+    assert found is not None, "there is one process"
+    return {name: _plain(metrics) for name, metrics in found["results"].items()}
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Numbers by metric; the filter in a name is left out where it is none."""
+    return {
+        key.removesuffix(",none"): value
+        for key, value in metrics.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def show(target: str, results: dict[str, dict[str, Any]], say: Callable[[str], None] = print) -> None:
+    """A table for people."""
+    say(f"{target}: lm-evaluation-harness")
+    rows = [(task, name, value) for task, metrics in results.items() for name, value in metrics.items()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for task, name, value in rows:
+        say(f"  {task:<{widths[0]}}  {name:<{widths[1]}}  {value:.4f}")

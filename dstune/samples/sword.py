@@ -1,0 +1,57 @@
+"""Verses of a SWORD module (zText driver), by their names in OSIS.
+
+A testament is three files: `.bzz` holds blocks of text packed by zlib; `.bzs` the place, packed and unpacked size of each
+block (three uint32); `.bzv` block, place in it and length of each entry (uint32, uint32, uint16). Which verse an entry is
+follows from the entries themselves: that of a chapter's heading names the chapter, and its verses come behind it in order.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Protocol
+
+_CHAPTER = re.compile(r'<chapter [^>]*osisID="([^"]+)"[^>]*sID=')
+
+
+class Files(Protocol):
+    def namelist(self) -> list[str]: ...
+    def read(self, name: str) -> bytes: ...
+
+
+def verses(files: Files) -> dict[str, str]:
+    """Texts without markup, notes and headings, by names such as `Gen.1.1`, in the module's order."""
+    found: dict[str, str] = {}
+    for testament in ("ot", "nt"):
+        chapter, number = "", 0
+        for entry in _entries(files, testament):
+            heading = _CHAPTER.search(entry)
+            if heading and (entry.lstrip().startswith("<chapter") or not _plain(entry)):
+                chapter, number = heading.group(1), 0
+            elif chapter:
+                number += 1
+                if text := _plain(entry):
+                    found[f"{chapter}.{number}"] = text
+    return found
+
+
+def _entries(files: Files, testament: str) -> Iterator[str]:
+    packed, places, entries = (
+        next(files.read(name) for name in files.namelist() if name.endswith(f"/{testament}.{ending}"))
+        for ending in ("bzz", "bzs", "bzv")
+    )
+    blocks = [
+        zlib.decompress(packed[start : start + size]) if size else b""
+        for start, size, _ in struct.iter_unpack("<III", places)
+    ]
+    for block, start, length in struct.iter_unpack("<IIH", entries):
+        yield blocks[block][start : start + length].decode("utf-8")
+
+
+def _plain(entry: str) -> str:
+    """The words of an entry in OSIS markup."""
+    entry = re.sub(r"<(note|title|speaker)\b[^>]*?(?<!/)>.*?</\1>", " ", entry, flags=re.DOTALL)
+    entry = entry.replace("</w><w", "</w> <w")  # some words have lost the space between them
+    return " ".join(re.sub(r"<[^>]*>", "", entry).split())

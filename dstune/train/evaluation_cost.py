@@ -1,0 +1,71 @@
+"""How much of a run's time its evaluations take."""
+
+from __future__ import annotations
+
+from dstune.config.schema import RunConfig
+
+MUCH = 0.1
+"""A share of the time above which a run is told to evaluate less."""
+
+
+def evaluations(config: RunConfig, total_steps: int) -> int:
+    """Evaluations of a whole run of so many steps, the one before the first step and the one at the end included."""
+    at_start = int(config.evaluate.at_start)
+    every = config.evaluate.every
+    return at_start + (-(-total_steps // every) if every else 1)
+
+
+def share(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
+    """Share of the time of the whole run that its evaluations take. Saving and start-up are left out.
+
+    Example: 100 steps of 1 s, an evaluation of 5 s every 50 steps and one at the start: 15 / 115 = 0.13.
+    """
+    evaluating = evaluations(config, total_steps) * evaluation_seconds
+    return evaluating / (evaluating + total_steps * step_seconds)
+
+
+def told(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> str:
+    """One line about it, with what to do where it is much."""
+    found = share(config, total_steps, evaluation_seconds, step_seconds)
+    count = evaluations(config, total_steps)
+    several = f"{count} evaluations" if count > 1 else "the evaluation"
+    several = f"{several} of {evaluation_seconds:.1f} s"
+    line = f"{several}: about {100 * found:.0f}% of the run's time ({total_steps:,} steps of {step_seconds:.2f} s)"
+    if found <= MUCH:
+        return line
+    fewer = "evaluate.max_rows=N" if config.evaluate.every == 0 else "evaluate.max_rows=N or a larger evaluate.every"
+    generated = (
+        ", evaluate.generate_rows=N" if config.task.name == "seq2seq" and config.evaluate.generate_rows != 0 else ""
+    )
+    return f"warning: {line}; {fewer}{generated} takes less"
+
+
+class EvaluationCost:
+    """Tells it once, as soon as an evaluation and a few steps have been timed."""
+
+    STEPS = 3
+    """Timed steps that it takes to know what a step takes."""
+
+    def __init__(self, config: RunConfig, total_steps: int):
+        self._config, self._total_steps = config, total_steps
+        self._evaluation_seconds: float | None = None
+        self._step_seconds: list[float] = []
+        self._told = False
+
+    def stepped(self, seconds: float) -> str | None:
+        """What is to be said after a step that took `seconds`."""
+        if not self._told:
+            self._step_seconds.append(seconds)
+        return self._line()
+
+    def evaluated(self, seconds: float) -> str | None:
+        """What is to be said after an evaluation that took `seconds`."""
+        self._evaluation_seconds = seconds
+        return self._line()
+
+    def _line(self) -> str | None:
+        if self._told or self._evaluation_seconds is None or len(self._step_seconds) < self.STEPS:
+            return None
+        self._told = True
+        step_seconds = sum(self._step_seconds) / len(self._step_seconds)
+        return told(self._config, self._total_steps, self._evaluation_seconds, step_seconds)
