@@ -106,7 +106,7 @@ def shown(value: Any) -> str:
         value = to_dict(value)
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
-    return str(value) or "''"
+    return str(value).replace("\n", "\\n") or "''"
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

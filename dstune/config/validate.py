@@ -81,6 +81,8 @@ TASKS_OF_FORMAT = {
     DataFormat.preference: ("preference", "reward"),
     DataFormat.feedback: ("preference",),
     DataFormat.contrastive: ("embedding",),
+    DataFormat.tokens_tags: ("token_classification",),
+    DataFormat.squad: ("question_answering",),
     DataFormat.source_target: ("seq2seq",),
 }
 """What each row format is for."""

@@ -59,6 +59,29 @@ def _bert(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
     return _of("bert", 30522, hidden, inner, layers, heads, heads, max_position_embeddings=512, hidden_dropout_prob=0.1)
 
 
+def _t5(hidden: int, inner: int, layers: int, heads: int, *, gated: bool = False) -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": hidden,
+        "d_ff": inner,
+        "d_kv": 64,
+        "num_layers": layers,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "dropout_rate": 0.1,
+    }
+
+
+def _bart(vocabulary: int, hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    sizes = {
+        f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", layers), ("ffn_dim", inner))
+    }
+    attention = {f"{part}_attention_heads": heads for part in ("encoder", "decoder")}
+    more = {"d_model": hidden, "max_position_embeddings": 1024, "dropout": 0.1}
+    return {"model_type": "bart", "vocab_size": vocabulary, **sizes, **attention, **more}
+
+
 def _deberta(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
     return _of(
         "deberta-v2",
@@ -131,4 +154,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "microsoft/deberta-v3-large": _deberta(1024, 4096, 24, 16),
     "answerdotai/ModernBERT-base": _of("modernbert", 50368, 768, 1152, 22, 12, 12),
     "answerdotai/ModernBERT-large": _of("modernbert", 50368, 1024, 2624, 28, 16, 16),
+    "google-t5/t5-small": _t5(512, 2048, 6, 8),
+    "google-t5/t5-base": _t5(768, 3072, 12, 12),
+    "google-t5/t5-large": _t5(1024, 4096, 24, 16),
+    "google/flan-t5-small": _t5(512, 1024, 8, 6, gated=True),
+    "google/flan-t5-base": _t5(768, 2048, 12, 12, gated=True),
+    "google/flan-t5-large": _t5(1024, 2816, 24, 16, gated=True),
+    "facebook/bart-base": _bart(50265, 768, 3072, 6, 12),
+    "facebook/bart-large-cnn": _bart(50264, 1024, 4096, 12, 16),
 }

@@ -138,7 +138,7 @@ def test_help_has_groups_keys_and_flags_but_not_the_schema(capsys: pytest.Captur
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\n")
     out = shown(capsys, "--help", "--config-dir", str(tmp_path))
-    assert "full, head, lora, mine" in out
+    assert "importance, lora, mine, oft" in out
     assert "schema" not in out
     for key in all_keys():
         assert names_choice(key) or f"  {key}=" in out
@@ -167,7 +167,7 @@ def test_a_row_of_the_documentation():
 def test_equal_keys_of_choices_are_one_row():
     steps = [setting.group for setting in merged() if setting.key == "schedule.warmup_steps"]
     ratios = [setting.group for setting in merged() if setting.key == "schedule.warmup_ratio"]
-    assert steps == ["schedule"]
+    assert steps == ["schedule=cosine|linear|constant|warmup_stable_decay"]  # slanted_triangular has a cut instead
     assert ratios == ["schedule=cosine|linear|warmup_stable_decay", "schedule=constant"]
 
 
@@ -198,7 +198,7 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
         ("dstune train mod", ["model.", "model="]),
         ("dstune train model=mini", ["model=minilm"]),
         ("dstune train experiment=quick", ["experiment=quickstart"]),
-        ("dstune train method=lora method.r", ["method.rank=", "method.rslora="]),
+        ("dstune train method=lora method.r", ["method.rank=", "method.rank_pattern=", "method.rslora="]),
         ("dstune train method=full method.r", []),
         ("dstune train trainer.early", ["trainer.early_stopping."]),
         ("dstune train trainer.precision=", [f"trainer.precision={p}" for p in ("auto", "bf16", "fp16", "fp32")]),
@@ -227,7 +227,10 @@ def test_completion_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.Mon
 def test_completion_knows_groups_of_a_config_dir(tmp_path: Path):
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\n")
-    assert complete(f"dstune train --config-dir {tmp_path} method=mine method.ra", VERBS) == ["method.rank="]
+    assert complete(f"dstune train --config-dir {tmp_path} method=mine method.alpha", VERBS) == [
+        "method.alpha=",
+        "method.alpha_pattern=",
+    ]
 
 
 @pytest.mark.parametrize(("shell", "separator"), [("bash", " "), ("zsh", "\n"), ("fish", "\n")])
@@ -264,4 +267,4 @@ echo "REPLY ${COMPREPLY[*]}"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     run = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "-F hydra_bash_completion dstune" in run.stdout
-    assert run.stdout.splitlines()[-1] == "REPLY experiment=sentiment"
+    assert run.stdout.splitlines()[-1] == "REPLY experiment=sentiment experiment=sentiment_ulmfit"

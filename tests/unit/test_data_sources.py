@@ -77,7 +77,8 @@ def test_bytes_that_are_no_utf8_spoil_their_own_row(tmp_path):
 def test_texts_by_line_paragraph_and_document(tmp_path):
     path = tmp_path / "story.md"
     path.write_text("one\ntwo\r\n\n\n  \nthree\n")
-    by = {rows: [(line, fields["text"]) for line, fields, _ in found(path, text_rows=rows)] for rows in TextRows}
+    kinds = (TextRows.line, TextRows.paragraph, TextRows.document)
+    by = {rows: [(line, fields["text"]) for line, fields, _ in found(path, text_rows=rows)] for rows in kinds}
     assert by == {
         TextRows.line: [(1, "one"), (2, "two"), (6, "three")],
         TextRows.paragraph: [(1, "one\ntwo"), (6, "three")],
