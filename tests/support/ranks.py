@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +38,37 @@ def free_port() -> int:
 
 
 def run_ranks(program: Path, size: int, argument: Any, *, timeout: float = 600) -> list[str]:
-    """Run `python program JSON` on `size` ranks; their outputs in rank order. Fails with the output of a failing rank."""
+    """Run `python program JSON` on `size` ranks; their outputs in rank order. Fails with the output of a failing rank.
+
+    Ranks write to files: one that fills a pipe which nobody reads yet would wait for ever, and the others for it. Where a
+    rank fails, the others, which wait for it too, are given a few seconds.
+    """
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), json.dumps(argument)],
-            env=environment(rank, size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {size} exited with {process.returncode}:\n{output[-6000:]}"
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"rank-{rank}.log" for rank in range(size)]
+        processes = []
+        for rank, log in enumerate(logs):
+            with log.open("w") as stream:
+                command = [sys.executable, str(program), json.dumps(argument)]
+                process = subprocess.Popen(
+                    command, env=environment(rank, size, port), stdout=stream, stderr=subprocess.STDOUT
+                )
+                processes.append(process)
+        deadline = time.monotonic() + timeout
+        try:
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                if any(process.returncode for process in processes):
+                    deadline = min(deadline, time.monotonic() + 5)
+                time.sleep(0.05)
+        finally:
+            codes = [process.poll() for process in processes]
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        outputs = [log.read_text(errors="replace") for log in logs]
+    # The rank that failed by itself before those that were ended because of it, or because the time was over.
+    for rank, code in sorted(enumerate(codes), key=lambda entry: entry[1] is None):
+        how = f"did not end within {timeout:g} s" if code is None else f"exited with {code}"
+        assert code == 0, f"rank {rank} of {size} {how}:\n{outputs[rank][-6000:]}"
     return outputs
