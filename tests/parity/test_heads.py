@@ -16,6 +16,7 @@ from parity.reference import train_plainly
 from seqeval.metrics import f1_score
 from support.ranks import run_ranks
 from support.tiny import save_encoder, write_labelled, write_questions, write_scored, write_tagged
+from support.workshop import VOLATILE
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -224,9 +225,8 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(trained, refere
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(trained):
-    volatile = {"tokens_per_second", "step_seconds", "peak_memory_gib", "eval/seconds", "time"}
     whole, cut = (
-        [{key: value for key, value in row.items() if key not in volatile} for row in trained.rows(name)]
+        [{key: value for key, value in row.items() if key not in VOLATILE} for row in trained.rows(name)]
         for name in ("whole", "cut")
     )
     assert whole == cut and len(whole) == 4

@@ -15,6 +15,7 @@ from parity.reference import Reference, train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
+from support.workshop import VOLATILE
 
 from dstune.config.compose import compose, write_run
 
@@ -174,9 +175,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(workshop, method):
 def exact(run_dir: Path) -> list[dict]:
     """Metrics that must be equal: all but times and memory."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    volatile = {"tokens_per_second", "step_seconds", "peak_memory_gib", "eval/seconds", "time"}
-    volatile |= {"slowest_rank", "slowest_to_median"}
-    return [{key: value for key, value in row.items() if key not in volatile} for row in rows]
+    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in rows]
 
 
 def test_bf16_stays_near_fp32(workshop):

@@ -12,6 +12,7 @@ from parity.reference import train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_bart, save_decoder, save_encoder, save_joined_encoders, save_t5, write_pairs
+from support.workshop import VOLATILE
 
 from dstune.config.compose import compose, write_run
 
@@ -172,16 +173,8 @@ def test_resumed_equals_uninterrupted_and_an_adapter_is_one_of_its_kind(workshop
         workshop.case("t5", "end", *full, directory="cut"),
     ]
     run_ranks(PROGRAM, 2, first)
-    volatile = {
-        "tokens_per_second",
-        "step_seconds",
-        "peak_memory_gib",
-        "eval/seconds",
-        "slowest_rank",
-        "slowest_to_median",
-    }
     whole, cut = (
-        [{key: value for key, value in row.items() if key not in volatile} for row in workshop.rows(name)]
+        [{key: value for key, value in row.items() if key not in VOLATILE} for row in workshop.rows(name)]
         for name in ("whole", "cut")
     )
     assert cut == whole and any("eval/chrf" in row for row in whole)

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from dstune.config.compose import Composed, compose, write_run
 
-VOLATILE = {"tokens_per_second", "step_seconds", "peak_memory_gib", "eval/seconds", "time"}
+VOLATILE = {
+    "tokens_per_second",
+    "step_seconds",
+    "peak_memory_gib",
+    "eval/seconds",
+    "time",
+    "slowest_rank",
+    "slowest_to_median",
+}
+"""What of a row of metrics is another number in every run."""
 
 
 class Workshop:
