@@ -38,6 +38,7 @@ def overrides(name: str, *further: str) -> list[str]:
         "data.max_length=64",
         "optimizer.lr=1e-3",
         "zero=stage2",
+        "trainer.precision=fp32",  # bf16 rounds otherwise on another number of ranks
         "trainer.micro_batch_size=2",
         "trainer.global_batch_size=6",
         f"trainer.max_steps={STEPS}",

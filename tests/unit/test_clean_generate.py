@@ -15,7 +15,7 @@ from dstune.generate.writer import Sampling, Writer
 
 
 def writer(tokenizer: Any, *, plain: bool = False) -> Writer:
-    voice = SimpleNamespace(tokenizer=tokenizer, chat=True, date=None)
+    voice = SimpleNamespace(tokenizer=tokenizer, chat=True, date=None, task=None)
     return Writer(SimpleNamespace(model=None, voices={"base": voice}), Sampling(), plain=plain)
 
 
