@@ -59,7 +59,7 @@ def test_a_rank_that_hangs_is_ended_with_stacks(workplace):  # noqa: F811
     victim.send_signal(signal.SIGSTOP)  # as a hung device or file system would
     stopped = time.monotonic()
     assert command.wait(timeout=60) == 1
-    assert time.monotonic() - stopped < 25
+    assert time.monotonic() - stopped < 45
     assert not ranks_of(run_dir)
     log = (run_dir / "logs" / "rank-0.log").read_text()
     assert "rank 0 made no progress for 3 s" in log

@@ -70,7 +70,7 @@ def interactive(command: list[str], shell: str, environment: dict[str, str]) -> 
         terminal.wait_for("ready")
         for started, finished in (
             ("dstune eva", "luate"),
-            ("dstune train met", "hod="),
+            ("dstune train exper", "iment="),
             ("dstune train method=lo", "ra"),
             ("dstune train trainer.max_s", "teps="),
         ):
@@ -91,7 +91,9 @@ def test_zsh(environment: dict[str, str]) -> None:
 
 
 def test_fish(environment: dict[str, str]) -> None:
-    asked = "; ".join(f'complete -C "{line}"' for line in ("dstune eva", "dstune train met", "dstune train method=lo"))
+    asked = "; ".join(
+        f'complete -C "{line}"' for line in ("dstune eva", "dstune train exper", "dstune train method=lo")
+    )
     command = [needs("fish"), "--no-config", "-c", f"dstune completion fish | source; {asked}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert [line.strip() for line in done.stdout.split()] == ["evaluate", "method=", "method=lora"], done.stderr
+    assert [line.strip() for line in done.stdout.split()] == ["evaluate", "experiment=", "method=lora"], done.stderr
