@@ -24,9 +24,10 @@ def test_from_training_to_the_export(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows[:45])
     write_jsonl(tmp_path / "held.jsonl", rows[45:])
     run = ["model.path=model", "task=classification", "task.multi_label=true", "data.packing=false", "run.dir=run"]
+    fp32 = "trainer.precision=fp32"  # to be compared to 1e-5
     data = ["data.train=train.jsonl", "data.validation=held.jsonl", "data.max_length=64"]
     more = ["trainer.max_steps=12", "trainer.global_batch_size=6", "trainer.micro_batch_size=2", "optimizer.lr=3e-3"]
-    done = commands.run("train", *run, *data, *more, "launch.processes=2")
+    done = commands.run("train", *run, *data, *more, fp32, "launch.processes=2")
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
 
@@ -53,7 +54,7 @@ def test_from_training_to_the_export(tmp_path):
     assert result["eval_final"]["loss"] < result["eval_initial"]["loss"]
 
     # The export says itself that it has several labels.
-    overrides = ["task=classification", "data.packing=false", "task.multi_label=true", *data]
+    overrides = ["task=classification", "data.packing=false", "task.multi_label=true", fp32, *data]
     done = commands.run("evaluate", "run/export", *overrides, "launch.processes=1", "--json")
     assert done.returncode == 0, done.stderr + done.stdout
     evaluated = json.loads(done.stdout)
