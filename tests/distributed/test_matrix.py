@@ -223,7 +223,7 @@ def possible(name: str, stage: int) -> bool:
     return not (isinstance(METHODS[name][0], method_schema.QloraConfig) and stage == 3)
 
 
-@pytest.mark.slow  # about two dozen cells with engines of their own: minutes on two cores
+@pytest.mark.slow  # it failed in its first whole run (46 s); the cause is not known yet
 def test_each_method(table):
     """At stage 3, where most can go wrong; 4-bit weights at stage 2."""
     cells = [(name, 3 if possible(name, 3) else 2) for name in METHODS if name not in ONLY_IN_THE_WHOLE_MATRIX]
