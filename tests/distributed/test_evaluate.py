@@ -74,7 +74,15 @@ def measured(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("full-3", 1), ("full-3", 2), ("lora-2", 1), ("labels-2", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("full-3", 2),
+        ("lora-2", 1),
+        pytest.param("full-3", 1, marks=pytest.mark.slow),
+        pytest.param("labels-2", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_is_measured_as_at_its_end(shelf, name, ranks, capsys):
     found = measured(capsys, shelf.folder / name, f"launch.processes={ranks}")
     result = shelf.result(name)
@@ -92,7 +100,7 @@ def test_a_model_is_measured_as_before_training(shelf, capsys):
     assert found["metrics"] == pytest.approx(shelf.result("full-3")["eval_initial"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full-3", "labels-2"])
+@pytest.mark.parametrize("name", [pytest.param("full-3", marks=pytest.mark.slow), "labels-2"])
 def test_an_export_says_itself_how_it_is_measured(shelf, name, capsys):
     """Neither task, labels nor length are given, only the rows."""
     data = ["data=files", f"data.train={shelf.data[CASES[name][0]]}", *SHARED, "launch.processes=1"]

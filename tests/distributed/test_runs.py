@@ -88,7 +88,7 @@ def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):
     assert 'title="resumed at step' in (run_dir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_saves_and_the_same_command_continues(workplace, undisturbed, number):
     name = f"stopped-{number.name}"
     run_dir = workplace.folder / name
@@ -150,6 +150,7 @@ def test_changed_rows_are_refused_on_resume(workplace, undisturbed):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_stopped_at_an_evaluation_the_resumed_run_decides_as_the_undisturbed_one(workplace):
     """Evaluated at every step with a gain that no step can reach: early stopping after the third evaluation."""
     stopping = ["trainer.early_stopping.patience=2", "trainer.early_stopping.min_delta=100", "evaluate.every=1"]
@@ -165,6 +166,7 @@ def test_stopped_at_an_evaluation_the_resumed_run_decides_as_the_undisturbed_one
     assert result(workplace.folder / "patience-cut")["steps"] == 3
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_exported_when_the_last_step_is_the_best(workplace):
     """The last step is saved and evaluated by different cadences: its checkpoint knows its own evaluation."""
     few = ["trainer.max_steps=4", "checkpoint.every=1", "evaluate.every=3", "run.export=best"]

@@ -68,7 +68,7 @@ def kill_at(workplace: Commands, run_dir: Path, step: int, arguments: list[str])
     assert not ranks_of(run_dir)
 
 
-@pytest.mark.parametrize("data", [STREAM, MIXTURE], ids=["stream", "mixture"])
+@pytest.mark.parametrize("data", [STREAM, pytest.param(MIXTURE, marks=pytest.mark.slow)], ids=["stream", "mixture"])
 def test_killed_twice_and_continued_is_the_undisturbed_run(workplace, data, request):
     kind = request.node.callspec.id
     whole, killed = workplace.folder / f"{kind}-whole", workplace.folder / f"{kind}-killed"
@@ -86,6 +86,7 @@ def test_killed_twice_and_continued_is_the_undisturbed_run(workplace, data, requ
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_without_its_cache_and_on_one_rank(workplace):
     """The position in the checkpoint is enough: all that was prepared is gone, and the ranks are others."""
     whole, moved = workplace.folder / "stream-whole", workplace.folder / "stream-moved"

@@ -44,6 +44,7 @@ CHAIN = {3: (1, 3, 2, 0), 1: (3, 1, 0, 2), 2: (0, 3, 1, 2)}
 """Stages that follow each other, by number of ranks; the origin is stage 3 on 2 ranks. bf16 has no stage 0."""
 
 
+@pytest.mark.slow
 def test_every_layout_takes_over_every_other_to_the_bit(workshop: Workshop):  # noqa: F811
     """Weights, both moments and the counter, through a chain of layouts in fp32 and bf16."""
     kinds = [(precision, method) for precision in ("fp32", "bf16") for method in METHODS]
