@@ -30,6 +30,7 @@ class OwnTime:
         self._on_gpu = torch.cuda.is_available()
         self._timing = False
         self._hooks: list[Any] = []
+        self._began: Any = None
         self._spans: list[tuple[Any, Any]] = []
         self._elements = 0
         self._waited = 0.0
@@ -73,12 +74,13 @@ class OwnTime:
 
     def _begin(self, layer: nn.Module, inputs: Any) -> None:
         if self._timing:
-            self._spans.append((self._moment(), None))
+            self._began = self._moment()
 
     def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if self._timing and self._spans:
-            begin, _ = self._spans[-1]
-            self._spans[-1] = (begin, self._moment())
+        # A checkpoint's second forward pass stops at its last saved tensor: a layer may begin and never end.
+        if self._timing and self._began is not None:
+            self._spans.append((self._began, self._moment()))
+            self._began = None
 
 
 class Stragglers:
