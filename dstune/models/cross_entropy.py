@@ -24,7 +24,7 @@ CHUNK_BYTES = 2**27
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Logits that become probabilities at a time, in fp32: a CPU keeps them in its cache."""
 SCALED_ROWS = 4096
-"""Rows of the weight's gradient that are scaled at a time, in fp32."""
+"""Rows of the weight's gradient that are converted at a time."""
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 
@@ -101,9 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if of_hidden else None
         weight_gradient: torch.Tensor | None = None
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
+        # One buffer for all chunks: two of them never exist at once, and the system maps its pages once.
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        product: torch.Tensor | None = None
         start = 0
         for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = some @ weight.t()
+            logits = torch.mm(some, weight.t(), out=buffer[: len(some)])
             block = _block_rows(logits)
             for part, of_part in zip(logits.split(block), wanted.split(block), strict=True):
                 probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
@@ -115,12 +118,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=hidden_gradient[start : start + len(some)])
                 start += len(some)
             if of_weight:
-                product = logits.t() @ some
+                # Sums of several chunks are kept in fp32, as one multiplication keeps them.
                 if weight_gradient is None:
-                    # Sums of several chunks are kept in fp32, as one multiplication keeps them.
+                    product = logits.t() @ some
                     weight_gradient = product if len(some) == len(hidden) else product.float()
+                elif product is weight_gradient:
+                    weight_gradient.addmm_(logits.t(), some)
                 else:
-                    weight_gradient += product
+                    assert product is not None
+                    torch.mm(logits.t(), some, out=product)
+                    # Whole, a CPU would add by way of a copy in fp32.
+                    for to, part in zip(weight_gradient.split(SCALED_ROWS), product.split(SCALED_ROWS), strict=True):
+                        to += part
         context.save_for_backward(hidden_gradient, weight_gradient)
         context.weight_dtype = weight.dtype
         return loss_sum
