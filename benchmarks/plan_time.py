@@ -3,7 +3,7 @@
     python benchmarks/plan_time.py --results runs/plan_time.json
 
 On a machine that does nothing else: calibration and runs share its cores with whatever runs beside them. A case's time is the
-median of its steps without the first two.
+median of its steps without the first two. Resumable: what is in the results, the calibration included, is not measured again.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ def main() -> None:
 
 def measure(found: dict, scratch: Path, names: list[str]) -> None:
     env = os.environ | {"DSTUNE_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "dstune", "plan", "--calibrate", "launch.processes=2", "--json"]
-    subprocess.run(command, env=env, check=True, capture_output=True)
-    found["calibration_seconds"] = time.perf_counter() - began
-    found["speeds"] = json.loads((scratch / "cache" / "calibration.json").read_text())["2"]["speeds"]
-    found["steps"] = {}
+    if "speeds" not in found:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "dstune", "plan", "--calibrate", "launch.processes=2", "--json"]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        found["calibration_seconds"] = time.perf_counter() - began
+        found["speeds"] = json.loads((scratch / "cache" / "calibration.json").read_text())["2"]["speeds"]
+    found.setdefault("steps", {})
     for name in names:
+        if name in found["steps"]:
+            continue
         folder = scratch / name
         case = CASES[name]
         accuracy.write_model(folder / "model", case.config)

@@ -20,6 +20,7 @@ import torch.nn.functional as functional
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.dist import World
+from dstune.models.cross_entropy import projected_cross_entropy
 from dstune.planning import activations
 from dstune.planning.architecture import architecture
 from dstune.planning.setup import Setup, setup
@@ -70,22 +71,35 @@ def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, l
     flops = 2 * wide**3 / seconds_of(world, device, lambda: a @ b)
     attention = attention_flops() / seconds_of(world, device, attention_pass(device, dtype))
 
-    targets, vocabulary = 256, 32768
-    logits = torch.randn(targets, vocabulary, device=device, dtype=dtype, requires_grad=True)
-    wanted = torch.randint(vocabulary, (targets,), device=device)
-
-    def loss_pass() -> None:
-        logits.grad = None
-        functional.cross_entropy(logits.float(), wanted, reduction="sum").backward()
-
-    logit_rate = targets * vocabulary / seconds_of(world, device, loss_pass)
-
     weight = torch.nn.Parameter(torch.randn(1 << 23, device=device))
     weight.grad = torch.randn_like(weight)
     adam = torch.optim.AdamW([weight], fused=True)
     weights = weight.numel() / seconds_of(world, device, adam.step)
-    speed = Speed(flops=flops, saved=float("inf"), logits=logit_rate, weights=weights, link=link, attention=attention)
+    speed = Speed(
+        flops=flops,
+        saved=float("inf"),
+        logits=logit_rate(world, device, dtype, flops),
+        weights=weights,
+        link=link,
+        attention=attention,
+    )
     return layers(world, device, dtype, size, speed)
+
+
+def logit_rate(world: World, device: torch.device, dtype: torch.dtype, flops: float) -> float:
+    """Elements of logits a second through the cross entropy that training uses, its matrix products left out."""
+    targets, vocabulary, width = 512, 32768, 64
+    projection = torch.nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
+    hidden = torch.randn(targets, width, device=device, dtype=dtype, requires_grad=True)
+    wanted = torch.randint(vocabulary, (targets,), device=device)
+
+    def loss_pass() -> None:
+        hidden.grad = projection.weight.grad = None
+        projected_cross_entropy(projection, projection.forward, hidden, wanted).loss_sum.backward()
+
+    taken = seconds_of(world, device, loss_pass)
+    products = 3 * 2 * targets * vocabulary * width / flops
+    return targets * vocabulary / max(taken - products, taken / 20)
 
 
 def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:

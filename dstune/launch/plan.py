@@ -11,10 +11,11 @@ from typing import Any
 
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
+from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
-from dstune.launch import machine, rundir
+from dstune.launch import hostfile, machine, rundir
 from dstune.launch.calibrate import calibrate, speeds
 from dstune.launch.console import Console
 from dstune.planning import architecture, hardware, source
@@ -31,7 +32,7 @@ Memory of a rank and time of a step for every ZeRO choice, with a recommendation
   hardware=NxNAME     N devices in a node: A100-40G, A100-80G, H100, H200, B200, L40S, RTX4090, MI300X, CPU, or 24G for
                       any device of 24 GB; this machine when not given
   hardware.KEY=VALUE  own numbers: memory_gib, tflops (bf16), bandwidth, link, network (GB/s), host_gib (of a node)
-  nodes=N             nodes of that kind
+  nodes=N             nodes of that kind; those of launch.nodes or launch.hostfile when not given
   --calibrate         measure this machine with real ranks first, in about half a minute; later plans use it
   price=X             what an hour of one device costs you, in your currency
   key=value           as for `dstune train`: model=llama3_8b method=lora data.max_length=4096 ...
@@ -46,7 +47,8 @@ class Arguments:
 
     hardware: str | None
     numbers: dict[str, float]
-    nodes: int
+    nodes: int | None
+    """As given; else as many as the launch names."""
     price: float | None
     json: bool
     calibrate: bool
@@ -122,7 +124,7 @@ def parse(argv: list[str]) -> Arguments:
     return Arguments(
         hardware=found.get("hardware"),
         numbers=numbers,
-        nodes=int(nodes or 1),
+        nodes=int(nodes or 1) if "nodes" in found else None,
         price=price if "price" in found else None,
         json="--json" in argv,
         calibrate="--calibrate" in argv,
@@ -146,10 +148,21 @@ class Planned:
 
 def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
     """The plan of a run on the hardware that the arguments name, or on this machine."""
+    nodes = arguments.nodes or _nodes_of(config)
     if arguments.hardware or arguments.numbers:
-        return planned(config, hardware.parse(arguments.hardware, arguments.numbers, arguments.nodes))
-    cluster = replace(machine.here(config).cluster, nodes=arguments.nodes)
+        return planned(config, hardware.parse(arguments.hardware, arguments.numbers, nodes))
+    cluster = replace(machine.here(config).cluster, nodes=nodes)
     return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu) if cluster.nodes == 1 else {})
+
+
+def _nodes_of(config: RunConfig) -> int:
+    """The nodes that the launch asks for. Raises UserError where its hostfile cannot be read."""
+    match config.launch:
+        case SlurmConfig():
+            return config.launch.nodes
+        case HostfileConfig(hostfile=str(path)) | OpenMpiConfig(hostfile=str(path)) as launch:
+            return len(hostfile.chosen(hostfile.read(path), launch.include, launch.exclude))
+    return 1
 
 
 def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> Planned:

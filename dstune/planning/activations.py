@@ -159,7 +159,8 @@ def head(s: Setup) -> HeadActivations:
     # Gradients are made in the forward pass: in fp32 for the weight where several chunks are summed.
     kept = hidden + targets * m.hidden * p + weight * (4 if many else p)
     chunk = rows * m.vocabulary * p + max(BLOCK_ELEMENTS[s.on_gpu], m.vocabulary) * 8
-    forward = kept + chunk + (weight * p if many else 0)
+    # In half precision a chunk's product is made beside the sum; in fp32 it is added in place.
+    forward = kept + chunk + (weight * p if many and p < 4 else 0)
     backward = kept + weight * p + targets * m.hidden * 4
     return HeadActivations(kept, max(forward, backward))
 

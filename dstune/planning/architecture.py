@@ -6,7 +6,7 @@ transformers builds on the meta device, name by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,7 +20,12 @@ BODY = "body"
 
 # What transformers assumes where config.json leaves a value out.
 _LLAMA = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "head_dim": None}
-_BERT = {"max_position_embeddings": 512, "type_vocab_size": 2, "tie_word_embeddings": True}
+_BERT = {
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "tie_word_embeddings": True,
+    "hidden_dropout_prob": 0.1,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {"tie_word_embeddings": False, "head_dim": None, "num_key_value_heads": 8},
@@ -44,6 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_rel_ebd": "none",
         "pos_att_type": None,
         "tie_word_embeddings": True,
+        "hidden_dropout_prob": 0.1,
     },
     "modernbert": {
         "vocab_size": 50368,
@@ -62,8 +68,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "feed_forward_proj": "relu",
         "relative_attention_num_buckets": 32,
         "num_decoder_layers": None,
+        "dropout_rate": 0.1,
     },
-    "bart": {"max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "bart": {"max_position_embeddings": 1024, "tie_word_embeddings": True, "dropout": 0.1},
 }
 
 
@@ -434,22 +441,3 @@ _BUILDERS = {
     "t5": _t5,
     "bart": _bart,
 }
-
-
-def adapters(model: Architecture, targets: list[str], rank: int) -> Iterator[Tensor]:
-    """The two matrices of rank `rank` that LoRA puts beside each linear layer that `targets` names.
-
-    targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft.
-    """
-    for tensor in model.tensors:
-        if not tensor.linear:
-            continue
-        module = tensor.name.removesuffix(".weight")
-        if targets == ["all-linear"]:
-            wanted = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
-        else:
-            wanted = any(module == ending or module.endswith(f".{ending}") for ending in targets)
-        if wanted:
-            outputs, inputs = tensor.shape
-            yield Tensor(f"{module}.lora_A.weight", (rank, inputs), layer=tensor.layer)
-            yield Tensor(f"{module}.lora_B.weight", (outputs, rank), layer=tensor.layer)

@@ -86,8 +86,8 @@ def _with_heap(s: Setup, moments: dict[str, Parts]) -> Memory:
 
 CPU_LIBRARIES = 45 * MIB
 """What is imported and started after the level that a rank's memory is measured from: optimizer, gloo, matrix kernels."""
-PEFT = 20 * MIB
-"""peft is imported after that level, too."""
+PEFT = 53 * MIB
+"""peft, and bitsandbytes with it, is imported after that level, too: measured alone."""
 
 
 def _in_heap(s: Setup, parts: Parts) -> Parts:
@@ -259,8 +259,10 @@ def _copies(s: Setup) -> int:
     largest = max((t.count for t in s.trained), default=0)
     bucket = min(trained, max(s.reduce_bucket, largest))
     mixed = p == 2
-    if s.stage == 0 or (s.stage == 1 and mixed):  # one flat copy, of fp32 sums in mixed precision
-        return 4 * min(trained, ALL_REDUCE_BUCKET)
+    if s.stage == 0 or (
+        s.stage == 1 and mixed
+    ):  # one flat copy, of fp32 sums in mixed precision, and that in bf16 to send
+        return (4 + (p if s.stage == 1 else 0)) * min(trained, ALL_REDUCE_BUCKET)
     flat = p * bucket
     if s.stage == 3:
         if not s.on_gpu:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from dstune.config.method_schema import AdapterConfig, FreezeConfig, LoraConfig, OftConfig
+from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig
+from dstune.planning.adapters import added
 from dstune.planning.architecture import (
     BODY,
     CLASSIFIER,
+    DEFAULTS,
     LANGUAGE_MODEL,
     TOKEN_CLASSIFIER,
     Architecture,
     Tensor,
-    adapters,
 )
 
 HEADS = {
@@ -132,6 +133,9 @@ def setup(
     more = zero.settings.get("zero_optimization", {}) if isinstance(zero.settings, dict) else {}
     attention = config.model.attention
     length = -(-config.data.max_length // PADDING) * PADDING if not config.data.packing else config.data.max_length
+    if isinstance(method, (PromptConfig, PTuningConfig)):
+        length += method.virtual_tokens  # in front of every row
+    values = DEFAULTS.get(model.kind, {}) | values
     return Setup(
         model=model,
         trained=trained,
@@ -181,11 +185,10 @@ def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tenso
     """The tensors that are trained, and how many weights stay frozen."""
     method = config.method
     if isinstance(method, AdapterConfig):
-        targets = list(getattr(method, "target_modules", [])) or ["all-linear"]
         kept = ("classifier", "score", *getattr(method, "modules_to_save", []))
         whole = [t for t in model.tensors if set(kept) & set(t.name.split("."))]
         # peft trains a copy of a whole module beside the frozen original.
-        return (*adapters(model, targets, _rank_alike(method)), *whole), model.parameters
+        return (*added(method, model), *whole), model.parameters
     if isinstance(method, FreezeConfig):
         trained = tuple(t for t in model.tensors if not _is_frozen(t, method, model.layers))
         return trained, model.parameters - sum(t.count for t in trained)
@@ -195,18 +198,6 @@ def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tenso
             trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
         return trained, model.parameters - sum(t.count for t in trained)
     return model.tensors, 0
-
-
-def _rank_alike(method: AdapterConfig) -> int:
-    """The rank of the LoRA adapter that takes as much: exact for LoRA, no less than what is there for the others (a vector or
-    two for each module, or a prompt)."""
-    match method:
-        case LoraConfig():
-            return method.rank
-        case OftConfig():
-            return -(-method.block_size // 2)  # the entries above the diagonal of each block
-        case _:
-            return 1
 
 
 def _is_frozen(tensor: Tensor, method: FreezeConfig, layers: int) -> bool:

@@ -107,8 +107,8 @@ def communication(s: Setup) -> int:
     p, trained = s.weight_bytes, s.trained_count
     if s.stage == 0:
         return int(2 * around * trained * p)
-    if s.stage == 1:  # once a window; sums are in fp32 in mixed precision
-        return int(2 * around * trained * 4 + around * trained * p)
+    if s.stage == 1:  # once a window, and the weights after the step; sums in fp32 are sent in the weights' format
+        return int(3 * around * trained * p)
     if s.stage == 2:  # every micro-batch is all-reduced in buckets, and the weights gathered after the step
         return int((2 * s.micro_batches + 1) * around * trained * p)
     weights = s.frozen * s.frozen_bits // 8 + trained * p

@@ -8,14 +8,22 @@ from typing import Any
 import pytest
 import torch
 
+from dstune.config.method_schema import (
+    AdapterConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    PTuningEncoder,
+)
 from dstune.errors import UserError
+from dstune.planning.adapters import added, lora
 from dstune.planning.architecture import (
     CLASSIFIER,
     DEFAULTS,
     LANGUAGE_MODEL,
     TOKEN_CLASSIFIER,
     Architecture,
-    adapters,
     architecture,
 )
 
@@ -138,7 +146,7 @@ def test_adapters_are_those_of_peft(kind: str, targets: list[str]) -> None:
         for name, parameter in adapted.named_parameters()
         if ".lora_" in name
     }
-    found = {tensor.name: tensor.shape for tensor in adapters(planned(kind, values, head), targets, 4)}
+    found = {tensor.name: tensor.shape for tensor in lora(planned(kind, values, head), targets, 4)}
     assert found == expected
 
 
@@ -155,3 +163,57 @@ def test_what_config_json_may_leave_out_is_what_transformers_assumes(kind: str) 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="mamba"):
         architecture(json.loads('{"model_type": "mamba"}'))
+
+
+def test_patterns_of_ranks_and_magnitudes_are_those_of_peft() -> None:
+    import peft
+
+    model = on_meta("llama", DECODER, LANGUAGE_MODEL)
+    patterns = {"q_proj": 2, r"layers.0.mlp.*": 6}
+    settings = peft.LoraConfig(
+        r=4, target_modules="all-linear", rank_pattern=patterns, use_dora=True, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(model, settings)
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", ""): tuple(parameter.shape)
+        for name, parameter in adapted.named_parameters()
+        if ".lora_" in name
+    }
+    method = LoraConfig(rank=4, rank_pattern=patterns, dora=True)
+    assert {t.name: t.shape for t in added(method, planned("llama", DECODER, LANGUAGE_MODEL))} == expected
+    assert {shape[0] for name, shape in expected.items() if "lora_A" in name} == {2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (PromptConfig(virtual_tokens=5), {"peft_type": "PROMPT_TUNING"}),
+        (PrefixConfig(virtual_tokens=5), {"peft_type": "PREFIX_TUNING"}),
+        (
+            PrefixConfig(virtual_tokens=5, projection_size=32),
+            {"peft_type": "PREFIX_TUNING", "prefix_projection": True, "encoder_hidden_size": 32},
+        ),
+        (PTuningConfig(virtual_tokens=5, encoder_size=24), {"peft_type": "P_TUNING", "encoder_hidden_size": 24}),
+        (
+            PTuningConfig(virtual_tokens=5, encoder_size=24, encoder=PTuningEncoder.lstm, encoder_layers=3),
+            {
+                "peft_type": "P_TUNING",
+                "encoder_hidden_size": 24,
+                "encoder_reparameterization_type": "LSTM",
+                "encoder_num_layers": 3,
+            },
+        ),
+    ],
+)
+def test_trained_prompts_and_their_encoders_are_those_of_peft(method: AdapterConfig, settings: dict[str, Any]) -> None:
+    import peft
+
+    model = on_meta("llama", DECODER, LANGUAGE_MODEL)
+    wanted = peft.get_peft_config({"num_virtual_tokens": 5, "task_type": "CAUSAL_LM", **settings})
+    adapted = peft.get_peft_model(model, wanted)
+    expected = {
+        name.replace(".default", ""): tuple(parameter.shape)
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    assert {t.name: t.shape for t in added(method, planned("llama", DECODER, LANGUAGE_MODEL))} == expected

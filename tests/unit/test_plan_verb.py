@@ -72,6 +72,18 @@ def test_nodes_price_and_own_numbers(capsys: pytest.CaptureFixture[str]) -> None
     assert own["hardware"] == {"device": "mine", "per_node": 2, "nodes": 1, "memory_gib": 48.0}
 
 
+def test_nodes_of_the_launch_count_where_none_are_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = ["model=llama3_8b", "task=chat", "hardware=8xH100"]
+    slurm = [*run, "launch=slurm", "launch.nodes=4", "launch.gpus=8"]
+    assert plan_json(capsys, *slurm)["hardware"]["nodes"] == 4
+    assert plan_json(capsys, *slurm, "nodes=2")["hardware"]["nodes"] == 2
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=8\ntwo slots=8\nthree slots=8\n")
+    listed = [*run, "launch=hostfile", f"launch.hostfile={hosts}"]
+    assert plan_json(capsys, *listed)["hardware"]["nodes"] == 3
+    assert plan_json(capsys, *listed, "launch.exclude=two")["hardware"]["nodes"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "where"),
     [

@@ -1,0 +1,100 @@
+"""The parameters that peft puts beside a frozen model, from the configuration alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dstune.config.method_schema import (
+    AdapterConfig,
+    LoraConfig,
+    OftConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    PTuningEncoder,
+)
+from dstune.planning.architecture import Architecture, Tensor
+
+
+def added(method: AdapterConfig, model: Architecture) -> tuple[Tensor, ...]:
+    """The trained tensors of an adapter: those of LoRA and of trained prompts exactly, of the others no less than there are (a
+    vector or two for each module)."""
+    targets = list(getattr(method, "target_modules", [])) or ["all-linear"]
+    match method:
+        case LoraConfig():
+            return tuple(lora(model, targets, method.rank, ranks=method.rank_pattern, magnitudes=method.dora))
+        case OftConfig():  # the entries above the diagonal of each block
+            return tuple(lora(model, targets, -(-method.block_size // 2)))
+        case PromptConfig() | PrefixConfig() | PTuningConfig():
+            return tuple(Tensor(f"prompt_encoder.{name}", shape) for name, shape in _prompt(method, model))
+        case _:
+            return tuple(lora(model, targets, 1))
+
+
+def lora(
+    model: Architecture, targets: list[str], rank: int, *, ranks: dict[str, int] | None = None, magnitudes: bool = False
+) -> Iterator[Tensor]:
+    """The two matrices of rank `rank` that LoRA puts beside each linear layer that `targets` names, and DoRA's magnitudes.
+
+    targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft.
+    ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.
+    """
+    for tensor in model.tensors:
+        if not tensor.linear:
+            continue
+        module = tensor.name.removesuffix(".weight")
+        if targets == ["all-linear"]:
+            wanted = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
+        else:
+            wanted = any(module == ending or module.endswith(f".{ending}") for ending in targets)
+        if not wanted:
+            continue
+        own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
+        outputs, inputs = tensor.shape
+        yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=tensor.layer)
+        yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=tensor.layer)
+        if magnitudes:
+            yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=tensor.layer)
+
+
+def _prompt(
+    method: PromptConfig | PrefixConfig | PTuningConfig, m: Architecture
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a trained prompt and of the network that makes it. An encoder-decoder has a prompt for each half."""
+    tokens = method.virtual_tokens * (2 if m.encoder_decoder else 1)
+    match method:
+        case PromptConfig():
+            yield "embedding.weight", (tokens, m.hidden)
+        case PrefixConfig():
+            width = m.kv_heads * m.head_dim
+            of_layers = m.layers * 2 * width
+            if method.projection_size is None:
+                yield "embedding.weight", (method.virtual_tokens, of_layers)
+            else:
+                yield "embedding.weight", (method.virtual_tokens, width)
+                yield from _linear("transform.0", width, method.projection_size)
+                yield from _linear("transform.2", method.projection_size, of_layers)
+        case PTuningConfig():
+            size = method.encoder_size
+            yield "embedding.weight", (tokens, m.hidden)
+            if method.encoder is PTuningEncoder.mlp:
+                yield from _linear("mlp_head.0", m.hidden, size)
+                yield from _linear("mlp_head.2", size, size)
+                yield from _linear("mlp_head.4", size, m.hidden)
+            else:
+                for layer in range(method.encoder_layers):
+                    inputs = m.hidden if layer == 0 else 2 * size
+                    for direction in ("", "_reverse"):
+                        at = f"l{layer}{direction}"
+                        yield f"lstm_head.weight_ih_{at}", (4 * size, inputs)
+                        yield f"lstm_head.weight_hh_{at}", (4 * size, size)
+                        yield f"lstm_head.bias_ih_{at}", (4 * size,)
+                        yield f"lstm_head.bias_hh_{at}", (4 * size,)
+                yield from _linear("mlp_head.0", 2 * size, 2 * size)
+                yield from _linear("mlp_head.2", 2 * size, m.hidden)
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (outputs, inputs)
+    yield f"{name}.bias", (outputs,)
