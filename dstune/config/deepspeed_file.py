@@ -14,6 +14,7 @@ from typing import Any
 from dstune.config.convert import load, shown
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANSLATED, WITHOUT_EFFECT
 from dstune.config.names import classes_of
+from dstune.config.not_offered import FEATURES
 from dstune.errors import Problem, UserError
 
 AUTO = "auto"
@@ -107,7 +108,7 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
     for value in content.values:
         if value.key in ("zero.offload_optimizer", "zero.offload_param") and value.value == "nvme":
             fix = f'"device": "cpu" in {where}'
-            content.problems.append(Problem(value.source, "this version does not offload to NVMe", fix, "nvme"))
+            content.problems.append(Problem(value.source, FEATURES["nvme"][0], fix, "nvme"))
     if not any(value.key == "zero.stage" for value in content.values) and _section(raw, "zero_optimization") != AUTO:
         content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
     _same_values(content, where)
@@ -171,9 +172,17 @@ def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
         fix = f"remove it{'' if usual is None else f', or write {json.dumps(usual)}'}"
         return [Problem(where, f"dstune cannot honour this: {reason}", fix, shown(value))]
     if key in REFUSED:
-        off = not value or (isinstance(value, Mapping) and not _enabled(value))
+        off = value in (None, False) if key in ON_WHEN_THERE else not value or not _asks(value)
         return [] if off else [Problem(where, f"dstune cannot honour this: {REFUSED[key]}", "remove it")]
     return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", shown(value))]
+
+
+ON_WHEN_THERE = {"zero_optimization.zenflow"}
+"""Sections that DeepSpeed takes for switched on where they are empty, too."""
+
+
+def _asks(value: Any) -> bool:
+    return not isinstance(value, Mapping) or _enabled(value)
 
 
 def _enabled(section: Mapping[str, Any]) -> bool:

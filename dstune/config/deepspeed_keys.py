@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dstune.config.not_offered import FEATURES
+
 ZERO = "zero_optimization"
 
 OWN_KEYS = {
@@ -87,6 +89,10 @@ WITHOUT_EFFECT = {
 
 ELSEWHERE = "dstune does this by itself"
 NOT_YET = "this version does not support it"
+ZEROPP, ZENFLOW, SUPEROFFLOAD, NVME, ULYSSES, AUTOTP, EXPERT, COMPILE = (
+    FEATURES[name][0]
+    for name in ("zeropp", "zenflow", "superoffload", "nvme", "ulysses", "autotp", "expert", "compile")
+)
 FIXED: dict[str, tuple[Any, str]] = {
     "wall_clock_breakdown": (False, f"{ELSEWHERE}: step_seconds in metrics.jsonl"),
     "memory_breakdown": (False, f"{ELSEWHERE}: peak_memory_gib in metrics.jsonl"),
@@ -114,25 +120,19 @@ FIXED: dict[str, tuple[Any, str]] = {
     f"{ZERO}.override_module_apply": (True, NOT_YET),
     f"{ZERO}.parameter_alignment": (False, NOT_YET),
     f"{ZERO}.enable_sanity_checks": (False, NOT_YET),
-    f"{ZERO}.zero_hpz_partition_size": (1, f"ZeRO++: {NOT_YET}"),
-    f"{ZERO}.zero_quantized_weights": (False, f"ZeRO++: {NOT_YET}"),
-    f"{ZERO}.zero_quantized_nontrainable_weights": (False, f"ZeRO++: {NOT_YET}"),
-    f"{ZERO}.zero_quantized_gradients": (False, f"ZeRO++: {NOT_YET}"),
+    f"{ZERO}.zero_hpz_partition_size": (1, ZEROPP),
+    f"{ZERO}.zero_quantized_weights": (False, ZEROPP),
+    f"{ZERO}.zero_quantized_nontrainable_weights": (False, ZEROPP),
+    f"{ZERO}.zero_quantized_gradients": (False, ZEROPP),
     f"{ZERO}.mics_shard_size": (-1, f"MiCS: {NOT_YET}"),
     f"{ZERO}.mics_hierarchical_params_gather": (False, f"MiCS: {NOT_YET}"),
     f"{ZERO}.cpu_offload": (False, "this old key is offload_optimizer today"),
     f"{ZERO}.cpu_offload_param": (False, "this old key is offload_param today"),
     f"{ZERO}.cpu_offload_use_pin_memory": (False, "this old key is pin_memory of an offload section today"),
     f"{ZERO}.offload_optimizer.ratio": (1.0, f"offloading a part: {NOT_YET}"),
-    f"{ZERO}.offload_optimizer.super_offload": (False, NOT_YET),
-    **{
-        f"{ZERO}.offload_optimizer.{name}": (False, "it is for NVMe, to which nothing is offloaded")
-        for name in ("pipeline_read", "pipeline_write", "fast_init")
-    },
-    **{
-        f"{ZERO}.offload_{part}.nvme_path": (None, "nothing is offloaded to NVMe in this version")
-        for part in ("optimizer", "param")
-    },
+    f"{ZERO}.offload_optimizer.super_offload": (False, SUPEROFFLOAD),
+    **{f"{ZERO}.offload_optimizer.{name}": (False, NVME) for name in ("pipeline_read", "pipeline_write", "fast_init")},
+    **{f"{ZERO}.offload_{part}.nvme_path": (None, NVME) for part in ("optimizer", "param")},
     **{
         f"activation_checkpointing.{name}": (
             off,
@@ -152,21 +152,21 @@ FIXED: dict[str, tuple[Any, str]] = {
 
 MONITOR = "set tracking.* instead"
 REFUSED = {
-    "aio": "it is for NVMe, to which nothing is offloaded",
+    "aio": NVME,
     "amp": "DeepSpeed has no apex any more; precision is trainer.precision",
     "autotuning": f"it starts runs of its own; {NOT_YET}",
     "checkpoint": "checkpoints are dstune's own",
     "comet": MONITOR,
     "comms_config": MONITOR,
     "comms_logger": MONITOR,
-    "compile": NOT_YET,
+    "compile": COMPILE,
     "compression_training": NOT_YET,
     "csv_monitor": f"{ELSEWHERE}: metrics.jsonl",
     "curriculum_learning": "the order of rows is dstune's own, so that a run can be continued",
     "data_efficiency": "the order of rows is dstune's own, so that a run can be continued",
     "eigenvalue": NOT_YET,
     "elasticity": "the global batch never changes: the loss is the mean over it on any number of ranks",
-    "expert_parallel": NOT_YET,
+    "expert_parallel": EXPERT,
     "flops_profiler": f"{ELSEWHERE}: tokens_per_second in metrics.jsonl",
     "hybrid_engine": NOT_YET,
     "monitor_config": MONITOR,
@@ -174,16 +174,16 @@ REFUSED = {
     "pipeline": NOT_YET,
     "progressive_layer_drop": NOT_YET,
     "quantize_training": NOT_YET,
-    "sequence_parallel_size": NOT_YET,
+    "sequence_parallel_size": ULYSSES,
     "sparse_attention": NOT_YET,
-    "tensor_parallel": NOT_YET,
+    "tensor_parallel": AUTOTP,
     "tensorboard": MONITOR,
     "timers": MONITOR,
     "torch_autocast": "precision is trainer.precision",
     "wandb": "set tracking.wandb.mode instead",
     "weight_quantization": NOT_YET,
-    "zero_optimization.zenflow": NOT_YET,
+    "zero_optimization.zenflow": ZENFLOW,
     "zero_optimization.leaf_module": NOT_YET,
-    "zero_optimization.zeropp_loco_param": f"ZeRO++: {NOT_YET}",
+    "zero_optimization.zeropp_loco_param": ZEROPP,
 }
 """Sections that are refused unless they are switched off, and why."""

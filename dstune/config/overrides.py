@@ -27,6 +27,7 @@ from dstune.config.names import (
     sections,
     suggest_key,
 )
+from dstune.config.not_offered import not_offered
 from dstune.config.schema import CHOICES
 from dstune.config.words import meaning, rejoined
 from dstune.errors import Problem, UserError
@@ -163,7 +164,10 @@ def check(
     for override in overrides:
         key = override.key_or_group
         found: list[Problem] = []
-        if key == "hydra.searchpath":
+        if (known := not_offered(key, override.value())) is not None:
+            found = [known]
+            unsettled.update([key] if key in CHOICES else [])
+        elif key == "hydra.searchpath":
             choices.append(override)
         elif is_hydra_setting(override):
             found = [_hydra_setting(override)]

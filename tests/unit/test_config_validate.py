@@ -329,3 +329,27 @@ def test_steps_and_epochs_cannot_be_swapped():
     check_resume(by_epochs, longer)
     with pytest.raises(UserError, match=r"trainer\.epochs=1: a run can become longer, not shorter than 2"):
         check_resume(longer, by_epochs)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("optimizer=muon", "Muon"),
+        ("trainer.precision=fp8", "fp8"),
+        ("zero=zeropp", "ZeRO++"),
+        ("zero=zenflow", "ZenFlow"),
+        ("zero=superoffload", "SuperOffload"),
+        ("zero.offload_optimizer=nvme", "NVMe"),
+        ("parallel=ulysses", "sequence parallelism"),
+        ("parallel=autotp", "tensor parallelism"),
+        ("parallel=expert", "expert parallelism"),
+        ("trainer.torch_compile=true", "torch.compile"),
+    ],
+)
+def test_what_is_known_and_not_offered_is_refused_by_its_name(word: str, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["model=smollm2", "data=chitchat", word])
+    (problem,) = caught.value.problems
+    assert problem.where == word.partition("=")[0]
+    assert f"is not offered: {name}" in problem.reason
+    assert problem.fix

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dstune.config.compose import apply_overrides, compose, read_run, write_run
+from dstune.config.deepspeed_file import ON_WHEN_THERE
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
 from dstune.config.schema import CosineConfig, LinearConfig, Offload, Precision, RunConfig, SgdConfig
 from dstune.config.validate import validate
@@ -313,7 +314,11 @@ def test_sections_that_dstune_cannot_honour_are_refused_unless_off(write, name):
 
     assert REFUSED[name] in refused(with_section({"enabled": True, "x": 1}))[name]
     assert REFUSED[name] in refused(with_section({"x": 1}))[name]
-    assert composed(with_section({"enabled": False, "x": 1})).zero.settings == {}
+    if name in ON_WHEN_THERE:
+        assert REFUSED[name] in refused(with_section({}))[name]
+        assert composed(with_section(None)).zero.settings == {}
+    else:
+        assert composed(with_section({"enabled": False, "x": 1})).zero.settings == {}
 
 
 @pytest.mark.parametrize("key", sorted(FIXED))

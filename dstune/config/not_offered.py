@@ -1,0 +1,74 @@
+"""What other tools and DeepSpeed have and dstune does not offer: refused by its name, with the reason.
+
+An option is offered when it was measured or held against a reference. These need GPUs, of which none could be reached, or a
+data path of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstune.errors import Problem
+
+UNMEASURED = "it has not been measured on GPUs yet, and what is not measured is not offered"
+
+FEATURES: dict[str, tuple[str, str]] = {
+    "muon": (
+        f"Muon: {UNMEASURED}; on a CPU DeepSpeed's took 6.9 s for a backward pass of 0.8 s",
+        "optimizer=adamw",
+    ),
+    "fp8": (f"fp8: {UNMEASURED}", "trainer.precision=bf16"),
+    "zeropp": (f"ZeRO++: {UNMEASURED}", "zero=stage3"),
+    "zenflow": (f"ZenFlow: {UNMEASURED}", "zero=stage3_offload"),
+    "superoffload": (f"SuperOffload: {UNMEASURED}", "zero=stage3_offload"),
+    "nvme": (
+        "NVMe: DeepSpeed's asynchronous I/O is compiled on the node, and it was not measured on a disk",
+        "zero=stage3_offload, into the host's memory",
+    ),
+    "ulysses": (
+        "sequence parallelism: DeepSpeed's attention for it drops the mask that keeps packed rows apart",
+        "zero=stage3 trainer.activation_checkpointing=true for long rows",
+    ),
+    "autotp": (
+        "tensor parallelism: every rank reads rows of its own here, and ranks of one group would have to read the same",
+        "zero=stage3, which partitions the weights too",
+    ),
+    "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
+    "compile": (
+        "torch.compile: compiled layers were not held against plain ones at every ZeRO stage yet",
+        "leave it out",
+    ),
+}
+"""By the name of a feature: why it is not offered, and what comes nearest."""
+
+WORDS: dict[tuple[str, str], str] = {
+    ("optimizer", "muon"): "muon",
+    ("optimizer.name", "muon"): "muon",
+    ("trainer.precision", "fp8"): "fp8",
+    ("zero", "zeropp"): "zeropp",
+    ("zero", "stage3_nvme"): "nvme",
+    ("zero", "nvme"): "nvme",
+    ("zero", "zenflow"): "zenflow",
+    ("zero", "superoffload"): "superoffload",
+    ("zero.offload_optimizer", "nvme"): "nvme",
+    ("zero.offload_param", "nvme"): "nvme",
+    ("parallel", "ulysses"): "ulysses",
+    ("parallel", "sequence"): "ulysses",
+    ("parallel", "autotp"): "autotp",
+    ("parallel", "tensor"): "autotp",
+    ("parallel", "expert"): "expert",
+    ("trainer.torch_compile", "true"): "compile",
+    ("trainer.compile", "true"): "compile",
+    ("model.compile", "true"): "compile",
+}
+"""What a user writes for them: key and value."""
+
+
+def not_offered(key: str, value: Any) -> Problem | None:
+    """The problem of an override that asks for something that dstune knows and does not offer."""
+    word = str(value).lower()
+    feature = WORDS.get((key, word))
+    if feature is None:
+        return None
+    reason, fix = FEATURES[feature]
+    return Problem(key, f"is not offered: {reason}", fix, word)
