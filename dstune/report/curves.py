@@ -30,6 +30,7 @@ TITLES = {
 NOT_DRAWN = frozenset(
     {"epoch", "tokens", "step_seconds", "eval/seconds", "eval/targets", "eval/rows", "eval/tokens"}
     | {"slowest_rank", "slowest_to_median", "spike_z_score"}
+    | {"data_seconds", "forward_seconds", "backward_seconds", "update_seconds"}
 )
 """Counters that say where a run is, not how it goes. Seconds a step are the inverse of tokens per second."""
 

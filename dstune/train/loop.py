@@ -24,6 +24,7 @@ from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
 from dstune.train.spikes import SpikeGuard
+from dstune.train.split import TimeSplit
 from dstune.train.state import TrainState
 from dstune.train.stragglers import OwnTime, Stragglers
 from dstune.train.supply import Supply
@@ -81,6 +82,7 @@ class Training:
     """Of a method that trains more and more layers."""
     penalties: Penalties | None = None
     stragglers: Stragglers = field(default_factory=Stragglers)
+    split: TimeSplit = field(default_factory=TimeSplit)
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     """Time that earlier launches of this run took."""
@@ -219,6 +221,7 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
     seeds = [dropout_seed(run.config.trainer.seed, run.state.step, part.index) for part, _ in feed.batches]
     device = run.engine.device
     batches = [{key: value.to(device, non_blocking=True) for key, value in batch.items()} for _, batch in feed.batches]
+    run.split.begin(waited)
     shares = joined(run.head, run.engine, batches, run.world, seeds)
     sums: dict[str, torch.Tensor] = {}
 
@@ -226,6 +229,7 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
         output = run.head(forward, batch)
         for name, value in sums_of(output).items():
             sums[name] = sums.get(name, 0) + value.detach()
+        run.split.mark("forward")
         return output
 
     def veto(_: torch.Tensor) -> bool:
@@ -246,7 +250,10 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
             veto=veto if is_last and run.guard.before_update else None,
         )
         run.own_time.stop()
-    return run.engine.update(), {name: float(value) for name, value in sums.items()}
+        run.split.mark("backward")
+    update = run.engine.update()
+    run.split.mark("update")
+    return update, {name: float(value) for name, value in sums.items()}
 
 
 def agree(run: Training, asked: Decision, sums: Mapping[str, float] | None = None) -> tuple[Decision, dict[str, float]]:
@@ -319,6 +326,7 @@ def report_step(
         "tokens": state.tokens,
         "tokens_per_second": feed.window.tokens / seconds,
         "step_seconds": seconds,
+        **run.split.seconds(),
         "peak_memory_gib": state.peak_memory_gib,
     }
     if penalty is not None:

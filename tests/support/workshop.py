@@ -11,6 +11,10 @@ from dstune.config.compose import Composed, compose, write_run
 VOLATILE = {
     "tokens_per_second",
     "step_seconds",
+    "data_seconds",
+    "forward_seconds",
+    "backward_seconds",
+    "update_seconds",
     "peak_memory_gib",
     "eval/seconds",
     "time",

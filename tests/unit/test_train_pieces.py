@@ -11,18 +11,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from support.configs import run_config
+from torch.utils.checkpoint import checkpoint
 
 from dstune import worker
 from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
+from dstune.train import split
 from dstune.train.feed import Ahead, windows
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Preemption, Wish
 from dstune.train.loop import dropout_seed, evaluate
 from dstune.train.measure import Evaluation
 from dstune.train.metrics import classification_metrics, improves, language_model_metrics
+from dstune.train.split import TimeSplit
 from dstune.train.state import Best, TrainState
 from dstune.train.stragglers import OwnTime, Stragglers
 from dstune.train.supply import Draw
@@ -144,6 +148,28 @@ def test_wishes_after_an_evaluation_are_those_of_all_ranks():
         stragglers=Stragglers(),
     )
     assert evaluate(run) == SecondRank.decision
+
+
+def test_time_split_adds_up_what_lies_between_its_marks(monkeypatch):
+    moments = iter([10.0, 12.0, 15.0, 17.0, 20.0, 21.0])
+    monkeypatch.setattr(split.time, "perf_counter", lambda: next(moments))
+    times = TimeSplit()
+    times.begin(waited=0.5)
+    for part in ("forward", "backward", "forward", "backward", "update"):
+        times.mark(part)
+    expected = {"data_seconds": 0.5, "forward_seconds": 4.0, "backward_seconds": 6.0, "update_seconds": 1.0}
+    assert times.seconds() == expected
+
+
+def test_own_time_under_activation_checkpointing():
+    """The second forward pass of a checkpoint ends before its last layer does."""
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    own = OwnTime()
+    own.attach(layers)
+    own.start(8, waited=0.0)
+    checkpoint(layers, torch.ones(2, 4, requires_grad=True), use_reentrant=False).sum().backward()
+    own.stop()
+    assert own.collect() > 0
 
 
 def test_speed_is_unknown_until_a_step_was_timed():
