@@ -1,4 +1,4 @@
-"""Optimizer states in host memory at stages 1 and 2: the plain loop's losses and weights, and a resume to the bit."""
+"""Optimizer states in host memory at stages 1 and 2, weights too at stage 3: the plain loop's losses and weights, and a resume to the bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from support.ranks import run_ranks
 
 OFFLOADED = {stage: [f"zero=stage{stage}", "zero.offload_optimizer=cpu", "data.packing=false"] for stage in (1, 2)}
+OFFLOADED[3] = ["zero=stage3_offload", "data.packing=false"]
 
 
 @pytest.fixture(scope="module")
