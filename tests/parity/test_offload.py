@@ -1,4 +1,4 @@
-"""Optimizer states in host memory at stages 1 and 2, weights too at stage 3: the plain loop's losses and weights, and a resume to the bit."""
+"""States in host memory at stages 1 and 2, weights too at stage 3: the plain loop's losses and weights, and a resume to the bit."""
 
 from __future__ import annotations
 
