@@ -132,13 +132,16 @@ def gathered(s: Setup) -> int:
     """Stage 3: bytes of weights that are whole while layers compute.
 
     DeepSpeed keeps a weight that is used again within `max_reuse` elements, so that it stays whole from a forward pass to
-    the backward pass where at most half as many elements lie behind it; it prefetches `prefetch_bucket` elements.
+    the backward pass where at most half as many elements lie behind it; it prefetches `prefetch_bucket` elements. Weights that
+    are fetched together come in one buffer, and each is copied out of it.
     """
     if s.stage < 3:
         return 0
     embedding = max(t.count for t in s.model.tensors)
     least = max(embedding, s.model.layer_parameters) + s.prefetch_bucket
-    return min(_partitioned(s), max(min(s.max_live, s.max_reuse // 2), least)) * s.weight_bytes
+    whole = min(_partitioned(s), max(min(s.max_live, s.max_reuse // 2), least))
+    buffer = min(s.prefetch_bucket, max(0, _partitioned(s) - embedding))
+    return (whole + buffer) * s.weight_bytes
 
 
 def _resident(s: Setup) -> tuple[Parts, int]:

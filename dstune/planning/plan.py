@@ -21,10 +21,9 @@ CANDIDATES = (
 )
 """ZeRO stage and what lies in host memory."""
 
-CPU_CAUTION = 1.09
-"""A CPU's rank fits where 6% are left over the prediction: more than the largest shortfall with the plain loss, less than two
-that were measured with the chunked one before its evaluation was taken apart (docs/planning.md). A GPU's margin is part of its
-prediction."""
+CPU_CAUTION = 1.06
+"""A CPU's rank fits where 6% are left over the prediction: the largest shortfall that was measured is 5% (docs/planning.md). A
+GPU's margin is part of its prediction."""
 
 
 @dataclass(frozen=True)
