@@ -154,6 +154,18 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
+def _announce_borrowed_weights(model: nn.Module) -> None:
+    """Tell ZeRO-3 of the modules that read a weight of another one without calling it: peft's trained rows of a vocabulary
+    (`TrainableTokensLayer`) read that of the layer below, which is cut in pieces unless it is gathered for them too. DeepSpeed
+    finds that out by itself the first time only."""
+    import deepspeed
+
+    for module in model.modules():
+        if hasattr(module, "trainable_tokens_delta"):
+            layer: Any = module.base_layer
+            deepspeed.zero.register_external_parameter(module, layer.weight)
+
+
 def _moments(optimizer: torch.optim.Optimizer) -> int:
     """Tensors of a parameter's size that the optimizer keeps."""
     if "betas" in optimizer.defaults:
@@ -192,6 +204,8 @@ class Engine:
             [names[id(parameter)] for parameter in group["params"]]
             for group in (optimizer.param_groups if optimizer is not None else ())
         ]
+        if self.stage == 3:
+            _announce_borrowed_weights(model)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         from dstune.zero.shard_files import ShardFiles
 

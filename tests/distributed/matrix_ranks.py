@@ -23,14 +23,19 @@ from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.config.adapter_file import resolve_adapters
 from dstune.config.compose import Composed, read_run, write_run
+from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import RunConfig
 from dstune.dist import World
 from dstune.evaluate_ranks import evaluate
+from dstune.models.features import FeatureClassifier
 from dstune.models.generation import generation_inputs
 from dstune.rank_env import from_environment
+from dstune.train import importance
 from dstune.zero.engine import Engine, gathered, start_process_group
 
 TOKENS = torch.arange(9, 73).view(2, 32)
+FEATURES = torch.linspace(-2, 2, 64).view(2, 32).sin()
+"""What a classifier on cached features reads in their place."""
 
 
 class Recorded:
@@ -50,14 +55,17 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
 def logits_of(engine: Engine) -> torch.Tensor:
     engine.train(False)
     with torch.no_grad():
-        logits = engine.forward(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
+        if isinstance(engine.module, FeatureClassifier):
+            logits = engine.forward(features=FEATURES).logits
+        else:
+            logits = engine.forward(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
     engine.train(True)
     return logits
 
 
 def record(world: World) -> None:
     """Let the engine tell what it holds."""
-    build, save = Engine.__init__, Engine.save
+    build, save, close = Engine.__init__, Engine.save, Engine.close
 
     def recorded_build(engine: Engine, *arguments: Any) -> None:
         build(engine, *arguments)
@@ -65,14 +73,20 @@ def record(world: World) -> None:
         Recorded.first, Recorded.saves = whole(engine), {}
         Recorded.first_logits = logits_of(engine)
 
-    def recorded_save(engine: Engine, directory: Path, tag: str) -> None:
-        save(engine, directory, tag)
+    def recorded_save(engine: Engine, directory: Path, tag: str, **options: Any) -> Any:
+        saved = save(engine, directory, tag, **options)
         logits = logits_of(engine)
         trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
         Recorded.saves[tag.removesuffix(".incomplete")] = {"whole": whole(engine), "logits": logits, "trained": trained}
+        return saved
+
+    def recorded_close(engine: Engine) -> None:
+        Recorded.engines.remove(engine)
+        close(engine)
 
     Engine.__init__ = recorded_build  # type: ignore[method-assign]
     Engine.save = recorded_save  # type: ignore[method-assign]
+    Engine.close = recorded_close  # type: ignore[method-assign]
 
 
 def train(run_dir: Path, world: World) -> dict[str, Any]:
@@ -86,9 +100,8 @@ def train(run_dir: Path, world: World) -> dict[str, Any]:
 def put_away() -> None:
     """Take the engines apart on all ranks together: collected at will, one in the middle of the next model's partitioned
     loading on a single rank would switch partitioning off there, and the others would wait for it."""
-    for engine in Recorded.engines:
+    for engine in list(Recorded.engines):
         engine.close()
-    Recorded.engines.clear()
     gc.collect()
 
 
@@ -126,7 +139,9 @@ def load(folder: Path, task: str, quantized: bool = False) -> Any:
     kind = "SequenceClassification" if task == "classification" else "CausalLM"
     if (folder / "adapter_config.json").is_file():
         return getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(folder).eval()
-    model, report = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder, output_loading_info=True)
+    model, report = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=(folder / "modeling_dstune.py").is_file()
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     return model.eval()
 
@@ -134,6 +149,8 @@ def load(folder: Path, task: str, quantized: bool = False) -> Any:
 def reloaded(folder: Path, task: str, logits: torch.Tensor, quantized: bool = False) -> float:
     model = load(folder, task, quantized)
     with torch.no_grad():
+        if (folder / "modeling_dstune.py").is_file():
+            return difference(model.classifier(FEATURES), logits)
         found = model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
     return difference(found, logits)
 
@@ -146,13 +163,17 @@ def check(case: dict[str, Any], world: World) -> dict[str, Any]:
     world.barrier()
     through = train(run_dir, world)
     middle, last = through["step-00000002"], through["step-00000004"]
-    trained = middle["trained"]
+    trained = last["trained"]
     result: dict[str, Any] = {
         "trained": len(trained),
         "moved": sum(not torch.equal(through["first"][name], last["whole"][name]) for name in trained),
         "frozen": len(last["whole"]) - len(trained),
+        # Of a method that unfreezes, as long as each was frozen.
         "frozen_equal": all(
-            torch.equal(weight, last["whole"][name]) for name, weight in through["first"].items() if name not in trained
+            torch.equal(weight, save["whole"][name])
+            for save in (middle, last)
+            for name, weight in through["first"].items()
+            if name not in save["trained"]
         ),
         "changed": difference(middle["logits"], last["logits"]),
     }
@@ -162,6 +183,11 @@ def check(case: dict[str, Any], world: World) -> dict[str, Any]:
     }
     if moved["A"]:
         result["b_to_a"] = sum(moved["B"]) / sum(moved["A"])
+    masks = importance._read(run_dir).masks if (run_dir / importance.MASKS).is_file() else {}
+    result["frozen"] += sum(int((~mask).sum()) for mask in masks.values())
+    result["outside_masks_equal"] = all(
+        torch.equal(through["first"][name][~mask], last["whole"][name][~mask]) for name, mask in masks.items()
+    )
     if case["after"]:
         result["began"] = difference(through["first_logits"], torch.load(Path(case["after"]) / "logits.pt"))
     if case["evaluates"]:
@@ -170,7 +196,9 @@ def check(case: dict[str, Any], world: World) -> dict[str, Any]:
     if world.is_main:
         store.folder(resumed_dir).mkdir(parents=True)
         shutil.copytree(store.folder(run_dir) / "step-00000002", store.folder(resumed_dir) / "step-00000002")
-        shutil.copyfile(run_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
+        for name in ("metrics.jsonl", importance.MASKS, importance.REPORT):
+            if (run_dir / name).is_file():
+                shutil.copyfile(run_dir / name, resumed_dir / name)
         stored = config_of(run_dir)
         config = replace(stored, zero=replace(stored.zero, stage=case["resumed_stage"]))
         write_run(resumed_dir / "run.yaml", Composed(config, []))
@@ -224,6 +252,14 @@ def evaluated_again(run_dir: Path, world: World) -> float:
     return abs(found / json.loads((run_dir / "result.json").read_text())["eval_final"]["loss"] - 1)
 
 
+def same_body(model: Any, base: str) -> bool:
+    """Whether an export has the weights of the model that it was made from, to the bit."""
+    import transformers
+
+    mine, theirs = model.base_model.state_dict(), transformers.AutoModel.from_pretrained(base).state_dict()
+    return all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
+
+
 def stand_on(run_dir: Path, case: dict[str, Any]) -> None:
     """Let the run begin with what another one has trained."""
     config = config_of(run_dir)
@@ -241,6 +277,8 @@ def read_back(case: dict[str, Any], run_dir: Path, resumed_dir: Path, logits: to
         "reloaded": reloaded(run_dir / "export", task, logits, case["quantized"]),
     }
     model = load(run_dir / "export", task, case["quantized"])
+    if isinstance(config_of(run_dir).method, FeaturesConfig):
+        found["frozen_equal"] = same_body(model, config_of(run_dir).model.path)
     if hasattr(model, "prompt_encoder") and task == "chat":
         found["generated"] = generates_what_it_computes(model)
     if case["merges"]:
@@ -255,10 +293,9 @@ def main() -> None:
     world = start_process_group(env)
     record(world)
     for case in json.loads(sys.argv[1]):
-        try:
-            result = check(case, world)
-        except Exception:  # in step on all ranks; the other cells are to be seen too
-            result = {"error": traceback.format_exc()[-3000:]}
+        result = check(
+            case, world
+        )  # an error ends the table: the ranks are not in step any more, and others stand on the cell
         if world.is_main:
             print("CASE " + json.dumps({**case, **result}), flush=True)
 

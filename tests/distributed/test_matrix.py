@@ -25,6 +25,14 @@ METHODS: dict[str, tuple[method_schema.MethodConfig, str]] = {
     "full": (method_schema.FullConfig(), "chat"),
     "head": (method_schema.HeadConfig(), "classification"),
     "freeze": (method_schema.FreezeConfig(embeddings=True, first_layers=1), "chat"),
+    "features": (method_schema.FeaturesConfig(layers=1), "classification"),
+    "ulmfit": (method_schema.UlmfitConfig(unfreeze_steps=1), "chat"),
+    "ulmfit of a classifier": (method_schema.UlmfitConfig(unfreeze_steps=1), "classification"),
+    "importance": (method_schema.ImportanceConfig(score_steps=2), "chat"),
+    "importance of tensors": (
+        method_schema.ImportanceConfig(score_steps=2, unit=method_schema.Unit.tensors, share=0.3),
+        "classification",
+    ),
     "lora": (method_schema.LoraConfig(rank=4), "chat"),
     "lora of a classifier": (method_schema.LoraConfig(rank=4), "classification"),
     "lora with patterns": (
@@ -33,6 +41,7 @@ METHODS: dict[str, tuple[method_schema.MethodConfig, str]] = {
         ),
         "chat",
     ),
+    "lora with new tokens": (method_schema.LoraConfig(rank=4), "chat"),
     "dora": (method_schema.LoraConfig(rank=4, dora=True), "chat"),
     "pissa": (method_schema.LoraConfig(rank=4, alpha=3.0, init=method_schema.LoraInit.pissa), "chat"),
     "pissa with dora": (
@@ -97,6 +106,8 @@ ONLY_IN_THE_WHOLE_MATRIX = {
     "full",
     "head",
     "freeze",
+    "ulmfit of a classifier",
+    "importance of tensors",
     "pissa with dora",
     "ia3 of a classifier",
     "vera of a classifier",
@@ -140,8 +151,9 @@ class Table:
     def config(self, name: str, stage: int) -> schema.RunConfig:
         method, task = METHODS[name]
         model = self.models["wide" if isinstance(method, method_schema.QloraConfig) else task]
+        template = "gemma" if name == "lora with new tokens" else None
         return run_config(
-            model=schema.ModelConfig(path=str(model), attention=schema.Attention.sdpa),
+            model=schema.ModelConfig(path=str(model), attention=schema.Attention.sdpa, chat_template=template),
             task=task_schema.TASKS[task](),
             data=data_schema.DataConfig(
                 train=str(self.data[task]), validation=str(self.held_out[task]), max_length=48, packing=False
@@ -183,10 +195,14 @@ class Table:
                     in ("dora", "pissa", "vera", "prompt of a classifier", "prefix", "p_tuning", "qlora"),
                 }
             )
-        output = run_ranks(PROGRAM, 2, cases)[0]
+        output = run_ranks(PROGRAM, 2, cases, timeout=120.0 + 30.0 * len(cases))[0]
         found = [json.loads(line.removeprefix("CASE ")) for line in output.splitlines() if line.startswith("CASE ")]
         assert len(found) == len(ordered)
         return found
+
+
+NOTHING_FROZEN_AT_THE_END = {"full", "ulmfit", "ulmfit of a classifier", "features"}
+"""The engine of `features` has the classifier alone."""
 
 
 def refusals(config: schema.RunConfig) -> list[Problem]:
@@ -197,8 +213,8 @@ def refusals(config: schema.RunConfig) -> list[Problem]:
 def check(result: dict) -> None:
     assert "error" not in result, result["error"]
     assert result["moved"] == result["trained"] > 0, result
-    assert (result["frozen"] == 0) is (result["name"] == "full"), result
-    assert result["frozen_equal"], result
+    assert (result["frozen"] == 0) is (result["name"] in NOTHING_FROZEN_AT_THE_END), result
+    assert result["frozen_equal"] and result["outside_masks_equal"], result
     assert result["changed"] > 1e-4, result
     if result["resumed_stage"] == result["stage"]:
         assert result["resumed"] == 0 and result["metrics_equal"], result
@@ -223,7 +239,7 @@ def possible(name: str, stage: int) -> bool:
     return not (isinstance(METHODS[name][0], method_schema.QloraConfig) and stage == 3)
 
 
-@pytest.mark.slow  # it failed in its first whole run (46 s); the cause is not known yet
+@pytest.mark.slow
 def test_each_method(table):
     """At stage 3, where most can go wrong; 4-bit weights at stage 2."""
     cells = [(name, 3 if possible(name, 3) else 2) for name in METHODS if name not in ONLY_IN_THE_WHOLE_MATRIX]
