@@ -18,6 +18,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
+from dstune.config.forgetting import measured_alone
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
@@ -36,7 +37,7 @@ from dstune.launch import preflight, records, supervise
 from dstune.launch.commands import local_plan
 from dstune.launch.console import Console
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "guard", "ood")
 
 
 def main(argv: list[str]) -> int:
@@ -149,7 +150,7 @@ def _configuration(
     """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
-    stored = read_run(path / "run.yaml").config if (path / "run.yaml").is_file() else None
+    stored = measured_alone(read_run(path / "run.yaml").config) if (path / "run.yaml").is_file() else None
     if stored is not None and arguments.shots is not None:
         return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
     if stored is not None and isinstance(stored.method, AdapterConfig) and not can_merge(stored.method):

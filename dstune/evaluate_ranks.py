@@ -26,6 +26,7 @@ from dstune.config.schema import Offload, RunConfig
 from dstune.config.task_schema import ClassificationConfig, RewardConfig, TokenClassificationConfig
 from dstune.data.build import Split, prepare
 from dstune.dist import World
+from dstune.ending import write_result
 from dstune.errors import Problem, UserError
 from dstune.models.heads import build_head
 from dstune.models.load import load_config, load_model, load_tokenizer
@@ -37,8 +38,9 @@ from dstune.tracking.console import Console
 from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import count_rows
+from dstune.train.proofs import check_packing, examine
 from dstune.train.reference import with_reference_model
-from dstune.worker import check_packing, examine, guarded, leave, write_result
+from dstune.worker import guarded, leave
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
@@ -71,7 +73,9 @@ def evaluate(
     data = prepare(config, tokenizer, world.env, cache_root())
     part: Split | None = getattr(data, split)
     if part is None:
-        fix = f"give data.{split}=FILE, or data.split.{split}=0.1 to hold rows out"
+        fix = f"give data.{split}=FILE"
+        if split in ("validation", "test"):
+            fix += f", or data.split.{split}=0.1 to hold rows out"
         raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
     data = with_reference_model(
         config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()

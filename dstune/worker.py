@@ -2,69 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
-from dstune import baseline_file, environment, handed, rendezvous
+from dstune import environment, handed, rendezvous
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.domain_stage import FOLDER, classifier_stage, has_language_model_stage, language_model_stage
-from dstune.config.method_schema import FeaturesConfig
-from dstune.config.schema import Export, RunConfig
+from dstune.config.schema import RunConfig
 from dstune.data.blocks import Blocks
-from dstune.data.build import PreparedData, prepare
-from dstune.data.clean.report import summary
-from dstune.data.statistics import with_packing
+from dstune.data.build import prepare
 from dstune.dist import World
-from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, TrainingFailed, UserError
+from dstune.ending import finish
+from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
 from dstune.models.features import feature_classifier
-from dstune.models.heads import Head, build_head
-from dstune.models.heads.language import CausalLmHead
+from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
-from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.peft import apply_method
+from dstune.opening import ask_untuned, describe, show_samples
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.redact import publish, redact_output, redacted
+from dstune.redact import publish, redact_output
 from dstune.telling import leave_error, tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
 from dstune.train import spikes
-from dstune.train.baseline import measure_prompted
 from dstune.train.beforehand import work_out
-from dstune.train.classical import classical_results
-from dstune.train.evaluate import Evaluator, answer_prompts, limited
-from dstune.train.features import Features
+from dstune.train.evaluate import Evaluator
 from dstune.train.forgetting import Penalties
-from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
-from dstune.train.importance import Selected
-from dstune.train.loop import Training, evaluate, fit
+from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
+from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.proofs import check_packing, examine, refuse_different_rows, samples_digest
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
 from dstune.train.unfreezing import unfreezing_of
+from dstune.train.watch import watch
 from dstune.train.watchdog import Watchdog, answer_with_stacks
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, full_count, partitioned_loading, start_process_group
+from dstune.zero.engine import Engine, partitioned_loading, start_process_group
 from dstune.zero.precision import DTYPES, resolve
 
 activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__ in a rank
@@ -147,6 +138,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         Cadence(config, total_steps, can_evaluate=data.validation is not None),
         NonFinite(config),
         EarlyStopping(config),
+        Overfitting(config),
         preemption,
     ]
     run = Training(
@@ -177,26 +169,34 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         describe(config, run_dir, run, module, features, selection)
         show_samples(run, tokenizer, before=True)
         ask_untuned(run, run_dir, module, tokenizer)
+        if state.step == 0:
+            watch(run, "before")
         decision = fit(run)
         run.watchdog.rest()
-        finish(run, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0)
+        finish(run, checkpoints, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0)
     except BaseException:
         if log is not None:
             log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         raise
 
 
-def examine(head: Head, engine: Engine) -> None:
-    """Let the head of a language model see whether it may leave the logits out."""
-    if isinstance(head, CausalLmHead):
-        engine.train(False)
-        head.examine(engine.forward, engine.device)
-        engine.train(True)
+def take_over_export(source: Path, run_dir: Path) -> None:
+    """Copy what the first stage of another run has exported, unless this run has its own: the checkpoint that the run goes on
+    from is of a classifier above it, and that run's folder may be gone by the next launch."""
+    theirs, own = source / FOLDER / "export", run_dir / FOLDER / "export"
+    if not (theirs / "config.json").is_file() or own.is_dir():
+        return
+    aside = own.with_name(f"{own.name}{store.INCOMPLETE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(theirs, aside)
+    aside.rename(own)
 
 
 def train_language_model(config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
-    """The first stage of the run, in a folder of its own, unless its export is there already."""
+    """The first stage of the run, in a folder of its own, unless its export is there already, or in `run.resume`'s run."""
     folder = run_dir / FOLDER
+    if world.is_main and config.run.resume not in ("auto", "never"):
+        take_over_export(Path(config.run.resume), run_dir)
     if world.broadcast((folder / "export" / "config.json").is_file()):
         return
     stage = language_model_stage(config, run_dir)
@@ -210,225 +210,6 @@ def train_language_model(config: RunConfig, run_dir: Path, world: World, preempt
         if world.is_main:  # the whole run is preempted; the next launch goes on with this stage
             shutil.copyfile(folder / "result.json", run_dir / "result.json")
         raise
-
-
-def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:
-    """Raises UserError on all ranks where samples of one packed row see each other on any of them."""
-    if not config.data.packing:
-        return
-    engine.train(False)
-    difference, dtype = contamination(engine.forward, vocabulary, engine.device)
-    engine.train(True)
-    if world.any(not difference <= TOLERANCE[dtype]):  # not a number is no proof either
-        raise UserError(
-            Problem(
-                "data.packing",
-                value="true",
-                reason=f"attention of {config.model.path} crosses packed samples (logits differ by {difference:.1%})",
-                fix="data.packing=false, or another model.attention",
-            )
-        )
-
-
-def refuse_different_rows(world: World, digest: str) -> None:
-    """Raises UserError on all ranks where nodes with files of their own do not have the same rows."""
-    digests = dict(zip(world.gather(environment.host()), world.gather(digest), strict=True))
-    common, _ = Counter(digests.values()).most_common(1)[0]
-    others = sorted(host for host, found in digests.items() if found != common)
-    if others:
-        reason = f"the rows on {', '.join(others)} are not those of the other nodes"
-        raise UserError(Problem("data.train", reason, "bring the same files to every node"))
-
-
-def samples_digest(data: PreparedData) -> str:
-    """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code.
-
-    Of a stream it knows the first block and what the shards are."""
-    digest = xxhash.xxh3_64()
-    digest.update(data.train.lengths.tobytes())
-    digest.update(data.train.weights.tobytes())
-    if data.stream is not None:
-        digest.update(data.stream.identity.encode())
-    return digest.hexdigest()
-
-
-def describe(
-    config: RunConfig,
-    run_dir: Path,
-    run: Training,
-    module: torch.nn.Module,
-    features: Features | None,
-    selection: Selected | None,
-) -> None:
-    """Write `environment.json` and say on the console what is about to be trained."""
-    hosts = run.world.gather(environment.host())
-    if not run.world.is_main or run.log is None:
-        return
-    total = sum(full_count(parameter) for parameter in module.parameters())
-    if features is not None:
-        total += features.body_parameters
-        took = f"computed in {features.seconds:.1f} s" if features.seconds else "found in the cache"
-        run.log.message(f"features of all rows: {took}; the body is not run again")
-    trained = run.engine.trained_count
-    if selection is not None and selection.masks:
-        in_masks = sum(
-            full_count(parameter) for name, parameter in module.named_parameters() if name in selection.masks
-        )
-        trained += sum(int(mask.sum()) for mask in selection.masks.values()) - in_masks
-    model = {
-        "path": shown(config.model.path),
-        "revision": config.model.revision,
-        "parameters": total,
-        "trained": trained,
-    }
-    facts = environment.describe(hosts, run.data.fingerprint, model)
-    facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
-    (run_dir / "environment.json").write_text(json.dumps(redacted(facts), indent=1))
-    (run_dir / "data_report.json").write_text(json.dumps(redacted(data_report(config, run.data)), indent=1))
-    run.log.message(
-        f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
-        f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
-        f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
-    )
-    rows = {split.name: len(split.lengths) for split in (run.data.train, run.data.validation, run.data.test) if split}
-    run.log.message(
-        f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
-        f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
-    )
-    if run.unfreezing is not None and (waiting := run.unfreezing.waiting(run.total_steps)):
-        run.log.message(f"the lowest {waiting} layers never train: the run is over before (method.unfreeze_epochs)")
-    for part, counts in run.data.report.items():
-        if cleaned := summary(counts.get("clean", {})):
-            run.log.message(f"cleaning of the {part} rows: {cleaned} (data_report.json)")
-
-
-def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """What happened to the rows, and how well they pack."""
-    if not config.data.packing:
-        return data.report
-    parts = (data.train, data.validation, data.test)
-    return with_packing(data.report, {part.name: part.lengths for part in parts if part}, config.data.max_length)
-
-
-def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
-    if not run.config.evaluate.samples or (before and run.state.step > 0):
-        return
-    answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
-    if isinstance(run.log, Tracker) and answers:
-        run.log.samples(run.state.step, answers)
-
-
-def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer: Any) -> None:
-    """`evaluate.baseline_shots`: what the model reaches on the validation rows before training, with examples in front."""
-    config, validation = run.config, run.data.validation
-    if not config.evaluate.baseline_shots or run.state.step > 0 or validation is None:
-        return
-    adapted: Any = module
-    untouched = adapted.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
-    with untouched, run.watchdog.paused():
-        prompted = measure_prompted(
-            config,
-            run.data,
-            run.engine,
-            run.head,
-            tokenizer,
-            run.world,
-            validation,
-            config.evaluate.baseline_shots,
-            key="evaluate.baseline_shots",
-        )
-    if run.log is None:
-        return
-    rows = len(limited(validation, config.evaluate.max_rows, config.task).lengths)
-    found = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
-    baseline_file.remember(run_dir, shown(config.model.path), validation.name, rows, found)
-    for one in prompted:
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.evaluation.metrics.items())
-        run.log.message(f"untuned, {one.shots} examples: {metrics}")
-
-
-def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, features_seconds: float = 0.0) -> None:
-    """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
-    state, config = run.state, run.config
-    result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
-    if not decision.wish & (Wish.FAIL | Wish.PREEMPT):
-        evaluated = run.data.validation is not None and state.eval_last_step != state.step
-        if evaluated:
-            evaluate(run)
-            run.watchdog.rest()
-        run.saves.settle()
-        newest = store.newest(run_dir)
-        # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
-        due = run.world.broadcast(evaluated or newest is None or newest.name != store.tag(state.step))
-        if due and not run.saves.save(state, now=True):
-            reason = f"step {state.step} could not be saved: {run.saves.refusal}"
-            raise TrainingFailed(f"{reason}; continue the run when that is mended")
-        if run.data.test is not None:
-            result["test"] = run.evaluator(run.data.test).metrics
-        if isinstance(config.method, FeaturesConfig) and run.world.is_main:
-            method, rows = config.method, config.evaluate.max_rows
-            result["feature_seconds"] = round(features_seconds, 3)
-            result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
-        if run.data.validation is not None and config.evaluate.counterfactual:
-            state.extra["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
-        if config.run.export is not Export.none and run.world.is_main:
-            result["export"] = str(export(run_dir, config))
-        run.world.barrier()
-        show_samples(run, tokenizer, before=False)
-    run.saves.settle()
-    run.supply.close(for_good=not decision.wish & (Wish.FAIL | Wish.PREEMPT))
-    state.seconds = run.seconds_before + time.monotonic() - run.started
-    status = "stopped" if decision.reason else "completed"
-    status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
-    if run.world.is_main:
-        found = {name: value for name, value in state.extra.items() if name != spikes.NAME}
-        checkpoint = store.newest(run_dir)
-        speed = state.tokens_per_second
-        result |= {
-            "status": status,
-            "steps": state.step,
-            "world_size": run.world.size,
-            "tokens": state.tokens,
-            "seconds": round(state.seconds, 3),
-            "tokens_per_second": speed and round(speed, 2),
-            "peak_memory_gib": round(state.peak_memory_gib, 4),
-            "eval_initial": state.eval_initial,
-            "eval_final": state.eval_last,
-            "best": state.best and vars(state.best),
-            "checkpoint": checkpoint and str(checkpoint),
-            "nonfinite_steps": state.nonfinite_steps,
-            "overflow_steps": state.overflow_steps,
-            "spikes": {**spikes.counts(state), "events": spikes.events(state)},
-            "slowest_rank": {"rank": run.stragglers.rank, "to_median": round(run.stragglers.ratio, 3)},
-            **({"labels": list(run.data.labels), **found} if found else {}),
-        }
-        write_result(run_dir, result)
-        assert isinstance(run.log, Tracker)
-        run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.extra})
-        run.log.finish(status)
-    run.memory.close()
-    run.world.barrier()
-    if status == "preempted":
-        raise Preempted(f"{decision.reason}: saved at step {state.step}")
-    if status == "failed":
-        raise TrainingFailed(decision.reason)
-
-
-def export(run_dir: Path, config: RunConfig) -> Path:
-    from dstune.checkpoint.export import export_checkpoint
-
-    checkpoint = store.newest(run_dir)
-    if config.run.export is Export.best:
-        checkpoint = store.best(run_dir) or checkpoint
-    assert checkpoint is not None, "the final save comes before the export"
-    return export_checkpoint(run_dir, checkpoint, run_dir / "export", force=True)
-
-
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Write `result.json` whole or not at all."""
-    aside = run_dir / "result.json.incomplete"
-    aside.write_text(json.dumps(redacted(result), indent=1))
-    aside.replace(run_dir / "result.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

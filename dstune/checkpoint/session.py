@@ -90,6 +90,11 @@ class Checkpoints:
             return None
         return self.resume()
 
+    def load_weights(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint of this very run, to measure them: the run does not train on from them."""
+        with store.hold(checkpoint):
+            self._engine.restore(Shards(checkpoint))
+
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
         """Each rank reads its share of the files; all come to the same answer."""
         whole = [info.path for info in store.listing(run_dir) if info.committed and not info.weights_only]

@@ -18,7 +18,18 @@ from dstune.config.convert import is_optional
 from dstune.config.names import keys_of, names_choice
 from dstune.errors import Problem, UserError
 
-FILES = ("data.train", "data.validation", "data.test", "model.path", "model.chat_template", "run.dir", "run.resume")
+FILES = (
+    "data.train",
+    "data.validation",
+    "data.test",
+    "data.guard",
+    "data.ood",
+    "data.augment.synonyms",
+    "model.path",
+    "model.chat_template",
+    "run.dir",
+    "run.resume",
+)
 FLAGS = (
     "--cfg",
     "--config-dir",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from dstune.config.augment_schema import AugmentConfig
 from dstune.config.fields import setting
 
 
@@ -75,7 +76,7 @@ class CleanConfig:
     near_threshold: float = setting(0.9, at_least=0.8, at_most=1.0)
     """Rows are near duplicates if at least this share of their characters is the same: 1 - edit distance / length."""
     leaks: bool = True
-    """Leave out training rows whose text occurs in validation or test; near ones too with `duplicates: near`."""
+    """Leave out training rows whose text occurs in validation, test, guard or ood; near ones too with `duplicates: near`."""
     secrets: Found = Found.keep
     """API keys, tokens, passwords in URLs: `keep`, `flag` (count), `mask` (`<SECRET>`) or `drop`; extra `clean`."""
     personal_data: Found = Found.keep
@@ -116,6 +117,10 @@ class DataConfig:
     """Validation rows; held out from `data.train` by `data.split` when not given."""
     test: str | None = None
     """Test rows, evaluated once at the end."""
+    guard: str | None = None
+    """Rows of what the model is not to forget, in the format of the task: evaluated before and after training."""
+    ood: str | None = None
+    """Rows of another domain, in the format of the task: evaluated before and after training, beside the validation rows."""
     subset: str | None = None
     """Configuration of a data set on the hub; its default one when not given."""
     revision: str | None = None
@@ -132,6 +137,7 @@ class DataConfig:
     """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_rows: int | None = setting(None, at_least=1)
     """Use this many training rows at most, chosen by the split's hash."""
     on_bad_row: OnBadRow = OnBadRow.error

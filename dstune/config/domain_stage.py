@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from dstune.config.augment_schema import AugmentConfig
 from dstune.config.data_schema import DataFormat
 from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import (
@@ -30,10 +31,13 @@ def language_model_stage(config: RunConfig, run_dir: Path) -> RunConfig:
     method = config.method
     assert isinstance(method, UlmfitConfig)
     columns = {role: name for role, name in config.data.columns.items() if role == "text"}
+    off = AugmentConfig()
     return replace(
         config,
         task=CausalLmConfig(),
-        data=replace(config.data, format=DataFormat.text, columns=columns, packing=True),
+        data=replace(
+            config.data, format=DataFormat.text, columns=columns, packing=True, guard=None, ood=None, augment=off
+        ),
         method=UlmfitConfig(rate_factor=method.rate_factor, unfreeze_epochs=0.0),
         optimizer=replace(config.optimizer, lr=method.language_model_lr or config.optimizer.lr),
         trainer=replace(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dstune.config.augment_schema import AugmentConfig
 from dstune.config.data_schema import SourceConfig, SplitConfig
+from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.schema import RunConfig
 
 TASK, GENERAL = "task", "general"
@@ -26,6 +28,16 @@ def with_replay(config: RunConfig) -> RunConfig:
     return replace(config, data=replace(data, train=None, mixture=mixture))
 
 
+def measured_alone(config: RunConfig) -> RunConfig:
+    """`config` for a model that is measured, not trained: the rows that it was not to forget are not asked for, and those
+    that it was trained on are not copied."""
+    data = config.data
+    if mixes_in(config):
+        task = data.mixture[TASK]
+        data = replace(data, train=task.path, subset=task.subset, revision=task.revision, mixture={})
+    return replace(config, data=replace(data, augment=AugmentConfig()), forgetting=ForgettingConfig())
+
+
 def mixes_in(config: RunConfig) -> bool:
     """Whether `data.mixture` is what `with_replay` has made of it."""
     return bool(config.forgetting.replay) and tuple(config.data.mixture) == (TASK, GENERAL)
@@ -39,9 +51,12 @@ def general_rows(config: RunConfig) -> RunConfig:
         mixture={},
         validation=None,
         test=None,
+        guard=None,
+        ood=None,
         subset=None,
         revision=None,
         max_rows=None,
+        augment=AugmentConfig(),
         split=SplitConfig(validation=0.0, test=0.0),
     )
     return replace(config, data=data)

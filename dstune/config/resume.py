@@ -18,6 +18,7 @@ MAY_CHANGE_KEYS = (
     "trainer.activation_checkpointing",
     "trainer.max_nonfinite_steps",
     "trainer.early_stopping.patience",
+    "trainer.early_stopping.max_gap",
     "model.trust_remote_code",
 )
 LENGTHS = ("trainer.max_steps", "trainer.epochs")

@@ -217,6 +217,8 @@ class EarlyStoppingConfig:
     """Stop after this many evaluations without an improvement; 0 never stops."""
     min_delta: float = setting(0.0, at_least=0.0)
     """Smallest change that counts as an improvement."""
+    max_gap: float | None = setting(None, above=0.0)
+    """Stop when the held-out loss is this far above the training loss since the evaluation before; never when not given."""
 
 
 @dataclass(frozen=True)

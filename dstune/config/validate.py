@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from dstune.config.augment_rules import check_augment
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
 from dstune.config.deepspeed_file import settings_problems
@@ -111,6 +112,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
     rules = (
         check_data,
         check_mixture,
+        check_augment,
         check_streaming,
         check_task,
         check_model,
@@ -333,6 +335,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     every = "evaluate.every=N with N optimizer steps between evaluations"
     wishes = (
         ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
+        ("trainer.early_stopping.max_gap", stopping.max_gap is not None, "the gap to", stopping.max_gap, True),
         ("run.export", config.run.export is Export.best, "exporting the best weights", config.run.export, True),
         ("evaluate.every", evaluate.every > 0, "evaluating", evaluate.every, False),
         ("evaluate.samples", evaluate.samples > 0, "answering held-out prompts", evaluate.samples, False),

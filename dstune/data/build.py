@@ -25,6 +25,9 @@ from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CONVERSATIONS, WRITERS, EmbeddingConfig, PreferenceConfig, QuestionAnsweringConfig
 from dstune.data import cache, mixture, sources
+from dstune.data.augment import augmented
+from dstune.data.augment.rewrite import identity
+from dstune.data.augment.words import KEY as SYNONYMS_KEY
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
@@ -162,6 +165,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             data.max_rows,
             data.on_bad_row,
         ],
+        "augment": _augment_digest(config),
         "prompts": _prompt_count(config),
         "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
         "clean": [asdict(data.clean), versions(data.clean)],
@@ -172,6 +176,15 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)
     )
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _augment_digest(config: RunConfig) -> list[Any]:
+    augment = config.data.augment
+    if not augment.on:
+        return []
+    files = sources.expand(augment.synonyms, SYNONYMS_KEY) if augment.synonyms else []
+    models = [identity(path) for path in augment.models]
+    return [asdict(augment), [sources.fingerprint(file) for file in files], models]
 
 
 def _rows_digest(source: Input) -> list[Any]:
@@ -245,6 +258,7 @@ class Builder:
         labels = labels_of_training(chosen, config, bad)
         bad.raise_if_any()
         chosen["train"] = _limited(chosen["train"], config)
+        copied = self._augment(chosen, work)
 
         formats = {table.format for table in tables.values()}
         fmt = DataFormat.messages if DataFormat.messages in formats else tables["train"].format
@@ -272,6 +286,8 @@ class Builder:
                 if part != "train" and config.evaluate.counterfactual:
                     swaps = Swaps.read(config.evaluate.counterfactual)
                     write_swapped(rows, swaps, encode, folder, part, work=work, workers=config.data.workers)
+        if copied:
+            report["train"]["augment"] = copied
         bad.raise_if_any()
         if self._held_out is None:
             for part, counted in report.items():
@@ -310,6 +326,15 @@ class Builder:
         if self._config.data.clean.leaks and train.text_keys is not None:
             known |= np.isin(train.text_keys, self._held_out)
         return {"train": ChosenRows(train, train.rows[~known[train.rows]])}
+
+    def _augment(self, chosen: dict[str, ChosenRows], work: Path) -> dict[str, Any]:
+        """Put copies behind the training rows, as `data.augment` says. Returns what to report."""
+        if not self._config.data.augment.on:
+            return {}
+        train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
+        own = np.flatnonzero(_of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
+        chosen["train"], told = augmented(train, held_out, own, self._config, work)
+        return told
 
     def _finish_block(self, folder: Path, chosen: dict[str, ChosenRows]) -> dict[str, Any]:
         """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
@@ -372,11 +397,14 @@ def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows
         test=0.0 if "test" in tables else split.test,
     )
     chosen = {"train": train.keep(np.flatnonzero(parts == TRAIN))}
-    for part, number in (("validation", VALIDATION), ("test", TEST)):
+    numbers = {"validation": VALIDATION, "test": TEST}
+    for part in PARTS[1:]:
         if part in tables:
             rows = ChosenRows(tables[part], tables[part].rows)
+        elif part in numbers:
+            rows = train.keep(np.flatnonzero(parts == numbers[part]))
         else:
-            rows = train.keep(np.flatnonzero(parts == number))
+            continue
         if len(rows.indices):
             # By hash, so that the first N rows are a fair sample and not, say, all of the first label.
             chosen[part] = rows.keep(np.argsort(rows.hashes, kind="stable"))
@@ -471,6 +499,8 @@ def _load(folder: Path, key: str, config: RunConfig) -> PreparedData:
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts.get("test"),
+        guard=parts.get("guard"),
+        ood=parts.get("ood"),
         labels=tuple(meta["labels"]),
         prompts=[SamplePrompt(**prompt) for prompt in meta["prompts"]],
         report=report,

@@ -9,7 +9,7 @@ from dstune.config.data_schema import DataFormat, SourceConfig
 from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
 
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test", "guard", "ood")
 
 
 def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:

@@ -11,7 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig, TagScheme, TokenClassificationConfig
 from dstune.data.ingest import BadRows, Table
 from dstune.data.rows import has_labels, has_several, sort_labels
-from dstune.data.tags import completed, is_bio
+from dstune.data.tags import completed, marks_entities
 from dstune.errors import Problem, UserError
 
 
@@ -55,7 +55,7 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
     elif not labels:
         labels = sort_labels(np.unique(train[chosen["train"].indices]).tolist())
     if isinstance(config.task, TokenClassificationConfig):
-        _refuse_other_metric(config, labels)
+        _refuse_other_metric(config, config.task, labels)
     if len(labels) < (1 if several else 2):
         reason = f"the training rows have one label only ({labels[0]!r})" if labels else "no training row has a label"
         raise UserError(Problem(where="data.train", value=str(config.data.train), reason=reason))
@@ -74,9 +74,9 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
     return labels
 
 
-def _refuse_other_metric(config: RunConfig, labels: tuple[str, ...]) -> None:
+def _refuse_other_metric(config: RunConfig, task: TokenClassificationConfig, labels: tuple[str, ...]) -> None:
     """Raises UserError where these tags have no such metric, before anything is trained."""
-    metric, entities = config.trainer.early_stopping.metric, is_bio(labels)
+    metric, entities = config.trainer.early_stopping.metric, marks_entities(labels, task.scheme)
     if metric.startswith("entity_") and not entities:
         reason, fix = "the tags are no marks of entities", "token_accuracy, f1_macro or loss"
     elif metric == "f1_macro" and entities:

@@ -133,7 +133,16 @@ class PreparedData:
     """By part: rows read, bad rows skipped, truncated, dropped, samples, tokens, targets."""
     swapped: dict[str, Swapped] = field(default_factory=dict)
     """By part, with `evaluate.counterfactual`."""
+    guard: Split | None = None
+    """What the model is not to forget."""
+    ood: Split | None = None
+    """Another domain."""
     fingerprint: str = ""
     """Digest of content, tokenizer, settings and code: equal for equal samples."""
     stream: StreamStart | None = None
     """With `data.streaming`, where `train`, its first block, ends and what later blocks leave out."""
+
+    @property
+    def splits(self) -> list[Split]:
+        """Those that there are, training rows first."""
+        return [split for split in (self.train, self.validation, self.test, self.guard, self.ood) if split is not None]

@@ -65,7 +65,8 @@ def has_lines(file: DataFile) -> bool:
 
 
 def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFile]:
-    """The files of `data.train`, `data.validation` or `data.test` (`part`); empty where it is not given.
+    """The files of `data.train` or another part; empty where it is not given. Of a data set with several splits, rows of
+    `data.guard` and `data.ood` are those of its test split where none is named.
 
     key: the key that problems name, where it is another one. Raises UserError as `expand` does.
     """
@@ -73,7 +74,8 @@ def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFil
     if spec is None:
         return []
     key = key or f"data.{part}"
-    return expand(spec, key, split=part, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
+    split = part if part in ("train", "validation", "test") else "test"
+    return expand(spec, key, split=split, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
 
 
 def expand(

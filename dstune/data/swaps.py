@@ -48,7 +48,7 @@ class Swaps:
         return cls(pairs)
 
     def text(self, text: str) -> str:
-        return self._pattern.sub(lambda found: _cased(self._other[found.group().lower()], found.group()), text)
+        return self._pattern.sub(lambda found: cased(self._other[found.group().lower()], found.group()), text)
 
     def row(self, row: Row) -> Row | None:
         """The normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
@@ -63,7 +63,8 @@ class Swaps:
         return sorted(f"{term} -> {self._other[term].lower()}" for term in found)
 
 
-def _cased(term: str, like: str) -> str:
+def cased(term: str, like: str) -> str:
+    """`term` with a capital at the beginning, or in capitals, where `like` has them."""
     if len(like) > 1 and like.isupper():
         return term.upper()
     return term[:1].upper() + term[1:] if like[:1].isupper() else term

@@ -21,6 +21,11 @@ def is_bio(tags: Collection[str]) -> bool:
     return all(tag == OUTSIDE or _MARKED.fullmatch(tag) for tag in tags)
 
 
+def marks_entities(labels: Collection[str], scheme: TagScheme) -> bool:
+    """Whether entities are measured: the tags look like marks of them, and are not said to be tags of single words."""
+    return scheme is not TagScheme.plain and is_bio(labels)
+
+
 def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, repair: bool) -> list[str]:
     """The tags of one sentence; those of entities in BIO (IOB2: every entity begins with B-).
 

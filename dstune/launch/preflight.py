@@ -103,6 +103,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     problems += missing(config.tracking)
     problems += metric_problems(config)
     problems += cleaning.missing(config.data.clean)
+    problems += augment_problems(config, stage) if trains else []
     _refuse(problems)
     config = replace(config, model=model)
     if trains:
@@ -181,6 +182,24 @@ def resolve_reference(config: RunConfig, stage: Stage) -> TaskConfig:
         named = [replace(problem, where=keys.get(problem.where, problem.where)) for problem in error.problems]
         raise UserError(named) from None
     return replace(task, reference_revision=found.revision)
+
+
+def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
+    """Bring the models and the table of `data.augment` here; what is missing of them."""
+    augment, problems = config.data.augment, []
+    if not augment.on:
+        return []
+    for path in augment.models:
+        try:
+            resolve_model(ModelConfig(path=path), stage)
+        except UserError as error:
+            problems += [replace(problem, where="data.augment.models") for problem in error.problems]
+    if augment.synonyms:
+        try:
+            sources.expand(augment.synonyms, "data.augment.synonyms")
+        except UserError as error:
+            problems += error.problems
+    return problems
 
 
 def looks_local(path: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from dstune.launch import records
 
 COLUMN = 14
+COUNTS = ("rows", "targets", "tokens", "seconds", "generated")
 TEXT_WIDTH = 96
 SHOWN_CHARACTERS = 600
 
@@ -30,16 +31,37 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
     before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
     lines = []
     for name, value in after.items():
-        if isinstance(value, (int, float)) and name not in ("rows", "targets", "tokens", "seconds"):
+        if isinstance(value, (int, float)) and name not in COUNTS:
             label = "held-out loss" if name == "loss" else name
             started = f"{before[name]:.4f} -> " if isinstance(before.get(name), (int, float)) else ""
             lines.append(_entry(label, f"{started}{value:.4f}"))
     best = result.get("best")
     if best:
         lines.append(_entry("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}"))
+    lines += _overfitting(result)
     for name, value in (result.get("test") or {}).items():
         if isinstance(value, (int, float)):
             lines.append(_entry(f"test {name}", f"{value:.4f}"))
+    for part in ("guard", "ood"):
+        found = result.get(part) or {}
+        before = found.get("before") or {}
+        for name, value in (found.get("after") or {}).items():
+            if isinstance(value, (int, float)) and name not in COUNTS:
+                first = f"{before[name]:.4f} -> " if name in before else ""
+                lines.append(_entry(f"{part} {name}", f"{first}{value:.4f}"))
+    return lines
+
+
+def _overfitting(result: Mapping[str, Any]) -> list[str]:
+    """The gap between held-out rows and those trained on, and whether the weights are past their best."""
+    found = result.get("overfitting")
+    if not found:
+        return []
+    lines = [_entry("gap", f"{found['gap']:+.4f} (training loss {found['training_loss']:.4f})")]
+    best, measured = result.get("best"), result.get("weights_step")
+    if best and measured and best["metric"] == "loss" and best["step"] < measured:
+        advice = f"held-out loss has risen since step {best['step']}: run.export=best keeps those weights"
+        lines.append(_entry("overfitting", advice))
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dstune.report.numbers import number, percent
 from dstune.report.run_files import RunFiles, section
 
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test", "guard", "ood")
 SHOWN_EXAMPLES = 5
 SHOWN_LENGTHS = 7
 """Other values of data.max_length that are judged: the powers of two next to the one chosen."""
@@ -84,6 +84,10 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
     if removed := sum(entry.get("removed") or 0 for entry in _steps(counts).values()):
         add("removed by cleaning", removed, _of(removed, read))
     add("rows of this part", rows)
+    augment = section(dict(counts), "augment")
+    add("copies added to them", augment.get("copies"), _changes(augment))
+    for why, count in section(augment, "left_out").items():
+        add(f"copies left out, {why.replace('_', ' ')}", count)
     if counts.get("truncated"):
         add("longer than max_length", counts["truncated"], _of(counts["truncated"], rows))
     if counts.get("dropped"):
@@ -102,6 +106,14 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
         sources=_sources(counts),
         source_columns=_source_columns(counts),
     )
+
+
+def _changes(augment: Mapping[str, Any]) -> str:
+    """`synonyms 20 words, swap 31 words, models 12 rows`"""
+    parts = []
+    for name, of in section(dict(augment), "changed").items():
+        parts.append(f"{name} {of['words']:,} words" if of.get("words") else f"{name} {of.get('rows', 0):,} rows")
+    return ", ".join(parts)
 
 
 def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:

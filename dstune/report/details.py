@@ -1,4 +1,4 @@
-"""Tables of what an evaluation tells beside its metrics: types of entities, slices, swapped terms."""
+"""Tables of what evaluations tell beside their metrics: types of entities, slices, watched rows, swapped terms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from dstune.report import numbers
 from dstune.report.run_files import RunFiles, section
+
+WATCHED = {"guard": "What was not to be forgotten", "ood": "Another domain"}
+"""Parts of the data that are measured before and after training."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
             metric = str(found.get("metric")).replace("_", " ")
             lead = f"By {metric} the worst is {found['worst']}, {numbers.number(found['gap'])} from the best."
         yield _table(f"By {column}", lead, section(found, "values"))
+    for part, title in WATCHED.items():
+        if found := section(result, part):
+            yield _table(title, f"Rows of data.{part}, before and after training.", found)
     if changes := section(result, "counterfactual"):
         rows = {"all": {name: value for name, value in changes.items() if name != "by_term"}}
         lead = "What changes in held-out rows where nothing but these terms does."

@@ -106,6 +106,10 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
         best = section(run.result, "best")
         at = f"at step {best['step']:,}" if isinstance(best.get("step"), int) else ""
         shown.append(Figure(f"best {NAMES.get(reached.best_metric, reached.best_metric)}", number(reached.best), at))
+    watched = section(run.result, "overfitting")
+    if isinstance(watched.get("gap"), (int, float)):
+        training_loss = number(watched.get("training_loss"))
+        shown.append(Figure("gap", number(watched["gap"]), f"held-out loss above that of training, {training_loss}"))
     test = section(run.result, "test")
     for name, value in test.items():
         if name in (metric, "loss", "accuracy") and isinstance(value, (int, float)):

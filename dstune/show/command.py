@@ -21,7 +21,7 @@ from dstune.launch.console import Console
 if TYPE_CHECKING:
     from dstune.show.facts import Shown
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "guard", "ood")
 EPILOG = """\
 Everything else is taken as by `dstune train`: overrides, --config-dir, and the PATH of a run in the first place.
 

@@ -37,7 +37,7 @@ def classical_results(
     results: dict[str, dict[str, Any]] = {}
     for name in (name for name, asked in wanted.items() if asked):
         began = time.perf_counter()
-        model = _classifier(name, method, seed).fit(features, labels)
+        model = _fitted(_classifier(name, method, seed), features, labels)
         results[name] = {
             part: _metrics(model, split, len(data.labels)) for part, split in held_out.items() if split is not None
         }
@@ -60,6 +60,14 @@ def _classifier(name: str, method: FeaturesConfig, seed: int) -> Any:
     if name == "logistic_regression":
         return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return RandomForestClassifier(n_estimators=method.trees, random_state=seed)
+
+
+def _fitted(model: Any, features: np.ndarray, labels: np.ndarray) -> Any:
+    """A forest grows on all cores, which are idle: the other ranks wait for this one. Each tree has a seed of its own, so the
+    forest is the same on any number; what its trees say is added up by one, so that the sums are too."""
+    if not hasattr(model, "n_jobs"):
+        return model.fit(features, labels)
+    return model.set_params(n_jobs=-1).fit(features, labels).set_params(n_jobs=1)
 
 
 def _metrics(model: Any, split: Split, classes: int) -> dict[str, float]:

@@ -76,8 +76,9 @@ class Evaluator:
         *,
         context: Sequence[int] = (),
         one_line: bool = False,
+        slices: bool = True,
     ) -> Evaluation:
-        """The task's metrics over the rows of `split`, and those of its slices.
+        """The task's metrics over the rows of `split`, and those of its slices where `slices` says so.
 
         context: tokens in front of every row (worked examples; without packing). one_line: a generated target ends with its
         line, where no target of the rows has a second one.
@@ -93,7 +94,7 @@ class Evaluator:
             generated = self._generate(split, context, one_line)
             scores = self._world.broadcast(generation_metrics(generated) if self._world.is_main else {})
             evaluation = replace(evaluation, metrics=evaluation.metrics | scores, generated=tuple(generated))
-        if not self._config.evaluate.slices:
+        if not (slices and self._config.evaluate.slices):
             return evaluation
         metrics, details = measure_slices(self._config, self._data.labels, split, kept)
         return replace(

@@ -38,6 +38,7 @@ from dstune.zero.precision import DTYPES
 log = logging.getLogger(__name__)
 
 META = "meta.json"
+CHUNK_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,11 @@ def features_of(
         _compute(config, data, tokenizer, precision, world, folder)
         seconds = time.perf_counter() - began
     meta = json.loads((folder / META).read_text())
-    parts = {}
-    for split in (data.train, data.validation, data.test):
-        if split is not None:
-            files = [folder / name.format(part=split.name) for name in meta["files"]]
-            parts[split.name] = _load(split, files)
-    with_vectors = replace(
-        data, train=parts["train"], validation=parts.get("validation"), test=parts.get("test"), prompts=[]
-    )
+    parts: dict[str, Any] = {}
+    for split in data.splits:
+        files = [folder / name.format(part=split.name) for name in meta["files"]]
+        parts[split.name] = _load(split, files)
+    with_vectors = replace(data, **parts, prompts=[])
     return Features(with_vectors, seconds, meta["body_parameters"])
 
 
@@ -122,13 +120,12 @@ def _compute(
     engine.train(False)
     folder.mkdir(parents=True, exist_ok=True)
     pattern = "{part}-%d-of-%d.arrow"
-    for split in (data.train, data.validation, data.test):
-        if split is not None:
-            log.info("the frozen body reads %d %s rows", len(split.lengths), split.name)
-            mine = folder / (pattern % (world.rank, world.size)).format(part=split.name)
-            _write(_vectors(alone, split, engine, world, tokenizer.pad_token_id), mine)
-            for rank in range(world.size):
-                _bring(folder / (pattern % (rank, world.size)).format(part=split.name), rank, world)
+    for split in data.splits:
+        log.info("the frozen body reads %d %s rows", len(split.lengths), split.name)
+        mine = folder / (pattern % (world.rank, world.size)).format(part=split.name)
+        _write(_vectors(alone, split, engine, world, tokenizer.pad_token_id), mine)
+        for rank in range(world.size):
+            _bring(folder / (pattern % (rank, world.size)).format(part=split.name), rank, world)
     engine.close()
     if world.local_rank == 0:
         meta = {"files": [pattern % (rank, world.size) for rank in range(world.size)]}
@@ -153,17 +150,26 @@ def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_
         if not micro_batch.filler:
             vectors.append(found.float().cpu().numpy())
             indices += micro_batch.samples
-    width = vectors[0].shape[1] if vectors else 1
-    flat = np.concatenate(vectors).reshape(-1) if vectors else np.empty(0, np.float32)
     columns = {name: split.table.with_format(None)[name] for name in ROW_COLUMNS if name in split.table.column_names}
     return pa.table(
         {
-            "features": pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), width).cast(
-                pa.list_(pa.float32())
-            ),
+            "features": _lists(vectors),
             **{name: pa.array([values[index] for index in indices]) for name, values in columns.items()},
             "index": pa.array(indices, pa.int64()),
         }
+    )
+
+
+def _lists(vectors: list[np.ndarray]) -> pa.ChunkedArray:
+    """vectors: float32 [rows, hidden] each. In chunks: the offsets of an array of lists have 32 bits, and all vectors of a
+    rank may be more than 2**31 numbers."""
+    kind = pa.list_(pa.float32())
+    if not vectors:
+        return pa.chunked_array([], kind)
+    table = np.concatenate(vectors)
+    parts = [table[start : start + CHUNK_ROWS] for start in range(0, len(table), CHUNK_ROWS)]
+    return pa.chunked_array(
+        [pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), part.shape[1]).cast(kind) for part in parts]
     )
 
 
@@ -174,7 +180,7 @@ def _pooled(forward: Any, inputs: Any) -> Any:
 def _write(table: pa.Table, target: Path) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1000)
+        writer.write_table(table, max_chunksize=CHUNK_ROWS)
     _write_whole(target, sink.getvalue().to_pybytes())
 
 

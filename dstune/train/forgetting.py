@@ -17,6 +17,7 @@ from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.schema import Precision, RunConfig
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
+from dstune.errors import TrainingFailed
 from dstune.models.load import NewWeights
 from dstune.train.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine
@@ -71,8 +72,11 @@ def fisher_information(
     restrict: Restrict | None = None,
 ) -> Fisher:
     """The mean squared gradient of each row's loss over `forgetting.ewc_rows` rows, at the start weights, without dropout
-    (the empirical Fisher information: of the rows' own targets). restrict: leaves the parameters that the run trains, so that
-    a rank has the same fragments in both."""
+    (the empirical Fisher information: of the rows' own targets). Rows without a finite gradient are left out of the mean.
+
+    restrict: leaves the parameters that the run trains, so that a rank has the same fragments in both. Raises TrainingFailed
+    where no row has a finite gradient.
+    """
     # One row makes a window, so that the gradient that is squared is that of a single row on any number of ranks.
     trainer = replace(config.trainer, micro_batch_size=1, global_batch_size=1)
     data = replace(general_rows(config).data, packing=False)
@@ -86,5 +90,8 @@ def fisher_information(
     single = standing_still(replace(config, trainer=trainer, data=data))
     with probing(single, general, tokenizer, precision, world, restrict) as probe:
         probe.engine.train(False)
-        probe.train(config.forgetting.ewc_rows, add, rate=0.0)
-    return {name: total / config.forgetting.ewc_rows for name, total in found.items()}
+        rows = probe.train(config.forgetting.ewc_rows, add, rate=0.0)
+    if not rows:
+        reason = "loss or gradient was not finite in any row of forgetting.general, so nothing is known of the weights"
+        raise TrainingFailed(f"{reason} (forgetting.ewc): look at the rows, or set trainer.precision=fp32")
+    return {name: total / rows for name, total in found.items()}

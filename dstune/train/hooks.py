@@ -21,6 +21,9 @@ from dstune.zero.engine import Update
 
 SAVES_BEFORE_DEADLINE = 3.0
 
+OVERFITTING = "overfitting"
+"""Where the state keeps `training_loss` (the mean since the evaluation before), `held_out_loss` and `gap`, their difference."""
+
 
 class Wish(IntFlag):
     """What a hook asks for; wishes of several hooks and ranks are joined."""
@@ -107,6 +110,20 @@ class NonFinite(Hook):
             f"loss or gradient was not finite in {state.nonfinite_steps} steps, the last one step {state.step} "
             f"(trainer.max_nonfinite_steps={self._limit}): lower optimizer.lr, set trainer.grad_clip, or look at the data",
         )
+
+
+class Overfitting(Hook):
+    """Stops where held-out rows have fallen too far behind those that are trained on (`trainer.early_stopping.max_gap`)."""
+
+    def __init__(self, config: RunConfig):
+        self._limit = config.trainer.early_stopping.max_gap
+
+    def after_evaluation(self, state: TrainState, metrics: dict[str, float]) -> Decision:
+        found = state.extra.get(OVERFITTING)
+        if self._limit is None or found is None or state.step == 0 or found["gap"] < self._limit:
+            return CONTINUE
+        losses = f"the held-out loss of {found['held_out_loss']:.4g} is {found['gap']:.4g} above that of training"
+        return Decision(Wish.STOP, f"overfitting: {losses} (trainer.early_stopping.max_gap={self._limit:g})")
 
 
 class EarlyStopping(Hook):

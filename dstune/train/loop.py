@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from dstune.config.schema import RunConfig, SpikeAction
+from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
@@ -19,7 +21,7 @@ from dstune.train.evaluate import Evaluator
 from dstune.train.evaluation_cost import EvaluationCost
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
-from dstune.train.hooks import Decision, Hook, Wish, join
+from dstune.train.hooks import OVERFITTING, Decision, Hook, Wish, join
 from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
@@ -134,6 +136,9 @@ def fit(run: Training) -> Decision:
             state.timed_seconds += seconds
             tell(run, run.evaluation_cost.stepped(seconds))
         penalty = None if run.penalties is None else run.penalties.value()
+        if math.isfinite(sums["loss_sum"]):
+            state.fit_loss_sum += sums["loss_sum"]
+            state.fit_weight += feed.window.weight
         spike = run.guard.note(state, sums["loss_sum"] / feed.window.weight)
         report_step(run, feed, update, sums, seconds, penalty, spike)
         if spike is not None:
@@ -288,17 +293,35 @@ def evaluate(run: Training) -> Decision:
     evaluation = run.evaluator(validation, progress)
     run.watchdog.beat(f"what follows the evaluation after step {state.step}")
     metrics = evaluation.metrics
+    gap = note_gap(run, metrics)
     state.evaluation_due = False
     state.eval_last, state.eval_last_step = metrics, state.step
     if state.step == 0:
         state.eval_initial = metrics
     if run.log:
         seconds = time.perf_counter() - began
-        run.log.log(state.step, {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds})
+        row = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
+        run.log.log(state.step, row if gap is None else row | {"eval/gap": gap})
         tell(run, run.evaluation_cost.evaluated(seconds))
     state.extra |= evaluation.details
     decision, _ = agree(run, join([hook.after_evaluation(state, metrics) for hook in run.hooks]))
     return decision
+
+
+def note_gap(run: Training, metrics: Mapping[str, float]) -> float | None:
+    """How far the held-out loss is above the mean training loss since the evaluation before; None where nothing was trained
+    since, and of embeddings, whose loss depends on how many texts are compared at once.
+
+    Dropout, and that the weights were still on their way, let the training loss be higher than it would be in evaluation.
+    """
+    state = run.state
+    if "loss" not in metrics or not state.fit_weight or isinstance(run.config.task, EmbeddingConfig):
+        return None
+    training = state.fit_loss_sum / state.fit_weight
+    gap = metrics["loss"] - training
+    state.extra[OVERFITTING] = {"training_loss": training, "held_out_loss": metrics["loss"], "gap": gap}
+    state.fit_loss_sum = state.fit_weight = 0.0
+    return gap
 
 
 def tell(run: Training, line: str | None) -> None:

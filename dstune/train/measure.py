@@ -114,7 +114,7 @@ def measure(task: TaskConfig, labels: tuple[str, ...], split: Split, totals: Tot
                 ]
                 for name in ("prediction", "label")
             }
-            metrics, by_type = token_metrics(tags["prediction"], tags["label"], labels)
+            metrics, by_type = token_metrics(tags["prediction"], tags["label"], labels, task.scheme)
             loss = {"loss": totals.loss_sum / totals.weight}
             pairs = tuple(zip(tags["label"], tags["prediction"], strict=True))
             return Evaluation(loss | metrics | {"targets": totals.weight}, {"by_type": by_type}, predictions=pairs)

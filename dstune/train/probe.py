@@ -36,8 +36,12 @@ class Probe:
     new: NewWeights
     tokenizer: Any
 
-    def train(self, steps: int, change: Change, rate: float) -> None:
-        """So many optimizer steps over the first windows of the run's order; `change` as in `Engine.before_update`."""
+    def train(self, steps: int, change: Change, rate: float) -> int:
+        """So many optimizer steps over the first windows of the run's order; `change` as in `Engine.before_update`.
+
+        Returns how many of them have updated: one whose loss or gradient is not finite is left out, and `change` not asked.
+        """
+        updated = 0
         self.engine.before_update(change)
         self.engine.set_learning_rate(rate)
         supply = supply_of(self.config, self.data, None, None)
@@ -53,7 +57,8 @@ class Probe:
                     window_weight=feed.window.weight,
                     last=position == len(feed.batches) - 1,
                 )
-            self.engine.update()
+            updated += self.engine.update().applied
+        return updated
 
 
 @contextmanager

@@ -60,14 +60,15 @@ def with_reference_model(
     other = _other_model(config)
     if other is None:
         return data
-    found = _Cache(root, data, _identity(other, world), precision)
+    own, theirs = tokenizer.get_vocab(), load_tokenizer(other.model).get_vocab()
+    if any(own.get(token) != number for token, number in theirs.items()):
+        reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
+        raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
+    # Tokens that the run has added (`model.add_tokens`, a template's) get the rows that they have at the run's start.
+    identity = [*_identity(other, world), config.trainer.seed if len(own) > len(theirs) else None]
+    found = _Cache(root, data, identity, precision)
 
     def compute() -> dict[str, np.ndarray]:
-        if load_tokenizer(other.model).get_vocab() != tokenizer.get_vocab():
-            reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
-            raise UserError(
-                Problem("task.reference_model", reason, "give a model of the same family", other.model.path)
-            )
         settings = deepspeed_config(other, world.size, precision, on_gpu=on_gpu)
         with partitioned_loading(settings):
             model = load_model(other, tokenizer, (), DTYPES[precision])

@@ -46,6 +46,9 @@ class TrainState:
     eval_initial: dict[str, float] | None = None
     eval_last: dict[str, float] | None = None
     eval_last_step: int = -1
+    fit_loss_sum: float = 0.0
+    fit_weight: float = 0.0
+    """Of the training loss since the last evaluation."""
     cursor: dict[str, Any] | None = None
     """Where the next step begins in a stream (`supply.Streamed`); None for data that is there as a whole."""
     extra: dict[str, Any] = field(default_factory=dict)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from parity.reference import train_plainly
 from parity.test_ladder import PROGRAM, STAGES, Workshop, exact, monkeypatch_module, workshop  # noqa: F401 (fixtures)
+from support.configs import run_config
 from support.ranks import run_ranks
 from support.tiny import write_dialogues
 
-from dstune.config.forgetting import with_replay
+from dstune import evaluate
+from dstune.config.forgetting import measured_alone, with_replay
+from dstune.config.forgetting_schema import ForgettingConfig
+from dstune.errors import TrainingFailed
+from dstune.train import forgetting
 
 SHORT = ["data.packing=false", "data.split.validation=0", "run.export=last", "trainer.max_steps=4"]
 
@@ -51,6 +61,40 @@ def test_penalties_are_those_of_the_plain_loop(workshop: Workshop, penalised: li
     assert exact(workshop.folder / "pulled-cut") == exact(workshop.folder / "pulled-3-3")
 
 
+def test_a_run_is_measured_without_the_rows_that_it_was_not_to_forget(workshop: Workshop, penalised, capsys):  # noqa: F811
+    name = workshop.case("measured", *penalised, "zero=stage2", "trainer.max_steps=1", "forgetting.ewc_rows=1")
+    run_ranks(PROGRAM, 2, [name])
+    general = workshop.folder / "general.jsonl"
+    general.rename(workshop.folder / "gone.jsonl")
+    try:
+        run, rows = workshop.folder / "measured", write_dialogues(workshop.folder / "held-out.jsonl", 6, seed=3)
+        assert evaluate.main([str(run), "--json", f"data.validation={rows}", "launch.processes=1"]) == 0
+    finally:
+        (workshop.folder / "gone.jsonl").rename(general)
+    assert json.loads(capsys.readouterr().out)["rows"] == 6
+
+
+def test_rows_without_a_finite_gradient_are_left_out_of_the_mean(monkeypatch):
+    """The mean is over the rows whose gradients were seen, not over those that were asked for."""
+    fragment = SimpleNamespace(name="weight", offset=0, count=2)
+
+    def train(rows: int, add: Any, rate: float) -> int:
+        assert rows == 6
+        for _ in range(finite):
+            add(SimpleNamespace(fragments=[fragment]), torch.tensor([2.0, -3.0]), {})
+        return finite
+
+    probe = SimpleNamespace(engine=SimpleNamespace(train=lambda mode: None), train=train)
+    monkeypatch.setattr(forgetting, "probing", lambda *arguments: nullcontext(probe))
+    config = run_config(forgetting=ForgettingConfig(ewc=1.0, ewc_rows=6, general="general.jsonl"))
+    finite = 4
+    found = forgetting.fisher_information(config, None, None, None, None)
+    assert found["weight"].tolist() == [4.0, 9.0]
+    finite = 0
+    with pytest.raises(TrainingFailed, match=r"forgetting\.ewc"):
+        forgetting.fisher_information(config, None, None, None, None)
+
+
 def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop: Workshop):  # noqa: F811
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
@@ -64,6 +108,7 @@ def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop
     before = prepare(plain, tokenizer, env, cache)
     config = with_replay(replayed)
     assert with_replay(config) == config
+    assert measured_alone(config) == plain
     data = prepare(config, tokenizer, env, cache)
     assert data.validation is not None and before.validation is not None
     assert data.validation.table["input_ids"][:] == before.validation.table["input_ids"][:]

@@ -44,8 +44,9 @@ BASE = [
 KINDS = {
     "dpo": ["task.loss=dpo", "task.beta=0.3", "task.label_smoothing=0.1"],
     "dpo-lora": ["task.loss=dpo", "method=lora", "method.rank=4"],
+    "dpo-tokens": ["task.loss=dpo", "method=lora", "method.rank=4", "model.chat_template=gemma"],
     "ipo": ["task.loss=ipo", "task.beta=0.2"],
-    "kto": ["task.loss=kto", "task.beta=0.5", "task.undesirable_weight=1.5"],
+    "kto": ["task.loss=kto", "task.beta=0.5", "task.desirable_weight=3", "task.undesirable_weight=0.5"],
     "kto-lora": ["task.loss=kto", "method=lora", "method.rank=4"],
     "orpo": ["task.loss=orpo", "task.beta=0.5"],
     "simpo": ["task.loss=simpo"],
@@ -55,6 +56,7 @@ CELLS = {
     2: [
         *(("dpo", stage) for stage in range(4)),
         *(("dpo-lora", stage) for stage in (1, 3)),
+        ("dpo-tokens", 3),
         ("kto", 3),
         ("kto-lora", 2),
         ("ipo", 1),
@@ -102,6 +104,8 @@ class Plain:
     def __init__(self, kind: str, config, policy, reference, split):
         self.kind, self.task, self.split = kind, config.task, split
         self.policy, self.reference = policy, reference
+        self.points: list[float] = []
+        self.without_point: list[float] = []
 
     def sequence(self, index: int, answer: str = "") -> tuple[torch.Tensor, torch.Tensor, int]:
         sample = self.split.sample(index)
@@ -122,7 +126,7 @@ class Plain:
         (c, c_ref, c_n), (r, r_ref, r_n) = self.sequence(index), self.sequence(index, "rejected_")
         beta, smoothing = self.task.beta or 0.1, self.task.label_smoothing
         match self.kind:
-            case "dpo" | "dpo-lora":
+            case "dpo" | "dpo-lora" | "dpo-tokens":
                 margin = beta * ((c - c_ref) - (r - r_ref))
                 return -(1 - smoothing) * sigmoid(margin).log() - smoothing * sigmoid(-margin).log()
             case "ipo":
@@ -135,7 +139,6 @@ class Plain:
         raise AssertionError(self.kind)
 
     def kto(self, samples: list[int]) -> torch.Tensor:
-        beta = self.task.beta or 0.1
         moved = []
         for index in samples:
             count = len(self.split.lengths)
@@ -147,19 +150,32 @@ class Plain:
                 mine, theirs, _ = self.both(ids, ([-100] * start + other["labels"][begin:].tolist())[:64])
             moved.append(float(mine - theirs))
         point = max(0.0, math.fsum(moved) / len(moved))
+        self.points.append(point)
+        self.without_point.append(float(self.kto_against(0.0, samples)))
+        return self.kto_against(point, samples)
+
+    def kto_against(self, point: float, samples: list[int]) -> torch.Tensor:
+        beta = self.task.beta or 0.1
         losses = []
         for index in samples:
             mine, theirs, _ = self.sequence(index)
             if self.split.sample(index)["desirable"]:
-                losses.append(1 - sigmoid(beta * (mine - theirs - point)))
+                losses.append(self.task.desirable_weight * (1 - sigmoid(beta * (mine - theirs - point))))
             else:
                 losses.append(self.task.undesirable_weight * (1 - sigmoid(beta * (point - mine + theirs))))
         return torch.stack(losses).mean()
 
 
+class References(dict[str, tuple[list[float], list[float]]]):
+    """Losses and gradient norms by kind; of KTO the reference points as well, and the losses that there would be without."""
+
+    points: list[float]
+    without_point: list[float]
+
+
 @pytest.fixture(scope="module")
-def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
-    found = {}
+def references(workshop) -> References:
+    found = References()
     for kind, overrides in KINDS.items():
         config = workshop.config(*overrides).config
         tokenizer = load_tokenizer(config.model)
@@ -180,6 +196,8 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
                 for parameter, gradient in zip(trained, gradients, strict=True):
                     parameter -= config.optimizer.lr * gradient
         found[kind] = (losses, norms)
+        if kind == "kto":
+            found.points, found.without_point = plain.points, plain.without_point
     return found
 
 
@@ -194,9 +212,16 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
 
 
 def test_the_reference_point_of_kto_matters(workshop, references):
-    """Guards the guard: after two steps z0 is above 0, and differs from that of the single micro-batches."""
+    """Guards the guard: in a step with a point above 0 the loss would be another one without it, by far more than the
+    comparison of the runs with these losses allows."""
     losses, _ = references["kto"]
-    assert len(set(losses)) == 3
+    assert references.points[0] == 0 and losses[0] == references.without_point[0]
+    moved = [
+        (loss, without)
+        for loss, without, point in zip(losses, references.without_point, references.points, strict=True)
+        if point
+    ]
+    assert moved and all(abs(loss - without) > 50 * 2e-5 * loss for loss, without in moved)
 
 
 @pytest.mark.parametrize("kind", RESUMED)
@@ -213,9 +238,11 @@ def test_the_reference_is_computed_once_for_the_same_rows_and_model(workshop):
     assert len(entries) == 2
 
 
-def test_evaluate_measures_against_the_model_that_the_run_began_with(workshop, capsys):
-    """A run whose reference was its model without the adapter: the merged export against that model, on one rank."""
-    run = workshop.folder / "dpo-lora-s3-n2"
+@pytest.mark.parametrize("name", ["dpo-lora-s3-n2", "dpo-tokens-s3-n2"])
+def test_evaluate_measures_against_the_model_that_the_run_began_with(workshop, capsys, name):
+    """A run whose reference was its model without the adapter: the merged export against that model, on one rank. That
+    model may have fewer tokens than the run, whose template brought some of its own."""
+    run = workshop.folder / name
     assert evaluate.main([str(run), "--json", "launch.processes=1"]) == 0
     found = json.loads(capsys.readouterr().out)["metrics"]
     final = workshop.result(run.name)["eval_final"]

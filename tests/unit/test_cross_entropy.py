@@ -149,3 +149,14 @@ def test_a_model_that_changes_its_logits_keeps_them(capping, in_chunks):
     found = head(model, {"input_ids": tokens, "labels": labels})
     torch.testing.assert_close(found.loss_sum, expected)
     torch.testing.assert_close(model(input_ids=tokens).logits, logits)  # others get the logits as before
+
+    def failing(**inputs):
+        model(**inputs)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        head(failing, {"input_ids": tokens, "labels": labels})
+    # What was found in the pass that failed is not taken for that of the next one, which tells single rows.
+    with torch.no_grad():
+        again = head(model, {"input_ids": tokens, "labels": labels, "index": torch.arange(2)})
+    torch.testing.assert_close(again.loss_sum, expected)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = tuple(
     ROOT / "docs" / f"{name}.md"
-    for name in ("tracking", "export", "methods", "tasks", "planning", "adapters", "clusters", "survival")
+    for name in ("tracking", "export", "methods", "tasks", "planning", "adapters", "clusters", "survival", "data")
 )
 """Their commands are checked as the README's are."""
 

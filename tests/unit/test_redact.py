@@ -44,25 +44,25 @@ def test_json_is_searched_as_it_is_written(planted):
 
 
 def test_numbers_and_keys_of_a_file_stay(monkeypatch, tmp_path):
-    from dstune import worker
+    from dstune.ending import write_result
 
     monkeypatch.setenv("DB_PASSWORD", "123456")
     result = {"tokens": 1234567, "checkpoint": "/x/123456", "123456": [0.123456, ("123456",), None, True]}
     shown = "${oc.env:DB_PASSWORD}"
     expected = {"tokens": 1234567, "checkpoint": f"/x/{shown}", "123456": [0.123456, [shown], None, True]}
     assert redacted(result) == expected
-    worker.write_result(tmp_path, result)
+    write_result(tmp_path, result)
     assert records.read_result(tmp_path) == expected
     records.write_json(tmp_path / "launch.json", result)
     assert json.loads((tmp_path / "launch.json").read_text()) == expected
 
 
 def test_a_reference_with_a_quoted_default_leaves_json_whole(monkeypatch, tmp_path):
-    from dstune import worker
+    from dstune.ending import write_result
 
     reference = '${oc.env:ROWS,"a b"}/rows'
     remember("/mnt/secret/rows", reference)
-    worker.write_result(tmp_path, {"export": "/mnt/secret/rows"})
+    write_result(tmp_path, {"export": "/mnt/secret/rows"})
     assert records.read_result(tmp_path) == {"export": reference}
 
 

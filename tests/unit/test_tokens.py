@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support.configs import run_config
 from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, wordpiece, write_jsonl
 
 from dstune.config.data_schema import DataConfig, OnBadRow, SplitConfig, TextRows
+from dstune.config.schema import EarlyStoppingConfig, TrainerConfig
 from dstune.config.task_schema import TagScheme, TokenClassificationConfig, TrainedSubwords
 from dstune.config.validate import find_problems
 from dstune.data.collate import NO_TARGET, collate
@@ -226,6 +229,24 @@ def test_entity_metrics_are_those_of_seqeval():
     plain, by_tag = token_metrics([["DET", "X"]], [["DET", "NOUN"]], ("DET", "NOUN", "X"))
     assert plain == {"token_accuracy": 0.5, "f1_macro": pytest.approx(1 / 3)}
     assert by_tag["DET"]["f1"] == 1.0
+
+
+def test_plain_tags_are_single_words_even_where_they_look_like_marks_of_entities(tmp_path):
+    found, by_tag = token_metrics([["B-LOC", "O"]], [["B-LOC", "I-LOC"]], LABELS, TagScheme.plain)
+    assert found == {"token_accuracy": 0.5, "f1_macro": pytest.approx(1 / 3)}
+    assert by_tag.keys() == {"B-LOC", "I-LOC", "O"}
+    stopping = TrainerConfig(early_stopping=EarlyStoppingConfig(metric="f1_macro"))
+    rows = write_jsonl(tmp_path / "rows.jsonl", [SENTENCE] * 3)
+    for task, refused in (
+        (TokenClassificationConfig(), True),
+        (TokenClassificationConfig(scheme=TagScheme.plain), False),
+    ):
+        config = replace(data_run(rows, task=task, packing=False, split=SplitConfig(validation=0.0)), trainer=stopping)
+        if refused:
+            (problem,) = refusal_of(config, wordpiece(), tmp_path)
+            assert "measured as a whole" in problem.reason
+        else:
+            assert prepared(config, wordpiece(), tmp_path / "cache").labels == ("B-LOC", "B-PER", "I-LOC", "O")
 
 
 # ---- what is shown, what is refused ----

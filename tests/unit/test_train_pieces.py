@@ -289,6 +289,23 @@ def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_pat
     assert asks.while_waiting(TrainState()).wish is Wish.PREEMPT
 
 
+def test_a_run_that_goes_on_from_another_takes_over_its_language_model(tmp_path, monkeypatch):
+    """The checkpoint is of a classifier above it; trained again it would be another one, and take as long again."""
+    monkeypatch.setattr("signal.signal", lambda number, action: None)
+    seen = []
+    monkeypatch.setattr(worker, "train_stage", lambda config, folder, world, asks: seen.append((folder, config)))
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value, barrier=lambda: None)
+    other, own = tmp_path / "other", tmp_path / "own"
+    (other / "language_model" / "export").mkdir(parents=True)
+    (other / "language_model" / "export" / "config.json").write_text("{}")
+    config = run_config(task=ClassificationConfig(), method=UlmfitConfig(language_model_epochs=1))
+    worker.train(replace(config, run=replace(config.run, resume=str(other))), own, world)
+    ((folder, stage),) = seen
+    export = own / "language_model" / "export"
+    assert folder == own and stage.model.path == str(export)
+    assert (export / "config.json").read_text() == "{}"
+
+
 def test_feed_thread_ends_when_the_loop_leaves_early():
     feed = Ahead(lambda step: step, range(10**9), depth=2)
     assert next(feed) == 0

@@ -77,13 +77,15 @@ class CausalLmHead:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             output = forward(**inputs, use_cache=False).logits
         finally:
+            # Also of a forward pass that fails behind the projection: the next one may not take it for its own.
+            found, self._found = self._found, None
             self._kept = self._targets = None
-        if self._found is None:
+        if found is None:
             loss_sum = functional.cross_entropy(output.float(), targets, reduction="sum")
             correct = (output.detach().argmax(dim=-1) == targets).sum()
         else:
             # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
-            loss_sum, correct, self._found = output.float(), self._found.correct, None
+            loss_sum, correct = output.float(), found.correct
         rows = _by_row(kept, output, targets) if by_row else {}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dstune.data.tags import OUTSIDE, is_bio
+from dstune.config.task_schema import TagScheme
+from dstune.data.tags import OUTSIDE, marks_entities
 
 
 def token_metrics(
-    predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], labels: Sequence[str]
+    predicted: Sequence[Sequence[str]],
+    true: Sequence[Sequence[str]],
+    labels: Sequence[str],
+    scheme: TagScheme = TagScheme.auto,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Share of words with the right tag and, over whole entities (equal in type, first and last word), precision, recall
-    and F1; for tags that are no marks of entities macro F1 instead. With them the same of each type.
+    and F1; for tags that are no marks of entities, or with `scheme=plain`, macro F1 instead. With them the same of each type.
 
     predicted, true: tags of each word, [sentences][words]. A predicted I- tag without a beginning begins an entity, as
     in the script of CoNLL 2000.
@@ -22,7 +26,7 @@ def token_metrics(
     flat_true = [tag for tags in true for tag in tags]
     flat_predicted = [tag for tags in predicted for tag in tags]
     metrics = {"token_accuracy": float(accuracy_score(flat_true, flat_predicted))}
-    if not is_bio(labels):
+    if not marks_entities(labels, scheme):
         present = sorted({*flat_true, *flat_predicted})
         metrics["f1_macro"] = float(f1_score(flat_true, flat_predicted, average="macro", labels=present))
         table = precision_recall_fscore_support(flat_true, flat_predicted, labels=present, zero_division=0.0)

@@ -1,0 +1,201 @@
+"""Changed copies of training rows (`data.augment`): seeded, of training rows alone, and never one that is held out.
+
+What a copy becomes depends on the content of its row, its number and `data.augment.seed`, not on the other rows; what models
+write depends on the order of the rows too, since texts of a batch are sampled together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dstune.config.augment_schema import AugmentConfig
+from dstune.config.schema import RunConfig
+from dstune.data.augment import words
+from dstune.data.augment.rewrite import rewritten
+from dstune.data.clean.rows import keys, map_texts, texts
+from dstune.data.ingest import ROW_SCHEMA, load_table
+from dstune.data.labels import ChosenRows
+from dstune.data.rows import canonical
+from dstune.data.split import content_hash
+
+TRIES = 5
+"""How often a copy is made anew that equals another row; a text of three words has few others."""
+
+SHOWN = 5
+ROWS_AT_ONCE = 1000
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Told:
+    """What augmentation did, for the data report."""
+
+    copies: int = 0
+    """Rows that were added."""
+    changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By technique: copies that it changed, and how many words."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Copies that were not added: equal to a held-out row (`held_out`), to a training row or another copy (`repeated`), or
+    of which a model left nothing (`empty`)."""
+    classes: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of each class before and after."""
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value or name == "copies"}
+
+
+def augmented(
+    train: ChosenRows, held_out: Iterable[ChosenRows], own: np.ndarray, config: RunConfig, work: Path
+) -> tuple[ChosenRows, dict[str, Any]]:
+    """The training rows with their copies behind them, and what to report.
+
+    own: places in `train` of the rows that are copied, int64. work: folder for the new table.
+    """
+    settings, told = config.data.augment, Told()
+    known = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
+    jobs = _jobs(train, own, settings, told)
+    made = _copies(train, jobs, settings, known, told, config.data.split.seed)
+    target = work / "train.augmented.arrow"
+    origins = _write(train, made, target)
+    table = load_table(
+        target, train.table.files, config, train.table.format, train.table.rows_read, train.table.bad_rows
+    )
+    sources = None if train.table.sources is None else train.table.sources[train.indices][origins]
+    table = replace(table, sources=sources, bad_examples=train.table.bad_examples)
+    told.copies = len(made)
+    if told.classes:
+        assert table.labels is not None
+        after = Counter(table.labels.tolist())
+        told.classes = {label: [before[0], after[label]] for label, before in told.classes.items()}
+    return ChosenRows(table, np.arange(len(table.hashes)), train.bad_rows), told.to_dict()
+
+
+def _keys(parts: Iterable[ChosenRows]) -> set[int]:
+    return {int(key) for rows in parts for key in rows.text_keys}
+
+
+def _jobs(train: ChosenRows, own: np.ndarray, settings: AugmentConfig, told: Told) -> list[tuple[int, int]]:
+    """(place of the row, number of the copy) of every copy that is wanted."""
+    jobs = [(int(place), number) for place in own for number in range(settings.copies)]
+    if not settings.balance:
+        return jobs
+    assert train.table.labels is not None
+    labels = train.table.labels[train.indices[own]]
+    hashes = train.hashes
+    names, counts = np.unique(labels, return_counts=True)
+    told.classes = {str(name): [int(count)] for name, count in zip(names, counts, strict=True)}
+    most = int(counts.max()) * (1 + settings.copies)
+    for name, count in zip(names, counts, strict=True):
+        # By hash, so that which rows come once more does not depend on the order of the file.
+        places = own[labels == name]
+        places = places[np.argsort(hashes[places], kind="stable")]
+        missing = most - int(count) * (1 + settings.copies)
+        jobs += [(int(places[extra % count]), settings.copies + extra // int(count)) for extra in range(missing)]
+    return jobs
+
+
+def _copies(
+    train: ChosenRows,
+    jobs: list[tuple[int, int]],
+    settings: AugmentConfig,
+    known: Mapping[str, set[int]],
+    told: Told,
+    split_seed: int,
+) -> list[tuple[int, str, int]]:
+    """(place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known` rows."""
+    synonyms = words.read_synonyms(settings.synonyms) if settings.synonyms else {}
+    hashes = train.hashes
+    rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
+    if settings.models:
+        rows = _by_models(rows, settings, told)
+    left_out: Counter[str] = Counter()
+    made = []
+    for (place, number), row in zip(jobs, rows, strict=True):
+        why = ""
+        for attempt in range(TRIES):
+            choose = Random(f"{settings.seed}:{hashes[place]}:{number}:{attempt}")
+            copy, counts = _changed(row, settings, synonyms, choose)
+            key = keys(copy)[1]
+            why = next((name for name, those in known.items() if key in those and settings.changes), "")
+            if not all(text.strip() for text in texts(copy)):
+                why = "empty"
+            if not why:
+                break
+        if why:
+            left_out[why] += 1
+            continue
+        known["repeated"].add(key)
+        for name, count in counts.items():
+            of = told.changed.setdefault(name, {"rows": 0, "words": 0})
+            of["rows"] += count > 0
+            of["words"] += count
+        content = canonical(copy)
+        made.append((place, content.decode("utf-8"), content_hash(content, split_seed)))
+        if len(told.examples) < SHOWN:
+            before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))
+            shown = f"{before} -> {' | '.join(texts(copy))}"
+            told.examples.append({"place": train.table.place(train.indices[place]), "text": shown})
+    told.left_out = dict(left_out)
+    return made
+
+
+def _by_models(rows: list[Row], settings: AugmentConfig, told: Told) -> list[Row]:
+    """The rows with every text of theirs rewritten."""
+    given = [text for row in rows for text in texts(row)]
+    answers = iter(rewritten(given, settings))
+    found = [map_texts(row, lambda _: next(answers)) for row in rows]
+    told.changed["models"] = {"rows": sum(one != other for one, other in zip(rows, found, strict=True)), "words": 0}
+    return found
+
+
+def _changed(
+    row: Row, settings: AugmentConfig, synonyms: Mapping[str, list[str]], choose: Random
+) -> tuple[Row, dict[str, int]]:
+    """A copy of the row, and how many words each technique has changed."""
+    counts: Counter[str] = Counter()
+
+    def change(text: str) -> str:
+        if synonyms:
+            text, count = words.replaced(text, synonyms, settings.synonym_share, choose)
+            counts["synonyms"] += count
+        if settings.swap:
+            text, count = words.swapped(text, settings.swap, choose)
+            counts["swap"] += count
+        if settings.delete:
+            text, count = words.deleted(text, settings.delete, choose)
+            counts["delete"] += count
+        return text
+
+    return map_texts(row, change), dict(counts)
+
+
+def _write(train: ChosenRows, made: list[tuple[int, str, int]], target: Path) -> np.ndarray:
+    """The rows of `train` and behind them the copies as a table of its own. Returns the place in `train` of what each is of."""
+    count = len(train.indices)
+    origins = np.concatenate([np.arange(count), np.array([place for place, _, _ in made], dtype=np.int64)])
+    with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
+        for start in range(0, len(origins), ROWS_AT_ONCE):
+            some = np.arange(start, min(start + ROWS_AT_ONCE, len(origins)))
+            batch = train.table.data.with_format("arrow")[train.indices[origins[some]]]
+            columns = {name: batch[name].combine_chunks() for name in batch.column_names}
+            columns["number"] = pa.array(some, pa.int64())
+            copied = [made[place - count] for place in some.tolist() if place >= count]
+            if copied:
+                kept = len(some) - len(copied)
+                for name, values in (("row", [row for _, row, _ in copied]), ("hash", [value for *_, value in copied])):
+                    kind = ROW_SCHEMA.field(name).type
+                    columns[name] = pa.concat_arrays([columns[name].slice(0, kept).cast(kind), pa.array(values, kind)])
+            arrays = [columns[column.name].cast(column.type) for column in ROW_SCHEMA]
+            writer.write_batch(pa.record_batch(arrays, schema=ROW_SCHEMA))
+    return origins

@@ -1,0 +1,110 @@
+"""Texts rewritten by models: there and back again through two translators, or paraphrased by one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dstune import samples
+from dstune.config.augment_schema import AugmentConfig
+from dstune.errors import Problem, UserError
+
+log = logging.getLogger(__name__)
+
+TEXTS_AT_ONCE = 16
+
+
+def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
+    """What the models of `settings` make of each text, one after another; an empty text where one says nothing.
+
+    Texts of a batch are padded to the longest, so results may differ in the last bits of the arithmetic with the others of
+    the batch; the order of `texts` is part of the input. Raises UserError where a model is not on this machine.
+    """
+    found = list(texts)
+    for number, path in enumerate(settings.models):
+        found = _through(found, path, settings, seed=settings.seed * 1009 + number)
+    return found
+
+
+def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int) -> list[str]:
+    import torch
+
+    tokenizer, model = _load(path)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    model = model.to(device).eval()
+    answers: list[str] = []
+    with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            log.info("rewriting by %s", path, extra={"done": start, "total": len(texts)})
+            some = texts[start : start + TEXTS_AT_ONCE]
+            prompts = [settings.prompt.replace("{text}", text) for text in some]
+            given, begin = _inputs(tokenizer, model, prompts)
+            sampling = (
+                {"temperature": settings.temperature} if settings.temperature else {"temperature": None, "top_p": None}
+            )
+            tokens = model.generate(
+                **given.to(device),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=settings.temperature > 0,
+                num_beams=1,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )
+            told = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
+            # What fell silent on the way stays silent: the next model would invent something.
+            answers += [answer if text else "" for answer, text in zip(told, some, strict=True)]
+    del model
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return answers
+
+
+def _load(path: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    local = str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
+    try:
+        config = AutoConfig.from_pretrained(local, local_files_only=True)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(local, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = f"cannot be loaded: {str(error).splitlines()[0]}"
+        raise UserError(
+            Problem("data.augment.models", reason, "a folder, or a hub id that is in the cache", path)
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer, model
+
+
+def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
+    """Padded prompts, and where in what is generated the answer begins."""
+    if model.config.is_encoder_decoder:
+        return tokenizer(prompts, return_tensors="pt", padding=True, truncation=True), 1
+    tokenizer.padding_side = "left"
+    special = True
+    if tokenizer.chat_template:
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        special = False
+    given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
+    return given, given["input_ids"].shape[1]
+
+
+def identity(path: str) -> list[Any]:
+    """What tells a model from another of the same name: its files by size and time, or the commit in the hub's cache."""
+    folder = samples.resolve(path, fetch=False) if samples.is_sample(path) else Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(path, "config.json")
+        return [path, Path(found).parent.name if isinstance(found, str) else None]
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".jinja")]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

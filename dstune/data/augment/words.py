@@ -1,0 +1,86 @@
+"""Changes to the words of a text: some left out, some swapped, some replaced by a synonym (Wei and Zou 2019,
+arXiv:1901.11196). White space and punctuation at the ends of words stay where they are."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from dstune.data import sources
+from dstune.data.swaps import cased
+from dstune.errors import Problem, UserError
+
+KEY = "data.augment.synonyms"
+
+_CORE = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
+
+
+def pieces(text: str) -> list[str]:
+    """Words and the white space between them in turn, the first and the last a word: `"a  b"` gives `["a", "  ", "b"]`."""
+    return re.split(r"(\s+)", text)
+
+
+def _words(parts: Sequence[str]) -> list[int]:
+    return [place for place in range(0, len(parts), 2) if parts[place]]
+
+
+def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
+    """`text` without the words that a coin of this chance takes, one word at least left; and how many it took."""
+    parts = pieces(text)
+    places = _words(parts)
+    taken = {place for place in places if choose.random() < chance}
+    if taken and len(taken) == len(places):
+        taken.discard(choose.choice(places))
+    kept = [
+        parts[place] + "".join(parts[place + 1 : place + 2]) for place in range(0, len(parts), 2) if place not in taken
+    ]
+    return "".join(kept).rstrip() if taken else text, len(taken)
+
+
+def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:
+    """`text` after so many swaps of two words as `share` of its words, one at least; and how many."""
+    parts = pieces(text)
+    places = _words(parts)
+    if len(places) < 2:
+        return text, 0
+    count = max(1, round(share * len(places)))
+    for _ in range(count):
+        first, second = choose.sample(places, 2)
+        parts[first], parts[second] = parts[second], parts[first]
+    return "".join(parts), count
+
+
+def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, choose: Random) -> tuple[str, int]:
+    """`text` with a synonym for `share` of its words, one at least, as far as it has such that are known; and how many."""
+    parts = pieces(text)
+    places = _words(parts)
+    cores = {place: _CORE.fullmatch(parts[place]) for place in places}
+    known = [place for place in places if (core := cores[place]) and core.group(2).lower() in synonyms]
+    count = min(len(known), max(1, round(share * len(places))))
+    for place in choose.sample(known, count):
+        core = cores[place]
+        assert core is not None
+        before, word, after = core.groups()
+        parts[place] = f"{before}{cased(choose.choice(synonyms[word.lower()]), word)}{after}"
+    return "".join(parts), count
+
+
+def read_synonyms(path: str) -> dict[str, list[str]]:
+    """From a file of rows with the columns `word` and `synonym`, which may name a word several times. Raises UserError."""
+    found: dict[str, list[str]] = defaultdict(list)
+    problems = []
+    for file in sources.expand(path, KEY):
+        for raw in sources.read(file):
+            word, synonym = ((raw.fields or {}).get(name) for name in ("word", "synonym"))
+            if isinstance(word, str) and isinstance(synonym, str) and word.strip() and synonym.strip():
+                found[word.strip().lower()].append(synonym.strip())
+            else:
+                reason = raw.error or "a row needs two terms, in the columns 'word' and 'synonym'"
+                problems.append(Problem(raw.place, reason, 'for example {"word": "big", "synonym": "large"}'))
+    if problems:
+        raise UserError(problems[:10])
+    if not found:
+        raise UserError(Problem(KEY, "the table has no words", "give rows with the columns 'word' and 'synonym'", path))
+    return dict(found)

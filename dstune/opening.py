@@ -1,0 +1,123 @@
+"""What a run writes and says before its first step."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune import baseline_file, environment
+from dstune.config.convert import shown
+from dstune.config.schema import RunConfig
+from dstune.data.build import PreparedData
+from dstune.data.clean.report import summary
+from dstune.data.statistics import with_packing
+from dstune.redact import redacted
+from dstune.tracking.log import Tracker
+from dstune.train.baseline import measure_prompted
+from dstune.train.evaluate import answer_prompts, limited
+from dstune.train.features import Features
+from dstune.train.importance import Selected
+from dstune.train.loop import Training
+from dstune.zero.engine import full_count
+
+
+def describe(
+    config: RunConfig,
+    run_dir: Path,
+    run: Training,
+    module: torch.nn.Module,
+    features: Features | None,
+    selection: Selected | None,
+) -> None:
+    """Write `environment.json` and say on the console what is about to be trained."""
+    hosts = run.world.gather(environment.host())
+    if not run.world.is_main or run.log is None:
+        return
+    total = sum(full_count(parameter) for parameter in module.parameters())
+    if features is not None:
+        total += features.body_parameters
+        took = f"computed in {features.seconds:.1f} s" if features.seconds else "found in the cache"
+        run.log.message(f"features of all rows: {took}; the body is not run again")
+    trained = run.engine.trained_count
+    if selection is not None and selection.masks:
+        in_masks = sum(
+            full_count(parameter) for name, parameter in module.named_parameters() if name in selection.masks
+        )
+        trained += sum(int(mask.sum()) for mask in selection.masks.values()) - in_masks
+    model = {
+        "path": shown(config.model.path),
+        "revision": config.model.revision,
+        "parameters": total,
+        "trained": trained,
+    }
+    facts = environment.describe(hosts, run.data.fingerprint, model)
+    facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
+    (run_dir / "environment.json").write_text(json.dumps(redacted(facts), indent=1))
+    (run_dir / "data_report.json").write_text(json.dumps(redacted(data_report(config, run.data)), indent=1))
+    run.log.message(
+        f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
+        f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
+        f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
+    )
+    rows = {split.name: len(split.lengths) for split in run.data.splits}
+    run.log.message(
+        f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
+        f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
+    )
+    if run.unfreezing is not None and (waiting := run.unfreezing.waiting(run.total_steps)):
+        run.log.message(f"the lowest {waiting} layers never train: the run is over before (method.unfreeze_epochs)")
+    for part, counts in run.data.report.items():
+        if cleaned := summary(counts.get("clean", {})):
+            run.log.message(f"cleaning of the {part} rows: {cleaned} (data_report.json)")
+    if augment := run.data.report.get("train", {}).get("augment"):
+        left_out = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in augment.get("left_out", {}).items())
+        without = f", left out: {left_out}" if left_out else ""
+        run.log.message(f"{augment['copies']:,} copies of training rows added{without} (data_report.json)")
+
+
+def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What happened to the rows, and how well they pack."""
+    if not config.data.packing:
+        return data.report
+    return with_packing(data.report, {part.name: part.lengths for part in data.splits}, config.data.max_length)
+
+
+def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
+    if not run.config.evaluate.samples or (before and run.state.step > 0):
+        return
+    answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
+    if isinstance(run.log, Tracker) and answers:
+        run.log.samples(run.state.step, answers)
+
+
+def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer: Any) -> None:
+    """`evaluate.baseline_shots`: what the model reaches on the validation rows before training, with examples in front."""
+    config, validation = run.config, run.data.validation
+    if not config.evaluate.baseline_shots or run.state.step > 0 or validation is None:
+        return
+    adapted: Any = module
+    untouched = adapted.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
+    with untouched, run.watchdog.paused():
+        prompted = measure_prompted(
+            config,
+            run.data,
+            run.engine,
+            run.head,
+            tokenizer,
+            run.world,
+            validation,
+            config.evaluate.baseline_shots,
+            key="evaluate.baseline_shots",
+        )
+    if run.log is None:
+        return
+    rows = len(limited(validation, config.evaluate.max_rows, config.task).lengths)
+    found = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
+    baseline_file.remember(run_dir, shown(config.model.path), validation.name, rows, found)
+    for one in prompted:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.evaluation.metrics.items())
+        run.log.message(f"untuned, {one.shots} examples: {metrics}")
