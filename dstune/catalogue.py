@@ -1,0 +1,339 @@
+"""The verb `dstune models`: what a task can start from, whether it is here, what it takes, and how good it is untuned."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dstune import evaluate, samples
+from dstune.arguments import VerbParser
+from dstune.config.compose import compose
+from dstune.config.presets import description, model_files
+from dstune.config.schema import ModelConfig, RunConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    ChatConfig,
+    ClassificationConfig,
+    EmbeddingConfig,
+    PreferenceConfig,
+    Seq2SeqConfig,
+    TaskConfig,
+)
+from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
+from dstune.launch import hub, machine
+from dstune.launch import plan as planner
+from dstune.planning import hardware, source
+from dstune.planning.hardware import Cluster
+
+HELP = """\
+usage: dstune models [FOLDER ...] [key=value ...] [hardware=8xH100-80G] [--hub WORDS] [--probe DATA] [--json]
+
+Models that a task can start from: the packaged samples, the prepared ones (`model=NAME`), those in the hub's cache, and
+FOLDERs. The smallest ZeRO is that of `dstune plan`, with one row at a time, for this machine or for `hardware=` and `nodes=`.
+
+  key=value       as for `dstune train`: task=classification method=lora data.max_length=512 ...
+  --hub WORDS     ask the hub too, for the ten most downloaded models with these words in their name
+  --probe DATA    ask every model that is on this machine, untuned, on the rows of DATA, and rank them
+  --rows N        rows of DATA that are asked (default 200)
+  --json          one JSON list
+"""
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
+ENCODER_DECODERS = ("t5", "bart")
+"""By `model_type`; what the planner knows beside them are decoders."""
+
+RANKED_BY: dict[type, tuple[tuple[str, bool], ...]] = {
+    ChatConfig: (("bits_per_byte", True), ("loss", True)),
+    CausalLmConfig: (("bits_per_byte", True), ("loss", True)),
+    Seq2SeqConfig: (("chrf", False), ("loss", True)),
+    ClassificationConfig: (("accuracy", False),),
+    EmbeddingConfig: (("mrr", False), ("accuracy", False), ("loss", True)),
+}
+"""By task the metric that ranks, and whether less is better. Bits per byte compare models of different vocabularies."""
+
+HUB_MODELS = 10
+
+
+@dataclass
+class Model:
+    """One line of the list."""
+
+    choose: str
+    """What to type behind `dstune train`."""
+    path: str
+    origin: str
+    """`sample`, `preset`, `cache`, `folder` or `hub`."""
+    here: bool
+    """Whether its weights are on this machine."""
+    parameters: int | None = None
+    context: int | None = None
+    """Positions that it was made for; None where config.json names none."""
+    licence: str = ""
+    gated: bool | None = None
+    """Whether access has to be granted; None where nobody has said."""
+    zero: str = ""
+    """The smallest ZeRO stage that fits, with what has to lie in host memory."""
+    score: float | None = None
+    note: str = ""
+    """Why there is no plan or no score."""
+
+
+def main(argv: list[str]) -> int:
+    """The verb. Raises UserError; returns the exit code."""
+    if {"--help", "-h"} & set(argv):
+        print(HELP, end="")
+        return EXIT_DONE
+    parser = VerbParser(prog="dstune models", add_help=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--hub")
+    parser.add_argument("--probe")
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_intermixed_args(argv)
+    folders = [word for word in given.words if "=" not in word]
+    settings = planner.parse([word for word in given.words if "=" in word])
+    config = compose(settings.rest).config
+    cluster = _cluster(config, settings)
+    models = [model for model in _all(config, folders, given.hub) if _described(model, config, cluster)]
+    models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
+    metric = ""
+    if given.probe:
+        metric = _probe(models, config, settings.rest, given.probe, given.rows)
+    if given.json:
+        print(json.dumps([asdict(model) | ({"metric": metric} if metric else {}) for model in models], indent=1))
+    else:
+        print(_text(models, config, cluster, metric))
+    return EXIT_DONE
+
+
+def _cluster(config: RunConfig, settings: planner.Arguments) -> Cluster:
+    if settings.hardware or settings.numbers:
+        return hardware.parse(settings.hardware, settings.numbers, settings.nodes)
+    return replace(machine.here(config).cluster, nodes=settings.nodes)
+
+
+# ---- what there is ----
+
+
+def _all(config: RunConfig, folders: Sequence[str], words: str | None) -> Iterator[Model]:
+    """Every model once, under the shortest way to choose it."""
+    found: dict[str, Model] = {}
+    for model in (*_samples(), *_presets(), *_cached(), *_folders(folders), *(_on_hub(words, config) if words else ())):
+        found.setdefault(model.path, model)
+    yield from found.values()
+
+
+def _samples() -> Iterator[Model]:
+    for sample in samples.available():
+        if sample.kind == "model":
+            here = sample.path is not None
+            yield Model(f"model.path={sample.uri}", sample.uri, "sample", here, licence=sample.licence, gated=False)
+
+
+def _presets() -> Iterator[Model]:
+    for file in model_files():
+        path = str(yaml.safe_load(file.read_text(encoding="utf-8"))["path"])
+        if not samples.is_sample(path):
+            gated = True if re.search(r"\bGated\b", description(file)) else None
+            snapshot = _snapshot(path)
+            yield Model(
+                f"model={file.stem}", path, "preset", snapshot is not None, licence=_licence(snapshot), gated=gated
+            )
+
+
+def _cached() -> Iterator[Model]:
+    folder = source.hub_cache()
+    for entry in sorted(folder.glob("models--*")) if folder.is_dir() else []:
+        path = entry.name.removeprefix("models--").replace("--", "/")
+        if (snapshot := _snapshot(path)) is not None:
+            # Whoever has the files was granted them.
+            yield Model(f"model.path={path}", path, "cache", True, licence=_licence(snapshot))
+
+
+def _folders(paths: Sequence[str]) -> Iterator[Model]:
+    for path in paths:
+        if not (Path(path) / "config.json").is_file():
+            reason = "there is no config.json in it" if Path(path).is_dir() else "there is no such folder"
+            raise UserError(Problem("FOLDER", reason, "give a folder in Hugging Face layout", path))
+        yield Model(f"model.path={path}", path, "folder", True, licence=_licence(Path(path)), gated=False)
+
+
+def _on_hub(words: str, config: RunConfig) -> list[Model]:
+    """Raises UserError where the hub cannot be asked."""
+    if hub.is_offline():
+        raise UserError(Problem("--hub", "HF_HUB_OFFLINE is set", "leave --hub out, or unset it", words))
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        listed = list(HfApi().list_models(search=words, sort="downloads", limit=HUB_MODELS, full=True, cardData=True))
+    except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries
+        if not hub.is_connection_problem(error):
+            raise
+        reason = f"the hub cannot be reached ({type(error).__name__})"
+        raise UserError(Problem("--hub", reason, "leave --hub out, or see to the connection", words)) from error
+    models = []
+    for info in listed:
+        card = info.card_data.to_dict() if info.card_data else {}
+        model = Model(f"model.path={info.id}", info.id, "hub", _snapshot(info.id) is not None)
+        model.licence, model.gated = str(card.get("license") or ""), bool(info.gated)
+        try:
+            hf_hub_download(info.id, "config.json")  # a few kB, for the planner
+        except Exception as error:
+            model.note = f"its config.json cannot be had ({type(error).__name__})"
+        models.append(model)
+    return models
+
+
+def _snapshot(path: str) -> Path | None:
+    """The folder of a hub model in the cache with weights in it."""
+    folder = source.cached_snapshot(ModelConfig(path=path))
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+
+
+def _licence(folder: Path | None) -> str:
+    """What the model card's front matter says."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    named = re.search(r"^license:\s*(\S+)", found[1], re.MULTILINE) if found else None
+    return named[1] if named else ""
+
+
+# ---- what they take ----
+
+
+def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
+    """Fill in what `config.json` and the planner say; False where the task cannot start from such a model."""
+    # One row at a time: whether a model fits at all, not how fast it is then.
+    own = replace(
+        config,
+        model=replace(config.model, path=model.path, revision=None, chat_template=None),
+        trainer=replace(config.trainer, micro_batch_size=1, global_batch_size=1),
+    )
+    try:
+        values = source.config_json(own.model)
+    except UserError as error:
+        model.note = model.note or error.problems[0].reason
+        return model.origin != "cache"  # what else lies in a cache: adapters, data of other tools
+    kind = str(values.get("model_type"))
+    if not _suits(kind, config.task):
+        return False
+    model.context = next((values[key] for key in ("max_position_embeddings", "n_positions") if values.get(key)), None)
+    try:
+        found = planner.planned(own, cluster)
+    except DstuneError as error:
+        model.note = f"no plan: {getattr(error, 'problems', [error])[0]}".splitlines()[0]
+        return True
+    model.parameters = found.setup.model.parameters
+    fitting = [choice for choice in found.plan.choices if choice.fits]
+    least = min(
+        fitting, key=lambda choice: (choice.offload != "none", choice.setup.stage, choice.checkpointing), default=None
+    )
+    if least is None:
+        model.zero = "none fits"
+        return True
+    model.zero = least.zero.replace("stage", "ZeRO-")
+    if least.offload != "none":
+        model.zero += f" + offload of {least.offload.replace('+', ' and ')}"
+    if least.checkpointing and not config.trainer.activation_checkpointing:
+        model.zero += ", activations checkpointed"
+    return True
+
+
+def _suits(kind: str, task: TaskConfig) -> bool:
+    if kind in ENCODER_DECODERS:
+        return isinstance(task, Seq2SeqConfig)
+    if kind in ENCODERS:
+        return not isinstance(task, ChatConfig | CausalLmConfig | PreferenceConfig | Seq2SeqConfig)
+    return True
+
+
+# ---- how good they are ----
+
+
+def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: str, rows: int) -> str:
+    """Score the models that are here and sort all by it, the best first. Returns the metric. Raises UserError where the
+    task has nothing to be asked for, or none could be asked."""
+    if type(config.task) not in RANKED_BY:
+        reason = f"an untuned model has no answers to task={config.task.name}"
+        raise UserError(Problem("--probe", reason, "task=chat, causal_lm, seq2seq, classification or embedding", data))
+    measured: dict[str, dict[str, float]] = {}
+    for model in models:
+        if not model.here:
+            model.note = model.note or "not asked: its weights are not here"
+            continue
+        print(f"asking {model.path}", file=sys.stderr, flush=True)
+        try:
+            measured[model.path] = _asked(model, config, overrides, data, rows)
+        except UserError as error:
+            model.note = f"not asked: {error.problems[0].reason}"
+    if not measured:
+        reasons = "; ".join(f"{model.path}: {model.note}" for model in models if model.here)
+        reason = f"no model could be asked ({reasons})" if reasons else "no model of the task is on this machine"
+        raise UserError(Problem("--probe", reason, "dstune samples smollm2, or a FOLDER", data))
+    wanted = RANKED_BY[type(config.task)]
+    metric, less = next((name, less) for name, less in wanted if all(name in found for found in measured.values()))
+    for model in models:
+        model.score = measured.get(model.path, {}).get(metric)
+    models.sort(key=lambda model: (model.score is None, (model.score or 0.0) * (1 if less else -1)))
+    return metric
+
+
+def _asked(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
+    """The metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt)."""
+    words = [*overrides, f"data.validation={data}", f"evaluate.max_rows={rows}", "data.packing=false"]
+    if not config.data.train:
+        words.append("data.clean.leaks=false")
+    shots = [] if isinstance(config.task, EmbeddingConfig) else ["--shots", "0"]
+    told = io.StringIO()
+    with redirect_stdout(told):
+        code = evaluate.main([model.path, *words, *shots, "--json"])
+    if code != EXIT_DONE:
+        raise UserError(Problem("--probe", f"dstune evaluate ended with exit code {code}", "see above", model.path))
+    result: dict[str, Any] = json.loads(told.getvalue().splitlines()[-1])
+    metrics: dict[str, float] = result["prompted"][0]["metrics"] if "prompted" in result else result["metrics"]
+    return metrics
+
+
+def _text(models: list[Model], config: RunConfig, cluster: Cluster, metric: str) -> str:
+    nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
+    head = f"task={config.task.name} method={config.method.name}, {nodes}{cluster.per_node} x {cluster.device.name}"
+    columns = [
+        "",
+        "here",
+        "parameters",
+        "context",
+        "licence",
+        "gated",
+        "smallest that fits",
+        *([metric] if metric else []),
+    ]
+    lines = [columns]
+    for model in models:
+        known = "" if model.gated is None else "yes" if model.gated else "no"
+        size = "" if model.parameters is None else f"{model.parameters / 1e6:,.0f}M"
+        cells = [model.choose, "yes" if model.here else "", size, f"{model.context:,}" if model.context else ""]
+        cells += [model.licence, known, model.zero or model.note]
+        if metric:
+            cells.append(model.note if model.score is None else f"{model.score:.4f}")
+        lines.append(cells)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    right = {2, 3}
+    rows = []
+    for line in lines:
+        padded = [cell.rjust(widths[at]) if at in right else cell.ljust(widths[at]) for at, cell in enumerate(line)]
+        rows.append("  ".join(padded).rstrip())
+    advice = "" if os.environ.get("HF_HUB_OFFLINE") else "; --hub WORDS asks the hub"
+    return "\n".join([head, *rows, f"{len(models)} models{advice}"])
