@@ -15,6 +15,9 @@ Curves = Mapping[str, Series]
 TITLES = {
     "loss": "Training loss",
     "eval/loss": "Held-out loss",
+    "eval/gap": "Held-out loss above training loss",
+    "guard/loss": "Loss on data.guard",
+    "ood/loss": "Loss on data.ood",
     "eval/perplexity": "Held-out perplexity",
     "eval/token_accuracy": "Held-out token accuracy",
     "eval/accuracy": "Held-out accuracy",
@@ -28,7 +31,8 @@ TITLES = {
 """The charts in their order; other metrics follow under their own names."""
 
 NOT_DRAWN = frozenset(
-    {"epoch", "tokens", "step_seconds", "eval/seconds", "eval/targets", "eval/rows", "eval/tokens"}
+    {"epoch", "tokens", "step_seconds", "eval/seconds"}
+    | {f"{part}/{count}" for part in ("eval", "guard", "ood") for count in ("targets", "rows", "tokens", "generated")}
     | {"slowest_rank", "slowest_to_median", "spike_z_score"}
     | {"data_seconds", "forward_seconds", "backward_seconds", "update_seconds"}
 )

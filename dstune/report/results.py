@@ -16,6 +16,7 @@ Curves = Mapping[str, Series]
 
 NAMES = {
     "loss": "held-out loss",
+    "gap": "gap to training",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
     "f1_macro": "F1 macro",

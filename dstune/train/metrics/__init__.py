@@ -25,7 +25,7 @@ __all__ = [
     "token_metrics",
 ]
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter", "gap"})
 
 
 def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
