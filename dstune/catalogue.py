@@ -30,9 +30,9 @@ from dstune.config.task_schema import (
     TaskConfig,
 )
 from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
-from dstune.launch import hub, machine
+from dstune.launch import hub
 from dstune.launch import plan as planner
-from dstune.planning import hardware, source
+from dstune.planning import source
 from dstune.planning.hardware import Cluster
 
 HELP = """\
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     folders = [word for word in given.words if "=" not in word]
     settings = planner.parse([word for word in given.words if "=" in word])
     config = compose(settings.rest).config
-    cluster = _cluster(config, settings)
+    cluster = planner.cluster_of(config, settings)
     models = [model for model in _all(config, folders, given.hub) if _described(model, config, cluster)]
     models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
     metric = ""
@@ -114,12 +114,6 @@ def main(argv: list[str]) -> int:
     else:
         print(_text(models, config, cluster, metric))
     return EXIT_DONE
-
-
-def _cluster(config: RunConfig, settings: planner.Arguments) -> Cluster:
-    if settings.hardware or settings.numbers:
-        return hardware.parse(settings.hardware, settings.numbers, settings.nodes)
-    return replace(machine.here(config).cluster, nodes=settings.nodes)
 
 
 # ---- what there is ----

@@ -148,11 +148,18 @@ class Planned:
 
 def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
     """The plan of a run on the hardware that the arguments name, or on this machine."""
+    cluster = cluster_of(config, arguments)
+    if arguments.hardware or arguments.numbers or cluster.nodes > 1:
+        return planned(config, cluster)
+    return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu))
+
+
+def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
+    """The hardware that the arguments name, or this machine. Raises UserError."""
     nodes = arguments.nodes or _nodes_of(config)
     if arguments.hardware or arguments.numbers:
-        return planned(config, hardware.parse(arguments.hardware, arguments.numbers, nodes))
-    cluster = replace(machine.here(config).cluster, nodes=nodes)
-    return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu) if cluster.nodes == 1 else {})
+        return hardware.parse(arguments.hardware, arguments.numbers, nodes)
+    return replace(machine.here(config).cluster, nodes=nodes)
 
 
 def _nodes_of(config: RunConfig) -> int:
