@@ -86,7 +86,7 @@ def _table(measured: dict[str, Any]) -> list[str]:
     ]
     for name, row in measured["rows"].items():
         lines.append(
-            f"| `{name}` | {row['accuracy']:.3f} | {row['trained_share']:.2%} | {row['seconds']:.0f} "
+            f"| `{name}` | {row['accuracy']:.4f} | {row['trained_share']:.2%} | {row['seconds']:.0f} "
             f"| {row['peak_memory_gib']:.2f} GiB |"
         )
     return [*lines, "", "Methods that are not in it: not measured.", ""]
@@ -94,14 +94,14 @@ def _table(measured: dict[str, Any]) -> list[str]:
 
 def _sentence(row: dict[str, Any]) -> str:
     parts = [
-        f"Measured: accuracy {row['accuracy']:.3f} with {row['trained_share']:.2%} of the weights in {row['seconds']:.0f} s"
+        f"Measured: accuracy {row['accuracy']:.4f} with {row['trained_share']:.2%} of the weights in {row['seconds']:.0f} s"
     ]
     if "later_epoch_seconds" in row:
         parts.append(
             f"the first epoch takes {row['first_epoch_seconds']:.1f} s, a later one {row['later_epoch_seconds']:.2f} s"
         )
     classical = (key for key in ("logistic_regression", "random_forest") if key in row)
-    parts += [f"{key.replace('_', ' ')} {row[key]:.3f}" for key in classical]
+    parts += [f"{key.replace('_', ' ')} {row[key]:.4f}" for key in classical]
     return f"{'; '.join(parts)}. Command: `{row['command']}`."
 
 
