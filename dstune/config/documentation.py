@@ -13,7 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dstune.config import data_schema, forgetting_schema, launch_schema, method_schema, schema, task_schema
+from dstune.config import (
+    augment_schema,
+    data_schema,
+    forgetting_schema,
+    launch_schema,
+    method_schema,
+    schema,
+    task_schema,
+)
 from dstune.config.convert import describe, shown
 from dstune.config.method_matrix import matrix_table
 from dstune.config.methods_page import methods_page
@@ -21,7 +29,7 @@ from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
 
-SOURCES = (schema, data_schema, task_schema, method_schema, forgetting_schema, launch_schema)
+SOURCES = (schema, data_schema, augment_schema, task_schema, method_schema, forgetting_schema, launch_schema)
 """The modules whose classes are the schema."""
 
 
