@@ -113,8 +113,16 @@ def run(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(unknown_verb(verb))
     module, function, _ = VERBS[verb]
+    if verb == "train" and is_sweep(rest):
+        module, function = "dstune.sweep.command", "main"
     action: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
     return action(rest)
+
+
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether `dstune train WORDS` is about several runs."""
+    flagged = any(word in ("-m", "--multirun") for word in words)
+    return flagged or any("=" not in word and os.path.isfile(os.path.join(word, "sweep.yaml")) for word in words[:1])
 
 
 def help_text() -> str:

@@ -53,7 +53,7 @@ from dstune.train.classical import classical_results
 from dstune.train.evaluate import Evaluator, answer_prompts, limited
 from dstune.train.features import Features
 from dstune.train.forgetting import Penalties
-from dstune.train.hooks import Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
+from dstune.train.hooks import LEAVING, Cadence, Decision, EarlyStopping, NonFinite, Preemption, Wish
 from dstune.train.importance import Selected
 from dstune.train.loop import Training, evaluate, fit
 from dstune.train.memory import PeakMemory
@@ -351,7 +351,7 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
     state, config = run.state, run.config
     result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
-    if not decision.wish & (Wish.FAIL | Wish.PREEMPT):
+    if not decision.wish & LEAVING:
         evaluated = run.data.validation is not None and state.eval_last_step != state.step
         if evaluated:
             evaluate(run)
@@ -376,9 +376,10 @@ def finish(run: Training, run_dir: Path, tokenizer: Any, decision: Decision, *, 
         run.world.barrier()
         show_samples(run, tokenizer, before=False)
     run.saves.settle()
-    run.supply.close(for_good=not decision.wish & (Wish.FAIL | Wish.PREEMPT))
+    run.supply.close(for_good=not decision.wish & LEAVING)
     state.seconds = run.seconds_before + time.monotonic() - run.started
     status = "stopped" if decision.reason else "completed"
+    status = "pruned" if decision.wish & Wish.PRUNE else status
     status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
     if run.world.is_main:
         found = {name: value for name, value in state.extra.items() if name != spikes.NAME}

@@ -25,6 +25,7 @@ FLAGS = (
     "--help",
     "--hydra-help",
     "--info",
+    "--multirun",
     "--package",
     "--resolve",
     "--shell-completion",

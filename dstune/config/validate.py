@@ -28,6 +28,7 @@ from dstune.config.schema import (
     SpikeAction,
     WarmupStableDecayConfig,
 )
+from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
 from dstune.config.task_schema import (
     WRITERS,
@@ -126,6 +127,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_saves,
         check_run,
         check_tracking,
+        lambda reader: check_sweep(reader, metrics_of(reader.task)),
     )
     problems = list(check_ranges(config))
     for rule in rules:
