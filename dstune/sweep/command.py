@@ -22,15 +22,17 @@ from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records
 from dstune.launch.console import Console
+from dstune.launch.runs import table
 from dstune.launch.signals import caught_signals
 from dstune.rank_env import from_environment
 from dstune.redact import publish
+from dstune.report.command import leave_behind
 from dstune.sweep import devices, directory, probes
-from dstune.sweep.directory import FINISHED, Record, Sweep
+from dstune.sweep.directory import Sweep
 from dstune.sweep.grid import Grid
-from dstune.sweep.outcome import TRAINING_LOSS, better_first
 from dstune.sweep.schedule import Schedule, Source, quoted
 from dstune.sweep.study import Study
+from dstune.trials import TRAINING_LOSS, Record, is_sweep, ranked, read_records
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     sweep, longer = prepare(command, console)
     names = compared_by(sweep.base)
     code = run(sweep, names, longer, console)
-    found = directory.read_records(sweep.path)
+    found = read_records(sweep.path)
     if command.json:
         print(json.dumps(as_json(sweep.path, names, found)))
     else:
@@ -81,7 +83,7 @@ def parse(argv: list[str]) -> Command:
     words = [word for word in argv if word != "--json"]
     sweep = None
     for word in words[:1] if words and not words[0].startswith("-") else words[1:2]:
-        if "=" not in word and directory.is_sweep(Path(word)):
+        if "=" not in word and is_sweep(Path(word)):
             sweep = Path(word)
             words.remove(word)
     flags = hydra_flags(words, may_sweep=True)
@@ -177,7 +179,7 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
     lock = None if shared else records.acquire_lock(path)
     try:
         records.note(path, uuid.uuid4().hex, sweep.base.sweep.parallel)
-        directory.write_sweep(sweep)
+        directory.write_sweep(sweep, names)
         source = source_of(sweep, names, longer, console)
         ranks = [getattr(sweep.base.launch, "processes", None)]
         slots = devices.slots(sweep.base, devices.here(), ranks)
@@ -186,7 +188,8 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
     finally:
         if lock is not None:
             os.close(lock)
-    found = directory.read_records(path)
+    leave_behind(path, console.message)
+    found = read_records(path)
     if received or any(one.status in ("preempted", "running") for one in found):
         console.message(f"dstune: continue with: dstune train --multirun {path}")
         return EXIT_PREEMPTED
@@ -214,19 +217,8 @@ def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console
 # ---- what it says at the end ----
 
 
-def ranked(found: Sequence[Record], names: Sequence[str]) -> list[Record]:
-    """Best first by the first objective; a pruned trial behind those that ran to their end, a failed one last."""
-    return sorted(
-        found,
-        key=lambda one: (
-            FINISHED.index(one.status) == 2 if one.status in FINISHED else 2,
-            *better_first(one.objective.get(names[0]), names[0]),
-        ),
-    )
-
-
 def as_json(path: Path, names: Sequence[str], found: Sequence[Record]) -> dict[str, object]:
-    order = ranked(found, names)
+    order = ranked(found, names[0])
     trials = [{**vars(one), "run": str(path / one.name)} for one in order]
     best = trials[0] if trials and order[0].objective else None
     return {"sweep": str(path), "objective": list(names), "best": best, "trials": trials}
@@ -234,7 +226,7 @@ def as_json(path: Path, names: Sequence[str], found: Sequence[Record]) -> dict[s
 
 def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
     """A table of the trials, best first."""
-    order = ranked(found, names)
+    order = ranked(found, names[0])
     keys = list(dict.fromkeys(key for one in order for key in one.values))
     heading = ["trial", "status", *names, *keys, "seconds"]
     rows = [
@@ -256,12 +248,3 @@ def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
 
 def shown_value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[at]) for row in (heading, *rows)) for at in range(len(heading))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (heading, *rows)
-    ]
-    return "\n".join(lines)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,8 @@ from dstune.config.sweep_space import Assignment, Axis, Value, short_names
 from dstune.errors import Problem, UserError
 from dstune.launch import records
 from dstune.redact import redacted
+from dstune.trials import SWEEP_FILE, Record, is_sweep, record_path
 
-SWEEP_FILE = "sweep.yaml"
-RECORDS = "trials"
-FINISHED = ("completed", "stopped", "pruned")
-"""Statuses of a trial that is not started again."""
 LONGEST_NAME = 100
 NOT_IDENTITY = ("launch", "tracking", "run", "sweep")
 """Sections that do not make another sweep of it."""
@@ -40,25 +37,6 @@ class Sweep:
     """As given, with all values of the axes."""
     config_dirs: list[str]
     axes: list[Axis]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `trials/NAME.json` tells of a trial, also of one that failed before it had a run directory."""
-
-    name: str
-    number: int
-    values: dict[str, Any]
-    """Value of each key that the sweep varies."""
-    status: str = "running"
-    """`running`; completed, stopped, preempted or failed as in result.json; `pruned`."""
-    reason: str = ""
-    objective: dict[str, float] = field(default_factory=dict)
-    place: str = ""
-    """Machine and devices of the last start."""
-    seconds: float = 0.0
-    """From start to end, of all starts together."""
-    starts: int = 0
 
 
 # ---- where ----
@@ -108,16 +86,13 @@ def _rounded(value: Value) -> str:
 # ---- sweep.yaml ----
 
 
-def is_sweep(path: Path) -> bool:
-    return (path / SWEEP_FILE).is_file()
-
-
-def write_sweep(sweep: Sweep) -> None:
+def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
     content = {
         "dstune_version": __version__,
         "overrides": sweep.overrides,
         "config_dirs": sweep.config_dirs,
         "axes": {axis.key: [shown(value.plain) for value in axis.values] or _interval(axis) for axis in sweep.axes},
+        "objective": list(objectives),
         "config": to_dict(sweep.base),
     }
     aside = sweep.path / f"{SWEEP_FILE}.incomplete"
@@ -198,28 +173,10 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
 # ---- records of trials ----
 
 
-def record_path(sweep: Path, name: str) -> Path:
-    return sweep / RECORDS / f"{name}.json"
-
-
 def write_record(sweep: Path, record: Record) -> None:
     path = record_path(sweep, record.name)
     path.parent.mkdir(exist_ok=True)
     records.write_json(path, asdict(record))
-
-
-def read_record(path: Path) -> Record | None:
-    content = records.read_json(path) or {}
-    known = {one.name for one in fields(Record)}
-    try:
-        return Record(**{name: value for name, value in content.items() if name in known})
-    except TypeError:  # torn, or something else
-        return None
-
-
-def read_records(sweep: Path) -> list[Record]:
-    found = [read_record(path) for path in (sweep / RECORDS).glob("*.json")]
-    return sorted((one for one in found if one is not None), key=lambda one: (one.number, one.name))
 
 
 def status_in(run_dir: Path) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Axis, grid
-from dstune.sweep.directory import FINISHED, Record, read_record, record_path, status_in, trial_name, write_record
+from dstune.sweep.directory import status_in, trial_name, write_record
 from dstune.sweep.outcome import reached
 from dstune.sweep.schedule import Trial
+from dstune.trials import FINISHED, Record, read_record, record_path
 
 
 class Grid:

@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import Export, RunConfig
-from dstune.config.sweep_rules import COSTS, LOWER_COSTS
+from dstune.config.sweep_rules import COSTS
 from dstune.launch import records
-from dstune.train.metrics import LOWER_IS_BETTER
-
-TRAINING_LOSS = "training_loss"
-"""What trials without validation rows are compared by: the mean of the last tenth of the steps."""
-
-LOWER = LOWER_IS_BETTER | {TRAINING_LOSS, *LOWER_COSTS}
-"""Objectives of which less is better."""
+from dstune.trials import TRAINING_LOSS
 
 
 class Metrics:
@@ -78,10 +72,3 @@ def _training_loss(rows: Sequence[dict[str, Any]]) -> float | None:
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), (int, float))]
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last) if last else None
-
-
-def better_first(value: float | None, objective: str) -> tuple[bool, float]:
-    """A key that sorts what was reached: the best first, what has no value last."""
-    if value is None:
-        return (True, 0.0)
-    return (False, value if objective in LOWER else -value)

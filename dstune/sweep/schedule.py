@@ -23,8 +23,9 @@ from dstune.launch.commands import python_path
 from dstune.launch.console import Console
 from dstune.paths import PRUNE_FILE
 from dstune.sweep.devices import Slot
-from dstune.sweep.directory import Record, read_record, record_path, status_in, write_record
+from dstune.sweep.directory import status_in, write_record
 from dstune.sweep.outcome import Metrics
+from dstune.trials import Record, read_record, record_path
 
 ENTRY = (sys.executable, "-m", "dstune.sweep.trial")
 """What becomes `dstune train` for a trial."""

@@ -17,8 +17,9 @@ from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.sweep import schedule
 from dstune.sweep.devices import Slot
-from dstune.sweep.directory import Record, Sweep, read_records
+from dstune.sweep.directory import Sweep
 from dstune.sweep.study import Study
+from dstune.trials import Record, read_records
 from tests.support.configs import run_config
 from tests.support.sweeps import Scripted
 
