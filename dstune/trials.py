@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dstune.config.sweep_rules import LOWER_COSTS
+from dstune.config.sweep_rules import COSTS, LOWER_COSTS
 from dstune.train.metrics import LOWER_IS_BETTER
 
 SWEEP_FILE = "sweep.yaml"
@@ -106,3 +107,54 @@ def unbeaten(found: Sequence[Record], objectives: Sequence[str]) -> set[str]:
         )
 
     return {name for name in costs if not beaten(name)}
+
+
+# ---- what a trial reached ----
+
+
+def reached(
+    result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], objectives: Sequence[str], *, of_best: bool
+) -> dict[str, float]:
+    """The value of each objective that a run has: of the last evaluation, or of the best one.
+
+    result: its result.json. rows: those of its metrics.jsonl. of_best: whether its best weights are what it exports.
+    """
+    evaluated: Mapping[str, Any] = result.get("eval_final") or {}
+    best = result.get("best")
+    if of_best and isinstance(best, dict):
+        at_best = [row for row in rows if row["step"] == best.get("step") and f"eval/{best.get('metric')}" in row]
+        if at_best:
+            evaluated = {name.removeprefix("eval/"): value for name, value in at_best[-1].items()}
+    found = {}
+    for name in objectives:
+        if name == TRAINING_LOSS:
+            value = _training_loss(rows)
+        else:
+            value = result.get(name) if name in COSTS else evaluated.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found[name] = float(value)
+    return found
+
+
+def _training_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), (int, float))]
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def settled(
+    record: Record,
+    result: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    objectives: Sequence[str],
+    of_best: bool,
+) -> Record:
+    """`record` with the end of its run, where no sweep waited for it (jobs of an array, a sweep that was killed)."""
+    status = str(result.get("status") or "")
+    if record.status != "running" or not status:
+        return record
+    found = reached(result, rows, objectives, of_best=of_best) if status in FINISHED else {}
+    seconds = record.seconds or float(result.get("seconds") or 0.0)
+    return replace(
+        record, status=status, reason=str(result.get("reason") or ""), objective=found, seconds=round(seconds, 1)
+    )

@@ -18,9 +18,9 @@ from dstune.report.effects import are_numbers, is_logarithmic, shares
 from dstune.report.html import render
 from dstune.report.numbers import duration, log_ticks, number, percent, short, tick_label, ticks
 from dstune.report.results import NAMES, Figure
-from dstune.report.run_files import RUN_FILE, RunFiles, read
+from dstune.report.run_files import RUN_FILE, RunFiles, read, section
 from dstune.report.series import Series, collect, smoothed, smoothing_span
-from dstune.trials import FINISHED, LOWER, Record, objectives_of, ranked, read_records, unbeaten
+from dstune.trials import FINISHED, LOWER, Record, objectives_of, ranked, read_records, settled, unbeaten
 
 MOST_MARKS = 6
 """A key with so few values has each at its axis."""
@@ -109,9 +109,11 @@ def write(sweep: Path, target: Path) -> None:
 
 def page(sweep: Path) -> str:
     objectives = objectives_of(sweep)
-    found = ranked(read_records(sweep), objectives[0])
+    runs = {record.name: _run(sweep, record) for record in read_records(sweep)}
+    records = [_settled(record, runs[record.name], objectives) for record in read_records(sweep)]
+    found = ranked(records, objectives[0])
     front = unbeaten(found, objectives) if len(objectives) > 1 else set()
-    trials = [_trial(sweep, record, place, record.name in front) for place, record in enumerate(found)]
+    trials = [_trial(record, runs[record.name], place, record.name in front) for place, record in enumerate(found)]
     placed = [trial for trial in trials if trial.value(objectives[0]) is not None]
     keys = list(dict.fromkeys(key for record in found for key in record.values))
     judged = [trial for trial in placed if trial.record.status in ("completed", "stopped")]
@@ -141,9 +143,19 @@ def page(sweep: Path) -> str:
     )
 
 
-def _trial(sweep: Path, record: Record, place: int, front: bool) -> Trial:
+def _run(sweep: Path, record: Record) -> RunFiles | None:
     path = sweep / record.name
-    run = read(path) if (path / RUN_FILE).is_file() else None
+    return read(path) if (path / RUN_FILE).is_file() else None
+
+
+def _settled(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
+    if run is None:
+        return record
+    of_best = section(run.config, "run").get("export") == "best"
+    return settled(record, run.result, run.metrics, objectives, of_best)
+
+
+def _trial(record: Record, run: RunFiles | None, place: int, front: bool) -> Trial:
     return Trial(record, place, run, collect(run.metrics) if run else {}, front)
 
 
@@ -205,7 +217,7 @@ def _work(trials: Sequence[Trial]) -> tuple[int, int]:
         steps = _steps(trial)
         if trial.record.status not in FINISHED or steps is None or trial.run is None:
             continue
-        whole = (trial.run.config.get("trainer") or {}).get("max_steps")
+        whole = section(trial.run.config, "trainer").get("max_steps")
         done += int(steps)
         planned += max(int(steps), whole if trial.record.status == "pruned" and isinstance(whole, int) else 0)
     return done, planned

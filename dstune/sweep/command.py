@@ -27,7 +27,7 @@ from dstune.launch.signals import caught_signals
 from dstune.rank_env import from_environment
 from dstune.redact import publish
 from dstune.report.command import leave_behind
-from dstune.sweep import devices, directory, probes
+from dstune.sweep import array, devices, directory, probes
 from dstune.sweep.directory import Sweep
 from dstune.sweep.grid import Grid
 from dstune.sweep.schedule import Schedule, Source, quoted
@@ -115,7 +115,7 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
     if not found.axes:
         fix = "give a key several values: optimizer.lr=1e-5,1e-4 (or sweep.space in an experiment)"
         raise UserError(Problem("--multirun", "nothing varies", fix))
-    problems = probes.of_axes(base.sweep, found.axes)
+    problems = [*probes.of_axes(base.sweep, found.axes), *array.problems(base, found.axes)]
     problems += [
         Problem(
             "run.dir",
@@ -181,10 +181,15 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
         records.note(path, uuid.uuid4().hex, sweep.base.sweep.parallel)
         directory.write_sweep(sweep, names)
         source = source_of(sweep, names, longer, console)
+        common = common_overrides(sweep, fixed)
+        if isinstance(source, Grid) and array.is_array(sweep.base):
+            array.submit(sweep, source, common, console)
+            console.message(f"dstune: look with `dstune runs {path}`; the same command again submits what has failed")
+            return EXIT_DONE
         ranks = [getattr(sweep.base.launch, "processes", None)]
         slots = devices.slots(sweep.base, devices.here(), ranks)
         with caught_signals(sweep.base.run.signals) as received:
-            Schedule(path, source, slots, common_overrides(sweep, fixed), console, received).run()
+            Schedule(path, source, slots, common, console, received).run()
     finally:
         if lock is not None:
             os.close(lock)

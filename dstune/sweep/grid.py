@@ -31,9 +31,8 @@ class Grid:
         if status not in FINISHED:
             return False
         record = read_record(record_path(self._sweep, trial.name))
-        if (
-            record is None or record.status != status or not record.objective
-        ):  # the sweep was killed before it took note
+        noted = record is not None and record.status == status and bool(record.objective)
+        if record is None or not noted:  # nobody waited for its end
             record = record or Record(trial.name, trial.number, dict(trial.values))
             self._note(record, status, reached(run_dir, self._config, self._objectives))
         elif record.number != trial.number:  # values were added in front of it

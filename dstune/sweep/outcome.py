@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dstune import trials
 from dstune.config.schema import Export, RunConfig
-from dstune.config.sweep_rules import COSTS
 from dstune.launch import records
-from dstune.trials import TRAINING_LOSS
 
 
 class Metrics:
@@ -48,27 +46,6 @@ class Metrics:
 
 
 def reached(run_dir: Path, config: RunConfig, objectives: Sequence[str]) -> dict[str, float]:
-    """The value of each objective that the run has: of the last evaluation, or of the best one where that is exported."""
+    """The value of each objective that the run has (see `trials.reached`)."""
     result = records.read_result(run_dir) or {}
-    rows = Metrics(run_dir).new()
-    evaluated: dict[str, Any] = dict(result.get("eval_final") or {})
-    best = result.get("best")
-    if config.run.export is Export.best and isinstance(best, dict):
-        at_best = [row for row in rows if row["step"] == best.get("step") and f"eval/{best.get('metric')}" in row]
-        if at_best:
-            evaluated = {name.removeprefix("eval/"): value for name, value in at_best[-1].items()}
-    found = {}
-    for name in objectives:
-        if name == TRAINING_LOSS:
-            value = _training_loss(rows)
-        else:
-            value = result.get(name) if name in COSTS else evaluated.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            found[name] = float(value)
-    return found
-
-
-def _training_loss(rows: Sequence[dict[str, Any]]) -> float | None:
-    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), (int, float))]
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last) if last else None
+    return trials.reached(result, Metrics(run_dir).new(), objectives, of_best=config.run.export is Export.best)

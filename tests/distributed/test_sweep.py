@@ -109,3 +109,29 @@ def test_trials_end_when_the_sweep_is_killed(workplace: Commands):
     wait_until(lambda: not ranks_of(path.absolute()), timeout=30)
     wait_until(lambda: (path / "result.json").exists(), timeout=10)
     assert result(path)["status"] == "preempted"
+
+
+@pytest.mark.slow
+def test_optuna_ends_a_trial_that_falls_behind(workplace: Commands):
+    """The second trial does not learn: it leaves at an evaluation, says so, and frees its place for the third."""
+    pytest.importorskip("optuna")
+    words = overrides(
+        30, "data.train=dialogues.jsonl", "optimizer.lr=1e-2,1e-9,5e-3", "evaluate.every=3", "sweep.dir=pruned"
+    )
+    optuna = ["hydra/sweeper=optuna", "sweep.sampler=grid", "sweep.pruner=median", "sweep.startup_trials=1"]
+    done = workplace.run("train", "-m", *words, *optuna, "tracking.wandb.mode=offline", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = {trial["values"]["optimizer.lr"]: trial for trial in json.loads(done.stdout)["trials"]}
+    assert trials[1e-2]["status"] == "completed"
+    assert trials[1e-9]["status"] == "pruned"
+    run_dir = workplace.folder / "pruned" / trials[1e-9]["name"]
+    ended = result(run_dir)
+    assert ended["status"] == "pruned"
+    assert ended["steps"] < 30
+    assert ended["reason"] == trials[1e-9]["reason"]
+    assert "pruned (median) at step" in ended["reason"]
+    assert not list((run_dir / "checkpoints").glob("step-*")), "a pruned trial is not saved"
+    assert not ranks_of(run_dir.absolute())
+    assert "pruned" in (workplace.folder / "pruned" / "report.html").read_text()
+    listed = workplace.run("runs", "pruned", "--json")
+    assert {line["status"] for line in json.loads(listed.stdout)["runs"]} >= {"completed", "pruned"}
