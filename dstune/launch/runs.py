@@ -88,7 +88,7 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
         step=status.step,
         metrics=metrics,
         seconds=result.get("seconds"),
-        began=status.launcher and status.launcher.started,
+        began=status.launcher.started if status.launcher else None,
         values=dict(record.values) if record else {},
     )
 
