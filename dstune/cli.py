@@ -30,6 +30,7 @@ VERBS = {
     "export": ("dstune.checkpoint.export", "main", "a checkpoint as a plain Hugging Face folder"),
     "data": ("dstune.show.command", "main", "`data show`: rows as the model sees them, lengths, repetitions"),
     "report": ("dstune.report.command", "main", "one HTML page about a run, a sweep, or several runs side by side"),
+    "runs": ("dstune.launch.runs", "main", "list the runs below a folder, or the trials of a sweep"),
     "status": ("dstune.launch.manage", "status", "where a run stands"),
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),
     "checkpoints": ("dstune.launch.manage", "checkpoints", "list, verify or prune the checkpoints of a run"),
@@ -55,6 +56,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("test", "eval", "validate"), "`dstune evaluate RUN`"),
     **dict.fromkeys(("chat", "infer", "inference", "predict", "sample"), "`dstune generate RUN --prompt TEXT`"),
     **dict.fromkeys(("stop", "kill"), "`dstune cancel RUN`"),
+    **dict.fromkeys(("ls", "list", "trials"), "`dstune runs DIR`"),
+    **dict.fromkeys(("sweep", "tune", "multirun"), "`dstune train --multirun KEY=A,B`"),
     "merge": "`dstune export RUN --merge`",
     "convert": "`dstune export RUN`",
     "download": "`dstune samples NAME` fetches a sample; `dstune train` fetches what it needs",
@@ -118,8 +121,16 @@ def run(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(unknown_verb(verb))
     module, function, _ = VERBS[verb]
+    if verb == "train" and is_sweep(rest):
+        module, function = "dstune.sweep.command", "main"
     action: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
     return action(rest)
+
+
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether `dstune train WORDS` is about several runs."""
+    flagged = any(word in ("-m", "--multirun") for word in words)
+    return flagged or any("=" not in word and os.path.isfile(os.path.join(word, "sweep.yaml")) for word in words[:1])
 
 
 def help_text() -> str:

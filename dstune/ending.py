@@ -17,7 +17,7 @@ from dstune.redact import redacted
 from dstune.tracking.log import Tracker
 from dstune.train import spikes
 from dstune.train.classical import classical_results
-from dstune.train.hooks import Decision, Wish
+from dstune.train.hooks import LEAVING, Decision, Wish
 from dstune.train.loop import Training, evaluate
 from dstune.train.watch import watch
 
@@ -34,7 +34,7 @@ def finish(
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
     state, config = run.state, run.config
     result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
-    if not decision.wish & (Wish.FAIL | Wish.PREEMPT):
+    if not decision.wish & LEAVING:
         evaluated = run.data.validation is not None and state.eval_last_step != state.step
         if evaluated:
             evaluate(run)
@@ -61,9 +61,10 @@ def finish(
         run.world.barrier()
         show_samples(run, tokenizer, before=False)
     run.saves.settle()
-    run.supply.close(for_good=not decision.wish & (Wish.FAIL | Wish.PREEMPT))
+    run.supply.close(for_good=not decision.wish & LEAVING)
     state.seconds = run.seconds_before + time.monotonic() - run.started
     status = "stopped" if decision.reason else "completed"
+    status = "pruned" if decision.wish & Wish.PRUNE else status
     status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
     if run.world.is_main:
         found = {name: value for name, value in state.extra.items() if name != spikes.NAME}

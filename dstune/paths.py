@@ -7,6 +7,8 @@ from pathlib import Path
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 """Names of files in the run directory that ask for a save, with and without stopping."""
+PRUNE_FILE = "PRUNE"
+"""File in the run directory of a sweep's trial that ends it without a save; it holds the reason."""
 STOP_REASON = f"a file named {STOP_FILE} asked for it"
 """What a run that was asked so says about its end; it shall not be continued by itself."""
 

@@ -36,6 +36,7 @@ FLAGS = (
     "--help",
     "--hydra-help",
     "--info",
+    "--multirun",
     "--package",
     "--resolve",
     "--shell-completion",

@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -272,12 +272,18 @@ def partly_from_dict(raw: Any, where: str) -> tuple[RunConfig, list[Problem]]:
     built = {}
     for section in sections():
         value = raw.get(section)
+        if section not in raw and section in LATER:
+            continue
         try:
             built[section] = build(chosen_class(section, value, where), {} if value is None else value, section)
         except UserError as error:
             problems += error.problems
             built[section] = next(iter(classes_of(section).values()))()
     return RunConfig(**built), problems
+
+
+LATER = frozenset(field.name for field in fields(RunConfig) if field.default_factory is not MISSING)
+"""Sections that the run.yaml of an earlier version does not have."""
 
 
 def chosen_class(section: str, value: Any, where: str) -> type:

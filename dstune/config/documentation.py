@@ -20,6 +20,7 @@ from dstune.config import (
     launch_schema,
     method_schema,
     schema,
+    sweep_schema,
     task_schema,
 )
 from dstune.config.convert import describe, shown
@@ -29,7 +30,16 @@ from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
 
-SOURCES = (schema, data_schema, augment_schema, task_schema, method_schema, forgetting_schema, launch_schema)
+SOURCES = (
+    schema,
+    data_schema,
+    augment_schema,
+    task_schema,
+    method_schema,
+    forgetting_schema,
+    launch_schema,
+    sweep_schema,
+)
 """The modules whose classes are the schema."""
 
 
@@ -136,6 +146,7 @@ LISTED = 20
 """A group with more choices than this is described on the page of presets."""
 
 FLAGS = {
+    "--multirun, -m": "a sweep: KEY=A,B, choice(A,B), range(FROM,TO,STEP) and, for Optuna, interval(FROM,TO) start a run for each",
     "--cfg, -c job|hydra|all": "print the composed configuration instead of running",
     "--resolve": "with --cfg: references such as ${oc.env:NAME} as their values",
     "--package, -p KEY": "with --cfg: this part only, for example -p trainer",
@@ -152,6 +163,7 @@ EXAMPLES = {
     "dstune train experiment=sentiment trainer.epochs=2": "a packaged experiment with one value changed",
     "dstune train data.train='shards/*.parquet' task=causal_lm zero=stage2": "plain text",
     "dstune train experiment=sentiment run.dir=runs/mine": "the same command again continues the run",
+    "dstune train -m experiment=chat_lora optimizer.lr=1e-4,2e-4 method.rank=8,16": "four runs, side by side in one report",
     "dstune train --cfg job experiment=sentiment": "print the configuration only",
 }
 

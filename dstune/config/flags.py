@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 CFG = ("job", "hydra", "all")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 UNSUPPORTED = {
-    "--multirun": "sweeps are not part of this command",
     "--config-name": "there is one root configuration; experiment=NAME chooses between prepared ones",
     "--config-path": "--config-dir FOLDER adds groups of your own",
     "--experimental-rerun": "run.resume=PATH continues a run",
@@ -52,6 +51,7 @@ class Flags:
     help: bool = False
     hydra_help: bool = False
     shell_completion: bool = False
+    multirun: bool = False
 
     @property
     def shows(self) -> bool:
@@ -82,8 +82,10 @@ def _parser() -> _Parser:
     return parser
 
 
-def hydra_flags(argv: Sequence[str]) -> Flags:
+def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
     """The overrides and Hydra's flags in `argv` (without the verb, a PATH and what the verb itself understands).
+
+    may_sweep: whether the verb knows `--multirun`.
 
     Raises:
         UserError: an unknown flag (with the key it probably means), a missing or wrong value of one.
@@ -96,8 +98,9 @@ def hydra_flags(argv: Sequence[str]) -> Flags:
     # A word without dashes here is the value of the unknown flag before it.
     following = dict(itertools.pairwise(words))
     problems = [_unknown_flag(flag, following.get(flag, "")) for flag in unknown if flag.startswith("-")]
-    if parsed.multirun:
-        problems.append(Problem("--multirun", UNSUPPORTED["--multirun"], "start one command for each"))
+    if parsed.multirun and not may_sweep:
+        reason = "a sweep is several runs, which `dstune train` alone starts"
+        problems.append(Problem("--multirun", reason, "dstune train --multirun KEY=A,B"))
     problems += [
         Problem(flag, "dstune does not have this flag of Hydra", UNSUPPORTED[flag])
         for flag in ("--config-name", "--config-path", "--experimental-rerun")
@@ -120,6 +123,7 @@ def hydra_flags(argv: Sequence[str]) -> Flags:
         help=parsed.help,
         hydra_help=parsed.hydra_help,
         shell_completion=parsed.shell_completion,
+        multirun=parsed.multirun,
     )
 
 

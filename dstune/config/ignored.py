@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig, SlantedTriangularConfig, WandbMode
+from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.task_schema import CONVERSATIONS, Seq2SeqConfig
 from dstune.errors import Problem
 
@@ -22,6 +23,28 @@ def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Proble
         for key, (reason, fix) in dict(_without_effect(config)).items()
         for name, value in given.items()
         if (name == key or name.startswith(f"{key}.")) and key in all_keys()
+    ]
+
+
+def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
+    """The same of the settings of a sweep, when it is one."""
+    sweep = config.sweep
+    if not isinstance(sweep, OptunaConfig):
+        return []
+    unused: dict[str, tuple[str, str]] = {}
+    if sweep.pruner is Pruner.none:
+        unused["sweep.min_steps"] = ("sweep.pruner is none", "sweep.pruner=asha")
+    if sweep.pruner not in (Pruner.asha, Pruner.hyperband):
+        unused["sweep.reduction_factor"] = (f"sweep.pruner is {sweep.pruner.name}", "sweep.pruner=asha")
+    if sweep.sampler is Sampler.grid:
+        unused["sweep.trials"] = ("sweep.sampler=grid tries every combination", "sweep.sampler=tpe")
+    if sweep.storage is None:
+        unused["sweep.study"] = ("the study has a file of its own", "sweep.storage=URL")
+    given = {key_of(text): text.partition("=")[2] for text in overrides}
+    return [
+        Problem(key, f"this has no effect: {reason}", fix, given[key])
+        for key, (reason, fix) in unused.items()
+        if key in given
     ]
 
 
@@ -54,5 +77,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", "task=seq2seq")
     if not config.evaluate.samples:
         yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")
+    for key in all_keys():
+        if key.startswith("sweep."):
+            yield key, ("this is a single run", "--multirun starts a sweep")
     if config.tracking.wandb.mode is WandbMode.disabled:
         yield "tracking.wandb.entity", ("W&B is off", "tracking.wandb.mode=online")

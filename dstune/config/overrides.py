@@ -72,7 +72,7 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         override.input_line = text
         if override.is_sweep_override():
             key, value = override.key_or_group, text.split("=", 1)[1]
-            reason = "several values would be a sweep, which this command does not do"
+            reason = "several values are a sweep, a run for each"
             problems.append(Problem(key, reason, _one_value(key, value), value))
         else:
             parsed.append(override)
@@ -86,7 +86,7 @@ def _one_value(key: str, value: str) -> str:
         return f"{key}=[{value}]"
     if hint is str or (hint is not None and is_optional(hint) and str in typing.get_args(hint)):
         return QUOTED_FIX.format(key=key, value=value)
-    return f"start one command for each, the first with {key}={value.split(',')[0]}"
+    return f"`dstune train --multirun` starts them; one of them is {key}={value.split(',')[0]}"
 
 
 def _closed(key: str, value: str) -> str:
@@ -213,8 +213,34 @@ def meant_by(key: str) -> str:
     return meant or ""
 
 
+SWEEPER_KEYS = {
+    "hydra/sweeper": "sweep",
+    "hydra/sweeper/sampler": "sweep.sampler",
+    "hydra.sweeper.params": "sweep.space",
+    "hydra.sweeper.n_trials": "sweep.trials",
+    "hydra.sweeper.n_jobs": "sweep.parallel",
+    "hydra.sweeper.storage": "sweep.storage",
+    "hydra.sweeper.study_name": "sweep.study",
+    "hydra.sweeper.sampler.seed": "sweep.seed",
+    "hydra.sweeper.max_batch_size": "sweep.parallel",
+    "hydra.sweep.dir": "sweep.dir",
+    "hydra/launcher": "launch",
+}
+"""What Hydra and its plugins call a setting of sweeps, and what it is here."""
+
+
 def _hydra_setting(override: Override) -> Problem:
     key = override.key_or_group
+    if known := SWEEPER_KEYS.get(key):
+        value = shown(override.value())
+        reason = "dstune sweeps by itself; this is a key of its own"
+        if key == "hydra/launcher":
+            value = "slurm" if "submitit" in value else "local"
+        fix = f"{known}={value}" + (" with --multirun" if key == "hydra/sweeper" else "")
+        return Problem(key, reason, fix, shown(override.value()))
+    if key == "hydra.sweeper.direction":
+        fix = "leave it out: sweep.objective=[METRIC] names metrics, and of each it is known which way is better"
+        return Problem(key, "dstune sweeps by itself", fix, shown(override.value()))
     fix = "run.dir=FOLDER chooses the run directory" if ".dir" in key else "leave it out"
     reason = "dstune launches and writes by itself; of Hydra's own settings only hydra.searchpath has an effect"
     return Problem(key, reason, fix, shown(override.value()))

@@ -20,6 +20,7 @@ from dstune.config.fields import setting
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.launch_schema import LAUNCHES, LaunchConfig
 from dstune.config.method_schema import METHODS, MethodConfig
+from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.config.task_schema import TASKS, TaskConfig
 
 
@@ -374,6 +375,8 @@ class RunConfig:
     launch: LaunchConfig
     tracking: TrackingConfig
     run: RunSection
+    sweep: SweepConfig = field(default_factory=GridConfig)
+    """What `dstune train -m` does with the others; the run.yaml of an earlier version has none."""
 
 
 CHOICES: dict[str, dict[str, type]] = {
@@ -388,5 +391,6 @@ CHOICES: dict[str, dict[str, type]] = {
         "slanted_triangular": SlantedTriangularConfig,
     },
     "launch": LAUNCHES,
+    "sweep": SWEEPS,
 }
 """Classes of the groups whose choices have different keys, by the choice's `name`."""

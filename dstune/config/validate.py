@@ -29,6 +29,7 @@ from dstune.config.schema import (
     SpikeAction,
     WarmupStableDecayConfig,
 )
+from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
 from dstune.config.task_schema import (
     WRITERS,
@@ -128,6 +129,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_saves,
         check_run,
         check_tracking,
+        lambda reader: check_sweep(reader, metrics_of(reader.task)),
     )
     problems = list(check_ranges(config))
     for rule in rules:

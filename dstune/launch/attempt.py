@@ -55,7 +55,7 @@ def of_files(run_dir: Path, size: int, otherwise: str) -> Verdict:
         return Verdict(EXIT_FAILED, otherwise)
     reason = str(result.get("reason") or "")
     status = result.get("status")
-    if status in ("completed", "stopped"):
+    if status in ("completed", "stopped", "pruned"):
         return Verdict(EXIT_DONE, "")
     if status == "preempted":
         return Verdict(EXIT_PREEMPTED, f"{reason}: saved at step {result.get('steps')}")

@@ -18,6 +18,7 @@ from dstune.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
 from dstune.launch import records, slurm, slurm_jobs
 from dstune.launch.rundir import run_directory
 from dstune.paths import STOP_FILE
+from dstune.trials import is_sweep, read_records
 
 TWICE_SECONDS = 0.5
 """Between two signals that shall count as two (see `signals.TWICE_SECONDS`)."""
@@ -112,10 +113,12 @@ def status(argv: list[str]) -> int:
 
 
 def cancel(argv: list[str]) -> int:
-    """`dstune cancel RUN [--now] [--json]`: ask a run to save and stop, and wait until it has. Raises UserError."""
+    """`dstune cancel RUN|SWEEP [--now] [--json]`: ask it to save and stop, and wait until it has. Raises UserError."""
     parser = _parser("cancel", "Ask a run to save at the next window and stop; wait until it has.")
     parser.add_argument("--now", action="store_true", help="stop at once, without saving")
     arguments = parser.parse_args(argv)
+    if is_sweep(arguments.run):
+        return _cancel_sweep(arguments.run, now=arguments.now, as_json=arguments.json)
     run_dir = run_directory(arguments.run)
     launcher = records.read_launch(run_dir)
     if launcher is not None and launcher.jobs:
@@ -135,6 +138,25 @@ def cancel(argv: list[str]) -> int:
         print(f"{run_dir} is not running ({after.state})")
     else:
         print(f"{run_dir}: {after.state}" + (f" ({after.reason})" if after.reason else ""))
+    return EXIT_DONE
+
+
+def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
+    """Ask the process of a sweep to stop its trials, and wait until it has."""
+    launcher = records.read_launch(sweep)
+    process = launcher.process() if launcher is not None else None
+    if launcher is not None and not launcher.is_here:
+        reason = f"the sweep was started on {launcher.host}, and can be stopped from there alone"
+        raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(sweep)))
+    if process is not None:
+        _stop(process, now)
+    statuses = [one.status for one in read_records(sweep)]
+    counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+    if as_json:
+        print(json.dumps({"sweep": str(sweep), "trials": counts}))
+    else:
+        told = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trials"
+        print(f"{sweep}: {told}" if process is not None else f"{sweep} is not running ({told})")
     return EXIT_DONE
 
 

@@ -18,6 +18,7 @@ from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.launch import records, slurm_jobs
 from dstune.redact import publish
+from dstune.trials import is_sweep
 
 RUN_FILE = "run.yaml"
 REPLACED = (RUN_FILE, "result.json", "launch.json")
@@ -220,6 +221,9 @@ def run_directory(path: Path) -> Path:
     """
     if (path / RUN_FILE).is_file():
         return path
+    if is_sweep(path):
+        fix = f"`dstune runs {path}` lists its trials; `dstune train {path}` continues it"
+        raise UserError(Problem("RUN", "this is a sweep, not a run", fix, str(path)))
     reason = "this folder holds no run (no run.yaml)" if path.is_dir() else "there is no such run directory"
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 

@@ -88,7 +88,7 @@ def ask(ids: Sequence[str]) -> list[Job]:
     """
     found: dict[str, Job] = {}
     for number in ids:  # one by one: an unknown one would make squeue refuse all
-        command = ["squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N"]
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -8,18 +8,25 @@ from pathlib import Path
 
 from dstune.arguments import VerbParser
 from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.report import sweep_page
 from dstune.report.page import REPORT_FILE, write
-from dstune.report.run_files import find_runs
+from dstune.report.run_files import RUN_FILE, find_runs
+from dstune.trials import is_sweep, objectives_of, ranked, read_records
 
 
 def main(argv: list[str]) -> int:
     """`dstune report RUN [RUN...] [--output FILE] [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    runs = find_runs(arguments.runs)
+    alone = arguments.runs[0] if len(arguments.runs) == 1 and is_sweep(arguments.runs[0]) else None
+    # All trials of a sweep may have failed before there was a run.
+    runs = _trials(alone) if alone else find_runs(arguments.runs)
     target = arguments.output or _default_target(arguments.runs, runs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(runs, target)
+        if alone:
+            sweep_page.write(alone, target)
+        else:
+            write(runs, target)
     except OSError as error:
         reason = f"cannot be written: {error.strerror}"
         raise UserError(Problem("--output", reason, "give a file in a folder of yours", str(target))) from None
@@ -48,16 +55,24 @@ def _parser() -> VerbParser:
     return parser
 
 
+def _trials(sweep: Path) -> list[Path]:
+    paths = [sweep / record.name for record in ranked(read_records(sweep), objectives_of(sweep)[0])]
+    return [path for path in paths if (path / RUN_FILE).is_file()]
+
+
 def _default_target(given: list[Path], runs: list[Path]) -> Path:
     """Several runs named one by one get a page where the command was given: it belongs to none of them."""
     if len(given) > 1:
         return Path(REPORT_FILE)
-    return (runs[0] if len(runs) == 1 else given[0]) / REPORT_FILE
+    return (runs[0] if len(runs) == 1 and not is_sweep(given[0]) else given[0]) / REPORT_FILE
 
 
 def leave_behind(run_dir: Path, say: Callable[[str], None]) -> None:
-    """Write the report of a run that has ended. Whatever goes wrong here is told and costs the run nothing."""
+    """Write the report of a run, or a sweep, that has ended. Whatever goes wrong here is told and costs the run nothing."""
     try:
-        write([run_dir], run_dir / REPORT_FILE)
+        if is_sweep(run_dir):
+            sweep_page.write(run_dir, run_dir / REPORT_FILE)
+        else:
+            write([run_dir], run_dir / REPORT_FILE)
     except Exception as error:
         say(f"dstune: no {REPORT_FILE} was written: {type(error).__name__}: {error}")

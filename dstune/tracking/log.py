@@ -105,7 +105,7 @@ class Tracker:
 
         crashed: an exception ends this process, so that it should not take long.
         """
-        self._send(to_be_continued=status not in ("completed", "stopped"))
+        self._send(to_be_continued=status not in ("completed", "stopped", "pruned"))
         seconds = PREEMPTED_SECONDS if status == "preempted" else FINISH_SECONDS
         deadline = time.monotonic() + (CRASHED_SECONDS if crashed else seconds)
         for sink in self._sinks:

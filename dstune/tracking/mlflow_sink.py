@@ -18,7 +18,7 @@ PARAMETERS_PER_BATCH = 100
 """A limit of MLflow's interface."""
 LAST_STEP = "dstune.step"
 """Tag with the last step that the run has."""
-STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
+STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "preempted": "KILLED", "failed": "FAILED"}
 
 
 class MlflowSink:

@@ -97,7 +97,7 @@ class WandbSink:
     def finish(self, status: str) -> None:
         if status == "preempted":
             self._run.mark_preempting()
-        self._run.finish(exit_code=0 if status in ("completed", "stopped") else 1)
+        self._run.finish(exit_code=0 if status in ("completed", "stopped", "pruned") else 1)
         if not self.rebuilds:
             self._remove_older()  # the server has the whole run now
 

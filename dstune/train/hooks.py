@@ -14,7 +14,7 @@ from types import FrameType
 
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
-from dstune.paths import SAVE_FILE, STOP_FILE, STOP_REASON
+from dstune.paths import PRUNE_FILE, SAVE_FILE, STOP_FILE, STOP_REASON
 from dstune.train.metrics import improves
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
@@ -37,6 +37,12 @@ class Wish(IntFlag):
     """Save and leave, to be continued."""
     FAIL = 16
     """Leave without a save: the weights cannot be trusted."""
+    PRUNE = 32
+    """Leave without a save: the sweep that the run is a trial of has seen enough."""
+
+
+UNSAVED = Wish.FAIL | Wish.PRUNE
+LEAVING = Wish.PREEMPT | UNSAVED
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,8 @@ class EarlyStopping(Hook):
 
 class Preemption(Hook):
     """A signal (`run.signals`), the end of the time or a file named STOP in the run directory asks for a save after this
-    step and exit 75; a file named SAVE for a save alone. A second signal ends at once.
+    step and exit 75; a file named SAVE for a save alone, one named PRUNE for the end without a save. A second signal ends
+    at once.
 
     The time is `run.time_limit`, or what SLURM says (SLURM_JOB_END_TIME); the save begins early enough to take
     `SAVES_BEFORE_DEADLINE` times as long as the last one.
@@ -173,7 +180,7 @@ class Preemption(Hook):
             self._limits.append((time.monotonic, started + 60 * minutes, reason))
         if (end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
             self._limits.append((time.time, float(end), "the time of the SLURM job is over"))
-        self._files = (run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
+        self._files = (run_dir / PRUNE_FILE, run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
         self._last_asked, self._step_seconds = time.monotonic(), 0.0
         self._received: str | None = None
         if threading.current_thread() is threading.main_thread():
@@ -202,6 +209,8 @@ class Preemption(Hook):
                 return Decision(Wish.PREEMPT, reason)
         for file in self._files:
             if file.exists():
+                if file.name == PRUNE_FILE:  # left for the sweep to remove
+                    return Decision(Wish.PRUNE, file.read_text())
                 file.unlink(missing_ok=True)
                 stop = file.name == STOP_FILE
                 return Decision(Wish.PREEMPT, STOP_REASON) if stop else Decision(Wish.SAVE)

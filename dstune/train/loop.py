@@ -21,7 +21,7 @@ from dstune.train.evaluate import Evaluator
 from dstune.train.evaluation_cost import EvaluationCost
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
-from dstune.train.hooks import OVERFITTING, Decision, Hook, Wish, join
+from dstune.train.hooks import LEAVING, OVERFITTING, UNSAVED, Decision, Hook, Wish, join
 from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
@@ -117,7 +117,7 @@ def fit(run: Training) -> Decision:
             run.watchdog.beat(f"the wait for the rows of step {state.step + 1}")
             decision, _ = agree(run, join([hook.while_waiting(state) for hook in run.hooks]))
             decision = save_if_asked(run, decision)
-            if decision.wish & (Wish.PREEMPT | Wish.FAIL):
+            if decision.wish & LEAVING:
                 return decision
             continue
         number = state.step - first
@@ -144,16 +144,16 @@ def fit(run: Training) -> Decision:
         if spike is not None:
             decision = act_on_spike(run, spike, decision)
 
-        leaving = decision.wish & (Wish.PREEMPT | Wish.FAIL)
+        leaving = decision.wish & LEAVING
         if decision.wish & Wish.EVALUATE and validation is not None:
             state.evaluation_due = bool(leaving)
             if not leaving:
                 decision = join([decision, evaluate(run)])
-        if decision.wish & Wish.FAIL:
+        if decision.wish & UNSAVED:
             return decision
         decision = save_if_asked(run, decision)
         run.watchdog.beat(f"step {state.step + 1}")
-        if decision.wish & (Wish.STOP | Wish.PREEMPT | Wish.FAIL):
+        if decision.wish & (Wish.STOP | LEAVING):
             return decision
         if state.step >= run.total_steps:
             break
@@ -202,7 +202,7 @@ def act_on_spike(run: Training, spike: dict[str, Any], decision: Decision) -> De
             told += f"; back to step {earlier.step}, {state.window - earlier.window} windows of data are left out"
             vars(state).update(vars(earlier))
             # That step is undone; its evaluation and save are not due any more.
-            decision = Decision(decision.wish & (Wish.PREEMPT | Wish.FAIL), decision.reason)
+            decision = Decision(decision.wish & LEAVING, decision.reason)
             if run.log:
                 run.log.rewind(state.step)
     elif spike["action"] == "skipped":
@@ -273,7 +273,7 @@ def agree(run: Training, asked: Decision, sums: Mapping[str, float] | None = Non
         wish |= Wish(int(flags))
     run.state.peak_memory_gib = max(run.state.peak_memory_gib, float(numbers[:, 1].max()))
     reason = asked.reason
-    if wish & (Wish.STOP | Wish.PREEMPT | Wish.FAIL):
+    if wish & (Wish.STOP | LEAVING):
         reasons = run.world.gather(asked.reason)
         named = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
         reason = "; ".join(text if len(named) == 1 else f"rank {rank}: {text}" for text, rank in named.items())

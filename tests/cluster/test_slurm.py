@@ -162,3 +162,56 @@ def test_doctor_measures_between_nodes_of_a_job(on_slurm):
     assert "debug" in found["slurm"]["detail"]
     assert found["all-reduce"]["status"] == "pass", done.stderr
     assert "2 ranks on 2 hosts: bus bandwidth" in found["all-reduce"]["detail"]
+
+
+@pytest.mark.slow
+def test_a_sweep_with_jobs_in_flight(on_slurm):
+    """Two trials at a time, each a job of its own; a second start has nothing to do."""
+    words = [
+        "train",
+        "-m",
+        *overrides("", "launch=slurm", "sweep.parallel=2", "sweep.dir=flight", "trainer.max_steps=6"),
+    ]
+    words = [word for word in words if word != "run.dir="]
+    words = ["optimizer.lr=1e-3,2e-3,4e-3" if word.startswith("optimizer.lr") else word for word in words]
+    done = on_slurm.run(*words, "--json", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = json.loads(done.stdout)["trials"]
+    assert {trial["status"] for trial in trials} == {"completed"}
+    jobs = [job_of(on_slurm.folder / trial["run"]) for trial in trials]
+    assert len(set(jobs)) == 3
+    again = on_slurm.run("train", "flight", "--json")
+    assert {trial["starts"] for trial in json.loads(again.stdout)["trials"]} == {1}
+
+
+@pytest.mark.slow
+def test_a_sweep_as_an_array(on_slurm, slurm):
+    """Submitted and left alone: seen, killed in the middle, submitted again, and equal to a run by itself."""
+    common = overrides("plain", "launch=slurm", "trainer.max_steps=12")
+    plain = on_slurm.run("train", *common, "optimizer.lr=2e-3")
+    assert plain.returncode == 0, plain.stderr
+    words = [word for word in common if not word.startswith(("run.dir", "optimizer.lr"))]
+    words = ["train", "-m", *words, "optimizer.lr=1e-3,2e-3,4e-3", "launch.wait=false", "sweep.parallel=2"]
+    words.append("sweep.dir=array")
+    sweep = on_slurm.folder / "array"
+    done = on_slurm.run(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = job_of(sweep / "lr=0.001").split("_")[0]
+    states = json.loads(on_slurm.run("runs", "array", "--json").stdout)["runs"]
+    assert len(states) == 3
+    assert {line["status"] for line in states} <= {"pending", "running", "completed"}
+    refused = on_slurm.run("train", *common, "run.dir=array/lr=0.004")
+    assert refused.returncode == 2
+    assert "job" in refused.stderr
+    wait_until(lambda: at_step(sweep / "lr=0.001", 2))
+    slurm.call("scancel", f"{first}_0")
+    wait_until(lambda: not slurm.call("squeue", "--noheader", "--jobs", first).strip(), timeout=200)
+    again = on_slurm.run(*words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    wait_until(lambda: (sweep / "lr=0.001" / "result.json").exists(), timeout=200)
+    wait_until(lambda: result(sweep / "lr=0.001").get("status") == "completed", timeout=60)
+    found = json.loads(on_slurm.run("runs", "array", "--json").stdout)["runs"]
+    assert [line["status"] for line in found] == ["completed"] * 3
+    assert first_difference(exact(sweep / "lr=0.002"), exact(on_slurm.folder / "plain")) == ""
+    assert on_slurm.run("report", "array").returncode == 0
+    assert "3 completed" in (sweep / "report.html").read_text()

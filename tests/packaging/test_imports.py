@@ -23,7 +23,7 @@ def light_modules() -> list[str]:
     """Every module that the launching process may import: all of these folders, and the files beside them."""
     paths = [
         path
-        for folder in ("config", "launch", "planning", "samples")
+        for folder in ("config", "launch", "planning", "samples", "sweep")
         for path in (ROOT / "dstune" / folder).rglob("*.py")
     ]
     paths += [ROOT / "dstune" / f"{name}.py" for name in ("cli", "errors", "paths", "rank_env")]

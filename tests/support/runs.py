@@ -109,3 +109,21 @@ def full_run(folder: Path, **changes: Any) -> Path:
         ],
     }
     return write_run_directory(folder, **(given | changes))
+
+
+def write_sweep_directory(
+    folder: Path, trials: Sequence[Mapping[str, Any]], objective: Sequence[str] = ("loss",), **changes: Any
+) -> Path:
+    """A sweep with a run for each of `trials`, whose keys are those of `trials/NAME.json`; `run=False` for one that failed
+    before it had a directory. changes: of every run, as for `write_run_directory`."""
+    (folder / "trials").mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(json.dumps({"objective": list(objective), "overrides": [], "config": {}}))
+    for number, given in enumerate(trials):
+        record = {"number": number, "status": "completed", "seconds": 60.0, "starts": 1, **given}
+        with_run = record.pop("run", True)
+        (folder / "trials" / f"{record['name']}.json").write_text(json.dumps(record))
+        if with_run:
+            result = {**RESULT, "status": record["status"], "reason": record.get("reason", "")}
+            more = {"result": result, **changes, **record.pop("files", {})}
+            write_run_directory(folder / record["name"], name=record["name"], **more)
+    return folder

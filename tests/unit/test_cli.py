@@ -90,7 +90,7 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
         (["--cfg", "job"], "flags stand behind the verb"),
         (["train", "quickstart"], "experiment=quickstart"),
         (["train", "runs/none"], "there is no such run directory"),
-        (["train", "-m", "trainer.seed=1,2"], "--multirun: sweeps"),
+        (["plan", "-m", "trainer.seed=1,2"], "--multirun: a sweep"),
         (["train", "trainer.max_step=3"], "did you mean trainer.max_steps=3?"),
         (["train", "--max-steps", "3"], "write trainer.max_steps="),
         (["train", "trainer.max_steps=-1"], "trainer.max_steps=-1"),

@@ -60,7 +60,16 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("trainer.seed=1,2", "trainer.seed", "1,2", "sweep", "trainer.seed=1"),
         # what Hydra has and dstune does not
         ("hydra.run.dir=x", "hydra.run.dir", "x", "hydra.searchpath", "run.dir"),
-        ("hydra/launcher=joblib", "hydra/launcher", "joblib", "hydra.searchpath", ""),
+        ("hydra/launcher=joblib", "hydra/launcher", "joblib", "sweeps by itself", "launch=local"),
+        ("hydra.sweeper.n_trials=9", "hydra.sweeper.n_trials", "9", "sweeps by itself", "sweep.trials=9"),
+        ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "sweeps by itself", "sweep=optuna with --multirun"),
+        (
+            "hydra.sweeper.direction=maximize",
+            "hydra.sweeper.direction",
+            "maximize",
+            "sweeps by itself",
+            "sweep.objective",
+        ),
         ("hydra.searchpath=[/does/not/exist]", "hydra.searchpath", "", "/does/not/exist", ""),
         ("~trainer.seed", "trainer.seed", "", "cannot be removed", ""),
         ("~method", "method", "", "cannot be removed", "|full|"),

@@ -75,8 +75,8 @@ def test_what_the_shell_split_is_joined_in_the_fix():
     ("words", "fix"),
     [
         (["data.columns={text: review"], "'data.columns={text: review}'"),
-        (["experiment=a,b"], "start one command for each, the first with experiment=a"),
-        (["trainer.seed=1,2"], "start one command for each, the first with trainer.seed=1"),
+        (["experiment=a,b"], "`dstune train --multirun` starts them; one of them is experiment=a"),
+        (["trainer.seed=1,2"], "`dstune train --multirun` starts them; one of them is trainer.seed=1"),
         (["tracking.tags=a,b"], "tracking.tags=[a,b]"),
         (["run.name=a,b"], "quote the value for Hydra inside quotes for the shell: 'run.name=\"a,b\"'"),
         (["data.train=~/x"], f"data.train={Path.home() / 'x'}"),

@@ -3,15 +3,19 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
 
+from dstune import cli
 from dstune.checkpoint import store
 from dstune.errors import UserError
 from dstune.launch import manage, records
+from tests.support.runs import write_sweep_directory
 
 # Ends with the number of signals it got within a second: a first one asks, a second one ends at once.
 LAUNCHER = """
@@ -137,3 +141,25 @@ def test_checkpoints_of_a_running_run_are_not_pruned(run):
     with pytest.raises(UserError, match="is running here"):
         manage.checkpoints([str(run), "--prune", "1"])
     os.close(descriptor)
+
+
+def test_a_sweep_is_no_run_but_can_be_cancelled(tmp_path, capsys):
+    sweep = write_sweep_directory(tmp_path / "sweep", [{"name": "a", "values": {}, "status": "preempted"}])
+    assert cli.main(["status", str(sweep)]) == 2
+    assert f"`dstune runs {sweep}` lists its trials" in capsys.readouterr().err
+    assert cli.main(["cancel", str(sweep)]) == 0
+    assert "is not running (1 preempted)" in capsys.readouterr().out
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        started = psutil.Process(process.pid).create_time()
+        record = {"id": "x", "pid": process.pid, "started": started, "host": socket.gethostname(), "processes": 2}
+        (sweep / "launch.json").write_text(json.dumps(record))
+        waiting = threading.Thread(target=process.wait)
+        waiting.start()
+        assert cli.main(["cancel", str(sweep), "--json"]) == 0
+        waiting.join()
+        assert process.returncode == 11
+        assert json.loads(capsys.readouterr().out) == {"sweep": str(sweep), "trials": {"preempted": 1}}
+    finally:
+        process.kill()

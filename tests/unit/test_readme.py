@@ -24,13 +24,25 @@ from dstune.config.method_matrix import matrix_table
 from dstune.config.method_schema import METHODS
 from dstune.config.methods_page import methods_page
 from dstune.config.presets import presets_page
+from dstune.config.sweep_space import first, split
 from dstune.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = tuple(
     ROOT / "docs" / f"{name}.md"
-    for name in ("tracking", "export", "methods", "tasks", "planning", "adapters", "clusters", "survival", "data")
+    for name in (
+        "tracking",
+        "export",
+        "methods",
+        "tasks",
+        "planning",
+        "adapters",
+        "clusters",
+        "survival",
+        "data",
+        "sweeps",
+    )
 )
 """Their commands are checked as the README's are."""
 
@@ -54,6 +66,9 @@ TRAIN = [arguments for arguments in map(arguments_of_train, commands()) if argum
 @pytest.mark.parametrize("arguments", TRAIN, ids=" ".join)
 def test_every_train_command_composes(arguments):
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    if "-m" in arguments:
+        found = split(overrides, {})
+        overrides = [*found.fixed, *first(found.axes).overrides]
     validate(compose(overrides).config)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,46 +13,8 @@ from dstune.report import command, numbers
 from dstune.report.charts import Line, draw
 from dstune.report.run_files import find_runs, read
 from dstune.report.series import Series, collect, smoothed, thinned
+from tests.support.pages import Page
 from tests.support.runs import DATA, HOSTILE, RESULT, full_run, metrics_rows, write_run_directory
-
-VOID = {"meta", "link", "br", "line", "path", "img", "input"}
-
-
-class Page(HTMLParser):
-    """The page's elements, its text by element name, and whether its tags are balanced."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.html = html
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.stack: list[str] = []
-        self.feed(html)
-        assert not self.stack, f"never closed: {self.stack}"
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.stack and self.stack[-1] == tag, f"</{tag}> closes {self.stack[-3:]}"
-            self.stack.pop()
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1] not in ("style", "script"):
-            self.words.append(" ".join(data.split()))
-
-    @property
-    def text(self) -> str:
-        return " ".join(word for word in self.words if word)
-
-    def having(self, name: str) -> Iterator[dict[str, str | None]]:
-        return (attributes for _, attributes in self.elements if name in attributes)
-
-    def classed(self, name: str) -> list[dict[str, str | None]]:
-        return [found for found in self.having("class") if name in str(found["class"]).split()]
 
 
 def page_of(*runs: Path, target: Path | None = None) -> Page:

@@ -275,6 +275,19 @@ def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
     assert preemption.while_waiting(TrainState(save_seconds=30.0)).wish is Wish.PREEMPT  # 3 * 30 s do not fit
 
 
+def test_a_trial_that_its_sweep_ends_leaves_without_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda number, action: None)
+    preemption = Preemption(run_config(), time.monotonic(), tmp_path, is_main=True)
+    (tmp_path / "PRUNE").write_text("pruned (asha) at step 4")
+    decision = preemption.while_waiting(TrainState())
+    assert decision == Decision(Wish.PRUNE, "pruned (asha) at step 4")
+    assert not decision.wish & (Wish.SAVE | Wish.PREEMPT)
+    assert (
+        Preemption(run_config(), time.monotonic(), tmp_path, is_main=False).while_waiting(TrainState()).wish
+        is Wish.NOTHING
+    )
+
+
 def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     seen = []

@@ -1,0 +1,280 @@
+"""What a sweep varies: `key=a,b`, `choice()`, `range()`, `interval()` and `glob()` of Hydra's grammar as axes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.convert import shown
+from dstune.config.names import all_keys, names_choice
+from dstune.config.overrides import key_of
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+SWEEPERS = {"optuna": "optuna", "basic": "grid", "grid": "grid"}
+"""Values of `hydra/sweeper` and the choice of `sweep` that each is."""
+LOG = "log"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an axis."""
+
+    text: str
+    """As it stands behind `key=` on the command line."""
+    plain: Any
+    """As a number, truth value, text or None; a list or mapping as its text."""
+
+    @property
+    def short(self) -> str:
+        """For names: `1e-05`, `8`, `lora`."""
+        if isinstance(self.plain, float):
+            return next(text for text in (f"{self.plain:.3g}", repr(self.plain)) if float(text) == self.plain)
+        return shown(self.plain)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key, or a group, with what it may be: single values, or all numbers of an interval."""
+
+    key: str
+    values: tuple[Value, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    integer: bool = False
+    step: float | None = None
+    """Distance of the values of a range."""
+
+    @property
+    def is_interval(self) -> bool:
+        return not self.values
+
+    @property
+    def probes(self) -> tuple[Value, ...]:
+        """Values with which the axis can be checked: all of them, or the ends of the interval."""
+        return self.values or (self.value(self.low), self.value(self.high))
+
+    def value(self, plain: Any) -> Value:
+        """The value that an optimizer chose."""
+        known = next(
+            (value for value in self.values if value.plain == plain and type(value.plain) is type(plain)), None
+        )
+        if known is not None:
+            return known
+        return Value(str(int(plain)) if self.integer else repr(float(plain)), int(plain) if self.integer else plain)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A value for every axis."""
+
+    axes: tuple[Axis, ...]
+    values: tuple[Value, ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{axis.key}={value.text}" for axis, value in zip(self.axes, self.values, strict=True)]
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        return {axis.key: value.plain for axis, value in zip(self.axes, self.values, strict=True)}
+
+
+@dataclass
+class Split:
+    """A command line of a sweep: what all trials have in common, and what differs."""
+
+    fixed: list[str] = field(default_factory=list)
+    axes: list[Axis] = field(default_factory=list)
+
+
+def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Split:
+    """Tell the axes from the other overrides. groups: the choices of each group, for `glob()`.
+
+    What Hydra's grammar refuses stays among the fixed ones, where `compose` says what is wrong with it.
+
+    Raises:
+        UserError: everything that is wrong with an axis as such; whether its values fit the key is for `compose` to say.
+    """
+    found, problems = Split(), []
+    for text in overrides:
+        if key_of(text) == "hydra/sweeper":
+            name = text.partition("=")[2]
+            if name in SWEEPERS:
+                found.fixed.append(f"sweep={SWEEPERS[name]}")
+            else:
+                problems.append(Problem("hydra/sweeper", "there is no such sweeper", "optuna, or basic", name))
+            continue
+        override = _parsed(text)
+        if override is None or not override.is_sweep_override():
+            found.fixed.append(text)
+            continue
+        try:
+            found.axes.append(_axis(override, text, groups))
+        except UserError as error:
+            problems += error.problems
+    problems += _repeated(found)
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
+    """The axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
+    given = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
+    axes, problems = list(found.axes), []
+    for key, value in _flat(space):
+        if key in given:
+            continue
+        try:
+            axes.append(_of_file(key, value, groups))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return replace(found, axes=axes)
+
+
+def grid(axes: Sequence[Axis]) -> Iterator[Assignment]:
+    """Every combination; the last axis varies fastest."""
+    for values in itertools.product(*(axis.values for axis in axes)):
+        yield Assignment(tuple(axes), values)
+
+
+def first(axes: Sequence[Axis]) -> Assignment:
+    """The first value of every axis."""
+    return Assignment(tuple(axes), tuple(axis.probes[0] for axis in axes))
+
+
+def short_names(axes: Sequence[Axis]) -> dict[str, str]:
+    """For each key its last part, or the whole where two would have the same."""
+    last = [axis.key.rsplit(".", 1)[-1] for axis in axes]
+    return {axis.key: name if last.count(name) == 1 else axis.key for axis, name in zip(axes, last, strict=True)}
+
+
+# ---- one axis ----
+
+
+def _parsed(text: str) -> Override | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
+
+
+def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], where: str | None = None) -> Axis:
+    """where: what problems name as their place, the key when not given."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
+    key, given = override.get_key_element(), text.partition("=")[2]
+    where = where or key
+    if reason := _not_varied(key):
+        raise UserError(Problem(where, reason[0], reason[1], given))
+    value: Any = override._value
+    if isinstance(value, IntervalSweep):
+        return _interval(key, where, value, given)
+    if isinstance(value, Glob):
+        texts = value.filter(list(groups.get(key, ())))
+        if not texts:
+            known = ", ".join(groups.get(key, ())) or "glob() is for groups"
+            raise UserError(Problem(where, "no choice of this group fits", known, given))
+    else:
+        texts = list(override.sweep_string_iterator())
+    if not texts:
+        raise UserError(Problem(where, "the range holds no value", "range(FROM,TO,STEP) ends before TO", given))
+    values = tuple(_value(key, text) for text in dict.fromkeys(texts))
+    step = float(value.step) if override.is_range_sweep() else None
+    integer = step is not None and all(isinstance(one.plain, int) for one in values)
+    numbers = [one.plain for one in values] if step is not None else [0.0]
+    return Axis(key, values, min(numbers), max(numbers), integer=integer, step=step and abs(step))
+
+
+def _value(key: str, text: str) -> Value:
+    override = _parsed(f"{key}={text}")
+    plain: Any = text if override is None else override.value()
+    return Value(text, text if isinstance(plain, (list, dict)) else plain)
+
+
+def _interval(key: str, where: str, value: Any, given: str) -> Axis:
+    low, high, log = value.start, value.end, LOG in value.tags
+    whole = all_keys().get(key) in (int, int | None)
+    if not low < high:
+        raise UserError(
+            Problem(where, "an interval goes from a smaller to a larger number", f"interval({high},{low})", given)
+        )
+    if log and low <= 0:
+        fix = f"a lower end above 0, or interval({low},{high}) without the tag"
+        raise UserError(Problem(where, "a logarithm needs numbers above 0", fix, given))
+    if whole and not (float(low).is_integer() and float(high).is_integer()):
+        raise UserError(Problem(where, "this key takes whole numbers", f"interval({int(low)},{int(high) + 1})", given))
+    return Axis(key, low=low, high=high, log=log, integer=whole)
+
+
+def _of_file(key: str, value: Any, groups: Mapping[str, Sequence[str]]) -> Axis:
+    """An axis of `sweep.space`."""
+    where = f"sweep.space.{key}"
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise UserError(Problem(where, "there are no values", "give some: [A, B]", "[]"))
+        value = f"choice({','.join(_element(item) for item in value)})"
+    override = _parsed(f"{key}={value}") if isinstance(value, str) else None
+    if override is None or not override.is_sweep_override():
+        fix = '[A, B], "A,B", "range(FROM,TO)" or "interval(FROM,TO)"; a single value belongs to the key itself'
+        raise UserError(Problem(where, "this is no set of values", fix, shown(value)))
+    return _axis(override, f"{key}={value}", groups, where)
+
+
+def _element(value: Any) -> str:
+    """A value of YAML in Hydra's grammar."""
+    if isinstance(value, str):
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        return f"'{escaped}'"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_element, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_element(item)}" for key, item in value.items()) + "}"
+    return repr(value) if isinstance(value, float) else shown(value)
+
+
+def _flat(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`."""
+    for name, value in space.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _not_varied(key: str) -> tuple[str, str] | None:
+    """Why a key cannot differ between trials, and what to do."""
+    plain = key.lstrip("+~")
+    section = plain.split(".", 1)[0]
+    if section in ("sweep", "hydra") or plain.startswith("hydra/"):
+        return "this is about the sweep, not about a trial", "give one value"
+    if plain in ("run.dir", "run.name", "run.resume"):
+        return "a trial has a directory and a name of its own", "leave it out; sweep.dir=FOLDER is the directory of all"
+    if section == "launch" and plain != "launch.processes":
+        return "trials of a sweep run in the same way", "give one value"
+    if names_choice(plain):
+        return "this names the choice of the group", f"{section}=A,B"
+    return None
+
+
+def _repeated(found: Split) -> list[Problem]:
+    keys = [axis.key for axis in found.axes]
+    fixed = {key_of(text): text.partition("=")[2] for text in found.fixed}
+    problems = []
+    for key in dict.fromkeys(keys):
+        if keys.count(key) > 1 or key in fixed:
+            also = f", and as {key}={fixed[key]}" if key in fixed else ""
+            problems.append(Problem(key, f"it is given more than once{also}", "give it once"))
+    return problems

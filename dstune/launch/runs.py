@@ -1,0 +1,142 @@
+"""The verb `dstune runs`: the runs below a folder, or the trials of a sweep, in the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.arguments import VerbParser
+from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.launch import records
+from dstune.launch.manage import status_of
+from dstune.report.numbers import duration
+from dstune.report.run_files import RUN_FILE, find_runs
+from dstune.trials import Record, better_first, is_sweep, objectives_of, ranked, read_records
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line."""
+
+    run: str
+    status: str
+    reason: str
+    step: int
+    metrics: dict[str, float]
+    """Those of the last evaluation; `training loss` where there was none."""
+    seconds: float | None
+    began: float | None
+    """Seconds since the epoch."""
+    values: dict[str, Any]
+    """Of a trial: its value of each key that the sweep varies."""
+
+
+def main(argv: list[str]) -> int:
+    """`dstune runs [DIR...] [--sort METRIC] [--json]`. Raises UserError; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    found = [line for folder in arguments.folders for line in listed(folder)]
+    if arguments.sort:
+        known = dict.fromkeys(name for line in found for name in line.metrics)
+        if arguments.sort not in known:
+            fix = f"one of {', '.join(known)}" if known else "runs that have evaluated"
+            raise UserError(Problem("--sort", "none of these runs has such a metric", fix, arguments.sort))
+        found.sort(key=lambda line: better_first(line.metrics.get(arguments.sort), arguments.sort))
+    if arguments.json:
+        print(json.dumps({"runs": [asdict(line) for line in found]}))
+    else:
+        print(as_text(found, arguments.folders))
+    return EXIT_DONE
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(prog="dstune runs", description="List the runs below a folder, or the trials of a sweep.")
+    parser.add_argument(
+        "folders", metavar="DIR", type=Path, nargs="*", default=[Path("runs")], help="folder with runs (default runs)"
+    )
+    parser.add_argument(
+        "--sort",
+        metavar="METRIC",
+        help="best first by this held-out metric (else the newest first; of a sweep the best)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def listed(folder: Path) -> list[Listed]:
+    """The runs below `folder`, the newest first; of a sweep all trials, the best first. Raises UserError."""
+    if is_sweep(folder):
+        return [_of_trial(folder, record) for record in ranked(read_records(folder), objectives_of(folder)[0])]
+    lines = [_of_run(path) for path in find_runs([folder])]
+    return sorted(lines, key=lambda line: -(line.began or 0.0))
+
+
+def _of_run(path: Path, record: Record | None = None) -> Listed:
+    status = status_of(path)
+    logged, result = records.read_metrics(path), records.read_result(path) or {}
+    metrics = {name: value for name, value in (logged.eval_last or {}).items() if isinstance(value, (int, float))}
+    metrics = {name: value for name, value in metrics.items() if name not in ("rows", "targets", "tokens")}
+    if not metrics and status.loss is not None:
+        metrics = {"training loss": status.loss}
+    return Listed(
+        run=str(path),
+        status=status.state,
+        reason=status.reason,
+        step=status.step,
+        metrics=metrics,
+        seconds=result.get("seconds"),
+        began=status.launcher.started if status.launcher else None,
+        values=dict(record.values) if record else {},
+    )
+
+
+def _of_trial(sweep: Path, record: Record) -> Listed:
+    path = sweep / record.name
+    if (path / RUN_FILE).is_file():
+        return _of_run(path, record)
+    return Listed(str(path), record.status, record.reason, 0, {}, record.seconds, None, dict(record.values))
+
+
+def as_text(found: list[Listed], folders: list[Path]) -> str:
+    """A table; the metrics are those that most runs have, the loss first."""
+    counts: dict[str, int] = {}
+    for line in found:
+        for name in line.metrics:
+            counts[name] = counts.get(name, 0) + 1
+    shown = sorted(counts, key=lambda name: (name != "loss", -counts[name]))[:3]
+    keys = list(dict.fromkeys(key for line in found for key in line.values))
+    above = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    heading = ["run", "status", "step", *shown, *keys, "time", "began"]
+    rows = [
+        [
+            _below(line.run, above),
+            line.status,
+            str(line.step),
+            *(_value(line.metrics.get(name, "-")) for name in shown),
+            *(_value(line.values.get(key)) for key in keys),
+            duration(line.seconds),
+            "" if line.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began)),
+        ]
+        for line in found
+    ]
+    return f"{above}\n{table(heading, rows)}"
+
+
+def _below(run: str, folder: Path) -> str:
+    path = Path(run)
+    inside = path.is_relative_to(folder) and path != folder
+    return str(path.relative_to(folder)) if inside else run
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(len(row[at]) for row in (heading, *rows)) for at in range(len(heading))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heading, *rows))
+    return "\n".join(line.rstrip() for line in lines)

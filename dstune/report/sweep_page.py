@@ -1,0 +1,303 @@
+"""The page of a sweep: its trials best first, what each key does, all curves together, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from dstune import __version__
+from dstune.config.convert import shown
+from dstune.redact import redact
+from dstune.report.charts import Chart, Line, draw
+from dstune.report.curves import COLOURS, TITLES
+from dstune.report.effects import are_numbers, is_logarithmic, shares
+from dstune.report.html import render
+from dstune.report.numbers import duration, log_ticks, number, percent, short, tick_label, ticks
+from dstune.report.results import NAMES, Figure
+from dstune.report.run_files import RUN_FILE, RunFiles, read, section
+from dstune.report.series import Series, collect, smoothed, smoothing_span
+from dstune.trials import FINISHED, LOWER, Record, objectives_of, ranked, read_records, settled, unbeaten
+
+MOST_MARKS = 6
+"""A key with so few values has each at its axis."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial with its place in the order, 0 for the best."""
+
+    record: Record
+    place: int
+    run: RunFiles | None
+    curves: Mapping[str, Series]
+    front: bool
+    """Whether no other trial beats it in all of several objectives."""
+
+    @property
+    def is_coloured(self) -> bool:
+        return self.place < COLOURS
+
+    @property
+    def short(self) -> str:
+        """Its number alone where that is in front of the name: the values stand in columns of their own."""
+        number_, _, rest = self.record.name.partition("-")
+        return number_ if number_.isdigit() and rest else self.record.name
+
+    def value(self, objective: str) -> float | None:
+        return self.record.objective.get(objective)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis of a plot: positions in per cent, and what stands beside it."""
+
+    ticks: list[tuple[float, str]]
+    numbers: Sequence[float] = ()
+    names: Sequence[str] = ()
+    low: float = 0.0
+    high: float = 1.0
+    logarithmic: bool = False
+
+    def at(self, value: Any) -> float:
+        if self.names:
+            count = len(self.names)
+            return 50.0 if count == 1 else 8 + 84 * self.names.index(shown(value)) / (count - 1)
+        if self.logarithmic:
+            value, low, high = math.log10(value), math.log10(self.low), math.log10(self.high)
+        else:
+            low, high = self.low, self.high
+        return round(100 * (value - low) / (high - low), 2)
+
+
+def scale(values: Sequence[Any], *, of_key: bool = False) -> Scale:
+    """Room for `values`: by their logarithm where they span much; texts side by side.
+
+    of_key: they were chosen, so that a few of them stand at the axis themselves.
+    """
+    if not are_numbers(values):
+        names = sorted({shown(value) for value in values})
+        found = Scale([], names=names)
+        return Scale([(found.at(name), name) for name in names], names=names)
+    low, high = float(min(values)), float(max(values))
+    if is_logarithmic(values):
+        low, high = low / 1.25, high * 1.25
+        found = Scale([], low=low, high=high, logarithmic=True)
+        marks = [(found.at(value), number(value, 2)) for value in log_ticks(low, high)]
+    else:
+        room = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+        low, high = low - room, high + room
+        found = Scale([], low=low, high=high)
+        at = ticks(low, high, 4)
+        step = at[1] - at[0] if len(at) > 1 else abs(at[0])
+        marks = [(found.at(value), tick_label(value, step)) for value in at]
+    if of_key and len(set(values)) <= MOST_MARKS:
+        marks = [(found.at(value), _value(value)) for value in sorted(set(values))]
+    return replace(found, ticks=marks)
+
+
+def write(sweep: Path, target: Path) -> None:
+    """Write the page of the sweep at `sweep` to `target`, whole or not at all. Raises OSError, UserError."""
+    html = redact(page(sweep))
+    aside = target.with_name(f"{target.name}.incomplete")
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(target)
+
+
+def page(sweep: Path) -> str:
+    objectives = objectives_of(sweep)
+    runs = {record.name: _run(sweep, record) for record in read_records(sweep)}
+    records = [_settled(record, runs[record.name], objectives) for record in read_records(sweep)]
+    found = ranked(records, objectives[0])
+    front = unbeaten(found, objectives) if len(objectives) > 1 else set()
+    trials = [_trial(record, runs[record.name], place, record.name in front) for place, record in enumerate(found)]
+    placed = [trial for trial in trials if trial.value(objectives[0]) is not None]
+    keys = list(dict.fromkeys(key for record in found for key in record.values))
+    judged = [trial for trial in placed if trial.record.status in ("completed", "stopped")]
+    return render(
+        "sweep.html.j2",
+        title=f"{sweep.absolute().parent.name}/{sweep.name}",
+        sweep=str(sweep),
+        trials=trials,
+        table=_table(trials, objectives, keys),
+        figures=_figures(trials, objectives[0]),
+        objective=_named(objectives[0]),
+        lower=objectives[0] in LOWER,
+        objectives=objectives,
+        scatters=_scatters(placed, objectives, keys),
+        parallel=_parallel(placed, objectives[0], keys),
+        effects=[
+            (key, round(100 * share, 1), percent(share))
+            for key, share in shares(
+                [trial.record.values for trial in judged], [trial.record.objective[objectives[0]] for trial in judged]
+            ).items()
+        ],
+        judged=len(judged),
+        charts=_charts(trials, objectives),
+        failed=[trial for trial in trials if trial.record.status == "failed"],
+        version=__version__,
+        made=datetime.now(timezone.utc).strftime("%-d %B %Y, %H:%M UTC"),
+    )
+
+
+def _run(sweep: Path, record: Record) -> RunFiles | None:
+    path = sweep / record.name
+    return read(path) if (path / RUN_FILE).is_file() else None
+
+
+def _settled(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
+    if run is None:
+        return record
+    of_best = section(run.config, "run").get("export") == "best"
+    return settled(record, run.result, run.metrics, objectives, of_best)
+
+
+def _trial(record: Record, run: RunFiles | None, place: int, front: bool) -> Trial:
+    return Trial(record, place, run, collect(run.metrics) if run else {}, front)
+
+
+def _named(objective: str) -> str:
+    return NAMES.get(objective, objective.replace("_", " "))
+
+
+def _table(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+    heading = [*((_named(name), True) for name in objectives), *((key, False) for key in keys)]
+    heading += [("steps", True), ("tokens", True), ("time", True), ("starts", True)]
+    rows = []
+    for trial in trials:
+        record, result = trial.record, trial.run.result if trial.run else {}
+        cells = [number(record.objective.get(name)) for name in objectives]
+        cells += [_value(record.values.get(key)) for key in keys]
+        cells += [number(_steps(trial)), short(result.get("tokens")), duration(record.seconds), str(record.starts)]
+        rows.append({"trial": trial, "cells": cells})
+    return {"heading": heading, "rows": rows}
+
+
+def _value(value: Any) -> str:
+    return number(value) if isinstance(value, float) else shown(value)
+
+
+def _steps(trial: Trial) -> float | None:
+    loss = trial.curves.get("loss")
+    result = trial.run.result if trial.run else {}
+    steps = result.get("steps")
+    return steps if isinstance(steps, int) else loss.steps[-1] if loss else None
+
+
+def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
+    records = [trial.record for trial in trials]
+    counts = {name: sum(one.status == name for one in records) for name in dict.fromkeys(one.status for one in records)}
+    best = next((one for one in records if one.objective and one.status in FINISHED), None)
+    found = [Figure("trials", str(len(records)), ", ".join(f"{count} {name}" for name, count in counts.items()))]
+    if best is not None:
+        found.append(Figure(f"best {_named(objective)}", number(best.objective.get(objective)), f"trial {best.name}"))
+    values = [value for trial in trials if (value := trial.value(objective)) is not None]
+    if len(values) > 1:
+        worst = max(values) if objective in LOWER else min(values)
+        found.append(Figure("worst", number(worst), "of those with an evaluation"))
+    found.append(Figure("time", duration(sum(one.seconds for one in records)), "of all trials together"))
+    done, planned = _work(trials)
+    if planned > done:
+        found.append(
+            Figure("steps", f"{done:,}", f"of {planned:,}: {percent(1 - done / planned)} never trained", good=True)
+        )
+    tokens = sum(trial.run.result.get("tokens") or 0 for trial in trials if trial.run)
+    if tokens:
+        found.append(Figure("tokens", short(tokens)))
+    return found
+
+
+def _work(trials: Sequence[Trial]) -> tuple[int, int]:
+    """Steps that finished trials made, and those that they would have made without pruning."""
+    done = planned = 0
+    for trial in trials:
+        steps = _steps(trial)
+        if trial.record.status not in FINISHED or steps is None or trial.run is None:
+            continue
+        whole = section(trial.run.config, "trainer").get("max_steps")
+        done += int(steps)
+        planned += max(int(steps), whole if trial.record.status == "pruned" and isinstance(whole, int) else 0)
+    return done, planned
+
+
+def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The objective over each key; of two objectives also one over the other."""
+    if len(trials) < 2:
+        return []
+    plots = [(key, [trial.record.values.get(key) for trial in trials], trials) for key in keys]
+    if len(objectives) > 1:
+        both = [trial for trial in trials if trial.value(objectives[1]) is not None]
+        plots.insert(0, (_named(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
+    found = []
+    for title, values, shown_trials in plots:
+        if len({shown(value) for value in values}) < 2:
+            continue
+        across, up = scale(values, of_key=title in keys), scale([trial.value(objectives[0]) for trial in shown_trials])
+        dots = [
+            {
+                "x": across.at(value),
+                "y": round(100 - up.at(trial.value(objectives[0])), 2),
+                "trial": trial,
+                "text": f"{trial.record.name}: {number(trial.value(objectives[0]))}",
+            }
+            for value, trial in zip(values, shown_trials, strict=True)
+        ]
+        note = "logarithmic" if across.logarithmic else ""
+        found.append(
+            {
+                "title": title,
+                "note": note,
+                "dots": dots,
+                "x_ticks": across.ticks,
+                "y_ticks": [(round(100 - at, 2), label) for at, label in up.ticks],
+            }
+        )
+    return found
+
+
+def _parallel(trials: Sequence[Trial], objective: str, keys: Sequence[str]) -> dict[str, Any] | None:
+    """A line for each trial through its values to what it reached; from two keys on."""
+    varied = [key for key in keys if len({shown(trial.record.values.get(key)) for trial in trials}) > 1]
+    if len(varied) < 2 or len(trials) < 3:
+        return None
+    columns = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]
+    columns.append((_named(objective), [trial.value(objective) for trial in trials]))
+    scales = [scale(values, of_key=name in keys) for name, values in columns]
+    at = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
+    lines = []
+    for number_, trial in enumerate(trials):
+        heights = [100 - own.at(values[number_]) for own, (_, values) in zip(scales, columns, strict=True)]
+        path = "".join(f"{'L' if x else 'M'}{10 * x:.1f} {10 * y:.1f}" for x, y in zip(at, heights, strict=True))
+        lines.append({"path": path, "trial": trial})
+    axes = [
+        {"x": x, "name": name, "ticks": [(round(100 - tick, 2), label) for tick, label in own.ticks]}
+        for x, (name, _), own in zip(at, columns, scales, strict=True)
+    ]
+    return {"axes": axes, "lines": lines[::-1]}
+
+
+def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
+    """Curves of all trials together; those of the best in colour, the others behind them."""
+    charts: list[Chart] = []
+    for name in dict.fromkeys([*(f"eval/{name}" for name in objectives), "loss", "eval/loss"]):
+        own = [trial for trial in trials if name in trial.curves]
+        if not own:
+            continue
+        window = smoothing_span(max(len(trial.curves[name].steps) for trial in own)) if name == "loss" else 0
+        lines = [
+            Line(
+                trial.record.name,
+                smoothed(trial.curves[name], window) if window else trial.curves[name],
+                trial.place,
+                faint=not trial.is_coloured,
+            )
+            for trial in reversed(own)
+        ]
+        steps = [line.series.steps[end] for line in lines for end in (0, -1)]
+        note = f"smoothed over {window} steps" if window else ""
+        title = TITLES.get(name, name)
+        charts.append(draw(title, lines, (min(steps), max(steps)), metric=name, note=note, tall=not charts))
+    return charts

@@ -1,0 +1,255 @@
+"""`dstune train --multirun`: from the command line to trials that have finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dstune.config.compose import compose
+from dstune.config.flags import Flags, hydra_flags, show
+from dstune.config.ignored import ignored_in_sweep, ignored_settings
+from dstune.config.overrides import key_of
+from dstune.config.schema import RunConfig
+from dstune.config.sweep_rules import holds_out, objectives
+from dstune.config.sweep_schema import OptunaConfig
+from dstune.config.sweep_space import Split, first, split, with_space
+from dstune.config.validate import validate
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.launch import preflight, records
+from dstune.launch.console import Console
+from dstune.launch.runs import table
+from dstune.launch.signals import caught_signals
+from dstune.rank_env import from_environment
+from dstune.redact import publish
+from dstune.report.command import leave_behind
+from dstune.sweep import array, devices, directory, probes
+from dstune.sweep.directory import Sweep
+from dstune.sweep.grid import Grid
+from dstune.sweep.schedule import Schedule, Source, quoted
+from dstune.sweep.study import Study
+from dstune.trials import TRAINING_LOSS, Record, is_sweep, ranked, read_records
+
+
+@dataclass(frozen=True)
+class Command:
+    """`dstune train --multirun [SWEEP] [key=value ...] [flags]`, or `dstune train SWEEP ...`."""
+
+    flags: Flags
+    split: Split
+    sweep: Path | None
+    json: bool
+
+
+def main(argv: list[str]) -> int:
+    """The verb `train` for a sweep. Raises UserError; returns the exit code of the public contract.
+
+    0 when every trial has an end (pruned ones included), 75 when some can be continued, 1 when some failed.
+    """
+    command = parse(argv)
+    if command.flags.shows:
+        chosen = [*command.split.fixed, *first(command.split.axes).overrides]
+        return show(replace(command.flags, overrides=chosen))
+    if from_environment(os.environ) is not None:
+        reason = "a sweep starts the ranks of its trials itself, and this process is a rank already"
+        fix = "start it once, without srun, mpirun or deepspeed (launch/sweep.sbatch)"
+        raise UserError(Problem("--multirun", reason, fix))
+    console = Console(sys.stderr if command.json else sys.stdout)
+    sweep, longer = prepare(command, console)
+    names = compared_by(sweep.base)
+    code = run(sweep, names, longer, console)
+    found = read_records(sweep.path)
+    if command.json:
+        print(json.dumps(as_json(sweep.path, names, found)))
+    else:
+        print(as_text(sweep.path, names, found))
+    return code
+
+
+def compared_by(base: RunConfig) -> list[str]:
+    """The objectives; without validation rows the training loss."""
+    return list(base.sweep.objective) or (objectives(base) if holds_out(base) else [TRAINING_LOSS])
+
+
+# ---- from words to a sweep ----
+
+
+def parse(argv: list[str]) -> Command:
+    """Raises UserError: unknown flags, an axis that is none, nothing to vary."""
+    words = [word for word in argv if word != "--json"]
+    sweep = None
+    for word in words[:1] if words and not words[0].startswith("-") else words[1:2]:
+        if "=" not in word and is_sweep(Path(word)):
+            sweep = Path(word)
+            words.remove(word)
+    flags = hydra_flags(words, may_sweep=True)
+    if sweep is not None:
+        before, folders = directory.given_before(sweep)
+        again = {key_of(text) for text in flags.overrides}
+        kept = [text for text in before if key_of(text) not in again]
+        flags = replace(
+            flags,
+            overrides=[*kept, *flags.overrides, f"sweep.dir={quoted(str(sweep))}"],
+            config_dirs=flags.config_dirs or folders,
+        )
+    with_groups = probes.groups(flags.config_dirs, flags.overrides)
+    return Command(flags, split(flags.overrides, with_groups), sweep, json="--json" in argv)
+
+
+def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
+    """Compose and validate the values of all axes, look at the first trial as `dstune train` would, and choose the
+    directory; nothing is written yet. The second value: whether its runs became longer since it began.
+
+    Raises:
+        UserError: whatever keeps a trial from starting, as far as that can be told before.
+    """
+    flags = command.flags
+    folders = [str(Path(folder).resolve()) for folder in flags.config_dirs]
+    found = command.split
+    base = compose([*found.fixed, *first(found.axes).overrides], folders).config
+    found = with_space(found, base.sweep.space, probes.groups(folders, flags.overrides))
+    if not found.axes:
+        fix = "give a key several values: optimizer.lr=1e-5,1e-4 (or sweep.space in an experiment)"
+        raise UserError(Problem("--multirun", "nothing varies", fix))
+    problems = [*probes.of_axes(base.sweep, found.axes), *array.problems(base, found.axes)]
+    problems += [
+        Problem(
+            "run.dir",
+            "a trial has a directory of its own",
+            "sweep.dir=FOLDER for that of the sweep",
+            text.partition("=")[2],
+        )
+        for text in found.fixed
+        if key_of(text) == "run.dir"
+    ]
+    if problems:
+        raise UserError(problems)
+    configs = probes.configurations(found, folders)
+    for config in configs:
+        validate(config)
+    base = configs[0]
+    own = [text for text in found.fixed if not _is_sweep_key(text)]
+    for warning in (*ignored_settings(base, own), *ignored_in_sweep(base, found.fixed)):
+        console.message(f"dstune: warning: {warning}")
+    ranks = sorted({getattr(config.launch, "processes", None) for config in configs}, key=str)
+    devices.slots(base, devices.here(), ranks)
+    resolved = preflight.resolve_run(base, console.stage)
+    overrides = [text for text in flags.overrides if key_of(text) != "sweep.dir"]
+    sweep = Sweep(directory.sweep_path(base, found.axes), resolved, overrides, folders, found.axes)
+    publish(str(sweep.path))
+    return directory.continued(sweep)
+
+
+def common_overrides(sweep: Sweep, fixed: Sequence[str]) -> list[str]:
+    """What follows `dstune train` for every trial, without its values."""
+    flags = [word for folder in sweep.config_dirs for word in ("--config-dir", folder)]
+    kept = [text for text in fixed if not _is_sweep_key(text)]
+    group = [] if sweep.base.tracking.group else [f"tracking.group={quoted(group_name(sweep))}"]
+    return [*flags, *kept, *directory.frozen(sweep.base, sweep.axes), *group]
+
+
+def group_name(sweep: Sweep) -> str:
+    """What trackers call the trials together."""
+    return f"{sweep.base.run.name}/{sweep.path.name}"
+
+
+def _is_sweep_key(text: str) -> bool:
+    key = key_of(text)
+    return key == "sweep" or key.startswith("sweep.")
+
+
+# ---- running it ----
+
+
+def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> int:
+    """Start what is left of the sweep and wait for it."""
+    path = sweep.path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot be created: {error.strerror}"
+        raise UserError(Problem("sweep.dir", reason, "give a folder of yours", str(path))) from None
+    fixed = split(sweep.overrides, probes.groups(sweep.config_dirs, sweep.overrides)).fixed
+    # A study in a storage of its own may have several machines at work in one directory.
+    shared = getattr(sweep.base.sweep, "storage", None) is not None
+    lock = None if shared else records.acquire_lock(path)
+    try:
+        records.note(path, uuid.uuid4().hex, sweep.base.sweep.parallel)
+        directory.write_sweep(sweep, names)
+        source = source_of(sweep, names, longer, console)
+        common = common_overrides(sweep, fixed)
+        if isinstance(source, Grid) and array.is_array(sweep.base):
+            array.submit(sweep, source, common, console)
+            console.message(f"dstune: look with `dstune runs {path}`; the same command again submits what has failed")
+            return EXIT_DONE
+        ranks = [getattr(sweep.base.launch, "processes", None)]
+        slots = devices.slots(sweep.base, devices.here(), ranks)
+        with caught_signals(sweep.base.run.signals) as received:
+            Schedule(path, source, slots, common, console, received).run()
+    finally:
+        if lock is not None:
+            os.close(lock)
+    leave_behind(path, console.message)
+    found = read_records(path)
+    if received or any(one.status in ("preempted", "running") for one in found):
+        console.message(f"dstune: continue with: dstune train --multirun {path}")
+        return EXIT_PREEMPTED
+    return EXIT_FAILED if any(one.status == "failed" for one in found) else EXIT_DONE
+
+
+def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> Source:
+    parallel = sweep.base.sweep.parallel
+    if isinstance(sweep.base.sweep, OptunaConfig):
+        if longer:
+            reason = "a study compares trials of one length, and its trials were shorter"
+            fix = "the length of before, or another sweep.dir"
+            raise UserError(Problem("trainer.max_steps", reason, fix, str(sweep.base.trainer.max_steps)))
+        study = Study(sweep, names)
+        before = f", {study.done} of them before" if study.done else ""
+        console.stage(f"sweep {sweep.path}: {study.wanted} trials chosen by Optuna{before}, {parallel} at a time")
+        return study
+    grid = Grid(sweep.path, sweep.base, sweep.axes, names, again=longer)
+    done = len(grid.finished)
+    skipped = f", {done} of them finished before" if done else ""
+    console.stage(f"sweep {sweep.path}: {len(grid.trials)} trials{skipped}, {parallel} at a time")
+    return grid
+
+
+# ---- what it says at the end ----
+
+
+def as_json(path: Path, names: Sequence[str], found: Sequence[Record]) -> dict[str, object]:
+    order = ranked(found, names[0])
+    trials = [{**vars(one), "run": str(path / one.name)} for one in order]
+    best = trials[0] if trials and order[0].objective else None
+    return {"sweep": str(path), "objective": list(names), "best": best, "trials": trials}
+
+
+def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
+    """A table of the trials, best first."""
+    order = ranked(found, names[0])
+    keys = list(dict.fromkeys(key for one in order for key in one.values))
+    heading = ["trial", "status", *names, *keys, "seconds"]
+    rows = [
+        [
+            one.name,
+            one.status,
+            *(f"{one.objective[name]:.4g}" if name in one.objective else "-" for name in names),
+            *(shown_value(one.values.get(key)) for key in keys),
+            f"{one.seconds:.0f}",
+        ]
+        for one in order
+    ]
+    counts = {
+        status: sum(one.status == status for one in found) for status in dict.fromkeys(one.status for one in found)
+    }
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"\n{table(heading, rows)}\n\n{len(found)} trials: {summary}\nsweep  {path}\nreport {path / 'report.html'}"
+
+
+def shown_value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,184 @@
+"""The directory of a sweep: `sweep.yaml`, a record of each trial in `trials/`, and the trials' run directories."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstune import __version__
+from dstune.config.compose import FROZEN_AT_START, read_run
+from dstune.config.convert import dump, from_dict, load, shown, to_dict
+from dstune.config.resume import check_resume
+from dstune.config.schema import RunConfig
+from dstune.config.sweep_space import Assignment, Axis, Value, short_names
+from dstune.errors import Problem, UserError
+from dstune.launch import records
+from dstune.redact import redacted
+from dstune.trials import SWEEP_FILE, Record, is_sweep, record_path
+
+LONGEST_NAME = 100
+NOT_IDENTITY = ("launch", "tracking", "run", "sweep")
+"""Sections that do not make another sweep of it."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep.yaml` holds."""
+
+    path: Path
+    base: RunConfig
+    """The configuration with the first value of every axis."""
+    overrides: list[str]
+    """As given, with all values of the axes."""
+    config_dirs: list[str]
+    axes: list[Axis]
+
+
+# ---- where ----
+
+
+def identity(base: RunConfig, axes: Sequence[Axis]) -> str:
+    """Eight characters that are the same for the same settings and varied keys, whatever their values: a command with
+    more of them continues the sweep."""
+    tree = to_dict(base)
+    for name in NOT_IDENTITY:
+        tree.pop(name)
+    for key in (*(axis.key.lstrip("+") for axis in axes), *FROZEN_AT_START):
+        _remove(tree, key)
+    kind = [base.sweep.name, sorted(axis.key for axis in axes)]
+    return hashlib.sha256(json.dumps([tree, kind], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _remove(tree: dict[str, Any], key: str) -> None:
+    *holders, last = key.split(".")
+    for name in holders:
+        tree = tree.get(name) or {}
+    tree.pop(last, None)
+
+
+def sweep_path(base: RunConfig, axes: Sequence[Axis]) -> Path:
+    return Path(base.sweep.dir or Path("runs") / base.run.name / f"sweep-{identity(base, axes)}")
+
+
+def trial_name(assignment: Assignment, number: int | None = None) -> str:
+    """`lr=1e-05,rank=8`, with the number in front where values may come again: a folder's name."""
+    names = short_names(assignment.axes)
+    parts = [
+        f"{names[axis.key]}={_rounded(value) if axis.is_interval else value.short}"
+        for axis, value in zip(assignment.axes, assignment.values, strict=True)
+    ]
+    whole = ",".join(parts)
+    name = re.sub(r"[^\w.=,+-]", "_", whole)
+    if name != whole or len(name) > LONGEST_NAME:  # two trials must not come to the same name
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+    return name if number is None else f"{number:03d}-{name}"
+
+
+def _rounded(value: Value) -> str:
+    return f"{value.plain:.3g}" if isinstance(value.plain, float) else value.short
+
+
+# ---- sweep.yaml ----
+
+
+def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
+    content = {
+        "dstune_version": __version__,
+        "overrides": sweep.overrides,
+        "config_dirs": sweep.config_dirs,
+        "axes": {axis.key: [shown(value.plain) for value in axis.values] or _interval(axis) for axis in sweep.axes},
+        "objective": list(objectives),
+        "config": to_dict(sweep.base),
+    }
+    aside = sweep.path / f"{SWEEP_FILE}.incomplete"
+    aside.write_text(dump(redacted(content)), encoding="utf-8")
+    aside.replace(sweep.path / SWEEP_FILE)
+
+
+def _interval(axis: Axis) -> str:
+    ends = f"interval({axis.low:g},{axis.high:g})"
+    return f"tag(log,{ends})" if axis.log else ends
+
+
+def given_before(path: Path) -> tuple[list[str], list[str]]:
+    """Overrides and folders of groups with which the sweep at `path` began. Raises UserError."""
+    content = load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path / SWEEP_FILE))
+    if not isinstance(content, dict):
+        raise UserError(Problem(str(path / SWEEP_FILE), "this is no sweep.yaml", "give the directory of a sweep"))
+    return [str(text) for text in content.get("overrides") or []], [str(f) for f in content.get("config_dirs") or []]
+
+
+def continued(sweep: Sweep) -> tuple[Sweep, bool]:
+    """`sweep` with what the first start froze, where its directory holds one; whether its runs became longer.
+
+    Raises:
+        UserError: the directory holds something else, or a sweep whose other settings differ.
+    """
+    path = sweep.path
+    if not is_sweep(path):
+        if path.exists() and (
+            not path.is_dir() or any(e.name not in (records.LOCK, "launch.json") for e in path.iterdir())
+        ):
+            reason = "this is no sweep, and not empty" if path.is_dir() else "this is a file"
+            fix = "give a new or empty folder, or one that holds this sweep"
+            raise UserError(Problem("sweep.dir", reason, fix, str(path)))
+        return sweep, False
+    old = read_run(path / SWEEP_FILE)
+    before = set(load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path)).get("axes") or {})
+    now = {axis.key for axis in sweep.axes}
+    if before != now:
+        reason = f"the sweep in {path} varies {', '.join(sorted(before))}, not {', '.join(sorted(now))}"
+        raise UserError(Problem("sweep.dir", reason, "give another sweep.dir", str(path)))
+    tree, stored = to_dict(sweep.base), to_dict(old.config)
+    varied = {axis.key.lstrip("+") for axis in sweep.axes}
+    for key in FROZEN_AT_START:
+        section, name = key.split(".")
+        if section not in varied and key not in varied and name in tree[section] and name in stored[section]:
+            tree[section][name] = stored[section][name]
+    base = from_dict(tree, "the composed configuration")
+    for key in varied:
+        _copy(tree, stored, key)
+    check_resume(from_dict(stored, str(path / SWEEP_FILE)), base)
+    longer = (old.config.trainer.max_steps, old.config.trainer.epochs) != (base.trainer.max_steps, base.trainer.epochs)
+    return replace(sweep, base=base), longer
+
+
+def _copy(source: dict[str, Any], target: dict[str, Any], key: str) -> None:
+    *holders, last = key.split(".")
+    for name in holders:
+        source, target = source.get(name) or {}, target.setdefault(name, {})
+    if last in source:
+        target[last] = source[last]
+
+
+def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
+    """Overrides that give every trial what the first start froze, whenever it begins."""
+    varied = {axis.key.lstrip("+") for axis in axes}
+    tree = to_dict(base)
+    found = []
+    for key in FROZEN_AT_START:
+        section, name = key.split(".")
+        value = tree[section].get(name)
+        whole_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied
+        if value is not None and not whole_varied:
+            found.append(f"{key}={value}")
+    return found
+
+
+# ---- records of trials ----
+
+
+def write_record(sweep: Path, record: Record) -> None:
+    path = record_path(sweep, record.name)
+    path.parent.mkdir(exist_ok=True)
+    records.write_json(path, asdict(record))
+
+
+def status_in(run_dir: Path) -> str:
+    """The status in the trial's result.json; empty without one."""
+    return str((records.read_result(run_dir) or {}).get("status") or "")

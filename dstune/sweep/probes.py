@@ -1,0 +1,92 @@
+"""Whether the values of all axes can be trained with, told before the first trial starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from dstune.config.compose import apply_overrides, compose
+from dstune.config.hydra_session import group_options, session
+from dstune.config.names import all_keys, sections
+from dstune.config.schema import RunConfig
+from dstune.config.sweep_schema import OptunaConfig, Sampler, SweepConfig
+from dstune.config.sweep_space import Assignment, Axis, Split, first, grid
+from dstune.errors import Problem, UserError
+
+MOST_COMBINATIONS = 512
+"""Of more, each value is looked at beside the first ones of the other axes."""
+
+
+def groups(config_dirs: Sequence[str], overrides: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """The choices of each group where one is to be matched by `glob()`; reading them takes a while otherwise."""
+    if not any("glob(" in text for text in overrides):
+        return {}
+    with session(config_dirs) as hydra:
+        return group_options(hydra)
+
+
+def of_axes(sweep: SweepConfig, axes: Sequence[Axis]) -> list[Problem]:
+    """What the sweeper cannot do with an axis."""
+    problems = []
+    for axis in axes:
+        if axis.is_interval and not isinstance(sweep, OptunaConfig):
+            reason = "an interval has no single values to combine"
+            fix = f"{axis.key}=A,B,C or range(FROM,TO,STEP), or let Optuna choose: hydra/sweeper=optuna"
+            problems.append(Problem(axis.key, reason, fix, _shown(axis)))
+        elif axis.is_interval and sweep.sampler is Sampler.grid:  # type: ignore[union-attr]
+            fix = "single values, or sweep.sampler=tpe"
+            problems.append(Problem(axis.key, "sweep.sampler=grid needs single values", fix, _shown(axis)))
+    return problems
+
+
+def _shown(axis: Axis) -> str:
+    return f"interval({axis.low:g},{axis.high:g})"
+
+
+def configurations(found: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
+    """The configuration of every combination, or of every value where there are too many; the first one first.
+
+    Raises:
+        UserError: every problem with names and types of the values; `validate` is for the caller.
+    """
+    chosen = [axis for axis in found.axes if not _is_value(axis)]
+    values = [axis for axis in found.axes if _is_value(axis)]
+    problems: dict[Problem, None] = {}
+    configs = []
+    for groups_chosen in _assignments(chosen):
+        # Groups take Hydra, half a second each time; single values do not.
+        start = [*found.fixed, *groups_chosen.overrides, *first(values).overrides]
+        try:
+            base = compose(start, config_dirs).config
+        except UserError as error:
+            problems |= dict.fromkeys(error.problems)
+            continue
+        for assignment in _assignments(values):
+            try:
+                configs.append(apply_overrides(base, assignment.overrides))
+            except UserError as error:
+                problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(problems)
+    return configs
+
+
+def _is_value(axis: Axis) -> bool:
+    """Whether the axis is a plain key, whose values can be put into a composed configuration."""
+    return axis.key in all_keys() and axis.key not in sections() and axis.key != "zero.path"
+
+
+def _assignments(axes: Sequence[Axis]) -> Iterable[Assignment]:
+    whole = [Axis(axis.key, axis.probes) for axis in axes]
+    count = 1
+    for axis in whole:
+        count *= len(axis.values)
+    if count <= MOST_COMBINATIONS:
+        return grid(whole)
+    start = first(whole)
+    one_by_one = (
+        Assignment(start.axes, (*start.values[:at], value, *start.values[at + 1 :]))
+        for at, axis in enumerate(whole)
+        for value in axis.values[1:]
+    )
+    return itertools.chain([start], one_by_one)

@@ -1,0 +1,220 @@
+"""Runs the trials of a sweep, as many at a time as there are slots, and never stops because one of them failed.
+
+A trial is a process of its own (`dstune train` with other values) in a session of its own: the terminal's Ctrl-C reaches
+the sweep alone, which asks its trials to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dstune.launch import attempt, records
+from dstune.launch.commands import python_path
+from dstune.launch.console import Console
+from dstune.paths import PRUNE_FILE
+from dstune.sweep.devices import Slot
+from dstune.sweep.directory import status_in, write_record
+from dstune.sweep.outcome import Metrics
+from dstune.trials import Record, read_record, record_path
+
+ENTRY = (sys.executable, "-m", "dstune.sweep.trial")
+"""What becomes `dstune train` for a trial."""
+POLL_SECONDS = 0.2
+PRUNE_PATIENCE = 60.0
+"""How long a trial that was pruned may take to end by itself; it looks after every step."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of values."""
+
+    name: str
+    number: int
+    overrides: list[str]
+    """The values, as on the command line."""
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Running:
+    trial: Trial
+    slot: Slot
+    process: subprocess.Popen[bytes]
+    metrics: Metrics
+    log_start: int
+    record: Record
+    started: float = field(default_factory=time.monotonic)
+    pruned: str = ""
+    """Why, once it was decided."""
+    pruned_at: float = 0.0
+    asked: int = 0
+    """Signals that were passed on."""
+
+
+class Source(Protocol):
+    """Where trials come from: every combination, or Optuna."""
+
+    def next(self) -> Trial | None:
+        """The next one to start; None where there is none now (`exhausted`: and will not be)."""
+        ...
+
+    @property
+    def exhausted(self) -> bool: ...
+
+    def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Take note of new rows of metrics.jsonl; why the trial is to be ended now, or nothing."""
+        ...
+
+    def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
+        """Take note of its end; what it reached by objective."""
+        ...
+
+
+class Schedule:
+    """common: what follows `dstune train` for every trial. received: signals, filled by a handler."""
+
+    def __init__(
+        self,
+        sweep: Path,
+        source: Source,
+        slots: Sequence[Slot],
+        common: Sequence[str],
+        console: Console,
+        received: list[str],
+    ):
+        self._sweep, self._source, self._common = sweep, source, list(common)
+        self._free = list(slots)
+        self._console, self._received = console, received
+        self._running: list[Running] = []
+        self._told = 0
+        (sweep / "logs").mkdir(exist_ok=True)
+
+    def run(self) -> None:
+        """Until no trial is left, or the sweep was asked to stop."""
+        try:
+            while True:
+                self._obey_signals()
+                while self._free and not self._received and (trial := self._source.next()) is not None:
+                    self._start(trial, self._free.pop(0))
+                for running in list(self._running):
+                    self._look_at(running)
+                if not self._running and (self._received or self._source.exhausted):
+                    return
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _start(self, trial: Trial, slot: Slot) -> None:
+        run_dir, log = self._sweep / trial.name, self._sweep / "logs" / f"{trial.name}.log"
+        before = read_record(record_path(self._sweep, trial.name))
+        record = replace(
+            before or Record(trial.name, trial.number, dict(trial.values)),
+            status="running",
+            reason="",
+            place=slot.label,
+            starts=(before.starts if before else 0) + 1,
+        )
+        write_record(self._sweep, record)
+        (run_dir / PRUNE_FILE).unlink(missing_ok=True)
+        own = [*trial.overrides, f"run.dir={quoted(str(run_dir))}", f"run.name={quoted(trial.name)}"]
+        cores = ",".join(map(str, slot.cores)) or "all"
+        command = [*ENTRY, str(os.getpid()), cores, *self._common, *own]
+        env = {**os.environ, **slot.env, "PYTHONSAFEPATH": "1"}
+        if path := python_path(env.get("PYTHONPATH", "")):
+            env["PYTHONPATH"] = path
+        with log.open("ab") as output:
+            start = output.tell()
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self._running.append(Running(trial, slot, process, Metrics(run_dir), start, record))
+        again = " again" if record.starts > 1 else ""
+        self._console.stage(f"{trial.name} starts{again} on {slot.label}")
+
+    def _obey_signals(self) -> None:
+        if len(self._received) > self._told:
+            self._told = len(self._received)
+            what = "trials save and stop; again to stop at once" if self._told == 1 else "trials stop at once"
+            self._console.message(f"dstune: received {self._received[-1]}: {what}")
+        for running in self._running:
+            while running.asked < min(self._told, 2):
+                # Two different ones: the same signal within a moment counts once (`launch.signals`).
+                running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.asked])
+                running.asked += 1
+
+    def _look_at(self, running: Running) -> None:
+        ended = running.process.poll() is not None  # before the last look at its metrics
+        run_dir = self._sweep / running.trial.name
+        rows = running.metrics.new()
+        if rows and not running.pruned and not running.asked and (reason := self._source.watch(running.trial, rows)):
+            running.pruned, running.pruned_at = reason, time.monotonic()
+            if not ended:
+                _leave(run_dir / PRUNE_FILE, reason)
+        if ended:
+            self._conclude(running, run_dir)
+        elif running.pruned and running.asked < 2 and time.monotonic() - running.pruned_at > PRUNE_PATIENCE:
+            running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.asked])
+            running.asked += 1
+
+    def _conclude(self, running: Running, run_dir: Path) -> None:
+        self._running.remove(running)
+        self._free.append(running.slot)
+        code, status = running.process.returncode, status_in(run_dir)
+        if running.pruned and status not in ("completed", "stopped", "pruned"):
+            status = "pruned"
+            result = records.read_result(run_dir) or {}
+            records.write_json(records.result_path(run_dir), {**result, "status": status, "reason": running.pruned})
+        (run_dir / PRUNE_FILE).unlink(missing_ok=True)
+        if code not in (EXIT_DONE, EXIT_PREEMPTED) and status != "pruned":
+            status = "failed"
+        if not status or (code == EXIT_PREEMPTED and status != "pruned"):
+            status = "preempted" if running.asked or code == EXIT_PREEMPTED else "failed"
+        reason = str((records.read_result(run_dir) or {}).get("reason") or "")
+        if status == "failed" and (not reason or code not in (EXIT_DONE, EXIT_FAILED)):
+            reason = self._said(running) or reason or f"it ended with exit code {code}"
+        reached = self._source.ended(running.trial, status, run_dir)
+        seconds = running.record.seconds + time.monotonic() - running.started
+        record = replace(running.record, status=status, reason=reason, objective=reached, seconds=round(seconds, 1))
+        write_record(self._sweep, record)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in reached.items())
+        told = f" ({reason.splitlines()[0]})" if reason else ""
+        took = f" after {time.monotonic() - running.started:.0f} s"
+        self._console.stage(f"{running.trial.name} {status}{took}{': ' * bool(values)}{values}{told}")
+        if status == "failed":
+            self._console.message(f"dstune: its output is in {self._sweep / 'logs' / running.trial.name}.log")
+
+    def _said(self, running: Running) -> str:
+        """What a trial that had no result said last: the user's mistake, with key, value, reason and fix."""
+        lines = attempt.last_lines(self._sweep / "logs" / f"{running.trial.name}.log", running.log_start)
+        begin = max((at for at, line in enumerate(lines) if line.startswith("dstune: ")), default=None)
+        return "\n".join(lines[begin:] if begin is not None else lines[-1:]).removeprefix("dstune: ")
+
+    def _abandon(self) -> None:
+        """Something is wrong with the sweep itself: its trials save and end without it."""
+        for running in self._running:
+            with contextlib.suppress(OSError):
+                running.process.send_signal(signal.SIGTERM)
+
+
+def _leave(file: Path, text: str) -> None:
+    """Write a file that a rank may look at any time."""
+    aside = file.with_name(f"{file.name}.incomplete")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def quoted(text: str) -> str:
+    """`text` as a value of Hydra's grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

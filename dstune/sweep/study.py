@@ -1,0 +1,322 @@
+"""`sweep=optuna`: trials are asked of an Optuna study, told what they reached, and ended early where it says so.
+
+The published Hydra plugin is held to Optuna 2 and knows nothing of runs that are continued; this one uses the study's
+ask-and-tell interface, and a study that several machines share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import socket
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from dstune.config.schema import RunConfig
+from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
+from dstune.config.sweep_space import Assignment, Axis, grid
+from dstune.errors import Problem, UserError
+from dstune.sweep.directory import Sweep, identity, status_in, trial_name, write_record
+from dstune.sweep.outcome import Metrics, reached
+from dstune.sweep.schedule import Trial
+from dstune.trials import FINISHED, LOWER, Record, read_record, record_path
+
+if TYPE_CHECKING:
+    import optuna
+
+OWNER, SEEN, OBJECTIVES, STARTS = "dstune_owner", "dstune_seen", "dstune_objectives", "dstune_starts"
+"""Attributes of trials and studies. The owner is the process that runs the trial; nobody's where it is empty."""
+SEEN_EVERY, FORSAKEN_AFTER = 60.0, 600.0
+"""How often an owner in a shared storage says that it lives, and after which silence others go on with its trial."""
+ASK_EVERY = 5.0
+"""How often the storage is asked again whether there is something to do."""
+
+
+class Study:
+    """objectives: metrics, the first of which ranks the trials."""
+
+    def __init__(self, sweep: Sweep, objectives: Sequence[str]):
+        """Raises UserError: Optuna is not installed, the storage cannot be used, the study is about something else."""
+        assert isinstance(sweep.base.sweep, OptunaConfig)
+        self._sweep, self._config, self._axes = sweep.path, sweep.base, sweep.axes
+        self._settings: OptunaConfig = sweep.base.sweep
+        self._objectives = list(objectives)
+        self._optuna = _imported()
+        self._distributions = {axis.key: self._distribution(axis) for axis in self._axes}
+        self._study = self._open(sweep)
+        self._wanted = self._settings.trials
+        self._check()
+        if self._settings.sampler is Sampler.grid:
+            self._wanted = self._enqueue_all()
+        self._mine: dict[int, optuna.Trial] = {}
+        self._put_off: set[int] = set()
+        """Trials that saved and left by themselves (run.time_limit): the next start goes on with them."""
+        self._failed, self._asked, self._told = 0, -math.inf, time.monotonic()
+        me = psutil.Process()
+        self._me = f"{socket.gethostname()}:{me.pid}:{me.create_time():.0f}"
+
+    @property
+    def wanted(self) -> int:
+        return self._wanted
+
+    @property
+    def done(self) -> int:
+        """Trials that have an end other than a failure."""
+        states = self._optuna.trial.TrialState
+        return len(self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
+
+    # ---- what the schedule asks ----
+
+    def next(self) -> Trial | None:
+        if time.monotonic() - self._asked < ASK_EVERY:
+            return None
+        states = self._optuna.trial.TrialState
+        known = self._study.get_trials(deepcopy=False)
+        for frozen in known:
+            skipped = frozen.number in self._mine or frozen.number in self._put_off
+            if frozen.state is states.RUNNING and not skipped and self._is_free(frozen):
+                again = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
+                if status_in(self._sweep / again.name) not in FINISHED:
+                    return again
+                self._settle(again)  # it had ended when the sweep was killed
+        counted = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in known)
+        if counted + self._failed >= self._wanted:
+            self._asked = time.monotonic()
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lists as choices, experimental samplers
+            return self._begin(self._study.ask(fixed_distributions=self._distributions))
+
+    @property
+    def exhausted(self) -> bool:
+        return time.monotonic() - self._asked < ASK_EVERY
+
+    def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
+        self._show_life()
+        if self._settings.pruner is Pruner.none:
+            return ""
+        own, name = self._mine[trial.number], f"eval/{self._objectives[0]}"
+        known = self._study._storage.get_trial(own._trial_id).intermediate_values
+        for row in rows:
+            if name not in row or row["step"] == 0 or row["step"] in known:
+                continue
+            value = row[name]
+            own.report(math.nan if value is None else float(value), row["step"])
+            if own.should_prune():
+                shown = "not finite" if value is None else f"{value:.4g}"
+                return f"pruned ({self._settings.pruner.name}) at step {row['step']}: {self._objectives[0]} {shown}"
+        return ""
+
+    def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
+        states = self._optuna.trial.TrialState
+        own = self._mine.pop(trial.number)
+        self._asked = -math.inf
+        if status == "preempted":
+            own.set_user_attr(OWNER, "")
+            self._put_off.add(trial.number)
+            return {}
+        found = reached(run_dir, self._config, self._objectives)
+        if status == "pruned":
+            self._study.tell(trial.number, state=states.PRUNED)
+            return found or self._last_seen(run_dir)
+        if status in FINISHED and len(found) == len(self._objectives):
+            self._study.tell(trial.number, [found[name] for name in self._objectives])
+            return found
+        self._failed += 1
+        self._study.tell(trial.number, state=states.FAIL)
+        return found if status in FINISHED else {}
+
+    # ---- inside ----
+
+    def _begin(self, own: optuna.Trial) -> Trial:
+        self._mine[own.number] = own
+        own.set_user_attr(OWNER, self._me)
+        own.set_user_attr(SEEN, time.time())
+        values = tuple(axis.value(own.params[axis.key]) for axis in self._axes)
+        assignment = Assignment(tuple(self._axes), values)
+        return Trial(trial_name(assignment, own.number), own.number, assignment.overrides, assignment.plain)
+
+    def _settle(self, trial: Trial) -> None:
+        run_dir, status = self._sweep / trial.name, status_in(self._sweep / trial.name)
+        record = read_record(record_path(self._sweep, trial.name))
+        record = record or Record(trial.name, trial.number, dict(trial.values))
+        objective = self.ended(trial, status, run_dir)
+        write_record(self._sweep, replace(record, status=status, objective=objective))
+
+    def _last_seen(self, run_dir: Path) -> dict[str, float]:
+        name = self._objectives[0]
+        values = [row.get(f"eval/{name}") for row in Metrics(run_dir).new()]
+        last = next((value for value in reversed(values) if isinstance(value, (int, float))), None)
+        return {} if last is None else {name: float(last)}
+
+    def _is_free(self, frozen: optuna.trial.FrozenTrial) -> bool:
+        """Whether nobody runs this unfinished trial."""
+        owner, seen = frozen.user_attrs.get(OWNER), frozen.user_attrs.get(SEEN, 0.0)
+        if owner is None:  # another program's, or another machine asks for it at this moment
+            return self._settings.storage is None
+        if self._settings.storage is None or not owner:  # the directory is locked: whoever had it is gone
+            return True
+        host, pid, started = owner.rsplit(":", 2)
+        if host == socket.gethostname():
+            return not _lives(int(pid), float(started))
+        return time.time() - seen > FORSAKEN_AFTER
+
+    def _show_life(self) -> None:
+        if self._settings.storage is None or time.monotonic() - self._told < SEEN_EVERY:
+            return
+        self._told = time.monotonic()
+        for own in self._mine.values():
+            own.set_user_attr(SEEN, time.time())
+
+    def _open(self, sweep: Sweep) -> optuna.Study:
+        settings, optuna_ = self._settings, self._optuna
+        location = settings.storage or f"sqlite:///{self._sweep.absolute() / 'study.db'}"
+        name = settings.study or f"{self._config.run.name}-{identity(self._config, self._axes)}"
+        directions = ["minimize" if metric in LOWER else "maximize" for metric in self._objectives]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                study = optuna_.create_study(
+                    storage=_storage(optuna_, location),
+                    study_name=name,
+                    directions=directions,
+                    load_if_exists=True,
+                    pruner=_pruner(optuna_, settings, self._config),
+                )
+                starts = study.user_attrs.get(STARTS, 0)
+                # Another start, or machine, must not draw the first one's numbers again.
+                study.sampler = _sampler(
+                    optuna_, settings, settings.seed if not starts else _mixed(settings.seed, starts)
+                )
+        except UserError:
+            raise
+        except Exception as error:  # of SQLAlchemy, its drivers, redis, the file system
+            reason = f"the storage cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}"
+            fix = "look at the address, and install the driver of the database"
+            raise UserError(Problem("sweep.storage", reason, fix, location)) from None
+        study.set_user_attr(STARTS, starts + 1)
+        return study
+
+    def _check(self) -> None:
+        """Raises UserError where the study that was found has other objectives or another space."""
+        study, optuna_ = self._study, self._optuna
+        before = study.user_attrs.get(OBJECTIVES)
+        if before is None:
+            study.set_user_attr(OBJECTIVES, self._objectives)
+        elif before != self._objectives:
+            fix = f"sweep.objective=[{','.join(before)}], or another sweep.dir (with a storage: another sweep.study)"
+            reason = f"the study {study.study_name} compares trials by {', '.join(before)}"
+            raise UserError(Problem("sweep.objective", reason, fix, f"[{','.join(self._objectives)}]"))
+        problems: dict[str, Problem] = {}
+        for trial in study.get_trials(deepcopy=False):
+            for key, old in trial.distributions.items():
+                try:
+                    optuna_.distributions.check_distribution_compatibility(old, self._distributions[key])
+                except (KeyError, ValueError):
+                    choices = getattr(old, "choices", None)
+                    fix = f"{key}={','.join(map(str, choices))}" if choices else "the values of before"
+                    reason = f"the study {study.study_name} began with other values, and what it learned is about those"
+                    problems[key] = Problem(key, reason, f"{fix}, or another sweep.dir", "")
+        if problems:
+            raise UserError(problems.values())
+
+    def _distribution(self, axis: Axis) -> optuna.distributions.BaseDistribution:
+        kinds = self._optuna.distributions
+        if axis.is_interval and axis.integer:
+            return kinds.IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+        if axis.is_interval:
+            return kinds.FloatDistribution(axis.low, axis.high, log=axis.log)
+        if axis.step is not None and axis.integer:
+            return kinds.IntDistribution(int(axis.low), int(axis.high), step=int(axis.step))
+        if axis.step is not None:
+            return kinds.FloatDistribution(axis.low, axis.high, step=axis.step)
+        return kinds.CategoricalDistribution([value.plain for value in axis.values])
+
+    def _enqueue_all(self) -> int:
+        """`sweep.sampler=grid`: every combination waits in the study, once. (Optuna's own grid sampler ends the study from
+        inside, which its ask-and-tell interface does not allow.)"""
+        combinations = [one.plain for one in grid(self._axes)]
+        known = [
+            frozen.params or frozen.system_attrs.get("fixed_params")
+            for frozen in self._study.get_trials(deepcopy=False)
+            if frozen.state is not self._optuna.trial.TrialState.FAIL
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for values in combinations:
+                if values not in known:
+                    self._study.enqueue_trial(values)
+        return len(combinations)
+
+
+def _imported() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise UserError(
+            Problem("sweep", "needs the package optuna", "pip install 'dstune[optuna]'", "optuna")
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _storage(optuna: Any, location: str) -> Any:
+    if location.startswith("journal:"):
+        path = location.removeprefix("journal:").removeprefix("//")
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+    if location.startswith(("redis://", "rediss://")):
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(location))
+    return location
+
+
+def _sampler(optuna: Any, settings: OptunaConfig, seed: int) -> Any:
+    samplers, first = optuna.samplers, settings.startup_trials
+    match settings.sampler:
+        case Sampler.tpe:
+            # Several at a time: a trial that runs counts as a bad one, so that its neighbourhood is not drawn again.
+            return samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True)
+        case Sampler.random | Sampler.grid:
+            return samplers.RandomSampler(seed=seed)
+        case Sampler.qmc:
+            return samplers.QMCSampler(seed=settings.seed, scramble=True)
+        case Sampler.gp:
+            return samplers.GPSampler(seed=seed, n_startup_trials=first)
+        case Sampler.cmaes:
+            return samplers.CmaEsSampler(seed=seed, n_startup_trials=first)
+        case Sampler.nsgaii:
+            return samplers.NSGAIISampler(seed=seed)
+
+
+def _pruner(optuna: Any, settings: OptunaConfig, config: RunConfig) -> Any:
+    pruners, first = optuna.pruners, settings.min_steps or max(config.evaluate.every, 1)
+    match settings.pruner:
+        case Pruner.none:
+            return pruners.NopPruner()
+        case Pruner.median:
+            return pruners.MedianPruner(n_startup_trials=settings.startup_trials, n_warmup_steps=first - 1)
+        case Pruner.asha:
+            return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=settings.reduction_factor)
+        case Pruner.hyperband:
+            return pruners.HyperbandPruner(
+                min_resource=first,
+                max_resource=config.trainer.max_steps or "auto",
+                reduction_factor=settings.reduction_factor,
+            )
+
+
+def _mixed(seed: int, starts: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {starts}".encode()).digest()[:4], "big")
+
+
+def _lives(pid: int, started: float) -> bool:
+    try:
+        return os.getpid() == pid or abs(psutil.Process(pid).create_time() - started) < 2.0
+    except psutil.Error:
+        return False

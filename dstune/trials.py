@@ -1,0 +1,160 @@
+"""What a sweep writes of its trials (`SWEEP/trials/NAME.json`) and which of them is better: for the sweep, the report and
+`dstune runs`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dstune.config.sweep_rules import COSTS, LOWER_COSTS
+from dstune.train.metrics import LOWER_IS_BETTER
+
+SWEEP_FILE = "sweep.yaml"
+RECORDS = "trials"
+FINISHED = ("completed", "stopped", "pruned")
+"""Statuses of a trial that is not started again."""
+TRAINING_LOSS = "training_loss"
+"""What trials without validation rows are compared by: the mean of the last tenth of the steps."""
+LOWER = LOWER_IS_BETTER | {TRAINING_LOSS, *LOWER_COSTS}
+"""Objectives of which less is better."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a trial, also of one that failed before it had a run directory."""
+
+    name: str
+    number: int
+    values: dict[str, Any]
+    """Value of each key that the sweep varies."""
+    status: str = "running"
+    """`running`; completed, stopped, preempted or failed as in result.json; `pruned`."""
+    reason: str = ""
+    objective: dict[str, float] = field(default_factory=dict)
+    place: str = ""
+    """Machine and devices of the last start."""
+    seconds: float = 0.0
+    """From start to end, of all starts together."""
+    starts: int = 0
+
+
+def is_sweep(path: Path) -> bool:
+    return (path / SWEEP_FILE).is_file()
+
+
+def record_path(sweep: Path, name: str) -> Path:
+    return sweep / RECORDS / f"{name}.json"
+
+
+def read_record(path: Path) -> Record | None:
+    """None where the file is absent, torn or of something else."""
+    known = {one.name for one in fields(Record)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{name: value for name, value in content.items() if name in known})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def read_records(sweep: Path) -> list[Record]:
+    """All trials, by their number."""
+    found = [read_record(path) for path in (sweep / RECORDS).glob("*.json")]
+    return sorted((one for one in found if one is not None), key=lambda one: (one.number, one.name))
+
+
+def objectives_of(sweep: Path) -> list[str]:
+    """What `sweep.yaml` says that trials are compared by."""
+    try:
+        content = yaml.safe_load((sweep / SWEEP_FILE).read_text(encoding="utf-8"))
+        return [str(name) for name in content["objective"]]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return ["loss"]
+
+
+def ranked(found: Sequence[Record], objective: str) -> list[Record]:
+    """Best first; a pruned trial behind those that ran to their end, and then those that have no end."""
+
+    def key(one: Record) -> tuple[int, bool, float]:
+        rank = 2 if one.status not in FINISHED else 1 if one.status == "pruned" else 0
+        return (rank, *better_first(one.objective.get(objective), objective))
+
+    return sorted(found, key=key)
+
+
+def better_first(value: float | None, objective: str) -> tuple[bool, float]:
+    """A key that sorts what was reached: the best first, what has no value last."""
+    if value is None:
+        return (True, 0.0)
+    return (False, value if objective in LOWER else -value)
+
+
+def unbeaten(found: Sequence[Record], objectives: Sequence[str]) -> set[str]:
+    """Names of the finished trials that no other beats in all objectives (the Pareto front)."""
+    whole = [one for one in found if one.status in ("completed", "stopped") and set(objectives) <= set(one.objective)]
+    costs = {one.name: tuple(better_first(one.objective[name], name)[1] for name in objectives) for one in whole}
+
+    def beaten(name: str) -> bool:
+        own = costs[name]
+        return any(
+            all(theirs <= mine for theirs, mine in zip(other, own, strict=True)) and other != own
+            for other in costs.values()
+        )
+
+    return {name for name in costs if not beaten(name)}
+
+
+# ---- what a trial reached ----
+
+
+def reached(
+    result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], objectives: Sequence[str], *, of_best: bool
+) -> dict[str, float]:
+    """The value of each objective that a run has: of the last evaluation, or of the best one.
+
+    result: its result.json. rows: those of its metrics.jsonl. of_best: whether its best weights are what it exports.
+    """
+    evaluated: Mapping[str, Any] = result.get("eval_final") or {}
+    best = result.get("best")
+    if of_best and isinstance(best, dict):
+        at_best = [row for row in rows if row["step"] == best.get("step") and f"eval/{best.get('metric')}" in row]
+        if at_best:
+            evaluated = {name.removeprefix("eval/"): value for name, value in at_best[-1].items()}
+    found = {}
+    for name in objectives:
+        if name == TRAINING_LOSS:
+            value = _training_loss(rows)
+        else:
+            value = result.get(name) if name in COSTS else evaluated.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found[name] = float(value)
+    return found
+
+
+def _training_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), (int, float))]
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def settled(
+    record: Record,
+    result: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    objectives: Sequence[str],
+    of_best: bool,
+) -> Record:
+    """`record` with the end of its run, where no sweep waited for it (jobs of an array, a sweep that was killed)."""
+    status = str(result.get("status") or "")
+    if record.status != "running" or not status:
+        return record
+    found = reached(result, rows, objectives, of_best=of_best) if status in FINISHED else {}
+    seconds = record.seconds or float(result.get("seconds") or 0.0)
+    return replace(
+        record, status=status, reason=str(result.get("reason") or ""), objective=found, seconds=round(seconds, 1)
+    )
