@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -64,8 +65,8 @@ def test_a_rank_that_hangs_is_ended_with_stacks(workplace):  # noqa: F811
     log = (run_dir / "logs" / "rank-0.log").read_text()
     assert "rank 0 made no progress for 3 s" in log
     assert "loop.py" in log.split("made no progress")[1]
-    # In a collective, or for the handle of one that it began before: it depends on where rank 1 was stopped.
-    assert "rank 0 waited in the collective" in workplace.log or "it is in " in log
+    # Rank 1, which is let go to be ended, may still say that it waited there too.
+    assert re.search(r"ranks? 0.* waited in the collective|it is in ", workplace.log + log)
     assert "rank 1 was stopped (SIGSTOP, or a debugger)" in workplace.log
     assert result(run_dir)["status"] == "failed"
 
