@@ -29,7 +29,7 @@ from dstune.config.task_schema import (
     Seq2SeqConfig,
     TaskConfig,
 )
-from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
+from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.launch import hub
 from dstune.launch import plan as planner
 from dstune.planning import source
@@ -286,14 +286,17 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
 
 
 def _asked(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
-    """The metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt)."""
+    """The metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt). Raises
+    UserError where it cannot be asked, DstuneError where a signal has stopped it."""
     words = [*overrides, f"data.validation={data}", f"evaluate.max_rows={rows}", "data.packing=false"]
     if not config.data.train:
         words.append("data.clean.leaks=false")
     shots = [] if isinstance(config.task, EmbeddingConfig) else ["--shots", "0"]
     told = io.StringIO()
     with redirect_stdout(told):
-        code = evaluate.main([model.path, *words, *shots, "--json"])
+        code = evaluate.ask([model.path, *words, *shots, "--json"])
+    if code == EXIT_PREEMPTED:  # whoever stops the verb does not mean this model alone
+        raise DstuneError(f"stopped while {model.path} was asked")
     if code != EXIT_DONE:
         raise UserError(Problem("--probe", f"dstune evaluate ended with exit code {code}", "see above", model.path))
     result: dict[str, Any] = json.loads(told.getvalue().splitlines()[-1])

@@ -42,6 +42,12 @@ SPLITS = ("train", "validation", "test", "guard", "ood")
 
 def main(argv: list[str]) -> int:
     """`dstune evaluate RUN|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    code = ask(argv)
+    return EXIT_FAILED if code == EXIT_PREEMPTED else code  # there is nothing saved to go on from
+
+
+def ask(argv: list[str]) -> int:
+    """As `main`, with EXIT_PREEMPTED where a signal ended it."""
     arguments = _parse(argv)
     console = Console(sys.stderr if arguments.json else sys.stdout)
     if arguments.harness:
@@ -56,8 +62,7 @@ def main(argv: list[str]) -> int:
         ranks = tuple(_command(argv, directory, options) for argv in plan.argv)
         code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console)
         if code != EXIT_DONE:
-            # There is nothing saved to go on from.
-            return EXIT_FAILED if code == EXIT_PREEMPTED else code
+            return code
         result = records.read_result(directory)
         assert result is not None, "the supervisor saw to it"
     del result["status"]

@@ -63,6 +63,14 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "data.train", ("data.mixture replaces it", "data.mixture={}")
     if not data.streaming:
         yield "data.stream_rows", ("data.streaming is off", "data.streaming=true")
+    augment = data.augment
+    if not augment.synonyms:
+        yield "data.augment.synonym_share", ("no synonyms are given", "data.augment.synonyms=FILE")
+    if not augment.models:
+        for key in ("prompt", "temperature", "max_new_tokens"):
+            yield f"data.augment.{key}", ("no model rewrites copies", "data.augment.models=[MODEL]")
+    if not augment.on:
+        yield "data.augment.seed", ("no copies are made", "data.augment.copies=1")
     if data.packing:
         yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
     if zero.stage == 0:

@@ -351,6 +351,11 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
         if needs_cadence and evaluate.every == 0:
             yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
+    if stopping.max_gap is not None and isinstance(task, EmbeddingConfig):
+        reason = "the loss of task=embedding depends on how many texts are compared at once, so there is no gap to measure"
+        yield Problem(
+            "trainer.early_stopping.max_gap", reason, "trainer.early_stopping.patience=3", shown(stopping.max_gap)
+        )
     if stopping.metric in GENERATION_METRICS and evaluate.generate_rows == 0 and stopping.metric in metrics:
         reason = f"{stopping.metric} is a metric of generated targets, and evaluate.generate_rows is 0"
         fix = "evaluate.generate_rows=100, or trainer.early_stopping.metric=loss"

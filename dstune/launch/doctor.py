@@ -18,15 +18,13 @@ from dstune.config.launch_rules import check_launch
 from dstune.config.launch_schema import HostfileConfig, LocalConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
-from dstune.launch import checks, hosts, records, remote, slurm, supervise
+from dstune.launch import checks, hosts, machine, records, remote, slurm, supervise
 from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
 from dstune.launch.commands import local_plan
 from dstune.launch.console import Console
 from dstune.launch.hostfile import chosen, read
 from dstune.launch.remote_commands import ssh_of
 
-LINKS = {"B200": 900, "H200": 450, "H100": 450, "A100": 300, "MI300X": 448, "L40S": 32, "4090": 32}
-"""GB/s from a GPU to another one of its node in one direction, by a part of its name: the vendors' published figures."""
 MINUTES = "10"
 """Time limit of a job that measures."""
 ENOUGH = 0.8
@@ -166,13 +164,14 @@ def judge(found: dict) -> Check:
     if found.get("nccl_over_sockets"):
         fix = "is the fabric's driver there (ibv_devinfo), and launch.interface right? NCCL_DEBUG=INFO says more"
         return Check("all-reduce", WARN, f"{detail}; NCCL goes over TCP sockets", fix)
-    link = next((speed for name, speed in LINKS.items() if name in found["device"]), None)
-    if link is None or hosts_of > 1:  # between nodes the network decides, which nobody has told
+    device = machine.known_device(found["device"])
+    if device is None or hosts_of > 1:  # between nodes the network decides, which nobody has told
         return Check("all-reduce", PASS, detail)
+    link = device.link
     if best < ENOUGH * link:
         fix = "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO what NCCL makes of it"
-        return Check("all-reduce", WARN, f"{detail}; the link of a {found['device']} has {link} GB/s", fix)
-    return Check("all-reduce", PASS, f"{detail} of {link} GB/s")
+        return Check("all-reduce", WARN, f"{detail}; the link of a {found['device']} has {link:g} GB/s", fix)
+    return Check("all-reduce", PASS, f"{detail} of {link:g} GB/s")
 
 
 def _measuring(argv: tuple[str, ...]) -> tuple[str, ...]:

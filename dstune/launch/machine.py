@@ -55,12 +55,17 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
         fullest = min(taken or listed, key=lambda gpu: gpu.free_gib)
         free = fullest.free_gib if taken else float("inf")
         name, total = fullest.name, fullest.memory_gib
-        found = next((DEVICES[key] for part, key in NAMES.items() if part in name.upper()), None)
+        found = known_device(name)
         device = replace(found or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
         return Here(Cluster(device, ranks, known=found is not None, host_gib=memory.available / GIB), free)
     available = min(memory.available, container_limit()) / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)
     return Here(Cluster(cpu, ranks, known=False), float("inf") if machine.gpus else available / ranks)
+
+
+def known_device(name: str) -> Device | None:
+    """The device of the table by the name that its driver gives it."""
+    return next((DEVICES[key] for part, key in NAMES.items() if part in name.upper()), None)
 
 
 def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:

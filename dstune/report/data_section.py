@@ -85,7 +85,7 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
         add("removed by cleaning", removed, _of(removed, read))
     add("rows of this part", rows)
     augment = section(dict(counts), "augment")
-    add("copies added to them", augment.get("copies"), _changes(augment))
+    add("copies among them", augment.get("copies"), _changes(augment))
     for why, count in section(augment, "left_out").items():
         add(f"copies left out, {why.replace('_', ' ')}", count)
     if counts.get("truncated"):

@@ -45,15 +45,28 @@ class RunFiles:
 
     @property
     def status(self) -> str:
-        """That of result.json; without one `running`, or `ended` (killed before it could write a result)."""
+        """That of result.json; without one `running`, `elsewhere` (as `dstune status` says where it cannot know), or `ended`
+        (killed before it could write a result)."""
         if self.result.get("status"):
             return str(self.result["status"])
-        return "running" if _is_alive(self.launch) else "ended"
+        if _is_alive(self.launch):
+            return "running"
+        return "elsewhere" if self._place else "ended"
+
+    @property
+    def _place(self) -> str:
+        """Where a run is that this process cannot see; empty of one that was launched here."""
+        if jobs := self.launch.get("jobs"):
+            return f"SLURM job {jobs[-1]}"
+        host = self.launch.get("host")
+        return str(host) if host and host != socket.gethostname() else ""
 
     @property
     def reason(self) -> str:
         if self.status == "ended":
-            return "no result was written: the run was killed, or runs on another machine"
+            return "no result was written: the run was killed"
+        if self.status == "elsewhere":
+            return f"no result yet ({self._place}): `dstune status` there says whether it runs"
         return str(self.result.get("reason") or "")
 
 

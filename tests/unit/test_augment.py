@@ -176,5 +176,5 @@ def test_the_report_tells_it():
     augment = {"copies": 9, "changed": {"swap": {"rows": 9, "words": 31}, "models": {"rows": 4, "words": 0}}}
     shown = part("train", {"rows": 20, "augment": augment | {"left_out": {"held_out": 2}}}, {})
     facts = {label: (value, remark) for label, value, remark in shown.facts}
-    assert facts["copies added to them"] == ("9", "swap 31 words, models 4 rows")
+    assert facts["copies among them"] == ("9", "swap 31 words, models 4 rows")
     assert facts["copies left out, held out"][0] == "2"

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from support.tiny import save_bart, save_decoder, save_encoder
 
-from dstune import catalogue
+from dstune import catalogue, evaluate
 from dstune.config.presets import model_files
-from dstune.errors import UserError
+from dstune.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
 from dstune.launch import plan
 
 PREPARED = ("bert_base", "t5_small", "qwen3_4b", "llama3_8b", "llama3_70b")
@@ -142,3 +142,11 @@ def test_what_is_refused(shelf):
         catalogue.main(["task=reward", "data.packing=false", "--probe", "rows.jsonl", "hardware=H100"])
     with pytest.raises(UserError, match="no model of the task is on this machine"):
         catalogue.main(["--probe", "rows.jsonl", "hardware=H100"])
+
+
+def test_a_signal_ends_the_probe_and_not_one_model_alone(shelf, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "ask", lambda argv: EXIT_PREEMPTED)
+    words = [str(shelf / "decoder"), "task=chat", "--probe", "rows.jsonl", "hardware=H100"]
+    with pytest.raises(DstuneError, match=rf"stopped while {shelf / 'decoder'} was asked"):
+        catalogue.main(words)
+    assert evaluate.main([str(shelf / "decoder")]) == EXIT_FAILED

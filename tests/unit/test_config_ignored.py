@@ -30,6 +30,9 @@ def ignored(*overrides: str) -> dict[str, str]:
         ([*CHAT, "evaluate.max_new_tokens=5"], "evaluate.max_new_tokens"),
         ([*CHAT, "tracking.wandb.entity=me"], "tracking.wandb.entity"),
         ([*CHAT, "data.stream_rows=5"], "data.stream_rows"),
+        ([*CHAT, "data.augment.synonym_share=0.5"], "data.augment.synonym_share"),
+        ([*CHAT, "data.augment.temperature=0"], "data.augment.temperature"),
+        ([*CHAT, "data.augment.seed=1"], "data.augment.seed"),
         (["data.train=x.jsonl", "data.mixture={a: {path: y.jsonl}}"], "data.train"),
     ],
 )

@@ -136,6 +136,12 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
         (),
         ("evaluate.every=5", "data.validation=v.jsonl"),
     ),
+    (
+        "trainer.early_stopping.max_gap",
+        (*CHAT, *HELD_OUT, "evaluate.every=5", "trainer.early_stopping.max_gap=0.3"),
+        ("task=embedding",),
+        ("task=chat",),
+    ),
     ("run.export", (*CHAT, "run.export=best"), (), ("evaluate.every=5",)),
     ("run.export", (*CHAT, "run.export=best", *NOTHING_HELD_OUT), (), ("evaluate.every=5", "data.validation=v.jsonl")),
     ("evaluate.every", (*CHAT, "evaluate.every=5"), NOTHING_HELD_OUT, HELD_OUT),

@@ -16,6 +16,7 @@ from dstune.config.documentation import (
     GROUPS_START,
     METHODS_END,
     METHODS_START,
+    documentation,
     groups_table,
     markdown_table,
 )
@@ -142,3 +143,4 @@ def test_page_of_methods_is_that_of_schema_files_and_measurements():
 def test_configuration_reference_is_that_of_the_schema():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert text == f"{CONFIGURATION_HEAD}\n{markdown_table()}", "run python -m dstune.config.documentation"
+    assert not [f"{setting.group}.{setting.key}" for setting in documentation() if not setting.doc]

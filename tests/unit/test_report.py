@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,22 @@ def test_a_run_that_wrote_nothing(tmp_path: Path) -> None:
     page = page_of(run)
     for expected in ("dead ended", "the run was killed", "Nothing was logged", "No data report", "No environment"):
         assert expected in page.text
+
+
+@pytest.mark.parametrize(
+    ("launch", "told"),
+    [
+        ({"host": "login", "jobs": ["17", "18"]}, "far elsewhere"),
+        ({"host": "another"}, "far elsewhere"),
+        ({"host": socket.gethostname(), "jobs": []}, "far ended"),
+    ],
+)
+def test_a_run_that_cannot_be_seen_from_here_is_not_called_ended(tmp_path: Path, launch: dict, told: str) -> None:
+    run = write_run_directory(tmp_path / "run", name="far")
+    (run / "launch.json").write_text(json.dumps({"pid": 1, "started": 0.0, "processes": 2, **launch}))
+    page = page_of(run)
+    assert told in page.text
+    assert ("SLURM job 18" in page.text) is bool(launch.get("jobs"))
 
 
 def test_a_run_that_was_killed_reports_what_there_is(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Changed copies of training rows (`data.augment`): seeded, of training rows alone, and never one that is held out.
 
-What a copy becomes depends on the content of its row, its number and `data.augment.seed`, not on the other rows; what models
-write depends on the order of the rows too, since texts of a batch are sampled together.
+What a copy becomes depends on the content of its row, its number and the seeds of `data.augment` and `data.split` (the hash of
+a row has that one), not on the other rows; what models write depends on the order of the rows too, since texts of a batch are
+sampled together.
 """
 
 from __future__ import annotations
