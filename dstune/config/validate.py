@@ -352,7 +352,9 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         if needs_cadence and evaluate.every == 0:
             yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
     if stopping.max_gap is not None and isinstance(task, EmbeddingConfig):
-        reason = "the loss of task=embedding depends on how many texts are compared at once, so there is no gap to measure"
+        reason = (
+            "the loss of task=embedding depends on how many texts are compared at once, so there is no gap to measure"
+        )
         yield Problem(
             "trainer.early_stopping.max_gap", reason, "trainer.early_stopping.patience=3", shown(stopping.max_gap)
         )
