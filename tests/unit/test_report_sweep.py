@@ -154,7 +154,18 @@ def test_report_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert told["report"] == str(sweep / "report.html")
     assert [Path(run).name[:3] for run in told["runs"]] == ["001", "002", "003", "000", "004"]
     assert "Trials, best first" in (sweep / "report.html").read_text()
-    assert cli.main(["report", str(sweep / "001-lr=0.001,rank=8"), str(sweep / "000-lr=1e-05,rank=8"), "--json"]) == 0
+    assert (
+        cli.main(
+            [
+                "report",
+                str(sweep / "001-lr=0.001,rank=8"),
+                str(sweep / "000-lr=1e-05,rank=8"),
+                "--output",
+                str(sweep / "two.html"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_runs_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]):
