@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from pathlib import Path
 from typing import NoReturn
 
 from dstune.errors import Problem, UserError
+
+
+def is_path(word: str) -> bool:
+    """Whether the first word behind a verb is the PATH of a run, not an override or a flag. The directory of a sweep's trial
+    has `=` in its name."""
+    return Path(word, "run.yaml").is_file() or ("=" not in word and not word.startswith(("-", "~", "+")))
 
 
 class VerbParser(argparse.ArgumentParser):

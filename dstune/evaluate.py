@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import baseline_file, harness, samples
-from dstune.arguments import VerbParser
+from dstune.arguments import VerbParser, is_path
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
@@ -127,7 +127,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_intermixed_args(argv)
-    if "=" in arguments.target:
+    if not is_path(arguments.target):
         fix = f"dstune evaluate RUN {arguments.target}"
         raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
     if arguments.prompted and (arguments.shots is None or not _is_run(arguments.target)):

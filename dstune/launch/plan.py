@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     arguments = parse(argv)
     words, run = list(arguments.rest), None
-    if words and "=" not in words[0] and not words[0].startswith(("-", "~", "+")):
+    if words and is_path(words[0]):
         run = rundir.run_directory(Path(words.pop(0)))
     flags = hydra_flags(words)
     if flags.shows:

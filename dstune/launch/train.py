@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstune.arguments import is_path
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
@@ -85,7 +86,7 @@ def parse(argv: list[str]) -> Command:
     """Raises UserError: unknown flags, or a PATH that is no run."""
     words = [word for word in argv if word != "--json"]
     run = None
-    if words and _is_path(words[0]):
+    if words and is_path(words[0]):
         path = Path(words[0])
         if not (path / rundir.RUN_FILE).is_file() and (fix := meaning(words[0], words[1:])):
             reason = "this is neither key=value nor a run directory"
@@ -186,8 +187,3 @@ def show_configuration(command: Command) -> int:
 def _nothing_to_do(prepared: Prepared) -> NothingToDo:
     reason = f"{prepared.run_dir} was completed already; trainer.max_steps or trainer.epochs prolongs it"
     return NothingToDo(reason)
-
-
-def _is_path(word: str) -> bool:
-    """Whether the first word is the PATH of a run, not an override or a flag."""
-    return "=" not in word and not word.startswith(("-", "~", "+"))

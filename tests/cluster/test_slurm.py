@@ -200,7 +200,7 @@ def test_a_sweep_as_an_array(on_slurm, slurm):
     states = json.loads(on_slurm.run("runs", "array", "--json").stdout)["runs"]
     assert len(states) == 3
     assert {line["status"] for line in states} <= {"pending", "running", "completed"}
-    refused = on_slurm.run("train", *common, "run.dir=array/lr=0.004")
+    refused = on_slurm.run("train", "array/lr=0.004")
     assert refused.returncode == 2
     assert "job" in refused.stderr
     wait_until(lambda: at_step(sweep / "lr=0.001", 2))

@@ -11,10 +11,12 @@ import pytest
 
 import dstune
 from dstune import cli
-from dstune.config.compose import read_run
+from dstune.config.compose import Composed, read_run, write_run
+from dstune.config.schema import RunSection
 from dstune.errors import DstuneError, Preempted, Problem, UserError
 from dstune.launch import preflight, supervise, train
 from dstune.rank_env import RankEnv
+from tests.support.configs import run_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -297,3 +299,13 @@ def test_completion_scripts_and_queries(tmp_path):
     assert "complete" in script.stdout
     query = dstune_process("-sc", "query=bash", env={"COMP_LINE": "dstune tr", "COMP_POINT": "9"}, cwd=tmp_path)
     assert query.stdout.split() == ["train"]
+
+
+def test_the_directory_of_a_trial_is_a_path_although_it_looks_like_an_override(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = run_config(run=RunSection(dir="sweep/lr=0.1"))
+    Path("sweep/lr=0.1").mkdir(parents=True)
+    write_run(Path("sweep/lr=0.1/run.yaml"), Composed(config, []))
+    assert cli.main(["train", "sweep/lr=0.1", "--cfg", "job", "trainer.seed=5"]) == 0
+    assert "seed: 5" in capsys.readouterr().out
+    assert cli.main(["train", "sweep/lr=0.2", "--cfg", "job"]) == 2
