@@ -1,6 +1,7 @@
 """Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER]`.
 
-Trains a small chat model and three classifiers (about ten minutes on two CPU cores), renders their pages, and takes
+Trains a small chat model and three classifiers, and sweeps over a fourth (about fifteen minutes
+on two CPU cores), renders their pages, and takes
 pictures with headless Chromium. Runs that are already in FOLDER are taken as they are. Needs Chromium and Pillow.
 """
 
@@ -40,6 +41,13 @@ SENTIMENT = (
     "run.export=none",
 )
 RATES = ("3e-5", "1e-4", "3e-4")
+SWEEP = (
+    *("experiment=sentiment", "method=lora", "run.name=sentiment", "data.max_rows=1000", "data.max_length=64"),
+    *("trainer.max_steps=32", "trainer.micro_batch_size=8", "trainer.global_batch_size=16", "run.export=none"),
+    *("evaluate.every=4", "evaluate.max_rows=128", "evaluate.at_start=false", "launch.processes=1", "sweep.parallel=2"),
+    *("hydra/sweeper=optuna", "sweep.trials=14", "sweep.pruner=asha", "sweep.reduction_factor=2"),
+    *("optimizer.lr=tag(log, interval(1e-5, 2e-2))", "method.rank=4,8,16", "schedule=cosine,linear"),
+)
 
 CHROMIUM = (
     "--headless",
@@ -62,6 +70,12 @@ def trained(folder: Path, *overrides: str) -> Path:
     """The run in `folder`, trained with these overrides unless it is there already."""
     if not (folder / "result.json").is_file():
         dstune("train", *overrides, f"run.dir={folder}")
+    return folder
+
+
+def swept(folder: Path) -> Path:
+    """The sweep in `folder`; trials that are there are not trained again."""
+    dstune("train", "--multirun", *SWEEP, f"sweep.dir={folder}")
     return folder
 
 
@@ -100,6 +114,7 @@ def main() -> None:
     picture(chat / "report.html", "report-desktop", 1280, 1480)
     picture(chat / "report.html", "report-phone", 390, 1500)
     picture(folder / "compare.html", "report-compare-dark", 1280, 1330, dark=True)
+    picture(swept(folder / "sentiment" / "sweep") / "report.html", "report-sweep", 1280, 2330)
     picture(folder / "rows.html", "data-show", 1280, 1960)
 
 

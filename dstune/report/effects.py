@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LEAST_TRIALS = 4
+LEAST_TRIALS = 3
+"""For each key: fewer say more about chance than about the keys."""
 MOST_LEVELS = 16
 """Of a key with more values so many quantiles are looked at."""
 LOG_RATIO = 20.0
@@ -23,7 +24,7 @@ def shares(values: Sequence[Mapping[str, Any]], reached: Sequence[float]) -> dic
     arXiv:1805.04755). Of a full grid these are the main effects. What keys do together is in no share.
     """
     keys = list(dict.fromkeys(key for own in values for key in own))
-    if len(values) < LEAST_TRIALS or not keys:
+    if not keys or len(values) < max(4, LEAST_TRIALS * len(keys)):
         return {}
     import numpy as np
     from sklearn.ensemble import ExtraTreesRegressor

@@ -24,6 +24,7 @@ from dstune.trials import FINISHED, LOWER, Record, objectives_of, ranked, read_r
 
 MOST_MARKS = 6
 """A key with so few values has each at its axis."""
+OUTLIER_DISTANCES = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,16 @@ class Trial:
 
     @property
     def short(self) -> str:
-        """Its number alone where that is in front of the name: the values stand in columns of their own."""
-        number_, _, rest = self.record.name.partition("-")
-        return number_ if number_.isdigit() and rest else self.record.name
+        return short_name(self.record)
 
     def value(self, objective: str) -> float | None:
         return self.record.objective.get(objective)
+
+
+def short_name(record: Record) -> str:
+    """A trial's number alone where that is in front of its name: the values stand in columns of their own."""
+    number_, _, rest = record.name.partition("-")
+    return number_ if number_.isdigit() and rest else record.name
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Scale:
             value, low, high = math.log10(value), math.log10(self.low), math.log10(self.high)
         else:
             low, high = self.low, self.high
-        return round(100 * (value - low) / (high - low), 2)
+        return round(min(max(100 * (value - low) / (high - low), 0.0), 100.0), 2)
 
 
 def scale(values: Sequence[Any], *, of_key: bool = False) -> Scale:
@@ -97,6 +102,16 @@ def scale(values: Sequence[Any], *, of_key: bool = False) -> Scale:
     if of_key and len(set(values)) <= MOST_MARKS:
         marks = [(found.at(value), _value(value)) for value in sorted(set(values))]
     return replace(found, ticks=marks)
+
+
+def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float], int]:
+    """What the axis of an objective has to show, and how many trials are so much worse (they diverged) that showing them would
+    press all others into one line: more than four quartile distances behind the quartile."""
+    ordered = sorted(values)
+    first, third = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
+    room = OUTLIER_DISTANCES * (third - first)
+    kept = [value for value in values if room == 0 or (value <= third + room if lower else value >= first - room)]
+    return kept, len(values) - len(kept)
 
 
 def write(sweep: Path, target: Path) -> None:
@@ -193,7 +208,9 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
     best = next((one for one in records if one.objective and one.status in FINISHED), None)
     found = [Figure("trials", str(len(records)), ", ".join(f"{count} {name}" for name, count in counts.items()))]
     if best is not None:
-        found.append(Figure(f"best {_named(objective)}", number(best.objective.get(objective)), f"trial {best.name}"))
+        found.append(
+            Figure(f"best {_named(objective)}", number(best.objective.get(objective)), f"trial {short_name(best)}")
+        )
     values = [value for trial in trials if (value := trial.value(objective)) is not None]
     if len(values) > 1:
         worst = max(values) if objective in LOWER else min(values)
@@ -235,7 +252,8 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
     for title, values, shown_trials in plots:
         if len({shown(value) for value in values}) < 2:
             continue
-        across, up = scale(values, of_key=title in keys), scale([trial.value(objectives[0]) for trial in shown_trials])
+        kept, outside = without_outliers(_reached(shown_trials, objectives[0]), objectives[0] in LOWER)
+        across, up = scale(values, of_key=title in keys), scale(kept)
         dots = [
             {
                 "x": across.at(value),
@@ -245,7 +263,9 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
             }
             for value, trial in zip(values, shown_trials, strict=True)
         ]
-        note = "logarithmic" if across.logarithmic else ""
+        note = ", ".join(
+            filter(None, ["logarithmic" * across.logarithmic, f"{outside} beyond the edge" * bool(outside)])
+        )
         found.append(
             {
                 "title": title,
@@ -258,14 +278,20 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
     return found
 
 
+def _reached(trials: Sequence[Trial], objective: str) -> list[float]:
+    return [value for trial in trials if (value := trial.value(objective)) is not None]
+
+
 def _parallel(trials: Sequence[Trial], objective: str, keys: Sequence[str]) -> dict[str, Any] | None:
     """A line for each trial through its values to what it reached; from two keys on."""
     varied = [key for key in keys if len({shown(trial.record.values.get(key)) for trial in trials}) > 1]
     if len(varied) < 2 or len(trials) < 3:
         return None
     columns = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]
-    columns.append((_named(objective), [trial.value(objective) for trial in trials]))
-    scales = [scale(values, of_key=name in keys) for name, values in columns]
+    scales = [scale(values, of_key=True) for _, values in columns]
+    reached = _reached(trials, objective)
+    columns.append((_named(objective), reached))
+    scales.append(scale(without_outliers(reached, objective in LOWER)[0]))
     at = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
     lines = []
     for number_, trial in enumerate(trials):
@@ -286,6 +312,9 @@ def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
         own = [trial for trial in trials if name in trial.curves]
         if not own:
             continue
+        last = [trial.curves[name].last or 0.0 for trial in own]
+        kept, diverged = without_outliers(last, name.removeprefix("eval/") in LOWER)
+        own = [trial for trial, value in zip(own, last, strict=True) if value in kept]
         window = smoothing_span(max(len(trial.curves[name].steps) for trial in own)) if name == "loss" else 0
         lines = [
             Line(
@@ -297,7 +326,8 @@ def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
             for trial in reversed(own)
         ]
         steps = [line.series.steps[end] for line in lines for end in (0, -1)]
-        note = f"smoothed over {window} steps" if window else ""
+        notes = [f"smoothed over {window} steps" * bool(window), f"{diverged} diverged, not drawn" * bool(diverged)]
+        note = ", ".join(filter(None, notes))
         title = TITLES.get(name, name)
         charts.append(draw(title, lines, (min(steps), max(steps)), metric=name, note=note, tall=not charts))
     return charts

@@ -11,7 +11,7 @@ import pytest
 
 from dstune import cli
 from dstune.report.effects import positions, shares
-from dstune.report.sweep_page import page, scale
+from dstune.report.sweep_page import page, scale, without_outliers
 from dstune.trials import Record, better_first, ranked, read_record, unbeaten
 from tests.support.pages import Page
 from tests.support.runs import HOSTILE, full_run, metrics_rows, write_sweep_directory
@@ -49,7 +49,7 @@ def test_trials_stand_best_first(sweep: Path):
     links = [str(found["href"]) for found in shown.having("href") if str(found["href"]).endswith("report.html")]
     assert [link[:3] for link in links] == ["001", "002", "003", "000", "004"], "what was pruned stands behind"
     assert all("=" not in link.rsplit("/", 1)[0] for link in links), "names are quoted in addresses"
-    assert "best held-out loss 2 trial 001-lr=0.001,rank=8" in shown.text
+    assert "best held-out loss 2 trial 001" in shown.text
     assert "4 completed, 1 pruned, 1 failed" in shown.text
     assert "<script>alert(1)" not in shown.html
     assert "Failed 005-lr=1.0,rank=8 not finite" in shown.text
@@ -58,12 +58,36 @@ def test_trials_stand_best_first(sweep: Path):
 def test_values_curves_and_importance(sweep: Path):
     shown = Page(page(sweep))
     titles = [words for words in shown.words if words]
-    for title in ("All values together", "optimizer.lr", "method.rank", "Held-out loss", "Training loss", "Importance"):
+    for title in ("All values together", "optimizer.lr", "method.rank", "Held-out loss", "Training loss"):
         assert title in titles
     assert len(shown.classed("dot")) >= 10, "five trials over each of two keys"
     assert len(shown.classed("ring")) == 2, "the pruned trial over each key"
     paths = [found for found in shown.having("d") if "c" in str(found.get("class"))]
     assert len([found for found in paths if str(found["d"]).count("L") == 2]) == 5, "through two keys to the loss"
+
+
+def test_the_importance_of_keys_needs_trials(tmp_path: Path):
+    def with_trials(count: int) -> str:
+        runs = [trial(at, 1e-5 * (1 + at % 3), 8 * (1 + at % 2), 2.0 + at % 3) for at in range(count)]
+        return Page(page(write_sweep_directory(tmp_path / str(count), runs))).text
+
+    assert "Importance" not in with_trials(5)
+    assert "fitted to the 6 trials" in with_trials(6)
+    assert "optimizer.lr 100" in with_trials(6 + 6)
+
+
+def test_curves_of_trials_that_diverged_are_left_out(tmp_path: Path):
+    runs = [trial(at, 1e-4, 8, 2.0 + at / 100, files={"metrics": metrics_rows(40)}) for at in range(7)]
+    rows = [{**row, **({"eval/loss": 90.0 + row["step"]} if "eval/loss" in row else {})} for row in metrics_rows(20)]
+    for at, own in enumerate(runs):
+        for row in own["files"]["metrics"]:
+            if "eval/loss" in row:
+                row["eval/loss"] += at / 100
+    shown = Page(
+        page(write_sweep_directory(tmp_path / "sweep", [*runs, trial(7, 1.0, 8, 110.0, files={"metrics": rows})]))
+    )
+    assert "1 diverged, not drawn" in shown.text
+    assert "1 beyond the edge" in shown.text
 
 
 def test_steps_that_pruning_saved(tmp_path: Path):
@@ -108,15 +132,15 @@ def grid_of(function, *axes):
 
 
 def test_shares_of_a_full_grid_are_its_main_effects():
-    """Of 3a + b over {0, 1} x {0, 1}: variances 9/4 and 1/4 of 10/4."""
-    found = shares(*grid_of(lambda a, b: 3 * a + b, [0, 1], [0, 1]))
+    """Of 3a + b over {0, 1} x {0, 1, 2}: variances 9/4 and 2/3 of their sum."""
+    found = shares(*grid_of(lambda a, b: 3 * a + b, [0, 1], [0, 1, 2]))
     assert list(found) == ["a", "b"]
-    assert found["a"] == pytest.approx(0.9, abs=0.01)
-    assert found["b"] == pytest.approx(0.1, abs=0.01)
+    assert found["a"] == pytest.approx(27 / 35, abs=0.02)
+    assert found["b"] == pytest.approx(8 / 35, abs=0.02)
 
 
 def test_what_keys_do_together_is_in_no_share():
-    found = shares(*grid_of(lambda a, b: float(a == b), [0, 1], [0, 1]))
+    found = shares(*grid_of(lambda a, b: float(a == b), [0, 1, 2], [0, 1, 2]))
     assert sum(found.values()) < 0.05
 
 
@@ -129,8 +153,19 @@ def test_texts_and_logarithms():
 
 
 def test_no_shares_without_differences():
-    assert shares([{"a": 1}] * 3, [1.0, 2.0, 3.0]) == {}, "too few"
+    assert shares([{"a": at} for at in range(3)], [1.0, 2.0, 3.0]) == {}, "too few"
+    three = [{"a": at % 2, "b": at % 3, "c": at} for at in range(9)]
+    assert shares(three, [float(at) for at in range(9)])
+    assert shares(three[:8], [float(at) for at in range(8)]) == {}, "three trials for each key"
     assert shares([{"a": at} for at in range(5)], [1.0] * 5) == {}
+
+
+def test_trials_that_diverged_do_not_flatten_the_others():
+    losses = [0.5, 0.6, 0.65, 0.68, 0.7, 0.7, 0.71, 3.0]
+    assert without_outliers(losses, lower=True) == (losses[:-1], 1)
+    assert without_outliers([1 - loss for loss in losses], lower=False) == ([1 - loss for loss in losses[:-1]], 1)
+    assert without_outliers([0.7, 0.7, 0.7, 3.0], lower=True)[1] == 0, "equal values say nothing about distances"
+    assert scale([0.5, 0.7]).at(3.0) == 100
 
 
 def test_scales():
