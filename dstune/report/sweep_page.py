@@ -287,7 +287,7 @@ def _parallel(trials: Sequence[Trial], objective: str, keys: Sequence[str]) -> d
     varied = [key for key in keys if len({shown(trial.record.values.get(key)) for trial in trials}) > 1]
     if len(varied) < 2 or len(trials) < 3:
         return None
-    columns = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]
+    columns: list[tuple[str, list[Any]]] = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]
     scales = [scale(values, of_key=True) for _, values in columns]
     reached = _reached(trials, objective)
     columns.append((_named(objective), reached))
