@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dstune.errors import Problem, UserError
 
@@ -17,8 +19,35 @@ def is_path(word: str) -> bool:
     return Path(word, "run.yaml").is_file() or ("=" not in word and not word.startswith(("-", "~", "+")))
 
 
+class _FoundParser(Exception):
+    """Leaves a verb with the parser that it was about to use."""
+
+    def __init__(self, parser: VerbParser):
+        self.parser = parser
+
+
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+def parser_of(verb: Callable[[list[str]], int], argv: list[str]) -> VerbParser | None:
+    """The parser that `verb` would read `argv` with; None where it reads it by other means."""
+    token = _looking.set(True)
+    try:
+        verb(argv)
+    except _FoundParser as found:
+        return found.parser
+    finally:
+        _looking.reset(token)
+    return None
+
+
 class VerbParser(argparse.ArgumentParser):
     """`argparse` whose errors are a `UserError` with what to type instead, also as JSON."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if _looking.get():
+            raise _FoundParser(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -30,4 +59,9 @@ class VerbParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(given.partition("=")[0], flags, n=1)
             fix = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` explains what it takes"
             raise UserError(Problem("command line", "this verb has no such argument", fix, unknown[1]))
+        if choice := re.search(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.+)\)$", message):
+            choices = [text.strip(" '\"") for text in choice[3].split(",")]
+            near = difflib.get_close_matches(choice[2], choices, n=1)
+            fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(choices)}"
+            raise UserError(Problem(choice[1], "there is no such choice", fix, choice[2]))
         raise UserError(Problem("command line", message, f"`{self.prog} --help` explains what it takes"))

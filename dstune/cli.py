@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dstune import __version__
@@ -166,8 +167,9 @@ def completion(arguments: list[str]) -> int:
 
 def complete(arguments: list[str]) -> int:
     from dstune.config.flags import hydra_flags, show
+    from dstune.verb_words import words_behind
 
-    return show(hydra_flags(arguments), list(VERBS))
+    return show(hydra_flags(arguments), {verb: partial(words_behind, verb, verbs=VERBS) for verb in VERBS})
 
 
 def report(error: DstuneError, *, as_json: bool) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import glob
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from dstune.config.convert import is_optional
 from dstune.config.names import keys_of, names_choice
@@ -54,7 +54,22 @@ compdef _dstune dstune""",
 }
 
 
-def complete(line: str, verbs: Sequence[str]) -> list[str]:
+class Behind(Protocol):
+    """What a verb takes as its next word."""
+
+    @property
+    def words(self) -> list[str]: ...
+    @property
+    def overrides(self) -> bool: ...
+    @property
+    def files(self) -> bool: ...
+
+
+Verbs = Mapping[str, Callable[[Sequence[str]], Behind]]
+"""Verb: what may stand behind it and the words given so far."""
+
+
+def complete(line: str, verbs: Verbs) -> list[str]:
     """What the last word of a command line may become; empty when nothing fits. Never raises."""
     words = line.split()[1:]
     word = "" if line.endswith(" ") or not words else words.pop()
@@ -65,11 +80,16 @@ def complete(line: str, verbs: Sequence[str]) -> list[str]:
         return []
     if given and given[-1] in ("--cfg", "-c"):
         return [kind for kind in ("job", "hydra", "all") if kind.startswith(word)]
-    if word.startswith("-"):
-        return [flag for flag in FLAGS if flag.startswith(word)]
-    found = [] if "=" in word or verb == "train" else _files(word)
+    found: list[str] = []
     try:
-        found += _overrides(word, given)
+        own = verbs[verb](given)
+        words = [*own.words, *(FLAGS if own.overrides else ())]
+        shown = [text for text in words if text.startswith(word) and (word or not text.startswith("-"))]
+        found = list(dict.fromkeys(shown))
+        if own.files and "=" not in word and not word.startswith("-"):
+            found += _files(word)
+        if own.overrides and not word.startswith("-"):
+            found += _overrides(word, given)
     except Exception:  # a half-written line may be wrong in any way, and a traceback would land in the user's prompt
         return sorted(found)
     return sorted(found)
@@ -115,7 +135,7 @@ def _files(start: str) -> list[str]:
     return [f"{path}{os.sep}" if os.path.isdir(path) else path for path in glob.glob(f"{glob.escape(start)}*")]
 
 
-def shell_completion(request: Sequence[str], verbs: Sequence[str]) -> None:
+def shell_completion(request: Sequence[str], verbs: Verbs) -> None:
     """Answer `install=SHELL`, `uninstall=SHELL` or `query=SHELL` on standard output.
 
     Raises:

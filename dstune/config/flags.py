@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from omegaconf import DictConfig
 
+    from dstune.config.completion import Verbs
+
 CFG = ("job", "hydra", "all")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 UNSUPPORTED = {
@@ -149,11 +151,11 @@ def _unknown_flag(flag: str, following: str) -> Problem:
     return Problem(name, "there is no such flag", "`dstune train --help` shows flags and keys", value)
 
 
-def show(flags: Flags, verbs: Sequence[str] = ("train",)) -> int:
+def show(flags: Flags, verbs: Verbs | None = None) -> int:
     """Answer what `flags` ask for on standard output. Returns the exit code 0.
 
     Args:
-        verbs: the verbs that completion offers.
+        verbs: what completion offers; None where no completion is asked for.
 
     Raises:
         UserError: wrong overrides, as `compose` does, or a package that the configuration does not have.
@@ -161,7 +163,7 @@ def show(flags: Flags, verbs: Sequence[str] = ("train",)) -> int:
     if flags.shell_completion:
         from dstune.config.completion import shell_completion
 
-        shell_completion(flags.overrides, verbs)
+        shell_completion(flags.overrides, verbs or {})
         return 0
     from dstune.config.compose import run_hydra, with_default_experiment
     from dstune.config.hydra_session import ROOT_CONFIG, group_options, program_name, session

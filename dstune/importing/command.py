@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
+from dstune.arguments import VerbParser
 from dstune.errors import EXIT_DONE, EXIT_USER, Problem, UserError
 from dstune.importing.convert import Experiment, convert
 from dstune.importing.files import TOOLS, read, tool_of
@@ -19,13 +18,8 @@ and list every key that could not be carried over. Exit code 2: the experiment d
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(Problem("command line", message, "`dstune import --help` shows the arguments"))
-
-
-def _parser() -> _Parser:
-    parser = _Parser("dstune import", description=DESCRIPTION, allow_abbrev=False)
+def _parser() -> VerbParser:
+    parser = VerbParser("dstune import", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--output", "-o", type=Path, metavar="DIR/experiment/NAME.yaml", help="write it there")
     parser.add_argument("--force", action="store_true", help="replace an existing file")

@@ -57,6 +57,10 @@ UNLESS_SET = {
     "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves a Python stack in the rank's log
 }
 
+RANKS_PER_CORE = 8
+"""More ranks than this without a GPU are a mistyped number: each takes about 0.5 GiB before it has a model, and they take
+turns at the cores."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -133,7 +137,7 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
     """`launch.processes`, else one rank a GPU, else two (one on a single core).
 
     Raises:
-        UserError: there are GPUs, but fewer than processes.
+        UserError: there are GPUs, but fewer than processes, or far more processes than cores.
     """
     # Of another launcher nothing is known here but what this machine would do.
     asked = config.launch.processes if isinstance(config.launch, LocalConfig) else None
@@ -142,6 +146,13 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
     if 0 < machine.gpus < asked:
         reason = f"this machine shows {machine.gpus} GPU(s) and every rank needs one of its own"
         fix = f"launch.processes={machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        raise UserError(Problem("launch.processes", reason, fix, str(asked)))
+    if not machine.gpus and asked > RANKS_PER_CORE * machine.cores and not config.run.force:
+        reason = (
+            f"this machine has {machine.cores} core(s) and no GPU; more than {RANKS_PER_CORE} ranks a core "
+            "only wait for each other"
+        )
+        fix = f"launch.processes={machine.cores}; run.force=true starts them all the same"
         raise UserError(Problem("launch.processes", reason, fix, str(asked)))
     return asked
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,13 @@ def main(argv: list[str]) -> int:
     flags = hydra_flags(words)
     if flags.shows:
         return show(flags)
-    if run is None:
-        config = compose(flags.overrides, flags.config_dirs).config
-    else:
-        config = apply_overrides(read_run(run / rundir.RUN_FILE).config, flags.overrides)
+    try:
+        if run is None:
+            config = compose(flags.overrides, flags.config_dirs).config
+        else:
+            config = apply_overrides(read_run(run / rundir.RUN_FILE).config, flags.overrides)
+    except UserError as error:  # all problems at once, and among them what only a training needs
+        raise UserError(_of_plan(error.problems) or error.problems) from None
     refuse(config)
     if arguments.calibrate:
         if arguments.hardware or arguments.numbers:
@@ -89,9 +93,12 @@ def main(argv: list[str]) -> int:
 
 def refuse(config: RunConfig) -> None:
     """Raises UserError for what `train` refuses too, except rows that are not needed to plan."""
-    problems = [problem for problem in find_problems(config) if not problem.where.startswith("data.train")]
-    if problems:
+    if problems := _of_plan(find_problems(config)):
         raise UserError(problems)
+
+
+def _of_plan(problems: Iterable[Problem]) -> list[Problem]:
+    return [problem for problem in problems if not problem.where.startswith("data.train")]
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -232,6 +239,7 @@ def row(choice: Choice, found: Planned, price: float | None, config: RunConfig) 
     """One choice, numbers only."""
     time = choice.time
     hours = _hours(choice, config)
+    hours_per_billion = 1e9 / time.tokens_per_second / 3600
     return {
         "zero": choice.zero,
         "offload": choice.offload,
@@ -247,8 +255,9 @@ def row(choice: Choice, found: Planned, price: float | None, config: RunConfig) 
         "tokens_per_second": round(time.tokens_per_second, 1),
         "communication_gib_per_step": round(time.volume / GIB, 4),
         "hours": hours and round(hours, 3),
-        "hours_per_billion_tokens": round(1e9 / time.tokens_per_second / 3600, 2),
+        "hours_per_billion_tokens": round(hours_per_billion, 2),
         "cost": price and hours and round(price * hours * found.cluster.ranks, 2),
+        "cost_per_billion_tokens": price and round(price * hours_per_billion * found.cluster.ranks, 2),
     }
 
 
@@ -307,8 +316,9 @@ def _parts(choice: Choice) -> list[str]:
 
 
 def _time_heading(price: float | None, config: RunConfig) -> str:
-    heading = f"{'hours':>9}" if config.trainer.max_steps else f"{'h/1e9 tok':>11}"
-    return heading + (f"{'cost':>10}" if price and config.trainer.max_steps else "")
+    if config.trainer.max_steps:
+        return f"{'hours':>9}" + (f"{'cost':>12}" if price else "")
+    return f"{'h/1e9 tok':>11}" + (f"{'cost/1e9':>12}" if price else "")
 
 
 def _line(choice: Choice, found: Planned, price: float | None, config: RunConfig) -> str:
@@ -317,7 +327,8 @@ def _line(choice: Choice, found: Planned, price: float | None, config: RunConfig
     offload = choice.offload + "".join(marks)
     time = numbers["hours"] if numbers["hours"] is not None else numbers["hours_per_billion_tokens"]
     width = 9 if numbers["hours"] is not None else 11
-    cost = f"{numbers['cost']:>10.2f}" if numbers["cost"] is not None else ""
+    price_of = numbers["cost"] if config.trainer.max_steps else numbers["cost_per_billion_tokens"]
+    cost = f"{price_of:>12,.2f}" if price_of is not None else ""
     return (
         f"{choice.zero:<8}{offload:<17}{choice.setup.micro_batch_size:>11}{choice.memory_gib:>12.2f}"
         f"{'yes' if choice.fits else 'no':>6}{choice.time.seconds:>8.2f} s{choice.time.tokens_per_second:>12.0f}"

@@ -204,7 +204,10 @@ def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
 
 def looks_local(path: str) -> bool:
     """Whether `path` cannot be a hub id (`NAME` or `OWNER/NAME`)."""
-    return not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) or Path(path).exists()
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) or Path(path).exists():
+        return True
+    folder = Path(path).parent  # `runs/mistyped` has the form of a hub id, and runs beside it tell
+    return folder != Path() and next(folder.glob("*/run.yaml"), next(folder.glob("*/*/run.yaml"), None)) is not None
 
 
 def fetch_sample(key: str, uri: str, kind: str, stage: Stage) -> None:

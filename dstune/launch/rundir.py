@@ -224,6 +224,9 @@ def run_directory(path: Path) -> Path:
     if is_sweep(path):
         fix = f"`dstune runs {path}` lists its trials; `dstune train {path}` continues it"
         raise UserError(Problem("RUN", "this is a sweep, not a run", fix, str(path)))
+    if any(any(path.glob(f"{depth}/{RUN_FILE}")) for depth in ("*", "*/*")):
+        fix = f"`dstune runs {path}` lists them; or give {_similar(path)}"
+        raise UserError(Problem("RUN", "this folder holds runs, and is none itself", fix, str(path)))
     reason = "this folder holds no run (no run.yaml)" if path.is_dir() else "there is no such run directory"
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 

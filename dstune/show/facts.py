@@ -42,10 +42,16 @@ class Row:
     tokens: int
     targets: int
     label: str | None
-    """What a classifier learns from it."""
+    """What a classifier learns from it; of a judged answer whether it is desirable."""
     source: str | None
     """Its source in a mixture."""
     segments: list[Segment]
+    rejected: list[Segment] = field(default_factory=list)
+    """Of a pair, the worse answer from where it differs from the better one."""
+
+    @property
+    def rejected_targets(self) -> int:
+        return sum(segment.tokens for segment in self.rejected if segment.trained)
 
 
 @dataclass(frozen=True)
@@ -170,8 +176,9 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
     return Row(
         number=number,
         tokens=int(part.lengths[number]),
-        targets=int(part.weights[number]),
-        label=_label(sample["label"], data.labels) if "label" in sample else None,
+        # The weight of a pair or of a judged answer is 1, however many of its tokens are trained.
+        targets=int(part.weights[number]) if trained is None else int(np.sum(trained != NO_TARGET)),
+        label=_label_of(sample, data.labels),
         source=source,
         segments=segments(
             tokenizer,
@@ -179,7 +186,19 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
             trained,
             data.labels if isinstance(config.task, TokenClassificationConfig) else (),
         ),
+        rejected=_rejected(sample, tokenizer),
     )
+
+
+def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
+    if "rejected_input_ids" not in sample:
+        return []
+    better, worse = sample["input_ids"], sample["rejected_input_ids"]
+    shorter = min(len(better), len(worse))
+    differs = better[:shorter] != worse[:shorter]
+    start = int(np.argmax(differs)) if differs.any() else shorter
+    labels = sample.get("rejected_labels")
+    return segments(tokenizer, worse[start:], None if labels is None else labels[start:])
 
 
 def _trained(sample: dict[str, Any]) -> np.ndarray | None:
@@ -198,6 +217,12 @@ def _tokens_and_labels(sample: dict[str, Any]) -> tuple[Any, np.ndarray | None]:
         return sample["input_ids"], _trained(sample)
     source, target = sample["input_ids"], sample["target_ids"]
     return np.concatenate([source, target]), np.concatenate([np.full(len(source), NO_TARGET), target])
+
+
+def _label_of(sample: dict[str, Any], labels: tuple[str, ...]) -> str | None:
+    if "desirable" in sample:
+        return "desirable" if sample["desirable"] else "undesirable"
+    return _label(sample["label"], labels) if "label" in sample else None
 
 
 def _label(value: Any, labels: tuple[str, ...]) -> str:

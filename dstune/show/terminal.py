@@ -10,6 +10,7 @@ from dstune.data.statistics import longer_than
 from dstune.report.data_section import Part, part
 from dstune.report.numbers import percent
 from dstune.show.facts import Repeated, Row, Shown
+from dstune.show.segments import Segment
 
 BAR_CELLS = 40
 SHOWN_CHARACTERS = 1200
@@ -66,7 +67,10 @@ def text(shown: Shown, style: Style) -> str:
     elif any(segment.trained for row in shown.rows for segment in row.segments):
         lines.append(f"tokens that count in the loss are {key}")
     for row in shown.rows:
-        lines += ["", _heading(row, shown, style), _row(row, style, tags)]
+        lines += ["", _heading(row, shown, style), _text(row.segments, style, tags)]
+        if row.rejected:
+            trained = f", {row.rejected_targets:,} trained" if row.rejected_targets else ""
+            lines += [style.paint(f"rejected{trained}:", QUIET), _text(row.rejected, style, tags)]
     if shown.report:
         described = part(shown.split, shown.report, shown.data)
         lines += ["", style.paint("rows", STRONG), *_facts(described)]
@@ -80,9 +84,9 @@ def text(shown: Shown, style: Style) -> str:
 def _heading(row: Row, shown: Shown, style: Style) -> str:
     full = " (max_length)" if row.tokens == shown.data["max_length"] else ""
     facts = [f"sample {row.number:,} of {shown.samples:,}", f"{row.tokens:,} tokens{full}"]
-    if row.label is None:
+    if row.label is None or any(segment.trained for segment in row.segments):
         facts.append(f"{row.targets:,} trained")
-    else:
+    if row.label is not None:
         facts.append(f"label {visible(row.label)}")
     if row.source is not None:
         facts.append(f"from {visible(row.source)}")
@@ -93,10 +97,10 @@ def _tag_colour(tag: str, tags: list[str]) -> str:
     return TAGS[tags.index(tag) % len(TAGS)]
 
 
-def _row(row: Row, style: Style, tags: list[str]) -> str:
+def _text(segments: list[Segment], style: Style, tags: list[str]) -> str:
     pieces = []
     inside = False
-    for segment in row.segments:
+    for segment in segments:
         piece = _shortened(visible(segment.text))
         if segment.tag:
             text, space = piece.lstrip(), piece[: len(piece) - len(piece.lstrip())]

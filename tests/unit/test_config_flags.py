@@ -6,19 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dstune import cli
+from dstune.checkpoint.export import GGUF_TYPES
 from dstune.config import flags as hydra
 from dstune.config.completion import complete
 from dstune.config.documentation import documentation, help_text, markdown_table, merged
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.names import all_keys, names_choice
 from dstune.errors import UserError
+from dstune.verb_words import words_behind
 
-VERBS = ("train", "evaluate", "generate", "export")
+VERBS = {verb: partial(words_behind, verb, verbs=cli.VERBS) for verb in cli.VERBS}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -208,6 +212,23 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
         ("dstune train --cf", ["--cfg"]),
         ("dstune train --cfg ", ["job", "hydra", "all"]),
         ("dstune nonsense mod", []),
+        ("dstune data ", ["show"]),
+        ("dstune data show --ro", ["--row", "--rows"]),
+        ("dstune data show --split ", ["guard", "ood", "test", "train", "validation"]),
+        ("dstune completion ", ["bash", "fish", "zsh"]),
+        ("dstune samples mi", ["minilm"]),
+        ("dstune plan hardware=H1", ["hardware=H100-80G"]),
+        ("dstune plan --cal", ["--calibrate"]),
+        ("dstune evaluate runs/x --sh", ["--shell-completion", "--shots"]),
+        ("dstune generate runs/x --top", ["--top-k", "--top-p"]),
+        ("dstune generate runs/x trainer.ep", []),
+        ("dstune export runs/x --gguf ", [*sorted(GGUF_TYPES)]),
+        ("dstune checkpoints runs/x --ver", ["--verify"]),
+        ("dstune import --fr", ["--from"]),
+        ("dstune models --pr", ["--probe"]),
+        ("dstune doctor --no", ["--no-allreduce"]),
+        ("dstune runs --so", ["--sort"]),
+        ("dstune cancel --no", ["--now"]),
         ("dstune train schem", []),
         ("dstune train hydr", []),
     ],
@@ -252,10 +273,7 @@ def test_bash_completes_behind_the_verb(tmp_path: Path):
     """The installed script, driven as bash drives it when TAB is pressed."""
     root = Path(__file__).parents[2]
     program = tmp_path / "dstune"
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom dstune.config.flags import hydra_flags, show\n"
-        f"sys.exit(show(hydra_flags(sys.argv[1:]), {VERBS!r}))\n"
-    )
+    program.write_text(f"#!{sys.executable}\nimport sys\nfrom dstune.cli import main\nsys.exit(main())\n")
     program.chmod(0o755)
     script = """
 eval "$(dstune -sc install=bash)"

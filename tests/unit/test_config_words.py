@@ -139,12 +139,15 @@ def test_names_of_other_tools_lead_to_verbs_that_exist():
                 "command line", "this verb has no such argument", "`dstune status --help` explains what it takes", "y"
             ),
         ),
+        (["x", "--kind", "bets"], Problem("--kind", "there is no such choice", "did you mean best?", "bets")),
+        (["x", "--kind", "q"], Problem("--kind", "there is no such choice", "one of best, last", "q")),
     ],
 )
 def test_arguments_of_a_verb(words: list[str], problem: Problem):
     parser = VerbParser(prog="dstune status")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--kind", choices=("best", "last"))
     with pytest.raises(UserError) as caught:
         parser.parse_args(words)
     assert caught.value.problems == [problem]

@@ -143,6 +143,15 @@ def test_more_processes_than_gpus_is_refused():
         plan(LocalConfig(processes=3), machine=Machine(2, 8))
 
 
+def test_far_more_processes_than_cores_are_refused_unless_forced():
+    asked = LocalConfig(processes=17)
+    with pytest.raises(UserError, match=r"launch.processes=17: this machine has 2 core\(s\) and no GPU"):
+        number_of_ranks(run_config(launch=asked), Machine(gpus=0, cores=2))
+    forced = run_config(launch=asked)
+    forced = replace(forced, run=replace(forced.run, force=True))
+    assert number_of_ranks(forced, Machine(gpus=0, cores=2)) == 17
+
+
 @pytest.mark.parametrize(
     ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("GPU-8a, GPU-9b", 2), ("0,-1,1", 1), ("1,", 1)]
 )

@@ -118,6 +118,16 @@ def test_hub_ids_and_paths(path, local):
     assert looks_local(path) is local
 
 
+def test_a_mistyped_run_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not looks_local("runs/mine")
+    for run in ("runs/mine2", "runs/name/2026"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "run.yaml").touch()
+        assert looks_local("runs/mine")
+        (tmp_path / run / "run.yaml").unlink()
+
+
 @pytest.mark.parametrize(
     ("config", "needed"),
     [

@@ -67,9 +67,17 @@ def test_nodes_price_and_own_numbers(capsys: pytest.CaptureFixture[str]) -> None
     assert stage3[0]["cost"] == pytest.approx(2.5 * 8 * stage3[0]["hours"], rel=1e-3)
     assert four["hardware"]["nodes"] == 4
     assert plan_json(capsys, *run, "hardware=8xH100")["choices"][0]["cost"] is None  # no price is made up
+    endless = plan_json(capsys, "model=llama3_8b", "task=chat", "hardware=8xH100", "price=2.5")["choices"][0]
+    assert endless["cost_per_billion_tokens"] == pytest.approx(2.5 * 8 * endless["hours_per_billion_tokens"], rel=1e-2)
     numbers = ["hardware.memory_gib=48", "hardware.tflops=180", "hardware.bandwidth=900"]
     own = plan_json(capsys, *run, "hardware=2xmine", *numbers)
     assert own["hardware"] == {"device": "mine", "per_node": 2, "nodes": 1, "memory_gib": 48.0}
+
+
+def test_a_mistyped_model_is_the_one_problem():
+    with pytest.raises(UserError) as caught:
+        main(["model=llama3_8bb", "hardware=H100"])
+    assert [problem.where for problem in caught.value.problems] == ["model"]
 
 
 def test_nodes_of_the_launch_count_where_none_are_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

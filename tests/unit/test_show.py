@@ -211,6 +211,25 @@ def test_the_rows_of_a_run(show, tmp_path: Path, model: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["run.yaml"]
 
 
+def test_a_pair_shows_both_answers_and_counts_what_is_trained(show, tmp_path: Path) -> None:
+    write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": "Two and two?", "chosen": "It is four.", "rejected": "It is five, no?"}]
+    )
+    given = ("task=preference", "data.train=pairs.jsonl", "data.split.validation=0")
+    code, printed, _ = show(*given)
+    assert code == 0
+    assert "[[It is four.<|im_end|>]]" in printed
+    counted = json.loads(show(*given, "--json")[1])["rows"][0]
+    trained = sum(piece["tokens"] for piece in counted["segments"] if piece["trained"])
+    assert counted["targets"] == trained > 1
+    rejected = "".join(piece["text"] for piece in counted["rejected"])
+    assert rejected.strip().endswith("ive, no?<|im_end|>")
+    assert "four" not in rejected
+    assert re.search(r"rejected, \d+ trained:\n\[\[.*ive, no\?<\|im_end\|>\]\]", printed)
+    assert show(*given, "--html", "rows.html")[0] == 0
+    assert "<span>rejected</span>" in (tmp_path / "rows.html").read_text()
+
+
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 
