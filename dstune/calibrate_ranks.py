@@ -28,8 +28,8 @@ from dstune.planning.time import Speed, forward_flops
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.worker import guarded, leave
-from dstune.zero.engine import start_process_group
 from dstune.zero.precision import fast_bf16
+from dstune.zero.start import start_process_group
 
 SECONDS = 1.0
 """Time spent on each measurement, after one call that does not count."""

@@ -20,7 +20,7 @@ from dstune import environment, handed, rendezvous
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.worker import guarded, leave
-from dstune.zero.engine import start_process_group
+from dstune.zero.start import start_process_group
 
 SMALL_BYTES = 4096
 LARGE_BYTES = {"cuda": (2**24, 2**28, 2**30), "cpu": (2**20, 2**24, 2**26)}

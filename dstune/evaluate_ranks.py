@@ -42,8 +42,9 @@ from dstune.train.proofs import check_packing, examine
 from dstune.train.reference import with_reference_model
 from dstune.worker import guarded, leave
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading, start_process_group
+from dstune.zero.engine import Engine, partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
+from dstune.zero.start import start_process_group
 
 
 def evaluate(

@@ -55,8 +55,9 @@ from dstune.train.unfreezing import unfreezing_of
 from dstune.train.watch import watch
 from dstune.train.watchdog import Watchdog, answer_with_stacks
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading, start_process_group
+from dstune.zero.engine import Engine, partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
+from dstune.zero.start import start_process_group
 
 activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__ in a rank
 """What goes on before the first step; rank 0 shows it."""

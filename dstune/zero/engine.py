@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +13,6 @@ import torch
 from torch import nn
 
 from dstune.dist import World
-from dstune.errors import Problem, UserError
-from dstune.rank_env import RankEnv
 from dstune.zero.restore import Partition, Source, partitions_of, reset_counters, restore, weight_pieces
 
 if TYPE_CHECKING:
@@ -32,52 +27,6 @@ Change = Callable[[Partition, torch.Tensor, dict[str, Any]], None]
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
 """(forward, batch) -> an output whose `loss_sum` is the sum of the losses of the batch. See `models.heads`."""
-
-
-def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the ranks of this run: gloo on CPUs, nccl on GPUs. Sets the device of this rank."""
-    os.environ.update(
-        RANK=str(env.rank),
-        WORLD_SIZE=str(env.world_size),
-        LOCAL_RANK=str(env.local_rank),
-        LOCAL_WORLD_SIZE=str(env.local_size),
-    )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it wherever it is; it misses what nobody needs
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
-
-    # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
-    # without; it brought nothing measurable over gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_device_of(env))
-    backend = get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    return World(env)
-
-
-def _device_of(env: RankEnv) -> int:
-    """The index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
-    visible = torch.cuda.device_count()
-    # srun --gpus-per-task=1 shows each rank its own GPU only, as number 0.
-    device = 0 if visible == 1 and env.source == "slurm" else env.local_rank
-    if device >= visible:
-        raise UserError(
-            Problem(
-                "launch",
-                value=f"{env.local_size} ranks",
-                reason=f"this node shows {visible} GPU(s), and every rank needs one of its own",
-                fix="start fewer ranks on a node, or CUDA_VISIBLE_DEVICES= to train on the CPU",
-            )
-        )
-    os.environ["LOCAL_RANK"] = str(device)
-    return device
 
 
 @contextmanager

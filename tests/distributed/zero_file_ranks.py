@@ -10,7 +10,8 @@ from pathlib import Path
 from dstune import worker
 from dstune.config.compose import read_run
 from dstune.rank_env import from_environment
-from dstune.zero.engine import Engine, start_process_group
+from dstune.zero.engine import Engine
+from dstune.zero.start import start_process_group
 
 start_engine = Engine.__init__
 

@@ -23,6 +23,7 @@ LAYOUTS = [(2, "stage3"), (1, "stage2"), (3, "stage3_offload"), (4, "stage1"), (
 METHODS = ("full", "lora")
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_at_every_step_has_the_curve_of_one_that_stays(workshop: Workshop):  # noqa: F811
     common = [*ADAMW, "evaluate.every=2"]
     run_ranks(PROGRAM, 2, [workshop.case(f"stays-{m}", f"method={m}", "zero=stage2", *common) for m in METHODS])

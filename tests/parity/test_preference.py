@@ -54,8 +54,8 @@ KINDS = {
 CELLS = {
     1: [("dpo", 0), ("kto", 0)],
     2: [
-        *(("dpo", stage) for stage in range(4)),
-        *(("dpo-lora", stage) for stage in (1, 3)),
+        *(("dpo", stage) for stage in (1, 3)),
+        ("dpo-lora", 3),
         ("dpo-tokens", 3),
         ("kto", 3),
         ("kto-lora", 2),

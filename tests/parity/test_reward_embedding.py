@@ -50,8 +50,8 @@ KINDS = {
 CELLS = {
     1: [("embedding", 0)],
     2: [
-        *(("reward", stage) for stage in range(4)),
-        *(("embedding", stage) for stage in range(4)),
+        *(("reward", stage) for stage in (0, 1, 2)),
+        *(("embedding", stage) for stage in (1, 3)),
         ("reward-lora", 3),
         ("embedding-lora", 3),
     ],

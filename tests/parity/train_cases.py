@@ -14,7 +14,7 @@ from dstune.config.compose import read_run, write_run
 from dstune.errors import Preempted
 from dstune.rank_env import from_environment
 from dstune.train import generation, loop
-from dstune.zero.engine import start_process_group
+from dstune.zero.start import start_process_group
 
 TRAIN_STEP = loop.train_step
 

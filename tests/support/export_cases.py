@@ -12,8 +12,9 @@ import torch
 from dstune import worker
 from dstune.config.compose import read_run
 from dstune.rank_env import from_environment
-from dstune.zero.engine import Engine, gathered, start_process_group
+from dstune.zero.engine import Engine, gathered
 from dstune.zero.shard_files import Save
+from dstune.zero.start import start_process_group
 
 save_shards = Engine.save
 

@@ -1,0 +1,77 @@
+"""The start of a rank: DeepSpeed is imported, its device chosen, its process group joined."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+
+from dstune.dist import World
+from dstune.errors import Problem, UserError
+from dstune.rank_env import RankEnv
+
+
+def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the ranks of this run: gloo on CPUs, nccl on GPUs. Sets the device of this rank."""
+    os.environ.update(
+        RANK=str(env.rank),
+        WORLD_SIZE=str(env.world_size),
+        LOCAL_RANK=str(env.local_rank),
+        LOCAL_WORLD_SIZE=str(env.local_size),
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it wherever it is; it misses what nobody needs
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
+    with _without("mlflow"):
+        import deepspeed
+        import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
+    # without; it brought nothing measurable over gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_device_of(env))
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return World(env)
+
+
+def _device_of(env: RankEnv) -> int:
+    """The index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
+    visible = torch.cuda.device_count()
+    # srun --gpus-per-task=1 shows each rank its own GPU only, as number 0.
+    device = 0 if visible == 1 and env.source == "slurm" else env.local_rank
+    if device >= visible:
+        raise UserError(
+            Problem(
+                "launch",
+                value=f"{env.local_size} ranks",
+                reason=f"this node shows {visible} GPU(s), and every rank needs one of its own",
+                fix="start fewer ranks on a node, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+            )
+        )
+    os.environ["LOCAL_RANK"] = str(device)
+    return device
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """While open, `module` cannot be imported. DeepSpeed's autotuner, which dstune has no use for, imports MLflow wherever it
+    is installed: 0.7 s of each rank's 7."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
