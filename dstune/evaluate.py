@@ -60,7 +60,7 @@ def ask(argv: list[str]) -> int:
         plan = local_plan(config, directory, console=console.kind)
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
         ranks = tuple(_command(argv, directory, options) for argv in plan.argv)
-        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console)
+        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console, saves=False)
         if code != EXIT_DONE:
             return code
         result = records.read_result(directory)

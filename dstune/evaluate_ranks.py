@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def evaluate(
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     console = Console() if world.is_main else None
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
-    progress = (lambda done, total: console.progress(done, total, {})) if console else None
+    doing = "evaluating" if shots is None else "asking the untuned model"
+    progress = partial(console.activity, doing) if console else None
     measured: dict[str, Any] = {}
     row_results: list[dict[str, Any]] = []
     if shots is None:

@@ -78,6 +78,8 @@ def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses what nobody needs
+    print(f"loading {wanted.path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         found = _find(wanted, checkpoint, Path(scratch) / OWN, "MODEL")
         others = {

@@ -38,7 +38,7 @@ def calibrate(config: RunConfig, console: Console) -> None:
         ranks = tuple(
             (*argv[: argv.index("dstune.worker")], "dstune.calibrate_ranks", str(directory)) for argv in plan.argv
         )
-        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console)
+        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console, saves=False)
         if code != EXIT_DONE:
             raise TrainingFailed("the measurement did not finish; its logs are above")
         found = json.loads((directory / "speeds.json").read_text())

@@ -135,7 +135,7 @@ def allreduce(config: RunConfig) -> Check:
             if isinstance(launch, LocalConfig):
                 plan = local_plan(config, folder)
                 argv = tuple(_measuring(words) for words in plan.argv)
-                code = supervise.run(config, folder, plan=replace(plan, argv=argv), console=quiet)
+                code = supervise.run(config, folder, plan=replace(plan, argv=argv), console=quiet, saves=False)
             elif isinstance(launch, SlurmConfig):
                 one_job = replace(launch, wait=True, requeue=False, chain=1, time=launch.time or MINUTES)
                 config = replace(config, launch=one_job)

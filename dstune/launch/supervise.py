@@ -41,11 +41,13 @@ def run(
     plan: LaunchPlan | None = None,
     console: Console | None = None,
     lock: int | None = None,
+    saves: bool = True,
 ) -> int:
     """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
 
     plan: what to start; `local_plan` of the configuration when not given. lock: descriptor of the run directory's lock,
-    which stays held until the last rank has gone even when this process is killed.
+    which stays held until the last rank has gone even when this process is killed. saves: whether ranks that are asked to stop
+    have something to save.
 
     Raises:
         UserError: the launch cannot be planned (see `local_plan`), or the ranks found the user's mistake.
@@ -57,11 +59,11 @@ def run(
     with caught_signals(config.run.signals) as received:
         restarts = Restarts(config.launch.restarts, run_dir, console, received)
         while True:
-            launch = Launch(plan, run_dir, grace, console, received, lock)
+            launch = Launch(plan, run_dir, grace, console, received, lock, saves)
             verdict = launch.run()
             if verdict.exit_code == EXIT_FAILED and launch.port_was_taken(verdict) and not received:
                 console.message("dstune: another program took the port of the ranks; trying once more with another one")
-                launch = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock)
+                launch = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock, saves)
                 verdict = launch.run()
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
                 verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", launch.ended[0])
@@ -85,6 +87,7 @@ class Launch:
         console: Console,
         received: list[str],
         lock: int | None,
+        saves: bool = True,
     ):
         self.id = uuid.uuid4().hex
         self.plan = plan
@@ -94,6 +97,7 @@ class Launch:
         self.console = console
         self.received = received
         self.lock = lock
+        self.saves = saves
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.ended: list[Ended] = []
         self.errors: dict[int, DstuneError] = {}
@@ -161,9 +165,8 @@ class Launch:
             for process in self.ranks:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
-            self.console.message(
-                f"dstune: received {self.stop_signal}: saving at the next window; again to stop at once without saving"
-            )
+            then = "saving at the next window; again to stop at once without saving" if self.saves else "stopping"
+            self.console.message(f"dstune: received {self.stop_signal}: {then}")
         if len(self.received) > 1 and not self.forced:
             self.forced = True
             self.console.message("dstune: received a second signal: stopping at once")
