@@ -23,6 +23,7 @@ from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig, WandbConfig
+from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import (
     CausalLmConfig,
     ChatConfig,
@@ -226,6 +227,9 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
         problems.append(Problem("--shots", reason, "data.train=FILE, or --shots 0", str(max(arguments.shots))))
     if not isinstance(config.task, (ChatConfig, CausalLmConfig, ClassificationConfig, Seq2SeqConfig)):
         reason = f"task={config.task.name} has no answers that a prompted model could give"
+        problems.append(Problem("--shots", reason, "leave --shots out"))
+    if is_of_several(config):
+        reason = "the rows are of several tasks, and worked examples are of one"
         problems.append(Problem("--shots", reason, "leave --shots out"))
     if config.data.streaming:
         problems.append(Problem("data.streaming", "examples are drawn from all training rows", "data.streaming=false"))

@@ -83,6 +83,12 @@ class CleanConfig:
     """E-mail, phone, IBAN, card, IP, SSN: `keep`, `flag`, `mask` (for example `<EMAIL>`) or `drop`; extra `clean`."""
 
 
+class SourceTask(Enum):
+    chat = "chat"
+    causal_lm = "causal_lm"
+    seq2seq = "seq2seq"
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of a mixture."""
@@ -97,6 +103,10 @@ class SourceConfig:
     """Row format; `data.format` where it is `auto`."""
     columns: dict[str, str] = setting({})
     """Column names by role; they win over `data.columns`."""
+    task: SourceTask | None = None
+    """What its rows are, where it is another task than the run's: several tasks at once, each with metrics of its own."""
+    prompt: str | None = None
+    """What the model reads for a source text of these rows, in place of `task.prompt`: a task may be told by its prompt."""
     subset: str | None = None
     """Configuration of a data set on the hub."""
     revision: str | None = None

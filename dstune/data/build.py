@@ -23,6 +23,7 @@ from dstune.config.architectures import is_encoder_decoder
 from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
+from dstune.config.several_tasks import is_of_several, tasks_of
 from dstune.config.task_schema import CONVERSATIONS, WRITERS, EmbeddingConfig, PreferenceConfig, QuestionAnsweringConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.augment import augmented
@@ -148,7 +149,9 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
     parts = {
         "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
         "replay": mixes_in(config),
-        "mixture": [[name, of.format, of.columns, of.max_rows] for name, of in data.mixture.items()],
+        "mixture": [
+            [name, of.format, of.columns, of.max_rows, of.task, of.prompt] for name, of in data.mixture.items()
+        ],
         "tokenizer": [
             is_encoder_decoder(tokenizer),
             state,
@@ -263,7 +266,8 @@ class Builder:
         formats = {table.format for table in tables.values()}
         fmt = DataFormat.messages if DataFormat.messages in formats else tables["train"].format
         weights = class_weights(config, labels, chosen["train"])
-        encode = RowTokenizer(self._tokenizer, config.task, fmt, config.data.max_length, labels, weights)
+        several = {name: (task, read["train"][name].format) for name, task in tasks_of(config).items()}
+        encode = RowTokenizer(self._tokenizer, config.task, fmt, config.data.max_length, labels, weights, several)
         report: dict[str, Any] = {}
         with _no_progress_bars():
             for part, rows in chosen.items():
@@ -312,7 +316,9 @@ class Builder:
         for name, source in self._inputs[part].items():
             stream = source.stream
             rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
-            read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
+            task = name if is_of_several(self._config) else ""
+            target = work / f"{part}.{name}.rows.arrow"
+            read[name] = ingest(source.files, source.config, target, bad, rows, task=task)
         return read
 
     def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:

@@ -26,10 +26,11 @@ def sample_prompts(
     prompts: dict[tuple[int, ...], SamplePrompt] = {}
     for index in indices:
         row = json.loads(table.data[int(index)]["row"])
-        if encode.sources is not None:
-            prompt = _from_source(encode.sources, row)
+        own = encode.for_row(row)
+        if own.sources is not None:
+            prompt = _from_source(own.sources, row)
         else:
-            prompt = _from_text(encode, row["text"]) if "text" in row else _from_chat(encode, row)
+            prompt = _from_text(own, row["text"]) if "text" in row else _from_chat(own, row)
         if prompt is not None and len(prompt.input_ids) <= max_length:
             prompts.setdefault(tuple(prompt.input_ids), prompt)
         if len(prompts) == count:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from dstune.config.data_schema import DataFormat, OnBadRow
 from dstune.config.method_rules import cpu_problems
 from dstune.config.schema import Precision, RunConfig
+from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
@@ -31,7 +32,8 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
 
 def metric_problems(config: RunConfig) -> Iterator[Problem]:
     """What has to be installed first to score generated targets."""
-    if not isinstance(config.task, Seq2SeqConfig) or config.evaluate.generate_rows == 0:
+    tasks = (config.task, *tasks_of(config).values())
+    if not any(isinstance(task, Seq2SeqConfig) for task in tasks) or config.evaluate.generate_rows == 0:
         return
     for module, package in (("sacrebleu", "sacrebleu"), ("rouge_score", "rouge-score")):
         if find_spec(module) is None:

@@ -27,6 +27,7 @@ from dstune.config.architectures import (
 from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
+from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig, TaskConfig
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
@@ -248,7 +249,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     problems = []
     kind = str(architecture.get("model_type"))
     if run is not None and architecture.get("is_encoder_decoder"):
-        if not isinstance(run.task, Seq2SeqConfig):
+        if not all(isinstance(task, Seq2SeqConfig) for task in (run.task, *tasks_of(run).values())):
             problems.append(encoder_decoder_problem(config, kind))
         elif run.data.packing:
             problems.append(packed_encoder_decoder_problem(kind))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dstune.config.schema import RunConfig
+from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TaskConfig
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
@@ -26,6 +27,7 @@ from dstune.models.heads.embedding import EmbeddingHead
 from dstune.train.counterfactual import compare
 from dstune.train.generation import Generated, generate_targets, generation_metrics, speaking
 from dstune.train.measure import Evaluation, Totals, count_rows, has_windows, measure
+from dstune.train.metrics import language_model_metrics
 from dstune.train.slices import measure_slices
 from dstune.train.window import joined
 from dstune.zero.engine import Engine
@@ -84,6 +86,19 @@ class Evaluator:
         line, where no target of the rows has a second one.
         """
         split = limited(split, self._config.evaluate.max_rows, self._config.task)
+        if tasks := tasks_of(self._config):
+            return self._of_each_task(split, tasks, progress)
+        return self._evaluated(split, progress, context, one_line=one_line, slices=slices)[1]
+
+    def _evaluated(
+        self,
+        split: Split,
+        progress: Callable[[int, int], None] | None,
+        context: Sequence[int] = (),
+        *,
+        one_line: bool = False,
+        slices: bool = True,
+    ) -> tuple[Totals, Evaluation]:
         shown: Split = split
         if context:
             held = {field.name: getattr(split, field.name) for field in fields(split)}
@@ -95,11 +110,35 @@ class Evaluator:
             scores = self._world.broadcast(generation_metrics(generated) if self._world.is_main else {})
             evaluation = replace(evaluation, metrics=evaluation.metrics | scores, generated=tuple(generated))
         if not (slices and self._config.evaluate.slices):
-            return evaluation
+            return totals, evaluation
         metrics, details = measure_slices(self._config, self._data.labels, split, kept)
-        return replace(
+        return totals, replace(
             evaluation, metrics=evaluation.metrics | metrics, details=evaluation.details | {"slices": details}
         )
+
+    def _of_each_task(
+        self, split: Split, tasks: Mapping[str, TaskConfig], progress: Callable[[int, int], None] | None
+    ) -> Evaluation:
+        """The metrics of a language model over all rows, and those of each task as NAME/METRIC."""
+        assert split.sources is not None, "rows of several tasks come from a mixture"
+        loss_sum = weight = correct = 0.0
+        metrics: dict[str, float] = {}
+        generated: tuple[Generated, ...] = ()
+        for number, (name, task) in enumerate(tasks.items()):
+            chosen = np.flatnonzero(split.sources == number)
+            if not len(chosen):
+                continue
+            config = replace(self._config, task=task, data=replace(self._config.data, mixture={}))
+            own = Evaluator(config, self._data, self._engine, self._head, self._world, self._tokenizer)
+            totals, evaluation = own._evaluated(split.select(chosen), progress)
+            loss_sum, weight, correct = (
+                loss_sum + totals.loss_sum,
+                weight + totals.weight,
+                correct + totals.correct,
+            )
+            metrics |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
+            generated += evaluation.generated
+        return Evaluation(language_model_metrics(loss_sum, weight, correct) | metrics, generated=generated)
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:
         """How the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""

@@ -392,12 +392,15 @@ class Engine:
         if self.stage < 3:
             yield self.module
             return
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         # An engine that only evaluates has the hooks in place of an optimizer.
         offload = getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer)
         with gathered(list(self.module.parameters())):
             for parameter in self.module.parameters():
                 parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
-            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            # The first of them begins a pass, and compares with the other ranks where none was recorded yet.
+            for hook in [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]:
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []
             try:
@@ -407,7 +410,8 @@ class Engine:
                 coordinator = offload.get_param_coordinator()
                 if not coordinator.is_invalid_trace():
                     coordinator._invalidate_trace()
-                offload._register_deepspeed_module(offload.module)
+                offload.setup_zero_stage3_hooks()
+                FWD_MODULE_STACK.pop()  # it was there already
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -98,7 +99,8 @@ class Scene:
             "optimizer.lr=1e-3",
             "zero=stage2",
             "trainer.micro_batch_size=2",
-            "trainer.global_batch_size=8",
+            "trainer.global_batch_size=32",  # steps take long enough for a fault to strike between two of them
+            "trainer.precision=fp32",
             f"trainer.max_steps={STEPS}",
             f"checkpoint.every={EVERY}",
             "evaluate.every=10",
@@ -124,6 +126,7 @@ class Scene:
 def play(scene: Scene, fault: Fault) -> Outcome:
     """Let `fault` strike a run, continue the run, and compare."""
     with _place(scene, fault) as run_dir:
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a try that was cut off
         command = scene.start(run_dir, *fault.overrides, inject=fault.inject)
         outcome = Outcome(fault.name, fault.what)
         wait_until(lambda: last_step(run_dir) >= AT or command.poll() is not None, timeout=600)
@@ -220,7 +223,10 @@ def _launches(run_dir: Path) -> list[dict[str, Any]]:
 
 def _last_written(run_dir: Path) -> float:
     """When the last row was written, on the clock of `time.monotonic`."""
-    return time.monotonic() - (time.time() - (run_dir / "metrics.jsonl").stat().st_mtime)
+    written = run_dir / "metrics.jsonl"
+    if not written.exists():  # it failed before the first step, and what it wrote last are the rank's last words
+        written = max((run_dir / "logs").glob("rank-*.log"), key=lambda log: log.stat().st_mtime)
+    return time.monotonic() - (time.time() - written.stat().st_mtime)
 
 
 def said(log: str, patterns: str | tuple[str, ...]) -> str:
@@ -304,11 +310,13 @@ def fill_for_a_while(command: subprocess.Popen, run_dir: Path) -> None:
 
 
 def read_only(command: subprocess.Popen, run_dir: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(run_dir.parent)], check=True)
+    """A file system with files open for writing cannot become read-only, but a second mount of it can hide the first."""
+    subprocess.run(["mount", "--bind", str(run_dir), str(run_dir)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(run_dir)], check=True)
 
 
 def writable_again(run_dir: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,rw", str(run_dir.parent)], check=True)
+    subprocess.run(["umount", "-l", str(run_dir)], check=True)
 
 
 # -- damage to a checkpoint ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -32,6 +33,7 @@ from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversa
 from dstune.data.tokenize.preference import JudgedEncoder, PairEncoder, RewardEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.data.tokenize.seq2seq import ReplyEncoder, TranslationEncoder
+from dstune.data.tokenize.several import TASK, SeveralEncoder
 from dstune.data.tokenize.tokens import TokenEncoder
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -50,7 +52,8 @@ class RowTokenizer:
     """Tokenizes rows for one task; picklable, so that it travels to the processes of `datasets.map`.
 
     tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification);
-    class_weights: what a row of each counts in the loss, where they differ.
+    class_weights: what a row of each counts in the loss, where they differ. several: task and format of each source by its
+    name, where a run has several tasks.
     Control tokens in what a row says are encoded as text (see `control`).
     Raises UserError (at creation) if the tokenizer lacks what task and format need.
     """
@@ -63,10 +66,19 @@ class RowTokenizer:
         max_length: int,
         labels: tuple[str, ...] = (),
         class_weights: tuple[float, ...] = (),
+        several: Mapping[str, tuple[TaskConfig, DataFormat]] | None = None,
     ):
         self._tokenizer = tokenizer
+        self._of_task = {
+            name: RowTokenizer(tokenizer, own, own_format, max_length)
+            for name, (own, own_format) in (several or {}).items()
+        }
         self._counted = COUNTED | ({"weight": datasets.Value("float64")} if class_weights else {})
-        self._encoder = _encoder(tokenizer, task, fmt, max_length, labels, class_weights)
+        self._encoder: Encoder
+        if self._of_task:
+            self._encoder = SeveralEncoder({name: own._encoder for name, own in self._of_task.items()})
+        else:
+            self._encoder = _encoder(tokenizer, task, fmt, max_length, labels, class_weights)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
         """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
@@ -78,6 +90,10 @@ class RowTokenizer:
         """Types of the columns of `table_of`."""
         tokens = datasets.List(datasets.Value("int32"))
         return datasets.Features({"input_ids": tokens, **self._encoder.columns, **self._counted})
+
+    def for_row(self, row: Mapping[str, Any]) -> RowTokenizer:
+        """What tokenizes `row`, where each task has its own."""
+        return self._of_task[row[TASK]] if self._of_task else self
 
     @property
     def renderer(self) -> ChatRenderer | None:

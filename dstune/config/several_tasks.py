@@ -1,0 +1,78 @@
+"""Several tasks in one run: sources of `data.mixture` whose rows are of another task, or are asked by another prompt, than
+those of the run. One language model answers all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dstune.config.convert import shown
+from dstune.config.data_schema import SourceConfig, SourceTask
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TaskConfig
+from dstune.errors import Problem
+
+HELD_OUT = ("validation", "test", "guard", "ood")
+
+
+def is_of_several(config: RunConfig) -> bool:
+    return any(source.task is not None or source.prompt is not None for source in config.data.mixture.values())
+
+
+def task_of(config: RunConfig, source: SourceConfig) -> TaskConfig:
+    """The task of the rows of `source`."""
+    task: TaskConfig = config.task
+    if source.task is not None and source.task.value != task.name:
+        date = getattr(task, "template_date", None)
+        match source.task:
+            case SourceTask.chat:
+                task = ChatConfig(template_date=date)
+            case SourceTask.causal_lm:
+                task = CausalLmConfig()
+            case SourceTask.seq2seq:
+                task = Seq2SeqConfig(template_date=date)
+    if source.prompt is not None and isinstance(task, Seq2SeqConfig):
+        task = replace(task, prompt=source.prompt)
+    return task
+
+
+def tasks_of(config: RunConfig) -> dict[str, TaskConfig]:
+    """The task of each source by its name, in the order of `data.mixture`; empty for a run of one task."""
+    if not is_of_several(config):
+        return {}
+    return {name: task_of(config, source) for name, source in config.data.mixture.items()}
+
+
+def check_several_tasks(config: RunConfig) -> Iterator[Problem]:
+    for name, source in config.data.mixture.items():
+        yield from _check_prompt(config, name, source)
+    if not is_of_several(config):
+        return
+    if not isinstance(config.task, (ChatConfig, Seq2SeqConfig)):
+        reason = "sources of other tasks are mixed where one language model writes every answer"
+        fix = "task=chat or task=seq2seq; a label is a target too, and plain text is data.mixture.NAME.task=causal_lm"
+        yield Problem("task", reason, fix, config.task.name)
+    for part in HELD_OUT:
+        if (value := getattr(config.data, part)) is not None:
+            reason = "with several tasks such a file does not say which task its rows are of"
+            yield Problem(
+                f"data.{part}", reason, "data.split.validation=0.05 holds rows of every task out", shown(value)
+            )
+    evaluate = config.evaluate
+    for key in ("slices", "counterfactual", "baseline_shots"):
+        if value := getattr(evaluate, key):
+            reason = "this asks for the rows of one task, and the run has several, each with metrics of its own"
+            yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", shown(value))
+
+
+def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterator[Problem]:
+    if source.prompt is None:
+        return
+    key = f"data.mixture.{name}.prompt"
+    if not isinstance(task_of(config, source), Seq2SeqConfig):
+        yield Problem(
+            key, "only sources with targets are asked by a prompt", f"data.mixture.{name}.task=seq2seq", source.prompt
+        )
+    elif source.prompt.count("{source}") != 1:
+        reason = "the source has to have one place in the prompt"
+        yield Problem(key, reason, f"{key}='\"Translate: {{source}}\"'", shown(source.prompt))
