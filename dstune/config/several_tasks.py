@@ -19,10 +19,14 @@ def is_of_several(config: RunConfig) -> bool:
     return any(source.task is not None or source.prompt is not None for source in config.data.mixture.values())
 
 
+def name_of_task(config: RunConfig, source: SourceConfig) -> str:
+    return config.task.name if source.task is None else source.task.value
+
+
 def task_of(config: RunConfig, source: SourceConfig) -> TaskConfig:
     """The task of the rows of `source`."""
     task: TaskConfig = config.task
-    if source.task is not None and source.task.value != task.name:
+    if source.task is not None and name_of_task(config, source) != task.name:
         date = getattr(task, "template_date", None)
         match source.task:
             case SourceTask.chat:
@@ -69,7 +73,7 @@ def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterato
     if source.prompt is None:
         return
     key = f"data.mixture.{name}.prompt"
-    if not isinstance(task_of(config, source), Seq2SeqConfig):
+    if name_of_task(config, source) != Seq2SeqConfig.name:
         yield Problem(
             key, "only sources with targets are asked by a prompt", f"data.mixture.{name}.task=seq2seq", source.prompt
         )

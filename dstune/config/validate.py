@@ -29,7 +29,7 @@ from dstune.config.schema import (
     SpikeAction,
     WarmupStableDecayConfig,
 )
-from dstune.config.several_tasks import check_several_tasks, tasks_of
+from dstune.config.several_tasks import check_several_tasks, is_of_several, name_of_task
 from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
 from dstune.config.task_schema import (
@@ -320,10 +320,10 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, config.task
     held_out = bool(config.data.validation) or config.data.split.validation > 0
     rows = "data.validation=rows.jsonl or data.split.validation=0.05"
-    metrics = (
-        *metrics_of(task),
-        *(f"{name}/{metric}" for name, own in tasks_of(config).items() for metric in metrics_of(own)),
-    )
+    metrics = metrics_of(task)
+    if is_of_several(config):
+        sources = config.data.mixture.items()
+        metrics += tuple(f"{name}/{of}" for name, source in sources for of in METRICS[name_of_task(config, source)])
     if stopping.metric not in metrics:
         yield Problem(
             "trainer.early_stopping.metric",
