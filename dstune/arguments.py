@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, NoReturn
 
 from dstune.errors import Problem, UserError
@@ -16,7 +16,8 @@ from dstune.errors import Problem, UserError
 def is_path(word: str) -> bool:
     """Whether the first word behind a verb is the PATH of a run, not an override or a flag. The directory of a sweep's trial
     has `=` in its name."""
-    return Path(word, "run.yaml").is_file() or ("=" not in word and not word.startswith(("-", "~", "+")))
+    # Not by `Path.is_file`, which raises for a word that is too long for a name.
+    return os.path.isfile(os.path.join(word, "run.yaml")) or ("=" not in word and not word.startswith(("-", "~", "+")))
 
 
 class _FoundParser(Exception):

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dstune.config.sweep_rules import COSTS, LOWER_COSTS
-from dstune.train.metrics import LOWER_IS_BETTER
+from dstune.train.metrics import is_lower_better
 
 SWEEP_FILE = "sweep.yaml"
 RECORDS = "trials"
@@ -21,8 +21,11 @@ FINISHED = ("completed", "stopped", "pruned")
 """Statuses of a trial that is not started again."""
 TRAINING_LOSS = "training_loss"
 """What trials without validation rows are compared by: the mean of the last tenth of the steps."""
-LOWER = LOWER_IS_BETTER | {TRAINING_LOSS, *LOWER_COSTS}
-"""Objectives of which less is better."""
+
+
+def less_is_better(objective: str) -> bool:
+    """Of a metric, of TRAINING_LOSS or of a cost."""
+    return is_lower_better(objective) or objective in (TRAINING_LOSS, *LOWER_COSTS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def better_first(value: float | None, objective: str) -> tuple[bool, float]:
     """A key that sorts what was reached: the best first, what has no value last."""
     if value is None:
         return (True, 0.0)
-    return (False, value if objective in LOWER else -value)
+    return (False, value if less_is_better(objective) else -value)
 
 
 def unbeaten(found: Sequence[Record], objectives: Sequence[str]) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig, SlantedTriangularConfig, WandbMode
+from dstune.config.several_tasks import name_of_task
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.task_schema import CONVERSATIONS, Seq2SeqConfig
 from dstune.errors import Problem
@@ -81,7 +82,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "zero.param_persistence_threshold", (f"zero.stage is {zero.stage}", "zero=stage3")
     if config.model.chat_template is not None and not isinstance(config.task, CONVERSATIONS):
         yield "model.chat_template", (f"task={config.task.name} renders no conversations", "task=chat")
-    if not isinstance(config.task, Seq2SeqConfig):
+    names = [config.task.name, *(name_of_task(config, source) for source in data.mixture.values())]
+    if Seq2SeqConfig.name not in names:
         yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", "task=seq2seq")
     if not config.evaluate.samples:
         yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")

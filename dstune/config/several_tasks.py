@@ -12,7 +12,9 @@ from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TaskConfig
 from dstune.errors import Problem
 
-HELD_OUT = ("validation", "test", "guard", "ood")
+OTHER_PARTS = ("validation", "test", "guard", "ood")
+SHARED_METRICS = ("loss", "perplexity", "token_accuracy")
+"""What is measured over the held-out rows of all tasks together."""
 
 
 def is_of_several(config: RunConfig) -> bool:
@@ -56,7 +58,7 @@ def check_several_tasks(config: RunConfig) -> Iterator[Problem]:
         reason = "sources of other tasks are mixed where one language model writes every answer"
         fix = "task=chat or task=seq2seq; a label is a target too, and plain text is data.mixture.NAME.task=causal_lm"
         yield Problem("task", reason, fix, config.task.name)
-    for part in HELD_OUT:
+    for part in OTHER_PARTS:
         if (value := getattr(config.data, part)) is not None:
             reason = "with several tasks such a file does not say which task its rows are of"
             yield Problem(

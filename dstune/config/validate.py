@@ -29,7 +29,7 @@ from dstune.config.schema import (
     SpikeAction,
     WarmupStableDecayConfig,
 )
-from dstune.config.several_tasks import check_several_tasks, is_of_several, name_of_task
+from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, is_of_several, name_of_task
 from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
 from dstune.config.task_schema import (
@@ -131,7 +131,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_saves,
         check_run,
         check_tracking,
-        lambda reader: check_sweep(reader, metrics_of(reader.task)),
+        lambda reader: check_sweep(reader, metrics_of_run(reader)),
     )
     problems = list(check_ranges(config))
     for rule in rules:
@@ -320,10 +320,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, config.task
     held_out = bool(config.data.validation) or config.data.split.validation > 0
     rows = "data.validation=rows.jsonl or data.split.validation=0.05"
-    metrics = metrics_of(task)
-    if is_of_several(config):
-        sources = config.data.mixture.items()
-        metrics += tuple(f"{name}/{of}" for name, source in sources for of in METRICS[name_of_task(config, source)])
+    metrics = metrics_of_run(config)
     if stopping.metric not in metrics:
         yield Problem(
             "trainer.early_stopping.metric",
@@ -363,7 +360,11 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "trainer.early_stopping.max_gap", reason, "trainer.early_stopping.patience=3", shown(stopping.max_gap)
         )
-    if stopping.metric in GENERATION_METRICS and evaluate.generate_rows == 0 and stopping.metric in metrics:
+    if (
+        stopping.metric.rpartition("/")[2] in GENERATION_METRICS
+        and evaluate.generate_rows == 0
+        and stopping.metric in metrics
+    ):
         reason = f"{stopping.metric} is a metric of generated targets, and evaluate.generate_rows is 0"
         fix = "evaluate.generate_rows=100, or trainer.early_stopping.metric=loss"
         yield Problem("trainer.early_stopping.metric", reason, fix, stopping.metric)
@@ -392,6 +393,16 @@ def metrics_of(task: TaskConfig) -> tuple[str, ...]:
     if isinstance(task, ClassificationConfig) and task.regression:
         return REGRESSION_METRICS
     return METRICS[task.name]
+
+
+def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
+    """Those of its task; of several tasks what all of them have, and those of each as NAME/METRIC."""
+    if not is_of_several(config):
+        return metrics_of(config.task)
+    sources = config.data.mixture.items()
+    return SHARED_METRICS + tuple(
+        f"{name}/{metric}" for name, source in sources for metric in METRICS[name_of_task(config, source)]
+    )
 
 
 def check_saves(config: RunConfig) -> Iterator[Problem]:

@@ -23,7 +23,7 @@ from dstune.config.architectures import is_encoder_decoder
 from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import is_of_several, tasks_of
+from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import CONVERSATIONS, WRITERS, EmbeddingConfig, PreferenceConfig, QuestionAnsweringConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.augment import augmented
@@ -266,8 +266,17 @@ class Builder:
         formats = {table.format for table in tables.values()}
         fmt = DataFormat.messages if DataFormat.messages in formats else tables["train"].format
         weights = class_weights(config, labels, chosen["train"])
-        several = {name: (task, read["train"][name].format) for name, task in tasks_of(config).items()}
-        encode = RowTokenizer(self._tokenizer, config.task, fmt, config.data.max_length, labels, weights, several)
+        several = [(task, read["train"][name].format) for name, task in tasks_of(config).items()]
+        encode = RowTokenizer(
+            self._tokenizer,
+            config.task,
+            fmt,
+            config.data.max_length,
+            labels,
+            weights,
+            several=several,
+            sources=tables["train"].sources,
+        )
         report: dict[str, Any] = {}
         with _no_progress_bars():
             for part, rows in chosen.items():
@@ -316,9 +325,7 @@ class Builder:
         for name, source in self._inputs[part].items():
             stream = source.stream
             rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
-            task = name if is_of_several(self._config) else ""
-            target = work / f"{part}.{name}.rows.arrow"
-            read[name] = ingest(source.files, source.config, target, bad, rows, task=task)
+            read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
         return read
 
     def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:

@@ -111,15 +111,13 @@ def ingest(
     target: Path,
     bad: BadRows,
     rows: Iterable[tuple[int, sources.RawRow]] | None = None,
-    *,
-    task: str = "",
 ) -> Table:
     """Read and check all rows of `files` into `target`, or only `rows` (each with the number of its file). Bad rows go
-    to `bad`. task: the name under which each row remembers its task, where a run has several.
+    to `bad`.
 
     Raises UserError if the columns are those of no format, a file is unreadable as a whole, or there is no row at all.
     """
-    reader = _Reader(config, bad, task)
+    reader = _Reader(config, bad)
     already_bad = bad.count
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for batch in reader.batches(_told(files, _all_rows(files) if rows is None else rows)):
@@ -167,9 +165,8 @@ def _all_rows(files: list[sources.DataFile]) -> Iterator[tuple[int, sources.RawR
 
 
 class _Reader:
-    def __init__(self, config: RunConfig, bad: BadRows, task_name: str):
+    def __init__(self, config: RunConfig, bad: BadRows):
         self._data = config.data
-        self._mark = {"task": task_name} if task_name else {}
         self._task = config.task
         self._slices = config.evaluate.slices
         self._bad = bad
@@ -208,7 +205,7 @@ class _Reader:
         if has_labels(self._task):
             self._refuse_other_labels(row)
             label = json.dumps(labels_of(row)) if has_several(self._task) else row["label"]
-        content = canonical(row | self._mark)
+        content = canonical(row)
         return content.decode("utf-8"), content_hash(content, self._data.split.seed), label
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:

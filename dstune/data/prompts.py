@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,11 @@ def sample_prompts(
     prompts: dict[tuple[int, ...], SamplePrompt] = {}
     for index in indices:
         row = json.loads(table.data[int(index)]["row"])
-        own = encode.for_row(row)
+        own = encode.for_row(int(index))
         if own.sources is not None:
             prompt = _from_source(own.sources, row)
+            if prompt is not None and own is not encode:  # the prompt tells the task
+                prompt = replace(prompt, text=own.sources.asked(row["source"]))
         else:
             prompt = _from_text(own, row["text"]) if "text" in row else _from_chat(own, row)
         if prompt is not None and len(prompt.input_ids) <= max_length:

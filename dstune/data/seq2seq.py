@@ -42,6 +42,10 @@ class Sources:
             return {"prompt": prompt + self._task.separator, "completion": target}
         return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
 
+    def asked(self, source: str) -> str:
+        """The prompt of the task with the source in it."""
+        return prompt_of(self._task, source)
+
     def prompt_ids(self, source: str) -> list[int]:
         """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
         prompt = prompt_of(self._task, source)

@@ -10,7 +10,7 @@ from dstune import baseline_file
 from dstune.report.numbers import MINUS, NONE, duration, number, short
 from dstune.report.run_files import RunFiles, section
 from dstune.report.series import Series
-from dstune.train.metrics import LOWER_IS_BETTER
+from dstune.train.metrics import is_lower_better
 
 Curves = Mapping[str, Series]
 
@@ -99,7 +99,7 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     for name in dict.fromkeys(["loss", metric, "accuracy"]):
         series = curves.get(f"eval/{name}")
         if series and series.last is not None:
-            shown.append(_change(NAMES.get(name, name), series, name in LOWER_IS_BETTER))
+            shown.append(_change(NAMES.get(name, name), series, is_lower_better(name)))
     training = curves.get("loss")
     if not shown and training and training.last is not None:
         shown.append(_change("training loss", training, True))
@@ -142,7 +142,7 @@ def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figur
         ]
         if not asked:
             continue
-        lower = name in LOWER_IS_BETTER
+        lower = is_lower_better(name)
         best = (min if lower else max)(asked, key=lambda row: row["metrics"][name])
         reached = tested.get(name) if best.get("split") == "test" else _last(curves, f"eval/{name}")
         value = best["metrics"][name]
@@ -208,7 +208,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def _higher_is_better(names: Mapping[str, Any]) -> set[str]:
-    return {name for name in names if name not in LOWER_IS_BETTER and name != "training loss"}
+    return {name for name in names if not is_lower_better(name) and name != "training loss"}
 
 
 def _chosen_metric(run: RunFiles, curves: Curves) -> str:
@@ -219,7 +219,7 @@ def _chosen_metric(run: RunFiles, curves: Curves) -> str:
 def _best(series: Series | None, metric: str) -> float | None:
     if series is None or not series.finite:
         return None
-    return min(series.finite) if metric in LOWER_IS_BETTER else max(series.finite)
+    return min(series.finite) if is_lower_better(metric) else max(series.finite)
 
 
 def _last(curves: Curves, name: str) -> float | None:

@@ -20,7 +20,7 @@ from dstune.report.numbers import duration, log_ticks, number, percent, short, t
 from dstune.report.results import NAMES, Figure
 from dstune.report.run_files import RUN_FILE, RunFiles, read, section
 from dstune.report.series import Series, collect, smoothed, smoothing_span
-from dstune.trials import FINISHED, LOWER, Record, objectives_of, ranked, read_records, settled, unbeaten
+from dstune.trials import FINISHED, Record, less_is_better, objectives_of, ranked, read_records, settled, unbeaten
 
 MOST_MARKS = 6
 """A key with so few values has each at its axis."""
@@ -71,11 +71,12 @@ class Scale:
         if self.names:
             count = len(self.names)
             return 50.0 if count == 1 else 8 + 84 * self.names.index(shown(value)) / (count - 1)
+        value = min(max(value, self.low), self.high)
         if self.logarithmic:
             value, low, high = math.log10(value), math.log10(self.low), math.log10(self.high)
         else:
             low, high = self.low, self.high
-        return round(min(max(100 * (value - low) / (high - low), 0.0), 100.0), 2)
+        return round(100 * (value - low) / (high - low), 2)
 
 
 def scale(values: Sequence[Any], *, of_key: bool = False) -> Scale:
@@ -140,7 +141,7 @@ def page(sweep: Path) -> str:
         table=_table(trials, objectives, keys),
         figures=_figures(trials, objectives[0]),
         objective=_named(objectives[0]),
-        lower=objectives[0] in LOWER,
+        lower=less_is_better(objectives[0]),
         objectives=objectives,
         scatters=_scatters(placed, objectives, keys),
         parallel=_parallel(placed, objectives[0], keys),
@@ -213,7 +214,7 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
         )
     values = [value for trial in trials if (value := trial.value(objective)) is not None]
     if len(values) > 1:
-        worst = max(values) if objective in LOWER else min(values)
+        worst = max(values) if less_is_better(objective) else min(values)
         found.append(Figure("worst", number(worst), "of those with an evaluation"))
     found.append(Figure("time", duration(sum(one.seconds for one in records)), "of all trials together"))
     done, planned = _work(trials)
@@ -252,7 +253,7 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
     for title, values, shown_trials in plots:
         if len({shown(value) for value in values}) < 2:
             continue
-        kept, outside = without_outliers(_reached(shown_trials, objectives[0]), objectives[0] in LOWER)
+        kept, outside = without_outliers(_reached(shown_trials, objectives[0]), less_is_better(objectives[0]))
         across, up = scale(values, of_key=title in keys), scale(kept)
         dots = [
             {
@@ -291,7 +292,7 @@ def _parallel(trials: Sequence[Trial], objective: str, keys: Sequence[str]) -> d
     scales = [scale(values, of_key=True) for _, values in columns]
     reached = _reached(trials, objective)
     columns.append((_named(objective), reached))
-    scales.append(scale(without_outliers(reached, objective in LOWER)[0]))
+    scales.append(scale(without_outliers(reached, less_is_better(objective))[0]))
     at = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
     lines = []
     for number_, trial in enumerate(trials):
@@ -312,9 +313,14 @@ def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
         own = [trial for trial in trials if name in trial.curves]
         if not own:
             continue
-        last = [trial.curves[name].last or 0.0 for trial in own]
-        kept, diverged = without_outliers(last, name.removeprefix("eval/") in LOWER)
-        own = [trial for trial, value in zip(own, last, strict=True) if value in kept]
+        # What a trial reached is compared with that of others which ended too, not with those that are on their way.
+        ended = {
+            trial.record.name: last
+            for trial in own
+            if trial.record.status in ("completed", "stopped") and (last := trial.curves[name].last) is not None
+        }
+        kept, diverged = without_outliers(list(ended.values()), less_is_better(name.removeprefix("eval/")))
+        own = [trial for trial in own if ended.get(trial.record.name) in (None, *kept)]
         window = smoothing_span(max(len(trial.curves[name].steps) for trial in own)) if name == "loss" else 0
         lines = [
             Line(

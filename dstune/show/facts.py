@@ -19,6 +19,7 @@ from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig,
 from dstune.data import sources
 from dstune.data.build import PreparedData, Split, prepare
 from dstune.data.collate import NO_TARGET
+from dstune.data.inputs import of_training
 from dstune.data.statistics import longer_than, with_packing
 from dstune.errors import Problem, UserError
 from dstune.models.load import load_tokenizer
@@ -132,7 +133,9 @@ def show_row(config: RunConfig, place: str) -> Shown:
     name, _, line = place.rpartition(":")
     if not name or not line.isdigit():
         raise UserError(Problem("--row", "expected FILE:LINE", "--row my.jsonl:17", place))
-    fields = _fields(sources.expand(name, "--row"), int(line), place)
+    files = sources.expand(name, "--row")
+    fields = _fields(files, int(line), place)
+    config = _configuration_of(config, {file.path.resolve() for file in files})
     tokenizer = load_tokenizer(config.model)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         file = Path(scratch) / "row.jsonl"
@@ -158,6 +161,18 @@ def show_row(config: RunConfig, place: str) -> Shown:
     return Shown(shown(config.model.path), config.task.name, place, len(rows), rows, {}, values)
 
 
+def _configuration_of(config: RunConfig, paths: set[Path]) -> RunConfig:
+    """That of the source in `data.mixture` which these files are of: its task, format and columns; else the run's."""
+    for key, own in of_training(config).values():
+        try:
+            files = sources.of_part(own.data, "train", key)
+        except UserError:  # a source that is not there is no reason not to show this row
+            continue
+        if paths & {file.path.resolve() for file in files}:
+            return own
+    return config
+
+
 def _fields(files: list[Any], line: int, place: str) -> dict[str, Any]:
     for raw in (raw for file in files for raw in sources.read(file)):
         if raw.line == line:
@@ -176,8 +191,7 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
     return Row(
         number=number,
         tokens=int(part.lengths[number]),
-        # The weight of a pair or of a judged answer is 1, however many of its tokens are trained.
-        targets=int(part.weights[number]) if trained is None else int(np.sum(trained != NO_TARGET)),
+        targets=_targets(sample, trained, part.weights[number]),
         label=_label_of(sample, data.labels),
         source=source,
         segments=segments(
@@ -190,6 +204,12 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
     )
 
 
+def _targets(sample: dict[str, Any], trained: np.ndarray | None, weight: float) -> int:
+    """Trained tokens. A pair and a judged answer have the weight 1, however many these are."""
+    of_answers = "rejected_input_ids" in sample or "desirable" in sample
+    return int(np.sum(trained != NO_TARGET)) if of_answers and trained is not None else int(weight)
+
+
 def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
     if "rejected_input_ids" not in sample:
         return []
@@ -198,6 +218,8 @@ def _rejected(sample: dict[str, Any], tokenizer: Any) -> list[Segment]:
     differs = better[:shorter] != worse[:shorter]
     start = int(np.argmax(differs)) if differs.any() else shorter
     labels = sample.get("rejected_labels")
+    if labels is not None:
+        start = min(start, int(np.argmax(labels != NO_TARGET)))
     return segments(tokenizer, worse[start:], None if labels is None else labels[start:])
 
 

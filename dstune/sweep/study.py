@@ -26,7 +26,7 @@ from dstune.errors import Problem, UserError
 from dstune.sweep.directory import Sweep, identity, status_in, trial_name, write_record
 from dstune.sweep.outcome import Metrics, reached
 from dstune.sweep.schedule import Trial
-from dstune.trials import FINISHED, LOWER, Record, read_record, record_path
+from dstune.trials import FINISHED, Record, less_is_better, read_record, record_path
 
 if TYPE_CHECKING:
     import optuna
@@ -179,7 +179,7 @@ class Study:
         settings, optuna_ = self._settings, self._optuna
         location = settings.storage or f"sqlite:///{self._sweep.absolute() / 'study.db'}"
         name = settings.study or f"{self._config.run.name}-{identity(self._config, self._axes)}"
-        directions = ["minimize" if metric in LOWER else "maximize" for metric in self._objectives]
+        directions = ["minimize" if less_is_better(metric) else "maximize" for metric in self._objectives]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

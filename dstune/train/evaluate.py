@@ -131,13 +131,10 @@ class Evaluator:
             config = replace(self._config, task=task, data=replace(self._config.data, mixture={}))
             own = Evaluator(config, self._data, self._engine, self._head, self._world, self._tokenizer)
             totals, evaluation = own._evaluated(split.select(chosen), progress)
-            loss_sum, weight, correct = (
-                loss_sum + totals.loss_sum,
-                weight + totals.weight,
-                correct + totals.correct,
-            )
+            loss_sum, weight = loss_sum + totals.loss_sum, weight + totals.weight
+            correct += totals.correct
             metrics |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
-            generated += evaluation.generated
+            generated += tuple(replace(row, task=name) for row in evaluation.generated)
         return Evaluation(language_model_metrics(loss_sum, weight, correct) | metrics, generated=generated)
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:

@@ -34,6 +34,8 @@ class Generated:
     source: str
     target: str
     answer: str
+    task: str = ""
+    """Of several tasks, the name of its source in `data.mixture`."""
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class Evaluation:
     def row_results(self, labels: Sequence[str]) -> list[dict[str, Any]]:
         """What became of each row, as JSON; nothing where a row has no answer of its own."""
         if self.generated:
-            return [asdict(row) for row in self.generated]
+            rows = [asdict(row) for row in self.generated]
+            return [{key: value for key, value in row.items() if key != "task" or value} for row in rows]
         return [{"label": _named(true, labels), "predicted": _named(found, labels)} for true, found in self.predictions]
 
 

@@ -13,7 +13,7 @@ from dstune.config.task_schema import ClassificationConfig, TaskConfig
 from dstune.data.prepared import Split
 from dstune.errors import Problem, UserError
 from dstune.train.measure import Row, Totals, count_rows, measure
-from dstune.train.metrics import LOWER_IS_BETTER
+from dstune.train.metrics import is_lower_better
 
 NO_VALUE = "(none)"
 
@@ -62,7 +62,7 @@ def measure_slices(
         }
         details[column] = {"metric": wanted, "values": slices, "worst": None, "gap": None}
         if large:
-            lower = wanted in LOWER_IS_BETTER
+            lower = is_lower_better(wanted)
             worst = (max if lower else min)(large, key=large.__getitem__)
             gap = max(large.values()) - min(large.values())
             details[column] |= {"worst": worst, "gap": gap}

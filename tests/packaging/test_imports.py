@@ -37,3 +37,18 @@ def test_light_modules_load_nothing_heavy(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_a_rank_does_not_import_mlflow():
+    """DeepSpeed would, wherever it is installed; nothing that a rank imports may bring DeepSpeed in before its start."""
+    code = (
+        "import sys, dstune.worker\n"
+        "assert 'deepspeed' not in sys.modules\n"
+        "from dstune.rank_env import RankEnv\n"
+        "from dstune.zero.start import start_process_group\n"
+        "import os; os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0', CUDA_VISIBLE_DEVICES='')\n"
+        "start_process_group(RankEnv(0, 1, 0, 1, 'alone'))\n"
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -244,11 +244,12 @@ def as_patterns(says: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: float = 1e-5) -> bool:
     """Every metric of every row within a relative `bound`; the norm of the gradient, a difference of large sums, within
-    1e-4."""
+    1e-4, and the gap, a difference of two losses, within as much of 1."""
 
     def agrees(key: str, left: Any, right: Any) -> bool:
         limit = 10 * bound if key == "grad_norm" else bound
-        return left == right or (isinstance(left, float) and abs(left - right) <= limit * abs(right))
+        size = 1.0 if key == "eval/gap" else abs(right)
+        return left == right or (isinstance(left, float) and abs(left - right) <= limit * size)
 
     return len(rows) == len(reference) and all(
         row.keys() == other.keys() and all(agrees(key, row[key], other[key]) for key in row)
@@ -480,7 +481,7 @@ FAULTS = [
         "run directory read-only",
         "it becomes so, and writable again before the run is continued",
         read_only,
-        says=("rank 0", "Read-only file system"),
+        says=("rank . ended", "Read-only file system"),
         disk=True,
         repair=writable_again,
     ),

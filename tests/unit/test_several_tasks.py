@@ -8,6 +8,8 @@ from dstune.config.compose import compose
 from dstune.config.several_tasks import is_of_several, tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.config.validate import find_problems
+from dstune.train.metrics import improves
+from dstune.trials import less_is_better
 
 TWO = ["data.mixture.a.path=a.jsonl", "data.mixture.b.path=b.jsonl"]
 
@@ -41,6 +43,18 @@ def test_a_metric_of_a_task_may_decide(metric: str) -> None:
     given = ["task=chat", "data.mixture.b.task=seq2seq", f"trainer.early_stopping.metric={metric}"]
     assert not problems(*given)
     assert "trainer.early_stopping.metric" in problems(*given[:2], "trainer.early_stopping.metric=a/chrf")
+
+
+def test_only_what_is_measured_may_decide_and_less_of_a_loss_is_better() -> None:
+    given = ["task=chat", "data.mixture.b.task=seq2seq"]
+    key = "trainer.early_stopping.metric"
+    for metric in ("bits_per_byte", "chrf", "c/loss"):
+        assert key in problems(*given, f"{key}={metric}")
+    assert "generated targets" in problems(*given, f"{key}=b/chrf", "evaluate.generate_rows=0")[key]
+    assert improves("b/loss", 1.0, 2.0)
+    assert improves("b/chrf", 2.0, 1.0)
+    assert less_is_better("b/ter")
+    assert not less_is_better("b/chrf")
 
 
 @pytest.mark.parametrize(

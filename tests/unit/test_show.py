@@ -223,9 +223,12 @@ def test_a_pair_shows_both_answers_and_counts_what_is_trained(show, tmp_path: Pa
     trained = sum(piece["tokens"] for piece in counted["segments"] if piece["trained"])
     assert counted["targets"] == trained > 1
     rejected = "".join(piece["text"] for piece in counted["rejected"])
-    assert rejected.strip().endswith("ive, no?<|im_end|>")
-    assert "four" not in rejected
-    assert re.search(r"rejected, \d+ trained:\n\[\[.*ive, no\?<\|im_end\|>\]\]", printed)
+    assert rejected.strip() == "It is five, no?<|im_end|>"
+    alone = {"prompt": "Two and two?", "completion": "It is five, no?"}
+    write_jsonl(tmp_path / "chat.jsonl", [alone])
+    as_chat = json.loads(show("data.train=chat.jsonl", "data.split.validation=0", "--json")[1])["rows"][0]
+    assert sum(piece["tokens"] for piece in counted["rejected"] if piece["trained"]) == as_chat["targets"]
+    assert f"rejected, {as_chat['targets']} trained:\n[[It is five, no?<|im_end|>]]" in printed
     assert show(*given, "--html", "rows.html")[0] == 0
     assert "<span>rejected</span>" in (tmp_path / "rows.html").read_text()
 

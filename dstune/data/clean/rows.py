@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 NO_TEXT = frozenset(
-    {"label", "labels", "tags", "answers", "tools", "weight", "role", "name", "type", "id", "tool_call_id", "task"}
+    {"label", "labels", "tags", "answers", "tools", "weight", "role", "name", "type", "id", "tool_call_id"}
 )
 """Keys whose values are no text that anybody wrote: they are left as they are."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -33,7 +33,7 @@ from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversa
 from dstune.data.tokenize.preference import JudgedEncoder, PairEncoder, RewardEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.data.tokenize.seq2seq import ReplyEncoder, TranslationEncoder
-from dstune.data.tokenize.several import TASK, SeveralEncoder
+from dstune.data.tokenize.several import SeveralEncoder
 from dstune.data.tokenize.tokens import TokenEncoder
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -52,8 +52,8 @@ class RowTokenizer:
     """Tokenizes rows for one task; picklable, so that it travels to the processes of `datasets.map`.
 
     tokenizer: of transformers. max_length: tokens kept of a row. labels: label names by index (classification);
-    class_weights: what a row of each counts in the loss, where they differ. several: task and format of each source by its
-    name, where a run has several tasks.
+    class_weights: what a row of each counts in the loss, where they differ. several: task and format of each source of a
+    mixture, where a run has several tasks; sources: the number of each row's source.
     Control tokens in what a row says are encoded as text (see `control`).
     Raises UserError (at creation) if the tokenizer lacks what task and format need.
     """
@@ -66,17 +66,18 @@ class RowTokenizer:
         max_length: int,
         labels: tuple[str, ...] = (),
         class_weights: tuple[float, ...] = (),
-        several: Mapping[str, tuple[TaskConfig, DataFormat]] | None = None,
+        *,
+        several: Sequence[tuple[TaskConfig, DataFormat]] = (),
+        sources: np.ndarray | None = None,
     ):
         self._tokenizer = tokenizer
-        self._of_task = {
-            name: RowTokenizer(tokenizer, own, own_format, max_length)
-            for name, (own, own_format) in (several or {}).items()
-        }
+        self._of_source = [RowTokenizer(tokenizer, own, own_format, max_length) for own, own_format in several]
+        self._sources = sources
         self._counted = COUNTED | ({"weight": datasets.Value("float64")} if class_weights else {})
         self._encoder: Encoder
-        if self._of_task:
-            self._encoder = SeveralEncoder({name: own._encoder for name, own in self._of_task.items()})
+        if self._of_source:
+            assert sources is not None, "rows of several tasks come from a mixture"
+            self._encoder = SeveralEncoder([own._encoder for own in self._of_source], sources)
         else:
             self._encoder = _encoder(tokenizer, task, fmt, max_length, labels, class_weights)
 
@@ -91,9 +92,9 @@ class RowTokenizer:
         tokens = datasets.List(datasets.Value("int32"))
         return datasets.Features({"input_ids": tokens, **self._encoder.columns, **self._counted})
 
-    def for_row(self, row: Mapping[str, Any]) -> RowTokenizer:
-        """What tokenizes `row`, where each task has its own."""
-        return self._of_task[row[TASK]] if self._of_task else self
+    def for_row(self, number: int) -> RowTokenizer:
+        """What tokenizes the row of that number, where each task has its own."""
+        return self if self._sources is None or not self._of_source else self._of_source[self._sources[number]]
 
     @property
     def renderer(self) -> ChatRenderer | None:

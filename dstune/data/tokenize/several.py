@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from dstune.data.prepared import TEXTS
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
-TASK = "task"
-"""Key of a normalised row: the name of the source in `data.mixture` whose task it is of."""
-
 
 class SeveralEncoder:
-    """encoders: by the name of the source."""
+    """encoders: of each source, in the order of `data.mixture`. sources: the number of each row's source, int16 [rows]."""
 
-    def __init__(self, encoders: Mapping[str, Encoder]):
-        self._encoders = encoders
-
-    @property
-    def columns(self) -> Mapping[str, Any]:
-        return {name: kind for encoder in self._encoders.values() for name, kind in encoder.columns.items()}
+    def __init__(self, encoders: Sequence[Encoder], sources: np.ndarray):
+        self._encoders, self._sources = encoders, sources
+        self.columns: Mapping[str, Any] = {name: kind for encoder in encoders for name, kind in encoder.columns.items()}
+        # A row without a source and a target has none to generate.
+        self._absent = {name: "" for name in TEXTS if name in self.columns}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         places = defaultdict(list)
-        for place, row in enumerate(rows):
-            places[row[TASK]].append(place)
-        samples: list[Sample] = []
-        for name, own in places.items():
-            plain = [{key: value for key, value in rows[place].items() if key != TASK} for place in own]
-            samples += self._encoders[name](plain, [numbers[place] for place in own])
-        for sample in samples:  # a row without a source and a target has none to generate
-            sample.columns |= {name: "" for name in TEXTS if name in self.columns and name not in sample.columns}
-        return sorted(samples, key=attrgetter("row"))
+        for place, number in enumerate(numbers):
+            places[int(self._sources[number])].append(place)
+        found: dict[int, list[Sample]] = defaultdict(list)
+        for source, own in places.items():
+            for sample in self._encoders[source]([rows[place] for place in own], [numbers[place] for place in own]):
+                sample.columns = self._absent | sample.columns
+                found[sample.row].append(sample)
+        return [sample for number in numbers for sample in found[number]]
