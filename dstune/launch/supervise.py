@@ -71,7 +71,12 @@ def run(
             if not again:
                 break
             plan = plan.with_port(free_port())
-        attempt.record(run_dir, verdict, plan.size)
+        try:
+            attempt.record(run_dir, verdict, plan.size)
+        except OSError as error:  # what the ranks said is worth more than where it could not be written
+            console.message(f"dstune: the result cannot be written: {error}")
+            if verdict.exit_code == EXIT_DONE:
+                verdict = Verdict(EXIT_FAILED, "the run directory cannot be written to")
     attempt.explain(run_dir, verdict, console, dict(enumerate(launch.log_starts)))
     return verdict.exit_code
 
