@@ -34,10 +34,10 @@ from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.inputs import PARTS, of_training
 from dstune.data.labels import ChosenRows, class_weights, labels_of_training
+from dstune.data.parts import choose, leave_out_leaks, limited, of_task
 from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
 from dstune.data.prompts import sample_prompts
-from dstune.data.rows import check_columns, has_several
-from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
+from dstune.data.rows import check_columns
 from dstune.data.stream import FileShard, Position, Stream, difference, identity_of
 from dstune.data.swapped import load_swapped, write_swapped
 from dstune.data.swaps import KEY as SWAPS_KEY
@@ -257,10 +257,10 @@ class Builder:
         if self._held_out is None:
             cleaning.refuse_nothing_left(tables)
         chosen = self._choose(tables)
-        _leave_out_leaks(chosen, cleaning)
+        leave_out_leaks(chosen, cleaning)
         labels = labels_of_training(chosen, config, bad)
         bad.raise_if_any()
-        chosen["train"] = _limited(chosen["train"], config)
+        chosen["train"] = limited(chosen["train"], config)
         copied = self._augment(chosen, work)
 
         formats = {table.format for table in tables.values()}
@@ -333,7 +333,7 @@ class Builder:
 
     def _choose(self, tables: dict[str, Table]) -> dict[str, ChosenRows]:
         if self._held_out is None:
-            return _choose(tables, self._config)
+            return choose(tables, self._config)
         train = tables["train"]
         known = np.isin(train.hashes, self._held_out)
         if self._config.data.clean.leaks and train.text_keys is not None:
@@ -345,7 +345,7 @@ class Builder:
         if not self._config.data.augment.on:
             return {}
         train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
-        own = np.flatnonzero(_of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
+        own = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
         chosen["train"], told = augmented(train, held_out, own, self._config, work)
         return told
 
@@ -393,62 +393,6 @@ class Builder:
 def _metrics_read_rows(config: RunConfig) -> bool:
     """Whether metrics need the rows beside their samples."""
     return isinstance(config.task, QuestionAnsweringConfig) or bool(config.evaluate.slices)
-
-
-def _choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]:
-    """Which rows make up each part: those of its own file, or those held out from the training file."""
-    train, split = ChosenRows(tables["train"], tables["train"].rows), config.data.split
-    own = np.arange(len(train.indices))
-    if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
-        own = np.flatnonzero(_of_task(train))
-    parts = np.full(len(train.indices), TRAIN, dtype=np.int8)
-    parts[own] = assign(
-        train.hashes[own],
-        # A row with several labels cannot be a share of each of them.
-        None if train.table.labels is None or has_several(config.task) else train.table.labels[train.indices[own]],
-        validation=0.0 if "validation" in tables else split.validation,
-        test=0.0 if "test" in tables else split.test,
-    )
-    chosen = {"train": train.keep(np.flatnonzero(parts == TRAIN))}
-    numbers = {"validation": VALIDATION, "test": TEST}
-    for part in PARTS[1:]:
-        if part in tables:
-            rows = ChosenRows(tables[part], tables[part].rows)
-        elif part in numbers:
-            rows = train.keep(np.flatnonzero(parts == numbers[part]))
-        else:
-            continue
-        if len(rows.indices):
-            # By hash, so that the first N rows are a fair sample and not, say, all of the first label.
-            chosen[part] = rows.keep(np.argsort(rows.hashes, kind="stable"))
-    return chosen
-
-
-def _of_task(rows: ChosenRows) -> np.ndarray:
-    """With `forgetting.replay`, which rows are those of the task, bool [rows]."""
-    assert rows.table.sources is not None
-    return np.asarray(rows.table.sources[rows.indices] == 0)
-
-
-def _limited(rows: ChosenRows, config: RunConfig) -> ChosenRows:
-    """`data.max_rows` of the training rows; general rows are not counted."""
-    if config.data.max_rows is None:
-        return rows
-    if not mixes_in(config):
-        return rows.keep(lowest(rows.hashes, config.data.max_rows))
-    task = np.flatnonzero(_of_task(rows))
-    kept = task[lowest(rows.hashes[task], config.data.max_rows)]
-    return rows.keep(np.sort(np.concatenate([kept, np.flatnonzero(~_of_task(rows))])))
-
-
-def _leave_out_leaks(chosen: dict[str, ChosenRows], cleaning: Cleaning) -> None:
-    train = chosen["train"]
-    held_out = [(rows.table, rows.indices) for part, rows in chosen.items() if part != "train"]
-    rows = cleaning.leaks((train.table, train.indices), held_out)
-    if len(train.indices) and not len(rows):
-        reason = "every training row occurs in a held-out part as well"
-        raise UserError(Problem(where="data.clean.leaks", value="true", reason=reason, fix="data.clean.leaks=false"))
-    chosen["train"] = ChosenRows(train.table, rows, train.bad_rows)
 
 
 def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) -> None:

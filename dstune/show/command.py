@@ -55,9 +55,10 @@ def main(argv: list[str]) -> int:
         return train.show_configuration(command)
     config = train.configuration(command).config
     validate(config)
-    config = located(config, Console(sys.stderr))
+    console = Console(sys.stderr)
+    config = located(config, console)
     os.environ.update(NO_TELEMETRY | OFFLINE)
-    _print(_shown(config, options), options)
+    _print(_shown(config, options, console.kind), options)
     return EXIT_DONE
 
 
@@ -92,7 +93,17 @@ def located(config: RunConfig, console: Console) -> RunConfig:
     return replace(found, model=replace(found.model, weights=config.model.weights))
 
 
-def _shown(config: RunConfig, options: Options) -> Shown:
+def _shown(config: RunConfig, options: Options, console: str) -> Shown:
+    """console: as DSTUNE_CONSOLE, by which progress is shown: rows may be read and cut for minutes."""
+    from dstune.tracking.console import Console as Progress
+    from dstune.tracking.console import activities_shown
+
+    os.environ.setdefault("DSTUNE_CONSOLE", console)
+    with activities_shown(Progress(sys.stderr)):
+        return _of(config, options)
+
+
+def _of(config: RunConfig, options: Options) -> Shown:
     from dstune.show.facts import show, show_row
 
     if options.row is not None:

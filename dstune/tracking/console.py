@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -160,6 +161,19 @@ class Activities(logging.Handler):
             self._console.message(f"warning: {text}")
         else:
             self._console.activity(text, getattr(record, "done", 0), getattr(record, "total", 0))
+
+
+@contextmanager
+def activities_shown(console: Console) -> Iterator[None]:
+    """While open, `console` shows what dstune's own modules report."""
+    logger = logging.getLogger("dstune")
+    before = logger.handlers, logger.level, logger.propagate
+    show_activities(console)
+    try:
+        yield
+    finally:
+        console.close()
+        logger.handlers, logger.level, logger.propagate = before
 
 
 def show_activities(console: Console) -> None:

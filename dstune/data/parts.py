@@ -1,0 +1,71 @@
+"""Which rows make up each part: those of its own file, or those held out from the training rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dstune.config.forgetting import mixes_in
+from dstune.config.schema import RunConfig
+from dstune.data.clean.tables import Cleaning
+from dstune.data.ingest import Table
+from dstune.data.inputs import PARTS
+from dstune.data.labels import ChosenRows
+from dstune.data.rows import has_several
+from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
+from dstune.errors import Problem, UserError
+
+
+def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]:
+    """Which rows make up each part: those of its own file, or those held out from the training file."""
+    train, split = ChosenRows(tables["train"], tables["train"].rows), config.data.split
+    own = np.arange(len(train.indices))
+    if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
+        own = np.flatnonzero(of_task(train))
+    parts = np.full(len(train.indices), TRAIN, dtype=np.int8)
+    parts[own] = assign(
+        train.hashes[own],
+        # A row with several labels cannot be a share of each of them.
+        None if train.table.labels is None or has_several(config.task) else train.table.labels[train.indices[own]],
+        validation=0.0 if "validation" in tables else split.validation,
+        test=0.0 if "test" in tables else split.test,
+    )
+    chosen = {"train": train.keep(np.flatnonzero(parts == TRAIN))}
+    numbers = {"validation": VALIDATION, "test": TEST}
+    for part in PARTS[1:]:
+        if part in tables:
+            rows = ChosenRows(tables[part], tables[part].rows)
+        elif part in numbers:
+            rows = train.keep(np.flatnonzero(parts == numbers[part]))
+        else:
+            continue
+        if len(rows.indices):
+            # By hash, so that the first N rows are a fair sample and not, say, all of the first label.
+            chosen[part] = rows.keep(np.argsort(rows.hashes, kind="stable"))
+    return chosen
+
+
+def of_task(rows: ChosenRows) -> np.ndarray:
+    """With `forgetting.replay`, which rows are those of the task, bool [rows]."""
+    assert rows.table.sources is not None
+    return np.asarray(rows.table.sources[rows.indices] == 0)
+
+
+def limited(rows: ChosenRows, config: RunConfig) -> ChosenRows:
+    """`data.max_rows` of the training rows; general rows are not counted."""
+    if config.data.max_rows is None:
+        return rows
+    if not mixes_in(config):
+        return rows.keep(lowest(rows.hashes, config.data.max_rows))
+    task = np.flatnonzero(of_task(rows))
+    kept = task[lowest(rows.hashes[task], config.data.max_rows)]
+    return rows.keep(np.sort(np.concatenate([kept, np.flatnonzero(~of_task(rows))])))
+
+
+def leave_out_leaks(chosen: dict[str, ChosenRows], cleaning: Cleaning) -> None:
+    train = chosen["train"]
+    held_out = [(rows.table, rows.indices) for part, rows in chosen.items() if part != "train"]
+    rows = cleaning.leaks((train.table, train.indices), held_out)
+    if len(train.indices) and not len(rows):
+        reason = "every training row occurs in a held-out part as well"
+        raise UserError(Problem(where="data.clean.leaks", value="true", reason=reason, fix="data.clean.leaks=false"))
+    chosen["train"] = ChosenRows(train.table, rows, train.bad_rows)
