@@ -4,6 +4,7 @@ scripts of `launch/`, copied and edited as their first lines say.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -75,6 +76,15 @@ def test_one_curve_by_every_route(ready, slurm):
     def given(name: str, *further: str) -> list[str]:
         return overrides(name, *STEPS, *further)
 
+    def trial(name: str) -> None:
+        """The first of two trials, moved to where a run of that name would be."""
+        words = [word for word in given(name, "launch.processes=2") if not word.startswith(("run.dir", "optimizer.lr"))]
+        rates = "optimizer.lr=1e-3,2e-3"
+        done = ready.call(*train, "-m", *words, rates, f"sweep.dir=of-{name}", "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        first = next(trial for trial in json.loads(done.stdout)["trials"] if trial["values"]["optimizer.lr"] == 1e-3)
+        (ready.folder / f"of-{name}" / first["name"]).rename(ready.folder / name)
+
     routes: dict[str, Callable[[str], None]] = {
         "launch=local": lambda name: run(name, *train, *given(name, "launch.processes=2")),
         "deepspeed --hostfile": lambda name: run(name, deepspeed, *hostfile, "train", *given(name)),
@@ -85,6 +95,7 @@ def test_one_curve_by_every_route(ready, slurm):
         "srun dstune train": lambda name: run(name, "srun", "-N2", "--ntasks-per-node=1", *train, *given(name)),
         "launch=slurm": lambda name: run(name, *train, *given(name, "launch=slurm", "launch.nodes=2")),
         "launch/train.sbatch": lambda name: batch(ready, slurm, "train.sbatch", name),
+        "trial of dstune train -m": trial,
     }
     curves = {}
     print("\n| route | ranks | loss at step 1 | loss at step 10 | grad norm at step 10 | largest difference |")
