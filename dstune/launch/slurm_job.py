@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dstune.config.schema import PREEMPTION_SIGNALS
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from dstune.launch import attempt, records
 from dstune.launch.slurm_script import NOTHING_LEFT, REQUEUE
+from dstune.launch.verdict import Verdict
 from dstune.paths import STOP_REASON
 
 
@@ -40,7 +43,10 @@ def end(run_dir: Path, code: int) -> int:
     from dstune.report.command import leave_behind
 
     launch = records.read_launch(run_dir)
-    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, f"srun ended with exit code {code}")
+    told = f"srun ended with exit code {code}"
+    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, told)
+    if verdict.reason == told and (early := _asked_before_training(code)):
+        verdict = Verdict(EXIT_PREEMPTED, f"received {early} before training began")
     attempt.record(run_dir, verdict, launch.processes if launch else 1)
     leave_behind(run_dir, print)
     if isinstance(verdict.error, UserError):
@@ -49,6 +55,14 @@ def end(run_dir: Path, code: int) -> int:
         print(f"dstune: {verdict.reason}", file=sys.stderr)
     result = records.read_result(run_dir) or {}
     return REQUEUE if verdict.exit_code == EXIT_PREEMPTED and _continues(result) else verdict.exit_code
+
+
+def _asked_before_training(code: int) -> str:
+    """The signal that ended srun, where it is one that asks a run to leave: a rank that is still importing dies of it, and has
+    lost nothing. Empty for every other end."""
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(code - 128, "")
+    return name if name in PREEMPTION_SIGNALS else ""
 
 
 def _continues(result: dict[str, object]) -> bool:

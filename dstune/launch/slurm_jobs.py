@@ -88,17 +88,23 @@ def ask(ids: Sequence[str]) -> list[Job]:
     """
     found: dict[str, Job] = {}
     for number in ids:  # one by one: an unknown one would make squeue refuse all
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N"]
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%A|%T|%r|%N"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"squeue: {error}") from None
         if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
             raise Unreachable(done.stderr.strip())
+        # The task of an array goes by two names, ARRAY_TASK and the number that it knows itself by; until they start, all tasks
+        # have the array's for the latter, which the last one keeps.
+        named, numbered = [], []
         for line in done.stdout.splitlines():
-            own, state, reason, nodes = line.split("|")
-            waiting = state in WAITING
-            found[own] = Job(own, state, reason if waiting else nodes or reason)
+            own, raw, state, reason, nodes = line.split("|")
+            job = Job(number, state, reason if state in WAITING else nodes or reason)
+            named += [job] if own == number else []
+            numbered += [job] if raw == number else []
+        if candidates := named or sorted(numbered, key=lambda job: job.is_waiting):
+            found[number] = candidates[0]
     return [found[number] for number in ids if number in found]
 
 

@@ -1,5 +1,6 @@
 """The script of a SLURM job: what it asks for, what is in it and what is not."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
 from dstune.config.schema import RunSection, TrackingConfig, WandbConfig, WandbMode
-from dstune.launch import records, slurm_job
+from dstune.launch import records, slurm_job, slurm_jobs
 from dstune.launch.slurm_script import NOTHING_LEFT, REQUEUE, job_script
 from dstune.paths import STOP_REASON
 from tests.support.configs import run_config
@@ -130,6 +131,37 @@ def test_a_job_goes_back_into_the_queue_when_the_clock_stopped_it_and_never_othe
     (tmp_path / "result.json").unlink()
     assert slurm_job.end(tmp_path, 137) == 1
     assert records.read_result(tmp_path)["reason"] == "srun ended with exit code 137"
+
+
+def test_a_signal_before_training_began_loses_nothing(tmp_path, monkeypatch):
+    """The time limit may come while the ranks still import: srun dies of the signal, as 128 and its number."""
+    monkeypatch.setattr("dstune.report.command.leave_behind", lambda *_: None)
+    records.begin(tmp_path, "x", 2)
+    assert slurm_job.end(tmp_path, 128 + signal.SIGUSR1) == REQUEUE
+    assert records.read_result(tmp_path)["reason"] == "received SIGUSR1 before training began"
+    (tmp_path / "result.json").unlink()
+    assert slurm_job.end(tmp_path, 128 + signal.SIGSEGV) == 1
+
+
+SQUEUE = """\
+#!/bin/sh
+case "$*" in
+  *--jobs=7_1*) echo "7_1|8|RUNNING|None|node1" ;;
+  *--jobs=8*) echo "7_1|8|RUNNING|None|node1" ;;
+  *--jobs=7*) printf '7_2|7|PENDING|Resources|\\n7_3|7|RUNNING|None|node2\\n' ;;
+  *) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_tasks_of_an_array_are_known_by_both_their_names(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(SQUEUE)
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for name in ("7_1", "8"):
+        assert [str(job) for job in slurm_jobs.alive([name])] == [f"job {name} is running on node1"]
+    assert [str(job) for job in slurm_jobs.alive(["7"])] == ["job 7 is running on node2"]
+    assert slurm_jobs.alive(["9"]) == []
 
 
 def test_jobs_of_a_chain_behind_the_end_have_nothing_to_do(tmp_path):
