@@ -210,6 +210,8 @@ def test_a_sweep_as_an_array(on_slurm, slurm):
     assert again.returncode == 0, again.stdout + again.stderr
     wait_until(lambda: (sweep / "lr=0.001" / "result.json").exists(), timeout=200)
     wait_until(lambda: result(sweep / "lr=0.001").get("status") == "completed", timeout=60)
+    # The job writes its report after the result, and runs until then.
+    wait_until(lambda: not slurm.call("squeue", "--noheader").strip(), timeout=60)
     found = json.loads(on_slurm.run("runs", "array", "--json").stdout)["runs"]
     assert [line["status"] for line in found] == ["completed"] * 3
     assert first_difference(exact(sweep / "lr=0.002"), exact(on_slurm.folder / "plain")) == ""
