@@ -68,7 +68,8 @@ def kill_at(workplace: Commands, run_dir: Path, step: int, arguments: list[str])
     assert not ranks_of(run_dir)
 
 
-@pytest.mark.parametrize("data", [STREAM, pytest.param(MIXTURE, marks=pytest.mark.slow)], ids=["stream", "mixture"])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [STREAM, MIXTURE], ids=["stream", "mixture"])
 def test_killed_twice_and_continued_is_the_undisturbed_run(workplace, data, request):
     kind = request.node.callspec.id
     whole, killed = workplace.folder / f"{kind}-whole", workplace.folder / f"{kind}-killed"
@@ -109,6 +110,7 @@ def preparing(run_dir: Path) -> psutil.Process:
     return next(child for child in children if "dstune.data.block_process" in child.cmdline())
 
 
+@pytest.mark.slow
 def test_a_wait_for_rows_is_no_hang_and_can_be_preempted(workplace):
     slow = workplace.folder / "stream-slow"
     arguments = overrides(slow.name, *STREAM, "trainer.stall_seconds=2", "checkpoint.every=0")
