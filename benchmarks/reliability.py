@@ -34,7 +34,7 @@ from support.command import exact, ranks_of, result, wait_until  # noqa: E402
 from support.faults import AT, EVERY, FAULTS, STEPS, Outcome, Scene, check, last_step, play  # noqa: E402
 
 SOAK_STEPS = 120
-"""Of the training that is killed over and over: a launch gets three to four steps far, so 40 would not last for 30 kills."""
+"""Of the training that is killed over and over: a launch gets one or two steps far, and 40 steps were over after 20 kills."""
 SOAK_MODES = {"sync": [], "async": ["checkpoint.mode=async"]}
 
 

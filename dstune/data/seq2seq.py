@@ -37,7 +37,7 @@ class Sources:
 
     def conversation(self, source: str, target: str) -> dict[str, Any]:
         """A row of `task=chat` in which a decoder answers the source with the target."""
-        prompt = prompt_of(self._task, source)
+        prompt = self.asked(source)
         if self.renderer is None:
             return {"prompt": prompt + self._task.separator, "completion": target}
         return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
@@ -48,7 +48,7 @@ class Sources:
 
     def prompt_ids(self, source: str) -> list[int]:
         """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
-        prompt = prompt_of(self._task, source)
+        prompt = self.asked(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
         if self.renderer is not None:

@@ -12,7 +12,7 @@ from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import TEXTS
 from dstune.data.render import require_offsets
-from dstune.data.seq2seq import Sources, end_of_target, prompt_of
+from dstune.data.seq2seq import Sources, end_of_target
 from dstune.data.tokenize.language import ChatEncoder, Language
 from dstune.data.tokenize.sample import Rows, Sample
 from dstune.errors import Problem, UserError
@@ -31,7 +31,6 @@ class TranslationEncoder:
             reason = "the tokenizer has no end-of-sequence token, so the model could not learn to stop"
             raise UserError(Problem("model.path", reason, "choose a model made to generate text"))
         self.sources = Sources(tokenizer, task, encoder_decoder=True)
-        self._task = task
         self._most = max_length, task.max_target_length or max_length
 
     @property
@@ -41,7 +40,7 @@ class TranslationEncoder:
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         samples = []
         for number, row in zip(numbers, rows, strict=True):
-            source, length = self.sources.encoder_ids(prompt_of(self._task, row["source"]), self._most[0])
+            source, length = self.sources.encoder_ids(self.sources.asked(row["source"]), self._most[0])
             target, whole = self.sources.target_ids(row["target"], self._most[1])
             columns = {"target_ids": np.array(target, dtype=np.int32), **{name: row[name] for name in TEXTS}}
             cut = length > len(source) or whole > len(target)
