@@ -5,7 +5,8 @@
 
 A step is a matrix product that stands for forward and backward pass, then an update of every tensor in place, as an
 optimizer does: what is saved must be the states of one moment. "Held up" is what a step with a save takes longer than one
-without: the call, and whatever the update has to wait for. Every file is on the disk (fsync) when a save counts as done, and
+without: the call, what the update has to wait for, and what it loses to the writing beside it where there is no spare core;
+"blocked" is the first two alone. Every file is on the disk (fsync) when a save counts as done, and
 ours is hashed and read back too. The content of every save is compared with the states that it was asked for.
 """
 
@@ -167,12 +168,19 @@ def measure(name: str, folder: Path, gigabytes: float, saves: int) -> str:
         step(states, work, lambda: None)
         plain.append(time.perf_counter() - began)
     usual = statistics.median(plain[1:])
-    held, whole, slow = [], [], []
+    held, blocked, whole, slow = [], [], [], []
+
+    def wait() -> None:
+        asked = time.perf_counter()
+        way.before_update()
+        blocked[-1] += time.perf_counter() - asked
+
     for number in range(saves):
         kept = {key: value.clone() for key, value in states.items()}
         began = time.perf_counter()
         way.save(states, str(number))
-        step(states, work, way.before_update)
+        blocked.append(time.perf_counter() - began)
+        step(states, work, wait)
         held.append(time.perf_counter() - began - usual)
         during = []
         ended = threading.Event()
@@ -189,9 +197,10 @@ def measure(name: str, folder: Path, gigabytes: float, saves: int) -> str:
         assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in kept), name
         del saved, kept
         shutil.rmtree(folder / str(number))
-    later = statistics.median(held[1:])
+    first, later = held[0], statistics.median(held[1:])
     slower = f"{statistics.mean(slow):.2f}" if slow else ""
-    return f"| {name} | {held[0]:.2f} | {later:.2f} | {statistics.median(whole[1:]):.2f} | {slower} |"
+    alone, done = statistics.median(blocked[1:]), statistics.median(whole[1:])
+    return f"| {name} | {first:.2f} | {later:.2f} | {alone:.2f} | {done:.2f} | {slower} |"
 
 
 def main() -> None:
@@ -203,7 +212,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{options.gb} GB, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch {torch.__version__}")
     print(
-        "| way | held up, first save (s) | later saves (s) | save done after (s) | step meanwhile / alone |\n|---|---|---|---|---|"
+        "| way | held up, first save (s) | later saves (s) | of it blocked (s) | save done after (s) | step meanwhile / alone |\n"
+        "|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, name in enumerate(options.only):

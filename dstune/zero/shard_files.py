@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import io
 import os
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import safetensors.torch
 import torch
 import xxhash
@@ -73,6 +75,7 @@ class Save:
             copy_to_host(self.copies)
         finally:
             self.copied.set()
+        make_way()
         for state, path in self.queue:
             self.write(state, path)
         self.queue.clear()
@@ -225,7 +228,16 @@ def copy_to_host(copies: list[Copy]) -> None:
         stream.synchronize()
     for one in copies:
         if not one.source.is_cuda:
-            one.target.copy_(one.source)
+            # Not torch's copy_: it spreads over as many threads as a matrix product, which hold each other up beside one.
+            np.copyto(one.target.numpy(), one.source.numpy())
+
+
+def make_way() -> None:
+    """Let the threads that compute go before this one. Hashing and writing want a core of their own, and where ranks train on
+    the CPU there is none: on 2 cores with 2 threads of torch the steps meanwhile took 1.3 times as long, not 2.4, and the save
+    6.6 s, not 4.1 (19 s with 10 instead of 5). Linux knows priorities of threads; elsewhere nothing changes."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 class _Hashed(io.RawIOBase):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAMS = {"buildah": "buildah", "debootstrap": "debootstrap", "/usr/lib/podman/netavark": "netavark"}
-WHEELS = Path("/opt/wheels")
-"""Wheels on this machine, where there are any: pip looks there too."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -27,17 +26,23 @@ def missing() -> str | None:
     return None if os.geteuid() == 0 else "building an image in a chroot needs root"
 
 
+def _limits() -> dict[str, tuple[int, int]]:
+    kinds = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+    return {name: resource.getrlimit(kind) for name, kind in kinds.items()}
+
+
 class Images:
     """A storage of images in `root`."""
 
     def __init__(self, root: Path):
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        (root / "containers.conf").write_text('[containers]\ndefault_ulimits = ["nofile=20000:20000"]\n')
-        found = [f"find-links = {WHEELS}"] if WHEELS.is_dir() else []
-        (root / "pip.conf").write_text("\n".join(["[global]", "cert = /run/host-ca.crt", "timeout = 180", *found, ""]))
+        # buildah's own defaults are refused where this process may not raise its limits.
+        limits = [f'"{name}={hard}:{hard}"' for name, (_, hard) in _limits().items() if hard != resource.RLIM_INFINITY]
+        (root / "containers.conf").write_text(f"[containers]\ndefault_ulimits = [{', '.join(limits)}]\n")
+        (root / "pip.conf").write_text("\n".join(["[global]", "cert = /run/host-ca.crt", "timeout = 180", ""]))
         self.env = {**os.environ, "CONTAINERS_CONF": str(root / "containers.conf"), "BUILDAH_ISOLATION": "chroot"}
-        # What this process was started with (wheels, indexes) is not part of an image.
+        # What this process was started with (wheels, indexes) is not part of an image, nor made for its C library.
         self.env = {name: value for name, value in self.env.items() if not name.startswith("PIP_")}
 
     def call(self, *words: str, timeout: float = 3000) -> str:
@@ -74,10 +79,10 @@ class Images:
 
     def build(self, dockerfile: Path, context: Path, name: str) -> None:
         mounts = [f"{CERTIFICATES}:/run/host-ca.crt:ro", f"{self.root / 'pip.conf'}:/etc/pip.conf:ro"]
-        if WHEELS.is_dir():
-            mounts.append(f"{WHEELS}:{WHEELS}:ro")
         volumes = [word for mount in mounts for word in ("--volume", mount)]
-        self.call("bud", "--pull=never", "--layers", *volumes, "--tag", name, "--file", str(dockerfile), str(context))
+        # OCI's format has no SHELL.
+        form = ["--format", "docker"]
+        self.call("bud", "--pull=never", *form, *volumes, "--tag", name, "--file", str(dockerfile), str(context))
 
     def start(self, name: str) -> str:
         """A container of the image, for `run`."""
