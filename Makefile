@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Whole files side by side: most tests wait for processes of one or two ranks.
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n $(TEST_WORKERS) --dist loadfile
+PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Tests never ask a hub, and ranks that share two cores must not start a thread per core each.
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -70,6 +70,8 @@ $(VENV)/bin/python:
 		|| { echo "dstune needs Python 3.10 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no virtual environment could be made (Debian: apt-get install python3-venv)"; exit 1; }
+	@# An older pip builds source packages without an environment of their own: seqeval fails then.
+	$(BIN)/python -m pip install --quiet 'pip>=23.1'
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable .

@@ -149,9 +149,12 @@ class Saves:
         """By rank 0. Returns why it could not be done."""
         try:
             store.commit(folder, described, entries)
-            store.prune(self._run_dir, self._config.checkpoint.keep)
         except OSError as error:
             return str(error)
+        try:
+            store.prune(self._run_dir, self._config.checkpoint.keep)
+        except OSError as error:  # this checkpoint is whole all the same
+            self._say(f"older checkpoints could not be removed: {error}")
         return ""
 
     def _work_off(self, save: Save, folder: Path, described: dict[str, Any], state: TrainState, began: float) -> None:
@@ -171,12 +174,15 @@ class Saves:
         self._pending.reported.set()
         if not self._world.is_main:
             return
-        parts = [self._part_of(folder, rank) for rank in range(self._world.size)]
-        refusal = _refusals([part["error"] for part in parts])
-        if not refusal:
-            for rank in range(self._world.size):
-                _report(folder, rank).unlink()
-            refusal = self._commit(folder, described, _joined([part["entries"] for part in parts]))
+        try:
+            parts = [self._part_of(folder, rank) for rank in range(self._world.size)]
+            refusal = _refusals([part["error"] for part in parts])
+            if not refusal:
+                for rank in range(self._world.size):
+                    _report(folder, rank).unlink()
+                refusal = self._commit(folder, described, _joined([part["entries"] for part in parts]))
+        except BaseException as error:  # a thread that ends without a word would count as a save
+            refusal = f"{type(error).__name__}: {error}"
         if refusal:
             self.refusal = refusal
             self._tell(described["step"], folder)

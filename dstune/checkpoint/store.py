@@ -170,10 +170,13 @@ def listing(run_dir: Path) -> list[CheckpointInfo]:
         number = path.name.removeprefix("step-")
         if not number.isdigit() or not path.is_dir():
             continue
-        committed = is_committed(path)
-        state = read_state(path) if committed else {}
+        try:
+            committed = is_committed(path)
+            state = read_state(path) if committed else {}
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        except FileNotFoundError:  # the run it belongs to is removing it now
+            continue
         best = state.get("best") or {}
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         is_best, weights_only = best.get("step") == int(number), bool(state.get("weights_only"))
         found.append(CheckpointInfo(path, int(number), committed, size, is_best, weights_only))
     return found

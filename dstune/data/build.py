@@ -425,7 +425,8 @@ def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table]) -> dict[st
                 "rows_read": table.rows_read,
                 "bad_rows": table.bad_rows,
                 "rows": int(used[number]),
-                **by_source[number],
+                # Where rows were made up from those that are left, a last source without any has no number.
+                **(by_source[number] if number < len(by_source) else {"samples": 0, "tokens": 0, "targets": 0}),
             }
             for number, (name, table) in enumerate(read.items())
         }
@@ -482,4 +483,5 @@ def load_split(folder: Path, part: str) -> Split:
         sources=np.load(sources_file, mmap_mode="r") if sources_file.exists() else None,
         origins=np.load(origins_file, mmap_mode="r") if origins_file.exists() else None,
         texts=datasets.Dataset.from_file(str(texts)) if texts.exists() else None,
+        content=(folder / f"{part}.content").read_text(),
     )

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from dstune.data import statistics
 from dstune.data.ingest import BadRows, Table
@@ -53,8 +54,8 @@ def write_samples(
     workers: int,
     with_texts: bool = False,
 ) -> Counts:
-    """Write `PART.arrow`, `PART.lengths.npy` and `PART.weights.npy` to `folder` for the rows `indices` of `table`; for
-    a mixture `PART.sources.npy` too.
+    """Write `PART.arrow`, `PART.lengths.npy`, `PART.weights.npy` and `PART.content`, a digest of the samples in order, to
+    `folder` for the rows `indices` of `table`; for a mixture `PART.sources.npy` too.
 
     Validation and test get `PART.origins.npy` (which row each sample is of), and `with_texts` `PART.texts.arrow`, the rows.
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
@@ -94,6 +95,7 @@ def _keep_good(
     counts = Counts()
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
     schema = pa.schema([column for column in written if column.name not in COUNTED])
+    content = {name: xxhash.xxh3_128() for name in schema.names}
     # Rows may be many, so nothing here takes more than 14 bytes for each.
     last_number = -1
     lengths, weights, sources, numbers = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16, np.int64))
@@ -115,6 +117,8 @@ def _keep_good(
             counts.truncated += int((cut & first).sum())
             kept = batch.select(schema.names).filter(pa.array(good))
             writer.write_batch(kept)
+            for name, digest in content.items():
+                digest.update(_bytes_of(kept[name]))
             parts = [pc.list_value_length(kept[name]).to_numpy() for name in schema.names if name.endswith(TOKENS)]
             lengths.append(np.sum(parts, axis=0).astype(np.int32))
             weights.append(weight[good])
@@ -130,6 +134,7 @@ def _keep_good(
     all_lengths, all_weights = np.concatenate(lengths), np.concatenate(weights)
     np.save(f"{target}.lengths.npy", all_lengths)
     np.save(f"{target}.weights.npy", all_weights)
+    Path(f"{target}.content").write_text(" ".join(f"{name}={digest.hexdigest()}" for name, digest in content.items()))
     counts.samples, counts.tokens, counts.targets = len(all_lengths), int(all_lengths.sum()), int(all_weights.sum())
     if table.sources is not None:
         all_sources = np.concatenate(sources)
@@ -139,3 +144,11 @@ def _keep_good(
             for of in (np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1))
         ]
     return counts, np.concatenate(numbers)
+
+
+def _bytes_of(column: pa.Array) -> bytes:
+    """The values of a column, whatever its buffers look like; how they are spread over rows is in the lengths."""
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+    values = column.to_numpy(zero_copy_only=False)
+    return repr(values.tolist()).encode() if values.dtype == object else values.tobytes()

@@ -108,7 +108,7 @@ def local_plan(
     machine = this_machine(parent_env) if machine is None else machine
     port = free_port() if port is None else port
     ranks = number_of_ranks(config, machine)
-    shared = exported(parent_env, config.launch.export_env) | _referenced(config, parent_env) | ALWAYS
+    shared = exported(parent_env, config.launch.export_env) | referenced(config, parent_env) | ALWAYS
     shared = {**UNLESS_SET, "OMP_NUM_THREADS": str(max(1, machine.cores // ranks))} | shared
     if _loopback_exists():
         # gloo otherwise picks the interface of the host name, which a VPN, a firewall or no network at all breaks.
@@ -183,7 +183,7 @@ def inherited(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UserError: a name in `launch.export_env` is not set.
     """
-    return exported(env, config.launch.export_env) | _referenced(config, env) | _tracker_keys(config, env)
+    return exported(env, config.launch.export_env) | referenced(config, env) | _tracker_keys(config, env)
 
 
 def interface_variables(interface: str | None) -> dict[str, str]:
@@ -209,7 +209,7 @@ def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if prefixes and name.startswith(prefixes)}
 
 
-def _referenced(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
+def referenced(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
     """Variables that `run.yaml` refers to instead of holding their value; the ranks resolve them again."""
     names = re.findall(r"\$\{oc\.env:\s*(\w+)", to_yaml(config))
     return {name: env[name] for name in names if name in env}

@@ -14,7 +14,15 @@ from pathlib import Path
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
 from dstune.config.schema import RunConfig
 from dstune.handed import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
-from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, is_tracker_key, python_path
+from dstune.launch.commands import (
+    ALWAYS,
+    UNLESS_SET,
+    inherited,
+    interface_variables,
+    is_tracker_key,
+    python_path,
+    referenced,
+)
 from dstune.launch.hosts import Ssh
 from dstune.redact import is_secret
 
@@ -68,6 +76,7 @@ def variables_of(config: RunConfig, run_dir: Path, launch_id: str, parent: Mappi
     given = {
         name: value for name, value in inherited(config, parent).items() if _travels(name, value, launch.export_env)
     }
+    unseen = referenced(config, parent)  # run.yaml keeps only their names too
     shown = {name: value for name, value in UNLESS_SET.items() if name not in given}
     shown |= {
         "OMP_NUM_THREADS": "1"
@@ -78,7 +87,7 @@ def variables_of(config: RunConfig, run_dir: Path, launch_id: str, parent: Mappi
     for name, value in given.items():
         if is_tracker_key(name) and name not in launch.export_env:
             handed["first"][name] = value
-        elif is_secret(name) or not PLAIN.fullmatch(value):
+        elif is_secret(name) or name in unseen or not PLAIN.fullmatch(value):
             handed["all"][name] = value
         else:
             shown[name] = value

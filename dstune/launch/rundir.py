@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dstune.checkpoint import store
 from dstune.config.compose import Composed, continue_run, read_run, write_run
+from dstune.config.domain_stage import FOLDER as FIRST_STAGE
 from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
@@ -38,18 +39,18 @@ class Before:
     """The folders that the launch creates: the directory and those above it, the innermost first."""
     files: dict[str, bytes | None]
     """Content of what a start replaces, by name; None for a file that was not there."""
-    began: int | None
-    """When training began there last: the time of environment.json in nanoseconds."""
+    began: tuple[int | None, ...]
+    """When training began there last, by stage: the times of environment.json in nanoseconds."""
 
     @classmethod
     def of(cls, path: Path) -> Before:
         created = [folder for folder in (path, *path.parents) if not folder.exists()]
         files = {name: _content(path / name) for name in REPLACED}
-        return cls(path, tuple(created), files, _written_at(path / BEGUN))
+        return cls(path, tuple(created), files, _begun(path))
 
     def restore(self) -> bool:
         """Undo the launch, unless training began; whether it was undone."""
-        if _written_at(self.path / BEGUN) != self.began:
+        if _begun(self.path) != self.began:
             return False
         if self.path in self.created:
             shutil.rmtree(self.path)
@@ -65,6 +66,11 @@ class Before:
         for error in (self.path / "logs").glob("rank-*.error"):
             error.unlink()
         return True
+
+
+def _begun(path: Path) -> tuple[int | None, ...]:
+    # What stops the second stage of a run does not undo the first.
+    return tuple(_written_at(folder / BEGUN) for folder in (path, path / FIRST_STAGE))
 
 
 def _content(file: Path) -> bytes | None:

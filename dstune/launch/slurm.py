@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dstune.config.launch_schema import SlurmConfig
 from dstune.config.schema import RunConfig
-from dstune.errors import EXIT_DONE, EXIT_PREEMPTED
+from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from dstune.launch import attempt, records, slurm_jobs
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import inherited
@@ -72,9 +72,14 @@ def submit(config: RunConfig, run_dir: Path, module: str = "dstune.worker") -> l
     records.begin(run_dir, launch_id, size)
     env = {**os.environ, **inherited(config, os.environ)}
     jobs: list[str] = []
-    for _ in range(launch.chain):
-        jobs.append(slurm_jobs.submit(script, env, after=jobs[-1] if jobs else None))
-        records.note(run_dir, launch_id, size, jobs)
+    try:
+        for _ in range(launch.chain):
+            jobs.append(slurm_jobs.submit(script, env, after=jobs[-1] if jobs else None))
+            records.note(run_dir, launch_id, size, jobs)
+    except UserError:  # the launch is undone now, so no part of its chain may run
+        if jobs:
+            slurm_jobs.cancel(jobs)
+        raise
     return jobs
 
 

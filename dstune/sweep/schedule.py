@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -117,6 +118,7 @@ class Schedule:
 
     def _start(self, trial: Trial, slot: Slot) -> None:
         run_dir, log = self._sweep / trial.name, self._sweep / "logs" / f"{trial.name}.log"
+        self._wait_for_earlier(trial, run_dir)
         before = read_record(record_path(self._sweep, trial.name))
         record = replace(
             before or Record(trial.name, trial.number, dict(trial.values)),
@@ -141,6 +143,15 @@ class Schedule:
         self._running.append(Running(trial, slot, process, Metrics(run_dir), start, record))
         again = " again" if record.starts > 1 else ""
         self._console.stage(f"{trial.name} starts{again} on {slot.label}")
+
+    def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
+        """A sweep that was killed leaves trials that are still saving, and one directory takes one launch at a time."""
+        told = False
+        while not self._received and (before := records.read_launch(run_dir)) and before.process() is not None:
+            if not told:
+                self._console.message(f"dstune: {trial.name} still runs as process {before.pid}: waiting for its end")
+                told = True
+            time.sleep(POLL_SECONDS)
 
     def _obey_signals(self) -> None:
         if len(self._received) > self._told:
@@ -202,6 +213,8 @@ class Schedule:
 
     def _abandon(self) -> None:
         """Something is wrong with the sweep itself: its trials save and end without it."""
+        if platform.system() == "Linux":
+            return  # the end of this process asks them (`sweep.trial`), and a second request would not let them save
         for running in self._running:
             with contextlib.suppress(OSError):
                 running.process.send_signal(signal.SIGTERM)

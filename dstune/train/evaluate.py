@@ -106,7 +106,7 @@ class Evaluator:
         totals, kept = self._run(shown, progress)
         evaluation = measure(self._config.task, self._data.labels, split, totals, kept)
         if isinstance(self._config.task, Seq2SeqConfig) and self._config.evaluate.generate_rows != 0:
-            generated = self._generate(split, context, one_line)
+            generated = self._generate(split, context, one_line, progress)
             scores = self._world.broadcast(generation_metrics(generated) if self._world.is_main else {})
             evaluation = replace(evaluation, metrics=evaluation.metrics | scores, generated=tuple(generated))
         if not (slices and self._config.evaluate.slices):
@@ -189,10 +189,14 @@ class Evaluator:
         everyone = sorted((row for part in self._world.gather(rows) for row in part), key=itemgetter(0))
         return totals, [kept for _, kept in everyone]
 
-    def _generate(self, split: Split, context: Sequence[int], one_line: bool) -> list[Generated]:
+    def _generate(
+        self, split: Split, context: Sequence[int], one_line: bool, progress: Callable[[int, int], None] | None
+    ) -> list[Generated]:
         rows = limited(split, self._config.evaluate.generate_rows, self._config.task)
         config, engine = self._config, self._engine
-        return generate_targets(config, rows, engine, self._tokenizer, self._world, context, one_line=one_line)
+        return generate_targets(
+            config, rows, engine, self._tokenizer, self._world, context, one_line=one_line, progress=progress
+        )
 
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
         """each: with the numbers of the samples, for the head to tell single rows."""

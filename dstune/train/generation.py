@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,12 +70,13 @@ def generate_targets(
     context: Sequence[int] = (),
     *,
     one_line: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
     """The model's greedy target for every row of `split`, in the order of the rows, on all ranks.
 
     context: tokens in front of every prompt (worked examples). one_line: end an answer with its first line, unless a target
-    has more of them. Rows are dealt out in batches of similar length, and ranks
-    may get unequally many.
+    has more of them. progress: told how many of this rank's batches are done. Rows are dealt out in batches of similar
+    length, and ranks may get unequally many.
     """
     assert isinstance(config.task, Seq2SeqConfig)
     batches = evaluation_batches(
@@ -91,7 +92,10 @@ def generate_targets(
     longest = math.ceil(LONGER * int(split.weights.max()))
     written: list[tuple[int, str]] = []
     with speaking(engine, world) as (module, in_step):
-        for batch in share(batches, world.rank, world.size):
+        mine = share(batches, world.rank, world.size)
+        for number, batch in enumerate(mine):
+            if progress:
+                progress(number, len(mine))
             if batch.filler and not in_step:
                 continue
             prompts = [decoder_prompt(split.sample(index), NO_TARGET) for index in batch.samples]

@@ -21,6 +21,9 @@ from dstune.zero.engine import Update
 
 SAVES_BEFORE_DEADLINE = 3.0
 
+SAME_REQUEST_SECONDS = 1.0
+"""Who signals a whole process group or cgroup reaches a rank twice: by itself, and through its launcher."""
+
 OVERFITTING = "overfitting"
 """Where the state keeps `training_loss` (the mean since the evaluation before), `held_out_loss` and `gap`, their difference."""
 
@@ -164,7 +167,7 @@ class EarlyStopping(Hook):
 class Preemption(Hook):
     """A signal (`run.signals`), the end of the time or a file named STOP in the run directory asks for a save after this
     step and exit 75; a file named SAVE for a save alone, one named PRUNE for the end without a save. A second signal ends
-    at once.
+    at once, unless it comes within `SAME_REQUEST_SECONDS` of the first.
 
     The time is `run.time_limit`, or what SLURM says (SLURM_JOB_END_TIME); the save begins early enough to take
     `SAVES_BEFORE_DEADLINE` times as long as the last one.
@@ -183,17 +186,21 @@ class Preemption(Hook):
         self._files = (run_dir / PRUNE_FILE, run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
         self._last_asked, self._step_seconds = time.monotonic(), 0.0
         self._received: str | None = None
+        self._received_at = 0.0
         if threading.current_thread() is threading.main_thread():
             # SIGTERM in any case: that is how the launcher hands a signal on.
             for name in {*config.run.signals, "SIGTERM"}:
                 signal.signal(signal.Signals[name], self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._received is not None:
+            if now - self._received_at < SAME_REQUEST_SECONDS:
+                return
             # The default action, delivered to ourselves: ends at once even inside a collective that will never return.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._received = signal.Signals(number).name
+        self._received, self._received_at = signal.Signals(number).name, now
 
     def after_step(self, state: TrainState, update: Update) -> Decision:
         self._step_seconds = time.monotonic() - self._last_asked

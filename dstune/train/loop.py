@@ -103,7 +103,8 @@ def fit(run: Training) -> Decision:
     if validation is not None and (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
         decision = evaluate(run)
         if decision.wish & Wish.SAVE:
-            run.saves.save(state)
+            with run.watchdog.paused():
+                run.saves.save(state)
         if decision.wish & Wish.STOP:
             return decision
     run.own_time.attach(run.engine.module)

@@ -54,12 +54,13 @@ def refuse_different_rows(world: World, digest: str) -> None:
 
 
 def samples_digest(data: PreparedData) -> str:
-    """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code.
+    """Digest of all training samples in order: it changes with the rows, not with the code.
 
     Of a stream it knows the first block and what the shards are."""
     digest = xxhash.xxh3_64()
     digest.update(data.train.lengths.tobytes())
     digest.update(data.train.weights.tobytes())
+    digest.update(data.train.content.encode())
     if data.stream is not None:
         digest.update(data.stream.identity.encode())
     return digest.hexdigest()

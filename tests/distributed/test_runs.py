@@ -193,6 +193,7 @@ def five_steps(workplace) -> list[dict]:
     return exact(workplace.folder / "five")
 
 
+@pytest.mark.slow
 def test_inside_the_deepspeed_launcher(workplace, five_steps):
     launcher = Path(sys.executable).with_name("deepspeed")
     program = [str(launcher), "--num_gpus", "2", "--master_port", "29713", "--no_local_rank", "--module", "dstune"]

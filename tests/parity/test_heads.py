@@ -176,11 +176,9 @@ def references(workshop):
 
 @pytest.fixture(scope="module")
 def trained(workshop, references):
-    """All runs, in one process group for each number of ranks."""
-    for size, stages in STAGES.items():
-        cases = [
-            workshop.case(head, f"{head}-s{stage}-n{size}", f"zero=stage{stage}") for stage in stages for head in HEADS
-        ]
+    """All runs on one and on two ranks, in one process group for each number."""
+    for size in (1, 2):
+        cases = cases_of(workshop, size)
         if size == 2:
             adamw = ["zero=stage2", "optimizer=adamw", "optimizer.lr=1e-2"]
             limit = "run.time_limit=0.000001"  # over after the first step of each launch
@@ -210,12 +208,36 @@ def trained(workshop, references):
     return workshop
 
 
+@pytest.fixture(scope="module")
+def trained_on_three(workshop, trained):
+    run_ranks(PROGRAM, 3, cases_of(workshop, 3))
+    return trained
+
+
+def cases_of(workshop: Workshop, size: int) -> list[dict[str, str]]:
+    """Every head on `size` ranks."""
+    return [
+        workshop.case(head, f"{head}-s{stage}-n{size}", f"zero=stage{stage}")
+        for stage in STAGES[size]
+        for head in HEADS
+    ]
+
+
 @pytest.mark.parametrize("head", HEADS)
-def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(trained, references, head):
-    expected = references[head]
+def test_any_stage_equals_the_plain_loop(trained, references, head):
+    equals_the_plain_loop(trained, references[head], head, (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_so_do_three_ranks(trained_on_three, references, head):
+    equals_the_plain_loop(trained_on_three, references[head], head, (2, 3))
+
+
+def equals_the_plain_loop(trained, expected, head, sizes):
     evaluations = []
-    for size, stages in STAGES.items():
-        for stage in stages:
+    for size in sizes:
+        for stage in STAGES[size]:
             name = f"{head}-s{stage}-n{size}"
             rows = [row for row in trained.rows(name) if "loss" in row]
             assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-5), name

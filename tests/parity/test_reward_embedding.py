@@ -74,17 +74,20 @@ def workshop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSTUNE_CACHE", str(folder / "cache"))
         shop = Workshop(folder, BASE)
-        for size, cells in CELLS.items():
-            cases = [shop.case(f"{kind}-s{stage}-n{size}", *KINDS[kind], f"zero=stage{stage}") for kind, stage in cells]
-            if size == 2:
-                for kind, stage in RESUMED.items():
-                    changed = [f"zero=stage{stage}", "optimizer=adamw", "optimizer.lr=1e-2"]
-                    cases += shop.stopped_and_continued(kind, *KINDS[kind], *changed)
-                for kind in KINDS:
-                    exported = ["run.export=last", "evaluate.every=1", "zero=stage3"]
-                    cases.append(shop.case(f"{kind}-export", *KINDS[kind], *exported))
-            run_ranks(PROGRAM, size, cases)
+        cases = cases_of(shop, 2)
+        for kind, stage in RESUMED.items():
+            changed = [f"zero=stage{stage}", "optimizer=adamw", "optimizer.lr=1e-2"]
+            cases += shop.stopped_and_continued(kind, *KINDS[kind], *changed)
+        for kind in KINDS:
+            exported = ["run.export=last", "evaluate.every=1", "zero=stage3"]
+            cases.append(shop.case(f"{kind}-export", *KINDS[kind], *exported))
+        run_ranks(PROGRAM, 2, cases)
         yield shop
+
+
+def cases_of(shop: Workshop, size: int) -> list[dict[str, str]]:
+    """The cells of `size` ranks."""
+    return [shop.case(f"{kind}-s{stage}-n{size}", *KINDS[kind], f"zero=stage{stage}") for kind, stage in CELLS[size]]
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -173,8 +176,10 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-@pytest.mark.parametrize("size", CELLS)
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, references, size):
+    if size != 2:
+        run_ranks(PROGRAM, size, cases_of(workshop, size))
     for kind, stage in CELLS[size]:
         losses, norms = references[kind]
         rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]

@@ -52,6 +52,21 @@ def test_chat_rows_become_samples(tmp_path):
     assert report["truncated"] == report["dropped"] == report["bad_rows"] == 0
 
 
+def test_rows_are_told_apart_by_what_they_say(tmp_path):
+    """Not by their lengths and targets alone: a run is not continued on others."""
+
+    def content(name: str, word: str, label: str) -> str:
+        rows = [{"text": f"one {word}", "label": "a"}, {"text": "two", "label": "b"}, {"text": "three", "label": label}]
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        config = data_run(path, task=ClassificationConfig(), split=NOTHING_HELD_OUT)
+        return prepared(config, byte_tokenizer(), tmp_path / "cache").train.content
+
+    first = content("first", "red", "a")
+    assert content("again", "red", "a") == first
+    assert content("word", "bad", "a") != first
+    assert content("label", "red", "b") != first
+
+
 def test_rows_longer_than_max_length_are_cut_and_rows_without_a_target_dropped(tmp_path):
     tokenizer = byte_tokenizer()
     rows = [exchange("Hi", "Yes"), exchange("Hi", "Hello " * 50), exchange("Hello " * 50, "Yes")]

@@ -10,7 +10,7 @@ import pytest
 
 from dstune import handed
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
-from dstune.config.schema import TrackingConfig, WandbConfig, WandbMode
+from dstune.config.schema import ModelConfig, TrackingConfig, WandbConfig, WandbMode
 from dstune.launch import hosts
 from dstune.launch.hosts import Answer, Ssh
 from dstune.launch.remote_commands import mpirun_plan, pdsh_plan
@@ -68,6 +68,15 @@ def test_no_command_line_and_no_file_shows_a_secret(plan):
     assert "HF_TOKEN" not in json.dumps(plan.handed)
     # What two shells would change goes the same way.
     assert plan.handed["all"]["LC_MESSAGES"] == 'a "quoted" $value'
+
+
+def test_variables_that_run_yaml_only_names_are_not_shown_either():
+    """Their values may be anybody's; the ranks resolve `${oc.env:NAME}` again."""
+    config = run_config(launch=HostfileConfig(hostfile="hosts"), model=ModelConfig(path="${oc.env:STORE}/base"))
+    given = {"launch_id": "id", "parent": {"STORE": "/private"}, "address": "10.0.0.1", "port": 1, "on_cpu": False}
+    plan = pdsh_plan(config, Path("run"), SLOTS, **given)
+    assert "/private" not in "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
+    assert plan.handed["all"]["STORE"] == "/private"
 
 
 def test_what_belongs_to_this_machine_stays_here():

@@ -77,6 +77,14 @@ def test_the_same_exception_at_the_same_step_ends_with_the_diagnosis(tmp_path, w
     assert "ValueError: bad row" in verdict.reason
 
 
+def test_progress_of_a_first_stage_counts(tmp_path, waited):
+    decide = Restarts(9, tmp_path, Console(io.StringIO()), [])
+    (tmp_path / "language_model").mkdir()
+    for step in (3, 9):
+        at_step(tmp_path / "language_model", step)
+        assert decide.consider(failed(), Log("Traceback", "OSError: no route"))[1], step
+
+
 def test_a_request_to_stop_ends_the_wait(tmp_path, monkeypatch):
     received: list[str] = []
     monkeypatch.setattr(restarts.time, "sleep", lambda seconds: received.append("SIGTERM"))

@@ -159,6 +159,16 @@ def test_training_that_began_is_not_undone(tmp_path):
         assert read_run(run / "run.yaml").config.trainer.max_steps == 20
 
 
+def test_a_first_stage_that_was_trained_is_not_undone(tmp_path):
+    run = tmp_path / "run"
+    prepared = rundir.prepare(rundir.choose(composed(dir=str(run))))
+    (run / "language_model").mkdir()
+    (run / "language_model" / "environment.json").write_text("{}")
+    release(prepared)
+    assert not prepared.before.restore()
+    assert (run / "language_model").is_dir()
+
+
 def test_keys_that_change_the_trajectory_are_refused(tmp_path):
     run = begin(tmp_path / "run")
     mended = rundir.prepare(rundir.choose(composed(dir=str(run), lr=2.0)))  # it had saved nothing

@@ -9,7 +9,8 @@ import pytest
 
 from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
 from dstune.config.schema import RunSection, TrackingConfig, WandbConfig, WandbMode
-from dstune.launch import records, slurm_job, slurm_jobs
+from dstune.errors import UserError
+from dstune.launch import records, slurm, slurm_job, slurm_jobs
 from dstune.launch.slurm_script import NOTHING_LEFT, REQUEUE, job_script
 from dstune.paths import STOP_REASON
 from tests.support.configs import run_config
@@ -140,7 +141,30 @@ def test_a_signal_before_training_began_loses_nothing(tmp_path, monkeypatch):
     assert slurm_job.end(tmp_path, 128 + signal.SIGUSR1) == REQUEUE
     assert records.read_result(tmp_path)["reason"] == "received SIGUSR1 before training began"
     (tmp_path / "result.json").unlink()
-    assert slurm_job.end(tmp_path, 128 + signal.SIGSEGV) == 1
+    # srun sends SIGTERM to the other ranks when one has failed: such a job must not come again for ever.
+    for number in (signal.SIGSEGV, signal.SIGTERM):
+        assert slurm_job.end(tmp_path, 128 + number) == 1
+        (tmp_path / "result.json").unlink()
+
+
+SBATCH = """\
+#!/bin/sh
+case "$*" in
+  *dependency*) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1 ;;
+esac
+echo 41
+"""
+
+
+def test_half_a_chain_is_none(tmp_path, monkeypatch):
+    for name, content in (("sbatch", SBATCH), ("scancel", f'#!/bin/sh\necho "$*" >{tmp_path}/cancelled\n')):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    config = run_config(launch=SlurmConfig(chain=3, requeue=False))
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
+        slurm.submit(config, tmp_path)
+    assert (tmp_path / "cancelled").read_text() == "41\n"
 
 
 SQUEUE = """\

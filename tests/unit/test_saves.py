@@ -155,3 +155,25 @@ def test_saves_in_the_background_come_one_after_the_other(tmp_path, monkeypatch)
     assert state.save_seconds > 0.1
     assert [info.step for info in store.listing(tmp_path)] == [2, 3]
     assert not list(store.folder(tmp_path).rglob("*.written"))
+
+
+def test_older_checkpoints_that_cannot_be_removed_do_not_cost_the_new_one(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    writer, _, said = saves(tmp_path, "sync")
+    monkeypatch.setattr(store, "prune", refuse)
+    assert writer.save(TrainState(step=1))
+    assert store.newest(tmp_path).name == "step-00000001"
+    assert "older checkpoints could not be removed" in said[-1]
+
+
+def test_whatever_goes_wrong_in_the_background_is_no_save(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("something else")
+
+    writer, _, said = saves(tmp_path, "async")
+    monkeypatch.setattr(store, "commit", fail)
+    writer.save(TrainState(step=1))
+    assert not writer.settle()
+    assert "step 1 is not saved: RuntimeError: something else" in said[-1]

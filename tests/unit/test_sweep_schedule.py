@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -73,6 +75,18 @@ def test_a_trial_whose_end_nobody_noted(tmp_path: Path, monkeypatch: pytest.Monk
     first, second = read_records(sweep.path)
     assert first == Record("lr=1", 0, {"optimizer.lr": 1}, status="completed", objective={"loss": 4.0})
     assert second.objective == {"loss": 1.0}
+
+
+def test_a_trial_of_a_killed_sweep_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweep = Scripted(tmp_path, "done(1.0)", monkeypatch)
+    begin = f"records.begin(Path({str(sweep.path / 'lr=1')!r}), 'x', 1); print(flush=True); time.sleep(2)"
+    program = f"import time; from pathlib import Path; from dstune.launch import records; {begin}"
+    saving = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert saving.stdout is not None and saving.stdout.readline()
+    sweep.run("optimizer.lr=1,2")
+    assert saving.poll() is not None, "the trial began before its earlier process had ended"
+    assert statuses(sweep.path) == {"lr=1": "completed", "lr=2": "completed"}
+    saving.stdout.close()
 
 
 def _made(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +274,23 @@ def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "STOP").touch()
     assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT
     assert preemption.while_waiting(TrainState(save_seconds=30.0)).wish is Wish.PREEMPT  # 3 * 30 s do not fit
+
+
+def test_a_signal_that_comes_two_ways_is_one_request(tmp_path, monkeypatch):
+    """To the whole cgroup: once by itself, once handed on by the launcher."""
+    ended, clock = [], [10.0]
+    monkeypatch.setattr("dstune.train.hooks.signal.signal", lambda number, action: None)
+    monkeypatch.setattr("dstune.train.hooks.signal.raise_signal", ended.append)
+    monkeypatch.setattr("dstune.train.hooks.time.monotonic", lambda: clock[0])
+    preemption = Preemption(run_config(), 0.0, tmp_path, is_main=True)
+    for at in (10.0, 10.1, 10.9):
+        clock[0] = at
+        preemption._receive(signal.SIGTERM, None)
+    assert not ended
+    assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT
+    clock[0] = 11.5
+    preemption._receive(signal.SIGTERM, None)
+    assert ended == [signal.SIGTERM]
 
 
 def test_a_trial_that_its_sweep_ends_leaves_without_a_save(tmp_path, monkeypatch):
