@@ -22,7 +22,7 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
-from dstune.config.schema import InitialWeights, ModelConfig, RunConfig, WandbConfig
+from dstune.config.schema import InitialWeights, Measured, ModelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -156,7 +156,9 @@ def _configuration(
     """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
-    stored = measured_alone(read_run(path / "run.yaml").config) if (path / "run.yaml").is_file() else None
+    stored = None
+    if (path / "run.yaml").is_file():
+        stored = _with_rows(measured_alone(read_run(path / "run.yaml").config), path)
     if stored is not None and arguments.shots is not None:
         return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
     if stored is not None and isinstance(stored.method, AdapterConfig) and not can_merge(stored.method):
@@ -200,6 +202,14 @@ def _configuration(
     )
     validate(config)
     return preflight.resolve_run(config, stage, trains=False), checkpoint
+
+
+def _with_rows(config: RunConfig, run: Path) -> RunConfig:
+    """`config` of `run`, with the rows of a micro-batch that it has measured in place of `auto`."""
+    if config.trainer.micro_batch_size is not Measured.auto:
+        return config
+    found = (records.read_result(run) or {}).get("micro_batch") or {}
+    return replace(config, trainer=replace(config.trainer, micro_batch_size=found.get("rows", config.trainer.rows)))
 
 
 def _compared(config: RunConfig) -> TaskConfig:

@@ -44,7 +44,7 @@ def run(
     if unknown:
         fix = "the tasks are listed by `lm-eval ls tasks`; --harness-path FOLDER adds your own"
         raise UserError(Problem("--harness", "there is no such task", fix, name) for name in unknown)
-    batch_size = config.evaluate.micro_batch_size or config.trainer.micro_batch_size
+    batch_size = config.evaluate.micro_batch_size or config.trainer.rows
     options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "batch_size": batch_size}
     if config.model.revision is not None:
         options["revision"] = config.model.revision

@@ -46,6 +46,7 @@ from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
 from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory
+from dstune.train.micro_batch import with_measured
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.proofs import check_packing, examine, refuse_different_rows, samples_digest
 from dstune.train.reference import with_reference, with_reference_model
@@ -131,6 +132,8 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     checkpoints = Checkpoints(config, run_dir, engine, world, facts, say)
     state = checkpoints.resume()
     checkpoints.check_space()
+    # Before layers are frozen for later: all of them take the most.
+    config = with_measured(config, data, engine, head, world, tokenizer.pad_token_id, memory, state, say)
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
     unfreezing = unfreezing_of(config, model, engine, supply, state.step)

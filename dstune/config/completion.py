@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -123,7 +124,7 @@ def _values(word: str, groups: Mapping[str, Sequence[str]], keys: Mapping[str, A
     else:
         hint = keys[key]
         options = ["null"] if is_optional(hint) else []
-        for part in typing.get_args(hint) if is_optional(hint) else (hint,):
+        for part in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
             if part is bool:
                 options += ["true", "false"]
             elif isinstance(part, type) and issubclass(part, Enum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -73,8 +73,10 @@ def describe(hint: Any) -> str:
     options = [part for part in typing.get_args(hint) if part is not type(None)]
     if is_optional(hint):
         return f"{describe(options[0])} or null"
+    if len(options) > 1 and isinstance(hint, types.UnionType):
+        return " or ".join(describe(part) for part in options)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(member.name for member in hint)
+        return "one of " * (len(hint) > 1) + ", ".join(member.name for member in hint)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if hint in names:
         return names[hint]
@@ -127,6 +129,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     wrong = UserError(Problem(where, f"expected {wanted}", _fix(value, hint, where), shown(value)))
     if hint is Any:
         return _plain_any(value, where)
+    if isinstance(hint, types.UnionType):
+        return _one_of(value, typing.get_args(hint), where, wrong)
     if isinstance(hint, type) and issubclass(hint, Enum):
         if isinstance(value, hint):
             return value
@@ -140,6 +144,16 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (list, tuple, dict):
         return _container(value, hint, origin, where, wrong)
     return _scalar(value, hint, wrong)
+
+
+def _one_of(value: Any, hints: Sequence[Any], where: str, wrong: UserError) -> Any:
+    """`value` as the first of these types that takes it."""
+    for hint in hints:
+        try:
+            return convert(value, hint, where)
+        except UserError:
+            continue
+    raise wrong
 
 
 def _scalar(value: Any, hint: Any, wrong: UserError) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import re
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dstune
+from dstune.config.convert import is_optional
 from dstune.config.method_rules import REFUSED
 from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
@@ -38,6 +40,9 @@ def mutable_twin(cls: type) -> type:
         elif entry_class(hint):
             # Untyped: OmegaConf would stop at the first wrong key; `from_dict` checks all of them and names the nearest.
             twins.append((field.name, dict[str, Any], dataclasses.field(default_factory=dict)))
+        elif isinstance(hint, types.UnionType) and not is_optional(hint):
+            # Untyped: OmegaConf has no union with a word in it.
+            twins.append((field.name, Any, dataclasses.field(default=field.default)))
         elif field.default_factory is not dataclasses.MISSING:
             twins.append((field.name, hint, dataclasses.field(default_factory=field.default_factory)))
         else:

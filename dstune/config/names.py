@@ -16,6 +16,7 @@ OTHER_TOOLS = {
     "batch_size": "trainer.global_batch_size",
     "train_batch_size": "trainer.global_batch_size",
     "per_device_train_batch_size": "trainer.micro_batch_size",
+    "auto_find_batch_size": "trainer.micro_batch_size",
     "per_device_eval_batch_size": "evaluate.micro_batch_size",
     "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
     "gradient_accumulation_steps": "trainer.global_batch_size",

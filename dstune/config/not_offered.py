@@ -34,10 +34,6 @@ FEATURES: dict[str, tuple[str, str]] = {
         "zero=stage3, which partitions the weights too",
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
-    "probing": (
-        "probing for the largest micro-batch: not written yet",
-        "`dstune plan` names the largest that fits: trainer.micro_batch_size=N",
-    ),
     "compile": (
         "torch.compile: compiled layers were not held against plain ones at every ZeRO stage yet",
         "leave it out",
@@ -61,7 +57,6 @@ WORDS: dict[tuple[str, str], str] = {
     ("parallel", "autotp"): "autotp",
     ("parallel", "tensor"): "autotp",
     ("parallel", "expert"): "expert",
-    ("trainer.micro_batch_size", "auto"): "probing",
     ("trainer.torch_compile", "true"): "compile",
     ("trainer.compile", "true"): "compile",
     ("model.compile", "true"): "compile",

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 from dstune.config.convert import shown
@@ -32,7 +33,7 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
                     yield from check_ranges(entry, f"{key}.{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             yield Problem(key, "must be a finite number", _default(key, field), shown(value))
-        elif field.metadata and value is not None:
+        elif field.metadata and value is not None and not isinstance(value, Enum):
             bounds = [(TESTS[kind], bound) for kind, bound in field.metadata.items()]
             if not all(holds(value, bound) for (holds, _), bound in bounds):
                 allowed = " and ".join(f"{words} {bound:g}" for (_, words), bound in bounds)

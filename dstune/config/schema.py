@@ -43,6 +43,10 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class Measured(Enum):
+    auto = "auto"
+
+
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
@@ -241,8 +245,8 @@ class TrainerConfig:
     """Optimizer steps; replaces `epochs` when given, with as many passes as that takes."""
     epochs: int = setting(1, at_least=1)
     """Passes over the training rows, when `max_steps` is not given."""
-    micro_batch_size: int = setting(4, at_least=1)
-    """Rows in one forward and backward pass of one rank."""
+    micro_batch_size: int | Measured = setting(4, at_least=1)
+    """Rows in one forward and backward pass of one rank; `auto` measures before the first step what fits and is fastest."""
     global_batch_size: int = setting(16, at_least=1)
     """Rows in one optimizer step over all ranks; does not change with the number of ranks."""
     precision: Precision = Precision.auto
@@ -263,6 +267,11 @@ class TrainerConfig:
     """A rank that makes no progress for so long ends, with its Python stacks in its log; 0 waits for ever."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch; one of them, which takes the least, as long as they are not measured."""
+        return 1 if isinstance(self.micro_batch_size, Measured) else self.micro_batch_size
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from dstune.config.deepspeed_file import settings_problems
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
 from dstune.config.method_rules import check_method
-from dstune.config.method_schema import UlmfitConfig
+from dstune.config.method_schema import FeaturesConfig, UlmfitConfig
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
     AdamWConfig,
     Attention,
     Export,
+    Measured,
     Offload,
     Precision,
     RunConfig,
@@ -260,14 +261,28 @@ def check_optimizer(config: RunConfig) -> Iterator[Problem]:
 
 def check_batches(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
-    if trainer.micro_batch_size > trainer.global_batch_size:
+    if trainer.micro_batch_size is Measured.auto:
+        yield from _check_measured(config)
+    elif trainer.rows > trainer.global_batch_size:
         yield Problem(
             "trainer.micro_batch_size",
             f"a micro-batch cannot have more rows than the optimizer step "
             f"(trainer.global_batch_size={trainer.global_batch_size})",
-            f"trainer.global_batch_size={trainer.micro_batch_size}, or a smaller micro-batch",
+            f"trainer.global_batch_size={trainer.rows}, or a smaller micro-batch",
             shown(trainer.micro_batch_size),
         )
+
+
+def _check_measured(config: RunConfig) -> Iterator[Problem]:
+    reason = None
+    if config.data.streaming:
+        reason = "the longest rows are measured, and a stream's are not known"
+    elif isinstance(config.method, FeaturesConfig):
+        reason = "the classifier above computed features takes so little that there is nothing to find"
+    elif config.trainer.deterministic:
+        reason = "it is chosen by measured times, so two runs may choose differently (trainer.deterministic=true)"
+    if reason:
+        yield Problem("trainer.micro_batch_size", reason, "a number, such as that of `dstune plan`", "auto")
 
 
 def check_schedule(config: RunConfig) -> Iterator[Problem]:

@@ -127,6 +127,12 @@ def _accumulate(
     if not isinstance(steps, int) or steps < 1:
         yield Problem(where, "expected a whole number", 'write "auto" there', shown(steps))
         return
+    if not isinstance(trainer["micro_batch_size"], int):
+        reason = (
+            "accumulation steps say nothing while the rows of a micro-batch are measured (trainer.micro_batch_size)"
+        )
+        yield Problem(where, reason, 'write "auto" there', shown(steps))
+        return
     rows, of_rank = trainer["global_batch_size"], trainer["micro_batch_size"] * steps
     formula = f"{trainer['micro_batch_size']} rows x {steps} micro-batches"
     if known and (rows != of_rank * processes if processes else rows % of_rank):

@@ -248,6 +248,7 @@ TABLE: dict[str, Rule] = {
     "gradient_accumulation_steps": lambda found, _: common.global_batch(
         found, "micro_batch_size", "gradient_accumulation_steps"
     ),
+    "auto_find_batch_size": common.find_batch,
     "eval_batch_size": same("evaluate.micro_batch_size"),
     "num_epochs": common.epochs,
     "optimizer": common.optimizer,

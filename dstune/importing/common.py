@@ -112,7 +112,7 @@ def quantized(found: Import, value: Any) -> None:
 def global_batch(found: Import, micro: str, accumulation: str) -> None:
     """Rows of a step: the tools multiply what a rank does by the number of ranks; dstune's number stays."""
     rows, steps = int(found.get(micro, 1)), int(found.get(accumulation, 1))
-    found.values["trainer.micro_batch_size"] = rows
+    found.values["trainer.micro_batch_size"] = "auto" if found.get("auto_find_batch_size", False) else rows
     found.values["trainer.global_batch_size"] = rows * steps * found.ranks
     for name, key in ((micro, "trainer.micro_batch_size"), (accumulation, "trainer.global_batch_size")):
         if name in found.raw:
@@ -121,6 +121,11 @@ def global_batch(found: Import, micro: str, accumulation: str) -> None:
         f"{found.ranks} rank(s): trainer.global_batch_size = {rows} rows x {steps} micro-batches x {found.ranks} "
         f"= {rows * steps * found.ranks} (--ranks N for another number)"
     )
+
+
+def find_batch(found: Import, value: Any) -> None:
+    if value:
+        found.put("trainer.micro_batch_size", "auto")
 
 
 def epochs(found: Import, value: Any) -> None:
@@ -330,6 +335,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "gradient_accumulation_steps": lambda found, _: global_batch(
         found, "per_device_train_batch_size", "gradient_accumulation_steps"
     ),
+    "auto_find_batch_size": find_batch,
     "per_device_eval_batch_size": same("evaluate.micro_batch_size"),
     "group_by_length": lambda found, value: found.put("trainer.length_grouping", bool(value)),
     "bf16": precision,

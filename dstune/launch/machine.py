@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from dstune.config.schema import RunConfig
 from dstune.launch.commands import number_of_ranks, this_machine
 from dstune.planning.hardware import ALIASES, DEVICES, GIB, Cluster, Device
+from dstune.planning.host import available_bytes
 
 NAMES = {
     "A100": "A100-80G",
@@ -49,7 +48,6 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
     env = os.environ if env is None else env
     machine = this_machine(env)
     ranks = ranks or number_of_ranks(config, machine)
-    memory = psutil.virtual_memory()
     if machine.gpus and (listed := gpus()):
         taken = used(listed, env, ranks)
         fullest = min(taken or listed, key=lambda gpu: gpu.free_gib)
@@ -57,8 +55,8 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
         name, total = fullest.name, fullest.memory_gib
         found = known_device(name)
         device = replace(found or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
-        return Here(Cluster(device, ranks, known=found is not None, host_gib=memory.available / GIB), free)
-    available = min(memory.available, container_limit()) / GIB
+        return Here(Cluster(device, ranks, known=found is not None, host_gib=available_bytes() / GIB), free)
+    available = available_bytes() / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)
     return Here(Cluster(cpu, ranks, known=False), float("inf") if machine.gpus else available / ranks)
 
@@ -99,21 +97,6 @@ def gpus() -> list[Gpu]:
         return [Gpu(name, uuid, float(total) / 1024, float(free) / 1024) for name, uuid, total, free in rows]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
-
-
-def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process's container may still take; infinite without a limit.
-
-    Pages of files that were read count as taken until others need the room, so they are free."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return float("inf")
-        lines = [line.split() for line in (root / "memory.stat").read_text().splitlines()]
-        cached = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
-        return max(0.0, int(limit) - int((root / "memory.current").read_text()) + cached)
-    except (OSError, ValueError):
-        return float("inf")
 
 
 def fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -96,7 +96,7 @@ def rows_are_full(config: RunConfig) -> bool:
     """Whether micro-batches of `data.max_length` tokens are certain: packed rows of enough data."""
     if not config.data.packing or config.data.max_rows is not None or config.data.mixture:
         return False
-    needed = ENOUGH_ROWS * config.data.max_length * config.trainer.micro_batch_size
+    needed = ENOUGH_ROWS * config.data.max_length * config.trainer.rows
     tokens = 0
     for key, part, own in inputs.given(config):
         if part != "train":

@@ -70,10 +70,10 @@ class Plan:
     """The fastest choice that fits; None where nothing does."""
 
 
-def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed]) -> Plan:
+def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_rows: bool = False) -> Plan:
     """All choices for one run. What is offloaded is held against the node's memory where that is known.
 
-    speeds: by the bytes of a weight.
+    speeds: by the bytes of a weight. any_rows: the run finds out itself how many rows a micro-batch has.
     """
 
     def choice(setup: Setup, zero: str, offload: str) -> Choice:
@@ -105,7 +105,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed]) -> Plan:
     offload = "+".join(
         name for name, on in (("optimizer", configured.offload_optimizer), ("param", configured.offload_param)) if on
     )
-    as_configured = choice(configured, zero, offload or "none")
+    as_configured = (largest if any_rows else choice)(configured, zero, offload or "none")
     choices = list(variants(configured.checkpointing))
     if not configured.checkpointing and not any(row.fits and row.offload == "none" for row in choices):
         choices += variants(True)

@@ -149,7 +149,7 @@ def setup(
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
-        micro_batch_size=config.trainer.micro_batch_size,
+        micro_batch_size=config.trainer.rows,
         texts=2 if config.task.name in PAIRS else 1,
         length=length,
         global_batch_size=config.trainer.global_batch_size,

@@ -161,7 +161,7 @@ class Evaluator:
         packing = self._config.data.packing and not each
         batches = evaluation_batches(
             split.lengths,
-            micro_batch_size=evaluate.micro_batch_size or self._config.trainer.micro_batch_size,
+            micro_batch_size=evaluate.micro_batch_size or self._config.trainer.rows,
             max_length=self._config.data.max_length,
             packing=packing,
         )

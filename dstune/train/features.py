@@ -137,7 +137,7 @@ def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_
     """This rank's share of the rows of `split`."""
     batches = evaluation_batches(
         split.lengths,
-        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.micro_batch_size,
+        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
         max_length=config.data.max_length,
         packing=False,
     )

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ from dstune.data.seq2seq import decoder_prompt, first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
+from dstune.planning.host import available_bytes
 from dstune.zero.engine import Engine, full_count
 
 LONGER = 1.25
@@ -57,7 +57,7 @@ def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
 
 def whole_weights_fit(engine: Engine) -> bool:
     needed = sum(full_count(parameter) * parameter.element_size() for parameter in engine.module.parameters())
-    free = torch.cuda.mem_get_info()[0] if engine.device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if engine.device.type == "cuda" else available_bytes()
     return 2 * needed < free
 
 
@@ -81,7 +81,7 @@ def generate_targets(
     assert isinstance(config.task, Seq2SeqConfig)
     batches = evaluation_batches(
         split.lengths,
-        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.micro_batch_size,
+        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
         max_length=config.data.max_length,
         packing=False,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +30,8 @@ class PeakMemory:
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()
         self._base = self._peak = 0
+        self._earlier = 0
+        """The allocator's peak before it was last set back."""
         self._stop = threading.Event()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -42,9 +46,27 @@ class PeakMemory:
     @property
     def gib(self) -> float:
         if self._on_gpu:
-            return torch.cuda.max_memory_allocated() / GIB
+            return max(self._earlier, torch.cuda.max_memory_allocated()) / GIB
         self._peak = max(self._peak, resident_bytes())
         return (self._peak - self._base) / GIB
+
+    @property
+    def now_gib(self) -> float:
+        """What is taken at this moment."""
+        return (torch.cuda.memory_allocated() if self._on_gpu else resident_bytes() - self._base) / GIB
+
+    @contextmanager
+    def apart(self) -> Iterator[Callable[[], float]]:
+        """The peak within, in GiB, from a call of what comes; it does not count as the run's."""
+        if self._on_gpu:
+            self._earlier = max(self._earlier, torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+            yield lambda: torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
+            return
+        before, self._peak = max(self._peak, resident_bytes()), resident_bytes()
+        yield lambda: (max(self._peak, resident_bytes()) - self._base) / GIB
+        self._peak = before
 
     def close(self) -> None:
         self._stop.set()

@@ -144,7 +144,7 @@ def _compute(
             continue
         batches = evaluation_batches(
             split.lengths,
-            micro_batch_size=config.evaluate.micro_batch_size or config.trainer.micro_batch_size,
+            micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
             max_length=config.data.max_length,
             packing=False,
         )

@@ -65,7 +65,7 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
     return TrainingOrder(
         split.lengths,
         split.weights,
-        micro_batch_size=config.trainer.micro_batch_size,
+        micro_batch_size=config.trainer.rows,
         global_batch_size=config.trainer.global_batch_size,
         max_length=config.data.max_length,
         packing=config.data.packing,

@@ -9,7 +9,7 @@ from dstune.config.schema import Offload, Precision, RunConfig
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
     """Micro-batches of a full window on each rank, zero-target fillers included."""
-    in_window = -(-config.trainer.global_batch_size // config.trainer.micro_batch_size)
+    in_window = -(-config.trainer.global_batch_size // config.trainer.rows)
     return -(-in_window // world_size)
 
 
@@ -40,9 +40,9 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
     if config.zero.stage > 0 and config.zero.offload_optimizer is Offload.cpu:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.trainer.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.trainer.rows,
         "gradient_accumulation_steps": per_rank,
-        "train_batch_size": config.trainer.micro_batch_size * per_rank * world_size,
+        "train_batch_size": config.trainer.rows * per_rank * world_size,
         "gradient_clipping": config.trainer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: as fast as DeepSpeed's, without a compiler

@@ -177,6 +177,14 @@ class Engine:
         """Elements of the parameters that the optimizer has, those that wait to be unfrozen included."""
         return sum(full_count(parameter) for parameter in self._trained)
 
+    @property
+    def states_to_come(self) -> int:
+        """Bytes of the optimizer's tensors that its first step makes: at stage 0 all of them, at the others none, which
+        DeepSpeed makes at once."""
+        if self.stage > 0 or getattr(self._engine.optimizer, "state", None):
+            return 0
+        return 4 * self._moments * self.trained_count
+
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def accumulate(

@@ -13,10 +13,11 @@ from dstune import worker
 from dstune.config.compose import read_run, write_run
 from dstune.errors import Preempted
 from dstune.rank_env import from_environment
-from dstune.train import generation, loop
+from dstune.train import generation, loop, micro_batch
 from dstune.zero.start import start_process_group
 
 TRAIN_STEP = loop.train_step
+GAIN = micro_batch.GAIN
 
 
 def leaping(window: int, factor: float):
@@ -52,6 +53,7 @@ def main() -> None:
             write_run(run_dir / "run.yaml", composed)
         world.barrier()
         loop.train_step = leaping(*case["leap"]) if "leap" in case else TRAIN_STEP
+        micro_batch.GAIN = case.get("gain", GAIN)
         fits = generation.whole_weights_fit
         if case.get("in_step"):  # as if no rank had room for the whole model
             generation.whole_weights_fit = lambda engine: False

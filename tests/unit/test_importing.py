@@ -343,6 +343,16 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
             {"datasets": [{"path": "a/b", "name": "x", "split": "s"}, {"path": "c/b"}]},
             {"data": {"mixture": {"b_s": {"path": "a/b:s", "subset": "x"}, "b": {"path": "c/b"}}}},
         ),
+        (
+            "trl",
+            {"auto_find_batch_size": True, "per_device_train_batch_size": 32},
+            {"trainer": {"micro_batch_size": "auto", "global_batch_size": 32}},
+        ),
+        (
+            "axolotl",
+            {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "auto_find_batch_size": True},
+            {"trainer": {"micro_batch_size": "auto", "global_batch_size": 8}},
+        ),
     ],
 )
 def test_values(tool, keys, expected):

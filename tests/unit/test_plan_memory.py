@@ -14,7 +14,7 @@ from dstune.config.schema import Precision
 from dstune.errors import UserError
 from dstune.launch import machine, preflight, room
 from dstune.launch.commands import Machine
-from dstune.planning import activations
+from dstune.planning import activations, host
 from dstune.planning.architecture import architecture
 from dstune.planning.hardware import DEVICES, GIB, Cluster
 from dstune.planning.memory import memory
@@ -218,7 +218,7 @@ def test_what_files_take_of_a_containers_memory_is_free(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 200\nfile 700\nshmem 50\ninactive_file 400\nactive_file 250\n")
-    assert machine.container_limit(tmp_path) == 750
+    assert host.container_limit(tmp_path) == 750
 
 
 def test_what_does_not_train_needs_no_memory_to_train(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

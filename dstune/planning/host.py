@@ -1,0 +1,27 @@
+"""What the memory of this machine, and of the container that this process is in, leaves free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+
+def available_bytes() -> float:
+    """Bytes that processes here may still take together."""
+    return min(float(psutil.virtual_memory().available), container_limit())
+
+
+def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that this process's container may still take; infinite without a limit.
+
+    Pages of files that were read count as taken until others need the room, so they are free."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return float("inf")
+        lines = [line.split() for line in (root / "memory.stat").read_text().splitlines()]
+        cached = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+        return max(0.0, int(limit) - int((root / "memory.current").read_text()) + cached)
+    except (OSError, ValueError):
+        return float("inf")
