@@ -22,7 +22,7 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
-from dstune.config.schema import InitialWeights, Measured, ModelConfig, RunConfig, WandbConfig
+from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -206,7 +206,7 @@ def _configuration(
 
 def _with_rows(config: RunConfig, run: Path) -> RunConfig:
     """`config` of `run`, with the rows of a micro-batch that it has measured in place of `auto`."""
-    if config.trainer.micro_batch_size is not Measured.auto:
+    if config.trainer.micro_batch_size is not Automatic.auto:
         return config
     found = (records.read_result(run) or {}).get("micro_batch") or {}
     return replace(config, trainer=replace(config.trainer, micro_batch_size=found.get("rows", config.trainer.rows)))

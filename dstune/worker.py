@@ -39,16 +39,15 @@ from dstune.redact import publish, redact_output
 from dstune.telling import leave_error, tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
-from dstune.train import spikes
+from dstune.train import micro_batch, spikes
 from dstune.train.beforehand import work_out
 from dstune.train.evaluate import Evaluator
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
 from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory
-from dstune.train.micro_batch import with_measured
 from dstune.train.optim import build_optimizer, method_groups
-from dstune.train.proofs import check_packing, examine, refuse_different_rows, samples_digest
+from dstune.train.proofs import check_packing, content_digest, examine, refuse_different_rows, samples_digest
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
@@ -98,7 +97,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
     )
     activity.info("loading %s", shown(config.model.path))
-    digest = samples_digest(data)
+    digests = {"samples": samples_digest(data), "content": content_digest(data)}
     before = work_out(config, data, tokenizer, precision, world, run_dir)
     data, features, selection = before.data, before.features, before.selection
     with partitioned_loading(settings):
@@ -119,21 +118,26 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     if config.forgetting.l2sp or config.forgetting.ewc:
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
-    data = with_reference(config, data, engine, head, world, tokenizer.pad_token_id, precision, cache_root())
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,
         "precision": precision.value,
         "labels": list(data.labels),
-        "samples": digest,
+        **digests,
     }
-    refuse_different_rows(world, facts["samples"])
+    refuse_different_rows(world, digests["samples"] + digests["content"])
     say = console.message if world.is_main else lambda text: None
     checkpoints = Checkpoints(config, run_dir, engine, world, facts, say)
-    state = checkpoints.resume()
-    checkpoints.check_space()
+    known = checkpoints.remembered(micro_batch.NAME)
     # Before layers are frozen for later: all of them take the most.
-    config = with_measured(config, data, engine, head, world, tokenizer.pad_token_id, memory, state, say)
+    config, known = micro_batch.with_rows_found(
+        config, data.train, engine, head, world, tokenizer.pad_token_id, memory, known, say
+    )
+    data = with_reference(config, data, engine, head, world, tokenizer.pad_token_id, precision, cache_root())
+    state = checkpoints.resume()
+    if known is not None:
+        state.extra[micro_batch.NAME] = known
+    checkpoints.check_space()
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
     unfreezing = unfreezing_of(config, model, engine, supply, state.step)

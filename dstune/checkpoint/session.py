@@ -20,6 +20,7 @@ UNCHANGED = {
     "precision": ("trainer.precision", "set trainer.precision to it, or start another run with run.dir"),
     "labels": ("data.train", "bring back the rows with these labels, or set task.labels"),
     "samples": ("data.train", "bring back the rows, or start another run with run.dir"),
+    "content": ("data.train", "bring back the rows, or start another run with run.dir"),
 }
 """What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
 
@@ -53,11 +54,7 @@ class Checkpoints:
 
         Raises UserError where what must not change between launches has changed, or no checkpoint is undamaged.
         """
-        source = self._run_dir
-        if self._world.is_main:
-            store.mend(source)
-        if self._world.broadcast(store.resumable(source)) is None and self._config.run.resume not in ("auto", "never"):
-            source = Path(self._config.run.resume)
+        source = self._source()
         checkpoint = self._newest_undamaged(source)
         if self._world.is_main:
             self._name_torn(source, checkpoint)
@@ -71,6 +68,25 @@ class Checkpoints:
             else:
                 self._engine.restore(Shards(checkpoint))
         return TrainState.from_dict(saved["train"])
+
+    def remembered(self, name: str) -> Any:
+        """What the run that will be continued has in `TrainState.extra` since its start; None where it has not, or where
+        there is none."""
+        source = self._source()
+        checkpoint = store.resumable(source) if self._world.is_main else None
+        found = store.read_state(checkpoint)["train"]["extra"].get(name) if checkpoint is not None else None
+        return self._world.broadcast(found)
+
+    def _source(self) -> Path:
+        """The run whose newest checkpoint is continued. Every rank must call it."""
+        if self._world.is_main:
+            store.mend(self._run_dir)
+        if self._world.broadcast(store.resumable(self._run_dir)) is None and self._config.run.resume not in (
+            "auto",
+            "never",
+        ):
+            return Path(self._config.run.resume)
+        return self._run_dir
 
     def _name_torn(self, run_dir: Path, used: Path | None) -> None:
         """Tell of what is newer than the checkpoint that is used."""
@@ -119,7 +135,7 @@ class Checkpoints:
         problems = [
             Problem(
                 UNCHANGED[fact][0],
-                value=str(now) if fact != "samples" else str(self._config.data.train),
+                value=str(now) if fact not in ("samples", "content") else str(self._config.data.train),
                 reason=f"{name} was written with {fact} {saved.get(fact)}",
                 fix=UNCHANGED[fact][1],
             )

@@ -43,7 +43,7 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
-class Measured(Enum):
+class Automatic(Enum):
     auto = "auto"
 
 
@@ -245,7 +245,7 @@ class TrainerConfig:
     """Optimizer steps; replaces `epochs` when given, with as many passes as that takes."""
     epochs: int = setting(1, at_least=1)
     """Passes over the training rows, when `max_steps` is not given."""
-    micro_batch_size: int | Measured = setting(4, at_least=1)
+    micro_batch_size: int | Automatic = setting(4, at_least=1)
     """Rows in one forward and backward pass of one rank; `auto` measures before the first step what fits and is fastest."""
     global_batch_size: int = setting(16, at_least=1)
     """Rows in one optimizer step over all ranks; does not change with the number of ranks."""
@@ -271,7 +271,7 @@ class TrainerConfig:
     @property
     def rows(self) -> int:
         """Rows of a micro-batch; one of them, which takes the least, as long as they are not measured."""
-        return 1 if isinstance(self.micro_batch_size, Measured) else self.micro_batch_size
+        return 1 if isinstance(self.micro_batch_size, Automatic) else self.micro_batch_size
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from dstune.config.data_schema import DataFormat
 from dstune.config.deepspeed_file import settings_problems
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
+from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import check_method
-from dstune.config.method_schema import FeaturesConfig, UlmfitConfig
+from dstune.config.method_schema import FeaturesConfig, ImportanceConfig, UlmfitConfig
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
     AdamWConfig,
     Attention,
+    Automatic,
     Export,
-    Measured,
     Offload,
     Precision,
     RunConfig,
@@ -261,8 +262,8 @@ def check_optimizer(config: RunConfig) -> Iterator[Problem]:
 
 def check_batches(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
-    if trainer.micro_batch_size is Measured.auto:
-        yield from _check_measured(config)
+    if trainer.micro_batch_size is Automatic.auto:
+        yield from _check_automatic(config)
     elif trainer.rows > trainer.global_batch_size:
         yield Problem(
             "trainer.micro_batch_size",
@@ -273,12 +274,16 @@ def check_batches(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _check_measured(config: RunConfig) -> Iterator[Problem]:
+def _check_automatic(config: RunConfig) -> Iterator[Problem]:
     reason = None
     if config.data.streaming:
         reason = "the longest rows are measured, and a stream's are not known"
     elif isinstance(config.method, FeaturesConfig):
         reason = "the classifier above computed features takes so little that there is nothing to find"
+    elif isinstance(config.method, ImportanceConfig):
+        reason = "the parameters are chosen before it can be measured, by micro-batches too"
+    elif config.sweep.parallel > 1 and isinstance(config.launch, LocalConfig):
+        reason = "trials beside each other take memory and time from what each of them measures"
     elif config.trainer.deterministic:
         reason = "it is chosen by measured times, so two runs may choose differently (trainer.deterministic=true)"
     if reason:

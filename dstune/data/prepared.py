@@ -9,7 +9,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
+TOKENS = ("input_ids", "target_ids")
+"""What the names of columns with a sample's tokens end in: a pair has two of them."""
 TEXTS = ("source", "target")
 """Columns of a seq2seq sample that hold text."""
 
@@ -63,6 +66,12 @@ class Split:
         """A value of each sample, [samples]."""
         values = np.asarray(self.table.select_columns([name]).with_format("numpy")[:][name])
         return values if self.rows is None else values[self.rows]
+
+    def tokens(self) -> dict[str, np.ndarray]:
+        """Tokens of each sample in each column that has some, [samples] by column."""
+        names = [name for name in self.table.column_names if name.endswith(TOKENS)]
+        counts = {name: pc.list_value_length(self.table.data.column(name)).to_numpy() for name in names}
+        return counts if self.rows is None else {name: count[self.rows] for name, count in counts.items()}
 
     def sample(self, index: int) -> dict[str, Any]:
         """One sample as numpy arrays, without texts."""

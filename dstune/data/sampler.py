@@ -146,6 +146,11 @@ class TrainingOrder:
             epoch, index, micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum())
         )
 
+    def rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of this epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`. Returns (samples, starts)."""
+        plan = self._plan(epoch)
+        return plan.samples, plan.starts
+
     def efficiency(self, epoch: int) -> float:
         """Share of the positions computed in this epoch that hold a token instead of padding."""
         plan = self._plan(epoch)

@@ -14,10 +14,8 @@ import xxhash
 from dstune.data import statistics
 from dstune.data.ingest import BadRows, Table
 from dstune.data.parallel import map_rows
+from dstune.data.prepared import TOKENS
 from dstune.data.tokenize import COUNTED, RowTokenizer
-
-TOKENS = ("input_ids", "target_ids")
-"""What the names of columns with a sample's tokens end in: a pair has two of them."""
 
 
 @dataclass
@@ -147,8 +145,14 @@ def _keep_good(
 
 
 def _bytes_of(column: pa.Array) -> bytes:
-    """The values of a column, whatever its buffers look like; how they are spread over rows is in the lengths."""
+    """The values of a column, one after the other, however they are spread over batches and buffers; how those of a list
+    belong to rows is in the lengths."""
     while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = column.flatten()
     values = column.to_numpy(zero_copy_only=False)
-    return repr(values.tolist()).encode() if values.dtype == object else values.tobytes()
+    if values.dtype != object:
+        return bytes(values.tobytes())
+    # Each text ends with a byte that UTF-8 never has.
+    return b"".join(
+        b"\xfe\xff" if value is None else str(value).encode("utf-8", "surrogatepass") + b"\xff" for value in values
+    )

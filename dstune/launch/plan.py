@@ -14,7 +14,7 @@ from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
-from dstune.config.schema import Measured, Precision, RunConfig
+from dstune.config.schema import Automatic, Precision, RunConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import hostfile, machine, rundir
@@ -197,7 +197,7 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
         values=values,
     )
     by_size = {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
-    any_rows = config.trainer.micro_batch_size is Measured.auto
+    any_rows = config.trainer.micro_batch_size is Automatic.auto
     choices = plan(configured, cluster, by_size, any_rows=any_rows)
     return Planned(choices, cluster, configured, precision, bool(measured))
 

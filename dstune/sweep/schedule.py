@@ -119,6 +119,9 @@ class Schedule:
     def _start(self, trial: Trial, slot: Slot) -> None:
         run_dir, log = self._sweep / trial.name, self._sweep / "logs" / f"{trial.name}.log"
         self._wait_for_earlier(trial, run_dir)
+        if self._received:  # while it was waiting: the sweep's next start finds the trial as it is
+            self._free.append(slot)
+            return
         before = read_record(record_path(self._sweep, trial.name))
         record = replace(
             before or Record(trial.name, trial.number, dict(trial.values)),
@@ -151,6 +154,9 @@ class Schedule:
             if not told:
                 self._console.message(f"dstune: {trial.name} still runs as process {before.pid}: waiting for its end")
                 told = True
+            self._obey_signals()
+            for running in list(self._running):
+                self._look_at(running)
             time.sleep(POLL_SECONDS)
 
     def _obey_signals(self) -> None:

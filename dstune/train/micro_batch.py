@@ -1,8 +1,8 @@
 """`trainer.micro_batch_size=auto`: how many rows a micro-batch has, measured before the first step.
 
-Windows of the longest rows are computed in sizes that double, as training would, and left out like the window of a loss spike:
-weights, optimizer and the order of the data stay as they are. A size is tried only where a line through the memory of the
-sizes before it says that it fits, so none runs out of memory to find out that it does not.
+Windows of the heaviest rows are computed in sizes that double, as training would, and left out like the window of a loss spike:
+weights, optimizer and the order of the data stay as they are. A size is tried only where it is bound to fit by what the size
+before took, so none runs out of memory to find out that it does.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from dstune.config.schema import Measured, RunConfig
+from dstune.config.schema import Automatic, RunConfig
+from dstune.config.task_rules import cached_reference
 from dstune.data.batches import batch_of
-from dstune.data.prepared import PreparedData, Split
-from dstune.data.sampler import MicroBatch
+from dstune.data.prepared import Split
+from dstune.data.sampler import MicroBatch, Row
 from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.planning.host import available_bytes
 from dstune.train.memory import GIB, PeakMemory
-from dstune.train.state import TrainState
 from dstune.train.supply import order_of
 from dstune.train.window import joined
 from dstune.zero.engine import Engine
 
 LEFT_FREE = 0.1
-"""Share of the memory that no size may take: evaluation and saves come later, and an allocator leaves gaps."""
+"""Share of the memory that no size may take: the optimizer's step, evaluation and saves are not in a trial, and an allocator
+leaves gaps."""
 GAIN = 1.03
-"""A size is worth its memory where it is at least so much faster than half of it: times of a step differ by 1 to 2%."""
+"""A size is worth its memory where it is at least so much faster than the best smaller one: times differ by 1 to 2%."""
+PATIENCE = 2
+"""So many sizes without a gain end the search: one may have been disturbed."""
 NAME = "micro_batch"
 """In `TrainState.extra` and `result.json`."""
 
@@ -42,6 +46,7 @@ class Trial:
     rows: int
     gib: float
     rows_per_second: float
+    """Of rows as they come: the heaviest ones are as long as each other, others are padded to the longest beside them."""
 
 
 @dataclass(frozen=True)
@@ -52,76 +57,74 @@ class Choice:
     """Why no larger size was tried or taken."""
 
 
-def choose(trial: Callable[[int], Trial], share: int, at_rest_gib: float, room_gib: float) -> Choice:
-    """The fastest size that fits, at most `share` (a rank's rows of a window).
+def choose(trial: Callable[[int], Trial], share: int, held_gib: float, room_gib: float) -> Choice:
+    """The fastest size that fits, at most `share` (a rank's rows of a window); one row whatever it takes.
 
-    at_rest_gib: memory before the first trial. room_gib: what a rank may take at most.
+    held_gib: what a micro-batch finds in memory when it begins. room_gib: what a rank may take at most.
     """
-    trials: list[Trial] = []
-    best, size, ended = 1, 1, ""
+    best = last = trial(1)
+    trials, size, without_gain = [best], 1, 0
     while True:
-        done = trial(size)
-        trials.append(done)
-        if len(trials) > 1 and done.rows_per_second < GAIN * trials[-2].rows_per_second:
-            ended = f"{size} are hardly faster"
-            break
-        best = size
         if size >= share:
-            ended = "more than a rank has in a step"
+            ended = "a rank has no more in a step"
             break
         size = min(2 * size, share)
-        expected = foreseen(trials, size, at_rest_gib)
-        if expected > room_gib:
-            ended = f"{size} would take about {expected:.1f} GiB"
+        if (expected := at_most(last, size, held_gib)) > room_gib:
+            ended = f"{size} might take {expected:.1f} GiB"
+            break
+        last = trial(size)
+        trials.append(last)
+        if last.gib > room_gib:
+            ended = f"{size} take {last.gib:.1f} GiB"
+            break
+        if last.rows_per_second >= GAIN * best.rows_per_second:
+            best, without_gain = last, 0
+        else:
+            without_gain += 1
+        if without_gain == PATIENCE:
+            ended = "larger ones are hardly faster"
             break
     # As many micro-batches as with `best`, of equal size: 12 rows make two of 6, not one of 8 and one of 4.
-    count = -(-share // best)
+    count = -(-share // best.rows)
     return Choice(-(-share // count), tuple(trials), ended)
 
 
-def foreseen(trials: Sequence[Trial], rows: int, at_rest_gib: float) -> float:
-    """GiB of so many rows, by the line through the last two trials; through the first one, and nothing at rest."""
-    last = trials[-1]
-    before, below = (trials[-2].gib, trials[-2].rows) if len(trials) > 1 else (at_rest_gib, 0)
-    return last.gib + max(0.0, last.gib - before) / (last.rows - below) * (rows - last.rows)
+def at_most(last: Trial, rows: int, held_gib: float) -> float:
+    """An upper bound of the peak of more `rows` than were tried, GiB.
+
+    The peak is the largest of several moments (the loss, the backward pass, a reduction), each a constant of at least
+    `held_gib` and a part that grows with the rows. None of them was above the last peak, so none of them grows by more than
+    (last peak - held) for so many rows.
+    """
+    return held_gib + (last.gib - held_gib) / last.rows * rows
 
 
-def with_measured(
+def with_rows_found(
     config: RunConfig,
-    data: PreparedData,
+    split: Split,
     engine: Engine,
     head: Head,
     world: World,
     pad_token_id: int,
     memory: PeakMemory,
-    state: TrainState,
+    known: dict[str, Any] | None,
     say: Callable[[str], None],
-) -> RunConfig:
-    """`config` with a number for `trainer.micro_batch_size`, the same on all ranks, which is remembered in `state`.
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """`config` with a number for `trainer.micro_batch_size`, the same on all ranks, and what to remember of it.
 
-    A run that is continued on as many ranks keeps its number, since dropout depends on it.
+    known: what the run that is continued has remembered. Its number stays, since dropout and the order of the rows may depend
+    on it.
     """
-    if config.trainer.micro_batch_size is not Measured.auto:
-        return config
-    known = state.extra.get(NAME)
-    if known is None or known["world_size"] != world.size:
-        share = -(-config.trainer.global_batch_size // world.size)
-        sizes = Sizes(config, data.train, engine, head, world, pad_token_id, memory, share)
-        at_rest, room = memory.now_gib, room_gib(engine.device, world, memory)
-        at_rest, room = float(world.gather_numbers([at_rest]).max()), float(world.gather_numbers([room]).min())
-        choice = choose(sizes.trial, share, at_rest, room)
+    if config.trainer.micro_batch_size is not Automatic.auto:
+        return config, None
+    if known is None:
+        room = float(world.gather_numbers([room_gib(engine.device, world, memory)]).min())
+        trials = Trials(config, split, engine, head, world, pad_token_id, memory, say)
+        choice = choose(trials.run, trials.share, trials.held_gib(), room)
         known = {"rows": choice.rows, "world_size": world.size, "trials": [asdict(trial) for trial in choice.trials]}
-        state.extra[NAME] = known
-        say(told(choice, room))
-    return replace(config, trainer=replace(config.trainer, micro_batch_size=int(known["rows"])))
-
-
-def told(choice: Choice, room: float) -> str:
-    speeds = ", ".join(
-        f"{trial.rows}: {trial.rows_per_second:.3g} rows/s in {trial.gib:.2f} GiB" for trial in choice.trials
-    )
-    rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
-    return f"micro-batches of {rows} (a rank at a time has {speeds}; {choice.ended}; {room:.1f} GiB may be taken)"
+        rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
+        say(f"micro-batches of {rows}: {choice.ended}; a rank may take {room:.1f} GiB (trainer.micro_batch_size=auto)")
+    return replace(config, trainer=replace(config.trainer, micro_batch_size=int(known["rows"]))), known
 
 
 def room_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
@@ -132,8 +135,8 @@ def room_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
     return (1 - LEFT_FREE) * (available_bytes() / world.local_size / GIB + memory.now_gib)
 
 
-class Sizes:
-    """Tries sizes of a micro-batch on the longest rows of the training data."""
+class Trials:
+    """Computes micro-batches of the heaviest training rows. Every rank must call its methods alike."""
 
     def __init__(
         self,
@@ -144,68 +147,96 @@ class Sizes:
         world: World,
         pad_token_id: int,
         memory: PeakMemory,
-        share: int,
+        say: Callable[[str], None],
     ):
+        if cached_reference(config) and split.reference is None:  # it is computed later, with the size that is found
+            split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
         self._config, self._split, self._engine, self._head, self._world = config, split, engine, head, world
-        self._pad_token_id, self._memory, self._share = pad_token_id, memory, share
-        self._rows = longest_rows(config, split, share)
+        self._pad_token_id, self._memory, self._say = pad_token_id, memory, say
+        self.share = -(-config.trainer.global_batch_size // world.size)
+        self._rows = heaviest_rows(config, split, self.share)
+        self._lightest: Row = (int(np.argmin(split.lengths)),)
 
-    def trial(self, rows: int) -> Trial:
-        """Every rank must call it with the same size."""
-        # A second micro-batch, where the run has one, meets the sum of gradients that the first one has left.
-        count = 2 if rows < self._share else 1
-        batches = [self._batch(number, rows) for number in range(count)]
-        with self._memory.apart() as peak:
-            seconds = min(self._pass(batches) for _ in range(2))  # the first one meets empty caches
-            gib = peak() + self._engine.states_to_come / GIB
-        numbers = self._world.gather_numbers([gib, seconds])
-        return Trial(rows, round(float(numbers[:, 0].max()), 4), round(count * rows / float(numbers[:, 1].max()), 4))
+    def held_gib(self) -> float:
+        """What a micro-batch finds when it begins: weights, optimizer, and the gradients of the one before."""
+        light = self._batch([self._lightest])
+        held: list[float] = []
+        with self._memory.apart():
+            self._window([light, light], after_first=lambda: held.append(self._memory.now_gib))
+        return float(self._world.gather_numbers([held[0] + self._engine.states_to_come / GIB]).max())
 
-    def _batch(self, number: int, rows: int) -> dict[str, torch.Tensor]:
+    def run(self, rows: int) -> Trial:
         # Round and round where the data has fewer rows.
-        chosen = [self._rows[place % len(self._rows)] for place in range(number * rows, (number + 1) * rows)]
-        micro_batch = MicroBatch(number * self._world.size + self._world.rank, tuple(chosen))
-        batch = batch_of(self._config, self._split, micro_batch, self._pad_token_id)
+        heavy = self._batch([self._rows[place % len(self._rows)] for place in range(rows)])
+        # The first one fills caches and leaves gradients. The last one's backward pass ends the window, at ZeRO 0 and 1 with
+        # all communication, which comes once whatever the size is.
+        batches = [heavy, heavy, heavy, self._batch([self._lightest])]
+        with self._memory.apart() as peak:
+            times = self._window(batches)
+            gib = peak() + self._engine.states_to_come / GIB
+        numbers = self._world.gather_numbers([gib, min(times[1:3])])
+        speed = rows / float(numbers[:, 1].max()) * self._without_padding(rows)
+        trial = Trial(rows, round(float(numbers[:, 0].max()), 4), round(speed, 4))
+        at_once = f"{rows} row{'s' * (rows > 1)} at once"
+        self._say(f"trying micro-batches: {at_once} {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
+        return trial
+
+    def _batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        batch = batch_of(self._config, self._split, MicroBatch(0, tuple(rows)), self._pad_token_id)
         return {key: value.to(self._engine.device) for key, value in batch.items()}
 
-    def _pass(self, batches: Sequence[dict[str, torch.Tensor]]) -> float:
-        """Seconds of the forward and backward passes of a window that is left out."""
-        seeds = list(range(len(batches)))
-        self._wait()
-        began = time.perf_counter()
+    def _window(
+        self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None
+    ) -> list[float]:
+        """Seconds of the forward and backward pass of each, in a window that is left out."""
+        seeds, times = list(range(len(batches))), []
         shares = joined(self._head, self._engine, batches, self._world, seeds)
         for position, batch in enumerate(batches):
-            torch.manual_seed(seeds[position])
             last = position == len(batches) - 1
+            torch.manual_seed(seeds[position])
+            self._wait()
+            began = time.perf_counter()
             self._engine.accumulate(
                 self._head,
                 batch | (shares[position] if shares else {}),
                 window_weight=1.0,
                 last=last,
-                veto=leave_out if last else None,
+                veto=always if last else None,
             )
-        self._wait()
-        seconds = time.perf_counter() - began
+            self._wait()
+            times.append(time.perf_counter() - began)
+            if position == 0 and after_first is not None:
+                after_first()
         self._engine.update()
-        return seconds
+        return times
 
     def _wait(self) -> None:
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
 
+    def _without_padding(self, rows: int) -> float:
+        """Share of the positions that hold a token in the micro-batches of an epoch, at this size."""
+        if self._config.data.packing:
+            return 1.0  # the rows are about full whatever the size
+        sized = replace(self._config, trainer=replace(self._config.trainer, micro_batch_size=rows))
+        order = order_of(sized, self._split)
+        return order.efficiency(0) if order.windows(0) else 1.0
 
-def leave_out(loss_sum: torch.Tensor) -> bool:
+
+def always(loss_sum: torch.Tensor) -> bool:
     return True
 
 
-def longest_rows(config: RunConfig, split: Split, share: int) -> list[tuple[int, ...]]:
-    """Two micro-batches' worth of the rows that take the most memory: packed ones are all about full."""
-    count = 2 * share
+def heaviest_rows(config: RunConfig, split: Split, count: int) -> list[Row]:
+    """At most `count` rows that take most memory together: the longest by each column of tokens, to which a batch pads
+    all others, then those with the most targets."""
+    samples = np.arange(len(split.lengths))
+    starts = np.arange(len(samples) + 1)
     if config.data.packing:
-        one_by_one = replace(config, trainer=replace(config.trainer, micro_batch_size=1))
-        order = order_of(one_by_one, split)
-        windows = min(order.windows(0), -(-count // config.trainer.global_batch_size))
-        rows = [row for index in range(windows) for batch in order.window(0, index).micro_batches for row in batch.rows]
-        if rows:
-            return sorted(rows, key=lambda row: -sum(int(split.lengths[sample]) for sample in row))[:count]
-    return [(int(sample),) for sample in np.argsort(-split.lengths.astype(np.int64), kind="stable")[:count]]
+        order = order_of(config, split)
+        if order.windows(0):
+            samples, starts = order.rows(0)
+    longest = [int(np.argmax(np.add.reduceat(tokens[samples], starts[:-1]))) for tokens in split.tokens().values()]
+    targets = np.add.reduceat(split.weights[samples], starts[:-1])
+    chosen = dict.fromkeys([*longest, *np.argsort(-targets, kind="stable")[:count].tolist()])
+    return [tuple(samples[starts[row] : starts[row + 1]].tolist()) for row in list(chosen)[:count]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -113,6 +114,19 @@ def _announce_borrowed_weights(model: nn.Module) -> None:
         if hasattr(module, "trainable_tokens_delta"):
             layer: Any = module.base_layer
             deepspeed.zero.register_external_parameter(module, layer.weight)
+
+
+@contextmanager
+def _no_word_of_overflow() -> Iterator[None]:
+    """DeepSpeed says `OVERFLOW! Skipping step` of a window that is left out on purpose."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:
@@ -228,7 +242,8 @@ class Engine:
             return Update(float(norm), applied=True)
         loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
-        self._engine.step()
+        with _no_word_of_overflow() if vetoed else nullcontext():
+            self._engine.step()
         if scaler:  # a veto is no overflow that the scale should fall for
             vars(self._engine.optimizer.loss_scaler).update(scaler)
         norm = self._engine.get_global_grad_norm()

@@ -288,6 +288,12 @@ def to_command(*what: signal.Signals, pause: float = 0.5) -> Strike:
     return strike
 
 
+def ctrl_c_twice(command: subprocess.Popen, run_dir: Path) -> None:
+    """The second one while the first is obeyed: so small a run saves in 0.3 s, so a rank is held back."""
+    to_rank(1, signal.SIGSTOP)(command, run_dir)
+    to_command(signal.SIGINT, signal.SIGINT)(command, run_dir)
+
+
 def touch(name: str) -> Strike:
     return lambda command, run_dir: (run_dir / name).touch()
 
@@ -552,15 +558,15 @@ FAULTS = [
     ),
     Fault(
         "two signals",
-        "Ctrl-C twice: at once, unsaved",
-        to_command(signal.SIGINT, signal.SIGINT),
+        "Ctrl-C twice, rank 1 being slow to save: at once, unsaved",
+        ctrl_c_twice,
         says="second signal",
     ),
     Fault("file STOP", "a file named STOP", touch("STOP"), exit_code=75, says="STOP"),
     Fault(
         "time limit",
         "run.time_limit is over",
-        overrides=["run.time_limit=0.2"],
+        overrides=["run.time_limit=0.02"],
         exit_code=75,
         says="run.time_limit",
         again=["run.time_limit=null"],

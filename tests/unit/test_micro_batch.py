@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,36 +12,79 @@ import pytest
 
 from dstune.config.compose import compose, read_run, write_run
 from dstune.config.convert import shown
-from dstune.config.schema import Measured
+from dstune.config.schema import Automatic
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
 from dstune.evaluate import _with_rows
-from dstune.train.micro_batch import Choice, Trial, choose, foreseen, longest_rows, told
+from dstune.train.micro_batch import Trial, at_most, choose, heaviest_rows
 
 
-def machine(weights: float, row: float, seconds: Callable[[int], float], tried: list[int]) -> Callable[[int], Trial]:
-    """Whose micro-batches take `row` GiB a row beside the weights' GiB, and `seconds(rows)`."""
+def machine(
+    peak: Callable[[int], float], seconds: Callable[[int], float], tried: list[int] | None = None
+) -> Callable[[int], Trial]:
+    """Whose micro-batches take `peak(rows)` GiB and `seconds(rows)`."""
 
     def trial(rows: int) -> Trial:
-        tried.append(rows)
-        return Trial(rows, weights + row * rows, rows / seconds(rows))
+        if tried is not None:
+            tried.append(rows)
+        return Trial(rows, peak(rows), rows / seconds(rows))
 
     return trial
+
+
+def constant(rows: int) -> float:
+    return 1.0
 
 
 def test_the_largest_size_that_fits_is_never_exceeded_to_find_it() -> None:
     tried: list[int] = []
     # A GPU that hardly does more for 8 rows than for one.
-    found = choose(machine(10, 1.5, lambda rows: 1 + 0.01 * rows, tried), 64, 10, 30)
+    found = choose(machine(lambda rows: 10 + 1.5 * rows, lambda rows: 1 + 0.01 * rows, tried), 64, 10, 30)
     assert tried == [1, 2, 4, 8]
-    assert (found.rows, found.ended) == (8, "16 would take about 34.0 GiB")
+    assert (found.rows, found.ended) == (8, "16 might take 34.0 GiB")
+
+
+def test_a_peak_whose_reason_changes_is_not_exceeded_either() -> None:
+    """The update takes 5 GiB, the backward pass 2 and 1 for each row: up to 3 rows that cannot be seen in the peak."""
+    tried: list[int] = []
+    found = choose(machine(lambda rows: max(5.0, 2.0 + rows), constant, tried), 64, 2, 8.2)
+    assert (tried, found.rows) == ([1, 2, 4], 4)
+
+
+def test_no_line_of_a_peak_lies_above_the_bound() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        held = rng.uniform(0, 50)
+        lines = [(held + rng.choice([0, rng.uniform(0, 30)]), rng.uniform(0, 3)) for _ in range(4)]
+
+        def peak(rows: int, lines: list[tuple[float, float]] = lines) -> float:
+            return max(constant + slope * rows for constant, slope in lines)
+
+        for rows in (1, 2, 4, 8):
+            assert at_most(Trial(rows, peak(rows), 1), 2 * rows, held) >= peak(2 * rows) - 1e-9
+
+
+def test_what_gradients_and_states_take_is_not_taken_for_rows() -> None:
+    """70 GiB that no row changes, on a device of 80: one row takes half a GiB, so 8 of them fit."""
+    found = choose(machine(lambda rows: 70 + 0.5 * rows, constant), 64, 70, 75)
+    assert found.rows == 8
 
 
 def test_a_size_that_is_hardly_faster_is_not_taken() -> None:
     tried: list[int] = []
-    found = choose(machine(1, 0.1, lambda rows: max(1.0, rows / 4), tried), 64, 1, 30)
-    assert tried == [1, 2, 4, 8]
-    assert (found.rows, found.ended) == (4, "8 are hardly faster")
+    found = choose(machine(lambda rows: 1 + 0.1 * rows, lambda rows: max(1.0, rows / 4), tried), 64, 1, 30)
+    assert tried == [1, 2, 4, 8, 16]
+    assert (found.rows, found.ended) == (4, "larger ones are hardly faster")
+
+
+def test_one_disturbed_time_does_not_end_the_search() -> None:
+    found = choose(machine(lambda rows: 1.0, lambda rows: 5.0 if rows == 2 else 1.0), 8, 1, 30)
+    assert found.rows == 8
+
+
+def test_a_size_that_took_more_than_there_may_be_is_not_chosen() -> None:
+    found = choose(machine(lambda rows: {1: 2.0, 2: 3.0, 4: 9.0}[rows], constant), 64, 1, 8)
+    assert (found.rows, found.ended) == (2, "4 take 9.0 GiB")
 
 
 @pytest.mark.parametrize(
@@ -49,55 +93,51 @@ def test_a_size_that_is_hardly_faster_is_not_taken() -> None:
 )
 def test_a_ranks_rows_of_a_step_are_enough(share: int, tried: list[int], rows: int) -> None:
     seen: list[int] = []
-    found = choose(machine(1, 0.1, lambda rows: 1.0, seen), share, 1, 30)
+    found = choose(machine(lambda rows: 1 + 0.1 * rows, constant, seen), share, 1, 30)
     assert (seen, found.rows) == (tried, rows)
 
 
 def test_the_micro_batches_of_a_step_are_of_equal_size() -> None:
     """Of 12 rows, 8 at a time fit: two micro-batches either way."""
-    assert choose(machine(10, 1, lambda rows: 1.0, []), 12, 10, 18.5).rows == 6
+    assert choose(machine(lambda rows: 10.0 + rows, constant), 12, 10, 18.5).rows == 6
 
 
 def test_one_row_is_the_least_even_where_it_leaves_too_little() -> None:
     tried: list[int] = []
-    found = choose(machine(29, 2, lambda rows: 1.0, tried), 8, 29, 30)
+    found = choose(machine(lambda rows: 29.0 + 2 * rows, constant, tried), 8, 29, 30)
     assert (tried, found.rows) == ([1], 1)
 
 
-def test_memory_is_foreseen_on_the_line_through_the_last_two_sizes() -> None:
-    one, two = Trial(1, 12, 1), Trial(2, 14, 1)
-    assert foreseen([one], 2, 10) == 14  # what one row takes is taken for each row
-    assert foreseen([one, two], 4, 10) == 18
-    # Gradients take nearly all of what the first row takes: the line gets flatter.
-    assert foreseen([Trial(1, 20, 1), Trial(2, 20.5, 1)], 4, 10) == 21.5
-    assert foreseen([one, Trial(2, 11, 1)], 4, 10) == 11  # measured noise does not promise room
-
-
-def test_what_was_measured_is_told() -> None:
-    choice = Choice(2, (Trial(1, 1.25, 10), Trial(2, 1.5, 16)), "more than a rank has in a step")
-    text = told(choice, 9.0)
-    assert text.startswith("micro-batches of 2 rows (")
-    assert "1: 10 rows/s in 1.25 GiB, 2: 16 rows/s in 1.50 GiB; more than a rank has" in text
-
-
-def split(lengths: list[int]) -> SimpleNamespace:
+def split(lengths: list[int], targets: list[int] | None = None, **columns: list[int]) -> SimpleNamespace:
+    tokens = {name: np.array(counts) for name, counts in (columns or {"input_ids": lengths}).items()}
     return SimpleNamespace(
-        lengths=np.array(lengths, dtype=np.int32), weights=np.array(lengths, dtype=np.int64), sources=None
+        lengths=np.array(lengths, dtype=np.int32),
+        weights=np.array(targets or lengths, dtype=np.int64),
+        sources=None,
+        tokens=lambda: tokens,
     )
 
 
-def test_the_longest_rows_are_measured() -> None:
-    config = compose(["data=chitchat", "data.packing=false", "trainer.global_batch_size=4"]).config
-    assert longest_rows(config, split([3, 9, 5, 9, 1]), 2) == [(1,), (3,), (2,), (0,)]
+UNPACKED = ["data=chitchat", "data.packing=false", "trainer.global_batch_size=4"]
 
 
-def test_packed_rows_that_are_full_are_measured() -> None:
+def test_the_longest_row_is_measured_with_those_of_the_most_targets() -> None:
+    config = compose(UNPACKED).config
+    assert heaviest_rows(config, split([3, 9, 5, 8, 1], [3, 1, 5, 2, 1]), 3) == [(1,), (2,), (0,)]
+
+
+def test_of_pairs_the_longest_of_either_side_is_measured() -> None:
+    """Both sides are padded to it, though others are longer together."""
+    pairs = split([16, 16, 13], [8, 8, 1], input_ids=[8, 8, 1], rejected_input_ids=[8, 8, 12])
+    assert heaviest_rows(compose(UNPACKED).config, pairs, 2) == [(0,), (2,)]
+
+
+def test_packed_rows_that_are_full_and_have_many_targets_are_measured() -> None:
     overrides = ["data=chitchat", "data.packing=true", "data.max_length=16", "trainer.global_batch_size=4"]
-    lengths = [10, 6, 8, 8, 12, 4, 3, 3] * 5
-    rows = longest_rows(compose(overrides).config, split(lengths), 2)
-    filled = [sum(lengths[sample] for sample in row) for row in rows]
-    assert filled == sorted(filled, reverse=True)
-    assert len(filled) == 4 and filled[0] == 16 and filled[-1] >= 12
+    lengths, targets = [10, 6, 8, 8, 12, 4, 16, 3], [1, 1, 8, 7, 1, 1, 2, 3]
+    rows = heaviest_rows(compose(overrides).config, split(lengths, targets), 2)
+    assert sum(lengths[sample] for sample in rows[0]) == 16
+    assert sum(targets[sample] for sample in rows[1]) >= 8
 
 
 # ---- as a value of the configuration ----
@@ -105,12 +145,12 @@ def test_packed_rows_that_are_full_are_measured() -> None:
 
 def test_it_is_kept_in_the_runs_file(tmp_path) -> None:
     composed = compose(["data=chitchat", "trainer.micro_batch_size=auto"])
-    assert composed.config.trainer.micro_batch_size is Measured.auto
+    assert composed.config.trainer.micro_batch_size is Automatic.auto
     assert composed.config.trainer.rows == 1
     write_run(tmp_path / "run.yaml", composed)
     assert "  micro_batch_size: auto\n" in (tmp_path / "run.yaml").read_text()
     assert read_run(tmp_path / "run.yaml").config == composed.config
-    assert shown(Measured.auto) == "auto"
+    assert shown(Automatic.auto) == "auto"
 
 
 @pytest.mark.parametrize("value", ["many", "1.5", "[2]", "null"])
@@ -127,6 +167,8 @@ def test_another_word_is_refused(value: str) -> None:
     [
         (["data.streaming=true", "data.train=x.jsonl", "trainer.max_steps=3"], "stream"),
         (["experiment=sentiment", "method=features"], "features"),
+        (["experiment=sentiment", "method=importance"], "chosen before"),
+        (["sweep.parallel=2"], "trials beside each other"),
         (["trainer.deterministic=true"], "deterministic"),
     ],
 )
