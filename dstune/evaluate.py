@@ -34,7 +34,7 @@ from dstune.config.task_schema import (
 )
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
-from dstune.launch import preflight, records, supervise
+from dstune.launch import preflight, records, rundir, supervise
 from dstune.launch.commands import local_plan
 from dstune.launch.console import Console
 
@@ -156,6 +156,8 @@ def _configuration(
     """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
+    if is_path(arguments.target) and not path.exists() and path.parent.is_dir() and any(path.parent.glob("*/run.yaml")):
+        rundir.run_directory(path)  # raises: among runs, so none that is on the hub
     stored = None
     if (path / "run.yaml").is_file():
         stored = _with_rows(measured_alone(read_run(path / "run.yaml").config), path)

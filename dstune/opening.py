@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ import torch
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    PreferenceConfig,
+    QuestionAnsweringConfig,
+    TokenClassificationConfig,
+)
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
@@ -23,6 +30,9 @@ from dstune.train.features import Features
 from dstune.train.importance import Selected
 from dstune.train.loop import Training
 from dstune.zero.engine import full_count
+
+SLOW_FOR_ADAPTERS = 5e-5
+"""A learning rate from which on adapters learn little: the usual ones are 1e-4 to 5e-4."""
 
 
 def describe(
@@ -64,10 +74,13 @@ def describe(
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in run.data.splits}
+    packed = f" packed into rows of {config.data.max_length:,} tokens" if config.data.packing else ""
     run.log.message(
-        f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}; "
-        f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} rows each"
+        f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}{packed}; "
+        f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} {'of these ' * bool(packed)}rows each"
     )
+    for warning in cautions(config, run):
+        run.log.message(f"warning: {warning}")
     if run.unfreezing is not None and (waiting := run.unfreezing.waiting(run.total_steps)):
         run.log.message(f"the lowest {waiting} layers never train: the run is over before (method.unfreeze_epochs)")
     for part, counts in run.data.report.items():
@@ -77,6 +90,27 @@ def describe(
         left_out = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in augment.get("left_out", {}).items())
         without = f", left out: {left_out}" if left_out else ""
         run.log.message(f"{augment['copies']:,} copies of training rows added{without} (data_report.json)")
+
+
+def cautions(config: RunConfig, run: Training) -> Iterator[str]:
+    """What is allowed, and probably not meant."""
+    for part, counts in run.data.report.items():
+        divided = isinstance(config.task, (CausalLmConfig, QuestionAnsweringConfig, TokenClassificationConfig))
+        if (cut := counts.get("truncated")) and not divided:
+            longest = f"the longest has {counts['longest']:,} tokens, " if counts.get("longest") else ""
+            yield (
+                f"{cut:,} of {counts.get('rows', cut):,} {part} rows are longer than data.max_length={config.data.max_length} and "
+                f"were cut ({longest}`dstune data show` shows them)"
+            )
+    preferences = isinstance(config.task, PreferenceConfig)  # which are learned at a tenth of the rate
+    if config.method.name in ("lora", "qlora") and config.optimizer.lr <= SLOW_FOR_ADAPTERS and not preferences:
+        yield (
+            f"optimizer.lr={config.optimizer.lr:g} is a rate for all weights; adapters usually learn at 1e-4 to 5e-4 "
+            "(experiment=chat_lora has 2e-4)"
+        )
+    stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
+    if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
+        yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:

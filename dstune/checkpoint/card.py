@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,8 @@ def _number(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, Enum):
+        return value.name
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,11 +86,28 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
     with session(config_dirs) as hydra:
         raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
         config = _typed(raw, "the composed configuration")
+        if overruled := list(_overruled(hydra, given, config)):
+            raise UserError(overruled)
         if config.zero.path is not None:
             config = with_file(config, given_by(hydra, given))
     if isinstance(config.task, CONVERSATIONS) and config.task.template_date is None:
         config = replace(config, task=replace(config.task, template_date=datetime.date.today().isoformat()))
     return Composed(config, given)
+
+
+def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Iterator[Problem]:
+    """A model or data that was asked for by name while the experiment's file itself says which: its word would win unseen."""
+    given = {user_overrides.key_of(text): text.partition("=")[2] for text in overrides}
+    if "experiment" not in given:
+        return
+    for group, key in (("model", "path"), ("data", "train")):
+        if group not in given or f"{group}.{key}" in given:
+            continue
+        alone = compose_dict_config(hydra, [f"{group}={given[group]}"])[group].get(key)
+        taken = getattr(getattr(config, group), key)
+        if alone is not None and alone != taken:
+            reason = f"experiment={given['experiment']} says {group}.{key}={taken}, which wins over the file of {given[group]}"
+            yield Problem(group, reason, f"{group}.{key}={alone}", given[group])
 
 
 def _typed(raw: Any, where: str) -> RunConfig:

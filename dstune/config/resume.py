@@ -25,6 +25,10 @@ LENGTHS = ("trainer.max_steps", "trainer.epochs")
 """Keys that may grow."""
 
 
+ANEW = "begin a new run from its weights (another run.dir with model.path=RUN/export; of adapters method.adapter=RUN)"
+"""What lets a run go on with what may not change within it."""
+
+
 def check_resume(old: RunConfig, new: RunConfig) -> None:
     """Whether a run that `old` began may go on as `new`.
 
@@ -51,7 +55,7 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
         if key in LENGTHS:
             continue
         reason = f"the run began with {shown(then)}, and another value would change its course"
-        problems.append(Problem(key, reason, f"{key}={shown(then)}, or begin a new run in another run.dir", shown(now)))
+        problems.append(Problem(key, reason, f"{key}={shown(then)}, or {ANEW}", shown(now)))
     problems += _length_problems(old.trainer, new.trainer)
     if problems:
         raise UserError(problems)

@@ -11,7 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig, TagScheme, TokenClassificationConfig
 from dstune.data.ingest import BadRows, Table
 from dstune.data.rows import has_labels, has_several, sort_labels
-from dstune.data.tags import completed, marks_entities
+from dstune.data.tags import OUTSIDE, completed, is_bio, marks_entities
 from dstune.errors import Problem, UserError
 
 
@@ -55,6 +55,7 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
     elif not labels:
         labels = sort_labels(np.unique(train[chosen["train"].indices]).tolist())
     if isinstance(config.task, TokenClassificationConfig):
+        _refuse_odd_tags(config.task, labels)
         _refuse_other_metric(config, config.task, labels)
     if len(labels) < (1 if several else 2):
         reason = f"the training rows have one label only ({labels[0]!r})" if labels else "no training row has a label"
@@ -72,6 +73,17 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
             bad.raise_if_any()
             raise UserError(Problem(where=f"data.{part}", reason="no row has a label that training knows"))
     return labels
+
+
+def _refuse_odd_tags(task: TokenClassificationConfig, labels: tuple[str, ...]) -> None:
+    """Raises UserError where a few tags are no marks of entities and all others are: one that is mistyped would make them all
+    tags of single words, measured by another metric."""
+    odd = [label for label in labels if not is_bio([label])]
+    marks = [label for label in labels if label not in odd and label != OUTSIDE]
+    if task.scheme is TagScheme.auto and odd and OUTSIDE in labels and len(odd) < len(marks):
+        reason = f"the tags mark entities ({', '.join(marks[:3])}), except {', '.join(odd[:5])}"
+        fix = "task.scheme=bio names the rows, task.scheme=plain takes all for tags of single words"
+        raise UserError(Problem("task.scheme", reason, fix, "auto"))
 
 
 def _refuse_other_metric(config: RunConfig, task: TokenClassificationConfig, labels: tuple[str, ...]) -> None:

@@ -218,7 +218,7 @@ def checkpoints(argv: list[str]) -> int:
         finally:
             os.close(lock)
     found = store.listing(run_dir)
-    whole = [info for info in found if info.committed]
+    whole, best = [info for info in found if info.committed], store.best(run_dir)
     damaged = {info.path: store.damaged_files(info.path) for info in whole} if arguments.verify else {}
     if arguments.json:
         rows = [
@@ -227,7 +227,7 @@ def checkpoints(argv: list[str]) -> int:
                 "step": info.step,
                 "committed": info.committed,
                 "bytes": info.bytes,
-                "best": info.best,
+                "best": info.path == best,
                 "weights_only": info.weights_only,
                 **({"damaged": damaged.get(info.path, [])} if arguments.verify else {}),
             }
@@ -239,7 +239,7 @@ def checkpoints(argv: list[str]) -> int:
             print(f"removed {path.name}")
         for info in found:
             notes = (
-                ["best"] * info.best
+                ["best"] * (info.path == best)
                 + ["weights only"] * info.weights_only
                 + ["torn, not usable"] * (not info.committed)
             )

@@ -123,7 +123,7 @@ def with_rows_found(
         choice = choose(trials.run, trials.share, trials.held_gib(), room)
         known = {"rows": choice.rows, "world_size": world.size, "trials": [asdict(trial) for trial in choice.trials]}
         rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
-        say(f"micro-batches of {rows}: {choice.ended}; a rank may take {room:.1f} GiB (trainer.micro_batch_size=auto)")
+        say(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")
     return replace(config, trainer=replace(config.trainer, micro_batch_size=int(known["rows"]))), known
 
 

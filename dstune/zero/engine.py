@@ -129,6 +129,15 @@ def _no_word_of_overflow() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _other_names_of_frozen(model: nn.Module) -> list[str]:
+    """Names under which a frozen parameter is in the module's state beside its own: a vocabulary projection that is tied to
+    the embedding. DeepSpeed leaves frozen ones out of checkpoints by their own names alone: 57 MB more a save for SmolLM2."""
+    named = dict(model.named_parameters())
+    frozen = {id(parameter) for parameter in named.values() if not parameter.requires_grad}
+    state = model.state_dict(keep_vars=True)
+    return [name for name, value in state.items() if name not in named and id(value) in frozen]
+
+
 def _moments(optimizer: torch.optim.Optimizer) -> int:
     """Tensors of a parameter's size that the optimizer keeps."""
     if "betas" in optimizer.defaults:
@@ -172,7 +181,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         from dstune.zero.shard_files import ShardFiles
 
-        self._files = self._engine.checkpoint_engine = ShardFiles()
+        self._files = self._engine.checkpoint_engine = ShardFiles(_other_names_of_frozen(model))
         # A script beside the checkpoints; what it does is `dstune export`, and a full disk must not stop one rank there.
         self._engine._copy_recovery_script = lambda folder: None
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -92,9 +93,11 @@ class SafeTensors:
 class ShardFiles(CheckpointEngine):
     """Takes the place of DeepSpeed's writer of shards (`engine.checkpoint_engine`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, leave_out: Collection[str] = ()) -> None:
+        """leave_out: names in the module's state that no checkpoint needs."""
         super().__init__()
         self.name = "dstune"
+        self._leave_out = frozenset(leave_out)
         self._host = HostCopies()
         self._save: Save | None = None
         self._background = False
@@ -125,6 +128,9 @@ class ShardFiles(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         assert self._save is not None, "begin() comes first"
+        if self._leave_out and isinstance(state_dict.get("module"), dict):
+            kept = {name: value for name, value in state_dict["module"].items() if name not in self._leave_out}
+            state_dict = {**state_dict, "module": kept}
         if not self._background:
             self._save.write(state_dict, Path(path))
             return

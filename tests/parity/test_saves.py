@@ -7,9 +7,11 @@ import json
 import torch
 from parity.test_ladder import PROGRAM, Workshop, exact, monkeypatch_module, workshop  # noqa: F401 (fixtures)
 from support.ranks import run_ranks
+from support.tiny import save_decoder
 
 from dstune.checkpoint import store
 from dstune.checkpoint.shards import Shards
+from dstune.zero.safe_load import load
 
 KINDS = {"sync": [], "async": ["checkpoint.mode=async"], "weights": ["checkpoint.weights_only=true"]}
 KINDS["both"] = [*KINDS["async"], *KINDS["weights"]]
@@ -46,6 +48,19 @@ def test_every_way_to_save_holds_the_same(workshop: Workshop):  # noqa: F811
             file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
             assert (run / "export" / file).read_bytes() == (runs["sync"] / "export" / file).read_bytes()
         assert sizes["weights"] < sizes["sync"]
+
+
+def test_a_frozen_vocabulary_is_in_no_save_under_its_other_name(workshop: Workshop):  # noqa: F811
+    tied = f"model.path={save_decoder(workshop.folder / 'tied', tied=True)}"
+    common = [tied, "zero=stage2", "method=lora", "optimizer=adamw", "data.packing=false"]
+    cut = workshop.case("tied-cut", *common, "trainer.max_steps=3", "run.time_limit=0.000001")
+    whole = workshop.case("tied-whole", *common, "trainer.max_steps=3")
+    run_ranks(PROGRAM, 2, [cut, workshop.case("tied-end", *common, "trainer.max_steps=3", directory="tied-cut"), whole])
+    assert exact(workshop.folder / "tied-cut") == exact(workshop.folder / "tied-whole")
+    newest = store.newest(workshop.folder / "tied-cut")
+    assert newest is not None
+    module = load(newest / "mp_rank_00_model_states.pt")["module"]
+    assert module and all("lora_" in name for name in module)
 
 
 def same(left: Shards, right: Shards, *, states: bool) -> None:

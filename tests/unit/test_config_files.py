@@ -9,6 +9,7 @@ import pytest
 from dstune.config.compose import compose, to_dict
 from dstune.config.schema import CHOICES, Precision
 from dstune.config.validate import validate
+from dstune.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
@@ -48,6 +49,21 @@ def test_file_composes_and_validates(name: str):
     if group in CHOICES:
         assert getattr(config, group).name == choice
         assert type(getattr(config, group)) is CHOICES[group][choice]
+
+
+def test_what_an_experiment_says_itself_is_not_asked_for_by_name(tmp_path: Path):
+    """Its word would win over that of the other file, without a word."""
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nmodel:\n  path: org/own\ndata:\n  train: own.jsonl\n"
+    (tmp_path / "experiment" / "own.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        compose(["experiment=own", "model=minilm", "data=chitchat"], [tmp_path])
+    assert [(problem.where, problem.fix) for problem in caught.value.problems] == [
+        ("model", "model.path=sample://minilm"),
+        ("data", "data.train=sample://chitchat"),
+    ]
+    assert compose(["experiment=own", "model=minilm", "model.path=mine"], [tmp_path]).config.model.path == "mine"
+    assert compose(["experiment=sentiment", "model=bert_base"]).config.model.path == "google-bert/bert-base-uncased"
 
 
 @pytest.mark.parametrize("name", FILES)

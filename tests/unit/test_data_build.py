@@ -11,7 +11,7 @@ from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepare
 
 from dstune.config.data_schema import DataFormat, SplitConfig
 from dstune.config.schema import EvaluateConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, Seq2SeqConfig
 from dstune.data import build
 from dstune.data.collate import NO_TARGET
 from dstune.data.tokenize import RowTokenizer
@@ -65,6 +65,22 @@ def test_rows_are_told_apart_by_what_they_say(tmp_path):
     assert content("again", "red", "a") == first
     assert content("word", "bad", "a") != first
     assert content("label", "red", "b") != first
+
+
+def test_their_digest_does_not_depend_on_who_tokenizes_them(tmp_path):
+    """From 2,000 rows on they are shared out to processes, whose batches end elsewhere; texts are in it too."""
+    rows = [{"source": f"one {number}", "target": "x" * (number % 7 + 1)} for number in range(2100)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = [
+        prepared(
+            data_run(path, task=Seq2SeqConfig(), split=NOTHING_HELD_OUT, packing=False, workers=workers),
+            byte_tokenizer(),
+            tmp_path / f"cache-{workers}",
+        ).train.content
+        for workers in (1, 2)
+    ]
+    assert "source=" in found[0]
+    assert found[0] == found[1]
 
 
 def test_rows_longer_than_max_length_are_cut_and_rows_without_a_target_dropped(tmp_path):

@@ -135,6 +135,14 @@ def test_checkpoints_are_listed_verified_and_pruned(run, capsys):
         manage.checkpoints([str(run), "--prune", "0"])
 
 
+def test_one_checkpoint_is_the_best(run, capsys):
+    """Each of these was the best so far when it was saved."""
+    for step in (2, 4, 6):
+        save(run, step, best={"step": min(step, 4)})
+    manage.checkpoints([str(run), "--json"])
+    assert [row["best"] for row in json.loads(capsys.readouterr().out)["checkpoints"]] == [False, True, False]
+
+
 def test_checkpoints_of_a_running_run_are_not_pruned(run):
     save(run, 2)
     descriptor = records.acquire_lock(run)

@@ -249,6 +249,20 @@ def test_plain_tags_are_single_words_even_where_they_look_like_marks_of_entities
             assert prepared(config, wordpiece(), tmp_path / "cache").labels == ("B-LOC", "B-PER", "I-LOC", "O")
 
 
+def test_a_mistyped_mark_does_not_turn_entities_into_tags_of_words(tmp_path):
+    odd = {"tokens": ["bo", "saw", "it"], "tags": ["PER", "O", "O"]}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*[SENTENCE] * 3, odd])
+
+    def run(scheme: TagScheme):
+        task = TokenClassificationConfig(scheme=scheme)
+        return data_run(rows, task=task, packing=False, split=SplitConfig(validation=0.0))
+
+    (problem,) = refusal_of(run(TagScheme.auto), wordpiece(), tmp_path)
+    assert problem.where == "task.scheme"
+    assert "mark entities (B-LOC, B-PER, I-LOC), except PER" in problem.reason
+    assert "PER" in prepared(run(TagScheme.plain), wordpiece(), tmp_path / "cache").labels
+
+
 # ---- what is shown, what is refused ----
 
 

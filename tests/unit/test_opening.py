@@ -1,0 +1,47 @@
+"""What is said before the first step of what is allowed and probably not meant."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from dstune.config.compose import compose
+from dstune.opening import cautions
+
+REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
+
+
+def said(*overrides: str, report: dict | None = None, steps: int = 100) -> list[str]:
+    config = compose(["data=chitchat", *overrides]).config
+    run = SimpleNamespace(data=SimpleNamespace(report=report or {}, validation=object()), total_steps=steps)
+    return list(cautions(config, run))
+
+
+def test_rows_that_were_cut_are_counted() -> None:
+    (line,) = said("data.max_length=64", report=REPORT)
+    assert line.startswith(
+        "38 of 40 train rows are longer than data.max_length=64 and were cut (the longest has 80 tokens"
+    )
+    assert said("task=causal_lm", "data=files", "data.train=x.jsonl", report=REPORT) == []  # divided, nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["method=lora"], True),
+        (["method=qlora", "optimizer.lr=5e-5"], True),
+        (["method=lora", "optimizer.lr=2e-4"], False),
+        (["method=full"], False),
+        (["method=lora", "task=preference", "data=files", "data.train=x.jsonl"], False),
+    ],
+)
+def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warned: bool) -> None:
+    assert [("2e-4" in line) for line in said(*overrides)] == [True] * warned
+
+
+def test_early_stopping_without_evaluations_between_is_told() -> None:
+    patient = ["trainer.early_stopping.patience=3", "evaluate.every=50"]
+    (line,) = said(*patient, steps=4)
+    assert "4 steps and evaluate.every=50" in line
+    assert said(*patient, steps=51) == []
