@@ -11,6 +11,7 @@ from typing import Any
 from dstune.errors import Problem, UserError
 
 Messages = list[dict[str, Any]]
+TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(Problem(key, "there are no prompts in it", value=str(path)))
+    if path.suffix in TABLES:
+        fix = 'a .jsonl file of {"prompt": "..."}, or a .txt file with a prompt on each line'
+        raise UserError(Problem(key, "a table does not say which column is the prompt", fix, str(path)))
     if path.suffix not in (".jsonl", ".json"):
         return [Request(line, where) for where, line in numbered]
     requests, problems = [], []

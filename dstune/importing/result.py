@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dstune.config.names import nearest
+
 NOT_SUPPORTED = "not supported"
 MEANINGLESS = "meaningless here"
 DIFFERENT = "different"
@@ -119,4 +121,5 @@ def apply(table: Mapping[str, Rule], found: Import) -> None:
         if rule := table.get(key):
             rule(found, value)
         else:
-            found.drop("this import does not know the key")
+            similar = nearest(key, table)
+            found.drop("this import does not know the key" + (f" (did you mean {similar}?)" if similar else ""))

@@ -19,12 +19,25 @@ SHOWN_CHARACTERS = 600
 def summary(run_dir: Path) -> str:
     """What a finished run achieved, one answered prompt, and where everything is."""
     result = records.read_result(run_dir) or {}
-    lines = ["", *_losses(result), *_cost(result)]
+    lines = ["", *_losses(_of_the_weights(run_dir, result)), *_cost(result)]
     if result.get("reason"):
         lines.append(_entry("stopped", str(result["reason"])))
     lines += _answers(run_dir)
     lines += ["", *_paths(run_dir, result)]
     return "\n".join(lines)
+
+
+def _of_the_weights(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """`result` with the metrics of the weights that were exported, where those are not the last ones (`run.export=best`)."""
+    step, last = result.get("weights_step"), result.get("steps")
+    if step is None or step == last:
+        return dict(result)
+    found: dict[str, Any] = {}
+    for row in _rows(run_dir / "metrics.jsonl"):
+        if row.get("step") == step:
+            found |= {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+    note = {"weights": f"of step {step}, the best; the run ended at step {last}"}
+    return {**result, **note, "eval_final": found or result.get("eval_final")}
 
 
 def _losses(result: Mapping[str, Any]) -> list[str]:
@@ -36,7 +49,9 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
             started = f"{before[name]:.4f} -> " if isinstance(before.get(name), (int, float)) else ""
             lines.append(_entry(label, f"{started}{value:.4f}"))
     best = result.get("best")
-    if best:
+    if weights := result.get("weights"):
+        lines.append(_entry("weights", weights))
+    elif best:
         lines.append(_entry("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}"))
     lines += _overfitting(result)
     for name, value in (result.get("test") or {}).items():
@@ -84,10 +99,7 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
 
 def _answers(run_dir: Path) -> list[str]:
     """The first sample prompt with its answers at the first and at the last step."""
-    try:
-        rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
+    rows = _rows(run_dir / "samples.jsonl")
     if not rows:
         return []
     prompt = rows[0]["prompt"]
@@ -100,6 +112,14 @@ def _answers(run_dir: Path) -> list[str]:
     if last.get("reference"):
         lines.append(_text("reference", last["reference"]))
     return lines
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; none where they cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
 
 
 def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:

@@ -502,7 +502,8 @@ def refusal(arguments: list[str]) -> str:
 def test_what_the_verb_refuses(shelf, tmp_path):
     run_dir = shelf.run("full-3")
     before = (run_dir / "export" / "config.json").stat().st_mtime_ns
-    assert "exists already" in refusal([str(run_dir)])
+    step = json.loads((run_dir / "export" / "dstune.json").read_text())["step"]
+    assert f"exists already: the export of step {step}" in refusal([str(run_dir)])
     assert (run_dir / "export" / "config.json").stat().st_mtime_ns == before
     assert "no such run directory" in refusal([str(tmp_path / "nowhere")])
     assert "no run.yaml" in refusal([str(tmp_path)])

@@ -476,6 +476,11 @@ def test_answers_into_a_file(decoder, tmp_path, capsys):
     assert "exists already" in refusal(*command, "--output", tmp_path / "a.jsonl")
 
 
+def test_a_table_is_no_list_of_prompts(decoder, tmp_path):
+    (tmp_path / "p.csv").write_text("review,stars\ngood,5\n")
+    assert "which column is the prompt" in refusal(str(decoder), "--input", tmp_path / "p.csv")
+
+
 def test_a_killed_command_goes_on(decoder, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("\n".join(f"w{number}" for number in range(7)))
     sampled = ["--temperature", "1.2", "--seed", "3", "--max-new-tokens", "6", "--batch-size", "2"]

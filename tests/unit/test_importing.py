@@ -372,6 +372,7 @@ def test_values(tool, keys, expected):
     ("tool", "keys", "dropped", "kind"),
     [
         ("axolotl", {"made_up": 3}, "made_up", NOT_SUPPORTED),
+        ("axolotl", {"lora_rr": 3}, "lora_rr", NOT_SUPPORTED),
         (
             "axolotl",
             {"datasets": [{"path": "a", "type": "dan"}, {"path": "b", "type": "alpaca"}]},
@@ -407,6 +408,7 @@ def test_values(tool, keys, expected):
 def test_keys_that_cannot_be_carried(tool, keys, dropped, kind):
     _, found = values(tool, **keys)
     assert found.dropped[dropped].kind == kind
+    assert ("did you mean lora_r?" in found.dropped[dropped].reason) == (dropped == "lora_rr")
 
 
 def test_settings_of_validation_rows_that_are_lost_are_named():

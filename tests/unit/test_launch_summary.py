@@ -49,6 +49,21 @@ def test_a_finished_run(tmp_path):
     }
 
 
+def test_the_metrics_are_those_of_the_exported_weights(tmp_path):
+    result = {**RESULT, "weights_step": 10, "overfitting": {"gap": 0.5, "training_loss": 2.4}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    rows = [
+        {"step": 10, "loss": 2.6},
+        {"step": 10, "eval/loss": 2.75, "eval/seconds": 3.0},
+        {"step": 14, "eval/loss": 2.9},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
+    assert shown["held-out loss"] == "3.4000 -> 2.7500"
+    assert shown["weights"] == "of step 10, the best; the run ended at step 14"
+    assert "best" not in shown and "seconds" not in shown
+
+
 def test_long_texts_are_wrapped_and_cut(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"status": "stopped", "reason": "no gain", "steps": 1}))
     row = {"step": 3, "prompt": "first " + "word " * 400 + "last", "reference": "", "answer": ""}
