@@ -84,7 +84,7 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
         raise UserError(Problem("--shots", "the harness asks with one number of examples", "--shots 5", str(shots)))
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         if _is_run(arguments.target):
-            config = apply_overrides(read_run(path / "run.yaml").config, arguments.overrides)
+            config = apply_overrides(_with_rows(read_run(path / "run.yaml").config, path), arguments.overrides)
             folder = str(exported(path, Path(scratch), merge=True))
             config = replace(config, model=replace(config.model, revision=None))
         else:

@@ -128,11 +128,9 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     refuse_different_rows(world, digests["samples"] + digests["content"])
     say = console.message if world.is_main else lambda text: None
     checkpoints = Checkpoints(config, run_dir, engine, world, facts, say)
-    known = checkpoints.remembered(micro_batch.NAME)
+    trials = micro_batch.Trials(config, data.train, engine, head, world, tokenizer.pad_token_id, memory, say)
     # Before layers are frozen for later: all of them take the most.
-    config, known = micro_batch.with_rows_found(
-        config, data.train, engine, head, world, tokenizer.pad_token_id, memory, known, say
-    )
+    config, known = trials.settle(checkpoints.remembered(micro_batch.NAME))
     data = with_reference(config, data, engine, head, world, tokenizer.pad_token_id, precision, cache_root())
     state = checkpoints.resume()
     if known is not None:

@@ -100,10 +100,11 @@ def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Ite
     given = {user_overrides.key_of(text): text.partition("=")[2] for text in overrides}
     if "experiment" not in given:
         return
+    searched = [text for text in overrides if user_overrides.key_of(text) == "hydra.searchpath"]
     for group, key in (("model", "path"), ("data", "train")):
         if group not in given or f"{group}.{key}" in given:
             continue
-        alone = compose_dict_config(hydra, [f"{group}={given[group]}"])[group].get(key)
+        alone = compose_dict_config(hydra, [*searched, f"{group}={given[group]}"])[group].get(key)
         taken = getattr(getattr(config, group), key)
         if alone is not None and alone != taken:
             reason = f"experiment={given['experiment']} says {group}.{key}={taken}, which wins over the file of {given[group]}"

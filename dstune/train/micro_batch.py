@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ LEFT_FREE = 0.1
 """Share of the memory that no size may take: the optimizer's step, evaluation and saves are not in a trial, and an allocator
 leaves gaps."""
 GAIN = 1.03
-"""A size is worth its memory where it is at least so much faster than the best smaller one: times differ by 1 to 2%."""
+"""A size is worth its memory where it is at least so much faster than the best smaller one; less is noise."""
 PATIENCE = 2
 """So many sizes without a gain end the search: one may have been disturbed."""
 NAME = "micro_batch"
@@ -99,34 +100,6 @@ def at_most(last: Trial, rows: int, held_gib: float) -> float:
     return held_gib + (last.gib - held_gib) / last.rows * rows
 
 
-def with_rows_found(
-    config: RunConfig,
-    split: Split,
-    engine: Engine,
-    head: Head,
-    world: World,
-    pad_token_id: int,
-    memory: PeakMemory,
-    known: dict[str, Any] | None,
-    say: Callable[[str], None],
-) -> tuple[RunConfig, dict[str, Any] | None]:
-    """`config` with a number for `trainer.micro_batch_size`, the same on all ranks, and what to remember of it.
-
-    known: what the run that is continued has remembered. Its number stays, since dropout and the order of the rows may depend
-    on it.
-    """
-    if config.trainer.micro_batch_size is not Automatic.auto:
-        return config, None
-    if known is None:
-        room = float(world.gather_numbers([room_gib(engine.device, world, memory)]).min())
-        trials = Trials(config, split, engine, head, world, pad_token_id, memory, say)
-        choice = choose(trials.run, trials.share, trials.held_gib(), room)
-        known = {"rows": choice.rows, "world_size": world.size, "trials": [asdict(trial) for trial in choice.trials]}
-        rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
-        say(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")
-    return replace(config, trainer=replace(config.trainer, micro_batch_size=int(known["rows"]))), known
-
-
 def room_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
     """What this rank's peak may be."""
     if device.type == "cuda":
@@ -135,69 +108,97 @@ def room_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
     return (1 - LEFT_FREE) * (available_bytes() / world.local_size / GIB + memory.now_gib)
 
 
+@dataclass(frozen=True)
 class Trials:
-    """Computes micro-batches of the heaviest training rows. Every rank must call its methods alike."""
+    """Computes micro-batches of the heaviest training rows, before the first step. Every rank must call its methods alike."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        split: Split,
-        engine: Engine,
-        head: Head,
-        world: World,
-        pad_token_id: int,
-        memory: PeakMemory,
-        say: Callable[[str], None],
-    ):
-        if cached_reference(config) and split.reference is None:  # it is computed later, with the size that is found
-            split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
-        self._config, self._split, self._engine, self._head, self._world = config, split, engine, head, world
-        self._pad_token_id, self._memory, self._say = pad_token_id, memory, say
-        self.share = -(-config.trainer.global_batch_size // world.size)
-        self._rows = heaviest_rows(config, split, self.share)
-        self._lightest: Row = (int(np.argmin(split.lengths)),)
+    config: RunConfig
+    split: Split
+    engine: Engine
+    head: Head
+    world: World
+    pad_token_id: int
+    memory: PeakMemory
+    say: Callable[[str], None]
+
+    def settle(self, known: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
+        """The configuration with a number for `trainer.micro_batch_size`, the same on all ranks, and what to remember of it.
+
+        known: what the run that is continued has remembered. Its number stays, since dropout and the order of the rows may
+        depend on it.
+        """
+        trainer = self.config.trainer
+        if trainer.micro_batch_size is not Automatic.auto:
+            return self.config, None
+        if known is None:
+            room = float(self.world.gather_numbers([room_gib(self.engine.device, self.world, self.memory)]).min())
+            choice = choose(self.run, self.share, self.held_gib(), room)
+            known = {
+                "rows": choice.rows,
+                "world_size": self.world.size,
+                "trials": [asdict(one) for one in choice.trials],
+            }
+            rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
+            self.say(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")
+        return replace(self.config, trainer=replace(trainer, micro_batch_size=int(known["rows"]))), known
+
+    @property
+    def share(self) -> int:
+        """A rank's rows of a window."""
+        return -(-self.config.trainer.global_batch_size // self.world.size)
+
+    @cached_property
+    def heaviest(self) -> list[Row]:
+        return heaviest_rows(self.config, self.split, self.share)
+
+    @cached_property
+    def lightest(self) -> Row:
+        return (int(np.argmin(self.split.lengths)),)
 
     def held_gib(self) -> float:
         """What a micro-batch finds when it begins: weights, optimizer, and the gradients of the one before."""
-        light = self._batch([self._lightest])
+        light = self._batch([self.lightest])
         held: list[float] = []
-        with self._memory.apart():
-            self._window([light, light], after_first=lambda: held.append(self._memory.now_gib))
-        return float(self._world.gather_numbers([held[0] + self._engine.states_to_come / GIB]).max())
+        with self.memory.apart():
+            self._window([light, light], after_first=lambda: held.append(self.memory.now_gib))
+        return float(self.world.gather_numbers([held[0] + self.engine.states_to_come / GIB]).max())
 
     def run(self, rows: int) -> Trial:
         # Round and round where the data has fewer rows.
-        heavy = self._batch([self._rows[place % len(self._rows)] for place in range(rows)])
+        heavy = self._batch([self.heaviest[place % len(self.heaviest)] for place in range(rows)])
         # The first one fills caches and leaves gradients. The last one's backward pass ends the window, at ZeRO 0 and 1 with
         # all communication, which comes once whatever the size is.
-        batches = [heavy, heavy, heavy, self._batch([self._lightest])]
-        with self._memory.apart() as peak:
+        batches = [heavy, heavy, heavy, self._batch([self.lightest])]
+        with self.memory.apart() as peak:
             times = self._window(batches)
-            gib = peak() + self._engine.states_to_come / GIB
-        numbers = self._world.gather_numbers([gib, min(times[1:3])])
+            gib = peak() + self.engine.states_to_come / GIB
+        numbers = self.world.gather_numbers([gib, min(times[1:3])])
         speed = rows / float(numbers[:, 1].max()) * self._without_padding(rows)
         trial = Trial(rows, round(float(numbers[:, 0].max()), 4), round(speed, 4))
         at_once = f"{rows} row{'s' * (rows > 1)} at once"
-        self._say(f"trying micro-batches: {at_once} {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
+        self.say(f"trying micro-batches: {at_once} {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
         return trial
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        batch = batch_of(self._config, self._split, MicroBatch(0, tuple(rows)), self._pad_token_id)
-        return {key: value.to(self._engine.device) for key, value in batch.items()}
+        split = self.split
+        if cached_reference(self.config) and split.reference is None:  # computed later, with the size that is found
+            split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
+        batch = batch_of(self.config, split, MicroBatch(0, tuple(rows)), self.pad_token_id)
+        return {key: value.to(self.engine.device) for key, value in batch.items()}
 
     def _window(
         self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None
     ) -> list[float]:
         """Seconds of the forward and backward pass of each, in a window that is left out."""
         seeds, times = list(range(len(batches))), []
-        shares = joined(self._head, self._engine, batches, self._world, seeds)
+        shares = joined(self.head, self.engine, batches, self.world, seeds)
         for position, batch in enumerate(batches):
             last = position == len(batches) - 1
             torch.manual_seed(seeds[position])
             self._wait()
             began = time.perf_counter()
-            self._engine.accumulate(
-                self._head,
+            self.engine.accumulate(
+                self.head,
                 batch | (shares[position] if shares else {}),
                 window_weight=1.0,
                 last=last,
@@ -207,19 +208,19 @@ class Trials:
             times.append(time.perf_counter() - began)
             if position == 0 and after_first is not None:
                 after_first()
-        self._engine.update()
+        self.engine.update()
         return times
 
     def _wait(self) -> None:
-        if self._engine.device.type == "cuda":
-            torch.cuda.synchronize(self._engine.device)
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
 
     def _without_padding(self, rows: int) -> float:
         """Share of the positions that hold a token in the micro-batches of an epoch, at this size."""
-        if self._config.data.packing:
+        if self.config.data.packing:
             return 1.0  # the rows are about full whatever the size
-        sized = replace(self._config, trainer=replace(self._config.trainer, micro_batch_size=rows))
-        order = order_of(sized, self._split)
+        sized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))
+        order = order_of(sized, self.split)
         return order.efficiency(0) if order.windows(0) else 1.0
 
 

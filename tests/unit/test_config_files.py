@@ -66,6 +66,19 @@ def test_what_an_experiment_says_itself_is_not_asked_for_by_name(tmp_path: Path)
     assert compose(["experiment=sentiment", "model=bert_base"]).config.model.path == "google-bert/bert-base-uncased"
 
 
+def test_the_file_of_a_name_may_be_on_a_searchpath(tmp_path: Path):
+    for name, text in {
+        "experiment/own": "# @package _global_\nmodel:\n  path: org/own\n",
+        "model/ours": "path: org/ours\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").write_text(text)
+    found = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=own", "model=ours", "data=chitchat"]
+    with pytest.raises(UserError) as caught:
+        compose(found)
+    assert [(problem.where, problem.fix) for problem in caught.value.problems] == [("model", "model.path=org/ours")]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_file_begins_with_a_comment(name: str):
     lines = (CONF / f"{name}.yaml").read_text().splitlines()

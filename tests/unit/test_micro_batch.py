@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dstune.config.compose import compose, read_run, write_run
 from dstune.config.convert import shown
@@ -16,7 +17,9 @@ from dstune.config.schema import Automatic
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
 from dstune.evaluate import _with_rows
+from dstune.train.memory import PeakMemory
 from dstune.train.micro_batch import Trial, at_most, choose, heaviest_rows
+from dstune.zero.engine import Engine
 
 
 def machine(
@@ -138,6 +141,27 @@ def test_packed_rows_that_are_full_and_have_many_targets_are_measured() -> None:
     rows = heaviest_rows(compose(overrides).config, split(lengths, targets), 2)
     assert sum(lengths[sample] for sample in rows[0]) == 16
     assert sum(targets[sample] for sample in rows[1]) >= 8
+
+
+def test_the_memory_of_a_trial_is_not_that_of_the_run() -> None:
+    memory = PeakMemory()
+    try:
+        with memory.apart() as peak:
+            block = torch.ones(64 * 2**20)  # 256 MiB, which glibc gives back
+            within = peak()
+            del block
+        assert within > memory.gib + 0.2
+        assert memory.now_gib < within - 0.2
+    finally:
+        memory.close()
+
+
+@pytest.mark.parametrize(("stage", "state", "expected"), [(0, {}, 80), (0, {"made": 1}, 0), (2, {}, 0)])
+def test_states_that_the_first_step_makes_are_counted(stage: int, state: dict, expected: int) -> None:
+    """At stage 0: two moments of 4 bytes for each of 10 weights."""
+    inner = SimpleNamespace(optimizer=SimpleNamespace(state=state))
+    engine = SimpleNamespace(stage=stage, _engine=inner, _moments=2, trained_count=10)
+    assert Engine.states_to_come.fget(engine) == expected
 
 
 # ---- as a value of the configuration ----

@@ -13,6 +13,7 @@ from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.errors import UserError
 from dstune.launch import machine, preflight, room
+from dstune.launch import plan as plan_verb
 from dstune.launch.commands import Machine
 from dstune.planning import activations, host
 from dstune.planning.architecture import architecture
@@ -163,6 +164,27 @@ def test_the_advice_fits(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [word for word in problem.fix.split(" (")[0].split() if "=" in word]
     assert any(word.startswith("trainer.micro_batch_size=") for word in words)
     assert room.memory_problems(compose(run(small, *wide, *words)).config) == []
+
+
+def test_a_micro_batch_that_is_measured_is_planned_as_large_as_it_fits(small: Path) -> None:
+    auto = run(small, "trainer.precision=bf16", "zero=stage2", "trainer.micro_batch_size=auto", "data.max_length=512")
+    config = compose([*auto, "trainer.global_batch_size=64"]).config
+    cluster = Cluster(replace(DEVICES["A100-40G"], memory_gib=39.4), 1, host_gib=0.0)
+    found = plan_verb.planned(config, cluster).plan
+    (same,) = [row for row in found.choices if (row.zero, row.offload, row.checkpointing) == ("stage2", "none", False)]
+    assert found.configured.fits and found.configured.setup.micro_batch_size == same.setup.micro_batch_size > 1
+
+
+def test_a_micro_batch_that_is_measured_is_held_against_the_room_for_one_row(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small / "rows.jsonl").write_text(('{"text": "' + "word " * 2000 + '"}\n') * 4000)
+    long = ["trainer.precision=bf16", "zero=stage1", "data.max_length=4096"]
+    gpu(monkeypatch, 30.0)
+    assert room.memory_problems(compose(run(small, *long, "trainer.micro_batch_size=8")).config)
+    assert room.memory_problems(compose(run(small, *long, "trainer.micro_batch_size=auto")).config) == []
+    gpu(monkeypatch, 12.0)
+    assert room.memory_problems(compose(run(small, *long, "trainer.micro_batch_size=auto")).config)
 
 
 @pytest.mark.parametrize("more", [["method=lora"], ["zero=stage2"], ["trainer.precision=fp32", "zero=stage0"]])

@@ -89,6 +89,22 @@ def test_a_trial_of_a_killed_sweep_is_waited_for(tmp_path: Path, monkeypatch: py
     saving.stdout.close()
 
 
+def test_a_request_to_stop_while_waiting_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The launch that is waited for still has the directory."""
+    sweep = Scripted(tmp_path, "done(1.0)", monkeypatch)
+    begin = f"records.begin(Path({str(sweep.path / 'lr=1')!r}), 'x', 1); print(flush=True); time.sleep(60)"
+    program = f"import time; from pathlib import Path; from dstune.launch import records; {begin}"
+    saving = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert saving.stdout is not None and saving.stdout.readline()
+    threading.Timer(0.3, lambda: sweep.received.append("SIGINT")).start()
+    sweep.run("optimizer.lr=1,2")
+    assert saving.poll() is None
+    assert not sweep.starts("lr=1") and not sweep.starts("lr=2")
+    saving.kill()
+    saving.wait()
+    saving.stdout.close()
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder

@@ -260,6 +260,7 @@ def test_contradictions_inside_the_file(write, content, where, words):
         ({"gradient_accumulation_steps": 2}, ["trainer.global_batch_size=16", "launch.processes=4"], None),
         ({"gradient_accumulation_steps": 2}, [], None),
         ({"gradient_accumulation_steps": 0.5}, ["launch.processes=2"], None),
+        ({"gradient_accumulation_steps": 2}, ["trainer.micro_batch_size=auto", "launch.processes=2"], None),
     ],
 )
 def test_accumulation_steps_make_the_global_batch(write, content, overrides, rows):
