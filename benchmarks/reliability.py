@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support.command import exact, ranks_of, result, wait_until  # noqa: E402
-from support.faults import AT, EVERY, FAULTS, STEPS, Outcome, Scene, check, last_step, play  # noqa: E402
+from support.faults import FAULTS  # noqa: E402
+from support.struck import AT, EVERY, STEPS, Outcome, Scene, check, last_step, play  # noqa: E402
 
 SOAK_STEPS = 120
 """Of the training that is killed over and over: a launch gets one or two steps far, and 40 steps were over after 20 kills."""

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 
 import pytest
-from support.faults import FAULTS, Fault, Scene, check, play
+from support.faults import FAULTS
+from support.struck import Fault, Scene, check, play
 
 SHORT = ("disk error in a save",)
 """Run by `make test` too; the others by `make test-all`. Killed ranks, signals and a full disk are in test_runs.py and
