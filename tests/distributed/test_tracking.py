@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("tensorboard", reason="pip install 'dstune[tensorboard]'")
 pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
 
 STEPS = 40
+SINK_IS_OFF = re.compile(r"warning: .*(is off for the rest of this run|tracked offline)")
 
 
 def overrides(*further: str) -> list[str]:
@@ -68,9 +70,8 @@ def run_dir(tmp_path_factory) -> Path:
 
     done = workplace.run("train", "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    # How much of so short a run its evaluations take depends on the machine, and may be worth a word there; rows are cut.
-    told = [line for line in (done.stdout + done.stderr).splitlines() if "warning: " in line]
-    assert not [line for line in told if "of the run's time" not in line and "data.max_length" not in line]
+    # Other warnings depend on the machine: a rank that another program slows, evaluations that take most of so short a run.
+    assert not [line for line in (done.stdout + done.stderr).splitlines() if SINK_IS_OFF.search(line)]
     ids.append((run_dir / "mlflow-id").read_text())
     assert len({name for name in ids if name}) == 1
     assert result(run_dir)["status"] == "completed"
