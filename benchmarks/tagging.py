@@ -56,6 +56,10 @@ def main() -> None:
             scores = [of[key] for key in ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")]
             print(f"| {name} | {seed} | {' | '.join(f'{score:.4f}' for score in scores)} | {of['seconds']:.0f} |")
     ours, theirs = (statistics.mean(both[which]["entity_f1"] for both in found) for which in (0, 1))
+    for seed, both in enumerate(found):
+        apart = [abs(one - other) for one, other in zip(*(of["losses"] for of in both), strict=True)]
+        told = ", ".join(f"{max(apart[:steps]):.4f} in {steps}" for steps in (10, 50, 100, len(apart)))
+        print(f"seed {seed}: losses of steps apart by at most {told} (the Trainer's are rounded to four digits)")
     print(f"mean entity F1: dstune {ours:.4f}, Trainer {theirs:.4f}, difference {ours - theirs:+.4f}")
 
 
@@ -73,14 +77,16 @@ def pair(
     folder: Path, files: tuple[Path, Path], seed: int, epochs: int, *, dropout: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     run_dir = folder / f"run-{seed}"
-    rows = [f"data.train={files[0]}", f"data.validation={files[1]}", *SAME_ROWS]
+    data = [f"data.train={files[0]}", f"data.validation={files[1]}", *SAME_ROWS]
     more = ["trainer.precision=fp32", f"trainer.seed={seed}", f"trainer.epochs={epochs}", "run.export=none"]
     if not dropout:
         more.append("model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}")
-    command = [sys.executable, "-m", "dstune", "train", "experiment=ner", *rows, *more, f"run.dir={run_dir}"]
+    command = [sys.executable, "-m", "dstune", "train", "experiment=ner", *data, *more, f"run.dir={run_dir}"]
     subprocess.run(command, check=True)
     result = json.loads((run_dir / "result.json").read_text())
-    ours = result["eval_final"] | {"seconds": result["seconds"]}
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    ours = result["eval_final"] | {"seconds": result["seconds"], "losses": losses}
     theirs = trainer(read_run(run_dir / "run.yaml").config, files, folder / f"trainer-{seed}")
     print(f"seed {seed}: entity F1 {ours['entity_f1']:.4f}, Trainer {theirs['entity_f1']:.4f}", flush=True)
     return ours, theirs
@@ -104,6 +110,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     from dstune.paths import cache_root
     from dstune.rank_env import RankEnv
     from dstune.train.feed import training_order
+    from dstune.train.optim import schedule_factor
 
     began = time.perf_counter()
     train, held = ([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files)
@@ -134,9 +141,18 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
         for window in windows
     ]
 
-    class InOrder(Trainer):
+    class Alike(Trainer):
+        """Rows in dstune's order, and its schedule: the Trainer's own has a first step at a rate of zero."""
+
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
             return torch.utils.data.DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator)
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: schedule_factor(config.schedule, step, len(batches))
+            )
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -144,15 +160,14 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
         per_device_eval_batch_size=64,
         learning_rate=config.optimizer.lr,
         weight_decay=config.optimizer.weight_decay,
-        warmup_steps=config.schedule.warmup_ratio,
-        lr_scheduler_type="linear",
+        logging_steps=1,
         max_grad_norm=config.trainer.grad_clip,
         seed=config.trainer.seed,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
     )
-    run = InOrder(
+    run = Alike(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -174,6 +189,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
         "entity_recall": recall_score(true, predicted),
         "token_accuracy": accuracy_score(true, predicted),
         "seconds": time.perf_counter() - began,
+        "losses": [row["loss"] for row in run.state.log_history if "loss" in row],
     }
 
 

@@ -85,7 +85,7 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         if _is_run(arguments.target):
             config = apply_overrides(_with_rows(read_run(path / "run.yaml").config, path), arguments.overrides)
-            folder = str(exported(path, Path(scratch), merge=True))
+            folder = str(exported(path, Path(scratch), which=arguments.checkpoint, merge=True))
             config = replace(config, model=replace(config.model, revision=None))
         else:
             config = compose([f"model.path={_quoted(arguments.target)}", *arguments.overrides]).config
@@ -110,6 +110,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"
     )
     parser.add_argument("--split", choices=SPLITS, default="validation", help="which rows (default validation)")
+    parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
     parser.add_argument(
         "--shots",
         type=_numbers,
@@ -131,6 +132,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not is_path(arguments.target):
         fix = f"dstune evaluate RUN {arguments.target}"
         raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
+    if arguments.checkpoint != "last" and (arguments.shots is not None or not _is_run(arguments.target)):
+        reason = "only a run has checkpoints" if arguments.shots is None else "with --shots the untuned model is asked"
+        raise UserError(Problem("--checkpoint", reason, "leave --checkpoint out", arguments.checkpoint))
     if arguments.prompted and (arguments.shots is None or not _is_run(arguments.target)):
         fix = "dstune evaluate RUN --shots 0,4 --prompted MODEL"
         raise UserError(
@@ -165,14 +169,14 @@ def _configuration(
         return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
     if stored is not None and isinstance(stored.method, AdapterConfig) and not can_merge(stored.method):
         config = apply_overrides(stored, arguments.overrides)
-        checkpoint = find_checkpoint(path, "last")
+        checkpoint = find_checkpoint(path, arguments.checkpoint)
         refuse_damaged(path, checkpoint)
         if isinstance(config.task, ClassificationConfig):
             config = replace(config, task=replace(config.task, labels=store.read_state(checkpoint)["labels"]))
         config = replace(config, task=_compared(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
-        folder = exported(path, scratch, merge=True)
+        folder = exported(path, scratch, which=arguments.checkpoint, merge=True)
         # Its configuration, tokenizer and chat template are those that the run trained with.
         model = replace(
             config.model,

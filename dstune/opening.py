@@ -29,6 +29,7 @@ from dstune.train.evaluate import answer_prompts, limited
 from dstune.train.features import Features
 from dstune.train.importance import Selected
 from dstune.train.loop import Training
+from dstune.train.optim import schedule_factor
 from dstune.zero.engine import full_count
 
 SLOW_FOR_ADAPTERS = 5e-5
@@ -111,6 +112,22 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
     if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
+    yield from changed_schedule(config, run)
+
+
+def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
+    """Whether a run that goes on with another number of steps jumps to another place of its schedule."""
+    step, before = run.state.step, run.state.planned_steps
+    if not step or not before or before == run.total_steps:
+        return
+    was = schedule_factor(config.schedule, step - 1, before)
+    now = schedule_factor(config.schedule, step, run.total_steps)
+    if abs(now - was) >= 0.01:
+        yield (
+            f"the run has {run.total_steps:,} steps now instead of {before:,}, and its schedule is stretched to them: the rate "
+            f"goes on at {config.optimizer.lr * now:.2g} after {config.optimizer.lr * was:.2g}. For a schedule of their own, "
+            f"train the further steps as a new run: model.path=EXPORT"
+        )
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:

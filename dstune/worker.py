@@ -173,6 +173,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     )
     try:
         describe(config, run_dir, run, module, features, selection)
+        state.planned_steps = total_steps
         show_samples(run, tokenizer, before=True)
         ask_untuned(run, run_dir, module, tokenizer)
         if state.step == 0:

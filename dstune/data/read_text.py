@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -177,12 +178,15 @@ def _kind(value: Any) -> str:
 
 
 def read_csv(file: DataFile) -> Iterator[RawRow]:
-    """Rows under a header line; separated by commas, in a .tsv file by tabs. A quoted field may span lines."""
+    """Rows under a header line; in a .tsv file separated by tabs, else by what separates the header. A quoted field may span
+    lines."""
     csv.field_size_limit(1 << 30)  # the default of 128 kB is shorter than a long document
     with opened(file) as stream:
         # What is no UTF-8 is carried through, so that it spoils its own row only.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter="\t" if file.ending == ".tsv" else ",", strict=True)
+        first = text.readline()
+        delimiter = "\t" if file.ending == ".tsv" else separator(first)
+        reader = csv.reader(itertools.chain([first] if first else [], text), delimiter=delimiter, strict=True)
         names: list[str] | None = None
         while True:
             line = reader.line_num + 1
@@ -210,6 +214,16 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
                 yield RawRow(file, line, None, fault)
                 continue
             yield RawRow(file, line, dict(zip(names, values, strict=True)))
+
+
+def separator(header: str) -> str:
+    """What stands between the fields of a CSV file: a comma, or where its header has none outside of quotes, the most frequent
+    of those that spreadsheets write where a comma is the decimal point."""
+    bare = "".join(header.split('"')[::2])
+    if "," in bare:
+        return ","
+    count, found = max((bare.count(mark), mark) for mark in ";\t|")
+    return found if count else ","
 
 
 def _broken_csv(error: csv.Error, first: int, last: int) -> str:

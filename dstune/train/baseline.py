@@ -19,10 +19,14 @@ from dstune.data.tokenize.seq2seq import ReplyEncoder
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
+from dstune.models.load import load_config
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import Evaluation
 from dstune.train.metrics import classification_metrics
 from dstune.zero.engine import Engine
+
+WRITING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of architectures end that write text."""
 
 LABEL_PROMPT = "Classify the text as {labels}.\n\nText: {{source}}\n\nClass:"
 
@@ -36,8 +40,16 @@ class Prompted:
 
 
 def as_language_model(config: RunConfig) -> RunConfig:
-    """`config` for the model that is asked: a classifier's place is taken by the language model itself."""
+    """`config` for the model that is asked: a classifier's place is taken by the language model itself.
+
+    Raises UserError for an encoder, which writes nothing.
+    """
     if isinstance(config.task, ClassificationConfig):
+        architectures = load_config(config.model).architectures or []
+        if architectures and not any(name.endswith(WRITING) for name in architectures):
+            reason = f"{config.model.path} is a {architectures[0]}, an encoder, and answers no prompt"
+            fix = "ask a language model instead: --prompted MODEL, for example --prompted sample://smollm2"
+            raise UserError(Problem("--shots", reason, fix))
         return replace(config, task=CausalLmConfig(), data=replace(config.data, packing=False))
     return replace(config, data=replace(config.data, packing=False))
 

@@ -21,6 +21,8 @@ class Best:
 class TrainState:
     step: int = 0
     """Windows that are done, skipped ones included."""
+    planned_steps: int = 0
+    """How many the run was to have, which its schedule depends on."""
     skipped_windows: int = 0
     """Windows of the data that were left out when the run went back to a checkpoint because of them."""
     tokens: int = 0

@@ -17,9 +17,9 @@ from dstune.errors import UserError
 from dstune.models.load import load_tokenizer
 from dstune.rank_env import RankEnv
 from dstune.report.command import main as report
-from dstune.train.baseline import LABEL_PROMPT, draw
+from dstune.train.baseline import LABEL_PROMPT, as_language_model, draw
 from tests.support.ranks import run_ranks
-from tests.support.tiny import save_decoder, write_labelled, write_pairs
+from tests.support.tiny import save_decoder, save_encoder, write_labelled, write_pairs
 
 PROGRAM = Path(__file__).parents[1] / "parity" / "train_cases.py"
 
@@ -210,3 +210,9 @@ def test_what_cannot_be_asked_is_refused(bench, monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"(?s)lm-eval is not installed.*dstune\[harness\]"):
         evaluate.main([str(bench.model), "--harness", "mine"])
+
+
+def test_an_encoder_cannot_be_asked(tmp_path):
+    config = compose([f"model.path={save_encoder(tmp_path / 'encoder')}", "task=classification", "data.train=x"]).config
+    with pytest.raises(UserError, match="an encoder, and answers no prompt"):
+        as_language_model(config)

@@ -19,7 +19,10 @@ PROGRAM = Path(__file__).parents[1] / "parity" / "train_cases.py"
 
 CASES = {
     "full-3": ("decoder", ["task=chat", "method=full", "zero=stage3", "data.packing=true"]),
-    "lora-2": ("decoder", ["task=chat", "method=lora", "zero=stage2", "data.packing=true"]),
+    "lora-2": (
+        "decoder",
+        ["task=chat", "method=lora", "zero=stage2", "data.packing=true", "evaluate.every=2", "checkpoint.every=2"],
+    ),
     "labels-2": ("encoder", ["task=classification", "method=full", "zero=stage2", "data.packing=false"]),
 }
 
@@ -93,6 +96,21 @@ def test_a_run_is_measured_as_at_its_end(shelf, name, ranks, capsys):
         assert found["labels"] == ["left", "right"]
         assert sum(map(sum, found["confusion"])) == found["rows"]
         assert found["confusion"] == result["confusion"]
+
+
+def test_an_earlier_checkpoint_is_measured_as_it_was_then(shelf, capsys):
+    found = measured(capsys, shelf.folder / "lora-2", "launch.processes=1", "--checkpoint", 2)
+    rows = [json.loads(line) for line in (shelf.folder / "lora-2" / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert found["metrics"]["loss"] == pytest.approx(losses[2], rel=1e-5)
+    assert found["metrics"]["loss"] != pytest.approx(losses[3], rel=1e-3), "the last one was measured"
+
+
+def test_a_checkpoint_of_what_is_no_run_is_refused(shelf):
+    with pytest.raises(UserError, match="only a run has checkpoints"):
+        evaluate.main([str(shelf.models["decoder"]), "--checkpoint", "best"])
+    with pytest.raises(UserError, match="the untuned model is asked"):
+        evaluate.main([str(shelf.folder / "lora-2"), "--checkpoint", "2", "--shots", "0"])
 
 
 def test_a_model_is_measured_as_before_training(shelf, capsys):

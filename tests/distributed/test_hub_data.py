@@ -70,6 +70,7 @@ def test_a_run_stays_at_its_commit_and_continues_offline(workplace: Commands, hu
     done = workplace.run("train", "runs/hub", "trainer.max_steps=3")
     assert done.returncode == 0, done.stderr + done.stdout
     assert len(hub.asked) == asked
+    assert "the run has 3 steps now instead of 2, and its schedule is stretched" in done.stdout
     assert [row["step"] for row in metrics(run_dir) if "loss" in row] == [1, 2, 3]
     assert data_of(run_dir)["revision"] == FIRST
 

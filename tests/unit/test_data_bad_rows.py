@@ -152,6 +152,11 @@ ROWS: list[Case] = [
     ),
     ("no trainable token: the conversation has no assistant message", CHAT, chat(USER)),
     ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, said("assistant", weight=0))),
+    (
+        "message … (…) is empty; weight: 0 keeps it in the conversation, untrained",
+        CHAT,
+        chat(USER, ANSWER, USER, said("assistant", " ")),
+    ),
     ("message … (…) calls a tool, which only the assistant does", CHAT, chat(said("user", tool_calls=[CALL]), ANSWER)),
     ("message …: tool_calls must be a list, it is …", CHAT, chat(USER, {"role": "assistant", "tool_calls": {"a": 1}})),
     ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, said("assistant", tool_calls="[{"))),

@@ -57,6 +57,30 @@ def test_reading_goes_on_behind_a_quote_that_swallowed_lines(tmp_path):
     assert good == (5, {"text": "ok", "label": "d"}, "")
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "names"),
+    [
+        ("text;label", "1,5 litres;a", ["text", "label"]),
+        ("text\tlabel", "a, b\tc", ["text", "label"]),
+        ("text|label", "a;b|c", ["text", "label"]),
+        ('"text; or not",label', "a;b,c", ["text; or not", "label"]),
+        ('"text, or not";label', "a,b;c", ["text, or not", "label"]),
+        ("text", "a;b", ["text"]),
+    ],
+)
+def test_the_header_tells_what_separates(tmp_path, header, row, names):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{header}\n{row}\n")
+    ((line, fields, error),) = found(path)
+    assert (line, list(fields), error) == (2, names, "")
+
+
+def test_a_csv_file_whose_last_line_has_no_end(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text;label")
+    assert found(path) == []
+
+
 def test_bytes_that_are_no_utf8_spoil_their_own_row(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes("text,label\nfin\u00e9,a\n".encode() + b"caf\xe9,b\nok,c\n")

@@ -8,14 +8,15 @@ import pytest
 
 from dstune.config.compose import compose
 from dstune.opening import cautions
+from dstune.train.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
 
 
-def said(*overrides: str, report: dict | None = None, steps: int = 100) -> list[str]:
+def said(*overrides: str, report: dict | None = None, steps: int = 100, state: TrainState | None = None) -> list[str]:
     config = compose(["data=chitchat", *overrides]).config
-    run = SimpleNamespace(data=SimpleNamespace(report=report or {}, validation=object()), total_steps=steps)
-    return list(cautions(config, run))
+    data = SimpleNamespace(report=report or {}, validation=object())
+    return list(cautions(config, SimpleNamespace(data=data, total_steps=steps, state=state or TrainState())))
 
 
 def test_rows_that_were_cut_are_counted() -> None:
@@ -45,3 +46,13 @@ def test_early_stopping_without_evaluations_between_is_told() -> None:
     (line,) = said(*patient, steps=4)
     assert "4 steps and evaluate.every=50" in line
     assert said(*patient, steps=51) == []
+
+
+def test_a_stretched_schedule_is_told() -> None:
+    ended = TrainState(step=100, planned_steps=100)
+    linear = ["schedule=linear", "optimizer.lr=1e-3", "schedule.warmup_ratio=0"]
+    (line,) = said(*linear, steps=200, state=ended)
+    assert line.startswith("the run has 200 steps now instead of 100") and "goes on at 0.0005 after 1e-05" in line
+    assert said(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
+    assert said("schedule=constant", steps=200, state=ended) == []
+    assert said(*linear, steps=200) == []  # a first start
