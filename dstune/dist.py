@@ -32,7 +32,15 @@ class World:
         self.size = env.world_size
         self.local_rank = env.local_rank
         self.local_size = env.local_size
+        self.data_parallel_rank, self.data_parallel_size = env.rank, env.world_size
+        """Which of how many groups reads rows of its own; a group is one rank unless ranks share their rows."""
+        self.place_in_group = 0
         self._control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+    def read_in_groups(self, ranks: int) -> None:
+        """Let so many neighbouring ranks share the rows that they read."""
+        self.data_parallel_rank, self.data_parallel_size = self.rank // ranks, self.size // ranks
+        self.place_in_group = self.rank % ranks
 
     @property
     def is_main(self) -> bool:

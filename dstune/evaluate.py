@@ -22,7 +22,7 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
-from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, WandbConfig
+from dstune.config.schema import Automatic, InitialWeights, ModelConfig, NoParallelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -205,6 +205,7 @@ def _configuration(
         method=config.method if checkpoint else FullConfig(),
         launch=config.launch if isinstance(config.launch, LocalConfig) else LocalConfig(),  # on this machine
         tracking=replace(config.tracking, wandb=WandbConfig()),
+        parallel=NoParallelConfig(),  # without gradients a rank holds a long row
     )
     validate(config)
     return preflight.resolve_run(config, stage, trains=False), checkpoint
@@ -259,7 +260,8 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
     tracking = replace(config.tracking, wandb=WandbConfig())
     launch = config.launch if isinstance(config.launch, LocalConfig) else LocalConfig()  # on this machine
     data = replace(data, packing=False)
-    config = replace(config, data=data, method=FullConfig(), launch=launch, tracking=tracking)
+    alone = NoParallelConfig()
+    config = replace(config, data=data, method=FullConfig(), launch=launch, tracking=tracking, parallel=alone)
     validate(config)
     return preflight.resolve_run(config, stage)
 

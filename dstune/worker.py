@@ -32,6 +32,7 @@ from dstune.models.features import feature_classifier
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
 from dstune.models.peft import apply_method
+from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
@@ -47,7 +48,7 @@ from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, P
 from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, method_groups
-from dstune.train.proofs import check_packing, content_digest, examine, refuse_different_rows, samples_digest
+from dstune.train.proofs import check_cut, check_packing, content_digest, examine, refuse_different_rows, samples_digest
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
@@ -81,6 +82,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     if world.is_main:
         show_activities(console)
     precision = world.broadcast(resolve(config))
+    cut = SequenceCut.of(config.parallel, world)
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     if config.trainer.deterministic:
         os.environ.setdefault(
@@ -106,8 +108,10 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
             model = feature_classifier(architecture, DTYPES[precision], config.trainer.seed)
         else:
             model = load_model(config, tokenizer, data.labels, DTYPES[precision])
+    if cut is not None:
+        cut.install(model)
     module = apply_method(config, model)
-    head = build_head(config.task, model)  # after the method: an adapter may wrap the vocabulary projection
+    head = build_head(config.task, model, cut)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
     engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
@@ -118,6 +122,8 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     if config.forgetting.l2sp or config.forgetting.ewc:
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
+    if cut is not None:
+        check_cut(engine, head, model.config.get_text_config().vocab_size, world)
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,

@@ -89,9 +89,8 @@ WITHOUT_EFFECT = {
 
 ELSEWHERE = "dstune does this by itself"
 NOT_YET = "this version does not support it"
-ZEROPP, ZENFLOW, SUPEROFFLOAD, NVME, ULYSSES, AUTOTP, EXPERT, COMPILE = (
-    FEATURES[name][0]
-    for name in ("zeropp", "zenflow", "superoffload", "nvme", "ulysses", "autotp", "expert", "compile")
+ZEROPP, ZENFLOW, SUPEROFFLOAD, NVME, AUTOTP, EXPERT, COMPILE = (
+    FEATURES[name][0] for name in ("zeropp", "zenflow", "superoffload", "nvme", "autotp", "expert", "compile")
 )
 FIXED: dict[str, tuple[Any, str]] = {
     "wall_clock_breakdown": (False, f"{ELSEWHERE}: step_seconds in metrics.jsonl"),
@@ -174,7 +173,7 @@ REFUSED = {
     "pipeline": NOT_YET,
     "progressive_layer_drop": NOT_YET,
     "quantize_training": NOT_YET,
-    "sequence_parallel_size": ULYSSES,
+    "sequence_parallel_size": "set parallel=ulysses parallel.size=N instead",
     "sparse_attention": NOT_YET,
     "tensor_parallel": AUTOTP,
     "tensorboard": MONITOR,

@@ -25,10 +25,6 @@ FEATURES: dict[str, tuple[str, str]] = {
         "NVMe: DeepSpeed's asynchronous I/O is compiled on the node, and it was not measured on a disk",
         "zero=stage3_offload, into the host's memory",
     ),
-    "ulysses": (
-        "sequence parallelism: DeepSpeed's attention for it drops the mask that keeps packed rows apart",
-        "zero=stage3 trainer.activation_checkpointing=true for long rows",
-    ),
     "autotp": (
         "tensor parallelism: every rank reads rows of its own here, and ranks of one group would have to read the same",
         "zero=stage3, which partitions the weights too",
@@ -52,8 +48,6 @@ WORDS: dict[tuple[str, str], str] = {
     ("zero", "superoffload"): "superoffload",
     ("zero.offload_optimizer", "nvme"): "nvme",
     ("zero.offload_param", "nvme"): "nvme",
-    ("parallel", "ulysses"): "ulysses",
-    ("parallel", "sequence"): "ulysses",
     ("parallel", "autotp"): "autotp",
     ("parallel", "tensor"): "autotp",
     ("parallel", "expert"): "expert",

@@ -10,7 +10,17 @@ from dstune.config.names import all_keys
 from dstune.config.schema import RunConfig, TrainerConfig
 from dstune.errors import Problem, UserError
 
-MAY_CHANGE = ("launch.", "tracking.", "checkpoint.", "evaluate.", "run.", "zero.", "trainer.spike.", "sweep.")
+MAY_CHANGE = (
+    "launch.",
+    "tracking.",
+    "checkpoint.",
+    "evaluate.",
+    "run.",
+    "zero.",
+    "parallel.",
+    "trainer.spike.",
+    "sweep.",
+)
 """Sections that a continued run may change: they decide where it runs and what it writes, not what it computes."""
 
 MAY_CHANGE_KEYS = (

@@ -215,6 +215,25 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class NoParallelConfig:
+    """Every rank computes rows of its own."""
+
+    name: str = "none"
+
+
+@dataclass(frozen=True)
+class UlyssesConfig:
+    """Several ranks share the positions of each row (Jacobs et al. 2023, arXiv:2309.14509), for rows that one cannot hold."""
+
+    name: str = "ulysses"
+    size: int = setting(2, at_least=2)
+    """Ranks that share a row; has to divide their number and the model's attention heads."""
+
+
+ParallelConfig = NoParallelConfig | UlyssesConfig
+
+
+@dataclass(frozen=True)
 class EarlyStoppingConfig:
     metric: str = "loss"
     """Evaluation metric that decides which checkpoint is best: `loss`, `perplexity`, `accuracy`, `f1_macro`, ..."""
@@ -386,6 +405,8 @@ class RunConfig:
     run: RunSection
     sweep: SweepConfig = field(default_factory=GridConfig)
     """What `dstune train -m` does with the others; the run.yaml of an earlier version has none."""
+    parallel: ParallelConfig = field(default_factory=NoParallelConfig)
+    """Also absent from earlier ones."""
 
 
 CHOICES: dict[str, dict[str, type]] = {
@@ -401,5 +422,6 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "launch": LAUNCHES,
     "sweep": SWEEPS,
+    "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig},
 }
 """Classes of the groups whose choices have different keys, by the choice's `name`."""

@@ -17,6 +17,7 @@ from dstune.config.launch_rules import check_launch
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import check_method
 from dstune.config.method_schema import FeaturesConfig, ImportanceConfig, UlmfitConfig
+from dstune.config.parallel_rules import check_parallel
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
@@ -127,6 +128,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_batches,
         check_schedule,
         check_zero,
+        check_parallel,
         check_evaluation,
         check_launch,
         check_spikes,

@@ -141,7 +141,9 @@ def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_
 
 def _says_something(message: Message) -> bool:
     return any(
-        value.strip() if isinstance(value, str) else value for key, value in message.items() if key not in ("role", "weight", "name")
+        value.strip() if isinstance(value, str) else value
+        for key, value in message.items()
+        if key not in ("role", "weight", "name")
     )
 
 

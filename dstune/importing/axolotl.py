@@ -274,7 +274,9 @@ TABLE: dict[str, Rule] = {
     "auto_resume_from_checkpoints": own_way("a run directory is always continued"),
     "plugins": missing(LATER),
     "tiled_mlp": missing(LATER),
-    "context_parallel_size": missing("sequences are not split over ranks in this version"),
+    "context_parallel_size": missing(
+        "add parallel=ulysses parallel.size=N by hand, where N divides the model's attention heads"
+    ),
     "activation_offloading": missing("activations can be computed again: trainer.activation_checkpointing=true"),
     "debug": own_way("logs/ has a file of every rank"),
     "strict": own_way("unknown keys are always refused"),

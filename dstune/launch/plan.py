@@ -14,7 +14,8 @@ from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
-from dstune.config.schema import Automatic, Precision, RunConfig
+from dstune.config.parallel_rules import heads_problem
+from dstune.config.schema import Automatic, Precision, RunConfig, UlyssesConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import hostfile, machine, rundir
@@ -186,6 +187,8 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     Raises UserError where the model's architecture is not known."""
     values = source.config_json(config.model)
     model = architecture.architecture(values, head_of(config), labels_of(config))
+    if isinstance(config.parallel, UlyssesConfig) and (problem := heads_problem(model.heads, config.parallel.size)):
+        raise UserError(problem)
     precision = resolved_precision(config, on_gpu=cluster.device.gpu)
     configured = setup(
         config,

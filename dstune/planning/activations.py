@@ -56,13 +56,15 @@ def _rms_norm(s: Setup, width: int) -> int:
 
 
 def masked(s: Setup) -> bool:
-    """Whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise."""
-    return s.attention != "flash_attention_2"
+    """Whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise, and ranks
+    that share rows attend to their samples one by one."""
+    return s.attention != "flash_attention_2" and s.sharing == 1
 
 
 def _attention(s: Setup, query: int, key: int) -> int:
     n, p = s.tokens, s.weight_bytes
-    repeated = 2 * (query if masked(s) else key)  # a mask makes transformers repeat the heads of keys and values
+    # A mask makes transformers repeat the heads of keys and values; so does a row that ranks share.
+    repeated = 2 * (query if masked(s) or s.sharing > 1 else key)
     projections = n * p * (query + repeated)
     output = n * p * query
     return projections + output + _scores(s)
@@ -72,8 +74,8 @@ def _scores(s: Setup) -> int:
     """What attention keeps of its scores, [b, heads, L, L]; nothing but a sum for each row where it is fused."""
     m, p = s.model, s.weight_bytes
     square = s.rows * s.length * s.length
-    sums = 4 * s.rows * m.heads * s.length
-    if s.attention == "flash_attention_2":
+    sums = 4 * m.heads * s.tokens
+    if not masked(s):
         return sums
     if s.attention == "sdpa" and not (s.dropout and not s.on_gpu):
         return sums + square * p  # the mask of every layer, in the weights' number format

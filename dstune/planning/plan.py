@@ -144,6 +144,6 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
 
 
 def _sizes(setup: Setup) -> list[int]:
-    """Micro-batches worth trying: powers of two up to a rank's share of the global batch."""
-    share = max(1, -(-setup.global_batch_size // setup.ranks))
+    """Micro-batches worth trying: powers of two up to a rank's share of the global batch, or its group's."""
+    share = max(1, -(-setup.global_batch_size // setup.groups))
     return [2**power for power in range(share.bit_length()) if 2**power <= share]

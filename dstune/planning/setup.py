@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
-from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig
+from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig, UlyssesConfig
 from dstune.planning.adapters import added
 from dstune.planning.architecture import (
     BODY,
@@ -81,6 +81,8 @@ class Setup:
     max_reuse: int
     evaluation_batch: int | None
     """Rows of a forward pass in an evaluation, where it is not the micro-batch of training."""
+    sharing: int = 1
+    """Ranks that share the positions of a row."""
 
     @property
     def trained_count(self) -> int:
@@ -98,13 +100,18 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Positions of one micro-batch."""
-        return self.rows * self.length
+        """Positions of one micro-batch that a rank computes."""
+        return self.rows * ceil(self.length / self.sharing)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a rank in one optimizer step."""
-        return ceil(ceil(self.global_batch_size / self.micro_batch_size) / self.ranks)
+        return ceil(ceil(self.global_batch_size / self.micro_batch_size) / self.groups)
+
+    @property
+    def groups(self) -> int:
+        """Ranks with rows of their own, or groups that share theirs."""
+        return max(1, self.ranks // self.sharing)
 
 
 def head_of(config: RunConfig) -> str:
@@ -167,6 +174,7 @@ def setup(
         max_live=_number(more, "stage3_max_live_parameters", 1_000_000_000),
         max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
+        sharing=config.parallel.size if isinstance(config.parallel, UlyssesConfig) else 1,
     )
 
 

@@ -105,14 +105,24 @@ def communication(s: Setup) -> int:
     """Bytes that leave a rank in one step, by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
     around = (s.ranks - 1) / s.ranks
     p, trained = s.weight_bytes, s.trained_count
+    exchanged = exchanges(s)
     if s.stage == 0:
-        return int(2 * around * trained * p)
+        return int(2 * around * trained * p) + exchanged
     if s.stage == 1:  # once a window, and the weights after the step; sums in fp32 are sent in the weights' format
-        return int(3 * around * trained * p)
+        return int(3 * around * trained * p) + exchanged
     if s.stage == 2:  # every micro-batch is all-reduced in buckets, and the weights gathered after the step
-        return int((2 * s.micro_batches + 1) * around * trained * p)
+        return int((2 * s.micro_batches + 1) * around * trained * p) + exchanged
     weights = s.frozen * s.frozen_bits // 8 + trained * p
-    return int(s.micro_batches * around * (2 * weights + trained * p))
+    return int(s.micro_batches * around * (2 * weights + trained * p)) + exchanged
+
+
+def exchanges(s: Setup) -> int:
+    """Bytes that leave a rank in a step for attention over rows that ranks share (Jacobs et al. 2023, arXiv:2309.14509, section 3):
+    queries, keys, values and what is attended, in both passes, and once more where activations are computed again."""
+    m = s.model
+    states = s.tokens * 2 * (m.heads + m.kv_heads) * m.head_dim * s.weight_bytes
+    passes = 3 if s.checkpointing else 2
+    return int(s.micro_batches * m.layers * passes * states * (s.sharing - 1) / s.sharing)
 
 
 def step_time(s: Setup, speed: Speed) -> StepTime:

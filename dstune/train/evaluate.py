@@ -165,7 +165,7 @@ class Evaluator:
             max_length=self._config.data.max_length,
             packing=packing,
         )
-        mine = share(batches, self._world.rank, self._world.size)
+        mine = share(batches, self._world.data_parallel_rank, self._world.data_parallel_size)
         sums: dict[str, float] = defaultdict(float)
         rows: list[tuple[int, dict[str, Any]]] = []
         each = each or not isinstance(self._config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)

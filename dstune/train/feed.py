@@ -52,7 +52,7 @@ def windows(
         draw = supply.draw(step)
         pinned = torch.cuda.is_available()
         batches = []
-        for micro_batch in share(draw.window.micro_batches, world.rank, world.size):
+        for micro_batch in share(draw.window.micro_batches, world.data_parallel_rank, world.data_parallel_size):
             batch = batch_of(config, draw.split, micro_batch, pad_token_id)
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return Feed(draw.window, draw.epoch, tuple(batches))
@@ -82,9 +82,11 @@ def _all_have_it(feeds: Ahead[Feed], world: World) -> bool:
     return not waiting
 
 
-def dropout_seed(seed: int, step: int, index: int) -> int:
-    """One of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed."""
-    return (seed * 0x9E3779B97F4A7C15 + (step << 20) + index) % 2**63
+def dropout_seed(seed: int, step: int, index: int, part: int = 0) -> int:
+    """One of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed.
+
+    part: of the row's positions, where several ranks share them."""
+    return (seed * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03 + (step << 20) + index) % 2**63
 
 
 class Ahead(Generic[T]):

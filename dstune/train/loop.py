@@ -224,7 +224,9 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
     factor = schedule_factor(run.config.schedule, run.state.step, run.total_steps)
     run.engine.set_learning_rate(run.config.optimizer.lr * factor)
     # Dropout depends on (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume.
-    seeds = [dropout_seed(run.config.trainer.seed, run.state.step, part.index) for part, _ in feed.batches]
+    # Ranks that share a row have other numbers for other positions of it.
+    seed, place = run.config.trainer.seed, run.world.place_in_group
+    seeds = [dropout_seed(seed, run.state.step, part.index, place) for part, _ in feed.batches]
     device = run.engine.device
     batches = [{key: value.to(device, non_blocking=True) for key, value in batch.items()} for _, batch in feed.batches]
     run.split.begin(waited)

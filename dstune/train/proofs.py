@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+import torch.nn.functional as functional
 import xxhash
 
 from dstune import environment
 from dstune.config.schema import RunConfig
 from dstune.data.build import PreparedData
+from dstune.data.collate import NO_TARGET
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.zero.engine import Engine
+
+CUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest accepted relative difference of a loss; samples that see each other, or half of themselves only, differ by more than 1%
+in fp32."""
 
 
 def examine(head: Head, engine: Engine) -> None:
@@ -41,6 +48,34 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
                 fix="data.packing=false, or another model.attention",
             )
         )
+
+
+def check_cut(engine: Engine, head: Head, vocabulary: int, world: World) -> None:
+    """Raises UserError on all ranks where rows whose positions ranks share have another loss than the same samples one by one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
+        for lengths in ((9, 12), (21,))
+    ]
+    ids = torch.stack([torch.cat(row) for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(len(sample)) for sample in row]) for row in rows])
+    labels = ids.masked_fill(positions == 0, NO_TARGET)
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    engine.train(False)
+    output = engine.evaluate(head, {name: value.to(engine.device) for name, value in batch.items()})
+    (together,) = world.sum([float(output.loss_sum) / world.data_parallel_size])
+    alone, dtype = 0.0, torch.float32
+    with torch.no_grad():
+        for sample in (sample for row in rows for sample in row):
+            logits = engine.forward(input_ids=sample[None].to(engine.device)).logits[0]
+            targets = sample[1:].to(engine.device)
+            alone += float(functional.cross_entropy(logits[:-1].float(), targets, reduction="sum"))
+            dtype = logits.dtype
+    engine.train(True)
+    difference = abs(together - alone) / alone
+    if world.any(not difference <= CUT_TOLERANCE[dtype]):
+        reason = f"rows that ranks share have another loss than the same rows in one piece ({difference:.2%} apart)"
+        raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
 
 
 def refuse_different_rows(world: World, digest: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import Offload, Precision, RunConfig
+from dstune.config.schema import Offload, Precision, RunConfig, UlyssesConfig
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of a full window on each rank, zero-target fillers included."""
+    """Micro-batches of a full window on each rank, zero-target fillers included. Ranks that share rows have the same ones."""
     in_window = -(-config.trainer.global_batch_size // config.trainer.rows)
-    return -(-in_window // world_size)
+    sharing = config.parallel.size if isinstance(config.parallel, UlyssesConfig) else 1
+    return -(-in_window // max(1, world_size // sharing))
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def sample_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(samples.resolve(f"sample://{name}", fetch=False))
     except UserError:
-        pytest.skip(f"needs the sample: dstune samples fetch {name}")
+        pytest.skip(f"needs the sample: dstune samples {name}")
 
 
 CHAT_TOKENIZERS = {

@@ -346,7 +346,6 @@ def test_steps_and_epochs_cannot_be_swapped():
         ("zero=zenflow", "ZenFlow"),
         ("zero=superoffload", "SuperOffload"),
         ("zero.offload_optimizer=nvme", "NVMe"),
-        ("parallel=ulysses", "sequence parallelism"),
         ("parallel=autotp", "tensor parallelism"),
         ("parallel=expert", "expert parallelism"),
         ("trainer.torch_compile=true", "torch.compile"),

@@ -6,6 +6,8 @@ the weight of a window is known to the trainer only.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers import PreTrainedModel
 
 from dstune.config.task_schema import (
@@ -29,16 +31,22 @@ from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.heads.reward import reward_head
 from dstune.models.heads.tokens import token_classification_head
 
+if TYPE_CHECKING:
+    from dstune.models.ulysses import SequenceCut
+
 __all__ = ["Batch", "Forward", "Head", "HeadOutput", "WindowHead", "build_head", "sums_of"]
 
 
-def build_head(task: TaskConfig, model: PreTrainedModel) -> Head:
-    """The head of a task; must be built before DeepSpeed puts its own hooks on the model."""
+def build_head(task: TaskConfig, model: PreTrainedModel, cut: SequenceCut | None = None) -> Head:
+    """The head of a task; must be built before DeepSpeed puts its own hooks on the model.
+
+    cut: how several ranks share a row, of a language model.
+    """
     match task:
         case ChatConfig() | CausalLmConfig():
-            return CausalLmHead(model)
+            return CausalLmHead(model, cut)
         case Seq2SeqConfig():
-            return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model)
+            return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model, cut)
         case ClassificationConfig():
             return classification_head(task)
         case TokenClassificationConfig():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as functional
 from torch import nn
@@ -9,6 +12,9 @@ from transformers import PreTrainedModel
 
 from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, vocabulary_size
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
+
+if TYPE_CHECKING:
+    from dstune.models.ulysses import SequenceCut
 
 
 class CausalLmHead:
@@ -20,7 +26,9 @@ class CausalLmHead:
     the projection answers with the loss itself and never makes all logits (`models.cross_entropy`).
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, cut: SequenceCut | None = None):
+        """cut: the ranks that share the positions of each row with this one."""
+        self._cut = cut
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
         self._projection, self._project = projection, projection.forward
@@ -65,9 +73,12 @@ class CausalLmHead:
         (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
         # The label of the next position is the target of this one; the last position has none.
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        return self._loss(forward, inputs_of(batch), labels, by_row="index" in batch)
+        inputs = inputs_of(batch)
+        if self._cut is not None:
+            inputs, labels = self._cut.own(inputs, labels)
+        return self._loss(forward, inputs, labels, by_row="index" in batch)
 
-    def _loss(self, forward: Forward, inputs: Batch, labels: torch.Tensor, *, by_row: bool) -> HeadOutput:
+    def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, *, by_row: bool) -> HeadOutput:
         """labels: what each position of the projected sequence is to predict, [batch, sequence]."""
         self._kept = labels != IGNORED
         targets = labels[self._kept]

@@ -1,0 +1,228 @@
+"""Ulysses sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509): a few ranks share the positions of each row.
+
+Every layer but attention looks at one position at a time, so a rank computes its part of the positions alone. For attention the
+ranks of a group exchange what they have: each gets some of the heads with all positions, and afterwards its own positions
+with all heads. Rows that are packed stay apart, since attention is called for each of their samples on its own.
+
+The loss needs nothing of this: a rank has the targets of its own positions, and losses are summed over all ranks anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as functional
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dstune.config.parallel_rules import heads_problem, repeats_of_keys
+from dstune.config.schema import UlyssesConfig
+from dstune.dist import World
+from dstune.errors import Problem, UserError
+from dstune.models.heads.base import IGNORED
+
+NAME = "dstune_ulysses"
+"""Of the attention function in transformers' registry."""
+
+SPANS = "dstune_spans"
+"""Keyword of a forward pass on parts of rows: where the samples of each row begin and end. transformers hands keywords that it
+does not know down to the attention function, also when a layer is computed again in the backward pass."""
+
+Spans = tuple[tuple[tuple[int, int], ...], ...]
+"""(first position, position behind the last) of each sample, for each row. They cover a row without gaps."""
+
+
+class SequenceCut:
+    """This rank's part of every row, and the ranks that have the others."""
+
+    def __init__(self, world: World, parts: int):
+        """parts: ranks that share a row; neighbours, so that they are on one node. Every rank must call it.
+
+        Raises UserError where the ranks cannot be divided so.
+        """
+        if world.size % parts:
+            fits = ", ".join(str(n) for n in range(2, world.size + 1) if world.size % n == 0) or "none"
+            reason = f"{world.size} ranks cannot be divided into groups of so many"
+            raise UserError(Problem("parallel.size", reason, f"one of {fits}, or parallel=none", str(parts)))
+        self.parts, self.part = parts, world.rank % parts
+        for first in range(0, world.size, parts):
+            group = torch_dist.new_group(list(range(first, first + parts)))
+            if first <= world.rank < first + parts:
+                self._group = group
+
+    @classmethod
+    def of(cls, parallel: object, world: World) -> SequenceCut | None:
+        """What `parallel=ulysses` asks for, None for every other choice; from then on the groups of `world` read the rows."""
+        parts = parallel.size if isinstance(parallel, UlyssesConfig) else 1
+        cut = cls(world, parts) if parts > 1 else None
+        world.read_in_groups(parts)
+        return cut
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Let `model` compute attention over all parts. Raises UserError for a model that cannot be cut."""
+        refuse(model, self.parts)
+        AttentionInterface.register(NAME, self._attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)  # of forward passes on whole rows: samples that are generated
+        model.set_attn_implementation(NAME)
+
+    def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """The model's inputs and the labels of this rank's positions.
+
+        inputs: input_ids [rows, positions] with position_ids of packed rows or attention_mask (padding behind the tokens).
+        labels: what each position is to predict, [rows, positions].
+        """
+        ids = inputs["input_ids"]
+        rows, width = ids.shape
+        if "position_ids" in inputs:
+            positions = inputs["position_ids"]
+            spans = spans_of(positions)
+        else:
+            positions = torch.arange(width, device=ids.device).expand(rows, -1)
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+            spans = tuple(tuple(span for span in ((0, n), (n, width)) if span[0] < span[1]) for n in lengths)
+        padding = -width % self.parts
+        if padding:
+            ids, labels = functional.pad(ids, (0, padding)), functional.pad(labels, (0, padding), value=IGNORED)
+            positions = torch.cat([positions, torch.arange(padding, device=ids.device).expand(rows, -1)], dim=1)
+            spans = tuple((*row, (width, width + padding)) for row in spans)
+        size = (width + padding) // self.parts
+        here = slice(self.part * size, (self.part + 1) * size)
+        # A mask of four dimensions is taken as it is: none of the model's own, which know these positions alone, are made.
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        own = {"input_ids": ids[:, here], "position_ids": positions[:, here], "attention_mask": nothing, SPANS: spans}
+        return own, labels[:, here]
+
+    def _attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention: query [rows, heads, own positions, size], key and value with their own number of heads.
+        Returns [rows, own positions, heads, size]."""
+        spans = more.pop(SPANS, None)
+        if spans is None:  # whole rows
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        repeats = repeats_of_keys(key.shape[1], self.parts)
+        if repeats > 1:
+            key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+        query, key, value = (self._to_heads(states) for states in (query, key, value))
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        window = more.get("sliding_window") or getattr(module, "sliding_window", None)
+        dropout = dropout if module.training else 0.0
+        attended = _attend(query, key, value, spans, dropout=dropout, scaling=scaling, window=window)
+        return self._to_positions(attended).transpose(1, 2), None
+
+    def _to_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, own positions, size] -> [rows, own heads, positions, size]."""
+        rows, heads, positions, size = states.shape
+        parts = states.view(rows, self.parts, heads // self.parts, positions, size).transpose(0, 1)
+        received = _Exchange.apply(parts.contiguous(), self._group)
+        return received.permute(1, 2, 0, 3, 4).reshape(rows, heads // self.parts, -1, size)
+
+    def _to_positions(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows, own heads, positions, size] -> [rows, heads, own positions, size]."""
+        rows, heads, positions, size = states.shape
+        parts = states.view(rows, heads, self.parts, positions // self.parts, size).permute(2, 0, 1, 3, 4)
+        received = _Exchange.apply(parts.contiguous(), self._group)
+        return received.transpose(0, 1).reshape(rows, -1, positions // self.parts, size)
+
+
+class _Exchange(torch.autograd.Function):
+    """Part i of the result is this rank's part of what rank i of the group had. Its own inverse, and its own gradient."""
+
+    @staticmethod
+    def forward(context: Any, parts: torch.Tensor, group: Any) -> torch.Tensor:
+        context.group = group
+        return _exchanged(parts, group)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        return _exchanged(gradient.contiguous(), context.group), None
+
+
+def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
+    received = torch.empty_like(parts)
+    torch_dist.all_to_all_single(received, parts, group=group)
+    return received
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of each sample on its own: no mask of all positions with all others is ever made."""
+
+    def attend(rows: slice, start: int, end: int) -> torch.Tensor:
+        q, k, v = (states[rows, :, start:end] for states in (query, key, value))
+        mask = None
+        if window is not None and end - start > window:
+            place = torch.arange(end - start, device=query.device)
+            behind = place[:, None] - place[None, :]
+            mask = (behind >= 0) & (behind < window)
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+
+    if len(set(spans)) == 1:
+        return torch.cat([attend(slice(None), start, end) for start, end in spans[0]], dim=2)
+    rows = [
+        torch.cat([attend(slice(row, row + 1), start, end) for start, end in of_row], dim=2)
+        for row, of_row in enumerate(spans)
+    ]
+    return torch.cat(rows, dim=0)
+
+
+def spans_of(positions: torch.Tensor) -> Spans:
+    """Where samples begin and end, from positions that restart at 0 with each of them: [rows, width]."""
+    width = positions.shape[1]
+    starts: list[list[int]] = [[] for _ in range(len(positions))]
+    for row, column in (positions == 0).nonzero().tolist():
+        starts[row].append(column)
+    return tuple(tuple(zip(of_row, [*of_row[1:], width], strict=True)) for of_row in starts)
+
+
+def refuse(model: PreTrainedModel, parts: int) -> None:
+    """Raises UserError for a model whose rows cannot be shared by `parts` ranks."""
+    architecture = model.config.get_text_config()
+    named, key = architecture.model_type, "parallel"
+
+    def problem(reason: str, fix: str = "parallel=none") -> UserError:
+        return UserError(Problem(key, f"{named}: {reason}", fix, "ulysses"))
+
+    if not getattr(model, "_supports_attention_backend", False):
+        raise problem("its attention in transformers cannot be replaced")
+    if getattr(architecture, "attn_logit_softcapping", None):
+        raise problem("its attention caps its scores, which the fused attention of torch does not do")
+    if rope_type(architecture) in ("dynamic", "longrope"):
+        raise problem(
+            f"its positions ({rope_type(architecture)}) depend on the length of the row, and a rank sees a part of it"
+        )
+    if found := heads_problem(architecture.num_attention_heads, parts):
+        raise UserError(found)
+
+
+def rope_type(architecture: PretrainedConfig) -> str:
+    """The kind of rotary positions in a model's configuration, `default` where it says nothing."""
+    found = getattr(architecture, "rope_parameters", None) or getattr(architecture, "rope_scaling", None) or {}
+    if any(isinstance(value, dict) for value in found.values()):  # by the kind of layer
+        found = next(value for value in found.values() if isinstance(value, dict))
+    return str(found.get("rope_type", found.get("type", "default")))

@@ -1,0 +1,114 @@
+"""Rows whose positions several ranks share train as rows in one piece: the plain loop's losses, gradient norms and weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from parity.reference import train_plainly
+from parity.test_ladder import PROGRAM, STAGES, Workshop, exact, monkeypatch_module, workshop  # noqa: F401 (fixtures)
+from safetensors.torch import load_file
+from support.ranks import run_ranks
+from support.tiny import save_decoder
+
+from dstune.config.compose import compose
+
+ULYSSES = ["parallel=ulysses", "model.config_overrides={attention_dropout:0.0}"]
+"""Without dropout, whose random numbers belong to positions of a rank."""
+STILL = "model.config_overrides={attention_dropout:0.0}"
+
+
+@pytest.fixture(scope="module")
+def references(workshop: Workshop):  # noqa: F811
+    return {
+        value: train_plainly(
+            workshop.composed("reference", f"data.packing={value}", STILL).config, workshop.folder / "cache"
+        )
+        for value in ("false", "true")
+    }
+
+
+def save_windowed(folder):
+    """The tiny decoder's weights as a model whose attention looks back 8 positions."""
+    save_decoder(folder)
+    description = json.loads((folder / "config.json").read_text())
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8}
+    (folder / "config.json").write_text(json.dumps(description | window))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
+def test_shared_rows_equal_the_plain_loop(workshop, references, ranks, size):  # noqa: F811
+    """Two ranks with the four heads of queries and two of keys, two groups of them, and four ranks, for which a head of keys
+    is repeated; packed rows, and rows of different lengths of which a rank may have no target."""
+    names = {}
+    for stage in STAGES if ranks == 2 else (2, 3):
+        for packing in ("true", "false"):
+            overrides = [f"zero=stage{stage}", f"data.packing={packing}", *ULYSSES, f"parallel.size={size}"]
+            names[f"u{ranks}-{size}-s{stage}-{packing}"] = (packing, overrides)
+    run_ranks(PROGRAM, ranks, [workshop.case(name, *overrides) for name, (_, overrides) in names.items()])
+    for name, (packing, _) in names.items():
+        expected = references[packing]
+        rows = workshop.rows(name)
+        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=2e-6), name
+        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=2e-6), name
+        trained = workshop.weights(name)
+        for key, weight in expected.weights.items():
+            assert (trained[key] - weight).abs().max() < 2e-6, f"{name}: {key}"
+
+
+def test_evaluation_lora_checkpointing_and_windows_of_attention(workshop):  # noqa: F811
+    """What goes through other code than a plain step: the held-out loss, adapters with activations that are computed again
+    (attention exchanges once more in the backward pass), and layers that look back a few positions only."""
+    windowed = save_windowed(workshop.folder / "windowed")
+    cases = {
+        "lora": ["method=lora", "method.dropout=0", "trainer.activation_checkpointing=true", "optimizer=adamw"],
+        "window": [f"model.path={windowed}", "data.packing=true"],
+    }
+    common = ["zero=stage3", STILL, "optimizer.lr=0.01", "evaluate.at_start=true", "trainer.max_steps=3"]
+    plain = [workshop.case(f"plain-{name}", *common, *overrides) for name, overrides in cases.items()]
+    run_ranks(PROGRAM, 1, plain)
+    shared = [workshop.case(f"shared-{name}", *common, *overrides, *ULYSSES) for name, overrides in cases.items()]
+    run_ranks(PROGRAM, 2, shared)
+    for name in cases:
+        one, two = (workshop.result(f"{kind}-{name}") for kind in ("plain", "shared"))
+        for when in ("eval_initial", "eval_final"):
+            assert two[when]["targets"] == one[when]["targets"]
+            assert two[when]["loss"] == pytest.approx(one[when]["loss"], rel=2e-6), name
+        assert two["tokens"] == one["tokens"]
+        losses = [[row["loss"] for row in workshop.rows(f"{kind}-{name}")] for kind in ("plain", "shared")]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
+
+
+def test_a_run_goes_on_with_shared_rows_and_without_them(workshop):  # noqa: F811
+    """Stopped after a step with two ranks on each row, after another one with rows of their own, finished with the first."""
+    limit = "run.time_limit=0.000001"
+    common = ["optimizer=adamw", "optimizer.lr=1e-2", "schedule=cosine", STILL, "trainer.max_steps=3"]
+    own, shared = ["zero=stage2"], ["zero=stage3", "parallel=ulysses"]
+    run_ranks(
+        PROGRAM,
+        2,
+        [
+            workshop.case("moved-1", *common, *shared, limit, directory="moved"),
+            workshop.case("moved-2", *common, *own, limit, directory="moved"),
+            workshop.case("moved-3", *common, *shared, directory="moved"),
+            workshop.case("stays", *common, *own),
+            workshop.case("again", *common, *shared),
+            workshop.case("again-cut", *common, *shared, limit, directory="again-cut"),
+            workshop.case("again-end", *common, *shared, directory="again-cut"),
+        ],
+    )
+    moved, stays = (workshop.rows(name) for name in ("moved", "stays"))
+    assert [row["step"] for row in moved] == [1, 2, 3]
+    assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in stays], rel=1e-5)
+    assert exact(workshop.folder / "again-cut") == exact(workshop.folder / "again")
+    left, right = (
+        load_file(workshop.folder / name / "export" / "model.safetensors") for name in ("again", "again-cut")
+    )
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert (
+        compose([f"model.path={workshop.folder / 'again' / 'export'}", "data.train=x"]).config.parallel.name == "none"
+    )
