@@ -23,8 +23,9 @@ from dstune.dist import World
 from dstune.models.cross_entropy import projected_cross_entropy
 from dstune.planning import activations
 from dstune.planning.architecture import architecture
+from dstune.planning.flops import forward_flops
 from dstune.planning.setup import Setup, setup
-from dstune.planning.time import Speed, forward_flops
+from dstune.planning.time import Speed
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.worker import guarded, leave

@@ -12,7 +12,7 @@ import torch
 
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
-from dstune.config.schema import RunConfig
+from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     PreferenceConfig,
@@ -109,6 +109,10 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
             f"optimizer.lr={config.optimizer.lr:g} is a rate for all weights; adapters usually learn at 1e-4 to 5e-4 "
             "(experiment=chat_lora has 2e-4)"
         )
+    if config.trainer.profile_steps and run.total_steps - run.state.step <= UNTIMED_STEPS:
+        left = run.total_steps - run.state.step
+        reason = f"{left} step{'s' * (left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"
+        yield f"trainer.profile_steps={config.trainer.profile_steps} has no effect: {reason}"
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
     if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"

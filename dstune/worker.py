@@ -48,11 +48,13 @@ from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, P
 from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.profiling import StepProfiler
 from dstune.train.proofs import check_cut, check_packing, content_digest, examine, refuse_different_rows, samples_digest
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
 from dstune.train.unfreezing import unfreezing_of
+from dstune.train.utilization import utilization_of
 from dstune.train.watch import watch
 from dstune.train.watchdog import Watchdog, answer_with_stacks
 from dstune.zero.ds_config import deepspeed_config
@@ -172,6 +174,8 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         log=log,
         memory=memory,
         pad_token_id=tokenizer.pad_token_id,
+        utilization=utilization_of(config, model, module, precision, world, len(data.labels)),
+        profiler=StepProfiler(config.trainer.profile_steps, run_dir, world.rank, say),
         unfreezing=unfreezing,
         penalties=penalties,
         started=started,
@@ -186,7 +190,12 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
             watch(run, "before")
         decision = fit(run)
         run.watchdog.rest()
-        finish(run, checkpoints, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0)
+        try:
+            finish(
+                run, checkpoints, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0
+            )
+        finally:
+            run.profiler.close()  # last: a run that is preempted has little time for its result
     except BaseException:
         if log is not None:
             log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado

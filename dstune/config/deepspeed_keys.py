@@ -166,7 +166,7 @@ REFUSED = {
     "eigenvalue": NOT_YET,
     "elasticity": "the global batch never changes: the loss is the mean over it on any number of ranks",
     "expert_parallel": EXPERT,
-    "flops_profiler": f"{ELSEWHERE}: tokens_per_second in metrics.jsonl",
+    "flops_profiler": f"{ELSEWHERE}: utilization in metrics.jsonl, and trainer.profile_steps=N",
     "hybrid_engine": NOT_YET,
     "monitor_config": MONITOR,
     "nebula": "checkpoints are dstune's own",

@@ -27,6 +27,7 @@ MAY_CHANGE_KEYS = (
     "data.workers",
     "trainer.activation_checkpointing",
     "trainer.max_nonfinite_steps",
+    "trainer.profile_steps",
     "trainer.early_stopping.patience",
     "trainer.early_stopping.max_gap",
     "model.trust_remote_code",

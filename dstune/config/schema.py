@@ -258,6 +258,10 @@ class SpikeConfig:
     """Spikes that are skipped or rolled back before the run stops."""
 
 
+UNTIMED_STEPS = 2
+"""First steps of a launch that do not count for throughput, nor are profiled: allocators and caches fill up."""
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = setting(None, at_least=1)
@@ -284,6 +288,8 @@ class TrainerConfig:
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
     stall_seconds: float = setting(1800.0, at_least=0.0)
     """A rank that makes no progress for so long ends, with its Python stacks in its log; 0 waits for ever."""
+    profile_steps: int = setting(0, at_least=0, at_most=100)
+    """Record so many steps of each launch, after its first two, with torch's profiler into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
 

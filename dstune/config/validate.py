@@ -21,6 +21,7 @@ from dstune.config.parallel_rules import check_parallel
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
+    UNTIMED_STEPS,
     AdamWConfig,
     Attention,
     Automatic,
@@ -126,6 +127,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_forgetting,
         check_optimizer,
         check_batches,
+        check_profile,
         check_schedule,
         check_zero,
         check_parallel,
@@ -290,6 +292,17 @@ def _check_automatic(config: RunConfig) -> Iterator[Problem]:
         reason = "it is chosen by measured times, so two runs may choose differently (trainer.deterministic=true)"
     if reason:
         yield Problem("trainer.micro_batch_size", reason, "a number, such as that of `dstune plan`", "auto")
+
+
+def check_profile(config: RunConfig) -> Iterator[Problem]:
+    steps, wanted = config.trainer.max_steps, config.trainer.profile_steps
+    if wanted > 0 and steps is not None and steps <= UNTIMED_STEPS:
+        yield Problem(
+            "trainer.profile_steps",
+            f"the first {UNTIMED_STEPS} steps of a launch are not profiled, and the run has no more (trainer.max_steps={steps})",
+            f"trainer.max_steps={UNTIMED_STEPS + wanted}, or trainer.profile_steps=0",
+            shown(wanted),
+        )
 
 
 def check_schedule(config: RunConfig) -> Iterator[Problem]:

@@ -18,12 +18,13 @@ from dstune.config.launch_rules import check_launch
 from dstune.config.launch_schema import HostfileConfig, LocalConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
-from dstune.launch import checks, hosts, machine, records, remote, slurm, supervise
+from dstune.launch import checks, hosts, records, remote, slurm, supervise
 from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
 from dstune.launch.commands import local_plan
 from dstune.launch.console import Console
 from dstune.launch.hostfile import chosen, read
 from dstune.launch.remote_commands import ssh_of
+from dstune.planning.hardware import known_device
 
 MINUTES = "10"
 """Time limit of a job that measures."""
@@ -164,7 +165,7 @@ def judge(found: dict) -> Check:
     if found.get("nccl_over_sockets"):
         fix = "is the fabric's driver there (ibv_devinfo), and launch.interface right? NCCL_DEBUG=INFO says more"
         return Check("all-reduce", WARN, f"{detail}; NCCL goes over TCP sockets", fix)
-    device = machine.known_device(found["device"])
+    device = known_device(found["device"])
     if device is None or hosts_of > 1:  # between nodes the network decides, which nobody has told
         return Check("all-reduce", PASS, detail)
     link = device.link

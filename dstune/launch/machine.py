@@ -10,19 +10,8 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.launch.commands import number_of_ranks, this_machine
-from dstune.planning.hardware import ALIASES, DEVICES, GIB, Cluster, Device
+from dstune.planning.hardware import DEVICES, GIB, Cluster, Device, known_device
 from dstune.planning.host import available_bytes
-
-NAMES = {
-    "A100": "A100-80G",
-    "H100": "H100-80G",
-    "H200": "H200",
-    "B200": "B200",
-    "L40S": "L40S",
-    "4090": "RTX4090",
-    "MI300X": "MI300X",
-}
-"""What a driver's name contains, and the device of the table whose speed it has."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +48,6 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
     available = available_bytes() / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)
     return Here(Cluster(cpu, ranks, known=False), float("inf") if machine.gpus else available / ranks)
-
-
-def known_device(name: str) -> Device | None:
-    """The device of the table by the name that its driver gives it."""
-    return next((DEVICES[key] for part, key in NAMES.items() if part in name.upper()), None)
 
 
 def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:
@@ -106,6 +90,3 @@ def fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-assert set(NAMES.values()) <= set(DEVICES) and set(ALIASES.values()) <= set(DEVICES)

@@ -19,9 +19,10 @@ from dstune.config.schema import Automatic, Precision, RunConfig, UlyssesConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import hostfile, machine, rundir
-from dstune.launch.calibrate import calibrate, speeds
+from dstune.launch.calibrate import calibrate
 from dstune.launch.console import Console
 from dstune.planning import architecture, hardware, source
+from dstune.planning.calibration import speeds
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, plan
 from dstune.planning.setup import Setup, head_of, labels_of, setup

@@ -90,6 +90,8 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
         facts.append(f"{result['seconds']:.0f} s")
     if result.get("tokens_per_second"):
         facts.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+    if result.get("utilization"):
+        facts.append(f"{result['utilization']:.1%} of the devices' peak")
     if result.get("peak_memory_gib"):
         facts.append(f"peak memory {result['peak_memory_gib']:.2f} GiB a rank")
     if result.get("world_size"):

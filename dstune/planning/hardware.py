@@ -66,6 +66,16 @@ ALIASES = {
     "4090-24G": "RTX4090",
     "MI300X-192G": "MI300X",
 }
+DRIVER_NAMES = {
+    "A100": "A100-80G",
+    "H100": "H100-80G",
+    "H200": "H200",
+    "B200": "B200",
+    "L40S": "L40S",
+    "4090": "RTX4090",
+    "MI300X": "MI300X",
+}
+"""What a driver's name contains, and the device of the table whose speed it has."""
 NUMBERS = {
     "memory_gib": "memory of a device in GiB",
     "tflops": "peak of bf16 matrix products in TFLOP/s",
@@ -127,6 +137,14 @@ def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "h
     return Cluster(replace(device, **own), count, nodes, known, numbers.get("host_gib"))  # type: ignore[arg-type]
 
 
+def known_device(name: str) -> Device | None:
+    """The device of the table by the name that its driver gives it."""
+    return next((DEVICES[key] for part, key in DRIVER_NAMES.items() if part in name.upper()), None)
+
+
 def _find(name: str) -> Device | None:
     upper = name.upper()
     return DEVICES.get(ALIASES.get(upper, upper))
+
+
+assert {*ALIASES.values(), *DRIVER_NAMES.values()} <= set(DEVICES)

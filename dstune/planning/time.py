@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstune.planning import activations
+from dstune.planning.flops import backward_flops, forward_flops
 from dstune.planning.hardware import Cluster
 from dstune.planning.setup import Setup
 
@@ -83,24 +84,6 @@ class StepTime:
         return self.tokens / self.seconds
 
 
-def forward_flops(s: Setup) -> tuple[float, float, float]:
-    """Floating-point operations of a micro-batch's forward pass: linear layers, attention, vocabulary projection."""
-    m = s.model
-    linear = sum(t.count for t in m.tensors if t.linear and t.layer is not None)
-    if s.adapter:
-        linear += sum(t.count for t in s.trained if t.layer is not None)
-    attention = sum(4 * m.heads * m.head_dim * length for length in _lengths(s)) * s.tokens
-    head = 0 if m.encoder else 2 * m.vocabulary * m.hidden * s.tokens * s.target_share
-    return 2.0 * linear * s.tokens, float(attention), float(head)
-
-
-def _lengths(s: Setup) -> list[int]:
-    """Positions that a query looks at, layer by layer."""
-    m = s.model
-    windowed = m.windowed_layers if m.window and s.attention == "flash_attention_2" else 0
-    return [min(m.window or 0, s.length)] * windowed + [s.length] * (m.layers - windowed)
-
-
 def communication(s: Setup) -> int:
     """Bytes that leave a rank in one step, by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
     around = (s.ranks - 1) / s.ranks
@@ -129,18 +112,12 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     """Time of one optimizer step."""
     linear, attention, head = forward_flops(s)
     forward = linear + attention + head
-    # Inputs' gradients cost a forward pass; weights' gradients another, of trained matrices only.
-    share = 1.0 if not s.adapter else 0.0
-    if not s.adapter and s.trained_count < s.total:
-        share = s.trained_count / s.total
-    backward = (linear + head) * (1 + share) + attention * 2
-    if share == 0.0:
-        trained = 2.0 * s.tokens * sum(t.count for t in s.trained if t.layer is not None)
-        backward += trained
+    of_linear, of_attention, of_head = backward_flops(s)
+    backward = of_linear + of_attention + of_head
     again = linear + attention if s.checkpointing else 0.0
     count = s.micro_batches
     rate = speed.attention or speed.flops
-    attention_flops = attention * (4 if s.checkpointing else 3)
+    attention_flops = attention * (2 if s.checkpointing else 1) + of_attention
     matmul_flops = forward + backward + again - attention_flops
     act = activations.layer(s)
     kept = s.model.layers * act.saved * (1.4 if s.checkpointing else 1.0)

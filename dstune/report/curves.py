@@ -26,6 +26,7 @@ TITLES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
+    "utilization": "Model FLOPs utilisation",
     "peak_memory_gib": "Peak memory, GiB a rank",
 }
 """The charts in their order; other metrics follow under their own names."""
@@ -35,11 +36,12 @@ NOT_DRAWN = frozenset(
     | {f"{part}/{count}" for part in ("eval", "guard", "ood") for count in ("targets", "rows", "tokens", "generated")}
     | {"slowest_rank", "slowest_to_median", "spike_z_score"}
     | {"data_seconds", "forward_seconds", "backward_seconds", "update_seconds"}
+    | {"positions_per_second", "targets_per_second"}
 )
 """Counters that say where a run is, not how it goes. Seconds a step are the inverse of tokens per second."""
 
-FROM_ZERO = frozenset({"lr", "tokens_per_second", "peak_memory_gib"})
-SMOOTHED = frozenset({"loss", "grad_norm", "tokens_per_second"})
+FROM_ZERO = frozenset({"lr", "tokens_per_second", "utilization", "peak_memory_gib"})
+SMOOTHED = frozenset({"loss", "grad_norm", "tokens_per_second", "utilization"})
 
 
 def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[str]) -> list[Chart]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
 from dstune.dist import World
 from dstune.errors import DstuneError
 from dstune.train.supply import Supply, order_of
+from dstune.train.utilization import Counted, counted
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ class Feed:
     epoch: float
     """Passes over the training rows that are done after it."""
     batches: tuple[tuple[MicroBatch, dict[str, torch.Tensor]], ...]
+    counted: Counted = field(default_factory=Counted)
+    """Of `batches`; in the thread that makes them, so that no step waits for it."""
 
 
 def windows(
@@ -55,7 +58,7 @@ def windows(
         for micro_batch in share(draw.window.micro_batches, world.data_parallel_rank, world.data_parallel_size):
             batch = batch_of(config, draw.split, micro_batch, pad_token_id)
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
-        return Feed(draw.window, draw.epoch, tuple(batches))
+        return Feed(draw.window, draw.epoch, tuple(batches), counted(config, draw.split, batches))
 
     feeds = Ahead(prepare, steps, depth=2)
     try:

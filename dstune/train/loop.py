@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dstune.config.schema import RunConfig, SpikeAction
+from dstune.config.schema import UNTIMED_STEPS, RunConfig, SpikeAction
 from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.build import PreparedData
 from dstune.dist import World
@@ -25,18 +25,22 @@ from dstune.train.hooks import LEAVING, OVERFITTING, UNSAVED, Decision, Hook, Wi
 from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
 from dstune.train.optim import schedule_factor
+from dstune.train.profiling import StepProfiler
 from dstune.train.spikes import SpikeGuard
 from dstune.train.split import TimeSplit
 from dstune.train.state import TrainState
 from dstune.train.stragglers import OwnTime, Stragglers
 from dstune.train.supply import Supply
 from dstune.train.unfreezing import Unfreezing
+from dstune.train.utilization import Utilization
 from dstune.train.watchdog import Watchdog
 from dstune.train.window import joined
 from dstune.zero.engine import Engine, Update
 
-UNTIMED_STEPS = 2
-"""First steps of a launch that do not count for throughput: allocators and caches fill up."""
+TIMED = ("timed_tokens", "timed_seconds", "timed_flops", "timed_capacity")
+
+POSITIONS, TARGETS, FLOPS = "use/positions", "use/targets", "use/flops"
+"""Beside the sums of the head: positions computed, tokens that count in the loss, floating-point operations needed."""
 
 
 class Log(Protocol):
@@ -80,6 +84,8 @@ class Training:
     pad_token_id: int
     guard: SpikeGuard
     own_time: OwnTime
+    utilization: Utilization
+    profiler: StepProfiler
     unfreezing: Unfreezing | None = None
     """Of a method that trains more and more layers."""
     penalties: Penalties | None = None
@@ -123,25 +129,34 @@ def fit(run: Training) -> Decision:
             continue
         number = state.step - first
         waited = time.perf_counter() - began
+        if number >= UNTIMED_STEPS:
+            run.profiler.before_step(state.step + 1)
         update, sums = train_step(run, feed, waited)
         state.step += 1
         state.tokens += feed.window.tokens
         state.targets += feed.window.weight
         state.cursor = run.supply.cursor(state.window)
         asked = join([hook.after_step(state, update) for hook in run.hooks])
-        decision, sums = agree(run, asked, sums)
+        used = use_of(run, feed)
+        decision, sums = agree(run, asked, sums | used)
+        used = {name: sums.pop(name) for name in used}
         seconds = time.perf_counter() - began
         state.seconds = run.seconds_before + time.monotonic() - run.started
-        if number >= UNTIMED_STEPS:
+        capacity = run.utilization.capacity(seconds)
+        if number >= UNTIMED_STEPS and not run.profiler.disturbs:
             state.timed_tokens += feed.window.tokens
             state.timed_seconds += seconds
+            state.timed_flops += used[FLOPS]
+            state.timed_capacity += capacity
             tell(run, run.evaluation_cost.stepped(seconds))
         penalty = None if run.penalties is None else run.penalties.value()
         if math.isfinite(sums["loss_sum"]):
             state.fit_loss_sum += sums["loss_sum"]
             state.fit_weight += feed.window.weight
         spike = run.guard.note(state, sums["loss_sum"] / feed.window.weight)
-        report_step(run, feed, update, sums, seconds, penalty, spike)
+        # What follows a step that asks for something is no step.
+        run.profiler.after_step(pause=bool(decision.wish) or spike is not None or state.step >= run.total_steps)
+        report_step(run, feed, update, sums, rates(used, seconds, capacity), seconds, penalty, spike)
         if spike is not None:
             decision = act_on_spike(run, spike, decision)
 
@@ -158,6 +173,8 @@ def fit(run: Training) -> Decision:
             return decision
         if state.step >= run.total_steps:
             break
+        with run.watchdog.paused():
+            run.profiler.write()  # after a save, which may be urgent
         began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
     return Decision(Wish.STOP, "")
 
@@ -198,7 +215,7 @@ def act_on_spike(run: Training, spike: dict[str, Any], decision: Decision) -> De
             earlier.skipped_windows = state.window - earlier.step
             earlier.cursor = state.cursor
             earlier.extra.setdefault(spikes.NAME, {"losses": []})["events"] = events
-            for name in ("seconds", "save_seconds", "peak_memory_gib", "timed_tokens", "timed_seconds"):
+            for name in ("seconds", "save_seconds", "peak_memory_gib", *TIMED):
                 setattr(earlier, name, getattr(state, name))
             told += f"; back to step {earlier.step}, {state.window - earlier.window} windows of data are left out"
             vars(state).update(vars(earlier))
@@ -262,6 +279,23 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
     update = run.engine.update()
     run.split.mark("update")
     return update, {name: float(value) for name, value in sums.items()}
+
+
+def use_of(run: Training, feed: Feed) -> dict[str, float]:
+    """What the window has of use in it, as far as this rank has computed it; of the step that is just done."""
+    unfrozen = 0 if run.unfreezing is None else run.unfreezing.trained_layers(run.state.step - 1)
+    flops = run.utilization.flops(feed.counted, unfrozen)
+    used = {POSITIONS: feed.counted.positions, TARGETS: feed.counted.targets, FLOPS: flops}
+    # Ranks that share rows have counted the same ones.
+    return {name: value * run.world.data_parallel_size / run.world.size for name, value in used.items()}
+
+
+def rates(used: Mapping[str, float], seconds: float, capacity: float) -> dict[str, float]:
+    """The metrics of a step that needed `used` over all ranks; without those that are not known."""
+    found = {"positions_per_second": used[POSITIONS] / seconds, "targets_per_second": used[TARGETS] / seconds}
+    if capacity:
+        found["utilization"] = used[FLOPS] / capacity
+    return {name: value for name, value in found.items() if value}
 
 
 def agree(run: Training, asked: Decision, sums: Mapping[str, float] | None = None) -> tuple[Decision, dict[str, float]]:
@@ -337,6 +371,7 @@ def report_step(
     feed: Feed,
     update: Update,
     sums: Mapping[str, float],
+    use: Mapping[str, float],
     seconds: float,
     penalty: float | None,
     spike: dict[str, Any] | None,
@@ -351,6 +386,7 @@ def report_step(
         "grad_norm": update.grad_norm,
         "tokens": state.tokens,
         "tokens_per_second": feed.window.tokens / seconds,
+        **use,
         "step_seconds": seconds,
         **run.split.seconds(),
         "peak_memory_gib": state.peak_memory_gib,

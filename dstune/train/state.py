@@ -38,6 +38,10 @@ class TrainState:
     timed_tokens: int = 0
     timed_seconds: float = 0.0
     """Tokens and time of the steps that count for throughput: without evaluation, saving and each launch's first two."""
+    timed_flops: float = 0.0
+    timed_capacity: float = 0.0
+    """Of those among them whose utilisation is known: operations that they needed, and that the ranks could have done. Not
+    the latter's rate, since a launch may have other devices than the one before."""
     save_seconds: float = 0.0
     """Time that the last save took."""
     peak_memory_gib: float = 0.0
@@ -75,3 +79,8 @@ class TrainState:
     def tokens_per_second(self) -> float | None:
         """None where no step was timed: a launch's first two are not."""
         return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
+
+    @property
+    def utilization(self) -> float | None:
+        """Over the timed steps; None where it is of none of them known."""
+        return self.timed_flops / self.timed_capacity if self.timed_capacity else None

@@ -10,6 +10,9 @@ from dstune.config.compose import Composed, compose, write_run
 
 VOLATILE = {
     "tokens_per_second",
+    "positions_per_second",
+    "targets_per_second",
+    "utilization",
     "step_seconds",
     "data_seconds",
     "forward_seconds",

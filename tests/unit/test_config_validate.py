@@ -279,6 +279,7 @@ def old() -> RunConfig:
         "trainer.epochs=1",
         *(f"{key}=3" for key in MAY_CHANGE_KEYS if key.endswith(("workers", "steps", "patience"))),
         "trainer.activation_checkpointing=true",
+        "trainer.profile_steps=3",
     ],
 )
 def test_resume_may_change(old: RunConfig, override: str):

@@ -17,11 +17,12 @@ from dstune.launch import plan as plan_verb
 from dstune.launch.commands import Machine
 from dstune.planning import activations, host
 from dstune.planning.architecture import architecture
+from dstune.planning.flops import forward_flops
 from dstune.planning.hardware import DEVICES, GIB, Cluster
 from dstune.planning.memory import memory
 from dstune.planning.published import CONFIGS
 from dstune.planning.setup import Setup, setup
-from dstune.planning.time import communication, forward_flops, speed_of, step_time
+from dstune.planning.time import communication, speed_of, step_time
 
 P = 8_030_261_248  # weights of Llama 3.1 8B
 LAYER, WORDS = 218_112_000, 128256 * 4096

@@ -1,0 +1,46 @@
+"""What `dstune plan --calibrate` measured on this machine, kept in the cache by the number of ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dstune.paths import cache_root
+from dstune.planning.time import Speed
+
+FILE = "calibration.json"
+"""In the cache."""
+
+
+def remember(found: dict[str, Any]) -> None:
+    """Keep what `dstune.calibrate_ranks` wrote, in place of an earlier measurement with as many ranks."""
+    everything = _read()
+    everything[str(found["ranks"])] = found
+    cache_root().mkdir(parents=True, exist_ok=True)
+    aside = cache_root() / f"{FILE}.incomplete"
+    aside.write_text(json.dumps(everything, indent=1))
+    aside.replace(cache_root() / FILE)
+
+
+def speeds(ranks: int, *, on_gpu: bool, device: str | None = None, threads: int | None = None) -> dict[int, Speed]:
+    """What was measured here with as many ranks, by the bytes of a weight; empty where nothing was.
+
+    device, threads: where given, a GPU's name and the threads of a CPU's rank, without which another machine that shares
+    the cache, or a rank with more or fewer cores, was measured.
+    """
+    found = _read().get(str(ranks), {})
+    try:
+        if (found["device"] == "CPU") == on_gpu:
+            return {}
+        other = device not in (None, found["device"]) if on_gpu else threads not in (None, found["threads"])
+        return {} if other else {int(size): Speed(**numbers) for size, numbers in found["speeds"].items()}
+    except (KeyError, TypeError, ValueError):  # nothing was measured, or by another version
+        return {}
+
+
+def _read() -> dict[str, Any]:
+    try:
+        value = json.loads((cache_root() / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

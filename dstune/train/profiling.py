@@ -1,0 +1,128 @@
+"""`trainer.profile_steps`: torch's profiler around some optimizer steps of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+FOLDER = "profile"
+"""In the run directory."""
+
+ROWS = 25
+"""Operations in the table."""
+
+
+class StepProfiler:
+    """Records so many steps of this launch, on every rank, so that none of them waits for one that is slower for being watched.
+
+    Evaluations and saves are no steps: the recording ends in front of them and goes on behind them with a trace of its own.
+    folder: of the run. say: shows a line; on rank 0 alone it is called.
+    """
+
+    def __init__(self, steps: int, folder: Path, rank: int, say: Callable[[str], None]):
+        self._left, self._folder, self._rank, self._say = steps, folder / FOLDER, rank, say
+        self._on_gpu = torch.cuda.is_available()
+        self._recording: profile | None = None
+        self._mark: record_function | None = None
+        self._steps: list[int] = []
+        self._done: profile | None = None
+        """Recorded and not written yet."""
+        self._written = self._waits = False
+
+    @property
+    def disturbs(self) -> bool:
+        """Whether the present step is slower for being recorded, or for waiting for a rank that still writes."""
+        return self._recording is not None or self._waits
+
+    def before_step(self, step: int) -> None:
+        """step: from 1, as it is shown."""
+        self._waits, self._written = self._written, False
+        if not self._left:
+            return
+        if self._recording is None:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
+            self._steps = []
+            self._recording = profile(activities=activities)
+            if not self._survives(self._recording.start):
+                return
+        self._steps.append(step)
+        self._mark = record_function(f"optimizer step {step}")
+        self._mark.__enter__()
+
+    def after_step(self, *, pause: bool) -> None:
+        """The step is over. pause: what comes next is none."""
+        if self._recording is None or self._mark is None:
+            return
+        self._mark.__exit__(None, None, None)
+        self._mark = None
+        self._left -= 1
+        if pause or not self._left:
+            self._stop()
+
+    def close(self) -> None:
+        """The run is over, whether or not in the middle of what was to be recorded."""
+        self._left = 0
+        self._stop()
+        self.write()
+
+    def _stop(self) -> None:
+        recorded = self._recording
+        if recorded is not None and self._survives(recorded.stop):
+            self._recording, self._done = None, recorded
+
+    def write(self) -> None:
+        """Write what was recorded, if there is something: a trace and a table for this rank."""
+        recorded, self._done = self._done, None
+        if recorded is not None:
+            self._written = True
+            self._survives(lambda: self._write(recorded))
+
+    def _write(self, recorded: profile) -> None:
+        first, last = self._steps[0], self._steps[-1]
+        self._folder.mkdir(exist_ok=True)
+        name = f"steps-{first}-{last}.rank-{self._rank}"
+        aside = self._folder / f"incomplete.{name}.json.gz"
+        recorded.export_chrome_trace(str(aside))
+        aside.replace(self._folder / f"{name}.json.gz")
+        steps = f"step {first}" if first == last else f"steps {first} to {last}"
+        table = as_table(recorded.key_averages(), f"{steps} of rank {self._rank}", on_gpu=self._on_gpu)
+        (self._folder / f"{name}.txt").write_text(table)
+        if self._rank == 0:
+            self._say(f"profile of {steps}: {self._folder} (tables, and traces for https://ui.perfetto.dev)")
+
+    def _survives(self, action: Callable[[], object]) -> bool:
+        """Whether `action` is done; a profiler or a disk that fails costs the run its profile and nothing else."""
+        try:
+            action()
+            return True
+        except (OSError, RuntimeError) as error:
+            self._left, self._recording, self._mark = 0, None, None
+            if self._rank == 0:
+                self._say(f"warning: no profile: {error}")
+            return False
+
+
+def as_table(operations: Iterable[Any], title: str, *, on_gpu: bool) -> str:
+    """The most expensive operations, by the time of what they start on the GPU, else by their own on the CPU.
+
+    operations: torch's `FunctionEventAvg`, times in microseconds.
+    """
+    kind = "device" if on_gpu else "self CPU"
+    found = []
+    for one in operations:
+        if one.device_type.name == "CPU" and not getattr(one, "is_user_annotation", False):
+            spent = one.self_device_time_total if on_gpu else one.self_cpu_time_total
+            found.append((spent / 1e3, one.count, one.key))
+    total = sum(spent for spent, _, _ in found) or 1.0
+    lines = [
+        f"{title}: {total / 1e3:.3f} s of {kind} time",
+        "",
+        f"{f'{kind} ms':>12}{'share':>8}{'calls':>9}  operation",
+    ]
+    for spent, calls, name in sorted(found, reverse=True)[:ROWS]:
+        lines.append(f"{spent:>12.2f}{spent / total:>8.1%}{calls:>9}  {name}")
+    return "\n".join(lines) + "\n"

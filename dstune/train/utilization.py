@@ -1,0 +1,186 @@
+"""How much of what the devices could have computed a step needed, and which of its positions were of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from dstune.config.method_schema import FeaturesConfig, PromptConfig, PTuningConfig
+from dstune.config.schema import Precision, RunConfig
+from dstune.config.task_schema import (
+    CausalLmConfig,
+    ChatConfig,
+    PreferenceConfig,
+    Seq2SeqConfig,
+    TokenClassificationConfig,
+)
+from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import Split
+from dstune.data.sampler import MicroBatch
+from dstune.dist import World
+from dstune.errors import UserError
+from dstune.planning import calibration
+from dstune.planning.architecture import LANGUAGE_MODEL, architecture
+from dstune.planning.flops import Work, step_flops, work_of
+from dstune.planning.hardware import known_device
+from dstune.planning.setup import Setup, head_of, labels_of, setup
+
+TOKEN_TARGETS = (ChatConfig, CausalLmConfig, Seq2SeqConfig, PreferenceConfig, TokenClassificationConfig)
+"""Tasks whose targets are tokens; those of the others are rows."""
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a rank's micro-batches of one window hold."""
+
+    texts: tuple[int, ...] = ()
+    """Tokens of each text that the model reads, without padding and fillers."""
+    positions: int = 0
+    """Positions that are computed, padding and fillers included."""
+    targets: int = 0
+    """Tokens that count in the loss; 0 where rows do."""
+
+
+def counted(config: RunConfig, split: Split, batches: Iterable[tuple[MicroBatch, Batch]]) -> Counted:
+    """batches: as `data.batches.batch_of` makes them of `split`, in host memory."""
+    texts: list[int] = []
+    positions = targets = 0
+    for micro_batch, batch in batches:
+        positions += sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
+        labels = batch.get("labels") if isinstance(config.task, TOKEN_TARGETS) else None
+        if labels is not None and labels.shape != batch["input_ids"].shape:
+            positions += labels.numel()  # a decoder beside an encoder
+        if micro_batch.filler:
+            continue
+        if "position_ids" in batch:
+            texts += split.lengths[micro_batch.samples].tolist()
+        for name in batch:
+            if name.endswith("attention_mask"):
+                texts += batch[name].sum(dim=1).tolist()
+        targets += 0 if labels is None else int((labels != NO_TARGET).sum())
+    return Counted(tuple(texts), positions, targets)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What tells the operations of a run's steps."""
+
+    setup: Setup
+    projects: bool
+    """Whether targets are projected onto the vocabulary."""
+    prompt: int
+    """Positions of a trained prompt in front of each text."""
+    module: torch.nn.Module | None = None
+    """Its parameters tell what is trained; None where `setup` does."""
+
+    def now(self) -> Needs:
+        """With what is trained at present: gradual unfreezing and chosen tensors are in no configuration."""
+        if self.module is None:
+            return self
+        prefix = getattr(self.module, "base_model_prefix", "")  # which a body alone has not in its names
+        names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        trained = {*names, *(f"{prefix}.{name}" for name in names)}
+        tensors = tuple(tensor for tensor in self.setup.model.tensors if tensor.name in trained)
+        return replace(self, setup=replace(self.setup, trained=tensors))
+
+    def flops(self, counted: Counted) -> float:
+        """Of forward and backward pass over a rank's part of a window."""
+        lengths = [length + self.prompt for length in counted.texts]
+        projected = counted.targets if self.projects else 0
+        work = work_of(lengths, window=self.setup.model.window, projected=projected)
+        grown = (work.positions, work.pairs, work.windowed_pairs, work.projected)
+        return sum(each * count for each, count in zip(self._of_each, grown, strict=True))
+
+    @cached_property
+    def _of_each(self) -> tuple[float, ...]:
+        """Operations of one of each of what they grow with, so that a step does not go through all tensors."""
+        ones = (Work(positions=1), Work(pairs=1), Work(windowed_pairs=1), Work(projected=1))
+        return tuple(step_flops(self.setup, one) for one in ones)
+
+
+class Utilization:
+    """Model FLOPs utilisation of a run's steps (`planning.flops`).
+
+    needs: None where operations cannot be counted. peak: floating-point operations a second of matrix products of one rank
+    while all of `ranks` are busy; None where it is not known. Then there is no utilisation.
+    """
+
+    def __init__(self, needs: Needs | None, peak: float | None, ranks: int):
+        self._needs = needs if peak else None
+        self._peak = peak or 0.0
+        self._ranks = ranks
+        self._unfrozen: int | None = None
+
+    def flops(self, counted: Counted, unfrozen: int = 0) -> float:
+        """What a rank's part of a window needs; 0 where there is no utilisation.
+
+        unfrozen: how many parts of the model are trained, where that changes from step to step.
+        """
+        if self._needs is None:
+            return 0.0
+        if unfrozen != self._unfrozen:
+            self._needs, self._unfrozen = self._needs.now(), unfrozen
+        return self._needs.flops(counted)
+
+    def capacity(self, seconds: float) -> float:
+        """Operations that all ranks could have done in `seconds`; 0 where there is no utilisation."""
+        return 0.0 if self._needs is None else seconds * self._ranks * self._peak
+
+
+def utilization_of(
+    config: RunConfig, model: PreTrainedModel, module: torch.nn.Module, precision: Precision, world: World, labels: int
+) -> Utilization:
+    """model: the one that `module` trains, or trains adapters of. Every rank must call it.
+
+    What is not known costs the run its number and nothing else.
+    """
+    on_gpu = torch.cuda.is_available()
+    try:
+        needs = _needs(config, model, module, precision, world, labels)
+    except (UserError, AttributeError, LookupError, TypeError, ValueError):  # not an architecture of the planner
+        needs = None
+    peak = world.broadcast(peak_flops(precision, world.local_size, on_gpu=on_gpu))
+    return Utilization(needs, peak, world.size)
+
+
+def _needs(
+    config: RunConfig, model: PreTrainedModel, module: torch.nn.Module, precision: Precision, world: World, labels: int
+) -> Needs | None:
+    method, task = config.method, config.task
+    # Vectors in place of texts; passes of a reference model; two streams of tokens that the formula has as one.
+    if isinstance(method, FeaturesConfig) or isinstance(task, PreferenceConfig) or model.config.is_encoder_decoder:
+        return None
+    values = model.config.get_text_config().to_dict()
+    found = setup(
+        config,
+        architecture(values, head_of(config), labels or labels_of(config)),
+        ranks=world.size,
+        ranks_per_node=world.local_size,
+        on_gpu=torch.cuda.is_available(),
+        precision=precision,
+        values=values,
+    )
+    prompt = method.virtual_tokens if isinstance(method, (PromptConfig, PTuningConfig)) else 0
+    needs = Needs(found, head_of(config) == LANGUAGE_MODEL, prompt, None if found.adapter else module)
+    if needs.module is not None and not needs.now().setup.trained:
+        return None  # its parameters have other names than those of the architecture
+    return needs
+
+
+def peak_flops(precision: Precision, ranks: int, *, on_gpu: bool) -> float | None:
+    """Floating-point operations a second of matrix products of one of this machine's `ranks` ranks while all are busy: as
+    measured here by `dstune plan --calibrate`, else as published for this GPU; None where neither is known."""
+    size = 4 if precision is Precision.fp32 else 2
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    measured = calibration.speeds(ranks, on_gpu=on_gpu, device=name, threads=torch.get_num_threads())
+    if size in measured:
+        return measured[size].flops
+    # Published are peaks of 16 bits and of whole GPUs.
+    device = known_device(name) if on_gpu and size == 2 and " MIG " not in f"{name} " else None
+    return None if device is None else device.tflops * 1e12
