@@ -12,7 +12,7 @@ import torch
 
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
-from dstune.config.schema import UNTIMED_STEPS, RunConfig
+from dstune.config.schema import UNTIMED_STEPS, RunConfig, UlyssesConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     PreferenceConfig,
@@ -116,6 +116,9 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
     if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
+    if isinstance(config.parallel, UlyssesConfig) and run.world.local_size % config.parallel.size:
+        reason = f"parallel.size={config.parallel.size} does not divide the {run.world.local_size} ranks of a node"
+        yield f"{reason}: ranks of two nodes share rows, and exchange attention over the network in every layer"
     yield from changed_schedule(config, run)
 
 
@@ -124,12 +127,12 @@ def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
     step, before = run.state.step, run.state.planned_steps
     if not step or not before or before == run.total_steps:
         return
-    was = schedule_factor(config.schedule, step - 1, before)
+    was = schedule_factor(config.schedule, min(step, before - 1), before)  # of the next step, or the last one again
     now = schedule_factor(config.schedule, step, run.total_steps)
     if abs(now - was) >= 0.01:
         yield (
             f"the run has {run.total_steps:,} steps now instead of {before:,}, and its schedule is stretched to them: the rate "
-            f"goes on at {config.optimizer.lr * now:.2g} after {config.optimizer.lr * was:.2g}. For a schedule of their own, "
+            f"goes on at {config.optimizer.lr * now:.2g} instead of {config.optimizer.lr * was:.2g}. For a schedule of their own, "
             f"train the further steps as a new run: model.path=EXPORT"
         )
 

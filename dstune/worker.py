@@ -125,7 +125,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
     if cut is not None:
-        check_cut(engine, head, model.config.get_text_config().vocab_size, world)
+        check_cut(engine, head, model.config.get_text_config(), config.data.max_length, world)
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,

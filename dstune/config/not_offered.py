@@ -26,7 +26,7 @@ FEATURES: dict[str, tuple[str, str]] = {
         "zero=stage3_offload, into the host's memory",
     ),
     "autotp": (
-        "tensor parallelism: every rank reads rows of its own here, and ranks of one group would have to read the same",
+        f"tensor parallelism: {UNMEASURED}",
         "zero=stage3, which partitions the weights too",
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),

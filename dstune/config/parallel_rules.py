@@ -58,11 +58,17 @@ def check_parallel(config: RunConfig) -> Iterator[Problem]:
             fix = f"leave it out here; `dstune evaluate RUN evaluate.{key}=...` measures it afterwards"
             yield Problem(f"evaluate.{key}", reason, fix, shown(value))
     ranks = config.launch.processes if isinstance(config.launch, LocalConfig) else None
-    if ranks is not None and ranks % config.parallel.size:
-        reason = f"{ranks} ranks cannot be divided into groups of so many"
-        yield Problem(
-            "parallel.size", reason, f"launch.processes={2 * config.parallel.size}", shown(config.parallel.size)
-        )
+    if ranks is not None and (problem := ranks_problem(ranks, config.parallel.size)):
+        yield problem
+
+
+def ranks_problem(ranks: int, parts: int) -> Problem | None:
+    """What is wrong where so many ranks are to be divided into groups of `parts`."""
+    if ranks % parts == 0:
+        return None
+    fits = [str(size) for size in range(2, ranks + 1) if ranks % size == 0]
+    fix = f"parallel.size={'|'.join(fits)}, or another number of ranks" if fits else "more ranks, or parallel=none"
+    return Problem("parallel.size", f"{ranks} ranks cannot be divided into groups of so many", fix, shown(parts))
 
 
 def repeats_of_keys(heads: int, parts: int) -> int:

@@ -114,7 +114,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_tool_calls: Any = None) -> None:
     """Raises RowError for roles in an impossible order, several calls at once where those are ruled out, or (with
-    `needs_answer`) no message to train on, or one that would teach the model to say nothing."""
+    `needs_answer`) no message to train on."""
     previous = "start"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
@@ -134,6 +134,10 @@ def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_
         raise RowError("no trainable token: the conversation has no assistant message")
     if not any(message.get("weight", 1) for message in answers):
         raise RowError("no trainable token: every assistant message has the weight 0")
+
+
+def check_answers(messages: list[Message]) -> None:
+    """Raises RowError for a message to train on that would teach the model to say nothing."""
     for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant" and message.get("weight", 1) and not _says_something(message):
             raise RowError(f"message {number} (assistant) is empty; weight: 0 keeps it in the conversation, untrained")

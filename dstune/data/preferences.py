@@ -11,6 +11,7 @@ from typing import Any
 
 from dstune.data.messages import (
     Message,
+    check_answers,
     check_conversation,
     conversation_of,
     exchange,
@@ -100,6 +101,8 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
                 f"role {messages[0]['role']}"
             )
         check_conversation([*_untrained(asked), *messages], needs_answer=True)
+        if name == "chosen":  # the other one may teach the model not to be silent
+            check_answers([*_untrained(asked), *messages])
     return {"prompt": asked, **answered}
 
 

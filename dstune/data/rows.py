@@ -28,6 +28,7 @@ from dstune.data.formats import (
 )
 from dstune.data.messages import (
     alpaca,
+    check_answers,
     check_conversation,
     conversation_of,
     prompt_and_completion,
@@ -85,7 +86,7 @@ def normalise(
         return pair_row(found)
     if fmt is DataFormat.feedback:
         verdict = found.pop("label")
-        return {**_chat(found, DataFormat.prompt_completion, needs_answer), "desirable": verdict}
+        return {**_chat(found, DataFormat.prompt_completion, needs_answer, silence=not verdict), "desirable": verdict}
     if fmt is DataFormat.tokens_tags:
         return _tagged(found, task if isinstance(task, TokenClassificationConfig) else TokenClassificationConfig())
     if fmt is DataFormat.squad:
@@ -135,7 +136,8 @@ def _check_of(role: str, fmt: DataFormat, multi_label: bool) -> Callable[[Any, s
     return _CHECKS.get(role)
 
 
-def _chat(found: dict[str, Any], fmt: DataFormat, needs_answer: bool) -> dict[str, Any]:
+def _chat(found: dict[str, Any], fmt: DataFormat, needs_answer: bool, *, silence: bool = False) -> dict[str, Any]:
+    """silence: an answer that says nothing may be learned from."""
     tools = tools_of(found["tools"]) if found.get("tools") else []
     match fmt:
         case DataFormat.messages:
@@ -154,6 +156,8 @@ def _chat(found: dict[str, Any], fmt: DataFormat, needs_answer: bool) -> dict[st
     if parallel is not None and not isinstance(parallel, bool):
         raise RowError(f"parallel_tool_calls must be true or false, it is {shown(parallel)}")
     check_conversation(messages, needs_answer=needs_answer, parallel_tool_calls=parallel)
+    if needs_answer and not silence:
+        check_answers(messages)
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 

@@ -14,7 +14,7 @@ from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
-from dstune.config.parallel_rules import heads_problem
+from dstune.config.parallel_rules import heads_problem, ranks_problem
 from dstune.config.schema import Automatic, Precision, RunConfig, UlyssesConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
@@ -188,8 +188,10 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     Raises UserError where the model's architecture is not known."""
     values = source.config_json(config.model)
     model = architecture.architecture(values, head_of(config), labels_of(config))
-    if isinstance(config.parallel, UlyssesConfig) and (problem := heads_problem(model.heads, config.parallel.size)):
-        raise UserError(problem)
+    if isinstance(config.parallel, UlyssesConfig):
+        found = (ranks_problem(cluster.ranks, config.parallel.size), heads_problem(model.heads, config.parallel.size))
+        if problems := [problem for problem in found if problem]:
+            raise UserError(problems)
     precision = resolved_precision(config, on_gpu=cluster.device.gpu)
     configured = setup(
         config,

@@ -9,7 +9,7 @@ The loss needs nothing of this: a rank has the targets of its own positions, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dstune.config.parallel_rules import heads_problem, repeats_of_keys
+from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys
 from dstune.config.schema import UlyssesConfig
 from dstune.dist import World
 from dstune.errors import Problem, UserError
@@ -44,10 +44,8 @@ class SequenceCut:
 
         Raises UserError where the ranks cannot be divided so.
         """
-        if world.size % parts:
-            fits = ", ".join(str(n) for n in range(2, world.size + 1) if world.size % n == 0) or "none"
-            reason = f"{world.size} ranks cannot be divided into groups of so many"
-            raise UserError(Problem("parallel.size", reason, f"one of {fits}, or parallel=none", str(parts)))
+        if problem := ranks_problem(world.size, parts):
+            raise UserError(problem)
         self.parts, self.part = parts, world.rank % parts
         for first in range(0, world.size, parts):
             group = torch_dist.new_group(list(range(first, first + parts)))
@@ -112,6 +110,8 @@ class SequenceCut:
         spans = more.pop(SPANS, None)
         if spans is None:  # whole rows
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        unknown = [name for name in ("s_aux", "position_bias") if more.get(name) is not None]
+        assert not unknown, f"attention with {unknown} of its own, which `refuse` does not know"
         repeats = repeats_of_keys(key.shape[1], self.parts)
         if repeats > 1:
             key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
@@ -119,7 +119,8 @@ class SequenceCut:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        window = more.get("sliding_window") or getattr(module, "sliding_window", None)
+        # What is passed counts: EXAONE's layers all hold a window, and those without one pass None.
+        window = more["sliding_window"] if "sliding_window" in more else getattr(module, "sliding_window", None)
         dropout = dropout if module.training else 0.0
         attended = _attend(query, key, value, spans, dropout=dropout, scaling=scaling, window=window)
         return self._to_positions(attended).transpose(1, 2), None
@@ -169,26 +170,34 @@ def _attend(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Causal attention of each sample on its own: no mask of all positions with all others is ever made."""
+    """Causal attention of each sample on its own: no mask of all positions with all others is ever made.
 
-    def attend(rows: slice, start: int, end: int) -> torch.Tensor:
-        q, k, v = (states[rows, :, start:end] for states in (query, key, value))
+    window: how far back a position looks, itself included. A longer sample goes in pieces of so many positions, each of which
+    sees as many again before it, so that a mask has at most 2 x window^2 elements.
+    """
+
+    def attend(rows: slice, first: int, end: int, start: int) -> torch.Tensor:
+        """Of the positions from `first` to `end` of a sample that begins at `start`."""
+        seen = start if window is None else max(start, first - window + 1)
+        q, k, v = query[rows, :, first:end], key[rows, :, seen:end], value[rows, :, seen:end]
         mask = None
-        if window is not None and end - start > window:
-            place = torch.arange(end - start, device=query.device)
-            behind = place[:, None] - place[None, :]
+        if window is not None and seen < first:
+            behind = torch.arange(first, end, device=q.device)[:, None] - torch.arange(seen, end, device=q.device)
             mask = (behind >= 0) & (behind < window)
         return functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
         )
 
+    def whole(rows: slice, of_row: Sequence[tuple[int, int]]) -> torch.Tensor:
+        found = []
+        for start, end in of_row:
+            step = window or end - start
+            found += [attend(rows, first, min(first + step, end), start) for first in range(start, end, step)]
+        return torch.cat(found, dim=2)
+
     if len(set(spans)) == 1:
-        return torch.cat([attend(slice(None), start, end) for start, end in spans[0]], dim=2)
-    rows = [
-        torch.cat([attend(slice(row, row + 1), start, end) for start, end in of_row], dim=2)
-        for row, of_row in enumerate(spans)
-    ]
-    return torch.cat(rows, dim=0)
+        return whole(slice(None), spans[0])
+    return torch.cat([whole(slice(row, row + 1), of_row) for row, of_row in enumerate(spans)], dim=0)
 
 
 def spans_of(positions: torch.Tensor) -> Spans:
@@ -208,21 +217,30 @@ def refuse(model: PreTrainedModel, parts: int) -> None:
     def problem(reason: str, fix: str = "parallel=none") -> UserError:
         return UserError(Problem(key, f"{named}: {reason}", fix, "ulysses"))
 
-    if not getattr(model, "_supports_attention_backend", False):
+    if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
         raise problem("its attention in transformers cannot be replaced")
     if getattr(architecture, "attn_logit_softcapping", None):
         raise problem("its attention caps its scores, which the fused attention of torch does not do")
-    if rope_type(architecture) in ("dynamic", "longrope"):
-        raise problem(
-            f"its positions ({rope_type(architecture)}) depend on the length of the row, and a rank sees a part of it"
-        )
+    if kinds := rope_types(architecture) & {"dynamic", "longrope"}:
+        named_kinds = ", ".join(sorted(kinds))
+        raise problem(f"its positions ({named_kinds}) depend on the length of the row, and a rank sees a part of it")
+    others = set(getattr(architecture, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if (
+        others
+        or getattr(architecture, "attention_chunk_size", None)
+        or getattr(architecture, "attn_temperature_tuning", 0)
+    ):
+        layers = ", ".join(sorted(others)) or "attention in chunks"
+        raise problem(f"its layers ({layers}) look at a row in a way of their own")
+    if getattr(architecture, "layerdrop", 0):
+        off = "model.config_overrides={layerdrop: 0}"
+        raise problem("it leaves out layers at random, where the other ranks of a row would wait", off)
     if found := heads_problem(architecture.num_attention_heads, parts):
         raise UserError(found)
 
 
-def rope_type(architecture: PretrainedConfig) -> str:
-    """The kind of rotary positions in a model's configuration, `default` where it says nothing."""
+def rope_types(architecture: PretrainedConfig) -> set[str]:
+    """The kinds of rotary positions in a model's configuration; some have one for each kind of layer."""
     found = getattr(architecture, "rope_parameters", None) or getattr(architecture, "rope_scaling", None) or {}
-    if any(isinstance(value, dict) for value in found.values()):  # by the kind of layer
-        found = next(value for value in found.values() if isinstance(value, dict))
-    return str(found.get("rope_type", found.get("type", "default")))
+    each = [value for value in found.values() if isinstance(value, dict)] or [found]
+    return {str(one.get("rope_type", one.get("type", "default"))) for one in each}

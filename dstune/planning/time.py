@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dstune.config.parallel_rules import repeats_of_keys
 from dstune.planning import activations
 from dstune.planning.flops import backward_flops, forward_flops
 from dstune.planning.hardware import Cluster
@@ -103,7 +104,8 @@ def exchanges(s: Setup) -> int:
     """Bytes that leave a rank in a step for attention over rows that ranks share (Jacobs et al. 2023, arXiv:2309.14509, section 3):
     queries, keys, values and what is attended, in both passes, and once more where activations are computed again."""
     m = s.model
-    states = s.tokens * 2 * (m.heads + m.kv_heads) * m.head_dim * s.weight_bytes
+    keys = m.kv_heads * repeats_of_keys(m.kv_heads, s.sharing)
+    states = s.tokens * 2 * (m.heads + keys) * m.head_dim * s.weight_bytes
     passes = 3 if s.checkpointing else 2
     return int(s.micro_batches * m.layers * passes * states * (s.sharing - 1) / s.sharing)
 

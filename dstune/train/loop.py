@@ -113,7 +113,9 @@ def fit(run: Training) -> Decision:
                 run.saves.save(state)
         if decision.wish & Wish.STOP:
             return decision
-    run.own_time.attach(run.engine.module)
+    shared = run.world.data_parallel_size < run.world.size
+    # Where ranks share rows, those with the ends of answers have the targets, and the projection makes the whole loss.
+    run.own_time.attach(run.engine.module, without=projection_of(run.engine.module) if shared else None)
     first = state.step
     ahead = sys.maxsize if run.guard.action is SpikeAction.rollback else run.total_steps + state.skipped_windows
     steps = range(state.window, ahead if first < run.total_steps else state.window)
@@ -177,6 +179,12 @@ def fit(run: Training) -> Decision:
             run.profiler.write()  # after a save, which may be urgent
         began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
     return Decision(Wish.STOP, "")
+
+
+def projection_of(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The vocabulary projection of a model, or of the one that adapters are on."""
+    found = getattr(module, "get_output_embeddings", lambda: None)()
+    return getattr(found, "base_layer", found)
 
 
 def save_if_asked(run: Training, decision: Decision) -> Decision:

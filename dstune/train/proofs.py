@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -50,12 +51,17 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
         )
 
 
-def check_cut(engine: Engine, head: Head, vocabulary: int, world: World) -> None:
-    """Raises UserError on all ranks where rows whose positions ranks share have another loss than the same samples one by one."""
+def check_cut(engine: Engine, head: Head, architecture: Any, max_length: int, world: World) -> None:
+    """Raises UserError on all ranks where rows whose positions ranks share have another loss than the same samples one by one.
+
+    One of them is longer than the window of the model's attention, where rows of `max_length` tokens are.
+    """
+    vocabulary, window = architecture.vocab_size, getattr(architecture, "sliding_window", None) or 0
+    longest = max(21, min(window + 9, max_length))
     generator = torch.Generator().manual_seed(0)
     rows = [
         [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
-        for lengths in ((9, 12), (21,))
+        for lengths in ((9, longest - 9), (longest,))
     ]
     ids = torch.stack([torch.cat(row) for row in rows])
     positions = torch.stack([torch.cat([torch.arange(len(sample)) for sample in row]) for row in rows])

@@ -36,12 +36,12 @@ class OwnTime:
         self._waited = 0.0
         self.mean: float | None = None
 
-    def attach(self, module: nn.Module) -> None:
-        """Put the hooks on, behind those that are there."""
+    def attach(self, module: nn.Module, without: nn.Module | None = None) -> None:
+        """Put the hooks on, behind those that are there. without: a layer whose work differs from rank to rank by design."""
         for hook in self._hooks:
             hook.remove()
         for layer in module.modules():
-            if isinstance(layer, nn.Linear) and not list(layer.children()):
+            if isinstance(layer, nn.Linear) and not list(layer.children()) and layer is not without:
                 self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
 
     def start(self, elements: int, waited: float) -> None:

@@ -181,6 +181,7 @@ def peak_flops(precision: Precision, ranks: int, *, on_gpu: bool) -> float | Non
     measured = calibration.speeds(ranks, on_gpu=on_gpu, device=name, threads=torch.get_num_threads())
     if size in measured:
         return measured[size].flops
-    # Published are peaks of 16 bits and of whole GPUs.
-    device = known_device(name) if on_gpu and size == 2 and " MIG " not in f"{name} " else None
+    # Published are peaks of 16 bits, of whole GPUs, and of the fastest kind of a name (an H100 is slower as a PCIe card).
+    other = any(word in f"{name} ".upper() for word in (" MIG ", "PCIE", "NVL"))
+    device = known_device(name) if on_gpu and size == 2 and not other else None
     return None if device is None else device.tflops * 1e12

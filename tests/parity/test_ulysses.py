@@ -30,22 +30,31 @@ def references(workshop: Workshop):  # noqa: F811
 
 
 def save_windowed(folder):
-    """The tiny decoder's weights as a model whose attention looks back 8 positions."""
+    """A tiny model whose first layer looks back 8 positions and whose second one at all: EXAONE 4, where both layers hold the
+    window and the second is passed none."""
+    import torch
+    from transformers import Exaone4Config, Exaone4ForCausalLM
+
     save_decoder(folder)
-    description = json.loads((folder / "config.json").read_text())
-    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8}
-    (folder / "config.json").write_text(json.dumps(description | window))
+    known = json.loads((folder / "config.json").read_text())
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
+    torch.manual_seed(0)
+    settings = {key: known[key] for key in (*same, *tokens)}
+    layers = {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    Exaone4ForCausalLM(Exaone4Config(**settings, **layers, tie_word_embeddings=False)).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("ranks", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)]
+    ("ranks", "size", "stages"),
+    [(2, 2, STAGES), (4, 4, (3,)), pytest.param(4, 2, (2, 3), marks=pytest.mark.slow)],
 )
-def test_shared_rows_equal_the_plain_loop(workshop, references, ranks, size):  # noqa: F811
+def test_shared_rows_equal_the_plain_loop(workshop, references, ranks, size, stages):  # noqa: F811
     """Two ranks with the four heads of queries and two of keys, two groups of them, and four ranks, for which a head of keys
     is repeated; packed rows, and rows of different lengths of which a rank may have no target."""
     names = {}
-    for stage in STAGES if ranks == 2 else (2, 3):
+    for stage in stages:
         for packing in ("true", "false"):
             overrides = [f"zero=stage{stage}", f"data.packing={packing}", *ULYSSES, f"parallel.size={size}"]
             names[f"u{ranks}-{size}-s{stage}-{packing}"] = (packing, overrides)
@@ -65,10 +74,10 @@ def test_evaluation_lora_checkpointing_and_windows_of_attention(workshop):  # no
     (attention exchanges once more in the backward pass), and layers that look back a few positions only."""
     windowed = save_windowed(workshop.folder / "windowed")
     cases = {
-        "lora": ["method=lora", "method.dropout=0", "trainer.activation_checkpointing=true", "optimizer=adamw"],
+        "lora": ["method=lora", "method.dropout=0", "trainer.activation_checkpointing=true", "optimizer.lr=2"],
         "window": [f"model.path={windowed}", "data.packing=true"],
     }
-    common = ["zero=stage3", STILL, "optimizer.lr=0.01", "evaluate.at_start=true", "trainer.max_steps=3"]
+    common = ["zero=stage3", STILL, "evaluate.at_start=true", "trainer.max_steps=3"]
     plain = [workshop.case(f"plain-{name}", *common, *overrides) for name, overrides in cases.items()]
     run_ranks(PROGRAM, 1, plain)
     shared = [workshop.case(f"shared-{name}", *common, *overrides, *ULYSSES) for name, overrides in cases.items()]
@@ -77,10 +86,15 @@ def test_evaluation_lora_checkpointing_and_windows_of_attention(workshop):  # no
         one, two = (workshop.result(f"{kind}-{name}") for kind in ("plain", "shared"))
         for when in ("eval_initial", "eval_final"):
             assert two[when]["targets"] == one[when]["targets"]
-            assert two[when]["loss"] == pytest.approx(one[when]["loss"], rel=2e-6), name
+            assert two[when]["loss"] == pytest.approx(one[when]["loss"], rel=5e-6), name
         assert two["tokens"] == one["tokens"]
-        losses = [[row["loss"] for row in workshop.rows(f"{kind}-{name}")] for kind in ("plain", "shared")]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
+        for key in ("loss", "grad_norm"):
+            values = [[row[key] for row in workshop.rows(f"{kind}-{name}")] for kind in ("plain", "shared")]
+            assert values[1] == pytest.approx(values[0], rel=1e-5), (name, key)
+            assert abs(values[0][2] - values[0][0]) > 1e-3, "three steps change it"
+        file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+        left, right = (load_file(workshop.folder / f"{kind}-{name}" / "export" / file) for kind in ("plain", "shared"))
+        assert all((left[key] - right[key]).abs().max() < 5e-6 for key in left), name
 
 
 def test_a_run_goes_on_with_shared_rows_and_without_them(workshop):  # noqa: F811

@@ -52,7 +52,7 @@ def test_a_stretched_schedule_is_told() -> None:
     ended = TrainState(step=100, planned_steps=100)
     linear = ["schedule=linear", "optimizer.lr=1e-3", "schedule.warmup_ratio=0"]
     (line,) = said(*linear, steps=200, state=ended)
-    assert line.startswith("the run has 200 steps now instead of 100") and "goes on at 0.0005 after 1e-05" in line
+    assert line.startswith("the run has 200 steps now instead of 100") and "goes on at 0.0005 instead of 1e-05" in line
     assert said(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
     assert said("schedule=constant", steps=200, state=ended) == []
     assert said(*linear, steps=200) == []  # a first start

@@ -198,3 +198,15 @@ def test_what_was_measured_here_replaces_the_table(
         seconds.append(found["configured"]["step_seconds"])
     assert seconds[0] == pytest.approx(10 * seconds[1], rel=1e-3)
     assert not plan_json(capsys, *words, "launch.processes=3")["calibrated"]
+
+
+def test_rows_that_ranks_share_take_a_part_of_the_memory_and_ranks_that_can_be_divided(capsys) -> None:
+    words = ["model=llama3_8b", "task=causal_lm", "data=files", "hardware=8xH100-80G", "data.max_length=32768"]
+    words += ["trainer.micro_batch_size=1", "zero=stage3"]
+    whole = plan_json(capsys, *words)["configured"]
+    shared = plan_json(capsys, *words, "parallel=ulysses", "parallel.size=8")["configured"]
+    assert shared["memory_gib_per_rank"] < 0.4 * whole["memory_gib_per_rank"]
+    assert shared["fits"] and not whole["fits"]
+    for size, why in ((3, "8 ranks cannot be divided"), (5, "32 attention heads cannot be shared")):
+        with pytest.raises(UserError, match=why):
+            main([*words, "parallel=ulysses", f"parallel.size={size}"])

@@ -48,6 +48,17 @@ def test_texts_stay_texts_and_mix_with_messages():
     assert mixed["chosen"] == [assistant("b")]
 
 
+def test_silence_may_be_rejected_and_not_chosen():
+    silent, said = [user("a"), assistant("")], [user("a"), assistant("b")]
+    assert pair(chosen=said, rejected=silent)["rejected"] == [assistant("")]
+    with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
+        pair(chosen=silent, rejected=said)
+    judged = {"prompt": [user("a")], "completion": [assistant("")], "label": False}
+    assert normalise(judged, DataFormat.feedback, {})["desirable"] is False
+    with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
+        normalise(judged | {"label": True}, DataFormat.feedback, {})
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

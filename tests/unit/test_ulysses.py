@@ -13,7 +13,7 @@ from dstune.config.parallel_rules import heads_problem, repeats_of_keys
 from dstune.config.task_schema import ChatConfig
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
-from dstune.models.ulysses import SPANS, SequenceCut, refuse, rope_type, spans_of
+from dstune.models.ulysses import SPANS, SequenceCut, _attend, refuse, rope_types, spans_of
 
 SOURCES = ["model=smollm2", "data=chitchat", "parallel=ulysses"]
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_shared_is_refused(overrides, key):
 
 
 def test_ranks_that_cannot_be_divided_are_told_what_can():
-    with pytest.raises(UserError, match=r"(?s)6 ranks cannot be divided.*one of 2, 3, 6"):
+    with pytest.raises(UserError, match=r"(?s)6 ranks cannot be divided.*size=2\|3\|6"):
         SequenceCut(SimpleNamespace(size=6, rank=0), 4)
 
 
@@ -108,10 +108,26 @@ def test_a_loss_that_is_not_that_of_the_samples_ends_the_run(tmp_path, factor):
     world = SimpleNamespace(data_parallel_size=1, sum=list, any=bool)
     with torch.no_grad():
         if factor == 1.0:
-            check_cut(engine, head, model.config.vocab_size, world)
+            check_cut(engine, head, model.config, 64, world)
             return
         with pytest.raises(UserError, match="another loss than the same rows in one piece"):
-            check_cut(engine, head, model.config.vocab_size, world)
+            check_cut(engine, head, model.config, 64, world)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7, 30])
+def test_attention_in_pieces_is_attention_with_a_mask(window):
+    """Of samples that are shorter than the window, a multiple of it long, or neither."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 24, 5, dtype=torch.float64) for _ in range(3))
+    spans = (((0, 3), (3, 11), (11, 24)), ((0, 24),))
+    found = _attend(query, key, value, spans, dropout=0.0, scaling=0.7, window=window)
+    place = torch.arange(24)
+    behind = place[:, None] - place[None, :]
+    for row, of_row in enumerate(spans):
+        sample = torch.cat([torch.full((end - start,), number) for number, (start, end) in enumerate(of_row)])
+        seen = (behind >= 0) & (behind < (window or 24)) & (sample[:, None] == sample[None, :])
+        scores = (0.7 * query[row] @ key[row].transpose(1, 2)).masked_fill(~seen, float("-inf"))
+        assert torch.allclose(found[row], scores.softmax(-1) @ value[row])
 
 
 def test_models_that_cannot_be_cut(tmp_path):
@@ -122,13 +138,32 @@ def test_models_that_cannot_be_cut(tmp_path):
     with pytest.raises(UserError, match="4 attention heads"):
         refuse(decoder, 3)
     decoder.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
-    assert rope_type(decoder.config) == "dynamic"
+    assert rope_types(decoder.config) == {"dynamic"}
     with pytest.raises(UserError, match="depend on the length of the row"):
         refuse(decoder, 4)
     capped = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
     capped.config.attn_logit_softcapping = 50.0
     with pytest.raises(UserError, match="caps its scores"):
         refuse(capped, 2)
+    for changes, why in (
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"attention_chunk_size": 8}, "in chunks"),
+        ({"layerdrop": 0.1}, "leaves out layers"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "longrope"},
+                }
+            },
+            "longrope",
+        ),
+    ):
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+        for key, value in changes.items():
+            setattr(other.config, key, value)
+        with pytest.raises(UserError, match=why):
+            refuse(other, 2)
     encoder = AutoModel.from_pretrained(save_encoder(tmp_path / "encoder"))
     encoder._supports_attention_backend = False
     with pytest.raises(UserError, match="cannot be replaced"):

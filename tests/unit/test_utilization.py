@@ -256,6 +256,6 @@ def test_the_peak_of_a_gpu_that_was_not_measured_is_the_published_one(
     assert peak_flops(Precision.fp32, 8, on_gpu=True) == 5e9
     remember(tmp_path, "NVIDIA A100-SXM4-80GB", 1, ranks=8)
     assert peak_flops(Precision.fp32, 8, on_gpu=True) is None, "another machine that shares the cache"
-    for other in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA T4"):
+    for other in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H100 PCIe", "NVIDIA T4"):
         name = other
         assert peak_flops(Precision.bf16, 8, on_gpu=True) is None
