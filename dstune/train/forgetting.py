@@ -52,8 +52,10 @@ class Penalties:
         engine.before_update(self._add)
 
     def _add(self, partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        distance = partition.elements.float() - self._start[id(partition.key)]
-        pull = self._strength[id(partition.key)] * distance
+        strength = self._strength[id(partition.key)]
+        # DeepSpeed fills partitions up to equal sizes with memory as it was: not a number now and then.
+        distance = (partition.elements.float() - self._start[id(partition.key)]).where(strength > 0, 0.0)
+        pull = strength * distance
         self._value += 0.5 * float((pull.double() * distance).sum())
         gradient.add_(pull)
 

@@ -74,6 +74,23 @@ def test_a_run_is_measured_without_the_rows_that_it_was_not_to_forget(workshop: 
     assert json.loads(capsys.readouterr().out)["rows"] == 6
 
 
+def test_what_fills_a_partition_up_does_not_count():
+    """A partition of two weights and one element of whatever was in memory."""
+    fragment = SimpleNamespace(name="weight", offset=0, count=2)
+    elements = torch.tensor([1.0, 2.0, float("nan")])
+    partition = SimpleNamespace(key=object(), elements=elements, fragments=[fragment])
+    changes: list[Any] = []
+    engine = SimpleNamespace(stage=3, partitions=lambda: [partition], before_update=changes.append)
+    world = SimpleNamespace(sum=list)
+    config = ForgettingConfig(l2sp=0.5)
+    penalties = forgetting.Penalties(config, engine, SimpleNamespace(parameters=()), {}, world)
+    elements[:2] += 2.0
+    gradient = torch.zeros(3)
+    changes[0](partition, gradient, {})
+    assert gradient.tolist() == [1.0, 1.0, 0.0]
+    assert penalties.value() == 0.5 * 0.5 * (4.0 + 4.0)
+
+
 def test_rows_without_a_finite_gradient_are_left_out_of_the_mean(monkeypatch):
     """The mean is over the rows whose gradients were seen, not over those that were asked for."""
     fragment = SimpleNamespace(name="weight", offset=0, count=2)

@@ -243,7 +243,9 @@ def equals_the_plain_loop(trained, expected, head, sizes):
             assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-5), name
             assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-5), name
             evaluations.append(trained.result(name)["eval_final"])
-    assert all(evaluation == pytest.approx(evaluations[0], rel=1e-5) for evaluation in evaluations)
+    for evaluation in evaluations:
+        # A correlation near 0 is not known to five digits: 5e-7 apart on a processor without AVX-512.
+        assert evaluation == pytest.approx(evaluations[0], rel=1e-5, abs=2e-6)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(trained):
