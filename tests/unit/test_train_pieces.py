@@ -225,8 +225,8 @@ def all_see(*prepare):
         world = SimpleNamespace(
             gather=lambda value: ranks.gather(rank, value),
             sum=lambda numbers: np.sum(ranks.gather(rank, numbers), axis=0).tolist(),
-            rank=rank,
-            size=len(prepare),
+            data_parallel_rank=rank,
+            data_parallel_size=len(prepare),
         )
         supply = SimpleNamespace(may_wait=lambda step: True, begin=lambda step: None, interrupt=lambda: None)
         supply.draw = lambda step: prepare[rank]()
