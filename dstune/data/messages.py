@@ -138,6 +138,8 @@ def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_
 
 def check_answers(messages: list[Message]) -> None:
     """Raises RowError for a message to train on that would teach the model to say nothing."""
+    if not any(_says_something(message) for message in messages):
+        return  # cleaning leaves it out as empty
     for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant" and message.get("weight", 1) and not _says_something(message):
             raise RowError(f"message {number} (assistant) is empty; weight: 0 keeps it in the conversation, untrained")

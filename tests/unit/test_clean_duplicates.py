@@ -146,7 +146,7 @@ def test_what_counts_as_equal(tmp_path):
         exchange("Hi  there", "Hello"),
         exchange("Hi there\n", " Hello"),  # white space
         exchange("Hi there", "hello"),  # case counts
-        exchange("Hi there Hello", ""),  # who says it counts
+        exchange("Hi", "there Hello"),  # who says it counts
         {"messages": [{"role": "system", "content": "Be kind"}, *exchange("Hi there", "Hello")["messages"]]},
         exchange("Hi there", "Hello"),
     ]

@@ -144,7 +144,7 @@ def test_a_conversation_is_measured_as_a_whole_without_its_system_prompt(tmp_pat
 
 
 def test_empty_messages_are_no_reason_but_a_conversation_of_them(tmp_path):
-    rows = [exchange("Hi", ""), exchange("", " ")]
+    rows = [exchange("", "Hello"), exchange("", " ")]
     cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT)
     assert left(cleaned.rows(rows)) == [0]
     assert cleaned.counts() == {"empty": {"removed": 1}}
