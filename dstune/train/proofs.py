@@ -21,8 +21,7 @@ from dstune.models.packing import TOLERANCE, contamination
 from dstune.zero.engine import Engine
 
 CUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest accepted relative difference of a loss; samples that see each other, or half of themselves only, differ by more than 1%
-in fp32."""
+"""Largest accepted relative difference of a loss, by the format that it was computed in."""
 
 
 def examine(head: Head, engine: Engine) -> None:
