@@ -31,8 +31,10 @@ FEATURES: dict[str, tuple[str, str]] = {
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
     "compile": (
-        "torch.compile: compiled blocks hand their gradients over in another order on each rank, and ZeRO-2 sums them by"
-        " their order: losses were 0.5% off after two steps; a gain at the other stages was not measured",
+        (
+            "torch.compile: compiled blocks hand their gradients over in another order on each rank, and ZeRO-2 sums them"
+            " by their order: losses were 0.5% off after two steps; a gain at the other stages was not measured"
+        ),
         "leave it out",
     ),
 }

@@ -33,7 +33,7 @@ from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.inputs import PARTS, of_training
-from dstune.data.labels import ChosenRows, class_weights, labels_of_training
+from dstune.data.labels import ChosenRows, class_weights, labels_of_training, rows_by_label
 from dstune.data.parts import choose, leave_out_leaks, limited, of_task
 from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
 from dstune.data.prompts import sample_prompts
@@ -292,6 +292,8 @@ class Builder:
                     with_texts=part != "train" and _metrics_read_rows(config),
                 )
                 report[part] = _report(rows, counts, read.get(part, read["train"]))
+                if by_label := rows_by_label(rows, config, labels):
+                    report[part]["labels"] = by_label
                 if part in cleaning.reports:
                     cleaned = cleaning.reports[part].to_dict()
                     cleaned["examples"] = report[part].get("examples", {}) | cleaned["examples"]

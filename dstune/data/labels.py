@@ -75,6 +75,18 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
     return labels
 
 
+def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) -> dict[str, int]:
+    """How many rows have each of `labels`; a row with several of them counts for each. Empty for tasks without labels."""
+    if not labels or rows.table.labels is None:
+        return {}
+    found = dict.fromkeys(labels, 0)
+    names, counts = np.unique(rows.table.labels[rows.indices], return_counts=True)
+    for name, count in zip(names.tolist(), counts.tolist(), strict=True):
+        for label in set(json.loads(name)) if has_several(config.task) else (name,):
+            found[label] += count
+    return found
+
+
 def _refuse_odd_tags(task: TokenClassificationConfig, labels: tuple[str, ...]) -> None:
     """Raises UserError where a few tags are no marks of entities and all others are: one that is mistyped would make them all
     tags of single words, measured by another metric."""
@@ -109,11 +121,9 @@ def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows)
         raise UserError(Problem(f"task.class_weights.{name}", reason, "use their names") for name in unknown)
     weights = [task.class_weights.get(label, 1.0) for label in labels]
     if task.balanced:
-        assert train.table.labels is not None
-        names, counts = np.unique(train.table.labels[train.indices], return_counts=True)
-        found = dict(zip(names.tolist(), counts.tolist(), strict=True))
+        found = rows_by_label(train, config, labels)
         # A class without training rows has no weight to be balanced by, and no row that would need one but held-out ones.
-        weights = [len(train.indices) / (len(labels) * found[label]) if label in found else 1.0 for label in labels]
+        weights = [len(train.indices) / (len(labels) * found[label]) if found[label] else 1.0 for label in labels]
     # As the samples hold them, so that the sum over a window is that of the weights which the loss sees.
     return tuple(float(np.float32(weight)) for weight in weights)
 

@@ -285,7 +285,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         ),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
         "",
-        "as configured:",
+        f"as configured ({_configured(found)}):",
         *_parts(found.plan.configured),
         "",
         (
@@ -295,7 +295,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         *(_line(choice, found, price, config) for choice in found.plan.choices),
     ]
     best = found.plan.recommended
-    lines.append("")
+    lines += [*_columns(price, config), ""]
     if best is None:
         lines.append(_nothing_fits(found))
     else:
@@ -304,6 +304,23 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         lines.append(f"recommended: {text or 'as configured'}")
     lines.append(f"Memory includes a margin; {_source_of_times(found)}")
     return "\n".join(lines)
+
+
+def _configured(found: Planned) -> str:
+    choice, rows = found.plan.configured, found.plan.configured.setup.micro_batch_size
+    offload = f", offload {choice.offload}" if choice.offload != "none" else ""
+    checkpointing = ", activation checkpointing" if choice.checkpointing else ""
+    return f"{choice.zero}{offload}{checkpointing}, micro-batch {rows}"
+
+
+def _columns(price: float | None, config: RunConfig) -> list[str]:
+    """What the columns of the choices mean."""
+    time = "hours: of the whole run" if config.trainer.max_steps else "h/1e9 tok: hours for a billion tokens"
+    cost = ", and what all devices cost for as long" if price else ""
+    return [
+        "micro-batch: most rows of a pass that fit; step, tokens/s: an optimizer step, over all ranks;",
+        f"sent a step: by each rank; {time}{cost}",
+    ]
 
 
 def _source_of_times(found: Planned) -> str:

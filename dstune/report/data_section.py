@@ -12,6 +12,8 @@ from dstune.report.run_files import RunFiles, section
 
 PARTS = ("train", "validation", "test", "guard", "ood")
 SHOWN_EXAMPLES = 5
+SHOWN_LABELS = 12
+"""Labels whose rows are counted one by one; of more of them the most and the least frequent ones."""
 SHOWN_LENGTHS = 7
 """Other values of data.max_length that are judged: the powers of two next to the one chosen."""
 
@@ -96,6 +98,7 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
     add("tokens", tokens)
     if tokens and targets is not None and targets != samples:  # a row of a classifier is one target
         add("targets", targets, f"{percent(targets / tokens)} of the tokens" if targets <= tokens else "")
+    facts += _labels(section(dict(counts), "labels"), rows)
     if isinstance(counts.get("packing"), float) and data.get("packing"):
         facts.append(("packing efficiency", percent(counts["packing"]), "positions that hold a token"))
     return Part(
@@ -106,6 +109,18 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
         sources=_sources(counts),
         source_columns=_source_columns(counts),
     )
+
+
+def _labels(counted: Mapping[str, Any], rows: Any) -> list[tuple[str, str, str]]:
+    """The rows of each label, the most frequent one first."""
+    ordered = sorted(counted.items(), key=lambda item: -item[1])
+    half = SHOWN_LABELS // 2
+    left_out = ordered[half:-half] if len(ordered) > SHOWN_LABELS else []
+    facts = [(f"label {name}", number(count), _of(count, rows)) for name, count in ordered]
+    if left_out:
+        between = number(sum(count for _, count in left_out))
+        facts[half:-half] = [(f"{len(left_out)} labels between them", between, "")]
+    return facts
 
 
 def _changes(augment: Mapping[str, Any]) -> str:

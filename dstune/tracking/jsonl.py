@@ -62,6 +62,12 @@ def rewind(path: Path, step: int) -> None:
     rewritten.replace(path)
 
 
+def rows_of(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of `step` in a file that `JsonLines` has opened."""
+    rows = map(json.loads, path.read_bytes().splitlines())
+    return [row for row in rows if row["step"] == step]
+
+
 def _is_row_until(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n"):
         return False

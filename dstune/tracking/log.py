@@ -13,7 +13,7 @@ from dstune.config.schema import RunConfig, WandbMode
 from dstune.redact import redacted
 from dstune.tracking.console import Console
 from dstune.tracking.history import History
-from dstune.tracking.jsonl import JsonLines, plain
+from dstune.tracking.jsonl import JsonLines, plain, rows_of
 from dstune.tracking.mlflow_sink import MlflowSink
 from dstune.tracking.sink import Background, Row, Sink
 from dstune.tracking.tensorboard_sink import TensorBoardSink
@@ -45,6 +45,10 @@ class Tracker:
         self._console = console or Console()
         files = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
         self._metrics, self._samples = (JsonLines(file, keep_until=resumed_at_step) for file in files)
+        # What an earlier launch wrote behind its last save, and this one comes to again: a killed run's last evaluations.
+        there = [[] if resumed_at_step is None else rows_of(file, resumed_at_step) for file in files]
+        self._measured = {(row["step"], frozenset(row)) for row in there[0]}
+        self._answered = {(row["step"], row.get("prompt")) for row in there[1]}
         self._row: Row | None = None
         """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
         self._answers: tuple[dict[str, Any], ...] = ()
@@ -64,7 +68,8 @@ class Tracker:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One row of metrics.jsonl. Rows named eval/NAME are shown on the console too."""
-        self._metrics.append({"step": step, **metrics})
+        if (step, frozenset(metrics) | {"step"}) not in self._measured:
+            self._metrics.append({"step": step, **metrics})
         if self._sinks:
             self._collect(step, plain(metrics), answered=False)
         if any(name.startswith("eval/") for name in metrics):
@@ -74,7 +79,8 @@ class Tracker:
         """Answers to held-out prompts, each with the keys prompt, reference and answer, into samples.jsonl."""
         new = [{"step": step, **{column: row.get(column, "") for column in SAMPLE_COLUMNS}} for row in rows]
         for row in new:
-            self._samples.append(row)
+            if (step, row["prompt"]) not in self._answered:
+                self._samples.append(row)
         if self._sinks and new:
             self._answers += tuple(new)
             self._collect(step, {}, answered=True)
@@ -83,6 +89,7 @@ class Tracker:
         """The run went back to `step`. The files lose what came after; trackers, whose steps only rise, keep it, and get
         the rows again from the first new step on."""
         self._send()
+        self._measured, self._answered = set(), set()
         for file in (self._metrics, self._samples):
             file.rewind(step)
 

@@ -67,7 +67,7 @@ def test_class_weights_and_focal_loss(tmp_path, gamma):
     config = classified(tmp_path, ClassificationConfig(balanced=True, focal_gamma=gamma), labels)
     config = replace(config, trainer=replace(config.trainer, micro_batch_size=5, global_batch_size=5))
     data = prepared(config, wordpiece(), tmp_path / "cache")
-    assert data.labels == ("often", "rare")
+    assert data.labels == ("often", "rare") and data.report["train"]["labels"] == {"often": 4, "rare": 1}
     balanced = compute_class_weight("balanced", classes=np.array(data.labels), y=labels)
     window = training_order(config, data).window(0, 0)
     assert window.weight == pytest.approx(5.0) and data.train.weights.dtype == np.float64

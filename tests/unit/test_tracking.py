@@ -42,6 +42,25 @@ def test_a_resume_keeps_rows_up_to_its_checkpoint_only(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
 
 
+def test_what_a_killed_launch_wrote_behind_its_last_save_is_there_once(tmp_path):
+    """Killed between its last rows and its result, a run comes to them again; one that goes back writes its steps again."""
+    question = [{"prompt": "p", "reference": "r", "answer": "a"}, {"prompt": "q", "reference": "r", "answer": "a"}]
+    for resumed in (None, 4):
+        tracker = tracking.Tracker(run_config(), tmp_path, resumed_at_step=resumed)
+        if resumed is None:
+            tracker.log(4, {"loss": 1.0})
+        tracker.log(4, {"guard/loss": 2.0})
+        tracker.samples(4, question[: 1 if resumed is None else 2])
+        if resumed:
+            tracker.log(4, {"ood/loss": 3.0})
+            assert [row.get("loss") for row in rows(tmp_path / "metrics.jsonl")] == [1.0, None, None]
+            assert [row["prompt"] for row in rows(tmp_path / "samples.jsonl")] == ["p", "q"]
+            tracker.rewind(3)
+            tracker.log(4, {"loss": 1.5})
+            assert rows(tmp_path / "metrics.jsonl") == [{"step": 4, "loss": 1.5}]
+        tracker.finish("completed" if resumed else "failed")
+
+
 def test_a_start_from_nothing_drops_what_an_attempt_without_checkpoint_wrote(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     tracking.Tracker(run_config(), tmp_path, resumed_at_step=None).finish("completed")
