@@ -18,7 +18,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.config.words import meaning
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
-from dstune.launch import preflight, records, remote, rundir, slurm, supervise
+from dstune.launch import records, rundir
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
 from dstune.launch.manage import status_of
@@ -73,6 +73,8 @@ def train(argv: list[str]) -> int:
 
 def start(prepared: Prepared, console: Console) -> int:
     """Start the ranks where the configuration says, and wait for them. Raises UserError; returns the exit code."""
+    from dstune.launch import remote, slurm, supervise
+
     match prepared.config.launch:
         case SlurmConfig():
             return slurm.run(prepared.config, prepared.run_dir, console=console)
@@ -102,6 +104,8 @@ def prepare(command: Command, console: Console) -> Prepared:
     Raises:
         UserError: whatever keeps the run from starting; nothing is left behind then.
     """
+    from dstune.launch import preflight  # not at the top: half a second of imports that `--cfg` and `--help` do without
+
     composed = configuration(command)
     validate(composed.config)
     for warning in ignored_settings(composed.config, command.flags.overrides):

@@ -15,7 +15,7 @@ from types import FrameType
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.paths import PRUNE_FILE, SAVE_FILE, STOP_FILE, STOP_REASON
-from dstune.train.metrics import improves
+from dstune.train.better import improves
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
 

@@ -12,8 +12,8 @@ from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig, TaskConfig
 from dstune.data.prepared import Split
 from dstune.errors import Problem, UserError
+from dstune.train.better import is_lower_better
 from dstune.train.measure import Row, Totals, count_rows, measure
-from dstune.train.metrics import is_lower_better
 
 NO_VALUE = "(none)"
 

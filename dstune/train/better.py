@@ -1,0 +1,22 @@
+"""Which of two values of a metric is the better one; apart from the metrics, so that the command line knows it without numpy."""
+
+from __future__ import annotations
+
+import math
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter", "gap"})
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether less of `metric` is better; that of one task of several (`NAME/METRIC`) is as it is elsewhere."""
+    return metric.rpartition("/")[2] in LOWER_IS_BETTER
+
+
+def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    gain = best - value if is_lower_better(metric) else value - best
+    return gain > min_delta
