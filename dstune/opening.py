@@ -12,6 +12,7 @@ import torch
 
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
+from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import UNTIMED_STEPS, RunConfig, UlyssesConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -22,6 +23,7 @@ from dstune.config.task_schema import (
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
+from dstune.models.peft import experts_without_adapters
 from dstune.redact import redacted
 from dstune.tracking.log import Tracker
 from dstune.train.baseline import measure_prompted
@@ -109,6 +111,9 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
             f"optimizer.lr={config.optimizer.lr:g} is a rate for all weights; adapters usually learn at 1e-4 to 5e-4 "
             "(experiment=chat_lora has 2e-4)"
         )
+    every_layer = isinstance(config.method, LoraConfig) and config.method.target_modules == ["all-linear"]
+    if every_layer and (share := experts_without_adapters(run.engine.module)):
+        yield f"the experts, {share:.0%} of the weights, have no adapters: peft does not know those of this architecture"
     if config.trainer.profile_steps and run.total_steps - run.state.step <= UNTIMED_STEPS:
         left = run.total_steps - run.state.step
         reason = f"{left} step{'s' * (left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"

@@ -69,6 +69,16 @@ def merged(layer: Any, leaf: str, weight: Tensor) -> Tensor:
     return result
 
 
+def merged_parameter(layer: Any, weight: Tensor) -> Tensor:
+    """`weight` of a module that is no linear layer (stacked experts, their router) with the adapter `layer` in it, in fp32."""
+    base, name = layer.get_base_layer(), layer.parameter_name
+    on_meta = base._parameters[name]
+    base._parameters[name] = nn.Parameter(weight.float(), requires_grad=False)  # peft computes where and as it is
+    result = base._parameters[name].detach() + layer.get_delta_weight("default").detach()
+    base._parameters[name] = on_meta
+    return result
+
+
 def load_trained(module: nn.Module, checkpoint: Path) -> None:
     """Put the trained parameters and the buffers of `checkpoint` into `module`, built as in training. Every rank must
     call it."""

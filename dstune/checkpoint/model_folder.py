@@ -23,6 +23,7 @@ from dstune.checkpoint.adapters import (
     adapters_by_module,
     fill,
     merged,
+    merged_parameter,
     plain_lora,
     replace_tensors,
     shifts_by_module,
@@ -180,7 +181,13 @@ class _Sources:
             return self._trained[self._whole[name]]
         weight = self._base[name]
         owner, _, leaf = name.rpartition(".")
-        if not self._built.adapted or leaf not in ("weight", "bias"):
+        if not self._built.adapted:
+            return weight
+        if (place := self._around(owner, leaf)) is not None:
+            layer = self._built.model.get_submodule(place)
+            fill(layer, f"{ADAPTED}{place}.", self._adapters[place], self._trained)
+            return merged_parameter(layer, weight)
+        if leaf not in ("weight", "bias"):
             return weight
         prefix = f"{ADAPTED}{owner}."
         rows = f"{prefix}token_adapter.trainable_tokens_delta.default"
@@ -198,6 +205,17 @@ class _Sources:
         layer = self._built.model.get_submodule(owner)
         fill(layer, prefix, self._adapters[owner], self._trained)
         return merged(layer, leaf, weight)
+
+    def _around(self, owner: str, leaf: str) -> str | None:
+        """Where the adapter of the parameter `owner.leaf` is, if it has one of its own: peft puts one wrapper around another
+        where a module has several such parameters."""
+        place = owner
+        while place in self._adapters:
+            layer = self._built.model.get_submodule(place)
+            if getattr(layer, "parameter_name", None) == leaf:
+                return place
+            place = f"{place}.base_layer"
+        return None
 
     def _base_weights(
         self,

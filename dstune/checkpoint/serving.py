@@ -49,6 +49,8 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
         problems.append(f"the rank {config.get('r')} is not between 1 and {MAX_RANK}")
     if config.get("modules_to_save"):
         problems.append(f"modules trained as a whole are not served: {', '.join(config['modules_to_save'])}")
+    if config.get("target_parameters"):
+        problems.append("adapters of stacked experts are not served")
     if config.get("use_dora"):
         problems.append("DoRA is not served")
     if config.get("bias", "none") != "none":

@@ -50,7 +50,7 @@ from dstune.config.task_schema import (
 )
 from dstune.errors import Problem, UserError
 from dstune.models.pooled import PooledForSequenceClassification
-from dstune.models.quantize import keep_layout, quantization
+from dstune.models.quantize import keep_layout, quantization, refuse_experts
 from dstune.zero.engine import gathered
 
 
@@ -230,6 +230,7 @@ def load_model(
     if isinstance(config.task, EmbeddingConfig):
         new = _without_pooler(model, new)
     if isinstance(config.method, QloraConfig):
+        refuse_experts(model)
         keep_layout(model)
     if architecture.is_encoder_decoder:
         complete_generation(model.generation_config, architecture)

@@ -36,7 +36,7 @@ from dstune.models.freeze import freeze_body, freeze_parts
 from dstune.models.load import NewWeights, new_weights
 from dstune.models.lora_start import start_lora
 from dstune.models.prompts import add_prompt, task_type
-from dstune.zero.engine import gathered
+from dstune.zero.engine import full_count, full_shape, gathered
 
 
 def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
@@ -161,18 +161,35 @@ def _adapt(
         with gathered(whole):
             adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(
-            Problem(
-                "method.target_modules",
-                value=str(method.target_modules),
-                reason=str(error).splitlines()[0],
-                fix="method.target_modules=[all-linear], or endings of names of linear layers of the model",
-            )
-        ) from error
+        raise UserError(_refused_by_peft(str(error).splitlines()[0], method)) from error
     if config.trainer.activation_checkpointing:
         # A frozen embedding's output carries no gradient, and a checkpointed block without one is not differentiated.
         model.enable_input_require_grads()
     return adapted
+
+
+def experts_without_adapters(module: nn.Module) -> float:
+    """Share of the weights that are in stacked experts, where there are any and none of them has an adapter; else 0."""
+    parameters = dict(module.named_parameters())
+    inside = {name: parameter for name, parameter in parameters.items() if ".experts." in name}
+    if any(".lora_" in name for name in inside):
+        return 0.0
+    stacked = sum(full_count(parameter) for parameter in inside.values() if len(full_shape(parameter)) == 3)
+    return stacked / sum(map(full_count, parameters.values()))
+
+
+ON_EXPERTS = {"lora_dropout": ("method.dropout", "0"), "use_dora": ("method.dora", "false")}
+"""What peft's adapters of stacked experts cannot do, by its own name for it, and what turns it off."""
+
+
+def _refused_by_peft(reason: str, method: ModuleAdapterConfig) -> Problem:
+    for word, (key, off) in ON_EXPERTS.items():
+        if "ParamWrapper" in reason and word in reason:
+            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
+            value = str(getattr(method, key.removeprefix("method."))).lower()
+            return Problem(key, reason, f"{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]", value)
+    fix = "method.target_modules=[all-linear], or endings of names of linear layers of the model"
+    return Problem("method.target_modules", reason, fix, str(method.target_modules))
 
 
 def _number(value: float) -> float:

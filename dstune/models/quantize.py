@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
+from dstune.zero.engine import full_count, full_shape
 
 KEPT = ("lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler", "qa_outputs")
 """Linear layers that stay as they are: projections to the vocabulary and heads, of which new ones are trained whole."""
@@ -51,6 +53,16 @@ def keep_layout(model: nn.Module) -> None:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def refuse_experts(model: nn.Module) -> None:
+    """Raises UserError for a mixture of experts: their weights are stacked, and bitsandbytes rounds linear layers only."""
+    parameters = dict(model.named_parameters())
+    stacked = [p for name, p in parameters.items() if ".experts." in name and len(full_shape(p)) == 3]
+    if stacked:
+        share = sum(map(full_count, stacked)) / sum(map(full_count, parameters.values()))
+        reason = f"rounds linear layers, and the experts, {share:.0%} of this model's weights, are none"
+        raise UserError(Problem("method", reason, "method=lora", "qlora"))
 
 
 def quantized_modules(model: nn.Module) -> list[str]:

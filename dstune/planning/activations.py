@@ -34,7 +34,7 @@ def layer(s: Setup) -> LayerActivations:
         saved = _encoder_layer(s)
     else:
         saved = _decoder_layer(s)
-    working = n * p * (2 * m.intermediate + 2 * m.hidden) + _attention_working(s)
+    working = n * p * (2 * m.intermediate + 2 * m.hidden) + _attention_working(s) + 2 * _merged_experts(s)
     return LayerActivations(saved, working, n * p * m.hidden)
 
 
@@ -44,6 +44,7 @@ def _decoder_layer(s: Setup) -> int:
     norms = m.norms * _rms_norm(s, m.hidden)
     inputs = 2 * n * p * m.hidden  # of the attention's and of the feed-forward layer's projections
     feed_forward = 4 * n * p * m.intermediate  # gate, its activation, up, their product
+    feed_forward += 2 * m.experts * n * p * m.hidden  # positions as they go to their experts, and as they come back
     query_norms = _rms_norm(s, query) + _rms_norm(s, key) if m.query_norm else 0
     return norms + inputs + feed_forward + query_norms + _attention(s, query, key) + _adapters(s)
 
@@ -101,10 +102,20 @@ def _adapters(s: Setup) -> int:
     if not s.adapter:
         return 0
     n, p = s.tokens, s.weight_bytes
-    of_layer = [tensor for tensor in s.trained if tensor.layer == 0]
-    rank = sum(tensor.shape[0] for tensor in of_layer if tensor.name.endswith("lora_A.weight"))
-    inputs = sum(tensor.shape[1] for tensor in of_layer if tensor.name.endswith("lora_A.weight"))
-    return n * p * rank + (n * inputs * (p + _noise(s)) if s.adapter_dropout else 0)
+    index = s.model.layers - 1 if s.model.experts else 0  # the first ones may have no experts
+    first = [tensor for tensor in s.trained if tensor.layer == index and tensor.name.endswith("lora_A.weight")]
+    own = [tensor.shape for tensor in first if ".experts." not in tensor.name]
+    rank, inputs = sum(shape[0] for shape in own), sum(shape[1] for shape in own)
+    return n * p * rank + (n * inputs * (p + _noise(s)) if s.adapter_dropout else 0) + _merged_experts(s)
+
+
+def _merged_experts(s: Setup) -> int:
+    """Experts with adapters compute with the sum of both: a layer's weights whole once more on every rank, which partitioning
+    does not make smaller."""
+    last = s.model.layers - 1
+    if not s.adapter or not any(t.layer == last and ".experts." in t.name for t in s.trained):
+        return 0
+    return s.weight_bytes * sum(tensor.count for tensor in s.model.of_layer(last) if ".experts." in tensor.name)
 
 
 def _encoder_layer(s: Setup) -> int:

@@ -37,11 +37,12 @@ def lora(
 ) -> Iterator[Tensor]:
     """The two matrices of rank `rank` that LoRA puts beside each linear layer that `targets` names, and DoRA's magnitudes.
 
-    targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft.
-    ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.
+    targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft, and routers
+    and experts. ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.
     """
     for tensor in model.tensors:
         if not tensor.linear:
+            yield from _of_experts(tensor, model.kind, targets, rank)
             continue
         module = tensor.name.removesuffix(".weight")
         if targets == ["all-linear"]:
@@ -52,10 +53,42 @@ def lora(
             continue
         own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
         outputs, inputs = tensor.shape
-        yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=tensor.layer)
-        yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=tensor.layer)
+        yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=tensor.layer, used=1.0)
+        yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=tensor.layer, used=1.0)
         if magnitudes:
             yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=tensor.layer)
+
+
+EXPERT_TARGETS = {
+    "mixtral": {"gate.weight": ("gate",), "gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+    "qwen3_moe": {"gate.weight": ("gate",), "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+}
+"""Weights of routers and experts as transformers stacks them, and the modules whose names stand for them in peft."""
+
+
+def _of_experts(tensor: Tensor, kind: str, targets: list[str], rank: int) -> Iterator[Tensor]:
+    """The matrices beside a router or all experts of a layer: a rank for each expert, and for each of the stacked modules."""
+    weight = next((name for name in EXPERT_TARGETS.get(kind, ()) if tensor.name.endswith(f".mlp.experts.{name}")), None)
+    if tensor.name.endswith(".mlp.gate.weight"):
+        weight = "gate.weight"
+    if weight is None:
+        return
+    stacked = EXPERT_TARGETS[kind][weight]
+    if targets != ["all-linear"] and not all(
+        any(name == target or target.endswith(f".{name}") for target in targets) for name in stacked
+    ):
+        return
+    # peft wraps the experts' module twice: the outer wrapper is of the projection down.
+    module = {
+        "gate.weight": tensor.name.removesuffix(".weight"),
+        "gate_up_proj": f"{tensor.name.removesuffix('.gate_up_proj')}.base_layer",
+        "down_proj": tensor.name.removesuffix(".down_proj"),
+    }[weight]
+    experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    outputs, inputs = tensor.shape[-2:]
+    ranks = experts * len(stacked) * rank
+    yield Tensor(f"{module}.lora_A.weight", (ranks, inputs), layer=tensor.layer, used=tensor.used)
+    yield Tensor(f"{module}.lora_B.weight", (outputs, ranks), layer=tensor.layer, used=tensor.used)
 
 
 def _prompt(

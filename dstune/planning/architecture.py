@@ -36,6 +36,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 256},
     "gemma3_text": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 256, "vocab_size": 262208},
     "smollm3": {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "head_dim": None},
+    "mixtral": {
+        "tie_word_embeddings": False,
+        "head_dim": None,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "head_dim": None,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
@@ -83,6 +100,8 @@ class Tensor:
     """The weight of a linear layer, which an adapter may wrap."""
     layer: int | None = None
     """Index of the block it belongs to; None for embeddings, the last norm and the head."""
+    used: float = 0.0
+    """Share of the positions that are multiplied by it: all by a linear layer, by an expert those that are sent to it."""
 
     @cached_property
     def count(self) -> int:
@@ -118,6 +137,9 @@ class Architecture:
     """Sliding window of attention in tokens, of `windowed_layers` layers."""
     windowed_layers: int = 0
     soft_capped: bool = False
+    experts: int = 0
+    """Experts that a position is sent to in a feed-forward layer that is made of them; `intermediate` is that of all of these
+    together."""
 
     @cached_property
     def parameters(self) -> int:
@@ -165,12 +187,18 @@ class _Tensors:
         self.found: list[Tensor] = []
 
     def linear(self, name: str, inputs: int, outputs: int, *, bias: bool = False, layer: int | None = None) -> None:
-        self.found.append(Tensor(f"{name}.weight", (outputs, inputs), linear=True, layer=layer))
+        self.found.append(Tensor(f"{name}.weight", (outputs, inputs), linear=True, layer=layer, used=1.0))
         if bias:
             self.found.append(Tensor(f"{name}.bias", (outputs,), layer=layer))
 
     def table(self, name: str, rows: int, width: int, *, layer: int | None = None) -> None:
         self.found.append(Tensor(f"{name}.weight", (rows, width), layer=layer))
+
+    def experts(self, at: str, count: int, chosen: int, inner: int, hidden: int, *, layer: int) -> None:
+        """A router and the experts behind it, whose weights transformers stacks."""
+        self.found.append(Tensor(f"{at}.gate.weight", (count, hidden), layer=layer, used=1.0))
+        for name, shape in (("gate_up_proj", (count, 2 * inner, hidden)), ("down_proj", (count, hidden, inner))):
+            self.found.append(Tensor(f"{at}.experts.{name}", shape, layer=layer, used=chosen / count))
 
     def norm(self, name: str, width: int, *, bias: bool = False, layer: int | None = None) -> None:
         self.found.append(Tensor(f"{name}.weight", (width,), layer=layer))
@@ -179,13 +207,15 @@ class _Tensors:
 
 
 def _decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """Llama and its kin: Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM3."""
+    """Llama and its kin: Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM3; Mixtral and Qwen 3 with experts."""
     kind = c["model_type"]
+    routed = _routed_layers(c)
+    experts = c["num_experts_per_tok"] if routed else 0
     hidden, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     kv_heads = c.get("num_key_value_heads") or heads
     head_dim = c.get("head_dim") or hidden // heads
     attention_bias, mlp_bias = bool(c.get("attention_bias")), bool(c.get("mlp_bias"))
-    query_norm = kind in ("qwen3", "gemma3_text")
+    query_norm = kind in ("qwen3", "qwen3_moe", "gemma3_text")
     four_norms = kind in ("gemma2", "gemma3_text")
     add = _Tensors()
     add.table("model.embed_tokens", c["vocab_size"], hidden)
@@ -199,9 +229,12 @@ def _decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
         if query_norm:
             add.norm(f"{at}.self_attn.q_norm", head_dim, layer=index)
             add.norm(f"{at}.self_attn.k_norm", head_dim, layer=index)
-        add.linear(f"{at}.mlp.gate_proj", hidden, inner, bias=mlp_bias, layer=index)
-        add.linear(f"{at}.mlp.up_proj", hidden, inner, bias=mlp_bias, layer=index)
-        add.linear(f"{at}.mlp.down_proj", inner, hidden, bias=mlp_bias, layer=index)
+        if index in routed:
+            add.experts(f"{at}.mlp", _experts(c), experts, _expert_inner(c), hidden, layer=index)
+        else:
+            add.linear(f"{at}.mlp.gate_proj", hidden, inner, bias=mlp_bias, layer=index)
+            add.linear(f"{at}.mlp.up_proj", hidden, inner, bias=mlp_bias, layer=index)
+            add.linear(f"{at}.mlp.down_proj", inner, hidden, bias=mlp_bias, layer=index)
         add.norm(f"{at}.input_layernorm", hidden, layer=index)
         add.norm(f"{at}.post_attention_layernorm", hidden, layer=index)
         if four_norms:
@@ -213,26 +246,49 @@ def _decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
     if head in (CLASSIFIER, TOKEN_CLASSIFIER):
         add.linear("score", hidden, labels, bias=head == TOKEN_CLASSIFIER)
     layers = c["num_hidden_layers"]
-    window = c.get("sliding_window") if kind in ("mistral", "gemma2", "gemma3_text") else None
-    windowed = {"mistral": layers, "gemma2": layers // 2, "gemma3_text": layers - layers // 6}.get(kind, 0)
+    window = c.get("sliding_window") if kind in ("mistral", "mixtral", "gemma2", "gemma3_text") else None
+    windowed = {"mistral": layers, "mixtral": layers, "gemma2": layers // 2, "gemma3_text": layers - layers // 6}.get(
+        kind, 0
+    )
     return Architecture(
         kind=kind,
         tensors=tuple(add.found),
         layers=layers,
         hidden=hidden,
-        intermediate=inner,
+        intermediate=experts * _expert_inner(c) if routed else inner,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=c["vocab_size"],
         gated=True,
         tied=bool(c["tie_word_embeddings"]),
+        experts=experts,
         norms=4 if four_norms else 2,
         query_norm=query_norm,
         window=window,
         windowed_layers=windowed if window else 0,
         soft_capped=kind == "gemma2",
     )
+
+
+def _routed_layers(c: dict[str, Any]) -> range | list[int]:
+    """Layers whose feed-forward part is made of experts (of Qwen 3 every `decoder_sparse_step`th may be)."""
+    layers = range(c["num_hidden_layers"])
+    match c["model_type"]:
+        case "mixtral":
+            return layers
+        case "qwen3_moe":
+            dense = c["mlp_only_layers"] or ()
+            return [n for n in layers if n not in dense and _experts(c) and (n + 1) % c["decoder_sparse_step"] == 0]
+    return []
+
+
+def _experts(c: dict[str, Any]) -> int:
+    return int(c["num_local_experts"] if c["model_type"] == "mixtral" else c["num_experts"])
+
+
+def _expert_inner(c: dict[str, Any]) -> int:
+    return int(c["intermediate_size"] if c["model_type"] == "mixtral" else c["moe_intermediate_size"])
 
 
 def _bert(c: dict[str, Any], head: str, labels: int) -> Architecture:
@@ -435,7 +491,21 @@ def _bart(c: dict[str, Any], head: str, labels: int) -> Architecture:
 
 
 _BUILDERS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _decoder),
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "qwen3_moe",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+        ),
+        _decoder,
+    ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _bert),
     "deberta-v2": _deberta,
     "modernbert": _modernbert,

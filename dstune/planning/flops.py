@@ -65,7 +65,7 @@ def backward_flops(s: Setup, work: Work | None = None) -> tuple[float, float, fl
     work = micro_batch_work(s) if work is None else work
     lowest = _lowest_trained(s)
     inputs = sum(_weights_of_layers(s)[lowest:])
-    weights = sum(tensor.count for tensor in s.trained if tensor.layer is not None and (tensor.linear or s.adapter))
+    weights = sum(tensor.count * tensor.used for tensor in s.trained if tensor.layer is not None)
     projection = 2.0 * s.model.vocabulary * s.model.hidden * work.projected
     passes = (lowest < s.model.layers) + _projection_is_trained(s)
     return 2.0 * (inputs + weights) * work.positions, 2 * _attention(s, lowest, work), projection * passes
@@ -76,15 +76,12 @@ def step_flops(s: Setup, work: Work) -> float:
     return sum(forward_flops(s, work)) + sum(backward_flops(s, work))
 
 
-def _weights_of_layers(s: Setup) -> list[int]:
-    """Of each layer, the weights that every position is multiplied by, those of adapters included."""
-    counts = [0] * s.model.layers
-    for tensor in s.model.tensors:
-        if tensor.linear and tensor.layer is not None:
-            counts[tensor.layer] += tensor.count
-    for tensor in s.trained if s.adapter else ():
+def _weights_of_layers(s: Setup) -> list[float]:
+    """Of each layer, the weights that a position is multiplied by, those of adapters included."""
+    counts = [0.0] * s.model.layers
+    for tensor in (*s.model.tensors, *(s.trained if s.adapter else ())):
         if tensor.layer is not None:
-            counts[tensor.layer] += tensor.count
+            counts[tensor.layer] += tensor.count * tensor.used
     return counts
 
 

@@ -34,6 +34,7 @@ _LLAMA_1B = _llama(128256, 2048, 8192, 16, 32, 8, head_dim=64, **_TIED)
 _LLAMA_8B = _llama(128256, 4096, 14336, 32, 32, 8)
 _LLAMA_70B = _llama(128256, 8192, 28672, 80, 64, 8)
 _MISTRAL_7B = _of("mistral", 32768, 4096, 14336, 32, 32, 8, sliding_window=None)
+_MIXTRAL = _of("mixtral", 32000, 4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2)
 _NEMO_12B = _of("mistral", 131072, 5120, 14336, 40, 32, 8, head_dim=128, sliding_window=None)
 _SMALL_24B = _of("mistral", 131072, 5120, 32768, 40, 32, 8, head_dim=128, sliding_window=None)
 _GEMMA2_2B = _of("gemma2", 256000, 2304, 9216, 26, 8, 4, head_dim=256, sliding_window=4096)
@@ -53,6 +54,22 @@ def _qwen2(*numbers: int, tied: bool) -> dict[str, Any]:
 
 def _qwen3(*numbers: int, tied: bool) -> dict[str, Any]:
     return _of("qwen3", 151936, *numbers, head_dim=128, tie_word_embeddings=tied)
+
+
+_QWEN3_30B = _of(
+    "qwen3_moe",
+    151936,
+    2048,
+    6144,
+    48,
+    32,
+    4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    tie_word_embeddings=False,
+)
 
 
 def _bert(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
@@ -115,6 +132,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_70B,
     "mistralai/Mistral-7B-v0.3": _MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_7B,
+    "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL,
     "mistralai/Mistral-Nemo-Base-2407": _NEMO_12B,
     "mistralai/Mistral-Nemo-Instruct-2407": _NEMO_12B,
     "mistralai/Mistral-Small-24B-Base-2501": _SMALL_24B,
@@ -131,6 +150,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, tied=False),
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, 8, tied=False),
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8, tied=False),
+    "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
     "google/gemma-2-2b": _GEMMA2_2B,
     "google/gemma-2-2b-it": _GEMMA2_2B,
     "google/gemma-2-9b": _GEMMA2_9B,

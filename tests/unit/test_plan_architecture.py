@@ -44,6 +44,8 @@ ENCODER = {
     "num_attention_heads": 6,
     "pad_token_id": 0,
 }
+EXPERTS = {"num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 6, "moe_intermediate_size": 40}
 V3 = {
     "relative_attention": True,
     "position_buckets": 16,
@@ -76,6 +78,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", DECODER, LANGUAGE_MODEL),
     ("gemma3_text", DECODER, LANGUAGE_MODEL),
     ("smollm3", DECODER, LANGUAGE_MODEL),
+    ("mixtral", DECODER | EXPERTS | {"num_local_experts": 4}, LANGUAGE_MODEL),
+    ("qwen3_moe", DECODER | EXPERTS | QWEN_EXPERTS, LANGUAGE_MODEL),
+    (
+        "qwen3_moe",
+        DECODER | EXPERTS | QWEN_EXPERTS | {"mlp_only_layers": [0], "decoder_sparse_step": 2},
+        LANGUAGE_MODEL,
+    ),
     ("bert", ENCODER, CLASSIFIER),
     ("bert", ENCODER, TOKEN_CLASSIFIER),
     ("roberta", ENCODER, CLASSIFIER),

@@ -1,0 +1,138 @@
+"""Mixtures of experts train as a plain torch loop does, adapters on their stacked weights too, and export as what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity.reference import train_plainly
+from parity.test_ladder import PROGRAM, Workshop, monkeypatch_module, workshop  # noqa: F401 (fixtures)
+from support.ranks import run_ranks
+
+from dstune.checkpoint.export import export_checkpoint
+from dstune.checkpoint.serving import vllm_problems
+from dstune.checkpoint.store import newest
+from dstune.config.compose import compose
+from dstune.errors import UserError
+from dstune.models.peft import apply_method, experts_without_adapters
+from dstune.models.quantize import refuse_experts
+
+STILL = "model.config_overrides={attention_dropout:0.0}"
+KINDS = {
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 8, "mlp_only_layers": [0]},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
+}
+"""Four experts, of which two are asked for a token; the first layer of the Qwen has none."""
+
+
+def save_experts(kind: str, decoder: Path, folder: Path) -> Path:
+    """A model with experts, and what else the tiny decoder has."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    known = json.loads((decoder / "config.json").read_text())
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    settings = {key: known[key] for key in (*same, "initializer_range")} | {"num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | KINDS[kind]))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(workshop: Workshop):  # noqa: F811
+    return {kind: save_experts(kind, workshop.model, workshop.folder / kind) for kind in KINDS}
+
+
+def one_by_one(path, **settings):
+    """The reference computes expert by expert: the product of groups is there in the narrower formats only."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, **settings, experts_implementation="eager")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"), [("qwen3_moe", (2, 3)), pytest.param("mixtral", (0, 1, 2, 3), marks=pytest.mark.slow)]
+)
+def test_all_weights_equal_the_plain_loop(workshop, models, kind, stages):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    common = [f"model.path={models[kind]}", "data.packing=true", STILL]
+    reference = SimpleNamespace(from_pretrained=one_by_one)
+    expected = train_plainly(workshop.composed("reference", *common).config, workshop.folder / "cache", reference)
+    names = {stage: f"{kind}-s{stage}" for stage in stages}
+    run_ranks(PROGRAM, 2, [workshop.case(name, f"zero=stage{stage}", *common) for stage, name in names.items()])
+    for name in names.values():
+        rows = workshop.rows(name)
+        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-6), name
+        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-6), name
+        trained = dict(AutoModelForCausalLM.from_pretrained(workshop.folder / name / "export").named_parameters())
+        assert any(".experts." in key for key in expected.weights)
+        for key, weight in expected.weights.items():
+            assert (trained[key] - weight).abs().max() < 1e-6, f"{name}: {key}"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_adapters_of_experts(workshop, models, kind):  # noqa: F811
+    """On two ranks as on one, where ZeRO-3 has the experts in parts; exported as an adapter, and merged."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = [f"model.path={models[kind]}", "method=lora", "optimizer.lr=2", STILL, "evaluate.at_start=true"]
+    common = [*lora, "trainer.max_steps=3", "data.packing=true"]
+    alone, shared = f"{kind}-alone", f"{kind}-shared"
+    run_ranks(PROGRAM, 1, [workshop.case(alone, *common, "zero=stage0")])
+    cases = [workshop.case(f"{shared}-{stage}", *common, f"zero=stage{stage}") for stage in (2, 3)]
+    run_ranks(PROGRAM, 2, cases)
+    for name in (f"{shared}-2", f"{shared}-3"):
+        for key in ("loss", "grad_norm"):
+            values = [[row[key] for row in workshop.rows(each)] for each in (alone, name)]
+            assert values[1] == pytest.approx(values[0], rel=1e-5), (name, key)
+            assert abs(values[0][2] - values[0][0]) > 1e-2, "three steps change it"
+        ends = [workshop.result(each)["eval_final"]["loss"] for each in (alone, name)]
+        assert ends[1] == pytest.approx(ends[0], rel=1e-5)
+    run = workshop.folder / f"{shared}-3"
+    merged = export_checkpoint(run, newest(run), run / "merged", merge=True)
+    tokens = torch.arange(4, 36)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(models[kind])
+        before = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, run / "export")(tokens).logits
+        whole = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
+    assert (adapted - before).abs().max() > 0.1
+    assert (whole - adapted).abs().max() < 1e-4
+    assert vllm_problems(run / "export") == ["adapters of stacked experts are not served"]
+    assert vllm_problems(merged) == []
+
+
+@pytest.mark.parametrize("asked", ["method.dropout=0.1", "method.dora=true"])
+def test_what_experts_cannot_have_is_named(models, asked):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"])
+    config = compose([f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", asked]).config
+    with pytest.raises(UserError, match="stacked weights") as refused:
+        apply_method(config, model)
+    (problem,) = refused.value.problems
+    assert f"{problem.where}={problem.value}" == asked and "target_modules" in problem.fix
+
+
+@pytest.mark.parametrize(("targets", "bare"), [("all-linear", False), ("q_proj", True)])
+def test_experts_without_adapters_are_noticed(models, targets, bare):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"])
+    words = [f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", f"method.target_modules=[{targets}]"]
+    share = experts_without_adapters(apply_method(compose(words).config, model))
+    assert (0.1 < share < 0.9) if bare else share == 0
+
+
+def test_experts_are_not_rounded_to_4_bits(models):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(UserError, match=r"experts, \d+% of this model's weights"):
+        refuse_experts(AutoModelForCausalLM.from_pretrained(models["mixtral"]))
