@@ -54,6 +54,21 @@ QWEN3 = COMMON | {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+EXPERTS = COMMON | {
+    "model_type": "qwen3_moe",
+    "vocab_size": 49152,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "decoder_sparse_step": 1,
+    "tie_word_embeddings": True,
+}
 GEMMA3 = COMMON | {
     "model_type": "gemma3_text",
     "vocab_size": 256000,
@@ -126,6 +141,10 @@ CASES = {
     "llama_stage2_accumulated": Case(LLAMA, 2, "bf16", 1, 512, ("trainer.global_batch_size=6",)),
     "qwen3_stage2": Case(QWEN3, 2, "bf16", 2, 256),
     "qwen3_stage3_fp32": Case(QWEN3, 3, "fp32", 1, 256),
+    "experts_stage2_fp32": Case(EXPERTS, 2, "fp32", 2, 512),
+    "experts_stage3_checkpointing_fp32": Case(EXPERTS, 3, "fp32", 2, 512, (CHECKPOINTING,)),
+    "experts_lora_stage2_fp32": Case(EXPERTS, 2, "fp32", 2, 512, LORA),
+    "experts_lora_stage3_fp32": Case(EXPERTS, 3, "fp32", 2, 512, LORA),
     "gemma3_stage2": Case(GEMMA3, 2, "bf16", 1, 256),
     "gemma3_lora_stage3": Case(GEMMA3, 3, "bf16", 1, 512, LORA),
     "bert_stage2_fp32": Case(BERT, 2, "fp32", 16, 128),
