@@ -34,6 +34,8 @@ from dstune.train.loop import Training
 from dstune.train.optim import schedule_factor
 from dstune.zero.engine import full_count
 
+FEW_ROWS = 20
+"""Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
 SLOW_FOR_ADAPTERS = 5e-5
 """A learning rate from which on adapters learn little: the usual ones are 1e-4 to 5e-4."""
 
@@ -105,6 +107,9 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
                 f"{cut:,} of {counts.get('rows', cut):,} {part} rows are longer than data.max_length={config.data.max_length} and "
                 f"were cut ({longest}`dstune data show` shows them)"
             )
+    if run.data.validation is not None and (held_out := len(run.data.validation.lengths)) < FEW_ROWS:
+        few = f"{held_out} validation row{'s' * (held_out != 1)}: metrics of so few say little"
+        yield f"{few} (data.split.validation, or data.validation=FILE)"
     preferences = isinstance(config.task, PreferenceConfig)  # which are learned at a tenth of the rate
     if config.method.name in ("lora", "qlora") and config.optimizer.lr <= SLOW_FOR_ADAPTERS and not preferences:
         yield (

@@ -16,7 +16,16 @@ from typing import Any
 
 import yaml
 
-from dstune.config.names import all_keys, classes_of, entry_class, nearest, sections, suggest_key, type_hints
+from dstune.config.names import (
+    OTHER_VALUES,
+    all_keys,
+    classes_of,
+    entry_class,
+    nearest,
+    sections,
+    suggest_key,
+    type_hints,
+)
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.errors import Problem, UserError
 from dstune.redact import remember
@@ -211,7 +220,8 @@ def _plain_any(value: Any, where: str) -> Any:
 def _fix(value: Any, hint: Any, where: str) -> str:
     """How to write what was probably meant, where that can be told."""
     if isinstance(hint, type) and issubclass(hint, Enum):
-        similar = nearest(str(value).lower(), hint.__members__, cutoff=0.5)
+        meant = OTHER_VALUES.get(str(value).lower())
+        similar = meant if meant in hint.__members__ else nearest(str(value).lower(), hint.__members__, cutoff=0.5)
         if similar:
             return f"{where}={similar}"
     if hint is int and isinstance(value, float) and value.is_integer():

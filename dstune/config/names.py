@@ -51,6 +51,20 @@ OTHER_TOOLS = {
 }
 """What other fine-tuning tools call a key (no string distance finds these)."""
 
+OTHER_VALUES = {
+    "openai": "messages",
+    "chatml": "messages",
+    "chat_template": "messages",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "full": "fp32",
+    "flash": "flash_attention_2",
+    "fa2": "flash_attention_2",
+}
+"""What they call a value of a choice."""
+
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The most similar of `valid`, or None where nothing is similar."""

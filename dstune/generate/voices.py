@@ -136,7 +136,8 @@ def _from_record(wanted: ModelConfig, key: str) -> _Found:
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
     if TASKS.get(task or "", ChatConfig) not in WRITERS:
         reason = f"is a model for task={task}, no language model, so it writes no text"
-        raise UserError(Problem(key, reason, f"dstune evaluate {path}", path))
+        fix = f"dstune evaluate {path} measures it; transformers.pipeline('text-classification', EXPORT) labels texts"
+        raise UserError(Problem(key, reason, fix if task == "classification" else f"dstune evaluate {path}", path))
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:

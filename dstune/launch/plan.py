@@ -277,6 +277,7 @@ def _hours(choice: Choice, config: RunConfig) -> float | None:
 def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
     """The plan for people: the run as configured part by part, then the choices, then what to write."""
     cluster, model, s = found.cluster, found.setup.model, found.setup
+    width, hosted = _offload_width(found), _hosted(found)
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
     lines = [
         (
@@ -289,13 +290,13 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         *_parts(found.plan.configured),
         "",
         (
-            f"{'zero':<8}{'offload':<17}{'micro-batch':>11}{'GiB a rank':>12}{'fits':>6}{'step':>10}{'tokens/s':>12}"
-            f"{'sent a step':>13}{_time_heading(price, config)}"
+            f"{'zero':<8}{'offload':<{width}}{'micro-batch':>11}{'GiB a rank':>12}{'on the host' if hosted else '':>{12 * hosted}}"
+            f"{'fits':>6}{'step':>10}{'tokens/s':>12}{'sent a step':>13}{_time_heading(price, config)}"
         ),
         *(_line(choice, found, price, config) for choice in found.plan.choices),
     ]
     best = found.plan.recommended
-    lines += [*_columns(price, config), ""]
+    lines += [*_columns(found, price, config), ""]
     if best is None:
         lines.append(_nothing_fits(found))
     else:
@@ -313,14 +314,29 @@ def _configured(found: Planned) -> str:
     return f"{choice.zero}{offload}{checkpointing}, micro-batch {rows}"
 
 
-def _columns(price: float | None, config: RunConfig) -> list[str]:
+def _columns(found: Planned, price: float | None, config: RunConfig) -> list[str]:
     """What the columns of the choices mean."""
     time = "hours: of the whole run" if config.trainer.max_steps else "h/1e9 tok: hours for a billion tokens"
     cost = ", and what all devices cost for as long" if price else ""
+    share = max(1, -(-found.setup.global_batch_size // found.setup.groups))
+    host = ["on the host: GiB of its memory that a rank takes;"] if _hosted(found) else []
     return [
-        "micro-batch: most rows of a pass that fit; step, tokens/s: an optimizer step, over all ranks;",
-        f"sent a step: by each rank; {time}{cost}",
+        f"micro-batch: most rows of a pass that fit, of the {share} that trainer.global_batch_size leaves a rank;",
+        *host,
+        f"step, tokens/s: an optimizer step, over all ranks; sent a step: by each rank; {time}{cost}",
     ]
+
+
+def _hosted(found: Planned) -> bool:
+    return any(choice.memory.host for choice in found.plan.choices)
+
+
+def _offload(choice: Choice, found: Planned) -> str:
+    return choice.offload + "+checkpointing" * (choice.checkpointing and not found.setup.checkpointing)
+
+
+def _offload_width(found: Planned) -> int:
+    return 2 + max(15, *(len(_offload(choice, found)) for choice in found.plan.choices))
 
 
 def _source_of_times(found: Planned) -> str:
@@ -333,10 +349,11 @@ def _source_of_times(found: Planned) -> str:
 
 def _parts(choice: Choice) -> list[str]:
     rows = [(name, size) for name, size in choice.memory.parts.items() if size] + [("margin", choice.memory.margin)]
-    lines = [f"  {name:<14}{size / GIB:>9.3f} GiB" for name, size in rows]
+    width = max(14, *(len(name) for name, _ in rows)) + 1
+    lines = [f"  {name:<{width}}{size / GIB:>9.3f} GiB" for name, size in rows]
     verdict = "fits" if choice.fits else "does not fit"
-    total = f"  {'at most':<14}{choice.memory_gib:>9.3f} GiB in the {choice.memory.peak}: {verdict}"
-    host = [f"  {'in host memory':<14}{choice.memory.host / GIB:>9.3f} GiB a rank"] if choice.memory.host else []
+    total = f"  {'at most':<{width}}{choice.memory_gib:>9.3f} GiB in the {choice.memory.peak}: {verdict}"
+    host = [f"  {'in host memory':<{width}}{choice.memory.host / GIB:>9.3f} GiB a rank"] if choice.memory.host else []
     return [*lines, total, *host]
 
 
@@ -348,24 +365,33 @@ def _time_heading(price: float | None, config: RunConfig) -> str:
 
 def _line(choice: Choice, found: Planned, price: float | None, config: RunConfig) -> str:
     numbers = row(choice, found, price, config)
-    marks = ("+checkpointing" if choice.checkpointing and not found.setup.checkpointing else "",)
-    offload = choice.offload + "".join(marks)
+    host = f"{choice.memory.host / GIB:>12.2f}" if _hosted(found) else ""
     time = numbers["hours"] if numbers["hours"] is not None else numbers["hours_per_billion_tokens"]
     width = 9 if numbers["hours"] is not None else 11
     price_of = numbers["cost"] if config.trainer.max_steps else numbers["cost_per_billion_tokens"]
     cost = f"{price_of:>12,.2f}" if price_of is not None else ""
     return (
-        f"{choice.zero:<8}{offload:<17}{choice.setup.micro_batch_size:>11}{choice.memory_gib:>12.2f}"
+        f"{choice.zero:<8}{_offload(choice, found):<{_offload_width(found)}}{choice.setup.micro_batch_size:>11}"
+        f"{choice.memory_gib:>12.2f}{host}"
         f"{'yes' if choice.fits else 'no':>6}{choice.time.seconds:>8.2f} s{choice.time.tokens_per_second:>12.0f}"
         f"{choice.time.volume / GIB:>9.2f} GiB{time:>{width}.2f}{cost}"
     )
 
 
 def _nothing_fits(found: Planned) -> str:
+    device, host = found.cluster.device.memory_gib, found.cluster.host_gib
     least = min(found.plan.choices, key=lambda choice: choice.memory_gib)
+    takes = "more ranks, shorter rows (data.max_length) or method=lora take less"
+    if host is not None and least.memory_gib <= device:
+        least = min((c for c in found.plan.choices if c.memory_gib <= device), key=lambda choice: choice.memory.host)
+        of_node = least.memory.host * least.setup.ranks_per_node / GIB
+        return (
+            f"nothing fits: of the choices that fit the device, the least takes {of_node:.0f} GiB of a node's memory "
+            f"({least.zero}, offload {least.offload}), there are {host:.0f} (hardware.host_gib); more nodes, or {takes}"
+        )
     return (
         f"nothing fits: the least is {least.memory_gib:.1f} GiB a rank ({least.zero}, offload {least.offload}), there are "
-        f"{found.cluster.device.memory_gib:.1f}; more ranks, shorter rows (data.max_length) or method=lora take less"
+        f"{device:.1f}; {takes}"
     )
 
 

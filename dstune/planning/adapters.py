@@ -7,29 +7,82 @@ from collections.abc import Iterator
 
 from dstune.config.method_schema import (
     AdapterConfig,
+    Ia3Config,
     LoraConfig,
+    MethodConfig,
     OftConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
     PTuningEncoder,
+    QloraConfig,
+    VeraConfig,
 )
+from dstune.errors import Problem
 from dstune.planning.architecture import Architecture, Tensor
 
 
 def added(method: AdapterConfig, model: Architecture) -> tuple[Tensor, ...]:
-    """The trained tensors of an adapter: those of LoRA and of trained prompts exactly, of the others no less than there are (a
-    vector or two for each module)."""
+    """The trained tensors of an adapter, exactly; of IA3 on an architecture that peft has no choice of modules for, and of OFT no
+    less than there are."""
     targets = list(getattr(method, "target_modules", [])) or ["all-linear"]
     match method:
         case LoraConfig():
             return tuple(lora(model, targets, method.rank, ranks=method.rank_pattern, magnitudes=method.dora))
+        case Ia3Config() if method.target_modules or model.kind in IA3_MODULES:
+            return tuple(_scales(method, model))
+        case VeraConfig():
+            return tuple(_vectors(method.rank, model, targets))
         case OftConfig():  # the entries above the diagonal of each block
             return tuple(lora(model, targets, -(-method.block_size // 2)))
         case PromptConfig() | PrefixConfig() | PTuningConfig():
             return tuple(Tensor(f"prompt_encoder.{name}", shape) for name, shape in _prompt(method, model))
         case _:
             return tuple(lora(model, targets, 1))
+
+
+IA3_MODULES = {
+    **dict.fromkeys(("llama", "mistral"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), (("q_proj", "v_proj", "down_proj"), ("down_proj",))
+    ),
+    **dict.fromkeys(("bert", "roberta"), (("key", "value", "output.dense"), ("output.dense",))),
+    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
+    "t5": (("k", "v", "wo"), ("wo",)),
+    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+}
+"""By architecture, the modules that peft's IA3 scales, and those of them whose inputs it scales (its constants, 0.21)."""
+
+
+def _scales(method: Ia3Config, model: Architecture) -> Iterator[Tensor]:
+    """A number for each output of a scaled module, of a feed-forward one for each input."""
+    if method.target_modules:
+        chosen, feed_forward = method.target_modules, method.feedforward_modules
+    else:
+        chosen, feed_forward = map(list, IA3_MODULES[model.kind])
+    for module, (outputs, inputs), layer in _modules(model, chosen):
+        of_inputs = any(module.endswith(f".{ending}") for ending in feed_forward)
+        shape = (1, inputs) if of_inputs else (outputs, 1)
+        yield Tensor(f"{module}.ia3_l", shape, layer=layer)
+
+
+def _vectors(rank: int, model: Architecture, targets: list[str]) -> Iterator[Tensor]:
+    """VeRA: a number for each row of the shared matrix, and for each output."""
+    for module, (outputs, _), layer in _modules(model, targets):
+        yield Tensor(f"{module}.vera_lambda_b", (outputs,), layer=layer)
+        yield Tensor(f"{module}.vera_lambda_d", (rank,), layer=layer)
+
+
+def _modules(model: Architecture, targets: list[str]) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """(name, [out, in], layer) of the linear layers that `targets` names, as `lora` reads it."""
+    for tensor in model.tensors:
+        module = tensor.name.removesuffix(".weight")
+        if targets == ["all-linear"]:
+            wanted = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
+        else:
+            wanted = any(module == ending or module.endswith(f".{ending}") for ending in targets)
+        if tensor.linear and wanted:
+            yield module, tensor.shape, tensor.layer
 
 
 def lora(
@@ -40,23 +93,32 @@ def lora(
     targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft, and routers
     and experts. ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.
     """
+    for module, (outputs, inputs), layer in _modules(model, targets):
+        own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
+        yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=layer, used=1.0)
+        yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=layer, used=1.0)
+        if magnitudes:
+            yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=layer)
     for tensor in model.tensors:
         if not tensor.linear:
             yield from _of_experts(tensor, model.kind, targets, rank)
-            continue
-        module = tensor.name.removesuffix(".weight")
-        if targets == ["all-linear"]:
-            wanted = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
-        else:
-            wanted = any(module == ending or module.endswith(f".{ending}") for ending in targets)
-        if not wanted:
-            continue
-        own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
-        outputs, inputs = tensor.shape
-        yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=tensor.layer, used=1.0)
-        yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=tensor.layer, used=1.0)
-        if magnitudes:
-            yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=tensor.layer)
+
+
+def experts_problem(method: MethodConfig, model: Architecture) -> Problem | None:
+    """What the method cannot do with stacked experts. See `models.peft` and `models.quantize`, which refuse it for any model."""
+    if not model.experts:
+        return None
+    if isinstance(method, QloraConfig):
+        reason = "rounds linear layers, and the experts, most of this model's weights, are none"
+        return Problem("method", reason, "method=lora", "qlora")
+    if not isinstance(method, LoraConfig) or not any(".experts." in tensor.name for tensor in added(method, model)):
+        return None
+    for key, value, off in (("dropout", method.dropout, "0"), ("dora", method.dora, "false")):
+        if value:
+            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
+            fix = f"method.{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+            return Problem(f"method.{key}", reason, fix, str(value).lower())
+    return None
 
 
 EXPERT_TARGETS = {

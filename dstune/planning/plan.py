@@ -26,6 +26,10 @@ CPU_CAUTION = 1.06
 GPU's margin is part of its prediction."""
 
 
+ROOMY = 0.9
+"""Share of a device's memory up to which a choice is preferred to one as fast that takes more: a plan errs by up to a tenth."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One row of the plan."""
@@ -110,10 +114,16 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     if not configured.checkpointing and not any(row.fits and row.offload == "none" for row in choices):
         choices += variants(True)
     fitting = [row for row in choices if row.fits]
-    # A plain choice before one that offloads; among those about as fast, the lower stage and the larger micro-batch.
+    roomy = ROOMY * cluster.device.memory_gib
+    # A plain choice before one that offloads; among those about as fast one that leaves room, then the lower stage.
     recommended = min(
         fitting,
-        key=lambda row: (round(row.time.seconds / _fastest(fitting), 1), row.offload != "none", row.setup.stage),
+        key=lambda row: (
+            round(row.time.seconds / _fastest(fitting), 1),
+            row.offload != "none",
+            row.memory_gib > roomy,
+            row.setup.stage,
+        ),
         default=None,
     )
     return Plan(as_configured, tuple(choices), recommended)

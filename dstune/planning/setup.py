@@ -9,7 +9,8 @@ from typing import Any
 
 from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig, UlyssesConfig
-from dstune.planning.adapters import added
+from dstune.errors import UserError
+from dstune.planning.adapters import added, experts_problem
 from dstune.planning.architecture import (
     BODY,
     CLASSIFIER,
@@ -132,8 +133,13 @@ def setup(
     precision: Precision,
     values: dict[str, Any],
 ) -> Setup:
-    """The numbers of a run. `precision` is resolved; `values` is the model's config.json (dropout)."""
+    """The numbers of a run. `precision` is resolved; `values` is the model's config.json (dropout).
+
+    Raises UserError where the method cannot train this architecture.
+    """
     method = config.method
+    if (problem := experts_problem(method, model)) is not None:
+        raise UserError(problem)
     trained, frozen = trained_tensors(config, model)
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero

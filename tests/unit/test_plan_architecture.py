@@ -10,14 +10,17 @@ import torch
 
 from dstune.config.method_schema import (
     AdapterConfig,
+    Ia3Config,
     LoraConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
     PTuningEncoder,
+    QloraConfig,
+    VeraConfig,
 )
 from dstune.errors import UserError
-from dstune.planning.adapters import added, lora
+from dstune.planning.adapters import IA3_MODULES, added, experts_problem, lora
 from dstune.planning.architecture import (
     CLASSIFIER,
     DEFAULTS,
@@ -226,3 +229,40 @@ def test_trained_prompts_and_their_encoders_are_those_of_peft(method: AdapterCon
         if parameter.requires_grad
     }
     assert {t.name: t.shape for t in added(method, planned("llama", DECODER, LANGUAGE_MODEL))} == expected
+
+
+@pytest.mark.parametrize("kind", sorted(IA3_MODULES))
+@pytest.mark.parametrize("method", [Ia3Config(), VeraConfig(rank=4)])
+def test_vectors_are_those_of_peft(kind: str, method: AdapterConfig) -> None:
+    import peft
+
+    _, values, head = next(case for case in CASES if case[0] == kind)
+    model = on_meta(kind, values, head)
+    settings = (
+        peft.IA3Config()
+        if isinstance(method, Ia3Config)
+        else peft.VeraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS" if head == CLASSIFIER else None)
+    )
+    adapted = peft.get_peft_model(model, settings)
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", ""): tuple(parameter.shape)
+        for name, parameter in adapted.named_parameters()
+        if ".ia3_l" in name or ".vera_lambda" in name
+    }
+    assert {tensor.name: tensor.shape for tensor in added(method, planned(kind, values, head))} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [
+        (QloraConfig(), "method"),
+        (LoraConfig(dropout=0.1), "method.dropout"),
+        (LoraConfig(dora=True), "method.dora"),
+        (LoraConfig(dropout=0.1, dora=True, target_modules=["q_proj", "v_proj"]), None),
+        (LoraConfig(), None),
+    ],
+)
+def test_what_experts_cannot_have_is_not_planned(method: AdapterConfig, where: str | None) -> None:
+    problem = experts_problem(method, planned("mixtral", DECODER | EXPERTS | {"num_local_experts": 4}, LANGUAGE_MODEL))
+    assert (problem and problem.where) == where
+    assert experts_problem(method, planned("llama", DECODER, LANGUAGE_MODEL)) is None

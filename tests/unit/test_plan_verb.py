@@ -58,6 +58,20 @@ def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> No
     assert "nothing fits" in capsys.readouterr().out
 
 
+def test_where_the_host_has_no_room_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3_70b", "data=files", "task=chat", "hardware=8xH100-80G", "hardware.host_gib=64"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "GiB of a node's memory" in text and "there are 64 (hardware.host_gib)" in text
+    assert "on the host: GiB of its memory that a rank takes" in text
+
+
+def test_experts_are_not_planned_in_4_bits() -> None:
+    config = compose(["model=qwen3_30b_a3b", "method=qlora", "data.train=x", "task=chat", "data.packing=false"]).config
+    with pytest.raises(UserError, match="experts"):
+        plan_of(config, parse(["hardware=8xH100-80G"]))
+
+
 def test_nodes_price_and_own_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["model=llama3_8b", "task=chat", "trainer.max_steps=1000", "trainer.global_batch_size=256"]
     one = plan_json(capsys, *run, "hardware=8xH100", "price=2.5")
