@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dstune.checkpoint.adapters import load_trained
@@ -38,7 +39,7 @@ from dstune.telling import tell_launcher
 from dstune.tracking.console import Console
 from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
-from dstune.train.measure import count_rows
+from dstune.train.measure import Evaluation, count_rows
 from dstune.train.proofs import check_packing, examine
 from dstune.train.reference import with_reference_model
 from dstune.worker import guarded, leave
@@ -108,7 +109,7 @@ def evaluate(
             measured["counterfactual"] = changes
         if evaluation.details:
             measured |= {"labels": list(data.labels), **evaluation.details}
-        row_results = evaluation.row_results(data.labels)
+        row_results = placed(evaluation, part, config, data.labels)
     else:
         prompted = baseline.measure_prompted(
             config, data, engine, head, tokenizer, world, part, shots, progress=progress
@@ -116,12 +117,34 @@ def evaluate(
         measured["asked"] = shown(config.model.path)
         measured["prompted"] = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
         for one in prompted:
-            row_results += [{"shots": one.shots, **row} for row in one.evaluation.row_results(data.labels)]
+            row_results += [{"shots": one.shots, **row} for row in placed(one.evaluation, part, config, data.labels)]
     if world.is_main:
         rows = count_rows(limited(part, config.evaluate.max_rows, config.task), config.task)
         result = {"status": "completed", "split": split, "rows": rows, "world_size": world.size, **measured}
         write_result(directory, result | ({"row_results": row_results} if with_rows else {}))
     world.barrier()
+
+
+def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """What became of each row with where it is, `row` as FILE:LINE, in the order of the files; where that is not known (rows
+    of training, and a cache that an earlier version made), as the rows were evaluated."""
+    results = evaluation.row_results(labels)
+    seen = limited(part, config.evaluate.max_rows, config.task)
+    if evaluation.generated:
+        seen = limited(seen, config.evaluate.generate_rows, config.task)
+    if seen.places is None or seen.origins is None:
+        return results
+    numbers = np.unique(seen.origins)
+    if len(numbers) != len(results):
+        return results
+    everywhere = json.loads(seen.places.read_text())
+    rows = [{"row": everywhere[number], **result} for number, result in zip(numbers, results, strict=True)]
+    return sorted(rows, key=_in_files)
+
+
+def _in_files(row: dict[str, Any]) -> tuple[str, int]:
+    file, _, line = row["row"].rpartition(":")
+    return file, int(line)
 
 
 def with_labels(config: RunConfig) -> RunConfig:

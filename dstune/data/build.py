@@ -474,8 +474,8 @@ def load_split(folder: Path, part: str) -> Split:
     """The samples that were written to `folder`; nothing but their pages in use is in memory."""
     table = datasets.Dataset.from_file(str(folder / f"{part}.arrow"))
     lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
-    sources_file, origins_file, texts = (
-        folder / f"{part}.{name}" for name in ("sources.npy", "origins.npy", "texts.arrow")
+    sources_file, origins_file, texts, places = (
+        folder / f"{part}.{name}" for name in ("sources.npy", "origins.npy", "texts.arrow", "places.json")
     )
     return Split(
         part,
@@ -485,5 +485,6 @@ def load_split(folder: Path, part: str) -> Split:
         sources=np.load(sources_file, mmap_mode="r") if sources_file.exists() else None,
         origins=np.load(origins_file, mmap_mode="r") if origins_file.exists() else None,
         texts=datasets.Dataset.from_file(str(texts)) if texts.exists() else None,
+        places=places if places.exists() else None,
         content=(folder / f"{part}.content").read_text(),
     )

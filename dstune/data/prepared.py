@@ -43,6 +43,8 @@ class Split:
     texts: datasets.Dataset | None = None
     """The normalised rows as JSON text (`row`) with the values of `evaluate.slices` (`slices`, JSON text), by the numbers in
     `origins`, where metrics need them."""
+    places: Path | None = None
+    """JSON list of FILE:LINE of each row, by the numbers in `origins`."""
     content: str = ""
     """Digest of all columns of `table`; that of the whole where the split is a part of it."""
 

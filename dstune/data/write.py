@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def write_samples(
     """Write `PART.arrow`, `PART.lengths.npy`, `PART.weights.npy` and `PART.content`, a digest of the samples in order, to
     `folder` for the rows `indices` of `table`; for a mixture `PART.sources.npy` too.
 
-    Validation and test get `PART.origins.npy` (which row each sample is of), and `with_texts` `PART.texts.arrow`, the rows.
+    Validation and test get `PART.origins.npy` (which row each sample is of), `PART.places.json` (FILE:LINE of each row), and
+    `with_texts` `PART.texts.arrow`, the rows.
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
     """
     chosen = table.data.select(indices).select_columns(["row", "number", "slices"])
@@ -72,6 +74,7 @@ def write_samples(
         order = np.argsort(indices)
         places = order[np.searchsorted(indices, numbers, sorter=order)]
         np.save(folder / f"{part}.origins.npy", places.astype(np.int32))
+        (folder / f"{part}.places.json").write_text(json.dumps(table.places(indices)))
     if with_texts:
         _write_texts(chosen, folder / f"{part}.texts.arrow")
     return counts

@@ -137,8 +137,19 @@ def test_a_classifiers_labels_keep_their_order_on_other_rows(shelf, capsys, tmp_
     assert found["confusion"][0] == [0, 0] and sum(found["confusion"][1]) == found["rows"]
 
 
-def test_it_prints_a_table_for_people(shelf, capsys):
-    assert evaluate.main([str(shelf.folder / "labels-2"), "launch.processes=1", "evaluate.max_rows=5"]) == 0
+def test_it_prints_a_table_for_people_and_writes_the_rows(shelf, capsys, tmp_path):
+    """Each row with where it is, in the order of the file, though rows of a length are evaluated together."""
+    written = tmp_path / "rows.jsonl"
+    words = ["launch.processes=1", "evaluate.max_rows=5", "--output", str(written)]
+    assert evaluate.main([str(shelf.folder / "labels-2"), *words]) == 0
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    file = shelf.data["encoder"]
+    given = [json.loads(line)["label"] for line in file.read_text().splitlines()]
+    places = [row["row"].rpartition(":") for row in rows]
+    numbers = [int(number) for _, _, number in places]
+    assert numbers == sorted(set(numbers)) and {name for name, _, _ in places} == {str(file)}
+    assert [given[number - 1] for number in numbers] == [row["label"] for row in rows]
+    assert len({row["label"] for row in rows}) == 2, "or an order could not be told"
     lines = capsys.readouterr().out.splitlines()
     table = lines[lines.index(f"{shelf.folder / 'labels-2'}: 5 validation rows") :]
     assert any(line.split()[0] == "accuracy" for line in table)
