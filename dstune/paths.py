@@ -9,6 +9,8 @@ STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 """Names of files in the run directory that ask for a save, with and without stopping."""
 PRUNE_FILE = "PRUNE"
 """File in the run directory of a sweep's trial that ends it without a save; it holds the reason."""
+SIGNAL_FILE = "signal"
+"""In `logs/` while a launch ends: the name of the signal that its process received and hands on as SIGTERM."""
 STOP_REASON = f"a file named {STOP_FILE} asked for it"
 """What a run that was asked so says about its end; it shall not be continued by itself."""
 

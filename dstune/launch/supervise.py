@@ -6,6 +6,7 @@ save. When one rank dies the others are ended; whatever happens, no process of t
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
 from dstune.launch.restarts import Restarts
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
+from dstune.paths import SIGNAL_FILE
 
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0
@@ -113,7 +115,9 @@ class Launch:
 
     def run(self) -> Verdict:
         records.begin(self.run_dir, self.id, self.plan.size)
+        (self.logs / SIGNAL_FILE).unlink(missing_ok=True)
         with ExitStack() as stack:
+            stack.callback((self.logs / SIGNAL_FILE).unlink, missing_ok=True)
             guard = stack.enter_context(Guard(self.id, [] if self.lock is None else [self.lock]))
             try:
                 output = self._start(stack, guard)
@@ -167,6 +171,8 @@ class Launch:
         """Act on the first request to stop (ask the ranks to save) and on the second (end them at once)."""
         if self.received and self.stop_signal is None:
             self.stop_signal = self.received[0]
+            with contextlib.suppress(OSError):  # a full disk: the ranks say SIGTERM then
+                (self.logs / SIGNAL_FILE).write_text(self.stop_signal)
             for process in self.ranks:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)

@@ -14,7 +14,7 @@ from types import FrameType
 
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
-from dstune.paths import PRUNE_FILE, SAVE_FILE, STOP_FILE, STOP_REASON
+from dstune.paths import PRUNE_FILE, SAVE_FILE, SIGNAL_FILE, STOP_FILE, STOP_REASON
 from dstune.train.better import improves
 from dstune.train.state import Best, TrainState
 from dstune.zero.engine import Update
@@ -184,6 +184,7 @@ class Preemption(Hook):
         if (end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
             self._limits.append((time.time, float(end), "the time of the SLURM job is over"))
         self._files = (run_dir / PRUNE_FILE, run_dir / STOP_FILE, run_dir / SAVE_FILE) if is_main else ()
+        self._handed_on = run_dir / "logs" / SIGNAL_FILE
         self._last_asked, self._step_seconds = time.monotonic(), 0.0
         self._received: str | None = None
         self._received_at = 0.0
@@ -209,7 +210,7 @@ class Preemption(Hook):
     def while_waiting(self, state: TrainState) -> Decision:
         self._last_asked = time.monotonic()
         if self._received is not None:
-            return Decision(Wish.PREEMPT, f"received {self._received}")
+            return Decision(Wish.PREEMPT, f"received {self._first_received(self._received)}")
         for clock, deadline, reason in self._limits:
             # The next chance is a step away.
             if clock() + self._step_seconds + SAVES_BEFORE_DEADLINE * state.save_seconds >= deadline:
@@ -222,3 +223,10 @@ class Preemption(Hook):
                 stop = file.name == STOP_FILE
                 return Decision(Wish.PREEMPT, STOP_REASON) if stop else Decision(Wish.SAVE)
         return CONTINUE
+
+    def _first_received(self, name: str) -> str:
+        """What the user or the scheduler sent, where the launching process handed it on."""
+        try:
+            return self._handed_on.read_text() if name == "SIGTERM" else name
+        except OSError:
+            return name

@@ -98,6 +98,8 @@ def test_signal_saves_and_the_same_command_continues(workplace, undisturbed, num
     assert command.wait(timeout=60) == 75
     assert not ranks_of(run_dir)
     assert result(run_dir)["status"] == "preempted"
+    assert result(run_dir)["reason"] == f"received {number.name}", "and not what the ranks were told with"
+    assert not (run_dir / "logs" / "signal").exists()
     saved = result(run_dir)["steps"]
     assert 7 <= saved < STEPS
     assert (run_dir / "checkpoints" / f"step-{saved:08d}" / "COMMITTED").exists()
