@@ -34,11 +34,11 @@ def added(method: AdapterConfig, model: Architecture) -> tuple[Tensor, ...]:
         case VeraConfig():
             return tuple(_vectors(method.rank, model, targets))
         case OftConfig():  # the entries above the diagonal of each block
-            return tuple(lora(model, targets, -(-method.block_size // 2)))
+            return tuple(lora(model, targets, -(-method.block_size // 2), experts=False))
         case PromptConfig() | PrefixConfig() | PTuningConfig():
             return tuple(Tensor(f"prompt_encoder.{name}", shape) for name, shape in _prompt(method, model))
         case _:
-            return tuple(lora(model, targets, 1))
+            return tuple(lora(model, targets, 1, experts=False))
 
 
 IA3_MODULES = {
@@ -86,12 +86,19 @@ def _modules(model: Architecture, targets: list[str]) -> Iterator[tuple[str, tup
 
 
 def lora(
-    model: Architecture, targets: list[str], rank: int, *, ranks: dict[str, int] | None = None, magnitudes: bool = False
+    model: Architecture,
+    targets: list[str],
+    rank: int,
+    *,
+    ranks: dict[str, int] | None = None,
+    magnitudes: bool = False,
+    experts: bool = True,
 ) -> Iterator[Tensor]:
     """The two matrices of rank `rank` that LoRA puts beside each linear layer that `targets` names, and DoRA's magnitudes.
 
     targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft, and routers
     and experts. ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.
+    experts: whether the adapter can be on stacked weights.
     """
     for module, (outputs, inputs), layer in _modules(model, targets):
         own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
@@ -99,7 +106,7 @@ def lora(
         yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=layer, used=1.0)
         if magnitudes:
             yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=layer)
-    for tensor in model.tensors:
+    for tensor in model.tensors if experts else ():
         if not tensor.linear:
             yield from _of_experts(tensor, model.kind, targets, rank)
 
