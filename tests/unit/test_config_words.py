@@ -113,7 +113,8 @@ def test_flags_of_other_tools_and_verbs(words: list[str], fix: str):
         ("zero=3", "zero=stage3"),
         ("launch.nodes=2", "it is a key of launch=slurm"),
         ("trainer.bf16=true", "trainer.precision=bf16"),
-        ("trainer.precision=half", "trainer.precision=auto (the default)"),
+        ("trainer.precision=half", "trainer.precision=fp16"),
+        ("trainer.precision=quarter", "trainer.precision=auto (the default)"),
         ("data.columns=text:review", "'data.columns={text: review}'"),
     ],
 )

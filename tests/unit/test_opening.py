@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from dstune.config.compose import compose
 from dstune.opening import cautions
@@ -13,10 +15,19 @@ from dstune.train.state import TrainState
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
 
 
-def said(*overrides: str, report: dict | None = None, steps: int = 100, state: TrainState | None = None) -> list[str]:
+def said(
+    *overrides: str,
+    report: dict | None = None,
+    steps: int = 100,
+    state: TrainState | None = None,
+    held_out: int = 100,
+    module: nn.Module | None = None,
+) -> list[str]:
     config = compose(["data=chitchat", *overrides]).config
-    data = SimpleNamespace(report=report or {}, validation=object())
-    return list(cautions(config, SimpleNamespace(data=data, total_steps=steps, state=state or TrainState())))
+    data = SimpleNamespace(report=report or {}, validation=SimpleNamespace(lengths=[8] * held_out))
+    engine = SimpleNamespace(module=module or nn.Linear(2, 2))
+    run = SimpleNamespace(data=data, total_steps=steps, state=state or TrainState(), engine=engine)
+    return list(cautions(config, run))
 
 
 def test_rows_that_were_cut_are_counted() -> None:
@@ -39,6 +50,21 @@ def test_rows_that_were_cut_are_counted() -> None:
 )
 def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warned: bool) -> None:
     assert [("2e-4" in line) for line in said(*overrides)] == [True] * warned
+
+
+def test_few_held_out_rows_are_told() -> None:
+    assert said(held_out=20) == []
+    (line,) = said(held_out=1)
+    assert line.startswith("1 validation row: metrics of so few say little")
+
+
+def test_experts_without_adapters_are_told() -> None:
+    experts = nn.Module()
+    experts.register_parameter("down_proj", nn.Parameter(torch.zeros(3, 2, 2)))
+    mixture = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts, "gate": nn.Linear(2, 2, bias=False)})})
+    (line,) = said("method=lora", "optimizer.lr=2e-4", module=mixture)
+    assert line.startswith("the experts, 75% of the weights, have no adapters")
+    assert said("method=lora", "optimizer.lr=2e-4", "method.target_modules=[q_proj]", module=mixture) == []
 
 
 def test_early_stopping_without_evaluations_between_is_told() -> None:
