@@ -238,10 +238,11 @@ sys.exit(1)  # the consequence is seen before the cause
 
 def test_a_failure_that_the_worker_reports_keeps_its_result(tmp_path):
     script = """
-from dstune.errors import TrainingFailed, to_json
+from dstune.errors import TrainingFailed
+from dstune.telling import leave_error
 if rank == 0:
     result("failed")
-    (run_dir / "logs" / "rank-0.error").write_text(to_json(TrainingFailed("loss was not finite in 10 steps")))
+    leave_error(run_dir, 0, TrainingFailed("loss was not finite in 10 steps"))  # whole, before the other one looks
 else:  # all ranks come to this end together
     while not (run_dir / "logs" / "rank-0.error").exists():
         time.sleep(0.01)
