@@ -54,20 +54,13 @@ QWEN3 = COMMON | {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
-EXPERTS = COMMON | {
+EXPERTS = LLAMA | {
     "model_type": "qwen3_moe",
-    "vocab_size": 49152,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "head_dim": 64,
     "num_experts": 16,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 256,
     "decoder_sparse_step": 1,
-    "tie_word_embeddings": True,
 }
 GEMMA3 = COMMON | {
     "model_type": "gemma3_text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import ModelConfig
 from dstune.errors import Problem
 
@@ -32,6 +33,22 @@ def encoder_decoder_method_problem(method: str, architecture: str) -> Problem | 
     else:
         return None
     return Problem("method", reason, "method=lora", method)
+
+
+def rounded_experts_problem(share: float) -> Problem:
+    """The problem with method=qlora for a mixture of experts. share: of the weights that are in experts."""
+    reason = f"rounds linear layers, and the experts, {share:.0%} of this model's weights, are none"
+    return Problem("method", reason, "method=lora", "qlora")
+
+
+def adapted_experts_problem(method: LoraConfig) -> Problem | None:
+    """What peft's adapters of stacked experts cannot do and `method` asks for."""
+    for key, value, off in (("dropout", method.dropout, "0"), ("dora", method.dora, "false")):
+        if value:
+            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
+            fix = f"method.{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+            return Problem(f"method.{key}", reason, fix, str(value).lower())
+    return None
 
 
 def mark_encoder_decoder(tokenizer: Any) -> None:

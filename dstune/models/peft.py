@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dstune.config.architectures import adapted_experts_problem
 from dstune.config.method_schema import (
     AdapterConfig,
     FeaturesConfig,
@@ -178,16 +179,9 @@ def experts_without_adapters(module: nn.Module) -> float:
     return stacked / sum(map(full_count, parameters.values()))
 
 
-ON_EXPERTS = {"lora_dropout": ("method.dropout", "0"), "use_dora": ("method.dora", "false")}
-"""What peft's adapters of stacked experts cannot do, by its own name for it, and what turns it off."""
-
-
 def _refused_by_peft(reason: str, method: ModuleAdapterConfig) -> Problem:
-    for word, (key, off) in ON_EXPERTS.items():
-        if "ParamWrapper" in reason and word in reason:
-            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
-            value = str(getattr(method, key.removeprefix("method."))).lower()
-            return Problem(key, reason, f"{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]", value)
+    if "ParamWrapper" in reason and isinstance(method, LoraConfig) and (problem := adapted_experts_problem(method)):
+        return problem
     fix = "method.target_modules=[all-linear], or endings of names of linear layers of the model"
     return Problem("method.target_modules", reason, fix, str(method.target_modules))
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstune.config.architectures import rounded_experts_problem
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.errors import UserError
 from dstune.zero.engine import full_count, full_shape
 
 KEPT = ("lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler", "qa_outputs")
@@ -61,8 +62,7 @@ def refuse_experts(model: nn.Module) -> None:
     stacked = [p for name, p in parameters.items() if ".experts." in name and len(full_shape(p)) == 3]
     if stacked:
         share = sum(map(full_count, stacked)) / sum(map(full_count, parameters.values()))
-        reason = f"rounds linear layers, and the experts, {share:.0%} of this model's weights, are none"
-        raise UserError(Problem("method", reason, "method=lora", "qlora"))
+        raise UserError(rounded_experts_problem(share))
 
 
 def quantized_modules(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from dstune.config.architectures import adapted_experts_problem, rounded_experts_problem
 from dstune.config.method_schema import (
     AdapterConfig,
     Ia3Config,
@@ -112,19 +113,14 @@ def lora(
 
 
 def experts_problem(method: MethodConfig, model: Architecture) -> Problem | None:
-    """What the method cannot do with stacked experts. See `models.peft` and `models.quantize`, which refuse it for any model."""
+    """What the method cannot do with stacked experts; the ranks refuse it for models too that the planner does not know."""
     if not model.experts:
         return None
     if isinstance(method, QloraConfig):
-        reason = "rounds linear layers, and the experts, most of this model's weights, are none"
-        return Problem("method", reason, "method=lora", "qlora")
-    if not isinstance(method, LoraConfig) or not any(".experts." in tensor.name for tensor in added(method, model)):
-        return None
-    for key, value, off in (("dropout", method.dropout, "0"), ("dora", method.dora, "false")):
-        if value:
-            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
-            fix = f"method.{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]"
-            return Problem(f"method.{key}", reason, fix, str(value).lower())
+        experts = sum(tensor.count for tensor in model.tensors if ".experts." in tensor.name)
+        return rounded_experts_problem(experts / model.parameters)
+    if isinstance(method, LoraConfig) and any(".experts." in tensor.name for tensor in added(method, model)):
+        return adapted_experts_problem(method)
     return None
 
 
