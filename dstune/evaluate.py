@@ -22,6 +22,7 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
+from dstune.config.overrides import quoted
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, NoParallelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import (
@@ -88,7 +89,7 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
             folder = str(exported(path, Path(scratch), which=arguments.checkpoint, merge=True))
             config = replace(config, model=replace(config.model, revision=None))
         else:
-            config = compose([f"model.path={_quoted(arguments.target)}", *arguments.overrides]).config
+            config = compose([f"model.path={quoted(arguments.target)}", *arguments.overrides]).config
             folder = arguments.target
             if not (path / "adapter_config.json").is_file():
                 config = replace(config, model=preflight.resolve_model(config.model, stage))
@@ -189,7 +190,7 @@ def _configuration(
         config = replace(config, model=model, task=_compared(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)
-        config = compose([f"model.path={_quoted(arguments.target)}", *recorded, *arguments.overrides]).config
+        config = compose([f"model.path={quoted(arguments.target)}", *recorded, *arguments.overrides]).config
     if arguments.shots is not None:
         return _prompted(config, arguments, stage), None
     data = config.data
@@ -264,12 +265,6 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
     config = replace(config, data=data, method=FullConfig(), launch=launch, tracking=tracking, parallel=alone)
     validate(config)
     return preflight.resolve_run(config, stage)
-
-
-def _quoted(path: str) -> str:
-    """`path` as a value of Hydra's grammar, whatever characters it has."""
-    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _command(argv: tuple[str, ...], directory: Path, options: dict[str, Any]) -> tuple[str, ...]:

@@ -21,17 +21,16 @@ import numpy as np
 import torch
 
 from dstune.checkpoint.adapters import load_trained
-from dstune.checkpoint.record import HEADS
+from dstune.checkpoint.own_labels import with_labels
 from dstune.config.compose import read_run
 from dstune.config.convert import shown
 from dstune.config.schema import Offload, RunConfig
-from dstune.config.task_schema import ClassificationConfig, RewardConfig, TokenClassificationConfig
 from dstune.data.build import Split, prepare
 from dstune.dist import World
 from dstune.ending import write_result
 from dstune.errors import Problem, UserError
 from dstune.models.heads import build_head
-from dstune.models.load import load_config, load_model, load_tokenizer
+from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
@@ -145,37 +144,6 @@ def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Seque
 def _in_files(row: dict[str, Any]) -> tuple[str, int]:
     file, _, line = row["row"].rpartition(":")
     return file, int(line)
-
-
-def with_labels(config: RunConfig) -> RunConfig:
-    """The model's own labels in their order, whatever labels the rows have, and whether a row may have several.
-
-    Raises UserError where the model has no trained head for the task.
-    """
-    named = "classification" if isinstance(config.task, RewardConfig) else config.task.name
-    end = next((end for end, task in HEADS.items() if task == named), None)
-    if end is None:
-        return config
-    architecture = load_config(config.model)
-    if not any(name.endswith(end) for name in architecture.architectures or []):
-        kind = named.replace("_", " ")
-        reason = f"the model has no trained {kind} head, so there is nothing to evaluate"
-        raise UserError(Problem("MODEL", reason, f"give a model for {kind}, or train one", config.model.path))
-    if isinstance(config.task, RewardConfig):
-        if architecture.num_labels != 1:
-            reason = f"a reward model has one output, and this one has {architecture.num_labels}"
-            raise UserError(Problem("MODEL", reason, "give a reward model, or train one", config.model.path))
-        return config
-    if not isinstance(config.task, ClassificationConfig | TokenClassificationConfig):
-        return config
-    if isinstance(config.task, ClassificationConfig) and architecture.problem_type == "regression":
-        return replace(config, task=replace(config.task, regression=True, labels=[]))
-    labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
-    own_names = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
-    task = replace(config.task, labels=labels) if own_names else config.task
-    if isinstance(task, ClassificationConfig) and architecture.problem_type == "multi_label_classification":
-        task = replace(task, multi_label=True)
-    return replace(config, task=task)
 
 
 def main() -> int:

@@ -169,7 +169,7 @@ def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer
         return
     adapted: Any = module
     untouched = adapted.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
-    with untouched, run.watchdog.paused():
+    with untouched, run.watchdog.patient("asking the untuned model"):
         prompted = measure_prompted(
             config,
             run.data,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from dstune.arguments import VerbParser, parser_of
 
-WITH_OVERRIDES = ("train", "plan", "evaluate", "data", "doctor", "models")
+WITH_OVERRIDES = ("train", "plan", "evaluate", "predict", "data", "doctor", "models")
 """Verbs that compose a configuration."""
 
 WITHOUT_PARSER = {

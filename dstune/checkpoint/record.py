@@ -10,6 +10,7 @@ from dstune import __version__
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import DataFormat
 from dstune.config.method_schema import QloraConfig
+from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
 
 NAME = "dstune.json"
@@ -102,6 +103,5 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_value, value))}]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        return quoted(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

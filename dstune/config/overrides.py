@@ -44,6 +44,12 @@ def key_of(text: str) -> str:
     return text.split("=", 1)[0].lstrip("+~").split("@", 1)[0].strip()
 
 
+def quoted(text: str) -> str:
+    """`text` as a value of Hydra's grammar, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def for_hydra(overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra takes them.
 

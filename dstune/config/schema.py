@@ -287,7 +287,8 @@ class TrainerConfig:
     max_nonfinite_steps: int = setting(10, at_least=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
     stall_seconds: float = setting(1800.0, at_least=0.0)
-    """A rank that makes no progress for so long ends, with its Python stacks in its log; 0 waits for ever."""
+    """A rank that makes no progress for so long (saving: ten times as long) ends, with its Python stacks in its log; 0 waits for
+    ever."""
     profile_steps: int = setting(0, at_least=0, at_most=100)
     """Record so many steps of each launch, after its first two, with torch's profiler into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

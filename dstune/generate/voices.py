@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
-from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import ModelConfig
 from dstune.config.task_schema import CONVERSATIONS, TASKS, WRITERS, CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    import torch
+from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, located, run_and_step
 
 OWN = "default"
 """Name of the adapter that the model's own folder is."""
@@ -100,8 +95,8 @@ def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.config.compose import read_run
 
     path = Path(wanted.path)
-    if path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file():
-        path, which = _run_and_step(path, key)
+    if is_checkpoint(path):
+        path, which = run_and_step(path, key)
     if not (path / "run.yaml").is_file():
         return _from_record(wanted, key)
     config = read_run(path / "run.yaml").config
@@ -116,15 +111,6 @@ def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     return _Found(model, chat=False)
 
 
-def _run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
-    """The run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
-    run_dir, step = checkpoint.parent.parent, re.fullmatch(r"step-(\d+)", checkpoint.name)
-    if step is None:
-        fix = f"give {run_dir}, which is its newest whole checkpoint, or {run_dir}/checkpoints/step-N"
-        raise UserError(Problem(key, "is no whole checkpoint", fix, str(checkpoint)))
-    return run_dir, str(int(step[1]))
-
-
 def _from_record(wanted: ModelConfig, key: str) -> _Found:
     task = read_record(Path(wanted.path)).get("task") or {}
     _refuse_no_writer(task.get("name") or task_of_head(Path(wanted.path)), key, wanted.path)
@@ -136,15 +122,15 @@ def _from_record(wanted: ModelConfig, key: str) -> _Found:
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
     if TASKS.get(task or "", ChatConfig) not in WRITERS:
         reason = f"is a model for task={task}, no language model, so it writes no text"
-        fix = f"dstune evaluate {path} measures it; transformers.pipeline('text-classification', EXPORT) labels texts"
-        raise UserError(Problem(key, reason, fix if task == "classification" else f"dstune evaluate {path}", path))
+        raise UserError(Problem(key, reason, f"dstune predict {path} --text TEXT", path))
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     import peft
     from transformers import AutoConfig, AutoTokenizer
 
-    base, own = _base_of(found), found.adapter_folder
+    own = found.adapter_folder
+    base = found.config if own is None else base_of(own, found.config)
     source = located(base)
     encoder_decoder = AutoConfig.from_pretrained(**source).is_encoder_decoder
     voices: dict[str, Voice] = {}
@@ -185,53 +171,13 @@ def _voice(tokenizer: Any, found: _Found, encoder_decoder: bool) -> Voice:
     return Voice(tokenizer, chat, found.date, task)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return settings
-
-
-def _base_of(found: _Found) -> ModelConfig:
-    """The model itself, or what its adapter stands on."""
-    if found.adapter_folder is None:
-        return found.config
-    settings = _settings(found.adapter_folder)
-    path = settings["base_model_name_or_path"]
-    if ENVIRONMENT in path:  # saved without the value, as everything is
-        path = resolve_text(path, str(found.adapter_folder / "adapter_config.json"))
-    return replace(found.config, path=path, revision=settings.get("revision"))
-
-
 def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
     """An adapter on another base gives nonsense where the shapes fit; but the same base may have several names."""
     from dstune.checkpoint.model_folder import base_name
 
-    expected = _settings(folder)["base_model_name_or_path"]
+    expected = adapter_settings(folder)["base_model_name_or_path"]
     if expected != base_name(base):
         print(f"dstune: adapter {name} was trained on {expected}, and is put on {base.path}", file=sys.stderr)
-
-
-def located(wanted: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
-    from dstune.launch.preflight import resolve_model
-    from dstune.models.load import local_path
-
-    flags = {
-        "model.path": "MODEL",
-        "model.revision": "--revision",
-        "model.trust_remote_code": "--trust-remote-code",
-    }
-    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    try:
-        resolved = resolve_model(wanted, tell)
-    except UserError as error:
-        raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
-    revision = {} if resolved.revision is None else {"revision": resolved.revision}
-    return {
-        "pretrained_model_name_or_path": local_path(resolved.path),
-        "trust_remote_code": resolved.trust_remote_code,
-        "local_files_only": True,
-        **revision,
-    }
 
 
 def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping[str, Any]) -> Any:
@@ -242,7 +188,7 @@ def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping
 
     architecture = AutoConfig.from_pretrained(**source)
     kind = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-    dtype = _dtype(architecture)
+    dtype = computing_dtype(architecture)
     quantized: dict[str, Any] = {}
     if record.get("method") == "qlora" and importlib.util.find_spec("bitsandbytes") is not None:
         quantized["quantization_config"] = rounding(dtype, double=bool(record.get("double_quantization", True)))
@@ -258,15 +204,3 @@ def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping
         raise UserError(Problem("MODEL", reason, "give a model that writes text", wanted.path))
     keep_layout(model)
     return model
-
-
-def _dtype(architecture: Any) -> torch.dtype:
-    """The number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
-    import torch
-
-    from dstune.zero.precision import fast_bf16
-
-    stored = architecture.dtype or torch.float32
-    if torch.cuda.is_available():
-        return stored
-    return torch.bfloat16 if stored is not torch.float32 and fast_bf16() else torch.float32

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dstune.config.flags import Flags
 from dstune.config.launch_schema import SlurmConfig
+from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig
 from dstune.config.sweep_space import Axis
@@ -29,7 +30,7 @@ from dstune.launch.slurm_script import SCRIPT, job_script, options, ranks_per_no
 from dstune.launch.train import Command, prepare
 from dstune.sweep.directory import Sweep, write_record
 from dstune.sweep.grid import Grid
-from dstune.sweep.schedule import Trial, quoted
+from dstune.sweep.schedule import Trial
 from dstune.trials import Record, read_record, record_path
 
 ARRAY = Path("launch") / "array.sbatch"

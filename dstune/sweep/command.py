@@ -13,7 +13,7 @@ from pathlib import Path
 from dstune.config.compose import compose
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_in_sweep, ignored_settings
-from dstune.config.overrides import key_of
+from dstune.config.overrides import key_of, quoted
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_rules import holds_out, objectives
 from dstune.config.sweep_schema import OptunaConfig
@@ -30,7 +30,7 @@ from dstune.report.command import leave_behind
 from dstune.sweep import array, devices, directory, probes
 from dstune.sweep.directory import Sweep
 from dstune.sweep.grid import Grid
-from dstune.sweep.schedule import Schedule, Source, quoted
+from dstune.sweep.schedule import Schedule, Source
 from dstune.sweep.study import Study
 from dstune.trials import TRAINING_LOSS, Record, is_sweep, ranked, read_records
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from dstune.config.overrides import quoted
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dstune.launch import attempt, records
 from dstune.launch.commands import python_path
@@ -231,9 +232,3 @@ def _leave(file: Path, text: str) -> None:
     aside = file.with_name(f"{file.name}.incomplete")
     aside.write_text(text)
     aside.replace(file)
-
-
-def quoted(text: str) -> str:
-    """`text` as a value of Hydra's grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

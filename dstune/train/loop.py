@@ -109,7 +109,7 @@ def fit(run: Training) -> Decision:
     if validation is not None and (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
         decision = evaluate(run)
         if decision.wish & Wish.SAVE:
-            with run.watchdog.paused():
+            with run.watchdog.patient("saving"):
                 run.saves.save(state)
         if decision.wish & Wish.STOP:
             return decision
@@ -175,7 +175,7 @@ def fit(run: Training) -> Decision:
             return decision
         if state.step >= run.total_steps:
             break
-        with run.watchdog.paused():
+        with run.watchdog.patient("writing the profile"):
             run.profiler.write()  # after a save, which may be urgent
         began = time.perf_counter()  # waiting for the feed is part of a step; evaluation and saving are not
     return Decision(Wish.STOP, "")
@@ -192,7 +192,7 @@ def save_if_asked(run: Training, decision: Decision) -> Decision:
     if not decision.wish & (Wish.SAVE | Wish.PREEMPT):
         return decision
     leaving = bool(decision.wish & Wish.PREEMPT)
-    with run.watchdog.paused():
+    with run.watchdog.patient("saving"):
         saved = run.saves.save(run.state, now=leaving, whole=leaving)
     if leaving and not saved:
         reason = f"step {run.state.step} could not be saved: {run.saves.refusal}"
@@ -213,7 +213,7 @@ def act_on_spike(run: Training, spike: dict[str, Any], decision: Decision) -> De
     if spike["action"] == "rolled back":
         events = state.extra[spikes.NAME]["events"]
         run.watchdog.beat(f"going back from step {state.step}")
-        with run.watchdog.paused():
+        with run.watchdog.patient("going back"):
             run.saves.settle()
             earlier = run.rewind()
         if earlier is None:

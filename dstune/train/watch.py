@@ -15,7 +15,7 @@ def watch(run: Training, moment: str) -> None:
         split = getattr(run.data, part)
         if split is None:
             continue
-        with run.watchdog.paused():
+        with run.watchdog.patient(f"evaluating data.{part}"):
             metrics = run.evaluator(split, slices=False).metrics
         found = run.state.extra.setdefault(part, {})
         found[moment] = metrics

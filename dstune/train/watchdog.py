@@ -38,10 +38,14 @@ def position() -> str:
     return "its main thread has ended"
 
 
+PATIENCE = 10
+"""How many times longer what has no steps may take: saving, going back to a save, measuring a part of the data."""
+
+
 class Watchdog:
     """A thread that ends this process when `beat` was not called for `seconds`; 0 never does.
 
-    It sleeps until the loop begins to beat, and while something runs that may take any time (`paused`).
+    It sleeps until the loop begins to beat, and is patient while something runs that has no steps.
     """
 
     def __init__(self, seconds: float, rank: int, tell: Callable[[DstuneError], None] = lambda error: None):
@@ -49,6 +53,7 @@ class Watchdog:
         self._seconds, self._rank, self._tell = seconds, rank, tell
         self._last: float | None = None
         self._doing = ""
+        self._limit = seconds
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -57,13 +62,17 @@ class Watchdog:
         self._doing, self._last = doing, time.monotonic()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Saving, exporting and generating may take any time."""
-        watching, self._last = self._last is not None, None
+    def patient(self, doing: str) -> Iterator[None]:
+        """Allow PATIENCE times as long for `doing`: a rank that hangs in it is found all the same."""
+        before, self._limit = self._doing, self._seconds * PATIENCE
+        if self._last is not None:
+            self.beat(doing)
         try:
             yield
         finally:
-            self._last = time.monotonic() if watching else None
+            if self._last is not None:
+                self.beat(before)
+            self._limit = self._seconds  # last, or the watching thread might hold the long wait against it
 
     def rest(self) -> None:
         """The loop has ended."""
@@ -73,12 +82,13 @@ class Watchdog:
         while True:
             time.sleep(min(1.0, self._seconds / 4))
             last = self._last
-            if last is not None and time.monotonic() - last > self._seconds:
+            if last is not None and time.monotonic() - last > self._limit:
                 self._end()
 
     def _end(self) -> None:
         waits, place = in_collective(), position()
-        text = f"rank {self._rank} made no progress for {self._seconds:g} s (trainer.stall_seconds) in {self._doing}"
+        setting = "trainer.stall_seconds" if self._limit == self._seconds else f"{PATIENCE} times trainer.stall_seconds"
+        text = f"rank {self._rank} made no progress for {self._limit:g} s ({setting}) in {self._doing}"
         error = (WaitedInVain if waits else Stalled)(f"{text}: {place}")
         try:
             self._tell(error)

@@ -153,6 +153,13 @@ FAULTS = [
         says="rank 1 .*made no progress",
     ),
     Fault(
+        "hang in a save",
+        "rank 1 waits for ever before it writes its shard; trainer.stall_seconds=1",
+        inject={"at": "dstune.zero.engine:Engine.save", "rank": 1, "call": 3, "do": "hang"},
+        overrides=["trainer.stall_seconds=1"],
+        says="rank 1 .*made no progress for 10 s",
+    ),
+    Fault(
         "exception in the forward pass",
         "RuntimeError in rank 1",
         inject={

@@ -560,7 +560,7 @@ def test_models_that_write_no_text(tmp_path):
     write_run(run_dir / "run.yaml", compose([*overrides, "data.packing=false"]))
     assert "writes no text" in refusal(run_dir, "--prompt", "w1")
     (encoder / "dstune.json").write_text(json.dumps({"task": {"name": "classification"}}))
-    assert f"dstune evaluate {encoder}" in refusal(encoder, "--prompt", "w1")
+    assert f"dstune predict {encoder}" in refusal(encoder, "--prompt", "w1")
     (encoder / "dstune.json").unlink()
     for kind in ("TokenClassification", "QuestionAnswering"):  # of other origin, known by its head
         config = json.loads((encoder / "config.json").read_text()) | {"architectures": [f"BertFor{kind}"]}

@@ -88,14 +88,18 @@ def test_every_command_is_one_that_exists():
 
 
 def test_flags_of_export_and_generate_exist():
-    from dstune import generate
+    from dstune import generate, predict
     from dstune.checkpoint import export
 
-    parsers = {"export": export._parser(), "generate": generate._parser()}
-    found = [command for command in commands() if command[0] == "dstune" and command[1] in parsers]
-    assert len(found) >= 9
+    read = {
+        "export": export._parser().parse_args,
+        "generate": generate._parser().parse_args,
+        "predict": predict._parse,
+    }
+    found = [command for command in commands() if command[0] == "dstune" and command[1] in read]
+    assert len(found) >= 13
     for command in found:
-        parsers[command[1]].parse_args(command[2:])  # exits where a flag does not exist
+        read[command[1]](command[2:])  # raises where a flag does not exist
 
 
 def test_commands_of_report_and_data_show_are_understood():

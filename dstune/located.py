@@ -1,0 +1,89 @@
+"""Where the weights are that a verb is told to use: of a run, of one of its checkpoints, of an adapter, of any model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.convert import ENVIRONMENT, resolve_text
+from dstune.config.schema import ModelConfig
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is (or would be) a checkpoint of a run."""
+    return path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file()
+
+
+def run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
+    """The run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
+    run_dir, step = checkpoint.parent.parent, re.fullmatch(r"step-(\d+)", checkpoint.name)
+    if step is None:
+        fix = f"give {run_dir}, which is its newest whole checkpoint, or {run_dir}/checkpoints/step-N"
+        raise UserError(Problem(key, "is no whole checkpoint", fix, str(checkpoint)))
+    return run_dir, str(int(step[1]))
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What peft wrote of an adapter."""
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return settings
+
+
+def base_of(folder: Path, wanted: ModelConfig) -> ModelConfig:
+    """`wanted`, with the model that the adapter in `folder` stands on as its path."""
+    settings = adapter_settings(folder)
+    path = settings["base_model_name_or_path"]
+    if ENVIRONMENT in path:  # saved without the value, as everything is
+        path = resolve_text(path, str(folder / "adapter_config.json"))
+    return replace(wanted, path=path, revision=settings.get("revision"))
+
+
+def resolved(wanted: ModelConfig) -> ModelConfig:
+    """`wanted` with its files on this machine; problems name the words of a command line. Raises UserError."""
+    from dstune.launch.preflight import resolve_model
+
+    flags = {
+        "model.path": "MODEL",
+        "model.revision": "--revision",
+        "model.trust_remote_code": "--trust-remote-code",
+    }
+    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    try:
+        return resolve_model(wanted, tell)
+    except UserError as error:
+        raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
+
+
+def located(wanted: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
+    from dstune.models.load import local_path
+
+    found = resolved(wanted)
+    revision = {} if found.revision is None else {"revision": found.revision}
+    return {
+        "pretrained_model_name_or_path": local_path(found.path),
+        "trust_remote_code": found.trust_remote_code,
+        "local_files_only": True,
+        **revision,
+    }
+
+
+def computing_dtype(architecture: Any) -> torch.dtype:
+    """The number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
+    import torch
+
+    from dstune.zero.precision import fast_bf16
+
+    stored = architecture.dtype or torch.float32
+    if torch.cuda.is_available():
+        return stored
+    return torch.bfloat16 if stored is not torch.float32 and fast_bf16() else torch.float32
