@@ -32,34 +32,16 @@ def finish(
     features_seconds: float = 0.0,
 ) -> None:
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
-    state, config = run.state, run.config
+    state = run.state
     result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
     if not decision.wish & LEAVING:
         evaluated = run.data.validation is not None and state.eval_last_step != state.step
         if evaluated:
             evaluate(run)
             run.watchdog.rest()
-        run.saves.settle()
-        newest = store.newest(run_dir)
-        # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
-        due = run.world.broadcast(evaluated or newest is None or newest.name != store.tag(state.step))
-        if due and not run.saves.save(state, now=True):
-            reason = f"step {state.step} could not be saved: {run.saves.refusal}"
-            raise TrainingFailed(f"{reason}; continue the run when that is mended")
-        result["weights_step"] = restore_best(run, checkpoints, run_dir)
-        watch(run, "after")
-        if run.data.test is not None:
-            result["test"] = run.evaluator(run.data.test).metrics
-        if isinstance(config.method, FeaturesConfig) and run.world.is_main:
-            method, rows = config.method, config.evaluate.max_rows
-            result["feature_seconds"] = round(features_seconds, 3)
-            result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
-        if run.data.validation is not None and config.evaluate.counterfactual:
-            state.extra["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
-        if config.run.export is not Export.none and run.world.is_main:
-            result["export"] = str(export(run_dir, config))
-        run.world.barrier()
-        show_samples(run, tokenizer, before=False)
+        with run.watchdog.patient("ending the run"):
+            result |= _conclude(run, checkpoints, run_dir, features_seconds, unsaved=evaluated)
+            show_samples(run, tokenizer, before=False)
     run.saves.settle()
     run.supply.close(for_good=not decision.wish & LEAVING)
     state.seconds = run.seconds_before + time.monotonic() - run.started
@@ -100,6 +82,38 @@ def finish(
         raise Preempted(f"{decision.reason}: saved at step {state.step}")
     if status == "failed":
         raise TrainingFailed(decision.reason)
+
+
+def _conclude(
+    run: Training, checkpoints: Checkpoints, run_dir: Path, features_seconds: float, *, unsaved: bool
+) -> dict[str, Any]:
+    """Save, measure what is measured at the end, and export. Every rank must call it; what `result.json` has of it.
+
+    unsaved: an evaluation came after the last save.
+    """
+    state, config = run.state, run.config
+    result: dict[str, Any] = {}
+    run.saves.settle()
+    newest = store.newest(run_dir)
+    # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
+    due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))
+    if due and not run.saves.save(state, now=True):
+        reason = f"step {state.step} could not be saved: {run.saves.refusal}"
+        raise TrainingFailed(f"{reason}; continue the run when that is mended")
+    result["weights_step"] = restore_best(run, checkpoints, run_dir)
+    watch(run, "after")
+    if run.data.test is not None:
+        result["test"] = run.evaluator(run.data.test).metrics
+    if isinstance(config.method, FeaturesConfig) and run.world.is_main:
+        method, rows = config.method, config.evaluate.max_rows
+        result["feature_seconds"] = round(features_seconds, 3)
+        result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
+    if run.data.validation is not None and config.evaluate.counterfactual:
+        state.extra["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
+    if config.run.export is not Export.none and run.world.is_main:
+        result["export"] = str(export(run_dir, config))
+    run.world.barrier()
+    return result
 
 
 def restore_best(run: Training, checkpoints: Checkpoints, run_dir: Path) -> int:

@@ -9,6 +9,7 @@ holds the model.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
-from dstune.tracking.console import Console
+from dstune.tracking.console import Console, show_activities
 from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import Evaluation, count_rows
@@ -46,6 +47,8 @@ from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
 from dstune.zero.start import start_process_group
+
+activity = logging.getLogger("dstune.evaluate_ranks")  # not __name__, which is __main__ in a rank
 
 
 def evaluate(
@@ -65,6 +68,9 @@ def evaluate(
     shots: ask it with so many worked examples in front of each row instead. with_rows: the result tells each row's answer.
     Raises UserError where there is no such split, or the model does not fit the task.
     """
+    console = Console() if world.is_main else None
+    if console:
+        show_activities(console)
     precision = world.broadcast(resolve(config))
     if checkpoint is None and shots is None:
         config = with_labels(config)
@@ -85,6 +91,7 @@ def evaluate(
     part = getattr(data, split)
     assert part is not None
     loaded = config if shots is None else baseline.as_language_model(config)
+    activity.info("loading the model")
     with partitioned_loading(settings):
         model = load_model(loaded, tokenizer, data.labels if loaded is config else (), DTYPES[precision])
     module = model if checkpoint is None else apply_method(config, model)
@@ -94,7 +101,6 @@ def evaluate(
     engine = Engine(module, None, settings, world)
     examine(head, engine)
     check_packing(config, engine, model.config.get_text_config().vocab_size, world)
-    console = Console() if world.is_main else None
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None

@@ -41,7 +41,10 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 def base_of(folder: Path, wanted: ModelConfig) -> ModelConfig:
     """`wanted`, with the model that the adapter in `folder` stands on as its path."""
     settings = adapter_settings(folder)
-    path = settings["base_model_name_or_path"]
+    path = settings.get("base_model_name_or_path")
+    if not isinstance(path, str):
+        fix = "write the hub id or the folder of its base into base_model_name_or_path"
+        raise UserError(Problem(str(folder / "adapter_config.json"), "does not name the model that it stands on", fix))
     if ENVIRONMENT in path:  # saved without the value, as everything is
         path = resolve_text(path, str(folder / "adapter_config.json"))
     return replace(wanted, path=path, revision=settings.get("revision"))

@@ -32,11 +32,16 @@ def with_labels(config: RunConfig) -> RunConfig:
         return config
     if not isinstance(config.task, ClassificationConfig | TokenClassificationConfig):
         return config
-    if isinstance(config.task, ClassificationConfig) and architecture.problem_type == "regression":
+    several = architecture.problem_type == "multi_label_classification"
+    one_number = architecture.num_labels == 1 and not several  # whatever it says: a choice of one is none
+    if isinstance(config.task, ClassificationConfig) and (architecture.problem_type == "regression" or one_number):
         return replace(config, task=replace(config.task, regression=True, labels=[]))
     labels = [architecture.id2label[index] for index in sorted(architecture.id2label)]
     own_names = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
     task = replace(config.task, labels=labels) if own_names else config.task
-    if isinstance(task, ClassificationConfig) and architecture.problem_type == "multi_label_classification":
+    if task.labels and len(task.labels) != len(labels):
+        reason = f"the model has {len(labels)} labels, and these are {len(task.labels)}"
+        raise UserError(Problem("task.labels", reason, "name them all, in their order", ", ".join(task.labels)))
+    if isinstance(task, ClassificationConfig) and several:
         task = replace(task, multi_label=True)
     return replace(config, task=task)

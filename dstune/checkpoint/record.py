@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
+from dstune.checkpoint.sentence_transformers import embedding_overrides
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import DataFormat
 from dstune.config.method_schema import QloraConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
+from dstune.config.task_schema import EmbeddingConfig
 
 NAME = "dstune.json"
 
@@ -54,11 +56,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     """The export's task and data settings as overrides; without the task's where `given` chooses another.
 
-    A folder without a record gives the task that the head in its config.json is for.
+    A folder without a record gives the task that the head in its config.json is for, or its sentence-transformers files.
     """
     chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
     record = read_record(folder)
     if not record:
+        if chosen == EmbeddingConfig.name or (chosen is None and task_of_head(folder) is None):
+            found_modules = embedding_overrides(folder)
+            return found_modules if chosen is None else found_modules[1:]
         found = task_of_head(folder) if chosen is None else None
         return [f"task={found}"] if found else []
     task = dict(record["task"])

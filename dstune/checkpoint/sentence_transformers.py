@@ -1,4 +1,4 @@
-"""Files by which sentence-transformers loads an embedding model with its pooling."""
+"""Files by which sentence-transformers loads an embedding model with its pooling, written and read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.task_schema import EmbeddingConfig, Pooling
+from dstune.errors import Problem, UserError
 
 MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "lasttoken"}
 
@@ -25,6 +26,44 @@ def write_modules(folder: Path, task: EmbeddingConfig, hidden_size: int, max_len
     _write(folder / "1_Pooling" / "config.json", pooling)
     _write(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     _write(folder / "config_sentence_transformers.json", {"prompts": {}, "similarity_fn_name": "cosine"})
+
+
+def embedding_overrides(folder: Path) -> list[str]:
+    """What the files of an embedding model say of its task and lengths, as overrides; empty where they are of none.
+
+    Raises UserError for a pooling, or a layer behind it, that dstune does not have.
+    """
+    modules = _read(folder / "modules.json")
+    if not isinstance(modules, list):
+        return []
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    further = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    pooling = next(
+        (folder / module["path"] for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"), None
+    )
+    settings = (_read(pooling / "config.json") if pooling else None) or {}
+    # Newer releases name the mode, older ones have a switch for each.
+    given = settings.get("pooling_mode")
+    named = [given] if isinstance(given, str) else list(given or [])
+    chosen = [name.removeprefix("pooling_mode_") for name, on in settings.items() if on is True and "_mode_" in name]
+    by_name = {name: mode for mode, name in MODES.items()} | {mode.value: mode for mode in MODES}
+    modes = [by_name.get(name) for name in named or chosen]
+    if further or len(modes) != 1 or modes[0] is None:
+        what = (
+            f"a layer of the kind {further[0]}" if further else f"the pooling {', '.join(named or chosen) or 'unknown'}"
+        )
+        reason = f"its modules.json names {what}, which dstune does not have"
+        raise UserError(Problem("MODEL", reason, "embed with sentence-transformers itself", str(folder)))
+    length = (_read(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+    longest = [f"data.max_length={length}"] if isinstance(length, int) else []
+    return ["task=embedding", f"task.pooling={modes[0].value}", *longest]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _write(path: Path, content: Any) -> None:

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import ModelConfig
 from dstune.errors import Problem
+
+POSITIONS = {
+    "albert": ("max_position_embeddings", 512, 0),
+    "bart": ("max_position_embeddings", 1024, 0),
+    "bert": ("max_position_embeddings", 512, 0),
+    "camembert": ("max_position_embeddings", 512, 2),
+    "convbert": ("max_position_embeddings", 512, 0),
+    "deberta": ("max_position_embeddings", 512, 0),
+    "deberta-v2": ("max_position_embeddings", 512, 0),
+    "distilbert": ("max_position_embeddings", 512, 0),
+    "electra": ("max_position_embeddings", 512, 0),
+    "ernie": ("max_position_embeddings", 512, 0),
+    "gpt2": ("n_positions", 1024, 0),
+    "gpt_neo": ("max_position_embeddings", 2048, 0),
+    "layoutlm": ("max_position_embeddings", 512, 0),
+    "mbart": ("max_position_embeddings", 1024, 0),
+    "mobilebert": ("max_position_embeddings", 512, 0),
+    "mpnet": ("max_position_embeddings", 512, 2),
+    "opt": ("max_position_embeddings", 2048, 0),
+    "roberta": ("max_position_embeddings", 512, 2),
+    "roberta-prelayernorm": ("max_position_embeddings", 512, 2),
+    "xlm-roberta": ("max_position_embeddings", 512, 2),
+    "xlm-roberta-xl": ("max_position_embeddings", 514, 2),
+}
+"""Architectures with a learned vector for each position, and so no more of them: the key in `config.json`, what transformers
+assumes without it, and how many come before the first token (RoBERTa counts from its padding token)."""
+
+
+def row_limit(values: Mapping[str, Any]) -> int | None:
+    """The longest row in tokens that the model of this `config.json` takes; None where positions are computed (rotary,
+    relative, ALiBi), so that a longer row is another question."""
+    kind = str(values.get("model_type"))
+    if kind not in POSITIONS or (kind.startswith("deberta") and values.get("position_biased_input") is False):
+        return None
+    key, usual, before = POSITIONS[kind]
+    found = values.get(key, usual)
+    return found - before if isinstance(found, int) and found > before else None
 
 
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:

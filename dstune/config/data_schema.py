@@ -142,7 +142,7 @@ class DataConfig:
     text_rows: TextRows = TextRows.line
     """What is a row of a plain text file (.txt, .md): a line, a paragraph, the whole document, or `tagged` words (CoNLL)."""
     max_length: int = setting(1024, at_least=8)
-    """Longest row in tokens; longer ones are cut."""
+    """Longest row in tokens; longer ones are cut, also to the positions of a model that has a learned vector for each."""
     packing: bool = True
     """Put several samples into one row of `max_length` tokens without letting them attend to each other."""
     clean: CleanConfig = field(default_factory=CleanConfig)

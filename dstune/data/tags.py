@@ -12,7 +12,7 @@ OUTSIDE = "O"
 
 _MARKED = re.compile(r"[BIESLUM]-.+", re.DOTALL)
 
-_AS_BIO = {"S": "B", "U": "B", "E": "I", "L": "I", "M": "I"}
+AS_BIO = {"S": "B", "U": "B", "E": "I", "L": "I", "M": "I"}
 """Marks of BIOES and BILOU by those of BIO, which says the same of whole entities."""
 
 
@@ -44,7 +44,7 @@ def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, re
         if not _MARKED.fullmatch(tag):
             raise RowError(f"tag {tag!r} of word {number} ({token!r}) is neither O nor begins with B- or I-")
         mark, kind = tag[0], tag[2:]
-        mark = _AS_BIO.get(mark, mark)
+        mark = AS_BIO.get(mark, mark)
         if mark == "I" and before not in (f"B-{kind}", f"I-{kind}"):
             if not repair:
                 follows = f"follows {before!r}" if number > 1 else "is the first one"

@@ -14,7 +14,16 @@ from typing import Any
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
-from dstune.config.task_schema import CONVERSATIONS, TASKS, WRITERS, CausalLmConfig, ChatConfig, Seq2SeqConfig
+from dstune.config.task_schema import (
+    CONVERSATIONS,
+    TASKS,
+    WRITERS,
+    CausalLmConfig,
+    ChatConfig,
+    QuestionAnsweringConfig,
+    RewardConfig,
+    Seq2SeqConfig,
+)
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, located, run_and_step
 
@@ -122,7 +131,8 @@ def _from_record(wanted: ModelConfig, key: str) -> _Found:
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
     if TASKS.get(task or "", ChatConfig) not in WRITERS:
         reason = f"is a model for task={task}, no language model, so it writes no text"
-        raise UserError(Problem(key, reason, f"dstune predict {path} --text TEXT", path))
+        given = "--input FILE" if task in (QuestionAnsweringConfig.name, RewardConfig.name) else "--text TEXT"
+        raise UserError(Problem(key, reason, f"dstune predict {path} {given}", path))
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:

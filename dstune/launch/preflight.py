@@ -24,6 +24,7 @@ from dstune.config.architectures import (
     encoder_decoder_problem,
     packed_encoder_decoder_problem,
 )
+from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
@@ -36,6 +37,7 @@ from dstune.errors import Problem, UserError
 from dstune.launch import hub, hub_data
 from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, metric_problems
+from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.tracking.extras import missing
 
@@ -107,6 +109,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     problems += augment_problems(config, stage) if trains else []
     _refuse(problems)
     config = replace(config, model=model)
+    config = within_positions(config, stage)
     if trains:
         _refuse(memory_problems(config))
     return config
@@ -130,6 +133,19 @@ def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:
         if (similar := _similar(Path(given))) and not Path(given).exists():
             raise UserError(replace(error.problems[0], fix=f"did you mean {similar}?")) from None
         raise
+
+
+def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
+    """`data` with the files of one part in place: a sample fetched, a data set of the hub at a commit and downloaded.
+
+    Raises:
+        UserError: no such sample, file or data set.
+    """
+    given = getattr(data, part)
+    if samples.is_sample(given):
+        fetch_sample(f"data.{part}", given, "data", stage)
+        return data
+    return hub_data.resolve(data, stage) if hub_name(given) else replace(data, subset=None, revision=None)
 
 
 def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = None) -> ModelConfig:

@@ -18,6 +18,7 @@ from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.launch import records, slurm_jobs
+from dstune.launch.positions import cut_as_before
 from dstune.redact import publish
 from dstune.trials import is_sweep
 
@@ -132,7 +133,7 @@ def choose(
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():
-            config = continue_run(read_run(Path(resume_from) / RUN_FILE), composed)
+            config = _going_on(read_run(Path(resume_from) / RUN_FILE), composed)
     return Composed(replace(config, run=replace(config.run, dir=str(path))), composed.overrides)
 
 
@@ -252,9 +253,13 @@ def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
         reason = f"{path} holds a run that did not begin from there"
         fix = "give another run.dir, or run.resume=auto to continue it"
         raise UserError(Problem("run.resume", reason, fix, resume))
-    config = composed.config if store.resumable(path) is None else continue_run(stored, composed)
+    config = composed.config if store.resumable(path) is None else _going_on(stored, composed)
     # A run that began from another one and has saved nothing yet begins from there again.
     return replace(config, run=replace(config.run, resume=stored.config.run.resume)) if resume in KEYWORDS else config
+
+
+def _going_on(stored: Composed, composed: Composed) -> RunConfig:
+    return continue_run(stored, replace(composed, config=cut_as_before(stored.config, composed.config)))
 
 
 def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:

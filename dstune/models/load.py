@@ -100,6 +100,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     absent = [token for token in _control_tokens(config) if token not in single]
     if absent:
         tokenizer.add_special_tokens({"additional_special_tokens": absent}, replace_extra_special_tokens=False)
+    return with_padding(tokenizer)
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with a padding token, where it had none."""
     if tokenizer.pad_token_id is None:
         # Targets are chosen by position, never by comparing with the padding token, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

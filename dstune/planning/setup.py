@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from dstune.config.architectures import row_limit
 from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig, UlyssesConfig
 from dstune.errors import UserError
@@ -145,7 +146,8 @@ def setup(
     zero = config.zero
     more = zero.settings.get("zero_optimization", {}) if isinstance(zero.settings, dict) else {}
     attention = config.model.attention
-    length = -(-config.data.max_length // PADDING) * PADDING if not config.data.packing else config.data.max_length
+    longest = min(config.data.max_length, row_limit(values) or config.data.max_length)
+    length = longest if config.data.packing else -(-longest // PADDING) * PADDING
     if isinstance(method, (PromptConfig, PTuningConfig)):
         length += method.virtual_tokens  # in front of every row
     values = DEFAULTS.get(model.kind, {}) | values

@@ -4,67 +4,81 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.answers_file import AnswersFile
 from dstune.arguments import VerbParser, is_path
 from dstune.config.schema import ModelConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
-from dstune.generate.answers_file import AnswersFile
 
 if TYPE_CHECKING:
+    from dstune.config.data_schema import DataConfig
+    from dstune.data.files import DataFile
     from dstune.predict.load import Wanted
+    from dstune.predict.predictor import Answer
     from dstune.predict.rows import Asked, Rows
 
-BATCHES = 16
-"""Batches of a block, whose rows are sorted by length and written at once."""
+BLOCK = 512
+"""Rows that are sorted by length, and written at once."""
 
 
 def main(argv: list[str]) -> int:
     """`dstune predict RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parse(argv)
     _tell(f"reading {arguments.model}")
+    from dstune.config.task_schema import ClassificationConfig
     from dstune.predict.load import find, load
     from dstune.predict.rows import Question, Rows
 
+    named = ModelConfig(
+        path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
+    )
+    wanted = find(named, arguments.checkpoint, arguments.overrides)
+    data, task = wanted.config.data, wanted.config.task
+    if arguments.probabilities and not isinstance(task, ClassificationConfig):
+        raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
+    files = [] if arguments.input is None else _files(data, arguments.input)
+    rows = Rows(Question(task, wanted.labels, data), arguments.texts, files, data.on_bad_row)
+    if rows.bad:
+        _tell(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
+    _note_replaced(rows)
+    output = _output(arguments, files, rows, wanted) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        named = ModelConfig(
-            path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
-        )
-        wanted = find(named, arguments.checkpoint, arguments.overrides, Path(scratch))
-        question = Question(wanted.config.task, wanted.labels, wanted.config.data.columns)
-        rows = Rows(question, arguments.text, arguments.input)
-        output = _output(arguments, rows, wanted) if arguments.output else None
-        _tell(f"loading the model for task={wanted.config.task.name}")
-        model = load(wanted)
-        size = arguments.batch_size * BATCHES
+        _tell(f"loading the model for task={task.name}")
+        model = load(wanted, Path(scratch))
         done = output.done if output else 0
         if done:
             _tell(f"{done:,} of {rows.count:,} rows are there already")
-        for block in rows.blocks(size, done):
+        problems = cut = 0
+        for block in rows.blocks(BLOCK, done):
             answers = model.answers(block, arguments.batch_size, all_labels=arguments.probabilities)
-            found = [_row(one, answer) for one, answer in zip(block, answers, strict=True)]
+            problems += sum("problem" in answer for answer in answers)
+            cut += sum("truncated" in answer for answer in answers)
             done += len(block)
             if output is not None:
-                output.append(found)
+                output.append([_row(one, answer) for one, answer in zip(block, answers, strict=True)])
                 _tell(f"{done:,} of {rows.count:,} rows")
-            elif arguments.json:
-                for row in found:
-                    print(json.dumps(row, ensure_ascii=False), flush=True)
             else:
-                for line in _lines(block, answers):
-                    print(line, flush=True)
-        if output is not None:
-            output.finish()
-            print(output.path)
+                _print(block, answers, as_json=arguments.json)
+    if cut:
+        _tell(f"{cut:,} rows are longer than the model reads and were cut")
+    if problems:
+        _tell(f"{problems:,} rows have no answer; their `problem` says why")
+    if output is not None:
+        output.finish()
+        print(output.path)
     return EXIT_DONE
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, and in `texts` place and text of those that are in no file."""
     parser = VerbParser(
         prog="dstune predict",
         description="Labels, tags, answers, scores or vectors of rows that have none, from a trained model.",
@@ -80,7 +94,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--input",
         "--file",
         metavar="FILE",
-        help="rows as in training without the labels: JSONL, CSV, Parquet, a text a line, a folder, a glob, a hub id",
+        help="rows as in training without the answers: JSONL, CSV, Parquet, a text a line, a folder, a glob, a hub id",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="answers as JSON lines; killed and repeated, it goes on"
@@ -88,7 +102,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows computed together (default 32)")
     parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
-    parser.add_argument("--probabilities", action="store_true", help="of a classifier: that of every label")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="of a classifier, with --json or --output: that of every label"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -98,43 +114,97 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         fix = f"dstune predict RUN {arguments.model}"
         problems.append(Problem("command line", "the run or model comes first", fix, arguments.model))
     if arguments.batch_size < 1:
-        problems.append(Problem("--batch-size", "must be at least 1", value=str(arguments.batch_size)))
+        fix = "--batch-size 8"
+        problems.append(Problem("--batch-size", "must be at least 1", fix, str(arguments.batch_size)))
     if arguments.text and arguments.input is not None:
         problems.append(Problem("--text", "is given beside --input", "give one of them"))
+    if arguments.probabilities and not arguments.json and arguments.output is None:
+        problems.append(Problem("--probabilities", "a line has no room for them", "--json, or --output FILE"))
     if not arguments.text and arguments.input is None and sys.stdin.isatty():
         problems.append(Problem("--text", "there is nothing to predict", "--text TEXT, or --input FILE"))
     if problems:
         raise UserError(problems)
+    arguments.texts = [(f"--text {number}", text) for number, text in enumerate(arguments.text, 1)]
     if not arguments.text and arguments.input is None:
-        arguments.text = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        lines = enumerate(sys.stdin.read().split("\n"), 1)
+        arguments.texts = [(f"stdin:{number}", line.rstrip("\r")) for number, line in lines if line.strip()]
     return arguments
 
 
-def _output(arguments: argparse.Namespace, rows: Rows, wanted: Wanted) -> AnswersFile:
+def _files(data: DataConfig, spec: str) -> list[DataFile]:
+    """The files that `--input` names, fetched where they are not on this machine, read as those of the training."""
+    from dstune.config.data_schema import DataConfig
+    from dstune.data import sources
+    from dstune.launch import preflight
+
+    own = DataConfig(test=spec, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
+    try:
+        own = preflight.resolve_rows(own, "test", _tell)
+    except UserError as error:
+        raise UserError(replace(p, where=p.where.replace("data.test", "--input")) for p in error.problems) from error
+    return sources.of_part(own, "test", "--input")
+
+
+def _note_replaced(rows: Rows) -> None:
+    from dstune.predict.predictor import ANSWERS
+
+    own = [name for name in rows.columns() if name in (*ANSWERS, "row")]
+    if own:
+        _tell(f"columns that answers have too are not kept: {', '.join(own)}")
+
+
+def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows, wanted: Wanted) -> AnswersFile:
     import xxhash
 
-    from dstune.checkpoint import store
     from dstune.data import sources
 
-    newest = store.newest(Path(arguments.model))
+    texts = json.dumps(arguments.texts).encode("utf-8", "surrogatepass")
     asked = {
-        "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
+        "model": [arguments.model, wanted.identity],
         "overrides": arguments.overrides,
-        "rows": [sources.fingerprint(file) for file in rows.files]
-        or xxhash.xxh3_128_hexdigest(json.dumps(arguments.text).encode("utf-8", "surrogatepass")),
+        "rows": [*(sources.fingerprint(file) for file in files), xxhash.xxh3_128_hexdigest(texts)],
         "count": rows.count,
         "probabilities": arguments.probabilities,
-        "labels": list(wanted.labels),
     }
-    return AnswersFile(arguments.output, asked, arguments.batch_size * BATCHES, force=arguments.force)
+    return AnswersFile(arguments.output, asked, BLOCK, force=arguments.force)
 
 
-def _row(one: Asked, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as it was given, where it is, and its answer, which stands above a column of the same name."""
-    return {"row": one.place, **one.fields, **answer}
+def _row(one: Asked, answer: Answer) -> dict[str, Any]:
+    """Where the row is, its own columns, and its answer, whose names are taken."""
+    from dstune.predict.predictor import ANSWERS
+
+    own = {name: value for name, value in one.fields.items() if name not in (*ANSWERS, "row")}
+    found: dict[str, Any] = _plain({"row": one.place, **own, **answer})
+    return found
 
 
-def _lines(block: list[Asked], answers: list[dict[str, Any]]) -> Iterator[str]:
+def _plain(value: Any) -> Any:
+    """`value` as JSON that any reader takes: no number that is none, no half of a character, and text for what has no form
+    there (the dates and decimals of a Parquet file)."""
+    match value:
+        case None | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case Mapping():
+            return {_plain(str(name)): _plain(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_plain(part) for part in value]
+    return str(value)
+
+
+def _print(block: Sequence[Asked], answers: Sequence[Answer], *, as_json: bool) -> None:
+    if not as_json:
+        for line in _lines(block, answers):
+            print(line, flush=True)
+        return
+    for one, answer in zip(block, answers, strict=True):
+        print(json.dumps(_row(one, answer), ensure_ascii=False), flush=True)
+
+
+def _lines(block: Sequence[Asked], answers: Sequence[Answer]) -> Iterator[str]:
     """One line a row: the answer, then as much of the row as there is room for."""
     room = shutil.get_terminal_size().columns
     for one, answer in zip(block, answers, strict=True):
@@ -145,6 +215,8 @@ def _lines(block: list[Asked], answers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _told(answer: Mapping[str, Any]) -> str:
+    if "problem" in answer:
+        return f"no answer: {answer['problem']}"
     if "vector" in answer:
         first = ", ".join(f"{value:.4f}" for value in answer["vector"][:4])
         return f"[{first}, ...] {len(answer['vector'])} numbers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
@@ -14,152 +14,190 @@ from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
-from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
-from dstune.config.task_schema import HEADED, WRITERS, EmbeddingConfig
+from dstune.config.schema import InitialWeights, ModelConfig, NoParallelConfig, RunConfig
+from dstune.config.task_schema import WRITERS
+from dstune.config.validate import validate
 from dstune.data.rows import has_labels
 from dstune.errors import Problem, UserError
-from dstune.located import base_of, computing_dtype, is_checkpoint, resolved, run_and_step
+from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
 
 if TYPE_CHECKING:
-    import torch
-
     from dstune.predict.predictor import Predictor
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to load."""
+    """What to load, known before anything large is read or written."""
 
     config: RunConfig
-    """Its model is a whole one, or the base of an adapter; its method that of `checkpoint`, else full."""
     labels: tuple[str, ...]
     """In the model's order; empty where the task has none."""
-    checkpoint: Path | None = None
-    """Of a run, with an adapter that cannot become part of its base."""
+    identity: list[Any]
+    """Changes with the weights, JSON."""
+    run: Path | None = None
+    step: str = ""
+    """Of a run: a step, or `last` where the export is all that was kept."""
     adapter: Path | None = None
-    """The folder of an adapter of peft."""
+    """The folder of an adapter of peft, whose base is the configuration's model."""
 
 
-def find(model: ModelConfig, which: str, overrides: Sequence[str], scratch: Path) -> Wanted:
-    """What `model.path` means. which: a step of a run, `best` or `last`; scratch: where an export may be made.
+def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> Wanted:
+    """What `model.path` means. which: a step of a run, `best` or `last`.
 
     Raises UserError where it cannot be had, or its task is to write text.
     """
     path = Path(model.path)
     if is_checkpoint(path):
+        if which != "last":
+            raise UserError(Problem("--checkpoint", "the model is a checkpoint already", "leave it out", which))
         path, which = run_and_step(path, "MODEL")
     if (path / "run.yaml").is_file():
-        return _of_run(path, which, overrides, scratch)
+        if model.revision is not None:
+            raise UserError(Problem("--revision", "a run has none", "leave it out, or --checkpoint", model.revision))
+        return _of_run(path, which, overrides)
     if which != "last":
-        raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave --checkpoint out", which))
+        raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", which))
     if (path / "adapter_config.json").is_file():
         return _of_adapter(path, model, overrides)
     return _of_model(model, overrides)
 
 
-def _of_run(run: Path, which: str, overrides: Sequence[str], scratch: Path) -> Wanted:
-    config = apply_overrides(read_run(run / "run.yaml").config, list(overrides))
-    _refuse_writers(config, str(run))
-    if isinstance(config.method, AdapterConfig) and not can_merge(config.method):
-        checkpoint = find_checkpoint(run, which)
-        refuse_damaged(run, checkpoint)
-        config = replace(config, model=resolved(config.model))
-        return Wanted(config, tuple(store.read_state(checkpoint)["labels"]), checkpoint=checkpoint)
-    folder = exported(run, scratch, which=which, merge=True)
-    # Its configuration, tokenizer and chat template are those that the run trained with.
-    model = replace(
-        config.model,
-        path=str(folder),
-        revision=None,
-        weights=InitialWeights.pretrained,
-        chat_template=None,
-        config_overrides={},
-    )
-    return _whole(replace(config, model=model))
+def _of_run(run: Path, which: str, overrides: Sequence[str]) -> Wanted:
+    config = _checked(apply_overrides(read_run(run / "run.yaml").config, list(overrides)), str(run))
+    export = run / "export"
+    if which == "last" and store.newest(run) is None and export.is_dir():  # all that was kept
+        if (export / "adapter_config.json").is_file():
+            return _of_adapter(export, config.model, overrides)
+        labels = (read_record(export).get("task") or {}).get("labels") or []
+        return Wanted(config, tuple(labels), _files_of(export), run=run, step=which)
+    checkpoint = find_checkpoint(run, which)
+    state = store.read_state(checkpoint)
+    saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
+    labels = state["labels"] if has_labels(config.task) else []
+    return Wanted(config, tuple(labels), [checkpoint.name, saved], run=run, step=str(state["step"]))
 
 
 def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> Wanted:
-    record = read_record(folder)
     base = base_of(folder, model)
-    given = [f"model.path={quoted(base.path)}", *recorded_overrides(folder, list(overrides)), *overrides]
-    config = compose(given).config
-    if not record and not any(word.startswith("task=") for word in overrides):
+    if not read_record(folder) and not _names_task(overrides):
         reason = "is an adapter of which nothing tells its task"
         raise UserError(Problem("MODEL", reason, "task=NAME, and its labels: task.labels=[NAME,NAME]", str(folder)))
-    _refuse_writers(config, str(folder))
-    named = getattr(config.task, "labels", [])
-    if has_labels(config.task) and not named:
+    given = [f"model.path={quoted(base.path)}", *recorded_overrides(folder, list(overrides)), *overrides]
+    config = _checked(compose(given).config, str(folder))
+    labels = getattr(config.task, "labels", []) if has_labels(config.task) else []
+    if has_labels(config.task) and not labels:
         reason = "the adapter does not name its labels"
         raise UserError(Problem("task.labels", reason, "task.labels=[NAME,NAME] in their order"))
     own = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
     config = replace(config, model=resolved(own), method=FullConfig())
-    return Wanted(config, tuple(named), adapter=folder)
+    identity = [*_files_of(folder), config.model.revision, adapter_settings(folder)["base_model_name_or_path"]]
+    return Wanted(config, tuple(labels), identity, adapter=folder)
 
 
 def _of_model(model: ModelConfig, overrides: Sequence[str]) -> Wanted:
     from dstune.models.load import model_folder
 
     found = resolved(model)
-    recorded = recorded_overrides(model_folder(found), list(overrides))
-    config = compose([f"model.path={quoted(model.path)}", *recorded, *overrides]).config
-    if not recorded and not any(word.startswith("task=") for word in overrides):
+    folder = model_folder(found)
+    recorded = recorded_overrides(folder, list(overrides))
+    if not recorded and not _names_task(overrides):
         reason = "nothing tells what it was trained for"
         fix = f"dstune predict {model.path} task=NAME; a language model answers `dstune generate`"
         raise UserError(Problem("MODEL", reason, fix, model.path))
-    _refuse_writers(config, model.path)
-    return _whole(replace(config, model=replace(found, attention=config.model.attention)))
+    config = _checked(compose([f"model.path={quoted(model.path)}", *recorded, *overrides]).config, model.path)
+    given = replace(config.model, revision=found.revision, trust_remote_code=found.trust_remote_code)
+    return _with_own_labels(replace(config, model=given), [*_files_of(folder), found.revision])
 
 
-def _whole(config: RunConfig) -> Wanted:
-    """A model that has its labels in its own configuration."""
+def _with_own_labels(config: RunConfig, identity: list[Any]) -> Wanted:
+    """A whole model, which has its labels in its own configuration."""
     from dstune.checkpoint.own_labels import with_labels
     from dstune.models.load import load_config
 
     config = with_labels(replace(config, method=FullConfig()))
     if not has_labels(config.task):
-        return Wanted(config, ())
+        return Wanted(config, (), identity)
     own = load_config(config.model).id2label
-    return Wanted(config, tuple(own[index] for index in sorted(own)))
+    labels = getattr(config.task, "labels", []) or [own[index] for index in sorted(own)]
+    return Wanted(config, tuple(labels), identity)
 
 
-def _refuse_writers(config: RunConfig, path: str) -> None:
+def _checked(config: RunConfig, path: str) -> RunConfig:
+    """`config`, if its task has answers of this kind and its values can be. Raises UserError."""
     if isinstance(config.task, WRITERS):
         reason = f"is a model for task={config.task.name}, which writes text"
         raise UserError(Problem("MODEL", reason, f"dstune generate {path}", path))
-    assert isinstance(config.task, (*HEADED, EmbeddingConfig))
+    # Rows come from the command line; what else is checked needs some.
+    data = replace(config.data, train=config.data.train or "rows", packing=False, streaming=False)
+    validate(replace(config, data=data, parallel=NoParallelConfig()))
+    return config
 
 
-def load(wanted: Wanted) -> Predictor:
-    """Raises UserError where files are damaged, or weights are missing."""
-    from transformers import AutoTokenizer
+def _names_task(overrides: Sequence[str]) -> bool:
+    return any(word.startswith("task=") for word in overrides)
+
+
+def _files_of(folder: Path) -> list[Any]:
+    """Name, size and time of the weight files."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))]
+
+
+def load(wanted: Wanted, scratch: Path) -> Predictor:
+    """scratch: an empty folder, where a run's adapter may be merged into its base.
+
+    Raises UserError where files are damaged, or weights are missing.
+    """
     from transformers.utils import logging
-
-    from dstune.checkpoint.adapters import load_trained
-    from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
-    from dstune.models.peft import apply_method
-    from dstune.predict.predictor import predictor
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = wanted.config
-    tokenizer = load_tokenizer(config.model)
-    if wanted.adapter and (wanted.adapter / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(wanted.adapter)
-    body = load_model(config, tokenizer, wanted.labels, computing_dtype(load_config(config.model)))
-    if wanted.checkpoint is not None:
-        module: torch.nn.Module = apply_method(config, body)
-        load_trained(module, wanted.checkpoint)
-        return predictor(config, module, body, tokenizer, wanted.labels)
     if wanted.adapter is not None:
-        return predictor(config, _adapted(body, wanted.adapter), body, tokenizer, wanted.labels)
+        return _load_adapter(wanted, wanted.adapter)
+    if wanted.run is None:
+        return _load_whole(wanted)
+    method = wanted.config.method
+    if isinstance(method, AdapterConfig) and not can_merge(method):
+        return _load_beside(wanted, find_checkpoint(wanted.run, wanted.step))
+    folder = exported(wanted.run, scratch, which=wanted.step, merge=True)
+    # Its configuration, tokenizer and chat template are those that the run trained with.
+    model = replace(
+        wanted.config.model,
+        path=str(folder),
+        revision=None,
+        weights=InitialWeights.pretrained,
+        chat_template=None,
+        config_overrides={},
+    )
+    return _load_whole(replace(wanted, config=replace(wanted.config, model=model, method=FullConfig())))
+
+
+def _load_whole(wanted: Wanted) -> Predictor:
+    from dstune.models.load import new_weights
+
+    body, tokenizer = _body(wanted)
     absent = new_weights(body).parameters
     if absent:
         reason = f"has no weights for {', '.join(absent[:3])}, so its answers would be chance"
-        raise UserError(Problem("MODEL", reason, f"train one: dstune train task={config.task.name}", config.model.path))
-    return predictor(config, body, body, tokenizer, wanted.labels)
+        fix = f"train one: dstune train task={wanted.config.task.name}"
+        raise UserError(Problem("MODEL", reason, fix, wanted.config.model.path))
+    return _predictor(wanted, body, body, tokenizer)
 
 
-def _adapted(body: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def _load_beside(wanted: Wanted, checkpoint: Path) -> Predictor:
+    """What was trained stands in front of each row: the model is built as in training."""
+    from dstune.checkpoint.adapters import load_trained
+    from dstune.models.peft import apply_method
+
+    assert wanted.run is not None
+    refuse_damaged(wanted.run, checkpoint)
+    config = replace(wanted.config, model=resolved(wanted.config.model))
+    body, tokenizer = _body(replace(wanted, config=config))
+    module = apply_method(config, body)
+    load_trained(module, checkpoint)
+    return _predictor(wanted, module, body, tokenizer)
+
+
+def _load_adapter(wanted: Wanted, folder: Path) -> Predictor:
     import peft
     from safetensors import safe_open
 
@@ -168,6 +206,7 @@ def _adapted(body: torch.nn.Module, folder: Path) -> torch.nn.Module:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(Problem("MODEL", "holds no adapter_model.safetensors", "save it with safetensors", str(folder)))
+    body, tokenizer = _body(wanted)
     with safe_open(file, "pt") as tensors:
         held = set(tensors.keys())
     # In front of a name stands what peft wraps the model with, which differs between kinds of adapters.
@@ -176,7 +215,33 @@ def _adapted(body: torch.nn.Module, folder: Path) -> torch.nn.Module:
         reason = f"the adapter does not hold {', '.join(absent[:3])}, which its base lacks: its answers would be chance"
         raise UserError(Problem("MODEL", reason, "train it with its head", str(folder)))
     try:
-        return peft.PeftModel.from_pretrained(body, folder)
+        module = peft.PeftModel.from_pretrained(body, folder)
     except (RuntimeError, ValueError) as error:
         reason = f"does not fit its base: {str(error).splitlines()[0]}"
-        raise UserError(Problem("MODEL", reason, value=str(folder))) from error
+        raise UserError(Problem("MODEL", reason, "give the folder of another adapter", str(folder))) from error
+    return _predictor(wanted, module, body, tokenizer)
+
+
+def _body(wanted: Wanted) -> tuple[Any, Any]:
+    """The model of transformers, and its tokenizer: an adapter's own, where it has one."""
+    from transformers import AutoTokenizer
+
+    from dstune.models.load import load_config, load_model, load_tokenizer, with_padding
+
+    model, folder = wanted.config.model, wanted.adapter
+    tokenizer = load_tokenizer(model)
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
+        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+        tokenizer = with_padding(own)
+    return load_model(wanted.config, tokenizer, wanted.labels, computing_dtype(load_config(model))), tokenizer
+
+
+def _predictor(wanted: Wanted, module: Any, body: Any, tokenizer: Any) -> Predictor:
+    """module: `body`, or what wraps it."""
+    import torch
+
+    from dstune.models.heads import build_head
+    from dstune.predict.predictor import Predictor
+
+    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Predictor(wanted.config, module, build_head(wanted.config.task, body), tokenizer, wanted.labels)

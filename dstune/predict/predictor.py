@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from dstune.config.architectures import row_limit
 from dstune.config.data_schema import DataFormat
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import (
@@ -25,25 +27,39 @@ from dstune.config.task_schema import (
 from dstune.data.collate import collate
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
-from dstune.data.tags import OUTSIDE, marks_entities
+from dstune.data.tags import AS_BIO, OUTSIDE, marks_entities
 from dstune.data.tokenize import RowTokenizer, Sample
-from dstune.data.tokenize.language import ChatEncoder
 from dstune.data.tokenize.preference import RewardEncoder
-from dstune.errors import Problem, UserError
-from dstune.models.heads import Head, build_head
+from dstune.models.heads import Head
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.models.heads.embedding import pooled
 from dstune.predict.rows import Asked
-from dstune.train.measure import Row, best_spans, rows_of
+from dstune.train.measure import Row, best_spans, has_windows, rows_of
 
 Answer = dict[str, Any]
-"""What a row gets, JSON: `predicted` and what the task adds; see docs/tasks.md."""
+"""What a row gets: `predicted` and what the task adds, see docs/export.md."""
+
+ANSWERS = (
+    "predicted",
+    "probability",
+    "probabilities",
+    "entities",
+    "no_answer",
+    "vector",
+    "score",
+    "truncated",
+    "problem",
+)
+"""All names that an answer may have."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """config: task and data settings, as the model was trained. model: what is called, on its device, in evaluation mode.
-    head_model: the model of transformers in it. labels: of the model, in their order."""
+    """A trained model that answers rows.
+
+    config: task and data settings, as the model was trained. model: what is called, on its device, in evaluation mode.
+    head: of the task, on that model. labels: of the model, in their order.
+    """
 
     config: RunConfig
     model: nn.Module
@@ -52,12 +68,29 @@ class Predictor:
     labels: tuple[str, ...]
 
     def answers(self, asked: Sequence[Asked], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
-        """The answer to each row. Rows of about the same length are computed together, at most `batch_size` at a time.
+        """The answer to each row, or the `problem` that it has none for. Rows of about the same length are computed
+        together, at most `batch_size` at a time.
 
-        all_labels: the probability of every label, not only of those that were predicted. Raises UserError for a row that
-        gives no token.
+        all_labels: the probability of every label, not only of those that were predicted.
         """
         samples = self._samples(asked)
+        problems = {sample.row: sample.problem for sample in samples if sample.problem}
+        good = [number for number in range(len(asked)) if number not in problems]
+        samples = [sample for sample in samples if sample.row not in problems]
+        found = iter(
+            self._answered(samples, [asked[number] for number in good], batch_size, all_labels) if good else ()
+        )
+        cut = {sample.row for sample in samples if sample.truncated and not has_windows(self.config.task)}
+        return [
+            {"problem": problems[number]}
+            if number in problems
+            else next(found) | ({"truncated": True} if number in cut else {})
+            for number in range(len(asked))
+        ]
+
+    def _answered(
+        self, samples: list[Sample], asked: Sequence[Asked], batch_size: int, all_labels: bool
+    ) -> Iterator[Answer]:
         order = np.argsort([-len(sample.input_ids) for sample in samples], kind="stable")
         split = self._split(samples, asked)
         kept: list[Row] = [{} for _ in samples]
@@ -69,35 +102,39 @@ class Predictor:
             with torch.inference_mode():
                 found = self._computed({name: tensor.to(device) for name, tensor in batch.items()})
             for position, index in enumerate(chosen):
-                kept[index] = {name: values[position].cpu().numpy() for name, values in found.items()}
-        return list(self._told(split, kept, asked, all_labels))
+                kept[index] = {name: _array(values[position]) for name, values in found.items()}
+        return self._told(split, kept, asked, all_labels)
 
     # -- rows to samples
 
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of a row: as in training, and no more than the model has positions for."""
+        model: Any = self.model
+        limit, longest = row_limit(model.config.to_dict()), self.config.data.max_length
+        adapter = getattr(model, "peft_config", {}).get("default")
+        trained_prompt = getattr(adapter, "num_virtual_tokens", None) or 0
+        return longest if limit is None else min(longest, limit - trained_prompt)
+
     def _samples(self, asked: Sequence[Asked]) -> list[Sample]:
         rows, numbers = [one.row for one in asked], list(range(len(asked)))
-        task, longest = self.config.task, self.config.data.max_length
+        task, longest = self.config.task, self._longest
         if isinstance(task, RewardConfig):
-            conversations = any("messages" in row for row in rows)
-            fmt = DataFormat.messages if conversations else DataFormat.preference
-            # Of a pair it encodes both answers; here there is one.
-            samples = ChatEncoder.__call__(
-                RewardEncoder(self.tokenizer, task.template_date, fmt, longest), rows, numbers
-            )
-        elif isinstance(task, ClassificationConfig):
-            # A tokenizer takes texts or pairs, never both at once.
-            samples = []
-            for fmt in (DataFormat.text_label, DataFormat.pair):
-                own = [number for number in numbers if ("text_pair" in rows[number]) == (fmt is DataFormat.pair)]
+            fmt = DataFormat.messages if any("messages" in row for row in rows) else DataFormat.preference
+            samples = RewardEncoder(self.tokenizer, task.template_date, fmt, longest).of_answers(rows, numbers)
+            for sample in samples:
+                if not sample.problem and not sample.weight:
+                    sample.problem = f"its prompt alone has {longest} tokens (data.max_length)"
+            return samples
+        if not isinstance(task, ClassificationConfig):
+            return RowTokenizer(self.tokenizer, task, DataFormat.auto, longest, self.labels).samples(rows, numbers)
+        samples = []
+        for fmt in (DataFormat.text_label, DataFormat.pair):  # a tokenizer takes texts or pairs, never both at once
+            own = [number for number in numbers if ("text_pair" in rows[number]) == (fmt is DataFormat.pair)]
+            if own:
                 encode = RowTokenizer(self.tokenizer, task, fmt, longest, self.labels)
-                samples += encode.samples([rows[number] for number in own], own) if own else []
-            samples.sort(key=lambda sample: sample.row)
-        else:
-            samples = RowTokenizer(self.tokenizer, task, DataFormat.auto, longest, self.labels).samples(rows, numbers)
-        problems = [Problem(asked[sample.row].place, sample.problem) for sample in samples if sample.problem]
-        if problems:
-            raise UserError(problems)
-        return samples
+                samples += encode.samples([rows[number] for number in own], own)
+        return sorted(samples, key=lambda sample: sample.row)
 
     def _split(self, samples: Sequence[Sample], asked: Sequence[Asked]) -> Split:
         """The samples as what `collate` and the metrics of evaluations read."""
@@ -113,7 +150,7 @@ class Predictor:
             datasets.Dataset(pa.table(columns)),
             lengths=np.array([len(sample.input_ids) for sample in samples]),
             weights=np.ones(len(samples), dtype=np.int64),
-            origins=np.array([sample.row for sample in samples], dtype=np.int32),
+            origins=np.unique([sample.row for sample in samples], return_inverse=True)[1].astype(np.int32),
             texts=texts,
         )
 
@@ -166,33 +203,25 @@ class Predictor:
         return {"predicted": label, "probability": probability[label], **every}
 
 
-def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
-    """The entities that `tags` (BIO) mark: `type`, `text`, and `start` and `end` (exclusive), the numbers of their words.
+def _array(values: torch.Tensor) -> np.ndarray:
+    values = values.cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
 
-    An I- tag that continues no entity of its type begins one, as metrics of entities count it.
+
+def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
+    """The entities that `tags` mark (BIO, BIOES, BILOU): `type`, `text`, and `start` and `end` (exclusive), the numbers of
+    their words.
+
+    A tag that continues no entity of its type begins one, as metrics of entities count it.
     """
     found: list[dict[str, Any]] = []
     before = OUTSIDE
     for number, tag in enumerate(tags):
         mark, _, kind = tag.partition("-")
         if tag != OUTSIDE:
-            if mark == "I" and before.partition("-")[2] == kind:
+            if AS_BIO.get(mark, mark) == "I" and before == kind:
                 found[-1]["end"] = number + 1
             else:
-                found.append({"type": kind, "start": number, "end": number + 1})
-        before = tag
-    return [
-        {
-            "type": one["type"],
-            "text": " ".join(words[one["start"] : one["end"]]),
-            "start": one["start"],
-            "end": one["end"],
-        }
-        for one in found
-    ]
-
-
-def predictor(config: RunConfig, model: nn.Module, body: Any, tokenizer: Any, labels: tuple[str, ...]) -> Predictor:
-    """body: the model of transformers that `model` is or wraps."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Predictor(config, model, build_head(config.task, body), tokenizer, labels)
+                found.append({"type": kind, "text": "", "start": number, "end": number + 1})
+        before = kind if tag != OUTSIDE and mark not in ("S", "U", "E", "L") else OUTSIDE
+    return [one | {"text": " ".join(words[one["start"] : one["end"]])} for one in found]

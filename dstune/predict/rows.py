@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from dstune.config.data_schema import DataFormat
+from dstune.config.data_schema import DataConfig, DataFormat, OnBadRow
 from dstune.config.task_schema import (
     ChatConfig,
     ClassificationConfig,
@@ -21,12 +21,15 @@ from dstune.config.task_schema import (
 from dstune.data import sources
 from dstune.data.files import DOCUMENTS
 from dstune.data.formats import column_of, listing
-from dstune.data.rows import RowError, normalise, recognise
+from dstune.data.rows import RowError, canonical, normalise, recognise
 from dstune.data.tags import OUTSIDE
 from dstune.errors import Problem, UserError
 
 MOST_TOLD = 10
 """Bad rows that are named; the others are counted."""
+
+Given = tuple[str, Mapping[str, Any] | None, str]
+"""Place (FILE:LINE, or which `--text` it is), columns, and what is wrong where they could not be read."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,6 @@ class Asked:
     """One row to be answered."""
 
     place: str
-    """FILE:LINE, or which `--text` it is."""
     fields: Mapping[str, Any]
     """The row as it was given."""
     row: dict[str, Any]
@@ -44,20 +46,23 @@ class Asked:
 class Question:
     """What a task wants to know of a row: everything that its training rows have but the answer.
 
-    labels: of the model, in their order. mapping: `data.columns`.
+    labels: of the model, in their order. data: `columns` and `format` as in training.
     """
 
-    def __init__(self, task: TaskConfig, labels: Sequence[str], mapping: Mapping[str, str]):
+    def __init__(self, task: TaskConfig, labels: Sequence[str], data: DataConfig):
         self._task = task
         self._labels = labels
-        self._mapping = mapping
+        self._mapping = data.columns
+        self._pairs = data.format in (DataFormat.auto, DataFormat.pair)
 
     @property
-    def column(self) -> str | None:
+    def text_column(self) -> str | None:
         """The column that a bare text is; None where a row is more than a text."""
         match self._task:
-            case ClassificationConfig() | EmbeddingConfig():
+            case ClassificationConfig():
                 return self._mapping.get("text", "text")
+            case EmbeddingConfig():
+                return self._mapping.get("text", self._mapping.get("anchor", "text"))
             case TokenClassificationConfig():
                 return self._mapping.get("tokens", "tokens")
         return None
@@ -73,20 +78,34 @@ class Question:
                 unanswered = {**fields, column_of("answers", self._mapping, fields): []}
                 row = normalise(unanswered, DataFormat.squad, self._mapping, replace(self._task, no_answer=True))
             case EmbeddingConfig():
-                row = {"anchor": normalise(fields, DataFormat.text, self._mapping)["text"]}
+                row = {"anchor": self._text(fields)}
             case RewardConfig():
                 row = self._judged(fields, place)
             case _:
                 raise AssertionError(f"{self._task.name} writes text")
+        canonical(row)  # what UTF-8 cannot hold, a tokenizer cannot read
         return Asked(place, fields, row)
+
+    def _text(self, fields: Mapping[str, Any]) -> str:
+        """What `text` is called, or in rows as those of the training of embeddings `anchor`."""
+        names = ["text", "anchor"] if isinstance(self._task, EmbeddingConfig) else ["text"]
+        column = next((own for name in names if (own := self._mapping.get(name, name)) in fields), None)
+        if column is None:
+            raise RowError(self._missing(names[0], fields))
+        text: str = normalise(fields, DataFormat.text, {"text": column})["text"]
+        return text
+
+    def _missing(self, role: str, fields: Mapping[str, Any]) -> str:
+        column = self._mapping.get(role, role)
+        named = f"'data.columns={{{role}: {next(iter(fields), 'NAME')}}}' names another one"
+        return f"missing column {column!r}, the columns here are {listing(fields)}; {named}"
 
     def _classified(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         assert isinstance(self._task, ClassificationConfig)
-        pair = column_of("text_pair", self._mapping, fields) in fields
-        row = normalise(fields, DataFormat.text, self._mapping)
-        if pair:
-            other = {"text": column_of("text_pair", self._mapping, fields)}
-            row["text_pair"] = normalise(fields, DataFormat.text, other)["text"]
+        row: dict[str, Any] = {"text": self._text(fields)}
+        other = column_of("text_pair", self._mapping, fields)
+        if self._pairs and other in fields:
+            row["text_pair"] = normalise(fields, DataFormat.text, {"text": other})["text"]
         if self._task.multi_label:
             return {**row, "labels": []}
         return {**row, "label": 0.0 if self._task.regression else self._labels[0]}
@@ -97,12 +116,12 @@ class Question:
         if column not in fields and "text" in fields:
             column = "text"
         if column not in fields:
-            raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")
-        words = fields[column].split() if isinstance(fields[column], str) else fields[column]
+            raise RowError(self._missing("tokens", fields))
+        # Read twice: the words stand for their tags, of which there have to be as many.
+        both = {"tokens": column, "tags": column}
+        row = normalise(fields, DataFormat.tokens_tags, both, replace(self._task, scheme=TagScheme.plain))
         tag = OUTSIDE if OUTSIDE in self._labels else self._labels[0]
-        tags = [tag] * len(words) if isinstance(words, list) else [tag]
-        tagged = {"tokens": words, "tags": tags}
-        return normalise(tagged, DataFormat.tokens_tags, {}, replace(self._task, scheme=TagScheme.plain))
+        return {**row, "tags": [tag] * len(row["tokens"])}
 
     def _judged(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
         try:
@@ -116,59 +135,74 @@ class Question:
 class Rows:
     """The rows to be answered, in order; read anew at each pass, so that they need not fit into memory.
 
-    Raises UserError (at creation) with every row that cannot be answered, the first MOST_TOLD by name.
+    Raises UserError (at creation) with every row that cannot be answered, the first MOST_TOLD by name; with
+    `data.on_bad_row=skip` these are left out and counted in `bad`.
     """
 
-    def __init__(self, question: Question, texts: Sequence[str] = (), spec: str | None = None):
-        """texts: of `--text`. spec: what `--input` says, as `data.train` does: a file, a folder, a glob, a data set of the hub."""
-        self._question = question
-        if texts and question.column is None:
+    def __init__(
+        self, question: Question, texts: Sequence[tuple[str, str]], files: Sequence[sources.DataFile], on_bad: OnBadRow
+    ):
+        """texts: place and text of those that are in no file."""
+        if texts and question.text_column is None:
             reason = "a row of this task is more than a text"
-            raise UserError(
-                Problem("--text", reason, "--input FILE with the columns of the training rows, without labels")
-            )
-        self._texts = [(f"--text {number}", {question.column or "text": text}) for number, text in enumerate(texts, 1)]
-        self.files = [] if spec is None else sources.expand(spec, "--input", split="test")
-        self.count = self._check()
+            fix = "--input FILE with the columns of the training rows, without the answers"
+            raise UserError(Problem("--text", reason, fix))
+        self._question = question
+        self._texts = [(place, {question.text_column or "text": text}) for place, text in texts]
+        self._files = files
+        self.count, self.bad = self._check(skips=on_bad is OnBadRow.skip)
 
     def blocks(self, size: int, skip: int = 0) -> Iterator[list[Asked]]:
         """The rows behind the first `skip` ones, `size` at a time."""
-        rows = (self._question.of(fields or {}, place) for place, fields, _ in islice(self._given(), skip, None))
+        rows = islice((asked for asked, _ in self._asked() if asked is not None), skip, None)
         while block := list(islice(rows, size)):
             yield block
 
-    def _given(self) -> Iterator[tuple[str, Mapping[str, Any] | None, str]]:
-        """Place, fields and what is wrong with each row."""
+    def columns(self) -> list[str]:
+        """Columns of the first row."""
+        return next((list(fields) for _, fields, _ in self._given() if fields is not None), [])
+
+    def _given(self) -> Iterator[Given]:
         for place, fields in self._texts:
             yield place, fields, ""
-        for file in self.files:
+        for file in self._files:
             for raw in sources.read(file):
                 yield raw.place, self._of_text(file, raw.fields), raw.error
 
     def _of_text(self, file: sources.DataFile, fields: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """A line of plain text is the column that a text is, whatever the run calls it."""
-        column = self._question.column
+        column = self._question.text_column
         if fields is None or column is None or set(fields) != {"text"} or file.ending not in DOCUMENTS:
             return fields
         return {column: fields["text"]}
 
-    def _check(self) -> int:
-        count, bad = 0, 0
-        told: list[Problem] = []
+    def _asked(self) -> Iterator[tuple[Asked | None, Problem | None]]:
+        """Each row, or what is wrong with it."""
         for place, fields, error in self._given():
-            count += 1
             try:
                 if fields is None:
                     raise RowError(error)
-                self._question.of(fields, place)
+                yield self._question.of(fields, place), None
             except RowError as problem:
-                bad += 1
-                if len(told) < MOST_TOLD:
-                    told.append(Problem(place, str(problem)))
-        if bad > len(told):
-            told.append(Problem("--input", f"and {bad - len(told):,} more rows cannot be answered"))
-        if told:
+                yield None, Problem(place, str(problem))
+
+    def _check(self, *, skips: bool) -> tuple[int, int]:
+        """Good and bad rows."""
+        count, bad = 0, 0
+        told: list[Problem] = []
+        for asked, problem in self._asked():
+            count += asked is not None
+            bad += problem is not None
+            if problem is not None and len(told) < MOST_TOLD:
+                told.append(problem)
+        if bad and not (skips and count):
+            more = f"and {bad - len(told):,} more rows; " if bad > len(told) else ""
+            told.append(
+                Problem("--input", f"{more}{count:,} rows are good", "data.on_bad_row=skip leaves the others out")
+            )
             raise UserError(told)
         if not count:
-            raise UserError(Problem("--input", "there are no rows in it"))
-        return count
+            raise UserError(
+                Problem("--input", "there are no rows in it", "give a file with a row a line, or --text TEXT")
+            )
+        return count, bad

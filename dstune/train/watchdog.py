@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from dstune.errors import EXIT_FAILED, DstuneError, Stalled, WaitedInVain
@@ -42,53 +43,57 @@ PATIENCE = 10
 """How many times longer what has no steps may take: saving, going back to a save, measuring a part of the data."""
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """One object, so that the watching thread never holds the wait of one thing against the limit of another."""
+
+    since: float
+    limit: float
+    doing: str
+
+
 class Watchdog:
     """A thread that ends this process when `beat` was not called for `seconds`; 0 never does.
 
-    It sleeps until the loop begins to beat, and is patient while something runs that has no steps.
+    It sleeps until something beats, and is patient while something runs that has no steps.
     """
 
     def __init__(self, seconds: float, rank: int, tell: Callable[[DstuneError], None] = lambda error: None):
         """tell: hands the reason to whoever started the rank."""
         self._seconds, self._rank, self._tell = seconds, rank, tell
-        self._last: float | None = None
-        self._doing = ""
-        self._limit = seconds
+        self._now: _Watched | None = None
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
         """Progress was made; `doing` is what comes next."""
-        self._doing, self._last = doing, time.monotonic()
+        self._now = _Watched(time.monotonic(), self._seconds, doing)
 
     @contextmanager
     def patient(self, doing: str) -> Iterator[None]:
         """Allow PATIENCE times as long for `doing`: a rank that hangs in it is found all the same."""
-        before, self._limit = self._doing, self._seconds * PATIENCE
-        if self._last is not None:
-            self.beat(doing)
+        before = self._now
+        self._now = _Watched(time.monotonic(), self._seconds * PATIENCE, doing)
         try:
             yield
         finally:
-            if self._last is not None:
-                self.beat(before)
-            self._limit = self._seconds  # last, or the watching thread might hold the long wait against it
+            self._now = before and replace(before, since=time.monotonic())
 
     def rest(self) -> None:
         """The loop has ended."""
-        self._last = None
+        self._now = None
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(1.0, self._seconds / 4))
-            last = self._last
-            if last is not None and time.monotonic() - last > self._limit:
-                self._end()
+            now = self._now
+            if now is not None and time.monotonic() - now.since > now.limit:
+                self._end(now)
 
-    def _end(self) -> None:
+    def _end(self, now: _Watched) -> None:
         waits, place = in_collective(), position()
-        setting = "trainer.stall_seconds" if self._limit == self._seconds else f"{PATIENCE} times trainer.stall_seconds"
-        text = f"rank {self._rank} made no progress for {self._limit:g} s ({setting}) in {self._doing}"
+        setting = "trainer.stall_seconds" if now.limit == self._seconds else f"{PATIENCE} times trainer.stall_seconds"
+        text = f"rank {self._rank} made no progress for {now.limit:g} s ({setting}) in {now.doing}"
         error = (WaitedInVain if waits else Stalled)(f"{text}: {place}")
         try:
             self._tell(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,7 @@ def shop(tmp_path_factory):
 def predicted(capsys, *arguments: object) -> list[dict]:
     capsys.readouterr()
     assert predict.main([*map(str, arguments), "--json"]) == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.rstrip("\n").split("\n")]
 
 
 def plain(folder: Path, kind: str, **options):
@@ -130,7 +132,10 @@ def test_several_labels_and_numbers(shop, capsys):
     asked = [word for text in TEXTS for word in ("--text", text)]
     model, tokenizer = plain(shop.folder / "several" / "export", "SequenceClassification")
     names = [model.config.id2label[index] for index in range(3)]
-    for row, text in zip(predicted(capsys, shop.folder / "several", *asked), TEXTS, strict=True):
+    rows = predicted(capsys, shop.folder / "several", *asked, "--probabilities")
+    assert any(row["predicted"] for row in rows)
+    for row, text in zip(rows, TEXTS, strict=True):
+        assert list(row["probabilities"]) == names
         chances = dict(zip(names, logits(model, tokenizer, text).sigmoid().tolist(), strict=True))
         assert row["predicted"] == [name for name in names if chances[name] > 0.5]
         assert row["probability"] == pytest.approx({name: chances[name] for name in row["predicted"]}, abs=1e-5)
@@ -158,10 +163,22 @@ def test_words_have_tags_and_entities(shop, capsys, tmp_path):
     assert as_text[0]["predicted"] == found[3]["predicted"]
 
 
-def test_entities_are_those_that_metrics_count():
-    tags = ["O", "I-x", "I-x", "I-y", "B-y", "B-y", "I-x", "O", "I-y"]
-    spans = [(one["type"], one["start"], one["end"] - 1) for one in entities(list("abcdefghi"), tags)]
-    assert spans == get_entities(tags) and len(spans) == 6
+@pytest.mark.parametrize(
+    ("tags", "count"),
+    [
+        ("O I-x I-x I-y B-y B-y I-x O I-y", 6),
+        ("B-x I-x E-x S-x S-x I-x O B-y E-y I-y", 6),
+    ],
+)
+def test_entities_are_those_that_metrics_count(tags, count):
+    tags = tags.split()
+    spans = [(one["type"], one["start"], one["end"] - 1) for one in entities(list("abcdefghij"), tags)]
+    assert spans == get_entities(tags) and len(spans) == count
+
+
+def test_marks_of_bilou_are_those_of_bioes():
+    spans = [(one["text"], one["type"]) for one in entities(list("abcdef"), ["B-x", "I-x", "L-x", "U-x", "B-y", "L-y"])]
+    assert spans == [("a b c", "x"), ("d", "x"), ("e f", "y")]
 
 
 def test_questions_are_answered_with_words_of_their_text(shop, capsys, tmp_path):
@@ -221,7 +238,8 @@ def test_a_table_goes_through_in_order_and_goes_on_after_a_kill(shop, capsys, tm
     texts = [" ".join(f"w{1 + (7 * row + word) % 90}" for word in range(1 + row % 9)) for row in range(70)]
     file.write_text("id,review\n" + "".join(f"{number},{text}\n" for number, text in enumerate(texts)))
     command = [str(shop.folder / "labels"), "data.columns={text: review}", "--input", str(file)]
-    command += ["--output", str(out), "--batch-size", "1"]
+    command += ["--output", str(out)]
+    monkeypatch.setattr(predict, "BLOCK", 16)
     whole = predicted(capsys, *command[:4])
     append, blocks = predict.AnswersFile.append, []
 
@@ -247,7 +265,153 @@ def test_a_table_goes_through_in_order_and_goes_on_after_a_kill(shop, capsys, tm
         predict.main(command)
 
 
-def test_people_read_a_line_a_row(shop, capsys):
+def test_the_rest_of_other_rows_is_not_written_behind(shop, tmp_path, monkeypatch):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "found.jsonl"
+    monkeypatch.setattr(predict, "BLOCK", 2)
+    file.write_text("".join(json.dumps({"text": f"w{number}"}) + "\n" for number in range(1, 6)))
+    command = [str(shop.folder / "labels" / "export"), "--input", str(file), "--output", str(out)]
+    append = predict.AnswersFile.append
+
+    def killed(self, rows):
+        append(self, rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.AnswersFile, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict.main(command)
+    file.write_text(file.read_text().replace("w1", "w9"))
+    with pytest.raises(UserError, match="other rows, another model or other settings"):
+        predict.main(command)
+    assert predict.main([*command, "--force"]) == 0
+    assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["w9", "w2", "w3", "w4", "w5"]
+
+
+def test_columns_of_any_kind_stay_beside_the_answer(shop, capsys, tmp_path):
+    """Dates, nothing and half of a character are written as JSON that every reader takes; answers keep their names."""
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    day = datetime.datetime(2026, 1, 2, 3)
+    columns = {
+        "text": ["w1 w2", "w80"],
+        "at": [day, None],
+        "value": [float("nan"), 1.5],
+        "score": [1, 2],
+        "row": [7, 8],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    rows = predicted(capsys, shop.folder / "labels", "--input", tmp_path / "rows.parquet")
+    assert [(row["at"], row["value"]) for row in rows] == [(str(day), None), (None, 1.5)]
+    assert [row["row"] for row in rows] == [f"{tmp_path / 'rows.parquet'}:{number}" for number in (1, 2)]
+    assert not any("score" in row for row in rows)
+    (tmp_path / "half.jsonl").write_text('{"text": "w1", "note": "\\ud83d"}\n')
+    (row,) = predicted(capsys, shop.folder / "labels", "--input", tmp_path / "half.jsonl")
+    assert row["note"] == "?"
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match="surrogate"):
+        predict.main([str(shop.folder / "labels"), "--input", str(tmp_path / "half.jsonl")])
+
+
+def test_texts_and_pairs_may_be_mixed(shop, capsys, tmp_path):
+    rows = [{"text": TEXTS[0]}, {"text": TEXTS[1], "text_pair": TEXTS[4]}, {"text": TEXTS[2]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = plain(shop.folder / "labels" / "export", "SequenceClassification")
+    found = predicted(capsys, shop.folder / "labels", "--input", tmp_path / "rows.jsonl")
+    for row, given in zip(found, rows, strict=True):
+        chances = logits(model, tokenizer, *given.values()).softmax(0)
+        assert row["probability"] == pytest.approx(float(chances.max()), abs=1e-5)
+    as_trained = predicted(capsys, shop.folder / "labels", "--input", tmp_path / "rows.jsonl", "data.format=text_label")
+    assert as_trained[1]["probability"] != pytest.approx(found[1]["probability"], abs=1e-5)
+
+
+def test_rows_longer_than_the_model_are_cut_and_counted(shop, capsys):
+    """The encoder has 128 learned positions."""
+    assert predict.main([str(shop.folder / "labels"), "data.max_length=1024", "--text", "w9 " * 300, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["truncated"] and "1 rows are longer than the model reads" in captured.err
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(shop, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n{"text": ""}\n{"text": "w2"}\n')
+    words = ["--input", str(tmp_path / "rows.jsonl"), "data.on_bad_row=skip", "--json"]
+    assert predict.main([str(shop.folder / "labels"), *words]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["w1", "w2"]
+    assert "1 rows are bad and left out" in captured.err
+
+
+def test_a_prompt_that_leaves_no_room_has_no_reward(shop, capsys, tmp_path):
+    rows = [{"prompt": "w3 " * 90, "completion": "w4"}, {"prompt": "w3", "completion": "w4"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    full, short = predicted(capsys, shop.folder / "reward-lora", "--input", tmp_path / "rows.jsonl")
+    assert "score" not in full and "64 tokens" in full["problem"]
+    assert isinstance(short["score"], float)
+
+
+def test_standard_input_is_a_text_a_line(shop, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\n\nw80\x85w4\n"))
+    rows = predicted(capsys, shop.folder / "labels")
+    assert [(row["row"], row["text"]) for row in rows] == [("stdin:1", "w1 w2"), ("stdin:3", "w80\x85w4")]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="no rows"):
+        predict.main([str(shop.folder / "labels")])
+
+
+def test_words_of_a_table_may_be_a_list(shop, capsys, tmp_path):
+    (tmp_path / "rows.csv").write_text('tokens\n"[""w1"", ""w2 w3""]"\nw1 w5 w6\n')
+    rows = predicted(capsys, shop.folder / "tags", "--input", tmp_path / "rows.csv")
+    assert [len(row["predicted"]) for row in rows] == [2, 3]
+
+
+def renamed(folder: Path, target: Path, **changes: object) -> Path:
+    """A copy of an export as others publish models: without dstune's record, with another configuration."""
+    shutil.copytree(folder, target)
+    (target / "dstune.json").unlink()
+    described = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({key: value for key, value in described.items() if value != "-"}))
+    return target
+
+
+def test_published_models_say_themselves_what_they_are_for(shop, capsys, tmp_path):
+    words = ["--text", TEXTS[0]]
+    (own,) = predicted(capsys, shop.folder / "labels", *words)
+    bare = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    unnamed = renamed(shop.folder / "labels" / "export", tmp_path / "unnamed", problem_type=None, **bare)
+    (found,) = predicted(capsys, unnamed, *words)
+    assert found["predicted"] == f"LABEL_{['left', 'right'].index(own['predicted'])}"
+    (found,) = predicted(capsys, unnamed, *words, "task.labels=[bad,good]")
+    assert found["predicted"] == ("bad", "good")[["left", "right"].index(own["predicted"])]
+    with pytest.raises(UserError, match="the model has 2 labels, and these are 3"):
+        predict.main([str(unnamed), *words, "task.labels=[a,b,c]"])
+    # One output is a number, whatever the configuration leaves out: a choice of one would always be certain.
+    (own,) = predicted(capsys, shop.folder / "number", *words)
+    (found,) = predicted(
+        capsys, renamed(shop.folder / "number" / "export", tmp_path / "one", problem_type=None), *words
+    )
+    assert found["predicted"] == pytest.approx(own["predicted"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "named", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}]
+)
+def test_the_pooling_of_sentence_transformers_is_read(shop, capsys, tmp_path, named):
+    folder = renamed(shop.folder / "vectors" / "export", tmp_path / "published")
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **named}))
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        first = model(**tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state[0, 0]
+    (row,) = predicted(capsys, folder, "--text", TEXTS[0])
+    assert row["vector"] == pytest.approx((first / first.norm()).tolist(), abs=1e-5)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(UserError, match="the pooling max_tokens, which dstune does not have"):
+        predict.main([str(folder), "--text", "w1"])
+
+
+def test_people_read_a_line_a_row(shop, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert predict.main([str(shop.folder / "labels"), "--text", TEXTS[0], "--text", "w9 " * 200]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.split()[0] in ("left", "right") and first.endswith(TEXTS[0])
@@ -255,18 +419,24 @@ def test_people_read_a_line_a_row(shop, capsys):
 
 
 def test_bad_rows_are_named_before_a_model_is_loaded(shop, tmp_path, monkeypatch):
-    monkeypatch.setattr("dstune.predict.load.load", lambda wanted: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dstune.predict.load.load", lambda *given: pytest.fail("a model was loaded"))
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "w1"}\n{"text": ""}\n{"txt": "w2"}\n{"text": \n')
     with pytest.raises(UserError) as refused:
         predict.main([str(shop.folder / "labels"), "--input", str(file)])
     told = [str(problem) for problem in refused.value.problems]
-    assert [text.partition(" ")[0] for text in told] == [f"{file}:{line}:" for line in (2, 3, 4)], told
-    assert "'text' is empty" in told[0] and "missing column 'text'" in told[1]
+    assert [text.partition(" ")[0] for text in told] == [*(f"{file}:{line}:" for line in (2, 3, 4)), "--input:"], told
+    assert "'text' is empty" in told[0] and "'data.columns={text: txt}' names another one" in told[1]
+    assert "1 rows are good" in told[3] and "data.on_bad_row=skip" in told[3]
     for name, words, reason in (
         ("chat", ["--text", "w1"], "dstune generate"),
         ("answers", ["--text", "w1"], "more than a text"),
         ("labels/export", ["--text", "w1", "--checkpoint", "best"], "only a run has checkpoints"),
+        ("labels", ["--text", "w1", "--revision", "main"], "a run has none"),
+        ("tags", ["--text", "w1", "--probabilities", "--json"], "only a classifier has them"),
+        ("labels", ["--text", "w1", "--probabilities"], "no room for them"),
+        ("tags", ["--text", "w1", "data.max_length=4"], "data.max_length"),
+        ("labels", ["--input", "absent.csv"], "--input=absent.csv: no such file"),
         ("reward-lora", ["--input", str(file)], "'messages', or 'prompt' and 'completion'"),
     ):
         with pytest.raises(UserError, match=reason):

@@ -154,10 +154,17 @@ FAULTS = [
     ),
     Fault(
         "hang in a save",
-        "rank 1 waits for ever before it writes its shard; trainer.stall_seconds=1",
+        "rank 1 waits for ever before it writes its shard; trainer.stall_seconds=2",
         inject={"at": "dstune.zero.engine:Engine.save", "rank": 1, "call": 3, "do": "hang"},
-        overrides=["trainer.stall_seconds=1"],
-        says="rank 1 .*made no progress for 10 s",
+        overrides=["trainer.stall_seconds=2"],
+        says="rank 1 .*made no progress for 20 s",
+    ),
+    Fault(
+        "hang in the last save",
+        "rank 1 waits for ever in the save after the last step, the only one; trainer.stall_seconds=2",
+        inject={"at": "dstune.zero.engine:Engine.save", "rank": 1, "call": 1, "do": "hang"},
+        overrides=["trainer.stall_seconds=2", "checkpoint.every=0"],
+        says="rank 1 .*made no progress for 20 s",
     ),
     Fault(
         "exception in the forward pass",

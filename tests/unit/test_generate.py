@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dstune import generate
+from dstune.answers_file import AnswersFile
 from dstune.checkpoint import store
 from dstune.config.compose import compose, write_run
 from dstune.data.stopping import stop_token_ids
 from dstune.errors import UserError
-from dstune.generate.answers_file import AnswersFile
 from dstune.generate.prompts import Request
 from dstune.generate.voices import BASE, Speaker, Voice
 from dstune.generate.writer import Answer, Sampling, Writer

@@ -37,15 +37,20 @@ class AnswersFile:
             self._part.write_text(head + "\n", encoding="utf-8")
 
     def _resume(self, head: str, batch_size: int) -> None:
-        lines = self._part.read_bytes().splitlines(keepends=True)
-        if not lines or lines[0].decode("utf-8", "replace").rstrip("\n") != head:
-            reason = f"{self._part} was begun with other prompts, another model or other settings"
-            raise UserError(
-                Problem("--output", reason, "repeat that command, or --force to start over", str(self.path))
-            )
-        whole = sum(line.endswith(b"\n") for line in lines[1:])
-        self.done = whole - whole % batch_size
-        os.truncate(self._part, sum(map(len, lines[: 1 + self.done])))
+        ends = [0]  # where whole batches end, and the first line
+        with self._part.open("rb") as stream:
+            if stream.readline().decode("utf-8", "replace") != head + "\n":
+                reason = f"{self._part} was begun with other rows, another model or other settings"
+                raise UserError(
+                    Problem("--output", reason, "repeat that command, or --force to start over", str(self.path))
+                )
+            ends[0] = end = stream.tell()
+            for number, line in enumerate(stream, 1):
+                end += len(line)
+                if number % batch_size == 0 and line.endswith(b"\n"):
+                    ends.append(end)
+        self.done = batch_size * (len(ends) - 1)
+        os.truncate(self._part, ends[-1])
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Write a whole batch to the disk."""

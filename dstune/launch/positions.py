@@ -1,0 +1,41 @@
+"""Rows no longer than a model has positions, where these are learned: it fails at one that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from dstune.config.architectures import row_limit
+from dstune.config.schema import RunConfig
+from dstune.errors import UserError
+from dstune.planning.source import config_json
+
+
+def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConfig:
+    """`config` with `data.max_length` cut to what the model takes. stage: told where it is.
+
+    Raises UserError where the model's `config.json` is not on this machine.
+    """
+    limit = _limit(config)
+    if limit is None or config.data.max_length <= limit:
+        return config
+    stage(
+        f"rows are cut to {limit} tokens, not data.max_length={config.data.max_length}: the model has no more positions"
+    )
+    return replace(config, data=replace(config.data, max_length=limit))
+
+
+def cut_as_before(before: RunConfig, config: RunConfig) -> RunConfig:
+    """`config`, which asks for longer rows than the model of the run `before` takes, with those that this run got."""
+    limit = None
+    with suppress(UserError):
+        limit = _limit(before)
+    if limit is None or not limit == before.data.max_length < config.data.max_length:
+        return config
+    return replace(config, data=replace(config.data, max_length=limit))
+
+
+def _limit(config: RunConfig) -> int | None:
+    limit = row_limit(config_json(config.model))
+    return None if limit is None else limit - getattr(config.method, "virtual_tokens", 0)
