@@ -158,6 +158,7 @@ FAULTS = [
         inject={"at": "dstune.zero.engine:Engine.save", "rank": 1, "call": 3, "do": "hang"},
         overrides=["trainer.stall_seconds=2"],
         says="rank 1 .*made no progress for 20 s",
+        waits=20.0,
     ),
     Fault(
         "hang in the last save",
@@ -165,6 +166,7 @@ FAULTS = [
         inject={"at": "dstune.zero.engine:Engine.save", "rank": 1, "call": 1, "do": "hang"},
         overrides=["trainer.stall_seconds=2", "checkpoint.every=0"],
         says="rank 1 .*made no progress for 20 s",
+        waits=20.0,
     ),
     Fault(
         "exception in the forward pass",

@@ -52,6 +52,8 @@ class Fault:
     """The continued curve is compared within 1e-5: at another layout sums have another order."""
     disk: bool = False
     """In a run directory on a disk of 24 MB."""
+    waits: float = 0.0
+    """Seconds that the run is meant to wait before it ends."""
     repair: Callable[[Path], None] | None = None
     """Acts before the run is continued, on its directory."""
 
@@ -186,7 +188,7 @@ def check(fault: Fault, outcome: Outcome) -> list[str]:
         wrong.append(f"{outcome.left} processes left")
     unsaid = [pattern for pattern in as_patterns(fault.says) if not re.search(pattern, outcome.said)]
     wrong += [f"it said {outcome.said!r}, not {pattern!r}" for pattern in unsaid]
-    if outcome.exit_seconds is not None and outcome.exit_seconds > EXIT_SECONDS:
+    if outcome.exit_seconds is not None and outcome.exit_seconds > EXIT_SECONDS + fault.waits:
         wrong.append(f"{outcome.exit_seconds:.1f} s to exit")
     if not outcome.equal:
         wrong.append("the curve is another one")
