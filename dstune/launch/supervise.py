@@ -115,9 +115,9 @@ class Launch:
 
     def run(self) -> Verdict:
         records.begin(self.run_dir, self.id, self.plan.size)
-        (self.logs / SIGNAL_FILE).unlink(missing_ok=True)
+        self._forget_signal()
         with ExitStack() as stack:
-            stack.callback((self.logs / SIGNAL_FILE).unlink, missing_ok=True)
+            stack.callback(self._forget_signal)
             guard = stack.enter_context(Guard(self.id, [] if self.lock is None else [self.lock]))
             try:
                 output = self._start(stack, guard)
@@ -130,6 +130,10 @@ class Launch:
         self.console.close()
         self.errors = attempt.read_errors(self.run_dir, self.plan.size)
         return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped)
+
+    def _forget_signal(self) -> None:
+        with contextlib.suppress(OSError):  # the directory may have become read-only, which is not what is to be told
+            (self.logs / SIGNAL_FILE).unlink()
 
     def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread:
         """Start every rank; returns the thread that passes rank 0's output on."""
