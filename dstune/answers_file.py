@@ -13,6 +13,8 @@ from typing import Any
 
 from dstune.errors import Problem, UserError
 
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
+
 
 class AnswersFile:
     """Rows of JSON, appended batch by batch."""
@@ -24,6 +26,11 @@ class AnswersFile:
         """
         self.path, self._part = path, path.with_name(f"{path.name}.part")
         head = json.dumps({"asked": asked, "batch_size": batch_size})
+        if path.suffix.lower() in TABLES:
+            fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
+            raise UserError(
+                Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))
+            )
         if path.exists() and not force:
             raise UserError(
                 Problem("--output", "exists already", "give another file, or --force to replace it", str(path))

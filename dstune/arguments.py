@@ -53,7 +53,8 @@ class VerbParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         if missing := re.search(r"the following arguments are required: (.+)", message):
-            raise UserError(Problem(missing[1], "this is missing", f"{self.prog} {missing[1].replace(', ', ' ')}"))
+            names = [name for name in missing[1].split(", ") if name != "KEY=VALUE"]  # of which there may be none
+            raise UserError(Problem(", ".join(names), "this is missing", f"{self.prog} {' '.join(names)}"))
         if unknown := re.search(r"unrecognized arguments: (.+)", message):
             given = unknown[1].split()[0]
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

@@ -194,6 +194,9 @@ def _configuration(
     if arguments.shots is not None:
         return _prompted(config, arguments, stage), None
     data = config.data
+    given = any(word.startswith(f"data.{arguments.split}=") for word in arguments.overrides)
+    if stored is not None and given and arguments.split != "train":
+        data = replace(data, train=None, mixture={})  # rows of their own; those of the training are nothing to them
     if not data.train and not data.mixture:
         # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
         data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
@@ -281,6 +284,8 @@ def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
         _print_prompted(target, result)
         return
     print(f"{target}: {result['rows']:,} {result['split']} rows")
+    if result.get("left_out"):
+        print(f"  {result['left_out']:,} rows of the file are bad and left out (data.on_bad_row=skip)")
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         print(f"  {name:<{width}}  {value:.4f}" if isinstance(value, float) else f"  {name:<{width}}  {value}")

@@ -126,6 +126,8 @@ def evaluate(
     if world.is_main:
         rows = count_rows(limited(part, config.evaluate.max_rows, config.task), config.task)
         result = {"status": "completed", "split": split, "rows": rows, "world_size": world.size, **measured}
+        if left_out := data.report.get(split, {}).get("bad_rows"):
+            result["left_out"] = left_out
         write_result(directory, result | ({"row_results": row_results} if with_rows else {}))
     world.barrier()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -36,6 +37,9 @@ from dstune.zero.engine import full_count
 
 FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
+LABELS_TOLD = 12
+RARE = 20
+"""How many times as many rows the label has that a rare one may have been meant for."""
 SLOW_FOR_ADAPTERS = 5e-5
 """A learning rate from which on adapters learn little: the usual ones are 1e-4 to 5e-4."""
 
@@ -84,6 +88,8 @@ def describe(
         f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}{packed}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} {'of these ' * bool(packed)}rows each"
     )
+    if labels := run.data.report.get("train", {}).get("labels"):
+        run.log.message(label_counts(labels))
     for warning in cautions(config, run):
         run.log.message(f"warning: {warning}")
     if run.unfreezing is not None and (waiting := run.unfreezing.waiting(run.total_steps)):
@@ -97,9 +103,33 @@ def describe(
         run.log.message(f"{augment['copies']:,} copies of training rows added{without} (data_report.json)")
 
 
+def label_counts(counts: dict[str, int]) -> str:
+    """How many training rows each label has, the most frequent first."""
+    ordered = sorted(counts, key=lambda name: -counts[name])
+    told = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:LABELS_TOLD])
+    more = f" and {len(ordered) - LABELS_TOLD} more" if len(ordered) > LABELS_TOLD else ""
+    return f"{len(ordered)} labels: {told}{more}"
+
+
+def misspelt(counts: dict[str, int]) -> Iterator[str]:
+    """Rare labels that are written almost as a frequent one."""
+    for name, count in counts.items():
+        others = [other for other in counts if counts[other] >= RARE * max(count, 1)]
+        by_case = {other.strip().casefold(): other for other in others}
+        near = by_case.get(name.strip().casefold())
+        if near is None and len(name) > 3:
+            near = next(iter(difflib.get_close_matches(name, others, n=1, cutoff=0.85)), None)
+        if near is not None and count:
+            rows = f"{count} training row{'s' * (count != 1)}"
+            yield f"the label {name!r} of {rows} is almost {near!r} of {counts[near]:,}: is it misspelt?"
+
+
 def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     """What is allowed, and probably not meant."""
+    yield from misspelt(run.data.report.get("train", {}).get("labels", {}))
     for part, counts in run.data.report.items():
+        if (bad := counts.get("bad_rows")) and (part == "train" or getattr(config.data, part, None)):
+            yield f"{bad:,} of {counts['rows_read']:,} rows of data.{part} are bad and left out (data_report.json names the first)"
         divided = isinstance(config.task, (CausalLmConfig, QuestionAnsweringConfig, TokenClassificationConfig))
         if (cut := counts.get("truncated")) and not divided:
             longest = f"the longest has {counts['longest']:,} tokens, " if counts.get("longest") else ""

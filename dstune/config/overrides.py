@@ -106,6 +106,13 @@ def _closed(key: str, value: str) -> str:
     return shlex.quote(f"{key}={value}{''.join(reversed(opened))}")
 
 
+def _quoted_entries(key: str, value: str) -> str:
+    """A mapping whose values are quoted, as it is typed in a shell."""
+    entries = [entry.partition(":") for entry in value[1:-1].split(",")]
+    inside = ", ".join(f'{name.strip()}: "{text.strip()}"' if colon else name for name, colon, text in entries)
+    return f"quote its values: '{key}={{{inside}}}'"
+
+
 def _grammar_problem(text: str, before: str) -> Problem:
     """What is wrong with a word; `before` is the one in front of it."""
     key, equals, value = text.partition("=")
@@ -121,6 +128,8 @@ def _grammar_problem(text: str, before: str) -> Problem:
         return Problem(key, "this is no name of a key", meaning(key) or ENTRY, value)
     if value.startswith("~"):
         return Problem(key, "the shell did not expand the ~", f"{key}={Path(value).expanduser()}", value)
+    if value.startswith("{") and value.endswith("}"):
+        return Problem(key, "the value has characters with a meaning in Hydra", _quoted_entries(key, value), value)
     return Problem(
         key, "the value has characters with a meaning in Hydra", QUOTED_FIX.format(key=key, value=value), value
     )

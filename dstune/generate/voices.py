@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,7 +95,9 @@ def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
         if no_adapters:
             fix = "give the directory of a LoRA run, or its export"
             raise UserError(Problem(f"--adapter {name}", "is no adapter", fix, adapters[name]) for name in no_adapters)
-        speaker = _load(found, others)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks of it
+            speaker = _load(found, others)
         speaker.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         yield speaker
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps({"runs": [asdict(line) for line in found]}))
     else:
-        print(as_text(found, arguments.folders))
+        print(as_text(found, arguments.folders, arguments.sort))
     return EXIT_DONE
 
 
@@ -100,13 +100,13 @@ def _of_trial(sweep: Path, record: Record) -> Listed:
     return Listed(str(path), record.status, record.reason, 0, {}, record.seconds, None, dict(record.values))
 
 
-def as_text(found: list[Listed], folders: list[Path]) -> str:
-    """A table; the metrics are those that most runs have, the loss first."""
+def as_text(found: list[Listed], folders: list[Path], first: str | None = None) -> str:
+    """A table; the metrics are the one to look at `first` and those that most runs have, the loss before others."""
     counts: dict[str, int] = {}
     for line in found:
         for name in line.metrics:
             counts[name] = counts.get(name, 0) + 1
-    shown = sorted(counts, key=lambda name: (name != "loss", -counts[name]))[:3]
+    shown = sorted(counts, key=lambda name: (name != first, name != "loss", -counts[name]))[:3]
     keys = list(dict.fromkeys(key for line in found for key in line.values))
     above = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
     heading = ["run", "status", "step", *shown, *keys, "time", "began"]

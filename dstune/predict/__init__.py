@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,10 @@ def main(argv: list[str]) -> int:
     """`dstune predict RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parse(argv)
     _tell(f"reading {arguments.model}")
+    from dstune.config.data_schema import OnBadRow
     from dstune.config.task_schema import ClassificationConfig
     from dstune.predict.load import find, load
-    from dstune.predict.rows import Question, Rows
+    from dstune.predict.rows import MOST_TOLD, Question, Rows
 
     named = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
@@ -45,8 +47,13 @@ def main(argv: list[str]) -> int:
     if arguments.probabilities and not isinstance(task, ClassificationConfig):
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
     files = [] if arguments.input is None else _files(data, arguments.input)
-    rows = Rows(Question(task, wanted.labels, data), arguments.texts, files, data.on_bad_row)
+    # What the training did with its bad rows is no answer for these.
+    asked_to_skip = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
+    on_bad = data.on_bad_row if asked_to_skip else OnBadRow.error
+    rows = Rows(Question(task, wanted.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
+        for problem in islice(rows.bad_rows(), MOST_TOLD):
+            _tell(f"left out: {problem}")
         _tell(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
     _note_replaced(rows)
     output = _output(arguments, files, rows, wanted) if arguments.output else None
@@ -81,7 +88,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, and in `texts` place and text of those that are in no file."""
     parser = VerbParser(
         prog="dstune predict",
-        description="Labels, tags, answers, scores or vectors of rows that have none, from a trained model.",
+        description="Labels, tags, answers, scores or vectors of rows that have none, from a trained model. Without --text "
+        "and --input, standard input is a text a line.",
     )
     parser.add_argument(
         "model", metavar="RUN|CHECKPOINT|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME"

@@ -17,6 +17,7 @@ from dstune.config.overrides import quoted
 from dstune.config.schema import InitialWeights, ModelConfig, NoParallelConfig, RunConfig
 from dstune.config.task_schema import WRITERS
 from dstune.config.validate import validate
+from dstune.data.formats import check_columns
 from dstune.data.rows import has_labels
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
@@ -127,6 +128,7 @@ def _checked(config: RunConfig, path: str) -> RunConfig:
     if isinstance(config.task, WRITERS):
         reason = f"is a model for task={config.task.name}, which writes text"
         raise UserError(Problem("MODEL", reason, f"dstune generate {path}", path))
+    check_columns(config.data.columns)
     # Rows come from the command line; what else is checked needs some.
     data = replace(config.data, train=config.data.train or "rows", packing=False, streaming=False)
     validate(replace(config, data=data, parallel=NoParallelConfig()))

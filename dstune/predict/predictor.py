@@ -181,7 +181,7 @@ class Predictor:
                 for one, windows in zip(asked, rows_of(split, kept), strict=True):
                     tags = [self.labels[index] for window in windows for index in window["prediction"]]
                     words = one.row["tokens"]
-                    yield {"predicted": tags} | ({"entities": entities(words, tags)} if marked else {})
+                    yield {"tokens": words, "predicted": tags} | ({"entities": entities(words, tags)} if marked else {})
             case QuestionAnsweringConfig() as task:
                 for span, margin in zip(*best_spans(split, kept), strict=True):
                     absent = task.no_answer and margin > task.threshold

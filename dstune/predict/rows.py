@@ -56,6 +56,16 @@ class Question:
         self._pairs = data.format in (DataFormat.auto, DataFormat.pair)
 
     @property
+    def role(self) -> str:
+        """What `data.columns` calls what a row is about."""
+        match self._task:
+            case TokenClassificationConfig():
+                return "tokens"
+            case QuestionAnsweringConfig():
+                return "context"
+        return "text"
+
+    @property
     def text_column(self) -> str | None:
         """The column that a bare text is; None where a row is more than a text."""
         match self._task:
@@ -96,9 +106,7 @@ class Question:
         return text
 
     def _missing(self, role: str, fields: Mapping[str, Any]) -> str:
-        column = self._mapping.get(role, role)
-        named = f"'data.columns={{{role}: {next(iter(fields), 'NAME')}}}' names another one"
-        return f"missing column {column!r}, the columns here are {listing(fields)}; {named}"
+        return f"missing column {self._mapping.get(role, role)!r}, the columns here are {listing(fields)}"
 
     def _classified(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         assert isinstance(self._task, ClassificationConfig)
@@ -113,8 +121,8 @@ class Question:
     def _tagged(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         assert isinstance(self._task, TokenClassificationConfig)
         column = column_of("tokens", self._mapping, fields)
-        if column not in fields and "text" in fields:
-            column = "text"
+        if column not in fields and self._mapping.get("text", "text") in fields:
+            column = self._mapping.get("text", "text")
         if column not in fields:
             raise RowError(self._missing("tokens", fields))
         # Read twice: the words stand for their tags, of which there have to be as many.
@@ -158,6 +166,10 @@ class Rows:
         while block := list(islice(rows, size)):
             yield block
 
+    def bad_rows(self) -> Iterator[Problem]:
+        """What is wrong with rows that are left out."""
+        return (problem for _, problem in self._asked() if problem is not None)
+
     def columns(self) -> list[str]:
         """Columns of the first row."""
         return next((list(fields) for _, fields, _ in self._given() if fields is not None), [])
@@ -195,11 +207,14 @@ class Rows:
             bad += problem is not None
             if problem is not None and len(told) < MOST_TOLD:
                 told.append(problem)
+        if bad and not count and len({problem.reason for problem in told}) == 1:  # the same with all: told once
+            missing = "missing column" in told[0].reason
+            fix = f"'data.columns={{{self._question.role}: NAME}}' with the column's name" if missing else ""
+            raise UserError(replace(told[0], fix=fix))
         if bad and not (skips and count):
             more = f"and {bad - len(told):,} more rows; " if bad > len(told) else ""
-            told.append(
-                Problem("--input", f"{more}{count:,} rows are good", "data.on_bad_row=skip leaves the others out")
-            )
+            fix = "data.on_bad_row=skip leaves the others out" if count else ""
+            told.append(Problem("--input", f"{more}{count:,} rows are good", fix))
             raise UserError(told)
         if not count:
             raise UserError(

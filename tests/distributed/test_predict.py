@@ -150,6 +150,11 @@ def test_words_have_tags_and_entities(shop, capsys, tmp_path):
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = predicted(capsys, shop.folder / "tags", "--input", tmp_path / "asked.jsonl")
     model, tokenizer = plain(shop.folder / "tags" / "export", "TokenClassification")
+    (tmp_path / "other.csv").write_text("message\nw1\nw2\n")
+    with pytest.raises(UserError) as refused:
+        predict.main([str(shop.folder / "labels"), "--input", str(tmp_path / "other.csv")])
+    (problem,) = refused.value.problems
+    assert "the columns here are 'message'" in problem.reason and "'data.columns={text: NAME}'" in problem.fix
     for row, given in zip(found, rows, strict=True):
         assert (row["id"], row["tokens"]) == (given["id"], given["tokens"])
         assert len(row["predicted"]) == len(given["tokens"])
@@ -160,6 +165,7 @@ def test_words_have_tags_and_entities(shop, capsys, tmp_path):
             best = logits(model, tokenizer, " ".join(given["tokens"])).argmax(-1).tolist()
             assert row["predicted"] == [model.config.id2label[index] for index in best]
     as_text = predicted(capsys, shop.folder / "tags", "--text", TEXTS[3])
+    assert as_text[0]["tokens"] == TEXTS[3].split()
     assert as_text[0]["predicted"] == found[3]["predicted"]
 
 
@@ -340,7 +346,7 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(shop, capsys, tmp_path):
     assert predict.main([str(shop.folder / "labels"), *words]) == 0
     captured = capsys.readouterr()
     assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["w1", "w2"]
-    assert "1 rows are bad and left out" in captured.err
+    assert "1 rows are bad and left out" in captured.err and "rows.jsonl:2: column 'text' is empty" in captured.err
 
 
 def test_a_prompt_that_leaves_no_room_has_no_reward(shop, capsys, tmp_path):
@@ -426,13 +432,15 @@ def test_bad_rows_are_named_before_a_model_is_loaded(shop, tmp_path, monkeypatch
         predict.main([str(shop.folder / "labels"), "--input", str(file)])
     told = [str(problem) for problem in refused.value.problems]
     assert [text.partition(" ")[0] for text in told] == [*(f"{file}:{line}:" for line in (2, 3, 4)), "--input:"], told
-    assert "'text' is empty" in told[0] and "'data.columns={text: txt}' names another one" in told[1]
+    assert "'text' is empty" in told[0] and "missing column 'text'" in told[1]
     assert "1 rows are good" in told[3] and "data.on_bad_row=skip" in told[3]
     for name, words, reason in (
         ("chat", ["--text", "w1"], "dstune generate"),
         ("answers", ["--text", "w1"], "more than a text"),
         ("labels/export", ["--text", "w1", "--checkpoint", "best"], "only a run has checkpoints"),
         ("labels", ["--text", "w1", "--revision", "main"], "a run has none"),
+        ("labels", ["--text", "w1", "data.columns.txt=q"], "no such role"),
+        ("labels", ["--text", "w1", "--output", str(tmp_path / "o.csv")], "o.jsonl"),
         ("tags", ["--text", "w1", "--probabilities", "--json"], "only a classifier has them"),
         ("labels", ["--text", "w1", "--probabilities"], "no room for them"),
         ("tags", ["--text", "w1", "data.max_length=4"], "data.max_length"),

@@ -78,6 +78,7 @@ def test_what_the_shell_split_is_joined_in_the_fix():
         (["experiment=a,b"], "`dstune train --multirun` starts them; one of them is experiment=a"),
         (["trainer.seed=1,2"], "`dstune train --multirun` starts them; one of them is trainer.seed=1"),
         (["tracking.tags=a,b"], "tracking.tags=[a,b]"),
+        (["data.columns={text: Body of (it)}"], """quote its values: 'data.columns={text: "Body of (it)"}'"""),
         (["run.name=a,b"], "quote the value for Hydra inside quotes for the shell: 'run.name=\"a,b\"'"),
         (["data.train=~/x"], f"data.train={Path.home() / 'x'}"),
         (["run.name=my", "own"], "Then quote both: 'run.name=my own'"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import matthews_corrcoef, roc_auc_score
+from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
 from sklearn.utils.class_weight import compute_class_weight
 from support.configs import run_config
 from torch import nn
@@ -158,6 +158,7 @@ def test_metrics_of_classes_are_those_of_scikit_learn():
         found = chances.argmax(axis=1).tolist()
         metrics, _ = classification_metrics(found, labels, chances)
         assert metrics["mcc"] == pytest.approx(matthews_corrcoef(labels, found))
+        assert metrics["f1_macro"] == pytest.approx(f1_score(labels, found, average="macro"))
         area = (
             roc_auc_score(labels, chances[:, 1])
             if classes == 2
@@ -165,6 +166,9 @@ def test_metrics_of_classes_are_those_of_scikit_learn():
         )
         assert metrics["auroc"] == pytest.approx(area)
     assert "auroc" not in classification_metrics([0], [0], np.array([[0.9, 0.1]]))[0]  # one class only: no curve
+    all_right, confusion = classification_metrics([0, 2], [0, 2], np.eye(4)[[0, 2]])
+    assert all_right["f1_macro"] == 1.0, "classes without a row say nothing"
+    assert len(confusion) == 4
     diverged = classification_metrics([0, 0], [0, 1], np.full((2, 2), np.nan))[0]
     assert np.isnan(diverged["auroc"])
     assert diverged["accuracy"] == 0.5

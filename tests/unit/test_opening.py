@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dstune.config.compose import compose
-from dstune.opening import cautions
+from dstune.opening import cautions, label_counts
 from dstune.train.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
@@ -82,3 +82,22 @@ def test_a_stretched_schedule_is_told() -> None:
     assert said(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
     assert said("schedule=constant", steps=200, state=ended) == []
     assert said(*linear, steps=200) == []  # a first start
+
+
+def test_labels_are_counted_and_misspelt_ones_named() -> None:
+    counts = {"Bug": 1, "account": 65, "billing": 63, "billling": 2, "bug": 56, "cat": 1, "bat": 50}
+    assert label_counts(counts).startswith("7 labels: account 65, billing 63, bug 56, bat 50, billling 2")
+    assert label_counts({str(number): 1 for number in range(30)}).endswith(" and 18 more")
+    lines = said(report={"train": {"rows": 238, "labels": counts}})
+    assert lines == [
+        "the label 'Bug' of 1 training row is almost 'bug' of 56: is it misspelt?",
+        "the label 'billling' of 2 training rows is almost 'billing' of 63: is it misspelt?",
+    ]
+    assert said(report={"train": {"rows": 9, "labels": {"bug": 3, "Bug": 6}}}) == []
+
+
+def test_bad_rows_are_counted_for_each_file() -> None:
+    report = {part: {"rows": 190, "rows_read": 200, "bad_rows": 10} for part in ("train", "validation")}
+    (line,) = said("data.on_bad_row=skip", report=report)
+    assert line == "10 of 200 rows of data.train are bad and left out (data_report.json names the first)"
+    assert len(said("data.on_bad_row=skip", "data.validation=y.jsonl", report=report)) == 2

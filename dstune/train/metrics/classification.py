@@ -13,16 +13,16 @@ def classification_metrics(
 ) -> tuple[dict[str, float], list[list[int]]]:
     """Metrics of scikit-learn, and the confusion matrix [true class, predicted class]. probabilities: [rows, classes].
 
+    `f1_macro` is the mean over the classes that a row is of or was taken for, as there: a class without any says nothing.
     `auroc` is that of the second of two classes, of more the mean over the classes, each against all others.
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 
     classes = probabilities.shape[1]
-    everything: dict[str, Any] = {"labels": list(range(classes)), "zero_division": 0.0}
     metrics = {
         "accuracy": float(accuracy_score(labels, predictions)),
-        "f1_macro": float(f1_score(labels, predictions, average="macro", **everything)),
-        "f1_micro": float(f1_score(labels, predictions, average="micro", **everything)),
+        "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0.0)),
+        "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0.0)),
         "mcc": float(matthews_corrcoef(labels, predictions)),
         **_auroc(
             np.eye(classes)[list(labels)][:, -1:] if classes == 2 else np.eye(classes)[list(labels)], probabilities
