@@ -18,7 +18,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PAR
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
 	@echo "make install     only make $(VENV) and install dstune into it"
-	@echo "make test        unit, distributed, parity, cluster and packaging tests (16 minutes on 2 fast cores, 46 on 2 slow ones)"
+	@echo "make test        unit, distributed, parity, cluster and packaging tests (24 minutes on 2 cores with bf16 instructions, 46 on 2 without)"
 	@echo "make test-all    the slow tests too: real models, soak, faults, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
