@@ -61,7 +61,12 @@ def spaced(row: dict[str, Any], random_source: random.Random) -> dict[str, Any]:
 
 
 def slightly(row: dict[str, Any], random_source: random.Random) -> dict[str, Any]:
-    return _changed(row, lambda text: edited(text, EDITS, random_source) if text else text)
+    # Of a text of one character nothing might be left, which would be a bad row and shift the numbers of all behind it.
+    def changed(text: str) -> str:
+        found = edited(text, EDITS, random_source) if text else text
+        return found if found.strip() else text
+
+    return _changed(row, changed)
 
 
 def _changed(row: dict[str, Any], change: Any) -> dict[str, Any]:
@@ -75,6 +80,11 @@ def true_similarity(first: str, second: str) -> float:
     return Levenshtein.normalized_similarity(first, second)
 
 
+def is_similar(first: str, second: str) -> bool:
+    """Whether the similarity reaches THRESHOLD, exactly: below it the library may stop early."""
+    return Levenshtein.normalized_similarity(first, second, score_cutoff=THRESHOLD) >= THRESHOLD
+
+
 def falsely_removed(
     rows: list[dict[str, Any]], kept: list[int], removed: set[int], copies: dict[int, int]
 ) -> list[int]:
@@ -83,9 +93,9 @@ def falsely_removed(
     wrong = []
     for number in sorted(removed):
         original = copies.get(number)
-        if original in kept and true_similarity(texts[number], texts[original]) >= THRESHOLD:
+        if original in kept and is_similar(texts[number], texts[original]):
             continue
-        if not any(true_similarity(texts[number], texts[at]) >= THRESHOLD for at in kept if at < number):
+        if not any(is_similar(texts[number], texts[at]) for at in kept if at < number):
             wrong.append(number)
     return wrong
 
