@@ -137,6 +137,19 @@ def test_a_classifiers_labels_keep_their_order_on_other_rows(shelf, capsys, tmp_
     assert found["confusion"][0] == [0, 0] and sum(found["confusion"][1]) == found["rows"]
 
 
+def test_rows_of_their_own_need_no_training_file(shelf, capsys, tmp_path):
+    """Nor are they held against its rows; bad ones among them are counted."""
+    rows, trained_on = tmp_path / "rows.jsonl", shelf.data["encoder"]
+    rows.write_text(trained_on.read_text() + '{"text": "w1", "label": "neither"}\n')
+    away = trained_on.rename(tmp_path / "away.jsonl")
+    try:
+        words = [f"data.validation={rows}", "data.on_bad_row=skip", "launch.processes=1"]
+        found = measured(capsys, shelf.folder / "labels-2", *words)
+    finally:
+        away.rename(trained_on)
+    assert (found["rows"], found["left_out"]) == (60, 1)
+
+
 def test_it_prints_a_table_for_people_and_writes_the_rows(shelf, capsys, tmp_path):
     """Each row with where it is, in the order of the file, though rows of a length are evaluated together."""
     written = tmp_path / "rows.jsonl"
