@@ -25,7 +25,7 @@ from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.own_labels import with_labels
 from dstune.config.compose import read_run
 from dstune.config.convert import shown
-from dstune.config.schema import Offload, RunConfig
+from dstune.config.schema import OptimizerOffload, RunConfig
 from dstune.data.build import Split, prepare
 from dstune.dist import World
 from dstune.ending import write_result
@@ -75,7 +75,7 @@ def evaluate(
     if checkpoint is None and shots is None:
         config = with_labels(config)
     stage = 3 if config.zero.stage == 3 else 0
-    config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=Offload.none))
+    config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())

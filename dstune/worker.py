@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ from dstune.train.unfreezing import unfreezing_of
 from dstune.train.utilization import utilization_of
 from dstune.train.watch import watch
 from dstune.train.watchdog import Watchdog, answer_with_stacks
+from dstune.zero import swap
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
@@ -70,10 +72,12 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
     # First, so that a signal during start-up is not lost; of all stages, which share the time and the files that ask.
     preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
-    if has_language_model_stage(config):
-        train_language_model(config, run_dir, world, preemption)
-        config = classifier_stage(config, run_dir)
-    train_stage(config, run_dir, world, preemption)
+    with swap.own_folder(config.zero, run_dir, world) as zero:
+        config = replace(config, zero=zero)
+        if has_language_model_stage(config):
+            train_language_model(config, run_dir, world, preemption)
+            config = classifier_stage(config, run_dir)
+        train_stage(config, run_dir, world, preemption)
 
 
 def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import megabytes
-from dstune.checkpoint.shards import Shards
+from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import RunConfig, SaveMode
 from dstune.dist import World
 from dstune.errors import Problem, UserError
@@ -63,7 +63,8 @@ class Checkpoints:
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # of another run too, which may be going on and prune
-            if (saved["world_size"], saved["zero_stage"]) == (self._world.size, self._engine.stage):
+            same = (saved["world_size"], saved["zero_stage"]) == (self._world.size, self._engine.stage)
+            if same and not self._engine.swaps and not in_pieces(checkpoint):
                 self._engine.load(checkpoint.parent, checkpoint.name)
             else:
                 self._engine.restore(Shards(checkpoint))

@@ -85,6 +85,11 @@ class Shards:
         return {key: value for key, value in self._layout.state(name).items() if key not in kinds}
 
 
+def in_pieces(checkpoint: Path) -> bool:
+    """Whether DeepSpeed cannot read the checkpoint by itself."""
+    return any(checkpoint.glob(weights_file("*")))
+
+
 class Weights(Mapping[str, Tensor]):
     """The trained parameters and the buffers of a checkpoint, each read when asked for."""
 
@@ -204,7 +209,8 @@ class _Parameters(_Layout):
 
 
 class _Pieces(_Layout):
-    """The safetensors of a save of weights alone (`Engine.save_weights`): at any stage, pieces of flattened parameters."""
+    """The safetensors of a save of weights alone (`Engine.save_weights`), or of states on a disk: at any stage, pieces of
+    flattened parameters and of what the optimizer keeps of them (`dstune.zero.restore.pieces`)."""
 
     def __init__(self, files: list[Path]):
         self._opened = [safe_open(file, framework="pt") for file in files]
@@ -212,20 +218,24 @@ class _Pieces(_Layout):
         self.shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
         self.global_steps = int(metadata["global_steps"])
         self.buffers: dict[str, Tensor] = {}
-        self._pieces: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.shapes}
+        self._pieces: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+        self._counters: dict[str, dict[str, Tensor]] = {}
         for opened in self._opened:
             for key in opened.keys():  # noqa: SIM118  (it is no mapping)
                 if key.startswith(BUFFER):
                     self.buffers[key.removeprefix(BUFFER)] = opened.get_tensor(key)
+                    continue
+                kind, _, rest = key.rpartition(":")
+                name, at, start = rest.rpartition("@")
+                if at:
+                    self._pieces.setdefault((name, kind or WEIGHT), []).append((int(start), opened.get_slice(key)))
                 else:
-                    name, start = key.rsplit("@", 1)
-                    self._pieces[name].append((int(start), opened.get_slice(key)))
+                    self._counters.setdefault(rest, {})[kind] = opened.get_tensor(key)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        assert kind == WEIGHT, "weights alone were saved"
         found = torch.empty(count)
         filled = 0
-        for begin, piece in self._pieces[name]:
+        for begin, piece in self._pieces[name, kind]:
             first, last = max(start, begin), min(start + count, begin + piece.get_shape()[0])
             if first < last:
                 found[first - start : last - start] = piece[first - begin : last - begin]
@@ -234,7 +244,10 @@ class _Pieces(_Layout):
         return found
 
     def state(self, name: str) -> dict[str, Any]:
-        return {}
+        # Their elements are in several files: only the shape says that they are tensors of the parameter's size.
+        size = math.prod(self.shapes[name])
+        kinds = (kind for key, kind in self._pieces if key == name and kind != WEIGHT)
+        return {kind: torch.empty(size, device="meta") for kind in kinds} | self._counters.get(name, {})
 
 
 def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:

@@ -106,7 +106,7 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
     _optimizer(raw.get("optimizer"), content, where)
     _scheduler(raw.get("scheduler"), content, where)
     for value in content.values:
-        if value.key in ("zero.offload_optimizer", "zero.offload_param") and value.value == "nvme":
+        if value.key == "zero.offload_param" and value.value == "nvme":
             fix = f'"device": "cpu" in {where}'
             content.problems.append(Problem(value.source, FEATURES["nvme"][0], fix, "nvme"))
     if not any(value.key == "zero.stage" for value in content.values) and _section(raw, "zero_optimization") != AUTO:

@@ -18,6 +18,7 @@ OWN_KEYS = {
     "gradient_clipping": "trainer.grad_clip",
     f"{ZERO}.stage": "zero.stage",
     f"{ZERO}.offload_optimizer.device": "zero.offload_optimizer",
+    f"{ZERO}.offload_optimizer.nvme_path": "zero.nvme_path",
     f"{ZERO}.offload_param.device": "zero.offload_param",
     f"{ZERO}.reduce_bucket_size": "zero.reduce_bucket_size",
     f"{ZERO}.overlap_comm": "zero.overlap_comm",
@@ -72,6 +73,11 @@ PASSED: dict[str, type] = {
     f"{ZERO}.offload_optimizer.cpuadam_cores_perc": float,
     f"{ZERO}.offload_param.buffer_size": int,
     f"{ZERO}.offload_param.max_in_cpu": int,
+    "aio.block_size": int,
+    "aio.queue_depth": int,
+    "aio.intra_op_parallelism": int,
+    "aio.single_submit": bool,
+    "aio.overlap_events": bool,
 }
 """Keys that go into DeepSpeed's configuration as they are, with the type of their value."""
 
@@ -130,8 +136,12 @@ FIXED: dict[str, tuple[Any, str]] = {
     f"{ZERO}.cpu_offload_use_pin_memory": (False, "this old key is pin_memory of an offload section today"),
     f"{ZERO}.offload_optimizer.ratio": (1.0, f"offloading a part: {NOT_YET}"),
     f"{ZERO}.offload_optimizer.super_offload": (False, SUPEROFFLOAD),
-    **{f"{ZERO}.offload_optimizer.{name}": (False, NVME) for name in ("pipeline_read", "pipeline_write", "fast_init")},
-    **{f"{ZERO}.offload_{part}.nvme_path": (None, NVME) for part in ("optimizer", "param")},
+    **{
+        f"{ZERO}.offload_optimizer.{name}": (False, NOT_YET)
+        for name in ("pipeline_read", "pipeline_write", "fast_init")
+    },
+    f"{ZERO}.offload_param.nvme_path": (None, NVME),
+    "aio.use_gds": (False, NOT_YET),
     **{
         f"activation_checkpointing.{name}": (
             off,
@@ -151,7 +161,6 @@ FIXED: dict[str, tuple[Any, str]] = {
 
 MONITOR = "set tracking.* instead"
 REFUSED = {
-    "aio": NVME,
     "amp": "DeepSpeed has no apex any more; precision is trainer.precision",
     "autotuning": f"it starts runs of its own; {NOT_YET}",
     "checkpoint": "checkpoints are dstune's own",

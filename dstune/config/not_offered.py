@@ -22,8 +22,8 @@ FEATURES: dict[str, tuple[str, str]] = {
     "zenflow": (f"ZenFlow: {UNMEASURED}", "zero=stage3_offload"),
     "superoffload": (f"SuperOffload: {UNMEASURED}", "zero=stage3_offload"),
     "nvme": (
-        "NVMe: DeepSpeed's asynchronous I/O is compiled on the node, and it was not measured on a disk",
-        "zero=stage3_offload, into the host's memory",
+        "NVMe for weights: only optimizer states on a disk were held against a reference",
+        "zero=stage3_nvme, which has optimizer states on a disk and weights in the host's memory",
     ),
     "autotp": (
         f"tensor parallelism: {UNMEASURED}",
@@ -45,11 +45,8 @@ WORDS: dict[tuple[str, str], str] = {
     ("optimizer.name", "muon"): "muon",
     ("trainer.precision", "fp8"): "fp8",
     ("zero", "zeropp"): "zeropp",
-    ("zero", "stage3_nvme"): "nvme",
-    ("zero", "nvme"): "nvme",
     ("zero", "zenflow"): "zenflow",
     ("zero", "superoffload"): "superoffload",
-    ("zero.offload_optimizer", "nvme"): "nvme",
     ("zero.offload_param", "nvme"): "nvme",
     ("parallel", "autotp"): "autotp",
     ("parallel", "tensor"): "autotp",

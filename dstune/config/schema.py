@@ -52,6 +52,12 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+class OptimizerOffload(Enum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
 class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -198,10 +204,12 @@ class ZeroConfig:
 
     stage: int = setting(3, at_least=0, at_most=3)
     """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
-    offload_optimizer: Offload = Offload.none
-    """Keep optimizer states and fp32 weights in host memory (stages 1 to 3)."""
+    offload_optimizer: OptimizerOffload = OptimizerOffload.none
+    """Keep optimizer states and fp32 weights in host memory (`cpu`, stages 1 to 3) or on a disk (`nvme`, stage 3)."""
     offload_param: Offload = Offload.none
     """Keep partitioned parameters in host memory (stage 3)."""
+    nvme_path: str = "/var/tmp"
+    """Folder on a local disk of each node that `offload_optimizer=nvme` writes to; the run's files go with its end."""
     reduce_bucket_size: int = setting(50_000_000, at_least=1)
     """Elements reduced at a time; a larger bucket communicates better and takes more memory."""
     overlap_comm: bool = True

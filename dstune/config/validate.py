@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator
 from dstune.config.augment_rules import check_augment
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
-from dstune.config.deepspeed_file import settings_problems
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
 from dstune.config.launch_schema import LocalConfig
@@ -26,7 +25,6 @@ from dstune.config.schema import (
     Attention,
     Automatic,
     Export,
-    Offload,
     Precision,
     RunConfig,
     SlantedTriangularConfig,
@@ -49,6 +47,7 @@ from dstune.config.task_schema import (
     TokenClassificationConfig,
 )
 from dstune.config.watched import watched
+from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
@@ -332,23 +331,6 @@ def check_schedule(config: RunConfig) -> Iterator[Problem]:
             "fewer warm-up steps or a smaller schedule.decay_ratio",
             shown(schedule.warmup_steps),
         )
-
-
-def check_zero(config: RunConfig) -> Iterator[Problem]:
-    zero, precision = config.zero, config.trainer.precision
-    if zero.stage == 0 and precision in (Precision.bf16, Precision.fp16):
-        yield Problem(
-            "zero.stage",
-            f"DeepSpeed's stage 0 with {precision.name} makes a step with zero gradients before the first real one",
-            "zero=stage1, or trainer.precision=fp32",
-            "0",
-        )
-    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        value = getattr(zero, name)
-        if value is not Offload.none and zero.stage < lowest:
-            reason = f"this needs stage {lowest}{'' if lowest == 3 else ' or more'}, and zero.stage is {zero.stage}"
-            yield Problem(f"zero.{name}", reason, f"zero=stage3_offload, or zero.{name}=none", value.name)
-    yield from settings_problems(zero.settings)
 
 
 def check_evaluation(config: RunConfig) -> Iterator[Problem]:

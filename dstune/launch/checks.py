@@ -158,9 +158,7 @@ def _operators(found: dict) -> Iterator[Check]:
     works = sorted(name for name, compatible in found["ops"].items() if compatible)
     detail = f"{_version('deepspeed')}; operators that can be compiled here: {', '.join(works) or 'none'}"
     if missing:
-        fix = (
-            "only for zero.settings that ask for compiled operators: apt-get install build-essential, pip install ninja"
-        )
+        fix = "only for zero=stage3_nvme: apt-get install g++ ninja-build libaio-dev"
         yield Check(
             "DeepSpeed", WARN, f"{_version('deepspeed')}; no operator compiles without {', '.join(missing)}", fix
         )

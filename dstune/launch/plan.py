@@ -332,7 +332,8 @@ def _hosted(found: Planned) -> bool:
 
 
 def _offload(choice: Choice, found: Planned) -> str:
-    return choice.offload + "+checkpointing" * (choice.checkpointing and not found.setup.checkpointing)
+    place = " (disk)" * choice.setup.swaps
+    return choice.offload + place + "+checkpointing" * (choice.checkpointing and not found.setup.checkpointing)
 
 
 def _offload_width(found: Planned) -> int:

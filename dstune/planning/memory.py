@@ -17,6 +17,13 @@ MIB = 2**20
 ALL_REDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at a time at stage 0."""
 
+SWAP_BUFFERS = 4
+"""What an update has in memory of a sub-group: weights, two moments, gradients."""
+
+SWAPPED_AT_ONCE = 20_000_000
+"""Elements of a sub-group on a rank. DeepSpeed's 1e9 would hold the states of a small model in memory as a whole: 16 GB of
+buffers; more and smaller files cost nothing that could be measured."""
+
 Parts = dict[str, int]
 """Bytes by the name of what they are for."""
 
@@ -154,7 +161,8 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     parts: Parts = {"weights": _weights(s)}
     host = 0
     if s.offload_optimizer:
-        host = master + states + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
+        kept = min(master + states, _swap_buffers(s)) if s.swaps else master + states
+        host = kept + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
         # Gradients on their way to the host.
         parts["gradient sums"] = 2 * max((t.count for t in s.trained), default=0) * s.weight_bytes if s.stage < 3 else 0
     else:
@@ -166,6 +174,13 @@ def _resident(s: Setup) -> tuple[Parts, int]:
         # DeepSpeed's contiguous buffer; two of them at stage 2, where the reduction overlaps with the backward pass.
         parts["buffers"] = s.reduce_bucket * s.weight_bytes * (2 if s.stage == 2 else 1)
     return parts, host
+
+
+def _swap_buffers(s: Setup) -> int:
+    """fp32 buffers of the size of the largest sub-group, through which states on a disk are read and written. A sub-group takes
+    whole tensors until it has the number of elements that it may have."""
+    largest = max((-(-t.count // s.ranks) for t in s.trained), default=0)
+    return SWAP_BUFFERS * 4 * max(largest, SWAPPED_AT_ONCE)
 
 
 def _gradient_store(s: Setup) -> int:

@@ -52,8 +52,9 @@ class Choice:
         found: dict[str, object] = {}
         if configured.stage != self.setup.stage:
             found["zero.stage"] = self.setup.stage
-        if configured.offload_optimizer != self.setup.offload_optimizer:
-            found["zero.offload_optimizer"] = "cpu" if self.setup.offload_optimizer else "none"
+        own, other = self.setup, configured
+        if (other.offload_optimizer, other.swaps) != (own.offload_optimizer, own.swaps):
+            found["zero.offload_optimizer"] = "nvme" if own.swaps else "cpu" if own.offload_optimizer else "none"
         if configured.offload_param != self.setup.offload_param:
             found["zero.offload_param"] = "cpu" if self.setup.offload_param else "none"
         if configured.weight_bytes != self.setup.weight_bytes:
@@ -147,6 +148,7 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
         setup,
         stage=stage,
         offload_optimizer=offload.startswith("optimizer"),
+        swaps=setup.swaps and stage == 3 and offload.startswith("optimizer"),
         offload_param=offload.endswith("param"),
         weight_bytes=weight_bytes,
         frozen_bits=frozen_bits,

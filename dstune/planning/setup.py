@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.config.architectures import row_limit
 from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
-from dstune.config.schema import Attention, Offload, Precision, RunConfig, SgdConfig, UlyssesConfig
+from dstune.config.schema import Attention, Offload, OptimizerOffload, Precision, RunConfig, SgdConfig, UlyssesConfig
 from dstune.errors import UserError
 from dstune.planning.adapters import added, experts_problem
 from dstune.planning.architecture import (
@@ -51,6 +51,8 @@ class Setup:
     """Weights that are not trained."""
     stage: int
     offload_optimizer: bool
+    swaps: bool
+    """Whether what is offloaded of the optimizer is on a disk, but for what an update works on."""
     offload_param: bool
     weight_bytes: int
     """Bytes of a weight in the model: 2 or 4."""
@@ -156,7 +158,8 @@ def setup(
         trained=trained,
         frozen=frozen,
         stage=zero.stage,
-        offload_optimizer=zero.offload_optimizer is not Offload.none and zero.stage > 0,
+        offload_optimizer=zero.offload_optimizer is not OptimizerOffload.none and zero.stage > 0,
+        swaps=zero.offload_optimizer is OptimizerOffload.nvme and zero.stage == 3,
         offload_param=zero.offload_param is not Offload.none and zero.stage == 3,
         weight_bytes=weight_bytes,
         frozen_bits=4 if method.name == "qlora" else 8 * weight_bytes,

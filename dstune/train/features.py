@@ -23,7 +23,7 @@ import transformers
 import xxhash
 
 from dstune.config.method_schema import FeaturesConfig
-from dstune.config.schema import InitialWeights, Offload, Precision, RunConfig
+from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig
 from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import evaluation_batches, share
@@ -111,7 +111,7 @@ def _compute(
 ) -> None:
     """Run the body over every row once, as evaluation does, and write `folder`."""
     stage = 3 if config.zero.stage == 3 else 0  # there is no optimizer whose states could be partitioned
-    alone = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=Offload.none))
+    alone = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     settings = deepspeed_config(alone, world.size, precision, on_gpu=torch.cuda.is_available())
     with partitioned_loading(settings):
         model = load_model(alone, tokenizer, data.labels, DTYPES[precision])

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from dstune.config.method_schema import FullConfig
-from dstune.config.schema import InitialWeights, ModelConfig, Offload, Precision, RunConfig
+from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
 from dstune.config.task_rules import cached_reference
 from dstune.config.task_schema import PreferenceConfig
 from dstune.data import cache
@@ -93,7 +93,7 @@ def _other_model(config: RunConfig) -> RunConfig | None:
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
-    zero = replace(config.zero, stage=3 if config.zero.stage == 3 else 0, offload_optimizer=Offload.none)
+    zero = replace(config.zero, stage=3 if config.zero.stage == 3 else 0, offload_optimizer=OptimizerOffload.none)
     return replace(config, model=model, method=FullConfig(), zero=zero)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import Offload, Precision, RunConfig, UlyssesConfig
+from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, UlyssesConfig
+from dstune.planning.memory import SWAP_BUFFERS, SWAPPED_AT_ONCE
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
@@ -38,8 +39,16 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
         }
         if config.zero.offload_param is Offload.cpu:
             zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    if config.zero.stage > 0 and config.zero.offload_optimizer is Offload.cpu:
+    if config.zero.stage > 0 and config.zero.offload_optimizer is OptimizerOffload.cpu:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero.stage == 3 and config.zero.offload_optimizer is OptimizerOffload.nvme:
+        zero["offload_optimizer"] = {
+            "device": "nvme",
+            "nvme_path": config.zero.nvme_path,
+            "pin_memory": on_gpu,
+            "buffer_count": SWAP_BUFFERS,
+        }
+        zero["sub_group_size"] = SWAPPED_AT_ONCE
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.trainer.rows,
         "gradient_accumulation_steps": per_rank,

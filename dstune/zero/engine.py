@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dstune.dist import World
-from dstune.zero.restore import Partition, Source, partitions_of, reset_counters, restore, weight_pieces
+from dstune.zero import swap
+from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 
 if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
@@ -91,9 +92,11 @@ BUFFER = "buffer:"
 """Begins the names of buffers in the files of `Engine.save_weights`."""
 
 
-def weights_file(rank: int | str) -> str:
-    """Name of a rank's file of `Engine.save_weights`, or a pattern for all of them."""
-    return f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}.safetensors"
+def weights_file(rank: int | str, part: int = 0) -> str:
+    """Name of a rank's file of pieces of weights, or a pattern for all of them. part: which, of an engine that `swaps`."""
+    return (
+        f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}{f'.{part:05d}' if part else ''}.safetensors"
+    )
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -178,6 +181,10 @@ class Engine:
         ]
         if self.stage == 3:
             _announce_borrowed_weights(model)
+        self.swaps = swap.device(settings) == "nvme"
+        """Whether optimizer states are on a disk, and in memory a part at a time."""
+        to_train = sum(full_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        swap.check_room(settings, to_train, self._moments, world)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         from dstune.zero.shard_files import ShardFiles
 
@@ -462,6 +469,9 @@ class Engine:
         What the disk refused is in the returned `error`. background: the caller lets a thread `work_off` the returned save;
         the next `update` waits until it has copied the states.
         """
+        if self.swaps:
+            assert not background, "states on a disk are never in memory as a whole"
+            return self._save_pieces(directory, tag, states=True)
         save = self._files.begin(directory / tag, background=background)
         try:
             with self._all_trained():
@@ -478,16 +488,25 @@ class Engine:
 
     def save_weights(self, directory: Path, tag: str, *, background: bool = False) -> Save:
         """Like `save`, of the trained weights and the buffers alone, as safetensors. No rank waits for another one."""
+        return self._save_pieces(directory, tag, background=background)
+
+    def _save_pieces(self, directory: Path, tag: str, *, states: bool = False, background: bool = False) -> Save:
+        """Pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
         save = self._files.begin(directory / tag, background=background)
         try:
             if self.stage > 0 or self._world.is_main:
-                pieces = weight_pieces(self._engine, self.stage, self._world.rank)
                 own = {id(parameter) for parameter in self._trained}
                 trained = {n: list(full_shape(p)) for n, p in self.module.named_parameters() if id(p) in own}
-                if self._world.is_main:
-                    pieces |= {f"{BUFFER}{name}": buffer for name, buffer in persistent_buffers(self.module)}
                 metadata = {"shapes": json.dumps(trained), "global_steps": str(self._engine.global_steps)}
-                self._files.save_tensors(pieces, metadata, directory / tag / weights_file(self._world.rank))
+                first: dict[str, torch.Tensor] = {}
+                if self._world.is_main:
+                    first = {f"{BUFFER}{name}": buffer for name, buffer in persistent_buffers(self.module)}
+                parts = pieces(self._engine, self.stage, self._world.rank, states=states)
+                if not self.swaps:
+                    parts = iter([{key: value for part in parts for key, value in part.items()}])
+                for number, part in enumerate(parts):
+                    path = directory / tag / weights_file(self._world.rank, number)
+                    self._files.save_tensors(part if number else first | part, metadata, path)
         finally:
             self._files.end()
         return save

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dstune.zero.swap import swapped_in
+
 WEIGHT = "weight"
 
 
@@ -71,14 +73,17 @@ def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
     wrapper = engine.optimizer
     if stage == 3:
         wrapper.checkpoint_event_prologue()
-    partitions = list(_partitions(wrapper, stage, names, rank))
     inner: torch.optim.Optimizer = wrapper if stage == 0 else wrapper.optimizer
     with torch.no_grad():
-        for partition in partitions:
+        # One after the other: on a disk, each is in memory until the next.
+        for number, partition in enumerate(_partitions(wrapper, stage, names, rank, write=True)):
             _fill(partition.elements, partition.fragments, source, WEIGHT)
             _fill_state(inner, partition, source)
+            if stage == 3:
+                _weights_from_partition(wrapper, number)
         if stage == 3:
-            _weights_from_partitions(wrapper)
+            if wrapper.persistent_parameters:  # whole on every rank; gathered again by checkpoint_event_epilogue
+                wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
         elif stage > 0:  # parameters of other ranks too: they are views of one buffer that DeepSpeed holds whole
             for parameter in engine.module.parameters():
                 if parameter.requires_grad:
@@ -109,27 +114,45 @@ def reset_counters(engine: Any, stage: int, names: Collection[str], rank: int) -
             step.zero_()
 
 
-def weight_pieces(engine: Any, stage: int, rank: int) -> dict[str, Tensor]:
-    """The trained weights that this rank updates, as views in fp32 (at stage 0 all of them, on every rank): elements
-    [start, start + length) of a flattened parameter by `NAME@START`."""
+def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Iterator[dict[str, Tensor]]:
+    """The trained weights that this rank updates, as views in fp32 (at stage 0 all of them, on every rank), partition by
+    partition: elements [start, start + length) of a flattened parameter by `NAME@START`.
+
+    states: what the optimizer keeps too, as `KIND:NAME@START` (`exp_avg:...`), and its counters as `KIND:NAME`. Where states
+    are on a disk, a partition is in memory until the next one is asked for.
+    """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    return {
-        f"{part.name}@{part.start}": partition.elements[part.offset : part.offset + part.count]
-        for partition in _partitions(engine.optimizer, stage, names, rank)
-        for part in partition.fragments
-    }
+    inner: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for partition in _partitions(engine.optimizer, stage, names, rank):
+        found = {}
+        kept = inner.state.get(partition.key, {}) if states else {}
+        for part in partition.fragments:
+            span = slice(part.offset, part.offset + part.count)
+            found[f"{part.name}@{part.start}"] = partition.elements[span]
+            for kind, value in kept.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if value.dim():
+                    found[f"{kind}:{part.name}@{part.start}"] = value.view(-1)[span]
+                else:
+                    found[f"{kind}:{part.name}"] = value.clone()  # safetensors takes no memory twice
+        yield found
 
 
-def _partitions(wrapper: Any, stage: int, names: dict[int, str], rank: int) -> Iterator[Partition]:
-    """What this rank's optimizer updates, at any stage."""
+def _partitions(
+    wrapper: Any, stage: int, names: dict[int, str], rank: int, *, write: bool = False
+) -> Iterator[Partition]:
+    """What this rank's optimizer updates, at any stage. write: what is changed of a partition on a disk goes back to it."""
     if stage == 0:
         for group in wrapper.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 yield Partition(parameter, parameter.data.view(-1), name, [Fragment(name, 0, parameter.numel(), 0)])
     elif stage == 3:
-        for parameters, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
-            yield Partition(flat, flat.data, names[id(parameters[0])], _shares(parameters, names, rank))
+        for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+            parameters = wrapper.fp16_groups[number]
+            with swapped_in(wrapper, number, write=write):
+                yield Partition(flat, flat.data, names[id(parameters[0])], _shares(parameters, names, rank))
     elif hasattr(wrapper, "bf16_groups"):  # stage 1 with fp32 gradients is DeepSpeed's BF16_Optimizer
         for parameters, flat in zip(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, strict=True):
             fragments = _overlaps(parameters, _end_to_end(parameters), names, rank, flat.numel())
@@ -189,25 +212,23 @@ def _fill(target: Tensor, fragments: list[Fragment], source: Source, kind: str) 
 def _fill_state(inner: torch.optim.Optimizer, partition: Partition, source: Source) -> None:
     """The optimizer's own tensors for a partition; those of its padding stay zero."""
     state: dict[str, Any] = {}
+    before = inner.state.get(partition.key, {})
     for kind in source.kinds(partition.like):
-        values = torch.zeros_like(partition.elements)
-        _fill(values, partition.fragments, source, kind)
-        state[kind] = values.view(partition.key.shape)
+        # The tensor that is there: where states are on a disk, its memory is written back.
+        tensor = before[kind].zero_() if kind in before else torch.zeros_like(partition.elements)
+        _fill(tensor.view(-1), partition.fragments, source, kind)
+        state[kind] = tensor.view(partition.key.shape) if tensor.shape != partition.key.shape else tensor
     for name, value in source.scalars(partition.like).items():
         # A counter of its own: the optimizer counts in place.
         state[name] = value.clone().to(partition.key.device) if isinstance(value, Tensor) else value
     inner.state[partition.key] = state
 
 
-def _weights_from_partitions(wrapper: Any) -> None:
-    """Stage 3: the parameters' own partitions, in the model's dtype, after the fp32 ones."""
-    for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
-        weights = wrapper.fp16_partitioned_groups_flat[index]
-        if flat.numel():
-            weights.copy_(flat)
-        views = wrapper.unflatten(weights, wrapper.fp16_partitioned_groups[index])
-        for partitioned, view in zip(wrapper.fp16_partitioned_groups[index], views, strict=True):
-            partitioned.data = view.data
-    persistent = wrapper.persistent_parameters
-    if persistent:  # whole on every rank; gathered again by checkpoint_event_epilogue
-        persistent[0].partition(persistent)
+def _weights_from_partition(wrapper: Any, number: int) -> None:
+    """Stage 3: the parameters' own partitions, in the model's dtype, after the fp32 ones of a sub-group."""
+    flat, weights = wrapper.fp32_partitioned_groups_flat[number], wrapper.fp16_partitioned_groups_flat[number]
+    if flat.numel():
+        weights.copy_(flat)
+    views = wrapper.unflatten(weights, wrapper.fp16_partitioned_groups[number])
+    for partitioned, view in zip(wrapper.fp16_partitioned_groups[number], views, strict=True):
+        partitioned.data = view.data

@@ -91,7 +91,9 @@ def main() -> None:
         if case.get("checkpointing"):
             config = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
         if case.get("offload"):
-            offload = replace(config.zero, offload_optimizer=schema.Offload.cpu, offload_param=schema.Offload.cpu)
+            offload = replace(
+                config.zero, offload_optimizer=schema.OptimizerOffload.cpu, offload_param=schema.Offload.cpu
+            )
             config = replace(config, zero=offload)
         result = run(case, config, world, ("left", "right") if classes else ())
         if world.is_main:

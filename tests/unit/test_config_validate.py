@@ -19,6 +19,7 @@ CHAT = ("data=chitchat",)
 LABELS = ("data=sentiment", "task=classification")
 TEXT = ("data.train=x.jsonl", "task=causal_lm")
 LORA = (*CHAT, "method=lora")
+DISK = (*CHAT, "zero=stage3_nvme")
 WSD = (*CHAT, "schedule=warmup_stable_decay")
 HELD_OUT = ("data.split.validation=0.1",)
 NOTHING_HELD_OUT = ("data.split.validation=0",)
@@ -112,6 +113,13 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ("zero.stage", (*CHAT, "trainer.precision=fp16"), ("zero=stage0",), ("zero=stage1",)),
     ("zero.offload_param", CHAT, ("zero=stage2", "zero.offload_param=cpu"), ("zero.offload_param=cpu",)),
     ("zero.offload_param", CHAT, ("zero=stage1", "zero.offload_param=cpu"), ("zero=stage3_offload",)),
+    ("zero.offload_optimizer", CHAT, ("zero=stage2", "zero.offload_optimizer=nvme"), ("zero=stage3_nvme",)),
+    ("zero.nvme_path", DISK, ("zero.nvme_path=''",), ("zero.nvme_path=/scratch",)),
+    ("method", DISK, ("method=importance",), ("method=lora",)),
+    ("forgetting.l2sp", DISK, ("forgetting.l2sp=0.1",), ("forgetting.l2sp=0",)),
+    ("forgetting.ewc", DISK, ("forgetting.ewc=0.1",), ("forgetting.ewc=0",)),
+    ("trainer.precision", DISK, ("trainer.precision=fp16",), ("trainer.precision=bf16",)),
+    ("checkpoint.mode", DISK, ("checkpoint.mode=async",), ("checkpoint.mode=sync",)),
     (
         "trainer.early_stopping.metric",
         CHAT,
@@ -346,7 +354,7 @@ def test_steps_and_epochs_cannot_be_swapped():
         ("zero=zeropp", "ZeRO++"),
         ("zero=zenflow", "ZenFlow"),
         ("zero=superoffload", "SuperOffload"),
-        ("zero.offload_optimizer=nvme", "NVMe"),
+        ("zero.offload_param=nvme", "NVMe"),
         ("parallel=autotp", "tensor parallelism"),
         ("parallel=expert", "expert parallelism"),
         ("trainer.torch_compile=true", "torch.compile"),

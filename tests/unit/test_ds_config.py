@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.configs import run_config
 
-from dstune.config.schema import Offload, Precision, TrainerConfig, ZeroConfig
+from dstune.config.schema import Offload, OptimizerOffload, Precision, TrainerConfig, ZeroConfig
 from dstune.zero.ds_config import deepspeed_config, micro_batches_per_rank
 
 
@@ -57,7 +59,7 @@ def test_stage_3_settings_stay_out_of_the_other_stages(stage):
 
 
 def test_offload():
-    offload = ZeroConfig(offload_optimizer=Offload.cpu, offload_param=Offload.cpu)
+    offload = ZeroConfig(offload_optimizer=OptimizerOffload.cpu, offload_param=Offload.cpu)
     zero = deepspeed_config(run_config(zero=offload), 2, Precision.bf16, on_gpu=True)["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
@@ -66,6 +68,21 @@ def test_offload():
 @pytest.mark.parametrize("stage", [1, 2])
 def test_optimizer_states_may_be_offloaded_below_stage_3(stage):
     zero = deepspeed_config(
-        run_config(zero=ZeroConfig(stage=stage, offload_optimizer=Offload.cpu)), 2, Precision.fp32, on_gpu=False
+        run_config(zero=ZeroConfig(stage=stage, offload_optimizer=OptimizerOffload.cpu)),
+        2,
+        Precision.fp32,
+        on_gpu=False,
     )["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+
+
+def test_states_on_a_disk_are_updated_in_small_parts_that_a_user_may_change():
+    disk = ZeroConfig(offload_optimizer=OptimizerOffload.nvme, nvme_path="/scratch")
+    zero = deepspeed_config(run_config(zero=disk), 2, Precision.bf16, on_gpu=True)["zero_optimization"]
+    assert zero["offload_optimizer"]["nvme_path"] == "/scratch"
+    assert zero["sub_group_size"] == 20_000_000
+    own = replace(disk, settings={"zero_optimization": {"sub_group_size": 5}})
+    assert (
+        deepspeed_config(run_config(zero=own), 2, Precision.bf16, on_gpu=True)["zero_optimization"]["sub_group_size"]
+        == 5
+    )

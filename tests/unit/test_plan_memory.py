@@ -93,6 +93,14 @@ def test_offloading_moves_optimizer_states_to_the_host() -> None:
     assert memory(llama("zero.offload_optimizer=cpu", "zero.offload_param=cpu")).parts["weights"] < 10 * 2**20
 
 
+def test_on_a_disk_the_host_keeps_gradients_and_four_buffers() -> None:
+    setup = llama("zero.offload_optimizer=nvme")
+    largest = max(tensor.count for tensor in setup.trained)
+    share = setup.trained_count / setup.ranks
+    buffers = 4 * 4 * max(largest / setup.ranks, 20_000_000)
+    assert memory(setup).host == pytest.approx(4 * share + buffers, rel=1e-3)
+
+
 def test_communication_of_a_step_by_stage() -> None:
     around = 7 / 8
     batches = ["trainer.micro_batch_size=1", "trainer.global_batch_size=16"]  # two micro-batches of a rank

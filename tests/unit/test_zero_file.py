@@ -11,7 +11,7 @@ import pytest
 from dstune.config.compose import apply_overrides, compose, read_run, write_run
 from dstune.config.deepspeed_file import ON_WHEN_THERE
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
-from dstune.config.schema import CosineConfig, LinearConfig, Offload, Precision, RunConfig, SgdConfig
+from dstune.config.schema import CosineConfig, LinearConfig, Offload, OptimizerOffload, Precision, RunConfig, SgdConfig
 from dstune.config.validate import validate
 from dstune.errors import UserError
 from dstune.zero.ds_config import deepspeed_config
@@ -73,7 +73,7 @@ def test_offloading_and_sections_of_optimizer_and_scheduler_with_auto():
     config = composed(FILES / "trainer_zero3.json", "optimizer.lr=3e-4")
     assert (config.zero.stage, config.zero.offload_optimizer, config.zero.offload_param) == (
         3,
-        Offload.cpu,
+        OptimizerOffload.cpu,
         Offload.cpu,
     )
     assert isinstance(config.schedule, LinearConfig)

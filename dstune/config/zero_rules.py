@@ -1,0 +1,54 @@
+"""Rules of `zero`: what a stage needs, and what optimizer states in another place rule out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dstune.config.convert import shown
+from dstune.config.deepspeed_file import settings_problems
+from dstune.config.method_schema import ImportanceConfig, UlmfitConfig
+from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode
+from dstune.errors import Problem
+
+STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, during an update only"
+
+
+def check_zero(config: RunConfig) -> Iterator[Problem]:
+    zero, precision = config.zero, config.trainer.precision
+    if zero.stage == 0 and precision in (Precision.bf16, Precision.fp16):
+        yield Problem(
+            "zero.stage",
+            f"DeepSpeed's stage 0 with {precision.name} makes a step with zero gradients before the first real one",
+            "zero=stage1, or trainer.precision=fp32",
+            "0",
+        )
+    swaps = zero.offload_optimizer is OptimizerOffload.nvme
+    for name, lowest in (("offload_optimizer", 3 if swaps else 1), ("offload_param", 3)):
+        value = getattr(zero, name)
+        if value.name != "none" and zero.stage < lowest:
+            reason = f"this needs stage {lowest}{'' if lowest == 3 else ' or more'}, and zero.stage is {zero.stage}"
+            preset = "stage3_nvme" if value is OptimizerOffload.nvme else "stage3_offload"
+            yield Problem(f"zero.{name}", reason, f"zero={preset}, or zero.{name}=none", value.name)
+    if swaps:
+        yield from _of_a_disk(config)
+    yield from settings_problems(zero.settings)
+
+
+def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
+    """What does not go together with `zero.offload_optimizer=nvme`."""
+    if isinstance(config.method, ImportanceConfig | UlmfitConfig):
+        reason = f"it changes gradients and states from outside, and {STATES_ON_A_DISK}"
+        yield Problem("method", reason, "zero.offload_optimizer=cpu, or method=full", config.method.name)
+    for name in ("l2sp", "ewc"):
+        strength = getattr(config.forgetting, name)
+        if strength:
+            reason = f"it reads the weights beside every update, and {STATES_ON_A_DISK}"
+            yield Problem(f"forgetting.{name}", reason, "zero.offload_optimizer=cpu", shown(strength))
+    if config.trainer.precision is Precision.fp16:
+        reason = "a checkpoint of states on a disk does not hold the scale of fp16's loss"
+        yield Problem("trainer.precision", reason, "trainer.precision=bf16, or zero.offload_optimizer=cpu", "fp16")
+    if config.checkpoint.mode is SaveMode["async"]:
+        reason = f"it copies what it saves into memory, and {STATES_ON_A_DISK}"
+        yield Problem("checkpoint.mode", reason, "checkpoint.mode=sync", "async")
+    if not config.zero.nvme_path.strip():
+        yield Problem("zero.nvme_path", "no folder is given", "zero.nvme_path=/folder/on/a/local/disk", "an empty text")
