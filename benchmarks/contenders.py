@@ -128,10 +128,13 @@ def write_tensors(job: Job, path: Path) -> list[int]:
     return tokens
 
 
-def run_script(script: str, arguments: list[str], job: Job, tensors: Path, folder: Path) -> Measured:
-    """Run `script SETTINGS ARGUMENTS` on every rank, with the environment that dstune gives its ranks."""
+def run_script(
+    script: str, arguments: list[str], job: Job, tensors: Path, folder: Path, more: dict[str, Any] | None = None
+) -> Measured:
+    """Run `script SETTINGS ARGUMENTS` on every rank, with the environment that dstune gives its ranks. more: settings of the
+    script's own."""
     path = folder / "settings.json"
-    path.write_text(json.dumps(job.settings(tensors)))
+    path.write_text(json.dumps(job.settings(tensors) | (more or {})))
     port = free_port()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // job.ranks))
     began = time.time()

@@ -311,6 +311,7 @@ def _same_values(content: Content, where: str) -> None:
 ACCELERATE = {
     "zero_stage": "zero_optimization.stage",
     "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
+    "offload_optimizer_nvme_path": "zero_optimization.offload_optimizer.nvme_path",
     "offload_param_device": "zero_optimization.offload_param.device",
     "gradient_clipping": "gradient_clipping",
     "gradient_accumulation_steps": "gradient_accumulation_steps",

@@ -87,6 +87,7 @@ WITHOUT_EFFECT = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "seq_parallel_communication_data_type",
+    "aio.thread_count",  # what intra_op_parallelism was called
     GATHER,
     GATHER.replace(".", ".stage3_"),
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save",

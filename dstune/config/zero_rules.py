@@ -10,6 +10,13 @@ from dstune.config.method_schema import ImportanceConfig, UlmfitConfig
 from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode
 from dstune.errors import Problem
 
+SWAP_BUFFERS = 4
+"""What an update has in memory of a sub-group whose states are on a disk: weights, two moments, gradients."""
+
+SWAPPED_AT_ONCE = 20_000_000
+"""Elements of a sub-group on a rank. DeepSpeed's 1e9 would hold the states of a small model in memory as a whole: 16 GB of
+buffers; more and smaller files cost nothing that could be measured."""
+
 STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, during an update only"
 
 
@@ -50,5 +57,10 @@ def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
     if config.checkpoint.mode is SaveMode["async"]:
         reason = f"it copies what it saves into memory, and {STATES_ON_A_DISK}"
         yield Problem("checkpoint.mode", reason, "checkpoint.mode=sync", "async")
+    offload = config.zero.settings.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offload.get("buffer_count", SWAP_BUFFERS) < SWAP_BUFFERS:
+        key = "zero.settings.zero_optimization.offload_optimizer.buffer_count"
+        reason = "an update needs weights, two moments and gradients of a part at once"
+        yield Problem(key, reason, f"{SWAP_BUFFERS} or more", shown(offload["buffer_count"]))
     if not config.zero.nvme_path.strip():
         yield Problem("zero.nvme_path", "no folder is given", "zero.nvme_path=/folder/on/a/local/disk", "an empty text")

@@ -332,8 +332,8 @@ def _hosted(found: Planned) -> bool:
 
 
 def _offload(choice: Choice, found: Planned) -> str:
-    place = " (disk)" * choice.setup.swaps
-    return choice.offload + place + "+checkpointing" * (choice.checkpointing and not found.setup.checkpointing)
+    offload = choice.offload.replace("optimizer", "optimizer on disk") if choice.setup.swaps else choice.offload
+    return offload + "+checkpointing" * (choice.checkpointing and not found.setup.checkpointing)
 
 
 def _offload_width(found: Planned) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dstune.config.zero_rules import SWAP_BUFFERS
 from dstune.planning import activations
 from dstune.planning.setup import Setup
 
@@ -16,13 +17,6 @@ MIB = 2**20
 
 ALL_REDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at a time at stage 0."""
-
-SWAP_BUFFERS = 4
-"""What an update has in memory of a sub-group: weights, two moments, gradients."""
-
-SWAPPED_AT_ONCE = 20_000_000
-"""Elements of a sub-group on a rank. DeepSpeed's 1e9 would hold the states of a small model in memory as a whole: 16 GB of
-buffers; more and smaller files cost nothing that could be measured."""
 
 Parts = dict[str, int]
 """Bytes by the name of what they are for."""
@@ -161,7 +155,7 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     parts: Parts = {"weights": _weights(s)}
     host = 0
     if s.offload_optimizer:
-        kept = min(master + states, _swap_buffers(s)) if s.swaps else master + states
+        kept = _swap_buffers(s) if s.swaps else master + states
         host = kept + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
         # Gradients on their way to the host.
         parts["gradient sums"] = 2 * max((t.count for t in s.trained), default=0) * s.weight_bytes if s.stage < 3 else 0
@@ -178,9 +172,9 @@ def _resident(s: Setup) -> tuple[Parts, int]:
 
 def _swap_buffers(s: Setup) -> int:
     """fp32 buffers of the size of the largest sub-group, through which states on a disk are read and written. A sub-group takes
-    whole tensors until it has the number of elements that it may have."""
-    largest = max((-(-t.count // s.ranks) for t in s.trained), default=0)
-    return SWAP_BUFFERS * 4 * max(largest, SWAPPED_AT_ONCE)
+    whole tensors until it has `swapped_at_once` elements or more."""
+    shares = [-(-t.count // s.ranks) for t in s.trained]
+    return SWAP_BUFFERS * 4 * min(sum(shares), max(shares, default=0) + s.swapped_at_once)
 
 
 def _gradient_store(s: Setup) -> int:

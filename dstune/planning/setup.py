@@ -10,6 +10,7 @@ from typing import Any
 from dstune.config.architectures import row_limit
 from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Attention, Offload, OptimizerOffload, Precision, RunConfig, SgdConfig, UlyssesConfig
+from dstune.config.zero_rules import SWAPPED_AT_ONCE
 from dstune.errors import UserError
 from dstune.planning.adapters import added, experts_problem
 from dstune.planning.architecture import (
@@ -53,6 +54,8 @@ class Setup:
     offload_optimizer: bool
     swaps: bool
     """Whether what is offloaded of the optimizer is on a disk, but for what an update works on."""
+    swapped_at_once: int
+    """Elements from which on a part of it is whole."""
     offload_param: bool
     weight_bytes: int
     """Bytes of a weight in the model: 2 or 4."""
@@ -160,6 +163,7 @@ def setup(
         stage=zero.stage,
         offload_optimizer=zero.offload_optimizer is not OptimizerOffload.none and zero.stage > 0,
         swaps=zero.offload_optimizer is OptimizerOffload.nvme and zero.stage == 3,
+        swapped_at_once=zero.settings.get("zero_optimization", {}).get("sub_group_size", SWAPPED_AT_ONCE),
         offload_param=zero.offload_param is not Offload.none and zero.stage == 3,
         weight_bytes=weight_bytes,
         frozen_bits=4 if method.name == "qlora" else 8 * weight_bytes,

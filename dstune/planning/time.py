@@ -138,7 +138,7 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         # Gradients down, weights up; the update runs on the node's cores, at about 1.5e9 weights a second and node.
         optimizer = share_of_step * (4 + s.weight_bytes) / HOST_LINK + share_of_step * s.ranks_per_node / 1.5e9
     if s.swaps:  # gradients are written, all are read, weights and moments are written
-        optimizer += share_of_step * s.ranks_per_node * 4 * (3 + 2 * s.moments) / DISK
+        optimizer += share_of_step * s.ranks_per_node * 4 * (4 + 2 * s.moments) / DISK
     if s.offload_param and s.on_gpu:
         exposed += count * 2 * s.total * s.weight_bytes / s.ranks / HOST_LINK
     return StepTime(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, UlyssesConfig
-from dstune.planning.memory import SWAP_BUFFERS, SWAPPED_AT_ONCE
+from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:

@@ -141,14 +141,12 @@ class ShardFiles(CheckpointEngine):
     def save_tensors(self, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
         """A file of safetensors that DeepSpeed has no part in."""
         assert self._save is not None, "begin() comes first"
+        if not self._background:
+            self._save.write(SafeTensors(tensors, metadata), path)
+            return
         copied, copies = self._host.copy(tensors)
         self._save.copies += copies
-        state = SafeTensors(copied, metadata)
-        if self._background:
-            self._save.queue.append((state, path))
-        else:
-            copy_to_host(copies)
-            self._save.write(state, path)
+        self._save.queue.append((SafeTensors(copied, metadata), path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return load(Path(path), map_location)

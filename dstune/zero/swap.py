@@ -9,7 +9,9 @@ import fcntl
 import hashlib
 import logging
 import os
+import resource
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +22,7 @@ import psutil
 from torch.utils import cpp_extension
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
+from dstune.config.zero_rules import SWAP_BUFFERS
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 
@@ -30,8 +33,12 @@ IN_MEMORY = ("tmpfs", "ramfs")
 OPS = ("async_io", "pin_memory")
 """DeepSpeed's sources that are compiled at the first use: 2.5 minutes on one core."""
 
-FILES = 4
-"""Bytes on the disk for an element of a weight, of each moment and of a gradient."""
+BYTES = 4
+"""Of an element, on the disk and in the buffers: all is fp32."""
+
+LIBRARIES = (
+    "install a C++ compiler, ninja and libaio with its headers (Debian: apt-get install g++ ninja-build libaio-dev)"
+)
 
 
 def device(settings: dict[str, Any]) -> str:
@@ -39,10 +46,14 @@ def device(settings: dict[str, Any]) -> str:
     return str(settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none"))
 
 
+# -- before the engine -------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroConfig]:
     """`zero` with a folder of the run's own on this node as its `nvme_path`, empty, and what reads and writes it compiled;
-    as it is where nothing is kept on a disk. The folder goes at the end. Every rank must enter it.
+    as it is where nothing is kept on a disk. The folder goes at the end, and at the start those of runs that were killed.
+    Every rank must enter it.
 
     Raises UserError on all ranks where a node has no such place, only memory behind it, or no compiler.
     """
@@ -50,34 +61,57 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
         yield zero
         return
     place = Path(zero.nvme_path)
-    # A run that was killed has left its files there: the same run finds them by its directory.
-    own = place / f"dstune-{os.getuid()}-{hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]}"
-    problem = None
+    name = hashlib.sha256(f"{socket.gethostname()} {run_dir.absolute()}".encode()).hexdigest()[:12]
+    own = place / f"{_prefix()}{name}"
+    problem, held = None, None
     if world.local_rank == 0:
         try:
             problem = _unusable(place)
             if problem is None:
-                shutil.rmtree(own, ignore_errors=True)
+                _remove_abandoned(place)
                 own.mkdir(mode=0o700)
-                _compile(tell=world.is_main)
+                held = _lock(own)
         except OSError as error:
             problem = Problem(KEY, f"{error.strerror or error}", "name a folder that you may write to", str(place))
-        except Exception as error:  # of a compiler or a linker, in whatever words it has
-            reason = f"DeepSpeed's asynchronous I/O could not be compiled: {str(error).strip().splitlines()[-1]}"
-            problem = Problem("zero.offload_optimizer", reason, LIBRARIES, "nvme")
     try:
-        found = [one for one in world.gather(problem) if one is not None]
-        if found:
-            raise UserError(found[0])
+        _agree(problem, world)
+        _agree(_compiled(tell=world.is_main), world)
         yield replace(zero, nvme_path=str(own))
     finally:
-        if world.local_rank == 0:
+        if held is not None:
             shutil.rmtree(own, ignore_errors=True)
+            os.close(held)
 
 
-LIBRARIES = (
-    "install a C++ compiler, ninja and libaio with its headers (Debian: apt-get install g++ ninja-build libaio-dev)"
-)
+def _agree(problem: Problem | None, world: World) -> None:
+    """Raises UserError on all ranks with the first problem of any."""
+    found = [one for one in world.gather(problem) if one is not None]
+    if found:
+        raise UserError(found[0])
+
+
+def _prefix() -> str:
+    return f"dstune-{os.getuid()}-"
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold `folder` until the returned descriptor is closed, or this process ends; None where somebody else does."""
+    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(place: Path) -> None:
+    """What runs of this user have left here that were killed: nobody holds it any more."""
+    for folder in place.glob(f"{_prefix()}*"):
+        descriptor = _lock(folder)
+        if descriptor is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _unusable(place: Path) -> Problem | None:
@@ -99,58 +133,97 @@ def _file_system(place: Path) -> str:
     return next((types[folder] for folder in above if folder in types), "")
 
 
+def _compiled(*, tell: bool) -> Problem | None:
+    """Compile DeepSpeed's asynchronous I/O, or load what was compiled; what keeps it from that."""
+    try:
+        _compile(tell)
+    except Exception as error:  # of a compiler, a linker or a disk, in whatever words it has
+        said = str(error).strip() or type(error).__name__
+        reason = f"DeepSpeed's asynchronous I/O cannot be compiled here: {said.splitlines()[-1]}"
+        return Problem("zero.offload_optimizer", reason, LIBRARIES, "nvme")
+    return None
+
+
 def _compile(tell: bool) -> None:
-    """Compile DeepSpeed's asynchronous I/O, or load what was compiled. One process at a time: whoever is killed while compiling
-    leaves torch's lock behind, for which every later process would wait for ever."""
+    """One process at a time, so that a lock of torch's which is there was left by one that was killed while it compiled:
+    every later one would wait for it for ever."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
+        raise RuntimeError(f"{' and '.join(missing)} are missing")
     builder = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
-        raise RuntimeError("libaio is missing")
+        raise RuntimeError("libaio or its headers are missing")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
     with (root / "dstune.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiling = root / "dstune.compiling"
-        if compiling.exists():
-            for name in OPS:
-                for left in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
-                    left.unlink(missing_ok=True)
+        for name in OPS:
+            for left in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
+                left.unlink(missing_ok=True)
         if tell and not [*root.glob("async_io/*.so"), *root.glob("*/async_io/*.so")]:
             activity.info("compiling DeepSpeed's asynchronous I/O, once: two minutes or more")
-        compiling.touch()
         builder.load(verbose=False)
-        compiling.unlink()
 
 
-def check_room(settings: dict[str, Any], trained: int, moments: int, world: World) -> None:
-    """Raises UserError on all ranks where a node's disk has no room for the states of `trained` elements of all ranks."""
+def check_room(settings: dict[str, Any], shares: list[int], moments: int, world: World) -> None:
+    """Raises UserError on all ranks where a node's disk has no room for the states, or a rank may not lock the memory of the
+    buffers that they go through.
+
+    shares: elements that this rank has of each trained tensor. moments: tensors that the optimizer keeps of each.
+    """
     if device(settings) != "nvme":
         return
-    place = settings["zero_optimization"]["offload_optimizer"]["nvme_path"]
-    needed = FILES * (2 + moments) * trained // world.size * world.env.local_size
+    zero = settings["zero_optimization"]
+    place = zero["offload_optimizer"]["nvme_path"]
+    needed = BYTES * (2 + moments) * sum(shares) * world.env.local_size  # weights, moments, gradients
     free = shutil.disk_usage(place).free
     problem = None
     if world.local_rank == 0 and free < needed:
         reason = f"optimizer states take {needed / 2**30:.1f} GiB of a node's disk, and {free / 2**30:.1f} are free"
         problem = Problem(KEY, reason, "a larger disk, more nodes, or zero.offload_optimizer=cpu", place)
-    found = [one for one in world.gather(problem) if one is not None]
-    if found:
-        raise UserError(found[0])
+    buffers = SWAP_BUFFERS * BYTES * min(sum(shares), max(shares, default=0) + zero["sub_group_size"])
+    allowed, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if problem is None and os.geteuid() != 0 and allowed != resource.RLIM_INFINITY and allowed < buffers:
+        reason = (
+            f"its buffers take up to {buffers / 2**20:.0f} MiB of locked memory, and {allowed / 2**20:.0f} are allowed"
+        )
+        fix = "ulimit -l unlimited (limits.conf: memlock; systemd: LimitMEMLOCK), or zero.offload_optimizer=cpu"
+        problem = Problem("zero.offload_optimizer", reason, fix, "nvme")
+    _agree(problem, world)
+
+
+# -- beside the engine -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def swapped_in(wrapper: Any, number: int, *, write: bool) -> Iterator[None]:
     """While open, the fp32 weights of sub-group `number` of a ZeRO-3 optimizer and what it keeps of them are in memory; with
-    `write` what was changed goes back to the disk. Changes nothing where they are in memory anyway."""
+    `write` what was changed goes back to the disk, unless an error ended it. Changes nothing where they are in memory anyway."""
     if not wrapper._swappable_optimizer_subgroup(number):
         yield
         return
     wrapper._optimizer_states_and_gradient_swap_in(number)
+    done = False
     try:
         yield
+        done = True
     finally:
-        if write:
+        if write and done:
             wrapper._optimizer_states_and_gradient_swap_out(number)
         else:
             wrapper._release_swap_buffers(number)
+
+
+def unwritten(wrapper: Any) -> int:
+    """Bytes that this rank's files of states lack. DeepSpeed counts the writes that have ended, not those that a full disk has
+    refused: after the first update every file is there, and later ones write over it."""
+    swapper, lacking = wrapper.optimizer_swapper, 0
+    for info in swapper.swap_params_info.values():
+        files = [(path, info.numel()) for path in info.get_swap_paths()]
+        files += [(gradient.path, gradient.length) for gradient in info.swapped_gradients.values()]
+        for path, elements in files:
+            found = os.stat(path)
+            # A file that was cut short, or has holes where blocks were refused.
+            lacking += max(0, BYTES * elements - min(found.st_size, 512 * found.st_blocks))
+    return lacking

@@ -221,8 +221,9 @@ def check(result: dict) -> None:
     else:
         assert result["resumed"] < 1e-4, result
     assert result["reloaded"] < 1e-5, result
-    # fp32's rounding alone: 1.2e-5 for lora+ on a CPU with AVX512-BF16, where the same weights agree to 6e-7 in fp64.
-    assert result.get("merged", 0.0) < 5e-5, result
+    # The adapter of lora+ grows most. fp32's rounding alone is 1.2e-5 on a CPU with AVX512-BF16; in fp64 the same weights agree
+    # to 6e-7.
+    assert result.get("merged", 0.0) < (5e-5 if result["name"] == "lora+" else 1e-5), result
     assert result.get("generated", True), result
     if result["name"].startswith("dpo"):  # the reference is what the run began with, not the base below the adapter
         assert result["first_loss"] == pytest.approx(math.log(2), rel=1e-5), result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,14 +43,20 @@ def test_a_run_has_a_folder_of_its_own_that_goes_with_it(tmp_path):
         own = Path(zero.nvme_path)
         assert own.parent == place
         assert own.is_dir()
-        (own / "left").write_text("by a run that was killed")
-        killed = shutil.copytree(own, tmp_path / "copy")
         with swap.own_folder(on_disk(place), tmp_path / "other", Alone()) as other:
             assert other.nvme_path != zero.nvme_path
+            assert own.is_dir(), "another run removes nothing of one that goes on"
     assert not list(place.iterdir())
-    shutil.copytree(killed, own)
-    with swap.own_folder(on_disk(place), tmp_path / "run", Alone()):
-        assert not list(own.iterdir())
+
+
+def test_what_killed_runs_have_left_goes_when_another_one_starts(tmp_path):
+    left, foreign = tmp_path / f"dstune-{os.getuid()}-killed", tmp_path / "of-others"
+    for folder in (left, foreign):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with swap.own_folder(on_disk(tmp_path), tmp_path / "run", Alone()):
+        assert not left.exists()
+        assert foreign.exists()
 
 
 def test_states_in_memory_need_no_folder(tmp_path):
@@ -83,8 +89,37 @@ def test_what_a_compiler_says_is_told_with_what_to_install(tmp_path, monkeypatch
         pass
 
 
+def settings(place: Path) -> dict:
+    offload = {"device": "nvme", "nvme_path": str(place)}
+    return {"zero_optimization": {"offload_optimizer": offload, "sub_group_size": 100}}
+
+
 def test_a_disk_without_room_is_refused(tmp_path):
-    settings = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}}
-    swap.check_room(settings, 1000, 2, Alone())
+    swap.check_room(settings(tmp_path), [1000], 2, Alone())
     with pytest.raises(UserError, match=r"optimizer states take .* GiB of a node's disk"):
-        swap.check_room(settings, 10**15, 2, Alone())
+        swap.check_room(settings(tmp_path), [10**15], 2, Alone())
+
+
+def test_memory_that_may_not_be_locked_is_told_before_a_buffer_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(swap.resource, "getrlimit", lambda which: (2**23, 2**23))
+    swap.check_room(
+        settings(tmp_path), [2**10] * 100, 2, Alone()
+    )  # of a part: 1,024 + 100 elements, four times 4 bytes
+    with pytest.raises(UserError, match=r"(?s)34 MiB of locked memory, and 8 are allowed.*ulimit -l"):
+        swap.check_room(settings(tmp_path), [2**21 + 2**17], 2, Alone())
+
+
+def test_a_file_that_the_disk_cut_short_is_seen(tmp_path):
+    states, gradient = tmp_path / "states", tmp_path / "gradient"
+    states.write_bytes(bytes(range(256)) * 64)
+    gradient.write_bytes(bytes(range(256)) * 32)
+    parts = SimpleNamespace(
+        numel=lambda: 4096,
+        get_swap_paths=lambda: [str(states)],
+        swapped_gradients={0: SimpleNamespace(path=str(gradient), length=2048)},
+    )
+    wrapper = SimpleNamespace(optimizer_swapper=SimpleNamespace(swap_params_info={0: parts}))
+    assert swap.unwritten(wrapper) == 0
+    os.truncate(states, 8192)
+    assert swap.unwritten(wrapper) == 8192
