@@ -84,7 +84,7 @@ class Table:
     rows_read: int
     bad_rows: int
     hashes: np.ndarray
-    """uint64 [rows]."""
+    """uint64 [rows], memory-mapped."""
     labels: np.ndarray | None
     """Label names [rows], for classification; lists of them as JSON text where a row has several."""
     sources: np.ndarray | None = None
@@ -144,7 +144,7 @@ def load_table(
     """The rows that were written to `target`."""
     data = datasets.Dataset.from_file(str(target))
     columns = data.data.table
-    hashes = columns["hash"].to_numpy()
+    hashes = numbers_on_disk(columns["hash"], Path(f"{target}.hashes"))
     labels = None
     if has_labels(config.task):
         # By way of the different ones: a text object for each row would take 60 bytes and more.
@@ -152,6 +152,15 @@ def load_table(
         names = np.array(encoded.dictionary.to_pylist(), dtype=object if has_several(config.task) else str)
         labels = names[encoded.indices.to_numpy()]
     return Table(data, files, fmt, rows_read, bad_rows, hashes, labels)
+
+
+def numbers_on_disk(column: pa.ChunkedArray, file: Path) -> np.ndarray:
+    """A column of numbers without gaps, memory-mapped from `file` so that memory holds none of them: [rows]."""
+    kind = column.type.to_pandas_dtype()
+    with file.open("wb") as stream:
+        for chunk in column.chunks:
+            stream.write(chunk.to_numpy())
+    return np.memmap(file, kind, mode="r") if len(column) else np.empty(0, kind)
 
 
 def _told(

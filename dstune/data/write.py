@@ -18,6 +18,8 @@ from dstune.data.parallel import map_rows
 from dstune.data.prepared import TOKENS
 from dstune.data.tokenize import COUNTED, RowTokenizer
 
+ROWS_AT_ONCE = 1000
+
 
 @dataclass
 class Counts:
@@ -60,7 +62,7 @@ def write_samples(
     `with_texts` `PART.texts.arrow`, the rows.
     workers: processes that tokenize; 0 is one per core that this process may use. Temporary files go to `work`.
     """
-    chosen = table.data.select(indices).select_columns(["row", "number", "slices"])
+    chosen = _selected(table, indices, work / f"{part}.indices.arrow").select_columns(["row", "number", "slices"])
     mapped = map_rows(
         chosen,
         encode,
@@ -74,16 +76,40 @@ def write_samples(
         order = np.argsort(indices)
         places = order[np.searchsorted(indices, numbers, sorter=order)]
         np.save(folder / f"{part}.origins.npy", places.astype(np.int32))
-        (folder / f"{part}.places.json").write_text(json.dumps(table.places(indices)))
+        _write_places(table, indices, folder / f"{part}.places.json")
     if with_texts:
         _write_texts(chosen, folder / f"{part}.texts.arrow")
     return counts
 
 
+def _selected(table: Table, indices: np.ndarray, file: Path) -> datasets.Dataset:
+    """The rows `indices` of `table`, the order of which is mapped from `file` where there are gaps in it.
+
+    `Dataset.select` would make a Python object of each number, and give every process that tokenizes a copy of its own.
+    """
+    start = int(indices[0]) if len(indices) else 0
+    if np.array_equal(indices, np.arange(start, start + len(indices))):
+        return table.data.select(range(start, start + len(indices)))
+    batch = pa.record_batch([pa.array(indices, pa.uint64())], names=["indices"])
+    with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_stream(stream, batch.schema) as writer:
+        writer.write_batch(batch)
+    order = datasets.table.MemoryMappedTable.from_file(str(file))
+    return datasets.Dataset(table.data.data, table.data.info, indices_table=order)
+
+
+def _write_places(table: Table, indices: np.ndarray, target: Path) -> None:
+    with target.open("w") as stream:
+        stream.write("[")
+        for start in range(0, len(indices), ROWS_AT_ONCE):
+            places = json.dumps(table.places(indices[start : start + ROWS_AT_ONCE]))
+            stream.write((", " if start else "") + places[1:-1])
+        stream.write("]")
+
+
 def _write_texts(rows: datasets.Dataset, target: Path) -> None:
     schema = pa.schema([("row", pa.large_string()), ("slices", pa.string())])
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-        for batch in rows.iter(batch_size=1000):
+        for batch in rows.iter(batch_size=ROWS_AT_ONCE):
             columns = [pa.array(batch[field.name], field.type) for field in schema]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
