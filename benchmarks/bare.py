@@ -1,5 +1,6 @@
-"""Forward and backward passes alone, for `overhead.py`: the model of transformers, no DeepSpeed, no optimizer, no other rank.
-Run by it in as many processes as dstune has ranks: `python benchmarks/bare.py settings.json`. Prints one JSON line.
+"""Forward and backward passes alone, for `overhead.py`: the model of transformers, no DeepSpeed, no optimizer, no communication.
+Run by it in as many processes as dstune has ranks: `python benchmarks/bare.py settings.json`. They wait for each other between
+steps, and a step lasts as long as the slowest takes, as a step of training does. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from dstune.train.memory import PeakMemory
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
     tensors = torch.load(settings["tensors"])
     memory = PeakMemory()
     model = load(settings).train()
     head = build_head(CausalLmConfig(), model, None) if settings["loss"] == "dstune" else None
     seconds, losses, first_step_ended = [], [], 0.0
     for _ in range(settings["steps"]):
+        torch.distributed.barrier()
         began = time.perf_counter()
-        total = 0.0
+        total, targets = 0.0, tensors["labels"][0, rank].numel()
         for micro_batch in range(settings["micro_batches"]):
             batch = {name: values[micro_batch, rank] for name, values in tensors.items()}
             if head is not None:
@@ -40,11 +43,13 @@ def main() -> None:
                 loss = functional.cross_entropy(
                     logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
                 )
-            (loss / 1024).backward()
+            (loss / targets).backward()
             total += float(loss.detach())
         model.zero_grad()
         losses.append(total)
-        seconds.append(time.perf_counter() - began)
+        slowest = torch.tensor(time.perf_counter() - began)
+        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+        seconds.append(float(slowest))
         first_step_ended = first_step_ended or time.time()
     report = {"seconds": seconds, "losses": losses, "first_step_ended": first_step_ended}
     print(json.dumps(report | {"peak_memory_gib": memory.gib}), flush=True)

@@ -46,7 +46,7 @@ def train(folder: Path, name: str, overrides: list[str], steps: int) -> dict[str
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     return {
-        "gib": max(row["peak_memory_gib"] for row in rows),
+        "gib": json.loads((run / "result.json").read_text())["peak_memory_gib"],  # the save at the end is in it
         "seconds": statistics.median(row["step_seconds"] for row in rows[2:]),
         "update": statistics.median(row["update_seconds"] for row in rows[2:]),
         "loss": rows[-1]["loss"],
@@ -66,10 +66,11 @@ def main() -> None:
                 more = [f"zero.nvme_path={arguments.disk}"] if "nvme" in name else []
                 found[name].append(train(Path(folder), name, [*overrides, *more], arguments.steps))
                 print(f"{name}: {found[name][-1]}", flush=True)
-    print(f"\n{'optimizer states':22}{'peak GiB a rank':>16}{'s a step':>10}{'of it update':>14}{'last loss':>11}")
+    print(f"\n{'optimizer states':22}{'peak GiB a rank':>16}{'s a step':>10}{'of it update':>14}  last loss")
     for name, rows in found.items():
         gib, seconds, update = (statistics.median(row[key] for row in rows) for key in ("gib", "seconds", "update"))
-        print(f"{name:22}{gib:16.2f}{seconds:10.2f}{update:14.2f}{rows[0]['loss']:11.4f}")
+        last = ", ".join(sorted({f"{row['loss']:.6f}" for row in rows}))
+        print(f"{name:22}{gib:16.2f}{seconds:10.2f}{update:14.2f}  {last}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python benchmarks/overhead.py --rounds 3 --steps 4
 
 SmolLM2-135M, all weights, bf16, two ranks, 8 micro-batches of 2 x 512 packed tokens a rank, all tokens trained. The other side
-(`bare.py`) is two processes at once, each of which computes its passes by itself: no DeepSpeed, no optimizer, no communication. Its
+(`bare.py`) is two processes at once that compute their passes and nothing else: no DeepSpeed, no optimizer, no communication. Its
 loss is computed the plain way (`plain`), or as dstune does (`own`). dstune runs with gradients of every rank whole (ZeRO-1)
-and partitioned (ZeRO-2), as a user runs it. The first step of a run is not timed; a ratio compares runs of one round.
+and partitioned (ZeRO-2), as a user runs it. The first two steps of a run are not timed; a ratio compares runs of one round.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from contenders import Job, run_dstune, run_script, write_tensors
 from dstune import samples
 
 MICRO_BATCHES = 8
-UNTIMED = 1
+UNTIMED = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     samples.resolve("sample://smollm2")
     samples.resolve("sample://chitchat")
     job = Job(precision=options.precision, steps=options.steps)
-    sides = ["bare, plain loss", "bare, own loss", *(f"dstune, ZeRO-{stage}" for stage in options.stages)]
+    bare = {"bare, plain loss": "plain", "bare, own loss": "dstune"}
+    stages = {f"dstune, ZeRO-{stage}": stage for stage in options.stages}
+    sides = [*bare, *stages]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,20 +46,19 @@ def main() -> None:
         more = {"micro_batches": MICRO_BATCHES}
         for number in range(options.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
-                if side.startswith("bare"):
-                    loss = "dstune" if "own" in side else "plain"
-                    measured = run_script("bare.py", [], job, tensors, folder, more | {"loss": loss})
+                if side in bare:
+                    measured = run_script("bare.py", [], job, tensors, folder, more | {"loss": bare[side]})
                 else:
-                    staged = replace(job, stage=int(side[-1]))
+                    staged = replace(job, stage=stages[side])
                     window = f"trainer.global_batch_size={job.rows * job.ranks * MICRO_BATCHES}"
                     measured = run_dstune(staged, folder, (window, "checkpoint.weights_only=true"))
                 seconds[side].append(statistics.median(measured.seconds[UNTIMED:]))
                 print(f"round {number + 1}  {side:18} {seconds[side][-1]:7.2f} s a step", flush=True)
     print("\n| dstune | s a step | of bare, plain loss | of bare, own loss |\n| --- | --- | --- | --- |")
-    for side in sides[2:]:
+    for side in stages:
         ratios = []
-        for bare in sides[:2]:
-            each = [ours / theirs for ours, theirs in zip(seconds[side], seconds[bare], strict=True)]
+        for other in bare:
+            each = [ours / theirs for ours, theirs in zip(seconds[side], seconds[other], strict=True)]
             ratios.append(f"{statistics.median(each):.3f} ({', '.join(f'{ratio:.3f}' for ratio in each)})")
         print(f"| {side.removeprefix('dstune, ')} | {statistics.median(seconds[side]):.2f} | {' | '.join(ratios)} |")
 
