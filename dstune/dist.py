@@ -35,7 +35,7 @@ class World:
         self.data_parallel_rank, self.data_parallel_size = env.rank, env.world_size
         """Which of how many groups reads rows of its own; a group is one rank unless ranks share their rows."""
         self.place_in_group = 0
-        self._control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self._control: Any = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
     def read_in_groups(self, ranks: int) -> None:
         """Let so many neighbouring ranks share the rows that they read."""

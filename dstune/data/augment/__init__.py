@@ -96,7 +96,7 @@ def _jobs(train: ChosenRows, own: np.ndarray, settings: AugmentConfig, told: Tol
     hashes = train.hashes
     names, counts = np.unique(labels, return_counts=True)
     told.classes = {str(name): [int(count)] for name, count in zip(names, counts, strict=True)}
-    most = int(counts.max()) * (1 + settings.copies)
+    most = max(int(count) for count in counts) * (1 + settings.copies)
     for name, count in zip(names, counts, strict=True):
         # By hash, so that which rows come once more does not depend on the order of the file.
         places = own[labels == name]
