@@ -27,7 +27,7 @@ CHOICES = {
 
 def train(folder: Path, name: str, overrides: list[str], steps: int) -> dict[str, float]:
     """Peak memory of a rank in GiB, the median seconds of a step and its last loss."""
-    run = folder / name.replace(" ", "-")
+    run = folder / name.rpartition("=")[2].replace(" ", "-")
     command = [
         *(
             sys.executable,
