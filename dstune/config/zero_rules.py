@@ -15,7 +15,7 @@ SWAP_BUFFERS = 4
 
 SWAPPED_AT_ONCE = 20_000_000
 """Elements of a sub-group on a rank. DeepSpeed's 1e9 would hold the states of a small model in memory as a whole: 16 GB of
-buffers; more and smaller files cost nothing that could be measured."""
+buffers."""
 
 STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, during an update only"
 

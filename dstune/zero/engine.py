@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from dstune.dist import World
-from dstune.errors import Problem, UserError
 from dstune.zero import swap
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 
@@ -205,10 +204,8 @@ class Engine:
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._written = not self.swaps
         """Whether it is known that the disk took all states."""
-        self._untouched: set[str] = set()
-        """Of an engine that `swaps`: trained parameters that no gradient was computed for yet."""
-        if self.swaps:
-            self._watch_gradients()
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._gradients = swap.FirstGradients(trained) if self.swaps else None
         self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
 
     @property
@@ -265,8 +262,9 @@ class Engine:
                 return Update(float(norm), applied=False, vetoed=vetoed)
             self._engine.step()
             return Update(float(norm), applied=True)
-        if not self._written and not vetoed:
-            self._check_gradients()
+        if self._gradients is not None and not vetoed:
+            self._gradients.check(self._world)
+            self._gradients = None
         loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
         with _no_word_of_overflow() if vetoed else nullcontext():
@@ -276,37 +274,9 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         applied = self._engine.was_step_applied()
         if applied and not self._written:
-            self._check_disk()
+            swap.check_written(self._engine.optimizer, self._world)
+            self._written = True
         return Update(float(norm), applied=applied, loss_scale=loss_scale, vetoed=vetoed)
-
-    def _watch_gradients(self) -> None:
-        """DeepSpeed takes what a buffer held before for the gradient of a tensor that got none (weights moved by 7e-4 at a rate
-        of 1e-3), so every trained tensor has to get one in the first window."""
-        self._untouched = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
-        handles: dict[str, Any] = {}
-
-        def touched(name: str) -> None:
-            self._untouched.discard(name)
-            handles.pop(name).remove()
-
-        for name in sorted(self._untouched):
-            handles[name] = self._parameters[name].register_hook(lambda gradient, name=name: touched(name))
-
-    def _check_gradients(self) -> None:
-        """Raises UserError on all ranks where a trained tensor got no gradient in the first window."""
-        names = sorted({name for names in self._world.gather(sorted(self._untouched)) for name in names})
-        if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            reason = f"{names[0]}{more} got no gradient in the first window, and states on a disk need one of every trained tensor"
-            fix = "zero.offload_optimizer=cpu, or method=freeze for what is not used"
-            raise UserError(Problem("zero.offload_optimizer", reason, fix, "nvme"))
-
-    def _check_disk(self) -> None:
-        """Raises UserError on all ranks where the first update could not write all states."""
-        if any(lacking := self._world.gather(swap.unwritten(self._engine.optimizer))):
-            reason = f"the disk did not take {sum(lacking) / 2**20:.0f} MiB of the optimizer states"
-            raise UserError(Problem(swap.KEY, reason, "free some space there, or name a folder on a larger disk"))
-        self._written = True
 
     def _unpartitioned_norm(self) -> torch.Tensor:
         # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.

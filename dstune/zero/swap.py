@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from torch import nn
 from torch.utils import cpp_extension
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
@@ -213,6 +214,38 @@ def swapped_in(wrapper: Any, number: int, *, write: bool) -> Iterator[None]:
             wrapper._optimizer_states_and_gradient_swap_out(number)
         else:
             wrapper._release_swap_buffers(number)
+
+
+class FirstGradients:
+    """Which trained tensors have got a gradient. DeepSpeed takes what a buffer held before for that of a tensor that got none, and
+    moves its weights, so every one has to get one in the first window."""
+
+    def __init__(self, trained: dict[str, nn.Parameter]):
+        self._waiting = set(trained)
+        self._hooks = {
+            name: parameter.register_hook(lambda gradient, name=name: self._got(name))
+            for name, parameter in trained.items()
+        }
+
+    def _got(self, name: str) -> None:
+        self._waiting.discard(name)
+        self._hooks.pop(name).remove()
+
+    def check(self, world: World) -> None:
+        """Raises UserError on all ranks where a tensor got none on one of them."""
+        names = sorted({name for names in world.gather(sorted(self._waiting)) for name in names})
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            reason = f"{names[0]}{more} got no gradient in the first window, and states on a disk need one of every trained tensor"
+            fix = "zero.offload_optimizer=cpu, or method=freeze for what is not used"
+            raise UserError(Problem("zero.offload_optimizer", reason, fix, "nvme"))
+
+
+def check_written(wrapper: Any, world: World) -> None:
+    """Raises UserError on all ranks where the first update could not write all states."""
+    if any(lacking := world.gather(unwritten(wrapper))):
+        reason = f"the disk did not take {sum(lacking) / 2**20:.0f} MiB of the optimizer states"
+        raise UserError(Problem(KEY, reason, "free some space there, or name a folder on a larger disk"))
 
 
 def unwritten(wrapper: Any) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
 from dstune.errors import UserError
@@ -123,3 +124,19 @@ def test_a_file_that_the_disk_cut_short_is_seen(tmp_path):
     assert swap.unwritten(wrapper) == 0
     os.truncate(states, 8192)
     assert swap.unwritten(wrapper) == 8192
+
+
+def test_a_trained_tensor_without_a_gradient_is_named():
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "unused": torch.nn.Linear(2, 2)})
+    gradients = swap.FirstGradients(dict(model.named_parameters()))
+    model["used"](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(UserError, match=r"unused\.bias and 1 more got no gradient"):
+        gradients.check(Alone())
+    model["unused"](torch.ones(1, 2)).sum().backward()
+    gradients.check(Alone())
+
+
+def test_a_disk_that_took_less_than_all_ends_the_run(monkeypatch):
+    monkeypatch.setattr(swap, "unwritten", lambda wrapper: 2**21)
+    with pytest.raises(UserError, match="did not take 2 MiB"):
+        swap.check_written(None, Alone())
