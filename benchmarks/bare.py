@@ -1,4 +1,5 @@
-"""Forward and backward passes alone, for `overhead.py`: the model of transformers, no DeepSpeed, no optimizer, no communication.
+"""Forward and backward passes alone, for `overhead.py`: no DeepSpeed, no optimizer, no communication. The model of
+transformers as it is with a plain loss, or with what dstune changes in its passes (loss, norms, freed memory that is kept).
 Run by it in as many processes as dstune has ranks: `python benchmarks/bare.py settings.json`. They wait for each other between
 steps, and a step lasts as long as the slowest takes, as a step of training does. Prints one JSON line.
 """
@@ -17,7 +18,9 @@ from handwritten import load
 
 from dstune.config.task_schema import CausalLmConfig
 from dstune.models.heads import build_head
-from dstune.train.memory import PeakMemory
+from dstune.models.heads.language import CausalLmHead
+from dstune.models.norms import use_lean_norms
+from dstune.train.memory import PeakMemory, keep_freed
 
 
 def main() -> None:
@@ -27,7 +30,12 @@ def main() -> None:
     tensors = torch.load(settings["tensors"])
     memory = PeakMemory()
     model = load(settings).train()
-    head = build_head(CausalLmConfig(), model, None) if settings["loss"] == "dstune" else None
+    head = None
+    if settings["passes"] == "own":
+        use_lean_norms(model)
+        head = build_head(CausalLmConfig(), model, None)
+        assert isinstance(head, CausalLmHead) and head.examine(model, torch.device("cpu"))
+        keep_freed()
     seconds, losses, first_step_ended = [], [], 0.0
     for _ in range(settings["steps"]):
         torch.distributed.barrier()

@@ -4,9 +4,10 @@
     python benchmarks/overhead.py --rounds 3 --steps 4
 
 SmolLM2-135M, all weights, bf16, two ranks, 8 micro-batches of 2 x 512 packed tokens a rank, all tokens trained. The other side
-(`bare.py`) is two processes at once that compute their passes and nothing else: no DeepSpeed, no optimizer, no communication. Its
-loss is computed the plain way (`plain`), or as dstune does (`own`). dstune runs with gradients of every rank whole (ZeRO-1)
-and partitioned (ZeRO-2), as a user runs it. The first two steps of a run are not timed; a ratio compares runs of one round.
+(`bare.py`) is two processes at once that compute their passes and nothing else: no DeepSpeed, no optimizer, no communication. They
+compute them as transformers does, with a plain loss (`plain`), or as dstune does (`own`). dstune runs with gradients of every
+rank whole (ZeRO-1) and partitioned (ZeRO-2), as a user runs it. The first two steps of a run are not timed; a ratio compares
+runs of one round.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     samples.resolve("sample://smollm2")
     samples.resolve("sample://chitchat")
     job = Job(precision=options.precision, steps=options.steps)
-    bare = {"bare, plain loss": "plain", "bare, own loss": "dstune"}
+    bare = {"bare, plain": "plain", "bare, own": "own"}
     stages = {f"dstune, ZeRO-{stage}": stage for stage in options.stages}
     sides = [*bare, *stages]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -47,14 +48,14 @@ def main() -> None:
         for number in range(options.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
                 if side in bare:
-                    measured = run_script("bare.py", [], job, tensors, folder, more | {"loss": bare[side]})
+                    measured = run_script("bare.py", [], job, tensors, folder, more | {"passes": bare[side]})
                 else:
                     staged = replace(job, stage=stages[side])
                     window = f"trainer.global_batch_size={job.rows * job.ranks * MICRO_BATCHES}"
                     measured = run_dstune(staged, folder, (window, "checkpoint.weights_only=true"))
                 seconds[side].append(statistics.median(measured.seconds[UNTIMED:]))
                 print(f"round {number + 1}  {side:18} {seconds[side][-1]:7.2f} s a step", flush=True)
-    print("\n| dstune | s a step | of bare, plain loss | of bare, own loss |\n| --- | --- | --- | --- |")
+    print("\n| dstune | s a step | of bare, plain | of bare, own |\n| --- | --- | --- | --- |")
     for side in stages:
         ratios = []
         for other in bare:

@@ -21,6 +21,7 @@ from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.dist import World
 from dstune.models.cross_entropy import projected_cross_entropy
+from dstune.models.norms import use_lean_norms
 from dstune.planning import activations
 from dstune.planning.architecture import architecture
 from dstune.planning.flops import forward_flops
@@ -128,6 +129,7 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
     config = AutoConfig.for_model("llama", **values)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    use_lean_norms(model)
     tokens = torch.randint(512, (rows, LENGTH), device=device)
     halves = torch.arange(LENGTH // 2, device=device).repeat(2).expand(rows, -1)
 

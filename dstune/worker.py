@@ -32,6 +32,7 @@ from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserErro
 from dstune.models.features import feature_classifier
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
+from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
@@ -47,7 +48,7 @@ from dstune.train.evaluate import Evaluator
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
 from dstune.train.loop import Training, fit
-from dstune.train.memory import PeakMemory
+from dstune.train.memory import PeakMemory, keep_freed
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.profiling import StepProfiler
 from dstune.train.proofs import check_cut, check_packing, content_digest, examine, refuse_different_rows, samples_digest
@@ -117,10 +118,12 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     if cut is not None:
         cut.install(model)
     module = apply_method(config, model)
+    use_lean_norms(module)
     head = build_head(config.task, model, cut)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
     engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
+    keep_freed()
     examine(head, engine)
     if selection is not None and selection.masks:
         engine.mask(selection.masks)

@@ -1,7 +1,7 @@
 """Bytes that one micro-batch keeps for the backward pass, from what each operation of a layer saves.
 
 The accounting follows Korthikanti et al. 2022 (arXiv:2205.05198), operation by operation for the layers as transformers
-writes them: norms that compute in fp32, gated feed-forward layers, repeated key and value heads, masks of packed rows.
+writes them, but for norms: gated feed-forward layers, repeated key and value heads, masks of packed rows.
 n: positions of a micro-batch, b: its rows, L: positions of a row, p: bytes of a weight.
 """
 
@@ -50,10 +50,8 @@ def _decoder_layer(s: Setup) -> int:
 
 
 def _rms_norm(s: Setup, width: int) -> int:
-    """The input in fp32, and the normed input where the norm's weight is trained."""
-    gemma = s.model.kind.startswith("gemma")
-    normed = 0 if s.adapter else (4 if gemma else s.weight_bytes)
-    return s.tokens * width * (4 + normed)
+    """The input, and a number for each row of it (`dstune/models/norms.py`)."""
+    return s.tokens * (width * s.weight_bytes + 4)
 
 
 def masked(s: Setup) -> bool:
@@ -160,7 +158,7 @@ def head(s: Setup) -> HeadActivations:
     if m.encoder or not any(tensor.shape == (m.vocabulary, m.hidden) for tensor in m.tensors):
         return HeadActivations(0, 0)
     targets = int(s.tokens * s.target_share)
-    hidden = targets * p * m.hidden + s.tokens * m.hidden * (4 + p)  # the chosen rows of the last norm, and the norm
+    hidden = targets * p * m.hidden + _rms_norm(s, m.hidden)  # the chosen rows of the last norm, and the norm
     if m.soft_capped:
         # The model changes its logits, so all of them are made. Forward: logits, the same in fp32, log-probabilities.
         # Backward: log-probabilities and two gradients in fp32.

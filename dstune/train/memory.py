@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,30 @@ def give_back() -> None:
     """Return what glibc keeps of freed memory, which counts as taken; other libraries of C keep less."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """Let glibc keep for the next micro-batch what the last one freed, on a CPU; other libraries of C do as they do.
+
+    As it is, tensors above some size go back to the system when they are freed, and every new page of a tensor is mapped
+    and cleared again: 8% of a micro-batch's passes (SmolLM2-135M, 1,024 tokens, bf16: 2.99 and 2.76 s). Call it when the model is
+    loaded: what is freed until then goes back. A value that the user has set in the environment stays.
+    """
+    if torch.cuda.is_available():
+        return
+    give_back()
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        for option, (variable, value) in KEPT.items():
+            if variable not in os.environ:
+                libc.mallopt(option, value)
+
+
+KEPT = {
+    -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+    -3: ("MALLOC_MMAP_THRESHOLD_", 2**25),  # M_MMAP_THRESHOLD: from this size on memory is not taken from the heap
+}
+"""Options of glibc's mallopt: the variable that sets the same, and the value here."""
 
 
 class PeakMemory:

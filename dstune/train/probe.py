@@ -15,6 +15,7 @@ from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Head, build_head
 from dstune.models.load import NewWeights, load_model, new_weights
+from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
 from dstune.train.feed import dropout_seed, windows
 from dstune.train.optim import build_optimizer, method_groups
@@ -78,6 +79,7 @@ def probing(
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     new = new_weights(model)
     module = apply_method(config, model)
+    use_lean_norms(module)
     head = build_head(config.task, model)
     if restrict is not None:
         restrict(module, new)
