@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from datasets import Dataset
 from handwritten import deepspeed_config, load, quiet
@@ -46,11 +47,13 @@ def main() -> None:
     quiet()
     if side == "trl":
         import trl  # before the level that memory is measured from, as all imports are
+    on_gpu = torch.cuda.is_available()
+    # At ZeRO-3 loading asks DeepSpeed how many ranks there are.
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
     tensors = torch.load(settings["tensors"])
     # In the order of steps, ranks and batches: accelerate gives each rank every second batch.
     rows = Dataset.from_dict({name: values.flatten(0, 2).tolist() for name, values in tensors.items()})
     rows_a_rank = tensors["input_ids"].shape[2]
-    on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = {
             "output_dir": scratch,

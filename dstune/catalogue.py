@@ -19,7 +19,7 @@ from dstune import evaluate, samples
 from dstune.arguments import VerbParser
 from dstune.config.compose import compose
 from dstune.config.presets import description, model_files
-from dstune.config.schema import ModelConfig, RunConfig
+from dstune.config.schema import ModelConfig, RunConfig, Selective
 from dstune.config.task_schema import (
     CausalLmConfig,
     ChatConfig,
@@ -34,6 +34,7 @@ from dstune.launch import hub
 from dstune.launch import plan as planner
 from dstune.planning import source
 from dstune.planning.hardware import Cluster
+from dstune.planning.plan import effort
 
 HELP = """\
 usage: dstune models [FOLDER ...] [key=value ...] [hardware=8xH100-80G] [--hub WORDS] [--probe DATA] [--json]
@@ -233,7 +234,9 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     model.parameters = found.setup.model.parameters
     fitting = [choice for choice in found.plan.choices if choice.fits]
     least = min(
-        fitting, key=lambda choice: (choice.offload != "none", choice.setup.stage, choice.checkpointing), default=None
+        fitting,
+        key=lambda choice: (choice.offload != "none", choice.setup.stage, effort(choice.checkpointing)),
+        default=None,
     )
     if least is None:
         model.zero = "none fits"
@@ -241,8 +244,8 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     model.zero = least.zero.replace("stage", "ZeRO-")
     if least.offload != "none":
         model.zero += f" + offload of {least.offload.replace('+', ' and ')}"
-    if least.checkpointing and not config.trainer.activation_checkpointing:
-        model.zero += ", activations checkpointed"
+    if effort(least.checkpointing) > effort(config.trainer.activation_checkpointing):
+        model.zero += f", activations {'selectively ' * isinstance(least.checkpointing, Selective)}checkpointed"
     return True
 
 

@@ -60,6 +60,7 @@ def finish(
             "seconds": round(state.seconds, 3),
             "tokens_per_second": speed and round(speed, 2),
             **({"utilization": round(state.utilization, 6)} if state.utilization else {}),
+            "start_seconds": run.beginning.seconds,
             "peak_memory_gib": round(state.peak_memory_gib, 4),
             "eval_initial": state.eval_initial,
             "eval_final": state.eval_last,

@@ -23,7 +23,9 @@ from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.domain_stage import FOLDER, classifier_stage, has_language_model_stage, language_model_stage
+from dstune.config.method_schema import FullConfig, LoraConfig
 from dstune.config.schema import RunConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare
 from dstune.dist import World
@@ -44,6 +46,7 @@ from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
 from dstune.train import micro_batch, spikes
 from dstune.train.beforehand import work_out
+from dstune.train.beginning import Beginning
 from dstune.train.evaluate import Evaluator
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
@@ -71,6 +74,7 @@ activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__
 
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
+    beginning = Beginning(os.environ)
     # First, so that a signal during start-up is not lost; of all stages, which share the time and the files that ask.
     preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
     with swap.own_folder(config.zero, run_dir, world) as zero:
@@ -78,11 +82,15 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         if has_language_model_stage(config):
             train_language_model(config, run_dir, world, preemption)
             config = classifier_stage(config, run_dir)
-        train_stage(config, run_dir, world, preemption)
+            beginning = Beginning()  # of the last stage, which `result.json` is about
+        train_stage(config, run_dir, world, preemption, beginning)
 
 
-def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
+def train_stage(
+    config: RunConfig, run_dir: Path, world: World, preemption: Preemption, beginning: Beginning | None = None
+) -> None:
     """As `train`, a single stage."""
+    beginning = beginning or Beginning()
     started = time.monotonic()
     publish(str(run_dir))
     console = Console()
@@ -105,6 +113,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
     data = with_reference_model(
         config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
     )
+    beginning.mark("data")
     activity.info("loading %s", shown(config.model.path))
     digests = {"samples": samples_digest(data), "content": content_digest(data)}
     before = work_out(config, data, tokenizer, precision, world, run_dir)
@@ -119,11 +128,14 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         cut.install(model)
     module = apply_method(config, model)
     use_lean_norms(module)
+    beginning.mark("model")
     head = build_head(config.task, model, cut)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
-    engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
+    optimizer = build_optimizer(config.optimizer, method_groups(config, module))
+    engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config))
     keep_freed()
+    beginning.mark("engine")
     examine(head, engine)
     if selection is not None and selection.masks:
         engine.mask(selection.masks)
@@ -183,6 +195,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         pad_token_id=tokenizer.pad_token_id,
         utilization=utilization_of(config, model, module, precision, world, len(data.labels)),
         profiler=StepProfiler(config.trainer.profile_steps, run_dir, world.rank, say),
+        beginning=beginning,
         unfreezing=unfreezing,
         penalties=penalties,
         started=started,
@@ -195,6 +208,7 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         ask_untuned(run, run_dir, module, tokenizer)
         if state.step == 0:
             watch(run, "before")
+        beginning.mark("checks")
         decision = fit(run)
         run.watchdog.rest()
         try:
@@ -207,6 +221,11 @@ def train_stage(config: RunConfig, run_dir: Path, world: World, preemption: Pree
         if log is not None:
             log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         raise
+
+
+def goes_once_through(config: RunConfig) -> bool:
+    """Whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last step."""
+    return isinstance(config.task, ChatConfig | CausalLmConfig) and isinstance(config.method, FullConfig | LoraConfig)
 
 
 def take_over_export(source: Path, run_dir: Path) -> None:

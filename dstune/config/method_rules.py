@@ -194,7 +194,12 @@ def _check_prompt(config: RunConfig, method: PromptConfig | PrefixConfig | PTuni
         yield Problem("model.weights", reason, "model.weights=pretrained, or method=full", "random")
     if isinstance(method, PrefixConfig) and config.trainer.activation_checkpointing:
         reason = "the prefix stands in the cache of keys and values, which checkpointed layers do not have"
-        yield Problem("trainer.activation_checkpointing", reason, "false, or method=lora", "true")
+        yield Problem(
+            "trainer.activation_checkpointing",
+            reason,
+            "false, or method=lora",
+            shown(config.trainer.activation_checkpointing),
+        )
     through_network = isinstance(method, PTuningConfig) or getattr(method, "projection_size", None) is not None
     if through_network and method.adapter:
         reason = "an export holds what the network gives, and the network itself cannot be had from it"

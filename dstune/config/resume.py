@@ -26,6 +26,7 @@ MAY_CHANGE = (
 MAY_CHANGE_KEYS = (
     "data.workers",
     "trainer.activation_checkpointing",
+    "trainer.mlp_tiles",
     "trainer.max_nonfinite_steps",
     "trainer.profile_steps",
     "trainer.early_stopping.patience",

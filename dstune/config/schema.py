@@ -47,6 +47,10 @@ class Automatic(Enum):
     auto = "auto"
 
 
+class Selective(Enum):
+    selective = "selective"
+
+
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
@@ -284,8 +288,11 @@ class TrainerConfig:
     """`auto` is bf16 where the hardware computes it fast, else fp32."""
     grad_clip: float = setting(1.0, at_least=0.0)
     """Largest norm of the gradient; 0 is off."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    activation_checkpointing: bool | Selective = False
+    """Compute activations again in the backward pass instead of keeping them: all, or (`selective`) all but products of matrices
+    and attention."""
+    mlp_tiles: int = setting(1, at_least=1, at_most=1024)
+    """Compute feed-forward layers in so many pieces of the positions, each again in the backward pass: for long rows."""
     seed: int = setting(0, at_least=0)
     """Seed of the data order, dropout and new weights."""
     deterministic: bool = False

@@ -27,6 +27,7 @@ from dstune.config.schema import (
     Export,
     Precision,
     RunConfig,
+    Selective,
     SlantedTriangularConfig,
     SpikeAction,
     WarmupStableDecayConfig,
@@ -126,6 +127,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_forgetting,
         check_optimizer,
         check_batches,
+        check_recomputed,
         check_profile,
         check_schedule,
         check_zero,
@@ -291,6 +293,14 @@ def _check_automatic(config: RunConfig) -> Iterator[Problem]:
         reason = "it is chosen by measured times, so two runs may choose differently (trainer.deterministic=true)"
     if reason:
         yield Problem("trainer.micro_batch_size", reason, "a number, such as that of `dstune plan`", "auto")
+
+
+def check_recomputed(config: RunConfig) -> Iterator[Problem]:
+    trainer = config.trainer
+    if trainer.mlp_tiles > 1 and isinstance(trainer.activation_checkpointing, Selective):
+        reason = "feed-forward layers in pieces compute their products again, which this keeps"
+        fix = "trainer.activation_checkpointing=true, or trainer.mlp_tiles=1"
+        yield Problem("trainer.activation_checkpointing", reason, fix, "selective")
 
 
 def check_profile(config: RunConfig) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.parallel_rules import heads_problem, ranks_problem
-from dstune.config.schema import Automatic, Precision, RunConfig, UlyssesConfig
+from dstune.config.schema import Automatic, Precision, RunConfig, Selective, UlyssesConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import hostfile, machine, rundir
@@ -24,7 +24,7 @@ from dstune.launch.console import Console
 from dstune.planning import architecture, hardware, source
 from dstune.planning.calibration import speeds
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
-from dstune.planning.plan import Choice, Plan, plan
+from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
 
@@ -251,7 +251,7 @@ def row(choice: Choice, found: Planned, price: float | None, config: RunConfig) 
     return {
         "zero": choice.zero,
         "offload": choice.offload,
-        "activation_checkpointing": choice.checkpointing,
+        "activation_checkpointing": as_word(choice.checkpointing),
         "micro_batch_size": choice.setup.micro_batch_size,
         "memory_gib_per_rank": round(choice.memory_gib, 4),
         "host_gib_per_rank": round(choice.memory.host / GIB, 4),
@@ -310,7 +310,8 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
 def _configured(found: Planned) -> str:
     choice, rows = found.plan.configured, found.plan.configured.setup.micro_batch_size
     offload = f", offload {choice.offload}" if choice.offload != "none" else ""
-    checkpointing = ", activation checkpointing" if choice.checkpointing else ""
+    kind = "selective " if isinstance(choice.checkpointing, Selective) else ""
+    checkpointing = f", {kind}activation checkpointing" if choice.checkpointing else ""
     return f"{choice.zero}{offload}{checkpointing}, micro-batch {rows}"
 
 
@@ -333,7 +334,9 @@ def _hosted(found: Planned) -> bool:
 
 def _offload(choice: Choice, found: Planned) -> str:
     offload = choice.offload.replace("optimizer", "optimizer on disk") if choice.setup.swaps else choice.offload
-    return offload + "+checkpointing" * (choice.checkpointing and not found.setup.checkpointing)
+    if effort(choice.checkpointing) == effort(found.setup.checkpointing):
+        return offload
+    return offload + ("+selective" if isinstance(choice.checkpointing, Selective) else "+checkpointing")
 
 
 def _offload_width(found: Planned) -> int:

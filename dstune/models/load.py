@@ -51,6 +51,8 @@ from dstune.config.task_schema import (
 from dstune.errors import Problem, UserError
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.quantize import keep_layout, quantization, refuse_experts
+from dstune.models.recompute import checkpointing_options
+from dstune.models.tiles import tile_feed_forward
 from dstune.zero.engine import gathered
 
 
@@ -252,8 +254,10 @@ def load_model(
     control = tokenizer.convert_tokens_to_ids(list(_control_tokens(config.model)))
     trained_rows = sorted({*range(rows, len(tokenizer)), *control})
     model.dstune_new_weights = NewWeights(parameters, tuple(trained_rows), max(0, len(tokenizer) - rows))
+    if config.trainer.mlp_tiles > 1:
+        tile_feed_forward(model, config.trainer.mlp_tiles)
     if config.trainer.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(checkpointing_options(config.trainer.activation_checkpointing))
     return model
 
 

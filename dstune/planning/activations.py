@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dstune.config.schema import Selective
 from dstune.planning.setup import Setup
 
 FUSED_ATTENTION_BLOCK = 512
@@ -25,6 +26,14 @@ class LayerActivations:
     """Needed beside them while the layer's own gradients are computed."""
     boundary: int
     """The layer's input alone: what activation checkpointing keeps."""
+    products: int
+    """Outputs of matrix products and fused attention, which selective checkpointing keeps too (`dstune/models/recompute.py`)."""
+
+    def kept(self, checkpointing: bool | Selective) -> int:
+        """From the forward to the backward pass, until the layer's own gradients are computed."""
+        if isinstance(checkpointing, Selective):
+            return self.boundary + self.products
+        return self.boundary if checkpointing else self.saved
 
 
 def layer(s: Setup) -> LayerActivations:
@@ -34,8 +43,22 @@ def layer(s: Setup) -> LayerActivations:
         saved = _encoder_layer(s)
     else:
         saved = _decoder_layer(s)
-    working = n * p * (2 * m.intermediate + 2 * m.hidden) + _attention_working(s) + 2 * _merged_experts(s)
-    return LayerActivations(saved, working, n * p * m.hidden)
+    wide = n * p * 2 * m.intermediate
+    if tiled(s):  # one piece is computed again, and its gradients
+        wide = -(-n // s.tiles) * p * (4 + 2) * m.intermediate
+    working = wide + n * p * 2 * m.hidden + _attention_working(s) + 2 * _merged_experts(s)
+    return LayerActivations(saved, working, n * p * m.hidden, _products(s))
+
+
+def _products(s: Setup) -> int:
+    """Of a layer: queries, keys, values, what is attended, and the feed-forward projections into their width and back."""
+    m, n, p = s.model, s.tokens, s.weight_bytes
+    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    attended = query + m.hidden if s.attention != "eager" else m.hidden
+    wide = 1 if (m.encoder or m.encoder_decoder) and not m.gated else 2
+    back = max(1, m.experts) * m.hidden
+    sums = 4 * m.heads * n if s.attention != "eager" else 0
+    return n * p * (query + 2 * key + attended + wide * m.intermediate + back) + sums
 
 
 def _decoder_layer(s: Setup) -> int:
@@ -43,10 +66,15 @@ def _decoder_layer(s: Setup) -> int:
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
     norms = m.norms * _rms_norm(s, m.hidden)
     inputs = 2 * n * p * m.hidden  # of the attention's and of the feed-forward layer's projections
-    feed_forward = 4 * n * p * m.intermediate  # gate, its activation, up, their product
+    feed_forward = 0 if tiled(s) else 4 * n * p * m.intermediate  # gate, its activation, up, their product
     feed_forward += 2 * m.experts * n * p * m.hidden  # positions as they go to their experts, and as they come back
     query_norms = _rms_norm(s, query) + _rms_norm(s, key) if m.query_norm else 0
     return norms + inputs + feed_forward + query_norms + _attention(s, query, key) + _adapters(s)
+
+
+def tiled(s: Setup) -> bool:
+    """Whether feed-forward layers are computed in pieces (`dstune/models/tiles.py`); experts are not."""
+    return s.tiles > 1 and not s.model.experts
 
 
 def _rms_norm(s: Setup, width: int) -> int:

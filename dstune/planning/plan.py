@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from dstune.config.schema import Selective
 from dstune.planning.hardware import GIB, Cluster
 from dstune.planning.memory import Memory, memory
 from dstune.planning.setup import Setup
@@ -36,7 +37,7 @@ class Choice:
 
     zero: str
     offload: str
-    checkpointing: bool
+    checkpointing: bool | Selective
     setup: Setup
     """With the micro-batch of this row."""
     memory: Memory
@@ -60,7 +61,7 @@ class Choice:
         if configured.weight_bytes != self.setup.weight_bytes:
             found["trainer.precision"] = "fp32" if self.setup.weight_bytes == 4 else "bf16"
         if configured.checkpointing != self.checkpointing:
-            found["trainer.activation_checkpointing"] = self.checkpointing
+            found["trainer.activation_checkpointing"] = as_word(self.checkpointing)
         if configured.micro_batch_size != self.setup.micro_batch_size:
             found["trainer.micro_batch_size"] = self.setup.micro_batch_size
         return found
@@ -100,7 +101,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
             best = tried
         return best
 
-    def variants(checkpointing: bool) -> Iterator[Choice]:
+    def variants(checkpointing: bool | Selective) -> Iterator[Choice]:
         for zero, offload in CANDIDATES:
             setup = variant(replace(configured, checkpointing=checkpointing), zero, offload)
             if setup is not None:
@@ -112,8 +113,9 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     )
     as_configured = (largest if any_rows else choice)(configured, zero, offload or "none")
     choices = list(variants(configured.checkpointing))
-    if not configured.checkpointing and not any(row.fits and row.offload == "none" for row in choices):
-        choices += variants(True)
+    for more in (Selective.selective, True):
+        if effort(more) > effort(configured.checkpointing) and not _plainly_fits(choices):
+            choices += variants(more)
     fitting = [row for row in choices if row.fits]
     roomy = ROOMY * cluster.device.memory_gib
     # A plain choice before one that offloads; among those about as fast one that leaves room, then the lower stage.
@@ -128,6 +130,20 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
         default=None,
     )
     return Plan(as_configured, tuple(choices), recommended)
+
+
+def _plainly_fits(rows: list[Choice]) -> bool:
+    return any(row.fits and row.offload == "none" for row in rows)
+
+
+def effort(checkpointing: bool | Selective) -> int:
+    """Orders the ways of activation checkpointing by what they compute again."""
+    return 1 if isinstance(checkpointing, Selective) else 2 * checkpointing
+
+
+def as_word(checkpointing: bool | Selective) -> bool | str:
+    """As a user writes it, and JSON takes it."""
+    return checkpointing.value if isinstance(checkpointing, Selective) else checkpointing
 
 
 def _fastest(rows: list[Choice]) -> float:

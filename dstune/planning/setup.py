@@ -9,7 +9,16 @@ from typing import Any
 
 from dstune.config.architectures import row_limit
 from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
-from dstune.config.schema import Attention, Offload, OptimizerOffload, Precision, RunConfig, SgdConfig, UlyssesConfig
+from dstune.config.schema import (
+    Attention,
+    Offload,
+    OptimizerOffload,
+    Precision,
+    RunConfig,
+    Selective,
+    SgdConfig,
+    UlyssesConfig,
+)
 from dstune.config.zero_rules import SWAPPED_AT_ONCE
 from dstune.errors import UserError
 from dstune.planning.adapters import added, experts_problem
@@ -75,7 +84,9 @@ class Setup:
     packing: bool
     attention: str
     """`sdpa`, `eager` or `flash_attention_2`."""
-    checkpointing: bool
+    checkpointing: bool | Selective
+    tiles: int
+    """Pieces in which feed-forward layers are computed, each again in the backward pass."""
     adapter: bool
     target_share: float
     """Share of the positions that are projected onto the vocabulary."""
@@ -178,6 +189,7 @@ def setup(
         packing=config.data.packing,
         attention="sdpa" if attention is Attention.auto else attention.value,
         checkpointing=config.trainer.activation_checkpointing,
+        tiles=config.trainer.mlp_tiles,
         adapter=isinstance(method, AdapterConfig),
         target_share=1.0,
         dropout=float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0),

@@ -113,16 +113,25 @@ def exchanges(s: Setup) -> int:
     return int(s.micro_batches * m.layers * passes * states * (s.sharing - 1) / s.sharing)
 
 
+def _feed_forward_share(s: Setup) -> float:
+    """Of the products of a layer's matrices, those of its feed-forward part."""
+    m = s.model
+    wide = 3 * m.hidden * m.intermediate
+    return wide / (wide + 2 * m.hidden * m.head_dim * (m.heads + m.kv_heads))
+
+
 def step_time(s: Setup, speed: Speed) -> StepTime:
     """Time of one optimizer step."""
     linear, attention, head = forward_flops(s)
     forward = linear + attention + head
     of_linear, of_attention, of_head = backward_flops(s)
     backward = of_linear + of_attention + of_head
-    again = linear + attention if s.checkpointing else 0.0
+    again = linear + attention if s.checkpointing is True else 0.0
+    if activations.tiled(s):
+        again += linear * _feed_forward_share(s)
     count = s.micro_batches
     rate = speed.attention or speed.flops
-    attention_flops = attention * (2 if s.checkpointing else 1) + of_attention
+    attention_flops = attention * (2 if s.checkpointing is True else 1) + of_attention
     matmul_flops = forward + backward + again - attention_flops
     act = activations.layer(s)
     kept = s.model.layers * act.saved * (1.4 if s.checkpointing else 1.0)

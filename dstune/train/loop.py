@@ -17,6 +17,7 @@ from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
 from dstune.train import spikes
+from dstune.train.beginning import Beginning
 from dstune.train.evaluate import Evaluator
 from dstune.train.evaluation_cost import EvaluationCost
 from dstune.train.feed import Feed, dropout_seed, windows
@@ -86,6 +87,7 @@ class Training:
     own_time: OwnTime
     utilization: Utilization
     profiler: StepProfiler
+    beginning: Beginning = field(default_factory=Beginning)
     unfreezing: Unfreezing | None = None
     """Of a method that trains more and more layers."""
     penalties: Penalties | None = None
@@ -116,6 +118,7 @@ def fit(run: Training) -> Decision:
     shared = run.world.data_parallel_size < run.world.size
     # Where ranks share rows, those with the ends of answers have the targets, and the projection makes the whole loss.
     run.own_time.attach(run.engine.module, without=projection_of(run.engine.module) if shared else None)
+    run.beginning.mark("evaluation")
     first = state.step
     ahead = sys.maxsize if run.guard.action is SpikeAction.rollback else run.total_steps + state.skipped_windows
     steps = range(state.window, ahead if first < run.total_steps else state.window)
@@ -130,6 +133,8 @@ def fit(run: Training) -> Decision:
                 return decision
             continue
         number = state.step - first
+        if number == 0:
+            run.beginning.mark("first rows")
         waited = time.perf_counter() - began
         if number >= UNTIMED_STEPS:
             run.profiler.before_step(state.step + 1)
@@ -143,6 +148,8 @@ def fit(run: Training) -> Decision:
         decision, sums = agree(run, asked, sums | used)
         used = {name: sums.pop(name) for name in used}
         seconds = time.perf_counter() - began
+        if number == 0:
+            run.beginning.mark("first step")
         state.seconds = run.seconds_before + time.monotonic() - run.started
         capacity = run.utilization.capacity(seconds)
         if number >= UNTIMED_STEPS and not run.profiler.disturbs:

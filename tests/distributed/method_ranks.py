@@ -88,8 +88,11 @@ def main() -> None:
             zero=schema.ZeroConfig(stage=case["stage"], param_persistence_threshold=0),
             trainer=schema.TrainerConfig(micro_batch_size=2, global_batch_size=2 * world.size),
         )
-        if case.get("checkpointing"):
-            config = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+        if kind := case.get("checkpointing"):
+            again = schema.Selective[kind] if kind == "selective" else True
+            config = replace(config, trainer=replace(config.trainer, activation_checkpointing=again))
+        if tiles := case.get("tiles"):
+            config = replace(config, trainer=replace(config.trainer, mlp_tiles=tiles))
         if case.get("offload"):
             offload = replace(
                 config.zero, offload_optimizer=schema.OptimizerOffload.cpu, offload_param=schema.Offload.cpu

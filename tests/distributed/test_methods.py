@@ -29,7 +29,14 @@ def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("methods")
     cases = [{"method": m, "task": t, "stage": s} for s in range(4) for m, t in KINDS]
     cases += [
-        {"method": m, "task": "chat", "stage": s, "checkpointing": True} for s in (2, 3) for m in ("full", "lora")
+        {"method": method, "task": "chat", "stage": stage, "checkpointing": kind}
+        for kind in ("true", "selective")
+        for stage in (2, 3)
+        for method in ("full", "lora")
+    ]
+    cases += [
+        {"method": method, "task": "chat", "stage": stage, "checkpointing": kind, "tiles": 3}
+        for method, stage, kind in (("full", 2, None), ("full", 3, "true"), ("lora", 3, None))
     ]
     cases += [{"method": "full", "task": "chat", "stage": 3, "offload": True}]
     models = {

@@ -122,3 +122,14 @@ def test_a_run_that_is_stopped_while_it_is_profiled_leaves_its_profile(workplace
         assert (run_dir / "profile" / f"steps-3-{last}.rank-{rank}.json.gz").stat().st_size > 1000
     assert result(run_dir)["tokens_per_second"] is None, "all steps but the first two were profiled"
     assert "utilization" not in result(run_dir)
+
+
+def test_where_the_time_to_the_first_step_went(plain: Path) -> None:
+    seconds = result(plain)["start_seconds"]
+    assert list(seconds) == [
+        *("command", "imports", "data", "model", "engine", "checks", "evaluation", "first rows", "first step")
+    ]
+    assert all(part >= 0.0 for part in seconds.values())
+    assert seconds["command"] > 0.1 and seconds["imports"] > 1.0  # Hydra; torch and DeepSpeed
+    (first, *_) = steps_of(plain)
+    assert first["step_seconds"] == pytest.approx(seconds["first rows"] + seconds["first step"], abs=0.05)

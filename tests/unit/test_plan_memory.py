@@ -78,6 +78,34 @@ def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:
     assert again.moments["backward"]["activations"] > again.moments["forward"]["activations"]
 
 
+def test_selective_checkpointing_keeps_products_and_attention() -> None:
+    # In units of positions x 4096 bytes: the input 2, query, key and value 2 x 1.5, attended and projected 2 x 2, gate and up
+    # 2 x 2 x 3.5, down 2: 25 of the 44 that are kept without it.
+    s = llama("data.max_length=4096", "trainer.micro_batch_size=1", "trainer.activation_checkpointing=selective")
+    sums = 4 * 32 * 4096
+    assert activations.layer(s).kept(s.checkpointing) == (2 + 3 + 4 + 14 + 2) * 4096 * 4096 + sums
+    held = memory(s).moments["forward"]["activations"]
+    others = [memory(replace(s, checkpointing=kind)).moments["forward"]["activations"] for kind in (True, False)]
+    assert others[0] < held < others[1]
+    speed = speed_of(Cluster(DEVICES["H100-80G"], 8), 2)
+    times = [step_time(replace(s, checkpointing=kind), speed).compute for kind in (True, s.checkpointing, False)]
+    assert times[0] > times[1] == times[2]  # no product is computed twice
+
+
+def test_feed_forward_layers_in_pieces_keep_nothing_of_themselves() -> None:
+    long = ["data.max_length=4096", "trainer.micro_batch_size=1"]
+    whole, pieces = (llama(*long, f"trainer.mlp_tiles={count}") for count in (1, 4))
+    saved = [activations.layer(s).saved for s in (whole, pieces)]
+    assert saved[0] - saved[1] == 4 * 4096 * 14336 * 2
+    # A piece of 1,024 positions: four tensors again and two gradients, where the whole has two gradients beside what it keeps.
+    working = [activations.layer(s).working for s in (whole, pieces)]
+    assert working[0] - working[1] == (2 * 4096 - 6 * 1024) * 14336 * 2
+    speed = speed_of(Cluster(DEVICES["H100-80G"], 8), 2)
+    again = step_time(pieces, speed).compute - step_time(whole, speed).compute
+    products = 2 * 4096 * 32 * 3 * 4096 * 14336
+    assert again * speed.flops == pytest.approx(whole.micro_batches * products, rel=1e-3)
+
+
 def test_lora_trains_two_matrices_beside_each_linear_layer() -> None:
     s = llama("method=lora", "method.rank=16", "zero.stage=2", ranks=1)
     assert s.trained_count == 32 * (16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)))

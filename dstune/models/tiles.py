@@ -1,0 +1,49 @@
+"""Feed-forward layers computed in pieces of the positions, for rows so long that one layer's inner tensors are the peak.
+
+A feed-forward layer looks at one position at a time, and its inner tensors are several times as wide as what goes in and comes
+out: of Llama 8B 4 x 3.5 widths beside 1. In pieces, each computed again in the backward pass, one piece's inner tensors exist at
+a time (the tiled MLP of Arctic Long Sequence Training, Bekman et al. 2025, arXiv:2506.13996, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dstune.errors import Problem, UserError
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+"""What a feed-forward layer of Llama and its kin has inside. Those of experts go by positions that were sorted already."""
+
+
+def tile_feed_forward(model: nn.Module, tiles: int) -> int:
+    """Let the feed-forward layers of `model` compute in `tiles` pieces; returns how many do. Every rank has as many pieces,
+    whatever its rows are: at ZeRO-3 each of them gathers weights.
+
+    Raises UserError where the model has no such layer.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS)
+    ]
+    if not found:
+        reason = f"{type(model).__name__} has no feed-forward layer with {', '.join(PARTS)}"
+        raise UserError(Problem("trainer.mlp_tiles", reason, "trainer.mlp_tiles=1", str(tiles)))
+    for module in found:
+        module.forward = partial(_tiled, module.forward, tiles)
+    return len(found)
+
+
+def _tiled(forward: Forward, tiles: int, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden: [rows, positions, width]."""
+    if not torch.is_grad_enabled():
+        return forward(hidden)
+    pieces = hidden.tensor_split(tiles, dim=-2)
+    return torch.cat([checkpoint(forward, piece, use_reentrant=False) for piece in pieces], dim=-2)
