@@ -58,7 +58,7 @@ def measure(found: dict, scratch: Path, names: list[str]) -> None:
         command = [sys.executable, "-m", "dstune", "plan", "--calibrate", "launch.processes=2", "--json"]
         subprocess.run(command, env=env, check=True, capture_output=True)
         found["calibration_seconds"] = time.perf_counter() - began
-        found["speeds"] = json.loads((scratch / "cache" / "calibration.json").read_text())["2"]["speeds"]
+        found["speeds"] = json.loads((scratch / "cache" / "calibration-2.json").read_text())["2"]["speeds"]
     found.setdefault("steps", {})
     for name in names:
         if name in found["steps"]:

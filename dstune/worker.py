@@ -34,6 +34,7 @@ from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserErro
 from dstune.models.features import feature_classifier
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
+from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
 from dstune.models.ulysses import SequenceCut
@@ -128,6 +129,7 @@ def train_stage(
         cut.install(model)
     module = apply_method(config, model)
     use_lean_norms(module)
+    use_joint_sums(module)
     beginning.mark("model")
     head = build_head(config.task, model, cut)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:

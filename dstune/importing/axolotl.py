@@ -174,6 +174,20 @@ def special_tokens(found: Import, value: Any) -> None:
         found.drop("padding never counts in the loss, whatever token it is", MEANINGLESS)
 
 
+def tiled_mlp(found: Import, value: Any) -> None:
+    if value:
+        found.put("trainer.mlp_tiles", found.get("tiled_mlp_num_shards") or TILES)
+
+
+TILES = 8
+"""Where the file gives no number: axolotl derives one from the lengths of rows."""
+
+
+def number_of_tiles(found: Import, value: Any) -> None:
+    if found.get("tiled_mlp"):
+        found.note("trainer.mlp_tiles")
+
+
 def flag_of_attention(name: str) -> Rule:
     def rule(found: Import, value: Any) -> None:
         if value:
@@ -273,7 +287,8 @@ TABLE: dict[str, Rule] = {
     "use_tensorboard": same("tracking.tensorboard"),
     "auto_resume_from_checkpoints": own_way("a run directory is always continued"),
     "plugins": missing(LATER),
-    "tiled_mlp": missing(LATER),
+    "tiled_mlp": tiled_mlp,
+    "tiled_mlp_num_shards": number_of_tiles,
     "context_parallel_size": missing(
         "add parallel=ulysses parallel.size=N by hand, where N divides the model's attention heads"
     ),

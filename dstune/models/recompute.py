@@ -17,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from dstune.config.schema import Selective
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::_grouped_mm"}
+PRODUCTS = {"aten::mm", "aten::addmm"}
+"""Not those of stacked experts (`_grouped_mm`): some models add a bias to it in place, which torch refuses of what is kept."""
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -46,7 +47,7 @@ def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> Check
         return CheckpointPolicy.MUST_SAVE
     if name in PRODUCTS:
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        *_, left, right = tensors if name != "aten::_grouped_mm" else tensors[:2]
+        *_, left, right = tensors
         if right.shape[-1] <= SPREAD * left.shape[-1]:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

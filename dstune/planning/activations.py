@@ -56,9 +56,9 @@ def _products(s: Setup) -> int:
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
     attended = query + m.hidden if s.attention != "eager" else m.hidden
     wide = 1 if (m.encoder or m.encoder_decoder) and not m.gated else 2
-    back = max(1, m.experts) * m.hidden
+    inner = 0 if m.experts else wide * m.intermediate + m.hidden  # those of experts are not kept
     sums = 4 * m.heads * n if s.attention != "eager" else 0
-    return n * p * (query + 2 * key + attended + wide * m.intermediate + back) + sums
+    return n * p * (query + 2 * key + attended + inner) + sums
 
 
 def _decoder_layer(s: Setup) -> int:
@@ -218,7 +218,7 @@ def trains_projection(s: Setup) -> bool:
 def evaluation(s: Setup) -> int:
     """At most in a forward pass without gradients: one layer's tensors, then logits, the same in fp32, log-probabilities."""
     rows = s.evaluation_batch or s.micro_batch_size
-    once = replace(s, micro_batch_size=rows, checkpointing=False)
+    once = replace(s, micro_batch_size=rows, checkpointing=False, tiles=1)
     targets = once.tokens if s.model.soft_capped else min(once.tokens, chunk_rows(s))
     loss = targets * s.model.vocabulary * (s.weight_bytes + 8) if head(s).peak else 0
     return max(layer(once).saved, loss) + shared(once)

@@ -8,8 +8,8 @@ from typing import Any
 from dstune.paths import cache_root
 from dstune.planning.time import Speed
 
-FILE = "calibration.json"
-"""In the cache."""
+FILE = "calibration-2.json"
+"""In the cache; another name where what is measured has another meaning."""
 
 
 def remember(found: dict[str, Any]) -> None:

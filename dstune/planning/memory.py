@@ -141,7 +141,8 @@ def gathered(s: Setup) -> int:
     embedding = max(t.count for t in s.model.tensors)
     least = max(embedding, s.model.layer_parameters) + s.prefetch_bucket
     whole = min(_partitioned(s), max(min(s.max_live, s.max_reuse // 2), least))
-    buffer = min(s.prefetch_bucket, max(0, _partitioned(s) - embedding))
+    # A layer is fetched at once (`zero.engine`).
+    buffer = min(max(s.prefetch_bucket, s.model.layer_parameters), max(0, _partitioned(s) - embedding))
     return (whole + buffer) * s.weight_bytes
 
 

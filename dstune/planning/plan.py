@@ -114,6 +114,8 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     as_configured = (largest if any_rows else choice)(configured, zero, offload or "none")
     choices = list(variants(configured.checkpointing))
     for more in (Selective.selective, True):
+        if configured.tiles > 1 and isinstance(more, Selective):
+            continue  # not trained beside feed-forward layers in pieces
         if effort(more) > effort(configured.checkpointing) and not _plainly_fits(choices):
             choices += variants(more)
     fitting = [row for row in choices if row.fits]

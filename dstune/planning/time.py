@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dstune.config.parallel_rules import repeats_of_keys
+from dstune.config.schema import Selective
 from dstune.planning import activations
 from dstune.planning.flops import backward_flops, forward_flops
 from dstune.planning.hardware import Cluster
@@ -127,14 +128,15 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     of_linear, of_attention, of_head = backward_flops(s)
     backward = of_linear + of_attention + of_head
     again = linear + attention if s.checkpointing is True else 0.0
-    if activations.tiled(s):
+    if activations.tiled(s) or (isinstance(s.checkpointing, Selective) and s.model.experts):
         again += linear * _feed_forward_share(s)
     count = s.micro_batches
     rate = speed.attention or speed.flops
     attention_flops = attention * (2 if s.checkpointing is True else 1) + of_attention
     matmul_flops = forward + backward + again - attention_flops
-    act = activations.layer(s)
-    kept = s.model.layers * act.saved * (1.4 if s.checkpointing else 1.0)
+    # What is kept stands for the elementwise work, which pieces of feed-forward layers do not make less.
+    act = activations.layer(replace(s, tiles=1))
+    kept = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
     targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
     volume = communication(s) if s.ranks > 1 else 0
     hidden = OVERLAP if s.on_gpu and s.stage >= 2 else 0.0

@@ -22,6 +22,7 @@ class Beginning:
     def __init__(self, env: Mapping[str, str] | None = None):
         """Of this process, from its start on. env: with the process that was the command; None to count from now."""
         self._parts: dict[str, float] = {}
+        self._over = False
         self._last = time.clock_gettime(time.CLOCK_BOOTTIME)
         if env is None:
             return
@@ -35,9 +36,16 @@ class Beginning:
 
     def mark(self, part: str) -> None:
         """What went on since the last mark was this part; parts of one name add up."""
+        if self._over:
+            return
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._parts[part] = self._parts.get(part, 0.0) + now - self._last
         self._last = now
+
+    def end(self, part: str) -> None:
+        """The first step is done, and this was its part; whatever is marked later does not count."""
+        self.mark(part)
+        self._over = True
 
     @property
     def seconds(self) -> dict[str, float]:

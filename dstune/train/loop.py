@@ -133,8 +133,7 @@ def fit(run: Training) -> Decision:
                 return decision
             continue
         number = state.step - first
-        if number == 0:
-            run.beginning.mark("first rows")
+        run.beginning.mark("first rows")
         waited = time.perf_counter() - began
         if number >= UNTIMED_STEPS:
             run.profiler.before_step(state.step + 1)
@@ -148,8 +147,7 @@ def fit(run: Training) -> Decision:
         decision, sums = agree(run, asked, sums | used)
         used = {name: sums.pop(name) for name in used}
         seconds = time.perf_counter() - began
-        if number == 0:
-            run.beginning.mark("first step")
+        run.beginning.end("first step")
         state.seconds = run.seconds_before + time.monotonic() - run.started
         capacity = run.utilization.capacity(seconds)
         if number >= UNTIMED_STEPS and not run.profiler.disturbs:

@@ -34,8 +34,8 @@ def keep_freed() -> None:
     """Let glibc keep for the next micro-batch what the last one freed, on a CPU; other libraries of C do as they do.
 
     As it is, tensors above some size go back to the system when they are freed, and every new page of a tensor is mapped
-    and cleared again: 8% of a micro-batch's passes (SmolLM2-135M, 1,024 tokens, bf16: 2.99 and 2.76 s). Call it when the model is
-    loaded: what is freed until then goes back. A value that the user has set in the environment stays.
+    and cleared again: 7% of a micro-batch's passes (docs/performance.md). Call it when the model is loaded: what is freed until
+    then goes back. A value that the user has set in the environment stays.
     """
     if torch.cuda.is_available():
         return
@@ -43,7 +43,7 @@ def keep_freed() -> None:
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         for option, (variable, value) in KEPT.items():
-            if variable not in os.environ:
+            if variable not in os.environ and TUNABLES[option] not in os.environ.get("GLIBC_TUNABLES", ""):
                 libc.mallopt(option, value)
 
 
@@ -52,6 +52,9 @@ KEPT = {
     -3: ("MALLOC_MMAP_THRESHOLD_", 2**25),  # M_MMAP_THRESHOLD: from this size on memory is not taken from the heap
 }
 """Options of glibc's mallopt: the variable that sets the same, and the value here."""
+
+
+TUNABLES = {-1: "glibc.malloc.trim_threshold", -3: "glibc.malloc.mmap_threshold"}
 
 
 class PeakMemory:

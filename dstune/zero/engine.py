@@ -16,6 +16,7 @@ from torch import nn
 from dstune.dist import World
 from dstune.zero import swap
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
+from dstune.zero.whole_layers import handle_layers_whole
 
 if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
@@ -107,25 +108,6 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _handle_layers_whole(model: nn.Module) -> None:
-    """Let ZeRO-3 gather a decoder's layer at once and release it at once, in place of module by module: 6% of a step of
-    SmolLM2-135M on two CPU ranks (`benchmarks/throughput.py`), and fewer, larger messages.
-
-    DeepSpeed reduces such a layer's gradients when that of its input is there, and takes those that are not there by then for
-    zeros. torch says so too early of a layer whose input has no gradient: the first one above a frozen embedding, which gets one
-    here. Only for models whose layers all train something from the first to the last step, once in a backward pass.
-    """
-    from deepspeed.utils import set_z3_leaf_module
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not all(any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers):
-        return
-    model.enable_input_require_grads()  # type: ignore[operator]
-    for layer in layers:
-        set_z3_leaf_module(layer, True)
-
-
 def _announce_borrowed_weights(model: nn.Module) -> None:
     """Tell ZeRO-3 of the modules that read a weight of another one without calling it: peft's trained rows of a vocabulary
     (`TrainableTokensLayer`) read that of the layer below, which is cut in pieces unless it is gathered for them too. DeepSpeed
@@ -208,7 +190,7 @@ class Engine:
         if self.stage == 3:
             _announce_borrowed_weights(model)
             if one_pass:
-                _handle_layers_whole(model)
+                handle_layers_whole(model)
         self.swaps = swap.device(settings) == "nvme"
         """Whether optimizer states are on a disk, and in memory a part at a time."""
         shares = [

@@ -17,6 +17,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
 from dstune.rank_env import from_environment
 from dstune.train.optim import build_optimizer, method_groups
+from dstune.worker import goes_once_through
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading
 from dstune.zero.start import start_process_group
@@ -46,7 +47,7 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
     module = apply_method(config, model)
     head = build_head(config.task, model)
     optimizer = build_optimizer(config.optimizer, method_groups(config, module))
-    engine = Engine(module, optimizer, settings, world)
+    engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config))
     engine.set_learning_rate(config.optimizer.lr)
     frozen, trained = whole(engine, trained=False), whole(engine, trained=True)
     losses, norms = [], []

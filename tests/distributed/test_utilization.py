@@ -38,7 +38,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     speed = {"flops": PEAK, "saved": 1e9, "logits": 1e9, "weights": 1e9, "link": 1e9}
     measured = {"device": "CPU", "ranks": 2, "threads": 1, "speeds": {"4": speed}}
     (folder / "cache").mkdir()
-    (folder / "cache" / "calibration.json").write_text(json.dumps({"2": measured}))
+    (folder / "cache" / "calibration-2.json").write_text(json.dumps({"2": measured}))
     return Commands(folder)
 
 

@@ -209,6 +209,17 @@ def test_adapters_on_4_bit_weights(tool, raw, expected):
     assert {key: found["method"][key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("keys", "tiles"),
+    [({"tiled_mlp": True, "tiled_mlp_num_shards": 4}, 4), ({"tiled_mlp": True}, 8), ({"tiled_mlp": False}, None)],
+)
+def test_axolotl_tiles(keys, tiles):
+    found = yaml.safe_load(
+        convert({"base_model": "m", "micro_batch_size": 1, **keys}, "axolotl", Path("x.yaml"), 1).text
+    )
+    assert found["trainer"].get("mlp_tiles") == tiles
+
+
 def test_trl_mixture(monkeypatch, tmp_path):
     config = configuration(imported("trl/zephyr_qlora.yaml", monkeypatch).text, tmp_path)
     assert [source.path for source in config.data.mixture.values()] == [

@@ -92,15 +92,20 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
         def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) * gate
 
-    model = nn.ModuleList([nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH), CohereLayerNorm(WIDTH), Doubled(WIDTH), Pair(WIDTH)])
-    model.append(nn.Linear(WIDTH, WIDTH, bias=False))
+    class Gated(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            normed: torch.Tensor = super().forward(hidden_states)
+            return normed if gate is None else normed * gate
+
+    kinds = [Gated, nn.LayerNorm, nn.RMSNorm, CohereLayerNorm, Doubled, Pair]
+    model = nn.ModuleList([kind(WIDTH) for kind in kinds] + [nn.Linear(WIDTH, WIDTH, bias=False)])
     assert use_lean_norms(model) == 0
     assert not any("forward" in vars(module) for module in model)
 
 
 def test_frozen_weight_or_rows_get_no_gradient() -> None:
     norm = made(LlamaRMSNorm, torch.float32)
-    use_lean_norms(norm)
+    assert use_lean_norms(norm) == 1
     rows = torch.randn(4, WIDTH)
     norm(rows).sum().backward()
     assert norm.weight.grad is not None
@@ -143,5 +148,5 @@ def test_a_norm_in_fp32_between_layers_in_bf16() -> None:
     norm = made(LlamaRMSNorm, torch.float32)
     rows = torch.randn(5, WIDTH).bfloat16()
     wanted = norm(rows)
-    use_lean_norms(norm)
+    assert use_lean_norms(norm) == 1
     assert wanted.dtype is torch.float32 and torch.equal(norm(rows), wanted)

@@ -206,7 +206,7 @@ def test_what_was_measured_here_replaces_the_table(
     seconds = []
     for speed in (slow, fast):
         measured = {"device": "CPU", "ranks": 2, "threads": 1, "speeds": {"2": speed, "4": speed}}
-        (tmp_path / "calibration.json").write_text(json.dumps({"2": measured}))
+        (tmp_path / "calibration-2.json").write_text(json.dumps({"2": measured}))
         found = plan_json(capsys, *words)
         assert found["calibrated"]
         seconds.append(found["configured"]["step_seconds"])

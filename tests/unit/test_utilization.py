@@ -224,7 +224,7 @@ def test_rates_of_a_step_and_of_all_timed_ones() -> None:
 def remember(cache: Path, device: str, threads: int, ranks: int = 2) -> None:
     speed = {"flops": 5e9, "saved": 1.0, "logits": 1.0, "weights": 1.0, "link": 1.0, "attention": 0.0, "fixed": 0.0}
     found = {"device": device, "ranks": ranks, "threads": threads, "speeds": {"4": speed}}
-    (cache / "calibration.json").write_text(json.dumps({str(ranks): found}))
+    (cache / "calibration-2.json").write_text(json.dumps({str(ranks): found}))
 
 
 def test_the_peak_is_what_was_measured_with_as_many_ranks_and_threads(
@@ -240,7 +240,7 @@ def test_the_peak_is_what_was_measured_with_as_many_ranks_and_threads(
     remember(tmp_path, "CPU", threads + 1)
     assert peak_flops(Precision.fp32, 2, on_gpu=False) is None
     for broken in ("{", "[]", '{"2": 1}', '{"2": {"device": "CPU", "threads": 1, "speeds": {"4": {"flop": 1}}}}'):
-        (tmp_path / "calibration.json").write_text(broken)
+        (tmp_path / "calibration-2.json").write_text(broken)
         assert peak_flops(Precision.fp32, 2, on_gpu=False) is None
 
 

@@ -1,0 +1,55 @@
+"""The sum of a layer and its low-rank adapter in one product of matrices.
+
+peft computes `base(x) + B(A(x)) * scaling` with three tensors of the layer's output beside one another, and two passes over them
+in the backward pass. A product that is scaled and added to where it goes (BLAS's gemm with alpha and beta) makes one of it, rounded
+once in place of three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstune.zero.engine import is_partitioned
+
+
+def use_joint_sums(module: nn.Module) -> int:
+    """Let the linear layers with plain LoRA compute as here; returns how many do. Others stay as peft makes them: DoRA, biases,
+    4-bit weights, and adapters that ZeRO-3 partitions, which it gathers for calls of their own modules."""
+    if not hasattr(module, "peft_config"):
+        return 0
+    from peft.tuners.lora.layer import Linear
+
+    layers = [layer for layer in module.modules() if type(layer) is Linear and _is_plain(layer)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer, layer.forward)
+    return len(layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+    if layer.lora_variant or any(adapter.bias is not None for adapter in adapters):
+        return False
+    weights = [layer.base_layer.weight, *(adapter.weight for adapter in adapters)]
+    return len({weight.dtype for weight in weights}) == 1 and not any(map(is_partitioned, weights))
+
+
+def _forward(
+    layer: Any, usual: Callable[..., torch.Tensor], x: torch.Tensor, *others: Any, **named: Any
+) -> torch.Tensor:
+    """x: [..., inputs]. Without adapters, with several of them and after merging it is peft's own way."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or others or named or len(names) != 1:
+        return usual(x, *others, **named)
+    (name,) = names
+    weight = layer.lora_B[name].weight
+    if x.dtype != weight.dtype or x.dim() < 2:
+        return usual(x)
+    result = layer.base_layer(x)
+    low = layer.lora_A[name](layer.lora_dropout[name](x))
+    joint = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), weight.t(), alpha=layer.scaling[name])
+    return joint.view_as(result)
