@@ -15,8 +15,8 @@ from torch import nn
 
 from dstune.dist import World
 from dstune.zero import swap
+from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
-from dstune.zero.whole_layers import handle_layers_whole
 
 if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
@@ -198,6 +198,8 @@ class Engine:
         ]
         swap.check_room(settings, shares, self._moments, world)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if self.stage == 3 and optimizer is not None:
+            gather_persistent_together(self._engine.optimizer)
         from dstune.zero.shard_files import ShardFiles
 
         self._files = self._engine.checkpoint_engine = ShardFiles(_other_names_of_frozen(model))
