@@ -82,8 +82,10 @@ def test_the_smallest_zero_is_the_first_of_the_plan_that_fits(shelf, capsys, dev
         choices = [row for row in json.loads(capsys.readouterr().out)["choices"] if row["fits"]]
         expected = "none fits"
         if choices:
+            ways = [False, "selective", True]
             least = min(
-                choices, key=lambda row: (row["offload"] != "none", row["zero"], row["activation_checkpointing"])
+                choices,
+                key=lambda row: (row["offload"] != "none", row["zero"], ways.index(row["activation_checkpointing"])),
             )
             expected = least["zero"].replace("stage", "ZeRO-")
         assert found[f"model={name}"]["zero"].startswith(expected), (name, found[f"model={name}"], choices)
