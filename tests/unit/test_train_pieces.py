@@ -310,7 +310,7 @@ def test_a_trial_that_its_sweep_ends_leaves_without_a_save(tmp_path, monkeypatch
 def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     seen = []
-    monkeypatch.setattr(worker, "train_stage", lambda config, folder, world, asks: seen.append((folder, asks)))
+    monkeypatch.setattr(worker, "train_stage", lambda config, folder, world, asks, *began: seen.append((folder, asks)))
     world = SimpleNamespace(is_main=True, broadcast=lambda value: value, barrier=lambda: None)
     method = UlmfitConfig(language_model_epochs=1)
     worker.train(run_config(task=ClassificationConfig(), method=method), tmp_path, world)
@@ -325,7 +325,9 @@ def test_a_run_that_goes_on_from_another_takes_over_its_language_model(tmp_path,
     """The checkpoint is of a classifier above it; trained again it would be another one, and take as long again."""
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     seen = []
-    monkeypatch.setattr(worker, "train_stage", lambda config, folder, world, asks: seen.append((folder, config)))
+    monkeypatch.setattr(
+        worker, "train_stage", lambda config, folder, world, asks, *began: seen.append((folder, config))
+    )
     world = SimpleNamespace(is_main=True, broadcast=lambda value: value, barrier=lambda: None)
     other, own = tmp_path / "other", tmp_path / "own"
     (other / "language_model" / "export").mkdir(parents=True)
