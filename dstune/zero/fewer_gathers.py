@@ -12,8 +12,8 @@ ONE_AFTER_ANOTHER = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "g
 
 
 def handle_layers_whole(model: nn.Module) -> None:
-    """Let ZeRO-3 gather a decoder's layer at once and release it at once, in place of module by module: 6% of a step of
-    SmolLM2-135M on two CPU ranks (docs/performance.md), and fewer, larger messages.
+    """Let ZeRO-3 gather a decoder's layer at once and release it at once, in place of module by module: fewer, larger
+    messages, and a step of SmolLM2-135M on two CPU ranks that is up to a sixth shorter (docs/performance.md).
 
     DeepSpeed reduces such a layer's gradients when that of its input is there, and takes those that are not there by then for
     zeros. torch says so too early of a layer whose input has no gradient: the first one above a frozen embedding, which gets one
