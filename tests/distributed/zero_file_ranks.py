@@ -21,8 +21,8 @@ def main() -> None:
     assert env is not None
     world = start_process_group(env)
 
-    def tell(engine: Engine, *arguments: object) -> None:
-        start_engine(engine, *arguments)
+    def tell(engine: Engine, *arguments: object, **options: object) -> None:
+        start_engine(engine, *arguments, **options)
         inner = engine._engine
         zero = json.loads(inner._config.zero_config.model_dump_json())
         facts = {"clip": inner.gradient_clipping(), "batch": inner.train_batch_size(), "zero": zero}
