@@ -20,6 +20,8 @@ import torch.nn.functional as functional
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.dist import World
+from dstune.models.attention import SamplesApart
+from dstune.models.cpu_attention import CausalAttention
 from dstune.models.cross_entropy import projected_cross_entropy
 from dstune.models.norms import use_lean_norms
 from dstune.planning import activations
@@ -131,11 +133,15 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     use_lean_norms(model)
     tokens = torch.randint(512, (rows, LENGTH), device=device)
-    halves = torch.arange(LENGTH // 2, device=device).repeat(2).expand(rows, -1)
+    inputs = {"input_ids": tokens, "position_ids": torch.arange(LENGTH, device=device).expand(rows, -1)}
+    if on_gpu:
+        inputs["position_ids"] = inputs["position_ids"] % (LENGTH // 2)
+    else:
+        inputs, _ = SamplesApart(model).own(inputs, tokens)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        hidden = model.model(input_ids=tokens, position_ids=halves, use_cache=False).last_hidden_state
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
         hidden.float().sum().backward()
 
     taken = seconds_of(world, device, step)
@@ -160,9 +166,14 @@ def attention_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], Non
         torch.randn(2, HEADS, LENGTH, HEAD, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
     mask = torch.ones(2, 1, LENGTH, LENGTH, device=device, dtype=torch.bool).tril()
+    whole = (((0, LENGTH),),) * 2
 
     def run() -> None:
-        functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).float().sum().backward()
+        if device.type == "cpu":
+            found = CausalAttention.apply(query, key, value, whole, HEAD**-0.5, None)
+        else:
+            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        found.float().sum().backward()
 
     return run
 

@@ -31,6 +31,7 @@ from dstune.data.build import prepare
 from dstune.dist import World
 from dstune.ending import finish
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
+from dstune.models.attention import SamplesApart
 from dstune.models.features import feature_classifier
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
@@ -55,7 +56,14 @@ from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory, keep_freed
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.profiling import StepProfiler
-from dstune.train.proofs import check_cut, check_packing, content_digest, examine, refuse_different_rows, samples_digest
+from dstune.train.proofs import (
+    check_packing,
+    check_rows,
+    content_digest,
+    examine,
+    refuse_different_rows,
+    samples_digest,
+)
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
@@ -127,11 +135,12 @@ def train_stage(
             model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     if cut is not None:
         cut.install(model)
+    rows = cut or SamplesApart.of(config, model)
     module = apply_method(config, model)
     use_lean_norms(module)
     use_joint_sums(module)
     beginning.mark("model")
-    head = build_head(config.task, model, cut)  # after the method: an adapter may wrap the vocabulary projection
+    head = build_head(config.task, model, rows)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
     optimizer = build_optimizer(config.optimizer, method_groups(config, module))
@@ -144,9 +153,11 @@ def train_stage(
     penalties = None
     if config.forgetting.l2sp or config.forgetting.ewc:
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
-    check_packing(config, engine, model.config.get_text_config().vocab_size, world)
-    if cut is not None:
-        check_cut(engine, head, model.config.get_text_config(), config.data.max_length, world)
+    architecture = model.config.get_text_config()
+    if rows is None:
+        check_packing(config, engine, architecture.vocab_size, world)
+    else:
+        check_rows(engine, head, rows, architecture, config.data.max_length, world)
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,

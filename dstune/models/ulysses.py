@@ -9,7 +9,7 @@ The loss needs nothing of this: a rank has the targets of its own positions, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,12 @@ from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_o
 from dstune.config.schema import UlyssesConfig
 from dstune.dist import World
 from dstune.errors import Problem, UserError
+from dstune.models.attention import attend
 from dstune.models.heads.base import IGNORED
+from dstune.models.spans import SPANS, attention_problem, no_mask, refuse_unknown, spans_of, window_of
 
 NAME = "dstune_ulysses"
 """Of the attention function in transformers' registry."""
-
-SPANS = "dstune_spans"
-"""Keyword of a forward pass on parts of rows: where the samples of each row begin and end. transformers hands keywords that it
-does not know down to the attention function, also when a layer is computed again in the backward pass."""
-
-Spans = tuple[tuple[tuple[int, int], ...], ...]
-"""(first position, position behind the last) of each sample, for each row. They cover a row without gaps."""
 
 
 class SequenceCut:
@@ -77,22 +72,20 @@ class SequenceCut:
         rows, width = ids.shape
         if "position_ids" in inputs:
             positions = inputs["position_ids"]
-            spans = spans_of(positions)
         else:
             positions = torch.arange(width, device=ids.device).expand(rows, -1)
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-            spans = tuple(tuple(span for span in ((0, n), (n, width)) if span[0] < span[1]) for n in lengths)
+        spans = spans_of(inputs)
         padding = -width % self.parts
         if padding:
             ids, labels = functional.pad(ids, (0, padding)), functional.pad(labels, (0, padding), value=IGNORED)
             positions = torch.cat([positions, torch.arange(padding, device=ids.device).expand(rows, -1)], dim=1)
-            spans = tuple((*row, (width, width + padding)) for row in spans)
         size = (width + padding) // self.parts
         here = slice(self.part * size, (self.part + 1) * size)
-        # A mask of four dimensions is taken as it is: none of the model's own, which know these positions alone, are made.
-        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-        own = {"input_ids": ids[:, here], "position_ids": positions[:, here], "attention_mask": nothing, SPANS: spans}
-        return own, labels[:, here]
+        own = {"input_ids": ids[:, here], "position_ids": positions[:, here], "attention_mask": no_mask(ids.device)}
+        return own | {SPANS: spans}, labels[:, here]
+
+    def refused(self, reason: str) -> Problem:
+        return Problem("parallel", f"ranks share rows, and {reason}", "parallel=none, or another model", "ulysses")
 
     def _attention(
         self,
@@ -110,19 +103,14 @@ class SequenceCut:
         spans = more.pop(SPANS, None)
         if spans is None:  # whole rows
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-        unknown = [name for name in ("s_aux", "position_bias") if more.get(name) is not None]
-        assert not unknown, f"attention with {unknown} of its own, which `refuse` does not know"
+        refuse_unknown(more)
         repeats = repeats_of_keys(key.shape[1], self.parts)
         if repeats > 1:
             key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
         query, key, value = (self._to_heads(states) for states in (query, key, value))
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        # What is passed counts: EXAONE's layers all hold a window, and those without one pass None.
-        window = more["sliding_window"] if "sliding_window" in more else getattr(module, "sliding_window", None)
         dropout = dropout if module.training else 0.0
-        attended = _attend(query, key, value, spans, dropout=dropout, scaling=scaling, window=window)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
         return self._to_positions(attended).transpose(1, 2), None
 
     def _to_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -160,55 +148,6 @@ def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
     return received
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    spans: Spans,
-    *,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """Causal attention of each sample on its own: no mask of all positions with all others is ever made.
-
-    window: how far back a position looks, itself included. A longer sample goes in pieces of so many positions, each of which
-    sees as many again before it, so that a mask has at most 2 x window^2 elements.
-    """
-
-    def attend(rows: slice, first: int, end: int, start: int) -> torch.Tensor:
-        """Of the positions from `first` to `end` of a sample that begins at `start`."""
-        seen = start if window is None else max(start, first - window + 1)
-        q, k, v = query[rows, :, first:end], key[rows, :, seen:end], value[rows, :, seen:end]
-        mask = None
-        if window is not None and seen < first:
-            behind = torch.arange(first, end, device=q.device)[:, None] - torch.arange(seen, end, device=q.device)
-            mask = (behind >= 0) & (behind < window)
-        return functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-        )
-
-    def whole(rows: slice, of_row: Sequence[tuple[int, int]]) -> torch.Tensor:
-        found = []
-        for start, end in of_row:
-            step = window or end - start
-            found += [attend(rows, first, min(first + step, end), start) for first in range(start, end, step)]
-        return torch.cat(found, dim=2)
-
-    if len(set(spans)) == 1:
-        return whole(slice(None), spans[0])
-    return torch.cat([whole(slice(row, row + 1), of_row) for row, of_row in enumerate(spans)], dim=0)
-
-
-def spans_of(positions: torch.Tensor) -> Spans:
-    """Where samples begin and end, from positions that restart at 0 with each of them: [rows, width]."""
-    width = positions.shape[1]
-    starts: list[list[int]] = [[] for _ in range(len(positions))]
-    for row, column in (positions == 0).nonzero().tolist():
-        starts[row].append(column)
-    return tuple(tuple(zip(of_row, [*of_row[1:], width], strict=True)) for of_row in starts)
-
-
 def refuse(model: PreTrainedModel, parts: int) -> None:
     """Raises UserError for a model whose rows cannot be shared by `parts` ranks."""
     architecture = model.config.get_text_config()
@@ -217,21 +156,11 @@ def refuse(model: PreTrainedModel, parts: int) -> None:
     def problem(reason: str, fix: str = "parallel=none") -> UserError:
         return UserError(Problem(key, f"{named}: {reason}", fix, "ulysses"))
 
-    if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
-        raise problem("its attention in transformers cannot be replaced")
-    if getattr(architecture, "attn_logit_softcapping", None):
-        raise problem("its attention caps its scores, which the fused attention of torch does not do")
+    if reason := attention_problem(model):
+        raise problem(reason)
     if kinds := rope_types(architecture) & {"dynamic", "longrope"}:
         named_kinds = ", ".join(sorted(kinds))
         raise problem(f"its positions ({named_kinds}) depend on the length of the row, and a rank sees a part of it")
-    others = set(getattr(architecture, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if (
-        others
-        or getattr(architecture, "attention_chunk_size", None)
-        or getattr(architecture, "attn_temperature_tuning", 0)
-    ):
-        layers = ", ".join(sorted(others)) or "attention in chunks"
-        raise problem(f"its layers ({layers}) look at a row in a way of their own")
     if getattr(architecture, "layerdrop", 0):
         off = "model.config_overrides={layerdrop: 0}"
         raise problem("it leaves out layers at random, where the other ranks of a row would wait", off)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dstune.config.parallel_rules import repeats_of_keys
 from dstune.config.schema import Selective
 from dstune.planning.setup import Setup
+
+SCORES = 2**20
+"""Scores of all heads that the backward pass of `samples` has at once (`dstune/models/cpu_attention.py`)."""
 
 FUSED_ATTENTION_BLOCK = 512
 """Fused attention computes scores in blocks of about this many positions and keeps none of them."""
@@ -83,15 +87,17 @@ def _rms_norm(s: Setup, width: int) -> int:
 
 
 def masked(s: Setup) -> bool:
-    """Whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise, and ranks
-    that share rows attend to their samples one by one."""
-    return s.attention != "flash_attention_2" and s.sharing == 1
+    """Whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise, and samples
+    that attend one by one, as they do where ranks share rows, have none."""
+    return s.attention not in ("flash_attention_2", "samples") and s.sharing == 1
 
 
 def _attention(s: Setup, query: int, key: int) -> int:
     n, p = s.tokens, s.weight_bytes
-    # A mask makes transformers repeat the heads of keys and values; so does a row that ranks share.
-    repeated = 2 * (query if masked(s) or s.sharing > 1 else key)
+    # A mask makes transformers repeat the heads of keys and values; so does a row that ranks share, on a GPU.
+    repeated = 2 * (
+        query if masked(s) or (s.sharing > 1 and s.on_gpu) else key * repeats_of_keys(s.model.kv_heads, s.sharing)
+    )
     projections = n * p * (query + repeated)
     output = n * p * query
     return projections + output + _scores(s)
@@ -115,6 +121,10 @@ def _attention_working(s: Setup) -> int:
     square = s.rows * s.length * s.length
     if s.attention == "eager" or (s.attention == "sdpa" and s.dropout and not s.on_gpu):
         return 2 * square * s.model.heads * 4
+    if (
+        s.attention == "samples"
+    ):  # two blocks of scores in fp32, and as they are multiplied (`dstune/models/cpu_attention.py`)
+        return min(SCORES, s.model.heads * s.length * s.length) * 2 * (4 + s.weight_bytes)
     return 0
 
 

@@ -47,7 +47,7 @@ def work_of(lengths: Iterable[int], *, window: int | None, projected: float) -> 
 
 def micro_batch_work(s: Setup) -> Work:
     """Of a micro-batch as it is computed: rows that are full, and windows where the attention has them."""
-    seen = min(s.model.window or s.length, s.length) if s.attention == "flash_attention_2" else s.length
+    seen = min(s.model.window or s.length, s.length) if s.attention in ("flash_attention_2", "samples") else s.length
     projected = 0 if s.model.encoder else s.tokens * s.target_share
     return Work(s.tokens, s.tokens * s.length, s.tokens * seen, projected)
 

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from dstune.config.architectures import row_limit
-from dstune.config.method_schema import AdapterConfig, FreezeConfig, PromptConfig, PTuningConfig
+from dstune.config.method_schema import AdapterConfig, FreezeConfig, PrefixConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import (
     Attention,
     Offload,
@@ -83,7 +83,7 @@ class Setup:
     global_batch_size: int
     packing: bool
     attention: str
-    """`sdpa`, `eager` or `flash_attention_2`."""
+    """`sdpa`, `eager`, `flash_attention_2`, or `samples`: each on its own (`dstune/models/attention.py`)."""
     checkpointing: bool | Selective
     tiles: int
     """Pieces in which feed-forward layers are computed, each again in the backward pass."""
@@ -161,7 +161,6 @@ def setup(
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero
     more = zero.settings.get("zero_optimization", {}) if isinstance(zero.settings, dict) else {}
-    attention = config.model.attention
     longest = min(config.data.max_length, row_limit(values) or config.data.max_length)
     length = longest if config.data.packing else -(-longest // PADDING) * PADDING
     if isinstance(method, (PromptConfig, PTuningConfig)):
@@ -187,7 +186,7 @@ def setup(
         length=length,
         global_batch_size=config.trainer.global_batch_size,
         packing=config.data.packing,
-        attention="sdpa" if attention is Attention.auto else attention.value,
+        attention=_attention(config, model, on_gpu=on_gpu),
         checkpointing=config.trainer.activation_checkpointing,
         tiles=config.trainer.mlp_tiles,
         adapter=isinstance(method, AdapterConfig),
@@ -208,6 +207,16 @@ def setup(
 def _number(settings: dict[str, Any], key: str, default: int) -> int:
     value = settings.get(key, default)
     return int(value) if isinstance(value, (int, float)) else default
+
+
+def _attention(config: RunConfig, model: Architecture, *, on_gpu: bool) -> str:
+    """As `dstune.models.attention` chooses."""
+    if config.model.attention is not Attention.auto:
+        return config.model.attention.value
+    in_front = isinstance(config.method, PrefixConfig | PromptConfig | PTuningConfig)
+    known = not (in_front or model.encoder or model.encoder_decoder or model.soft_capped)
+    language = config.task.name in ("chat", "causal_lm", "seq2seq")
+    return "samples" if language and known and not on_gpu else "sdpa"
 
 
 def _moments(config: RunConfig) -> int:

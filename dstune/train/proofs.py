@@ -16,11 +16,12 @@ from dstune.data.collate import NO_TARGET
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
+from dstune.models.heads.base import Rows
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.zero.engine import Engine
 
-CUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ROWS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest accepted relative difference of a loss, by the format that it was computed in."""
 
 
@@ -50,20 +51,21 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
         )
 
 
-def check_cut(engine: Engine, head: Head, architecture: Any, max_length: int, world: World) -> None:
-    """Raises UserError on all ranks where rows whose positions ranks share have another loss than the same samples one by one.
+def check_rows(engine: Engine, head: Head, rows: Rows, architecture: Any, max_length: int, world: World) -> None:
+    """Raises UserError on all ranks where packed rows that are handed to the model in this way have another loss than the same
+    samples one by one.
 
     One of them is longer than the window of the model's attention, where rows of `max_length` tokens are.
     """
     vocabulary, window = architecture.vocab_size, getattr(architecture, "sliding_window", None) or 0
     longest = max(21, min(window + 9, max_length))
     generator = torch.Generator().manual_seed(0)
-    rows = [
+    packed = [
         [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
         for lengths in ((9, longest - 9), (longest,))
     ]
-    ids = torch.stack([torch.cat(row) for row in rows])
-    positions = torch.stack([torch.cat([torch.arange(len(sample)) for sample in row]) for row in rows])
+    ids = torch.stack([torch.cat(row) for row in packed])
+    positions = torch.stack([torch.cat([torch.arange(len(sample)) for sample in row]) for row in packed])
     labels = ids.masked_fill(positions == 0, NO_TARGET)
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
     engine.train(False)
@@ -71,16 +73,15 @@ def check_cut(engine: Engine, head: Head, architecture: Any, max_length: int, wo
     (together,) = world.sum([float(output.loss_sum) / world.data_parallel_size])
     alone, dtype = 0.0, torch.float32
     with torch.no_grad():
-        for sample in (sample for row in rows for sample in row):
+        for sample in (sample for row in packed for sample in row):
             logits = engine.forward(input_ids=sample[None].to(engine.device)).logits[0]
             targets = sample[1:].to(engine.device)
             alone += float(functional.cross_entropy(logits[:-1].float(), targets, reduction="sum"))
             dtype = logits.dtype
     engine.train(True)
     difference = abs(together - alone) / alone
-    if world.any(not difference <= CUT_TOLERANCE[dtype]):
-        reason = f"rows that ranks share have another loss than the same rows in one piece ({difference:.2%} apart)"
-        raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
+    if world.any(not difference <= ROWS_TOLERANCE[dtype]):
+        raise UserError(rows.refused(f"their loss is not that of the model's own attention ({difference:.2%} apart)"))
 
 
 def refuse_different_rows(world: World, digest: str) -> None:

@@ -13,7 +13,8 @@ from dstune.config.parallel_rules import heads_problem, repeats_of_keys
 from dstune.config.task_schema import ChatConfig
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
-from dstune.models.ulysses import SPANS, SequenceCut, _attend, refuse, rope_types, spans_of
+from dstune.models.spans import SPANS
+from dstune.models.ulysses import SequenceCut, refuse, rope_types
 
 SOURCES = ["model=smollm2", "data=chitchat", "parallel=ulysses"]
 
@@ -24,11 +25,6 @@ def cut(part: int, parts: int) -> SequenceCut:
     return found
 
 
-def test_samples_begin_where_positions_do():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
-    assert spans_of(positions) == (((0, 3), (3, 5), (5, 6)), ((0, 6),))
-
-
 def test_the_parts_of_a_packed_row_are_the_row():
     ids = torch.arange(10)[None]
     inputs = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
@@ -37,17 +33,17 @@ def test_the_parts_of_a_packed_row_are_the_row():
     assert torch.cat([own["input_ids"] for own, _ in found], dim=1).tolist() == [[*range(10), 0, 0]]
     assert torch.cat([own["position_ids"] for own, _ in found], dim=1).tolist() == [[0, 1, 2, 3, *range(6), 0, 1]]
     assert torch.cat([of for _, of in found], dim=1).tolist() == [[*range(100, 110), -100, -100]]
-    # What fills the row up is a sample of its own: nothing sees it.
-    assert {own[SPANS] for own, _ in found} == {(((0, 4), (4, 10), (10, 12)),)}
+    # What fills the row up belongs to no sample: nothing sees it.
+    assert {own[SPANS] for own, _ in found} == {(((0, 4), (4, 10)),)}
 
 
-def test_padding_of_a_row_is_apart_and_positions_count_on():
+def test_padding_of_a_row_is_no_sample_and_positions_count_on():
     inputs = {
         "input_ids": torch.zeros(2, 6, dtype=torch.long),
         "attention_mask": torch.tensor([[1] * 6, [1, 1] + [0] * 4]),
     }
     own, _ = cut(1, 2).own(inputs, torch.zeros(2, 6, dtype=torch.long))
-    assert own[SPANS] == (((0, 6),), ((0, 2), (2, 6)))
+    assert own[SPANS] == (((0, 6),), ((0, 2),))
     assert own["position_ids"].tolist() == [[3, 4, 5], [3, 4, 5]]
 
 
@@ -99,7 +95,7 @@ def test_a_loss_that_is_not_that_of_the_samples_ends_the_run(tmp_path, factor):
     from transformers import AutoModelForCausalLM
 
     from dstune.models.heads import build_head
-    from dstune.train.proofs import check_cut
+    from dstune.train.proofs import check_rows
 
     model = AutoModelForCausalLM.from_pretrained(save_decoder(tmp_path / "decoder"), attn_implementation="sdpa")
     head = build_head(ChatConfig(), model)
@@ -108,26 +104,10 @@ def test_a_loss_that_is_not_that_of_the_samples_ends_the_run(tmp_path, factor):
     world = SimpleNamespace(data_parallel_size=1, sum=list, any=bool)
     with torch.no_grad():
         if factor == 1.0:
-            check_cut(engine, head, model.config, 64, world)
+            check_rows(engine, head, cut(0, 2), model.config, 64, world)
             return
-        with pytest.raises(UserError, match="another loss than the same rows in one piece"):
-            check_cut(engine, head, model.config, 64, world)
-
-
-@pytest.mark.parametrize("window", [None, 1, 4, 7, 30])
-def test_attention_in_pieces_is_attention_with_a_mask(window):
-    """Of samples that are shorter than the window, a multiple of it long, or neither."""
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 24, 5, dtype=torch.float64) for _ in range(3))
-    spans = (((0, 3), (3, 11), (11, 24)), ((0, 24),))
-    found = _attend(query, key, value, spans, dropout=0.0, scaling=0.7, window=window)
-    place = torch.arange(24)
-    behind = place[:, None] - place[None, :]
-    for row, of_row in enumerate(spans):
-        sample = torch.cat([torch.full((end - start,), number) for number, (start, end) in enumerate(of_row)])
-        seen = (behind >= 0) & (behind < (window or 24)) & (sample[:, None] == sample[None, :])
-        scores = (0.7 * query[row] @ key[row].transpose(1, 2)).masked_fill(~seen, float("-inf"))
-        assert torch.allclose(found[row], scores.softmax(-1) @ value[row])
+        with pytest.raises(UserError, match=r"(?s)parallel=ulysses: ranks share rows, and their loss is not that of"):
+            check_rows(engine, head, cut(0, 2), model.config, 64, world)
 
 
 def test_models_that_cannot_be_cut(tmp_path):

@@ -6,8 +6,6 @@ the weight of a window is known to the trainer only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from transformers import PreTrainedModel
 
 from dstune.config.task_schema import (
@@ -23,7 +21,7 @@ from dstune.config.task_schema import (
     TokenClassificationConfig,
 )
 from dstune.models.heads.answers import AnswerHead
-from dstune.models.heads.base import Batch, Forward, Head, HeadOutput, WindowHead, sums_of
+from dstune.models.heads.base import Batch, Forward, Head, HeadOutput, Rows, WindowHead, sums_of
 from dstune.models.heads.classification import classification_head
 from dstune.models.heads.embedding import EmbeddingHead
 from dstune.models.heads.language import CausalLmHead, EncoderDecoderHead
@@ -31,22 +29,19 @@ from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.heads.reward import reward_head
 from dstune.models.heads.tokens import token_classification_head
 
-if TYPE_CHECKING:
-    from dstune.models.ulysses import SequenceCut
-
 __all__ = ["Batch", "Forward", "Head", "HeadOutput", "WindowHead", "build_head", "sums_of"]
 
 
-def build_head(task: TaskConfig, model: PreTrainedModel, cut: SequenceCut | None = None) -> Head:
+def build_head(task: TaskConfig, model: PreTrainedModel, rows: Rows | None = None) -> Head:
     """The head of a task; must be built before DeepSpeed puts its own hooks on the model.
 
-    cut: how several ranks share a row, of a language model.
+    rows: how a language model gets its rows, where not as they are.
     """
     match task:
         case ChatConfig() | CausalLmConfig():
-            return CausalLmHead(model, cut)
+            return CausalLmHead(model, rows)
         case Seq2SeqConfig():
-            return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model, cut)
+            return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model, rows)
         case ClassificationConfig():
             return classification_head(task)
         case TokenClassificationConfig():

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from dstune.errors import Problem
+
 IGNORED = -100
 """Label of a position that is no target."""
 
@@ -40,6 +42,16 @@ def sums_of(output: HeadOutput) -> dict[str, torch.Tensor]:
 
 class Head(Protocol):
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput: ...
+
+
+class Rows(Protocol):
+    """How the rows of a language model are handed to it, where not as they are."""
+
+    def own(self, inputs: Batch, labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """What this rank's model gets of `inputs`, and the labels of its positions."""
+
+    def refused(self, reason: str) -> Problem:
+        """What is wrong with the run where losses are not those of the same rows as they are."""
 
 
 @runtime_checkable

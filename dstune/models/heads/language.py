@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -11,10 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, vocabulary_size
-from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
-
-if TYPE_CHECKING:
-    from dstune.models.ulysses import SequenceCut
+from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, Rows, inputs_of
 
 
 class CausalLmHead:
@@ -26,9 +23,9 @@ class CausalLmHead:
     the projection answers with the loss itself and never makes all logits (`models.cross_entropy`).
     """
 
-    def __init__(self, model: PreTrainedModel, cut: SequenceCut | None = None):
-        """cut: the ranks that share the positions of each row with this one."""
-        self._cut = cut
+    def __init__(self, model: PreTrainedModel, rows: Rows | None = None):
+        """rows: how they are handed to the model, where not as they are."""
+        self._rows = rows
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
         self._projection, self._project = projection, projection.forward
@@ -74,8 +71,8 @@ class CausalLmHead:
         # The label of the next position is the target of this one; the last position has none.
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         inputs = inputs_of(batch)
-        if self._cut is not None:
-            inputs, labels = self._cut.own(inputs, labels)
+        if self._rows is not None:
+            inputs, labels = self._rows.own(inputs, labels)
         return self._loss(forward, inputs, labels, by_row="index" in batch)
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, *, by_row: bool) -> HeadOutput:

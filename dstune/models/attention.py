@@ -1,0 +1,125 @@
+"""Attention of each sample on its own: packed rows without a mask of all their positions with all others, padding left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dstune.config.method_schema import PrefixConfig, PromptConfig, PTuningConfig
+from dstune.config.schema import Attention, RunConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
+from dstune.errors import Problem
+from dstune.models.cpu_attention import CausalAttention, computes
+from dstune.models.spans import SPANS, Spans, attention_problem, no_mask, refuse_unknown, spans_of, window_of
+
+NAME = "dstune_samples"
+"""Of the attention function in transformers' registry."""
+
+
+IN_FRONT = (PrefixConfig, PromptConfig, PTuningConfig)
+"""Methods whose trained positions stand in front of a row, which no span has."""
+
+
+class SamplesApart:
+    """What the head of a language model tells its attention of the samples in a row."""
+
+    @classmethod
+    def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
+        """Where `model.attention=auto` computes samples one by one, else None: on a CPU, for models and methods that it fits.
+
+        GPUs have kernels of their own for packed rows, and would wait for the launch of one after the other here.
+        """
+        wanted = config.model.attention is Attention.auto and not torch.cuda.is_available()
+        language = isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
+        known = not (isinstance(config.method, IN_FRONT) or model.config.is_encoder_decoder or attention_problem(model))
+        if not (wanted and language and known):
+            return None
+        return cls(model)
+
+    def __init__(self, model: PreTrainedModel):
+        """Let `model` compute the attention of samples one by one where it is told them."""
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)  # where no spans are told: samples that are generated
+        model.set_attn_implementation(NAME)
+
+    def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """The model's inputs and the labels. See `spans_of`."""
+        told = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans_of(inputs)}
+        return told, labels
+
+    def refused(self, reason: str) -> Problem:
+        return Problem("model.attention", f"samples attend one by one, and {reason}", "model.attention=sdpa", "auto")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
+    Returns [rows, positions, heads, size]."""
+    spans = more.pop(SPANS, None)
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+    refuse_unknown(more)
+    dropout = dropout if module.training else 0.0
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
+    return attended.transpose(1, 2), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    *,
+    dropout: float,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of each sample on its own, [rows, heads, positions, size]; zeros
+    behind the last one.
+
+    window: how far back a position looks, itself included. A longer sample goes in pieces of so many positions, each of which
+    sees as many again before it, so that a mask has at most 2 x window^2 elements.
+    """
+    if not dropout and computes(query, value):
+        return CausalAttention.apply(query, key, value, spans, scale, window)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+
+    def piece(rows: slice, first: int, end: int, start: int) -> torch.Tensor:
+        """Of the positions from `first` to `end` of a sample that begins at `start`."""
+        seen = start if window is None else max(start, first - window + 1)
+        q, k, v = query[rows, :, first:end], key[rows, :, seen:end], value[rows, :, seen:end]
+        mask = None
+        if window is not None and seen < first:
+            behind = torch.arange(first, end, device=q.device)[:, None] - torch.arange(seen, end, device=q.device)
+            mask = (behind >= 0) & (behind < window)
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
+        )
+
+    def whole(rows: slice, of_row: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        found = []
+        for start, end in of_row:
+            step = window or end - start
+            found += [piece(rows, first, min(first + step, end), start) for first in range(start, end, step)]
+        return functional.pad(torch.cat(found, dim=2), (0, 0, 0, query.shape[2] - of_row[-1][1]))
+
+    if len(set(spans)) == 1:
+        return whole(slice(None), spans[0])
+    return torch.cat([whole(slice(row, row + 1), of_row) for row, of_row in enumerate(spans)], dim=0)

@@ -1,0 +1,167 @@
+"""Samples that attend one by one: what they see, gradients, and which runs compute them so."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.tiny import save_decoder
+
+from dstune.config.compose import compose
+from dstune.config.task_schema import ChatConfig
+from dstune.errors import UserError
+from dstune.models import attention, cpu_attention
+from dstune.models.attention import SamplesApart, attend
+from dstune.models.heads import build_head
+from dstune.models.spans import spans_of
+from dstune.train.proofs import check_rows
+
+SPANS = (((0, 3), (3, 11), (11, 24)), ((0, 20),))
+"""Of rows of 24 positions; the second one has padding."""
+
+
+def states(dtype: torch.dtype, heads: int = 6, key_heads: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    # As models make them: heads stand behind positions in memory.
+    made = [torch.randn(2, 24, number, 8, dtype=torch.float64).to(dtype) for number in (heads, key_heads, key_heads)]
+    return [part.transpose(1, 2).requires_grad_() for part in made]
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    """With a mask of all positions with all others."""
+    place = torch.arange(24)
+    behind = place[:, None] - place[None, :]
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    found = []
+    for row, of_row in enumerate(SPANS):
+        sample = torch.full((24,), -1)
+        for number, (start, end) in enumerate(of_row):
+            sample[start:end] = number
+        seen = (behind >= 0) & (behind < (window or 24)) & (sample[:, None] == sample[None, :])
+        scores = (0.7 * query[row] @ key[row].transpose(1, 2)).masked_fill(~seen, float("-inf"))
+        found.append((scores.softmax(-1) @ value[row]) * (sample >= 0)[:, None])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7, 30])
+@pytest.mark.parametrize("way", ["kernel", "blocks", "loop"])
+def test_samples_see_what_a_mask_lets_them_see(window, way, monkeypatch):
+    """Of samples that are shorter than the window, a multiple of it long, or neither; with keys that several heads read."""
+    if way == "blocks":  # of 16 queries of the longer sample, and of the other 4
+        monkeypatch.setattr(cpu_attention, "SCORES", 16 * 20 * 6)
+    if way == "loop":
+        monkeypatch.setattr(attention, "computes", lambda *unused: False)
+    given = states(torch.float64)
+    found = attend(*given, SPANS, dropout=0.0, scale=0.7, window=window)
+    wanted = reference(*given, window)
+    assert torch.allclose(found, wanted)
+    outward = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(found, given, outward), torch.autograd.grad(wanted, given, outward)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def test_gradients_in_bf16_are_as_near_to_exact_ones_as_those_of_torch():
+    exact, given = states(torch.float64), states(torch.bfloat16)
+    outward = torch.randn(2, 6, 24, 8, dtype=torch.float64)
+    wanted = torch.autograd.grad(reference(*exact, None), exact, outward)
+    ours = torch.autograd.grad(
+        attend(*given, SPANS, dropout=0.0, scale=0.7, window=None), given, outward.to(torch.bfloat16)
+    )
+    theirs = torch.autograd.grad(reference(*given, None), given, outward.to(torch.bfloat16))
+    for own, of_torch, right in zip(ours, theirs, wanted, strict=True):
+        assert (own.double() - right).norm() < 1.1 * (of_torch.double() - right).norm()
+
+
+def test_samples_begin_where_positions_do_and_end_where_padding_begins():
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    assert spans_of({"input_ids": ids, "position_ids": positions}) == (((0, 3), (3, 5), (5, 6)), ((0, 6),))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    assert spans_of({"input_ids": ids, "attention_mask": mask}) == (((0, 4),), ((0, 6),))
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").train()
+
+
+def batches() -> dict[str, dict[str, torch.Tensor]]:
+    """A packed one and a padded one of the same rows."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 90, (2, 24))
+    labels = torch.where(torch.rand(2, 24) < 0.3, -100, ids)
+    packed = torch.stack([torch.arange(24) % 9, torch.arange(24) % 17])
+    mask = (torch.arange(24) < torch.tensor([[24], [11]])).long()
+    return {
+        "packed": {"input_ids": ids, "labels": labels.masked_fill(packed == 0, -100), "position_ids": packed},
+        "padded": {"input_ids": ids, "labels": labels.masked_fill(mask == 0, -100), "attention_mask": mask},
+    }
+
+
+@pytest.mark.parametrize("name", ["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, checkpointing):
+    batch = batches()[name]
+    save_decoder(tmp_path)
+    found = []
+    for apart in (False, True):
+        model = load(tmp_path)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        head = build_head(ChatConfig(), model, SamplesApart(model) if apart else None)
+        loss = head(model, batch).loss_sum
+        loss.backward()
+        found.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
+    (wanted, of_masks), (loss, gradients) = found
+    torch.testing.assert_close(loss, wanted)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, of_masks[key], atol=2e-5, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        ([], True),
+        (["data.packing=false"], True),
+        (["method=lora"], True),
+        (["model.attention=sdpa"], False),
+        (["model.attention=eager"], False),
+        (["method=prefix"], False),
+    ],
+)
+def test_runs_whose_samples_attend_one_by_one(tmp_path, overrides, chosen):
+    config = compose(["model=smollm2", "data=chitchat", *overrides]).config
+    model = load(save_decoder(tmp_path))
+    if torch.cuda.is_available():
+        chosen = False
+    found = SamplesApart.of(config, model)
+    assert (found is not None) == chosen
+    assert model.config._attn_implementation == (attention.NAME if chosen else "sdpa")
+
+
+def test_models_with_an_attention_of_their_own_keep_it(tmp_path):
+    config = compose(["model=smollm2", "data=chitchat"]).config
+    model = load(save_decoder(tmp_path))
+    model.config.attn_logit_softcapping = 50.0
+    assert SamplesApart.of(config, model) is None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_attention_that_crosses_samples_ends_the_run(tmp_path, broken, monkeypatch):
+    model = load(save_decoder(tmp_path))
+    rows = SamplesApart(model)
+    head = build_head(ChatConfig(), model, rows)
+    engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
+    engine.evaluate = lambda head, batch: head(model, batch)
+    world = SimpleNamespace(data_parallel_size=1, sum=list, any=bool)
+    if broken:
+        monkeypatch.setattr(attention, "spans_of", lambda inputs: (((0, inputs["input_ids"].shape[1]),),) * 2)
+    with torch.no_grad():
+        if not broken:
+            check_rows(engine, head, rows, model.config, 64, world)
+            return
+        with pytest.raises(UserError, match=r"(?s)model.attention=auto: samples attend.*model.attention=sdpa"):
+            check_rows(engine, head, rows, model.config, 64, world)
