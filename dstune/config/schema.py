@@ -94,7 +94,8 @@ class ModelConfig:
     weights: InitialWeights = InitialWeights.pretrained
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
     attention: Attention = Attention.auto
-    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa."""
+    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa, and on a CPU lets the samples
+    of a language model's rows attend one by one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
