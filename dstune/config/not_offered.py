@@ -30,6 +30,18 @@ FEATURES: dict[str, tuple[str, str]] = {
         "zero=stage3, which partitions the weights too",
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
+    "flex": (
+        f"flex attention: torch has no backward pass of it on a CPU, and {UNMEASURED}",
+        "model.attention=auto",
+    ),
+    "liger": (
+        f"Liger's kernels run on GPUs alone: {UNMEASURED}",
+        "leave it out: norms keep their input alone, and logits are made in chunks",
+    ),
+    "offloaded": (
+        f"activations moved to the host's memory: {UNMEASURED}, and those of a CPU are there already",
+        "trainer.activation_checkpointing=true or selective",
+    ),
     "compile": (
         (
             "torch.compile: compiled blocks hand their gradients over in another order on each rank, and ZeRO-2 sums them"
@@ -51,6 +63,15 @@ WORDS: dict[tuple[str, str], str] = {
     ("parallel", "autotp"): "autotp",
     ("parallel", "tensor"): "autotp",
     ("parallel", "expert"): "expert",
+    ("model.attention", "flex_attention"): "flex",
+    ("model.attention", "flex"): "flex",
+    ("model.liger", "true"): "liger",
+    ("trainer.liger", "true"): "liger",
+    ("trainer.use_liger_kernel", "true"): "liger",
+    ("trainer.activation_checkpointing", "offload"): "offloaded",
+    ("trainer.activation_checkpointing", "offloaded"): "offloaded",
+    ("trainer.activation_checkpointing", "cpu"): "offloaded",
+    ("trainer.activation_offloading", "true"): "offloaded",
     ("trainer.torch_compile", "true"): "compile",
     ("trainer.compile", "true"): "compile",
     ("model.compile", "true"): "compile",
