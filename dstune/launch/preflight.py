@@ -27,7 +27,8 @@ from dstune.config.architectures import (
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
-from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
+from dstune.config.parallel_rules import slices_problems
+from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, TensorConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig, TaskConfig
 from dstune.data import inputs, sources
@@ -271,6 +272,8 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
             problems.append(packed_encoder_decoder_problem(kind))
         refused = encoder_decoder_method_problem(run.method.name, kind)
         problems += [] if refused is None else [refused]
+    if run is not None and isinstance(run.parallel, TensorConfig):
+        problems += slices_problems(architecture | config.config_overrides, run.parallel.size)
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
         fix = "model.trust_remote_code=true, if you have read the code and trust its author"

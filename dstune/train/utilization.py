@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.config.method_schema import FeaturesConfig, PromptConfig, PTuningConfig
-from dstune.config.schema import Precision, RunConfig
+from dstune.config.schema import NoParallelConfig, Precision, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     ChatConfig,
@@ -158,7 +158,7 @@ def _needs(
         return None
     values = model.config.get_text_config().to_dict()
     found = setup(
-        config,
+        replace(config, parallel=NoParallelConfig()),  # the operations of whole rows and weights, which ranks share evenly
         architecture(values, head_of(config), labels or labels_of(config)),
         ranks=world.size,
         ranks_per_node=world.local_size,
