@@ -220,17 +220,16 @@ class _Pieces(_Layout):
     """The safetensors of a save of weights alone (`Engine.save_weights`), or of states on a disk: at any stage, pieces of
     flattened parameters and of what the optimizer keeps of them (`dstune.zero.restore.pieces`)."""
 
-    def __init__(self, opened: list[Any]):
-        """opened: the files of one slice."""
-        self._opened = opened
-        metadata = self._opened[0].metadata()
+    def __init__(self, files: list[Any]):
+        """files: of one slice, opened."""
+        metadata = files[0].metadata()
         self.cuts: dict[str, int] = json.loads(metadata.get("cuts", "{}"))
         self.shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
         self.global_steps = int(metadata["global_steps"])
         self.buffers: dict[str, Tensor] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, Any]]] = {}
         self._counters: dict[str, dict[str, Tensor]] = {}
-        for opened in self._opened:
+        for opened in files:
             for key in opened.keys():  # noqa: SIM118  (it is no mapping)
                 if key.startswith(BUFFER):
                     self.buffers[key.removeprefix(BUFFER)] = opened.get_tensor(key)

@@ -21,7 +21,15 @@ from dstune.config.method_schema import (
     QloraConfig,
     UlmfitConfig,
 )
-from dstune.config.schema import Attention, Automatic, OptimizerOffload, Precision, RunConfig, TensorConfig, UlyssesConfig
+from dstune.config.schema import (
+    Attention,
+    Automatic,
+    OptimizerOffload,
+    Precision,
+    RunConfig,
+    TensorConfig,
+    UlyssesConfig,
+)
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
 
@@ -79,7 +87,7 @@ def _check_ulysses(config: RunConfig) -> Iterator[Problem]:
 
 def _check_tensor(config: RunConfig) -> Iterator[Problem]:
     if not isinstance(config.task, ChatConfig | CausalLmConfig):
-        reason = f"the weights of decoders are shared, under task=chat and causal_lm; task={config.task.name} is not held against a reference"
+        reason = f"shared weights are held against a reference under chat and causal_lm, not task={config.task.name}"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm", "tensor")
     method = config.method
     if not isinstance(method, FullConfig | LoraConfig) or isinstance(method, QloraConfig):
@@ -88,8 +96,10 @@ def _check_tensor(config: RunConfig) -> Iterator[Problem]:
     elif isinstance(method, LoraConfig):
         yield from _check_sliced_lora(method)
     if config.zero.stage == 3:
-        reason = "ZeRO-3 partitions every weight already, and gathers whole ones for each layer: slices are for ZeRO 0 to 2"
-        yield Problem("zero", reason, f"zero=stage2, or {OFF}", "stage3")
+        reason = (
+            "ZeRO-3 partitions every weight already, and gathers whole ones for each layer: slices are for ZeRO 0 to 2"
+        )
+        yield Problem("zero.stage", reason, f"zero=stage2, or {OFF}", "3")
     if config.zero.offload_optimizer is not OptimizerOffload.none:
         value = config.zero.offload_optimizer.value
         reason = "an optimizer in host memory is not held against a reference with slices"
@@ -104,12 +114,10 @@ def _check_tensor(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_sliced_lora(method: LoraConfig) -> Iterator[Problem]:
-    start = "method.init=default"
     for key, value, is_plain, fix in (
         ("dora", method.dora, not method.dora, "method.dora=false"),
-        ("init", method.init.value, method.init in (LoraInit.default, LoraInit.gaussian), start),
+        ("init", method.init.value, method.init in (LoraInit.default, LoraInit.gaussian), "method.init=default"),
         ("frozen_adapters", method.frozen_adapters, not method.frozen_adapters, "method.frozen_adapters=[]"),
-        ("dropout", method.dropout, not method.dropout, "method.dropout=0"),
     ):
         if not is_plain:
             reason = "it is not held against a reference with slices of the weights"

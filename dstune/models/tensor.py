@@ -98,7 +98,9 @@ def _without_bias(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     return functional.linear(hidden, linear.weight)
 
 
-def _enter(slices: Slices, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _enter(
+    slices: Slices, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Of what a block is called with, the hidden states are those whose gradient the ranks sum."""
     if "hidden_states" in named:
         return given, named | {"hidden_states": _Enter.apply(named["hidden_states"], slices)}

@@ -115,9 +115,9 @@ def exchanges(s: Setup) -> int:
 
 
 def sums(s: Setup) -> int:
-    """Bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053, section 3):
-    in a layer two tensors of the hidden size in each pass, and the attention's once more where activations are computed again (of
-    the feed-forward part nothing behind its last product is needed then)."""
+    """Bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053,
+    section 3): in a layer two tensors of the hidden size in each pass, and the attention's once more where activations are
+    computed again (behind the last product of the feed-forward part nothing is)."""
     hidden = s.tokens * s.model.hidden * s.weight_bytes
     around = 2 * (s.slices - 1) / s.slices
     return int(s.micro_batches * s.model.layers * (5 if s.checkpointing else 4) * around * hidden)

@@ -158,7 +158,9 @@ def _needs(
         return None
     values = model.config.get_text_config().to_dict()
     found = setup(
-        replace(config, parallel=NoParallelConfig()),  # the operations of whole rows and weights, which ranks share evenly
+        replace(
+            config, parallel=NoParallelConfig()
+        ),  # the operations of whole rows and weights, which ranks share evenly
         architecture(values, head_of(config), labels or labels_of(config)),
         ranks=world.size,
         ranks_per_node=world.local_size,

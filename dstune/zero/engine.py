@@ -229,8 +229,18 @@ class Engine:
 
     @property
     def trained_count(self) -> int:
-        """Elements of the parameters that the optimizer has, those that wait to be unfrozen included."""
+        """Elements of the parameters that the optimizer has, those that wait to be unfrozen included; of shared ones those of
+        this rank's slices."""
         return sum(full_count(parameter) for parameter in self._trained)
+
+    def whole_count(self, parameter: nn.Parameter) -> int:
+        """The parameter's number of elements before stage 3 partitioned it, or ranks shared it."""
+        return full_count(parameter) * (1 if self.slices is None else self.slices.parts_of(parameter))
+
+    @property
+    def whole_trained_count(self) -> int:
+        """As `trained_count`, of whole parameters."""
+        return sum(map(self.whole_count, self._trained))
 
     @property
     def states_to_come(self) -> int:

@@ -61,6 +61,10 @@ class Slices:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.cuts[name] = dim
 
+    def parts_of(self, parameter: nn.Parameter) -> int:
+        """Ranks that share this parameter: 1 for one that is whole on every rank."""
+        return self.parts if hasattr(parameter, "tensor_model_parallel") else 1
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks that share weights, the same bits on each of them; `tensor` stays as it is."""
         total = tensor.clone(memory_format=torch.contiguous_format)
@@ -69,7 +73,7 @@ class Slices:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The norm of the gradients of whole weights, from those of their slices; whole ones are counted on the first rank."""
-        counted = [p for p in parameters if self.part == 0 or hasattr(p, "tensor_model_parallel")]
+        counted = [parameter for parameter in parameters if self.part == 0 or self.parts_of(parameter) > 1]
         gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
         return self.sum(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
 

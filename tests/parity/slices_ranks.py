@@ -1,7 +1,8 @@
 """Program of the tests of shared weights, on every rank: tiny models whole and in slices, their losses and gradients.
 
 Prints a line of JSON: by the name of a case the largest difference of a gradient, relative to the largest gradient of its
-parameter, and those of the loss and of the norm over all gradients.
+parameter; those of the loss and of the norm over all gradients; whether gradients of what is whole are the same on all ranks;
+how many parameters are cut; and how many bytes of activations the ranks have summed.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ def built(kind: str, changes: dict, how: str):
     """The model, and what is trained: adapters with weights that are not their first ones."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(SIZES | changes))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if kind == "gemma2" else "sdpa").double()
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if kind == "gemma2" else "sdpa"
+    ).double()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # biases are zero, norms one or zero
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     if how == "tiles":
@@ -92,14 +95,24 @@ def main() -> None:
     assert env is not None
     world = start_process_group(env)
     (size,) = json.loads(sys.argv[1])
-    found = {}
+    found: dict[str, list] = {}
+    summed: list[torch.Tensor] = []
+    one_sum = Slices.sum
+
+    def counted(slices, tensor):
+        summed.append(tensor)
+        return one_sum(slices, tensor)
+
+    Slices.sum = counted
     for name, (kind, changes, how) in CASES.items():
         _, whole = built(kind, changes, how)
         loss, norm, wanted = gradients(whole)
         model, module = built(kind, changes, how)
         slices = Slices(world, size)
         slice_model(module, model, slices)
+        summed.clear()
         own_loss, own_norm, own = gradients(module, slices)
+        activations = sum(8 * tensor.numel() for tensor in summed if tensor.dim() == 3)
         assert own.keys() == wanted.keys()
         worst = 0.0
         for key, gradient in own.items():
@@ -113,7 +126,7 @@ def main() -> None:
             torch.distributed.broadcast(gradient, slices.ranks[0], group=slices.group)
         equal = all(torch.equal(one, other) for one, other in zip(alike, first, strict=True))
         cut = sum(key in slices.cuts for key in dict(module.named_parameters()))
-        found[name] = [worst, abs(own_loss - loss) / loss, abs(own_norm - norm) / norm, equal, cut]
+        found[name] = [worst, abs(own_loss - loss) / loss, abs(own_norm - norm) / norm, equal, cut, activations]
     print(json.dumps(found))
 
 

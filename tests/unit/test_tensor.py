@@ -44,9 +44,9 @@ LLAMA = {
         (["method=freeze"], "parallel"),
         (["method=qlora"], "parallel"),
         (["method=lora", "method.dora=true"], "method.dora"),
-        (["method=lora", "method.dropout=0.1"], "method.dropout"),
+        (["method=lora", "method.frozen_adapters=[x]"], "method.frozen_adapters"),
         (["method=lora", "method.init=pissa"], "method.init"),
-        (["zero=stage3"], "zero"),
+        (["zero=stage3"], "zero.stage"),
         (["zero.offload_optimizer=cpu"], "zero.offload_optimizer"),
         (["trainer.precision=fp16"], "trainer.precision"),
         (["trainer.micro_batch_size=auto"], "trainer.micro_batch_size"),
@@ -89,7 +89,9 @@ def test_a_model_that_cannot_be_shared_is_refused_before_ranks_start(tmp_path):
     folder = save_decoder(tmp_path / "decoder")
     config = compose([f"model.path={folder}", "data=chitchat", "parallel=tensor", "zero=stage2"]).config
     check_folder(folder, config.model, config)
-    config = compose([f"model.path={folder}", "data=chitchat", "parallel=tensor", "parallel.size=4", "zero=stage2"]).config
+    config = compose(
+        [f"model.path={folder}", "data=chitchat", "parallel=tensor", "parallel.size=4", "zero=stage2"]
+    ).config
     with pytest.raises(UserError, match="2 heads of keys cannot be shared by 4 ranks"):
         check_folder(folder, config.model, config)
 
@@ -121,7 +123,9 @@ def test_a_whole_parameter_is_read_as_a_slice():
         own = SlicedSource(source, held(part, 2, cuts))
         assert torch.equal(own.read("rows").view(own.shapes["rows"]), whole["rows"][2 * part :][:2])
         assert torch.equal(own.read("columns").view(own.shapes["columns"]), whole["columns"][:, 3 * part :][:, :3])
-        assert torch.equal(own.read("columns", "exp_avg", 4, 3), whole["columns"][:, 3 * part :][:, :3].reshape(-1)[4:7])
+        assert torch.equal(
+            own.read("columns", "exp_avg", 4, 3), whole["columns"][:, 3 * part :][:, :3].reshape(-1)[4:7]
+        )
         assert torch.equal(own.read("norm", "weight", 1, 2), whole["norm"][1:3])
 
 
@@ -132,8 +136,8 @@ def test_the_plan_knows_the_tensors_of_a_slice():
     from dstune.models.tensor import slice_model
 
     for kind in SLICED:
-        values = LLAMA | {"model_type": kind, "head_dim": 8, "pad_token_id": 0}
-        named = {key: value for key, value in values.items() if key != "model_type"}
+        named = {key: value for key, value in LLAMA.items() if key != "model_type"}
+        named |= {"attention_bias": kind in ("llama", "qwen3"), "head_dim": 8, "pad_token_id": 0}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **named))
         slice_model(model, model, held(1, 2, {}))
