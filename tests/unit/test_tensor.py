@@ -15,7 +15,7 @@ from dstune.config.parallel_rules import SLICED, slices_problems
 from dstune.config.schema import Precision
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
-from dstune.launch.preflight import check_folder
+from dstune.launch.preflight import check_folder, resolve_model
 from dstune.planning import time
 from dstune.planning.architecture import architecture, sliced
 from dstune.planning.memory import memory
@@ -94,6 +94,9 @@ def test_a_model_that_cannot_be_shared_is_refused_before_ranks_start(tmp_path):
     ).config
     with pytest.raises(UserError, match="2 heads of keys cannot be shared by 4 ranks"):
         check_folder(folder, config.model, config)
+    config = compose(SOURCES).config
+    with pytest.raises(UserError, match=r"(?s)9 attention heads, 3 heads of keys cannot be shared by 2 ranks.*size=3"):
+        resolve_model(config.model, lambda text: None, config)
 
 
 def test_ranks_of_a_group_have_the_same_micro_batches_and_are_one_to_deepspeed():
