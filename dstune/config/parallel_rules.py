@@ -30,6 +30,7 @@ from dstune.config.schema import (
     TensorConfig,
     UlyssesConfig,
 )
+from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
 
@@ -46,6 +47,7 @@ UNCUT = {
 
 
 OFF = "parallel=none"
+"""What to write in place of any other choice."""
 
 
 def check_parallel(config: RunConfig) -> Iterator[Problem]:
@@ -64,20 +66,19 @@ def check_parallel(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_ulysses(config: RunConfig) -> Iterator[Problem]:
-    off = OFF
     if not isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig):
         reason = f"only language models are computed on parts of a row, and task={config.task.name} compares whole ones"
-        yield Problem("parallel", reason, f"{off}, or task=chat|causal_lm|seq2seq", "ulysses")
+        yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm|seq2seq", "ulysses")
     for why in (why for method, why in UNCUT.items() if isinstance(config.method, method)):
         reason = f"method={config.method.name} cannot be cut: {why}"
-        yield Problem("parallel", reason, f"{off}, or method=full|freeze|lora", "ulysses")
+        yield Problem("parallel", reason, f"{OFF}, or method=full|freeze|lora", "ulysses")
     if config.model.attention not in (Attention.auto, Attention.sdpa):
         value = config.model.attention.value
         reason = "parallel=ulysses computes attention by torch's scaled_dot_product_attention, flash kernels included"
         yield Problem("model.attention", reason, "model.attention=auto", value)
     if config.forgetting.ewc:
         reason = "the Fisher information is measured on whole rows"
-        yield Problem("forgetting.ewc", reason, f"forgetting.ewc=0, or {off}", shown(config.forgetting.ewc))
+        yield Problem("forgetting.ewc", reason, f"forgetting.ewc=0, or {OFF}", shown(config.forgetting.ewc))
     for key in ("slices", "counterfactual"):
         if value := getattr(config.evaluate, key):
             reason = "no rank has the whole loss of a row under parallel=ulysses"
@@ -86,8 +87,9 @@ def _check_ulysses(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_tensor(config: RunConfig) -> Iterator[Problem]:
-    if not isinstance(config.task, ChatConfig | CausalLmConfig):
-        reason = f"shared weights are held against a reference under chat and causal_lm, not task={config.task.name}"
+    tasks = (config.task, *tasks_of(config).values())
+    if others := sorted({task.name for task in tasks if not isinstance(task, ChatConfig | CausalLmConfig)}):
+        reason = f"shared weights are held against a reference under chat and causal_lm, not task={', '.join(others)}"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm", "tensor")
     method = config.method
     if not isinstance(method, FullConfig | LoraConfig) or isinstance(method, QloraConfig):

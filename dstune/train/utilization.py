@@ -157,10 +157,9 @@ def _needs(
     if isinstance(method, FeaturesConfig) or isinstance(task, PreferenceConfig) or model.config.is_encoder_decoder:
         return None
     values = model.config.get_text_config().to_dict()
+    whole = replace(config, parallel=NoParallelConfig())  # whose operations are shared evenly
     found = setup(
-        replace(
-            config, parallel=NoParallelConfig()
-        ),  # the operations of whole rows and weights, which ranks share evenly
+        whole,
         architecture(values, head_of(config), labels or labels_of(config)),
         ranks=world.size,
         ranks_per_node=world.local_size,

@@ -41,6 +41,7 @@ LLAMA = {
     [
         (["data=sentiment", "model=minilm", "task=classification"], "parallel"),
         (["task=seq2seq"], "parallel"),
+        (["data=files", "data.mixture.a.path=x", "data.mixture.a.task=seq2seq"], "parallel"),
         (["method=freeze"], "parallel"),
         (["method=qlora"], "parallel"),
         (["method=lora", "method.dora=true"], "method.dora"),
