@@ -35,12 +35,17 @@ class World:
         self.data_parallel_rank, self.data_parallel_size = env.rank, env.world_size
         """Which of how many groups reads rows of its own; a group is one rank unless ranks share their rows."""
         self.place_in_group = 0
+        self.counts = True
+        """Whether what this rank sums over rows counts. Of ranks that compute the same rows, the first one's does."""
         self._control: Any = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
-    def read_in_groups(self, ranks: int) -> None:
-        """Let so many neighbouring ranks share the rows that they read."""
+    def read_in_groups(self, ranks: int, *, alike: bool = False) -> None:
+        """Let so many neighbouring ranks share the rows that they read.
+
+        alike: each of them comes to the same numbers for every row, and draws the same random ones."""
         self.data_parallel_rank, self.data_parallel_size = self.rank // ranks, self.size // ranks
-        self.place_in_group = self.rank % ranks
+        place = self.rank % ranks
+        self.place_in_group, self.counts = (0, place == 0) if alike else (place, True)
 
     @property
     def is_main(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
 from dstune.config.method_schema import LoraConfig
-from dstune.config.schema import UNTIMED_STEPS, RunConfig, UlyssesConfig
+from dstune.config.schema import UNTIMED_STEPS, NoParallelConfig, RunConfig, TensorConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     PreferenceConfig,
@@ -56,12 +56,12 @@ def describe(
     hosts = run.world.gather(environment.host())
     if not run.world.is_main or run.log is None:
         return
-    total = sum(full_count(parameter) for parameter in module.parameters())
+    total = sum(map(run.engine.whole_count, module.parameters()))
     if features is not None:
         total += features.body_parameters
         took = f"computed in {features.seconds:.1f} s" if features.seconds else "found in the cache"
         run.log.message(f"features of all rows: {took}; the body is not run again")
-    trained = run.engine.trained_count
+    trained = run.engine.whole_trained_count
     if selection is not None and selection.masks:
         in_masks = sum(
             full_count(parameter) for name, parameter in module.named_parameters() if name in selection.masks
@@ -156,9 +156,11 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
     if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
-    if isinstance(config.parallel, UlyssesConfig) and run.world.local_size % config.parallel.size:
+    if not isinstance(config.parallel, NoParallelConfig) and run.world.local_size % config.parallel.size:
+        slices = isinstance(config.parallel, TensorConfig)
+        what = "weights, and sum activations" if slices else "rows, and exchange attention"
         reason = f"parallel.size={config.parallel.size} does not divide the {run.world.local_size} ranks of a node"
-        yield f"{reason}: ranks of two nodes share rows, and exchange attention over the network in every layer"
+        yield f"{reason}: ranks of two nodes share {what} over the network in every layer"
     yield from changed_schedule(config, run)
 
 

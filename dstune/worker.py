@@ -38,6 +38,7 @@ from dstune.models.load import load_model, load_tokenizer, new_weights, trained_
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
+from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
 from dstune.paths import cache_root
@@ -75,6 +76,7 @@ from dstune.zero import swap
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine, partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
+from dstune.zero.slices import Slices
 from dstune.zero.start import start_process_group
 
 activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__ in a rank
@@ -107,6 +109,7 @@ def train_stage(
         show_activities(console)
     precision = world.broadcast(resolve(config))
     cut = SequenceCut.of(config.parallel, world)
+    slices = Slices.of(config.parallel, world)
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     if config.trainer.deterministic:
         os.environ.setdefault(
@@ -137,6 +140,8 @@ def train_stage(
         cut.install(model)
     rows = cut or SamplesApart.of(config, model)
     module = apply_method(config, model)
+    if slices is not None:
+        slice_model(module, model, slices)
     use_lean_norms(module)
     use_joint_sums(module)
     beginning.mark("model")
@@ -144,7 +149,7 @@ def train_stage(
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
     optimizer = build_optimizer(config.optimizer, method_groups(config, module))
-    engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config))
+    engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config), slices=slices)
     keep_freed()
     beginning.mark("engine")
     examine(head, engine)
@@ -161,6 +166,7 @@ def train_stage(
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,
+        "weight_parts": 1 if slices is None else slices.parts,
         "precision": precision.value,
         "labels": list(data.labels),
         **digests,

@@ -24,6 +24,9 @@ UNCHANGED = {
 }
 """What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
 
+LAYOUT = ("world_size", "zero_stage", "weight_parts")
+"""What DeepSpeed's own shards depend on."""
+
 SAVES_OF_FREE_SPACE = 2
 """A save is written beside the checkpoint that it will replace."""
 
@@ -63,7 +66,9 @@ class Checkpoints:
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # of another run too, which may be going on and prune
-            same = (saved["world_size"], saved["zero_stage"]) == (self._world.size, self._engine.stage)
+            now = {"weight_parts": 1} | self._facts
+            before = {"weight_parts": 1} | saved
+            same = all(before[fact] == now[fact] for fact in LAYOUT)
             if same and not self._engine.swaps and not in_pieces(checkpoint):
                 self._engine.load(checkpoint.parent, checkpoint.name)
             else:

@@ -9,6 +9,9 @@ What the shards hold, as of DeepSpeed 0.19 (its own `zero_to_fp32` joins all of 
   in its vectors.
 
 Names and shapes, in that order, are in the model states. Frozen parameters are not saved at all.
+
+Where ranks share weights (`dstune.zero.slices`), there are such files for each slice (`mp_rank_00`, `mp_rank_01`, ...), and the
+model states tell which parameters are cut, and along which dimension.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dstune.checkpoint import store
 from dstune.zero.engine import BUFFER, PARAMETER_GROUPS, weights_file
 from dstune.zero.restore import WEIGHT
 from dstune.zero.safe_load import load
+from dstune.zero.slices import CUTS
 
 
 class Shards:
@@ -46,23 +50,27 @@ class Shards:
         self._held = store.hold(checkpoint) if store.is_committed(checkpoint) else None
         self._layout: _Layout
         if files := sorted(checkpoint.glob(weights_file("*"))):
-            pieces = _Pieces(files)
-            self._layout, self.buffers = pieces, pieces.buffers
-            self.loss_scaler, self.global_steps = None, pieces.global_steps
+            slices = _pieces_by_slice(files)
+            self.buffers = {key: value for pieces in slices for key, value in pieces.buffers.items()}
+            self.loss_scaler, self.global_steps = None, slices[0].global_steps
+            self._layout = _joined(slices, slices[0].cuts)
             return
-        models = [_load(path) for path in _by_rank(checkpoint, "*_model_states.pt")]
-        optims = [_load(path)["optimizer_state_dict"] for path in _by_rank(checkpoint, "*_optim_states.pt")]
-        first = models[0]
-        self.loss_scaler = optims[0].get("loss_scaler") if optims else None
+        model_files = _by_rank(checkpoint, "*_model_states.pt")
+        optim_files = _by_rank(checkpoint, "*_optim_states.pt")
+        first = _load(model_files[0][0])
+        all_optims = [[_load(path)["optimizer_state_dict"] for path in of_slice] for of_slice in optim_files]
+        self.loss_scaler = all_optims[0][0].get("loss_scaler") if all_optims else None
         self.global_steps = first["global_steps"]
         names = set(first["buffer_names"])
         self.buffers = {key: value for key, value in first["module"].items() if key in names}
-        if not optims:
-            self._layout = _Whole(first)
-        elif "fp32_flat_groups" in optims[0]:
-            self._layout = _Parameters(first["param_shapes"], optims)
+        layouts: list[_Layout]
+        if not all_optims:
+            layouts = [_Whole(_load(path)) for path, *_ in model_files]
+        elif "fp32_flat_groups" in all_optims[0][0]:
+            layouts = [_Parameters(first["param_shapes"], optims) for optims in all_optims]
         else:
-            self._layout = _Groups(first["param_shapes"], optims)
+            layouts = [_Groups(first["param_shapes"], optims) for optims in all_optims]
+        self._layout = _joined(layouts, first.get(CUTS, {}))
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -212,15 +220,16 @@ class _Pieces(_Layout):
     """The safetensors of a save of weights alone (`Engine.save_weights`), or of states on a disk: at any stage, pieces of
     flattened parameters and of what the optimizer keeps of them (`dstune.zero.restore.pieces`)."""
 
-    def __init__(self, files: list[Path]):
-        self._opened = [safe_open(file, framework="pt") for file in files]
-        metadata = self._opened[0].metadata()
+    def __init__(self, files: list[Any]):
+        """files: of one slice, opened."""
+        metadata = files[0].metadata()
+        self.cuts: dict[str, int] = json.loads(metadata.get("cuts", "{}"))
         self.shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
         self.global_steps = int(metadata["global_steps"])
         self.buffers: dict[str, Tensor] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, Any]]] = {}
         self._counters: dict[str, dict[str, Tensor]] = {}
-        for opened in self._opened:
+        for opened in files:
             for key in opened.keys():  # noqa: SIM118  (it is no mapping)
                 if key.startswith(BUFFER):
                     self.buffers[key.removeprefix(BUFFER)] = opened.get_tensor(key)
@@ -250,6 +259,40 @@ class _Pieces(_Layout):
         return {kind: torch.empty(size, device="meta") for kind in kinds} | self._counters.get(name, {})
 
 
+class _Slices(_Layout):
+    """Whole parameters out of slices, which have shapes alike. A read puts a parameter together as a whole."""
+
+    def __init__(self, slices: Sequence[_Layout], cuts: Mapping[str, int]):
+        self._slices, self._cuts = slices, cuts
+        self.shapes = {}
+        for name, shape in slices[0].shapes.items():
+            whole = list(shape)
+            if name in cuts:
+                whole[cuts[name]] *= len(slices)
+            self.shapes[name] = torch.Size(whole)
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        if name not in self._cuts:
+            return self._slices[0].read(name, kind, start, count)
+        shape = self._slices[0].shapes[name]
+        parts = [part.read(name, kind, 0, math.prod(shape)).view(shape) for part in self._slices]
+        return torch.cat(parts, dim=self._cuts[name]).view(-1)[start : start + count]
+
+    def state(self, name: str) -> dict[str, Any]:
+        return self._slices[0].state(name)
+
+
+def _joined(slices: Sequence[_Layout], cuts: Mapping[str, int]) -> _Layout:
+    return slices[0] if len(slices) == 1 else _Slices(slices, cuts)
+
+
+def _pieces_by_slice(files: list[Path]) -> list[_Pieces]:
+    by_slice: dict[int, list[Any]] = {}
+    for opened in (safe_open(file, framework="pt") for file in files):
+        by_slice.setdefault(int(opened.metadata().get("slice", 0)), []).append(opened)
+    return [_Pieces(by_slice[number]) for number in sorted(by_slice)]
+
+
 def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
     """Elements [start, start + count) of the one-dimensional `pieces` laid end to end, as a new tensor [count]."""
     parts = []
@@ -263,14 +306,18 @@ def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
     return found
 
 
-def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:
-    """The files in the order of the rank in their name: rank 10 comes after rank 9."""
+def _by_rank(checkpoint: Path, pattern: str) -> list[list[Path]]:
+    """The files of each slice, in the order of the rank in their name: rank 10 comes after rank 9."""
 
-    def rank(path: Path) -> int:
-        found = re.search(r"zero_pp_rank_(\d+)_", path.name)
-        return int(found[1]) if found else 0
+    def numbers(path: Path) -> tuple[int, int]:
+        found = (re.search(form, path.name) for form in (r"mp_rank_(\d+)_", r"zero_pp_rank_(\d+)_"))
+        of_slice, rank = (int(each[1]) if each else 0 for each in found)
+        return of_slice, rank
 
-    return sorted(checkpoint.glob(pattern), key=rank)
+    by_slice: dict[int, list[Path]] = {}
+    for path in sorted(checkpoint.glob(pattern), key=numbers):
+        by_slice.setdefault(numbers(path)[0], []).append(path)
+    return list(by_slice.values())
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -96,8 +96,8 @@ WITHOUT_EFFECT = {
 
 ELSEWHERE = "dstune does this by itself"
 NOT_YET = "this version does not support it"
-ZEROPP, ZENFLOW, SUPEROFFLOAD, NVME, AUTOTP, EXPERT, COMPILE = (
-    FEATURES[name][0] for name in ("zeropp", "zenflow", "superoffload", "nvme", "autotp", "expert", "compile")
+ZEROPP, ZENFLOW, SUPEROFFLOAD, NVME, EXPERT, COMPILE = (
+    FEATURES[name][0] for name in ("zeropp", "zenflow", "superoffload", "nvme", "expert", "compile")
 )
 FIXED: dict[str, tuple[Any, str]] = {
     "wall_clock_breakdown": (False, f"{ELSEWHERE}: step_seconds in metrics.jsonl"),
@@ -185,7 +185,7 @@ REFUSED = {
     "quantize_training": NOT_YET,
     "sequence_parallel_size": "set parallel=ulysses parallel.size=N instead",
     "sparse_attention": NOT_YET,
-    "tensor_parallel": AUTOTP,
+    "tensor_parallel": "set parallel=tensor parallel.size=N instead",
     "tensorboard": MONITOR,
     "timers": MONITOR,
     "torch_autocast": "precision is trainer.precision",

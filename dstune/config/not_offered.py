@@ -26,8 +26,8 @@ FEATURES: dict[str, tuple[str, str]] = {
         "zero=stage3_nvme, which has optimizer states on a disk and weights in the host's memory",
     ),
     "autotp": (
-        f"tensor parallelism: {UNMEASURED}",
-        "zero=stage3, which partitions the weights too",
+        "tensor parallelism by DeepSpeed's own layers (AutoTP): dstune cuts those of the model, on DeepSpeed's groups of ranks",
+        "parallel=tensor parallel.size=2",
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
     "flex": (
@@ -61,7 +61,6 @@ WORDS: dict[tuple[str, str], str] = {
     ("zero", "superoffload"): "superoffload",
     ("zero.offload_param", "nvme"): "nvme",
     ("parallel", "autotp"): "autotp",
-    ("parallel", "tensor"): "autotp",
     ("parallel", "expert"): "expert",
     ("model.attention", "flex_attention"): "flex",
     ("model.attention", "flex"): "flex",

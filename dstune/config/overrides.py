@@ -148,7 +148,9 @@ def is_hydra_setting(override: Override) -> bool:
 
 def hydra_would_take(override: Override) -> bool:
     """Whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
-    return is_hydra_setting(override) or names_choice(override.key_or_group) or override.is_delete()
+    key = override.key_or_group
+    known = not_offered(key, override.value()) is not None  # Hydra takes any value of a key that has several types
+    return known or is_hydra_setting(override) or names_choice(key) or override.is_delete()
 
 
 @dataclass

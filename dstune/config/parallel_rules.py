@@ -1,22 +1,36 @@
-"""Rules of `parallel`: what cannot be computed by several ranks on parts of a row."""
+"""Rules of `parallel`: what cannot be computed by several ranks on parts of a row, or with parts of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from dstune.config.convert import shown
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_schema import (
     FeaturesConfig,
+    FullConfig,
     HeadConfig,
     ImportanceConfig,
+    LoraConfig,
+    LoraInit,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
+    QloraConfig,
     UlmfitConfig,
 )
-from dstune.config.schema import Attention, Automatic, RunConfig, UlyssesConfig
+from dstune.config.schema import (
+    Attention,
+    Automatic,
+    OptimizerOffload,
+    Precision,
+    RunConfig,
+    TensorConfig,
+    UlyssesConfig,
+)
+from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
 
@@ -32,34 +46,84 @@ UNCUT = {
 """Methods that need a row in one piece, and why."""
 
 
+OFF = "parallel=none"
+"""What to write in place of any other choice."""
+
+
 def check_parallel(config: RunConfig) -> Iterator[Problem]:
-    if not isinstance(config.parallel, UlyssesConfig):
+    if isinstance(config.parallel, UlyssesConfig):
+        yield from _check_ulysses(config)
+    elif isinstance(config.parallel, TensorConfig):
+        yield from _check_tensor(config)
+    else:
         return
-    off = "parallel=none"
-    if not isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig):
-        reason = f"only language models are computed on parts of a row, and task={config.task.name} compares whole ones"
-        yield Problem("parallel", reason, f"{off}, or task=chat|causal_lm|seq2seq", "ulysses")
-    for why in (why for method, why in UNCUT.items() if isinstance(config.method, method)):
-        reason = f"method={config.method.name} cannot be cut: {why}"
-        yield Problem("parallel", reason, f"{off}, or method=full|freeze|lora", "ulysses")
     if isinstance(config.trainer.micro_batch_size, Automatic):
         reason = "the measurement knows ranks with rows of their own only"
         yield Problem("trainer.micro_batch_size", reason, "trainer.micro_batch_size=1, or a number that fits", "auto")
+    ranks = config.launch.processes if isinstance(config.launch, LocalConfig) else None
+    if ranks is not None and (problem := ranks_problem(ranks, config.parallel.size)):
+        yield problem
+
+
+def _check_ulysses(config: RunConfig) -> Iterator[Problem]:
+    if not isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig):
+        reason = f"only language models are computed on parts of a row, and task={config.task.name} compares whole ones"
+        yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm|seq2seq", "ulysses")
+    for why in (why for method, why in UNCUT.items() if isinstance(config.method, method)):
+        reason = f"method={config.method.name} cannot be cut: {why}"
+        yield Problem("parallel", reason, f"{OFF}, or method=full|freeze|lora", "ulysses")
     if config.model.attention not in (Attention.auto, Attention.sdpa):
         value = config.model.attention.value
         reason = "parallel=ulysses computes attention by torch's scaled_dot_product_attention, flash kernels included"
         yield Problem("model.attention", reason, "model.attention=auto", value)
     if config.forgetting.ewc:
         reason = "the Fisher information is measured on whole rows"
-        yield Problem("forgetting.ewc", reason, f"forgetting.ewc=0, or {off}", shown(config.forgetting.ewc))
+        yield Problem("forgetting.ewc", reason, f"forgetting.ewc=0, or {OFF}", shown(config.forgetting.ewc))
     for key in ("slices", "counterfactual"):
         if value := getattr(config.evaluate, key):
             reason = "no rank has the whole loss of a row under parallel=ulysses"
             fix = f"leave it out here; `dstune evaluate RUN evaluate.{key}=...` measures it afterwards"
             yield Problem(f"evaluate.{key}", reason, fix, shown(value))
-    ranks = config.launch.processes if isinstance(config.launch, LocalConfig) else None
-    if ranks is not None and (problem := ranks_problem(ranks, config.parallel.size)):
-        yield problem
+
+
+def _check_tensor(config: RunConfig) -> Iterator[Problem]:
+    tasks = (config.task, *tasks_of(config).values())
+    if others := sorted({task.name for task in tasks if not isinstance(task, ChatConfig | CausalLmConfig)}):
+        reason = f"shared weights are held against a reference under chat and causal_lm, not task={', '.join(others)}"
+        yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm", "tensor")
+    method = config.method
+    if not isinstance(method, FullConfig | LoraConfig) or isinstance(method, QloraConfig):
+        reason = f"it is not known how ranks share what method={method.name} adds to layers or does to them"
+        yield Problem("parallel", reason, f"{OFF}, or method=full|lora", "tensor")
+    elif isinstance(method, LoraConfig):
+        yield from _check_sliced_lora(method)
+    if config.zero.stage == 3:
+        reason = (
+            "ZeRO-3 partitions every weight already, and gathers whole ones for each layer: slices are for ZeRO 0 to 2"
+        )
+        yield Problem("zero.stage", reason, f"zero=stage2, or {OFF}", "3")
+    if config.zero.offload_optimizer is not OptimizerOffload.none:
+        value = config.zero.offload_optimizer.value
+        reason = "an optimizer in host memory is not held against a reference with slices"
+        yield Problem("zero.offload_optimizer", reason, f"zero=stage2, or {OFF}", value)
+    if config.trainer.precision is Precision.fp16:
+        reason = "the loss scale of slices is not held against a reference"
+        yield Problem("trainer.precision", reason, "trainer.precision=bf16", "fp16")
+    for key in ("ewc", "l2sp"):
+        if value := getattr(config.forgetting, key):
+            reason = "the penalty is summed over whole weights"
+            yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0, or {OFF}", shown(value))
+
+
+def _check_sliced_lora(method: LoraConfig) -> Iterator[Problem]:
+    for key, value, is_plain, fix in (
+        ("dora", method.dora, not method.dora, "method.dora=false"),
+        ("init", method.init.value, method.init in (LoraInit.default, LoraInit.gaussian), "method.init=default"),
+        ("frozen_adapters", method.frozen_adapters, not method.frozen_adapters, "method.frozen_adapters=[]"),
+    ):
+        if not is_plain:
+            reason = "it is not held against a reference with slices of the weights"
+            yield Problem(f"method.{key}", reason, f"{fix}, or {OFF}", shown(value))
 
 
 def ranks_problem(ranks: int, parts: int) -> Problem | None:
@@ -82,7 +146,42 @@ def heads_problem(heads: int, parts: int) -> Problem | None:
     Those of keys are no obstacle: where they divide those of queries, each is repeated as often as its queries' ranks are."""
     if heads % parts == 0:
         return None
-    sizes = [size for size in range(2, heads + 1) if heads % size == 0]
+    sizes = _divisors(heads)
     reason = f"{heads} attention heads cannot be shared by {parts} ranks"
     fix = f"parallel.size={'|'.join(map(str, sizes))}" if sizes else "parallel=none"
     return Problem("parallel.size", reason, fix, shown(parts))
+
+
+INWARD = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+OUTWARD = ("o_proj", "down_proj")
+"""In a layer, the matrices into the heads and into the feed-forward width, whose outputs ranks share, and those back, whose
+inputs they share."""
+
+SLICED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+"""Architectures whose layers are shared as `dstune.models.tensor` does it, each held against the whole model."""
+
+
+def slices_problems(values: Mapping[str, Any], parts: int) -> list[Problem]:
+    """What is wrong where `parts` ranks are to share the weights of the model with this `config.json`. What it leaves out is
+    checked where the model is built."""
+    kind = str(values.get("model_type"))
+    if kind not in SLICED:
+        reason = f"{kind}: it is not known how ranks share its layers"
+        fix = f"{OFF} with zero=stage3, or a model of the kinds {', '.join(SLICED)}"
+        return [Problem("parallel", reason, fix, "tensor")]
+    names = {
+        "num_attention_heads": "attention heads",
+        "num_key_value_heads": "heads of keys",
+        "intermediate_size": "values inside a feed-forward layer",
+    }
+    widths = {name: int(values[key]) for key, name in names.items() if values.get(key)}
+    wrong = [f"{width} {name}" for name, width in widths.items() if width % parts]
+    if not wrong:
+        return []
+    sizes = _divisors(math.gcd(*widths.values()))
+    fix = f"parallel.size={'|'.join(map(str, sizes))}" if sizes else OFF
+    return [Problem("parallel.size", f"{', '.join(wrong)} cannot be shared by {parts} ranks", fix, shown(parts))]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(2, number + 1) if number % size == 0]

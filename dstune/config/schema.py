@@ -94,7 +94,7 @@ class ModelConfig:
     weights: InitialWeights = InitialWeights.pretrained
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
     attention: Attention = Attention.auto
-    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa, and on a CPU lets the samples
+    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa; on a CPU the samples
     of a language model's rows attend one by one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; off unless you trust its author."""
@@ -243,7 +243,17 @@ class UlyssesConfig:
     """Ranks that share a row; has to divide their number and the model's attention heads."""
 
 
-ParallelConfig = NoParallelConfig | UlyssesConfig
+@dataclass(frozen=True)
+class TensorConfig:
+    """Several ranks share the weights of each layer (Shoeybi et al. 2019, arXiv:1909.08053): each has some of the heads and a
+    part of the feed-forward width."""
+
+    name: str = "tensor"
+    size: int = setting(2, at_least=2)
+    """Ranks that share weights; has to divide their number, the model's heads of queries and of keys, and its width inside."""
+
+
+ParallelConfig = NoParallelConfig | UlyssesConfig | TensorConfig
 
 
 @dataclass(frozen=True)
@@ -445,6 +455,6 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "launch": LAUNCHES,
     "sweep": SWEEPS,
-    "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig},
+    "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig, "tensor": TensorConfig},
 }
 """Classes of the groups whose choices have different keys, by the choice's `name`."""

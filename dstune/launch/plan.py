@@ -14,8 +14,8 @@ from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
-from dstune.config.parallel_rules import heads_problem, ranks_problem
-from dstune.config.schema import Automatic, Precision, RunConfig, Selective, UlyssesConfig
+from dstune.config.parallel_rules import heads_problem, ranks_problem, slices_problems
+from dstune.config.schema import Automatic, Precision, RunConfig, Selective, TensorConfig, UlyssesConfig
 from dstune.config.validate import find_problems
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import hostfile, machine, rundir
@@ -25,7 +25,7 @@ from dstune.planning import architecture, hardware, source
 from dstune.planning.calibration import speeds
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
-from dstune.planning.setup import Setup, head_of, labels_of, setup
+from dstune.planning.setup import Setup, head_of, labels_of, setup, trained_tensors
 from dstune.planning.time import Speed, speed_of
 
 HELP = """\
@@ -152,6 +152,10 @@ class Planned:
     cluster: Cluster
     setup: Setup
     precision: Precision
+    parameters: int
+    """Of the whole model."""
+    trained: int
+    """Of them, or of adapters on them."""
     calibrated: bool = False
     """Whether the speeds were measured on this machine."""
 
@@ -192,6 +196,12 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
         found = (ranks_problem(cluster.ranks, config.parallel.size), heads_problem(model.heads, config.parallel.size))
         if problems := [problem for problem in found if problem]:
             raise UserError(problems)
+    if isinstance(config.parallel, TensorConfig):
+        problems = slices_problems(architecture.DEFAULTS.get(model.kind, {}) | values, config.parallel.size)
+        if problem := ranks_problem(cluster.ranks, config.parallel.size):
+            problems.append(problem)
+        if problems:
+            raise UserError(problems)
     precision = resolved_precision(config, on_gpu=cluster.device.gpu)
     configured = setup(
         config,
@@ -205,7 +215,9 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     by_size = {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
     any_rows = config.trainer.micro_batch_size is Automatic.auto
     choices = plan(configured, cluster, by_size, any_rows=any_rows)
-    return Planned(choices, cluster, configured, precision, bool(measured))
+    trained, _ = trained_tensors(config, model)
+    count = sum(tensor.count for tensor in trained)
+    return Planned(choices, cluster, configured, precision, model.parameters, count, bool(measured))
 
 
 def resolved_precision(config: RunConfig, *, on_gpu: bool) -> Precision:
@@ -236,8 +248,8 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
         },
         "calibrated": found.calibrated,
         "model": {
-            "parameters": found.setup.model.parameters,
-            "trained": found.setup.trained_count,
+            "parameters": found.parameters,
+            "trained": found.trained,
             "precision": found.precision.value,
         },
     }
@@ -276,12 +288,12 @@ def _hours(choice: Choice, config: RunConfig) -> float | None:
 
 def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
     """The plan for people: the run as configured part by part, then the choices, then what to write."""
-    cluster, model, s = found.cluster, found.setup.model, found.setup
+    cluster, s = found.cluster, found.setup
     width, hosted = _offload_width(found), _hosted(found)
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
     lines = [
         (
-            f"{config.model.path}: {model.parameters / 1e9:.3f}B parameters, {s.trained_count / 1e6:.1f}M trained "
+            f"{config.model.path}: {found.parameters / 1e9:.3f}B parameters, {found.trained / 1e6:.1f}M trained "
             f"({config.method.name}), {found.precision.value}, rows of {s.length} tokens"
         ),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",

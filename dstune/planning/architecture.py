@@ -12,6 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from dstune.config.parallel_rules import INWARD, OUTWARD
 from dstune.errors import Problem, UserError
 
 LANGUAGE_MODEL = "language model"
@@ -178,6 +179,27 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
         raise UserError(
             Problem("model.path", f"its config.json has no {missing.args[0]}", "give a whole config.json")
         ) from None
+
+
+def sliced(model: Architecture, parts: int) -> Architecture:
+    """What one of `parts` ranks has of a model whose layers they share (`dstune.models.tensor`)."""
+    inward = {name for names in INWARD for name in names}
+
+    def slice_of(tensor: Tensor) -> Tensor:
+        owner, shape = tensor.name.split(".")[-2], list(tensor.shape)
+        if owner in inward:
+            shape[0] //= parts
+        elif owner in OUTWARD and len(shape) == 2:
+            shape[1] //= parts
+        return replace(tensor, shape=tuple(shape))
+
+    return replace(
+        model,
+        tensors=tuple(map(slice_of, model.tensors)),
+        heads=model.heads // parts,
+        kv_heads=model.kv_heads // parts,
+        intermediate=model.intermediate // parts,
+    )
 
 
 class _Tensors:

@@ -159,6 +159,8 @@ def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
         return None  # zero.Init does not take quantized weights
     if offload != "none" and not setup.on_gpu:
         return None  # a CPU's ranks hold the same either way
+    if setup.slices > 1 and (stage == 3 or offload != "none"):
+        return None  # not trained with slices of weights
     # DeepSpeed's stage 0 makes an optimizer step without gradients at initialisation in bf16: it stays in fp32.
     weight_bytes = 4 if stage == 0 else setup.weight_bytes
     frozen_bits = 8 * weight_bytes if setup.frozen_bits > 4 else setup.frozen_bits

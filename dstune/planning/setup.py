@@ -17,6 +17,7 @@ from dstune.config.schema import (
     RunConfig,
     Selective,
     SgdConfig,
+    TensorConfig,
     UlyssesConfig,
 )
 from dstune.config.zero_rules import SWAPPED_AT_ONCE
@@ -30,6 +31,7 @@ from dstune.planning.architecture import (
     TOKEN_CLASSIFIER,
     Architecture,
     Tensor,
+    sliced,
 )
 
 HEADS = {
@@ -73,6 +75,7 @@ class Setup:
     moments: int
     """Optimizer tensors beside the fp32 weights: 2 for Adam."""
     ranks: int
+    """Those that partition the same weights: all of them, or one of each group that shares weights."""
     ranks_per_node: int
     on_gpu: bool
     micro_batch_size: int
@@ -101,6 +104,8 @@ class Setup:
     """Rows of a forward pass in an evaluation, where it is not the micro-batch of training."""
     sharing: int = 1
     """Ranks that share the positions of a row."""
+    slices: int = 1
+    """Ranks that share the weights of each layer; `model` and `trained` are one's own."""
 
     @property
     def trained_count(self) -> int:
@@ -128,7 +133,7 @@ class Setup:
 
     @property
     def groups(self) -> int:
-        """Ranks with rows of their own, or groups that share theirs."""
+        """Ranks with rows of their own, or groups that share rows or weights."""
         return max(1, self.ranks // self.sharing)
 
 
@@ -150,13 +155,15 @@ def setup(
     precision: Precision,
     values: dict[str, Any],
 ) -> Setup:
-    """The numbers of a run. `precision` is resolved; `values` is the model's config.json (dropout).
+    """The numbers of a run. `model` is the whole one, `precision` is resolved; `values` is the model's config.json (dropout).
 
     Raises UserError where the method cannot train this architecture.
     """
     method = config.method
     if (problem := experts_problem(method, model)) is not None:
         raise UserError(problem)
+    slices = config.parallel.size if isinstance(config.parallel, TensorConfig) else 1
+    model = sliced(model, slices) if slices > 1 else model
     trained, frozen = trained_tensors(config, model)
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero
@@ -178,7 +185,7 @@ def setup(
         weight_bytes=weight_bytes,
         frozen_bits=4 if method.name == "qlora" else 8 * weight_bytes,
         moments=_moments(config),
-        ranks=ranks,
+        ranks=max(1, ranks // slices),
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
         micro_batch_size=config.trainer.rows,
@@ -201,6 +208,7 @@ def setup(
         max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
         sharing=config.parallel.size if isinstance(config.parallel, UlyssesConfig) else 1,
+        slices=slices,
     )
 
 

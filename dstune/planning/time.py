@@ -114,6 +114,15 @@ def exchanges(s: Setup) -> int:
     return int(s.micro_batches * m.layers * passes * states * (s.sharing - 1) / s.sharing)
 
 
+def sums(s: Setup) -> int:
+    """Bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053,
+    section 3): in a layer two tensors of the hidden size in each pass, and the attention's once more where activations are
+    computed again (behind the last product of the feed-forward part nothing is)."""
+    hidden = s.tokens * s.model.hidden * s.weight_bytes
+    around = 2 * (s.slices - 1) / s.slices
+    return int(s.micro_batches * s.model.layers * (5 if s.checkpointing else 4) * around * hidden)
+
+
 def _feed_forward_share(s: Setup) -> float:
     """Of the products of a layer's matrices, those of its feed-forward part."""
     m = s.model
@@ -139,11 +148,13 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     kept = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
     targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
     volume = communication(s) if s.ranks > 1 else 0
+    inside = sums(s)  # nothing can be computed meanwhile
     hidden = OVERLAP if s.on_gpu and s.stage >= 2 else 0.0
     sent = volume / speed.link
     compute = count * (matmul_flops / speed.flops + attention_flops / rate + s.model.layers * speed.fixed)
     exposed = max(sent * (1 - hidden), sent - 0.66 * compute) if hidden else sent
     share_of_step = s.trained_count / (1 if s.stage == 0 else s.ranks)
+    exposed += inside / speed.link
     optimizer = share_of_step / speed.weights
     if s.offload_optimizer and s.on_gpu:
         # Gradients down, weights up; the update runs on the node's cores, at about 1.5e9 weights a second and node.
@@ -159,6 +170,6 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         communication=exposed,
         optimizer=optimizer,
         tokens=s.global_batch_size * s.texts * s.length,
-        volume=volume,
+        volume=volume + inside,
         flops=count * (forward + backward),
     )

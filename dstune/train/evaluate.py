@@ -179,8 +179,8 @@ class Evaluator:
             batch = self._batch(split, micro_batch, packing, each)
             output = self._engine.evaluate(self._head, batch | (shares[number] if shares else {}))
             for name, value in sums_of(output).items():
-                sums[name] += float(value)
-            if each and output.rows and not micro_batch.filler:
+                sums[name] += float(value) if self._world.counts else 0.0
+            if each and output.rows and self._world.counts and not micro_batch.filler:
                 rows += zip(batch["index"].tolist(), _by_row(output.rows), strict=True)
             if progress:
                 progress(number + 1, len(mine))

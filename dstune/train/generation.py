@@ -46,7 +46,9 @@ def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
     likes; the others wait for it at the end. Else the weights stay partitioned, and every forward pass is a collective.
     """
     engine.train(False)
-    if engine.stage < 3 or world.gather_numbers([whole_weights_fit(engine)]).all():
+    if engine.slices is not None:  # which no rank has all of
+        yield engine.module, True
+    elif engine.stage < 3 or world.gather_numbers([whole_weights_fit(engine)]).all():
         with engine.whole_module() as module:
             yield module, False
             world.barrier()

@@ -271,7 +271,8 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
         return output
 
     def veto(_: torch.Tensor) -> bool:
-        (total,) = run.world.sum([float(sums["loss_sum"])])  # the last micro-batch is in it
+        mine = float(sums["loss_sum"]) if run.world.counts else 0.0  # the last micro-batch is in it
+        (total,) = run.world.sum([mine])
         return run.guard.is_spike(run.state, total / feed.window.weight)
 
     for position, batch in enumerate(batches):
@@ -291,7 +292,7 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
         run.split.mark("backward")
     update = run.engine.update()
     run.split.mark("update")
-    return update, {name: float(value) for name, value in sums.items()}
+    return update, {name: float(value) if run.world.counts else 0.0 for name, value in sums.items()}
 
 
 def use_of(run: Training, feed: Feed) -> dict[str, float]:

@@ -70,7 +70,8 @@ def check_rows(engine: Engine, head: Head, rows: Rows, architecture: Any, max_le
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
     engine.train(False)
     output = engine.evaluate(head, {name: value.to(engine.device) for name, value in batch.items()})
-    (together,) = world.sum([float(output.loss_sum) / world.data_parallel_size])
+    mine = float(output.loss_sum) if world.counts else 0.0
+    (together,) = world.sum([mine / world.data_parallel_size])
     alone, dtype = 0.0, torch.float32
     with torch.no_grad():
         for sample in (sample for row in packed for sample in row):

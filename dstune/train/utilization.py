@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.config.method_schema import FeaturesConfig, PromptConfig, PTuningConfig
-from dstune.config.schema import Precision, RunConfig
+from dstune.config.schema import NoParallelConfig, Precision, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     ChatConfig,
@@ -157,8 +157,9 @@ def _needs(
     if isinstance(method, FeaturesConfig) or isinstance(task, PreferenceConfig) or model.config.is_encoder_decoder:
         return None
     values = model.config.get_text_config().to_dict()
+    whole = replace(config, parallel=NoParallelConfig())  # whose operations are shared evenly
     found = setup(
-        config,
+        whole,
         architecture(values, head_of(config), labels or labels_of(config)),
         ranks=world.size,
         ranks_per_node=world.local_size,

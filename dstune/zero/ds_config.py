@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, UlyssesConfig
+from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, TensorConfig
 from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of a full window on each rank, zero-target fillers included. Ranks that share rows have the same ones."""
+    """Micro-batches of a full window on each rank, zero-target fillers included. Ranks of a group have the same ones."""
     in_window = -(-config.trainer.global_batch_size // config.trainer.rows)
-    sharing = config.parallel.size if isinstance(config.parallel, UlyssesConfig) else 1
-    return -(-in_window // max(1, world_size // sharing))
+    return -(-in_window // max(1, world_size // getattr(config.parallel, "size", 1)))
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool) -> dict[str, Any]:
@@ -23,6 +22,8 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
     """
     assert precision is not Precision.auto
     per_rank = micro_batches_per_rank(config, world_size)
+    # Ranks that share weights are one to DeepSpeed's arithmetic, those that share rows are not.
+    replicas = world_size // (config.parallel.size if isinstance(config.parallel, TensorConfig) else 1)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.stage > 0:
         zero |= {
@@ -52,7 +53,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.trainer.rows,
         "gradient_accumulation_steps": per_rank,
-        "train_batch_size": config.trainer.rows * per_rank * world_size,
+        "train_batch_size": config.trainer.rows * per_rank * replicas,
         "gradient_clipping": config.trainer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: as fast as DeepSpeed's, without a compiler

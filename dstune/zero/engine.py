@@ -17,6 +17,7 @@ from dstune.dist import World
 from dstune.zero import swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
+from dstune.zero.slices import CUTS, SlicedSource, Slices
 
 if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
@@ -172,12 +173,17 @@ class Engine:
         world: World,
         *,
         one_pass: bool = False,
+        slices: Slices | None = None,
     ):
         """optimizer: None for an engine that only evaluates, at stage 0 or 3. one_pass: the model is a decoder that each
-        micro-batch goes through once, and what trains of it is the same at every step."""
+        micro-batch goes through once, and what trains of it is the same at every step. slices: how ranks share the weights of
+        `model`, below stage 3."""
         import deepspeed
 
         self._world = world
+        self.slices = slices
+        self._replica = world.rank if slices is None else slices.replica
+        """This rank among those that partition the same parameters."""
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
         self._vetoed = False
@@ -197,7 +203,8 @@ class Engine:
             -(-full_count(parameter) // world.size) for parameter in model.parameters() if parameter.requires_grad
         ]
         swap.check_room(settings, shares, self._moments, world)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        deepspeed.utils.groups.mpu = None  # of an engine before this one
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=slices)
         if self.stage == 3 and optimizer is not None:
             gather_persistent_together(self._engine.optimizer)
         from dstune.zero.shard_files import ShardFiles
@@ -222,8 +229,18 @@ class Engine:
 
     @property
     def trained_count(self) -> int:
-        """Elements of the parameters that the optimizer has, those that wait to be unfrozen included."""
+        """Elements of the parameters that the optimizer has, those that wait to be unfrozen included; of shared ones those of
+        this rank's slices."""
         return sum(full_count(parameter) for parameter in self._trained)
+
+    def whole_count(self, parameter: nn.Parameter) -> int:
+        """The parameter's number of elements before stage 3 partitioned it, or ranks shared it."""
+        return full_count(parameter) * (1 if self.slices is None else self.slices.parts_of(parameter))
+
+    @property
+    def whole_trained_count(self) -> int:
+        """As `trained_count`, of whole parameters."""
+        return sum(map(self.whole_count, self._trained))
 
     @property
     def states_to_come(self) -> int:
@@ -250,12 +267,12 @@ class Engine:
         window is not applied: its gradient is made not a number, as a non-finite loss does.
 
         The gradient is that of `sum of all losses / window_weight` over the window's micro-batches on all ranks: DeepSpeed
-        averages over the ranks, so the loss is multiplied by their number, and its own division by the accumulation
-        steps is off. Exact to 1.7e-7 in fp32 at stages 0-3.
+        averages over the ranks (those that share weights are one), so the loss is multiplied by their number, and its own
+        division by the accumulation steps is off. Exact to 1.7e-7 in fp32 at stages 0-3.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum = loss(self._engine, batch).loss_sum
-        scale = self._world.size / window_weight
+        scale = self._engine.dp_world_size / window_weight
         if veto is not None and veto(loss_sum.detach()):
             scale, self._vetoed = float("nan"), True
         # 0 * inf is nan: a non-finite loss makes this rank's gradients non-finite, hence the global norm, hence every
@@ -292,6 +309,8 @@ class Engine:
 
     def _unpartitioned_norm(self) -> torch.Tensor:
         # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.
+        if self.slices is not None:
+            return self.slices.norm(self._trained)
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
@@ -320,7 +339,7 @@ class Engine:
             self._frozen_groups.discard(number)
             self._require_gradients(number, True)
             if fresh:
-                reset_counters(self._engine, self.stage, set(self._group_names[number]), self._world.rank)
+                reset_counters(self._engine, self.stage, set(self._group_names[number]), self._replica)
 
     def _groups_with(self, names: Collection[str]) -> list[int]:
         wanted = set(names)
@@ -366,7 +385,7 @@ class Engine:
     def partitions(self) -> list[Partition]:
         """What this rank updates."""
         assert not self.swaps, "states on a disk are in memory one after the other"
-        return partitions_of(self._engine, self.stage, self._world.rank)
+        return partitions_of(self._engine, self.stage, self._replica)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -479,10 +498,14 @@ class Engine:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
+    @property
+    def _cuts(self) -> dict[str, Any]:
+        return {} if self.slices is None else {CUTS: self.slices.cuts}
+
     def checkpoint_bytes(self, *, weights_only: bool = False) -> int:
         """About how much `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights; or
         `save_weights`."""
-        elements = self.trained_count
+        elements = self.trained_count * (1 if self.slices is None else self.slices.parts)
         if weights_only:
             return 4 * elements
         in_module = 0 if self.stage == 3 else next(iter(self._trained)).element_size()
@@ -503,7 +526,7 @@ class Engine:
                 self._engine.save_checkpoint(
                     str(directory),
                     tag=tag,
-                    client_state={PARAMETER_GROUPS: self._group_names},
+                    client_state={PARAMETER_GROUPS: self._group_names, **self._cuts},
                     save_latest=False,
                     exclude_frozen_parameters=self._has_frozen,
                 )
@@ -519,14 +542,16 @@ class Engine:
         """Pieces of weights as safetensors: a file for each rank, and for each part of it where they are on a disk."""
         save = self._files.begin(directory / tag, background=background)
         try:
-            if self.stage > 0 or self._world.is_main:
+            if self.stage > 0 or self._replica == 0:
                 own = {id(parameter) for parameter in self._trained}
                 trained = {n: list(full_shape(p)) for n, p in self.module.named_parameters() if id(p) in own}
                 metadata = {"shapes": json.dumps(trained), "global_steps": str(self._engine.global_steps)}
+                if self.slices is not None:
+                    metadata |= {"slice": str(self.slices.part), "cuts": json.dumps(self.slices.cuts)}
                 first: dict[str, torch.Tensor] = {}
                 if self._world.is_main:
                     first = {f"{BUFFER}{name}": buffer for name, buffer in persistent_buffers(self.module)}
-                parts = pieces(self._engine, self.stage, self._world.rank, states=states)
+                parts = pieces(self._engine, self.stage, self._replica, states=states)
                 if not self.swaps:
                     parts = iter([{key: value for part in parts for key, value in part.items()}])
                 for number, part in enumerate(parts):
@@ -537,15 +562,17 @@ class Engine:
         return save
 
     def load(self, directory: Path, tag: str) -> None:
-        """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage."""
+        """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage, with the same slices."""
         loaded, _ = self._engine.load_checkpoint(
             str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
         )
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
 
     def restore(self, source: Source) -> None:
-        """Take over a checkpoint of another number of ranks, or of another stage. Every rank must call it."""
-        restore(self._engine, self.stage, source, self._world.rank)
+        """Take over a checkpoint of another number of ranks, or of another stage, with other slices or none. Every rank must
+        call it."""
+        own = source if self.slices is None else SlicedSource(source, self.slices)
+        restore(self._engine, self.stage, own, self._replica)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -8,7 +8,7 @@ sub-groups at stage 3, gives every group the first group's hyperparameters, and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,11 @@ class Source(Protocol):
     loss_scaler: Any
     """DeepSpeed's object of an fp16 run, else None."""
     global_steps: int
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of the parameters."""
+        ...
 
     def read(self, name: str, kind: str = WEIGHT, start: int = 0, count: int | None = None) -> Tensor:
         """Elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
@@ -66,6 +71,8 @@ class Partition:
 
 def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
     """Give `engine` (DeepSpeed's) the weights, buffers and optimizer state of `source`. Every rank must call it.
+
+    rank: here and below, of those that partition the same parameters.
 
     The learning rate and the other settings of the parameter groups stay as they are: they are the configuration's.
     """

@@ -156,7 +156,7 @@ def test_an_attention_that_crosses_samples_ends_the_run(tmp_path, broken, monkey
     head = build_head(ChatConfig(), model, rows)
     engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
     engine.evaluate = lambda head, batch: head(model, batch)
-    world = SimpleNamespace(data_parallel_size=1, sum=list, any=bool)
+    world = SimpleNamespace(data_parallel_size=1, counts=True, sum=list, any=bool)
     if broken:
         monkeypatch.setattr(attention, "spans_of", lambda inputs: (((0, inputs["input_ids"].shape[1]),),) * 2)
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_that_of_the_samples_ends_the_run(tmp_path, factor):
     head = build_head(ChatConfig(), model)
     engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
     engine.evaluate = lambda head, batch: SimpleNamespace(loss_sum=factor * head(model, batch).loss_sum)
-    world = SimpleNamespace(data_parallel_size=1, sum=list, any=bool)
+    world = SimpleNamespace(data_parallel_size=1, counts=True, sum=list, any=bool)
     with torch.no_grad():
         if factor == 1.0:
             check_rows(engine, head, cut(0, 2), model.config, 64, world)

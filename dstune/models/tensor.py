@@ -1,0 +1,142 @@
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): a few ranks share the weights of each layer and see the same rows.
+
+A rank has some heads of attention, and a part of the width inside a feed-forward layer: rows of the matrices that lead there,
+columns of the matrix that leads back. What goes back is a part of a sum, which the ranks add up; so are the gradients where a
+rank's heads or width begin. Two sums a layer in each pass. Embeddings, norms and the vocabulary projection are whole on every
+rank, and come to the same numbers there, weights included.
+
+DeepSpeed has layers of its own for this (AutoTP). These here are torch's linear layers with shorter matrices, so that names in
+checkpoints, adapters and all that dstune does to layers stay as they are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+from transformers import PreTrainedModel
+
+from dstune.config.parallel_rules import INWARD, OUTWARD, slices_problems
+from dstune.errors import Problem, UserError
+from dstune.zero.slices import Slices
+
+OF_HEADS = ("q_norm", "k_norm")
+"""Whole on every rank and applied to each head: a rank has the gradient of its own heads."""
+
+
+def slice_model(module: nn.Module, model: PreTrainedModel, slices: Slices) -> None:
+    """Leave this rank its slices of the weights of `module`'s layers, and let the layers sum what they compute.
+
+    module: `model`, or what adapters make of it, whole and with the same weights on every rank. Call it before the optimizer
+    and DeepSpeed see the parameters. Raises UserError for a model that cannot be cut.
+    """
+    if problems := slices_problems(model.config.get_text_config().to_dict(), slices.parts):
+        raise UserError(problems)
+    found = 0
+    for name, block in list(module.named_modules()):
+        for inward, outward in zip(INWARD, OUTWARD, strict=True):
+            if all(isinstance(getattr(block, part, None), nn.Module) for part in (*inward, outward)):
+                _slice_block(name, block, inward, outward, slices)
+                found += 1
+    layers = model.config.get_text_config().num_hidden_layers
+    assert found == 2 * layers, f"{found} blocks in {layers} layers"
+
+
+def _slice_block(name: str, block: nn.Module, inward: tuple[str, ...], outward: str, slices: Slices) -> None:
+    for part in (*inward, outward):
+        projection = block.get_submodule(part)
+        cut = _inward if part in inward else _outward
+        for parameter_name, parameter in projection.named_parameters():
+            cut(f"{name}.{part}.{parameter_name}", parameter_name, parameter, slices)
+        for linear in (each for each in projection.modules() if isinstance(each, nn.Linear)):
+            linear.out_features, linear.in_features = linear.weight.shape
+            if part == outward and linear.bias is not None:
+                linear.forward = partial(_without_bias, linear)  # type: ignore[method-assign]
+    for norm in (getattr(block, part, None) for part in OF_HEADS):
+        for parameter in norm.parameters() if isinstance(norm, nn.Module) else ():
+            _sum_gradient(parameter, slices)
+    block.register_forward_pre_hook(partial(_enter, slices), with_kwargs=True)
+    leaving = block.get_submodule(outward)
+    bias = getattr(getattr(leaving, "base_layer", leaving), "bias", None)
+    leaving.register_forward_hook(partial(_leave, slices, bias))
+
+
+def _inward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
+    """Rows of a matrix [width inside, width]; an adapter's first matrix [rank, width] stays whole, and its gradient is a sum."""
+    if ".lora_A." in f".{kind}":
+        _sum_gradient(parameter, slices)
+    else:
+        slices.cut(name, _known(name, kind, parameter), 0)
+
+
+def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
+    """Columns of a matrix [width, width inside]; an adapter's second matrix [width, rank] stays whole, and its gradient is a
+    sum. A bias is whole, and added after the sum."""
+    if ".lora_B." in f".{kind}":
+        _sum_gradient(parameter, slices)
+    elif not kind.endswith("bias"):
+        slices.cut(name, _known(name, kind, parameter), 1)
+
+
+def _known(name: str, kind: str, parameter: nn.Parameter) -> nn.Parameter:
+    known = ("weight", "bias", "base_layer.weight", "base_layer.bias")
+    if kind not in known and ".lora_" not in f".{kind}":
+        reason = f"it is not known how ranks share {name}"
+        raise UserError(Problem("parallel", reason, "parallel=none, or method=full|lora", "tensor"))
+    return parameter
+
+
+def _sum_gradient(parameter: nn.Parameter, slices: Slices) -> None:
+    if parameter.requires_grad:
+        parameter.register_hook(slices.sum)
+
+
+def _without_bias(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return functional.linear(hidden, linear.weight)
+
+
+def _enter(
+    slices: Slices, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Of what a block is called with, the hidden states are those whose gradient the ranks sum."""
+    if "hidden_states" in named:
+        return given, named | {"hidden_states": _Enter.apply(named["hidden_states"], slices)}
+    hidden, *rest = given
+    return (_Enter.apply(hidden, slices), *rest), named
+
+
+def _leave(
+    slices: Slices, bias: torch.Tensor | None, projection: nn.Module, given: Any, output: torch.Tensor
+) -> torch.Tensor:
+    total: torch.Tensor = _Leave.apply(output, slices)
+    return total if bias is None else total + bias
+
+
+class _Enter(torch.autograd.Function):
+    """The same forward; in the backward pass the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, slices: Slices) -> torch.Tensor:
+        context.slices = slices
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        return context.slices.sum(gradient), None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum of what the ranks have; its gradient is that of each of them."""
+
+    @staticmethod
+    def forward(context: Any, part: torch.Tensor, slices: Slices) -> torch.Tensor:
+        return slices.sum(part)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        return gradient, None
