@@ -25,10 +25,6 @@ FEATURES: dict[str, tuple[str, str]] = {
         "NVMe for weights: only optimizer states on a disk were held against a reference",
         "zero=stage3_nvme, which has optimizer states on a disk and weights in the host's memory",
     ),
-    "autotp": (
-        "tensor parallelism by DeepSpeed's own layers (AutoTP): dstune cuts those of the model, on DeepSpeed's groups of ranks",
-        "parallel=tensor parallel.size=2",
-    ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
     "flex": (
         f"flex attention: torch has no backward pass of it on a CPU, and {UNMEASURED}",
@@ -60,7 +56,6 @@ WORDS: dict[tuple[str, str], str] = {
     ("zero", "zenflow"): "zenflow",
     ("zero", "superoffload"): "superoffload",
     ("zero.offload_param", "nvme"): "nvme",
-    ("parallel", "autotp"): "autotp",
     ("parallel", "expert"): "expert",
     ("model.attention", "flex_attention"): "flex",
     ("model.attention", "flex"): "flex",

@@ -355,7 +355,6 @@ def test_steps_and_epochs_cannot_be_swapped():
         ("zero=zenflow", "ZenFlow"),
         ("zero=superoffload", "SuperOffload"),
         ("zero.offload_param=nvme", "NVMe"),
-        ("parallel=autotp", "tensor parallelism"),
         ("parallel=expert", "expert parallelism"),
         ("trainer.torch_compile=true", "torch.compile"),
         ("model.attention=flex_attention", "flex attention"),

@@ -36,6 +36,11 @@ LLAMA = {
 }
 
 
+def test_it_goes_by_the_name_of_deepspeeds_own_layers_too():
+    words = ["model=smollm2", "data=chitchat", "zero=stage2", "parallel.size=3"]
+    assert compose([*words, "parallel=autotp"]).config.parallel == compose([*words, "parallel=tensor"]).config.parallel
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
