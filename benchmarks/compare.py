@@ -3,6 +3,7 @@
     python benchmarks/compare.py                                      # all cells into runs/compare.json, about 40 minutes
     python benchmarks/compare.py --cells full-all-zero2 --rounds 2
     python benchmarks/compare.py --report                             # the table of what is there
+    python benchmarks/compare.py --report --table                     # one line a cell, as in the documents
 
 A cell is full or lora, on all tokens or on the assistant's alone, at ZeRO-2 or 3. The rivals are a hand-written DeepSpeed
 loop (`handwritten.py`), TRL's SFTTrainer on DeepSpeed and the `transformers` Trainer on DeepSpeed (`trainers.py`). All train
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("runs/compare.json"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--table", action="store_true", help="one line a cell instead of one a side")
     options = parser.parse_args()
     if options.steps <= UNTIMED:
         parser.error(f"--steps={options.steps}: the first {UNTIMED} steps are not timed, so give more")
@@ -67,7 +69,7 @@ def main() -> None:
         parser.error(f"{options.results} has runs of {results['settings']}, not of {shape}: give another --results")
     if not options.report:
         measure(options, results)
-    report(results)
+    (table if options.table else report)(results)
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -163,6 +165,36 @@ def report(results: dict[str, Any]) -> None:
                 f"| {cell} | {NAMES[side]} | {statistics.median(map(speed, mine.values())):.1f} | {ratio} | "
                 f"{median('peak_memory_gib'):.2f} | {median('first_step_seconds'):.1f} | {loss:.4f} | {len(mine)} |"
             )
+
+
+def table(results: dict[str, Any]) -> None:
+    """A line for each cell: how many times as fast dstune is as each rival, and what all sides take."""
+    print(
+        "| cell | tokens/s | x DeepSpeed | x TRL | x Trainer | peak GiB a rank | to the first step, s | loss at the end |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for cell, job in CELLS.items():
+        found = {side: rounds(results, cell, side) for side in SIDES}
+        if not all(found.values()):
+            continue
+        own = found["dstune"]
+        ratios = [
+            statistics.median(speed(own[number]) / speed(run) for number, run in found[side].items() if number in own)
+            for side in SIDES[1:]
+        ]
+        columns = [
+            " / ".join(f"{statistics.median(value(run) for run in found[side].values()):{form}}" for side in SIDES)
+            for value, form in (
+                (lambda run: run["peak_memory_gib"], ".2f"),
+                (lambda run: run["first_step_seconds"], ".0f"),
+                (lambda run: run["losses"][-1], ".3f"),
+            )
+        ]
+        method = "LoRA" if job.method == "lora" else job.method
+        targets = "the assistant's" if job.targets == "assistant" else "all tokens"
+        tokens = statistics.median(map(speed, own.values()))
+        shown = " | ".join([f"{tokens:.0f}", *(f"{ratio:.2f}" for ratio in ratios), *columns])
+        print(f"| {method}, {targets}, ZeRO-{job.stage} | {shown} |")
 
 
 def rounds(results: dict[str, Any], cell: str, side: str) -> dict[int, dict[str, Any]]:
