@@ -1,5 +1,6 @@
 """Forward and backward passes alone, for `overhead.py`: no DeepSpeed, no optimizer, no communication. The model of
-transformers as it is with a plain loss, or with what dstune changes in its passes (loss, norms, freed memory that is kept).
+transformers as it is with a plain loss, or with what dstune changes in its passes (loss, norms, attention, freed memory that is
+kept).
 Run by it in as many processes as dstune has ranks: `python benchmarks/bare.py settings.json`. They wait for each other between
 steps, and a step lasts as long as the slowest takes, as a step of training does. Prints one JSON line.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as functional
 from handwritten import load
 
 from dstune.config.task_schema import CausalLmConfig
+from dstune.models.attention import SamplesApart
 from dstune.models.heads import build_head
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.norms import use_lean_norms
@@ -33,7 +35,7 @@ def main() -> None:
     head = None
     if settings["passes"] == "own":
         use_lean_norms(model)
-        head = build_head(CausalLmConfig(), model, None)
+        head = build_head(CausalLmConfig(), model, SamplesApart(model) if not torch.cuda.is_available() else None)
         assert isinstance(head, CausalLmHead) and head.examine(model, torch.device("cpu"))
         keep_freed()
     seconds, losses, first_step_ended = [], [], 0.0

@@ -57,14 +57,7 @@ from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory, keep_freed
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.profiling import StepProfiler
-from dstune.train.proofs import (
-    check_packing,
-    check_rows,
-    content_digest,
-    examine,
-    refuse_different_rows,
-    samples_digest,
-)
+from dstune.train.proofs import content_digest, examine, refuse_different_rows, samples_digest, settle_rows
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
@@ -158,11 +151,8 @@ def train_stage(
     penalties = None
     if config.forgetting.l2sp or config.forgetting.ewc:
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
-    architecture = model.config.get_text_config()
-    if rows is None:
-        check_packing(config, engine, architecture.vocab_size, world)
-    else:
-        check_rows(engine, head, rows, architecture, config.data.max_length, world)
+    say = console.message if world.is_main else lambda text: None
+    settle_rows(config, engine, head, rows, model.config.get_text_config(), world, say)
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,
@@ -172,7 +162,6 @@ def train_stage(
         **digests,
     }
     refuse_different_rows(world, digests["samples"] + digests["content"])
-    say = console.message if world.is_main else lambda text: None
     checkpoints = Checkpoints(config, run_dir, engine, world, facts, say)
     trials = micro_batch.Trials(config, data.train, engine, head, world, tokenizer.pad_token_id, memory, say)
     # Before layers are frozen for later: all of them take the most.

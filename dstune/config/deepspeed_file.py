@@ -358,7 +358,15 @@ def _of_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
         size = parallel.get(f"parallelism_config_{name}_size", 1)
         if size not in (None, 1):
             where = f"parallelism_config_{name}_size in {path}"
-            problems.append(Problem(where, "this version partitions models by ZeRO only", value=shown(size)))
+            fix = {"tp": f"parallel=tensor parallel.size={size}", "sp": f"parallel=ulysses parallel.size={size}"}.get(
+                name
+            )
+            reason = (
+                "a DeepSpeed file has ZeRO's settings alone"
+                if fix
+                else "ranks share rows by heads (parallel=ulysses) only"
+            )
+            problems.append(Problem(where, reason, fix or "parallel=ulysses parallel.size=N", shown(size)))
     content = translate(settings, str(path))
     content.problems += problems
     if raw.get("num_machines", 1) == 1 and isinstance(raw.get("num_processes"), int):

@@ -10,7 +10,7 @@ from typing import Any
 
 from dstune.errors import Problem
 
-UNMEASURED = "it has not been measured on GPUs yet, and what is not measured is not offered"
+UNMEASURED = "it was neither held against a reference nor measured on a GPU yet"
 
 FEATURES: dict[str, tuple[str, str]] = {
     "muon": (
@@ -27,15 +27,15 @@ FEATURES: dict[str, tuple[str, str]] = {
     ),
     "expert": (f"expert parallelism: {UNMEASURED}", "zero=stage3"),
     "flex": (
-        f"flex attention: torch has no backward pass of it on a CPU, and {UNMEASURED}",
+        "flex attention: torch has no backward pass of it on a CPU, and no GPU could be reached",
         "model.attention=auto",
     ),
     "liger": (
-        f"Liger's kernels run on GPUs alone: {UNMEASURED}",
+        "Liger's kernels run on GPUs alone, and none could be reached",
         "leave it out: norms keep their input alone, and logits are made in chunks",
     ),
     "offloaded": (
-        f"activations moved to the host's memory: {UNMEASURED}, and those of a CPU are there already",
+        "activations moved to the host's memory: those of a CPU are there already, and no GPU could be reached",
         "trainer.activation_checkpointing=true or selective",
     ),
     "compile": (

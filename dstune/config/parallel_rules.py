@@ -131,7 +131,7 @@ def ranks_problem(ranks: int, parts: int) -> Problem | None:
     if ranks % parts == 0:
         return None
     fits = [str(size) for size in range(2, ranks + 1) if ranks % size == 0]
-    fix = f"parallel.size={'|'.join(fits)}, or another number of ranks" if fits else "more ranks, or parallel=none"
+    fix = f"launch.processes={parts} or a multiple of it" + (f", or parallel.size={'|'.join(fits)}" if fits else "")
     return Problem("parallel.size", f"{ranks} ranks cannot be divided into groups of so many", fix, shown(parts))
 
 
@@ -148,7 +148,7 @@ def heads_problem(heads: int, parts: int) -> Problem | None:
         return None
     sizes = _divisors(heads)
     reason = f"{heads} attention heads cannot be shared by {parts} ranks"
-    fix = f"parallel.size={'|'.join(map(str, sizes))}" if sizes else "parallel=none"
+    fix = f"parallel.size={'|'.join(map(str, sizes))}, on a number of ranks that it divides" if sizes else "parallel=none"
     return Problem("parallel.size", reason, fix, shown(parts))
 
 
@@ -179,7 +179,7 @@ def slices_problems(values: Mapping[str, Any], parts: int) -> list[Problem]:
     if not wrong:
         return []
     sizes = _divisors(math.gcd(*widths.values()))
-    fix = f"parallel.size={'|'.join(map(str, sizes))}" if sizes else OFF
+    fix = f"parallel.size={'|'.join(map(str, sizes))}, on a number of ranks that it divides" if sizes else OFF
     return [Problem("parallel.size", f"{', '.join(wrong)} cannot be shared by {parts} ranks", fix, shown(parts))]
 
 

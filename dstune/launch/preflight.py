@@ -274,7 +274,9 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
             problems.append(packed_encoder_decoder_problem(kind))
         refused = encoder_decoder_method_problem(run.method.name, kind)
         problems += [] if refused is None else [refused]
-    problems += sharing_problems(architecture | config.config_overrides, run)
+    decoder = architecture.get("text_config")  # of a model that reads images too
+    layers = architecture | (decoder if isinstance(decoder, dict) else {}) | config.config_overrides
+    problems += sharing_problems(layers, run)
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
         fix = "model.trust_remote_code=true, if you have read the code and trust its author"

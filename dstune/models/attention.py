@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,17 @@ from transformers.masking_utils import sdpa_mask
 from dstune.config.method_schema import PrefixConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Attention, RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
-from dstune.errors import Problem
 from dstune.models.cpu_attention import CausalAttention, computes
-from dstune.models.spans import SPANS, Spans, attention_problem, no_mask, refuse_unknown, spans_of, window_of
+from dstune.models.spans import (
+    SPANS,
+    Spans,
+    attention_problem,
+    no_mask,
+    refuse_unknown,
+    spans_of,
+    spans_told,
+    window_of,
+)
 
 NAME = "dstune_samples"
 """Of the attention function in transformers' registry."""
@@ -38,7 +47,9 @@ class SamplesApart:
         wanted = config.model.attention is Attention.auto and not torch.cuda.is_available()
         language = isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
         known = not (isinstance(config.method, IN_FRONT) or model.config.is_encoder_decoder or attention_problem(model))
-        if not (wanted and language and known):
+        # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
+        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+        if not (wanted and language and known) or dropout:
             return None
         return cls(model)
 
@@ -46,15 +57,30 @@ class SamplesApart:
         """Let `model` compute the attention of samples one by one where it is told them."""
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)  # where no spans are told: samples that are generated
+        self._model, self._before = model, model.config._attn_implementation
         model.set_attn_implementation(NAME)
 
     def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels. See `spans_of`."""
         told = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans_of(inputs)}
+        if "position_ids" not in inputs:  # some models would make them of the mask
+            rows, width = labels.shape
+            told["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
         return told, labels
 
-    def refused(self, reason: str) -> Problem:
-        return Problem("model.attention", f"samples attend one by one, and {reason}", "model.attention=sdpa", "auto")
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the model attends as it was loaded."""
+        self._model.set_attn_implementation(self._before)
+        yield
+        self._model.set_attn_implementation(NAME)
+
+    def refuse(self, reason: str) -> str:
+        """Let the model attend as it was loaded from now on; what to tell of it."""
+        self._model.set_attn_implementation(self._before)
+        return (
+            f"model.attention=auto: {self._before}, since samples that attend one by one have other logits ({reason})"
+        )
 
 
 def _attention(
@@ -69,10 +95,10 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
     Returns [rows, positions, heads, size]."""
-    spans = more.pop(SPANS, None)
+    spans = spans_told(module, attention_mask, more)
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-    refuse_unknown(more)
+    refuse_unknown(module, more)
     dropout = dropout if module.training else 0.0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))

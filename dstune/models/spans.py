@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dstune.errors import Problem, UserError
+
 SPANS = "dstune_spans"
 """Keyword of a forward pass that tells them. transformers hands keywords that it does not know down to the attention function,
 also when a layer is computed again in the backward pass."""
@@ -34,10 +36,24 @@ def no_mask(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+def spans_told(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
+    """Takes the spans out of the keywords of an attention function; None for a forward pass that tells none. Raises UserError where
+    layers of the model have not handed them on."""
+    spans = keywords.pop(SPANS, None)
+    if spans is None and mask is not None and mask.shape == (1, 1, 1, 1):
+        reason = f"the layers of this model do not tell {type(module).__name__} where samples begin"
+        raise UserError(Problem("model.attention", reason, "model.attention=sdpa, and parallel=none"))
+    return spans
+
+
 def window_of(module: torch.nn.Module, keywords: Mapping[str, Any]) -> int | None:
     """How far back positions of an attention layer look, itself included. keywords: of transformers' call of its attention."""
     # What is passed counts: EXAONE's layers all hold a window, and those without one pass None.
     return keywords["sliding_window"] if "sliding_window" in keywords else getattr(module, "sliding_window", None)
+
+
+SILENT = {"nemotron"}
+"""Models whose layers drop keywords on their way to the attention function."""
 
 
 def attention_problem(model: PreTrainedModel) -> str | None:
@@ -47,6 +63,8 @@ def attention_problem(model: PreTrainedModel) -> str | None:
         return "its attention in transformers cannot be replaced"
     if getattr(architecture, "attn_logit_softcapping", None):
         return "its attention caps its scores, which the fused attention of torch does not do"
+    if architecture.model_type in SILENT:
+        return "its layers do not tell their attention where samples begin"
     others = set(getattr(architecture, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if (
         others
@@ -58,7 +76,18 @@ def attention_problem(model: PreTrainedModel) -> str | None:
     return None
 
 
-def refuse_unknown(keywords: Mapping[str, Any]) -> None:
-    """Of what a model adds to its scores nothing may be left out silently."""
-    unknown = [name for name in ("s_aux", "position_bias") if keywords.get(name) is not None]
-    assert not unknown, f"attention with {unknown} of its own, which `attention_problem` does not know"
+CHANGES_SCORES = ("s_aux", "sinks", "position_bias", "attention_bias", "alibi", "softcap", "indices", "block_indices")
+"""Keywords by which models in transformers 5 let an attention function do more than weigh values by causal scores."""
+
+
+def refuse_unknown(module: torch.nn.Module, keywords: Mapping[str, Any]) -> None:
+    """Of what a model does with its scores nothing may be left out silently. Raises UserError."""
+    unknown = [name for name in CHANGES_SCORES if keywords.get(name) is not None]
+    causal = keywords.get("is_causal")
+    if causal is False or (causal is None and getattr(module, "is_causal", True) is False):
+        unknown.append("attention to later positions")
+    if unknown:
+        reason = (
+            f"{type(module).__name__} has {', '.join(unknown)}, which attention of samples on their own does not know"
+        )
+        raise UserError(Problem("model.attention", reason, "model.attention=sdpa, and parallel=none"))

@@ -9,7 +9,8 @@ The loss needs nothing of this: a rank has the targets of its own positions, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.attention import attend
 from dstune.models.heads.base import IGNORED
-from dstune.models.spans import SPANS, attention_problem, no_mask, refuse_unknown, spans_of, window_of
+from dstune.models.spans import SPANS, attention_problem, no_mask, refuse_unknown, spans_of, spans_told, window_of
 
 NAME = "dstune_ulysses"
 """Of the attention function in transformers' registry."""
@@ -60,6 +61,7 @@ class SequenceCut:
         refuse(model, self.parts)
         AttentionInterface.register(NAME, self._attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)  # of forward passes on whole rows: samples that are generated
+        self._model, self._before = model, model.config._attn_implementation
         model.set_attn_implementation(NAME)
 
     def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
@@ -84,8 +86,17 @@ class SequenceCut:
         own = {"input_ids": ids[:, here], "position_ids": positions[:, here], "attention_mask": no_mask(ids.device)}
         return own | {SPANS: spans}, labels[:, here]
 
-    def refused(self, reason: str) -> Problem:
-        return Problem("parallel", f"ranks share rows, and {reason}", "parallel=none, or another model", "ulysses")
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the model attends as it was loaded."""
+        self._model.set_attn_implementation(self._before)
+        yield
+        self._model.set_attn_implementation(NAME)
+
+    def refuse(self, reason: str) -> str:
+        """Raises UserError: the ranks of a group have parts of rows alone."""
+        reason = f"rows that ranks share have other logits than their samples alone ({reason})"
+        raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
 
     def _attention(
         self,
@@ -100,10 +111,10 @@ class SequenceCut:
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention: query [rows, heads, own positions, size], key and value with their own number of heads.
         Returns [rows, own positions, heads, size]."""
-        spans = more.pop(SPANS, None)
+        spans = spans_told(module, attention_mask, more)
         if spans is None:  # whole rows
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-        refuse_unknown(more)
+        refuse_unknown(module, more)
         repeats = repeats_of_keys(key.shape[1], self.parts)
         if repeats > 1:
             key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))

@@ -13,8 +13,8 @@ from dstune.config.parallel_rules import repeats_of_keys
 from dstune.config.schema import Selective
 from dstune.planning.setup import Setup
 
-SCORES = 2**20
-"""Scores of all heads that the backward pass of `samples` has at once (`dstune/models/cpu_attention.py`)."""
+QUERIES, SCORES = 128, 2**20
+"""Of the backward pass of `samples`: positions, and scores of all heads, at once (`dstune/models/cpu_attention.py`)."""
 
 FUSED_ATTENTION_BLOCK = 512
 """Fused attention computes scores in blocks of about this many positions and keeps none of them."""
@@ -121,10 +121,18 @@ def _attention_working(s: Setup) -> int:
     square = s.rows * s.length * s.length
     if s.attention == "eager" or (s.attention == "sdpa" and s.dropout and not s.on_gpu):
         return 2 * square * s.model.heads * 4
-    if (
-        s.attention == "samples"
-    ):  # two blocks of scores in fp32, and as they are multiplied (`dstune/models/cpu_attention.py`)
-        return min(SCORES, s.model.heads * s.length * s.length) * 2 * (4 + s.weight_bytes)
+    if s.attention == "samples":
+        # A block of scores and of their gradients, in fp32 and as they are multiplied; gradients of keys and values in fp32; masks
+        # of windows (`dstune/models/cpu_attention.py`).
+        of_position = s.model.heads * s.length
+        queries = min(s.length, max(16, min(QUERIES, SCORES // of_position)))
+        window = s.model.window if s.model.window and s.model.window < s.length else 0
+        masks = 2 * window * window * (1 + s.weight_bytes)
+        return (
+            of_position * queries * 2 * (4 + s.weight_bytes)
+            + 2 * s.tokens * s.model.kv_heads * s.model.head_dim * 4
+            + masks
+        )
     return 0
 
 

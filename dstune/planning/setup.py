@@ -193,7 +193,7 @@ def setup(
         length=length,
         global_batch_size=config.trainer.global_batch_size,
         packing=config.data.packing,
-        attention=_attention(config, model, on_gpu=on_gpu),
+        attention=_attention(config, model, values, on_gpu=on_gpu),
         checkpointing=config.trainer.activation_checkpointing,
         tiles=config.trainer.mlp_tiles,
         adapter=isinstance(method, AdapterConfig),
@@ -217,12 +217,13 @@ def _number(settings: dict[str, Any], key: str, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) else default
 
 
-def _attention(config: RunConfig, model: Architecture, *, on_gpu: bool) -> str:
+def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *, on_gpu: bool) -> str:
     """As `dstune.models.attention` chooses."""
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     in_front = isinstance(config.method, PrefixConfig | PromptConfig | PTuningConfig)
-    known = not (in_front or model.encoder or model.encoder_decoder or model.soft_capped)
+    dropout = values.get("attention_dropout")
+    known = not (in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout)
     language = config.task.name in ("chat", "causal_lm", "seq2seq")
     return "samples" if language and known and not on_gpu else "sdpa"
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, TensorConfig
+from dstune.config.schema import NoParallelConfig, Offload, OptimizerOffload, Precision, RunConfig, TensorConfig
 from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
     """Micro-batches of a full window on each rank, zero-target fillers included. Ranks of a group have the same ones."""
     in_window = -(-config.trainer.global_batch_size // config.trainer.rows)
-    return -(-in_window // max(1, world_size // getattr(config.parallel, "size", 1)))
+    together = 1 if isinstance(config.parallel, NoParallelConfig) else config.parallel.size
+    return -(-in_window // max(1, world_size // together))
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Slices:
         """The norm of the gradients of whole weights, from those of their slices; whole ones are counted on the first rank."""
         counted = [parameter for parameter in parameters if self.part == 0 or self.parts_of(parameter) > 1]
         gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
-        return self.sum(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
+        own = torch.nn.utils.get_total_norm(gradients).square()  # on the CPU where this rank has no gradient to count
+        return self.sum(own.to(parameters[0].device)).sqrt()
 
     # -- what DeepSpeed asks ------------------------------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ from dstune.errors import UserError
 from dstune.models import attention, cpu_attention
 from dstune.models.attention import SamplesApart, attend
 from dstune.models.heads import build_head
-from dstune.models.spans import spans_of
-from dstune.train.proofs import check_rows
+from dstune.models.spans import SPANS as SPANS_KEYWORD
+from dstune.models.spans import refuse_unknown, spans_of
+from dstune.planning import activations
+from dstune.train.proofs import settle_rows
 
 SPANS = (((0, 3), (3, 11), (11, 24)), ((0, 20),))
 """Of rows of 24 positions; the second one has padding."""
@@ -130,11 +132,13 @@ def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, checkpointing)
         (["model.attention=sdpa"], False),
         (["model.attention=eager"], False),
         (["method=prefix"], False),
+        (["model.config_overrides={attention_dropout: 0.1}"], False),
     ],
 )
 def test_runs_whose_samples_attend_one_by_one(tmp_path, overrides, chosen):
     config = compose(["model=smollm2", "data=chitchat", *overrides]).config
     model = load(save_decoder(tmp_path))
+    model.config.update(config.model.config_overrides)
     if torch.cuda.is_available():
         chosen = False
     found = SamplesApart.of(config, model)
@@ -149,19 +153,107 @@ def test_models_with_an_attention_of_their_own_keep_it(tmp_path):
     assert SamplesApart.of(config, model) is None
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_an_attention_that_crosses_samples_ends_the_run(tmp_path, broken, monkeypatch):
-    model = load(save_decoder(tmp_path))
-    rows = SamplesApart(model)
+def settle(model, rows, max_length=64):
+    """What is told of the proof before a run, and the head that comes out of it."""
     head = build_head(ChatConfig(), model, rows)
     engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
-    engine.evaluate = lambda head, batch: head(model, batch)
-    world = SimpleNamespace(data_parallel_size=1, counts=True, sum=list, any=bool)
-    if broken:
-        monkeypatch.setattr(attention, "spans_of", lambda inputs: (((0, inputs["input_ids"].shape[1]),),) * 2)
-    with torch.no_grad():
-        if not broken:
-            check_rows(engine, head, rows, model.config, 64, world)
-            return
-        with pytest.raises(UserError, match=r"(?s)model.attention=auto: samples attend.*model.attention=sdpa"):
-            check_rows(engine, head, rows, model.config, 64, world)
+    world = SimpleNamespace(gather=lambda value: [value], any=bool)
+    config = compose(["model=smollm2", "data=chitchat", f"data.max_length={max_length}"]).config
+    told: list[str] = []
+    settle_rows(config, engine, head, rows, model.config, world, told.append)
+    return told, head
+
+
+def crossing(inputs):
+    return (((0, inputs["input_ids"].shape[1]),),) * 2
+
+
+def late(inputs):
+    """Each sample behind the first one begins a position too late, and the one before ends there."""
+    return tuple(
+        tuple((start + (start > 0), end + (end < row[-1][1])) for start, end in row) for row in spans_of(inputs)
+    )
+
+
+def windowed():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(vocab_size=96, num_hidden_layers=2, sliding_window=5, **sizes)
+    torch.manual_seed(0)
+    return MistralForCausalLM._from_config(config, attn_implementation="sdpa")
+
+
+def steeper(*states, scale, **more):
+    return attend(*states, scale=1.5 * scale, **more)
+
+
+def narrower(*states, window, **more):
+    return attend(*states, window=window and window - 1, **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        (None, None),
+        (None, attend),
+        ("spans_of", crossing),
+        ("spans_of", late),
+        ("attend", steeper),
+        ("attend", narrower),
+    ],
+)
+def test_another_attention_than_the_models_own_is_given_up_before_the_run(tmp_path, dtype, name, fault, monkeypatch):
+    model = (windowed() if fault in (attend, narrower) else load(save_decoder(tmp_path))).to(dtype)
+    with torch.no_grad():  # as sharp as a trained model's: a random one looks at everything alike
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+            layer.self_attn.k_proj.weight.mul_(8)
+    rows = SamplesApart(model)
+    if name is not None:
+        monkeypatch.setattr(attention, name, fault)
+    told, head = settle(model, rows)
+    if name is None:
+        assert told == [] and head.rows is rows
+        return
+    assert head.rows is None and model.config._attn_implementation == "sdpa"
+    assert len(told) == 1 and told[0].startswith("model.attention=auto: sdpa, since samples")
+
+
+def test_a_model_that_does_not_tell_its_attention_ends_the_run(tmp_path):
+    model = load(save_decoder(tmp_path))
+    for layer in model.model.layers:
+        inner = layer.self_attn.forward
+        layer.self_attn.forward = lambda *given, inner=inner, **more: inner(
+            *given, **{key: value for key, value in more.items() if key != SPANS_KEYWORD}
+        )
+    with pytest.raises(UserError, match=r"(?s)do not tell LlamaAttention where samples begin.*model.attention=sdpa"):
+        settle(model, SamplesApart(model))
+
+
+def test_what_changes_scores_is_not_left_out(tmp_path):
+    module = torch.nn.Module()
+    refuse_unknown(module, {"sliding_window": 4, "s_aux": None})
+    for keywords in ({"s_aux": torch.ones(1)}, {"softcap": 50.0}, {"is_causal": False}):
+        with pytest.raises(UserError, match=r"model.attention"):
+            refuse_unknown(module, keywords)
+
+
+def test_the_plan_knows_the_blocks():
+    assert (activations.SCORES, activations.QUERIES) == (cpu_attention.SCORES, cpu_attention.QUERIES)
+
+
+def test_positions_that_models_would_make_of_a_mask_are_told(tmp_path):
+    """OPT counts them by the mask of padded rows, which this attention does not have."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "vocab_size": 96}
+    config = OPTConfig(num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, **sizes)
+    losses = []
+    for apart in (False, True):
+        torch.manual_seed(0)
+        model = OPTForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+        head = build_head(ChatConfig(), model, SamplesApart(model) if apart else None)
+        losses.append(head(model, batches()["padded"]).loss_sum.detach())
+    torch.testing.assert_close(losses[1], losses[0])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-
-from dstune.errors import Problem
 
 IGNORED = -100
 """Label of a position that is no target."""
@@ -50,8 +49,12 @@ class Rows(Protocol):
     def own(self, inputs: Batch, labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """What this rank's model gets of `inputs`, and the labels of its positions."""
 
-    def refused(self, reason: str) -> Problem:
-        """What is wrong with the run where losses are not those of the same rows as they are."""
+    def aside(self) -> AbstractContextManager[None]:
+        """Within, the model takes rows as they are."""
+
+    def refuse(self, reason: str) -> str:
+        """Called where logits are not those of the same samples alone: rows go to the model as they are from now on, and what to
+        tell of it is returned. Raises UserError where they cannot."""
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ class CausalLmHead:
 
     def __init__(self, model: PreTrainedModel, rows: Rows | None = None):
         """rows: how they are handed to the model, where not as they are."""
-        self._rows = rows
+        self.rows = rows
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
         self._projection, self._project = projection, projection.forward
@@ -49,6 +49,15 @@ class CausalLmHead:
             self._probe = None
         return self._examined
 
+    def logits(self, forward: Forward, inputs: Mapping[str, Any], kept: torch.Tensor) -> torch.Tensor:
+        """Logits of some positions, [positions, vocabulary], in the order of rows. kept: which, bool [rows, sequence]."""
+        self._kept = kept
+        try:
+            found: torch.Tensor = forward(**inputs, use_cache=False).logits
+        finally:
+            self._kept = None
+        return found
+
     def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens}
 
@@ -71,8 +80,8 @@ class CausalLmHead:
         # The label of the next position is the target of this one; the last position has none.
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         inputs = inputs_of(batch)
-        if self._rows is not None:
-            inputs, labels = self._rows.own(inputs, labels)
+        if self.rows is not None:
+            inputs, labels = self.rows.own(inputs, labels)
         return self._loss(forward, inputs, labels, by_row="index" in batch)
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, *, by_row: bool) -> HeadOutput:
