@@ -83,7 +83,7 @@ def rows_problem(
     One sample is longer than the window of the model's attention, where that is short enough to be tried before every run.
     """
     window = getattr(architecture, "sliding_window", None) or 0
-    longest = window + 9 if 0 < window + 9 <= min(max_length, LONGEST_PROOF) else 21
+    longest = window + 9 if window and window + 9 <= min(max_length, LONGEST_PROOF) else 21
     generator = torch.Generator().manual_seed(0)
     first, second, third = (
         torch.randint(architecture.vocab_size, (length,), generator=generator) for length in (9, longest - 9, longest)
