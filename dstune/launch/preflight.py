@@ -160,7 +160,8 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
     """
     if samples.is_sample(config.path):
         fetch_sample("model.path", config.path, "model", stage)
-        _refuse(sharing_problems(config_json(config), run))
+        if run is not None and isinstance(run.parallel, TensorConfig):  # its description is in the package
+            _refuse(sharing_problems(config_json(config), run))
         if config.revision is not None:
             fix = "leave model.revision out"
             raise UserError(Problem("model.revision", "a packaged sample has no revisions", fix, config.revision))
