@@ -32,11 +32,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--passes", choices=["plain", "own"], nargs="+", default=["plain", "own"], help="of the bare side")
     options = parser.parse_args()
     samples.resolve("sample://smollm2")
     samples.resolve("sample://chitchat")
     job = Job(precision=options.precision, steps=options.steps)
-    bare = {"bare, plain": "plain", "bare, own": "own"}
+    bare = {f"bare, {passes}": passes for passes in options.passes}
     stages = {f"dstune, ZeRO-{stage}": stage for stage in options.stages}
     sides = [*bare, *stages]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -55,7 +56,7 @@ def main() -> None:
                     measured = run_dstune(staged, folder, (window, "checkpoint.weights_only=true"))
                 seconds[side].append(statistics.median(measured.seconds[UNTIMED:]))
                 print(f"round {number + 1}  {side:18} {seconds[side][-1]:7.2f} s a step", flush=True)
-    print("\n| dstune | s a step | of bare, plain | of bare, own |\n| --- | --- | --- | --- |")
+    print(f"\n| dstune | s a step | {' | '.join(f'of {name}' for name in bare)} |\n|{' --- |' * (2 + len(bare))}")
     for side in stages:
         ratios = []
         for other in bare:
