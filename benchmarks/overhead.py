@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--passes", choices=["plain", "own"], nargs="+", default=["plain", "own"], help="of the bare side")
+    parser.add_argument(
+        "--passes", choices=["plain", "own"], nargs="+", default=["plain", "own"], help="of the bare side"
+    )
     options = parser.parse_args()
     samples.resolve("sample://smollm2")
     samples.resolve("sample://chitchat")

@@ -148,7 +148,9 @@ def heads_problem(heads: int, parts: int) -> Problem | None:
         return None
     sizes = _divisors(heads)
     reason = f"{heads} attention heads cannot be shared by {parts} ranks"
-    fix = f"parallel.size={'|'.join(map(str, sizes))}, on a number of ranks that it divides" if sizes else "parallel=none"
+    fix = (
+        f"parallel.size={'|'.join(map(str, sizes))}, on a number of ranks that it divides" if sizes else "parallel=none"
+    )
     return Problem("parallel.size", reason, fix, shown(parts))
 
 
