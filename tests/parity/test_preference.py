@@ -211,8 +211,9 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
     for kind, stage in CELLS[size]:
         losses, norms = references[kind]
         rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]
-        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-5), (kind, stage)
-        # Rounding of two updates: 7e-5 was seen for IPO on a processor without AVX-512.
+        # Rounding of two updates, of which IPO takes a square: 2.6e-5 of a loss was seen on an AMD EPYC, and 7e-5 of a norm on a
+        # processor without AVX-512.
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=5e-5), (kind, stage)
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=2e-4), (kind, stage)
         assert abs(losses[2] - losses[0]) > 1e-3, "three steps change the loss"
 
@@ -227,7 +228,7 @@ def test_the_reference_point_of_kto_matters(workshop, references):
         for loss, without, point in zip(losses, references.without_point, references.points, strict=True)
         if point
     ]
-    assert moved and all(abs(loss - without) > 50 * 2e-5 * loss for loss, without in moved)
+    assert moved and all(abs(loss - without) > 20 * 5e-5 * loss for loss, without in moved)
 
 
 @pytest.mark.parametrize("kind", RESUMED)
