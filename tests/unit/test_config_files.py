@@ -29,6 +29,8 @@ COMPANIONS = {
     "method/head": ["task=classification", "data=sentiment"],
     "method/features": ["task=classification", "data=sentiment"],
     "method/freeze": ["data=chitchat", "method.embeddings=true"],
+    "parallel/autotp": ["data=chitchat", "zero=stage2"],
+    "parallel/tensor": ["data=chitchat", "zero=stage2"],
     "zero/file": ["data=chitchat", f"zero.path={Path(__file__).parents[1] / 'data' / 'deepspeed' / 'plain.json'}"],
 }
 """What a choice makes sense with; the others go with the dialogues."""
@@ -36,6 +38,10 @@ COMPANIONS = {
 
 def test_the_files_are_found():
     assert len(FILES) > 30
+
+
+ALIASES = {"parallel/autotp": "tensor"}
+"""Files under a second name of a choice."""
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -47,6 +53,7 @@ def test_file_composes_and_validates(name: str):
     config = compose([f"{group}={choice}", *companions]).config
     validate(config)
     if group in CHOICES:
+        choice = ALIASES.get(name, choice)
         assert getattr(config, group).name == choice
         assert type(getattr(config, group)) is CHOICES[group][choice]
 
@@ -87,7 +94,8 @@ def test_file_begins_with_a_comment(name: str):
 
 @pytest.mark.parametrize("group", sorted(CHOICES))
 def test_every_choice_of_the_schema_has_a_file(group: str):
-    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(CHOICES[group])
+    aliases = {name.split("/")[1] for name in ALIASES if name.startswith(f"{group}/")}
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(CHOICES[group]) | aliases
 
 
 def test_group_without_choices_only_holds_what_differs_from_the_schema():
