@@ -56,7 +56,9 @@ def test_gradients_are_those_of_the_whole(name: str, checkpointing: bool, positi
     found, others = gradients(tiled, positions)
     assert found == pytest.approx(loss, rel=1e-6)
     for key, gradient in wanted.items():
-        torch.testing.assert_close(others[key], gradient, rtol=1e-5, atol=1e-7, msg=key)
+        # Sums of fp32 in another order: 4e-7 of the largest gradient was seen on an AMD EPYC.
+        apart = max(1e-7, 1e-6 * float(gradient.abs().max()))
+        torch.testing.assert_close(others[key], gradient, rtol=1e-5, atol=apart, msg=key)
 
 
 def test_the_inner_tensors_of_one_piece_exist_at_a_time() -> None:
