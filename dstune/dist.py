@@ -80,3 +80,14 @@ class World:
 
     def barrier(self) -> None:
         torch_dist.barrier(group=self._control)
+
+
+def own_group(groups: Sequence[Sequence[int]], rank: int) -> tuple[Any, list[int]]:
+    """The group that `rank` is in, and its ranks. Every rank has to make every group, in the same order."""
+    own = None
+    for ranks in groups:
+        group = torch_dist.new_group(list(ranks))
+        if rank in ranks:
+            own = group, list(ranks)
+    assert own is not None
+    return own

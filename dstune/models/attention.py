@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
@@ -27,16 +27,66 @@ from dstune.models.spans import (
     window_of,
 )
 
-NAME = "dstune_samples"
-"""Of the attention function in transformers' registry."""
-
-
 IN_FRONT = (PrefixConfig, PromptConfig, PTuningConfig)
 """Methods whose trained positions stand in front of a row, which no span has."""
 
 
-class SamplesApart:
+class SpanAttention:
+    """An attention function of a model that computes samples one by one, where a forward pass tells their spans."""
+
+    NAME: ClassVar[str]
+    """Of the function in transformers' registry."""
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Let `model` attend so."""
+        AttentionInterface.register(self.NAME, self._attention)
+        AttentionMaskInterface.register(self.NAME, sdpa_mask)  # where no spans are told: samples that are generated
+        self._model, self._before = model, model.config._attn_implementation
+        model.set_attn_implementation(self.NAME)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the model attends as it was loaded."""
+        self._model.set_attn_implementation(self._before)
+        yield
+        self._model.set_attn_implementation(self.NAME)
+
+    def handed_in(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value [rows, heads, positions, size] as this rank attends with them."""
+        return states
+
+    def handed_back(self, attended: torch.Tensor) -> torch.Tensor:
+        """What is attended, [rows, heads, positions, size], as the layer goes on with it."""
+        return attended
+
+    def _attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
+        Returns [rows, positions, heads, size]."""
+        spans = spans_told(module, attention_mask, more)
+        if spans is None:  # whole rows
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        refuse_unknown(module, more)
+        query, key, value = self.handed_in(query, key, value)
+        dropout = dropout if module.training else 0.0
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
+        return self.handed_back(attended).transpose(1, 2), None
+
+
+class SamplesApart(SpanAttention):
     """What the head of a language model tells its attention of the samples in a row."""
+
+    NAME = "dstune_samples"
 
     @classmethod
     def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
@@ -54,11 +104,7 @@ class SamplesApart:
         return cls(model)
 
     def __init__(self, model: PreTrainedModel):
-        """Let `model` compute the attention of samples one by one where it is told them."""
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)  # where no spans are told: samples that are generated
-        self._model, self._before = model, model.config._attn_implementation
-        model.set_attn_implementation(NAME)
+        self.install(model)
 
     def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels. See `spans_of`."""
@@ -68,41 +114,12 @@ class SamplesApart:
             told["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
         return told, labels
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within, the model attends as it was loaded."""
-        self._model.set_attn_implementation(self._before)
-        yield
-        self._model.set_attn_implementation(NAME)
-
     def refuse(self, reason: str) -> str:
         """Let the model attend as it was loaded from now on; what to tell of it."""
         self._model.set_attn_implementation(self._before)
         return (
             f"model.attention=auto: {self._before}, since samples that attend one by one have other logits ({reason})"
         )
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
-    Returns [rows, positions, heads, size]."""
-    spans = spans_told(module, attention_mask, more)
-    if spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-    refuse_unknown(module, more)
-    dropout = dropout if module.training else 0.0
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
-    return attended.transpose(1, 2), None
 
 
 def attend(

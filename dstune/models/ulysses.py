@@ -9,31 +9,27 @@ The loss needs nothing of this: a rank has the targets of its own positions, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as functional
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys
 from dstune.config.schema import UlyssesConfig
-from dstune.dist import World
+from dstune.dist import World, own_group
 from dstune.errors import Problem, UserError
-from dstune.models.attention import attend
+from dstune.models.attention import SpanAttention
 from dstune.models.heads.base import IGNORED
-from dstune.models.spans import SPANS, attention_problem, no_mask, refuse_unknown, spans_of, spans_told, window_of
-
-NAME = "dstune_ulysses"
-"""Of the attention function in transformers' registry."""
+from dstune.models.spans import SPANS, attention_problem, no_mask, spans_of
 
 
-class SequenceCut:
+class SequenceCut(SpanAttention):
     """This rank's part of every row, and the ranks that have the others."""
+
+    NAME = "dstune_ulysses"
 
     def __init__(self, world: World, parts: int):
         """parts: ranks that share a row; neighbours, so that they are on one node. Every rank must call it.
@@ -43,10 +39,7 @@ class SequenceCut:
         if problem := ranks_problem(world.size, parts):
             raise UserError(problem)
         self.parts, self.part = parts, world.rank % parts
-        for first in range(0, world.size, parts):
-            group = torch_dist.new_group(list(range(first, first + parts)))
-            if first <= world.rank < first + parts:
-                self._group = group
+        self._group, _ = own_group([range(first, first + parts) for first in range(0, world.size, parts)], world.rank)
 
     @classmethod
     def of(cls, parallel: object, world: World) -> SequenceCut | None:
@@ -59,10 +52,7 @@ class SequenceCut:
     def install(self, model: PreTrainedModel) -> None:
         """Let `model` compute attention over all parts. Raises UserError for a model that cannot be cut."""
         refuse(model, self.parts)
-        AttentionInterface.register(NAME, self._attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)  # of forward passes on whole rows: samples that are generated
-        self._model, self._before = model, model.config._attn_implementation
-        model.set_attn_implementation(NAME)
+        super().install(model)
 
     def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels of this rank's positions.
@@ -86,43 +76,21 @@ class SequenceCut:
         own = {"input_ids": ids[:, here], "position_ids": positions[:, here], "attention_mask": no_mask(ids.device)}
         return own | {SPANS: spans}, labels[:, here]
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within, the model attends as it was loaded."""
-        self._model.set_attn_implementation(self._before)
-        yield
-        self._model.set_attn_implementation(NAME)
-
     def refuse(self, reason: str) -> str:
         """Raises UserError: the ranks of a group have parts of rows alone."""
         reason = f"rows that ranks share have other logits than their samples alone ({reason})"
         raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
 
-    def _attention(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **more: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """transformers' attention: query [rows, heads, own positions, size], key and value with their own number of heads.
-        Returns [rows, own positions, heads, size]."""
-        spans = spans_told(module, attention_mask, more)
-        if spans is None:  # whole rows
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-        refuse_unknown(module, more)
+    def handed_in(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Some heads with all positions, of all heads with this rank's own."""
+        query, key, value = states
         repeats = repeats_of_keys(key.shape[1], self.parts)
         if repeats > 1:
-            key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-        query, key, value = (self._to_heads(states) for states in (query, key, value))
-        dropout = dropout if module.training else 0.0
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
-        return self._to_positions(attended).transpose(1, 2), None
+            key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        return tuple(map(self._to_heads, (query, key, value)))
+
+    def handed_back(self, attended: torch.Tensor) -> torch.Tensor:
+        return self._to_positions(attended)
 
     def _to_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[rows, heads, own positions, size] -> [rows, own heads, positions, size]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dstune.config.parallel_rules import ranks_problem
 from dstune.config.schema import TensorConfig
-from dstune.dist import World
+from dstune.dist import World, own_group
 from dstune.errors import UserError
 from dstune.zero.restore import WEIGHT, Source
 
@@ -39,10 +39,10 @@ class Slices:
             raise UserError(problem)
         self.parts, self.part = parts, world.rank % parts
         self.replica, self.replicas = world.rank // parts, world.size // parts
-        groups = [list(range(first, first + parts)) for first in range(0, world.size, parts)]
-        alike = [list(range(part, world.size, parts)) for part in range(parts)]
-        self.group, self.ranks = _own_group(groups, world.rank)
-        self._alike, self._ranks_alike = _own_group(alike, world.rank)
+        groups = [range(first, first + parts) for first in range(0, world.size, parts)]
+        alike = [range(part, world.size, parts) for part in range(parts)]
+        self.group, _ = own_group(groups, world.rank)
+        self._alike, self._ranks_alike = own_group(alike, world.rank)
         self.cuts: dict[str, int] = {}
 
     @classmethod
@@ -104,17 +104,6 @@ class Slices:
 
     def get_data_parallel_world_size(self) -> int:
         return self.replicas
-
-
-def _own_group(groups: Sequence[list[int]], rank: int) -> tuple[Any, list[int]]:
-    """Every rank has to make every group; the one that `rank` is in, and its ranks."""
-    own = None
-    for ranks in groups:
-        group = torch_dist.new_group(ranks)
-        if rank in ranks:
-            own = group, ranks
-    assert own is not None
-    return own
 
 
 class SlicedSource:

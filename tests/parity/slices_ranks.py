@@ -123,7 +123,7 @@ def main() -> None:
         alike = [gradient for key, gradient in own.items() if key not in slices.cuts]
         first = [gradient.clone() for gradient in alike]
         for gradient in first:
-            torch.distributed.broadcast(gradient, slices.ranks[0], group=slices.group)
+            torch.distributed.broadcast(gradient, group=slices.group, group_src=0)
         equal = all(torch.equal(one, other) for one, other in zip(alike, first, strict=True))
         cut = sum(key in slices.cuts for key in dict(module.named_parameters()))
         found[name] = [worst, abs(own_loss - loss) / loss, abs(own_norm - norm) / norm, equal, cut, activations]

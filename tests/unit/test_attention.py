@@ -143,7 +143,7 @@ def test_runs_whose_samples_attend_one_by_one(tmp_path, overrides, chosen):
         chosen = False
     found = SamplesApart.of(config, model)
     assert (found is not None) == chosen
-    assert model.config._attn_implementation == (attention.NAME if chosen else "sdpa")
+    assert model.config._attn_implementation == (SamplesApart.NAME if chosen else "sdpa")
 
 
 def test_models_with_an_attention_of_their_own_keep_it(tmp_path):
