@@ -44,7 +44,8 @@ from dstune.train.proofs import check_packing, examine
 from dstune.train.reference import with_reference_model
 from dstune.worker import guarded, leave
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading
+from dstune.zero.engine import Engine
+from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
 from dstune.zero.start import start_process_group
 

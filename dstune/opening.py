@@ -33,7 +33,7 @@ from dstune.train.features import Features
 from dstune.train.importance import Selected
 from dstune.train.loop import Training
 from dstune.train.optim import schedule_factor
-from dstune.zero.engine import full_count
+from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""

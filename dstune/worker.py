@@ -67,7 +67,8 @@ from dstune.train.watch import watch
 from dstune.train.watchdog import Watchdog, answer_with_stacks
 from dstune.zero import swap
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading
+from dstune.zero.engine import Engine
+from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
 from dstune.zero.slices import Slices
 from dstune.zero.start import start_process_group

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dstune.checkpoint.shards import Weights
 from dstune.models.lora_start import SHIFT_A, SHIFT_B, lora_layers
-from dstune.zero.engine import gathered
+from dstune.zero.parts import gathered
 
 ADAPTED = "base_model.model."
 """What peft puts in front of the names of the model that it wraps."""

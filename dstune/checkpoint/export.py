@@ -53,12 +53,14 @@ def export_checkpoint(
     """
     check_free(out, force)
     config = read_run(run_dir / "run.yaml").config
-    with _aside(out) as folder, _quiet(), _outside_of_zero3():
+    with _aside(out) as folder, _quiet():
         from dstune.checkpoint.card import write_card
         from dstune.checkpoint.model_folder import write_model
+        from dstune.zero.parts import whole_loading
 
         state = store.read_state(checkpoint)
-        write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
+        with whole_loading():
+            write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
         write_record(folder, config, state, checkpoint.name)
         write_card(folder, run_dir, config, state, adapter=(folder / "adapter_config.json").is_file())
     return out
@@ -142,19 +144,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-@contextmanager
-def _outside_of_zero3() -> Iterator[None]:
-    """Load a whole model in this process even where transformers knows of a ZeRO-3 run that is going on."""
-    from transformers.integrations import deepspeed
-
-    keep = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = keep
 
 
 def check_free(out: Path, force: bool) -> None:

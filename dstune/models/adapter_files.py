@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dstune.config.adapter_file import read_settings
 from dstune.errors import Problem, UserError
 from dstune.models.lora_start import shift
-from dstune.zero.engine import gathered
+from dstune.zero.parts import gathered
 
 PREFIX = "base_model.model."
 """What peft puts in front of the names of a model that it adapts."""

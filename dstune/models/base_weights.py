@@ -38,7 +38,7 @@ class BaseWeights(Mapping[str, Tensor]):
     def __init__(self, config: ModelConfig, prefix: str, wanted: Mapping[str, torch.Size]):
         """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack."""
         self._files: dict[str, Any] = {}
-        folder = _folder(config)
+        folder = metadata_folder(config)
         places = tensor_files(folder)
         self._found: dict[str, tuple[Path, str]] = {}
         for name, shape in wanted.items():
@@ -65,7 +65,7 @@ class BaseWeights(Mapping[str, Tensor]):
         return self._files[file.name]
 
 
-def _folder(config: ModelConfig) -> Path:
+def metadata_folder(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     path = str(samples.resolve(config.path, fetch=False)) if samples.is_sample(config.path) else config.path

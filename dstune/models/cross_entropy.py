@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dstune.zero.engine import full_shape, is_partitioned
+from dstune.zero.parts import full_shape, is_partitioned
 
 CHUNK_BYTES = 2**27
 """Logits in memory at a time. Every further chunk has to be added to the weight's gradient: 1,024 targets of SmolLM2 took

@@ -26,7 +26,7 @@ class FeatureClassifier(PreTrainedModel):
 
 
 def feature_classifier(architecture: PretrainedConfig, dtype: torch.dtype, seed: int) -> FeatureClassifier:
-    """architecture: that of the whole model (`load.trained_config`). Partitioned where `zero.engine.partitioned_loading`
+    """architecture: that of the whole model (`load.trained_config`). Partitioned where `zero.parts.partitioned_loading`
     is open."""
     model = FeatureClassifier._from_config(architecture, dtype=dtype)
     assert isinstance(model, FeatureClassifier)

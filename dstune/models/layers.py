@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.zero.engine import full_count
+from dstune.zero.parts import full_count
 
 
 @dataclass(frozen=True)

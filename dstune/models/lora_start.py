@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dstune.config.method_schema import LoraConfig, LoraInit
 from dstune.errors import Problem, UserError
 from dstune.models.quantize import dequantized, is_quantized
-from dstune.zero.engine import gathered
+from dstune.zero.parts import gathered
 
 SHIFT_A, SHIFT_B = "shift_A", "shift_B"
 PEFT = "base_model.model."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dstune.zero.engine import is_partitioned
+from dstune.zero.parts import is_partitioned
 
 
 def use_joint_sums(module: nn.Module) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from dstune.zero.engine import full_shape
+from dstune.zero.parts import full_shape
 
 BLOCK_ELEMENTS = 2**17
 """Elements of a block on a CPU. Of 2**14 to 2**20, 2**16 to 2**18 were equally fast; the longest took twice as long."""

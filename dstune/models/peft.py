@@ -37,7 +37,7 @@ from dstune.models.freeze import freeze_body, freeze_parts
 from dstune.models.load import NewWeights, new_weights
 from dstune.models.lora_start import start_lora
 from dstune.models.prompts import add_prompt, task_type
-from dstune.zero.engine import full_count, full_shape, gathered
+from dstune.zero.parts import full_count, full_shape, gathered
 
 
 def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:

@@ -19,7 +19,7 @@ from dstune.config.task_schema import (
 )
 from dstune.errors import Problem, UserError
 from dstune.models.load import load_tokenizer, new_weights
-from dstune.zero.engine import gathered
+from dstune.zero.parts import gathered
 
 COMMON_TOKENS = 5000
 """A prompt without a text begins with some of the first tokens of the vocabulary, which are the most common ones where

@@ -11,7 +11,7 @@ from dstune.config.architectures import rounded_experts_problem
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import UserError
-from dstune.zero.engine import full_count, full_shape
+from dstune.zero.parts import full_count, full_shape
 
 KEPT = ("lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler", "qa_outputs")
 """Linear layers that stay as they are: projections to the vocabulary and heads, of which new ones are trained whole."""

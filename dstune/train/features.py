@@ -32,7 +32,8 @@ from dstune.models import pooled
 from dstune.models.heads.base import inputs_of
 from dstune.models.load import load_model, local_path
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, full_count, partitioned_loading
+from dstune.zero.engine import Engine
+from dstune.zero.parts import full_count, partitioned_loading
 from dstune.zero.precision import DTYPES
 
 log = logging.getLogger(__name__)

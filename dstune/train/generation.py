@@ -21,7 +21,8 @@ from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.planning.host import available_bytes
-from dstune.zero.engine import Engine, full_count
+from dstune.zero.engine import Engine
+from dstune.zero.parts import full_count
 
 LONGER = 1.25
 """A generated target may be so much longer than the longest one of the rows."""

@@ -27,7 +27,8 @@ from dstune.models.importance import chosen_tensors, rank_correlation, sortable,
 from dstune.models.load import NewWeights
 from dstune.train.evaluate import Evaluator
 from dstune.train.probe import Probe, probing
-from dstune.zero.engine import Engine, full_count, full_shape, pack_bits, unpack_bits
+from dstune.zero.engine import Engine, pack_bits, unpack_bits
+from dstune.zero.parts import full_count, full_shape
 from dstune.zero.restore import Partition
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from dstune.config.schema import (
     WarmupStableDecayConfig,
 )
 from dstune.models.layers import decayed_rates, layers_of
-from dstune.zero.engine import full_shape
+from dstune.zero.parts import full_shape
 
 
 def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, object]]:

@@ -21,7 +21,8 @@ from dstune.train.feed import dropout_seed, windows
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.train.supply import supply_of
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Change, Engine, partitioned_loading
+from dstune.zero.engine import Change, Engine
+from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES
 
 Restrict = Callable[[nn.Module, NewWeights], None]

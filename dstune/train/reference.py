@@ -27,7 +27,8 @@ from dstune.models.heads import build_head
 from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading
+from dstune.zero.engine import Engine
+from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES
 
 activity = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 from dstune.dist import World
 from dstune.zero import swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
+from dstune.zero.parts import full_count, full_shape, gathered
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 from dstune.zero.slices import CUTS, SlicedSource, Slices
 
@@ -31,50 +32,6 @@ Change = Callable[[Partition, torch.Tensor, dict[str, Any]], None]
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
 """(forward, batch) -> an output whose `loss_sum` is the sum of the losses of the batch. See `models.heads`."""
-
-
-@contextmanager
-def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """While open, `from_pretrained` at stage 3 partitions each parameter as it is loaded.
-
-    transformers keeps only a weak reference to this object: it has to outlive the loading.
-    """
-    from transformers.integrations import HfDeepSpeedConfig
-
-    keep_alive = HfDeepSpeedConfig(settings)
-    yield
-    del keep_alive
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The parameter's shape before stage 3 partitioned it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def full_count(parameter: nn.Parameter) -> int:
-    """The parameter's number of elements before stage 3 partitioned it, or bitsandbytes packed several into a byte."""
-    packed = getattr(parameter, "quant_state", None)
-    if packed is not None:
-        return int(packed.shape.numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether stage 3 keeps this parameter in parts."""
-    return hasattr(parameter, "ds_id")
-
-
-def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None = None) -> Any:
-    """Context in which stage 3 parameters are whole on every rank; a collective on entry and on exit.
-
-    With `modified_by_rank`, what that rank writes into them is kept.
-    """
-    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
-    if not partitioned:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modified_by_rank)
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:

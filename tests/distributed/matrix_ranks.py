@@ -31,7 +31,8 @@ from dstune.models.features import FeatureClassifier
 from dstune.models.generation import generation_inputs
 from dstune.rank_env import from_environment
 from dstune.train import importance
-from dstune.zero.engine import Engine, gathered
+from dstune.zero.engine import Engine
+from dstune.zero.parts import gathered
 from dstune.zero.start import start_process_group
 
 TOKENS = torch.arange(9, 73).view(2, 32)

@@ -17,7 +17,8 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.rank_env import from_environment
 from dstune.train.optim import build_optimizer, parameter_groups
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading
+from dstune.zero.engine import Engine
+from dstune.zero.parts import partitioned_loading
 from dstune.zero.start import start_process_group
 
 MICRO_BATCHES, TOKENS, MASKED = 64, 16, 4

@@ -14,7 +14,8 @@ from dstune.models.peft import apply_method
 from dstune.rank_env import from_environment
 from dstune.train.optim import build_optimizer, method_groups
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, partitioned_loading
+from dstune.zero.engine import Engine
+from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
 from dstune.zero.start import start_process_group
 

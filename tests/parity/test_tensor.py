@@ -159,6 +159,27 @@ def test_resumed_equals_uninterrupted_to_the_bit(workshop):  # noqa: F811
         assert all(torch.equal(one[key], other[key]) for key in whole), name
 
 
+def test_two_groups_stop_and_go_on_as_two_and_as_one(workshop):  # noqa: F811
+    """Four ranks, two on each weight, stopped after the first step: finished by four to the bit, and by two as near as another
+    order of sums."""
+    common = [*TENSOR, "parallel.size=2", "zero=stage2", "optimizer=adamw", "optimizer.lr=1e-2", "trainer.max_steps=3"]
+    limit = "run.time_limit=0.000001"
+    cases = [
+        workshop.case("groups-whole", *common),
+        workshop.case("groups-cut", *common, limit, directory="groups-cut"),
+        workshop.case("groups-end", *common, directory="groups-cut"),
+        workshop.case("group-cut", *common, limit, directory="group-cut"),
+    ]
+    run_ranks(PROGRAM, 4, cases)
+    assert exact(workshop.folder / "groups-cut") == exact(workshop.folder / "groups-whole")
+    run_ranks(PROGRAM, 2, [workshop.case("group-end", *common, directory="group-cut")])
+    whole, fewer = workshop.rows("groups-whole"), workshop.rows("group-cut")
+    assert [row["step"] for row in fewer] == [1, 2, 3]
+    assert [row["loss"] for row in fewer] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
+    left, right = workshop.weights("groups-whole"), workshop.weights("group-cut")
+    assert left.keys() == right.keys() and all((left[key] - right[key]).abs().max() < 1e-5 for key in left)
+
+
 def test_a_run_goes_on_with_shared_weights_and_without_them(workshop):  # noqa: F811
     """With two ranks on each weight, then at another stage, then with whole weights, then shared again: as with whole ones."""
     limit = "run.time_limit=0.000001"

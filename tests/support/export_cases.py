@@ -12,7 +12,8 @@ import torch
 from dstune import worker
 from dstune.config.compose import read_run
 from dstune.rank_env import from_environment
-from dstune.zero.engine import Engine, gathered
+from dstune.zero.engine import Engine
+from dstune.zero.parts import gathered
 from dstune.zero.shard_files import Save
 from dstune.zero.start import start_process_group
 

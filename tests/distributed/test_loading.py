@@ -1,0 +1,33 @@
+"""Models at stage 3 are those of the other stages to the bit, and each rank takes its part from the files by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.ranks import run_ranks
+
+PROGRAM = Path(__file__).with_name("loading_ranks.py")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def outcomes(request, tmp_path_factory) -> list[dict]:
+    """What every rank found. Of three ranks none has a part of a size that divides."""
+    lines = run_ranks(PROGRAM, request.param, str(tmp_path_factory.mktemp("models")))
+    return [json.loads(line.splitlines()[-1]) for line in lines]
+
+
+def test_weights_and_buffers_are_those_of_a_model_loaded_whole(outcomes) -> None:
+    for found in outcomes:
+        assert {case: rank["wrong"] for case, rank in found.items() if rank["wrong"]} == {}
+        # A matrix with new rows is cut when the engine is made.
+        assert [case for case, rank in found.items() if not rank["in_parts"]] == ["added tokens"]
+        assert all(len(set(rank["dtype"])) == 1 for rank in found.values()), "the configuration has another type"
+
+
+def test_nothing_is_sent_but_new_weights(outcomes) -> None:
+    sent = {case: rank["sent"] for case, rank in outcomes[0].items()}
+    assert sent["as stored"] == sent["several files"] == sent["rounded buffer"] == 0
+    assert sent["new head"] == 2 * (40 * 2 + 2), "not the bytes of a matrix and of biases for two labels, in bf16"
+    assert sent["joined experts"] > 0 and sent["other files"] > 0, "rank 0's weights were not sent"
