@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ from dstune.train.features import Features
 from dstune.train.importance import Selected
 from dstune.train.loop import Training
 from dstune.train.optim import schedule_factor
+from dstune.zero.ds_config import micro_batches_per_rank
 from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
 LABELS_TOLD = 12
+IDLE = 0.1
+"""Share of a step's micro-batches from which on it is told that they count for nothing."""
 RARE = 20
 """How many times as many rows the label has that a rare one may have been meant for."""
 SLOW_FOR_ADAPTERS = 5e-5
@@ -161,7 +165,24 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
         what = "weights, and sum activations" if slices else "rows, and exchange attention"
         reason = f"parallel.size={config.parallel.size} does not divide the {run.world.local_size} ranks of a node"
         yield f"{reason}: ranks of two nodes share {what} over the network in every layer"
+    yield from idle_ranks(config, run.world.size)
     yield from changed_schedule(config, run)
+
+
+def idle_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
+    """Whether ranks compute micro-batches that count for nothing, because those of a step cannot be shared equally."""
+    rows, of_step = config.trainer.rows, config.trainer.global_batch_size
+    groups = ranks if isinstance(config.parallel, NoParallelConfig) else ranks // config.parallel.size
+    computed = groups * micro_batches_per_rank(config, ranks)
+    idle = computed - ceil(of_step / rows)
+    if idle < IDLE * computed:
+        return
+    equal = ceil(of_step / computed)
+    fix = f"trainer.micro_batch_size={equal}" if equal < rows else f"trainer.global_batch_size={computed * rows}"
+    yield (
+        f"{idle} of the {computed} micro-batches that ranks compute in a step count for nothing: trainer.global_batch_size="
+        f"{of_step} in pieces of {rows} row{'s' * (rows != 1)} does not divide over them ({fix} does)"
+    )
 
 
 def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:

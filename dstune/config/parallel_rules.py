@@ -126,6 +126,15 @@ def _check_sliced_lora(method: LoraConfig) -> Iterator[Problem]:
             yield Problem(f"method.{key}", reason, f"{fix}, or {OFF}", shown(value))
 
 
+CAPPED = "its attention caps its scores, which the fused attention of torch does not do"
+"""Why the samples of Gemma 2 cannot attend on their own, nor its rows be shared."""
+
+
+def uncut_problem(kind: str, reason: str, fix: str = OFF) -> Problem:
+    """What is wrong where ranks are to share the rows of a model of this kind."""
+    return Problem("parallel", f"{kind}: {reason}", fix, "ulysses")
+
+
 def ranks_problem(ranks: int, parts: int) -> Problem | None:
     """What is wrong where so many ranks are to be divided into groups of `parts`."""
     if ranks % parts == 0:

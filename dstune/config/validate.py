@@ -295,6 +295,16 @@ def _check_automatic(config: RunConfig) -> Iterator[Problem]:
         yield Problem("trainer.micro_batch_size", reason, "a number, such as that of `dstune plan`", "auto")
 
 
+TILED = ("gate_proj", "up_proj", "down_proj")
+"""What a feed-forward layer of Llama and its kin has inside. Those of experts go by positions that were sorted already."""
+
+
+def tiles_problem(model: str, tiles: int) -> Problem:
+    """What is wrong where a model without such a layer is to compute it in pieces."""
+    reason = f"{model} has no feed-forward layer with {', '.join(TILED)}"
+    return Problem("trainer.mlp_tiles", reason, "trainer.mlp_tiles=1", str(tiles))
+
+
 def check_recomputed(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     if trainer.mlp_tiles > 1 and isinstance(trainer.activation_checkpointing, Selective):

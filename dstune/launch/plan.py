@@ -14,9 +14,9 @@ from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
-from dstune.config.parallel_rules import heads_problem, ranks_problem, slices_problems
+from dstune.config.parallel_rules import CAPPED, heads_problem, ranks_problem, slices_problems, uncut_problem
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective, TensorConfig, UlyssesConfig
-from dstune.config.validate import find_problems
+from dstune.config.validate import TILED, find_problems, tiles_problem
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import hostfile, machine, rundir
 from dstune.launch.calibrate import calibrate
@@ -193,7 +193,11 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     values = source.config_json(config.model)
     model = architecture.architecture(values, head_of(config), labels_of(config))
     if isinstance(config.parallel, UlyssesConfig):
-        found = (ranks_problem(cluster.ranks, config.parallel.size), heads_problem(model.heads, config.parallel.size))
+        found = (
+            uncut_problem(model.kind, CAPPED) if model.soft_capped else None,
+            ranks_problem(cluster.ranks, config.parallel.size),
+            heads_problem(model.heads, config.parallel.size),
+        )
         if problems := [problem for problem in found if problem]:
             raise UserError(problems)
     if isinstance(config.parallel, TensorConfig):
@@ -202,6 +206,8 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
             problems.append(problem)
         if problems:
             raise UserError(problems)
+    if config.trainer.mlp_tiles > 1 and not any(TILED[0] in tensor.name for tensor in model.tensors):
+        raise UserError(tiles_problem(model.kind, config.trainer.mlp_tiles))
     precision = resolved_precision(config, on_gpu=cluster.device.gpu)
     configured = setup(
         config,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dstune.config.parallel_rules import CAPPED
 from dstune.errors import Problem, UserError
 
 SPANS = "dstune_spans"
@@ -62,7 +63,7 @@ def attention_problem(model: PreTrainedModel) -> str | None:
     if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
         return "its attention in transformers cannot be replaced"
     if getattr(architecture, "attn_logit_softcapping", None):
-        return "its attention caps its scores, which the fused attention of torch does not do"
+        return CAPPED
     if architecture.model_type in SILENT:
         return "its layers do not tell their attention where samples begin"
     others = set(getattr(architecture, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

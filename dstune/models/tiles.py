@@ -14,12 +14,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dstune.errors import Problem, UserError
+from dstune.config.validate import TILED, tiles_problem
+from dstune.errors import UserError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-PARTS = ("gate_proj", "up_proj", "down_proj")
-"""What a feed-forward layer of Llama and its kin has inside. Those of experts go by positions that were sorted already."""
 
 
 def tile_feed_forward(model: nn.Module, tiles: int) -> int:
@@ -31,11 +29,10 @@ def tile_feed_forward(model: nn.Module, tiles: int) -> int:
     found = [
         module
         for module in model.modules()
-        if all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS)
+        if all(isinstance(getattr(module, part, None), nn.Module) for part in TILED)
     ]
     if not found:
-        reason = f"{type(model).__name__} has no feed-forward layer with {', '.join(PARTS)}"
-        raise UserError(Problem("trainer.mlp_tiles", reason, "trainer.mlp_tiles=1", str(tiles)))
+        raise UserError(tiles_problem(type(model).__name__, tiles))
     for module in found:
         module.forward = partial(_tiled, module.forward, tiles)
     return len(found)

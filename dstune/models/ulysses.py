@@ -17,7 +17,7 @@ import torch.distributed as torch_dist
 import torch.nn.functional as functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys
+from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys, uncut_problem
 from dstune.config.schema import UlyssesConfig
 from dstune.dist import World, own_group
 from dstune.errors import Problem, UserError
@@ -130,19 +130,16 @@ def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
 def refuse(model: PreTrainedModel, parts: int) -> None:
     """Raises UserError for a model whose rows cannot be shared by `parts` ranks."""
     architecture = model.config.get_text_config()
-    named, key = architecture.model_type, "parallel"
-
-    def problem(reason: str, fix: str = "parallel=none") -> UserError:
-        return UserError(Problem(key, f"{named}: {reason}", fix, "ulysses"))
-
+    kind = architecture.model_type
     if reason := attention_problem(model):
-        raise problem(reason)
+        raise UserError(uncut_problem(kind, reason))
     if kinds := rope_types(architecture) & {"dynamic", "longrope"}:
         named_kinds = ", ".join(sorted(kinds))
-        raise problem(f"its positions ({named_kinds}) depend on the length of the row, and a rank sees a part of it")
+        reason = f"its positions ({named_kinds}) depend on the length of the row, and a rank sees a part of it"
+        raise UserError(uncut_problem(kind, reason))
     if getattr(architecture, "layerdrop", 0):
-        off = "model.config_overrides={layerdrop: 0}"
-        raise problem("it leaves out layers at random, where the other ranks of a row would wait", off)
+        reason = "it leaves out layers at random, where the other ranks of a row would wait"
+        raise UserError(uncut_problem(kind, reason, "model.config_overrides={layerdrop: 0}"))
     if found := heads_problem(architecture.num_attention_heads, parts):
         raise UserError(found)
 

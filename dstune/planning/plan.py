@@ -120,13 +120,14 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
             choices += variants(more)
     fitting = [row for row in choices if row.fits]
     roomy = ROOMY * cluster.device.memory_gib
-    # A plain choice before one that offloads; among those about as fast one that leaves room, then the lower stage.
+    # A plain choice before one that offloads; among those about as fast one that leaves room, then the fastest.
     recommended = min(
         fitting,
         key=lambda row: (
             round(row.time.seconds / _fastest(fitting), 1),
             row.offload != "none",
             row.memory_gib > roomy,
+            row.time.seconds,
             row.setup.stage,
         ),
         default=None,

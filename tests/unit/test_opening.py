@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from dstune.config.compose import compose
-from dstune.opening import cautions, label_counts
+from dstune.opening import cautions, idle_ranks, label_counts
 from dstune.train.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
@@ -26,7 +27,8 @@ def said(
     config = compose(["data=chitchat", *overrides]).config
     data = SimpleNamespace(report=report or {}, validation=SimpleNamespace(lengths=[8] * held_out))
     engine = SimpleNamespace(module=module or nn.Linear(2, 2))
-    run = SimpleNamespace(data=data, total_steps=steps, state=state or TrainState(), engine=engine)
+    world = SimpleNamespace(size=1, local_size=1)
+    run = SimpleNamespace(data=data, total_steps=steps, state=state or TrainState(), engine=engine, world=world)
     return list(cautions(config, run))
 
 
@@ -50,6 +52,25 @@ def test_rows_that_were_cut_are_counted() -> None:
 )
 def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warned: bool) -> None:
     assert [("2e-4" in line) for line in said(*overrides)] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "told"),
+    [
+        ("global_batch_size=4 micro_batch_size=4", 2, "1 of the 2 micro-batches .*trainer.micro_batch_size=2 does"),
+        ("global_batch_size=8 micro_batch_size=3", 2, "1 of the 4 micro-batches .*trainer.micro_batch_size=2 does"),
+        ("global_batch_size=6 micro_batch_size=1", 4, "2 of the 8 micro-batches .*trainer.global_batch_size=8 does"),
+        ("global_batch_size=8 micro_batch_size=4", 2, None),
+        ("global_batch_size=31 micro_batch_size=1", 32, None),  # 3%
+        ("global_batch_size=8 micro_batch_size=4 parallel=ulysses parallel.size=2", 4, None),  # two groups of two
+    ],
+)
+def test_micro_batches_that_count_for_nothing_are_told(overrides: str, ranks: int, told: str | None) -> None:
+    given = [word if "=" in word and "parallel" in word else f"trainer.{word}" for word in overrides.split()]
+    found = list(idle_ranks(compose(["data=chitchat", *given]).config, ranks))
+    assert len(found) == (told is not None)
+    if told:
+        assert re.search(told, found[0]), found[0]
 
 
 def test_few_held_out_rows_are_told() -> None:

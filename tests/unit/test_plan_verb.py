@@ -214,6 +214,22 @@ def test_what_was_measured_here_replaces_the_table(
     assert not plan_json(capsys, *words, "launch.processes=3")["calibrated"]
 
 
+def test_pieces_of_a_layer_that_the_model_does_not_have_are_refused_as_training_does() -> None:
+    with pytest.raises(UserError, match="bert has no feed-forward layer with gate_proj") as caught:
+        main(["model=bert_base", "task=classification", "data=sentiment", "hardware=H100", "trainer.mlp_tiles=4"])
+    assert [problem.where for problem in caught.value.problems] == ["trainer.mlp_tiles"]
+
+
+def test_of_choices_with_room_the_fastest_is_recommended(capsys) -> None:
+    """Two ranks of SmolLM2: ZeRO 0 to 2 fit with room, and ZeRO-2's update of half the states each is the fastest."""
+    words = ["model=smollm2_135m", "task=causal_lm", "data=files", "hardware=2xH100-80G", "zero=stage0"]
+    found = plan_json(capsys, *words)
+    plain = {row["zero"]: row["step_seconds"] for row in found["choices"] if row["fits"] and row["offload"] == "none"}
+    assert len(plain) == 4
+    chosen = f"stage{found['recommended']['zero.stage']}"
+    assert plain[chosen] == min(plain.values()) and min(plain.values()) < plain["stage0"]
+
+
 def test_rows_that_ranks_share_take_a_part_of_the_memory_and_ranks_that_can_be_divided(capsys) -> None:
     words = ["model=llama3_8b", "task=causal_lm", "data=files", "hardware=8xH100-80G", "data.max_length=32768"]
     words += ["trainer.micro_batch_size=1", "zero=stage3"]
@@ -221,6 +237,9 @@ def test_rows_that_ranks_share_take_a_part_of_the_memory_and_ranks_that_can_be_d
     shared = plan_json(capsys, *words, "parallel=ulysses", "parallel.size=8")["configured"]
     assert shared["memory_gib_per_rank"] < 0.4 * whole["memory_gib_per_rank"]
     assert shared["fits"] and not whole["fits"]
+    capped = ["model=gemma2_2b", "model.attention=auto", *words[1:]]
+    with pytest.raises(UserError, match="gemma2: its attention caps its scores"):
+        main([*capped, "parallel=ulysses"])
     for size, why in ((3, "8 ranks cannot be divided"), (5, "32 attention heads cannot be shared")):
         with pytest.raises(UserError, match=why):
             main([*words, "parallel=ulysses", f"parallel.size={size}"])
