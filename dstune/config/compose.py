@@ -292,7 +292,7 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for override in parsed:
         key = override.key_or_group
         if user_overrides.is_group_choice(override, groups) and "." not in key:
-            fix = f"set single values, such as {key}.KEY=VALUE" if key != "experiment" else "set single values"
+            fix = _single_values(config, key, str(override.value()))
             problems.append(Problem(key, "the groups of an existing run are settled", fix, shown(override.value())))
         elif key == "zero.path":
             fix = "set single values, such as zero.reduce_bucket_size=N or zero.settings.KEY=VALUE"
@@ -316,6 +316,21 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     if problems:
         raise UserError(problems + find_problems(changed, doubtful | checked.doubtful))
     return changed
+
+
+def _single_values(config: RunConfig, section: str, choice: str) -> str:
+    """How to get what a choice of a group says without choosing it."""
+    if section == "experiment":
+        return "set single values"
+    own = to_dict(getattr(config, section))
+    try:
+        chosen = to_dict(getattr(compose(["data=chitchat", f"{section}={choice}"]).config, section))
+    except UserError:  # no such choice, or one that needs more beside it
+        chosen = {}
+    changed = {key: value for key, value in chosen.items() if own.get(key) != value}
+    if changed and own.keys() == chosen.keys() and "name" not in changed:
+        return "write " + " ".join(f"{section}.{key}={shown(value)}" for key, value in changed.items())
+    return f"set single values, such as {section}.KEY=VALUE"
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any, delete: bool) -> None:

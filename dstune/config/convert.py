@@ -219,9 +219,12 @@ def _plain_any(value: Any, where: str) -> Any:
 
 def _fix(value: Any, hint: Any, where: str) -> str:
     """How to write what was probably meant, where that can be told."""
-    if isinstance(hint, type) and issubclass(hint, Enum):
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = [name for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for name in kind.__members__]
+    if words:
         meant = OTHER_VALUES.get(str(value).lower())
-        similar = meant if meant in hint.__members__ else nearest(str(value).lower(), hint.__members__, cutoff=0.5)
+        words += [*TRUE[:1], *FALSE[:1]] if bool in kinds else []
+        similar = meant if meant in words else nearest(str(value).lower(), words, cutoff=0.5)
         if similar:
             return f"{where}={similar}"
     if hint is int and isinstance(value, float) and value.is_integer():

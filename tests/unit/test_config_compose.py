@@ -311,3 +311,18 @@ def test_continue_run_takes_over_what_the_first_start_froze():
             old, compose(["data=chitchat", "model=llama3_8b", "model.revision=v2", "task.template_date=2021-01-01"])
         )
     assert {problem.where for problem in caught.value.problems} == {"model.revision", "task.template_date"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "fix"),
+    [
+        ("zero=stage2", "write zero.stage=2"),
+        ("zero=stage3_offload", "write zero.offload_optimizer=cpu zero.offload_param=cpu"),
+        ("task=causal_lm", "set single values, such as task.KEY=VALUE"),
+        ("zero=stage9", "set single values, such as zero.KEY=VALUE"),
+    ],
+)
+def test_a_group_of_an_existing_run_is_refused_with_the_keys_that_it_would_change(choice: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        apply_overrides(compose(["data=chitchat", "zero=stage3"]).config, [choice])
+    assert [problem.fix for problem in caught.value.problems] == [fix]

@@ -42,6 +42,13 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("optimizer.lr=high", "optimizer.lr", "high", "a number", ""),
         ("trainer.precision=bf-16", "trainer.precision", "bf-16", "auto, fp32, bf16, fp16", "trainer.precision=bf16"),
         ("trainer.precision=bfloat16", "trainer.precision", "bfloat16", "auto, fp32", "trainer.precision=bf16"),
+        (
+            "trainer.activation_checkpointing=Selective",
+            "trainer.activation_checkpointing",
+            "Selective",
+            "true or false or selective",
+            "trainer.activation_checkpointing=selective",
+        ),
         ("data.format=openai", "data.format", "openai", "messages", "data.format=messages"),
         ("data.packing=maybe", "data.packing", "maybe", "true or false", ""),
         ("tracking.tags=a", "tracking.tags", "a", "list", "tracking.tags=[a]"),
