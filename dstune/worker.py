@@ -144,7 +144,6 @@ def train_stage(
         selection.freeze_others(module, new_weights(model))
     optimizer = build_optimizer(config.optimizer, method_groups(config, module))
     engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config), slices=slices)
-    keep_freed()
     beginning.mark("engine")
     examine(head, engine)
     if selection is not None and selection.masks:
@@ -154,6 +153,7 @@ def train_stage(
         penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
     say = console.message if world.is_main else lambda text: None
     settle_rows(config, engine, head, rows, model.config.get_text_config(), world, say)
+    keep_freed()
     facts: dict[str, Any] = {
         "world_size": world.size,
         "zero_stage": engine.stage,

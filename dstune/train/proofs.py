@@ -131,7 +131,7 @@ def rows_problem(
                 {name: value.to(engine.device) for name, value in batch.items()}, wanted.to(engine.device)
             )
             found = head.logits(engine.forward, inputs, own >= 0)
-            worst = (found - alone[own[own >= 0]]).abs().amax() if len(found) else torch.zeros(())
+            worst = found.sub_(alone[own[own >= 0]]).abs_().amax() if len(found) else torch.zeros(())
             difference = max(difference, float(worst) / largest, key=lambda value: (value != value, value))
     engine.train(True)
     wrong = max(world.gather(difference), key=lambda value: (value != value, value))
