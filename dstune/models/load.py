@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -402,7 +403,8 @@ def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]
 
 
 class _named_errors:
-    """Turns what transformers raises about missing or unsuitable files into a UserError that names `model.path`."""
+    """Turns what transformers raises about missing or unsuitable files into a UserError that names `model.path`. A rank that is
+    gone is no fault of the files: what waiting for it raised stays as it is, and the run is started again."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -410,8 +412,9 @@ class _named_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        kinds = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+        if isinstance(error, kinds) and not _of_a_collective(error):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise UserError(
                 Problem(
@@ -421,3 +424,9 @@ class _named_errors:
                     fix="give a hub id or a folder with config.json, tokenizer files and safetensors weights",
                 )
             ) from error
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    """Whether ranks were talking to each other when this was raised."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("torch.distributed.") for name in frames)

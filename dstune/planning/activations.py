@@ -50,7 +50,7 @@ def layer(s: Setup) -> LayerActivations:
     wide = n * p * 2 * m.intermediate
     if tiled(s):  # one piece is computed again, and its gradients
         wide = -(-n // s.tiles) * p * (4 + 2) * m.intermediate
-    working = wide + n * p * 2 * m.hidden + _attention_working(s) + 2 * _merged_experts(s)
+    working = wide + n * p * 2 * m.hidden + _attention_working(s) + 2 * merged_experts(s)
     return LayerActivations(saved, working, n * p * m.hidden, _products(s))
 
 
@@ -150,10 +150,10 @@ def _adapters(s: Setup) -> int:
     first = [tensor for tensor in s.trained if tensor.layer == index and tensor.name.endswith("lora_A.weight")]
     own = [tensor.shape for tensor in first if ".experts." not in tensor.name]
     rank, inputs = sum(shape[0] for shape in own), sum(shape[1] for shape in own)
-    return n * p * rank + (n * inputs * (p + _noise(s)) if s.adapter_dropout else 0) + _merged_experts(s)
+    return n * p * rank + (n * inputs * (p + _noise(s)) if s.adapter_dropout else 0) + merged_experts(s)
 
 
-def _merged_experts(s: Setup) -> int:
+def merged_experts(s: Setup) -> int:
     """Experts with adapters compute with the sum of both: a layer's weights whole once more on every rank, which partitioning
     does not make smaller."""
     last = s.model.layers - 1

@@ -19,15 +19,23 @@ def outcomes(request, tmp_path_factory) -> list[dict]:
 
 
 def test_weights_and_buffers_are_those_of_a_model_loaded_whole(outcomes) -> None:
-    for found in outcomes:
+    for found in map(without_lost, outcomes):
         assert {case: rank["wrong"] for case, rank in found.items() if rank["wrong"]} == {}
         # A matrix with new rows is cut when the engine is made.
         assert [case for case, rank in found.items() if not rank["in_parts"]] == ["added tokens"]
         assert all(len(set(rank["dtype"])) == 1 for rank in found.values()), "the configuration has another type"
 
 
+def without_lost(found: dict) -> dict:
+    return {case: value for case, value in found.items() if case != "lost"}
+
+
+def test_a_rank_that_is_gone_is_no_fault_of_the_files(outcomes) -> None:
+    assert outcomes[0]["lost"] not in ("UserError", None)
+
+
 def test_nothing_is_sent_but_new_weights(outcomes) -> None:
-    sent = {case: rank["sent"] for case, rank in outcomes[0].items()}
+    sent = {case: rank["sent"] for case, rank in without_lost(outcomes[0]).items()}
     assert sent["as stored"] == sent["several files"] == sent["rounded buffer"] == 0
     assert sent["new head"] == 2 * (40 * 2 + 2), "not the bytes of a matrix and of biases for two labels, in bf16"
     assert sent["joined experts"] > 0 and sent["other files"] > 0, "rank 0's weights were not sent"
