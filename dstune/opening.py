@@ -34,7 +34,6 @@ from dstune.train.features import Features
 from dstune.train.importance import Selected
 from dstune.train.loop import Training
 from dstune.train.optim import schedule_factor
-from dstune.zero.ds_config import micro_batches_per_rank
 from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
@@ -165,20 +164,28 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
         what = "weights, and sum activations" if slices else "rows, and exchange attention"
         reason = f"parallel.size={config.parallel.size} does not divide the {run.world.local_size} ranks of a node"
         yield f"{reason}: ranks of two nodes share {what} over the network in every layer"
-    yield from idle_ranks(config, run.world.size)
+    yield from fillers(config, run.world.size)
     yield from changed_schedule(config, run)
 
 
-def idle_ranks(config: RunConfig, ranks: int) -> Iterator[str]:
+def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
     """Whether ranks compute micro-batches that count for nothing, because those of a step cannot be shared equally."""
-    rows, of_step = config.trainer.rows, config.trainer.global_batch_size
     groups = ranks if isinstance(config.parallel, NoParallelConfig) else ranks // config.parallel.size
-    computed = groups * micro_batches_per_rank(config, ranks)
-    idle = computed - ceil(of_step / rows)
+    of_step = config.trainer.global_batch_size
+
+    def shared(rows: int) -> tuple[int, int]:
+        """Micro-batches of so many rows that all ranks compute, and how many of them count for nothing."""
+        needed = ceil(of_step / rows)
+        computed = groups * ceil(needed / groups)
+        return computed, computed - needed
+
+    rows = config.trainer.rows
+    computed, idle = shared(rows)
     if idle < IDLE * computed:
         return
-    equal = ceil(of_step / computed)
-    fix = f"trainer.micro_batch_size={equal}" if equal < rows else f"trainer.global_batch_size={computed * rows}"
+    smaller = [size for size in range(rows - 1, 0, -1) if shared(size)[1] < IDLE * shared(size)[0]]
+    best = min(smaller, key=lambda size: (size * shared(size)[0], -size), default=0)  # of the fewest rows for a rank
+    fix = f"trainer.micro_batch_size={best}" if best else f"trainer.global_batch_size={computed * rows}"
     yield (
         f"{idle} of the {computed} micro-batches that ranks compute in a step count for nothing: trainer.global_batch_size="
         f"{of_step} in pieces of {rows} row{'s' * (rows != 1)} does not divide over them ({fix} does)"

@@ -322,15 +322,17 @@ def _single_values(config: RunConfig, section: str, choice: str) -> str:
     """How to get what a choice of a group says without choosing it."""
     if section == "experiment":
         return "set single values"
-    own = to_dict(getattr(config, section))
-    try:
-        chosen = to_dict(getattr(compose(["data=chitchat", f"{section}={choice}"]).config, section))
-    except UserError:  # no such choice, or one that needs more beside it
-        chosen = {}
-    changed = {key: value for key, value in chosen.items() if own.get(key) != value}
-    if changed and own.keys() == chosen.keys() and "name" not in changed:
-        return "write " + " ".join(f"{section}.{key}={shown(value)}" for key, value in changed.items())
+    if section == "zero":
+        with suppress(UserError):  # no such choice, or one that needs more beside it
+            own, chosen = config.zero, compose(["data=chitchat", f"zero={choice}"]).config.zero
+            changed = {key: getattr(chosen, key) for key in DECIDE_ZERO if getattr(own, key) != getattr(chosen, key)}
+            if changed:
+                return "write " + " ".join(f"zero.{key}={shown(value)}" for key, value in changed.items())
     return f"set single values, such as {section}.KEY=VALUE"
+
+
+DECIDE_ZERO = ("stage", "offload_optimizer", "offload_param")
+"""The keys in which the choices of `zero` differ."""
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any, delete: bool) -> None:

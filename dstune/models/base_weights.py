@@ -75,13 +75,12 @@ def metadata_folder(config: ModelConfig) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor. Raises LookupError where there is neither an index nor one file."""
-    if (folder / INDEX).is_file():
-        with suppress(ValueError):
-            places: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-            return places
+    """The file of each tensor; of several files the one that transformers would take. Raises LookupError where there is none."""
     file = folder / "model.safetensors"
-    if not file.is_file():
-        raise LookupError(f"{folder} has no model.safetensors")
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file.name)
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), file.name)
+    with suppress(OSError, ValueError, KeyError):
+        places: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        return places
+    raise LookupError(f"{folder} has no model.safetensors")

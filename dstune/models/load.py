@@ -55,7 +55,7 @@ from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.quantize import keep_layout, quantization, refuse_experts
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
-from dstune.zero.parts import from_own_files, gathered, keep_parts, whole_loading
+from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
 
 
 def local_path(path: str) -> str:
@@ -259,8 +259,7 @@ def _pretrained(
     """The pretrained model, and what transformers says of the loading.
 
     At stage 3 transformers would have rank 0 read all files, and send every weight twice. Where the files allow, each rank
-    takes its part from the files instead: of 1.5 billion weights in 2 s instead of 9, and not one of them is in memory beside
-    the part (`benchmarks/loading.py`).
+    takes its part from the files instead, and holds none of the weights beside it (`benchmarks/loading.py`).
     """
 
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -277,11 +276,14 @@ def _pretrained(
         )
         return loaded
 
-    mapped = None if isinstance(config.method, QloraConfig) else Mapped.of(config.model, architecture)
-    if not from_own_files(None if mapped is None else mapped.contents):
+    if not partitioning() or isinstance(config.method, QloraConfig):
+        return load(**options)
+    mapped = Mapped.of(config.model, architecture)
+    if not all_ranks_hold(None if mapped is None else mapped.contents):
         return load(**options)
     assert mapped is not None
-    with whole_loading():
+    with whole_loading(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.trainer.seed)  # what the files lack is drawn alike on all ranks
         # In their own type: those of another one would all be made in memory.
         model, loading = load(**options | {"dtype": mapped.dtype})
         if mapped.dtype is not options["dtype"]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
@@ -33,9 +33,12 @@ class Mapped:
 
     @classmethod
     def of(cls, config: ModelConfig, architecture: PretrainedConfig) -> Mapped | None:
-        """None where the files hold several types, or transformers joins tensors while it loads them, as those of experts."""
+        """None where the files hold several types or quantized weights, where transformers joins tensors while it loads them, as
+        those of experts, and for a model's own code, whose buffers nothing else may know how to make."""
         changes = get_checkpoint_conversion_mapping(architecture.get_text_config().model_type) or ()
-        if any(isinstance(change, WeightConverter) for change in changes):
+        joined = any(isinstance(change, WeightConverter) for change in changes)
+        own_code = config.trust_remote_code and getattr(architecture, "auto_map", None)
+        if joined or own_code or getattr(architecture, "quantization_config", None):
             return None
         digest = xxhash.xxh3_64()
         stored: set[str] = set()
@@ -43,7 +46,7 @@ class Mapped:
             folder = metadata_folder(config)
             for name in sorted(set(tensor_files(folder).values())):
                 stored |= _add_file(digest, folder / name)
-        except (LookupError, OSError, ValueError):
+        except (LookupError, OSError, ValueError, SafetensorError):
             return None  # `load_model` says what is wrong with them
         dtype = STORED.get(stored.pop()) if len(stored) == 1 else None
         return None if dtype is None else cls(digest.hexdigest(), dtype)
@@ -51,14 +54,14 @@ class Mapped:
 
 def _add_file(digest: Any, path: Path) -> set[str]:
     """Add a safetensors file to the digest. Returns what it calls the types of its floating-point numbers."""
+    with safe_open(path, framework="pt") as tensors:  # first: it refuses what is no such file
+        types = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     size = path.stat().st_size
     with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        digest.update(f"{path.name} {size} ".encode() + header)
+        digest.update(f"{path.name} {size} ".encode() + file.read(int.from_bytes(file.read(8), "little")))
         for probe in range(PROBES):
             file.seek(size * probe // PROBES)
             digest.update(file.read(4096))
-    types = {entry["dtype"] for key, entry in json.loads(header).items() if key != "__metadata__"}
     return {kind for kind in types if "F" in kind}
 
 
@@ -67,7 +70,8 @@ STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def take_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a model that was made in another type the buffers of one made in `dtype`: Gemma's scale of embeddings is rounded."""
+    """Give a model that was made in another type the buffers of one made in `dtype`, and its configuration that type: Gemma's
+    scale of embeddings is rounded."""
 
     def without_weights(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
@@ -77,6 +81,10 @@ def take_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         made = type(model)._from_config(model.config, dtype=dtype)
     finally:
         hook.remove()
-    kept = set(made.state_dict())
-    for (name, buffer), (_, wanted) in zip(model.named_buffers(), made.named_buffers(), strict=True):
-        buffer.data = buffer.to(wanted.dtype) if name in kept else wanted
+    kept, wanted = set(made.state_dict()), dict(made.named_buffers())
+    in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, buffer in model.named_buffers():
+        if name not in kept:
+            buffer.data = wanted[name]
+        elif not any(part in name for part in in_full):
+            buffer.data = buffer.to(wanted[name].dtype)

@@ -36,16 +36,15 @@ def whole_loading() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = keep
 
 
-def from_own_files(contents: str | None) -> bool:
-    """Whether every rank can take its parts from files of its own, which stay where they are until then.
-
-    contents: a digest of this rank's files, or None where they cannot be used as they are. A collective within
-    `partitioned_loading` at stage 3, and False outside. It is False too where nodes have different files: rank 0's are sent.
-    """
+def partitioning() -> bool:
+    """Whether `partitioned_loading` is open, at stage 3."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if not is_deepspeed_zero3_enabled():
-        return False
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def all_ranks_hold(contents: str | None) -> bool:
+    """Whether every rank has the same files, by a digest of them that is None where they cannot be used. A collective."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, contents)
     return contents is not None and set(everyone) == {contents}
@@ -61,13 +60,16 @@ def keep_parts(module: nn.Module) -> None:
     import deepspeed
     from transformers.integrations.deepspeed import deepspeed_config
 
-    init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
-    parameter: Any
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(init.dtype)
-        init._convert_to_deepspeed_param(parameter)
-        parameter.partition()
-        parameter.data = parameter.data.to(init.local_device)  # empty by now; where it will be gathered
+    class Parts(deepspeed.zero.Init):
+        def _zero_init_param(self, parameter: Any) -> None:
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+            self._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    init = Parts(module, config_dict_or_path=deepspeed_config())
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(init.local_device)
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

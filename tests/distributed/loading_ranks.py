@@ -1,8 +1,8 @@
 """Program of the tests of loading at stage 3, on every rank: models in parts beside the same models loaded whole.
 
 Prints a line of JSON: by the name of a case which parameters and buffers differ, whether all parameters are in parts, the
-types that the configurations have, and how many bytes were sent from rank 0. Under "lost" rank 0 says what it raises where the
-other ranks have ended while it loads.
+types that the configurations have, how many bytes were sent from rank 0, and whether the loading replaced torch's linear.
+Under "lost" rank 0 says what it raises where the other ranks have ended while it loads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 from support.tiny import save_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -90,19 +89,19 @@ def load(folder: Path, expected: Path, precision: Precision, overrides: list[str
             return load_model(config, load_tokenizer(config.model), labels, DTYPES[precision])
 
     whole = loaded(expected, 2)
-    sent = 0
-    send = deepspeed.comm.broadcast
+    plain, sent = torch.nn.functional.linear, 0
+    send = torch.distributed.broadcast
 
     def counting(tensor, *args, **kwargs):
         nonlocal sent
         sent += tensor.nbytes
         return send(tensor, *args, **kwargs)
 
-    deepspeed.comm.broadcast = counting
+    torch.distributed.broadcast = counting
     try:
         parts = loaded(folder, 3)
     finally:
-        deepspeed.comm.broadcast = send
+        torch.distributed.broadcast = send
     right = dict(whole.named_parameters()) | dict(whole.named_buffers())
     in_parts = all(is_partitioned(parameter) and parameter.numel() == 0 for parameter in parts.parameters())
     with gathered(list(parts.parameters())):
@@ -113,6 +112,7 @@ def load(folder: Path, expected: Path, precision: Precision, overrides: list[str
         "in_parts": in_parts,
         "dtype": [str(parts.config.dtype), str(whole.config.dtype)],
         "sent": sent,
+        "own_linear": torch.nn.functional.linear is not plain,
     }
 
 

@@ -34,6 +34,11 @@ def test_a_rank_that_is_gone_is_no_fault_of_the_files(outcomes) -> None:
     assert outcomes[0]["lost"] not in ("UserError", None)
 
 
+def test_linear_layers_let_go_of_gathered_weights_until_the_backward_pass(outcomes) -> None:
+    """DeepSpeed's linear function gathers a weight again, where torch's would keep the gathered one: those of all layers."""
+    assert all(found["as stored"]["own_linear"] for found in outcomes), "the first model that is loaded replaces it"
+
+
 def test_nothing_is_sent_but_new_weights(outcomes) -> None:
     sent = {case: rank["sent"] for case, rank in without_lost(outcomes[0]).items()}
     assert sent["as stored"] == sent["several files"] == sent["rounded buffer"] == 0

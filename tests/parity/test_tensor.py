@@ -172,6 +172,7 @@ def test_two_groups_stop_and_go_on_as_two_and_as_one(workshop):  # noqa: F811
     ]
     run_ranks(PROGRAM, 4, cases)
     assert exact(workshop.folder / "groups-cut") == exact(workshop.folder / "groups-whole")
+    assert [row["step"] for row in workshop.rows("group-cut")] == [1]
     run_ranks(PROGRAM, 2, [workshop.case("group-end", *common, directory="group-cut")])
     whole, fewer = workshop.rows("groups-whole"), workshop.rows("group-cut")
     assert [row["step"] for row in fewer] == [1, 2, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dstune.config.compose import compose
-from dstune.opening import cautions, idle_ranks, label_counts
+from dstune.opening import cautions, fillers, label_counts
 from dstune.train.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
@@ -67,10 +68,22 @@ def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warne
 )
 def test_micro_batches_that_count_for_nothing_are_told(overrides: str, ranks: int, told: str | None) -> None:
     given = [word if "=" in word and "parallel" in word else f"trainer.{word}" for word in overrides.split()]
-    found = list(idle_ranks(compose(["data=chitchat", *given]).config, ranks))
+    found = list(fillers(compose(["data=chitchat", *given]).config, ranks))
     assert len(found) == (told is not None)
     if told:
         assert re.search(told, found[0]), found[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_what_is_advised_leaves_none(ranks: int, rows: int) -> None:
+    for of_step in range(rows, 25):
+        config = compose(["data=chitchat"]).config
+        config = replace(config, trainer=replace(config.trainer, global_batch_size=of_step, micro_batch_size=rows))
+        for line in fillers(config, ranks):
+            key, value = re.search(r"\(trainer\.(\w+)=(\d+) does\)", line).groups()
+            advised = replace(config, trainer=replace(config.trainer, **{key: int(value)}))
+            assert list(fillers(advised, ranks)) == [], line
 
 
 def test_few_held_out_rows_are_told() -> None:
