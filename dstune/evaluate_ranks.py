@@ -30,8 +30,11 @@ from dstune.data.build import Split, prepare
 from dstune.dist import World
 from dstune.ending import write_result
 from dstune.errors import Problem, UserError
+from dstune.models.attention import SamplesApart
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
+from dstune.models.lora_sum import use_joint_sums
+from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
@@ -40,7 +43,7 @@ from dstune.tracking.console import Console, show_activities
 from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import Evaluation, count_rows
-from dstune.train.proofs import check_packing, examine
+from dstune.train.proofs import examine, settle_rows
 from dstune.train.reference import with_reference_model
 from dstune.worker import guarded, leave
 from dstune.zero.ds_config import deepspeed_config
@@ -98,10 +101,15 @@ def evaluate(
     module = model if checkpoint is None else apply_method(config, model)
     if checkpoint is not None:
         load_trained(module, checkpoint)
-    head = build_head(loaded.task, model)
+    # As in training, so that its numbers are the same.
+    apart = SamplesApart.of(loaded, model)
+    use_lean_norms(module)
+    use_joint_sums(module)
+    head = build_head(loaded.task, model, apart)
     engine = Engine(module, None, settings, world)
     examine(head, engine)
-    check_packing(config, engine, model.config.get_text_config().vocab_size, world)
+    say = console.message if console else lambda text: None
+    settle_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None

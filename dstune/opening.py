@@ -6,7 +6,6 @@ import difflib
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.models.peft import experts_without_adapters
+from dstune.planning.fillers import fillers
 from dstune.redact import redacted
 from dstune.tracking.log import Tracker
 from dstune.train.baseline import measure_prompted
@@ -39,8 +39,6 @@ from dstune.zero.parts import full_count
 FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
 LABELS_TOLD = 12
-IDLE = 0.1
-"""Share of a step's micro-batches from which on it is told that they count for nothing."""
 RARE = 20
 """How many times as many rows the label has that a rare one may have been meant for."""
 SLOW_FOR_ADAPTERS = 5e-5
@@ -166,30 +164,6 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
         yield f"{reason}: ranks of two nodes share {what} over the network in every layer"
     yield from fillers(config, run.world.size)
     yield from changed_schedule(config, run)
-
-
-def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
-    """Whether ranks compute micro-batches that count for nothing, because those of a step cannot be shared equally."""
-    groups = ranks if isinstance(config.parallel, NoParallelConfig) else ranks // config.parallel.size
-    of_step = config.trainer.global_batch_size
-
-    def shared(rows: int) -> tuple[int, int]:
-        """Micro-batches of so many rows that all ranks compute, and how many of them count for nothing."""
-        needed = ceil(of_step / rows)
-        computed = groups * ceil(needed / groups)
-        return computed, computed - needed
-
-    rows = config.trainer.rows
-    computed, idle = shared(rows)
-    if idle < IDLE * computed:
-        return
-    smaller = [size for size in range(rows - 1, 0, -1) if shared(size)[1] < IDLE * shared(size)[0]]
-    best = min(smaller, key=lambda size: (size * shared(size)[0], -size), default=0)  # of the fewest rows for a rank
-    fix = f"trainer.micro_batch_size={best}" if best else f"trainer.global_batch_size={computed * rows}"
-    yield (
-        f"{idle} of the {computed} micro-batches that ranks compute in a step count for nothing: trainer.global_batch_size="
-        f"{of_step} in pieces of {rows} row{'s' * (rows != 1)} does not divide over them ({fix} does)"
-    )
 
 
 def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:

@@ -23,6 +23,7 @@ from dstune.launch.calibrate import calibrate
 from dstune.launch.console import Console
 from dstune.planning import architecture, hardware, source
 from dstune.planning.calibration import speeds
+from dstune.planning.fillers import fillers
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup, head_of, labels_of, setup, trained_tensors
@@ -252,6 +253,7 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
             "nodes": found.cluster.nodes,
             "memory_gib": round(found.cluster.device.memory_gib, 2),
         },
+        "warnings": list(fillers(config, found.cluster.ranks)),
         "calibrated": found.calibrated,
         "model": {
             "parameters": found.parameters,
@@ -306,6 +308,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         "",
         f"as configured ({_configured(found)}):",
         *_parts(found.plan.configured),
+        *(f"  warning: {warning}" for warning in fillers(config, cluster.ranks)),
         "",
         (
             f"{'zero':<8}{'offload':<{width}}{'micro-batch':>11}{'GiB a rank':>12}{'on the host' if hosted else '':>{12 * hosted}}"
@@ -321,7 +324,12 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         overrides = best.overrides(s)
         text = " ".join(f"{key}={_value(value)}" for key, value in overrides.items())
         lines.append(f"recommended: {text or 'as configured'}")
-    lines.append(f"Memory includes a margin; {_source_of_times(found)}")
+    margin = (
+        "Memory includes a margin"
+        if found.setup.on_gpu
+        else "heap: what was freed before the peak, and glibc keeps, activations mostly"
+    )
+    lines.append(f"{margin}; {_source_of_times(found)}")
     return "\n".join(lines)
 
 
@@ -370,13 +378,16 @@ def _source_of_times(found: Planned) -> str:
 
 
 def _parts(choice: Choice) -> list[str]:
-    rows = [(name, size) for name, size in choice.memory.parts.items() if size] + [("margin", choice.memory.margin)]
+    margin = "margin" if choice.setup.on_gpu else "heap, libraries"
+    rows = [(name, size) for name, size in choice.memory.parts.items() if size] + [(margin, choice.memory.margin)]
     width = max(14, *(len(name) for name, _ in rows)) + 1
     lines = [f"  {name:<{width}}{size / GIB:>9.3f} GiB" for name, size in rows]
     verdict = "fits" if choice.fits else "does not fit"
     total = f"  {'at most':<{width}}{choice.memory_gib:>9.3f} GiB in the {choice.memory.peak}: {verdict}"
     host = [f"  {'in host memory':<{width}}{choice.memory.host / GIB:>9.3f} GiB a rank"] if choice.memory.host else []
-    return [*lines, total, *host]
+    time = choice.time
+    step = f"  a step of {time.seconds:.2f} s, {time.tokens_per_second:,.0f} tokens/s"
+    return [*lines, total, *host, step]
 
 
 def _time_heading(price: float | None, config: RunConfig) -> str:

@@ -125,6 +125,8 @@ class Logged:
     eval_initial: dict[str, Any] | None = None
     """Metrics of the evaluation before the first step, by their names in `result.json`."""
     eval_last: dict[str, Any] | None = None
+    eval_step: int | None = None
+    """The step after which that was measured."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Steps without an update, by their reason."""
 
@@ -154,7 +156,7 @@ def _note(logged: Logged, row: dict[str, Any]) -> None:
     evaluation = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
     evaluation.pop("seconds", None)
     if evaluation:
-        logged.eval_last = evaluation
+        logged.eval_last, logged.eval_step = evaluation, row.get("step")
         if row.get("step") == 0:
             logged.eval_initial = evaluation
 

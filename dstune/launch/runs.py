@@ -28,6 +28,8 @@ class Listed:
     step: int
     metrics: dict[str, float]
     """Those of the last evaluation; `training loss` where there was none."""
+    measured: int | None
+    """The step of that evaluation."""
     seconds: float | None
     began: float | None
     """Seconds since the epoch."""
@@ -79,6 +81,7 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
     logged, result = records.read_metrics(path), records.read_result(path) or {}
     metrics = {name: value for name, value in (logged.eval_last or {}).items() if isinstance(value, (int, float))}
     metrics = {name: value for name, value in metrics.items() if name not in ("rows", "targets", "tokens")}
+    measured = logged.eval_step if metrics else None
     if not metrics and status.loss is not None:
         metrics = {"training loss": status.loss}
     return Listed(
@@ -87,6 +90,7 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
         reason=status.reason,
         step=status.step,
         metrics=metrics,
+        measured=measured,
         seconds=result.get("seconds"),
         began=status.launcher.started if status.launcher else None,
         values=dict(record.values) if record else {},
@@ -97,7 +101,7 @@ def _of_trial(sweep: Path, record: Record) -> Listed:
     path = sweep / record.name
     if (path / RUN_FILE).is_file():
         return _of_run(path, record)
-    return Listed(str(path), record.status, record.reason, 0, {}, record.seconds, None, dict(record.values))
+    return Listed(str(path), record.status, record.reason, 0, {}, None, record.seconds, None, dict(record.values))
 
 
 def as_text(found: list[Listed], folders: list[Path], first: str | None = None) -> str:
@@ -109,12 +113,15 @@ def as_text(found: list[Listed], folders: list[Path], first: str | None = None) 
     shown = sorted(counts, key=lambda name: (name != first, name != "loss", -counts[name]))[:3]
     keys = list(dict.fromkeys(key for line in found for key in line.values))
     above = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
-    heading = ["run", "status", "step", *shown, *keys, "time", "began"]
+    # An evaluation is of an earlier step where a run goes on or was stopped since.
+    earlier = ["measured at"] * any(line.measured not in (None, line.step) for line in found)
+    heading = ["run", "status", "step", *earlier, *shown, *keys, "time", "began"]
     rows = [
         [
             _below(line.run, above),
             line.status,
             str(line.step),
+            *(["-" if line.measured is None else f"step {line.measured}"] * len(earlier)),
             *(_value(line.metrics.get(name, "-")) for name in shown),
             *(_value(line.values.get(key)) for key in keys),
             duration(line.seconds),

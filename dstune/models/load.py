@@ -249,7 +249,9 @@ def load_model(
     if config.trainer.mlp_tiles > 1:
         tile_feed_forward(model, config.trainer.mlp_tiles)
     if config.trainer.activation_checkpointing:
-        model.gradient_checkpointing_enable(checkpointing_options(config.trainer.activation_checkpointing))
+        # transformers 6 knows the first name alone, early 5.x the second.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(checkpointing_options(config.trainer.activation_checkpointing))
     return model
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,8 @@ class Engine:
         ]
         swap.check_room(settings, shares, self._moments, world)
         deepspeed.utils.groups.mpu = None  # of an engine before this one
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=slices)
+        with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=slices)
         if self.stage == 3 and optimizer is not None:
             gather_persistent_together(self._engine.optimizer)
         from dstune.zero.shard_files import ShardFiles

@@ -23,6 +23,10 @@ CASES = {
         "decoder",
         ["task=chat", "method=lora", "zero=stage2", "data.packing=true", "evaluate.every=2", "checkpoint.every=2"],
     ),
+    "half-2": (
+        "decoder",
+        ["task=chat", "method=lora", "zero=stage2", "data.packing=false", "trainer.precision=bf16"],
+    ),
     "labels-2": ("encoder", ["task=classification", "method=full", "zero=stage2", "data.packing=false"]),
 }
 
@@ -96,6 +100,12 @@ def test_a_run_is_measured_as_at_its_end(shelf, name, ranks, capsys):
         assert found["labels"] == ["left", "right"]
         assert sum(map(sum, found["confusion"])) == found["rows"]
         assert found["confusion"] == result["confusion"]
+
+
+def test_in_half_precision_it_computes_as_training_did(shelf, capsys):
+    """Another order of sums, or another attention, would show in bf16 at once."""
+    found = measured(capsys, shelf.folder / "half-2", "launch.processes=2")
+    assert found["metrics"] == pytest.approx(shelf.result("half-2")["eval_final"], rel=1e-9)
 
 
 def test_an_earlier_checkpoint_is_measured_as_it_was_then(shelf, capsys):

@@ -14,7 +14,7 @@ import pytest
 from dstune import cli
 from dstune.checkpoint import store
 from dstune.errors import UserError
-from dstune.launch import manage, records
+from dstune.launch import manage, records, runs
 from tests.support.runs import write_sweep_directory
 
 # Ends with the number of signals it got within a second: a first one asks, a second one ends at once.
@@ -77,6 +77,21 @@ def test_status_reports_the_last_step(run, launcher, capsys):
     assert (shown["state"], shown["step"], shown["loss"], shown["pid"]) == ("running", 5, 2.25, launcher.pid)
     assert manage.status([str(run)]) == 0
     assert "step 5, loss 2.2500" in capsys.readouterr().out
+
+
+def test_the_list_of_runs_tells_of_which_step_an_earlier_evaluation_is(run, launcher, capsys):
+    record(run, launcher)
+    (run / "run.yaml").touch()
+    rows = [{"step": 0, "eval/loss": 6.5}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runs.main([str(run.parent)]) == 0
+    heading, line = capsys.readouterr().out.splitlines()[1:]
+    assert heading.split()[:6] == ["run", "status", "step", "measured", "at", "loss"]
+    assert line.split()[1:6] == ["running", "2", "step", "0", "6.5"]
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": 2, "eval/loss": 2.0}) + "\n")
+    assert runs.main([str(run.parent)]) == 0
+    assert "measured" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "signals"), [([], 1), (["--now"], 2)])

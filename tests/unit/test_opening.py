@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dstune.config.compose import compose
-from dstune.opening import cautions, fillers, label_counts
+from dstune.opening import cautions, label_counts
+from dstune.planning.fillers import fillers
 from dstune.train.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}

@@ -1,0 +1,37 @@
+"""Micro-batches that ranks compute only so that all of them have equally many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+from dstune.config.schema import Automatic, NoParallelConfig, RunConfig
+
+IDLE = 0.1
+"""Share of a step's micro-batches from which on it is told that they count for nothing."""
+
+
+def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
+    """Whether ranks compute micro-batches that count for nothing, because those of a step cannot be shared equally."""
+    if config.trainer.micro_batch_size is Automatic.auto:
+        return  # the measurement sees to it
+    groups = ranks if isinstance(config.parallel, NoParallelConfig) else ranks // config.parallel.size
+    of_step = config.trainer.global_batch_size
+
+    def shared(rows: int) -> tuple[int, int]:
+        """Micro-batches of so many rows that all ranks compute, and how many of them count for nothing."""
+        needed = ceil(of_step / rows)
+        computed = groups * ceil(needed / groups)
+        return computed, computed - needed
+
+    rows = config.trainer.rows
+    computed, idle = shared(rows)
+    if idle < IDLE * computed:
+        return
+    smaller = [size for size in range(rows - 1, 0, -1) if shared(size)[1] < IDLE * shared(size)[0]]
+    best = min(smaller, key=lambda size: (size * shared(size)[0], -size), default=0)  # of the fewest rows for a rank
+    fix = f"trainer.micro_batch_size={best}" if best else f"trainer.global_batch_size={computed * rows}"
+    yield (
+        f"{idle} of the {computed} micro-batches that ranks compute in a step count for nothing: trainer.global_batch_size="
+        f"{of_step} in pieces of {rows} row{'s' * (rows != 1)} does not divide over them ({fix} does)"
+    )
