@@ -25,7 +25,7 @@ CASES = {
     ),
     "half-2": (
         "decoder",
-        ["task=chat", "method=lora", "zero=stage2", "data.packing=false", "trainer.precision=bf16"],
+        ["task=chat", "method=full", "zero=stage2", "data.packing=false", "trainer.precision=bf16"],
     ),
     "labels-2": ("encoder", ["task=classification", "method=full", "zero=stage2", "data.packing=false"]),
 }
