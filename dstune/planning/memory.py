@@ -76,8 +76,8 @@ LARGE = 32 * MIB
 
 
 GAPS = 0.25
-"""Of the tensors of a pass in the heap, which are of many sizes, the share that lies between them: what a forward pass of BERT
-keeps, 585 MiB in tensors of 3 to 12, makes the heap of glibc 2.41 grow by 754."""
+"""Of the tensors of a pass in the heap, which are of many sizes, the share that lies between them: fitted to the cases of
+`benchmarks/plan_accuracy.py` on glibc 2.41."""
 
 
 def _with_heap(s: Setup, moments: dict[str, Parts]) -> Memory:

@@ -1,4 +1,4 @@
-"""The only `deepspeed.initialize`, and every use of an undocumented DeepSpeed attribute."""
+"""The only `deepspeed.initialize`, and what of an engine is used that DeepSpeed does not document."""
 
 from __future__ import annotations
 
