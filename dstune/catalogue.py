@@ -27,7 +27,6 @@ from dstune.config.task_schema import (
     EmbeddingConfig,
     PreferenceConfig,
     Seq2SeqConfig,
-    TaskConfig,
 )
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.launch import hub
@@ -35,6 +34,7 @@ from dstune.launch import plan as planner
 from dstune.planning import source
 from dstune.planning.hardware import Cluster
 from dstune.planning.plan import effort
+from dstune.protocols.task import TaskConfig
 
 HELP = """\
 usage: dstune models [FOLDER ...] [key=value ...] [hardware=8xH100-80G] [--hub WORDS] [--probe DATA] [--json]

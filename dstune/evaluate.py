@@ -25,19 +25,13 @@ from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, NoParallelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    PreferenceConfig,
-    Seq2SeqConfig,
-    TaskConfig,
-)
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, PreferenceConfig, Seq2SeqConfig
 from dstune.config.validate import validate
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
 from dstune.launch.commands import local_plan
 from dstune.launch.console import Console
+from dstune.protocols.task import TaskConfig
 
 SPLITS = ("train", "validation", "test", "guard", "ood")
 

@@ -24,8 +24,9 @@ from dstune.checkpoint.record import read_record, write_record
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
 from dstune.config.method_rules import can_merge
-from dstune.config.method_schema import AdapterConfig, MethodConfig
+from dstune.config.method_schema import AdapterConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.protocols.method import MethodConfig
 
 MAX_SHARD_SIZE = "5GB"
 GGUF_TYPES = ("f16", "f32", "q8_0")

@@ -12,7 +12,6 @@ from dstune.config.method_schema import (
     AdapterConfig,
     Ia3Config,
     LoraConfig,
-    MethodConfig,
     OftConfig,
     PrefixConfig,
     PromptConfig,
@@ -21,6 +20,7 @@ from dstune.config.method_schema import (
     VeraConfig,
 )
 from dstune.errors import Problem, UserError
+from dstune.protocols.method import MethodConfig
 
 HEADS = {"classifier", "score", "qa_outputs"}
 """Modules that peft saves whole by itself."""

@@ -323,7 +323,7 @@ def chosen_class(section: str, value: Any, where: str) -> type:
     if section not in CHOICES:
         return classes[""]
     name = value.get("name") if isinstance(value, Mapping) else None
-    if name in classes:
+    if isinstance(name, str) and name in classes:
         return classes[name]
     if name is None:
         fix = f"add `name:` with one of {', '.join(classes)}, or inherit a choice with `defaults: [CHOICE, _self_]`"

@@ -18,6 +18,7 @@ from dstune.config.convert import is_optional
 from dstune.config.method_rules import REFUSED
 from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
+from dstune.core.registry import on_change
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def register_schema() -> None:
             twin = mutable_twin(classes_of(section)[""])
             root.append((section, twin, dataclasses.field(default_factory=twin)))
     store.store(name="run_schema", node=dataclasses.make_dataclass("RunConfig", root), provider="dstune")
+
+
+on_change(register_schema.cache_clear)
 
 
 def config_folder() -> Path | None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.method_rules import REFUSED, can_merge, cpu_problems
-from dstune.config.method_schema import METHODS, FreezeConfig
+from dstune.config.method_schema import FreezeConfig
 from dstune.config.names import default_classes
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import TASKS
 from dstune.config.validate import find_problems
 from dstune.errors import Problem
+from dstune.protocols import METHODS, TASKS
 
 STAGES = (0, 1, 2, 3)
 
@@ -26,7 +26,7 @@ def example(method: str, task: str, stage: int) -> RunConfig:
     sections: dict[str, Any] = {section: cls() for section, cls in default_classes().items()}
     sections["data"] = replace(sections["data"], train="rows.jsonl", packing=False)
     sections["zero"] = replace(sections["zero"], stage=stage)
-    sections |= {"task": TASKS[task](), "method": EXAMPLES.get(method) or METHODS[method]()}
+    sections |= {"task": TASKS.configs()[task](), "method": EXAMPLES.get(method) or METHODS.configs()[method]()}
     return RunConfig(**sections)
 
 
@@ -67,8 +67,8 @@ def matrix_table() -> str:
         cells = [*_stages(method, tasks[0], notes)]
         cells += ["yes" if allowed else "no" for allowed in (packs(method), checkpoints_activations(method))]
         cells += [
-            "yes" if can_merge(METHODS[method]()) else "",
-            "all" if len(tasks) == len(TASKS) else ", ".join(tasks),
+            "yes" if can_merge(METHODS.configs()[method]()) else "",
+            "all" if len(tasks) == len(TASKS.configs()) else ", ".join(tasks),
         ]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     for method, reason in REFUSED.items():

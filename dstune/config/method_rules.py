@@ -14,7 +14,6 @@ from dstune.config.method_schema import (
     ImportanceConfig,
     LoraConfig,
     LoraInit,
-    MethodConfig,
     ModuleAdapterConfig,
     Pooling,
     PrefixConfig,
@@ -34,6 +33,7 @@ from dstune.config.task_schema import (
     TokenClassificationConfig,
 )
 from dstune.errors import Problem
+from dstune.protocols.method import MethodConfig
 
 PROMPTS = (PromptConfig, PrefixConfig, PTuningConfig)
 """Methods whose parameters stand in front of the row; the model's weights stay as they are."""

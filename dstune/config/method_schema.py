@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dstune.config.fields import setting
+from dstune.protocols.method import MethodConfig
 
 
 class Pooling(Enum):
@@ -16,7 +17,7 @@ class Pooling(Enum):
 
 
 @dataclass(frozen=True)
-class FullConfig:
+class FullConfig(MethodConfig):
     """All weights are trained.
 
     The most accurate where there are enough rows and memory: gradients and optimizer states of every weight.
@@ -28,7 +29,7 @@ class FullConfig:
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(MethodConfig):
     """Only the task's head is trained; the body stays frozen.
 
     For few rows, or a body that knows the task's language well already. The body runs forward only; every epoch runs it
@@ -54,7 +55,7 @@ class LoraInit(Enum):
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(MethodConfig):
     """What every method of peft has: a few new parameters beside frozen weights."""
 
     name: str = ""
@@ -108,7 +109,7 @@ class LoraConfig(ModuleAdapterConfig):
 
 
 @dataclass(frozen=True)
-class FeaturesConfig:
+class FeaturesConfig(MethodConfig):
     """The frozen body reads every row once; a classifier is trained on what it gave, from the cache.
 
     For many epochs, many tries of a classifier, or no GPU: after the first epoch the body does not run. Beside the
@@ -132,7 +133,7 @@ class FeaturesConfig:
 
 
 @dataclass(frozen=True)
-class FreezeConfig:
+class FreezeConfig(MethodConfig):
     """A part of the weights stays as it is: embeddings, layers, or what a regular expression finds.
 
     Between `head` and `full`: saves gradients and optimizer states of what is frozen, and keeps it to the bit.
@@ -154,7 +155,7 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
-class UlmfitConfig:
+class UlmfitConfig(MethodConfig):
     """Gradual unfreezing from the top, a lower rate for each layer below (Howard and Ruder 2018, arXiv:1801.06146).
 
     For few rows, and against forgetting: lower layers move late and little. With `schedule=slanted_triangular` these are the
@@ -191,7 +192,7 @@ class Unit(Enum):
 
 
 @dataclass(frozen=True)
-class ImportanceConfig:
+class ImportanceConfig(MethodConfig):
     """Only the most important share of the weights is trained, the others keep every bit; the scores are reported.
 
     To learn which weights a task needs, and to change few of them. Scores by gradients are compared with ablation (rank
@@ -325,39 +326,3 @@ class PTuningConfig(AdapterConfig):
     """Layers of the LSTM."""
     encoder_dropout: float = setting(0.0, at_least=0.0, below=1.0)
     """Dropout between the layers of the LSTM."""
-
-
-MethodConfig = (
-    FullConfig
-    | ImportanceConfig
-    | HeadConfig
-    | FeaturesConfig
-    | FreezeConfig
-    | UlmfitConfig
-    | LoraConfig
-    | QloraConfig
-    | Ia3Config
-    | VeraConfig
-    | OftConfig
-    | PromptConfig
-    | PrefixConfig
-    | PTuningConfig
-)
-
-METHODS: dict[str, type] = {
-    "full": FullConfig,
-    "head": HeadConfig,
-    "features": FeaturesConfig,
-    "freeze": FreezeConfig,
-    "ulmfit": UlmfitConfig,
-    "importance": ImportanceConfig,
-    "lora": LoraConfig,
-    "qlora": QloraConfig,
-    "ia3": Ia3Config,
-    "vera": VeraConfig,
-    "oft": OftConfig,
-    "prompt": PromptConfig,
-    "prefix": PrefixConfig,
-    "p_tuning": PTuningConfig,
-}
-"""Classes of the group by the name of the choice."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.forgetting_schema import ForgettingConfig
-from dstune.config.method_schema import METHODS
+from dstune.protocols import METHODS
 
 HEAD = """\
 # Methods
@@ -39,7 +39,7 @@ def methods_page(root: Path) -> str:
     """The text of docs/methods.md. root: of the repository."""
     measured = _measured(root / "benchmarks" / "methods.json")
     parts = [HEAD, *_table(measured)]
-    for name, cls in METHODS.items():
+    for name, cls in METHODS.configs().items():
         parts += [
             f"## `method={name}`",
             "",

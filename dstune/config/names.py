@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from dstune.config.schema import CHOICES, RunConfig
+from dstune.core.registry import on_change
 
 OTHER_TOOLS = {
     "learning_rate": "optimizer.lr",
@@ -84,7 +85,7 @@ def sections() -> tuple[str, ...]:
     return tuple(field.name for field in fields(RunConfig))
 
 
-def classes_of(section: str) -> dict[str, type]:
+def classes_of(section: str) -> Mapping[str, type]:
     """The classes that a section may have by the choice's name; one unnamed class where there is no choice."""
     return CHOICES.get(section) or {"": type_hints(RunConfig)[section]}
 
@@ -129,6 +130,9 @@ def all_keys() -> dict[str, Any]:
         for cls in classes_of(section).values()
         for key, hint in leaves(cls, section).items()
     }
+
+
+on_change(all_keys.cache_clear)
 
 
 def default_of(key: str) -> Any:

@@ -11,6 +11,7 @@ A line of documentation and the range of a field stand beside it: `documentation
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -19,9 +20,11 @@ from dstune.config.data_schema import DataConfig
 from dstune.config.fields import setting
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.launch_schema import LAUNCHES, LaunchConfig
-from dstune.config.method_schema import METHODS, MethodConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
-from dstune.config.task_schema import TASKS, TaskConfig
+from dstune.core.registry import Registry
+from dstune.protocols import METHODS, TASKS
+from dstune.protocols.method import MethodConfig
+from dstune.protocols.task import TaskConfig
 
 
 class Attention(Enum):
@@ -418,6 +421,23 @@ class RunSection:
     """Start although an estimate says no (memory, room for two checkpoints on the disk); what is certain stays refused."""
 
 
+class Choices(Mapping[str, Mapping[str, type]]):
+    """Sections with choices; a registry's classes are asked for anew each time, since plugins add to them."""
+
+    def __init__(self, sections: dict[str, Registry[Any] | dict[str, type]]):
+        self._sections = sections
+
+    def __getitem__(self, section: str) -> Mapping[str, type]:
+        choices = self._sections[section]
+        return choices.configs() if isinstance(choices, Registry) else choices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sections)
+
+    def __len__(self) -> int:
+        return len(self._sections)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run, fully resolved. Written to `run.yaml` and read by every rank."""
@@ -442,19 +462,21 @@ class RunConfig:
     """Also absent from earlier ones."""
 
 
-CHOICES: dict[str, dict[str, type]] = {
-    "task": TASKS,
-    "method": METHODS,
-    "optimizer": {"adamw": AdamWConfig, "sgd": SgdConfig},
-    "schedule": {
-        "cosine": CosineConfig,
-        "linear": LinearConfig,
-        "constant": ConstantConfig,
-        "warmup_stable_decay": WarmupStableDecayConfig,
-        "slanted_triangular": SlantedTriangularConfig,
-    },
-    "launch": LAUNCHES,
-    "sweep": SWEEPS,
-    "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig, "tensor": TensorConfig},
-}
-"""Classes of the groups whose choices have different keys, by the choice's `name`."""
+CHOICES: Mapping[str, Mapping[str, type]] = Choices(
+    {
+        "task": TASKS,
+        "method": METHODS,
+        "optimizer": {"adamw": AdamWConfig, "sgd": SgdConfig},
+        "schedule": {
+            "cosine": CosineConfig,
+            "linear": LinearConfig,
+            "constant": ConstantConfig,
+            "warmup_stable_decay": WarmupStableDecayConfig,
+            "slanted_triangular": SlantedTriangularConfig,
+        },
+        "launch": LAUNCHES,
+        "sweep": SWEEPS,
+        "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig, "tensor": TensorConfig},
+    }
+)
+"""Classes of the groups whose choices have different keys, by the choice's `name`; those of registries as they are now."""

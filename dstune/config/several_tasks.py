@@ -9,8 +9,9 @@ from dataclasses import replace
 from dstune.config.convert import shown
 from dstune.config.data_schema import SourceConfig, SourceTask
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
+from dstune.protocols.task import TaskConfig
 
 OTHER_PARTS = ("validation", "test", "guard", "ood")
 SHARED_METRICS = ("loss", "perplexity", "token_accuracy")

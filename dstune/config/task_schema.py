@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dstune.config.fields import setting
+from dstune.protocols.task import TaskConfig
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(TaskConfig):
     """Conversations; the loss is on the assistant's tokens, the end of each turn included."""
 
     name: str = "chat"
@@ -20,14 +21,14 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
-class CausalLmConfig:
+class CausalLmConfig(TaskConfig):
     """Plain text; the loss is on every token and on the end of each document."""
 
     name: str = "causal_lm"
 
 
 @dataclass(frozen=True)
-class ClassificationConfig:
+class ClassificationConfig(TaskConfig):
     """A label, or several, for a text or a pair of texts."""
 
     name: str = "classification"
@@ -59,7 +60,7 @@ class Reference(Enum):
 
 
 @dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(TaskConfig):
     """Two answers to a prompt, the better one first (with `kto` single answers, good or bad)."""
 
     name: str = "preference"
@@ -96,7 +97,7 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(TaskConfig):
     """A score for an answer, learnt from pairs of a better and a worse one."""
 
     name: str = "reward"
@@ -111,7 +112,7 @@ class Pooling(Enum):
 
 
 @dataclass(frozen=True)
-class EmbeddingConfig:
+class EmbeddingConfig(TaskConfig):
     """A vector for a text, learnt from texts that belong together; all others of a step are what does not."""
 
     name: str = "embedding"
@@ -135,7 +136,7 @@ class TrainedSubwords(Enum):
 
 
 @dataclass(frozen=True)
-class TokenClassificationConfig:
+class TokenClassificationConfig(TaskConfig):
     """A tag for each word: named entities, parts of speech."""
 
     name: str = "token_classification"
@@ -152,7 +153,7 @@ class TokenClassificationConfig:
 
 
 @dataclass(frozen=True)
-class QuestionAnsweringConfig:
+class QuestionAnsweringConfig(TaskConfig):
     """The answer to a question as a span of a text (SQuAD, Rajpurkar et al. 2016 and 2018)."""
 
     name: str = "question_answering"
@@ -167,7 +168,7 @@ class QuestionAnsweringConfig:
 
 
 @dataclass(frozen=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(TaskConfig):
     """A target for a source (translation, summary), by encoder-decoders and by decoders; the loss is on the target."""
 
     name: str = "seq2seq"
@@ -184,31 +185,6 @@ class Seq2SeqConfig:
     max_new_tokens: int | None = setting(None, at_least=1)
     """Longest generated target; when not given a quarter more than the longest target among the evaluated rows."""
 
-
-TaskConfig = (
-    ChatConfig
-    | CausalLmConfig
-    | ClassificationConfig
-    | TokenClassificationConfig
-    | QuestionAnsweringConfig
-    | PreferenceConfig
-    | RewardConfig
-    | EmbeddingConfig
-    | Seq2SeqConfig
-)
-
-TASKS: dict[str, type] = {
-    "chat": ChatConfig,
-    "causal_lm": CausalLmConfig,
-    "classification": ClassificationConfig,
-    "preference": PreferenceConfig,
-    "reward": RewardConfig,
-    "embedding": EmbeddingConfig,
-    "token_classification": TokenClassificationConfig,
-    "question_answering": QuestionAnsweringConfig,
-    "seq2seq": Seq2SeqConfig,
-}
-"""Classes of the group by the name of the choice."""
 
 CONVERSATIONS = (ChatConfig, PreferenceConfig, RewardConfig, Seq2SeqConfig)
 """Tasks whose rows are rendered with the chat template, where the model has one."""

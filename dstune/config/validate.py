@@ -44,12 +44,12 @@ from dstune.config.task_schema import (
     PreferenceConfig,
     RewardConfig,
     Seq2SeqConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
+from dstune.protocols.task import TaskConfig
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
 """Of generated targets (`train/generation.py`)."""

@@ -17,10 +17,10 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     RewardConfig,
     Seq2SeqConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.errors import Problem, UserError
+from dstune.protocols.task import TaskConfig
 
 FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.messages: ("messages",),

@@ -13,7 +13,6 @@ from dstune.config.task_schema import (
     ChatConfig,
     ClassificationConfig,
     QuestionAnsweringConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.data.answers import answers_of, checked_answers
@@ -39,6 +38,7 @@ from dstune.data.messages import (
 from dstune.data.preferences import pair_row, verdict_of
 from dstune.data.problems import RowError, shown
 from dstune.data.tags import checked
+from dstune.protocols.task import TaskConfig
 
 __all__ = ["RowError", "canonical", "check_columns", "labels_of", "normalise", "recognise", "sort_labels"]
 

@@ -17,7 +17,6 @@ from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
 from dstune.config.task_schema import (
     CONVERSATIONS,
-    TASKS,
     WRITERS,
     CausalLmConfig,
     ChatConfig,
@@ -27,6 +26,7 @@ from dstune.config.task_schema import (
 )
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, located, run_and_step
+from dstune.protocols import TASKS
 
 OWN = "default"
 """Name of the adapter that the model's own folder is."""
@@ -132,7 +132,7 @@ def _from_record(wanted: ModelConfig, key: str) -> _Found:
 
 
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
-    if TASKS.get(task or "", ChatConfig) not in WRITERS:
+    if TASKS.configs().get(task or "", ChatConfig) not in WRITERS:
         reason = f"is a model for task={task}, no language model, so it writes no text"
         given = "--input FILE" if task in (QuestionAnsweringConfig.name, RewardConfig.name) else "--text TEXT"
         raise UserError(Problem(key, reason, f"dstune predict {path} {given}", path))

@@ -30,7 +30,7 @@ from dstune.config.method_schema import QloraConfig
 from dstune.config.parallel_rules import slices_problems
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, TensorConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig, TaskConfig
+from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
@@ -41,6 +41,7 @@ from dstune.launch.first_rows import first_row_problems, hardware_problems, metr
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.planning.source import config_json
+from dstune.protocols.task import TaskConfig
 from dstune.tracking.extras import missing
 
 Stage = Callable[[str], None]

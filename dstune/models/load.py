@@ -46,7 +46,6 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     RewardConfig,
     Seq2SeqConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.errors import Problem, UserError
@@ -55,6 +54,7 @@ from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.quantize import keep_layout, quantization, refuse_experts
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
+from dstune.protocols.task import TaskConfig
 from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
 
 

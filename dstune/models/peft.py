@@ -57,6 +57,7 @@ def apply_method(config: RunConfig, model: PreTrainedModel) -> nn.Module:
         case AdapterConfig() as adapter:
             torch.manual_seed(config.trainer.seed)  # the adapters' first weights, the same on every rank
             return _add_adapter(model, adapter, config)
+    raise AssertionError(f"no way to apply {config.method!r}")
 
 
 def _add_adapter(model: PreTrainedModel, method: AdapterConfig, config: RunConfig) -> nn.Module:

@@ -10,7 +10,6 @@ from dstune.config.method_schema import (
     AdapterConfig,
     Ia3Config,
     LoraConfig,
-    MethodConfig,
     OftConfig,
     PrefixConfig,
     PromptConfig,
@@ -21,6 +20,7 @@ from dstune.config.method_schema import (
 )
 from dstune.errors import Problem
 from dstune.planning.architecture import Architecture, Tensor
+from dstune.protocols.method import MethodConfig
 
 
 def added(method: AdapterConfig, model: Architecture) -> tuple[Tensor, ...]:

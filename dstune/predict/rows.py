@@ -15,7 +15,6 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     RewardConfig,
     TagScheme,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.data import sources
@@ -24,6 +23,7 @@ from dstune.data.formats import column_of, listing
 from dstune.data.rows import RowError, canonical, normalise, recognise
 from dstune.data.tags import OUTSIDE
 from dstune.errors import Problem, UserError
+from dstune.protocols.task import TaskConfig
 
 MOST_TOLD = 10
 """Bad rows that are named; the others are counted."""

@@ -13,7 +13,7 @@ import torch
 
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
 from dstune.data.collate import NO_TARGET
@@ -24,6 +24,7 @@ from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.models.heads import Head, sums_of
 from dstune.models.heads.embedding import EmbeddingHead
+from dstune.protocols.task import TaskConfig
 from dstune.train.counterfactual import compare
 from dstune.train.generation import Generated, generate_targets, generation_metrics, speaking
 from dstune.train.measure import Evaluation, Totals, count_rows, has_windows, measure

@@ -19,10 +19,10 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     RewardConfig,
     Seq2SeqConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.data.prepared import Split
+from dstune.protocols.task import TaskConfig
 from dstune.train.generation import Generated
 from dstune.train.metrics import (
     answer_metrics,
@@ -127,6 +127,7 @@ def measure(task: TaskConfig, labels: tuple[str, ...], split: Split, totals: Tot
             return Evaluation(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
         case EmbeddingConfig():
             return Evaluation(embedding_metrics(kept, task.temperature))
+    raise AssertionError(f"no metrics for {task!r}")
 
 
 def measure_step(task: TaskConfig, totals: Totals) -> dict[str, float]:

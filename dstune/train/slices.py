@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig, TaskConfig
+from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import Split
 from dstune.errors import Problem, UserError
+from dstune.protocols.task import TaskConfig
 from dstune.train.better import is_lower_better
 from dstune.train.measure import Row, Totals, count_rows, measure
 

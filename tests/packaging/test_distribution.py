@@ -73,11 +73,10 @@ def wheel_names(built: Built) -> set[str]:
         return set(archive.namelist())
 
 
-def test_the_package_list_is_the_tree() -> None:
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "dstune").rglob("__init__.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"dstune.conf"}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
-    without_init = {path.parent for path in (ROOT / "dstune").rglob("*.py")} - {ROOT / folder for folder in folders}
+def test_every_folder_with_modules_is_a_package() -> None:
+    without_init = {
+        path.parent for path in (ROOT / "dstune").rglob("*.py") if not (path.parent / "__init__.py").is_file()
+    }
     assert not without_init, "a folder with modules needs an __init__.py to be packaged"
 
 

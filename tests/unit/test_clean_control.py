@@ -14,12 +14,13 @@ from unit.templates import LLAMA3, MISTRAL, QWEN3
 
 from dstune import samples
 from dstune.config.data_schema import DataFormat
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, TaskConfig
+from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
+from dstune.protocols.task import TaskConfig
 
 PLAIN = [
     {"role": "user", "content": "How is 1 < 2 | 3, <b>the</b> weather?"},

@@ -28,11 +28,11 @@ from dstune.config.task_schema import (
     PreferenceLoss,
     QuestionAnsweringConfig,
     TagScheme,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.config.validate import validate
 from dstune.errors import Problem, UserError
+from dstune.protocols.task import TaskConfig
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from dstune.config.adapter_file import resolve_adapters
 from dstune.config.method_rules import cpu_problems
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
+from dstune.protocols import METHODS
 from tests.support.configs import run_config
 
 PISSA, LOFTQ = method_schema.LoraInit.pissa, method_schema.LoraInit.loftq
@@ -127,7 +128,7 @@ def test_no_adapter_there(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--merge", "--gguf"])
 def test_only_what_becomes_weights_is_merged(flag):
-    for choice, cls in method_schema.METHODS.items():
+    for choice, cls in METHODS.configs().items():
         method = cls()
         problems = []
         try:

@@ -22,11 +22,11 @@ from dstune.config.documentation import (
 )
 from dstune.config.hydra_session import group_options, session
 from dstune.config.method_matrix import matrix_table
-from dstune.config.method_schema import METHODS
 from dstune.config.methods_page import methods_page
 from dstune.config.presets import presets_page
 from dstune.config.sweep_space import first, split
 from dstune.config.validate import validate
+from dstune.protocols import METHODS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,7 +21,6 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     RewardConfig,
     Seq2SeqConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.data.render import ChatRenderer
@@ -35,6 +34,7 @@ from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.data.tokenize.seq2seq import ReplyEncoder, TranslationEncoder
 from dstune.data.tokenize.several import SeveralEncoder
 from dstune.data.tokenize.tokens import TokenEncoder
+from dstune.protocols.task import TaskConfig
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
 

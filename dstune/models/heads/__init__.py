@@ -17,7 +17,6 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     RewardConfig,
     Seq2SeqConfig,
-    TaskConfig,
     TokenClassificationConfig,
 )
 from dstune.models.heads.answers import AnswerHead
@@ -28,6 +27,7 @@ from dstune.models.heads.language import CausalLmHead, EncoderDecoderHead
 from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.heads.reward import reward_head
 from dstune.models.heads.tokens import token_classification_head
+from dstune.protocols.task import TaskConfig
 
 __all__ = ["Batch", "Forward", "Head", "HeadOutput", "WindowHead", "build_head", "sums_of"]
 
@@ -54,3 +54,4 @@ def build_head(task: TaskConfig, model: PreTrainedModel, rows: Rows | None = Non
             return reward_head
         case EmbeddingConfig():
             return EmbeddingHead(task)
+    raise AssertionError(f"no head for {task!r}")

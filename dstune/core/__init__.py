@@ -1,0 +1,1 @@
+"""What everything else stands on: no torch, no Hydra, no room of a task or method is known here."""

@@ -1,0 +1,115 @@
+"""Where tasks, methods, launchers, optimizers, ... register themselves, and where generic code gets them.
+
+Built-ins and plugins register in the same way: a decorator on a class (`@task`, `@method`, ...; see `dstune.protocols`).
+A kind whose members are chosen by a configuration section (`task`, `method`, `optimizer`, ...) is a `Registry` of classes
+with a `Config` dataclass; `REGISTRY.of(config)` is the object of that section. A kind that is looked up by name only
+(callbacks, metrics, row formats, trackers) leaves `Config` out.
+
+The rooms of a kind are imported by name on the first question. Nothing below the rooms imports them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+Member = TypeVar("Member")
+
+_changed: list[Callable[[], None]] = []
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever a member is added: what is derived from the members (schema, keys) is stale then."""
+    _changed.append(forget)
+
+
+class Registry(Generic[Member]):
+    """The members of one kind, in the order in which they registered.
+
+    kind: what a member is called in messages, and the configuration section that chooses one.
+    package: the package whose modules and subpackages are the built-in rooms; each registers on import. The names in its
+    `ORDER` come first; the first one is the default of the section.
+    """
+
+    def __init__(self, kind: str, package: str | None = None):
+        self.kind = kind
+        self._package = package
+        self._loaded = package is None
+        self._members: dict[str, type[Member]] = {}
+        self._by_config: dict[type, type[Member]] = {}
+
+    def add(self, cls: type[Member]) -> type[Member]:
+        """Register `cls` under its `name` (default: that of its `Config`). Used as a decorator.
+
+        Raises:
+            ValueError: another class has this name already.
+        """
+        config = getattr(cls, "Config", None)
+        name = getattr(cls, "name", None) or (config.name if config is not None else None)
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{cls.__qualname__}: a {self.kind} needs a `name`, or a `Config` whose field `name` has it as default"
+            )
+        other = self._members.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"there are two {self.kind}s named {name!r}: {other.__module__} and {cls.__module__}")
+        cls.name = name  # type: ignore[attr-defined]
+        self._members[name] = cls
+        if config is not None:
+            self._by_config[config] = cls
+        for forget in _changed:
+            forget()
+        return cls
+
+    def remove(self, name: str) -> None:
+        """Forget a member: for tests of plugins."""
+        cls = self._members.pop(name)
+        self._by_config = {config: member for config, member in self._by_config.items() if member is not cls}
+        for forget in _changed:
+            forget()
+
+    def load(self) -> None:
+        """Import the built-in rooms, once."""
+        if self._loaded:
+            return
+        self._loaded = True  # first: a room may ask for another one
+        assert self._package is not None
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"{self._package}.{module.name}")
+        first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}
+        self._members = first | self._members
+
+    def __iter__(self) -> Iterator[str]:
+        self.load()
+        return iter(tuple(self._members))
+
+    def __contains__(self, name: object) -> bool:
+        self.load()
+        return name in self._members
+
+    def __getitem__(self, name: str) -> type[Member]:
+        self.load()
+        return self._members[name]
+
+    def classes(self) -> Mapping[str, type[Member]]:
+        """All members by name."""
+        self.load()
+        return dict(self._members)
+
+    def configs(self) -> dict[str, type]:
+        """The configuration classes by name."""
+        self.load()
+        return {name: cls.Config for name, cls in self._members.items()}  # type: ignore[attr-defined]
+
+    def of(self, config: Any) -> Member:
+        """The member that a configuration section chooses, bound to it (`member.config`).
+
+        Raises:
+            KeyError: no member has the class of `config`.
+        """
+        self.load()
+        return self._by_config[type(config)](config)  # type: ignore[call-arg]

@@ -1,0 +1,19 @@
+"""A file or folder a fine-tuning method; each registers itself. What belongs to a method stands there and nowhere else."""
+
+ORDER = (
+    "full",
+    "head",
+    "features",
+    "freeze",
+    "ulmfit",
+    "importance",
+    "lora",
+    "qlora",
+    "ia3",
+    "vera",
+    "oft",
+    "prompt",
+    "prefix",
+    "p_tuning",
+)
+"""In tables and messages these come first, in this order; the first one is the default."""

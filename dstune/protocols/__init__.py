@@ -1,0 +1,51 @@
+"""The contracts between generic code and rooms: base classes without torch, with defaults for what a room leaves out.
+
+`VERSION` changes when a plugin written for an earlier version may need a change; docs/plugins.md lists what changed.
+"""
+
+from __future__ import annotations
+
+from dstune.core.registry import Registry
+from dstune.protocols.launcher import Launcher
+from dstune.protocols.method import Method
+from dstune.protocols.optimizer import Optimizer, Schedule
+from dstune.protocols.parallelism import Parallelism
+from dstune.protocols.task import Task
+
+__all__ = [
+    "LAUNCHERS",
+    "METHODS",
+    "OPTIMIZERS",
+    "PARALLELISMS",
+    "SCHEDULES",
+    "TASKS",
+    "VERSION",
+    "Launcher",
+    "Method",
+    "Optimizer",
+    "Parallelism",
+    "Schedule",
+    "Task",
+    "launcher",
+    "method",
+    "method_of",
+    "optimizer",
+    "parallelism",
+    "schedule",
+    "task",
+    "task_of",
+]
+
+VERSION = 1
+
+TASKS: Registry[Task] = Registry("task", "dstune.tasks")
+METHODS: Registry[Method] = Registry("method", "dstune.methods")
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "dstune.optim")
+SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
+LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch")
+PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
+
+task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
+launcher, parallelism = LAUNCHERS.add, PARALLELISMS.add
+
+task_of, method_of = TASKS.of, METHODS.of
