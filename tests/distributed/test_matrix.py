@@ -11,12 +11,13 @@ from support.configs import run_config
 from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled, write_preferences
 
-from dstune.config import data_schema, method_schema, schema, task_schema
+from dstune.config import data_schema, method_schema, schema
 from dstune.config.compose import Composed, write_run
 from dstune.config.method_rules import can_merge
 from dstune.config.validate import find_problems
 from dstune.errors import Problem
 from dstune.launch.first_rows import hardware_problems
+from dstune.protocols import TASKS
 
 PROGRAM = Path(__file__).with_name("matrix_ranks.py")
 STAGES = (0, 1, 2, 3)
@@ -154,7 +155,7 @@ class Table:
         template = "gemma" if name == "lora with new tokens" else None
         return run_config(
             model=schema.ModelConfig(path=str(model), attention=schema.Attention.sdpa, chat_template=template),
-            task=task_schema.TASKS[task](),
+            task=TASKS.configs()[task](),
             data=data_schema.DataConfig(
                 train=str(self.data[task]), validation=str(self.held_out[task]), max_length=48, packing=False
             ),
