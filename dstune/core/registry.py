@@ -112,4 +112,5 @@ class Registry(Generic[Member]):
             KeyError: no member has the class of `config`.
         """
         self.load()
-        return self._by_config[type(config)](config)  # type: ignore[call-arg]
+        # `__class__`, not `type`: rules read the configuration through a view that has the class of what it shows.
+        return self._by_config[config.__class__](config)  # type: ignore[call-arg]

@@ -7,8 +7,19 @@ the answer. Methods get the whole `RunConfig` where other sections matter. Only 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dstune.config.schema import RunConfig
+    from dstune.data.prepared import Split
+    from dstune.data.sampler import MicroBatch
+    from dstune.data.seq2seq import Sources
+    from dstune.data.tokenize.sample import Encoder
+    from dstune.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -16,6 +27,16 @@ class TaskConfig:
     """Base of every task's configuration: fields of a subclass become keys `task.FIELD`."""
 
     name: str = ""
+
+
+@dataclass(frozen=True)
+class FurtherModel:
+    """A model that a run reads beside the one it trains, by the names of two fields of the task's configuration."""
+
+    path: str
+    """Folder, hub id or sample; None where the run has no such model."""
+    revision: str
+    """Resolved to a commit before the ranks start."""
 
 
 class Task:
@@ -26,3 +47,150 @@ class Task:
 
     def __init__(self, config: Any):
         self.config = config
+
+    # ---- traits: what other parts of the program rule by, in place of the task's class ----
+
+    language: ClassVar[bool] = False
+    """The loss is the next-token loss of a language model, and heads keep nothing of single rows."""
+    conversational: ClassVar[bool] = False
+    """Rows are rendered with the chat template, where the model has one; the configuration has a `template_date`."""
+    generates: ClassVar[bool] = False
+    """The model writes text."""
+    has_head: ClassVar[bool] = False
+    """The model has a head of its own in place of the vocabulary's."""
+    per_token: ClassVar[bool] = False
+    """The head reads every token, not one vector of the row."""
+    unpoolable: ClassVar[str] = ""
+    """Why the head cannot read a pooled vector of the row; empty where it can."""
+    row_loss: ClassVar[bool] = True
+    """Every row has a loss of its own, which can be told apart by subgroups and compared with other texts of the row."""
+    comparable_loss: ClassVar[bool] = True
+    """The losses of training and evaluation can be compared, however many rows a step has."""
+    prefix_positions_ok: ClassVar[bool] = False
+    """The head expects that trained positions may stand in front of the row."""
+    unpackable: ClassVar[str] = "the task reads rows one by one"
+    """Why rows are not packed; empty where they can be."""
+    splits_long_rows: ClassVar[bool] = False
+    """A row longer than `data.max_length` becomes several samples; nothing of it is cut off."""
+    encoder_decoder: ClassVar[bool] = False
+    """Encoder-decoders can be trained on it."""
+    tensor_parallel: ClassVar[bool] = False
+    """Held against a reference with weights that ranks share."""
+    few_shot: ClassVar[bool] = False
+    """An untuned language model can be asked for the answers, with worked examples in front."""
+    same_label_when_reworded: ClassVar[bool] = False
+    """A text that is changed a little keeps its label, so `data.augment` may add copies."""
+    asks_by_prompt: ClassVar[bool] = False
+    """The configuration has a `prompt` with a place for the source text."""
+    low_learning_rate: ClassVar[bool] = False
+    """Adapters are usually trained at a tenth of the rates of other tasks."""
+    predicts_from_text: ClassVar[bool] = True
+    """A prediction needs a single text and nothing else."""
+    metrics_read_rows: ClassVar[bool] = False
+    """Metrics need the rows beside their samples."""
+    texts_per_row: ClassVar[int] = 1
+    """Sequences that the model reads for one row."""
+    output: ClassVar[str] = "language model"
+    """What stands on top of the model's body: a head that `dstune.planning.architecture` knows."""
+
+    @property
+    def whole_batch_loss(self) -> bool:
+        """Whether the loss needs the whole step or a second model, so that one micro-batch alone gives no gradient."""
+        return False
+
+    @property
+    def every_position_is_a_target(self) -> bool:
+        """Whether all positions of a row are projected onto the vocabulary."""
+        return True
+
+    # ---- rows ----
+
+    formats: ClassVar[tuple[str, ...]] = ()
+    """Row formats that the task reads in some of its settings, the first that fits first."""
+
+    @property
+    def read_formats(self) -> tuple[str, ...]:
+        """Those that it reads as it is configured."""
+        return self.formats
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether rows have labels whose names are to be found; the configuration may name them in `labels`."""
+        return False
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether a row has any number of labels."""
+        return False
+
+    def complete_labels(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """The labels found in the training rows, with those that have to exist beside them."""
+        return labels
+
+    def check_labels(self, run: RunConfig, labels: tuple[str, ...]) -> None:
+        """Raises UserError where these labels do not fit the settings."""
+
+    def class_weights(self, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int) -> list[float]:
+        """How much a row of each label counts in the loss; empty where all count alike. counts: training rows by label.
+
+        Raises UserError for weights of unknown labels.
+        """
+        return []
+
+    def row_key(self) -> dict[str, Any]:
+        """What the samples depend on of the configuration: part of the key under which they are cached."""
+        key = asdict(self.config)
+        if self.conversational:
+            key.pop("template_date")  # counts only where the template prints it
+        return key
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        """What turns rows into samples. Raises UserError if the tokenizer lacks what task and format need."""
+        raise NotImplementedError(f"task={self.name} has no encoder")
+
+    def collate(
+        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
+    ) -> dict[str, Tensor] | None:
+        """The arrays of a micro-batch; None where they are those of every task (`dstune.data.collate`)."""
+        return None
+
+    def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources | None:
+        """What asks for the target of a source, where rows are sources and targets."""
+        return None
+
+    @classmethod
+    def for_source(cls, main: TaskConfig, prompt: str | None) -> TaskConfig:
+        """The configuration for a source of `data.mixture` with rows of this task, in a run of the task `main`."""
+        return main if isinstance(main, cls.Config) else cls.Config()
+
+    # ---- configuration ----
+
+    frozen_keys: ClassVar[tuple[str, ...]] = ()
+    """Fields that the first start of a run fills in, and every later start takes over."""
+    further_models: ClassVar[tuple[FurtherModel, ...]] = ()
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        """What the settings of the task and the other sections may not say together."""
+        return iter(())
+
+    def resolve(self, today: str) -> TaskConfig:
+        """The configuration with what depends on the day of composition (YYYY-MM-DD) filled in."""
+        return self.config
+
+    def preflight(self, run: RunConfig) -> Iterator[Problem]:
+        """What is missing on the launching machine, before any rank starts."""
+        return iter(())
+
+    # ---- metrics ----
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Evaluation metrics that may decide which checkpoint is best."""
+        return ("loss",)
+
+    generation_metrics: ClassVar[tuple[str, ...]] = ()
+    """Those of `metrics` for which targets are generated (`evaluate.generate_rows`)."""
+    ranked_by: ClassVar[tuple[tuple[str, bool], ...]] = ()
+    """Metrics that rank untuned models (`dstune models --probe`), the first that all have, and whether less is better."""

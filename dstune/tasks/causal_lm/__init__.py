@@ -10,3 +10,14 @@ from dstune.protocols import Task, task
 class CausalLm(Task):
     Config = CausalLmConfig
     config: CausalLmConfig
+
+    language = True
+    generates = True
+    prefix_positions_ok = True
+    unpackable = ""
+    splits_long_rows = True
+    tensor_parallel = True
+    few_shot = True
+    formats = ("text",)
+    metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+    ranked_by = (("bits_per_byte", True), ("loss", True))

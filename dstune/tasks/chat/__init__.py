@@ -10,3 +10,19 @@ from dstune.protocols import Task, task
 class Chat(Task):
     Config = ChatConfig
     config: ChatConfig
+
+    language = True
+    conversational = True
+    generates = True
+    prefix_positions_ok = True
+    unpackable = ""
+    tensor_parallel = True
+    few_shot = True
+    formats = ("messages", "conversations", "prompt_completion", "alpaca")
+    frozen_keys = ("template_date",)
+    metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+    ranked_by = (("bits_per_byte", True), ("loss", True))
+
+    @property
+    def every_position_is_a_target(self) -> bool:
+        return self.config.train_on_prompt

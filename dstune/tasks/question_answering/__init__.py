@@ -10,3 +10,14 @@ from dstune.protocols import Task, task
 class QuestionAnswering(Task):
     Config = QuestionAnsweringConfig
     config: QuestionAnsweringConfig
+
+    has_head = True
+    per_token = True
+    unpoolable = "task=question_answering reads every token, and pooling leaves one vector of all"
+    unpackable = "one row is one question with its text"
+    splits_long_rows = True
+    predicts_from_text = False
+    metrics_read_rows = True
+    output = "token classifier"
+    formats = ("squad",)
+    metrics = ("loss", "exact_match", "f1", "best_f1")
