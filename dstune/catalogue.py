@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dstune import evaluate, samples
+from dstune import samples
 from dstune.arguments import VerbParser
 from dstune.config.compose import compose
 from dstune.config.presets import description, model_files
@@ -29,6 +29,7 @@ from dstune.config.task_schema import (
     Seq2SeqConfig,
 )
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
+from dstune.evaluation import command as evaluate
 from dstune.launch import hub
 from dstune.launch import plan as planner
 from dstune.planning import source

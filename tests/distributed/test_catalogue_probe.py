@@ -7,7 +7,8 @@ import json
 import pytest
 from support.tiny import save_decoder, save_encoder, write_dialogues
 
-from dstune import catalogue, evaluate
+from dstune import catalogue
+from dstune.evaluation import command as evaluate
 
 
 def test_models_are_ranked_by_what_they_say_of_the_rows(tmp_path, monkeypatch, capsys):

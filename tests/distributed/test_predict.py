@@ -12,9 +12,9 @@ import torch
 from seqeval.metrics.sequence_labeling import get_entities
 from transformers import AutoModel, AutoTokenizer
 
-from dstune import predict
 from dstune.errors import UserError
-from dstune.predict.predictor import entities
+from dstune.inference import predict
+from dstune.inference.predictor import entities
 from tests.support.ranks import run_ranks
 from tests.support.tiny import (
     save_decoder,
@@ -425,7 +425,7 @@ def test_people_read_a_line_a_row(shop, capsys, monkeypatch):
 
 
 def test_bad_rows_are_named_before_a_model_is_loaded(shop, tmp_path, monkeypatch):
-    monkeypatch.setattr("dstune.predict.load.load", lambda *given: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dstune.inference.load.load", lambda *given: pytest.fail("a model was loaded"))
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "w1"}\n{"text": ""}\n{"txt": "w2"}\n{"text": \n')
     with pytest.raises(UserError) as refused:

@@ -10,7 +10,7 @@ from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
 from support.workshop import Workshop
 
-from dstune import evaluate
+from dstune.evaluation import command as evaluate
 from dstune.launch.summary import summary
 from dstune.report.page import write
 

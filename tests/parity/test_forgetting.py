@@ -16,10 +16,10 @@ from support.configs import run_config
 from support.ranks import run_ranks
 from support.tiny import write_dialogues
 
-from dstune import evaluate
 from dstune.config.forgetting import measured_alone, with_replay
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.errors import TrainingFailed
+from dstune.evaluation import command as evaluate
 from dstune.train import forgetting
 
 SHORT = ["data.packing=false", "data.split.validation=0", "run.export=last", "trainer.max_steps=4"]

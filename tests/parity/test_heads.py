@@ -25,9 +25,9 @@ from transformers import (
     pipeline,
 )
 
-from dstune import evaluate
 from dstune.config.compose import compose, read_run, write_run
 from dstune.data.build import Split, prepare
+from dstune.evaluation import command as evaluate
 from dstune.rank_env import RankEnv
 from dstune.train.metrics import answer_metrics
 

@@ -13,11 +13,11 @@ from support.ranks import run_ranks
 from support.tiny import save_decoder, write_preferences
 from support.workshop import Workshop
 
-from dstune import evaluate
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.data.build import prepare
 from dstune.errors import UserError
+from dstune.evaluation import command as evaluate
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
 from dstune.rank_env import RankEnv

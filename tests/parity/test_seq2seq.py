@@ -196,7 +196,7 @@ def assert_the_verb_generates(workshop: Workshop, name: str) -> None:
     from peft import AutoPeftModelForSeq2SeqLM
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from dstune import generate
+    from dstune.inference import generate
 
     export = workshop.folder / name / "export"
     loader = AutoPeftModelForSeq2SeqLM if name == "adapter" else AutoModelForSeq2SeqLM

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 from support.tiny import save_bart, save_decoder, save_encoder
 
-from dstune import catalogue, evaluate
+from dstune import catalogue
 from dstune.config.presets import model_files
 from dstune.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
+from dstune.evaluation import command as evaluate
 from dstune.launch import plan
 
 PREPARED = ("bert_base", "t5_small", "qwen3_4b", "llama3_8b", "llama3_70b")

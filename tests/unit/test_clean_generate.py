@@ -10,8 +10,8 @@ from support.tiny import save_tokenizer
 from transformers import AutoTokenizer
 from unit.data_helpers import CHATML, byte_tokenizer
 
-from dstune.generate.prompts import Request
-from dstune.generate.writer import Sampling, Writer
+from dstune.inference.prompts import Request
+from dstune.inference.writer import Sampling, Writer
 
 
 def writer(tokenizer: Any, *, plain: bool = False) -> Writer:

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstune import generate
 from dstune.answers_file import AnswersFile
 from dstune.checkpoint import store
 from dstune.config.compose import compose, write_run
 from dstune.data.stopping import stop_token_ids
 from dstune.errors import UserError
-from dstune.generate.prompts import Request
-from dstune.generate.voices import BASE, Speaker, Voice
-from dstune.generate.writer import Answer, Sampling, Writer
+from dstune.inference import generate
+from dstune.inference.prompts import Request
+from dstune.inference.voices import BASE, Speaker, Voice
+from dstune.inference.writer import Answer, Sampling, Writer
 from dstune.models.generation import generate_answers
 from tests.support.tiny import save_decoder, save_encoder
 

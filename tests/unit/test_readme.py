@@ -88,8 +88,8 @@ def test_every_command_is_one_that_exists():
 
 
 def test_flags_of_export_and_generate_exist():
-    from dstune import generate, predict
     from dstune.checkpoint import export
+    from dstune.inference import generate, predict
 
     read = {
         "export": export._parser().parse_args,

@@ -23,7 +23,7 @@ from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
 
 if TYPE_CHECKING:
-    from dstune.predict.predictor import Predictor
+    from dstune.inference.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ def _predictor(wanted: Wanted, module: Any, body: Any, tokenizer: Any) -> Predic
     """module: `body`, or what wraps it."""
     import torch
 
+    from dstune.inference.predictor import Predictor
     from dstune.models.heads import build_head
-    from dstune.predict.predictor import Predictor
 
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Predictor(wanted.config, module, build_head(wanted.config.task, body), tokenizer, wanted.labels)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dstune.errors import Problem, UserError
-from dstune.generate.prompts import Request, with_system
-from dstune.generate.voices import BASE, Speaker, Voice
+from dstune.inference.prompts import Request, with_system
+from dstune.inference.voices import BASE, Speaker, Voice
 
 if TYPE_CHECKING:
     from dstune.config.task_schema import Seq2SeqConfig

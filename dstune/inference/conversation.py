@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dstune.errors import UserError
-from dstune.generate.prompts import Messages, Request
-from dstune.generate.writer import Writer
+from dstune.inference.prompts import Messages, Request
+from dstune.inference.writer import Writer
 
 COMMANDS = "/reset begins another conversation, /adapter NAME lets another one answer, /exit (or Ctrl-D) ends"
 

@@ -13,10 +13,10 @@ from dstune.answers_file import AnswersFile
 from dstune.arguments import VerbParser
 from dstune.config.schema import ModelConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
-from dstune.generate.conversation import converse
-from dstune.generate.prompts import Request, check_adapters, read_file
-from dstune.generate.voices import BASE, OWN, opened
-from dstune.generate.writer import Answer, Sampling, Writer
+from dstune.inference.conversation import converse
+from dstune.inference.prompts import Request, check_adapters, read_file
+from dstune.inference.voices import BASE, OWN, opened
+from dstune.inference.writer import Answer, Sampling, Writer
 
 
 def main(argv: list[str]) -> int:

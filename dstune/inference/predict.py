@@ -22,9 +22,9 @@ from dstune.errors import EXIT_DONE, Problem, UserError
 if TYPE_CHECKING:
     from dstune.config.data_schema import DataConfig
     from dstune.data.files import DataFile
-    from dstune.predict.load import Wanted
-    from dstune.predict.predictor import Answer
-    from dstune.predict.rows import Asked, Rows
+    from dstune.inference.load import Wanted
+    from dstune.inference.predictor import Answer
+    from dstune.inference.rows import Asked, Rows
 
 BLOCK = 512
 """Rows that are sorted by length, and written at once."""
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     _tell(f"reading {arguments.model}")
     from dstune.config.data_schema import OnBadRow
     from dstune.config.task_schema import ClassificationConfig
-    from dstune.predict.load import find, load
-    from dstune.predict.rows import MOST_TOLD, Question, Rows
+    from dstune.inference.load import find, load
+    from dstune.inference.rows import MOST_TOLD, Question, Rows
 
     named = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
@@ -154,7 +154,7 @@ def _files(data: DataConfig, spec: str) -> list[DataFile]:
 
 
 def _note_replaced(rows: Rows) -> None:
-    from dstune.predict.predictor import ANSWERS
+    from dstune.inference.predictor import ANSWERS
 
     own = [name for name in rows.columns() if name in (*ANSWERS, "row")]
     if own:
@@ -179,7 +179,7 @@ def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows
 
 def _row(one: Asked, answer: Answer) -> dict[str, Any]:
     """Where the row is, its own columns, and its answer, whose names are taken."""
-    from dstune.predict.predictor import ANSWERS
+    from dstune.inference.predictor import ANSWERS
 
     own = {name: value for name, value in one.fields.items() if name not in (*ANSWERS, "row")}
     found: dict[str, Any] = _plain({"row": one.place, **own, **answer})

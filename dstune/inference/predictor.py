@@ -30,10 +30,10 @@ from dstune.data.sampler import MicroBatch
 from dstune.data.tags import AS_BIO, OUTSIDE, marks_entities
 from dstune.data.tokenize import RowTokenizer, Sample
 from dstune.data.tokenize.preference import RewardEncoder
+from dstune.inference.rows import Asked
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.models.heads.embedding import pooled
-from dstune.predict.rows import Asked
 from dstune.train.measure import Row, best_spans, has_windows, rows_of
 
 Answer = dict[str, Any]

@@ -1,0 +1,1 @@
+"""The verb `evaluate`: metrics of a run, an export or a model."""
