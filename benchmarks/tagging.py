@@ -108,9 +108,9 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
     from dstune.paths import cache_root
+    from dstune.protocols import schedule_of
     from dstune.rank_env import RankEnv
     from dstune.train.feed import training_order
-    from dstune.train.optim import schedule_factor
 
     began = time.perf_counter()
     train, held = ([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files)
@@ -149,7 +149,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: schedule_factor(config.schedule, step, len(batches))
+                optimizer or self.optimizer, lambda step: schedule_of(config.schedule).factor(step, len(batches))
             )
             self._created_lr_scheduler = True
             return self.lr_scheduler

@@ -26,6 +26,7 @@ from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.models.peft import experts_without_adapters
 from dstune.planning.fillers import fillers
+from dstune.protocols import schedule_of
 from dstune.redact import redacted
 from dstune.tracking.log import Tracker
 from dstune.train.baseline import measure_prompted
@@ -33,7 +34,6 @@ from dstune.train.evaluate import answer_prompts, limited
 from dstune.train.features import Features
 from dstune.train.importance import Selected
 from dstune.train.loop import Training
-from dstune.train.optim import schedule_factor
 from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
@@ -171,8 +171,9 @@ def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
     step, before = run.state.step, run.state.planned_steps
     if not step or not before or before == run.total_steps:
         return
-    was = schedule_factor(config.schedule, min(step, before - 1), before)  # of the next step, or the last one again
-    now = schedule_factor(config.schedule, step, run.total_steps)
+    schedule = schedule_of(config.schedule)
+    was = schedule.factor(min(step, before - 1), before)  # of the next step, or the last one again
+    now = schedule.factor(step, run.total_steps)
     if abs(now - was) >= 0.01:
         yield (
             f"the run has {run.total_steps:,} steps now instead of {before:,}, and its schedule is stretched to them: the rate "

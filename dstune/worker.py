@@ -42,6 +42,7 @@ from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
 from dstune.paths import cache_root
+from dstune.protocols import optimizer_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
 from dstune.telling import leave_error, tell_launcher, tell_once
@@ -55,7 +56,7 @@ from dstune.train.forgetting import Penalties
 from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
 from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory, keep_freed
-from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.optim import method_groups
 from dstune.train.profiling import StepProfiler
 from dstune.train.proofs import content_digest, examine, refuse_different_rows, samples_digest, settle_rows
 from dstune.train.reference import with_reference, with_reference_model
@@ -142,8 +143,9 @@ def train_stage(
     head = build_head(config.task, model, rows)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
-    optimizer = build_optimizer(config.optimizer, method_groups(config, module))
-    engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config), slices=slices)
+    optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
+    once = goes_once_through(config)
+    engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=once, slices=slices)
     beginning.mark("engine")
     examine(head, engine)
     if selection is not None and selection.masks:

@@ -5,42 +5,20 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import itertools
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dstune.config import (
-    augment_schema,
-    data_schema,
-    forgetting_schema,
-    launch_schema,
-    method_schema,
-    schema,
-    sweep_schema,
-    task_schema,
-)
 from dstune.config.convert import describe, shown
 from dstune.config.method_matrix import matrix_table
 from dstune.config.methods_page import methods_page
 from dstune.config.names import classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
-
-SOURCES = (
-    schema,
-    data_schema,
-    augment_schema,
-    task_schema,
-    method_schema,
-    forgetting_schema,
-    launch_schema,
-    sweep_schema,
-)
-"""The modules whose classes are the schema."""
 
 
 class Setting(NamedTuple):
@@ -54,11 +32,10 @@ class Setting(NamedTuple):
 
 
 @cache
-def attribute_docs() -> dict[str, dict[str, str]]:
-    """The string below each field of each class of the schema, by class and field name."""
+def _docs_in(module: str) -> dict[str, dict[str, str]]:
+    """The string below each field of each class of a module, by class and field name."""
     docs: dict[str, dict[str, str]] = {}
-    sources = [inspect.getsource(module) for module in SOURCES]
-    for node in itertools.chain.from_iterable(ast.parse(source).body for source in sources):
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for field, text in zip(node.body, node.body[1:], strict=False):
@@ -70,6 +47,12 @@ def attribute_docs() -> dict[str, dict[str, str]]:
             ):
                 docs.setdefault(node.name, {})[field.target.id] = " ".join(str(text.value.value).split())
     return docs
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The string below each field of `cls` and of its bases, by the field's name."""
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return {name: doc for base in bases for name, doc in _docs_in(base.__module__).get(base.__name__, {}).items()}
 
 
 @cache
@@ -85,9 +68,7 @@ def documentation() -> tuple[Setting, ...]:
 
 def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
     hints = type_hints(cls)
-    docs = {
-        name: doc for base in reversed(cls.__mro__) for name, doc in attribute_docs().get(base.__name__, {}).items()
-    }
+    docs = attribute_docs(cls)
     settings = []
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], f"{prefix}.{field.name}"

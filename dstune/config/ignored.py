@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
-from dstune.config.schema import RunConfig, SlantedTriangularConfig, WandbMode
+from dstune.config.schema import RunConfig, WandbMode
 from dstune.config.several_tasks import name_of_task
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.task_schema import CONVERSATIONS, Seq2SeqConfig
 from dstune.errors import Problem
+from dstune.protocols import schedule_of
 
 
 def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
@@ -51,12 +52,10 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     """(key, (reason, what would let it count)) of every setting that another one overrules."""
-    data, trainer, zero, schedule = config.data, config.trainer, config.zero, config.schedule
+    data, trainer, zero = config.data, config.trainer, config.zero
     if trainer.max_steps is not None:
         yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")
-    if not isinstance(schedule, SlantedTriangularConfig) and schedule.warmup_steps is not None:
-        reason = f"schedule.warmup_steps={schedule.warmup_steps} replaces it"
-        yield "schedule.warmup_ratio", (reason, "schedule.warmup_steps=null")
+    yield from schedule_of(config.schedule).without_effect()
     for part in ("validation", "test"):
         if given := getattr(data, part):
             yield f"data.split.{part}", (f"data.{part}={given} gives the rows", f"leave out data.{part}")

@@ -108,4 +108,4 @@ def _sentence(row: dict[str, Any]) -> str:
 def _docs(cls: type) -> dict[str, str]:
     from dstune.config.documentation import attribute_docs
 
-    return attribute_docs()[cls.__name__]
+    return attribute_docs(cls)

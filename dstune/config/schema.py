@@ -22,8 +22,9 @@ from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.launch_schema import LAUNCHES, LaunchConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.core.registry import Registry
-from dstune.protocols import METHODS, TASKS
+from dstune.protocols import METHODS, OPTIMIZERS, SCHEDULES, TASKS
 from dstune.protocols.method import MethodConfig
+from dstune.protocols.optimizer import OptimizerConfig, ScheduleConfig
 from dstune.protocols.task import TaskConfig
 
 
@@ -107,103 +108,6 @@ class ModelConfig:
     """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
-
-
-@dataclass(frozen=True)
-class AdamWConfig:
-    """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
-
-    name: str = "adamw"
-    lr: float = setting(2e-5, at_least=0.0)
-    """Peak learning rate."""
-    weight_decay: float = setting(0.01, at_least=0.0)
-    """Weight decay; never applied to norms and biases."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moment estimates, each in [0, 1)."""
-    eps: float = setting(1e-8, above=0.0)
-    """Added to the denominator."""
-
-
-@dataclass(frozen=True)
-class SgdConfig:
-    """Stochastic gradient descent with momentum."""
-
-    name: str = "sgd"
-    lr: float = setting(1e-3, at_least=0.0)
-    """Peak learning rate."""
-    weight_decay: float = setting(0.0, at_least=0.0)
-    """L2 penalty; never applied to norms and biases."""
-    momentum: float = setting(0.0, at_least=0.0, below=1.0)
-    """Momentum factor."""
-
-
-OptimizerConfig = AdamWConfig | SgdConfig
-
-
-@dataclass(frozen=True)
-class CosineConfig:
-    """Half a cosine from the peak to `min_lr_ratio` times the peak."""
-
-    name: str = "cosine"
-    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps over which the rate rises linearly from 0."""
-    warmup_steps: int | None = setting(None, at_least=0)
-    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
-    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
-    """Final rate as a share of the peak."""
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """A straight line from the peak to `min_lr_ratio` times the peak."""
-
-    name: str = "linear"
-    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps over which the rate rises linearly from 0."""
-    warmup_steps: int | None = setting(None, at_least=0)
-    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
-    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
-    """Final rate as a share of the peak."""
-
-
-@dataclass(frozen=True)
-class ConstantConfig:
-    """The peak rate after the warm-up."""
-
-    name: str = "constant"
-    warmup_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps over which the rate rises linearly from 0."""
-    warmup_steps: int | None = setting(None, at_least=0)
-    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
-
-
-@dataclass(frozen=True)
-class WarmupStableDecayConfig:
-    """Constant at the peak, then a linear decay (Hu et al. 2024, arXiv:2404.06395)."""
-
-    name: str = "warmup_stable_decay"
-    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps over which the rate rises linearly from 0."""
-    warmup_steps: int | None = setting(None, at_least=0)
-    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
-    decay_ratio: float = setting(0.2, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps, at the end, over which the rate falls."""
-    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
-    """Final rate as a share of the peak."""
-
-
-@dataclass(frozen=True)
-class SlantedTriangularConfig:
-    """A short steep rise to the peak, a long fall from it (Howard and Ruder 2018, arXiv:1801.06146)."""
-
-    name: str = "slanted_triangular"
-    cut_fraction: float = setting(0.1, above=0.0, below=1.0)
-    """Share of the optimizer steps over which the rate rises."""
-    ratio: float = setting(32.0, at_least=1.0)
-    """How many times smaller than the peak the lowest rate is."""
-
-
-ScheduleConfig = CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig | SlantedTriangularConfig
 
 
 @dataclass(frozen=True)
@@ -466,14 +370,8 @@ CHOICES: Mapping[str, Mapping[str, type]] = Choices(
     {
         "task": TASKS,
         "method": METHODS,
-        "optimizer": {"adamw": AdamWConfig, "sgd": SgdConfig},
-        "schedule": {
-            "cosine": CosineConfig,
-            "linear": LinearConfig,
-            "constant": ConstantConfig,
-            "warmup_stable_decay": WarmupStableDecayConfig,
-            "slanted_triangular": SlantedTriangularConfig,
-        },
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
         "launch": LAUNCHES,
         "sweep": SWEEPS,
         "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig, "tensor": TensorConfig},

@@ -21,16 +21,13 @@ from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
     UNTIMED_STEPS,
-    AdamWConfig,
     Attention,
     Automatic,
     Export,
     Precision,
     RunConfig,
     Selective,
-    SlantedTriangularConfig,
     SpikeAction,
-    WarmupStableDecayConfig,
 )
 from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, is_of_several, name_of_task
 from dstune.config.sweep_rules import check_sweep
@@ -49,6 +46,7 @@ from dstune.config.task_schema import (
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
+from dstune.protocols import optimizer_of, schedule_of
 from dstune.protocols.task import TaskConfig
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
@@ -259,10 +257,7 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_optimizer(config: RunConfig) -> Iterator[Problem]:
-    if isinstance(config.optimizer, AdamWConfig) and not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        yield Problem(
-            "optimizer.betas", "each has to be in [0, 1)", "for example [0.9,0.999]", shown(config.optimizer.betas)
-        )
+    yield from optimizer_of(config.optimizer).check()
 
 
 def check_batches(config: RunConfig) -> Iterator[Problem]:
@@ -325,32 +320,7 @@ def check_profile(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_schedule(config: RunConfig) -> Iterator[Problem]:
-    schedule, max_steps = config.schedule, config.trainer.max_steps
-    if isinstance(schedule, SlantedTriangularConfig):
-        return
-    decay = schedule.decay_ratio if isinstance(schedule, WarmupStableDecayConfig) else 0.0
-    if schedule.warmup_steps is None:
-        if schedule.warmup_ratio + decay > 1:
-            yield Problem(
-                "schedule.warmup_ratio + schedule.decay_ratio",
-                "warm-up and decay together are longer than the run",
-                "let them sum to at most 1",
-                f"{schedule.warmup_ratio:g} + {decay:g}",
-            )
-    elif max_steps is not None and schedule.warmup_steps > max_steps:
-        yield Problem(
-            "schedule.warmup_steps",
-            f"the run ends before its warm-up (trainer.max_steps={max_steps})",
-            f"schedule.warmup_steps={max_steps // 10}, or more steps",
-            shown(schedule.warmup_steps),
-        )
-    elif max_steps is not None and schedule.warmup_steps + decay * max_steps > max_steps:
-        yield Problem(
-            "schedule.warmup_steps",
-            f"warm-up and decay ({decay:g} of {max_steps} steps) together are longer than the run",
-            "fewer warm-up steps or a smaller schedule.decay_ratio",
-            shown(schedule.warmup_steps),
-        )
+    yield from schedule_of(config.schedule).check(config.trainer.max_steps)
 
 
 def check_evaluation(config: RunConfig) -> Iterator[Problem]:

@@ -16,7 +16,6 @@ from dstune.config.schema import (
     Precision,
     RunConfig,
     Selective,
-    SgdConfig,
     TensorConfig,
     UlyssesConfig,
 )
@@ -33,6 +32,7 @@ from dstune.planning.architecture import (
     Tensor,
     sliced,
 )
+from dstune.protocols import optimizer_of
 
 HEADS = {
     "classification": CLASSIFIER,
@@ -184,7 +184,7 @@ def setup(
         offload_param=zero.offload_param is not Offload.none and zero.stage == 3,
         weight_bytes=weight_bytes,
         frozen_bits=4 if method.name == "qlora" else 8 * weight_bytes,
-        moments=_moments(config),
+        moments=optimizer_of(config.optimizer).states_per_parameter,
         ranks=max(1, ranks // slices),
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
@@ -226,12 +226,6 @@ def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *
     known = not (in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout)
     language = config.task.name in ("chat", "causal_lm", "seq2seq")
     return "samples" if language and known and not on_gpu else "sdpa"
-
-
-def _moments(config: RunConfig) -> int:
-    if isinstance(config.optimizer, SgdConfig):
-        return 1 if config.optimizer.momentum else 0
-    return 2
 
 
 def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tensor, ...], int]:

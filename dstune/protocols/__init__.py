@@ -30,8 +30,10 @@ __all__ = [
     "method",
     "method_of",
     "optimizer",
+    "optimizer_of",
     "parallelism",
     "schedule",
+    "schedule_of",
     "task",
     "task_of",
 ]
@@ -48,4 +50,4 @@ PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 launcher, parallelism = LAUNCHERS.add, PARALLELISMS.add
 
-task_of, method_of = TASKS.of, METHODS.of
+task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of

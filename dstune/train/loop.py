@@ -16,6 +16,7 @@ from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
+from dstune.protocols import schedule_of
 from dstune.train import spikes
 from dstune.train.beginning import Beginning
 from dstune.train.evaluate import Evaluator
@@ -25,7 +26,6 @@ from dstune.train.forgetting import Penalties
 from dstune.train.hooks import LEAVING, OVERFITTING, UNSAVED, Decision, Hook, Wish, join
 from dstune.train.measure import Totals, measure_step
 from dstune.train.memory import PeakMemory
-from dstune.train.optim import schedule_factor
 from dstune.train.profiling import StepProfiler
 from dstune.train.spikes import SpikeGuard
 from dstune.train.split import TimeSplit
@@ -251,7 +251,7 @@ def train_step(run: Training, feed: Feed, waited: float = 0.0) -> tuple[Update, 
     """
     if run.unfreezing is not None:
         run.unfreezing.before_step(run.state.step)
-    factor = schedule_factor(run.config.schedule, run.state.step, run.total_steps)
+    factor = schedule_of(run.config.schedule).factor(run.state.step, run.total_steps)
     run.engine.set_learning_rate(run.config.optimizer.lr * factor)
     # Dropout depends on (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume.
     # Ranks that share a row have other numbers for other positions of it.
@@ -396,7 +396,7 @@ def report_step(
     metrics: dict[str, float | int | str] = {
         "epoch": feed.epoch,
         "loss": sums["loss_sum"] / feed.window.weight,
-        "lr": run.config.optimizer.lr * schedule_factor(run.config.schedule, state.step - 1, run.total_steps),
+        "lr": run.config.optimizer.lr * schedule_of(run.config.schedule).factor(state.step - 1, run.total_steps),
         "grad_norm": update.grad_norm,
         "tokens": state.tokens,
         "tokens_per_second": feed.window.tokens / seconds,

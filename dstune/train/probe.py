@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dstune.config.schema import Precision, RunConfig, SgdConfig
+from dstune.config.schema import Precision, RunConfig
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Head, build_head
 from dstune.models.load import NewWeights, load_model, new_weights
 from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
+from dstune.optim.sgd import SgdConfig
+from dstune.protocols import optimizer_of
 from dstune.train.feed import dropout_seed, windows
-from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.optim import method_groups
 from dstune.train.supply import supply_of
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Change, Engine
@@ -84,7 +86,8 @@ def probing(
     head = build_head(config.task, model)
     if restrict is not None:
         restrict(module, new)
-    engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
+    optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
+    engine = Engine(module, optimizer, settings, world, groups=groups)
     try:
         yield Probe(engine, head, config, data, world, new, tokenizer)
     finally:

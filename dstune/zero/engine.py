@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dstune.dist import World
+from dstune.protocols import Optimizer
 from dstune.zero import swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
 from dstune.zero.parts import full_count, full_shape, gathered
@@ -101,13 +102,6 @@ def _other_names_of_frozen(model: nn.Module) -> list[str]:
     return [name for name, value in state.items() if name not in named and id(value) in frozen]
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> int:
-    """Tensors of a parameter's size that the optimizer keeps."""
-    if "betas" in optimizer.defaults:
-        return 2
-    return 1 if optimizer.defaults.get("momentum") else 0
-
-
 @dataclass(frozen=True)
 class Update:
     """What one optimizer step did."""
@@ -126,16 +120,17 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizer | None,
         settings: dict[str, Any],
         world: World,
         *,
+        groups: list[dict[str, Any]] | None = None,
         one_pass: bool = False,
         slices: Slices | None = None,
     ):
-        """optimizer: None for an engine that only evaluates, at stage 0 or 3. one_pass: the model is a decoder that each
-        micro-batch goes through once, and what trains of it is the same at every step. slices: how ranks share the weights of
-        `model`, below stage 3."""
+        """optimizer: None for an engine that only evaluates, at stage 0 or 3. groups: the parameters that it trains. one_pass:
+        the model is a decoder that each micro-batch goes through once, and what trains of it is the same at every step. slices:
+        how ranks share the weights of `model`, below stage 3."""
         import deepspeed
 
         self._world = world
@@ -145,12 +140,10 @@ class Engine:
         self.stage: int = settings["zero_optimization"]["stage"]
         self._fp16: bool = settings["fp16"]["enabled"]
         self._vetoed = False
-        self._moments = 0 if optimizer is None else _moments(optimizer)
+        self._optimizer = optimizer
+        self._moments = 0 if optimizer is None else optimizer.states_per_parameter
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._group_names = [
-            [names[id(parameter)] for parameter in group["params"]]
-            for group in (optimizer.param_groups if optimizer is not None else ())
-        ]
+        self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups or ()]
         if self.stage == 3:
             _announce_borrowed_weights(model)
             if one_pass:
@@ -161,9 +154,10 @@ class Engine:
             -(-full_count(parameter) // world.size) for parameter in model.parameters() if parameter.requires_grad
         ]
         swap.check_room(settings, shares, self._moments, world)
+        built = None if optimizer is None else optimizer.build(groups or [])
         deepspeed.utils.groups.mpu = None  # of an engine before this one
         with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=slices)
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=slices)
         if self.stage == 3 and optimizer is not None:
             gather_persistent_together(self._engine.optimizer)
         from dstune.zero.shard_files import ShardFiles
@@ -387,7 +381,8 @@ class Engine:
             kept[id(partition.key)] = wanted
         for group in self._inner.param_groups:
             group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
-        decoupled = isinstance(self._inner, torch.optim.AdamW)
+        assert self._optimizer is not None
+        decoupled = self._optimizer.decoupled_weight_decay
 
         def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
             wanted = kept[id(partition.key)]

@@ -15,8 +15,10 @@ from dstune.dist import World
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
+from dstune.optim.adamw import AdamWConfig
+from dstune.protocols import optimizer_of
 from dstune.rank_env import from_environment
-from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.optim import method_groups
 from dstune.worker import goes_once_through
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -47,8 +49,8 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
         model = load_model(config, load_tokenizer(config.model), labels, torch.float32)
     module = apply_method(config, model)
     head = build_head(config.task, model)
-    optimizer = build_optimizer(config.optimizer, method_groups(config, module))
-    engine = Engine(module, optimizer, settings, world, one_pass=goes_once_through(config))
+    optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
+    engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=goes_once_through(config))
     engine.set_learning_rate(config.optimizer.lr)
     frozen, trained = whole(engine, trained=False), whole(engine, trained=True)
     losses, norms = [], []
@@ -86,7 +88,7 @@ def main() -> None:
             model=schema.ModelConfig(path=argument["encoder" if classes else "decoder"]),
             task=task_schema.ClassificationConfig() if classes else task_schema.ChatConfig(),
             method=METHODS[case["method"]],
-            optimizer=schema.AdamWConfig(lr=1e-2, weight_decay=0.1),
+            optimizer=AdamWConfig(lr=1e-2, weight_decay=0.1),
             zero=schema.ZeroConfig(stage=case["stage"], param_persistence_threshold=0),
             trainer=schema.TrainerConfig(micro_batch_size=2, global_batch_size=2 * world.size),
         )

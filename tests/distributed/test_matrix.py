@@ -17,6 +17,7 @@ from dstune.config.method_rules import can_merge
 from dstune.config.validate import find_problems
 from dstune.errors import Problem
 from dstune.launch.first_rows import hardware_problems
+from dstune.optim.adamw import AdamWConfig
 from dstune.protocols import TASKS
 
 PROGRAM = Path(__file__).with_name("matrix_ranks.py")
@@ -160,7 +161,7 @@ class Table:
                 train=str(self.data[task]), validation=str(self.held_out[task]), max_length=48, packing=False
             ),
             method=method,
-            optimizer=schema.AdamWConfig(lr=1e-2),
+            optimizer=AdamWConfig(lr=1e-2),
             zero=schema.ZeroConfig(stage=stage, param_persistence_threshold=0),
             trainer=schema.TrainerConfig(
                 max_steps=4, micro_batch_size=2, global_batch_size=8, precision=schema.Precision.fp32

@@ -14,8 +14,10 @@ from dstune.config import schema
 from dstune.dist import World
 from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
+from dstune.optim.groups import parameter_groups
+from dstune.optim.sgd import SgdConfig
+from dstune.protocols import optimizer_of
 from dstune.rank_env import from_environment
-from dstune.train.optim import build_optimizer, parameter_groups
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -35,7 +37,7 @@ def micro_batch(index: int) -> dict[str, torch.Tensor]:
 def window_config(model: str, stage: int) -> schema.RunConfig:
     return run_config(
         model=schema.ModelConfig(path=model),
-        optimizer=schema.SgdConfig(lr=0.1),
+        optimizer=SgdConfig(lr=0.1),
         zero=schema.ZeroConfig(stage=stage, param_persistence_threshold=0),
         trainer=schema.TrainerConfig(
             micro_batch_size=1, global_batch_size=MICRO_BATCHES, precision=schema.Precision.bf16, grad_clip=0.0
@@ -55,7 +57,8 @@ def accumulated(model_path: str, stage: int, accumulate_in: str | None, world: W
     with partitioned_loading(settings):
         model = load_model(config, load_tokenizer(config.model), (), torch.bfloat16)
     head = build_head(config.task, model)
-    engine = Engine(model, build_optimizer(config.optimizer, parameter_groups(model, 0.0)), settings, world)
+    groups = parameter_groups(model, 0.0)
+    engine = Engine(model, optimizer_of(config.optimizer), settings, world, groups=groups)
     mine = range(world.rank, MICRO_BATCHES, world.size)
     for index in mine:
         engine.accumulate(head, micro_batch(index), window_weight=TARGETS, last=index == mine[-1])

@@ -11,8 +11,9 @@ from dstune.checkpoint.shards import Shards
 from dstune.config.compose import read_run
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
+from dstune.protocols import optimizer_of
 from dstune.rank_env import from_environment
-from dstune.train.optim import build_optimizer, method_groups
+from dstune.train.optim import method_groups
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -31,7 +32,8 @@ def main() -> None:
         with partitioned_loading(settings):
             model = load_model(config, load_tokenizer(config.model), (), DTYPES[precision])
         module = apply_method(config, model)
-        engine = Engine(module, build_optimizer(config.optimizer, method_groups(config, module)), settings, world)
+        optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
+        engine = Engine(module, optimizer, settings, world, groups=groups)
         engine.restore(Shards(Path(case["from"])))
         target = Path(case["to"])
         target.mkdir(parents=True, exist_ok=True)

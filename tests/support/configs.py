@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dstune.config import launch_schema, method_schema, schema, task_schema
+from dstune.optim.adamw import AdamWConfig
+from dstune.optim.cosine import CosineConfig
 
 
 def run_config(**sections: Any) -> schema.RunConfig:
@@ -15,8 +17,8 @@ def run_config(**sections: Any) -> schema.RunConfig:
         "task": task_schema.ChatConfig(),
         "method": method_schema.FullConfig(),
         "forgetting": schema.ForgettingConfig(),
-        "optimizer": schema.AdamWConfig(),
-        "schedule": schema.CosineConfig(),
+        "optimizer": AdamWConfig(),
+        "schedule": CosineConfig(),
         "zero": schema.ZeroConfig(),
         "trainer": schema.TrainerConfig(),
         "checkpoint": schema.CheckpointConfig(),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.compose import Composed, write_run
-from dstune.config.schema import AdamWConfig, RunSection
+from dstune.config.schema import RunSection
+from dstune.optim.adamw import AdamWConfig
 from tests.support.configs import run_config
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x1b[31m{{ 7*7 }}"

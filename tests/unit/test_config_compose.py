@@ -24,9 +24,11 @@ from dstune.config.compose import (
 )
 from dstune.config.convert import EnvironmentText, from_dict
 from dstune.config.method_schema import LoraConfig
-from dstune.config.schema import AdamWConfig, Offload, RunConfig, SgdConfig
+from dstune.config.schema import Offload, RunConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import UserError
+from dstune.optim.adamw import AdamWConfig
+from dstune.optim.sgd import SgdConfig
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from dstune.config import schema
 from dstune.config.compose import Composed, read_run
 from dstune.errors import UserError
 from dstune.launch import records, rundir
+from dstune.optim.adamw import AdamWConfig
 from tests.support.configs import run_config
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
@@ -23,7 +24,7 @@ def composed(*, overrides=(), max_steps=10, lr=2e-5, **run):
         run_config(
             run=schema.RunSection(**run),
             trainer=schema.TrainerConfig(max_steps=max_steps),
-            optimizer=schema.AdamWConfig(lr=lr),
+            optimizer=AdamWConfig(lr=lr),
         ),
         list(overrides),
     )

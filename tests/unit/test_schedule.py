@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from dstune.config.schema import (
-    ConstantConfig,
-    CosineConfig,
-    LinearConfig,
-    SlantedTriangularConfig,
-    WarmupStableDecayConfig,
-)
-from dstune.train.optim import schedule_factor, warmup_steps
+from dstune.optim.constant import ConstantConfig
+from dstune.optim.cosine import CosineConfig
+from dstune.optim.linear import Linear, LinearConfig
+from dstune.optim.slanted_triangular import SlantedTriangularConfig
+from dstune.optim.warmup_stable_decay import WarmupStableDecayConfig
+from dstune.protocols import schedule_of
 
 
 def factors(config, total):
-    return [schedule_factor(config, step, total) for step in range(total)]
+    return [schedule_of(config).factor(step, total) for step in range(total)]
 
 
 def test_linear_with_warmup_steps():
@@ -49,11 +47,11 @@ def test_slanted_triangular():
 
 @pytest.mark.parametrize(("ratio", "total", "steps"), [(0.0, 100, 0), (0.03, 100, 3), (0.03, 10, 1), (1.0, 7, 7)])
 def test_warmup_ratio_rounds_up(ratio, total, steps):
-    assert warmup_steps(LinearConfig(warmup_ratio=ratio), total) == steps
+    assert Linear(LinearConfig(warmup_ratio=ratio)).warmup_steps(total) == steps
 
 
 def test_warmup_steps_replace_the_ratio():
-    assert warmup_steps(LinearConfig(warmup_ratio=0.5, warmup_steps=1), 100) == 1
+    assert Linear(LinearConfig(warmup_ratio=0.5, warmup_steps=1)).warmup_steps(100) == 1
 
 
 def test_never_zero_while_training():

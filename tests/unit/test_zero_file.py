@@ -11,9 +11,12 @@ import pytest
 from dstune.config.compose import apply_overrides, compose, read_run, write_run
 from dstune.config.deepspeed_file import ON_WHEN_THERE
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
-from dstune.config.schema import CosineConfig, LinearConfig, Offload, OptimizerOffload, Precision, RunConfig, SgdConfig
+from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig
 from dstune.config.validate import validate
 from dstune.errors import UserError
+from dstune.optim.cosine import CosineConfig
+from dstune.optim.linear import LinearConfig
+from dstune.optim.sgd import SgdConfig
 from dstune.zero.ds_config import deepspeed_config
 
 FILES = Path(__file__).parents[1] / "data" / "deepspeed"

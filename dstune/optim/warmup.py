@@ -1,0 +1,83 @@
+"""Base of the schedules that begin with a linear warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.config.convert import shown
+from dstune.config.fields import setting
+from dstune.errors import Problem
+from dstune.protocols import Schedule
+from dstune.protocols.optimizer import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class WarmupConfig(ScheduleConfig):
+    warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
+    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = setting(None, at_least=0)
+    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
+
+
+@dataclass(frozen=True)
+class DecayConfig(WarmupConfig):
+    min_lr_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Final rate as a share of the peak."""
+
+
+class WarmupSchedule(Schedule):
+    """The warm-up's last step and the step after it both have the full rate; the last step of a decay has the lowest rate
+    but one, so that no step is spent at a rate of zero: step s of d decaying ones stands at s / d."""
+
+    Config = WarmupConfig
+    config: Any
+
+    @property
+    def decay_ratio(self) -> float:
+        """Fraction of the run that the warm-up has to leave for the decay."""
+        return 0.0
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        """Fraction of the peak rate for a step behind the `warmup` first ones."""
+        raise NotImplementedError
+
+    def warmup_steps(self, total_steps: int) -> int:
+        if self.config.warmup_steps is not None:
+            return int(self.config.warmup_steps)
+        return math.ceil(self.config.warmup_ratio * total_steps)
+
+    def factor(self, step: int, total_steps: int) -> float:
+        warmup = self.warmup_steps(total_steps)
+        return (step + 1) / warmup if step < warmup else self.after_warmup(step, warmup, total_steps)
+
+    def check(self, max_steps: int | None) -> Iterator[Problem]:
+        schedule, decay = self.config, self.decay_ratio
+        if schedule.warmup_steps is None:
+            if schedule.warmup_ratio + decay > 1:
+                yield Problem(
+                    "schedule.warmup_ratio + schedule.decay_ratio",
+                    "warm-up and decay together are longer than the run",
+                    "let them sum to at most 1",
+                    f"{schedule.warmup_ratio:g} + {decay:g}",
+                )
+        elif max_steps is not None and schedule.warmup_steps > max_steps:
+            yield Problem(
+                "schedule.warmup_steps",
+                f"the run ends before its warm-up (trainer.max_steps={max_steps})",
+                f"schedule.warmup_steps={max_steps // 10}, or more steps",
+                shown(schedule.warmup_steps),
+            )
+        elif max_steps is not None and schedule.warmup_steps + decay * max_steps > max_steps:
+            yield Problem(
+                "schedule.warmup_steps",
+                f"warm-up and decay ({decay:g} of {max_steps} steps) together are longer than the run",
+                "fewer warm-up steps or a smaller schedule.decay_ratio",
+                shown(schedule.warmup_steps),
+            )
+
+    def without_effect(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        if (steps := self.config.warmup_steps) is not None:
+            yield "schedule.warmup_ratio", (f"schedule.warmup_steps={steps} replaces it", "schedule.warmup_steps=null")
