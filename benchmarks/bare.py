@@ -19,9 +19,9 @@ from handwritten import load
 
 from dstune.config.task_schema import CausalLmConfig
 from dstune.models.attention import SamplesApart
-from dstune.models.heads import build_head
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.norms import use_lean_norms
+from dstune.protocols import task_of
 from dstune.train.memory import PeakMemory, keep_freed
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     head = None
     if settings["passes"] == "own":
         use_lean_norms(model)
-        head = build_head(CausalLmConfig(), model, SamplesApart(model) if not torch.cuda.is_available() else None)
+        head = task_of(CausalLmConfig()).head(model, SamplesApart(model) if not torch.cuda.is_available() else None)
         assert isinstance(head, CausalLmHead) and head.examine(model, torch.device("cpu"))
         keep_freed()
     seconds, losses, first_step_ended = [], [], 0.0

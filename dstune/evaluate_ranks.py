@@ -31,12 +31,12 @@ from dstune.dist import World
 from dstune.ending import write_result
 from dstune.errors import Problem, UserError
 from dstune.models.attention import SamplesApart
-from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
 from dstune.paths import cache_root
+from dstune.protocols import task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.tracking.console import Console, show_activities
@@ -105,7 +105,7 @@ def evaluate(
     apart = SamplesApart.of(loaded, model)
     use_lean_norms(module)
     use_joint_sums(module)
-    head = build_head(loaded.task, model, apart)
+    head = task_of(loaded.task).head(model, apart)
     engine = Engine(module, None, settings, world)
     examine(head, engine)
     say = console.message if console else lambda text: None

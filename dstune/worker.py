@@ -33,7 +33,6 @@ from dstune.ending import finish
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
 from dstune.models.attention import SamplesApart
 from dstune.models.features import feature_classifier
-from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
@@ -42,7 +41,7 @@ from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
 from dstune.paths import cache_root
-from dstune.protocols import optimizer_of
+from dstune.protocols import optimizer_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
 from dstune.telling import leave_error, tell_launcher, tell_once
@@ -140,7 +139,7 @@ def train_stage(
     use_lean_norms(module)
     use_joint_sums(module)
     beginning.mark("model")
-    head = build_head(config.task, model, rows)  # after the method: an adapter may wrap the vocabulary projection
+    head = task_of(config.task).head(model, rows)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)

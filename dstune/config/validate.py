@@ -50,7 +50,7 @@ from dstune.protocols import optimizer_of, schedule_of
 from dstune.protocols.task import TaskConfig
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
-"""Of generated targets (`train/generation.py`)."""
+"""Of generated targets (`tasks/seq2seq/metrics.py`)."""
 
 METRICS = {
     "chat": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),

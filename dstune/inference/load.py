@@ -243,7 +243,7 @@ def _predictor(wanted: Wanted, module: Any, body: Any, tokenizer: Any) -> Predic
     import torch
 
     from dstune.inference.predictor import Predictor
-    from dstune.models.heads import build_head
+    from dstune.protocols import task_of
 
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Predictor(wanted.config, module, build_head(wanted.config.task, body), tokenizer, wanted.labels)
+    return Predictor(wanted.config, module, task_of(wanted.config.task).head(body), tokenizer, wanted.labels)

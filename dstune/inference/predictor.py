@@ -33,8 +33,10 @@ from dstune.data.tokenize.preference import RewardEncoder
 from dstune.inference.rows import Asked
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch, inputs_of
-from dstune.models.heads.embedding import pooled
-from dstune.train.measure import Row, best_spans, has_windows, rows_of
+from dstune.protocols import task_of
+from dstune.tasks.embedding.head import pooled
+from dstune.tasks.question_answering.metrics import best_spans
+from dstune.train.measure import Row, rows_of
 
 Answer = dict[str, Any]
 """What a row gets: `predicted` and what the task adds, see docs/export.md."""
@@ -80,7 +82,7 @@ class Predictor:
         found = iter(
             self._answered(samples, [asked[number] for number in good], batch_size, all_labels) if good else ()
         )
-        cut = {sample.row for sample in samples if sample.truncated and not has_windows(self.config.task)}
+        cut = {sample.row for sample in samples if sample.truncated and not task_of(self.config.task).chunked}
         return [
             {"problem": problems[number]}
             if number in problems

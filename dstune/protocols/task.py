@@ -7,12 +7,14 @@ the answer. Methods get the whole `RunConfig` where other sections matter. Only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from dstune.data.seq2seq import Sources
     from dstune.data.tokenize.sample import Encoder
     from dstune.errors import Problem
+    from dstune.models.heads import Head, Rows
+    from dstune.train.counterfactual import Evaluated
+    from dstune.train.evaluate import Evaluator
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Task:
     """Why rows are not packed; empty where they can be."""
     splits_long_rows: ClassVar[bool] = False
     """A row longer than `data.max_length` becomes several samples; nothing of it is cut off."""
+    chunked: ClassVar[bool] = False
+    """The samples that a long row becomes are measured together, as one row."""
     encoder_decoder: ClassVar[bool] = False
     """Encoder-decoders can be trained on it."""
     tensor_parallel: ClassVar[bool] = False
@@ -194,3 +202,44 @@ class Task:
     """Those of `metrics` for which targets are generated (`evaluate.generate_rows`)."""
     ranked_by: ClassVar[tuple[tuple[str, bool], ...]] = ()
     """Metrics that rank untuned models (`dstune models --probe`), the first that all have, and whether less is better."""
+
+    # ---- model, loss and evaluation ----
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        """What computes the loss of a batch; must be built before DeepSpeed puts its own hooks on the model.
+
+        rows: how a language model gets its rows, where not as they are.
+        """
+        raise NotImplementedError
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        """The metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
+        raise NotImplementedError
+
+    def extra_evaluation(
+        self,
+        evaluator: Evaluator,
+        split: Split,
+        measured: Evaluation,
+        context: Sequence[int] = (),
+        *,
+        one_line: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Evaluation:
+        """`measured` with what takes more than one pass over the rows (texts that the model generates). Every rank calls it.
+
+        context: tokens in front of every row (worked examples). one_line: a generated text ends with its first line, where
+        no target of the rows has a second one. progress: gets how many of this rank's batches are done, and how many there are.
+        """
+        return measured
+
+    def measure_step(self, totals: Totals) -> dict[str, float]:
+        """What a training step reports beside its loss."""
+        return {}
+
+    def counterfactual(
+        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """How the answers change where terms are swapped (`evaluate.counterfactual`): by name, a value for each row of
+        `after`. places: of each of these rows the number of the same row in `before`."""
+        return {}

@@ -20,9 +20,9 @@ from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
 from dstune.models.load import load_config
+from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import Evaluation
-from dstune.train.metrics import classification_metrics
 from dstune.zero.engine import Engine
 
 WRITING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

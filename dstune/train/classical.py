@@ -10,9 +10,9 @@ import numpy as np
 from dstune.config.method_schema import FeaturesConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import PreparedData, Split
+from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train.evaluate import limited
 from dstune.train.features import matrix
-from dstune.train.metrics import classification_metrics
 
 RANKED = 20
 """Features named in the report of a random forest."""

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig, QuestionAnsweringConfig, TokenClassificationConfig
 from dstune.data.prepared import Split, Swapped
-from dstune.data.swaps import Swaps
-from dstune.train.measure import Row, best_spans, rows_of
-from dstune.train.metrics.answers import normalized
+from dstune.protocols import task_of
+from dstune.train.measure import Row, rows_of
 
 Evaluated = tuple[Split, Sequence[Row]]
 
@@ -33,14 +31,7 @@ def compare(
     places = np.searchsorted(np.unique(before[0].origins), swapped.of[numbers])
     losses = _losses(*after) - _losses(*before)[places]
     changes: dict[str, np.ndarray] = {"loss_change": losses}
-    match config.task:
-        case ClassificationConfig(regression=True):
-            old, new = (np.array([float(row["prediction"]) for row in kept]) for _, kept in (before, after))
-            changes["prediction_change"] = new - old[places]
-        case ClassificationConfig() | TokenClassificationConfig() | QuestionAnsweringConfig():
-            earlier, later = _answers(config, *before, swap=True), _answers(config, *after, swap=False)
-            flips = [earlier[place] != answer for place, answer in zip(places, later, strict=True)]
-            changes["flips"] = np.array(flips, dtype=np.float64)
+    changes |= task_of(config.task).counterfactual(config, before, after, places)
     groups: dict[str, list[int]] = defaultdict(list)
     for place, number in enumerate(numbers.tolist()):
         for name in swapped.names[number]:
@@ -71,16 +62,15 @@ def _losses(split: Split, kept: Sequence[Row]) -> np.ndarray:
     )
 
 
-def _answers(config: RunConfig, split: Split, kept: Sequence[Row], *, swap: bool) -> list[Any]:
-    """What the model answers to each row. swap: with the terms of an answer's own text swapped too."""
-    if isinstance(config.task, QuestionAnsweringConfig):
-        assert config.evaluate.counterfactual is not None
-        swaps = Swaps.read(config.evaluate.counterfactual)
-        spans, margins = best_spans(split, kept)
-        none = [config.task.no_answer and margin > config.task.threshold for margin in margins]
-        given = ["" if no_answer else span for no_answer, span in zip(none, spans, strict=True)]
-        return [normalized(swaps.text(text) if swap else text) for text in given]
+def predictions(split: Split, kept: Sequence[Row]) -> list[list[Any]]:
+    """What the head predicts for each row, of all its chunks."""
     return [
-        [value for window in windows for value in np.atleast_1d(window["prediction"]).tolist()]
-        for windows in rows_of(split, kept)
+        [value for chunk in chunks for value in np.atleast_1d(chunk["prediction"]).tolist()]
+        for chunks in rows_of(split, kept)
     ]
+
+
+def flips(earlier: Sequence[Any], later: Sequence[Any], places: np.ndarray) -> np.ndarray:
+    """1.0 for each of the `later` answers that is not the one at its place in `earlier`."""
+    changed = [earlier[place] != answer for place, answer in zip(places, later, strict=True)]
+    return np.array(changed, dtype=np.float64)

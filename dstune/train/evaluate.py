@@ -13,7 +13,6 @@ import torch
 
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
 from dstune.data.collate import NO_TARGET
@@ -22,13 +21,13 @@ from dstune.data.seq2seq import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers
-from dstune.models.heads import Head, sums_of
-from dstune.models.heads.embedding import EmbeddingHead
+from dstune.models.heads import Head, WindowHead, sums_of
+from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.train.counterfactual import compare
-from dstune.train.generation import Generated, generate_targets, generation_metrics, speaking
-from dstune.train.measure import Evaluation, Totals, count_rows, has_windows, measure
-from dstune.train.metrics import language_model_metrics
+from dstune.train.generation import Generated, speaking
+from dstune.train.language_metrics import language_model_metrics
+from dstune.train.measure import Evaluation, Totals, count_rows
 from dstune.train.slices import measure_slices
 from dstune.train.window import joined
 from dstune.zero.engine import Engine
@@ -43,7 +42,7 @@ def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
     if max_rows is None or total <= max_rows:
         return split
     chosen = np.linspace(0, total - 1, max_rows).round().astype(int)
-    if split.origins is not None and has_windows(task):
+    if split.origins is not None and task_of(task).chunked:
         chosen = np.flatnonzero(np.isin(split.origins, np.unique(split.origins)[chosen]))
     return split.select(chosen)
 
@@ -65,12 +64,16 @@ class InContext(Split):
         return sample
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluates one split with the task's head; holds no state between calls."""
 
-    def __init__(self, config: RunConfig, data: PreparedData, engine: Engine, head: Head, world: World, tokenizer: Any):
-        self._config, self._data, self._engine, self._head, self._world = config, data, engine, head, world
-        self._tokenizer = tokenizer
+    config: RunConfig
+    data: PreparedData
+    engine: Engine
+    head: Head
+    world: World
+    tokenizer: Any
 
     def __call__(
         self,
@@ -86,8 +89,8 @@ class Evaluator:
         context: tokens in front of every row (worked examples; without packing). one_line: a generated target ends with its
         line, where no target of the rows has a second one.
         """
-        split = limited(split, self._config.evaluate.max_rows, self._config.task)
-        if tasks := tasks_of(self._config):
+        split = limited(split, self.config.evaluate.max_rows, self.config.task)
+        if tasks := tasks_of(self.config):
             return self._of_each_task(split, tasks, progress)
         return self._evaluated(split, progress, context, one_line=one_line, slices=slices)[1]
 
@@ -103,16 +106,14 @@ class Evaluator:
         shown: Split = split
         if context:
             held = {field.name: getattr(split, field.name) for field in fields(split)}
-            shown = InContext(**held, context=tuple(context), prefix=first_special_tokens(self._tokenizer))
+            shown = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
         totals, kept = self._run(shown, progress)
-        evaluation = measure(self._config.task, self._data.labels, split, totals, kept)
-        if isinstance(self._config.task, Seq2SeqConfig) and self._config.evaluate.generate_rows != 0:
-            generated = self._generate(split, context, one_line, progress)
-            scores = self._world.broadcast(generation_metrics(generated) if self._world.is_main else {})
-            evaluation = replace(evaluation, metrics=evaluation.metrics | scores, generated=tuple(generated))
-        if not (slices and self._config.evaluate.slices):
+        task = task_of(self.config.task)
+        evaluation = task.measure(self.data.labels, split, totals, kept)
+        evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
+        if not (slices and self.config.evaluate.slices):
             return totals, evaluation
-        metrics, details = measure_slices(self._config, self._data.labels, split, kept)
+        metrics, details = measure_slices(self.config, self.data.labels, split, kept)
         return totals, replace(
             evaluation, metrics=evaluation.metrics | metrics, details=evaluation.details | {"slices": details}
         )
@@ -129,8 +130,8 @@ class Evaluator:
             chosen = np.flatnonzero(split.sources == number)
             if not len(chosen):
                 continue
-            config = replace(self._config, task=task, data=replace(self._config.data, mixture={}))
-            own = Evaluator(config, self._data, self._engine, self._head, self._world, self._tokenizer)
+            config = replace(self.config, task=task, data=replace(self.config.data, mixture={}))
+            own = Evaluator(config, self.data, self.engine, self.head, self.world, self.tokenizer)
             totals, evaluation = own._evaluated(split.select(chosen), progress)
             loss_sum, weight = loss_sum + totals.loss_sum, weight + totals.weight
             correct += totals.correct
@@ -140,10 +141,10 @@ class Evaluator:
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:
         """How the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""
-        swapped = self._data.swapped.get(split.name)
+        swapped = self.data.swapped.get(split.name)
         if swapped is None:
             return None
-        split = limited(split, self._config.evaluate.max_rows, self._config.task)
+        split = limited(split, self.config.evaluate.max_rows, self.config.task)
         assert split.origins is not None and swapped.split.origins is not None
         chosen = np.flatnonzero(np.isin(swapped.of[swapped.split.origins], split.origins))
         changed = swapped.split.select(chosen)
@@ -152,58 +153,49 @@ class Evaluator:
         before = split.select(np.flatnonzero(np.isin(split.origins, swapped.of[changed.origins])))
         _, kept_before = self._run(before, None)
         _, kept_after = self._run(changed, None)
-        return compare(self._config, self._data.labels, swapped, (before, kept_before), (changed, kept_after))
+        return compare(self.config, self.data.labels, swapped, (before, kept_before), (changed, kept_after))
 
     def _run(self, split: Split, progress: Callable[[int, int], None] | None) -> tuple[Totals, list[dict[str, Any]]]:
         """Sums over all rows on all ranks, and what the head keeps of each sample, in the order of `split`."""
-        evaluate = self._config.evaluate
+        evaluate = self.config.evaluate
         each = bool(evaluate.slices or evaluate.counterfactual)
         # What is told of single rows needs a row of the model for each; the sum is the same (proven at start).
-        packing = self._config.data.packing and not each
+        packing = self.config.data.packing and not each
         batches = evaluation_batches(
             split.lengths,
-            micro_batch_size=evaluate.micro_batch_size or self._config.trainer.rows,
-            max_length=self._config.data.max_length,
+            micro_batch_size=evaluate.micro_batch_size or self.config.trainer.rows,
+            max_length=self.config.data.max_length,
             packing=packing,
         )
-        mine = share(batches, self._world.data_parallel_rank, self._world.data_parallel_size)
+        mine = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
         sums: dict[str, float] = defaultdict(float)
         rows: list[tuple[int, dict[str, Any]]] = []
-        each = each or not isinstance(self._config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
-        self._engine.train(False)
+        each = each or not task_of(self.config.task).language
+        self.engine.train(False)
         shares = None
-        if not isinstance(self._head, EmbeddingHead):  # whose metrics need the vectors themselves
+        if isinstance(self.head, WindowHead) and self.head.join_evaluation:
             shares = joined(
-                self._head, self._engine, (self._batch(split, part, packing, each) for part in mine), self._world
+                self.head, self.engine, (self._batch(split, part, packing, each) for part in mine), self.world
             )
         for number, micro_batch in enumerate(mine):
             batch = self._batch(split, micro_batch, packing, each)
-            output = self._engine.evaluate(self._head, batch | (shares[number] if shares else {}))
+            output = self.engine.evaluate(self.head, batch | (shares[number] if shares else {}))
             for name, value in sums_of(output).items():
-                sums[name] += float(value) if self._world.counts else 0.0
-            if each and output.rows and self._world.counts and not micro_batch.filler:
+                sums[name] += float(value) if self.world.counts else 0.0
+            if each and output.rows and self.world.counts and not micro_batch.filler:
                 rows += zip(batch["index"].tolist(), _by_row(output.rows), strict=True)
             if progress:
                 progress(number + 1, len(mine))
-        self._engine.train(True)
-        totals = Totals.of(dict(zip(sums, self._world.sum(list(sums.values())), strict=True)))
-        everyone = sorted((row for part in self._world.gather(rows) for row in part), key=itemgetter(0))
+        self.engine.train(True)
+        totals = Totals.of(dict(zip(sums, self.world.sum(list(sums.values())), strict=True)))
+        everyone = sorted((row for part in self.world.gather(rows) for row in part), key=itemgetter(0))
         return totals, [kept for _, kept in everyone]
-
-    def _generate(
-        self, split: Split, context: Sequence[int], one_line: bool, progress: Callable[[int, int], None] | None
-    ) -> list[Generated]:
-        rows = limited(split, self._config.evaluate.generate_rows, self._config.task)
-        config, engine = self._config, self._engine
-        return generate_targets(
-            config, rows, engine, self._tokenizer, self._world, context, one_line=one_line, progress=progress
-        )
 
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
         """each: with the numbers of the samples, for the head to tell single rows."""
-        config = replace(self._config, data=replace(self._config.data, packing=packing))
-        batch = batch_of(config, split, micro_batch, self._tokenizer.pad_token_id, with_index=each)
-        return {key: value.to(self._engine.device) for key, value in batch.items()}
+        config = replace(self.config, data=replace(self.config.data, packing=packing))
+        batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=each)
+        return {key: value.to(self.engine.device) for key, value in batch.items()}
 
 
 def _by_row(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> list[dict[str, np.ndarray]]:

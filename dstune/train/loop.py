@@ -16,7 +16,7 @@ from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.build import PreparedData
 from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
-from dstune.protocols import schedule_of
+from dstune.protocols import schedule_of, task_of
 from dstune.train import spikes
 from dstune.train.beginning import Beginning
 from dstune.train.evaluate import Evaluator
@@ -24,7 +24,7 @@ from dstune.train.evaluation_cost import EvaluationCost
 from dstune.train.feed import Feed, dropout_seed, windows
 from dstune.train.forgetting import Penalties
 from dstune.train.hooks import LEAVING, OVERFITTING, UNSAVED, Decision, Hook, Wish, join
-from dstune.train.measure import Totals, measure_step
+from dstune.train.measure import Totals
 from dstune.train.memory import PeakMemory
 from dstune.train.profiling import StepProfiler
 from dstune.train.spikes import SpikeGuard
@@ -409,7 +409,7 @@ def report_step(
         metrics["penalty"] = penalty
     if run.unfreezing is not None:
         metrics["trained_layers"] = run.unfreezing.trained_layers(state.step - 1)
-    metrics |= measure_step(run.config.task, Totals.of(sums))
+    metrics |= task_of(run.config.task).measure_step(Totals.of(sums))
     if not update.applied:
         metrics["skipped"] = "overflow" if update.loss_scale > 1.0 else "nonfinite"
         if update.vetoed:

@@ -13,12 +13,12 @@ from torch import nn
 from dstune.config.schema import Precision, RunConfig
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
-from dstune.models.heads import Head, build_head
+from dstune.models.heads import Head
 from dstune.models.load import NewWeights, load_model, new_weights
 from dstune.models.norms import use_lean_norms
 from dstune.models.peft import apply_method
 from dstune.optim.sgd import SgdConfig
-from dstune.protocols import optimizer_of
+from dstune.protocols import optimizer_of, task_of
 from dstune.train.feed import dropout_seed, windows
 from dstune.train.optim import method_groups
 from dstune.train.supply import supply_of
@@ -83,7 +83,7 @@ def probing(
     new = new_weights(model)
     module = apply_method(config, model)
     use_lean_norms(module)
-    head = build_head(config.task, model)
+    head = task_of(config.task).head(model)
     if restrict is not None:
         restrict(module, new)
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)

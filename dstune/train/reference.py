@@ -23,9 +23,9 @@ from dstune.data.inputs import PARTS
 from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
 from dstune.errors import Problem, UserError
-from dstune.models.heads import build_head
-from dstune.models.heads.preference import JudgedHead, PairHead
 from dstune.models.load import load_model, load_tokenizer, model_folder
+from dstune.protocols import task_of
+from dstune.tasks.preference.head import JudgedHead, PairHead
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -73,7 +73,7 @@ def with_reference_model(
         settings = deepspeed_config(other, world.size, precision, on_gpu=on_gpu)
         with partitioned_loading(settings):
             model = load_model(other, tokenizer, (), DTYPES[precision])
-        head = build_head(other.task, model)
+        head = task_of(other.task).head(model)
         assert isinstance(head, (PairHead, JudgedHead))
         engine = Engine(model, None, settings, world)
         computed = _compute(other, data, engine, head, world, tokenizer.pad_token_id)

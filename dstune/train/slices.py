@@ -12,9 +12,10 @@ from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import Split
 from dstune.errors import Problem, UserError
+from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.train.better import is_lower_better
-from dstune.train.measure import Row, Totals, count_rows, measure
+from dstune.train.measure import Row, Totals, count_rows
 
 NO_VALUE = "(none)"
 
@@ -53,7 +54,7 @@ def measure_slices(
             samples = np.flatnonzero(found == name)
             rows = [kept[sample] for sample in samples.tolist()]
             part = split.select(samples)
-            evaluation = measure(config.task, labels, part, totals_of(rows), rows)
+            evaluation = task_of(config.task).measure(labels, part, totals_of(rows), rows)
             slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
         wanted = config.evaluate.slice_metric or metric_of(config.task, slices[names[0]])
         large = {

@@ -12,11 +12,10 @@ from support.configs import run_config
 
 from dstune.config import schema
 from dstune.dist import World
-from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import parameter_groups
 from dstune.optim.sgd import SgdConfig
-from dstune.protocols import optimizer_of
+from dstune.protocols import optimizer_of, task_of
 from dstune.rank_env import from_environment
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -56,7 +55,7 @@ def accumulated(model_path: str, stage: int, accumulate_in: str | None, world: W
         settings["data_types"] = {"grad_accum_dtype": accumulate_in}
     with partitioned_loading(settings):
         model = load_model(config, load_tokenizer(config.model), (), torch.bfloat16)
-    head = build_head(config.task, model)
+    head = task_of(config.task).head(model)
     groups = parameter_groups(model, 0.0)
     engine = Engine(model, optimizer_of(config.optimizer), settings, world, groups=groups)
     mine = range(world.rank, MICRO_BATCHES, world.size)

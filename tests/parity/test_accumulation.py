@@ -10,8 +10,8 @@ from parity.accumulate_ranks import MICRO_BATCHES, TARGETS, micro_batch, window_
 from support.ranks import run_ranks
 from support.tiny import save_decoder
 
-from dstune.models.heads import build_head
 from dstune.models.load import load_model, load_tokenizer
+from dstune.protocols import task_of
 
 STAGES = (1, 2, 3)
 RANKS = 2
@@ -42,7 +42,7 @@ def summed_in_float64(path: str) -> dict[str, torch.Tensor]:
     config = window_config(path, 1)
     model = load_model(config, load_tokenizer(config.model), (), torch.bfloat16)
     model.train()
-    head = build_head(config.task, model)
+    head = task_of(config.task).head(model)
     total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in model.named_parameters()}
     for index in range(MICRO_BATCHES):
         (head(model, micro_batch(index)).loss_sum * (RANKS / TARGETS)).backward()

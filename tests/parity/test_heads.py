@@ -29,7 +29,7 @@ from dstune.config.compose import compose, read_run, write_run
 from dstune.data.build import Split, prepare
 from dstune.evaluation import command as evaluate
 from dstune.rank_env import RankEnv
-from dstune.train.metrics import answer_metrics
+from dstune.tasks.question_answering.metrics import answer_metrics
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = {1: (0, 3), 2: (1, 3), 3: (2, 3)}

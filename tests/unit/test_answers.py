@@ -18,9 +18,10 @@ from dstune.data.clean.rows import map_texts
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize.answers import AnswerEncoder
-from dstune.models.heads.answers import AnswerHead, best_span
-from dstune.train.measure import Totals, measure
-from dstune.train.metrics import answer_metrics
+from dstune.protocols import task_of
+from dstune.tasks.question_answering.head import AnswerHead, best_span
+from dstune.tasks.question_answering.metrics import answer_metrics
+from dstune.train.measure import Totals
 
 CONTEXT = "the cat sat on the mat in the sun"
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
@@ -231,7 +232,7 @@ def test_windows_of_a_question_are_measured_together(tmp_path):
         answer = question["answers"][0]
         end = answer["start"] + len(answer["text"])
         kept[window] = {"score": np.float32(9), "null": np.float32(1), "char_start": answer["start"], "char_end": end}
-    evaluation = measure(task, (), split, Totals(10.0, 5.0, 0.0), kept)
+    evaluation = task_of(task).measure((), split, Totals(10.0, 5.0, 0.0), kept)
     assert evaluation.metrics["exact_match"] == 1.0 and evaluation.metrics["targets"] == 2
     kept[int(np.flatnonzero(split.origins == 0)[1])]["score"] = np.float32(0.5)  # less than every window's null
-    assert measure(task, (), split, Totals(10.0, 5.0, 0.0), kept).metrics["exact_match"] == 0.5
+    assert task_of(task).measure((), split, Totals(10.0, 5.0, 0.0), kept).metrics["exact_match"] == 0.5

@@ -13,10 +13,10 @@ from dstune.config.task_schema import ChatConfig
 from dstune.errors import UserError
 from dstune.models import attention, cpu_attention
 from dstune.models.attention import SamplesApart, attend
-from dstune.models.heads import build_head
 from dstune.models.spans import SPANS as SPANS_KEYWORD
 from dstune.models.spans import refuse_unknown, spans_of
 from dstune.planning import activations
+from dstune.protocols import task_of
 from dstune.train.proofs import settle_rows
 
 SPANS = (((0, 3), (3, 11), (11, 24)), ((0, 20),))
@@ -113,7 +113,7 @@ def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, checkpointing)
         model = load(tmp_path)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        head = build_head(ChatConfig(), model, SamplesApart(model) if apart else None)
+        head = task_of(ChatConfig()).head(model, SamplesApart(model) if apart else None)
         loss = head(model, batch).loss_sum
         loss.backward()
         found.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
@@ -155,7 +155,7 @@ def test_models_with_an_attention_of_their_own_keep_it(tmp_path):
 
 def settle(model, rows, max_length=64):
     """What is told of the proof before a run, and the head that comes out of it."""
-    head = build_head(ChatConfig(), model, rows)
+    head = task_of(ChatConfig()).head(model, rows)
     engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
     world = SimpleNamespace(gather=lambda value: [value], any=bool)
     config = compose(["model=smollm2", "data=chitchat", f"data.max_length={max_length}"]).config
@@ -254,6 +254,6 @@ def test_positions_that_models_would_make_of_a_mask_are_told(tmp_path):
     for apart in (False, True):
         torch.manual_seed(0)
         model = OPTForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-        head = build_head(ChatConfig(), model, SamplesApart(model) if apart else None)
+        head = task_of(ChatConfig()).head(model, SamplesApart(model) if apart else None)
         losses.append(head(model, batches()["padded"]).loss_sum.detach())
     torch.testing.assert_close(losses[1], losses[0])

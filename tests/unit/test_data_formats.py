@@ -20,8 +20,8 @@ from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
-from dstune.models.heads import build_head
-from dstune.train.metrics import multi_label_metrics
+from dstune.protocols import task_of
+from dstune.tasks.classification.metrics import multi_label_metrics
 
 S = {"role": "system", "content": "s"}
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
@@ -248,7 +248,7 @@ def test_the_head_is_the_mean_of_binary_cross_entropies():
 
     batch = {"input_ids": torch.zeros(4, 1), "labels": labels, "index": torch.arange(4)}
     with torch.no_grad():
-        output = build_head(ClassificationConfig(multi_label=True), Model())(Model(), batch)
+        output = task_of(ClassificationConfig(multi_label=True)).head(Model())(Model(), batch)
     expected = nn.BCEWithLogitsLoss()(logits[:3], labels[:3].float())
     assert output.weight == 3
     assert output.loss_sum / output.weight == pytest.approx(expected)

@@ -13,8 +13,8 @@ from dstune.config.data_schema import DataFormat, SplitConfig
 from dstune.config.task_schema import EmbeddingConfig, Pooling
 from dstune.data.rows import RowError, normalise
 from dstune.errors import UserError
-from dstune.models.heads.embedding import EmbeddingHead, contrastive_losses, pooled
-from dstune.train.metrics import embedding_metrics
+from dstune.tasks.embedding.head import EmbeddingHead, contrastive_losses, pooled
+from dstune.tasks.embedding.metrics import embedding_metrics
 
 X, Y, Z = np.eye(3)
 

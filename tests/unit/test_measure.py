@@ -31,12 +31,11 @@ from dstune.data.sampler import MicroBatch
 from dstune.data.swaps import Swaps
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
-from dstune.models.heads import build_head
+from dstune.protocols import task_of
+from dstune.tasks.classification.metrics import classification_metrics, regression_metrics
 from dstune.train.counterfactual import compare
 from dstune.train.feed import training_order
-from dstune.train.measure import Totals, measure
-from dstune.train.metrics import classification_metrics
-from dstune.train.metrics.classification import regression_metrics
+from dstune.train.measure import Totals
 from dstune.train.slices import measure_slices
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
@@ -74,7 +73,7 @@ def test_class_weights_and_focal_loss(tmp_path, gamma):
     (micro_batch,) = window.micro_batches
     batch = collate(data.train, micro_batch, pad_token_id=0, packing=False)
     logits = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    head = build_head(config.task, Constant(logits))
+    head = task_of(config.task).head(Constant(logits))
     output = head(Constant(logits), batch)
     assert float(output.weight) == pytest.approx(window.weight)
     chance = logits.softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
@@ -106,12 +105,12 @@ def test_regression(tmp_path):
     batch = collate(data.train, MicroBatch(0, ((0,), (1,), (2,), (3,))), pad_token_id=0, packing=False)
     assert sorted(batch["labels"].tolist()) == [-100.0, 0.0, 1.0, 2.5]
     logits = torch.tensor([[1.0], [2.0], [3.0], [4.0]], requires_grad=True)
-    output = build_head(task, Constant(logits))(Constant(logits), batch)
+    output = task_of(task).head(Constant(logits))(Constant(logits), batch)
     assert output.weight == 4  # -100 is a number like any other
     expected = functional.mse_loss(logits[:, 0], batch["labels"], reduction="sum")
     assert float(output.loss_sum.detach()) == pytest.approx(float(expected.detach()))
     filler = collate(data.train, MicroBatch(0, ((0,),), filler=True), pad_token_id=0, packing=False)
-    output = build_head(task, Constant(logits[:1]))(Constant(logits[:1]), filler)
+    output = task_of(task).head(Constant(logits[:1]))(Constant(logits[:1]), filler)
     assert (output.loss_sum, output.weight) == (0, 0)
     assert torch.autograd.grad(output.loss_sum, logits)[0].tolist() == [[0.0]] * 4
     (problem, *_) = refusal_of(classified(tmp_path, task, ["much", 1]), wordpiece(), tmp_path)
@@ -137,7 +136,7 @@ def test_a_language_model_tells_the_loss_of_each_row():
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0], [8, 8, 8, 8]])
     labels = torch.tensor([[-100, 2, 3, 4], [-100, -100, 7, -100], [-100, 8, 8, -100]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    head = build_head(CausalLmConfig(), model)
+    head = task_of(CausalLmConfig()).head(model)
     with torch.no_grad():
         assert not head(model, batch).rows
         rows = head(model, {**batch, "index": torch.arange(3)}).rows
@@ -195,7 +194,7 @@ def test_bits_per_byte_count_the_bytes_of_the_targets(tmp_path):
     data = prepared(data_run(path, task=CausalLmConfig(), max_length=8), byte_tokenizer(), tmp_path / "cache")
     split = data.validation or data.train
     size = int(split.column("bytes").sum())
-    found = measure(CausalLmConfig(), (), split, Totals(10.0, 5.0, 1.0), []).metrics
+    found = task_of(CausalLmConfig()).measure((), split, Totals(10.0, 5.0, 1.0), []).metrics
     assert found["bits_per_byte"] == pytest.approx(10 / math.log(2) / size)
 
 

@@ -9,7 +9,7 @@ import torch
 from support.tiny import save_decoder, write_preferences
 
 from dstune.config.task_schema import PreferenceConfig, PreferenceLoss
-from dstune.models.heads.preference import JudgedHead, PairHead, judged_losses, pair_losses
+from dstune.tasks.preference.head import JudgedHead, PairHead, judged_losses, pair_losses
 
 
 def sigma(value: float) -> float:

@@ -30,10 +30,11 @@ from dstune.launch import first_rows
 from dstune.samples import convert
 from dstune.samples.debian import DebianPackage, fetch_debian
 from dstune.show.facts import repetitions
+from dstune.tasks.seq2seq.metrics import generation_metrics
 from dstune.train.baseline import draw
 from dstune.train.evaluate import InContext
 from dstune.train.evaluation_cost import EvaluationCost, share
-from dstune.train.generation import Generated, generation_metrics
+from dstune.train.generation import Generated
 
 TASK = Seq2SeqConfig(prompt="Say in Spanish: {source}", template_date="2025-03-09")
 PAIR = {"source": "the sun", "target": "el sol"}

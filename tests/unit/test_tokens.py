@@ -24,9 +24,9 @@ from dstune.data.sampler import MicroBatch
 from dstune.data.tags import checked, completed
 from dstune.data.tokenize.frame import windows
 from dstune.data.tokenize.tokens import TokenEncoder
-from dstune.models.heads.tokens import token_classification_head
 from dstune.show.segments import segments
-from dstune.train.metrics import token_metrics
+from dstune.tasks.token_classification.head import token_classification_head
+from dstune.tasks.token_classification.metrics import token_metrics
 
 LABELS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 SENTENCE = {"tokens": ["Ada", "saw", "New", "York"], "tags": ["B-PER", "O", "B-LOC", "I-LOC"]}

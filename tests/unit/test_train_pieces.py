@@ -21,13 +21,14 @@ from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
+from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train import split
 from dstune.train.better import improves
 from dstune.train.feed import Ahead, windows
 from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Preemption, Wish
+from dstune.train.language_metrics import language_model_metrics
 from dstune.train.loop import dropout_seed, evaluate
 from dstune.train.measure import Evaluation
-from dstune.train.metrics import classification_metrics, language_model_metrics
 from dstune.train.split import TimeSplit
 from dstune.train.state import Best, TrainState
 from dstune.train.stragglers import OwnTime, Stragglers

@@ -65,6 +65,9 @@ class WindowHead(Protocol):
     `join` turns what it gave into what the loss of each needs, as further tensors of the batch. See `train.window`.
     """
 
+    join_evaluation: bool
+    """Whether an evaluation needs `join` too, or does with what the head keeps of each row."""
+
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput: ...
 
     def first_pass(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]: ...

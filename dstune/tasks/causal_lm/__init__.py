@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dstune.config.task_schema import CausalLmConfig
-from dstune.protocols import Task, task
+from dstune.protocols import task
+from dstune.tasks._language import LanguageTask
 
 
 @task
-class CausalLm(Task):
+class CausalLm(LanguageTask):
     Config = CausalLmConfig
     config: CausalLmConfig
 
-    language = True
     generates = True
     prefix_positions_ok = True
     unpackable = ""

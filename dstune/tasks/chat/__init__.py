@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dstune.config.task_schema import ChatConfig
-from dstune.protocols import Task, task
+from dstune.protocols import task
+from dstune.tasks._language import LanguageTask
 
 
 @task
-class Chat(Task):
+class Chat(LanguageTask):
     Config = ChatConfig
     config: ChatConfig
 
-    language = True
     conversational = True
     generates = True
     prefix_positions_ok = True

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from dstune.config.task_schema import ClassificationConfig
 from dstune.protocols import Task, task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from dstune.config.schema import RunConfig
+    from dstune.data.prepared import Split
+    from dstune.models.heads import Head, Rows
+    from dstune.train.counterfactual import Evaluated
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @task
@@ -33,3 +46,25 @@ class Classification(Task):
     @property
     def several_labels(self) -> bool:
         return self.config.multi_label
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        from dstune.tasks.classification.head import classification_head
+
+        return classification_head(self.config)
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        from dstune.tasks.classification.metrics import measure
+
+        return measure(self.config, totals, kept)
+
+    def counterfactual(
+        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        from dstune.train.counterfactual import flips, predictions
+
+        if not self.config.regression:
+            return {"flips": flips(predictions(*before), predictions(*after), places)}
+        old, new = (np.array(predictions(*evaluated))[:, 0] for evaluated in (before, after))
+        return {"prediction_change": new - old[places]}

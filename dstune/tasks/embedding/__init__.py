@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from dstune.config.task_schema import EmbeddingConfig
 from dstune.protocols import Task, task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dstune.data.prepared import Split
+    from dstune.models.heads import Head, Rows
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @task
@@ -23,3 +33,14 @@ class Embedding(Task):
     @property
     def whole_batch_loss(self) -> bool:
         return True
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        from dstune.tasks.embedding.head import EmbeddingHead
+
+        return EmbeddingHead(self.config)
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        from dstune.tasks.embedding.metrics import embedding_metrics
+        from dstune.train.measure import Evaluation
+
+        return Evaluation(embedding_metrics(kept, self.config.temperature))

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from dstune.config.task_schema import PreferenceConfig
 from dstune.protocols import Task, task
 from dstune.protocols.task import FurtherModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dstune.data.prepared import Split
+    from dstune.models.heads import Head, Rows
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @task
@@ -31,3 +41,20 @@ class Preference(Task):
     @property
     def whole_batch_loss(self) -> bool:
         return self.config.compares
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        from dstune.tasks.preference.head import JudgedHead, PairHead
+
+        return JudgedHead(self.config, model) if self.config.single else PairHead(self.config, model)
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        from dstune.tasks.preference.metrics import preference_metrics
+        from dstune.train.measure import Evaluation
+
+        return Evaluation(preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
+
+    def measure_step(self, totals: Totals) -> dict[str, float]:
+        from dstune.tasks.preference.metrics import preference_metrics
+        from dstune.train.measure import without_loss
+
+        return without_loss(preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.protocols import Task, task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from dstune.config.schema import RunConfig
+    from dstune.data.prepared import Split
+    from dstune.models.heads import Head, Rows
+    from dstune.train.counterfactual import Evaluated
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @task
@@ -16,8 +29,27 @@ class QuestionAnswering(Task):
     unpoolable = "task=question_answering reads every token, and pooling leaves one vector of all"
     unpackable = "one row is one question with its text"
     splits_long_rows = True
+    chunked = True
     predicts_from_text = False
     metrics_read_rows = True
     output = "token classifier"
     formats = ("squad",)
     metrics = ("loss", "exact_match", "f1", "best_f1")
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        from dstune.tasks.question_answering.head import AnswerHead
+
+        return AnswerHead(self.config.max_answer_tokens)
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        from dstune.tasks.question_answering.metrics import measure
+
+        return measure(self.config, split, totals, kept)
+
+    def counterfactual(
+        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        from dstune.tasks.question_answering.metrics import swapped_answers
+        from dstune.train.counterfactual import flips
+
+        return {"flips": flips(*swapped_answers(self.config, run, before, after), places)}

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from dstune.config.task_schema import RewardConfig
 from dstune.protocols import Task, task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dstune.data.prepared import Split
+    from dstune.models.heads import Head, Rows
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @task
@@ -23,3 +33,20 @@ class Reward(Task):
     formats = ("preference",)
     frozen_keys = ("template_date",)
     metrics = ("loss", "reward_accuracy", "reward_margin")
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        from dstune.tasks.reward.head import reward_head
+
+        return reward_head
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        from dstune.tasks.reward.metrics import reward_metrics
+        from dstune.train.measure import Evaluation
+
+        return Evaluation(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
+
+    def measure_step(self, totals: Totals) -> dict[str, float]:
+        from dstune.tasks.reward.metrics import reward_metrics
+        from dstune.train.measure import without_loss
+
+        return without_loss(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))

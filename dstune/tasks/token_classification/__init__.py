@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from dstune.config.task_schema import TokenClassificationConfig
 from dstune.protocols import Task, task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from dstune.config.schema import RunConfig
+    from dstune.data.prepared import Split
+    from dstune.models.heads import Head, Rows
+    from dstune.train.counterfactual import Evaluated
+    from dstune.train.measure import Evaluation, Row, Totals
 
 
 @task
@@ -16,6 +29,7 @@ class TokenClassification(Task):
     unpoolable = "task=token_classification reads every token, and pooling leaves one vector of all"
     unpackable = "one row is one sentence, or a window of it"
     splits_long_rows = True
+    chunked = True
     output = "token classifier"
     formats = ("tokens_tags",)
     metrics = ("loss", "token_accuracy", "entity_f1", "entity_precision", "entity_recall", "f1_macro")
@@ -27,3 +41,20 @@ class TokenClassification(Task):
     @property
     def several_labels(self) -> bool:
         return True
+
+    def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
+        from dstune.tasks.token_classification.head import token_classification_head
+
+        return token_classification_head
+
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+        from dstune.tasks.token_classification.metrics import measure
+
+        return measure(self.config, labels, split, totals, kept)
+
+    def counterfactual(
+        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        from dstune.train.counterfactual import flips, predictions
+
+        return {"flips": flips(predictions(*before), predictions(*after), places)}

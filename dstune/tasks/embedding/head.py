@@ -39,6 +39,8 @@ class EmbeddingHead:
     the gradient is that of the whole window, whatever its micro-batches and ranks.
     """
 
+    join_evaluation = False  # its metrics are made of the vectors themselves
+
     def __init__(self, task: EmbeddingConfig):
         self._task = task
 

@@ -191,6 +191,8 @@ class JudgedHead:
     of the data: neither the number of ranks nor the order of training changes it. z0 carries no gradient and no dropout.
     """
 
+    join_evaluation = True
+
     def __init__(self, task: PreferenceConfig, model: PreTrainedModel):
         self._task, self._beta = task, beta_of(task)
         self._log_probabilities = LogProbabilities(model)

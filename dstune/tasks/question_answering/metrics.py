@@ -6,10 +6,18 @@ Of several right answers the best one counts. F1 is that of the words that two a
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import QuestionAnsweringConfig
+from dstune.data.prepared import Split
+from dstune.data.swaps import Swaps
+from dstune.train.counterfactual import Evaluated
+from dstune.train.measure import Evaluation, Row, Totals, rows_of, texts_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
@@ -85,3 +93,44 @@ def answer_metrics(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def measure(task: QuestionAnsweringConfig, split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    spans, margins = best_spans(split, kept)
+    right = [[answer["text"] for answer in row["answers"]] for row in texts_of(split)]
+    metrics = answer_metrics(spans, right, margins if task.no_answer else None, task.threshold)
+    found = spans
+    if task.no_answer:
+        found = ["" if margin > task.threshold else span for span, margin in zip(spans, margins, strict=True)]
+    loss = {"loss": totals.loss_sum / totals.weight}
+    pairs = tuple(zip(right, found, strict=True))
+    return Evaluation(loss | metrics | {"targets": float(len(right))}, predictions=pairs)
+
+
+def best_spans(split: Split, kept: Sequence[Row]) -> tuple[list[str], list[float]]:
+    """Of each question the text of the best span of all windows, and how much better having no answer scores."""
+    spans, margins = [], []
+    for windows, row in zip(rows_of(split, kept), texts_of(split), strict=True):
+        best = max(windows, key=lambda window: float(window["score"]))
+        # A window that does not hold the answer knows of none; one that is sure of the answer speaks for all.
+        margins.append(min(float(window["null"]) for window in windows) - float(best["score"]))
+        found = math.isfinite(float(best["score"]))
+        spans.append(row["context"][int(best["char_start"]) : int(best["char_end"])].strip() if found else "")
+    return spans, margins
+
+
+def swapped_answers(
+    task: QuestionAnsweringConfig, run: RunConfig, before: Evaluated, after: Evaluated
+) -> tuple[list[str], list[str]]:
+    """The answers before the swap of terms, with the terms of the answers swapped too, and those after it."""
+    assert run.evaluate.counterfactual is not None
+    swaps = Swaps.read(run.evaluate.counterfactual)
+    earlier, later = _given(task, *before), _given(task, *after)
+    return [normalized(swaps.text(text)) for text in earlier], [normalized(text) for text in later]
+
+
+def _given(task: QuestionAnsweringConfig, split: Split, kept: Sequence[Row]) -> list[str]:
+    """The answer to each question, empty where there is none."""
+    spans, margins = best_spans(split, kept)
+    none = [task.no_answer and margin > task.threshold for margin in margins]
+    return ["" if no_answer else span for no_answer, span in zip(none, spans, strict=True)]

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from dstune.config.task_schema import ClassificationConfig
+from dstune.train.measure import Evaluation, Row, Totals
+
 
 def classification_metrics(
     predictions: Sequence[int], labels: Sequence[int], probabilities: np.ndarray
@@ -80,3 +83,16 @@ def regression_metrics(predictions: Sequence[float], labels: Sequence[float]) ->
         "spearman": float(spearmanr(found, true).statistic) if varied else 0.0,
         "targets": float(len(true)),
     }
+
+
+def measure(task: ClassificationConfig, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    loss = {"loss": totals.loss_sum / totals.weight}
+    predicted, true = ([row[name].tolist() for row in kept] for name in ("prediction", "label"))
+    pairs = tuple(zip(true, predicted, strict=True))
+    if task.regression:
+        return Evaluation(loss | regression_metrics(predicted, true), predictions=pairs)
+    probabilities = np.stack([row["probability"] for row in kept])
+    if task.multi_label:
+        return Evaluation(loss | multi_label_metrics(predicted, true, probabilities), predictions=pairs)
+    metrics, confusion = classification_metrics(predicted, true, probabilities)
+    return Evaluation(loss | metrics, {"confusion": confusion}, predictions=pairs)

@@ -19,16 +19,3 @@ def preference_metrics(loss_sum: float, weight: float, correct: float, sums: Map
     if sums["chosen"] and sums["rejected"]:
         metrics["reward_margin"] = metrics["reward_chosen"] - metrics["reward_rejected"]
     return {**metrics, "targets": weight}
-
-
-def reward_metrics(loss_sum: float, weight: float, correct: float, sums: Mapping[str, float]) -> dict[str, float]:
-    """Mean loss of a pair, share of the pairs whose better answer has the higher score, and the mean scores."""
-    better, worse = (sums[f"reward_{kind}"] / weight for kind in ("chosen", "rejected"))
-    return {
-        "loss": loss_sum / weight,
-        "reward_accuracy": correct / weight,
-        "reward_chosen": better,
-        "reward_rejected": worse,
-        "reward_margin": better - worse,
-        "targets": weight,
-    }

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dstune.config.task_schema import TagScheme
+import numpy as np
+
+from dstune.config.task_schema import TagScheme, TokenClassificationConfig
+from dstune.data.prepared import Split
 from dstune.data.tags import OUTSIDE, marks_entities
+from dstune.train.measure import Evaluation, Row, Totals, rows_of
 
 
 def token_metrics(
@@ -54,3 +58,17 @@ def entity_report(true: list[list[str]], predicted: list[list[str]]) -> dict[str
     if all(tag == OUTSIDE for tags in (*true, *predicted) for tag in tags):
         return {}
     return classification_report(true, predicted, output_dict=True, zero_division=0)
+
+
+def measure(
+    task: TokenClassificationConfig, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]
+) -> Evaluation:
+    names = np.array(labels)
+    tags = {
+        name: [names[np.concatenate([chunk[name] for chunk in chunks])].tolist() for chunks in rows_of(split, kept)]
+        for name in ("prediction", "label")
+    }
+    metrics, by_type = token_metrics(tags["prediction"], tags["label"], labels, task.scheme)
+    loss = {"loss": totals.loss_sum / totals.weight}
+    pairs = tuple(zip(tags["label"], tags["prediction"], strict=True))
+    return Evaluation(loss | metrics | {"targets": totals.weight}, {"by_type": by_type}, predictions=pairs)

@@ -1,0 +1,120 @@
+"""Targets that the model writes by itself for held-out sources, on all ranks, and their metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import Seq2SeqConfig
+from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import Split
+from dstune.data.sampler import evaluation_batches, share
+from dstune.data.seq2seq import decoder_prompt, first_special_tokens
+from dstune.data.stopping import stop_token_ids
+from dstune.dist import World
+from dstune.models.generation import generate_answers
+from dstune.train.evaluate import Evaluator, limited
+from dstune.train.generation import Generated, speaking
+from dstune.train.measure import Evaluation
+from dstune.zero.engine import Engine
+
+LONGER = 1.25
+"""A generated target may be so much longer than the longest one of the rows."""
+
+
+def generate_and_measure(
+    evaluator: Evaluator,
+    split: Split,
+    measured: Evaluation,
+    context: Sequence[int],
+    *,
+    one_line: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Evaluation:
+    """`measured` with what the model generates for `evaluate.generate_rows` rows. See `Task.extra_evaluation`."""
+    config, world = evaluator.config, evaluator.world
+    rows = limited(split, config.evaluate.generate_rows, config.task)
+    generated = generate_targets(
+        config, rows, evaluator.engine, evaluator.tokenizer, world, context, one_line=one_line, progress=progress
+    )
+    scores = world.broadcast(generation_metrics(generated) if world.is_main else {})
+    return replace(measured, metrics=measured.metrics | scores, generated=tuple(generated))
+
+
+def generate_targets(
+    config: RunConfig,
+    split: Split,
+    engine: Engine,
+    tokenizer: Any,
+    world: World,
+    context: Sequence[int] = (),
+    *,
+    one_line: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Generated]:
+    """The model's greedy target for every row of `split`, in the order of the rows, on all ranks.
+
+    context: tokens in front of every prompt (worked examples). one_line: end an answer with its first line, unless a target
+    has more of them. progress: told how many of this rank's batches are done. Rows are dealt out in batches of similar
+    length, and ranks may get unequally many.
+    """
+    assert isinstance(config.task, Seq2SeqConfig)
+    batches = evaluation_batches(
+        split.lengths,
+        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
+        max_length=config.data.max_length,
+        packing=False,
+    )
+    first = first_special_tokens(tokenizer) if context else []
+    one_line = one_line and not any(
+        "\n" in split.source_and_target(index)["target"].strip() for index in range(len(split.lengths))
+    )
+    longest = math.ceil(LONGER * int(split.weights.max()))
+    written: list[tuple[int, str]] = []
+    with speaking(engine, world) as (module, in_step):
+        mine = share(batches, world.rank, world.size)
+        for number, batch in enumerate(mine):
+            if progress:
+                progress(number, len(mine))
+            if batch.filler and not in_step:
+                continue
+            prompts = [decoder_prompt(split.sample(index), NO_TARGET) for index in batch.samples]
+            prompts = [[*context, *ids[len(first) if ids[: len(first)] == first else 0 :]] for ids in prompts]
+            answers = generate_answers(
+                module,
+                tokenizer,
+                prompts,
+                config.task.max_new_tokens or longest,
+                stop_token_ids(tokenizer),
+                batch_size=len(prompts),
+                in_step=in_step,
+                one_line=one_line,
+            )
+            if not batch.filler:
+                written += zip(batch.samples, answers, strict=True)
+    everyone = sorted(row for part in world.gather(written) for row in part)
+    return [Generated(**split.source_and_target(index), answer=answer) for index, answer in everyone]
+
+
+def generation_metrics(rows: Sequence[Generated]) -> dict[str, float]:
+    """BLEU, chrF and TER of sacrebleu (percent), and ROUGE F1 of rouge-score meaned over the rows (0 to 1).
+
+    All with the libraries' defaults: BLEU (Papineni et al. 2002) with tokenizer 13a, chrF (Popović 2015) of characters up to
+    6, TER (Snover et al. 2006), ROUGE (Lin 2004), whose tokens are Latin letters and digits without accents.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu, corpus_chrf, corpus_ter
+
+    answers, targets = [row.answer for row in rows], [row.target for row in rows]
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scored = [RougeScorer(kinds).score(row.target, row.answer) for row in rows]
+    return {
+        "bleu": corpus_bleu(answers, [targets]).score,
+        "chrf": corpus_chrf(answers, [targets]).score,
+        "ter": corpus_ter(answers, [targets]).score,
+        **{kind: sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds},
+        "generated": float(len(rows)),
+    }
