@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dstune.core import files
+
 NAME = "baseline.json"
 
 
@@ -16,9 +18,7 @@ def remember(run_dir: Path, asked: str, split: str, rows: int, prompted: Sequenc
     new = [{"model": asked, "split": split, "rows": rows, **one} for one in prompted]
     keys = [(row["model"], row["split"], row["shots"]) for row in new]
     kept = [row for row in read(run_dir) if (row.get("model"), row.get("split"), row.get("shots")) not in keys]
-    aside = run_dir / f"{NAME}.incomplete"
-    aside.write_text(json.dumps([*kept, *new], indent=1), encoding="utf-8")
-    aside.replace(run_dir / NAME)
+    files.write(run_dir / NAME, json.dumps([*kept, *new], indent=1))
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import Export, RunConfig
+from dstune.core import files
 from dstune.errors import Preempted, TrainingFailed
 from dstune.opening import show_samples
 from dstune.redact import redacted
@@ -143,6 +144,4 @@ def export(run_dir: Path, config: RunConfig) -> Path:
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write `result.json` whole or not at all."""
-    aside = run_dir / "result.json.incomplete"
-    aside.write_text(json.dumps(redacted(result), indent=1))
-    aside.replace(run_dir / "result.json")
+    files.write(run_dir / "result.json", json.dumps(redacted(result), indent=1))

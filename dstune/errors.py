@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
+from dstune.core.text import visible
 from dstune.redact import redact
 
 EXIT_DONE = 0
@@ -29,8 +30,10 @@ class Problem:
     """The offending value as the user wrote it; empty where there is none (a missing file's key has one)."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # a value of the environment is shown by its reference
-            object.__setattr__(self, field.name, redact(str(getattr(self, field.name))))
+        for field in fields(
+            self
+        ):  # a value of the environment is shown by its reference, a control character as its code
+            object.__setattr__(self, field.name, visible(redact(str(getattr(self, field.name)))))
 
     def __str__(self) -> str:
         shown = f"={self.value}" if self.value else ""
@@ -44,7 +47,7 @@ class DstuneError(Exception):
     exit_code = EXIT_FAILED
 
     def __str__(self) -> str:
-        return redact(super().__str__())
+        return visible(redact(super().__str__()))
 
 
 class UserError(DstuneError):

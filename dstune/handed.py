@@ -14,19 +14,23 @@ from collections.abc import MutableMapping
 from datetime import datetime
 from pathlib import Path
 
+from dstune.core import files
+from dstune.errors import Problem, UserError
+
 LAUNCH_ID = "DSTUNE_LAUNCH_ID"
 HANDED = "DSTUNE_HANDED"
-"""Set for ranks that have to look for the file."""
+"""The name of the file, set where something is handed over."""
 FOLDER = "DSTUNE_FOLDER"
 """Where relative paths of the configuration begin; launchers of several nodes start ranks elsewhere."""
 RANK_LOGS = "DSTUNE_RANK_LOGS"
 """Set for ranks that write their own logs, since what started them mixes the output of all."""
 
 
-def handed_file(launch_id: str) -> Path:
+def handed_file(name: str) -> Path:
+    """Where a node keeps what is handed over. name: random, so that nobody can take the place before."""
     memory = Path("/dev/shm")
     folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
-    return folder / f"dstune-{os.getuid()}-{launch_id}.json"
+    return folder / f"dstune-{os.getuid()}-{name}.json"
 
 
 def settle(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> None:
@@ -36,7 +40,7 @@ def settle(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> Non
     if variables.get(RANK_LOGS):
         file = run_dir / "logs" / f"rank-{rank}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = files.open_plain(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log, stream.fileno())
@@ -47,13 +51,20 @@ def settle(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> Non
 
 
 def take(rank: int, variables: MutableMapping[str, str]) -> None:
-    """Add what was handed over: `all` for every rank, `first` for rank 0, which alone talks to trackers."""
-    if not variables.get(HANDED):
+    """Add what was handed over: `all` for every rank, `first` for rank 0, which alone talks to trackers.
+
+    Raises:
+        UserError: the file is not there, or not one that this user alone can have written: `PATH` is among what it sets.
+    """
+    name = variables.get(HANDED)
+    if not name:
         return
+    file = handed_file(name)
     try:
-        handed = json.loads(handed_file(variables[LAUNCH_ID]).read_text())
-    except (OSError, ValueError):
-        return  # nothing was handed over
+        handed = json.loads(files.read_own(file))
+    except (OSError, ValueError) as error:
+        reason = f"what the launching process handed over cannot be taken: {error}"
+        raise UserError(Problem(str(file), reason, "start the run again; look at who owns the file")) from None
     variables.update(handed.get("all", {}))
     if rank == 0:
         variables.update(handed.get("first", {}))

@@ -21,6 +21,7 @@ from dstune.config.task_schema import (
     QuestionAnsweringConfig,
     TokenClassificationConfig,
 )
+from dstune.core import files
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
@@ -76,8 +77,8 @@ def describe(
     }
     facts = environment.describe(hosts, run.data.fingerprint, model)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
-    (run_dir / "environment.json").write_text(json.dumps(redacted(facts), indent=1))
-    (run_dir / "data_report.json").write_text(json.dumps(redacted(data_report(config, run.data)), indent=1))
+    files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
+    files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))
     run.log.message(
         f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
         f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "

@@ -8,30 +8,37 @@ texts of what is about to be written as JSON.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
+
+from dstune.core.text import Filtered, visible_but_colours
 
 MIN_CHARACTERS = 6
 """A shorter value (`auto`, `8`, `cuda`) stays: it is no secret, and replacing it would garble every text."""
 
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)[^}]*\}")
-SECRET_NAME = re.compile(r"(^|_)(TOKEN|(API)?KEY|(PG)?PASSWORD|PASSWD|SECRET|CREDENTIALS)$")
-"""Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, PGPASSWORD; not MONKEY."""
+SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|(API)?KEY|(PG)?PASSWORD|PASSWD|SECRET|CREDENTIALS)$|_(TOKENS|KEYS|PASS|SECRETS|AUTH)$"
+)
+"""Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, WANDB_PASS, PGPASSWORD,
+REGISTRY_AUTH; not MONKEY."""
+CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]+@", re.IGNORECASE)
+"""An address with a user or password in it, as proxies have them."""
 
 _known: dict[str, str] = {}
 """What stands for a value, by value."""
 _public: set[str] = set()
 
 
-def is_secret(name: str) -> bool:
-    """Whether the environment variable `name` holds a secret, by its name."""
-    return SECRET_NAME.search(name.upper()) is not None
+def is_secret(name: str, value: str = "") -> bool:
+    """Whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address with
+    credentials in it."""
+    return SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
 
 
 def remember(value: str, reference: str) -> None:
@@ -50,7 +57,7 @@ def publish(path: str) -> None:
 def redact(text: str) -> str:
     """`text` with the reference in the place of every value that came from the environment."""
     for name, value in os.environ.items():
-        if is_secret(name):
+        if is_secret(name, value):
             _add(value, f"${{oc.env:{name}}}")
     for value in sorted(_known, key=len, reverse=True):
         if value in text and not any(value in path for path in _public):
@@ -78,37 +85,14 @@ def _add(value: str, reference: str) -> None:
     _known.setdefault(json.dumps(value)[1:-1], json.dumps(reference)[1:-1])
 
 
-class Redacted(io.TextIOBase):
-    """A text stream that passes everything on redacted. A value is found within one `write` only."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(redact(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    @property
-    def buffer(self) -> Any:
-        return self._stream.buffer
-
-
 def redact_output() -> None:
-    """Let what this process prints, through `print`, tracebacks, warnings or logging, pass through `redact`."""
-    before = {id(sys.stdout): Redacted(sys.stdout), id(sys.stderr): Redacted(sys.stderr)}
+    """Let what this process prints, through `print`, tracebacks, warnings or logging, pass through `redact`, and leave no
+    character in it that a terminal would obey."""
+
+    def change(text: str) -> str:
+        return visible_but_colours(redact(text))
+
+    before = {id(stream): Filtered(stream, change) for stream in (sys.stdout, sys.stderr)}
     sys.stdout, sys.stderr = before[id(sys.stdout)], before[id(sys.stderr)]
     # Loggers of libraries took hold of the streams when they were imported.
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]

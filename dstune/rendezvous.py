@@ -11,6 +11,7 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from zlib import crc32
 
+from dstune.core import files
 from dstune.errors import Problem, UserError
 from dstune.rank_env import RankEnv
 
@@ -135,9 +136,7 @@ def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:
 
 def _leave(file: Path, meeting: dict[str, object]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".incomplete")
-    aside.write_text(json.dumps(meeting))
-    aside.replace(file)
+    files.write(file, json.dumps(meeting))
 
 
 def _found(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dstune.core import files
 from dstune.errors import DstuneError, to_json
 from dstune.rank_env import RankEnv
 
@@ -30,9 +31,7 @@ def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
     """Write the rank's error whole or not at all."""
     file = error_file(run_dir, rank)
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".error-incomplete")
-    aside.write_text(to_json(error))
-    aside.replace(file)
+    files.write(file, to_json(error))
 
 
 def tell_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:

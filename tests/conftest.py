@@ -32,5 +32,8 @@ def _environment() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    folders = [*LONG_FIRST, "gpu"]
-    items.sort(key=lambda item: folders.index(item.path.relative_to(Path(__file__).parent).parts[0]))
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
+
+    items.sort(key=place)

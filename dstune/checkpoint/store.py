@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -99,11 +99,12 @@ def set_aside(checkpoint: Path) -> None:
 
 def is_committed(checkpoint: Path) -> bool:
     """Whether every file that was committed is there with its size."""
-    try:
-        files = json.loads((checkpoint / COMMITTED).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    return not torn(checkpoint)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name of a marker stays in the checkpoint's folder."""
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def torn(checkpoint: Path) -> list[str]:
@@ -113,10 +114,10 @@ def torn(checkpoint: Path) -> list[str]:
         sizes = {name: entry["bytes"] for name, entry in files.items()}
     except OSError:
         return [f"it has no {COMMITTED}"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{COMMITTED} is torn"]
-    found = []
-    for name, size in sizes.items():
+    found = [f"{COMMITTED} names a file elsewhere: {name}" for name in sizes if not _is_inside(name)]
+    for name, size in () if found else sizes.items():
         path = checkpoint / name
         if not path.is_file():
             found.append(f"{name} is gone")
@@ -212,6 +213,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     doomed = [info.path for info in infos if info.path not in kept and not _held(info.path)]
     for ending in (INCOMPLETE, REPLACED, DAMAGED):
         doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]
+    doomed = [path for path in doomed if not path.is_symlink()]  # it may be another run's
     for path in doomed:
         # The marker goes first: a removal that is cut short leaves no half checkpoint that looks whole.
         (path / COMMITTED).unlink(missing_ok=True)

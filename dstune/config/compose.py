@@ -38,6 +38,7 @@ from dstune.config.schema import CHOICES, RunConfig
 from dstune.config.task_schema import CONVERSATIONS
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, with_file
+from dstune.core import files
 from dstune.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -357,9 +358,7 @@ def write_run(path: Path, composed: Composed) -> None:
         "overrides": list(composed.overrides),
         "config": to_dict(composed.config),
     }
-    unfinished = path.with_name(path.name + ".incomplete")
-    unfinished.write_text(dump(content), encoding="utf-8")
-    unfinished.replace(path)
+    files.write(path, dump(content))
 
 
 def read_run(path: Path) -> Composed:

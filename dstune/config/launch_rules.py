@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 
 from dstune.config.convert import shown
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
@@ -45,10 +46,30 @@ def check_launch(config: RunConfig) -> Iterator[Problem]:
                 "name the variable only; its value is that of this process" if "=" in name else "letters, digits and _"
             )
             yield Problem("launch.export_env", "this is no name of an environment variable", fix, name.split("=")[0])
+    yield from _check_characters(config)
     if isinstance(launch, SlurmConfig):
         yield from _check_slurm(launch)
     if isinstance(launch, (HostfileConfig, OpenMpiConfig)):
         yield from _check_hosts(launch)
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+QUOTED = ("partition", "account", "qos", "constraint", "memory", "time", "interface")
+"""Keys of `launch` whose value stands between quotes in a line of options."""
+
+
+def _check_characters(config: RunConfig) -> Iterator[Problem]:
+    """Values reach scripts, option lines and other machines' shells: a line break in one would be a line of its own there."""
+    values: list[tuple[str, str]] = [("run.dir", config.run.dir or ""), ("run.name", config.run.name)]
+    for field in fields(config.launch):
+        value = getattr(config.launch, field.name)
+        texts = value if isinstance(value, list) else [value]
+        values += [(f"launch.{field.name}", text) for text in texts if isinstance(text, str)]
+    for key, text in values:
+        if CONTROL.search(text):
+            yield Problem(key, "it has a line break or another control character in it", "leave that out", text)
+        elif key.removeprefix("launch.") in QUOTED and re.search(r"[\"'`\\]", text):
+            yield Problem(key, "it has a quote or a backslash in it", "leave that out", text)
 
 
 def _check_hosts(launch: HostfileConfig | OpenMpiConfig) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from dstune.config.schema import Automatic, InitialWeights, ModelConfig, NoParal
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, PreferenceConfig, Seq2SeqConfig
 from dstune.config.validate import validate
+from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, rundir, supervise
 from dstune.launch.commands import local_plan
@@ -324,9 +325,7 @@ def _print_prompted(target: str, result: dict[str, Any]) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    aside = path.with_name(f"{path.name}.incomplete")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(path)
+    files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _print_confusion(labels: list[str], confusion: list[list[int]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from dstune.errors import Problem, UserError
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, LATER
-from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same, with_others
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -208,7 +208,7 @@ TABLE: dict[str, Rule] = {
     "tokenizer_config": missing("the tokenizer is the model's own"),
     "is_llama_derived_model": own_way("known from the model's config.json"),
     "is_mistral_derived_model": own_way("known from the model's config.json"),
-    "trust_remote_code": same("model.trust_remote_code"),
+    "trust_remote_code": own_code,
     "attn_implementation": common.attention,
     "flash_attention": flag_of_attention("flash_attention_2"),
     "sdp_attention": flag_of_attention("sdpa"),

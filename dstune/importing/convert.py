@@ -12,9 +12,10 @@ from dstune.config.convert import dump, to_dict
 from dstune.config.names import all_keys, classes_of, type_hints
 from dstune.config.schema import CHOICES
 from dstune.config.validate import validate
+from dstune.core.text import one_line
 from dstune.errors import Problem, UserError
 from dstune.importing.files import TOOLS
-from dstune.importing.result import MEANINGLESS, Dropped, Import, apply
+from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import, apply
 
 USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "stage3"}
 """What `conf/train.yaml` chooses by itself."""
@@ -54,11 +55,20 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     found.raw["_file"] = str(source)
     apply({**module.TABLE, "_file": lambda found, value: None}, found)
     del found.raw["_file"]
+    _without_references(found)
     _finish(found)
     text = _text(found, tool, source)
     carried = {key: names for key, names in found.carried.items() if key in raw and key not in found.dropped}
     off = [key for key in raw if key not in carried and key not in found.dropped]
     return Experiment(tool, text, carried, found.dropped, off, found.assumed, problems_of(text))
+
+
+def _without_references(found: Import) -> None:
+    """Leave out what an experiment would resolve: `${oc.env:HF_TOKEN}` of somebody's file would be this user's token."""
+    for key, value in list(found.values.items()):
+        if "${" in str(value):
+            del found.values[key]
+            _undo(found, key, "it has a reference (${...}), which would be resolved on this machine", NOT_SUPPORTED)
 
 
 def _finish(found: Import) -> None:
@@ -85,18 +95,18 @@ def _finish(found: Import) -> None:
                 _undo(found, key, f"{section}={choice} has no such key")
 
 
-def _undo(found: Import, key: str, reason: str) -> None:
+def _undo(found: Import, key: str, reason: str, kind: str = MEANINGLESS) -> None:
     """A value that was put cannot stay: the keys that it came from are dropped."""
     for theirs in [theirs for theirs, ours in found.carried.items() if key in ours]:
-        found.drop(reason, MEANINGLESS, key=theirs)
+        found.drop(reason, kind, key=theirs)
 
 
 def _text(found: Import, tool: str, source: Path) -> str:
-    lines = ["# @package _global_", f"# From {source.name} ({tool}) by `dstune import`."]
+    lines = ["# @package _global_", f"# From {one_line(source.name)} ({tool}) by `dstune import`."]
     wished = {key: dropped for key, dropped in found.dropped.items() if dropped.kind != MEANINGLESS}
     if wished:
         lines.append("# Not carried over, or not to the letter:")
-        lines += [f"#   {key}: {dropped.reason}" for key, dropped in wished.items()]
+        lines += [f"#   {one_line(key)}: {one_line(dropped.reason)}" for key, dropped in wished.items()]
     chosen = [f"  - override /{group}: {found.choices[group]}" for group in USUAL if _differs(found, group)]
     lines += ["defaults:", *chosen, "  - _self_"]
     tree: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from dstune.errors import Problem, UserError
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
-from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_way, same, with_others
+from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -165,7 +165,7 @@ TABLE: dict[str, Rule] = {
     **HUGGING_FACE,
     "model_name_or_path": same("model.path"),
     "model_revision": common.revision,
-    "trust_remote_code": same("model.trust_remote_code"),
+    "trust_remote_code": own_code,
     "adapter_name_or_path": missing("begin from a merged model with model.path"),
     "flash_attn": attention,
     "rope_scaling": missing("set model.config_overrides"),

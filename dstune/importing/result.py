@@ -89,6 +89,12 @@ def same(key: str) -> Rule:
     return rule
 
 
+def own_code(found: Import, value: Any) -> None:
+    """The code of a model is for its user to read before it runs, whatever somebody's file says."""
+    if value:
+        found.drop("it runs Python code that comes with the model: read it, then give model.trust_remote_code=true")
+
+
 def missing(reason: str) -> Rule:
     """dstune has nothing like it; switched off it asks for nothing."""
 

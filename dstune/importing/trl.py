@@ -8,7 +8,7 @@ from typing import Any
 from dstune.errors import Problem, UserError
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
-from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same, with_others
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -140,7 +140,7 @@ TABLE: dict[str, Rule] = {
     **HUGGING_FACE,
     "model_name_or_path": same("model.path"),
     "model_revision": common.revision,
-    "trust_remote_code": same("model.trust_remote_code"),
+    "trust_remote_code": own_code,
     "attn_implementation": common.attention,
     "dtype": common.dtype,
     "torch_dtype": common.dtype,

@@ -69,7 +69,7 @@ def status_of(run_dir: Path) -> Status:
         state, reason = ("pending" if jobs[0].is_waiting else "running"), str(jobs[0])
     elif unreachable:
         state, reason = "elsewhere", unreachable
-    elif launcher is not None and not launcher.jobs and launcher.process() is not None:
+    elif launcher is not None and not launcher.jobs and launcher.process(run_dir) is not None:
         state = "running"
     elif result is not None:
         state, reason = str(result.get("status")), str(result.get("reason") or "")
@@ -126,7 +126,7 @@ def cancel(argv: list[str]) -> int:
     if launcher is not None and not launcher.is_here and records.read_result(run_dir) is None:
         reason = f"the run was launched on {launcher.host}, and can be stopped from there alone"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(run_dir)))
-    process = launcher.process() if launcher is not None else None
+    process = launcher.process(run_dir) if launcher is not None else None
     if process is not None:
         if not arguments.json:
             print(f"stopping process {process.pid}" + ("" if arguments.now else " after a save"), flush=True)
@@ -144,7 +144,7 @@ def cancel(argv: list[str]) -> int:
 def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
     """Ask the process of a sweep to stop its trials, and wait until it has."""
     launcher = records.read_launch(sweep)
-    process = launcher.process() if launcher is not None else None
+    process = launcher.process(sweep) if launcher is not None else None
     if launcher is not None and not launcher.is_here:
         reason = f"the sweep was started on {launcher.host}, and can be stopped from there alone"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(sweep)))

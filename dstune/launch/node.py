@@ -19,11 +19,12 @@ from dstune.launch.processes import end_all
 def main(launch_id: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    file = handed_file(launch_id)
     handed = json.loads(sys.stdin.readline() or "{}")
+    file = handed_file(handed.get("file", {}).get("name", ""))
     try:
         if handed:
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with os.fdopen(os.open(file, flags, 0o600), "w") as stream:
                 json.dump(handed, stream)
         print("ready", flush=True)
         for _ in sys.stdin:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -16,10 +17,13 @@ from typing import Any
 import psutil
 
 from dstune.checkpoint import store
+from dstune.core import files
 from dstune.errors import Problem, UserError
 from dstune.redact import redacted
 
 LOCK = ".lock"
+JOB = re.compile(r"\d+(_\d+)?")
+"""A number of a SLURM job, or of one of an array: what may stand on a command line of `scancel`."""
 TAKEOVER_SECONDS = 15.0
 """How long to wait for the ranks of a launcher that was killed; its guard is ending them."""
 
@@ -41,14 +45,18 @@ class LaunchRecord:
     def is_here(self) -> bool:
         return self.host == socket.gethostname()
 
-    def process(self) -> psutil.Process | None:
-        """The launching process if it is alive on this machine."""
+    def process(self, run_dir: Path) -> psutil.Process | None:
+        """The process that launched the run in `run_dir` and holds its lock, if it is alive on this machine.
+
+        A record may come from a stranger and name any process of this user: one that does not hold the lock is not it.
+        """
         if not self.is_here:
             return None
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started) < 1.0
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            alive = same and process.status() != psutil.STATUS_ZOMBIE
+            return process if alive and _holds(process, run_dir / LOCK) else None
         except psutil.Error:
             return None
 
@@ -71,9 +79,26 @@ def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()
 
 def read_launch(run_dir: Path) -> LaunchRecord | None:
     try:
-        return LaunchRecord(**(read_json(run_dir / "launch.json") or {}))
+        record = LaunchRecord(**(read_json(run_dir / "launch.json") or {}))
     except TypeError:  # absent, or of another version
         return None
+    numbers = all(
+        isinstance(value, int | float) and value > 0 for value in (record.pid, record.started, record.processes)
+    )
+    jobs = isinstance(record.jobs, list) and all(isinstance(job, str) and JOB.fullmatch(job) for job in record.jobs)
+    return record if numbers and jobs and isinstance(record.pid, int) and isinstance(record.host, str) else None
+
+
+def _holds(process: psutil.Process, lock: Path) -> bool:
+    """Whether the process has this file open. Raises psutil.Error where it is another user's."""
+    try:
+        expected = lock.stat()
+        held = [os.stat(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]
+    except FileNotFoundError:
+        return any(Path(file.path) == lock.absolute() for file in process.open_files())
+    except OSError as error:
+        raise psutil.AccessDenied(process.pid) from error
+    return any((one.st_dev, one.st_ino) == (expected.st_dev, expected.st_ino) for one in held)
 
 
 def result_path(run_dir: Path) -> Path:
@@ -163,9 +188,7 @@ def _note(logged: Logged, row: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` whole or not at all."""
-    aside = path.with_name(f"{path.name}.incomplete")
-    aside.write_text(json.dumps(redacted(value), indent=1) + "\n")
-    aside.replace(path)
+    files.write(path, json.dumps(redacted(value), indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -176,22 +199,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def acquire_lock(run_dir: Path) -> int:
+def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
     """Take the run directory for this process; returns the descriptor to keep open, and to hand to the guard.
+
+    shared: beside others of the same kind.
 
     Raises:
         UserError: another launch uses the directory.
     """
-    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = files.open_plain(run_dir / LOCK, os.O_RDWR | os.O_CREAT)
     deadline = time.monotonic() + TAKEOVER_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return descriptor
         except BlockingIOError:
             record = read_launch(run_dir)
             # A launcher that was killed has left its guard, which holds the lock until the ranks are gone.
-            orphaned = record is not None and record.is_here and record.process() is None
+            orphaned = record is not None and record.is_here and record.process(run_dir) is None
             if not orphaned or time.monotonic() > deadline:
                 os.close(descriptor)
                 raise UserError(_in_use(run_dir, record)) from None

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
 from dstune.config.schema import RunConfig
+from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import attempt, hostfile, hosts, records
 from dstune.launch.attempt import Follower, log_path
@@ -205,14 +206,14 @@ class RemoteLaunch:
         (self.run_dir / STOP_FILE).unlink(missing_ok=True)
         records.begin(self.run_dir, self.id, self.plan.size)
         for name, text in self.plan.files.items():
-            (self.folder / name).write_text(text)
+            files.write(self.folder / name, text, mode=0o600)  # variables of the user's
         follower = Follower(log_path(self.run_dir, 0), self.console)
         count = len(self.plan.slots)
         self.console.stage(f"starting {self.plan.size} rank(s) on {count} host{'s' * (count > 1)}")
         self._log_start = _size(self.log)
         try:
             self._open_nodes()
-            with self.log.open("ab") as log:
+            with files.append(self.log) as log:
                 launcher = subprocess.Popen(
                     self.plan.argv,
                     env={**self.plan.env, LAUNCH_ID: self.id},
@@ -242,7 +243,7 @@ class RemoteLaunch:
         for host in self.plan.slots:
             # No host file: this machine itself, where the same program runs without an ssh.
             command = words if host == LOCALHOST else self.ssh.command(host, words)
-            with self.log.open("ab") as log:
+            with files.append(self.log) as log:
                 node = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
                 )

@@ -5,6 +5,7 @@ functions.
 from __future__ import annotations
 
 import re
+import secrets
 import shlex
 import sys
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ class RemotePlan:
     files: dict[str, str]
     """Files that it reads, by name; they go into `RUN/launch`, where it is started."""
     handed: dict[str, dict[str, str]]
-    """Variables that no command line may show: `all`, and `first` for rank 0."""
+    """Variables that no command line may show: `all`, and `first` for rank 0; `file` has the name of what keeps them."""
     slots: dict[str, list[int]]
     """The slots that run a rank, by host."""
 
@@ -87,13 +88,17 @@ def variables_of(config: RunConfig, run_dir: Path, launch_id: str, parent: Mappi
     for name, value in given.items():
         if is_tracker_key(name) and name not in launch.export_env:
             handed["first"][name] = value
-        elif is_secret(name) or name in unseen or not PLAIN.fullmatch(value):
+        elif is_secret(name, value) or name in unseen or not PLAIN.fullmatch(value):
             handed["all"][name] = value
         else:
             shown[name] = value
     shown |= {**ALWAYS, **interface_variables(launch.interface)}
-    shown |= {LAUNCH_ID: launch_id, HANDED: "1", RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
-    return shown, {name: values for name, values in handed.items() if values}
+    shown |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
+    handed = {kind: values for kind, values in handed.items() if values}
+    if handed:
+        shown[HANDED] = secrets.token_hex(16)
+        handed["file"] = {"name": shown[HANDED]}
+    return shown, handed
 
 
 def _travels(name: str, value: str, asked: list[str]) -> bool:

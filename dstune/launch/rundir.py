@@ -16,6 +16,7 @@ from dstune.config.domain_stage import FOLDER as FIRST_STAGE
 from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
+from dstune.core.files import INCOMPLETE
 from dstune.errors import Problem, UserError
 from dstune.launch import records, slurm_jobs
 from dstune.launch.positions import cut_as_before
@@ -270,7 +271,7 @@ def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:
 
 def _foreign(path: Path) -> bool:
     """Whether the folder holds anything but traces of a launch that ended before it wrote its `run.yaml`."""
-    return any(entry.name not in (records.LOCK, f"{RUN_FILE}.incomplete") for entry in path.iterdir())
+    return any(entry.name != records.LOCK and not entry.name.endswith(INCOMPLETE) for entry in path.iterdir())
 
 
 def _fresh(parent: Path, now: datetime) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dstune.config.launch_schema import SlurmConfig
 from dstune.config.schema import RunConfig
+from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from dstune.launch import attempt, records, slurm_jobs
 from dstune.launch.attempt import Follower, log_path
@@ -63,8 +64,7 @@ def submit(config: RunConfig, run_dir: Path, module: str = "dstune.worker") -> l
     slurm_jobs.require("sbatch")
     script = run_dir / SCRIPT
     script.parent.mkdir(exist_ok=True)
-    script.write_text(job_script(config, run_dir, os.environ, module))
-    script.chmod(0o755)
+    files.write(script, job_script(config, run_dir, os.environ, module), mode=0o777)
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     size = launch.nodes * ranks_per_node(launch)
     launch_id = uuid.uuid4().hex

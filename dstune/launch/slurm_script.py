@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
 from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
 from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
 
 SCRIPT = Path("launch") / "job.sbatch"
@@ -31,11 +32,14 @@ def job_script(config: RunConfig, run_dir: Path, parent_env: Mapping[str, str], 
     module: what each rank runs with the directory as its argument.
 
     Raises:
-        UserError: an unset variable in `launch.export_env`.
+        UserError: an unset variable in `launch.export_env`; a path that is not on one line.
     """
     launch = config.launch
     assert isinstance(launch, SlurmConfig)
     run = run_dir.absolute()
+    for key, path in (("run.dir", str(run)), ("working directory", str(Path.cwd()))):
+        if not path.isprintable():
+            raise UserError(Problem(key, "its path has a control character in it", "use another folder", path))
     names = sorted(inherited(config, parent_env))
     lines = [
         "#!/usr/bin/env bash",

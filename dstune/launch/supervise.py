@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig
+from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
 from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan, free_port, local_plan
@@ -140,7 +141,7 @@ class Launch:
         self.console.stage(f"starting {self.plan.size} rank{'s' * (self.plan.size > 1)}")
         output: threading.Thread | None = None
         for rank, (argv, env) in enumerate(zip(self.plan.argv, self.plan.env, strict=True)):
-            log = stack.enter_context(self._log_path(rank).open("ab"))
+            log = stack.enter_context(files.append(self._log_path(rank)))
             started = datetime.now().astimezone().isoformat(timespec="seconds")
             log.write(f"=== rank {rank} of {self.plan.size} on {socket.gethostname()}, {started} ===\n".encode())
             log.flush()
@@ -176,7 +177,7 @@ class Launch:
         if self.received and self.stop_signal is None:
             self.stop_signal = self.received[0]
             with contextlib.suppress(OSError):  # a full disk: the ranks say SIGTERM then
-                (self.logs / SIGNAL_FILE).write_text(self.stop_signal)
+                files.write(self.logs / SIGNAL_FILE, self.stop_signal)
             for process in self.ranks:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)

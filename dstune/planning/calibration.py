@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dstune.core import files
 from dstune.paths import cache_root
 from dstune.planning.time import Speed
 
@@ -17,9 +18,7 @@ def remember(found: dict[str, Any]) -> None:
     everything = _read()
     everything[str(found["ranks"])] = found
     cache_root().mkdir(parents=True, exist_ok=True)
-    aside = cache_root() / f"{FILE}.incomplete"
-    aside.write_text(json.dumps(everything, indent=1))
-    aside.replace(cache_root() / FILE)
+    files.write(cache_root() / FILE, json.dumps(everything, indent=1))
 
 
 def speeds(ranks: int, *, on_gpu: bool, device: str | None = None, threads: int | None = None) -> dict[int, Speed]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
+from dstune.core import files
 from dstune.redact import redact
 from dstune.report import configuration, curves, data_section, numbers, samples
 from dstune.report.details import Table, details
@@ -49,9 +50,7 @@ def write(runs: Sequence[Path], target: Path) -> None:
         OSError: `target` cannot be written.
     """
     html = redact(report([read(path) for path in runs]))
-    aside = target.with_name(f"{target.name}.incomplete")
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(target)
+    files.write(target, html)
 
 
 def report(runs: Sequence[RunFiles]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dstune import __version__
 from dstune.config.convert import shown
+from dstune.core import files
 from dstune.redact import redact
 from dstune.report.charts import Chart, Line, draw
 from dstune.report.curves import COLOURS, TITLES
@@ -118,9 +119,7 @@ def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float],
 def write(sweep: Path, target: Path) -> None:
     """Write the page of the sweep at `sweep` to `target`, whole or not at all. Raises OSError, UserError."""
     html = redact(page(sweep))
-    aside = target.with_name(f"{target.name}.incomplete")
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(target)
+    files.write(target, html)
 
 
 def page(sweep: Path) -> str:

@@ -176,7 +176,7 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
     fixed = split(sweep.overrides, probes.groups(sweep.config_dirs, sweep.overrides)).fixed
     # A study in a storage of its own may have several machines at work in one directory.
     shared = getattr(sweep.base.sweep, "storage", None) is not None
-    lock = None if shared else records.acquire_lock(path)
+    lock = records.acquire_lock(path, shared=shared)
     try:
         records.note(path, uuid.uuid4().hex, sweep.base.sweep.parallel)
         directory.write_sweep(sweep, names)
@@ -191,8 +191,7 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
         with caught_signals(sweep.base.run.signals) as received:
             Schedule(path, source, slots, common, console, received).run()
     finally:
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
     leave_behind(path, console.message)
     found = read_records(path)
     if received or any(one.status in ("preempted", "running") for one in found):

@@ -16,6 +16,7 @@ from dstune.config.convert import dump, from_dict, load, shown, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
+from dstune.core import files
 from dstune.errors import Problem, UserError
 from dstune.launch import records
 from dstune.redact import redacted
@@ -95,9 +96,7 @@ def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
         "objective": list(objectives),
         "config": to_dict(sweep.base),
     }
-    aside = sweep.path / f"{SWEEP_FILE}.incomplete"
-    aside.write_text(dump(redacted(content)), encoding="utf-8")
-    aside.replace(sweep.path / SWEEP_FILE)
+    files.write(sweep.path / SWEEP_FILE, dump(redacted(content)))
 
 
 def _interval(axis: Axis) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dstune.config.overrides import quoted
+from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dstune.launch import attempt, records
 from dstune.launch.commands import python_path
@@ -151,7 +152,7 @@ class Schedule:
     def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
         """A sweep that was killed leaves trials that are still saving, and one directory takes one launch at a time."""
         told = False
-        while not self._received and (before := records.read_launch(run_dir)) and before.process() is not None:
+        while not self._received and (before := records.read_launch(run_dir)) and before.process(run_dir) is not None:
             if not told:
                 self._console.message(f"dstune: {trial.name} still runs as process {before.pid}: waiting for its end")
                 told = True
@@ -229,6 +230,4 @@ class Schedule:
 
 def _leave(file: Path, text: str) -> None:
     """Write a file that a rank may look at any time."""
-    aside = file.with_name(f"{file.name}.incomplete")
-    aside.write_text(text)
-    aside.replace(file)
+    files.write(file, text)

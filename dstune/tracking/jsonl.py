@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dstune.core import files
 
 
 class JsonLines:
@@ -23,7 +24,7 @@ class JsonLines:
     def __init__(self, path: Path, *, keep_until: int | None):
         if path.exists():
             rewind(path, -1 if keep_until is None else keep_until)
-        self._path, self._stream = path, path.open("ab", buffering=0)
+        self._path, self._stream = path, files.append(path)
         self._waiting = b""
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ class JsonLines:
         """Drop the rows after `step`: the run went back to it."""
         self.close()
         rewind(self._path, step)
-        self._stream = self._path.open("ab", buffering=0)
+        self._stream = files.append(self._path)
 
     def close(self) -> None:
         """Raises OSError where rows are left that the disk does not take. Closing again does nothing."""
@@ -54,12 +55,7 @@ class JsonLines:
 def rewind(path: Path, step: int) -> None:
     """Drop the rows after `step` and a torn last line, in a new file that then takes the old one's place."""
     kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_row_until(line, step)]
-    rewritten = path.with_name(f"{path.name}.incomplete")
-    with rewritten.open("wb") as stream:
-        stream.writelines(kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    rewritten.replace(path)
+    files.write(path, b"".join(kept), sync=True)
 
 
 def rows_of(path: Path, step: int) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from torch import nn
 
 from dstune.config.method_schema import ImportanceConfig, Selection, Unit
 from dstune.config.schema import Precision, RunConfig
+from dstune.core import files
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.models.importance import chosen_tensors, rank_correlation, sortable, threshold
@@ -195,9 +196,7 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
     }
     if masks:
         save_file(masks, run_dir / MASKS)
-    aside = run_dir / f"{REPORT}.incomplete"
-    aside.write_text(json.dumps(report, indent=1))
-    aside.replace(run_dir / REPORT)
+    files.write(run_dir / REPORT, json.dumps(report, indent=1))
 
 
 def _means(sums: Mapping[str, float], sizes: Mapping[str, int], world: World, stage: int) -> dict[str, float]:

@@ -19,7 +19,8 @@ from tests.support.runs import write_sweep_directory
 
 # Ends with the number of signals it got within a second: a first one asks, a second one ends at once.
 LAUNCHER = """
-import signal, sys, time
+import os, signal, sys, time
+lock = os.open(os.path.join(sys.argv[1], ".lock"), os.O_RDWR | os.O_CREAT)
 got = []
 signal.signal(signal.SIGTERM, lambda *_: got.append(1))
 print("ready", flush=True)
@@ -39,8 +40,8 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def launcher():
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+def launcher(run):
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(run)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     yield process
     process.kill()
@@ -172,7 +173,7 @@ def test_a_sweep_is_no_run_but_can_be_cancelled(tmp_path, capsys):
     assert f"`dstune runs {sweep}` lists its trials" in capsys.readouterr().err
     assert cli.main(["cancel", str(sweep)]) == 0
     assert "is not running (1 preempted)" in capsys.readouterr().out
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(sweep)], stdout=subprocess.PIPE)
     try:
         process.stdout.readline()
         started = psutil.Process(process.pid).create_time()

@@ -110,15 +110,16 @@ def test_mpirun_gets_names_of_variables_and_hosts_with_slots():
 
 
 def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(handed, "handed_file", lambda launch_id: tmp_path / launch_id)
+    monkeypatch.setattr(handed, "handed_file", lambda name: tmp_path / name)
     (tmp_path / "x").write_text(json.dumps({"all": {"A": "1"}, "first": {"B": "2"}}))
+    (tmp_path / "x").chmod(0o600)
     for rank, expected in ((0, {"A": "1", "B": "2"}), (1, {"A": "1"})):
-        variables = {handed.HANDED: "1", handed.LAUNCH_ID: "x"}
+        variables = {handed.HANDED: "x"}
         handed.take(rank, variables)
         assert {name: variables[name] for name in ("A", "B") if name in variables} == expected
-    nothing = {handed.HANDED: "1", handed.LAUNCH_ID: "y"}
+    nothing: dict[str, str] = {}
     handed.take(0, nothing)
-    assert set(nothing) == {handed.HANDED, handed.LAUNCH_ID}
+    assert nothing == {}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from dstune import redact as module
 from dstune.config import schema
 from dstune.config.convert import EnvironmentText
 from dstune.config.validate import validate
+from dstune.core.text import Filtered
 from dstune.errors import Problem, TrainingFailed, UserError, from_json, to_json
 from dstune.launch import records
-from dstune.redact import Redacted, is_secret, publish, redact, redact_output, redacted, remember
+from dstune.redact import is_secret, publish, redact, redact_output, redacted, remember
 
 VALUE = 'planted "välue" 123'
 
@@ -128,7 +129,7 @@ def test_prints_tracebacks_and_loggers_are_redacted(planted, monkeypatch):
         raise FileNotFoundError(str(planted))
     except FileNotFoundError:
         sys.excepthook(*sys.exc_info())
-    assert isinstance(sys.stdout, Redacted)
+    assert isinstance(sys.stdout, Filtered)
     shown = out.getvalue() + err.getvalue()
     assert VALUE not in shown and shown.count("${oc.env:PLANTED}") == 3
 

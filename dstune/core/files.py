@@ -1,0 +1,86 @@
+"""Files in folders that somebody else may have prepared: a link in the place of a file is never followed.
+
+A run directory may come from a stranger. `run.yaml` that is a link to `~/.bashrc` would let the next start write there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import IO
+
+from dstune.errors import Problem, UserError
+
+INCOMPLETE = ".incomplete"
+
+
+def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = False) -> None:
+    """Put `content` in the place of `path`, whole or not at all; a link there is replaced, its target stays as it is.
+
+    mode: of the file, less the umask. sync: it has reached the disk when this returns. Raises OSError.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{INCOMPLETE}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def append(path: Path, *, mode: int = 0o666) -> IO[bytes]:
+    """`path` open for appending, unbuffered.
+
+    Raises:
+        UserError: it is a link or no file. OSError: as `open`.
+    """
+    return os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode), "ab", buffering=0)
+
+
+def create_or_truncate(path: Path, *, mode: int = 0o666) -> IO[bytes]:
+    """`path` open for writing, empty. Raises as `append`."""
+    return os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb")
+
+
+def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
+    """A descriptor of the plain file `path`. Raises UserError where it is a link or no file, OSError as `os.open`."""
+    try:
+        # Not blocking: a pipe in the place of a file would wait for a reader for ever.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise
+        raise _refused(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _refused(path)
+    return descriptor
+
+
+def _refused(path: Path) -> UserError:
+    reason = "this is a link or no plain file, and writing to it could change a file elsewhere"
+    return UserError(Problem(str(path), reason, f"look where it leads, then remove it: rm {path.name}"))
+
+
+def read_own(path: Path) -> bytes:
+    """The content of a file that only its owner, who must be this user, can have written or read.
+
+    Raises:
+        PermissionError: another user's file, a link, or one that others may read or write.
+        OSError: as `open`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, "not a file of this user alone", str(path))
+        return stream.read()

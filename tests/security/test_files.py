@@ -1,0 +1,143 @@
+"""Links and foreign files in the places where dstune writes or trusts what it reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstune import handed
+from dstune.checkpoint import store
+from dstune.core import files
+from dstune.ending import write_result
+from dstune.errors import UserError
+from dstune.launch import records
+from dstune.tracking.jsonl import JsonLines
+
+VICTIM = "precious\n"
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    file = tmp_path / "elsewhere" / "bashrc"
+    file.parent.mkdir()
+    file.write_text(VICTIM)
+    return file
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["launch.json", "launch.json.incomplete", "result.json", "result.json.incomplete"])
+def test_records_replace_links_and_do_not_follow_them(name: str, run_dir: Path, victim: Path) -> None:
+    (run_dir / name).symlink_to(victim)
+    records.write_json(run_dir / name.removesuffix(".incomplete"), {"a": 1})
+    write_result(run_dir, {"status": "completed"})
+    assert victim.read_text() == VICTIM
+    assert not (run_dir / name.removesuffix(".incomplete")).is_symlink()
+
+
+def test_rows_are_not_appended_through_a_link(run_dir: Path, victim: Path) -> None:
+    (run_dir / "metrics.jsonl").symlink_to(victim)
+    lines = JsonLines(run_dir / "metrics.jsonl", keep_until=None)  # begins the file anew
+    lines.append({"step": 1})
+    lines.close()
+    assert victim.read_text() == VICTIM
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+def test_logs_are_plain_files(kind: str, run_dir: Path, victim: Path) -> None:
+    log = run_dir / "logs" / "rank-0.log"
+    if kind == "pipe":
+        os.mkfifo(log)
+    else:
+        log.symlink_to(victim if kind == "link" else victim.with_name("new"))
+    with pytest.raises(UserError, match="link or no plain file"):
+        files.append(log)
+    assert victim.read_text() == VICTIM
+    assert not victim.with_name("new").exists()
+
+
+def test_the_lock_is_no_link(run_dir: Path, victim: Path) -> None:
+    (run_dir / records.LOCK).symlink_to(victim.with_name("made"))
+    with pytest.raises(UserError, match="link"):
+        records.acquire_lock(run_dir)
+    assert not victim.with_name("made").exists()
+
+
+@pytest.mark.parametrize("fault", ["mode", "link", "owner"])
+def test_what_is_handed_over_is_this_users_own(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "handed.json"
+    monkeypatch.setattr(handed, "handed_file", lambda name: file)
+    target = tmp_path / "theirs.json"
+    target.write_text(json.dumps({"all": {"PATH": "/tmp/evil"}}))
+    target.chmod(0o600)
+    if fault == "link":
+        file.symlink_to(target)
+    else:
+        target.rename(file)
+    if fault == "mode":
+        file.chmod(0o666)
+    if fault == "owner":
+        if os.getuid() != 0:
+            pytest.skip("needs root, to make a file of another user")
+        os.chown(file, 65534, 65534)
+    variables = {"PATH": "/bin", handed.HANDED: "x"}
+    with pytest.raises(UserError, match="cannot be taken"):
+        handed.take(1, variables)
+    assert variables["PATH"] == "/bin"
+
+
+def test_a_node_does_not_write_through_a_link(tmp_path: Path, victim: Path) -> None:
+    code = (
+        "import sys, pathlib; from dstune.launch import node; "
+        f"node.handed_file = lambda name: pathlib.Path({str(tmp_path)!r}) / name; node.main('no-such-launch')"
+    )
+    (tmp_path / "guessed").symlink_to(victim)
+    given = json.dumps({"all": {"A": "1"}, "file": {"name": "guessed"}})
+    done = subprocess.run([sys.executable, "-c", code], input=f"{given}\n", capture_output=True, text=True, timeout=120)
+    assert "ready" not in done.stdout
+    assert victim.read_text() == VICTIM
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    written = store.folder(run_dir) / f"{store.tag(step)}.incomplete"
+    written.mkdir(parents=True)
+    (written / "shard.pt").write_bytes(b"weights")
+    return store.commit(written, {"step": step})
+
+
+def test_pruning_leaves_the_checkpoint_behind_a_link(tmp_path: Path) -> None:
+    theirs = checkpoint(tmp_path / "another run", 1)
+    mine = tmp_path / "run"
+    for step in (2, 3, 4):
+        checkpoint(mine, step)
+    (store.folder(mine) / store.tag(1)).symlink_to(theirs)
+    (store.folder(mine) / "step-00000009.incomplete").symlink_to(theirs)
+    store.prune(mine, 1)
+    assert store.is_committed(theirs)
+    assert [info.step for info in store.listing(mine) if not info.path.is_symlink()] == [4]
+
+
+def test_names_in_a_marker_stay_in_their_checkpoint(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path / "run", 1)
+    outside = tmp_path / "run" / "secret"
+    outside.write_bytes(b"12345")
+    marker = json.loads((whole / store.COMMITTED).read_text())
+    marker["files"]["../../secret"] = {"bytes": 5, "xxh3_64": "0"}
+    (whole / store.COMMITTED).write_text(json.dumps(marker))
+    assert not store.is_committed(whole)
+
+
+def test_what_a_launcher_reads_is_for_this_user_alone(tmp_path: Path) -> None:
+    files.write(tmp_path / ".deepspeed_env", "A=1\n", mode=0o600)
+    assert stat.S_IMODE((tmp_path / ".deepspeed_env").stat().st_mode) == 0o600
