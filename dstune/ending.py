@@ -14,13 +14,12 @@ from dstune.config.schema import Export, RunConfig
 from dstune.core import files
 from dstune.errors import Preempted, TrainingFailed
 from dstune.opening import show_samples
+from dstune.protocols.callback import LEAVE, Action, Request
 from dstune.redact import redacted
 from dstune.tracking.log import Tracker
-from dstune.train import spikes
 from dstune.train.classical import classical_results
-from dstune.train.hooks import LEAVING, Decision, Wish
-from dstune.train.loop import Training, evaluate
-from dstune.train.watch import watch
+from dstune.trainer.loop import Training, evaluate, save
+from dstune.trainer.monitored_sets import evaluate_monitored_sets
 
 
 def finish(
@@ -28,62 +27,60 @@ def finish(
     checkpoints: Checkpoints,
     run_dir: Path,
     tokenizer: Any,
-    decision: Decision,
+    request: Request,
     *,
     features_seconds: float = 0.0,
 ) -> None:
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
     state = run.state
-    result: dict[str, Any] = {"reason": decision.reason, "export": None, "test": None}
-    if not decision.wish & LEAVING:
+    result: dict[str, Any] = {"reason": request.reason, "export": None, "test": None}
+    if not request.action & LEAVE:
         evaluated = run.data.validation is not None and state.eval_last_step != state.step
         if evaluated:
-            evaluate(run)
-            run.watchdog.rest()
-        with run.watchdog.patient("ending the run"):
+            with run.around("the last evaluation"):
+                evaluate(run)
+        with run.around("ending the run"):
             result |= _conclude(run, checkpoints, run_dir, features_seconds, unsaved=evaluated)
             show_samples(run, tokenizer, before=False)
     run.saves.settle()
-    run.supply.close(for_good=not decision.wish & LEAVING)
+    run.supply.close(for_good=not request.action & LEAVE)
     state.seconds = run.seconds_before + time.monotonic() - run.started
-    status = "stopped" if decision.reason else "completed"
-    status = "pruned" if decision.wish & Wish.PRUNE else status
-    status = "preempted" if decision.wish & Wish.PREEMPT else "failed" if decision.wish & Wish.FAIL else status
+    status = status_of(request)
     if run.world.is_main:
-        found = {name: value for name, value in state.extra.items() if name != spikes.NAME}
         checkpoint = store.newest(run_dir)
-        speed = state.tokens_per_second
         result |= {
             "status": status,
             "steps": state.step,
             "world_size": run.world.size,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 3),
-            "tokens_per_second": speed and round(speed, 2),
-            **({"utilization": round(state.utilization, 6)} if state.utilization else {}),
-            "start_seconds": run.beginning.seconds,
-            "peak_memory_gib": round(state.peak_memory_gib, 4),
+            **run.callbacks.results(),
             "eval_initial": state.eval_initial,
             "eval_final": state.eval_last,
             "best": state.best and vars(state.best),
             "checkpoint": checkpoint and str(checkpoint),
-            "nonfinite_steps": state.nonfinite_steps,
-            "overflow_steps": state.overflow_steps,
-            "spikes": {**spikes.counts(state), "events": spikes.events(state)},
-            "slowest_rank": {"rank": run.stragglers.rank, "to_median": round(run.stragglers.ratio, 3)},
-            **({"labels": list(run.data.labels)} if found and run.data.labels else {}),
-            **found,
+            **({"labels": list(run.data.labels)} if state.results and run.data.labels else {}),
+            **state.results,
         }
         write_result(run_dir, result)
         assert isinstance(run.log, Tracker)
-        run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.extra})
+        run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.results})
         run.log.finish(status)
-    run.memory.close()
     run.world.barrier()
     if status == "preempted":
-        raise Preempted(f"{decision.reason}: saved at step {state.step}")
+        raise Preempted(f"{request.reason}: saved at step {state.step}")
     if status == "failed":
-        raise TrainingFailed(decision.reason)
+        raise TrainingFailed(request.reason)
+
+
+def status_of(request: Request) -> str:
+    if request.action & Action.PREEMPT:
+        return "preempted"
+    if request.action & Action.FAIL:
+        return "failed"
+    if request.action & Action.PRUNE:
+        return "pruned"
+    return "stopped" if request.reason else "completed"
 
 
 def _conclude(
@@ -99,11 +96,11 @@ def _conclude(
     newest = store.newest(run_dir)
     # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
     due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))
-    if due and not run.saves.save(state, now=True):
+    if due and not save(run, now=True):
         reason = f"step {state.step} could not be saved: {run.saves.refusal}"
         raise TrainingFailed(f"{reason}; continue the run when that is mended")
     result["weights_step"] = restore_best(run, checkpoints, run_dir)
-    watch(run, "after")
+    evaluate_monitored_sets(run, "after")
     if run.data.test is not None:
         result["test"] = run.evaluator(run.data.test).metrics
     if isinstance(config.method, FeaturesConfig) and run.world.is_main:
@@ -111,7 +108,7 @@ def _conclude(
         result["feature_seconds"] = round(features_seconds, 3)
         result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
     if run.data.validation is not None and config.evaluate.counterfactual:
-        state.extra["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
+        state.results["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
     if config.run.export is not Export.none and run.world.is_main:
         result["export"] = str(export(run_dir, config))
     run.world.barrier()

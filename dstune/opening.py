@@ -34,7 +34,7 @@ from dstune.train.baseline import measure_prompted
 from dstune.train.evaluate import answer_prompts, limited
 from dstune.train.features import Features
 from dstune.train.importance import Selected
-from dstune.train.loop import Training
+from dstune.trainer.loop import Training
 from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
@@ -205,7 +205,7 @@ def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer
         return
     adapted: Any = module
     untouched = adapted.disable_adapter() if hasattr(module, "disable_adapter") else nullcontext()
-    with untouched, run.watchdog.patient("asking the untuned model"):
+    with untouched, run.around("asking the untuned model"):
         prompted = measure_prompted(
             config,
             run.data,

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +43,26 @@ from dstune.paths import cache_root
 from dstune.protocols import optimizer_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
-from dstune.telling import leave_error, tell_launcher, tell_once
+from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import Tracker
-from dstune.train import micro_batch, spikes
+from dstune.train import micro_batch
 from dstune.train.beforehand import work_out
-from dstune.train.beginning import Beginning
 from dstune.train.evaluate import Evaluator
 from dstune.train.forgetting import Penalties
-from dstune.train.hooks import Cadence, EarlyStopping, NonFinite, Overfitting, Preemption
-from dstune.train.loop import Training, fit
 from dstune.train.memory import PeakMemory, keep_freed
 from dstune.train.optim import method_groups
-from dstune.train.profiling import StepProfiler
 from dstune.train.proofs import content_digest, examine, refuse_different_rows, samples_digest, settle_rows
 from dstune.train.reference import with_reference, with_reference_model
-from dstune.train.stragglers import OwnTime
 from dstune.train.supply import supply_of
 from dstune.train.unfreezing import unfreezing_of
 from dstune.train.utilization import utilization_of
-from dstune.train.watch import watch
-from dstune.train.watchdog import Watchdog, answer_with_stacks
+from dstune.trainer.callback_list import CallbackList
+from dstune.trainer.callbacks.preemption import Preemption
+from dstune.trainer.callbacks.startup_timer import StartupTimer
+from dstune.trainer.callbacks.watchdog import answer_with_stacks
+from dstune.trainer.loop import Training, fit
+from dstune.trainer.monitored_sets import evaluate_monitored_sets
 from dstune.zero import swap
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -79,7 +77,7 @@ activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__
 
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
     """Fine-tune on this rank together with the others. Raises Preempted, TrainingFailed or UserError."""
-    beginning = Beginning(os.environ)
+    startup = StartupTimer(os.environ)
     # First, so that a signal during start-up is not lost; of all stages, which share the time and the files that ask.
     preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
     with swap.own_folder(config.zero, run_dir, world) as zero:
@@ -87,15 +85,15 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
         if has_language_model_stage(config):
             train_language_model(config, run_dir, world, preemption)
             config = classifier_stage(config, run_dir)
-            beginning = Beginning()  # of the last stage, which `result.json` is about
-        train_stage(config, run_dir, world, preemption, beginning)
+            startup = StartupTimer()  # of the last stage, which `result.json` is about
+        train_stage(config, run_dir, world, preemption, startup)
 
 
 def train_stage(
-    config: RunConfig, run_dir: Path, world: World, preemption: Preemption, beginning: Beginning | None = None
+    config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer | None = None
 ) -> None:
     """As `train`, a single stage."""
-    beginning = beginning or Beginning()
+    startup = startup or StartupTimer()
     started = time.monotonic()
     publish(str(run_dir))
     console = Console()
@@ -119,7 +117,7 @@ def train_stage(
     data = with_reference_model(
         config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
     )
-    beginning.mark("data")
+    startup.mark("data")
     activity.info("loading %s", shown(config.model.path))
     digests = {"samples": samples_digest(data), "content": content_digest(data)}
     before = work_out(config, data, tokenizer, precision, world, run_dir)
@@ -138,20 +136,20 @@ def train_stage(
         slice_model(module, model, slices)
     use_lean_norms(module)
     use_joint_sums(module)
-    beginning.mark("model")
+    startup.mark("model")
     head = task_of(config.task).head(model, rows)  # after the method: an adapter may wrap the vocabulary projection
     if selection is not None:
         selection.freeze_others(module, new_weights(model))
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
     once = goes_once_through(config)
     engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=once, slices=slices)
-    beginning.mark("engine")
+    startup.mark("engine")
     examine(head, engine)
     if selection is not None and selection.masks:
         engine.mask(selection.masks)
     penalties = None
     if config.forgetting.l2sp or config.forgetting.ewc:
-        penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher, world)
+        penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher)
     say = console.message if world.is_main else lambda text: None
     settle_rows(config, engine, head, rows, model.config.get_text_config(), world, say)
     keep_freed()
@@ -171,62 +169,53 @@ def train_stage(
     data = with_reference(config, data, engine, head, world, tokenizer.pad_token_id, precision, cache_root())
     state = checkpoints.resume()
     if known is not None:
-        state.extra[micro_batch.NAME] = known
+        state.results[micro_batch.NAME] = known
     checkpoints.check_space()
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
     unfreezing = unfreezing_of(config, model, engine, supply, state.step)
     log = Tracker(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
-    hooks = [
-        Cadence(config, total_steps, can_evaluate=data.validation is not None),
-        NonFinite(config),
-        EarlyStopping(config),
-        Overfitting(config),
-        preemption,
-    ]
     run = Training(
         config=config,
         world=world,
+        run_dir=run_dir,
         engine=engine,
         head=head,
         data=data,
         supply=supply,
         total_steps=total_steps,
         state=state,
-        hooks=hooks,
         evaluator=Evaluator(config, data, engine, head, world, tokenizer),
         rewind=checkpoints.rewind,
-        guard=spikes.SpikeGuard(config),
-        own_time=OwnTime(),
         saves=Saves(config, run_dir, engine, world, facts, say),
-        watchdog=Watchdog(config.trainer.stall_seconds, world.rank, partial(leave_error, run_dir, world.rank)),
         log=log,
         memory=memory,
         pad_token_id=tokenizer.pad_token_id,
         utilization=utilization_of(config, model, module, precision, world, len(data.labels)),
-        profiler=StepProfiler(config.trainer.profile_steps, run_dir, world.rank, say),
-        beginning=beginning,
+        preemption=preemption,
+        startup=startup,
         unfreezing=unfreezing,
         penalties=penalties,
         started=started,
         seconds_before=state.seconds,
     )
+    run.callbacks = CallbackList.for_run(run)
     try:
         describe(config, run_dir, run, module, features, selection)
         state.planned_steps = total_steps
         show_samples(run, tokenizer, before=True)
         ask_untuned(run, run_dir, module, tokenizer)
         if state.step == 0:
-            watch(run, "before")
-        beginning.mark("checks")
-        decision = fit(run)
-        run.watchdog.rest()
+            evaluate_monitored_sets(run, "before")
+        startup.mark("checks")
+        request = fit(run)
+        run.callbacks.on_train_end(run, request)
         try:
             finish(
-                run, checkpoints, run_dir, tokenizer, decision, features_seconds=features.seconds if features else 0.0
+                run, checkpoints, run_dir, tokenizer, request, features_seconds=features.seconds if features else 0.0
             )
         finally:
-            run.profiler.close()  # last: a run that is preempted has little time for its result
+            run.callbacks.close()  # last: a run that is preempted has little time for its result
     except BaseException:
         if log is not None:
             log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.checkpoint import store
 from dstune.config.schema import RunConfig, SaveMode
 from dstune.dist import World
-from dstune.train.state import TrainState
+from dstune.trainer.state import FORMAT, TrainState
 from dstune.zero.engine import Engine
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class Saves:
 
     def _described(self, state: TrainState, weights_only: bool) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "step": state.step,
             "weights_only": weights_only,
             **self._facts,

@@ -13,7 +13,7 @@ from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import RunConfig, SaveMode
 from dstune.dist import World
 from dstune.errors import Problem, UserError
-from dstune.train.state import TrainState
+from dstune.trainer.state import TrainState
 from dstune.zero.engine import Engine
 
 UNCHANGED = {
@@ -76,11 +76,11 @@ class Checkpoints:
         return TrainState.from_dict(saved["train"])
 
     def remembered(self, name: str) -> Any:
-        """What the run that will be continued has in `TrainState.extra` since its start; None where it has not, or where
+        """What the run that will be continued has in `TrainState.results` since its start; None where it has not, or where
         there is none."""
         source = self._source()
         checkpoint = store.resumable(source) if self._world.is_main else None
-        found = store.read_state(checkpoint)["train"]["extra"].get(name) if checkpoint is not None else None
+        found = store.read_state(checkpoint)["train"]["results"].get(name) if checkpoint is not None else None
         return self._world.broadcast(found)
 
     def _source(self) -> Path:

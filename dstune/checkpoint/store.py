@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import xxhash
 
+from dstune.trainer.state import upgrade_state
+
 COMMITTED = "COMMITTED"
 STATE = "state.json"
 INCOMPLETE = ".incomplete"
@@ -161,7 +163,8 @@ def _held(checkpoint: Path) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / STATE).read_text())
+    """The content of `state.json`, in the present format."""
+    return upgrade_state(json.loads((checkpoint / STATE).read_text()))
 
 
 def listing(run_dir: Path) -> list[CheckpointInfo]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dstune.core.registry import Registry
+from dstune.protocols.callback import Action, Callback, Request
 from dstune.protocols.launcher import Launcher
 from dstune.protocols.method import Method
 from dstune.protocols.optimizer import Optimizer, Schedule
@@ -13,6 +14,7 @@ from dstune.protocols.parallelism import Parallelism
 from dstune.protocols.task import Task
 
 __all__ = [
+    "CALLBACKS",
     "LAUNCHERS",
     "METHODS",
     "OPTIMIZERS",
@@ -20,12 +22,16 @@ __all__ = [
     "SCHEDULES",
     "TASKS",
     "VERSION",
+    "Action",
+    "Callback",
     "Launcher",
     "Method",
     "Optimizer",
     "Parallelism",
+    "Request",
     "Schedule",
     "Task",
+    "callback",
     "launcher",
     "method",
     "method_of",
@@ -45,9 +51,10 @@ METHODS: Registry[Method] = Registry("method", "dstune.methods")
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "dstune.optim")
 SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
 LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch")
+CALLBACKS: Registry[Callback] = Registry("callback", "dstune.trainer.callbacks")
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
-launcher, parallelism = LAUNCHERS.add, PARALLELISMS.add
+launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of

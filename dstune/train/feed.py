@@ -41,6 +41,16 @@ class Feed:
     counted: Counted = field(default_factory=Counted)
     """Of `batches`; in the thread that makes them, so that no step waits for it."""
 
+    @property
+    def tokens(self) -> int:
+        """Of the global batch, without padding."""
+        return self.window.tokens
+
+    @property
+    def weight(self) -> float:
+        """Targets of the global batch."""
+        return self.window.weight
+
 
 def windows(
     config: RunConfig, data: PreparedData, supply: Supply, world: World, pad_token_id: int, steps: range

@@ -1,6 +1,6 @@
 """Penalties against forgetting: the distance of the weights from where they started, plain or weighted by Fisher information.
 
-A penalty's gradient is added once for each window, to the gradient that the optimizer is about to use, by the rank that
+A penalty's gradient is added once a step, to the gradient that the optimizer is about to use, by the rank that
 updates the entry. So it is the same on any number of ranks and at every ZeRO stage, costs a copy of the rank's own share,
 and is neither clipped nor part of `grad_norm`, which are those of the loss of the data.
 """
@@ -30,11 +30,10 @@ Fisher = dict[str, torch.Tensor]
 class Penalties:
     """Must be made while the weights are still the start weights. New weights (a head) have no start worth keeping.
 
-    The loss of the window is the data's loss + sum over entries of (l2sp + ewc * fisher) / 2 * (weight - start)^2.
+    The loss of a step is the data's loss + sum over entries of (l2sp + ewc * fisher) / 2 * (weight - start)^2.
     """
 
-    def __init__(self, config: ForgettingConfig, engine: Engine, new: NewWeights, fisher: Fisher, world: World):
-        self._world, self._shared = world, engine.stage > 0
+    def __init__(self, config: ForgettingConfig, engine: Engine, new: NewWeights, fisher: Fisher):
         self._start: dict[int, torch.Tensor] = {}
         self._strength: dict[int, torch.Tensor] = {}
         self._value = 0.0
@@ -49,9 +48,9 @@ class Penalties:
                         strength[place] += config.ewc * fisher[part.name]
             self._start[id(partition.key)] = partition.elements.detach().float().clone()
             self._strength[id(partition.key)] = strength
-        engine.before_update(self._add)
 
-    def _add(self, partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def add(self, partition: Partition, gradient: torch.Tensor) -> None:
+        """To the gradient of `partition`."""
         strength = self._strength[id(partition.key)]
         # DeepSpeed fills partitions up to equal sizes with memory as it was: not a number now and then.
         distance = (partition.elements.float() - self._start[id(partition.key)]).where(strength > 0, 0.0)
@@ -59,10 +58,10 @@ class Penalties:
         self._value += 0.5 * float((pull.double() * distance).sum())
         gradient.add_(pull)
 
-    def value(self) -> float:
-        """The penalty of the weights before the last update, over all ranks. Every rank must call it, once a step."""
+    def collect(self) -> float:
+        """The penalty of the weights before the last update, of this rank's partitions."""
         mine, self._value = self._value, 0.0
-        return self._world.sum([mine])[0] if self._shared else mine
+        return mine
 
 
 def fisher_information(

@@ -37,7 +37,7 @@ GAIN = 1.03
 PATIENCE = 2
 """So many sizes without a gain end the search: one may have been disturbed."""
 NAME = "micro_batch"
-"""In `TrainState.extra` and `result.json`."""
+"""In `TrainState.results` and `result.json`."""
 
 
 @dataclass(frozen=True)

@@ -115,17 +115,17 @@ class Utilization:
         self._needs = needs if peak else None
         self._peak = peak or 0.0
         self._ranks = ranks
-        self._unfrozen: int | None = None
+        self._frozen_groups: int | None = None
 
-    def flops(self, counted: Counted, unfrozen: int = 0) -> float:
+    def flops(self, counted: Counted, frozen_groups: int = 0) -> float:
         """What a rank's part of a window needs; 0 where there is no utilisation.
 
-        unfrozen: how many parts of the model are trained, where that changes from step to step.
+        frozen_groups: of the optimizer; another number than before means that other parameters train.
         """
         if self._needs is None:
             return 0.0
-        if unfrozen != self._unfrozen:
-            self._needs, self._unfrozen = self._needs.now(), unfrozen
+        if frozen_groups != self._frozen_groups:
+            self._needs, self._frozen_groups = self._needs.now(), frozen_groups
         return self._needs.flops(counted)
 
     def capacity(self, seconds: float) -> float:

@@ -275,6 +275,11 @@ class Engine:
 
     # -- unfreezing ---------------------------------------------------------------------------------------------------
 
+    @property
+    def frozen_groups(self) -> int:
+        """How many of the optimizer's groups are frozen now."""
+        return len(self._frozen_groups)
+
     def freeze(self, names: Collection[str]) -> None:
         """Leave the parameters of these names as they are, to the bit, until `unfreeze`. They are whole groups of the
         optimizer: DeepSpeed never trains a parameter that was frozen when the engine was made."""

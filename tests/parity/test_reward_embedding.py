@@ -17,8 +17,7 @@ from dstune.data.build import prepare
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.peft import apply_method
 from dstune.rank_env import RankEnv
-from dstune.train.feed import training_order
-from dstune.train.loop import dropout_seed
+from dstune.train.feed import dropout_seed, training_order
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [

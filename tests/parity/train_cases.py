@@ -13,19 +13,20 @@ from dstune import worker
 from dstune.config.compose import read_run, write_run
 from dstune.errors import Preempted
 from dstune.rank_env import from_environment
-from dstune.train import generation, loop, micro_batch
+from dstune.train import generation, micro_batch
+from dstune.trainer import loop
 from dstune.zero.start import start_process_group
 
 TRAIN_STEP = loop.train_step
 GAIN = micro_batch.GAIN
 
 
-def leaping(window: int, factor: float):
-    """A step that finds the losses of one window of the data `factor` times as large."""
+def leaping(number: int, factor: float):
+    """A step that finds the losses of one global batch of the data `factor` times as large."""
 
-    def train_step(run, feed, waited=0.0):
-        if run.state.window != window:
-            return TRAIN_STEP(run, feed, waited)
+    def train_step(run, step):
+        if run.state.next_batch != number:
+            return TRAIN_STEP(run, step)
         head = run.head
 
         def larger(forward, batch):
@@ -34,7 +35,7 @@ def leaping(window: int, factor: float):
 
         run.head = larger
         try:
-            return TRAIN_STEP(run, feed, waited)
+            return TRAIN_STEP(run, step)
         finally:
             run.head = head
 

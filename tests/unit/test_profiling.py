@@ -14,7 +14,7 @@ import torch
 from dstune.config.compose import compose
 from dstune.config.validate import validate
 from dstune.errors import UserError
-from dstune.train.profiling import StepProfiler, as_table
+from dstune.trainer.callbacks.profiler import StepProfiler, as_table
 
 RUN = ("model=smollm2", "task=chat", "data=chitchat")
 

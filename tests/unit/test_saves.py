@@ -16,7 +16,7 @@ from support.configs import run_config
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.config.schema import CheckpointConfig, SaveMode
-from dstune.train.state import TrainState
+from dstune.trainer.state import TrainState
 from dstune.zero import shard_files
 from dstune.zero.safe_load import load
 from dstune.zero.shard_files import AT_ONCE, SafeTensors, ShardFiles, read_back, write_file

@@ -33,8 +33,8 @@ from dstune.show.facts import repetitions
 from dstune.tasks.seq2seq.metrics import generation_metrics
 from dstune.train.baseline import draw
 from dstune.train.evaluate import InContext
-from dstune.train.evaluation_cost import EvaluationCost, share
 from dstune.train.generation import Generated
+from dstune.trainer.callbacks.evaluation_cost import EvaluationCost, fraction
 
 TASK = Seq2SeqConfig(prompt="Say in Spanish: {source}", template_date="2025-03-09")
 PAIR = {"source": "the sun", "target": "el sol"}
@@ -161,7 +161,7 @@ def test_metrics_of_equal_texts_are_perfect_and_of_others_not():
 
 def test_the_share_of_evaluation_is_told_once_with_a_warning_where_it_is_much():
     often = run_config(evaluate=EvaluateConfig(every=50))
-    assert share(often, 100, 5.0, 1.0) == pytest.approx(15 / 115)
+    assert fraction(often, 100, 5.0, 1.0) == pytest.approx(15 / 115)
     cost = EvaluationCost(often, 100)
     assert cost.evaluated(5.0) is None
     said = [cost.stepped(1.0) for _ in range(4)]

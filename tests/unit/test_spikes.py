@@ -9,70 +9,63 @@ from support.configs import run_config
 
 from dstune.config.schema import SpikeAction, SpikeConfig, TrainerConfig
 from dstune.config.validate import find_problems
-from dstune.train.spikes import SpikeGuard, counts
-from dstune.train.state import TrainState
-from dstune.train.stragglers import PATIENCE, Stragglers
+from dstune.trainer.callbacks.spikes import Spikes
+from dstune.trainer.callbacks.stragglers import PATIENCE, Stragglers
 
 
-def guard(action: str = "skip", **settings) -> SpikeGuard:
+def guard(losses: list[float], action: str = "skip", **settings) -> Spikes:
+    """After steps with these losses."""
     spike = SpikeConfig(action=SpikeAction(action), window=8, **settings)
-    return SpikeGuard(run_config(trainer=TrainerConfig(spike=spike)))
-
-
-def after(losses: list[float], of: SpikeGuard) -> TrainState:
-    state = TrainState()
-    for loss in losses:
-        state.step += 1
-        of.note(state, loss)
-    return state
+    spikes = Spikes(run_config(trainer=TrainerConfig(spike=spike)))
+    for number, loss in enumerate(losses):
+        spikes.note(number + 1, loss)
+    return spikes
 
 
 def test_the_score_is_that_of_median_and_absolute_deviation():
-    judge = guard()
-    state = after([2.0, 2.1, 1.9, 2.2, 1.8], judge)  # median 2.0, deviations 0 .1 .1 .2 .2: median 0.1
-    assert judge.score(state, 3.0) == pytest.approx(1.0 / (1.4826 * 0.1))
-    assert not judge.is_spike(state, 3.0)
-    assert judge.is_spike(state, 3.2)
-    assert not judge.is_spike(state, 0.1)  # a fall is none
-    assert judge.score(state, float("nan")) is None
+    judge = guard([2.0, 2.1, 1.9, 2.2, 1.8])  # median 2.0, deviations 0 .1 .1 .2 .2: median 0.1
+    assert judge.score(3.0) == pytest.approx(1.0 / (1.4826 * 0.1))
+    assert not judge.is_spike(3.0)
+    assert judge.is_spike(3.2)
+    assert not judge.is_spike(0.1)  # a fall is none
+    assert judge.score(float("nan")) is None
 
 
 def test_one_spike_does_not_hide_the_next_and_few_losses_are_not_judged():
-    judge = guard()
-    assert judge.score(after([2.0, 2.1, 1.9], judge), 100.0) is None  # half of the window is four
-    state = after([2.0, 2.1, 1.9, 2.2, 1.8, 50.0], judge)
-    assert counts(state) == {"warned": 0, "skipped": 1, "rolled_back": 0}
-    assert judge.is_spike(state, 50.0)
+    assert guard([2.0, 2.1, 1.9]).score(100.0) is None  # half of the window is four
+    judge = guard([2.0, 2.1, 1.9, 2.2, 1.8, 50.0])
+    found = judge.results()["spikes"]
+    assert {name: found[name] for name in ("warned", "skipped", "rolled_back")} == {
+        "warned": 0,
+        "skipped": 1,
+        "rolled_back": 0,
+    }
+    assert judge.is_spike(50.0)
 
 
 def test_a_new_level_is_learnt_and_equal_losses_are_no_alarm():
-    judge = guard()
-    state = after([2.0] * 8, judge)
-    assert not judge.is_spike(state, 2.01)  # the spread counts as 0.1% of the median at least: 5 deviations
-    assert judge.is_spike(state, 2.1)
-    state = after([2.0, 2.1, 1.9, 2.2, 1.8] + [9.0] * 6, judge)
-    assert not judge.is_spike(state, 9.0)
+    judge = guard([2.0] * 8)
+    assert not judge.is_spike(2.01)  # the spread counts as 0.1% of the median at least: 5 deviations
+    assert judge.is_spike(2.1)
+    judge = guard([2.0, 2.1, 1.9, 2.2, 1.8] + [9.0] * 6)
+    assert not judge.is_spike(9.0)
 
 
 def test_what_is_remembered_survives_a_resume():
-    judge = guard()
     losses = [2.0 + 0.1 / 3 * number for number in range(20)]
-    whole = after(losses, judge)
-    part = TrainState.from_dict(after(losses[:12], judge).to_dict())
-    for loss in losses[12:]:
-        part.step += 1
-        judge.note(part, loss)
-    assert part.to_dict() == whole.to_dict()
-    assert len(whole.extra["spikes"]["losses"]) == 8
+    whole, resumed = guard(losses), guard([])
+    resumed.load_state_dict(guard(losses[:12]).state_dict())
+    for number, loss in enumerate(losses[12:]):
+        resumed.note(13 + number, loss)
+    assert resumed.state_dict() == whole.state_dict()
+    assert len(whole.state_dict()["losses"]) == 8
 
 
 def test_too_many_spikes_end_the_run():
-    judge = guard(limit=1)
-    state = after([2.0, 2.1, 1.9, 2.2, 50.0], judge)
-    assert judge.exhausted(state) == ""
-    state.step += 1
-    judge.note(state, 60.0)
-    assert "spiked in 2 steps, the last one step 6" in judge.exhausted(state)
+    judge = guard([2.0, 2.1, 1.9, 2.2, 50.0], limit=1)
+    assert judge.exhausted() == ""
+    judge.note(6, 60.0)
+    assert "spiked in 2 steps, the last one step 6" in judge.exhausted()
 
 
 def test_going_back_needs_checkpoints():

@@ -1,4 +1,4 @@
-"""Hooks, metrics, state, the feed and seeds: the parts of the loop that need no model."""
+"""Callbacks, metrics, the feed and seeds: the parts of the loop that need no model."""
 
 from __future__ import annotations
 
@@ -21,73 +21,90 @@ from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
+from dstune.protocols.callback import Action, Callback, Request
 from dstune.tasks.classification.metrics import classification_metrics
-from dstune.train import split
 from dstune.train.better import improves
-from dstune.train.feed import Ahead, windows
-from dstune.train.hooks import Cadence, Decision, EarlyStopping, Hook, NonFinite, Preemption, Wish
+from dstune.train.feed import Ahead, dropout_seed, windows
 from dstune.train.language_metrics import language_model_metrics
-from dstune.train.loop import dropout_seed, evaluate
 from dstune.train.measure import Evaluation
-from dstune.train.split import TimeSplit
-from dstune.train.state import Best, TrainState
-from dstune.train.stragglers import OwnTime, Stragglers
 from dstune.train.supply import Draw
-from dstune.train.watchdog import Watchdog
+from dstune.trainer import step_timer
+from dstune.trainer.callback_list import CallbackList
+from dstune.trainer.callbacks.cadence import Cadence
+from dstune.trainer.callbacks.early_stopping import EarlyStopping
+from dstune.trainer.callbacks.nonfinite import NonFinite
+from dstune.trainer.callbacks.preemption import Preemption
+from dstune.trainer.callbacks.stragglers import OwnTime
+from dstune.trainer.loop import evaluate
+from dstune.trainer.state import Best, TrainState
+from dstune.trainer.step_timer import StepTimer
 from dstune.zero.engine import Update
 
 FINE = Update(1.0, applied=True)
 BROKEN = Update(math.nan, applied=False)
 
 
+def at(step: int = 0, **state) -> SimpleNamespace:
+    """A run after so many steps."""
+    return SimpleNamespace(state=TrainState(step=step, **state), log=None)
+
+
+def done(number: int, update: Update = FINE) -> SimpleNamespace:
+    """A step that has updated."""
+    return SimpleNamespace(number=number, update=update)
+
+
+def after_steps(callback: Callback, *updates: Update) -> list[Action]:
+    return [callback.on_step_end(at(), done(number + 1, update)).action for number, update in enumerate(updates)]
+
+
 def test_cadence():
     config = run_config(evaluate=EvaluateConfig(every=2), checkpoint=CheckpointConfig(every=3))
     hook = Cadence(config, 7, can_evaluate=True)
-    wishes = [hook.after_step(TrainState(step=step), FINE).wish for step in range(1, 8)]
-    nothing, evaluate, save = Wish.NOTHING, Wish.EVALUATE, Wish.SAVE
-    assert wishes == [nothing, evaluate, save, evaluate, nothing, evaluate | save, evaluate]
-    assert Cadence(config, 2, can_evaluate=False).after_step(TrainState(step=2), FINE).wish is nothing
+    actions = after_steps(hook, *[FINE] * 7)
+    nothing, evaluate, save = Action.CONTINUE, Action.EVALUATE, Action.SAVE
+    assert actions == [nothing, evaluate, save, evaluate, nothing, evaluate | save, evaluate]
+    assert after_steps(Cadence(config, 2, can_evaluate=False), FINE, FINE) == [nothing, nothing]
 
 
 def test_non_finite_steps_are_skipped_up_to_the_limit():
-    hook, state = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=2))), TrainState()
-    assert [hook.after_step(state, update).wish for update in (BROKEN, FINE, BROKEN)] == [Wish.NOTHING] * 3
-    last = hook.after_step(state, BROKEN)
-    assert last.wish is Wish.FAIL
+    hook = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=2)))
+    assert after_steps(hook, BROKEN, FINE, BROKEN) == [Action.CONTINUE] * 3
+    last = hook.on_step_end(at(), done(4, BROKEN))
+    assert last.action is Action.FAIL
     assert "trainer.max_nonfinite_steps=2" in last.reason
-    assert state.nonfinite_steps == 3
+    assert hook.results() == {"nonfinite_steps": 3, "overflow_steps": 0}
 
 
 def test_overflow_of_the_loss_scale_is_no_fault_until_the_scale_is_at_its_floor():
-    hook, state = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=0))), TrainState()
-    assert hook.after_step(state, replace(BROKEN, loss_scale=4096.0)).wish is Wish.NOTHING
-    assert (state.overflow_steps, state.nonfinite_steps) == (1, 0)
-    assert hook.after_step(state, replace(BROKEN, loss_scale=1.0)).wish is Wish.FAIL
+    hook = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=0)))
+    assert after_steps(hook, replace(BROKEN, loss_scale=4096.0)) == [Action.CONTINUE]
+    assert hook.results() == {"nonfinite_steps": 0, "overflow_steps": 1}
+    assert after_steps(hook, replace(BROKEN, loss_scale=1.0)) == [Action.FAIL]
 
 
 def test_early_stopping_counts_evaluations_without_gain_and_keeps_the_best():
     settings = EarlyStoppingConfig(metric="loss", patience=2, min_delta=0.1)
-    hook, state = EarlyStopping(run_config(trainer=TrainerConfig(early_stopping=settings))), TrainState()
-    wishes = []
+    config, run, actions = run_config(trainer=TrainerConfig(early_stopping=settings)), at(), []
+    saved: dict = EarlyStopping(config).state_dict()
     for step, loss in enumerate([3.0, 2.0, 1.95, 1.5, 1.45, 1.6]):
-        state.step = step
-        wishes.append(hook.after_evaluation(state, {"loss": loss}).wish)
+        run.state.step = step
+        hook = EarlyStopping(config)  # each time a launch of its own
+        hook.load_state_dict(saved)
+        actions.append(hook.on_evaluate(run, SimpleNamespace(metrics={"loss": loss})).action)
+        saved = hook.state_dict()
     # No save of untrained weights; 1.95 is no gain of 0.1; 1.45 and 1.6 are the two in a row.
-    assert wishes == [Wish.NOTHING, Wish.SAVE, Wish.NOTHING, Wish.SAVE, Wish.NOTHING, Wish.STOP]
-    assert state.best == Best("loss", 1.5, 3)
+    go_on, save = Action.CONTINUE, Action.SAVE
+    assert actions == [go_on, save, go_on, save, go_on, Action.STOP]
+    assert run.state.best == Best("loss", 1.5, 3)
 
 
 def test_early_stopping_on_losses_that_are_not_numbers():
     settings = EarlyStoppingConfig(metric="loss", patience=1)
-    hook, state = EarlyStopping(run_config(trainer=TrainerConfig(early_stopping=settings))), TrainState(step=1)
-    decision = hook.after_evaluation(state, {"loss": math.nan})
-    assert decision.wish is Wish.STOP
-    assert "has not been finite" in decision.reason
-
-
-def test_early_stopping_survives_a_checkpoint():
-    state = TrainState(step=7, best=Best("loss", 1.5, 3), evaluations_without_gain=1)
-    assert TrainState.from_dict(state.to_dict()) == state
+    hook = EarlyStopping(run_config(trainer=TrainerConfig(early_stopping=settings)))
+    request = hook.on_evaluate(at(1), SimpleNamespace(metrics={"loss": math.nan}))
+    assert request.action is Action.STOP
+    assert "has not been finite" in request.reason
 
 
 @pytest.mark.parametrize(
@@ -122,46 +139,45 @@ def test_classification_metrics_by_hand():
 
 
 class SecondRank:
-    """What the hooks of rank 1 ask for, of which rank 0 knows nothing."""
+    """What the callbacks of rank 1 ask for, of which rank 0 knows nothing."""
 
-    decision = Decision(Wish.STOP | Wish.SAVE, "rank 1 has had enough")
+    request = Request(Action.STOP | Action.SAVE, "rank 1 has had enough")
 
 
 class TwoRanks:
-    """Rank 0's view of a world in which rank 1 asks for `SecondRank.decision`."""
+    """Rank 0's view of a world in which rank 1 asks for `SecondRank.request`."""
 
     def gather_numbers(self, numbers):
-        return np.array([numbers, [float(SecondRank.decision.wish), *[0.0] * (len(numbers) - 1)]])
+        return np.array([numbers, [float(SecondRank.request.action), *[0.0] * (len(numbers) - 1)]])
 
     def gather(self, value):
-        return [value, SecondRank.decision.reason]
+        return [value, SecondRank.request.reason]
 
 
-def test_wishes_after_an_evaluation_are_those_of_all_ranks():
+def test_requests_after_an_evaluation_are_those_of_all_ranks():
     run = SimpleNamespace(
         data=SimpleNamespace(validation=object()),
         state=TrainState(step=4),
         evaluator=lambda split, progress: Evaluation({"loss": 1.0}),
         log=None,
-        watchdog=Watchdog(0, rank=0),
-        hooks=[Hook()],  # nothing is asked for here
+        callbacks=CallbackList([Callback()]),  # nothing is asked for here
         world=TwoRanks(),
-        memory=SimpleNamespace(gib=0.0),
-        own_time=OwnTime(),
-        stragglers=Stragglers(),
     )
-    assert evaluate(run) == SecondRank.decision
+    assert evaluate(run) == SecondRank.request
 
 
-def test_time_split_adds_up_what_lies_between_its_marks(monkeypatch):
-    moments = iter([10.0, 12.0, 15.0, 17.0, 20.0, 21.0])
-    monkeypatch.setattr(split.time, "perf_counter", lambda: next(moments))
-    times = TimeSplit()
-    times.begin(waited=0.5)
+def test_the_step_timer_adds_up_what_lies_between_its_marks(monkeypatch):
+    moments = iter([0.0, 9.0, 9.5, 10.0, 12.0, 15.0, 17.0, 20.0, 21.0, 22.0])
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(moments))
+    times = StepTimer()
+    times.start()
+    assert times.rows_ready() == 0.5
+    times.begin()
     for part in ("forward", "backward", "forward", "backward", "update"):
         times.mark(part)
     expected = {"data_seconds": 0.5, "forward_seconds": 4.0, "backward_seconds": 6.0, "update_seconds": 1.0}
-    assert times.seconds() == expected
+    assert times.parts() == expected
+    assert times.seconds() == 13.0
 
 
 def test_own_time_under_activation_checkpointing():
@@ -173,11 +189,6 @@ def test_own_time_under_activation_checkpointing():
     checkpoint(layers, torch.ones(2, 4, requires_grad=True), use_reentrant=False).sum().backward()
     own.stop()
     assert own.collect() > 0
-
-
-def test_speed_is_unknown_until_a_step_was_timed():
-    assert TrainState().tokens_per_second is None
-    assert TrainState(timed_tokens=30, timed_seconds=2.0).tokens_per_second == 15.0
 
 
 def test_dropout_seeds_are_distinct():
@@ -272,24 +283,24 @@ def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
     config = run_config()
     config = replace(config, run=replace(config.run, time_limit=1.0))
     preemption = Preemption(config, time.monotonic(), tmp_path, is_main=True)
-    assert preemption.while_waiting(TrainState()).wish is Wish.NOTHING
+    assert preemption.while_waiting(at()).action is Action.CONTINUE
     (tmp_path / "STOP").touch()
-    assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT
-    assert preemption.while_waiting(TrainState(save_seconds=30.0)).wish is Wish.PREEMPT  # 3 * 30 s do not fit
+    assert preemption.while_waiting(at()).action is Action.PREEMPT
+    assert preemption.while_waiting(at(save_seconds=30.0)).action is Action.PREEMPT  # 3 * 30 s do not fit
 
 
 def test_a_signal_that_comes_two_ways_is_one_request(tmp_path, monkeypatch):
     """To the whole cgroup: once by itself, once handed on by the launcher."""
     ended, clock = [], [10.0]
-    monkeypatch.setattr("dstune.train.hooks.signal.signal", lambda number, action: None)
-    monkeypatch.setattr("dstune.train.hooks.signal.raise_signal", ended.append)
-    monkeypatch.setattr("dstune.train.hooks.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dstune.trainer.callbacks.preemption.signal.signal", lambda number, action: None)
+    monkeypatch.setattr("dstune.trainer.callbacks.preemption.signal.raise_signal", ended.append)
+    monkeypatch.setattr("dstune.trainer.callbacks.preemption.time.monotonic", lambda: clock[0])
     preemption = Preemption(run_config(), 0.0, tmp_path, is_main=True)
-    for at in (10.0, 10.1, 10.9):
-        clock[0] = at
+    for moment in (10.0, 10.1, 10.9):
+        clock[0] = moment
         preemption._receive(signal.SIGTERM, None)
     assert not ended
-    assert preemption.while_waiting(TrainState()).wish is Wish.PREEMPT
+    assert preemption.while_waiting(at()).action is Action.PREEMPT
     clock[0] = 11.5
     preemption._receive(signal.SIGTERM, None)
     assert ended == [signal.SIGTERM]
@@ -299,13 +310,11 @@ def test_a_trial_that_its_sweep_ends_leaves_without_a_save(tmp_path, monkeypatch
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     preemption = Preemption(run_config(), time.monotonic(), tmp_path, is_main=True)
     (tmp_path / "PRUNE").write_text("pruned (asha) at step 4")
-    decision = preemption.while_waiting(TrainState())
-    assert decision == Decision(Wish.PRUNE, "pruned (asha) at step 4")
-    assert not decision.wish & (Wish.SAVE | Wish.PREEMPT)
-    assert (
-        Preemption(run_config(), time.monotonic(), tmp_path, is_main=False).while_waiting(TrainState()).wish
-        is Wish.NOTHING
-    )
+    request = preemption.while_waiting(at())
+    assert request == Request(Action.PRUNE, "pruned (asha) at step 4")
+    assert not request.action & (Action.SAVE | Action.PREEMPT)
+    other = Preemption(run_config(), time.monotonic(), tmp_path, is_main=False)
+    assert other.while_waiting(at()).action is Action.CONTINUE
 
 
 def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_path, monkeypatch):
@@ -319,7 +328,7 @@ def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_pat
     assert (first, second) == (tmp_path / "language_model", tmp_path)
     assert asks is same
     (tmp_path / "STOP").touch()
-    assert asks.while_waiting(TrainState()).wish is Wish.PREEMPT
+    assert asks.while_waiting(at()).action is Action.PREEMPT
 
 
 def test_a_run_that_goes_on_from_another_takes_over_its_language_model(tmp_path, monkeypatch):

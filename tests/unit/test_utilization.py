@@ -29,9 +29,8 @@ from dstune.planning.architecture import architecture
 from dstune.planning.flops import backward_flops, forward_flops, step_flops, work_of
 from dstune.planning.setup import Setup, setup
 from dstune.train import utilization
-from dstune.train.loop import FLOPS, POSITIONS, TARGETS, rates
-from dstune.train.state import TrainState
 from dstune.train.utilization import Counted, Utilization, counted, peak_flops, utilization_of
+from dstune.trainer.callbacks.throughput import FLOPS, POSITIONS, TARGETS, Throughput, rates
 
 VOCABULARY, HIDDEN, LAYERS = 105, 32, 2
 LLAMA: dict[str, Any] = {
@@ -214,8 +213,10 @@ def test_rates_of_a_step_and_of_all_timed_ones() -> None:
         "utilization": 0.75,
     }
     assert rates(used | {TARGETS: 0.0, FLOPS: 0.0}, 2.0, 0.0) == {"positions_per_second": 32.0}
-    assert TrainState().utilization is None
-    assert TrainState(timed_flops=3e9, timed_capacity=4e9).utilization == 0.75
+    throughput = Throughput(Utilization(None, None, 1))
+    assert throughput.results() == {"tokens_per_second": None}
+    throughput.load_state_dict({"tokens": 30, "seconds": 2.0, "flops": 3e9, "capacity": 4e9})
+    assert throughput.results() == {"tokens_per_second": 15.0, "utilization": 0.75}
 
 
 # ---- the peak ----

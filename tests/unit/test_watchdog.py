@@ -8,16 +8,16 @@ import time
 
 PROGRAM = """
 import time
-from dstune.train.watchdog import Watchdog
+from dstune.trainer.callbacks.watchdog import Watchdog
 
-watchdog = Watchdog(0.3, rank=1, tell=lambda error: print(f"told: {error}", flush=True))
-time.sleep(1.0)  # before the first step nothing is asked of it
-watchdog.beat("step 1")
+watchdog = Watchdog(0.3, rank=1, report=lambda error: print(f"reported: {error}", flush=True))
+time.sleep(1.0)  # before the first step it does not watch
+watchdog.on_progress("step 1")
 """
 
 
 def ended(body: str) -> tuple[int, str, float]:
-    """Exit code, what was told, and seconds until it was."""
+    """Exit code, what was reported, and seconds until it was."""
     command = [sys.executable, "-c", PROGRAM + body]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -25,31 +25,31 @@ def ended(body: str) -> tuple[int, str, float]:
 
 
 def test_a_step_that_hangs_is_ended():
-    code, told, _ = ended("time.sleep(50)")
+    code, reported, _ = ended("time.sleep(50)")
     assert code == 1
-    assert told.startswith("told: rank 1 made no progress for 0.3 s (trainer.stall_seconds) in step 1: ")
+    assert reported.startswith("reported: rank 1 made no progress for 0.3 s (trainer.stall_seconds) in step 1: ")
 
 
 def test_a_save_may_take_longer_and_ends_too():
-    code, told, seconds = ended("""
-with watchdog.patient("saving"):
+    code, reported, seconds = ended("""
+with watchdog.around("saving"):
     time.sleep(1.5)  # five times as long as a step
-watchdog.beat("step 2")
-with watchdog.patient("saving"):
+watchdog.on_progress("step 2")
+with watchdog.around("saving"):
     time.sleep(50)
 """)
     assert code == 1 and seconds > 1 + 1.5 + 3
-    assert told.startswith("told: rank 1 made no progress for 3 s (10 times trainer.stall_seconds) in saving: ")
+    assert reported.startswith("reported: rank 1 made no progress for 3 s (10 times trainer.stall_seconds) in saving: ")
 
 
 def test_after_the_loop_nothing_is_asked():
-    assert ended("watchdog.rest(); time.sleep(1.5)")[:2] == (0, "")
+    assert ended("watchdog.on_train_end(None, None); time.sleep(1.5)")[:2] == (0, "")
 
 
 def test_a_step_after_a_save_has_its_own_limit():
-    code, told, _ = ended("""
-with watchdog.patient("saving"):
+    code, reported, _ = ended("""
+with watchdog.around("saving"):
     time.sleep(1.5)
 time.sleep(50)
 """)
-    assert code == 1 and "for 0.3 s (trainer.stall_seconds) in step 1" in told
+    assert code == 1 and "for 0.3 s (trainer.stall_seconds) in step 1" in reported

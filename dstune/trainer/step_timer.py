@@ -1,4 +1,4 @@
-"""How a step's time divides: waiting for rows, forward passes, backward passes, and the update."""
+"""How long a step takes, and how its time divides: waiting for rows, forward passes, backward passes, and the update."""
 
 from __future__ import annotations
 
@@ -12,24 +12,37 @@ PARTS = ("forward", "backward", "update")
 backward pass, and at ZeRO 3 weights are gathered inside both."""
 
 
-class TimeSplit:
+class StepTimer:
     """Marks the ends of the parts of a step. On a GPU the stream's events are timed, which nobody waits for."""
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()
         self._marks: list[tuple[str, Any]] = []
+        self._started = time.perf_counter()
         self._waited = 0.0
 
-    def begin(self, waited: float) -> None:
-        """A step begins, which waited so long for its rows."""
-        self._waited = waited
+    def start(self) -> None:
+        """From now on the step waits for its rows."""
+        self._started = time.perf_counter()
+
+    def rows_ready(self) -> float:
+        """The rows are there; returns how long they took."""
+        self._waited = time.perf_counter() - self._started
+        return self._waited
+
+    def begin(self) -> None:
+        """The first forward pass comes next."""
         self._marks = [("", self._moment())]
 
     def mark(self, part: str) -> None:
         """One of `PARTS` ends here."""
         self._marks.append((part, self._moment()))
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> float:
+        """Since `start`."""
+        return time.perf_counter() - self._started
+
+    def parts(self) -> dict[str, float]:
         """Of the step that is over, as metrics. What comes before the first forward pass counts as part of it."""
         found = {"data_seconds": self._waited} | {f"{part}_seconds": 0.0 for part in PARTS}
         if self._on_gpu and self._marks:

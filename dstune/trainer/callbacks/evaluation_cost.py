@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dstune.config.schema import RunConfig
+from dstune.protocols import callback
+from dstune.protocols.callback import CONTINUE, Callback, Evaluation, Request, Run, Step
 
 MUCH = 0.1
-"""A share of the time above which a run is told to evaluate less."""
+"""A fraction of the time above which the console suggests to evaluate less."""
 
 
 def evaluations(config: RunConfig, total_steps: int) -> int:
@@ -15,8 +19,8 @@ def evaluations(config: RunConfig, total_steps: int) -> int:
     return at_start + (-(-total_steps // every) if every else 1)
 
 
-def share(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
-    """Share of the time of the whole run that its evaluations take. Saving and start-up are left out.
+def fraction(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
+    """Fraction of the time of the whole run that its evaluations take. Saving and start-up are left out.
 
     Example: 100 steps of 1 s, an evaluation of 5 s every 50 steps and one at the start: 15 / 115 = 0.13.
     """
@@ -24,9 +28,9 @@ def share(config: RunConfig, total_steps: int, evaluation_seconds: float, step_s
     return evaluating / (evaluating + total_steps * step_seconds)
 
 
-def told(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> str:
+def described(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> str:
     """One line about it, with what to do where it is much."""
-    found = share(config, total_steps, evaluation_seconds, step_seconds)
+    found = fraction(config, total_steps, evaluation_seconds, step_seconds)
     count = evaluations(config, total_steps)
     several = f"{count} evaluations" if count > 1 else "the evaluation"
     several = f"{several} of {evaluation_seconds:.1f} s"
@@ -40,8 +44,12 @@ def told(config: RunConfig, total_steps: int, evaluation_seconds: float, step_se
     return f"warning: {line}; {fewer}{generated} takes less"
 
 
-class EvaluationCost:
-    """Tells it once, as soon as an evaluation and a few steps have been timed."""
+@callback
+class EvaluationCost(Callback):
+    """Reports it once, as soon as an evaluation and a few steps have been timed."""
+
+    name = "evaluation_cost"
+    order = 80
 
     STEPS = 3
     """Timed steps that it takes to know what a step takes."""
@@ -50,22 +58,36 @@ class EvaluationCost:
         self._config, self._total_steps = config, total_steps
         self._evaluation_seconds: float | None = None
         self._step_seconds: list[float] = []
-        self._told = False
+        self._reported = False
+
+    @classmethod
+    def for_run(cls, run: Any) -> EvaluationCost:
+        return cls(run.config, run.total_steps)
+
+    def on_step_agreed(self, run: Run, step: Step) -> Request:
+        if step.timed and run.log and (line := self.stepped(step.seconds)):
+            run.log.message(line)
+        return CONTINUE
+
+    def on_evaluate(self, run: Run, evaluation: Evaluation) -> Request:
+        if run.log and (line := self.evaluated(evaluation.seconds)):
+            run.log.message(line)
+        return CONTINUE
 
     def stepped(self, seconds: float) -> str | None:
-        """What is to be said after a step that took `seconds`."""
-        if not self._told:
+        """What to report after a step that took `seconds`."""
+        if not self._reported:
             self._step_seconds.append(seconds)
         return self._line()
 
     def evaluated(self, seconds: float) -> str | None:
-        """What is to be said after an evaluation that took `seconds`."""
+        """What to report after an evaluation that took `seconds`."""
         self._evaluation_seconds = seconds
         return self._line()
 
     def _line(self) -> str | None:
-        if self._told or self._evaluation_seconds is None or len(self._step_seconds) < self.STEPS:
+        if self._reported or self._evaluation_seconds is None or len(self._step_seconds) < self.STEPS:
             return None
-        self._told = True
+        self._reported = True
         step_seconds = sum(self._step_seconds) / len(self._step_seconds)
-        return told(self._config, self._total_steps, self._evaluation_seconds, step_seconds)
+        return described(self._config, self._total_steps, self._evaluation_seconds, step_seconds)

@@ -12,12 +12,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from dstune.errors import EXIT_FAILED, DstuneError, Stalled, WaitedInVain
+from dstune.protocols import callback
+from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
+from dstune.telling import leave_error
 
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 """Parts of the paths of the files in which a rank waits for others."""
@@ -40,7 +45,7 @@ def position() -> str:
 
 
 PATIENCE = 10
-"""How many times longer what has no steps may take: saving, going back to a save, measuring a part of the data."""
+"""How many times longer a phase without steps may take: saving, going back to a checkpoint, measuring a split."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +57,56 @@ class _Watched:
     doing: str
 
 
-class Watchdog:
-    """A thread that ends this process when `beat` was not called for `seconds`; 0 never does.
+@callback
+class Watchdog(Callback):
+    """A thread that ends this process when nothing was reported for `seconds`; 0 never does.
 
-    It sleeps until something beats, and is patient while something runs that has no steps.
+    It sleeps until the training begins, and is patient in phases that have no steps.
     """
 
-    def __init__(self, seconds: float, rank: int, tell: Callable[[DstuneError], None] = lambda error: None):
-        """tell: hands the reason to whoever started the rank."""
-        self._seconds, self._rank, self._tell = seconds, rank, tell
+    name = "watchdog"
+    order = 10
+
+    def __init__(self, seconds: float, rank: int, report: Callable[[DstuneError], None] = lambda error: None):
+        """report: hands the reason to whoever started the rank."""
+        self._seconds, self._rank, self._report = seconds, rank, report
         self._now: _Watched | None = None
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self, doing: str) -> None:
-        """Progress was made; `doing` is what comes next."""
+    @classmethod
+    def for_run(cls, run: Any) -> Watchdog:
+        rank = run.world.rank
+        return cls(run.config.trainer.stall_seconds, rank, partial(leave_error, run.run_dir, rank))
+
+    def on_progress(self, doing: str) -> None:
         self._now = _Watched(time.monotonic(), self._seconds, doing)
 
+    def on_train_begin(self, run: Run) -> None:
+        self.on_progress(f"step {run.state.step + 1}")
+
+    def on_micro_batch_begin(self, run: Run, step: Step, position: int, batch: Mapping[str, Any]) -> None:
+        self.on_progress(f"micro-batch {position + 1} of step {step.number}")
+
+    def between_steps(self, run: Run) -> None:
+        self.on_progress(f"step {run.state.step + 1}")
+
+    def while_waiting(self, run: Run) -> Request:
+        self.on_progress(f"the wait for the rows of step {run.state.step + 1}")
+        return CONTINUE
+
+    def on_train_end(self, run: Run, request: Request) -> None:
+        self._now = None
+
     @contextmanager
-    def patient(self, doing: str) -> Iterator[None]:
-        """Allow PATIENCE times as long for `doing`: a rank that hangs in it is found all the same."""
+    def around(self, phase: str) -> Iterator[None]:
+        """Allow PATIENCE times as long: a rank that hangs in it is found all the same."""
         before = self._now
-        self._now = _Watched(time.monotonic(), self._seconds * PATIENCE, doing)
+        self._now = _Watched(time.monotonic(), self._seconds * PATIENCE, phase)
         try:
             yield
         finally:
             self._now = before and replace(before, since=time.monotonic())
-
-    def rest(self) -> None:
-        """The loop has ended."""
-        self._now = None
 
     def _watch(self) -> None:
         while True:
@@ -96,7 +121,7 @@ class Watchdog:
         text = f"rank {self._rank} made no progress for {now.limit:g} s ({setting}) in {now.doing}"
         error = (WaitedInVain if waits else Stalled)(f"{text}: {place}")
         try:
-            self._tell(error)
+            self._report(error)
         except OSError as unwritable:
             print(f"dstune: {unwritable}", file=sys.stderr)
         print(f"dstune: {error}; the stacks of its threads:", file=sys.stderr, flush=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from dstune.config.schema import UNTIMED_STEPS
+from dstune.protocols import callback
+from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
+
+if TYPE_CHECKING:
+    from torch.profiler import profile, record_function
 
 FOLDER = "profile"
 """In the run directory."""
@@ -16,15 +20,22 @@ ROWS = 25
 """Operations in the table."""
 
 
-class StepProfiler:
-    """Records so many steps of this launch, on every rank, so that none of them waits for one that is slower for being watched.
+@callback
+class StepProfiler(Callback):
+    """`trainer.profile_steps`: records so many steps of this launch, on every rank, so that none of them waits for one that is
+    slower for being watched.
 
-    Evaluations and saves are no steps: the recording ends in front of them and goes on behind them with a trace of its own.
-    folder: of the run. say: shows a line; on rank 0 alone it is called.
+    Evaluations and saves are no steps: the recording ends before them and goes on after them with a trace of its own.
+    folder: of the run. message: shows a line; called on rank 0 alone.
     """
 
-    def __init__(self, steps: int, folder: Path, rank: int, say: Callable[[str], None]):
-        self._left, self._folder, self._rank, self._say = steps, folder / FOLDER, rank, say
+    name = "profiler"
+    order = 70
+
+    def __init__(self, steps: int, folder: Path, rank: int, message: Callable[[str], None]):
+        import torch
+
+        self._left, self._folder, self._rank, self._message = steps, folder / FOLDER, rank, message
         self._on_gpu = torch.cuda.is_available()
         self._recording: profile | None = None
         self._mark: record_function | None = None
@@ -32,6 +43,27 @@ class StepProfiler:
         self._done: profile | None = None
         """Recorded and not written yet."""
         self._written = self._waits = False
+
+    @classmethod
+    def for_run(cls, run: Any) -> StepProfiler:
+        message = run.log.message if run.log else lambda text: None
+        return cls(run.config.trainer.profile_steps, run.run_dir, run.world.rank, message)
+
+    def on_step_begin(self, run: Run, step: Step) -> None:
+        if step.number_in_launch >= UNTIMED_STEPS:
+            self.before_step(step.number)
+        if self.disturbs:
+            step.timed = False
+
+    def on_step_agreed(self, run: Run, step: Step) -> Request:
+        # What follows a step after which something was asked for is no step.
+        self.after_step(pause=bool(step.request.action) or step.number >= run.total_steps)
+        return CONTINUE
+
+    def between_steps(self, run: Run) -> None:
+        if self._done is not None:
+            with run.around("writing the profile"):
+                self.write()
 
     @property
     def disturbs(self) -> bool:
@@ -43,6 +75,8 @@ class StepProfiler:
         self._waits, self._written = self._written, False
         if not self._left:
             return
+        from torch.profiler import ProfilerActivity, profile, record_function
+
         if self._recording is None:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
             self._steps = []
@@ -85,14 +119,14 @@ class StepProfiler:
         first, last = self._steps[0], self._steps[-1]
         self._folder.mkdir(exist_ok=True)
         name = f"steps-{first}-{last}.rank-{self._rank}"
-        aside = self._folder / f"incomplete.{name}.json.gz"
-        recorded.export_chrome_trace(str(aside))
-        aside.replace(self._folder / f"{name}.json.gz")
+        temporary = self._folder / f"incomplete.{name}.json.gz"
+        recorded.export_chrome_trace(str(temporary))
+        temporary.replace(self._folder / f"{name}.json.gz")
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
         table = as_table(recorded.key_averages(), f"{steps} of rank {self._rank}", on_gpu=self._on_gpu)
         (self._folder / f"{name}.txt").write_text(table)
         if self._rank == 0:
-            self._say(f"profile of {steps}: {self._folder} (tables, and traces for https://ui.perfetto.dev)")
+            self._message(f"profile of {steps}: {self._folder} (tables, and traces for https://ui.perfetto.dev)")
 
     def _survives(self, action: Callable[[], object]) -> bool:
         """Whether `action` is done; a profiler or a disk that fails costs the run its profile and nothing else."""
@@ -102,7 +136,7 @@ class StepProfiler:
         except (OSError, RuntimeError) as error:
             self._left, self._recording, self._mark = 0, None, None
             if self._rank == 0:
-                self._say(f"warning: no profile: {error}")
+                self._message(f"warning: no profile: {error}")
             return False
 
 

@@ -6,18 +6,25 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from dstune.protocols import callback
+from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
 from dstune.rank_env import LAUNCHER_PID
 
 COMMAND, IMPORTS = "command", "imports"
 
 
-class Beginning:
+@callback
+class StartupTimer(Callback):
     """Seconds of this rank since its command was started, by what they were spent on.
 
     `command`: until this process was started (composing, checks, the launch; known where dstune started the ranks itself),
-    `imports`: from there to this object, Python's libraries and the meeting with the other ranks. The rest is what `mark` is told.
+    `imports`: from there to this object, Python's libraries and the meeting with the other ranks. The rest is what `mark` names.
     """
+
+    name = "startup_timer"
+    order = 12
 
     def __init__(self, env: Mapping[str, str] | None = None):
         """Of this process, from its start on. env: with the process that was the command; None to count from now."""
@@ -33,6 +40,23 @@ class Beginning:
         if command is not None:
             self._parts[COMMAND] = max(0.0, started - command)
         self._parts[IMPORTS] = self._last - started
+
+    @classmethod
+    def for_run(cls, run: Any) -> StartupTimer:
+        return run.startup
+
+    def on_train_begin(self, run: Run) -> None:
+        self.mark("evaluation")
+
+    def on_step_begin(self, run: Run, step: Step) -> None:
+        self.mark("first rows")
+
+    def on_step_agreed(self, run: Run, step: Step) -> Request:
+        self.end("first step")
+        return CONTINUE
+
+    def results(self) -> Mapping[str, Any]:
+        return {"start_seconds": self.seconds}
 
     def mark(self, part: str) -> None:
         """What went on since the last mark was this part; parts of one name add up."""

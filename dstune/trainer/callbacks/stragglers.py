@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from dstune.protocols import callback
+from dstune.protocols.callback import Callback, Run, Step
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SMOOTHING = 0.9
 """Weight of the past in the running mean: about ten steps, whose rows differ in length from rank to rank."""
@@ -27,6 +30,8 @@ class OwnTime:
     """Seconds per row element of this rank's own work, as a running mean."""
 
     def __init__(self) -> None:
+        import torch
+
         self._on_gpu = torch.cuda.is_available()
         self._timing = False
         self._hooks: list[Any] = []
@@ -38,6 +43,8 @@ class OwnTime:
 
     def attach(self, module: nn.Module, without: nn.Module | None = None) -> None:
         """Put the hooks on, behind those that are there. without: a layer whose work differs from rank to rank by design."""
+        from torch import nn
+
         for hook in self._hooks:
             hook.remove()
         for layer in module.modules():
@@ -68,6 +75,8 @@ class OwnTime:
     def _moment(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -83,26 +92,68 @@ class OwnTime:
             self._began = None
 
 
-class Stragglers:
+@callback
+class Stragglers(Callback):
     """Compares the ranks after each step; the same on all of them."""
 
-    def __init__(self) -> None:
+    name = "stragglers"
+    order = 76
+
+    def __init__(self, own: OwnTime | None = None) -> None:
+        self._own = own or OwnTime()
         self.ratio, self.rank = 1.0, 0
         """Slowest rank to the median now, and which one it is."""
         self._steps = 0
-        self._told = False
+        self._reported = False
+
+    @classmethod
+    def for_run(cls, run: Any) -> Stragglers:
+        return cls()
+
+    def on_train_begin(self, run: Run) -> None:
+        # Where ranks share rows, those with the ends of answers have the targets, and the projection makes the whole loss.
+        shared = run.world.data_parallel_size < run.world.size
+        self._own.attach(run.engine.module, without=_projection(run.engine.module) if shared else None)
+
+    def on_micro_batch_begin(self, run: Run, step: Any, position: int, batch: Mapping[str, Any]) -> None:
+        if position == 0:
+            self._own.start(next(iter(batch.values())).numel(), step.waited)
+
+    def on_micro_batch_end(self, run: Run, step: Step, position: int) -> None:
+        self._own.stop()
+
+    def numbers(self) -> Mapping[str, float]:
+        return {"own_time": self._own.collect()}
+
+    def agreed(self, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
+        if (slow := self.compare(numbers["own_time"])) and run.log:
+            run.log.message(slow)
+
+    def metrics(self, run: Run, step: Step) -> Mapping[str, float]:
+        if run.world.size == 1:
+            return {}
+        return {"slowest_rank": self.rank, "slowest_to_median": round(self.ratio, 3)}
+
+    def results(self) -> Mapping[str, Any]:
+        return {"slowest_rank": {"rank": self.rank, "to_median": round(self.ratio, 3)}}
 
     def compare(self, means: Sequence[float]) -> str:
-        """`means` of all ranks; a line to tell, once, where one has been slow for long."""
+        """`means` of all ranks; a warning, once, where one has been slow for long."""
         median = statistics.median(means)
         if not median:
             return ""
         self.rank = max(range(len(means)), key=means.__getitem__)
         self.ratio = means[self.rank] / median
         self._steps = self._steps + 1 if self.ratio > RATIO else 0
-        if self._steps < PATIENCE or self._told:
+        if self._steps < PATIENCE or self._reported:
             return ""
-        self._told = True
+        self._reported = True
         return (
             f"warning: rank {self.rank} is slow: its own work takes {self.ratio:.1f} times as long as the median rank's"
         )
+
+
+def _projection(module: nn.Module) -> nn.Module | None:
+    """The vocabulary projection of a model, or of the one that adapters are on."""
+    found = getattr(module, "get_output_embeddings", lambda: None)()
+    return getattr(found, "base_layer", found)

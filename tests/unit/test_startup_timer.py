@@ -11,20 +11,20 @@ import time
 import pytest
 
 from dstune.rank_env import LAUNCHER_PID
-from dstune.train.beginning import Beginning
+from dstune.trainer.callbacks.startup_timer import StartupTimer
 
 PROGRAM = """
 import json, os, time
-from dstune.train.beginning import Beginning
-began = Beginning(os.environ)
+from dstune.trainer.callbacks.startup_timer import StartupTimer
+timer = StartupTimer(os.environ)
 time.sleep(0.2)
-began.mark("a")
-began.mark("b")
+timer.mark("a")
+timer.mark("b")
 time.sleep(0.1)
-began.end("a")
+timer.end("a")
 time.sleep(0.1)
-began.mark("c")
-print(json.dumps(began.seconds))
+timer.mark("c")
+print(json.dumps(timer.seconds))
 """
 
 
@@ -50,5 +50,5 @@ def test_the_parts_add_up_to_the_time_since_the_command() -> None:
 
 @pytest.mark.parametrize("launcher", ["", "not a number", "999999999"])
 def test_without_a_command_it_begins_with_the_process(launcher: str) -> None:
-    assert list(Beginning({LAUNCHER_PID: launcher}).seconds) == ["imports"]
-    assert Beginning().seconds == {}
+    assert list(StartupTimer({LAUNCHER_PID: launcher}).seconds) == ["imports"]
+    assert StartupTimer().seconds == {}

@@ -1,0 +1,63 @@
+"""Compares the held-out loss with that of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import EmbeddingConfig
+from dstune.protocols import callback
+from dstune.protocols.callback import CONTINUE, Action, Callback, Evaluation, Request, Run, Step
+
+OVERFITTING = "overfitting"
+"""Where the state's results have `training_loss` (the mean since the evaluation before), `held_out_loss` and `gap`."""
+
+
+@callback
+class Overfitting(Callback):
+    """Stops where held-out rows have fallen too far behind those that are trained on (`trainer.early_stopping.max_gap`).
+
+    Dropout, and that the weights were still on their way, let the training loss be higher than it would be in evaluation.
+    """
+
+    name = "overfitting"
+    order = 45
+
+    def __init__(self, config: RunConfig):
+        self._limit = config.trainer.early_stopping.max_gap
+        # The loss of embeddings depends on how many texts are compared at once.
+        self._comparable = not isinstance(config.task, EmbeddingConfig)
+        self._loss_sum = self._weight = 0.0
+        """Of training, since the last evaluation."""
+
+    @classmethod
+    def for_run(cls, run: Any) -> Overfitting:
+        return cls(run.config)
+
+    def on_step_agreed(self, run: Run, step: Step) -> Request:
+        if math.isfinite(step.loss_sum):
+            self._loss_sum += step.loss_sum
+            self._weight += step.weight
+        return CONTINUE
+
+    def on_evaluate(self, run: Run, evaluation: Evaluation) -> Request:
+        results = run.state.results
+        if self._comparable and self._weight and "loss" in evaluation.metrics:
+            training, held_out = self._loss_sum / self._weight, evaluation.metrics["loss"]
+            gap = held_out - training
+            results[OVERFITTING] = {"training_loss": training, "held_out_loss": held_out, "gap": gap}
+            evaluation.row["eval/gap"] = gap
+            self._loss_sum = self._weight = 0.0
+        found = results.get(OVERFITTING)
+        if self._limit is None or found is None or run.state.step == 0 or found["gap"] < self._limit:
+            return CONTINUE
+        losses = f"the held-out loss of {found['held_out_loss']:.4g} is {found['gap']:.4g} above that of training"
+        return Request(Action.STOP, f"overfitting: {losses} (trainer.early_stopping.max_gap={self._limit:g})")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_sum": self._loss_sum, "weight": self._weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._loss_sum, self._weight = state["loss_sum"], state["weight"]

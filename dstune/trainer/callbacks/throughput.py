@@ -1,0 +1,98 @@
+"""How fast a run is: tokens, positions and targets a second, and the utilization of its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dstune.protocols import callback
+from dstune.protocols.callback import CONTINUE, Callback, Request, Run
+
+if TYPE_CHECKING:
+    from dstune.train.utilization import Utilization
+
+POSITIONS, TARGETS, FLOPS = "positions", "targets", "flops"
+"""Of a step: positions computed, tokens that count in the loss, floating-point operations needed."""
+
+
+@callback
+class Throughput(Callback):
+    """Of each step, and of all timed ones: without evaluation, saving, profiled steps and each launch's first two."""
+
+    name = "throughput"
+    order = 72
+
+    def __init__(self, utilization: Utilization):
+        self._utilization = utilization
+        self._mine: dict[str, float] = {}
+        """This rank's use of the present step."""
+        self._used: dict[str, float] = {}
+        """Of all ranks."""
+        self._capacity = 0.0
+        self.timed = {"tokens": 0, "seconds": 0.0, "flops": 0.0, "capacity": 0.0}
+        """Of the timed steps; of those among them whose utilization is known, the operations that they needed and that the
+        ranks could have done. Not the rate, since a launch may have other devices than the one before."""
+
+    @classmethod
+    def for_run(cls, run: Any) -> Throughput:
+        return cls(run.utilization)
+
+    def on_step_end(self, run: Run, step: Any) -> Request:
+        counted = step.batch.counted
+        flops = self._utilization.flops(counted, run.engine.frozen_groups)
+        used = {POSITIONS: counted.positions, TARGETS: counted.targets, FLOPS: flops}
+        # Ranks that share rows have counted the same ones.
+        world = run.world
+        self._mine = {name: value * world.data_parallel_size / world.size for name, value in used.items()}
+        return CONTINUE
+
+    def numbers(self) -> Mapping[str, float]:
+        mine, self._mine = self._mine, {}
+        return mine
+
+    def agreed(self, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
+        self._used = {name: sum(values) for name, values in numbers.items()}
+
+    def on_step_agreed(self, run: Run, step: Any) -> Request:
+        self._capacity = self._utilization.capacity(step.seconds)
+        if step.timed:
+            self.timed["tokens"] += step.batch.tokens
+            self.timed["seconds"] += step.seconds
+            self.timed["flops"] += self._used[FLOPS]
+            self.timed["capacity"] += self._capacity
+        return CONTINUE
+
+    def metrics(self, run: Run, step: Any) -> Mapping[str, float]:
+        return {"tokens_per_second": step.batch.tokens / step.seconds} | rates(self._used, step.seconds, self._capacity)
+
+    def results(self) -> Mapping[str, Any]:
+        speed, utilization = self.tokens_per_second, self.utilization
+        found: dict[str, Any] = {"tokens_per_second": speed and round(speed, 2)}
+        return found | {"utilization": round(utilization, 6)} if utilization else found
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None where no step was timed."""
+        return self.timed["tokens"] / self.timed["seconds"] if self.timed["seconds"] else None
+
+    @property
+    def utilization(self) -> float | None:
+        """None where it is known of no timed step."""
+        return self.timed["flops"] / self.timed["capacity"] if self.timed["capacity"] else None
+
+    def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
+        """The time was spent all the same."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.timed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.timed = dict(state)
+
+
+def rates(used: Mapping[str, float], seconds: float, capacity: float) -> dict[str, float]:
+    """The metrics of a step that needed `used` over all ranks; without those that are not known."""
+    found = {"positions_per_second": used[POSITIONS] / seconds, "targets_per_second": used[TARGETS] / seconds}
+    if capacity:
+        found["utilization"] = used[FLOPS] / capacity
+    return {name: value for name, value in found.items() if value}

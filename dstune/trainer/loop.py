@@ -1,0 +1,365 @@
+"""The training loop. The unit of work is an optimizer step: the micro-batches whose gradients are summed before an update."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dstune.config.schema import UNTIMED_STEPS, RunConfig, SpikeAction
+from dstune.data.build import PreparedData
+from dstune.dist import World
+from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
+from dstune.protocols import schedule_of, task_of
+from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Request, merge
+from dstune.train.evaluate import Evaluator
+from dstune.train.feed import Feed, dropout_seed, windows
+from dstune.train.forgetting import Penalties
+from dstune.train.measure import Totals
+from dstune.train.memory import PeakMemory
+from dstune.train.supply import Supply
+from dstune.train.unfreezing import Unfreezing
+from dstune.train.utilization import Utilization
+from dstune.train.window import joined
+from dstune.trainer.callback_list import CallbackList
+from dstune.trainer.callbacks.preemption import Preemption
+from dstune.trainer.callbacks.startup_timer import StartupTimer
+from dstune.trainer.state import TrainState
+from dstune.trainer.step_timer import StepTimer
+from dstune.zero.engine import Engine, Update
+
+
+class Saves(Protocol):
+    """See `checkpoint.saves.Saves`."""
+
+    refusal: str
+
+    def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool: ...
+    def settle(self) -> bool: ...
+
+
+@dataclass
+class Training:
+    """Everything that the loop needs, in one place; built by `worker`."""
+
+    config: RunConfig
+    world: World
+    run_dir: Path
+    engine: Engine
+    head: Head
+    data: PreparedData
+    supply: Supply
+    total_steps: int
+    state: TrainState
+    evaluator: Evaluator
+    saves: Saves
+    rewind: Callable[[], TrainState | None]
+    """Loads the newest checkpoint that this run has written; None where there is none."""
+    log: Log | None
+    pad_token_id: int
+    preemption: Preemption
+    startup: StartupTimer
+    memory: PeakMemory
+    utilization: Utilization
+    unfreezing: Unfreezing | None = None
+    """Of a method that trains more and more layers."""
+    penalties: Penalties | None = None
+    started: float = field(default_factory=time.monotonic)
+    seconds_before: float = 0.0
+    """Time that earlier launches of this run took."""
+    step_timer: StepTimer = field(default_factory=StepTimer)
+    callbacks: CallbackList = field(default_factory=lambda: CallbackList([]))
+
+    def around(self, phase: str) -> AbstractContextManager[None]:
+        return self.callbacks.around(phase)
+
+    def message(self, text: str) -> None:
+        if self.log:
+            self.log.message(text)
+
+
+@dataclass
+class Step:
+    """One optimizer step, as far as it has come; see `protocols.callback.Step`."""
+
+    number: int
+    number_in_launch: int
+    batch: Feed
+    """This rank's micro-batches of the global batch."""
+    waited: float
+    """Seconds for its rows."""
+    timed: bool
+    update: Update = field(init=False)
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of the head: this rank's, then those of all ranks."""
+    seconds: float = 0.0
+    request: Request = CONTINUE
+
+    @property
+    def weight(self) -> float:
+        return self.batch.weight
+
+    @property
+    def loss_sum(self) -> float:
+        return self.sums["loss_sum"]
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.weight
+
+
+@dataclass
+class Evaluated:
+    """See `protocols.callback.Evaluation`."""
+
+    metrics: dict[str, float]
+    seconds: float
+    row: dict[str, float]
+
+
+def fit(run: Training) -> Request:
+    """Train from `run.state` to the last step, or until the ranks agree to leave; returns why it ended.
+
+    The final evaluation and save are the caller's, so that they happen after a planned stop only.
+    """
+    request = evaluate_before_training(run)
+    if request.action & (Action.STOP | LEAVE):
+        return request
+    run.callbacks.on_train_begin(run)
+    for step in steps(run):
+        if step is None:  # rows of a stream are not ready on some rank
+            request, _ = synchronize(run, run.callbacks.while_waiting(run))
+        else:
+            train_step(run, step)
+            synchronize_step(run, step)
+            run.callbacks.on_step_agreed(run, step)
+            report_step(run, step)
+            request = rewind_if_requested(run, step.request)
+            request = evaluate_if_requested(run, request)
+        request = save_if_requested(run, request)
+        if request.action & (Action.STOP | LEAVE):
+            return request
+    return Request(Action.STOP)
+
+
+def steps(run: Training) -> Iterator[Step | None]:
+    """The steps that are left, each when its rows are there; None, on all ranks alike, while any of them waits for rows."""
+    state, first = run.state, run.state.step
+    # Global batches that a rewind leaves out are replaced by what comes after.
+    endless = run.config.trainer.spike.action is SpikeAction.rollback
+    end = sys.maxsize if endless else run.total_steps + state.left_out_batches
+    numbers = range(state.next_batch, end if first < run.total_steps else state.next_batch)
+    run.step_timer.start()
+    for batch in windows(run.config, run.data, run.supply, run.world, run.pad_token_id, numbers):
+        if batch is None:
+            yield None
+            continue
+        number = state.step - first
+        step = Step(state.step + 1, number, batch, run.step_timer.rows_ready(), timed=number >= UNTIMED_STEPS)
+        run.callbacks.on_step_begin(run, step)
+        yield step
+        if state.step >= run.total_steps:
+            return
+        run.callbacks.between_steps(run)
+        run.step_timer.start()  # waiting for rows is part of a step; evaluation and saving are not
+
+
+def train_step(run: Training, step: Step) -> None:
+    """One optimizer step: accumulate this rank's micro-batches, then update."""
+    run.engine.set_learning_rate(learning_rate(run, step))
+    seeds = dropout_seeds(run, step)
+    batches = on_device(step.batch, run.engine.device)
+    run.step_timer.begin()
+    whole_batch_inputs = joined(run.head, run.engine, batches, run.world, seeds)
+    sums: dict[str, torch.Tensor] = {}
+
+    def head(forward: Forward, batch: Batch) -> HeadOutput:
+        output = run.head(forward, batch)
+        for name, value in sums_of(output).items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        run.step_timer.mark("forward")
+        return output
+
+    def veto(_: torch.Tensor) -> bool:
+        mine = float(sums["loss_sum"]) if run.world.counts else 0.0  # the last micro-batch is in it
+        (total,) = run.world.sum([mine])
+        return run.world.any(run.callbacks.veto(run, total / step.weight))
+
+    for position, batch in enumerate(batches):
+        is_last = position == len(batches) - 1
+        run.callbacks.on_micro_batch_begin(run, step, position, batch)
+        torch.manual_seed(seeds[position])
+        run.engine.accumulate(
+            head,
+            batch | (whole_batch_inputs[position] if whole_batch_inputs else {}),
+            window_weight=step.weight,
+            last=is_last,
+            veto=veto if is_last and run.callbacks.can_veto else None,
+        )
+        run.callbacks.on_micro_batch_end(run, step, position)
+        run.step_timer.mark("backward")
+    step.update = run.engine.update()
+    run.step_timer.mark("update")
+    step.sums = {name: float(value) if run.world.counts else 0.0 for name, value in sums.items()}
+
+
+def learning_rate(run: Training, step: Step) -> float:
+    return run.config.optimizer.lr * schedule_of(run.config.schedule).factor(step.number - 1, run.total_steps)
+
+
+def dropout_seeds(run: Training, step: Step) -> list[int]:
+    """Of each micro-batch, from (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume."""
+    # Ranks that share a row have other numbers for other positions of it.
+    seed, place = run.config.trainer.seed, run.world.place_in_group
+    return [dropout_seed(seed, step.number - 1, part.index, place) for part, _ in step.batch.batches]
+
+
+def on_device(batch: Feed, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    return [{key: value.to(device, non_blocking=True) for key, value in part.items()} for _, part in batch.batches]
+
+
+def synchronize_step(run: Training, step: Step) -> None:
+    """The step is done on this rank: exchange sums and requests with the others."""
+    state = run.state
+    state.step = step.number
+    state.tokens += step.batch.tokens
+    state.targets += step.weight
+    state.cursor = run.supply.cursor(state.next_batch)
+    step.request, step.sums = synchronize(run, run.callbacks.on_step_end(run, step), step.sums)
+    step.seconds = run.step_timer.seconds()
+    run.state.seconds = run.seconds_before + time.monotonic() - run.started
+
+
+def synchronize(
+    run: Training, mine: Request, sums: Mapping[str, float] | None = None
+) -> tuple[Request, dict[str, float]]:
+    """What any rank asks for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
+    sums, numbers = sums or {}, run.callbacks.numbers()
+    flat = [value for of_callback in numbers for value in of_callback.values()]
+    everyone = run.world.gather_numbers([float(mine.action), *flat, *sums.values()])
+    run.callbacks.agreed(run, numbers, everyone[:, 1 : 1 + len(flat)])
+    action = Action.CONTINUE
+    for requested in everyone[:, 0]:
+        action |= Action(int(requested))
+    reason = mine.reason
+    if action & (Action.STOP | LEAVE):
+        reasons = run.world.gather(mine.reason)
+        named = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
+        reason = "; ".join(text if len(named) == 1 else f"rank {rank}: {text}" for text, rank in named.items())
+    return Request(action, reason), dict(zip(sums, everyone[:, 1 + len(flat) :].sum(axis=0).tolist(), strict=True))
+
+
+def report_step(run: Training, step: Step) -> None:
+    """A row of metrics.jsonl."""
+    if run.log is None:
+        return
+    metrics: dict[str, float | int | str] = {
+        "epoch": step.batch.epoch,
+        "loss": step.loss,
+        "lr": learning_rate(run, step),
+        "grad_norm": step.update.grad_norm,
+        "tokens": run.state.tokens,
+        "step_seconds": step.seconds,
+        **run.step_timer.parts(),
+        **run.callbacks.metrics(run, step),
+        **task_of(run.config.task).measure_step(Totals.of(step.sums)),
+    }
+    run.log.log(step.number, metrics)
+    run.log.progress(step.number, run.total_steps, metrics)
+
+
+def rewind_if_requested(run: Training, request: Request) -> Request:
+    """Go back to the last checkpoint where that is asked for; returns what is left of `request`.
+
+    The run then has the state of that checkpoint, but goes on with the data after the step that it came from.
+    """
+    if not request.action & Action.REWIND:
+        return request
+    state = run.state
+    run.callbacks.on_progress(f"going back from step {state.step}")
+    with run.around("going back"):
+        run.saves.settle()
+        earlier = run.rewind()
+    if earlier is not None:
+        earlier.left_out_batches = state.next_batch - earlier.step
+        earlier.cursor = state.cursor
+        earlier.seconds, earlier.save_seconds = state.seconds, state.save_seconds  # they were spent all the same
+        vars(state).update(vars(earlier))
+        if run.log:
+            run.log.rewind(state.step)
+        # That step is undone; its evaluation and save are not due any more.
+        request = Request(request.action & LEAVE, request.reason)
+    run.callbacks.on_rewind(run, earlier)
+    return request
+
+
+def evaluate_before_training(run: Training) -> Request:
+    """The evaluation of the start weights, or one that an earlier launch did not come to, and the save for it."""
+    state = run.state
+    if not (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
+        return CONTINUE
+    return save_if_requested(run, evaluate(run))
+
+
+def evaluate_if_requested(run: Training, request: Request) -> Request:
+    """What callbacks ask for after the evaluation is added to `request`. A run that leaves evaluates when it continues."""
+    if not request.action & Action.EVALUATE or run.data.validation is None:
+        return request
+    run.state.evaluation_due = bool(request.action & LEAVE)
+    return request if run.state.evaluation_due else merge([request, evaluate(run)])
+
+
+def evaluate(run: Training) -> Request:
+    """Evaluate the validation rows, remember and report the metrics; what the callbacks of any rank ask for after them."""
+    validation, state = run.data.validation, run.state
+    if validation is None:
+        return CONTINUE
+    began = time.perf_counter()
+
+    def progress(done: int, batches: int) -> None:
+        run.callbacks.on_progress(f"micro-batch {done + 1} of {batches} of the evaluation after step {state.step}")
+
+    progress(0, 0)
+    evaluation = run.evaluator(validation, progress)
+    run.callbacks.on_progress(f"what follows the evaluation after step {state.step}")
+    metrics, seconds = evaluation.metrics, time.perf_counter() - began
+    state.evaluation_due = False
+    state.eval_last, state.eval_last_step = metrics, state.step
+    if state.step == 0:
+        state.eval_initial = metrics
+    state.results |= evaluation.details
+    row = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
+    evaluated = Evaluated(metrics, seconds, row)
+    mine = run.callbacks.on_evaluate(run, evaluated)
+    if run.log:
+        run.log.log(state.step, evaluated.row)
+    request, _ = synchronize(run, mine)
+    return request
+
+
+def save_if_requested(run: Training, request: Request) -> Request:
+    """Save for `request`, which is returned; as a failure where the run leaves and cannot be saved."""
+    if not request.action & (Action.SAVE | Action.PREEMPT) or request.action & UNSAVED:
+        return request
+    leaving = bool(request.action & Action.PREEMPT)
+    saved = save(run, now=leaving, whole=leaving)
+    if leaving and not saved:
+        reason = f"step {run.state.step} could not be saved: {run.saves.refusal}"
+        return Request(Action.FAIL, f"{request.reason}, and {reason}")
+    return request
+
+
+def save(run: Training, *, now: bool, whole: bool = False) -> bool:
+    """See `checkpoint.saves.Saves.save`."""
+    run.state.callbacks |= run.callbacks.state_dict()
+    with run.around("saving"):
+        saved = run.saves.save(run.state, now=now, whole=whole)
+    if saved:
+        run.callbacks.on_save(run)
+    return saved

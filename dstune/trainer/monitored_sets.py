@@ -1,0 +1,36 @@
+"""What training does to rows that are not its own: `data.guard` and `data.ood`, evaluated before and after."""
+
+from __future__ import annotations
+
+from dstune.trainer.loop import Training
+
+MONITORED = {"guard": "what is not to be forgotten", "ood": "another domain"}
+"""Splits of the data, and what the console calls them."""
+
+
+def evaluate_monitored_sets(run: Training, moment: str) -> None:
+    """Evaluate the monitored sets and remember their metrics in the state, as `before` or `after` (`moment`). Every rank must
+    call it."""
+    for name, meaning in MONITORED.items():
+        split = getattr(run.data, name)
+        if split is None:
+            continue
+        with run.around(f"evaluating data.{name}"):
+            metrics = run.evaluator(split, slices=False).metrics
+        found = run.state.results.setdefault(name, {})
+        found[moment] = metrics
+        if run.log:
+            run.log.log(run.state.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
+        if moment == "after":
+            run.message(f"{name} ({meaning}): {format_change(found)}")
+
+
+def format_change(found: dict[str, dict[str, float]]) -> str:
+    """`loss 2.1 -> 2.4, ...`. found: metrics by moment; a run that began without the set has no `before`."""
+    before = found.get("before", {})
+    changes = []
+    for name, value in found["after"].items():
+        started = f"{before[name]:.4g} -> " if name in before else ""
+        if name not in ("targets", "generated", "rows"):
+            changes.append(f"{name} {started}{value:.4g}")
+    return ", ".join(changes)

@@ -1,0 +1,124 @@
+"""Where a run is: everything that a checkpoint has to remember beside weights and optimizer states.
+
+Generators are not here: every micro-batch seeds them from (seed, step, index), so there is nothing to remember. Where the
+data is follows from the number of optimizer steps, except in a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from dstune.errors import Problem, UserError
+
+FORMAT = 2
+"""Of `state.json`. 1, which is not written in it, kept the states of callbacks as fields of the training state."""
+
+
+@dataclass
+class Best:
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass
+class TrainState:
+    step: int = 0
+    """Optimizer steps that are done, skipped ones included."""
+    planned_steps: int = 0
+    """How many the run was to have, which its schedule depends on."""
+    left_out_batches: int = 0
+    """Global batches of the data that were left out when the run went back to a checkpoint because of them."""
+    tokens: int = 0
+    """Non-padding tokens seen, over all ranks."""
+    targets: float = 0
+    """Tokens (or rows) that counted in the loss, over all ranks."""
+    seconds: float = 0.0
+    """Time in the command's ranks so far, over all launches."""
+    save_seconds: float = 0.0
+    """Time that the last save took."""
+    best: Best | None = None
+    """The best evaluation of trained weights."""
+    evaluation_due: bool = False
+    """The last step was one to evaluate after, but the run was stopped before."""
+    eval_initial: dict[str, float] | None = None
+    eval_last: dict[str, float] | None = None
+    eval_last_step: int = -1
+    cursor: dict[str, Any] | None = None
+    """Where the next step begins in a stream (`StreamLoader`); None for data that is there as a whole."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """What `result.json` reports beside the metrics, by its name there."""
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The states of callbacks by their names, also of those that this launch does without."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        """Raises UserError where `values` has a field that this version does not know: dropping it would lose something."""
+        _refuse_unknown(values, {f.name for f in fields(cls)})
+        own = dict(values)
+        best = own.pop("best", None)
+        return cls(**own, best=Best(**best) if best else None)
+
+    @property
+    def next_batch(self) -> int:
+        """Number of the next global batch of the data, from 0."""
+        return self.step + self.left_out_batches
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(values.keys() - known):
+        reason = f"the checkpoint's state.json has fields that this version does not know: {', '.join(unknown)}"
+        raise UserError(Problem("run.dir", reason, "continue the run with the version of dstune that wrote it"))
+
+
+def upgrade_state(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `state.json` in the present format, whatever format it was written in.
+
+    Raises UserError where the format is newer, or a field is unknown.
+    """
+    version = saved.get("format", 1)
+    if version == FORMAT:
+        return dict(saved)
+    if version != 1:
+        reason = f"the checkpoint's state.json has format {version}, and this version of dstune reads up to {FORMAT}"
+        raise UserError(Problem("run.dir", reason, "continue the run with a newer version of dstune"))
+    upgraded = {"format": FORMAT, **saved}
+    if isinstance(saved.get("train"), Mapping):
+        upgraded["train"] = _from_format_1(saved["train"])
+    return upgraded
+
+
+_MOVED = {
+    "nonfinite_steps": ("nonfinite", "nonfinite_steps"),
+    "overflow_steps": ("nonfinite", "overflow_steps"),
+    "timed_tokens": ("throughput", "tokens"),
+    "timed_seconds": ("throughput", "seconds"),
+    "timed_flops": ("throughput", "flops"),
+    "timed_capacity": ("throughput", "capacity"),
+    "peak_memory_gib": ("memory", "peak_memory_gib"),
+    "evaluations_without_gain": ("early_stopping", "evaluations_without_gain"),
+    "fit_loss_sum": ("overfitting", "loss_sum"),
+    "fit_weight": ("overfitting", "weight"),
+}
+"""Fields of format 1 that callbacks took over: the callback, and the field in its state."""
+
+_RENAMED = {"skipped_windows": "left_out_batches"}
+
+
+def _from_format_1(train: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {f.name for f in fields(TrainState)} - {"results", "callbacks", *_RENAMED.values()}
+    _refuse_unknown(train, {*kept, *_MOVED, *_RENAMED, "extra"})
+    upgraded = {name: train[name] for name in train if name in kept}
+    upgraded |= {new: train[old] for old, new in _RENAMED.items() if old in train}
+    results = dict(train.get("extra", {}))
+    callbacks: dict[str, dict[str, Any]] = {}
+    for old, (callback, name) in _MOVED.items():
+        callbacks.setdefault(callback, {})[name] = train.get(old, 0)  # a field that came later
+    if "spikes" in results:
+        callbacks["spikes"] = results.pop("spikes")
+    return upgraded | {"results": results, "callbacks": callbacks}

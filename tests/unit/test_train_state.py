@@ -1,0 +1,124 @@
+"""`state.json`: what older versions wrote is upgraded, and nothing unknown is dropped."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from support.configs import run_config
+
+from dstune.errors import UserError
+from dstune.protocols.callback import Callback
+from dstune.trainer.callback_list import CallbackList
+from dstune.trainer.callbacks.early_stopping import EarlyStopping
+from dstune.trainer.callbacks.nonfinite import NonFinite
+from dstune.trainer.callbacks.overfitting import Overfitting
+from dstune.trainer.callbacks.spikes import Spikes
+from dstune.trainer.state import FORMAT, Best, TrainState, upgrade_state
+
+FORMAT_1 = {
+    "step": 7,
+    "planned_steps": 9,
+    "skipped_windows": 2,
+    "tokens": 4000,
+    "targets": 3000.0,
+    "nonfinite_steps": 3,
+    "overflow_steps": 4,
+    "seconds": 12.5,
+    "timed_tokens": 2000,
+    "timed_seconds": 5.0,
+    "timed_flops": 3e9,
+    "timed_capacity": 4e9,
+    "save_seconds": 0.5,
+    "peak_memory_gib": 1.25,
+    "best": {"metric": "loss", "value": 1.5, "step": 3},
+    "evaluations_without_gain": 1,
+    "evaluation_due": True,
+    "eval_initial": {"loss": 3.0},
+    "eval_last": {"loss": 1.6},
+    "eval_last_step": 6,
+    "fit_loss_sum": 10.0,
+    "fit_weight": 6.0,
+    "cursor": {"block": 1},
+    "extra": {
+        "spikes": {"losses": [1.0, 2.0], "events": [{"step": 2, "action": "skipped"}]},
+        "overfitting": {"gap": 0.1},
+        "micro_batch": {"rows": 4},
+    },
+}
+"""As the version before callbacks wrote it."""
+
+
+def test_fields_of_format_1_go_to_the_callbacks_that_took_them_over():
+    saved = {"step": 7, "precision": "fp32", "train": FORMAT_1}
+    upgraded = upgrade_state(saved)
+    assert upgraded["format"] == FORMAT and upgraded["precision"] == "fp32"
+    state = TrainState.from_dict(upgraded["train"])
+    assert (state.step, state.left_out_batches, state.next_batch) == (7, 2, 9)
+    assert state.best == Best("loss", 1.5, 3) and state.evaluation_due and state.cursor == {"block": 1}
+    assert state.results == {"overfitting": {"gap": 0.1}, "micro_batch": {"rows": 4}}
+    assert state.callbacks == {
+        "nonfinite": {"nonfinite_steps": 3, "overflow_steps": 4},
+        "throughput": {"tokens": 2000, "seconds": 5.0, "flops": 3e9, "capacity": 4e9},
+        "memory": {"peak_memory_gib": 1.25},
+        "early_stopping": {"evaluations_without_gain": 1},
+        "overfitting": {"loss_sum": 10.0, "weight": 6.0},
+        "spikes": {"losses": [1.0, 2.0], "events": [{"step": 2, "action": "skipped"}]},
+    }
+    made = [cls(run_config()) for cls in (NonFinite, EarlyStopping, Overfitting, Spikes)]
+    for one in made:
+        one.load_state_dict(state.callbacks[one.name])
+    assert {one.name: one.state_dict() for one in made}.items() <= state.callbacks.items()
+    assert upgrade_state(upgraded) == upgraded
+    assert TrainState.from_dict(state.to_dict()) == state
+
+
+def test_a_field_that_came_later_is_what_it_was_before():
+    older = {name: value for name, value in FORMAT_1.items() if not name.startswith("timed_f")}
+    throughput = upgrade_state({"train": older})["train"]["callbacks"]["throughput"]
+    assert throughput == {"tokens": 2000, "seconds": 5.0, "flops": 0, "capacity": 4e9}
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"train": FORMAT_1 | {"moments": 3}}, "does not know: moments"),
+        ({"train": FORMAT_1 | {"left_out_batches": 3}}, "does not know: left_out_batches"),
+        ({"format": FORMAT + 1, "train": {}}, f"has format {FORMAT + 1}"),
+        ({"format": FORMAT, "train": {"step": 1, "skipped_windows": 2}}, "does not know: skipped_windows"),
+    ],
+)
+def test_what_is_unknown_is_refused(saved, words):
+    with pytest.raises(UserError, match=words):
+        TrainState.from_dict(upgrade_state(saved)["train"])
+
+
+class Counter(Callback):
+    name = "cadence"  # one that is known
+    steps = 0
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def test_the_state_of_a_callback_that_nobody_knows_is_refused():
+    callbacks = CallbackList([Counter()])
+    callbacks.load(TrainState(callbacks={"cadence": {"steps": 3}}))
+    assert callbacks.state_dict() == {"cadence": {"steps": 3}}
+    with pytest.raises(UserError, match="has the state of gone"):
+        callbacks.load(TrainState(callbacks={"gone": {}}))
+
+
+def test_going_back_gives_callbacks_their_earlier_state():
+    callbacks, run = CallbackList([one := Counter()]), SimpleNamespace()
+    one.steps = 5
+    callbacks.on_rewind(run, TrainState(callbacks={"cadence": {"steps": 2}}))
+    assert one.steps == 2
+    callbacks.on_rewind(run, TrainState())  # a checkpoint from before the callback: as it began
+    assert one.steps == 0
+    one.steps = 4
+    callbacks.on_rewind(run, None)  # there was no checkpoint
+    assert one.steps == 4
