@@ -1,3 +1,53 @@
-"""dstune: distributed fine-tuning of language models on DeepSpeed ZeRO, composed by Hydra."""
+"""dstune: distributed fine-tuning of language models on DeepSpeed ZeRO, composed by Hydra.
+
+>>> import dstune
+>>> run = dstune.train("experiment=sentiment", "trainer.epochs=2", train=rows)
+>>> run.metrics, run.result, run.predict(["great film"])
+
+`train`, `plan`, `evaluate`, `predict`, `generate`, `export` and `load_run` do what the verbs of the command line do;
+`Task`, `Method`, ... are the base classes of plugins, `task`, `method`, ... register them. docs/python.md and docs/plugins.md
+explain both. A name is imported when it is first used: `import dstune` loads nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "dstune.api.training": ("train",),
+    "dstune.api.run": ("Run", "load_run"),
+    "dstune.api.models": ("evaluate", "export", "generate", "plan", "predict"),
+    "dstune.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
+    "dstune.protocols": (
+        *("Launcher", "Method", "Optimizer", "Schedule", "Task"),
+        *("launcher", "method", "optimizer", "schedule", "task"),
+    ),
+}
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'dstune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps the public `dstune.train` from being replaced when the package `dstune/train` is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PUBLIC and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,21 +278,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(work, lambda error: tell_launcher(run_dir, env.rank, error))
 
 
-def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]]) -> int:
-    """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank inside somebody else's launch ended."""
+
+    code: int
+    run_dir: Path | None = None
+    """None where the run was refused before it had one."""
+    error: DstuneError | None = None
+
+
+def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]], *, prints: bool = True) -> Outcome:
+    """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code.
+
+    prints: whether errors go to stderr; they are in the outcome too.
+    """
+
+    def report(text: str) -> None:
+        if prints:
+            print(f"dstune: {text}", file=sys.stderr, flush=True)
+
     redact_output()
     answer_with_stacks()
     try:
         rendezvous.set_address(env, os.environ)
     except DstuneError as error:  # every rank comes to the same answer
         if env.rank == 0:
-            print(f"dstune: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+            report(str(error))
+        return Outcome(error.exit_code, error=error)
     try:
         world = start_process_group(env)
     except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
-        print(f"dstune: rank {env.rank}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        report(f"rank {env.rank}: {error}")
+        return Outcome(error.exit_code, error=error)
     prepared: tuple[RunConfig, Path] | DstuneError | None = None
     if world.is_main:
         try:
@@ -306,16 +324,22 @@ def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]])
     assert prepared is not None
     if isinstance(prepared, DstuneError):
         if world.is_main:
-            print(f"dstune: {prepared}", file=sys.stderr, flush=True)
+            report(str(prepared))
         world.barrier()
-        return prepared.exit_code
+        return Outcome(prepared.exit_code, error=prepared)
     config, run_dir = prepared
+    errors: list[DstuneError] = []
+
+    def leave_word(error: DstuneError) -> None:
+        errors.append(error)
+        tell_once(run_dir, env, error)
 
     def work() -> None:
         refuse_unshared(world, run_dir)
         train(config, run_dir, world)
 
-    return guarded(work, lambda error: tell_once(run_dir, env, error))
+    code = guarded(work, leave_word)
+    return Outcome(code, run_dir, errors[0] if errors else None)
 
 
 def refuse_unshared(world: World, run_dir: Path) -> None:

@@ -45,10 +45,18 @@ def main(argv: list[str]) -> int:
 
 def ask(argv: list[str]) -> int:
     """As `main`, with EXIT_PREEMPTED where a signal ended it."""
-    arguments = _parse(argv)
+    arguments = parse(argv)
     console = Console(sys.stderr if arguments.json else sys.stdout)
     if arguments.harness:
         return _harness(arguments, console.stage)
+    code, result = measure(arguments, console)
+    if result is not None:
+        _print(arguments.target, result, as_json=arguments.json)
+    return code
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[str, Any] | None]:
+    """The exit code of the ranks, and what they measured. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)
@@ -59,7 +67,7 @@ def ask(argv: list[str]) -> int:
         ranks = tuple(_command(argv, directory, options) for argv in plan.argv)
         code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console, saves=False)
         if code != EXIT_DONE:
-            return code
+            return code, None
         result = records.read_result(directory)
         assert result is not None, "the supervisor saw to it"
     del result["status"]
@@ -68,8 +76,7 @@ def ask(argv: list[str]) -> int:
     if arguments.shots is not None and _is_run(arguments.target):
         run, asked = Path(arguments.target), result["asked"]
         baseline_file.remember(run, asked, result["split"], result["rows"], result["prompted"])
-    _print(arguments.target, result, as_json=arguments.json)
-    return EXIT_DONE
+    return EXIT_DONE, result
 
 
 def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int:
@@ -99,7 +106,8 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
     return EXIT_DONE
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError."""
     parser = VerbParser(prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows.")
     parser.add_argument("target", metavar="RUN|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME")
     parser.add_argument(

@@ -148,15 +148,20 @@ class Rows:
     """
 
     def __init__(
-        self, question: Question, texts: Sequence[tuple[str, str]], files: Sequence[sources.DataFile], on_bad: OnBadRow
+        self,
+        question: Question,
+        texts: Sequence[tuple[str, str | Mapping[str, Any]]],
+        files: Sequence[sources.DataFile],
+        on_bad: OnBadRow,
     ):
-        """texts: place and text of those that are in no file."""
-        if texts and question.text_column is None:
+        """texts: place and text, or place and columns, of those that are in no file."""
+        if question.text_column is None and any(isinstance(text, str) for _, text in texts):
             reason = "a row of this task is more than a text"
             fix = "--input FILE with the columns of the training rows, without the answers"
             raise UserError(Problem("--text", reason, fix))
         self._question = question
-        self._texts = [(place, {question.text_column or "text": text}) for place, text in texts]
+        column = question.text_column or "text"
+        self._texts = [(place, {column: text} if isinstance(text, str) else text) for place, text in texts]
         self._files = files
         self.count, self.bad = self._check(skips=on_bad is OnBadRow.skip)
 

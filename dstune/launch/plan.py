@@ -66,20 +66,10 @@ def main(argv: list[str]) -> int:
         print(HELP, end="")
         return EXIT_DONE
     arguments = parse(argv)
-    words, run = list(arguments.rest), None
-    if words and is_path(words[0]):
-        run = rundir.run_directory(Path(words.pop(0)))
-    flags = hydra_flags(words)
+    flags = hydra_flags(arguments.rest[1:] if arguments.rest and is_path(arguments.rest[0]) else arguments.rest)
     if flags.shows:
         return show(flags)
-    try:
-        if run is None:
-            config = compose(flags.overrides, flags.config_dirs).config
-        else:
-            config = apply_overrides(read_run(run / rundir.RUN_FILE).config, flags.overrides)
-    except UserError as error:  # all problems at once, and among them what only a training needs
-        raise UserError(_of_plan(error.problems) or error.problems) from None
-    refuse(config)
+    config = configuration(arguments)
     if arguments.calibrate:
         if arguments.hardware or arguments.numbers:
             raise UserError(
@@ -92,6 +82,23 @@ def main(argv: list[str]) -> int:
     else:
         print(as_text(found, arguments.price, config))
     return EXIT_DONE
+
+
+def configuration(arguments: Arguments) -> RunConfig:
+    """What is to be planned. Raises UserError for what `train` refuses too."""
+    words, run = list(arguments.rest), None
+    if words and is_path(words[0]):
+        run = rundir.run_directory(Path(words.pop(0)))
+    flags = hydra_flags(words)
+    try:
+        if run is None:
+            config = compose(flags.overrides, flags.config_dirs).config
+        else:
+            config = apply_overrides(read_run(run / rundir.RUN_FILE).config, flags.overrides)
+    except UserError as error:  # all problems at once, and among them what only a training needs
+        raise UserError(_of_plan(error.problems) or error.problems) from None
+    refuse(config)
+    return config
 
 
 def refuse(config: RunConfig) -> None:

@@ -55,7 +55,8 @@ class Before:
         if _begun(self.path) != self.began:
             return False
         if self.path in self.created:
-            shutil.rmtree(self.path)
+            if self.path.exists():
+                shutil.rmtree(self.path)
             for folder in self.created[1:]:
                 with suppress(OSError):  # somebody else's run is in it by now
                     folder.rmdir()
@@ -122,7 +123,7 @@ def choose(
     resume_from = config.run.resume
     path = run or (Path(config.run.dir) if config.run.dir else None)
     if path is None:
-        path = _fresh(Path("runs") / config.run.name, now or datetime.now())
+        path = new_directory(config, now)
     publish(str(path))
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
@@ -138,17 +139,27 @@ def choose(
     return Composed(replace(config, run=replace(config.run, dir=str(path))), composed.overrides)
 
 
-def prepare(composed: Composed) -> Prepared:
-    """Create the chosen run directory, lock it and write its `run.yaml`.
+def new_directory(config: RunConfig, now: datetime | None = None) -> Path:
+    """The directory of a run that names none: `runs/NAME/DATE_TIME`, which nobody has taken yet."""
+    return _fresh(Path("runs") / config.run.name, now or datetime.now())
+
+
+def before_launch(composed: Composed) -> Before:
+    """The chosen run directory as it is now."""
+    assert composed.config.run.dir is not None, "choose() sets it"
+    return Before.of(Path(composed.config.run.dir))
+
+
+def prepare(composed: Composed, before: Before | None = None) -> Prepared:
+    """Create the chosen run directory, lock it and write its `run.yaml`. before: the directory before this launch touched it.
 
     Raises:
         UserError: another launch uses the directory, it cannot be written, or what a branch name of `model.revision`
             stands for has changed since the run began.
     """
     config = composed.config
-    assert config.run.dir is not None, "choose() sets it"
-    path = Path(config.run.dir)
-    before = Before.of(path)
+    before = before or before_launch(composed)
+    path = before.path
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = records.acquire_lock(path)

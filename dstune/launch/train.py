@@ -6,8 +6,11 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dstune.arguments import is_path
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
@@ -26,6 +29,9 @@ from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.rank_env import RankEnv, from_environment
 
+if TYPE_CHECKING:
+    from dstune.worker import Outcome
+
 
 @dataclass(frozen=True)
 class Command:
@@ -36,10 +42,21 @@ class Command:
     json: bool
 
 
+WriteRows = Callable[[Path], None]
+"""Writes the rows of a run into its directory (`dstune.train(train=rows)`)."""
+
+
 class NothingToDo(DstuneError):
     """The run was completed before, and no more steps are asked for."""
 
     exit_code = EXIT_DONE
+
+    def __init__(self, run_dir: Path):
+        super().__init__(f"{run_dir} was completed already; trainer.max_steps or trainer.epochs prolongs it")
+        self.run_dir = run_dir
+
+    def __reduce__(self) -> tuple[type[NothingToDo], tuple[Path]]:
+        return type(self), (self.run_dir,)
 
 
 def train(argv: list[str]) -> int:
@@ -51,24 +68,35 @@ def train(argv: list[str]) -> int:
     if command.flags.shows:
         return show_configuration(command)
     console = Console(sys.stderr if command.json else sys.stdout)
-    prepared = prepare(command, console)
-    run_dir = prepared.run_dir
-    if prepared.nothing_to_do:
-        console.message(str(_nothing_to_do(prepared)))
-        code = EXIT_DONE
-    else:
-        try:
-            code = start(prepared, console)
-        except UserError:
-            prepared.before.restore()
-            raise
-    launch = prepared.config.launch
-    if isinstance(launch, SlurmConfig) and not launch.wait and not prepared.nothing_to_do:
-        if command.json:
-            print(json.dumps(status_of(run_dir).to_json(run_dir)))
-        return code
-    _conclude(command, run_dir, code, console)
+    run_dir, code, pending = launched(command, console)
+    if not pending:
+        conclude(command, run_dir, code, console)
+    elif command.json:
+        print(json.dumps(status_of(run_dir).to_json(run_dir)))
     return code
+
+
+def launched(command: Command, console: Console, write_rows: WriteRows | None = None) -> tuple[Path, int, bool]:
+    """Prepare the run, start its ranks and wait for them: the run directory, the exit code, and whether the run is still
+    waiting in a queue (`launch.wait=false`). write_rows: see `prepare`.
+
+    Raises:
+        UserError: whatever is wrong with the configuration or the data.
+    """
+    prepared = prepare(command, console, write_rows)
+    if prepared.nothing_to_do:
+        console.message(str(NothingToDo(prepared.run_dir)))
+        return prepared.run_dir, EXIT_DONE, False
+    try:
+        code = start(prepared, console)
+    except UserError:
+        prepared.before.restore()
+        raise
+    finally:
+        if prepared.lock is not None:  # this process may go on: a notebook
+            os.close(prepared.lock)
+    launch = prepared.config.launch
+    return prepared.run_dir, code, isinstance(launch, SlurmConfig) and not launch.wait
 
 
 def start(prepared: Prepared, console: Console) -> int:
@@ -98,8 +126,10 @@ def parse(argv: list[str]) -> Command:
     return Command(run, hydra_flags(words), json=len(words) + (run is not None) < len(argv))
 
 
-def prepare(command: Command, console: Console) -> Prepared:
+def prepare(command: Command, console: Console, write_rows: WriteRows | None = None) -> Prepared:
     """Compose, validate, choose the run directory, fetch what is needed, and write `run.yaml`.
+
+    write_rows: writes data files into the chosen run directory, before anything reads them.
 
     Raises:
         UserError: whatever keeps the run from starting; nothing is left behind then.
@@ -111,8 +141,15 @@ def prepare(command: Command, console: Console) -> Prepared:
     for warning in ignored_settings(composed.config, command.flags.overrides):
         console.message(f"dstune: warning: {warning}")
     composed = rundir.choose(composed, command.run, given=command.flags.overrides)
-    config = preflight.resolve_run(composed.config, console.stage)
-    prepared = rundir.prepare(Composed(config, composed.overrides))
+    before = rundir.before_launch(composed)
+    try:
+        if write_rows is not None:
+            write_rows(before.path)
+        config = preflight.resolve_run(composed.config, console.stage)
+    except BaseException:
+        before.restore()
+        raise
+    prepared = rundir.prepare(Composed(config, composed.overrides), before)
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"
         console.stage(f"run {prepared.run_dir} {start}")
@@ -129,44 +166,50 @@ def configuration(command: Command) -> Composed:
 
 
 def _as_rank(argv: list[str], env: RankEnv) -> int:
-    """One rank inside somebody else's launch: rank 0 prepares the run, and every rank gets it or the error."""
-    mistake: UserError | None = None
-    command: Command | None = None
-    try:
+    """One rank inside somebody else's launch, from the command line."""
+    with suppress(UserError):  # raised again on rank 0, so that it is reported once and every rank ends with 2
         command = parse(argv)
-    except UserError as error:  # raised below on rank 0, so that it is told once and every rank ends with 2
-        mistake = error
-    if command is not None and command.flags.shows:
-        return show_configuration(command) if env.rank == 0 else EXIT_DONE
-    started: list[Prepared] = []
+        if command.flags.shows:
+            return show_configuration(command) if env.rank == 0 else EXIT_DONE
+    outcome = as_rank(env, lambda: (parse(argv), None))
+    from dstune.worker import leave
+
+    leave(outcome.code)
+    return outcome.code
+
+
+def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | None]], *, prints: bool = True) -> Outcome:
+    """One rank inside somebody else's launch: rank 0 prepares the run, and every rank gets it or the error.
+
+    requested: called on rank 0 alone. prints: see `worker.main_inside`.
+    """
+    started: list[tuple[Command, Prepared]] = []
 
     def prepare_run() -> tuple[RunConfig, Path]:
-        if command is None:
-            assert mistake is not None
-            raise mistake
-        prepared = prepare(command, Console())
+        command, write_rows = requested()
+        prepared = prepare(command, Console(), write_rows)
         if prepared.nothing_to_do:
-            raise _nothing_to_do(prepared)
-        started.append(prepared)
+            raise NothingToDo(prepared.run_dir)
+        started.append((command, prepared))
         records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
         return prepared.config, prepared.run_dir
 
     # Rank 0 alone may ask the hub, before any rank loads a model.
     os.environ.update(NO_TELEMETRY if env.rank == 0 else NO_TELEMETRY | OFFLINE)
-    from dstune.worker import leave, main_inside
+    from dstune.worker import main_inside
 
-    code = main_inside(env, prepare_run)
-    if started and command is not None:
-        run_dir, refused = started[0].run_dir, code == EXIT_USER and started[0].before.restore()
+    outcome = main_inside(env, prepare_run, prints=prints)
+    for command, prepared in started:
+        run_dir, code = prepared.run_dir, outcome.code
+        refused = code == EXIT_USER and prepared.before.restore()
         if code and not refused and records.read_result(run_dir) is None:
             records.write_result(run_dir, "failed", f"a rank ended with exit code {code}", env.world_size)
         if not refused:
-            _conclude(command, run_dir, code, Console())
-    leave(code)
-    return code
+            conclude(command, run_dir, code, Console())
+    return outcome
 
 
-def _conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
+def conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
     """The report, and the last words of the command: what was achieved, or how to go on."""
     from dstune.report.command import leave_behind
 
@@ -186,8 +229,3 @@ def show_configuration(command: Command) -> int:
         return show(command.flags)
     print(to_yaml(configuration(command).config), end="")
     return EXIT_DONE
-
-
-def _nothing_to_do(prepared: Prepared) -> NothingToDo:
-    reason = f"{prepared.run_dir} was completed already; trainer.max_steps or trainer.epochs prolongs it"
-    return NothingToDo(reason)

@@ -219,16 +219,16 @@ def inside(monkeypatch):
     """`dstune.worker` replaced by one that prepares on rank 0 and notes what it got."""
     noted = []
 
-    def main_inside(env, prepare_run):
+    def main_inside(env, prepare_run, prints=True):
         noted.append(env)
         if env.rank:
-            return 0
+            return SimpleNamespace(code=0)
         try:
             noted.append(prepare_run())
-            return 0
+            return SimpleNamespace(code=0)
         except DstuneError as error:
             noted.append(error)
-            return error.exit_code
+            return SimpleNamespace(code=error.exit_code)
 
     def leave(code):
         noted.append(code)

@@ -1,0 +1,1 @@
+"""What `import dstune` offers: training, trained models and runs from Python, on the same layers as the command line."""

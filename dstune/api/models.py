@@ -1,0 +1,295 @@
+"""Trained models from Python: `predict`, `generate`, `evaluate`, `export`; and `plan`, before there is one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.errors import EXIT_DONE, Problem, TrainingFailed, UserError
+
+if TYPE_CHECKING:
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.voices import Speaker
+
+Path_ = str | os.PathLike[str]
+Messages = Sequence[Mapping[str, Any]]
+
+
+def predict(model: Any, rows: Any, *overrides: str, checkpoint: str = "last", **options: Any) -> list[dict[str, Any]]:
+    """Labels, tags, answers, scores or vectors of rows that have none: one mapping for each row, in order.
+
+    Args:
+        model: a `Run`, the directory of a run or checkpoint, an export, a hub id or `sample://NAME`.
+        rows: a list of texts or mappings (with the columns of the training rows, without the answers), a `datasets.Dataset` or
+            a `pandas.DataFrame`.
+        overrides: settings such as `"task.threshold=1"`.
+        checkpoint: of a run: a step, `best` or `last`.
+        options: `batch_size` (rows computed together, 32), `probabilities` (of every label of a classifier, False).
+
+    Raises:
+        UserError: the model or a row is not what its task needs; every such row is listed.
+    """
+    return Loaded(model).predict(rows, overrides, checkpoint=checkpoint, **options)
+
+
+def generate(model: Any, prompt: Any, *, checkpoint: str = "last", **options: Any) -> Any:
+    """Text from a language model: a string for one prompt, a list of strings for several.
+
+    Args:
+        model: a `Run`, the directory of a run or checkpoint, an export, a hub id or `sample://NAME`.
+        prompt: a text, a conversation (a list of `{"role": ..., "content": ...}`), or a list of either.
+        checkpoint: of a run: a step, `best` or `last`.
+        options: `max_new_tokens` (256), `temperature` (0 is greedy), `top_p`, `top_k`, `seed`, `stop` (texts that end an
+            answer), `system` (a first message), `plain` (continue the text without the chat template), `batch_size` (8).
+
+    Raises:
+        UserError: the model writes no text, or a prompt is longer than it reads.
+    """
+    return Loaded(model).generate(prompt, checkpoint=checkpoint, **options)
+
+
+def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint: str = "last") -> dict[str, Any]:
+    """Metrics of a run, an export or a model on held-out rows, on as many ranks as training uses.
+
+    Args:
+        model: a `Run`, the directory of a run, an export, a hub id or `sample://NAME`.
+        overrides: `"data.test=FILE"` and the like; with a model at least `"data=..."` and `"task=..."`.
+        split: `train`, `validation`, `test`, `guard` or `ood`.
+        checkpoint: of a run: a step, `best` or `last`.
+
+    Returns:
+        `metrics`, `rows`, `split`, and what the task adds (`confusion`, `slices`, ...): as `dstune evaluate --json`.
+
+    Raises:
+        UserError: the configuration or the data is wrong.
+        TrainingFailed: the ranks did not end well, or were stopped.
+    """
+    from dstune.api.notebook import console
+    from dstune.evaluation.command import measure, parse
+
+    arguments = parse([_path(model), *overrides, "--split", split, "--checkpoint", checkpoint])
+    code, result = measure(arguments, console())
+    if code != EXIT_DONE or result is None:
+        raise TrainingFailed(f"the evaluation of {_path(model)} ended with exit code {code}")
+    return result
+
+
+def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = False, force: bool = False) -> Path:
+    """Write a run's model as a plain Hugging Face folder: a whole model, or the adapter of an adapter method.
+
+    Args:
+        run: a `Run` or the directory of one.
+        path: the folder to write, which appears complete or not at all.
+        checkpoint: a step, `best` or `last`.
+        merge: merge an adapter into its base, so that the folder is a whole model.
+        force: replace a former export.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: no such checkpoint, damaged files, or `path` exists.
+    """
+    from dstune.checkpoint.export import (
+        export_checkpoint,
+        find_checkpoint,
+        refuse_damaged,
+        refuse_unmergeable,
+        run_directory,
+    )
+    from dstune.config.compose import read_run
+
+    folder = run_directory(Path(_path(run)))
+    if merge:
+        refuse_unmergeable("merge", read_run(folder / "run.yaml").config.method)
+    found = find_checkpoint(folder, checkpoint)
+    refuse_damaged(folder, found)
+    return export_checkpoint(folder, found, Path(path), merge=merge, force=force)
+
+
+class Plan(dict[str, Any]):
+    """What `dstune plan --json` prints; `print(plan)` and a notebook show the table of `dstune plan`."""
+
+    def __init__(self, values: Mapping[str, Any], text: str):
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self._text)
+
+
+def plan(
+    *overrides: str, hardware: str | None = None, nodes: int | None = None, price: float | None = None, run: Any = None
+) -> Plan:
+    """Memory of a rank and time of a step for every ZeRO choice, before anything runs.
+
+    Args:
+        overrides: as for `dstune.train`: `"model=llama3_8b"`, `"method=lora"`, ...
+        hardware: such as `"8xH100-80G"`; this machine when not given.
+        nodes: machines of that kind.
+        price: what an hour of one device costs.
+        run: plan the configuration of this `Run` or run directory, with `overrides`.
+
+    Returns:
+        `choices`, `recommended` (the settings to add), `fits`, `configured`, ...: as `dstune plan --json`.
+
+    Raises:
+        UserError: the configuration is wrong.
+    """
+    from dstune.launch.plan import as_json, as_text, configuration, parse, plan_of
+
+    words = [] if run is None else [_path(run)]
+    words += [*overrides, *(f"hardware={hardware}" for _ in [0] if hardware), *(f"nodes={nodes}" for _ in [0] if nodes)]
+    arguments = parse([*words, *(f"price={price}" for _ in [0] if price)])
+    config = configuration(arguments)
+    found = plan_of(config, arguments)
+    return Plan(as_json(found, arguments.price, config), as_text(found, arguments.price, config))
+
+
+class Loaded:
+    """A model that stays in memory: the last one that answered, of one run, export or model."""
+
+    def __init__(self, model: Any):
+        self._path = _path(model)
+        self._key: tuple[Any, ...] | None = None
+        self._model: Any = None
+        self._open = ExitStack()
+
+    def forget(self) -> None:
+        """Free the memory: the run is about to change."""
+        self._open.close()
+        self._key, self._model = None, None
+
+    def predict(
+        self, rows: Any, overrides: Sequence[str], *, checkpoint: str, batch_size: int = 32, probabilities: bool = False
+    ) -> list[dict[str, Any]]:
+        """See `predict`."""
+        from dstune.api.rows import each, plain_row
+        from dstune.config.data_schema import OnBadRow
+        from dstune.config.schema import ModelConfig
+        from dstune.inference.load import find, load
+        from dstune.inference.rows import Question
+        from dstune.inference.rows import Rows as Questions
+
+        if batch_size < 1:
+            raise UserError(Problem("batch_size", "must be at least 1", "batch_size=32", str(batch_size)))
+        wanted = find(ModelConfig(path=self._path), checkpoint, overrides)
+        given = [
+            (f"row {number}", row if isinstance(row, str) else plain_row(row))
+            for number, row in enumerate(each(rows), 1)
+        ]
+        if not given:
+            return []
+        asked = Questions(Question(wanted.config.task, wanted.labels, wanted.config.data), given, [], OnBadRow.error)
+
+        def loaded() -> Predictor:
+            with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+                return load(wanted, Path(scratch))
+
+        model: Predictor = self._loaded(("predict", wanted.config, wanted.identity), loaded)
+        return [
+            answer
+            for block in asked.blocks(512)
+            for answer in model.answers(block, batch_size, all_labels=probabilities)
+        ]
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        checkpoint: str,
+        batch_size: int = 8,
+        system: str | None = None,
+        plain: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """See `generate`."""
+        from dstune.checkpoint import store
+        from dstune.config.schema import ModelConfig
+        from dstune.inference.voices import opened
+        from dstune.inference.writer import Writer
+
+        one = isinstance(prompt, str) or _is_conversation(prompt)
+        requests = [_request(text, number) for number, text in enumerate([prompt] if one else prompt, 1)]
+        chosen = _sampling(sampling)
+        newest = store.newest(Path(self._path)) if checkpoint == "last" else None
+
+        def loaded() -> Speaker:
+            return self._open.enter_context(opened(ModelConfig(path=self._path), checkpoint, {}))
+
+        speaker: Speaker = self._loaded(("generate", checkpoint, newest), loaded)
+        writer = Writer(speaker, chosen, plain=plain, system=system)
+        answers = [
+            answer.text
+            for start in range(0, len(requests), batch_size)
+            for answer in writer.answer(requests[start : start + batch_size], start // batch_size)
+        ]
+        return answers[0] if one else answers
+
+    def _loaded(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+        if self._key != key:
+            self.forget()
+            self._model = load()
+            self._key = key
+        return self._model
+
+
+def _path(model: Any) -> str:
+    from dstune.api.run import Run
+
+    return str(model.dir if isinstance(model, Run) else os.fspath(model))
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _request(prompt: Any, number: int) -> Any:
+    from dstune.inference.prompts import Request
+
+    where = f"prompt {number}"
+    if isinstance(prompt, str) and prompt.strip():
+        return Request(prompt, where)
+    if _is_conversation(prompt):
+        messages = [dict(message) for message in prompt]
+        return Request(str(messages[-1].get("content", "")), where, messages)
+    raise UserError(Problem(where, "expected a text that is not empty, or a list of messages", value=repr(prompt)[:80]))
+
+
+def _sampling(options: Mapping[str, Any]) -> Any:
+    from dataclasses import fields
+
+    from dstune.config.names import nearest
+    from dstune.inference.writer import Sampling
+
+    known = [field.name for field in fields(Sampling)]
+    problems = []
+    for name in options:
+        if name not in known:
+            similar = nearest(name, known)
+            fix = f"did you mean {similar}?" if similar else f"one of {', '.join(known)}"
+            problems.append(Problem(name, "generate has no such option", fix))
+    if problems:
+        raise UserError(problems)
+    stop = options.get("stop", ())
+    given = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    chosen = Sampling(**given)
+    problems += [
+        Problem(name, f"must be at least {least}", value=str(value))
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("temperature", 0))
+        if not (value := getattr(chosen, name)) >= least
+    ]
+    if not 0 < chosen.top_p <= 1:
+        problems.append(Problem("top_p", "must be more than 0 and at most 1", value=str(chosen.top_p)))
+    if not chosen.temperature and (chosen.top_p != 1 or chosen.top_k):
+        problems.append(Problem("temperature", "greedy answers draw nothing", "temperature=0.7", "0"))
+    if problems:
+        raise UserError(problems)
+    return chosen

@@ -1,0 +1,137 @@
+"""Rows from memory: written into the run directory, and trained from there like any other file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from dstune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
+
+Rows: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pandas.DataFrame"
+
+FOLDER = "data"
+"""Where rows from memory are, below the run directory."""
+INCOMPLETE = ".incomplete"
+
+
+def is_file(rows: Any) -> bool:
+    """Whether `rows` names files (as `data.train` does) instead of holding rows."""
+    return isinstance(rows, (str, os.PathLike))
+
+
+def file_name(rows: Any, split: str) -> str:
+    """Below the run directory, where `rows` of the split are written."""
+    return f"{FOLDER}/{split}.{'jsonl' if _table(rows) is None else 'parquet'}"
+
+
+def write(rows: Any, target: Path, key: str) -> None:
+    """Write `rows` to `target`, which appears complete or not at all: Parquet of a Dataset or DataFrame, else JSON lines.
+
+    Raises:
+        UserError: a row that is no mapping or holds what JSON cannot express, no rows at all, or a file with other rows
+            that a saved run has trained on.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = target.with_name(f"{target.name}{INCOMPLETE}")
+    try:
+        table = _table(rows)
+        if table is None:
+            count = _write_lines(rows, incomplete, key)
+        else:
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(table, incomplete)
+            count = table.num_rows
+        if not count:
+            raise UserError(
+                Problem(key, "there are no rows in it", "pass a list of mappings, a Dataset or a DataFrame")
+            )
+        _refuse_other_rows(target, incomplete, key)
+        incomplete.replace(target)
+    finally:
+        incomplete.unlink(missing_ok=True)
+
+
+def _refuse_other_rows(target: Path, new: Path, key: str) -> None:
+    from dstune.checkpoint import store
+
+    run = target.parents[1]
+    if target.is_file() and store.newest(run) is not None and target.read_bytes() != new.read_bytes():
+        fix = f"pass the same rows, or leave run.dir out to start another run; dstune.load_run({str(run)!r}).resume() "
+        raise UserError(Problem(key, f"the run in {run} began with other rows", f"{fix}continues with its own"))
+
+
+def _table(rows: Any) -> Any:
+    """A pyarrow table of a Dataset or DataFrame; None for everything else. Neither library is imported for the question."""
+    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")
+    if datasets is not None and isinstance(rows, datasets.Dataset):
+        return rows.with_format("arrow")[:]
+    if pandas is not None and isinstance(rows, pandas.DataFrame):
+        import pyarrow
+
+        return pyarrow.Table.from_pandas(rows, preserve_index=False)
+    return None
+
+
+def _write_lines(rows: Any, file: Path, key: str) -> int:
+    if isinstance(rows, (Mapping, bytes)) or not isinstance(rows, Iterable):
+        kind = f"a {type(rows).__module__}.{type(rows).__qualname__}".replace("builtins.", "")
+        fix = "pass a list of mappings, a datasets.Dataset, a pandas.DataFrame, or the name of a file"
+        raise UserError(Problem(key, f"expected rows, not {kind}", fix))
+    count = 0
+    problems: list[Problem] = []
+    with file.open("w", encoding="utf-8") as stream:
+        for number, row in enumerate(rows, 1):
+            try:
+                stream.write(json.dumps(plain_row(row), ensure_ascii=False) + "\n")
+            except ValueError as error:
+                problems.append(Problem(f"{key}, row {number}", str(error), "rows are mappings of JSON values"))
+                if len(problems) == 10:
+                    break
+            count = number
+    if problems:
+        raise UserError(problems)
+    return count
+
+
+def plain_row(row: Any) -> dict[str, Any]:
+    """A row as JSON holds it. Raises ValueError for what it cannot hold."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected a mapping of columns, not {type(row).__name__}")
+    return {str(name): _plain(value, str(name)) for name, value in row.items()}
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # the missing value of a table's column
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, f"{where}.{name}") for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+        return _plain(value.tolist(), where)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise ValueError(f"column {where!r} holds a {type(value).__name__}, which JSON cannot express")
+
+
+def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
+    """The rows or texts of `rows` one by one, to be predicted."""
+    table = _table(rows)
+    if table is not None:
+        yield from table.to_pylist()
+    elif isinstance(rows, (str, Mapping)):
+        yield rows
+    else:
+        yield from rows

@@ -1,0 +1,155 @@
+"""A run as an object: what it logged, its result, and what its model answers."""
+
+from __future__ import annotations
+
+import html
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+SHOWN_METRICS = 8
+
+
+class Run:
+    """A run directory. Everything is read from its files, so it may belong to a run that is still training.
+
+    Returned by `dstune.train` and `dstune.load_run`.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises UserError: `path` is not the directory of a run."""
+        from dstune.launch.rundir import run_directory
+
+        self.dir: Path = run_directory(Path(path))
+        """The run directory."""
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.dir)!r}, status={self.status!r})"
+
+    @property
+    def status(self) -> str:
+        """`running`, `pending`, `completed`, `stopped`, `preempted`, `failed`, `dead`: as `dstune status` reports it."""
+        from dstune.launch.manage import status_of
+
+        return status_of(self.dir).state
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One mapping for each row of `metrics.jsonl`, in order: `pandas.DataFrame(run.metrics)` is a table of them.
+
+        Training steps have `loss`, `lr`, `grad_norm`, ...; evaluations have `eval/NAME`.
+        """
+        rows = []
+        try:
+            with (self.dir / "metrics.jsonl").open(encoding="utf-8") as stream:
+                for line in stream:
+                    try:
+                        rows.append(json.loads(line))
+                    except ValueError:  # the last line of a run that is writing it
+                        continue
+        except FileNotFoundError:
+            pass
+        return rows
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """`result.json`: status, steps, metrics before and after, checkpoint, export. Empty while the run trains."""
+        from dstune.launch.records import read_result
+
+        return read_result(self.dir) or {}
+
+    @property
+    def config(self) -> Any:
+        """The configuration that the run trained with (`dstune.config.schema.RunConfig`), for example `config.trainer.seed`."""
+        from dstune.config.compose import read_run
+
+        return read_run(self.dir / "run.yaml").config
+
+    def report(self) -> Report:
+        """Write `report.html` again and return it; a notebook shows it."""
+        from dstune.report.page import REPORT_FILE, write
+
+        write([self.dir], self.dir / REPORT_FILE)
+        return Report(self.dir / REPORT_FILE)
+
+    def predict(self, rows: Any, *overrides: str, checkpoint: str = "last", **options: Any) -> list[dict[str, Any]]:
+        """`dstune.predict` with this run; the model stays in memory between calls."""
+        return self._models.predict(rows, overrides, checkpoint=checkpoint, **options)
+
+    def generate(self, prompt: Any, *, checkpoint: str = "last", **options: Any) -> Any:
+        """`dstune.generate` with this run; the model stays in memory between calls."""
+        return self._models.generate(prompt, checkpoint=checkpoint, **options)
+
+    def evaluate(self, *overrides: str, split: str = "validation", checkpoint: str = "last") -> dict[str, Any]:
+        """`dstune.evaluate` with this run."""
+        from dstune.api.models import evaluate
+
+        return evaluate(self.dir, *overrides, split=split, checkpoint=checkpoint)
+
+    def export(self, path: str | Path, *, checkpoint: str = "last", merge: bool = False, force: bool = False) -> Path:
+        """`dstune.export` with this run."""
+        from dstune.api.models import export
+
+        return export(self.dir, path, checkpoint=checkpoint, merge=merge, force=force)
+
+    def resume(self, *overrides: str, progress: bool = True) -> Run:
+        """Continue the run from its newest checkpoint, for example longer: `run.resume("trainer.epochs=3")`.
+
+        Blocks until the run has ended, as `dstune.train` does, and raises what it raises.
+        """
+        from dstune.api.training import resume
+
+        self._models.forget()
+        return resume(self.dir, *overrides, progress=progress)
+
+    @cached_property
+    def _models(self) -> Any:
+        from dstune.api.models import Loaded
+
+        return Loaded(self.dir)
+
+    def _repr_html_(self) -> str:
+        """A short table, for notebooks."""
+        result = self.result
+        before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
+        names = [name for name, value in after.items() if isinstance(value, (int, float))][:SHOWN_METRICS]
+        rows = [
+            f"<tr><td>{html.escape(name)}</td><td>{_number(before.get(name))}</td><td>{_number(after[name])}</td></tr>"
+            for name in names
+        ]
+        head = f"<b>{html.escape(str(self.dir))}</b>: {html.escape(self.status)}"
+        if "steps" in result:
+            head += f", {result['steps']} steps"
+        table = f"<table><tr><th></th><th>before</th><th>after</th></tr>{''.join(rows)}</table>" if rows else ""
+        return f"<div>{head}{table}</div>"
+
+
+class Report:
+    """A report page; a notebook shows it in a frame."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Report({str(self.path)!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" width="100%" height="700" frameborder="0"></iframe>'
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else ""
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in the directory `path`, whoever started it: `dstune.load_run("runs/sentiment/2026-01-31_10-00-00")`.
+
+    Raises:
+        UserError: there is no run.
+    """
+    return Run(path)

@@ -1,0 +1,179 @@
+"""`dstune.train`: a run from Python, composed, launched and kept as the command line does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.api import rows as memory
+from dstune.api.notebook import console
+from dstune.api.run import Run
+from dstune.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    Preempted,
+    Problem,
+    TrainingFailed,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from dstune.api.rows import Rows
+    from dstune.launch.train import Command
+
+WriteRows = Callable[[Path], None]
+
+
+def train(
+    *overrides: str,
+    train: Rows | str | os.PathLike[str] | None = None,
+    validation: Rows | str | os.PathLike[str] | None = None,
+    test: Rows | str | os.PathLike[str] | None = None,
+    config_dirs: Sequence[str | os.PathLike[str]] = (),
+    progress: bool = True,
+) -> Run:
+    """Train a model and return its run. Blocks until the run has ended, and shows its progress.
+
+    The same configuration, launch and run directory as `dstune train`: every key, group and experiment of the command line
+    is an override here, and `dstune status`, `cancel`, `report`, ... work with the run. Ranks are processes of their own;
+    an interrupt (Ctrl-C, the stop button of a notebook) makes them save and stop. Inside a launcher of your own (`torchrun`)
+    this process is a rank, and every rank calls this function with the same arguments.
+
+    Args:
+        overrides: `"KEY=VALUE"` or `"GROUP=CHOICE"`: `"experiment=sentiment"`, `"trainer.epochs=2"`, `"method=lora"`.
+        train: rows to train on: a list of mappings, a `datasets.Dataset` or a `pandas.DataFrame`, written into the run
+            directory; or files, as in `data.train`.
+        validation: held-out rows, likewise.
+        test: rows that are measured once at the end, likewise.
+        config_dirs: folders with groups of your own, as `--config-dir`.
+        progress: whether to show what happens; without it everything is in the run directory only.
+
+    Returns:
+        The run: `run.metrics`, `run.result`, `run.report()`, `run.predict(rows)`, `run.generate(prompt)`,
+        `run.export(path)`, `run.resume(*overrides)`, `run.dir`.
+
+    Raises:
+        UserError: the configuration or the data is wrong; `problems` lists everything, each with a fix.
+        Preempted: a signal or `run.time_limit` stopped the run after a save; `dstune.load_run(DIR).resume()` continues it.
+        TrainingFailed: the run could not go on.
+
+    Example:
+        >>> rows = [{"text": "a great film", "label": "good"}, ...]
+        >>> run = dstune.train("experiment=sentiment", "trainer.epochs=2", train=rows)
+        >>> run.predict(["great film"])[0]["predicted"]
+        'good'
+    """
+    from dstune.config.flags import Flags
+    from dstune.launch.train import Command
+
+    _check_words(overrides)
+    splits = {
+        name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None
+    }
+    folders = [os.fspath(folder) for folder in config_dirs]
+
+    def command() -> tuple[Command, WriteRows | None]:
+        words, write = _with_rows(list(overrides), folders, splits)
+        return Command(None, Flags(words, folders), json=False), write
+
+    return _run(command, progress)
+
+
+def resume(run: Path, *overrides: str, progress: bool = True) -> Run:
+    """See `Run.resume`."""
+    from dstune.config.flags import Flags
+    from dstune.launch.train import Command
+
+    _check_words(overrides)
+    return _run(lambda: (Command(run, Flags(list(overrides)), json=False), None), progress)
+
+
+def _run(requested: Callable[[], tuple[Command, WriteRows | None]], progress: bool) -> Run:
+    from dstune.launch.summary import summary
+    from dstune.launch.train import NothingToDo, as_rank, launched
+    from dstune.rank_env import from_environment
+    from dstune.report.command import leave_behind
+
+    env = from_environment(os.environ)
+    if env is not None:
+        outcome = as_rank(env, requested, prints=False)
+        if isinstance(outcome.error, NothingToDo):
+            return Run(outcome.error.run_dir)
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.run_dir is None or outcome.code != EXIT_DONE:
+            raise TrainingFailed(f"rank {env.rank} ended with exit code {outcome.code}")
+        return Run(outcome.run_dir)
+    command, write_rows = requested()
+    shown = console(progress)
+    run_dir, code, pending = launched(command, shown, write_rows)
+    if not pending:
+        leave_behind(run_dir, shown.message)
+    if progress and not pending and code == EXIT_DONE:
+        shown.message(summary(run_dir))
+    return _ended(run_dir, code)
+
+
+def _ended(run_dir: Path, code: int) -> Run:
+    """The run. Raises Preempted or TrainingFailed where it did not end as planned."""
+    run = Run(run_dir)
+    if code == EXIT_DONE:
+        return run
+    reason = str(run.result.get("reason") or f"exit code {code}")
+    if code == EXIT_PREEMPTED:
+        raise Preempted(f"{reason}; dstune.load_run({str(run_dir)!r}).resume() continues the run")
+    raise TrainingFailed(f"{reason} (logs: {run_dir / 'logs'})")
+
+
+def _with_rows(
+    overrides: list[str], config_dirs: Sequence[str], splits: dict[str, Any]
+) -> tuple[list[str], WriteRows | None]:
+    """The overrides with a key for each split, and what writes rows from memory into the run directory.
+
+    Raises:
+        UserError: a split is given twice, or the run directory cannot be determined since the overrides are wrong.
+    """
+    from dstune.config.compose import compose
+    from dstune.config.overrides import key_of, quoted
+    from dstune.launch.rundir import new_directory
+
+    given = {key_of(text) for text in overrides}
+    twice = [name for name in splits if f"data.{name}" in given]
+    if twice:
+        fix = "leave one of them out"
+        raise UserError(Problem(f"data.{name}", f"is given beside {name}=...", fix) for name in twice)
+    words = [
+        *overrides,
+        *(f"data.{name}={quoted(os.fspath(rows))}" for name, rows in splits.items() if memory.is_file(rows)),
+    ]
+    held = {name: rows for name, rows in splits.items() if not memory.is_file(rows)}
+    if not held:
+        return words, None
+    names = {name: memory.file_name(rows, name) for name, rows in held.items()}
+    config = compose([*words, *(f"data.{name}={file}" for name, file in names.items())], config_dirs).config
+    run_dir = Path(config.run.dir) if config.run.dir else new_directory(config)
+    if not config.run.dir:
+        words.append(f"run.dir={quoted(str(run_dir))}")
+    words += [f"data.{name}={quoted(str(run_dir.absolute() / file))}" for name, file in names.items()]
+
+    def write(chosen: Path) -> None:
+        for name, rows in held.items():
+            memory.write(rows, chosen / names[name], name)
+
+    return words, write
+
+
+def _check_words(overrides: Sequence[Any]) -> None:
+    """Raises UserError for flags of the command line and for what is no text."""
+    problems = []
+    for word in overrides:
+        if not isinstance(word, str):
+            fix = 'write "KEY=VALUE"; rows are passed as train=rows'
+            problems.append(Problem("overrides", "expected a text", fix, repr(word)[:80]))
+        elif word.startswith("-"):
+            fix = "dstune.train takes KEY=VALUE and GROUP=CHOICE; flags belong to the command line"
+            problems.append(Problem("overrides", "this is a flag", fix, word))
+    if problems:
+        raise UserError(problems)

@@ -1,0 +1,222 @@
+"""`import dstune`: names, rows from memory and refusals, without training."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pandas
+import pyarrow.parquet
+import pytest
+from support.runs import full_run
+
+import dstune
+from dstune.api import rows, training
+from dstune.errors import UserError
+
+
+def test_the_import_is_light():
+    program = (
+        "import sys; before = set(sys.modules); import dstune; names = dir(dstune); "
+        "print(len(set(sys.modules) - before), [n for n in ('torch', 'hydra', 'yaml', 'numpy') if n in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert loaded == "1 []\n"
+
+
+def test_every_public_name_is_there_and_typed():
+    stub = (Path(dstune.__file__).with_suffix(".pyi")).read_text()
+    for name in dstune.__all__:
+        assert getattr(dstune, name) is not None
+        assert f" as {name}\n" in stub or name == "__version__"
+    assert set(dstune.__all__) <= set(dir(dstune))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        dstune.trian  # noqa: B018
+
+
+def test_train_stays_a_function_when_packages_below_are_imported():
+    import dstune.evaluation.command
+    import dstune.inference.generate
+
+    assert all(
+        inspect.isfunction(getattr(dstune, name)) for name in ("train", "evaluate", "predict", "generate", "plan")
+    )
+
+
+@pytest.mark.parametrize(
+    "function", [dstune.train, dstune.predict, dstune.generate, dstune.evaluate, dstune.export, dstune.plan]
+)
+def test_help_explains_every_argument(function):
+    text = inspect.getdoc(function) or ""
+    for name, parameter in inspect.signature(function).parameters.items():
+        assert f"    {name}: " in text
+        assert parameter.annotation is not inspect.Parameter.empty
+    assert "UserError" in text
+
+
+# ---- rows from memory ----
+
+ROWS = [{"text": "a great film", "label": "good", "year": 1999}, {"text": "dull", "label": "bad", "year": None}]
+
+
+def test_mappings_become_json_lines(tmp_path):
+    assert rows.file_name(ROWS, "train") == "data/train.jsonl"
+    rows.write(ROWS, tmp_path / "data" / "train.jsonl", "train")
+    assert [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()] == ROWS
+
+
+@pytest.mark.parametrize("made", [datasets.Dataset.from_list, pandas.DataFrame])
+def test_tables_become_parquet(tmp_path, made):
+    table = made([row | {"year": 1} for row in ROWS])
+    assert rows.file_name(table, "test") == "data/test.parquet"
+    rows.write(table, tmp_path / "t.parquet", "test")
+    assert pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist() == [row | {"year": 1} for row in ROWS]
+
+
+def test_a_dataset_that_was_shuffled_keeps_its_order(tmp_path):
+    table = (
+        datasets.Dataset.from_list([{"text": str(number)} for number in range(50)]).shuffle(seed=1).select(range(20))
+    )
+    rows.write(table, tmp_path / "t.parquet", "train")
+    assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["text"].to_pylist() == table["text"][:]
+
+
+def test_numbers_of_numpy_and_dates_are_written(tmp_path):
+    import datetime
+
+    import numpy as np
+
+    held = [{"text": "a", "score": np.float32(0.5), "vector": np.arange(3), "day": datetime.date(2026, 1, 2)}]
+    rows.write(held, tmp_path / "r.jsonl", "train")
+    row = json.loads((tmp_path / "r.jsonl").read_text())
+    assert row == {"text": "a", "score": 0.5, "vector": [0, 1, 2], "day": "2026-01-02"}
+
+
+@pytest.mark.parametrize(
+    ("given", "where", "reason"),
+    [
+        ([{"text": object()}], "train, row 1", "column 'text' holds a object"),
+        ([{"text": "a"}, "b"], "train, row 2", "expected a mapping of columns, not str"),
+        ([], "train", "there are no rows in it"),
+        ({"text": "a"}, "train", "expected rows, not a dict"),
+        (3, "train", "expected rows, not a int"),
+    ],
+)
+def test_rows_that_cannot_be_written(tmp_path, given, where, reason):
+    with pytest.raises(UserError) as error:
+        rows.write(given, tmp_path / "data" / "train.jsonl", "train")
+    assert error.value.problems[0].where == where
+    assert reason in error.value.problems[0].reason
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_run_keeps_the_rows_that_it_has_trained_on(tmp_path):
+    from dstune.checkpoint import store
+
+    target = tmp_path / "data" / "train.jsonl"
+    rows.write(ROWS, target, "train")
+    rows.write(ROWS[:1], target, "train")  # nothing was saved yet
+    saved = tmp_path / "checkpoints" / "step-00000001"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text("{}")
+    (saved / store.COMMITTED).write_text('{"files": {"weights": {"bytes": 2}}}')
+    (saved / "weights").write_text("ab")
+    rows.write(ROWS[:1], target, "train")
+    with pytest.raises(UserError, match="began with other rows"):
+        rows.write(ROWS, target, "train")
+    assert len(target.read_text().splitlines()) == 1
+
+
+# ---- what train makes of its arguments ----
+
+
+def test_a_split_may_not_be_given_twice():
+    with pytest.raises(UserError, match="is given beside train"):
+        training._with_rows(["data.train=a.jsonl"], [], {"train": ROWS})
+
+
+def test_files_become_keys_and_rows_files_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, write = training._with_rows(
+        ["run.dir=mine", "task=classification"], [], {"train": ROWS, "test": "my rows.csv"}
+    )
+    assert words[2:] == ["data.test='my rows.csv'", f"data.train='{tmp_path}/mine/data/train.jsonl'"]
+    write(Path("mine"))
+    assert len(Path("mine/data/train.jsonl").read_text().splitlines()) == 2
+    assert training._with_rows(["task=chat"], [], {"train": Path("a.jsonl")}) == (
+        ["task=chat", "data.train='a.jsonl'"],
+        None,
+    )
+
+
+def test_a_run_without_a_directory_gets_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, _ = training._with_rows(["run.name=mine", "task=classification"], [], {"train": ROWS})
+    assert words[2].startswith("run.dir='runs/mine/")
+
+
+def test_flags_and_rows_among_the_overrides():
+    with pytest.raises(UserError) as error:
+        dstune.train("--cfg", ROWS, "trainer.max_steps=3")
+    assert [problem.reason for problem in error.value.problems] == ["this is a flag", "expected a text"]
+
+
+def test_every_problem_is_listed_and_nothing_left_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(dstune.UserError) as error:
+        dstune.train("trainer.epoch=2", "optimizer.lr=high", "task=classification", train=ROWS)
+    assert [problem.where for problem in error.value.problems] == ["trainer.epoch", "optimizer.lr"]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- runs ----
+
+
+def test_a_run_is_read_from_its_files(tmp_path):
+    full_run(tmp_path / "run")
+    run = dstune.load_run(tmp_path / "run")
+    assert run.result["status"] == "completed" == run.status
+    assert run.metrics[1]["step"] == 1
+    assert len(pandas.DataFrame(run.metrics)) == len(run.metrics)
+    assert "completed, 40 steps" in run._repr_html_()
+    report = run.report()
+    assert Path(report).name == "report.html"
+    assert report._repr_html_().startswith("<iframe")
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UserError, match="this folder holds no run"):
+        dstune.load_run(tmp_path)
+
+
+def test_a_launch_that_is_over_is_not_running_while_its_process_lives(tmp_path):
+    from dstune.launch import records
+
+    run = full_run(tmp_path / "run")
+    records.note(run, "id", 2)
+    lock = records.acquire_lock(run)
+    assert dstune.load_run(run).status == "running"
+    os.close(lock)
+    assert dstune.load_run(run).status == "completed"
+
+
+def test_options_of_generate_have_names_and_ranges():
+    with pytest.raises(UserError) as error:
+        dstune.generate("nowhere", "Hi", temprature=0.5, top_x=1)
+    assert [problem.where for problem in error.value.problems] == ["temprature", "top_x"]
+    assert error.value.problems[0].fix == "did you mean temperature?"
+    with pytest.raises(UserError, match="greedy answers draw nothing"):
+        dstune.generate("nowhere", "Hi", top_k=3)
+    with pytest.raises(UserError, match=r"prompt 2=.*expected a text that is not empty"):
+        dstune.generate("nowhere", ["Hi", " "])
+
+
+def test_a_plan_is_a_table_and_a_mapping(tmp_path):
+    found = dstune.plan("experiment=sentiment", hardware="2xL40S")
+    assert {"choices", "recommended", "fits"} <= set(found)
+    assert "L40S" in str(found)
