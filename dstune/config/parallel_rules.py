@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dstune.config.convert import shown
-from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_schema import (
     FeaturesConfig,
     FullConfig,
@@ -33,6 +32,7 @@ from dstune.config.schema import (
 from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
+from dstune.protocols import launcher_of
 
 UNCUT = {
     HeadConfig: "it reads one vector of the whole row",
@@ -60,7 +60,7 @@ def check_parallel(config: RunConfig) -> Iterator[Problem]:
     if isinstance(config.trainer.micro_batch_size, Automatic):
         reason = "the measurement knows ranks with rows of their own only"
         yield Problem("trainer.micro_batch_size", reason, "trainer.micro_batch_size=1, or a number that fits", "auto")
-    ranks = config.launch.processes if isinstance(config.launch, LocalConfig) else None
+    ranks = launcher_of(config.launch).ranks
     if ranks is not None and (problem := ranks_problem(ranks, config.parallel.size)):
         yield problem
 

@@ -19,10 +19,10 @@ from typing import Any
 from dstune.config.data_schema import DataConfig
 from dstune.config.fields import setting
 from dstune.config.forgetting_schema import ForgettingConfig
-from dstune.config.launch_schema import LAUNCHES, LaunchConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.core.registry import Registry
-from dstune.protocols import METHODS, OPTIMIZERS, SCHEDULES, TASKS
+from dstune.protocols import LAUNCHERS, METHODS, OPTIMIZERS, SCHEDULES, TASKS
+from dstune.protocols.launcher import LaunchConfig
 from dstune.protocols.method import MethodConfig
 from dstune.protocols.optimizer import OptimizerConfig, ScheduleConfig
 from dstune.protocols.task import TaskConfig
@@ -372,7 +372,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = Choices(
         "method": METHODS,
         "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
-        "launch": LAUNCHES,
+        "launch": LAUNCHERS,
         "sweep": SWEEPS,
         "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig, "tensor": TensorConfig},
     }

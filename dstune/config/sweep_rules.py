@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Iterator
 
 from dstune.config.convert import shown
-from dstune.config.launch_schema import LocalConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.errors import Problem
+from dstune.protocols import launcher_of
 
 LOWER_COSTS = ("seconds", "peak_memory_gib")
 COSTS = (*LOWER_COSTS, "tokens_per_second")
@@ -44,7 +44,8 @@ def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem
         yield Problem("sweep.objective", "an objective is named twice", "name each once", shown(sweep.objective))
     if sweep.dir is not None and not sweep.dir.strip():
         yield Problem("sweep.dir", "this is empty", "give a path, or leave it out", "''")
-    if sweep.parallel > 1 and not isinstance(config.launch, (LocalConfig, SlurmConfig)):
+    launcher = launcher_of(config.launch)
+    if sweep.parallel > 1 and not launcher.here and launcher.queue is None:
         reason = f"launch={config.launch.name} gives every trial all hosts"
         fix = "sweep.parallel=1, or launch=local or launch=slurm"
         yield Problem("sweep.parallel", reason, fix, str(sweep.parallel))

@@ -13,7 +13,6 @@ from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
-from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import check_method
 from dstune.config.method_schema import FeaturesConfig, ImportanceConfig, UlmfitConfig
 from dstune.config.parallel_rules import check_parallel
@@ -46,7 +45,7 @@ from dstune.config.task_schema import (
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
-from dstune.protocols import optimizer_of, schedule_of
+from dstune.protocols import launcher_of, optimizer_of, schedule_of
 from dstune.protocols.task import TaskConfig
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
@@ -282,7 +281,7 @@ def _check_automatic(config: RunConfig) -> Iterator[Problem]:
         reason = "the classifier above computed features takes so little that there is nothing to find"
     elif isinstance(config.method, ImportanceConfig):
         reason = "the parameters are chosen before it can be measured, by micro-batches too"
-    elif config.sweep.parallel > 1 and isinstance(config.launch, LocalConfig):
+    elif config.sweep.parallel > 1 and launcher_of(config.launch).here:
         reason = "trials beside each other take memory and time from what each of them measures"
     elif config.trainer.deterministic:
         reason = "it is chosen by measured times, so two runs may choose differently (trainer.deterministic=true)"

@@ -30,13 +30,14 @@ class Registry(Generic[Member]):
 
     kind: what a member is called in messages, and the configuration section that chooses one.
     package: the package whose modules and subpackages are the built-in rooms; each registers on import. The names in its
-    `ORDER` come first; the first one is the default of the section.
+    `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
     """
 
-    def __init__(self, kind: str, package: str | None = None):
+    def __init__(self, kind: str, package: str | None = None, *, folders_only: bool = False):
         self.kind = kind
         self._package = package
         self._loaded = package is None
+        self._folders_only = folders_only
         self._members: dict[str, type[Member]] = {}
         self._by_config: dict[type, type[Member]] = {}
 
@@ -78,7 +79,7 @@ class Registry(Generic[Member]):
         assert self._package is not None
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
-            if not module.name.startswith("_"):
+            if not module.name.startswith("_") and (module.ispkg or not self._folders_only):
                 importlib.import_module(f"{self._package}.{module.name}")
         first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}
         self._members = first | self._members

@@ -19,7 +19,6 @@ from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
 from dstune.config.forgetting import measured_alone
-from dstune.config.launch_schema import LocalConfig
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
@@ -29,9 +28,10 @@ from dstune.config.task_schema import CausalLmConfig, ChatConfig, Classification
 from dstune.config.validate import validate
 from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
-from dstune.launch import preflight, records, rundir, supervise
-from dstune.launch.commands import local_plan
+from dstune.launch import preflight, records, rundir
+from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
+from dstune.protocols import launcher_of
 from dstune.protocols.task import TaskConfig
 
 SPLITS = ("train", "validation", "test", "guard", "ood")
@@ -62,10 +62,9 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         config, checkpoint = _configuration(arguments, directory, console.stage)
         write_run(directory / "run.yaml", Composed(config, arguments.overrides))
         options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
-        plan = local_plan(config, directory, console=console.kind)
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
-        ranks = tuple(_command(argv, directory, options) for argv in plan.argv)
-        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console, saves=False)
+        command = ("dstune.evaluate_ranks", str(directory), json.dumps(options))
+        code = launcher_of(config.launch).start(config, directory, console=console, command=command, saves=False)
         if code != EXIT_DONE:
             return code, None
         result = records.read_result(directory)
@@ -210,7 +209,7 @@ def _configuration(
         config,
         data=data,
         method=config.method if checkpoint else FullConfig(),
-        launch=config.launch if isinstance(config.launch, LocalConfig) else LocalConfig(),  # on this machine
+        launch=on_this_machine(config.launch),
         tracking=replace(config.tracking, wandb=WandbConfig()),
         parallel=NoParallelConfig(),  # without gradients a rank holds a long row
     )
@@ -265,18 +264,12 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
     if arguments.prompted:
         config = replace(config, model=ModelConfig(path=arguments.prompted))
     tracking = replace(config.tracking, wandb=WandbConfig())
-    launch = config.launch if isinstance(config.launch, LocalConfig) else LocalConfig()  # on this machine
+    launch = on_this_machine(config.launch)
     data = replace(data, packing=False)
     alone = NoParallelConfig()
     config = replace(config, data=data, method=FullConfig(), launch=launch, tracking=tracking, parallel=alone)
     validate(config)
     return preflight.resolve_run(config, stage)
-
-
-def _command(argv: tuple[str, ...], directory: Path, options: dict[str, Any]) -> tuple[str, ...]:
-    """The command of a training rank, turned into one that evaluates."""
-    module = argv.index("dstune.worker")
-    return (*argv[:module], "dstune.evaluate_ranks", str(directory), json.dumps(options))
 
 
 def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from dstune.config.compose import Composed, write_run
-from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import EXIT_DONE, TrainingFailed
-from dstune.launch import supervise
-from dstune.launch.commands import local_plan
+from dstune.launch.commands import number_of_ranks, on_this_machine, this_machine
 from dstune.launch.console import Console
 from dstune.planning import calibration
+from dstune.protocols import launcher_of
 
 
 def calibrate(config: RunConfig, console: Console) -> None:
@@ -25,15 +25,12 @@ def calibrate(config: RunConfig, console: Console) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
-        if not isinstance(config.launch, LocalConfig):  # measured here
-            config = replace(config, launch=LocalConfig())
+        config = replace(config, launch=on_this_machine(config.launch))
         write_run(directory / "run.yaml", Composed(config, []))
-        plan = local_plan(config, directory, console=console.kind)
-        console.stage(f"measuring with {plan.size} rank{'s' * (plan.size > 1)}")
-        ranks = tuple(
-            (*argv[: argv.index("dstune.worker")], "dstune.calibrate_ranks", str(directory)) for argv in plan.argv
-        )
-        code = supervise.run(config, directory, plan=replace(plan, argv=ranks), console=console, saves=False)
+        ranks = number_of_ranks(config, this_machine(os.environ))
+        console.stage(f"measuring with {ranks} rank{'s' * (ranks > 1)}")
+        command = ("dstune.calibrate_ranks", str(directory))
+        code = launcher_of(config.launch).start(config, directory, console=console, command=command, saves=False)
         if code != EXIT_DONE:
             raise TrainingFailed("the measurement did not finish; its logs are above")
         found = json.loads((directory / "speeds.json").read_text())

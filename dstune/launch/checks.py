@@ -12,19 +12,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
-from dstune.config.launch_schema import OpenMpiConfig
 from dstune.errors import UserError
 from dstune.launch.commands import count_cores, free_port
-from dstune.launch.remote import check_mpi
 from dstune.paths import cache_root
+from dstune.protocols import LAUNCHERS
+from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
 
-PASS, WARN, FAIL, SKIP = "pass", "warn", "fail", "skip"
 GIB = 2**30
 FREE_GIB, SHARED_GIB, OPEN_FILES = 20, 1, 4096
 SECONDS = 90
@@ -55,14 +53,6 @@ except Exception as error:
 print("FOUND " + json.dumps(found))
 """
 """Run in a process of its own: importing torch and DeepSpeed takes seconds, and may crash."""
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    status: str
-    detail: str
-    fix: str = ""
 
 
 def software() -> Iterator[Check]:
@@ -246,37 +236,17 @@ def _hub() -> Check:
 
 def launchers(*, needed: str) -> Iterator[Check]:
     """What starts ranks elsewhere. needed: the choice of `launch`, whose absence is a failure and not a remark."""
-    for choice, programs, packages in (
-        ("hostfile", ("ssh", "pdsh"), "openssh-client pdsh"),
-        ("slurm", ("sbatch", "srun", "squeue"), "slurm-client"),
-    ):
-        absent = [program for program in programs if shutil.which(program) is None]
-        if absent:
-            fix = f"for launch={choice}: Debian's {packages}"
-            yield Check(choice, FAIL if needed == choice else SKIP, f"{', '.join(absent)} not installed", fix)
-        elif choice == "slurm":
-            yield _slurm(needed == choice)
-        else:
-            yield Check(choice, PASS, ", ".join(shutil.which(program) or "" for program in programs))
-    try:
-        program = check_mpi(OpenMpiConfig())
-        yield Check("openmpi", PASS, f"{program}, and mpi4py {_version('mpi4py')} uses the same MPI")
-    except UserError as error:
-        yield Check("openmpi", FAIL if needed == "openmpi" else SKIP, error.problems[0].reason, error.problems[0].fix)
+    for name, room in LAUNCHERS.classes().items():
+        yield from room.probe(needed=name == needed)
 
 
-def _slurm(needed: bool) -> Check:
-    command = ["sinfo", "--noheader", "--format=%P %a %l %D nodes %G"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        done = subprocess.CompletedProcess(command, 1, "", "no answer within 20 s")
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
-        return Check(
-            "slurm", FAIL if needed else SKIP, f"the controller does not answer: {said}", "run it on a login node"
-        )
-    return Check("slurm", PASS, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[:8]))
+def programs(choice: str, names: Sequence[str], packages: str, *, needed: bool) -> Check:
+    """Whether the programs of a launcher are installed. packages: those of Debian that have them."""
+    absent = [name for name in names if shutil.which(name) is None]
+    if absent:
+        fix = f"for launch={choice}: Debian's {packages}"
+        return Check(choice, FAIL if needed else SKIP, f"{', '.join(absent)} not installed", fix)
+    return Check(choice, PASS, ", ".join(shutil.which(name) or "" for name in names))
 
 
 def trackers() -> Iterator[Check]:

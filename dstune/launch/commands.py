@@ -17,9 +17,10 @@ from pathlib import Path
 
 import dstune
 from dstune.config.convert import to_yaml
-from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig, WandbMode
 from dstune.errors import Problem, UserError
+from dstune.protocols import LAUNCHERS, launcher_of
+from dstune.protocols.launcher import LaunchConfig
 from dstune.rank_env import LAUNCHER_PID
 from dstune.redact import is_secret
 
@@ -140,7 +141,7 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
         UserError: there are GPUs, but fewer than processes, or far more processes than cores.
     """
     # Of another launcher nothing is known here but what this machine would do.
-    asked = config.launch.processes if isinstance(config.launch, LocalConfig) else None
+    asked = launcher_of(config.launch).ranks
     if asked is None:
         return machine.gpus or min(2, machine.cores)
     if 0 < machine.gpus < asked:
@@ -155,6 +156,11 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
         fix = f"launch.processes={machine.cores}; run.force=true starts them all the same"
         raise UserError(Problem("launch.processes", reason, fix, str(asked)))
     return asked
+
+
+def on_this_machine(launch: LaunchConfig) -> LaunchConfig:
+    """`launch`, or the default launcher, whichever has its ranks here."""
+    return launch if launcher_of(launch).here else LAUNCHERS[next(iter(LAUNCHERS))].Config()
 
 
 def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import textwrap
@@ -15,19 +14,14 @@ from pathlib import Path
 from dstune.arguments import VerbParser
 from dstune.config.compose import Composed, compose, write_run
 from dstune.config.launch_rules import check_launch
-from dstune.config.launch_schema import HostfileConfig, LocalConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
-from dstune.launch import checks, hosts, records, remote, slurm, supervise
-from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
-from dstune.launch.commands import local_plan
+from dstune.launch import checks, records
 from dstune.launch.console import Console
-from dstune.launch.hostfile import chosen, read
-from dstune.launch.remote_commands import ssh_of
 from dstune.planning.hardware import known_device
+from dstune.protocols import launcher_of
+from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
 
-MINUTES = "10"
-"""Time limit of a job that measures."""
 ENOUGH = 0.8
 """Share of the published speed of a link below which something is wrong with it."""
 
@@ -62,87 +56,42 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]:
-    launch = config.launch
     stages: list[Callable[[], Iterator[Check]]] = [
         checks.software,
         checks.machine,
         checks.places,
         lambda: checks.network(hub=True),
-        lambda: checks.launchers(needed=launch.name),
+        lambda: checks.launchers(needed=config.launch.name),
         checks.trackers,
     ]
     for stage in stages:
         yield from stage()
-    reachable = True
-    if isinstance(launch, (HostfileConfig, OpenMpiConfig)) and launch.hostfile is not None:
-        for check in hosts_checks(launch):
-            reachable &= check.status != FAIL
-            yield check
+    launcher, reachable = launcher_of(config.launch), True
+    for check in launcher.checks():
+        reachable &= check.status != FAIL
+        yield check
     if arguments.no_allreduce:
         return
-    if isinstance(launch, SlurmConfig):
-        reachable = shutil.which("sbatch") is not None
-    if not reachable:
+    measured = launcher.to_measure() if reachable else None
+    if measured is None:
         yield Check("all-reduce", SKIP, "not measured: what is wrong above first")
     else:
-        yield allreduce(config)
-
-
-def hosts_checks(launch: HostfileConfig | OpenMpiConfig) -> Iterator[Check]:
-    """Each host: reached, the same versions and files, the clock."""
-    assert launch.hostfile is not None
-    try:
-        names = list(chosen(read(launch.hostfile), launch.include, launch.exclude))
-    except UserError as error:
-        for problem in error.problems:
-            yield Check("hostfile", FAIL, f"{problem.value}: {problem.reason}", problem.fix)
-        return
-    ssh, paths = ssh_of(launch), [hosts.package_folder()]
-    answers = hosts.ask(names, ssh, paths)
-    problems = hosts.compare(answers, paths)
-    reached = [answer.host for answer in answers if answer.facts is not None]
-    problems += hosts.sees(reached, ssh, Path.cwd()) if reached else []
-    for answer in answers:
-        own = [problem for problem in problems if problem.value == answer.host]
-        for problem in own:
-            yield Check(f"host {answer.host}", FAIL, problem.reason, problem.fix)
-        if own or answer.facts is None:
-            continue
-        skew = hosts.common_skew([answer]).get(answer.host)
-        if skew is not None:
-            yield Check(
-                f"host {answer.host}", WARN, f"its clock is off by {skew:+.1f} s", "synchronise the clocks (chrony)"
-            )
-            continue
-        links = ", ".join(f"{name} {address}" for name, address in answer.facts["interfaces"].items() if name != "lo")
-        detail = (
-            f"same versions and files, {answer.facts['gpus']} GPU(s), {answer.facts['memory_gib']:.0f} GiB, {links}"
-        )
-        yield Check(f"host {answer.host}", PASS, detail)
+        yield allreduce(replace(config, launch=measured))
 
 
 def allreduce(config: RunConfig) -> Check:
     """Bus bandwidth and latency between all ranks, started as a run would start them."""
-    launch = config.launch
+    launcher = launcher_of(config.launch)
     quiet = Console(sys.stderr)
     # Where the nodes look for it too: the folder of this command, when there are several.
-    several = isinstance(launch, SlurmConfig) or getattr(launch, "hostfile", None)
-    inside = Path.cwd() if several else None
+    inside = Path.cwd() if launcher.shared_folder else None
     with tempfile.TemporaryDirectory(prefix=".dstune-doctor-", dir=inside) as scratch:
         folder = Path(scratch)
         (folder / "logs").mkdir()
         try:
             write_run(folder / "run.yaml", Composed(config, []))
-            if isinstance(launch, LocalConfig):
-                plan = local_plan(config, folder)
-                argv = tuple(_measuring(words) for words in plan.argv)
-                code = supervise.run(config, folder, plan=replace(plan, argv=argv), console=quiet, saves=False)
-            elif isinstance(launch, SlurmConfig):
-                one_job = replace(launch, wait=True, requeue=False, chain=1, time=launch.time or MINUTES)
-                config = replace(config, launch=one_job)
-                code = slurm.run(config, folder, console=quiet, module="dstune.doctor_ranks")
-            else:
-                code = remote.run(config, folder, console=quiet, module="dstune.doctor_ranks")
+            command = ("dstune.doctor_ranks", str(folder))
+            code = launcher.start(config, folder, console=quiet, command=command, saves=False)
         except DstuneError as error:
             return Check("all-reduce", FAIL, str(error).splitlines()[0], "mend this first")
         result = records.read_result(folder) or {}
@@ -173,10 +122,6 @@ def judge(found: dict) -> Check:
         fix = "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO what NCCL makes of it"
         return Check("all-reduce", WARN, f"{detail}; the link of a {found['device']} has {link:g} GB/s", fix)
     return Check("all-reduce", PASS, f"{detail} of {link:g} GB/s")
-
-
-def _measuring(argv: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple("dstune.doctor_ranks" if word == "dstune.worker" else word for word in argv)
 
 
 def _line(check: Check) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ import psutil
 from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
-from dstune.launch import records, slurm, slurm_jobs
+from dstune.launch import records
+from dstune.launch.queues import queue_of
 from dstune.launch.rundir import run_directory
 from dstune.paths import STOP_FILE
+from dstune.protocols.launcher import Job, Unreachable
 from dstune.trials import is_sweep, read_records
 
 TWICE_SECONDS = 0.5
 """Between two signals that shall count as two (see `signals.TWICE_SECONDS`)."""
 
 JOB_SECONDS = 1.0
-"""Between two questions to SLURM while a job ends."""
+"""Between two questions to the queue while a job ends."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Status:
     """Where a run stands."""
 
     state: str
-    """`running`, or `pending` in SLURM's queue; completed, stopped, preempted or failed as in result.json; `dead` (the
+    """`running`, or `pending` in a queue; completed, stopped, preempted or failed as in result.json; `dead` (the
     launcher ended without a result); `elsewhere` (launched on another machine, which alone can tell)."""
     reason: str
     step: int
@@ -84,14 +87,14 @@ def status_of(run_dir: Path) -> Status:
     return Status(state, reason, int(last.get("step", 0)), last.get("loss"), age, launcher, store.newest(run_dir))
 
 
-def _jobs(launcher: records.LaunchRecord | None) -> tuple[list[slurm_jobs.Job], str]:
-    """The SLURM jobs of the run that are not over, and why that cannot be told."""
+def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
+    """The jobs of the run that are not over, and why that cannot be told."""
     if launcher is None or not launcher.jobs:
         return [], ""
     try:
-        return slurm_jobs.alive(launcher.jobs), ""
-    except slurm_jobs.Unreachable as error:
-        return [], f"SLURM, which runs it as job {launcher.jobs[-1]}, does not answer here: {error}"
+        return queue_of(launcher).alive(launcher.jobs), ""
+    except Unreachable as error:
+        return [], f"{queue_of(launcher).name}, which runs it as job {launcher.jobs[-1]}, does not answer here: {error}"
 
 
 def status(argv: list[str]) -> int:
@@ -122,7 +125,7 @@ def cancel(argv: list[str]) -> int:
     run_dir = run_directory(arguments.run)
     launcher = records.read_launch(run_dir)
     if launcher is not None and launcher.jobs:
-        return _cancel_jobs(launcher.jobs, run_dir, now=arguments.now, as_json=arguments.json)
+        return _cancel_jobs(launcher, run_dir, now=arguments.now, as_json=arguments.json)
     if launcher is not None and not launcher.is_here and records.read_result(run_dir) is None:
         reason = f"the run was launched on {launcher.host}, and can be stopped from there alone"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(run_dir)))
@@ -160,24 +163,25 @@ def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
     return EXIT_DONE
 
 
-def _cancel_jobs(jobs: list[str], run_dir: Path, *, now: bool, as_json: bool) -> int:
-    """Stop a run that SLURM has: a job that waits leaves the queue, one that runs saves first."""
-    slurm_jobs.require("scancel")
+def _cancel_jobs(launcher: records.LaunchRecord, run_dir: Path, *, now: bool, as_json: bool) -> int:
+    """Stop a run in a queue: a job that waits leaves the queue, one that runs saves first."""
+    jobs, queue = launcher.jobs, queue_of(launcher)
+    queue.require(cancel=True)
     try:
-        while left := slurm_jobs.alive(jobs):
+        while left := queue.alive(jobs):
             if now:
-                slurm_jobs.cancel([job.id for job in left])
+                queue.cancel([job.id for job in left])
             else:
-                slurm.ask_to_stop(jobs, run_dir)
+                queue.ask_to_stop(jobs, run_dir)
             time.sleep(JOB_SECONDS)
-    except slurm_jobs.Unreachable as error:
+    except Unreachable as error:
         fix = "run it on a login node of the cluster"
-        raise UserError(Problem("RUN", f"SLURM does not answer here: {error}", fix, str(run_dir))) from None
+        raise UserError(Problem("RUN", f"{queue.name} does not answer here: {error}", fix, str(run_dir))) from None
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     if records.read_result(run_dir) is None:
-        launcher = records.read_launch(run_dir)
+        latest = records.read_launch(run_dir)
         status = "failed" if now and store.newest(run_dir) is None else "preempted"
-        records.write_result(run_dir, status, "cancelled", launcher.processes if launcher else len(jobs))
+        records.write_result(run_dir, status, "cancelled", latest.processes if latest else len(jobs))
     after = status_of(run_dir)
     if as_json:
         print(json.dumps(after.to_json(run_dir)))

@@ -13,12 +13,11 @@ from typing import Any
 from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
-from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.parallel_rules import CAPPED, heads_problem, ranks_problem, slices_problems, uncut_problem
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective, TensorConfig, UlyssesConfig
 from dstune.config.validate import TILED, find_problems, tiles_problem
 from dstune.errors import EXIT_DONE, Problem, UserError
-from dstune.launch import hostfile, machine, rundir
+from dstune.launch import machine, rundir
 from dstune.launch.calibrate import calibrate
 from dstune.launch.console import Console
 from dstune.planning import architecture, hardware, source
@@ -28,6 +27,7 @@ from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup, head_of, labels_of, setup, trained_tensors
 from dstune.planning.time import Speed, speed_of
+from dstune.protocols import launcher_of
 
 HELP = """\
 usage: dstune plan [RUN] [key=value ...] [hardware=8xH100-80G] [nodes=4] [price=2.5] [--json]
@@ -178,20 +178,10 @@ def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
 
 def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
     """The hardware that the arguments name, or this machine. Raises UserError."""
-    nodes = arguments.nodes or _nodes_of(config)
+    nodes = arguments.nodes or launcher_of(config.launch).nodes()
     if arguments.hardware or arguments.numbers:
         return hardware.parse(arguments.hardware, arguments.numbers, nodes)
     return replace(machine.here(config).cluster, nodes=nodes)
-
-
-def _nodes_of(config: RunConfig) -> int:
-    """The nodes that the launch asks for. Raises UserError where its hostfile cannot be read."""
-    match config.launch:
-        case SlurmConfig():
-            return config.launch.nodes
-        case HostfileConfig(hostfile=str(path)) | OpenMpiConfig(hostfile=str(path)) as launch:
-            return len(hostfile.chosen(hostfile.read(path), launch.include, launch.exclude))
-    return 1
 
 
 def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> Planned:

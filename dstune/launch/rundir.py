@@ -18,8 +18,10 @@ from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.core.files import INCOMPLETE
 from dstune.errors import Problem, UserError
-from dstune.launch import records, slurm_jobs
+from dstune.launch import records
 from dstune.launch.positions import cut_as_before
+from dstune.launch.queues import queue_of
+from dstune.protocols.launcher import Unreachable
 from dstune.redact import publish
 from dstune.trials import is_sweep
 
@@ -188,15 +190,15 @@ def prepare(composed: Composed, before: Before | None = None) -> Prepared:
 
 
 def _refuse_running_job(path: Path) -> None:
-    """Raises UserError where a SLURM job, which holds no lock, uses the directory."""
+    """Raises UserError where a job, which holds no lock, uses the directory."""
     record = records.read_launch(path)
     if record is None or not record.jobs:
         return
     try:
-        jobs = slurm_jobs.alive(record.jobs)
-    except slurm_jobs.Unreachable:
+        jobs = queue_of(record).alive(record.jobs)
+    except Unreachable:
         if records.read_result(path) is None:
-            reason = f"job {record.jobs[-1]} may be running here, and SLURM does not answer"
+            reason = f"job {record.jobs[-1]} may be running here, and {queue_of(record).name} does not answer"
             raise UserError(Problem("run.dir", reason, "start it on a login node", str(path))) from None
         return
     if jobs:

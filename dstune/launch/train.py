@@ -16,7 +16,6 @@ from dstune.arguments import is_path
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
-from dstune.config.launch_schema import HostfileConfig, LocalConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.config.words import meaning
@@ -27,6 +26,7 @@ from dstune.launch.console import Console
 from dstune.launch.manage import status_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
+from dstune.protocols import launcher_of
 from dstune.rank_env import RankEnv, from_environment
 
 if TYPE_CHECKING:
@@ -95,21 +95,13 @@ def launched(command: Command, console: Console, write_rows: WriteRows | None = 
     finally:
         if prepared.lock is not None:  # this process may go on: a notebook
             os.close(prepared.lock)
-    launch = prepared.config.launch
-    return prepared.run_dir, code, isinstance(launch, SlurmConfig) and not launch.wait
+    return prepared.run_dir, code, not launcher_of(prepared.config.launch).waits
 
 
 def start(prepared: Prepared, console: Console) -> int:
     """Start the ranks where the configuration says, and wait for them. Raises UserError; returns the exit code."""
-    from dstune.launch import remote, slurm, supervise
-
-    match prepared.config.launch:
-        case SlurmConfig():
-            return slurm.run(prepared.config, prepared.run_dir, console=console)
-        case HostfileConfig() | OpenMpiConfig():
-            return remote.run(prepared.config, prepared.run_dir, console=console)
-        case LocalConfig():
-            return supervise.run(prepared.config, prepared.run_dir, console=console, lock=prepared.lock)
+    launcher = launcher_of(prepared.config.launch)
+    return launcher.start(prepared.config, prepared.run_dir, console=console, lock=prepared.lock)
 
 
 def parse(argv: list[str]) -> Command:

@@ -33,6 +33,7 @@ __all__ = [
     "Task",
     "callback",
     "launcher",
+    "launcher_of",
     "method",
     "method_of",
     "optimizer",
@@ -50,11 +51,12 @@ TASKS: Registry[Task] = Registry("task", "dstune.tasks")
 METHODS: Registry[Method] = Registry("method", "dstune.methods")
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "dstune.optim")
 SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
-LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch")
 CALLBACKS: Registry[Callback] = Registry("callback", "dstune.trainer.callbacks")
+LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch", folders_only=True)
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
+launcher_of = LAUNCHERS.of

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from dstune.errors import DstuneError, Problem
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+    from dstune.launch.console import Console
 
 
 @dataclass(frozen=True)
@@ -11,6 +19,57 @@ class LaunchConfig:
     """Base of every launcher's configuration: fields of a subclass become keys `launch.FIELD`."""
 
     name: str = ""
+    export_env: list[str] = field(default_factory=list)
+    """Further environment variables that the ranks inherit, beside the built-in list."""
+
+
+PASS, WARN, FAIL, SKIP = "pass", "warn", "fail", "skip"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `dstune doctor`."""
+
+    name: str
+    status: str
+    """`PASS`, `WARN`, `FAIL` or `SKIP`."""
+    detail: str
+    fix: str = ""
+
+
+class Unreachable(DstuneError):
+    """A queue does not answer now, which says nothing about its jobs."""
+
+
+class Job(Protocol):
+    """A job in a queue. As text: what it does now, for the console."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def is_waiting(self) -> bool: ...
+
+
+class Queue:
+    """Where a launcher's runs wait for machines, and go on without the process that submitted them."""
+
+    name: ClassVar[str]
+
+    def require(self, *, cancel: bool = False) -> None:
+        """Raises UserError where jobs cannot be submitted, or cancelled, from this machine."""
+        raise NotImplementedError
+
+    def alive(self, ids: Sequence[str]) -> Sequence[Job]:
+        """The jobs that wait or run. Raises Unreachable."""
+        raise NotImplementedError
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """End the jobs at once."""
+        raise NotImplementedError
+
+    def ask_to_stop(self, ids: Sequence[str], run_dir: Path) -> None:
+        """Let a running job save and end, and take waiting ones out of the queue. Raises Unreachable."""
+        raise NotImplementedError
 
 
 class Launcher:
@@ -18,6 +77,77 @@ class Launcher:
 
     Config: ClassVar[type] = LaunchConfig
     name: ClassVar[str] = ""
+    here: ClassVar[bool] = False
+    """Whether the ranks run on this machine alone, and can share its devices with those of other runs."""
+    queue: ClassVar[Queue | None] = None
+    """Where its runs wait as jobs, if they do."""
 
     def __init__(self, config: Any):
         self.config = config
+
+    def check(self) -> Iterator[Problem]:
+        """What is wrong with the configuration beyond the range of each field."""
+        yield from ()
+
+    @property
+    def ranks(self) -> int | None:
+        """The number of ranks, where the configuration alone tells it."""
+        return None
+
+    @property
+    def waits(self) -> bool:
+        """Whether `start` returns when the run is over, and not before."""
+        return True
+
+    @property
+    def shared_folder(self) -> bool:
+        """Whether other machines have to see the run directory."""
+        return True
+
+    def nodes(self) -> int:
+        """Machines of the run, for `dstune plan`. Raises UserError where a file that lists them cannot be read."""
+        return 1
+
+    def start(
+        self,
+        run: RunConfig,
+        run_dir: Path,
+        *,
+        console: Console,
+        lock: int | None = None,
+        command: Sequence[str] | None = None,
+        saves: bool = True,
+    ) -> int:
+        """Start the ranks of `run` in `run_dir`, which holds its `run.yaml`, and wait for them; the exit code of the public
+        contract.
+
+        lock: descriptor of the run directory's lock, held as long as a rank lives. command: the module that each rank runs
+        and its arguments; training's when not given. saves: whether ranks that are asked to stop have something to save.
+
+        Raises:
+            UserError: what keeps the ranks from starting, or the ranks found the user's mistake.
+        """
+        raise NotImplementedError
+
+    def array_problems(self) -> Iterator[Problem]:
+        """Why the trials of a sweep cannot be submitted together; asked only where `waits` is false."""
+        yield from ()
+
+    def submit_array(
+        self, sweep: RunConfig, folder: Path, runs: Sequence[tuple[RunConfig, Path]], console: Console
+    ) -> list[str]:
+        """Submit the trials `runs` of the sweep in `folder` together; the job of each. Raises UserError."""
+        raise NotImplementedError
+
+    @classmethod
+    def probe(cls, *, needed: bool) -> Iterator[Check]:
+        """What this launcher needs on this machine. needed: its absence is a failure and not a remark."""
+        yield from ()
+
+    def checks(self) -> Iterator[Check]:
+        """Whether the machines that the configuration names can be used."""
+        yield from ()
+
+    def to_measure(self) -> Any:
+        """The configuration for a measurement between its ranks, or None where they cannot be started from here."""
+        return self.config

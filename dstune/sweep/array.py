@@ -1,73 +1,64 @@
-"""A sweep as one array of SLURM jobs (`launch=slurm launch.wait=false`): a task for each trial that is left, at most
-`sweep.parallel` of them at a time, and nobody who waits.
+"""A sweep left to a queue (`launch=slurm launch.wait=false`): a job for each trial that is left, at most `sweep.parallel` of
+them at a time, and nobody who waits.
 
-Every trial has its own job script, as any run has (`slurm_script`); a task of the array runs one of them. What an array
-needs is known before: every combination, and jobs of one size.
+What an array of jobs needs is known before: every combination, and jobs of one size.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from dstune.config.flags import Flags
-from dstune.config.launch_schema import SlurmConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig
 from dstune.config.sweep_space import Axis
 from dstune.errors import Problem, UserError
-from dstune.launch import records, slurm_jobs
-from dstune.launch.commands import inherited
+from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.rundir import Prepared
-from dstune.launch.slurm_script import SCRIPT, job_script, options, ranks_per_node
 from dstune.launch.train import Command, prepare
+from dstune.protocols import launcher_of
 from dstune.sweep.directory import Sweep, write_record
 from dstune.sweep.grid import Grid
 from dstune.sweep.schedule import Trial
 from dstune.trials import Record, read_record, record_path
 
-ARRAY = Path("launch") / "array.sbatch"
-
 
 def is_array(config: RunConfig) -> bool:
-    return isinstance(config.launch, SlurmConfig) and not config.launch.wait
+    return not launcher_of(config.launch).waits
 
 
 def problems(config: RunConfig, axes: Sequence[Axis]) -> Iterator[Problem]:
-    """Why this sweep cannot be left to SLURM."""
-    if isinstance(config.launch, SlurmConfig) and not config.launch.wait:
+    """Why this sweep cannot be left to the queue."""
+    if is_array(config):
         if isinstance(config.sweep, OptunaConfig):
             reason = "Optuna chooses the values of a trial after others have ended, so the sweep has to wait for them"
             yield Problem("launch.wait", reason, "launch.wait=true", "false")
         if any(axis.key == "launch.processes" for axis in axes):
             reason = "the jobs of an array have one size"
             yield Problem("launch.processes", reason, "launch.wait=true, or one value", "")
-        if config.launch.chain > 1:
-            reason = "the jobs of an array do not wait for each other"
-            yield Problem("launch.chain", reason, "launch.chain=1, or launch.wait=true", str(config.launch.chain))
+        yield from launcher_of(config.launch).array_problems()
 
 
 def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) -> list[Trial]:
     """Write the trials' run directories and submit the array; the trials in it.
 
     Raises:
-        UserError: sbatch refuses. Trials that are refused are recorded as failed, and left out.
+        UserError: the queue refuses. Trials that are refused are recorded as failed, and left out.
     """
-    launch = sweep.base.launch
-    assert isinstance(launch, SlurmConfig)
-    slurm_jobs.require("sbatch")
-    size = launch.nodes * ranks_per_node(launch)
+    launcher = launcher_of(sweep.base.launch)
+    queue = launcher.queue
+    assert queue is not None
+    queue.require()
     ready: list[tuple[Trial, Prepared]] = []
     while (trial := grid.next()) is not None:
         run_dir = sweep.path / trial.name
-        if (record := records.read_launch(run_dir)) is not None and record.jobs and slurm_jobs.alive(record.jobs):
+        if (record := records.read_launch(run_dir)) is not None and record.jobs and queue.alive(record.jobs):
             console.stage(f"{trial.name} is in the queue already")
             continue
         try:
@@ -77,59 +68,18 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
             console.stage(f"{trial.name} failed: {error}")
     if not ready:
         return []
-    launch_id = uuid.uuid4().hex
     with _released(ready):
-        for _, prepared in ready:
-            script = prepared.run_dir / SCRIPT
-            script.parent.mkdir(exist_ok=True)
-            script.write_text(job_script(prepared.config, prepared.run_dir, os.environ))
-            script.chmod(0o755)
-            records.begin(prepared.run_dir, launch_id, size)
-        paths = [prepared.run_dir for _, prepared in ready]
-        file = sweep.path / ARRAY
-        for folder in (file.parent, sweep.path / "logs"):
-            folder.mkdir(exist_ok=True)
-        file.write_text(array_script(sweep.base, sweep.path, paths, os.environ))
-        file.chmod(0o755)
+        runs = [(prepared.config, prepared.run_dir) for _, prepared in ready]
         try:
-            job = slurm_jobs.submit(file, {**os.environ, **inherited(sweep.base, os.environ)})
+            jobs = launcher.submit_array(sweep.base, sweep.path, runs, console)
         except UserError:
             for _, prepared in ready:
                 prepared.before.restore()
             raise
-        for task, (trial, prepared) in enumerate(ready):
-            records.note(prepared.run_dir, launch_id, size, [f"{job}_{task}"])
+        for job, (trial, _) in zip(jobs, ready, strict=True):
             before = read_record(record_path(sweep.path, trial.name))
-            _record(sweep.path, trial, place=f"SLURM job {job}_{task}", starts=(before.starts if before else 0) + 1)
-    console.stage(f"submitted array {job}: {len(ready)} jobs, {sweep.base.sweep.parallel} at a time, {file}")
+            _record(sweep.path, trial, place=f"{queue.name} job {job}", starts=(before.starts if before else 0) + 1)
     return [trial for trial, _ in ready]
-
-
-def array_script(base: RunConfig, sweep: Path, runs: Sequence[Path], env: os._Environ[str] | dict[str, str]) -> str:
-    """The script of the array: its tasks run the scripts of the trials in `runs`."""
-    whole = sweep.absolute()
-    log = str(whole / "logs" / "slurm-%A_%a.log")
-    own = [
-        *(
-            option
-            for option in options(base, whole, sorted(inherited(base, env)))
-            if not option.startswith("--output=")
-        ),
-        f"--output={shlex.quote(log)}",
-        f"--array=0-{len(runs) - 1}%{base.sweep.parallel}",
-    ]
-    lines = [
-        "#!/usr/bin/env bash",
-        f"# {base.run.name}: made by `dstune train --multirun launch=slurm launch.wait=false`, and made anew by each start.",
-        *(f"#SBATCH {option}" for option in own),
-        "",
-        "runs=(",
-        *(f"  {shlex.quote(str(run.absolute()))}" for run in runs),
-        ")",
-        f'exec bash "${{runs[$SLURM_ARRAY_TASK_ID]}}/{SCRIPT}"',
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _prepared(sweep: Sweep, trial: Trial, common: Sequence[str], console: Console) -> Prepared:

@@ -7,10 +7,10 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dstune.config.launch_schema import LocalConfig, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.launch.commands import count_cores, count_gpus
+from dstune.protocols import launcher_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ def slots(config: RunConfig, devices: Devices, ranks: Sequence[int | None] = (No
         UserError: there are fewer GPUs, or cores, than the trials need at a time.
     """
     parallel, host = config.sweep.parallel, socket.gethostname()
-    if isinstance(config.launch, SlurmConfig):
-        return [Slot("SLURM")] * parallel
-    if parallel == 1 or not isinstance(config.launch, LocalConfig):
+    launcher = launcher_of(config.launch)
+    if launcher.queue is not None:
+        return [Slot(launcher.queue.name)] * parallel
+    if parallel == 1 or not launcher.here:
         return [Slot(host)] * parallel
     kind, things = ("GPU", devices.gpus) if devices.gpus else ("core", devices.cores)
     asked = max((count for count in ranks if count is not None), default=None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config import launch_schema, method_schema, schema, task_schema
+from dstune.config import method_schema, schema, task_schema
+from dstune.launch.local import LocalConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.cosine import CosineConfig
 
@@ -23,7 +24,7 @@ def run_config(**sections: Any) -> schema.RunConfig:
         "trainer": schema.TrainerConfig(),
         "checkpoint": schema.CheckpointConfig(),
         "evaluate": schema.EvaluateConfig(),
-        "launch": launch_schema.LocalConfig(),
+        "launch": LocalConfig(),
         "tracking": schema.TrackingConfig(),
         "run": schema.RunSection(),
     }

@@ -30,21 +30,23 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from dstune.errors import DstuneError
-from dstune.launch import records, supervise
+from dstune.launch import records
+from dstune.launch.console import Console
+from dstune.launch.local import supervise
 from dstune.launch.commands import Machine, local_plan
 from dataclasses import replace
 sys.path.insert(0, {root!r})
 from tests.support.configs import run_config
-from dstune.config.launch_schema import LocalConfig
+from dstune.launch.local import LocalConfig
 run_dir, grace, ranks = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 config = run_config(launch=LocalConfig(processes=ranks, grace_seconds=grace))
-console = supervise.Console()
+console = Console()
 plan = local_plan(config, run_dir, machine=Machine(gpus=0, cores=2), console=console.kind)
 argv = (sys.executable, "-u", str(run_dir / "rank.py"), str(run_dir))
 plan = replace(plan, argv=(argv,) * ranks)
 try:
     lock = records.acquire_lock(run_dir)
-    code = supervise.run(config, run_dir, plan=plan, console=console, lock=lock)
+    code = supervise.run(config, run_dir, config.launch, plan=plan, console=console, lock=lock)
 except DstuneError as error:
     print(error, file=sys.stderr)
     code = error.exit_code

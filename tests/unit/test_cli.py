@@ -14,7 +14,8 @@ from dstune import cli
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.schema import RunSection
 from dstune.errors import DstuneError, Preempted, Problem, UserError
-from dstune.launch import preflight, supervise, train
+from dstune.launch import preflight, train
+from dstune.launch.local import Local
 from dstune.rank_env import RankEnv
 from tests.support.configs import run_config
 
@@ -35,14 +36,14 @@ def launched(monkeypatch):
     """Runs that reached the supervision, which is replaced; `code` is what it returns."""
     state = SimpleNamespace(calls=[], code=0)
 
-    def run(config, run_dir, *, console, lock):
+    def run(self, config, run_dir, *, console, lock):
         state.calls.append((config, run_dir))
         os.close(lock)  # this process goes on, unlike the command
         result = {"status": "completed", "steps": 3, "eval_final": {"loss": 1.5}}
         (run_dir / "result.json").write_text(json.dumps(result))
         return state.code
 
-    monkeypatch.setattr(supervise, "run", run)
+    monkeypatch.setattr(Local, "start", run)
     return state
 
 

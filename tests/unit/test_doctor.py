@@ -9,6 +9,7 @@ import pytest
 
 from dstune.launch import attempt, checks, doctor
 from dstune.launch.checks import FAIL, PASS, SKIP, WARN, Check
+from dstune.launch.openmpi import nodes
 
 
 def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400.0, sockets=False):
@@ -79,7 +80,7 @@ def test_the_hub_and_few_open_files(monkeypatch):
 
 def test_a_launcher_that_is_asked_for_and_missing_fails(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(checks, "check_mpi", lambda _: "/usr/bin/mpirun")
+    monkeypatch.setattr(nodes, "mpirun_path", lambda _: "/usr/bin/mpirun")
     assert {check.name: check.status for check in checks.launchers(needed="local")}["slurm"] == SKIP
     assert {check.name: check.status for check in checks.launchers(needed="slurm")}["slurm"] == FAIL
     assert {check.name: check.status for check in checks.launchers(needed="hostfile")}["hostfile"] == FAIL

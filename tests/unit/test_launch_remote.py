@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from dstune import handed
-from dstune.config.launch_schema import HostfileConfig, OpenMpiConfig
 from dstune.config.schema import ModelConfig, TrackingConfig, WandbConfig, WandbMode
 from dstune.launch import hosts
+from dstune.launch.hostfile import HostfileConfig
+from dstune.launch.hostfile.commands import pdsh_plan
 from dstune.launch.hosts import Answer, Ssh
-from dstune.launch.remote_commands import mpirun_plan, pdsh_plan
+from dstune.launch.openmpi import OpenMpiConfig
+from dstune.launch.openmpi.commands import mpirun_plan
 from tests.support.configs import run_config
 
 SLOTS = {"node1": [0, 1], "node2": [0]}

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
-from dstune.launch import restarts
 from dstune.launch.console import Console
-from dstune.launch.restarts import Restarts
+from dstune.launch.local import restarts
+from dstune.launch.local.restarts import Restarts
 from dstune.launch.verdict import Ended, Verdict
 
 

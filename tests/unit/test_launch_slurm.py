@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
 from dstune.config.schema import RunSection, TrackingConfig, WandbConfig, WandbMode
 from dstune.errors import UserError
-from dstune.launch import records, slurm, slurm_job, slurm_jobs
-from dstune.launch.slurm_script import NOTHING_LEFT, REQUEUE, job_script
+from dstune.launch import records
+from dstune.launch.slurm import ContainerRuntime, SlurmConfig
+from dstune.launch.slurm import job as slurm_job
+from dstune.launch.slurm import jobs as slurm_jobs
+from dstune.launch.slurm import submit as slurm
+from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE, job_script
 from dstune.paths import STOP_REASON
 from tests.support.configs import run_config
 
@@ -29,7 +32,7 @@ NO_TRACKING = TrackingConfig()
 
 def script(tmp_path=Path("/shared/runs/one"), name="run", tracking=NO_TRACKING, **keys):
     config = run_config(launch=SlurmConfig(**keys), run=RunSection(name=name), tracking=tracking)
-    return job_script(config, tmp_path, PARENT)
+    return job_script(config, config.launch, tmp_path, PARENT)
 
 
 def directives(text):
@@ -163,7 +166,7 @@ def test_half_a_chain_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     config = run_config(launch=SlurmConfig(chain=3, requeue=False))
     with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
-        slurm.submit(config, tmp_path)
+        slurm.submit(config, config.launch, tmp_path)
     assert (tmp_path / "cancelled").read_text() == "41\n"
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.launch_schema import SlurmConfig
 from dstune.config.sweep_schema import GridConfig, OptunaConfig
 from dstune.config.sweep_space import split
-from dstune.sweep.array import array_script, is_array, problems
+from dstune.launch.slurm import SlurmConfig
+from dstune.launch.slurm.array import array_script
+from dstune.sweep.array import is_array, problems
 from tests.support.configs import run_config
 
 LAUNCH = SlurmConfig(wait=False, gpus=2, partition="gpu", time="1:00:00")
@@ -19,7 +20,7 @@ LAUNCH = SlurmConfig(wait=False, gpus=2, partition="gpu", time="1:00:00")
 def test_the_script(tmp_path: Path):
     config = run_config(launch=LAUNCH, sweep=GridConfig(parallel=3))
     runs = [tmp_path / name for name in ("lr=1", "it's", "lr=2")]
-    text = array_script(config, tmp_path, runs, {"PATH": "/bin", "SECRET_TOKEN": "hidden"})
+    text = array_script(config, LAUNCH, tmp_path, runs, {"PATH": "/bin", "SECRET_TOKEN": "hidden"})
     header = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --array=0-2%3" in header
     assert "#SBATCH --gres=gpu:2" in header

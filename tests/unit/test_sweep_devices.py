@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dstune.config.launch_schema import LocalConfig, OpenMpiConfig, SlurmConfig
 from dstune.config.sweep_schema import GridConfig
 from dstune.errors import UserError
+from dstune.launch.local import LocalConfig
+from dstune.launch.openmpi import OpenMpiConfig
+from dstune.launch.slurm import SlurmConfig
 from dstune.sweep.devices import Devices, here, share, slots
 from tests.support.configs import run_config
 

@@ -17,15 +17,15 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from dstune.config.launch_schema import LocalConfig
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
 from dstune.launch import attempt, records
-from dstune.launch.commands import LaunchPlan, free_port, local_plan
+from dstune.launch.commands import LaunchPlan, free_port
 from dstune.launch.console import Console, copy
+from dstune.launch.local import LocalConfig
+from dstune.launch.local.restarts import Restarts
 from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
-from dstune.launch.restarts import Restarts
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
 from dstune.paths import SIGNAL_FILE
@@ -40,37 +40,35 @@ STACKS_SECONDS = 0.5
 def run(
     config: RunConfig,
     run_dir: Path,
+    launch: LocalConfig,
     *,
-    plan: LaunchPlan | None = None,
-    console: Console | None = None,
+    plan: LaunchPlan,
+    console: Console,
     lock: int | None = None,
     saves: bool = True,
 ) -> int:
     """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
 
-    plan: what to start; `local_plan` of the configuration when not given. lock: descriptor of the run directory's lock,
+    plan: what to start. lock: descriptor of the run directory's lock,
     which stays held until the last rank has gone even when this process is killed. saves: whether ranks that are asked to stop
     have something to save.
 
     Raises:
-        UserError: the launch cannot be planned (see `local_plan`), or the ranks found the user's mistake.
+        UserError: the ranks found the user's mistake.
     """
-    console = console or Console()
-    assert isinstance(config.launch, LocalConfig)
-    plan = plan or local_plan(config, run_dir, console=console.kind)
-    grace = config.launch.grace_seconds
+    grace = launch.grace_seconds
     with caught_signals(config.run.signals) as received:
-        restarts = Restarts(config.launch.restarts, run_dir, console, received)
+        restarts = Restarts(launch.restarts, run_dir, console, received)
         while True:
-            launch = Launch(plan, run_dir, grace, console, received, lock, saves)
-            verdict = launch.run()
-            if verdict.exit_code == EXIT_FAILED and launch.port_was_taken(verdict) and not received:
+            attempted = Launch(plan, run_dir, grace, console, received, lock, saves)
+            verdict = attempted.run()
+            if verdict.exit_code == EXIT_FAILED and attempted.port_was_taken(verdict) and not received:
                 console.message("dstune: another program took the port of the ranks; trying once more with another one")
-                launch = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock, saves)
-                verdict = launch.run()
+                attempted = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock, saves)
+                verdict = attempted.run()
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
-                verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", launch.ended[0])
-            verdict, again = restarts.consider(verdict, launch)
+                verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", attempted.ended[0])
+            verdict, again = restarts.consider(verdict, attempted)
             if not again:
                 break
             plan = plan.with_port(free_port())
@@ -80,7 +78,7 @@ def run(
             console.message(f"dstune: the result cannot be written: {error}")
             if verdict.exit_code == EXIT_DONE:
                 verdict = Verdict(EXIT_FAILED, "the run directory cannot be written to")
-    attempt.explain(run_dir, verdict, console, dict(enumerate(launch.log_starts)))
+    attempt.explain(run_dir, verdict, console, dict(enumerate(attempted.log_starts)))
     return verdict.exit_code
 
 

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.errors import DstuneError, Problem, UserError
+from dstune.errors import Problem, UserError
+from dstune.launch import records
+from dstune.paths import STOP_FILE, STOP_REASON
+from dstune.protocols.launcher import FAIL, PASS, SKIP, Check, Queue, Unreachable
 
 FINAL = {
     *(
@@ -26,10 +29,6 @@ FINAL = {
 }
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 SECONDS = 60
-
-
-class Unreachable(DstuneError):
-    """SLURM's controller does not answer now."""
 
 
 @dataclass(frozen=True)
@@ -122,3 +121,52 @@ def require(program: str) -> None:
     if shutil.which(program) is None:
         fix = "start it on a login node of the cluster, or choose launch=local or launch=hostfile"
         raise UserError(Problem("launch=slurm", f"there is no {program} on this machine", fix))
+
+
+def ask_to_stop(jobs: Sequence[str], run_dir: Path) -> None:
+    """Let a running job save and end, and take waiting ones out of the  Raises Unreachable."""
+    for job in alive(jobs):
+        if job.is_waiting:
+            cancel([job.id])
+        elif not (run_dir / STOP_FILE).exists() and STOP_REASON not in _reason(run_dir):
+            (run_dir / STOP_FILE).touch()
+
+
+def _reason(run_dir: Path) -> str:
+    return str((records.read_result(run_dir) or {}).get("reason"))
+
+
+def probe(*, needed: bool) -> Check:
+    """Whether the controller answers, and what it has."""
+    from dstune.launch.checks import programs
+
+    found = programs("slurm", ("sbatch", "srun", "squeue"), "slurm-client", needed=needed)
+    if found.status != PASS:
+        return found
+    command = ["sinfo", "--noheader", "--format=%P %a %l %D nodes %G"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, 1, "", "no answer within 20 s")
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+        return Check(
+            "slurm", FAIL if needed else SKIP, f"the controller does not answer: {said}", "run it on a login node"
+        )
+    return Check("slurm", PASS, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[:8]))
+
+
+class SlurmQueue(Queue):
+    name = "SLURM"
+
+    def require(self, *, cancel: bool = False) -> None:
+        require("scancel" if cancel else "sbatch")
+
+    def alive(self, ids: Sequence[str]) -> list[Job]:
+        return alive(ids)
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        cancel(ids)
+
+    def ask_to_stop(self, ids: Sequence[str], run_dir: Path) -> None:
+        ask_to_stop(ids, run_dir)

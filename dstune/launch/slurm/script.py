@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from dstune.config.launch_schema import ContainerRuntime, SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
+from dstune.launch.slurm import ContainerRuntime, SlurmConfig
 
 SCRIPT = Path("launch") / "job.sbatch"
 REQUEUE = 85
@@ -22,11 +22,13 @@ NOTHING_LEFT = 10
 """Exit code of `slurm_job begin` where an earlier job of the chain has ended the run."""
 
 
-def ranks_per_node(launch: SlurmConfig) -> int:
-    return launch.processes or launch.gpus or 1
-
-
-def job_script(config: RunConfig, run_dir: Path, parent_env: Mapping[str, str], module: str = "dstune.worker") -> str:
+def job_script(
+    config: RunConfig,
+    launch: SlurmConfig,
+    run_dir: Path,
+    parent_env: Mapping[str, str],
+    module: str = "dstune.worker",
+) -> str:
     """The whole script. Values of variables that the ranks inherit are not in it, only their names.
 
     module: what each rank runs with the directory as its argument.
@@ -34,8 +36,6 @@ def job_script(config: RunConfig, run_dir: Path, parent_env: Mapping[str, str], 
     Raises:
         UserError: an unset variable in `launch.export_env`; a path that is not on one line.
     """
-    launch = config.launch
-    assert isinstance(launch, SlurmConfig)
     run = run_dir.absolute()
     for key, path in (("run.dir", str(run)), ("working directory", str(Path.cwd()))):
         if not path.isprintable():
@@ -45,12 +45,12 @@ def job_script(config: RunConfig, run_dir: Path, parent_env: Mapping[str, str], 
         "#!/usr/bin/env bash",
         f"# {config.run.name}: made by `dstune train launch=slurm`, and made anew by each start.",
         f"# By hand: sbatch {shlex.quote(str(run / SCRIPT))}   (continues the run from its newest checkpoint)",
-        *(f"#SBATCH {option}" for option in options(config, run, names)),
+        *(f"#SBATCH {option}" for option in options(config, launch, run, names)),
         "",
         f"run={shlex.quote(str(run))}",
         f"python={shlex.quote(sys.executable)}",
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-        *_variables(config, names, parent_env),
+        *_variables(launch, names, parent_env),
         *launch.setup,
         "",
         '"$python" -m dstune.launch.slurm_job begin "$run"; code=$?',
@@ -73,15 +73,13 @@ def job_script(config: RunConfig, run_dir: Path, parent_env: Mapping[str, str], 
     return "\n".join(lines)
 
 
-def options(config: RunConfig, run: Path, names: list[str]) -> list[str]:
+def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str]) -> list[str]:
     """Options of sbatch, in the order of its manual."""
-    launch = config.launch
-    assert isinstance(launch, SlurmConfig)
     log = str(run / "logs" / "slurm-%j.log")
     found = [
         f"--job-name={_quoted(config.run.name)}",
         f"--nodes={launch.nodes}",
-        f"--ntasks-per-node={ranks_per_node(launch)}",
+        f"--ntasks-per-node={launch.ranks_per_node}",
     ]
     valued = {
         "gres": f"gpu:{launch.gpus}" if launch.gpus else None,
@@ -105,9 +103,7 @@ def options(config: RunConfig, run: Path, names: list[str]) -> list[str]:
     return found + launch.directives
 
 
-def _variables(config: RunConfig, names: list[str], parent_env: Mapping[str, str]) -> list[str]:
-    launch = config.launch
-    assert isinstance(launch, SlurmConfig)
+def _variables(launch: SlurmConfig, names: list[str], parent_env: Mapping[str, str]) -> list[str]:
     constants = dict(ALWAYS) | interface_variables(launch.interface) | {"DSTUNE_CONSOLE": "plain"}
     if path := python_path(parent_env.get("PYTHONPATH", "")):
         constants["PYTHONPATH"] = path
@@ -121,7 +117,7 @@ def _variables(config: RunConfig, names: list[str], parent_env: Mapping[str, str
 def _srun(launch: SlurmConfig) -> list[str]:
     words = [
         f"--nodes={launch.nodes}",
-        f"--ntasks-per-node={ranks_per_node(launch)}",
+        f"--ntasks-per-node={launch.ranks_per_node}",
         "--export=ALL",  # what this script sets too, not the names above alone
         "--kill-on-bad-exit=1",
     ]

@@ -9,18 +9,20 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from dstune.config.launch_schema import SlurmConfig
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
-from dstune.launch import attempt, records, slurm_jobs
+from dstune.launch import attempt, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import inherited
 from dstune.launch.console import Console
 from dstune.launch.signals import caught_signals
-from dstune.launch.slurm_script import SCRIPT, job_script, ranks_per_node
+from dstune.launch.slurm import SlurmConfig
+from dstune.launch.slurm import jobs as queue
+from dstune.launch.slurm.script import SCRIPT, job_script
 from dstune.launch.verdict import Verdict
-from dstune.paths import STOP_FILE, STOP_REASON
+from dstune.paths import STOP_FILE
+from dstune.protocols.launcher import Unreachable
 
 LOOK_SECONDS = 0.2
 ASK_SECONDS, PATIENT_SECONDS, IMPATIENT_FOR = 1.0, 10.0, 60.0
@@ -30,7 +32,9 @@ SHARED_SECONDS = 10.0
 file in a folder that was not listed is found at once)."""
 
 
-def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "dstune.worker") -> int:
+def run(
+    config: RunConfig, launch: SlurmConfig, run_dir: Path, *, console: Console, module: str = "dstune.worker"
+) -> int:
     """Submit the run and wait for it, or not (`launch.wait`); the exit code of the public contract.
 
     module: what each rank runs with the directory as its argument.
@@ -38,14 +42,12 @@ def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "ds
     Raises:
         UserError: sbatch refuses, or the ranks found the user's mistake.
     """
-    launch = config.launch
-    assert isinstance(launch, SlurmConfig)
-    size = launch.nodes * ranks_per_node(launch)
+    size = launch.size
     starts = {rank: _size(log_path(run_dir, rank)) for rank in range(size)}
     follower = Follower(log_path(run_dir, 0), console)
-    jobs = submit(config, run_dir, module)
+    jobs = submit(config, launch, run_dir, module)
     many = f"jobs {', '.join(jobs)}" if len(jobs) > 1 else f"job {jobs[0]}"
-    console.stage(f"submitted {many}: {launch.nodes} node(s) x {ranks_per_node(launch)} rank(s), {run_dir / SCRIPT}")
+    console.stage(f"submitted {many}: {launch.nodes} node(s) x {launch.ranks_per_node} rank(s), {run_dir / SCRIPT}")
     if not launch.wait:
         console.message(f"dstune: look with `dstune status {run_dir}`, stop with `dstune cancel {run_dir}`")
         return EXIT_DONE
@@ -57,16 +59,14 @@ def run(config: RunConfig, run_dir: Path, *, console: Console, module: str = "ds
     return verdict.exit_code
 
 
-def submit(config: RunConfig, run_dir: Path, module: str = "dstune.worker") -> list[str]:
+def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = "dstune.worker") -> list[str]:
     """Write the script and submit it, as often as `launch.chain` says; the numbers of the jobs. Raises UserError."""
-    launch = config.launch
-    assert isinstance(launch, SlurmConfig)
-    slurm_jobs.require("sbatch")
+    queue.require("sbatch")
     script = run_dir / SCRIPT
     script.parent.mkdir(exist_ok=True)
-    files.write(script, job_script(config, run_dir, os.environ, module), mode=0o777)
+    files.write(script, job_script(config, launch, run_dir, os.environ, module), mode=0o777)
     (run_dir / STOP_FILE).unlink(missing_ok=True)
-    size = launch.nodes * ranks_per_node(launch)
+    size = launch.size
     launch_id = uuid.uuid4().hex
     # Before the job can start, since it may be over before the next line is reached.
     records.begin(run_dir, launch_id, size)
@@ -74,11 +74,11 @@ def submit(config: RunConfig, run_dir: Path, module: str = "dstune.worker") -> l
     jobs: list[str] = []
     try:
         for _ in range(launch.chain):
-            jobs.append(slurm_jobs.submit(script, env, after=jobs[-1] if jobs else None))
+            jobs.append(queue.submit(script, env, after=jobs[-1] if jobs else None))
             records.note(run_dir, launch_id, size, jobs)
     except UserError:  # the launch is undone now, so no part of its chain may run
         if jobs:
-            slurm_jobs.cancel(jobs)
+            queue.cancel(jobs)
         raise
     return jobs
 
@@ -100,8 +100,8 @@ def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, cons
             if now - asked >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
                 asked = now
                 try:
-                    known = slurm_jobs.ask(jobs)
-                except slurm_jobs.Unreachable as error:
+                    known = queue.ask(jobs)
+                except Unreachable as error:
                     text = f"SLURM does not answer ({error}); still waiting"
                 else:
                     left = [job for job in known if not job.is_over]
@@ -128,25 +128,12 @@ def _judge(run_dir: Path, size: int, over: str, jobs: Sequence[str], received: S
 def _stop(jobs: Sequence[str], run_dir: Path, console: Console, received: Sequence[str]) -> None:
     if len(received) > 1:
         console.message("dstune: received a second signal: the job is cancelled without saving")
-        slurm_jobs.cancel(jobs)
+        queue.cancel(jobs)
         return
     message = f"received {received[0]}: saving at the next window; again to stop at once without saving"
     console.message(f"dstune: {message}")
-    with contextlib.suppress(slurm_jobs.Unreachable):  # asked again by the next signal
-        ask_to_stop(jobs, run_dir)
-
-
-def ask_to_stop(jobs: Sequence[str], run_dir: Path) -> None:
-    """Let a running job save and end, and take waiting ones out of the queue. Raises Unreachable."""
-    for job in slurm_jobs.alive(jobs):
-        if job.is_waiting:
-            slurm_jobs.cancel([job.id])
-        elif not (run_dir / STOP_FILE).exists() and STOP_REASON not in _reason(run_dir):
-            (run_dir / STOP_FILE).touch()
-
-
-def _reason(run_dir: Path) -> str:
-    return str((records.read_result(run_dir) or {}).get("reason"))
+    with contextlib.suppress(Unreachable):  # asked again by the next signal
+        queue.ask_to_stop(jobs, run_dir)
 
 
 def _size(file: Path) -> int:

@@ -1,0 +1,46 @@
+"""What `dstune doctor` finds on the hosts of a hostfile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dstune.errors import UserError
+from dstune.launch import hosts
+from dstune.launch.host_slots import chosen, read
+from dstune.launch.on_hosts import OnHostsConfig
+from dstune.launch.remote_commands import ssh_of
+from dstune.protocols.launcher import FAIL, PASS, WARN, Check
+
+
+def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
+    """Each host: reached, the same versions and files, the clock."""
+    assert launch.hostfile is not None
+    try:
+        names = list(chosen(read(launch.hostfile), launch.include, launch.exclude))
+    except UserError as error:
+        for problem in error.problems:
+            yield Check("hostfile", FAIL, f"{problem.value}: {problem.reason}", problem.fix)
+        return
+    ssh, paths = ssh_of(launch), [hosts.package_folder()]
+    answers = hosts.ask(names, ssh, paths)
+    problems = hosts.compare(answers, paths)
+    reached = [answer.host for answer in answers if answer.facts is not None]
+    problems += hosts.sees(reached, ssh, Path.cwd()) if reached else []
+    for answer in answers:
+        own = [problem for problem in problems if problem.value == answer.host]
+        for problem in own:
+            yield Check(f"host {answer.host}", FAIL, problem.reason, problem.fix)
+        if own or answer.facts is None:
+            continue
+        skew = hosts.common_skew([answer]).get(answer.host)
+        if skew is not None:
+            yield Check(
+                f"host {answer.host}", WARN, f"its clock is off by {skew:+.1f} s", "synchronise the clocks (chrony)"
+            )
+            continue
+        links = ", ".join(f"{name} {address}" for name, address in answer.facts["interfaces"].items() if name != "lo")
+        detail = (
+            f"same versions and files, {answer.facts['gpus']} GPU(s), {answer.facts['memory_gib']:.0f} GiB, {links}"
+        )
+        yield Check(f"host {answer.host}", PASS, detail)

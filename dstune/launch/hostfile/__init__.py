@@ -1,0 +1,49 @@
+"""launch=hostfile: ranks on the hosts of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dstune.config.convert import shown
+from dstune.errors import Problem
+from dstune.launch.on_hosts import OnHosts, OnHostsConfig
+from dstune.protocols import launcher
+from dstune.protocols.launcher import Check
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+    from dstune.launch.console import Console
+    from dstune.launch.remote_commands import RemotePlan
+
+
+@dataclass(frozen=True)
+class HostfileConfig(OnHostsConfig):
+    """Ranks on the hosts of a file, started by DeepSpeed's launcher over pdsh and ssh."""
+
+    name: str = "hostfile"
+
+
+@launcher
+class Hostfile(OnHosts):
+    Config = HostfileConfig
+    config: HostfileConfig
+
+    def check(self) -> Iterator[Problem]:
+        if not (self.config.hostfile or "").strip():
+            fix = "launch.hostfile=hosts, with one `HOST slots=N` a line (launch/hostfile.example)"
+            yield Problem("launch.hostfile", "there is no list of hosts", fix, shown(self.config.hostfile))
+        yield from super().check()
+
+    def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
+        from dstune.launch.hostfile.nodes import plan
+
+        return plan(self, run, run_dir, launch_id, console)
+
+    @classmethod
+    def probe(cls, *, needed: bool) -> Iterator[Check]:
+        from dstune.launch.checks import programs
+
+        yield programs("hostfile", ("ssh", "pdsh"), "openssh-client pdsh", needed=needed)

@@ -1,0 +1,90 @@
+"""Base of the launchers that start ranks on the hosts of a file, over ssh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.fields import setting
+from dstune.errors import Problem
+from dstune.launch import host_slots
+from dstune.protocols import Launcher
+from dstune.protocols.launcher import Check, LaunchConfig
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+    from dstune.launch.console import Console
+    from dstune.launch.remote_commands import RemotePlan
+
+
+@dataclass(frozen=True)
+class OnHostsConfig(LaunchConfig):
+    hostfile: str | None = None
+    """File with one `HOST slots=N` a line; a slot is a rank (and a GPU)."""
+    include: str | None = None
+    """Hosts or slots to use, as HOST@HOST:0,1; all when not given."""
+    exclude: str | None = None
+    """Hosts or slots to leave out, in the same form."""
+    user: str | None = None
+    """Name to log in with; the one of this machine, or of ssh's configuration, when not given."""
+    port: int | None = setting(None, at_least=1, at_most=65535)
+    """Port of sshd."""
+    interface: str | None = None
+    """Network interface that the ranks talk over, such as ib0; the one that leads to rank 0 when not given."""
+    grace_seconds: float = setting(10.0, above=0.0)
+    """How long the ranks of other hosts may take to end after one of them died; then they are killed."""
+
+
+class OnHosts(Launcher):
+    config: Any
+
+    def check(self) -> Iterator[Problem]:
+        if self.config.include and self.config.exclude:
+            reason = "it cannot stand beside launch.include"
+            yield Problem("launch.exclude", reason, "leave one of them out", self.config.exclude)
+
+    @property
+    def shared_folder(self) -> bool:
+        return bool(self.config.hostfile)
+
+    def slots(self) -> dict[str, list[int]]:
+        """The slots that the hostfile, include and exclude give, by host. Raises UserError."""
+        config = self.config
+        return host_slots.chosen(host_slots.read(config.hostfile), config.include, config.exclude)
+
+    def nodes(self) -> int:
+        return 1 if self.config.hostfile is None else len(self.slots())
+
+    def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
+        """Look at the hosts, and decide what is started. Raises UserError."""
+        raise NotImplementedError
+
+    def start(
+        self,
+        run: RunConfig,
+        run_dir: Path,
+        *,
+        console: Console,
+        lock: int | None = None,
+        command: Sequence[str] | None = None,
+        saves: bool = True,
+    ) -> int:
+        import uuid
+
+        from dstune.launch import remote
+
+        launch_id = uuid.uuid4().hex
+        plan = self.plan(run, run_dir, launch_id, console)
+        if command is not None:
+            plan = replace(plan, argv=(*plan.argv[: plan.argv.index("dstune.worker")], *command))
+        return remote.run(run, run_dir, self.config, plan, launch_id, console)
+
+    def checks(self) -> Iterator[Check]:
+        """Each host: reached, the same versions and files, the clock."""
+        if self.config.hostfile is None:
+            return
+        from dstune.launch.host_checks import host_checks
+
+        yield from host_checks(self.config)

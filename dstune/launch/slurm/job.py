@@ -1,0 +1,71 @@
+"""What the script of a SLURM job does before and after its ranks, on the job's first node:
+`python -m dstune.launch.slurm_job begin|end RUN_DIR [CODE]`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dstune.config.schema import PREEMPTION_SIGNALS
+from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
+from dstune.launch import attempt, records
+from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
+from dstune.launch.verdict import Verdict
+from dstune.paths import STOP_REASON
+
+
+def main(argv: Sequence[str]) -> int:
+    action, folder, *rest = argv
+    if action == "begin":
+        return begin(Path(folder), os.environ["SLURM_JOB_ID"])
+    return end(Path(folder), int(rest[0]))
+
+
+def begin(run_dir: Path, job: str) -> int:
+    """Note that this job runs now. `NOTHING_LEFT` for a job of a chain whose run has ended already."""
+    before = records.read_launch(run_dir)
+    jobs = before.jobs if before else []
+    result = records.read_result(run_dir)
+    if job in jobs[1:] and result is not None and not _continues(result):
+        print(f"dstune: {result.get('status')}: {result.get('reason') or 'nothing is left to do'}")
+        return NOTHING_LEFT
+    size = before.processes if before else int(os.environ.get("SLURM_NTASKS", "1"))
+    records.begin(run_dir, before.id if before else job, size, jobs if job in jobs else [job])
+    return EXIT_DONE
+
+
+def end(run_dir: Path, code: int) -> int:
+    """Judge how the ranks ended; leave the result and the report. `REQUEUE` where the run goes on in another job."""
+    from dstune.report.command import leave_behind
+
+    launch = records.read_launch(run_dir)
+    told = f"srun ended with exit code {code}"
+    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, told)
+    if verdict.reason == told and (early := _asked_before_training(code)):
+        verdict = Verdict(EXIT_PREEMPTED, f"received {early} before training began")
+    attempt.record(run_dir, verdict, launch.processes if launch else 1)
+    leave_behind(run_dir, print)
+    if isinstance(verdict.error, UserError):
+        print(f"dstune: {verdict.error}", file=sys.stderr)
+    elif verdict.exit_code == EXIT_FAILED:
+        print(f"dstune: {verdict.reason}", file=sys.stderr)
+    result = records.read_result(run_dir) or {}
+    return REQUEUE if verdict.exit_code == EXIT_PREEMPTED and _continues(result) else verdict.exit_code
+
+
+def _asked_before_training(code: int) -> str:
+    """The signal that ended srun, where it is one that asks a run to leave: a rank that is still importing dies of it, and has
+    lost nothing. Empty for every other end, SIGTERM among them: srun sends it to the other ranks when one has failed, and a
+    job that fails at its start must not come again for ever."""
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(code - 128, "")
+    return name if name in PREEMPTION_SIGNALS and name != "SIGTERM" else ""
+
+
+def _continues(result: dict[str, object]) -> bool:
+    """Whether the run was interrupted by the clock, not by somebody's wish."""
+    return result.get("status") == "preempted" and STOP_REASON not in str(result.get("reason"))

@@ -1,0 +1,64 @@
+"""Rules of `launch` for SLURM: what its keys may say, and what fits together among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dstune.config.convert import shown
+from dstune.errors import Problem
+from dstune.launch.slurm import SlurmConfig
+
+TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)")
+"""sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+OWNED = {
+    "nodes": "launch.nodes",
+    "ntasks-per-node": "launch.processes",
+    "ntasks": "launch.processes",
+    "gres": "launch.gpus",
+    "cpus-per-task": "launch.cpus",
+    "mem": "launch.memory",
+    "partition": "launch.partition",
+    "account": "launch.account",
+    "qos": "launch.qos",
+    "constraint": "launch.constraint",
+    "time": "launch.time",
+    "signal": "launch.signal_seconds",
+    "requeue": "launch.requeue",
+    "no-requeue": "launch.requeue",
+    "export": "launch.export_env",
+    "job-name": "run.name",
+    "output": "run.dir",
+    "dependency": "launch.chain",
+    "array": "sweeps",
+}
+"""Options of sbatch that the script sets itself, and what decides them."""
+
+
+def check(launch: SlurmConfig) -> Iterator[Problem]:
+    if launch.gpus and launch.processes and launch.processes > launch.gpus:
+        reason = f"every rank needs a GPU of its own, and launch.gpus={launch.gpus}"
+        yield Problem("launch.processes", reason, f"launch.processes={launch.gpus}", str(launch.processes))
+    if launch.chain > 1 and launch.requeue:
+        reason = "a chain is for clusters that forbid requeueing: a job that is requeued continues by itself"
+        yield Problem("launch.chain", reason, "launch.requeue=false with it, or launch.chain=1", str(launch.chain))
+    if launch.time is not None and not TIME.fullmatch(launch.time):
+        fix = "minutes, H:MM:SS, or D-HH:MM:SS"
+        yield Problem("launch.time", "sbatch has no such form of a time", fix, shown(launch.time))
+    for text in launch.directives:
+        name = text.removeprefix("--").partition("=")[0].split(" ")[0]
+        if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]*)?", text):
+            reason = "an option of sbatch is --NAME or --NAME=VALUE"
+            yield Problem("launch.directives", reason, "for example [--exclusive]", shown(text))
+        elif name in OWNED:
+            yield Problem("launch.directives", f"{OWNED[name]} decides this", "leave it out here", shown(text))
+    for key in ("partition", "account", "qos", "constraint", "memory", "container", "interface"):
+        value = getattr(launch, key)
+        if value is not None and (not value.strip() or "\n" in value):
+            yield Problem(
+                f"launch.{key}", "this is empty or has several lines", "give a name, or leave it out", shown(value)
+            )
+    if launch.container_mounts and launch.container is None:
+        reason = "there is no container"
+        fix = "launch.container=IMAGE, or leave it out"
+        yield Problem("launch.container_mounts", reason, fix, shown(launch.container_mounts))
