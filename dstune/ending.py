@@ -16,7 +16,7 @@ from dstune.errors import Preempted, TrainingFailed
 from dstune.opening import show_samples
 from dstune.protocols.callback import LEAVE, Action, Request
 from dstune.redact import redacted
-from dstune.tracking.log import Tracker
+from dstune.tracking.log import RunLog
 from dstune.train.classical import classical_results
 from dstune.trainer.loop import Training, evaluate, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
@@ -63,7 +63,7 @@ def finish(
             **state.results,
         }
         write_result(run_dir, result)
-        assert isinstance(run.log, Tracker)
+        assert isinstance(run.log, RunLog)
         run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.results})
         run.log.finish(status)
     run.world.barrier()

@@ -29,7 +29,7 @@ from dstune.models.peft import experts_without_adapters
 from dstune.planning.fillers import fillers
 from dstune.protocols import schedule_of
 from dstune.redact import redacted
-from dstune.tracking.log import Tracker
+from dstune.tracking.log import RunLog
 from dstune.train.baseline import measure_prompted
 from dstune.train.evaluate import answer_prompts, limited
 from dstune.train.features import Features
@@ -194,7 +194,7 @@ def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
     if not run.config.evaluate.samples or (before and run.state.step > 0):
         return
     answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
-    if isinstance(run.log, Tracker) and answers:
+    if isinstance(run.log, RunLog) and answers:
         run.log.samples(run.state.step, answers)
 
 

@@ -45,7 +45,7 @@ from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
 from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
-from dstune.tracking.log import Tracker
+from dstune.tracking.log import RunLog
 from dstune.train import micro_batch
 from dstune.train.beforehand import work_out
 from dstune.train.evaluate import Evaluator
@@ -174,7 +174,7 @@ def train_stage(
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
     unfreezing = unfreezing_of(config, model, engine, supply, state.step)
-    log = Tracker(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
+    log = RunLog(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
     run = Training(
         config=config,
         world=world,

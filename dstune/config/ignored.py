@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
-from dstune.config.schema import RunConfig, WandbMode
+from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import name_of_task
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.task_schema import CONVERSATIONS, Seq2SeqConfig
 from dstune.errors import Problem
-from dstune.protocols import schedule_of
+from dstune.protocols import TRACKERS, schedule_of
 
 
 def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
@@ -89,5 +89,5 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     for key in all_keys():
         if key.startswith("sweep."):
             yield key, ("this is a single run", "--multirun starts a sweep")
-    if config.tracking.wandb.mode is WandbMode.disabled:
-        yield "tracking.wandb.entity", ("W&B is off", "tracking.wandb.mode=online")
+    for tracker in TRACKERS.classes().values():
+        yield from tracker.without_effect(config.tracking)

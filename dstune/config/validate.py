@@ -45,7 +45,7 @@ from dstune.config.task_schema import (
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
-from dstune.protocols import launcher_of, optimizer_of, schedule_of
+from dstune.protocols import TRACKERS, launcher_of, optimizer_of, schedule_of
 from dstune.protocols.task import TaskConfig
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
@@ -92,8 +92,6 @@ TASKS_OF_FORMAT = {
 """What each row format is for."""
 
 REGRESSION_METRICS = ("loss", "mae", "rmse", "pearson", "spearman")
-
-MLFLOW_SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 
 
 def validate(config: RunConfig) -> None:
@@ -463,7 +461,5 @@ def check_tracking(config: RunConfig) -> Iterator[Problem]:
                 f'{key}="${variable}", which lets the shell fill it in, if it is no secret',
                 value.reference,
             )
-    uri = tracking.mlflow.uri
-    if uri is not None and "://" in uri and not re.match(rf"({'|'.join(MLFLOW_SCHEMES)})(\+\w+)?://", uri):
-        fix = f"a folder, `databricks`, or {', '.join(f'{scheme}://' for scheme in MLFLOW_SCHEMES)}"
-        yield Problem("tracking.mlflow.uri", "MLflow has no such store", fix, shown(uri))
+    for tracker in TRACKERS.classes().values():
+        yield from tracker.check(tracking)

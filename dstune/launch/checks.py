@@ -20,7 +20,7 @@ import psutil
 from dstune.errors import UserError
 from dstune.launch.commands import count_cores, free_port
 from dstune.paths import cache_root
-from dstune.protocols import LAUNCHERS
+from dstune.protocols import LAUNCHERS, TRACKERS
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
 
 GIB = 2**30
@@ -250,19 +250,6 @@ def programs(choice: str, names: Sequence[str], packages: str, *, needed: bool) 
 
 
 def trackers() -> Iterator[Check]:
-    """Whether a W&B key is found, as a run would find it. No server is asked."""
-    if os.environ.get("WANDB_API_KEY"):
-        yield Check("W&B", PASS, "a key in WANDB_API_KEY")
-        return
-    import netrc
-
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        known = file.is_file() and netrc.netrc(file).authenticators(host) is not None
-    except (netrc.NetrcParseError, OSError):
-        known = False
-    if known:
-        yield Check("W&B", PASS, f"a key for {host} in {file}")
-    else:
-        yield Check("W&B", SKIP, "not logged in; tracking.wandb.mode=offline needs no key", "wandb login")
+    """Whether the services of trackers can be used, as far as this machine tells."""
+    for tracker in TRACKERS.classes().values():
+        yield from tracker.probe()

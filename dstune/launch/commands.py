@@ -17,9 +17,9 @@ from pathlib import Path
 
 import dstune
 from dstune.config.convert import to_yaml
-from dstune.config.schema import RunConfig, WandbMode
+from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
-from dstune.protocols import LAUNCHERS, launcher_of
+from dstune.protocols import LAUNCHERS, TRACKERS, launcher_of
 from dstune.protocols.launcher import LaunchConfig
 from dstune.rank_env import LAUNCHER_PID
 from dstune.redact import is_secret
@@ -197,21 +197,16 @@ def interface_variables(interface: str | None) -> dict[str, str]:
     return {} if interface is None else {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
 
 
-TRACKER_PREFIXES = ("WANDB_", "MLFLOW_", "DATABRICKS_")
-
-
 def is_tracker_key(name: str) -> bool:
     """Whether the variable is a secret that rank 0 alone needs."""
-    return name.startswith(TRACKER_PREFIXES) and is_secret(name)
+    trackers = TRACKERS.classes().values()
+    return is_secret(name) and any(name.startswith(tracker.variables) for tracker in trackers if tracker.variables)
 
 
 def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
     """What rank 0 alone needs to reach the servers of its trackers."""
-    prefixes: tuple[str, ...] = ()
-    if config.tracking.wandb.mode is WandbMode.online:
-        prefixes += ("WANDB_",)
-    if config.tracking.mlflow.uri is not None:
-        prefixes += ("MLFLOW_", "DATABRICKS_")
+    trackers = TRACKERS.classes().values()
+    prefixes = tuple(p for room in trackers if room.needs_variables(config.tracking) for p in room.variables)
     return {name: value for name, value in env.items() if prefixes and name.startswith(prefixes)}
 
 

@@ -41,8 +41,8 @@ from dstune.launch.first_rows import first_row_problems, hardware_problems, metr
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.planning.source import config_json
+from dstune.protocols import TRACKERS
 from dstune.protocols.task import TaskConfig
-from dstune.tracking.extras import missing
 
 Stage = Callable[[str], None]
 
@@ -106,7 +106,9 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     if template is not None and not template_path(template).is_file():
         fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
         problems.append(Problem("model.chat_template", "there is no such file", fix, template))
-    problems += missing(config.tracking)
+    for tracker in TRACKERS.classes().values():
+        if tracker.enabled(config.tracking):
+            problems += tracker.missing(config.tracking)
     problems += metric_problems(config)
     problems += cleaning.missing(config.data.clean)
     problems += augment_problems(config, stage) if trains else []

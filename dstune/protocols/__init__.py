@@ -12,6 +12,7 @@ from dstune.protocols.method import Method
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
 from dstune.protocols.task import Task
+from dstune.protocols.tracker import Tracker
 
 __all__ = [
     "CALLBACKS",
@@ -21,6 +22,7 @@ __all__ = [
     "PARALLELISMS",
     "SCHEDULES",
     "TASKS",
+    "TRACKERS",
     "VERSION",
     "Action",
     "Callback",
@@ -32,6 +34,7 @@ __all__ = [
     "Schedule",
     "Task",
     "callback",
+    "Tracker",
     "launcher",
     "launcher_of",
     "method",
@@ -43,6 +46,7 @@ __all__ = [
     "schedule_of",
     "task",
     "task_of",
+    "tracker",
 ]
 
 VERSION = 1
@@ -54,9 +58,10 @@ SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
 CALLBACKS: Registry[Callback] = Registry("callback", "dstune.trainer.callbacks")
 LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch", folders_only=True)
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
+TRACKERS: Registry[Tracker] = Registry("tracker", "dstune.tracking.trackers")
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
-launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
+launcher, parallelism, callback, tracker = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add, TRACKERS.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
 launcher_of = LAUNCHERS.of

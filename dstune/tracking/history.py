@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dstune.tracking.sink import Row
+from dstune.protocols.tracker import Row
 
 
 class History:

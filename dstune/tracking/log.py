@@ -1,23 +1,22 @@
-"""One `log(step, metrics)` in front of the run directory's files, the console, W&B, TensorBoard and MLflow."""
+"""One `log(step, metrics)` in front of the run directory's files, the console and the trackers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dstune.config.schema import RunConfig, WandbMode
+from dstune.config.schema import RunConfig
+from dstune.protocols import TRACKERS
+from dstune.protocols.tracker import Row
 from dstune.redact import redacted
+from dstune.tracking.background import Background
 from dstune.tracking.console import Console
 from dstune.tracking.history import History
 from dstune.tracking.jsonl import JsonLines, plain, rows_of
-from dstune.tracking.mlflow_sink import MlflowSink
-from dstune.tracking.sink import Background, Row, Sink
-from dstune.tracking.tensorboard_sink import TensorBoardSink
-from dstune.tracking.wandb_sink import WandbSink
 
 Metrics = Mapping[str, float | int | str]
 
@@ -28,7 +27,7 @@ FINISH_SECONDS, PREEMPTED_SECONDS, CRASHED_SECONDS = 60.0, 10.0, 3.0
 ends the other ranks of a crashed one within launch.grace_seconds."""
 
 
-class Tracker:
+class RunLog:
     """What rank 0 reports of a run; the other ranks have none.
 
     Writes `metrics.jsonl` and `samples.jsonl` in `run_dir`, and sends the same rows to the trackers that
@@ -53,9 +52,10 @@ class Tracker:
         """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
         self._answers: tuple[dict[str, Any], ...] = ()
         self._newest = -1
-        self._sinks: list[Background] = []
-        sinks = wanted(config, run_dir, self.message, fresh=resumed_at_step is None)
-        if sinks:
+        self._trackers: list[Background] = []
+        fresh = resumed_at_step is None
+        enabled = [room for room in TRACKERS.classes().values() if room.enabled(config.tracking)]
+        if enabled:
             history = History(*files)
             for row in history.rows():
                 self._row, self._answers = row, row.samples or self._answers  # type: ignore[assignment]
@@ -64,13 +64,15 @@ class Tracker:
             def past() -> Iterator[Row]:
                 return takewhile(lambda row: row.step < held, history.rows())
 
-            self._sinks = [Background(sink, past, self.message) for sink in sinks]
+            self._trackers = [
+                Background(room(config, run_dir, self.message, fresh=fresh), past, self.message) for room in enabled
+            ]
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One row of metrics.jsonl. Rows named eval/NAME are shown on the console too."""
         if (step, frozenset(metrics) | {"step"}) not in self._measured:
             self._metrics.append({"step": step, **metrics})
-        if self._sinks:
+        if self._trackers:
             self._collect(step, plain(metrics), answered=False)
         if any(name.startswith("eval/") for name in metrics):
             self._console.evaluation(step, metrics)
@@ -81,7 +83,7 @@ class Tracker:
         for row in new:
             if (step, row["prompt"]) not in self._answered:
                 self._samples.append(row)
-        if self._sinks and new:
+        if self._trackers and new:
             self._answers += tuple(new)
             self._collect(step, {}, answered=True)
 
@@ -104,8 +106,8 @@ class Tracker:
     def summary(self, values: Mapping[str, Any]) -> None:
         """The run's result (the keys of result.json) for the trackers' summaries."""
         shown = redacted(plain(values))
-        for sink in self._sinks:
-            sink.summary(shown)
+        for tracker in self._trackers:
+            tracker.summary(shown)
 
     def finish(self, status: str, *, crashed: bool = False) -> None:
         """Close everything; `status` is that of result.json. Calling it again does nothing.
@@ -115,11 +117,11 @@ class Tracker:
         self._send(to_be_continued=status not in ("completed", "stopped", "pruned"))
         seconds = PREEMPTED_SECONDS if status == "preempted" else FINISH_SECONDS
         deadline = time.monotonic() + (CRASHED_SECONDS if crashed else seconds)
-        for sink in self._sinks:
-            sink.finish(status)
-        for sink in self._sinks:
-            sink.wait(deadline)
-        self._sinks = []
+        for tracker in self._trackers:
+            tracker.finish(status)
+        for tracker in self._trackers:
+            tracker.wait(deadline)
+        self._trackers = []
         self._console.close()
         self._metrics.close()
         self._samples.close()
@@ -137,18 +139,6 @@ class Tracker:
     def _send(self, *, to_be_continued: bool = False) -> None:
         """to_be_continued: the launch that continues the run may still evaluate at this step."""
         if self._row is not None:
-            for sink in self._sinks:
-                sink.write(self._row, only_if_rebuilt=to_be_continued)
+            for tracker in self._trackers:
+                tracker.write(self._row, only_if_rebuilt=to_be_continued)
             self._row = None
-
-
-def wanted(config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool) -> list[Sink]:
-    """The trackers that the configuration turns on. fresh: the run starts at step 0."""
-    sinks: list[Sink] = []
-    if config.tracking.wandb.mode is not WandbMode.disabled:
-        sinks.append(WandbSink(config, run_dir, warn, fresh=fresh))
-    if config.tracking.tensorboard:
-        sinks.append(TensorBoardSink(config, run_dir))
-    if config.tracking.mlflow.uri is not None:
-        sinks.append(MlflowSink(config, run_dir, fresh=fresh))
-    return sinks

@@ -292,7 +292,7 @@ FAULTS = [
         "tracker raises",
         "W&B fails in the tenth row",
         inject={
-            "at": "dstune.tracking.wandb_sink:WandbSink.write",
+            "at": "dstune.tracking.trackers.wandb:Wandb.write",
             "rank": 0,
             "call": 10,
             "do": "raise",

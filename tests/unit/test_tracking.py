@@ -22,7 +22,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_rows_are_in_the_file_before_the_run_ends(tmp_path):
-    tracker = tracking.Tracker(run_config(), tmp_path, resumed_at_step=None)
+    tracker = tracking.RunLog(run_config(), tmp_path, resumed_at_step=None)
     tracker.log(1, {"epoch": 0.5, "loss": np.float32(2.5), "lr": 1e-4, "tokens": np.int64(7)})
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "epoch": 0.5, "loss": 2.5, "lr": 1e-4, "tokens": 7}]
     tracker.finish("completed")
@@ -33,7 +33,7 @@ def test_a_resume_keeps_rows_up_to_its_checkpoint_only(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         # The last line was torn by the crash; the one before it lies after the checkpoint.
         (tmp_path / name).write_text('{"step": 0}\n{"step": 4}\n{"step": 5}\n{"step": 4, "los')
-    tracker = tracking.Tracker(run_config(), tmp_path, resumed_at_step=4)
+    tracker = tracking.RunLog(run_config(), tmp_path, resumed_at_step=4)
     tracker.log(5, {"loss": 1.0})
     tracker.samples(5, [{"prompt": "p", "reference": "r", "answer": "a", "tokens": 3}])
     tracker.finish("completed")
@@ -46,7 +46,7 @@ def test_what_a_killed_launch_wrote_behind_its_last_save_is_there_once(tmp_path)
     """Killed between its last rows and its result, a run comes to them again; one that goes back writes its steps again."""
     question = [{"prompt": "p", "reference": "r", "answer": "a"}, {"prompt": "q", "reference": "r", "answer": "a"}]
     for resumed in (None, 4):
-        tracker = tracking.Tracker(run_config(), tmp_path, resumed_at_step=resumed)
+        tracker = tracking.RunLog(run_config(), tmp_path, resumed_at_step=resumed)
         if resumed is None:
             tracker.log(4, {"loss": 1.0})
         tracker.log(4, {"guard/loss": 2.0})
@@ -63,7 +63,7 @@ def test_what_a_killed_launch_wrote_behind_its_last_save_is_there_once(tmp_path)
 
 def test_a_start_from_nothing_drops_what_an_attempt_without_checkpoint_wrote(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
-    tracking.Tracker(run_config(), tmp_path, resumed_at_step=None).finish("completed")
+    tracking.RunLog(run_config(), tmp_path, resumed_at_step=None).finish("completed")
     assert rows(tmp_path / "metrics.jsonl") == []
 
 
@@ -174,7 +174,7 @@ def test_a_skipped_step_says_so(monkeypatch, clock):
 
 def test_evaluation_rows_are_shown_and_training_rows_are_not(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("DSTUNE_CONSOLE", "plain")
-    tracker = tracking.Tracker(run_config(), tmp_path, resumed_at_step=None)
+    tracker = tracking.RunLog(run_config(), tmp_path, resumed_at_step=None)
     tracker.log(3, METRICS)
     tracker.log(3, {"eval/loss": 1.5, "eval/perplexity": 4.4817})
     tracker.finish("completed")

@@ -12,7 +12,7 @@ from dstune.config.validate import validate
 from dstune.errors import UserError
 from dstune.launch.preflight import resolve_run
 from dstune.tracking import extras
-from dstune.tracking.log import Tracker
+from dstune.tracking.log import RunLog
 
 pytest.importorskip("tensorboard", reason="pip install 'dstune[tensorboard]'")
 pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
@@ -25,10 +25,10 @@ def configuration(store: Path | None = None) -> schema.RunConfig:
     return run_config(run=schema.RunSection(name="trial"), tracking=tracking)
 
 
-def launch(config: schema.RunConfig, run_dir: Path, first: int, last: int, status: str) -> Tracker:
+def launch(config: schema.RunConfig, run_dir: Path, first: int, last: int, status: str) -> RunLog:
     """One launch that takes the steps after `first` up to `last`, with an evaluation after every second one, and ends
     with `status` unless that is empty."""
-    tracker = Tracker(config, run_dir, resumed_at_step=first or None)
+    tracker = RunLog(config, run_dir, resumed_at_step=first or None)
     if first == 0:
         tracker.samples(0, [{"prompt": "ask", "reference": "right", "answer": "before"}])
     for step in range(first + 1, last + 1):
@@ -50,7 +50,7 @@ def continued(config: schema.RunConfig, run_dir: Path) -> None:
     tracker.log(4, {"loss": 1 / 4, "lr": 0.5, "step_seconds": 2.0})
     tracker.finish("failed", crashed=True)
     launch(config, run_dir, 3, 6, "preempted")
-    tracker = Tracker(config, run_dir, resumed_at_step=6)
+    tracker = RunLog(config, run_dir, resumed_at_step=6)
     tracker.log(6, {"eval/loss": 2 / 6, "eval/seconds": 0.5})
     tracker.finish("preempted")
     launch(config, run_dir, 6, 8, "completed")
@@ -177,7 +177,7 @@ def test_a_start_from_nothing_takes_the_place_of_the_attempt_before(tmp_path):
 def test_an_mlflow_server_that_is_not_there_warns_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracking = schema.TrackingConfig(mlflow=schema.MlflowConfig("http://127.0.0.1:9"))
-    tracker = Tracker(run_config(tracking=tracking), tmp_path, resumed_at_step=None)
+    tracker = RunLog(run_config(tracking=tracking), tmp_path, resumed_at_step=None)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("completed")
     assert capsys.readouterr().out.count("warning: MLflow is off for the rest of this run") == 1

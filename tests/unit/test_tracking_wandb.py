@@ -13,8 +13,9 @@ from support.configs import run_config
 from support.wandb_server import KEY, wandb_server
 
 from dstune.config import schema
-from dstune.tracking.log import Tracker
-from dstune.tracking.sink import Background, Row
+from dstune.protocols.tracker import Row
+from dstune.tracking.background import Background
+from dstune.tracking.log import RunLog
 
 ROOT = Path(__file__).parents[2]
 WANDB = Path(sys.executable).with_name("wandb")
@@ -25,11 +26,11 @@ from pathlib import Path
 from support.configs import run_config
 from dstune.config.convert import EnvironmentText
 from dstune.config import schema
-from dstune.tracking import wandb_sink
-from dstune.tracking.log import Tracker
+from dstune.tracking.trackers import wandb as wandb_tracker
+from dstune.tracking.log import RunLog
 
 run_dir, mode, given = Path(sys.argv[1]), schema.WandbMode[sys.argv[2]], json.loads(sys.argv[3])
-wandb_sink.INIT_TIMEOUT_SECONDS = given.get("timeout", 30.0)
+wandb_tracker.INIT_TIMEOUT_SECONDS = given.get("timeout", 30.0)
 config = run_config(
     run=schema.RunSection(name="trial"),
     tracking=schema.TrackingConfig(
@@ -38,7 +39,7 @@ config = run_config(
     ),
 )
 first, last, status = given["from"], given["to"], given.get("status", "completed")
-tracker = Tracker(config, run_dir, resumed_at_step=first or None)
+tracker = RunLog(config, run_dir, resumed_at_step=first or None)
 if first == 0:
     tracker.samples(0, [{"prompt": "ask", "reference": "right", "answer": "before"}])
     tracker.log(0, {"eval/loss": 9.0, "eval/seconds": 0.5})
@@ -311,7 +312,7 @@ tracker.samples(last""",
 
 def test_a_disk_that_takes_no_more_warns_once(tmp_path, capsys):
     (tmp_path / "wandb").write_text("a file where W&B's folder should be")
-    tracker = Tracker(configuration("offline"), tmp_path, resumed_at_step=None)
+    tracker = RunLog(configuration("offline"), tmp_path, resumed_at_step=None)
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
     tracker.finish("completed")

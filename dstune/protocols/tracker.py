@@ -1,0 +1,96 @@
+"""What a tracker is: a service or file format that gets a run's metrics beside `metrics.jsonl` and the console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dstune.errors import Problem
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig, TrackingConfig
+    from dstune.protocols.launcher import Check
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything about one step."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    """Numbers and texts by name; null for a number that is not finite."""
+    time: float
+    """When the step was done, in seconds since the epoch."""
+    samples: tuple[Mapping[str, Any], ...] = ()
+    """Where prompts were answered at this step: all answers so far, each with its step."""
+
+
+class Tracker:
+    """Base of every tracker. Subclasses register with `@dstune.tracker`.
+
+    The methods from `start` on are called on rank 0 from one thread, in this order; they may raise anything, which turns the
+    tracker off. Import its client there.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    """Its name in messages."""
+    variables: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the environment variables that it reads; only rank 0 gets the secret ones."""
+    rebuilds: bool = False
+    """Whether every launch writes the whole run anew, from the files of the run directory. Another tracker goes on where it
+    was, and can add nothing to a step that it has. Known once `start` is done."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
+        """fresh: the run starts at step 0."""
+        self._config, self._run_dir, self._warn, self._fresh = config, run_dir, warn, fresh
+
+    @classmethod
+    def enabled(cls, tracking: TrackingConfig) -> bool:
+        """Whether the configuration turns it on."""
+        raise NotImplementedError
+
+    @classmethod
+    def needs_variables(cls, tracking: TrackingConfig) -> bool:
+        """Whether rank 0 has to get `variables`."""
+        return cls.enabled(tracking)
+
+    @classmethod
+    def check(cls, tracking: TrackingConfig) -> Iterator[Problem]:
+        """What is wrong with its keys."""
+        yield from ()
+
+    @classmethod
+    def without_effect(cls, tracking: TrackingConfig) -> Iterator[tuple[str, tuple[str, str]]]:
+        """(key, (reason, what would let it count)) of every key that another one overrules."""
+        yield from ()
+
+    @classmethod
+    def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
+        """What has to be installed first, found without importing it."""
+        yield from ()
+
+    @classmethod
+    def probe(cls) -> Iterator[Check]:
+        """What `dstune doctor` finds of it on this machine. No server is asked."""
+        yield from ()
+
+    def start(self, past: Iterator[Row]) -> None:
+        """Begin, or go on where an earlier launch of the run ended. past: the rows of the steps before this launch's
+        first one, from the files of the run directory. Whatever is missing of them is to be written, and nothing else
+        is to be there: rows of an earlier launch beyond its last checkpoint come again."""
+        raise NotImplementedError
+
+    def write(self, row: Row) -> None:
+        """One step; steps only rise."""
+        raise NotImplementedError
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The run's result: the keys of `result.json`."""
+        raise NotImplementedError
+
+    def finish(self, status: str) -> None:
+        """Close; `status` is that of `result.json`."""
+        raise NotImplementedError

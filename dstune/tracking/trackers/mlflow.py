@@ -1,0 +1,135 @@
+"""MLflow: one run in a folder, a database or on a server, that every launch of a run directory goes on with."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dstune.config.convert import shown, to_dict
+from dstune.config.schema import RunConfig, TrackingConfig
+from dstune.errors import Problem
+from dstune.protocols import Tracker, tracker
+from dstune.protocols.tracker import Row
+from dstune.tracking.flat import flat, numbers
+
+MAX_PARAMETER_CHARACTERS = 500
+"""What every MLflow server of the last years takes for a parameter's value."""
+PARAMETERS_PER_BATCH = 100
+"""A limit of MLflow's interface."""
+LAST_STEP = "dstune.step"
+"""Tag with the last step that the run has."""
+SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
+STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "preempted": "KILLED", "failed": "FAILED"}
+
+
+@tracker
+class Mlflow(Tracker):
+    """Talks through MLflow's client, which, unlike its fluent interface, adds nothing about program, user and git."""
+
+    name = "mlflow"
+    title = "MLflow"
+    variables = ("MLFLOW_", "DATABRICKS_")
+
+    @classmethod
+    def enabled(cls, tracking: TrackingConfig) -> bool:
+        return tracking.mlflow.uri is not None
+
+    @classmethod
+    def check(cls, tracking: TrackingConfig) -> Iterator[Problem]:
+        uri = tracking.mlflow.uri
+        if uri is not None and "://" in uri and not re.match(rf"({'|'.join(SCHEMES)})(\+\w+)?://", uri):
+            fix = f"a folder, `databricks`, or {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+            yield Problem("tracking.mlflow.uri", "MLflow has no such store", fix, shown(uri))
+
+    @classmethod
+    def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
+        uri = tracking.mlflow.uri
+        assert uri is not None
+        if find_spec("mlflow") is None:
+            fix = "pip install 'dstune[mlflow]'"
+            yield Problem("tracking.mlflow.uri", "the package mlflow is not installed", fix, shown(uri))
+        elif uri.startswith(("sqlite", "postgresql", "mysql", "mssql")) and find_spec("sqlalchemy") is None:
+            reason = "mlflow-skinny, which is installed, cannot open a database"
+            yield Problem("tracking.mlflow.uri", reason, "pip install mlflow, or give a folder", shown(uri))
+
+    def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
+        super().__init__(config, run_dir, warn, fresh=fresh)
+        self._id = run_dir / "mlflow-id"
+        self._sent = -1
+
+    def start(self, past: Iterator[Row]) -> None:
+        uri = self._config.tracking.mlflow.uri
+        assert uri is not None
+        # Read at import or at the first request: nothing about its use to its makers, a folder as a store (which
+        # MLflow 3 wants to be asked for), and requests that give up before they hold up the end of a run.
+        os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=str(Path(uri).absolute()) if "://" not in uri else str(uri))
+        self._run = self._known() or self._create()
+        self._id.write_text(self._run)
+        for row in past:
+            self.write(row)
+
+    def write(self, row: Row) -> None:
+        """The store has the steps up to `_sent`: a resumed run repeats them, bit for bit."""
+        from mlflow.entities import Metric, RunTag
+
+        if row.step <= self._sent:
+            return
+        milliseconds = round(row.time * 1000)
+        metrics = [Metric(name, value, milliseconds, row.step) for name, value in numbers(row.metrics).items()]
+        self._client.log_batch(self._run, metrics=metrics, tags=[RunTag(LAST_STEP, str(row.step))])
+        self._sent = row.step
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(f"result.{name}", str(value)) for name, value in flat(values).items() if value is not None]
+        self._client.log_batch(self._run, tags=tags[:PARAMETERS_PER_BATCH])
+
+    def finish(self, status: str) -> None:
+        self._client.set_terminated(self._run, STATUS[status])
+
+    def _known(self) -> str | None:
+        """The run of the earlier launches, open again; None where there is none in this store."""
+        from mlflow.exceptions import MlflowException
+
+        if not self._id.exists():
+            return None
+        try:
+            run = self._client.get_run(self._id.read_text().strip())
+            if self._fresh:  # it has steps of the attempt that is started over
+                self._client.delete_run(run.info.run_id)
+                return None
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        self._sent = int(run.data.tags.get(LAST_STEP, -1))
+        return run.info.run_id
+
+    def _create(self) -> str:
+        from mlflow.entities import Param
+
+        tracking = self._config.tracking
+        found = self._client.get_experiment_by_name(tracking.project)
+        experiment = found.experiment_id if found else self._client.create_experiment(tracking.project)
+        tags = {f"dstune.tag.{number}": tag for number, tag in enumerate(to_dict(tracking.tags))}
+        if tracking.group is not None:
+            tags["dstune.group"] = tracking.group
+        if tracking.notes is not None:
+            tags["mlflow.note.content"] = to_dict(tracking.notes)
+        run = self._client.create_run(experiment, run_name=self._config.run.name, tags=tags).info.run_id
+        settings = flat(to_dict(self._config))
+        parameters = [Param(key, str(value)[:MAX_PARAMETER_CHARACTERS]) for key, value in settings.items()]
+        for start in range(0, len(parameters), PARAMETERS_PER_BATCH):
+            self._client.log_batch(run, params=parameters[start : start + PARAMETERS_PER_BATCH])
+        return run

@@ -1,0 +1,80 @@
+"""TensorBoard: event files in the run directory, written anew from `metrics.jsonl` by every launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from dstune.config.convert import to_dict, to_yaml
+from dstune.config.schema import TrackingConfig
+from dstune.errors import Problem
+from dstune.protocols import Tracker, tracker
+from dstune.protocols.tracker import Row
+from dstune.tracking.flat import flat, numbers
+
+FLUSH_SECONDS = 10
+COMPARED = ("loss", "eval/loss")
+"""Metrics of the table in which TensorBoard compares runs by their hyperparameters."""
+
+
+@tracker
+class TensorBoard(Tracker):
+    """Scalars under the names of `metrics.jsonl`, answers as text, configuration as text and as hyperparameters."""
+
+    name = "tensorboard"
+    title = "TensorBoard"
+    rebuilds = True
+
+    @classmethod
+    def enabled(cls, tracking: TrackingConfig) -> bool:
+        return tracking.tensorboard
+
+    @classmethod
+    def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
+        if find_spec("tensorboard") is None:
+            fix = "pip install 'dstune[tensorboard]'"
+            yield Problem("tracking.tensorboard", "the package tensorboard is not installed", fix, "true")
+
+    def start(self, past: Iterator[Row]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        folder = self._run_dir / "tensorboard"
+        older = list(folder.glob("events.out.tfevents.*"))
+        # A TensorBoard that is watching drops what it has read from `purge_step` on.
+        self._writer = SummaryWriter(str(folder), purge_step=0 if older else None, flush_secs=FLUSH_SECONDS)
+        settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
+        for part in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
+            self._writer._get_file_writer().add_summary(part)
+        self._writer.add_text("configuration", _indented(to_yaml(self._config)))
+        for row in past:
+            self.write(row)
+        self._writer.flush()
+        for file in older:
+            # Emptied first and removed by the next launch: a TensorBoard that is watching stays at a file that is gone.
+            if file.stat().st_size:
+                os.truncate(file, 0)
+            else:
+                file.unlink()
+
+    def write(self, row: Row) -> None:
+        for name, value in numbers(row.metrics).items():
+            self._writer.add_scalar(name, value, row.step, walltime=row.time)
+        new = [answer for answer in row.samples if answer["step"] == row.step]
+        for number, answer in enumerate(new):
+            text = "\n\n".join(f"**{name}**\n\n{_indented(str(answer[name]))}" for name in answer if name != "step")
+            self._writer.add_text(f"samples/{number}", text, row.step, walltime=row.time)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        lines = "\n".join(f"{name}: {value}" for name, value in flat(values).items())
+        self._writer.add_text("result", _indented(lines), values.get("steps"))
+
+    def finish(self, status: str) -> None:
+        self._writer.close()
+
+
+def _indented(text: str) -> str:
+    """A code block of Markdown, which shows `text` as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,202 @@
+"""Weights & Biases: one W&B run for one run directory, through any number of launches.
+
+An offline run cannot be appended to: what a second launch writes is a file of its own, and `wandb sync` lets the file
+that it takes last replace the others (wandb #5865). So an offline launch writes the whole run anew from
+`metrics.jsonl`, and removes the older files once it has. An online launch asks the server for the last step that it
+has, and sends what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dstune.config.convert import to_dict
+from dstune.config.schema import RunConfig, TrackingConfig, WandbMode
+from dstune.protocols import Tracker, tracker
+from dstune.protocols.launcher import PASS, SKIP, Check
+from dstune.protocols.tracker import Row
+from dstune.tracking.background import first_line
+
+INIT_TIMEOUT_SECONDS = 60.0
+FINISH_TIMEOUT_SECONDS = 60.0
+"""How long W&B's own service tries to reach a server; the tracker waits no longer than `FINISH_SECONDS` of log.py."""
+FLUSH_SECONDS = 2.0
+"""How often the service writes its file: what a killed run loses of an offline file until it is continued."""
+MAX_TAG_CHARACTERS = 64
+
+OWN_IDENTITY = ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_DIR")
+"""Variables with which somebody else's run would take the place of this one."""
+
+
+@tracker
+class Wandb(Tracker):
+    """Files stay inside the run directory; console capture, git, code, program, machine and system data are off.
+
+    The configuration is that of `run.yaml`: references to environment variables, never their values.
+    """
+
+    name = "wandb"
+    title = "W&B"
+    variables = ("WANDB_",)
+
+    @classmethod
+    def enabled(cls, tracking: TrackingConfig) -> bool:
+        return tracking.wandb.mode is not WandbMode.disabled
+
+    @classmethod
+    def needs_variables(cls, tracking: TrackingConfig) -> bool:
+        return tracking.wandb.mode is WandbMode.online
+
+    @classmethod
+    def without_effect(cls, tracking: TrackingConfig) -> Iterator[tuple[str, tuple[str, str]]]:
+        if not cls.enabled(tracking):
+            yield "tracking.wandb.entity", ("W&B is off", "tracking.wandb.mode=online")
+
+    @classmethod
+    def probe(cls) -> Iterator[Check]:
+        """Whether a key is found, as a run would find it."""
+        if os.environ.get("WANDB_API_KEY"):
+            yield Check("W&B", PASS, "a key in WANDB_API_KEY")
+            return
+        import netrc
+
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+        file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+        try:
+            known = file.is_file() and netrc.netrc(file).authenticators(host) is not None
+        except (netrc.NetrcParseError, OSError):
+            known = False
+        if known:
+            yield Check("W&B", PASS, f"a key for {host} in {file}")
+        else:
+            yield Check("W&B", SKIP, "not logged in; tracking.wandb.mode=offline needs no key", "wandb login")
+
+    def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
+        super().__init__(config, run_dir, warn, fresh=fresh)
+        self._folder = run_dir / "wandb"
+        self._id = run_dir / "wandb-id"
+        self._older: list[Path] = []
+        self._run: Any = None
+        self._next_step = 0
+
+    def start(self, past: Iterator[Row]) -> None:
+        self._folder.mkdir(exist_ok=True)
+        self._older = list(self._folder.glob("offline-run-*"))
+        if self._fresh and any(self._folder.glob("run-*")):
+            self._id.unlink(missing_ok=True)  # the server has steps of the attempt that is started over
+        for name in OWN_IDENTITY:
+            os.environ.pop(name, None)
+        # W&B reads these once, at import: no crash reports to its makers, no lines of its own on the console, and no
+        # staging area in the home directory.
+        os.environ.update(WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder))
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "cache"))
+        import wandb
+
+        if self._config.tracking.wandb.mode is WandbMode.online:
+            self._run = self._start_online(wandb)
+        if self._run is None:
+            self.rebuilds = True
+            self._run = self._init(wandb, WandbMode.offline)
+        self._next_step = self._run.starting_step  # `step` still says 0 here for a resumed run (wandb 0.31)
+        # Every metric over the optimizer step, by its own name instead of W&B's `Step`.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        for row in past:
+            self.write(row)
+        if self.rebuilds:
+            self._remove_older()
+
+    def write(self, row: Row) -> None:
+        """The server has the steps before `_next_step`: a resumed run repeats them, bit for bit."""
+        if row.step < self._next_step:
+            return
+        values = {"step": row.step, **row.metrics, "_timestamp": row.time}
+        if row.samples:
+            import wandb
+
+            columns = list(row.samples[0])
+            values["samples"] = wandb.Table(
+                columns=columns, data=[[answer.get(column) for column in columns] for answer in row.samples]
+            )
+        self._run.log(values, step=row.step, commit=True)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(values))
+
+    def finish(self, status: str) -> None:
+        if status == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if status in ("completed", "stopped", "pruned") else 1)
+        if not self.rebuilds:
+            self._remove_older()  # the server has the whole run now
+
+    def _start_online(self, wandb: Any) -> Any:
+        """The run on the server, or None: then it is tracked offline, with a warning that says why."""
+        reason = "no W&B key found (WANDB_API_KEY or `wandb login`)"
+        try:
+            if _has_credentials(wandb):
+                return self._init(wandb, WandbMode.online)
+        except (wandb.errors.Error, OSError) as error:
+            reason = f"W&B cannot be used ({first_line(error)})"
+            wandb.teardown()  # its service still holds the id of the run that did not start
+        fix = f"upload it later with `wandb sync {self._folder}/offline-run-*`"
+        self._warn(f"warning: {reason}: this run is tracked offline; {fix}")
+        return None
+
+    def _init(self, wandb: Any, mode: WandbMode) -> Any:
+        tracking = self._config.tracking
+        return wandb.init(
+            id=self._run_id(),
+            project=tracking.project,
+            entity=tracking.wandb.entity,
+            group=tracking.group,
+            job_type="train",
+            tags=[tag[:MAX_TAG_CHARACTERS] for tag in to_dict(tracking.tags)],
+            name=self._config.run.name,
+            notes=to_dict(tracking.notes),
+            config=to_dict(self._config),
+            resume="allow" if mode is WandbMode.online else None,
+            settings=wandb.Settings(
+                mode=mode.value,
+                root_dir=str(self._folder.parent),
+                console="off",
+                silent=True,
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                save_code=False,
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=FLUSH_SECONDS,
+            ),
+        )
+
+    def _run_id(self) -> str:
+        if not self._id.exists():
+            self._id.write_text(secrets.token_hex(8))
+        return self._id.read_text().strip()
+
+    def _remove_older(self) -> None:
+        for folder in self._older:
+            if folder != Path(self._run.settings.sync_dir):  # of a launch within the same second
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_credentials(wandb: Any) -> bool:
+    """Whether W&B would find a key by itself: environment, netrc file or its settings files. Asks nobody."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb.setup().settings
+    return bool(settings.api_key or wbauth.read_netrc_auth(host=settings.base_url))
