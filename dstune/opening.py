@@ -14,7 +14,7 @@ import torch
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
 from dstune.config.method_schema import LoraConfig
-from dstune.config.schema import UNTIMED_STEPS, NoParallelConfig, RunConfig, TensorConfig
+from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     PreferenceConfig,
@@ -27,7 +27,7 @@ from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.models.peft import experts_without_adapters
 from dstune.planning.fillers import fillers
-from dstune.protocols import schedule_of
+from dstune.protocols import parallelism_of, schedule_of
 from dstune.redact import redacted
 from dstune.tracking.log import RunLog
 from dstune.train.baseline import measure_prompted
@@ -158,10 +158,10 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
     if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
-    if not isinstance(config.parallel, NoParallelConfig) and run.world.local_size % config.parallel.size:
-        slices = isinstance(config.parallel, TensorConfig)
-        what = "weights, and sum activations" if slices else "rows, and exchange attention"
-        reason = f"parallel.size={config.parallel.size} does not divide the {run.world.local_size} ranks of a node"
+    parallel = parallelism_of(config.parallel)
+    if run.world.local_size % parallel.size:
+        what = parallel.sent_in_layers
+        reason = f"parallel.size={parallel.size} does not divide the {run.world.local_size} ranks of a node"
         yield f"{reason}: ranks of two nodes share {what} over the network in every layer"
     yield from fillers(config, run.world.size)
     yield from changed_schedule(config, run)

@@ -40,7 +40,7 @@ from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
 from dstune.paths import cache_root
-from dstune.protocols import optimizer_of, task_of
+from dstune.protocols import optimizer_of, parallelism_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
 from dstune.telling import tell_launcher, tell_once
@@ -100,8 +100,9 @@ def train_stage(
     if world.is_main:
         show_activities(console)
     precision = world.broadcast(resolve(config))
-    cut = SequenceCut.of(config.parallel, world)
-    slices = Slices.of(config.parallel, world)
+    parallel = parallelism_of(config.parallel)
+    cut = SequenceCut.of(parallel.row_ranks, world)
+    slices = Slices.of(parallel.weight_ranks, world)
     settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
     if config.trainer.deterministic:
         os.environ.setdefault(

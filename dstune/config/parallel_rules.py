@@ -26,13 +26,11 @@ from dstune.config.schema import (
     OptimizerOffload,
     Precision,
     RunConfig,
-    TensorConfig,
-    UlyssesConfig,
 )
 from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
-from dstune.protocols import launcher_of
+from dstune.protocols import launcher_of, parallelism_of
 
 UNCUT = {
     HeadConfig: "it reads one vector of the whole row",
@@ -51,21 +49,19 @@ OFF = "parallel=none"
 
 
 def check_parallel(config: RunConfig) -> Iterator[Problem]:
-    if isinstance(config.parallel, UlyssesConfig):
-        yield from _check_ulysses(config)
-    elif isinstance(config.parallel, TensorConfig):
-        yield from _check_tensor(config)
-    else:
+    parallel = parallelism_of(config.parallel)
+    if parallel.size == 1:
         return
+    yield from parallel.check(config)
     if isinstance(config.trainer.micro_batch_size, Automatic):
         reason = "the measurement knows ranks with rows of their own only"
         yield Problem("trainer.micro_batch_size", reason, "trainer.micro_batch_size=1, or a number that fits", "auto")
     ranks = launcher_of(config.launch).ranks
-    if ranks is not None and (problem := ranks_problem(ranks, config.parallel.size)):
+    if ranks is not None and (problem := ranks_problem(ranks, parallel.size)):
         yield problem
 
 
-def _check_ulysses(config: RunConfig) -> Iterator[Problem]:
+def check_ulysses(config: RunConfig) -> Iterator[Problem]:
     if not isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig):
         reason = f"only language models are computed on parts of a row, and task={config.task.name} compares whole ones"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm|seq2seq", "ulysses")
@@ -86,7 +82,7 @@ def _check_ulysses(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"evaluate.{key}", reason, fix, shown(value))
 
 
-def _check_tensor(config: RunConfig) -> Iterator[Problem]:
+def check_tensor(config: RunConfig) -> Iterator[Problem]:
     tasks = (config.task, *tasks_of(config).values())
     if others := sorted({task.name for task in tasks if not isinstance(task, ChatConfig | CausalLmConfig)}):
         reason = f"shared weights are held against a reference under chat and causal_lm, not task={', '.join(others)}"

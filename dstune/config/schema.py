@@ -21,10 +21,11 @@ from dstune.config.fields import setting
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.core.registry import Registry
-from dstune.protocols import LAUNCHERS, METHODS, OPTIMIZERS, SCHEDULES, TASKS
+from dstune.protocols import LAUNCHERS, METHODS, OPTIMIZERS, PARALLELISMS, SCHEDULES, TASKS
 from dstune.protocols.launcher import LaunchConfig
 from dstune.protocols.method import MethodConfig
 from dstune.protocols.optimizer import OptimizerConfig, ScheduleConfig
+from dstune.protocols.parallelism import ParallelConfig
 from dstune.protocols.task import TaskConfig
 
 
@@ -132,35 +133,6 @@ class ZeroConfig:
     """With `zero=file`: an existing DeepSpeed configuration (JSON) or one of accelerate (YAML), read when a run is composed."""
     settings: dict[str, Any] = setting({})
     """DeepSpeed's settings that dstune has no key for, as in its JSON: `{zero_optimization: {sub_group_size: 1000000}}`."""
-
-
-@dataclass(frozen=True)
-class NoParallelConfig:
-    """Every rank computes rows of its own."""
-
-    name: str = "none"
-
-
-@dataclass(frozen=True)
-class UlyssesConfig:
-    """Several ranks share the positions of each row (Jacobs et al. 2023, arXiv:2309.14509), for rows that one cannot hold."""
-
-    name: str = "ulysses"
-    size: int = setting(2, at_least=2)
-    """Ranks that share a row; has to divide their number and the model's attention heads."""
-
-
-@dataclass(frozen=True)
-class TensorConfig:
-    """Several ranks share the weights of each layer (Shoeybi et al. 2019, arXiv:1909.08053): each has some of the heads and a
-    part of the feed-forward width."""
-
-    name: str = "tensor"
-    size: int = setting(2, at_least=2)
-    """Ranks that share weights; has to divide their number, the model's heads of queries and of keys, and its width inside."""
-
-
-ParallelConfig = NoParallelConfig | UlyssesConfig | TensorConfig
 
 
 @dataclass(frozen=True)
@@ -362,7 +334,7 @@ class RunConfig:
     run: RunSection
     sweep: SweepConfig = field(default_factory=GridConfig)
     """What `dstune train -m` does with the others; the run.yaml of an earlier version has none."""
-    parallel: ParallelConfig = field(default_factory=NoParallelConfig)
+    parallel: ParallelConfig = field(default_factory=lambda: next(iter(PARALLELISMS.configs().values()))())
     """Also absent from earlier ones."""
 
 
@@ -374,7 +346,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = Choices(
         "schedule": SCHEDULES,
         "launch": LAUNCHERS,
         "sweep": SWEEPS,
-        "parallel": {"none": NoParallelConfig, "ulysses": UlyssesConfig, "tensor": TensorConfig},
+        "parallel": PARALLELISMS,
     }
 )
 """Classes of the groups whose choices have different keys, by the choice's `name`; those of registries as they are now."""

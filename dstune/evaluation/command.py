@@ -22,7 +22,7 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
-from dstune.config.schema import Automatic, InitialWeights, ModelConfig, NoParallelConfig, RunConfig, WandbConfig
+from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, PreferenceConfig, Seq2SeqConfig
 from dstune.config.validate import validate
@@ -31,6 +31,7 @@ from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserE
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
+from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import launcher_of
 from dstune.protocols.task import TaskConfig
 

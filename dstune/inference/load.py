@@ -14,13 +14,14 @@ from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.method_rules import can_merge
 from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
-from dstune.config.schema import InitialWeights, ModelConfig, NoParallelConfig, RunConfig
+from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import WRITERS
 from dstune.config.validate import validate
 from dstune.data.formats import check_columns
 from dstune.data.rows import has_labels
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
+from dstune.parallel.none import NoParallelConfig
 
 if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor

@@ -13,8 +13,8 @@ from typing import Any
 from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
-from dstune.config.parallel_rules import CAPPED, heads_problem, ranks_problem, slices_problems, uncut_problem
-from dstune.config.schema import Automatic, Precision, RunConfig, Selective, TensorConfig, UlyssesConfig
+from dstune.config.parallel_rules import ranks_problem
+from dstune.config.schema import Automatic, Precision, RunConfig, Selective
 from dstune.config.validate import TILED, find_problems, tiles_problem
 from dstune.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import machine, rundir
@@ -27,7 +27,7 @@ from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup, head_of, labels_of, setup, trained_tensors
 from dstune.planning.time import Speed, speed_of
-from dstune.protocols import launcher_of
+from dstune.protocols import launcher_of, parallelism_of
 
 HELP = """\
 usage: dstune plan [RUN] [key=value ...] [hardware=8xH100-80G] [nodes=4] [price=2.5] [--json]
@@ -190,20 +190,12 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     Raises UserError where the model's architecture is not known."""
     values = source.config_json(config.model)
     model = architecture.architecture(values, head_of(config), labels_of(config))
-    if isinstance(config.parallel, UlyssesConfig):
-        found = (
-            uncut_problem(model.kind, CAPPED) if model.soft_capped else None,
-            ranks_problem(cluster.ranks, config.parallel.size),
-            heads_problem(model.heads, config.parallel.size),
-        )
-        if problems := [problem for problem in found if problem]:
-            raise UserError(problems)
-    if isinstance(config.parallel, TensorConfig):
-        problems = slices_problems(architecture.DEFAULTS.get(model.kind, {}) | values, config.parallel.size)
-        if problem := ranks_problem(cluster.ranks, config.parallel.size):
-            problems.append(problem)
-        if problems:
-            raise UserError(problems)
+    parallel = parallelism_of(config.parallel)
+    problems = parallel.architecture_problems(model, architecture.DEFAULTS.get(model.kind, {}) | values)
+    if problem := ranks_problem(cluster.ranks, parallel.size):
+        problems.append(problem)
+    if problems:
+        raise UserError(problems)
     if config.trainer.mlp_tiles > 1 and not any(TILED[0] in tensor.name for tensor in model.tensors):
         raise UserError(tiles_problem(model.kind, config.trainer.mlp_tiles))
     precision = resolved_precision(config, on_gpu=cluster.device.gpu)

@@ -27,8 +27,7 @@ from dstune.config.architectures import (
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
-from dstune.config.parallel_rules import slices_problems
-from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, TensorConfig
+from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig
 from dstune.data import inputs, sources
@@ -41,7 +40,7 @@ from dstune.launch.first_rows import first_row_problems, hardware_problems, metr
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.planning.source import config_json
-from dstune.protocols import TRACKERS
+from dstune.protocols import TRACKERS, parallelism_of
 from dstune.protocols.task import TaskConfig
 
 Stage = Callable[[str], None]
@@ -163,7 +162,7 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
     """
     if samples.is_sample(config.path):
         fetch_sample("model.path", config.path, "model", stage)
-        if run is not None and isinstance(run.parallel, TensorConfig):  # its description is in the package
+        if run is not None and parallelism_of(run.parallel).weight_ranks > 1:  # its description is in the package
             _refuse(sharing_problems(config_json(config), run))
         if config.revision is not None:
             fix = "leave model.revision out"
@@ -293,9 +292,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
 
 def sharing_problems(architecture: dict[str, Any], run: RunConfig | None) -> list[Problem]:
     """Why ranks cannot share the weights of a model, where `run` wants them to."""
-    if run is None or not isinstance(run.parallel, TensorConfig):
-        return []
-    return slices_problems(architecture, run.parallel.size)
+    return [] if run is None else parallelism_of(run.parallel).weights_problems(architecture)
 
 
 def _refuse(problems: list[Problem]) -> None:

@@ -18,7 +18,6 @@ import torch.nn.functional as functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys, uncut_problem
-from dstune.config.schema import UlyssesConfig
 from dstune.dist import World, own_group
 from dstune.errors import Problem, UserError
 from dstune.models.attention import SpanAttention
@@ -42,9 +41,9 @@ class SequenceCut(SpanAttention):
         self._group, _ = own_group([range(first, first + parts) for first in range(0, world.size, parts)], world.rank)
 
     @classmethod
-    def of(cls, parallel: object, world: World) -> SequenceCut | None:
-        """What `parallel=ulysses` asks for, None for every other choice; from then on the groups of `world` read the rows."""
-        parts = parallel.size if isinstance(parallel, UlyssesConfig) else 1
+    def of(cls, parts: int, world: World) -> SequenceCut | None:
+        """A cut for groups of `parts` ranks, None where each has whole rows; from then on the groups of `world` read the
+        rows."""
         cut = cls(world, parts) if parts > 1 else None
         world.read_in_groups(parts)
         return cut

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
-from dstune.config.schema import Automatic, NoParallelConfig, RunConfig
+from dstune.config.schema import Automatic, RunConfig
+from dstune.protocols import parallelism_of
 
 IDLE = 0.1
 """Share of a step's micro-batches from which on it is told that they count for nothing."""
@@ -15,7 +16,7 @@ def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
     """Whether ranks compute micro-batches that count for nothing, because those of a step cannot be shared equally."""
     if config.trainer.micro_batch_size is Automatic.auto:
         return  # the measurement sees to it
-    groups = ranks if isinstance(config.parallel, NoParallelConfig) else ranks // config.parallel.size
+    groups = ranks // parallelism_of(config.parallel).size
     of_step = config.trainer.global_batch_size
 
     def shared(rows: int) -> tuple[int, int]:

@@ -16,8 +16,6 @@ from dstune.config.schema import (
     Precision,
     RunConfig,
     Selective,
-    TensorConfig,
-    UlyssesConfig,
 )
 from dstune.config.zero_rules import SWAPPED_AT_ONCE
 from dstune.errors import UserError
@@ -32,7 +30,7 @@ from dstune.planning.architecture import (
     Tensor,
     sliced,
 )
-from dstune.protocols import optimizer_of
+from dstune.protocols import optimizer_of, parallelism_of
 
 HEADS = {
     "classification": CLASSIFIER,
@@ -162,7 +160,7 @@ def setup(
     method = config.method
     if (problem := experts_problem(method, model)) is not None:
         raise UserError(problem)
-    slices = config.parallel.size if isinstance(config.parallel, TensorConfig) else 1
+    slices = parallelism_of(config.parallel).weight_ranks
     model = sliced(model, slices) if slices > 1 else model
     trained, frozen = trained_tensors(config, model)
     weight_bytes = 4 if precision is Precision.fp32 else 2
@@ -207,7 +205,7 @@ def setup(
         max_live=_number(more, "stage3_max_live_parameters", 1_000_000_000),
         max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
-        sharing=config.parallel.size if isinstance(config.parallel, UlyssesConfig) else 1,
+        sharing=parallelism_of(config.parallel).row_ranks,
         slices=slices,
     )
 

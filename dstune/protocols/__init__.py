@@ -42,6 +42,7 @@ __all__ = [
     "optimizer",
     "optimizer_of",
     "parallelism",
+    "parallelism_of",
     "schedule",
     "schedule_of",
     "task",
@@ -64,4 +65,4 @@ task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHE
 launcher, parallelism, callback, tracker = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add, TRACKERS.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
-launcher_of = LAUNCHERS.of
+launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of

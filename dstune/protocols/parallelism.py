@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dstune.errors import Problem
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+    from dstune.planning.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,35 @@ class Parallelism:
 
     Config: ClassVar[type] = ParallelConfig
     name: ClassVar[str] = ""
+    sent_in_layers: ClassVar[str] = ""
+    """What the ranks of a group share, and do to it in every layer: for the warning that a group spans nodes."""
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def row_ranks(self) -> int:
+        """Ranks that share the positions of a row."""
+        return 1
+
+    @property
+    def weight_ranks(self) -> int:
+        """Ranks that share the weights of a layer."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """Ranks of a group, which compute the same rows."""
+        return self.row_ranks * self.weight_ranks
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        """What of `run` cannot be computed so."""
+        yield from ()
+
+    def weights_problems(self, values: Mapping[str, Any]) -> list[Problem]:
+        """Why ranks cannot share the weights of the model with this `config.json`."""
+        return []
+
+    def architecture_problems(self, model: Architecture, values: Mapping[str, Any]) -> list[Problem]:
+        """Why ranks cannot share a model of this architecture, as the planner knows it. values: its `config.json`."""
+        return self.weights_problems(values)

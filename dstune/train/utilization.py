@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.config.method_schema import FeaturesConfig, PromptConfig, PTuningConfig
-from dstune.config.schema import NoParallelConfig, Precision, RunConfig
+from dstune.config.schema import Precision, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
     ChatConfig,
@@ -23,6 +23,7 @@ from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.dist import World
 from dstune.errors import UserError
+from dstune.parallel.none import NoParallelConfig
 from dstune.planning import calibration
 from dstune.planning.architecture import LANGUAGE_MODEL, architecture
 from dstune.planning.flops import Work, step_flops, work_of

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import NoParallelConfig, Offload, OptimizerOffload, Precision, RunConfig, TensorConfig
+from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig
 from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
+from dstune.protocols import parallelism_of
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
     """Micro-batches of a full window on each rank, zero-target fillers included. Ranks of a group have the same ones."""
     in_window = -(-config.trainer.global_batch_size // config.trainer.rows)
-    together = 1 if isinstance(config.parallel, NoParallelConfig) else config.parallel.size
-    return -(-in_window // max(1, world_size // together))
+    return -(-in_window // max(1, world_size // parallelism_of(config.parallel).size))
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
     assert precision is not Precision.auto
     per_rank = micro_batches_per_rank(config, world_size)
     # Ranks that share weights are one to DeepSpeed's arithmetic, those that share rows are not.
-    replicas = world_size // (config.parallel.size if isinstance(config.parallel, TensorConfig) else 1)
+    replicas = world_size // parallelism_of(config.parallel).weight_ranks
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.stage > 0:
         zero |= {

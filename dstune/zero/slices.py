@@ -15,7 +15,6 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from dstune.config.parallel_rules import ranks_problem
-from dstune.config.schema import TensorConfig
 from dstune.dist import World, own_group
 from dstune.errors import UserError
 from dstune.zero.restore import WEIGHT, Source
@@ -46,12 +45,13 @@ class Slices:
         self.cuts: dict[str, int] = {}
 
     @classmethod
-    def of(cls, parallel: object, world: World) -> Slices | None:
-        """What `parallel=tensor` asks for, None for every other choice; from then on its groups read the rows of `world`."""
-        if not isinstance(parallel, TensorConfig):
+    def of(cls, parts: int, world: World) -> Slices | None:
+        """Slices for groups of `parts` ranks, None where each has all weights; from then on the groups read the rows of
+        `world`."""
+        if parts == 1:
             return None
-        slices = cls(world, parallel.size)
-        world.read_in_groups(parallel.size, alike=True)
+        slices = cls(world, parts)
+        world.read_in_groups(parts, alike=True)
         return slices
 
     def cut(self, name: str, parameter: nn.Parameter, dim: int) -> None:

@@ -11,8 +11,9 @@ from dstune.config.convert import EnvironmentText
 from dstune.config.validate import validate
 from dstune.errors import UserError
 from dstune.launch.preflight import resolve_run
-from dstune.tracking import extras
 from dstune.tracking.log import RunLog
+from dstune.tracking.trackers import mlflow as mlflow_tracker
+from dstune.tracking.trackers import tensorboard as tensorboard_tracker
 
 pytest.importorskip("tensorboard", reason="pip install 'dstune[tensorboard]'")
 pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
@@ -194,7 +195,8 @@ def test_no_planted_value_is_in_any_store(board, recorded):
 
 
 def test_a_package_that_is_not_installed_is_told_before_the_ranks_start(monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    for room in (mlflow_tracker, tensorboard_tracker):
+        monkeypatch.setattr(room, "find_spec", lambda name: None)
     tracking = schema.TrackingConfig(tensorboard=True, mlflow=schema.MlflowConfig("runs/mlflow"))
     config = run_config(tracking=tracking, model=schema.ModelConfig(path="/nowhere"))
     with pytest.raises(UserError) as caught:
@@ -206,8 +208,8 @@ def test_a_package_that_is_not_installed_is_told_before_the_ranks_start(monkeypa
 
 
 def test_a_database_needs_the_whole_of_mlflow(monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: object() if name == "mlflow" else None)
-    (problem,) = extras.missing(schema.TrackingConfig(mlflow=schema.MlflowConfig("sqlite:///runs.db")))
+    monkeypatch.setattr(mlflow_tracker, "find_spec", lambda name: object() if name == "mlflow" else None)
+    (problem,) = mlflow_tracker.Mlflow.missing(schema.TrackingConfig(mlflow=schema.MlflowConfig("sqlite:///runs.db")))
     assert problem.fix == "pip install mlflow, or give a folder"
 
 
