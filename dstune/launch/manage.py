@@ -92,9 +92,13 @@ def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
     if launcher is None or not launcher.jobs:
         return [], ""
     try:
-        return queue_of(launcher).alive(launcher.jobs), ""
+        queue = queue_of(launcher)
+    except UserError as error:  # of a plugin, without which the run can be looked at too
+        return [], error.problems[0].reason
+    try:
+        return queue.alive(launcher.jobs), ""
     except Unreachable as error:
-        return [], f"{queue_of(launcher).name}, which runs it as job {launcher.jobs[-1]}, does not answer here: {error}"
+        return [], f"{queue.name}, which runs it as job {launcher.jobs[-1]}, does not answer here: {error}"
 
 
 def status(argv: list[str]) -> int:
