@@ -20,14 +20,6 @@ from dstune.arguments import VerbParser
 from dstune.config.compose import compose
 from dstune.config.presets import description, model_files
 from dstune.config.schema import ModelConfig, RunConfig, Selective
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    EmbeddingConfig,
-    PreferenceConfig,
-    Seq2SeqConfig,
-)
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.evaluation import command as evaluate
 from dstune.launch import hub
@@ -35,6 +27,7 @@ from dstune.launch import plan as planner
 from dstune.planning import source
 from dstune.planning.hardware import Cluster
 from dstune.planning.plan import effort
+from dstune.protocols import TASKS, task_of
 from dstune.protocols.task import TaskConfig
 
 HELP = """\
@@ -53,15 +46,6 @@ FOLDERs. The smallest ZeRO is that of `dstune plan`, with one row at a time, for
 ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
 ENCODER_DECODERS = ("t5", "bart")
 """By `model_type`; what the planner knows beside them are decoders."""
-
-RANKED_BY: dict[type, tuple[tuple[str, bool], ...]] = {
-    ChatConfig: (("bits_per_byte", True), ("loss", True)),
-    CausalLmConfig: (("bits_per_byte", True), ("loss", True)),
-    Seq2SeqConfig: (("chrf", False), ("loss", True)),
-    ClassificationConfig: (("accuracy", False),),
-    EmbeddingConfig: (("mrr", False), ("accuracy", False), ("loss", True)),
-}
-"""By task the metric that ranks, and whether less is better. Bits per byte compare models of different vocabularies."""
 
 HUB_MODELS = 10
 
@@ -252,9 +236,9 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
 
 def _suits(kind: str, task: TaskConfig) -> bool:
     if kind in ENCODER_DECODERS:
-        return isinstance(task, Seq2SeqConfig)
+        return task_of(task).encoder_decoder
     if kind in ENCODERS:
-        return not isinstance(task, ChatConfig | CausalLmConfig | PreferenceConfig | Seq2SeqConfig)
+        return not task_of(task).generates
     return True
 
 
@@ -264,9 +248,11 @@ def _suits(kind: str, task: TaskConfig) -> bool:
 def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: str, rows: int) -> str:
     """Score the models that are here and sort all by it, the best first. Returns the metric. Raises UserError where the
     task has nothing to be asked for, or none could be asked."""
-    if type(config.task) not in RANKED_BY:
+    ranked_by = task_of(config.task).ranked_by
+    if not ranked_by:
         reason = f"an untuned model has no answers to task={config.task.name}"
-        raise UserError(Problem("--probe", reason, "task=chat, causal_lm, seq2seq, classification or embedding", data))
+        *others, last = (name for name, cls in TASKS.classes().items() if cls.ranked_by)
+        raise UserError(Problem("--probe", reason, f"task={', '.join(others)} or {last}", data))
     measured: dict[str, dict[str, float]] = {}
     for model in models:
         if not model.here:
@@ -281,8 +267,7 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
         reasons = "; ".join(f"{model.path}: {model.note}" for model in models if model.here)
         reason = f"no model could be asked ({reasons})" if reasons else "no model of the task is on this machine"
         raise UserError(Problem("--probe", reason, "dstune samples smollm2, or a FOLDER", data))
-    wanted = RANKED_BY[type(config.task)]
-    metric, less = next((name, less) for name, less in wanted if all(name in found for found in measured.values()))
+    metric, less = next((name, less) for name, less in ranked_by if all(name in found for found in measured.values()))
     for model in models:
         model.score = measured.get(model.path, {}).get(metric)
     models.sort(key=lambda model: (model.score is None, (model.score or 0.0) * (1 if less else -1)))
@@ -295,7 +280,7 @@ def _asked(model: Model, config: RunConfig, overrides: list[str], data: str, row
     words = [*overrides, f"data.validation={data}", f"evaluate.max_rows={rows}", "data.packing=false"]
     if not config.data.train:
         words.append("data.clean.leaks=false")
-    shots = [] if isinstance(config.task, EmbeddingConfig) else ["--shots", "0"]
+    shots = ["--shots", "0"] if task_of(config.task).few_shot else []
     told = io.StringIO()
     with redirect_stdout(told):
         code = evaluate.ask([model.path, *words, *shots, "--json"])

@@ -15,19 +15,13 @@ from dstune import baseline_file, environment
 from dstune.config.convert import shown
 from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    PreferenceConfig,
-    QuestionAnsweringConfig,
-    TokenClassificationConfig,
-)
 from dstune.core import files
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.models.peft import experts_without_adapters
 from dstune.planning.fillers import fillers
-from dstune.protocols import parallelism_of, schedule_of
+from dstune.protocols import parallelism_of, schedule_of, task_of
 from dstune.redact import redacted
 from dstune.tracking.log import RunLog
 from dstune.train.baseline import measure_prompted
@@ -132,7 +126,7 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     for part, counts in run.data.report.items():
         if (bad := counts.get("bad_rows")) and (part == "train" or getattr(config.data, part, None)):
             yield f"{bad:,} of {counts['rows_read']:,} rows of data.{part} are bad and left out (data_report.json names the first)"
-        divided = isinstance(config.task, (CausalLmConfig, QuestionAnsweringConfig, TokenClassificationConfig))
+        divided = task_of(config.task).splits_long_rows
         if (cut := counts.get("truncated")) and not divided:
             longest = f"the longest has {counts['longest']:,} tokens, " if counts.get("longest") else ""
             yield (
@@ -142,8 +136,8 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     if run.data.validation is not None and (held_out := len(run.data.validation.lengths)) < FEW_ROWS:
         few = f"{held_out} validation row{'s' * (held_out != 1)}: metrics of so few say little"
         yield f"{few} (data.split.validation, or data.validation=FILE)"
-    preferences = isinstance(config.task, PreferenceConfig)  # which are learned at a tenth of the rate
-    if config.method.name in ("lora", "qlora") and config.optimizer.lr <= SLOW_FOR_ADAPTERS and not preferences:
+    low = task_of(config.task).low_learning_rate
+    if config.method.name in ("lora", "qlora") and config.optimizer.lr <= SLOW_FOR_ADAPTERS and not low:
         yield (
             f"optimizer.lr={config.optimizer.lr:g} is a rate for all weights; adapters usually learn at 1e-4 to 5e-4 "
             "(experiment=chat_lora has 2e-4)"

@@ -35,11 +35,11 @@ from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes, sections
 from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.config.task_schema import CONVERSATIONS
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, with_file
 from dstune.core import files
 from dstune.errors import Problem, UserError
+from dstune.protocols import TASKS, task_of
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -61,8 +61,6 @@ __all__ = [
 ]
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
-FROZEN_AT_START = ("task.template_date", "model.revision", "task.reference_revision")
-"""Keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
 
 Result = TypeVar("Result")
 
@@ -91,9 +89,14 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
             raise UserError(overruled)
         if config.zero.path is not None:
             config = with_file(config, given_by(hydra, given))
-    if isinstance(config.task, CONVERSATIONS) and config.task.template_date is None:
-        config = replace(config, task=replace(config.task, template_date=datetime.date.today().isoformat()))
+    config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
     return Composed(config, given)
+
+
+def frozen_at_start() -> tuple[str, ...]:
+    """Keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
+    of_tasks = dict.fromkeys(f"task.{key}" for cls in TASKS.classes().values() for key in cls.frozen_keys)
+    return ("model.revision", *of_tasks)
 
 
 def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Iterator[Problem]:
@@ -381,7 +384,7 @@ def read_run(path: Path) -> Composed:
 def continue_run(old: Composed, new: Composed) -> RunConfig:
     """The configuration with which `new` continues the run of `old`.
 
-    What the first start froze (`FROZEN_AT_START`) is taken over unless the command now says something else than it did
+    What the first start froze (`frozen_at_start`) is taken over unless the command now says something else than it did
     then; without this, a chat run could not be continued on another day.
 
     Raises:
@@ -389,7 +392,7 @@ def continue_run(old: Composed, new: Composed) -> RunConfig:
     """
     tree = to_dict(new.config)
     before = to_dict(old.config)
-    for key in FROZEN_AT_START:
+    for key in frozen_at_start():
         section, name = key.split(".")
         asked_before, asked_now = (_last_value(composed.overrides, key) for composed in (old, new))
         if asked_before == asked_now and name in tree[section] and name in before[section]:

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import name_of_task
+from dstune.config.several_tasks import tasks_of
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
-from dstune.config.task_schema import CONVERSATIONS, Seq2SeqConfig
 from dstune.errors import Problem
-from dstune.protocols import TRACKERS, schedule_of
+from dstune.protocols import TRACKERS, schedule_of, task_of
 
 
 def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
@@ -79,10 +78,9 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "zero.overlap_comm", (f"zero.stage is {zero.stage}", "zero=stage2")
     if zero.stage < 3:
         yield "zero.param_persistence_threshold", (f"zero.stage is {zero.stage}", "zero=stage3")
-    if config.model.chat_template is not None and not isinstance(config.task, CONVERSATIONS):
+    if config.model.chat_template is not None and not task_of(config.task).conversational:
         yield "model.chat_template", (f"task={config.task.name} renders no conversations", "task=chat")
-    names = [config.task.name, *(name_of_task(config, source) for source in data.mixture.values())]
-    if Seq2SeqConfig.name not in names:
+    if not any(task_of(task).generation_metrics for task in (config.task, *tasks_of(config).values())):
         yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", "task=seq2seq")
     if not config.evaluate.samples:
         yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")

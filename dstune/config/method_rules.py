@@ -25,21 +25,12 @@ from dstune.config.method_schema import (
     Unit,
 )
 from dstune.config.schema import InitialWeights, RunConfig
-from dstune.config.task_schema import (
-    HEADED,
-    ClassificationConfig,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    TokenClassificationConfig,
-)
 from dstune.errors import Problem
+from dstune.protocols import task_of
 from dstune.protocols.method import MethodConfig
 
 PROMPTS = (PromptConfig, PrefixConfig, PTuningConfig)
 """Methods whose parameters stand in front of the row; the model's weights stay as they are."""
-
-PROMPTED_TASKS = ("chat", "causal_lm", "classification", "preference", "reward")
-"""Tasks whose heads know that a prompt may stand in front of the row."""
 
 QLORA_STAGE_3_ON_CPU = (
     "on a CPU, 4-bit weights of bitsandbytes have a shape of their own, and ZeRO-3 gathers them in the one that it cut"
@@ -66,20 +57,13 @@ def can_merge(method: MethodConfig) -> bool:
 
 def check_method(config: RunConfig) -> Iterator[Problem]:
     method = config.method
-    if isinstance(method, HeadConfig) and not isinstance(config.task, HEADED):
+    task = task_of(config.task)
+    if isinstance(method, HeadConfig) and not task.has_head:
         yield Problem("method", f"task={config.task.name} has no head of its own", "method=full or method=lora", "head")
-    if isinstance(method, HeadConfig) and isinstance(config.task, RewardConfig) and method.pooling is not Pooling.model:
-        reason = "a reward model has the head of its architecture"
-        yield Problem("method.pooling", reason, "method.pooling=model", method.pooling.name)
     if isinstance(method, FeaturesConfig):
         yield from _check_features(config, method)
-    if (
-        isinstance(method, HeadConfig)
-        and method.pooling is not Pooling.model
-        and isinstance(config.task, TokenClassificationConfig | QuestionAnsweringConfig)
-    ):
-        reason = f"task={config.task.name} reads every token, and pooling leaves one vector of all"
-        yield Problem("method.pooling", reason, "method.pooling=model", method.pooling.name)
+    if isinstance(method, HeadConfig) and method.pooling is not Pooling.model and task.has_head and task.unpoolable:
+        yield Problem("method.pooling", task.unpoolable, "method.pooling=model", method.pooling.name)
     if isinstance(method, HeadConfig) and method.pooling is Pooling.model:
         for key in ("layers", "dropout"):
             if value := getattr(method, key):
@@ -119,14 +103,15 @@ def check_method(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_features(config: RunConfig, method: FeaturesConfig) -> Iterator[Problem]:
-    if not isinstance(config.task, ClassificationConfig):
+    task = task_of(config.task)
+    if task.unpoolable:
         reason = f"task={config.task.name} has no classifier to train on features"
         yield Problem("method", reason, "task=classification, or method=lora", "features")
-    elif config.task.multi_label and (method.logistic_regression or method.random_forest):
+    elif task.several_labels and (method.logistic_regression or method.random_forest):
         reason = "the classifiers of scikit-learn are fitted to one label a row"
         fix = "leave out method.logistic_regression and method.random_forest"
         yield Problem("task.multi_label", reason, fix, "true")
-    elif config.task.regression and (method.logistic_regression or method.random_forest):
+    elif not task.has_labels and (method.logistic_regression or method.random_forest):
         reason = "the classifiers of scikit-learn are fitted to classes, and the labels are numbers"
         fix = "leave out method.logistic_regression and method.random_forest"
         yield Problem("task.regression", reason, fix, "true")
@@ -159,7 +144,7 @@ def _check_importance(config: RunConfig, method: ImportanceConfig) -> Iterator[P
 
 def _check_language_model_stage(config: RunConfig, method: UlmfitConfig) -> Iterator[Problem]:
     key, epochs = "method.language_model_epochs", shown(method.language_model_epochs)
-    if not isinstance(config.task, ClassificationConfig):
+    if task_of(config.task).unpoolable:
         reason = f"the stage is one in front of a classifier, and task={config.task.name} trains on texts itself"
         yield Problem(key, reason, "method.language_model_epochs=0", epochs)
     if config.data.streaming or config.data.mixture or config.forgetting.replay:
@@ -183,7 +168,7 @@ def _check_freeze(method: FreezeConfig) -> Iterator[Problem]:
 
 def _check_prompt(config: RunConfig, method: PromptConfig | PrefixConfig | PTuningConfig) -> Iterator[Problem]:
     name = method.name
-    if config.task.name not in PROMPTED_TASKS:
+    if not task_of(config.task).prefix_positions_ok:
         reason = f"task={config.task.name} reads the positions of the row, and those of a trained prompt come in front of them"
         yield Problem("method", reason, "method=lora", name)
     if config.data.packing:

@@ -28,9 +28,8 @@ from dstune.config.schema import (
     RunConfig,
 )
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
-from dstune.protocols import launcher_of, parallelism_of
+from dstune.protocols import launcher_of, parallelism_of, task_of
 
 UNCUT = {
     HeadConfig: "it reads one vector of the whole row",
@@ -62,7 +61,7 @@ def check_parallel(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_ulysses(config: RunConfig) -> Iterator[Problem]:
-    if not isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig):
+    if not task_of(config.task).language:
         reason = f"only language models are computed on parts of a row, and task={config.task.name} compares whole ones"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm|seq2seq", "ulysses")
     for why in (why for method, why in UNCUT.items() if isinstance(config.method, method)):
@@ -84,7 +83,7 @@ def check_ulysses(config: RunConfig) -> Iterator[Problem]:
 
 def check_tensor(config: RunConfig) -> Iterator[Problem]:
     tasks = (config.task, *tasks_of(config).values())
-    if others := sorted({task.name for task in tasks if not isinstance(task, ChatConfig | CausalLmConfig)}):
+    if others := sorted({task.name for task in tasks if not task_of(task).tensor_parallel}):
         reason = f"shared weights are held against a reference under chat and causal_lm, not task={', '.join(others)}"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm", "tensor")
     method = config.method

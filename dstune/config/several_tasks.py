@@ -4,13 +4,12 @@ those of the run. One language model answers all of them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from dstune.config.convert import shown
-from dstune.config.data_schema import SourceConfig, SourceTask
+from dstune.config.data_schema import SourceConfig
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.errors import Problem
+from dstune.protocols import TASKS, task_of
 from dstune.protocols.task import TaskConfig
 
 OTHER_PARTS = ("validation", "test", "guard", "ood")
@@ -26,28 +25,16 @@ def name_of_task(config: RunConfig, source: SourceConfig) -> str:
     return config.task.name if source.task is None else source.task.value
 
 
-def task_of(config: RunConfig, source: SourceConfig) -> TaskConfig:
+def task_of_source(config: RunConfig, source: SourceConfig) -> TaskConfig:
     """The task of the rows of `source`."""
-    task: TaskConfig = config.task
-    if source.task is not None and name_of_task(config, source) != task.name:
-        date = getattr(task, "template_date", None)
-        match source.task:
-            case SourceTask.chat:
-                task = ChatConfig(template_date=date)
-            case SourceTask.causal_lm:
-                task = CausalLmConfig()
-            case SourceTask.seq2seq:
-                task = Seq2SeqConfig(template_date=date)
-    if source.prompt is not None and isinstance(task, Seq2SeqConfig):
-        task = replace(task, prompt=source.prompt)
-    return task
+    return TASKS[name_of_task(config, source)].for_source(config.task, source.prompt)
 
 
 def tasks_of(config: RunConfig) -> dict[str, TaskConfig]:
     """The task of each source by its name, in the order of `data.mixture`; empty for a run of one task."""
     if not is_of_several(config):
         return {}
-    return {name: task_of(config, source) for name, source in config.data.mixture.items()}
+    return {name: task_of_source(config, source) for name, source in config.data.mixture.items()}
 
 
 def check_several_tasks(config: RunConfig) -> Iterator[Problem]:
@@ -55,7 +42,8 @@ def check_several_tasks(config: RunConfig) -> Iterator[Problem]:
         yield from _check_prompt(config, name, source)
     if not is_of_several(config):
         return
-    if not isinstance(config.task, (ChatConfig, Seq2SeqConfig)):
+    task = task_of(config.task)
+    if not (task.language and task.conversational):
         reason = "sources of other tasks are mixed where one language model writes every answer"
         fix = "task=chat or task=seq2seq; a label is a target too, and plain text is data.mixture.NAME.task=causal_lm"
         yield Problem("task", reason, fix, config.task.name)
@@ -76,9 +64,10 @@ def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterato
     if source.prompt is None:
         return
     key = f"data.mixture.{name}.prompt"
-    if name_of_task(config, source) != Seq2SeqConfig.name:
+    if not TASKS[name_of_task(config, source)].asks_by_prompt:
+        asked = next(task for task, cls in TASKS.classes().items() if cls.asks_by_prompt)
         yield Problem(
-            key, "only sources with targets are asked by a prompt", f"data.mixture.{name}.task=seq2seq", source.prompt
+            key, "only sources with targets are asked by a prompt", f"data.mixture.{name}.task={asked}", source.prompt
         )
     elif source.prompt.count("{source}") != 1:
         reason = "the source has to have one place in the prompt"

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterator
 
 from dstune.config.augment_rules import check_augment
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
-from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
 from dstune.config.method_rules import check_method
@@ -28,70 +27,13 @@ from dstune.config.schema import (
     Selective,
     SpikeAction,
 )
-from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, is_of_several, name_of_task
+from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, tasks_of
 from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
-from dstune.config.task_schema import (
-    WRITERS,
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    EmbeddingConfig,
-    PreferenceConfig,
-    RewardConfig,
-    Seq2SeqConfig,
-    TokenClassificationConfig,
-)
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
-from dstune.protocols import TRACKERS, launcher_of, optimizer_of, schedule_of
-from dstune.protocols.task import TaskConfig
-
-GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
-"""Of generated targets (`tasks/seq2seq/metrics.py`)."""
-
-METRICS = {
-    "chat": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
-    "causal_lm": ("loss", "perplexity", "token_accuracy", "bits_per_byte"),
-    "classification": ("loss", "accuracy", "f1_macro", "f1_micro", "mcc", "auroc"),
-    "question_answering": ("loss", "exact_match", "f1", "best_f1"),
-    "token_classification": ("loss", "token_accuracy", "entity_f1", "entity_precision", "entity_recall", "f1_macro"),
-    "preference": ("loss", "reward_accuracy", "reward_margin"),
-    "reward": ("loss", "reward_accuracy", "reward_margin"),
-    "seq2seq": ("loss", "perplexity", "token_accuracy", *GENERATION_METRICS),
-    "embedding": ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"),
-}
-"""Evaluation metrics of each task that may decide which checkpoint is best."""
-
-UNPACKED = {
-    "classification": "one row is one text in classification",
-    "preference": "answers are compared whole, each in a row of its own",
-    "reward": "answers are compared whole, each in a row of its own",
-    "embedding": "every text has a vector of its own",
-    "token_classification": "one row is one sentence, or a window of it",
-    "question_answering": "one row is one question with its text",
-}
-"""Why the rows of a task are not packed."""
-
-TASKS_OF_FORMAT = {
-    DataFormat.messages: ("chat",),
-    DataFormat.conversations: ("chat",),
-    DataFormat.alpaca: ("chat",),
-    DataFormat.prompt_completion: ("chat",),
-    DataFormat.text: ("causal_lm",),
-    DataFormat.text_label: ("classification",),
-    DataFormat.pair: ("classification",),
-    DataFormat.preference: ("preference", "reward"),
-    DataFormat.feedback: ("preference",),
-    DataFormat.contrastive: ("embedding",),
-    DataFormat.tokens_tags: ("token_classification",),
-    DataFormat.squad: ("question_answering",),
-    DataFormat.source_target: ("seq2seq",),
-}
-"""What each row format is for."""
-
-REGRESSION_METRICS = ("loss", "mae", "rmse", "pearson", "spearman")
+from dstune.protocols import TASKS, TRACKERS, launcher_of, optimizer_of, schedule_of, task_of
 
 
 def validate(config: RunConfig) -> None:
@@ -143,7 +85,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
-    data, task = config.data, config.task.name
+    data, task = config.data, task_of(config.task)
     if not data.train and not data.mixture:
         yield Problem(
             "data.train",
@@ -151,13 +93,12 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             "data.train=rows.jsonl, a sample (data=chitchat), or an experiment (experiment=quickstart)",
             shown(data.train),
         )
-    wanted = TASKS_OF_FORMAT.get(data.format)
-    if wanted is not None and task not in wanted:
-        formats = [form.name for form, tasks in TASKS_OF_FORMAT.items() if task in tasks]
+    readers = [name for name, cls in TASKS.classes().items() if data.format.name in cls.formats]
+    if readers and task.name not in readers:
         yield Problem(
             "data.format",
-            f"rows of this format are for task={' or '.join(wanted)}, but the task is {task}",
-            f"task={wanted[0]}, or rows in the format {' or '.join(formats)}",
+            f"rows of this format are for task={' or '.join(readers)}, but the task is {task.name}",
+            f"task={readers[0]}, or rows in the format {' or '.join(task.formats)}",
             data.format.name,
         )
     for code in data.clean.languages:
@@ -168,8 +109,8 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
     if most is not None and data.clean.min_characters > most:
         reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"
         yield Problem("data.clean.min_characters", reason, f"at most {most}", shown(data.clean.min_characters))
-    if data.packing and task in UNPACKED:
-        yield Problem("data.packing", f"{UNPACKED[task]}, so rows are not packed", "data.packing=false", "true")
+    if data.packing and task.unpackable:
+        yield Problem("data.packing", f"{task.unpackable}, so rows are not packed", "data.packing=false", "true")
     held_out = [
         (f"data.split.{name}", share)
         for name, share, given in (
@@ -222,7 +163,8 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
             "data.max_rows=null; trainer.max_steps ends the run",
             shown(data.max_rows),
         )
-    if isinstance(config.task, ClassificationConfig | TokenClassificationConfig) and not config.task.labels:
+    task = task_of(config.task)
+    if task.has_labels and not task.given_labels:
         yield Problem(
             "task.labels",
             "the labels of a stream are not known before its end",
@@ -321,7 +263,7 @@ def check_schedule(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_evaluation(config: RunConfig) -> Iterator[Problem]:
-    evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, config.task
+    evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, task_of(config.task)
     held_out = bool(config.data.validation) or config.data.split.validation > 0
     rows = "data.validation=rows.jsonl or data.split.validation=0.05"
     metrics = metrics_of_run(config)
@@ -332,9 +274,8 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             f"one of {', '.join(metrics)}",
             shown(stopping.metric),
         )
-    whole = isinstance(task, PreferenceConfig | RewardConfig | EmbeddingConfig)
     for key in ("slices", "counterfactual"):
-        if whole and getattr(evaluate, key):
+        if not task.row_loss and getattr(evaluate, key):
             reason = f"the loss of task={task.name} is not told row by row"
             yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", shown(getattr(evaluate, key)))
     if evaluate.slice_metric is not None and evaluate.slice_metric not in metrics:
@@ -357,15 +298,13 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
         if needs_cadence and evaluate.every == 0:
             yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
-    if stopping.max_gap is not None and isinstance(task, EmbeddingConfig):
-        reason = (
-            "the loss of task=embedding depends on how many texts are compared at once, so there is no gap to measure"
-        )
+    if stopping.max_gap is not None and not task.comparable_loss:
+        reason = f"the loss of task={task.name} depends on how many texts are compared at once, so there is no gap to measure"
         yield Problem(
             "trainer.early_stopping.max_gap", reason, "trainer.early_stopping.patience=3", shown(stopping.max_gap)
         )
     if (
-        stopping.metric.rpartition("/")[2] in GENERATION_METRICS
+        stopping.metric.rpartition("/")[2] in generation_metrics(config)
         and evaluate.generate_rows == 0
         and stopping.metric in metrics
     ):
@@ -383,30 +322,27 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         if config.data.streaming:
             reason = "worked examples are drawn from all training rows, and a stream is not read as a whole"
             yield Problem("evaluate.baseline_shots", reason, "evaluate.baseline_shots=[]", shots)
-        if not isinstance(task, (ChatConfig, CausalLmConfig, Seq2SeqConfig)):
+        if not task.language:
             reason = f"the model of task={task.name} has no vocabulary to answer with"
             fix = "evaluate.baseline_shots=[], and after training `dstune evaluate RUN --shots 0,4 --prompted MODEL`"
             yield Problem("evaluate.baseline_shots", reason, fix, shots)
-    if evaluate.samples > 0 and not isinstance(task, WRITERS):
+    if evaluate.samples > 0 and not task.generates:
         reason = f"task={task.name} answers no prompts"
         yield Problem("evaluate.samples", reason, "evaluate.samples=0", shown(evaluate.samples))
 
 
-def metrics_of(task: TaskConfig) -> tuple[str, ...]:
-    """Evaluation metrics of `task` that may decide which checkpoint is best."""
-    if isinstance(task, ClassificationConfig) and task.regression:
-        return REGRESSION_METRICS
-    return METRICS[task.name]
-
-
 def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
     """Those of its task; of several tasks what all of them have, and those of each as NAME/METRIC."""
-    if not is_of_several(config):
-        return metrics_of(config.task)
-    sources = config.data.mixture.items()
+    if not (tasks := tasks_of(config)):
+        return task_of(config.task).metrics
     return SHARED_METRICS + tuple(
-        f"{name}/{metric}" for name, source in sources for metric in METRICS[name_of_task(config, source)]
+        f"{name}/{metric}" for name, task in tasks.items() for metric in task_of(task).metrics
     )
+
+
+def generation_metrics(config: RunConfig) -> set[str]:
+    """Metrics of generated targets, of any task of the run."""
+    return {name for task in (config.task, *tasks_of(config).values()) for name in task_of(task).generation_metrics}
 
 
 def check_saves(config: RunConfig) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from dstune.config.data_schema import DataFormat, SourceConfig
 from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import task_of
+from dstune.config.several_tasks import task_of_source
 
 PARTS = ("train", "validation", "test", "guard", "ood")
 
@@ -24,7 +24,7 @@ def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
         subset=source.subset,
         revision=source.revision,
     )
-    return replace(config, data=data, task=task_of(config, source))
+    return replace(config, data=data, task=task_of_source(config, source))
 
 
 def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:

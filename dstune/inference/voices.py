@@ -15,18 +15,10 @@ from typing import Any
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
-from dstune.config.task_schema import (
-    CONVERSATIONS,
-    WRITERS,
-    CausalLmConfig,
-    ChatConfig,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    Seq2SeqConfig,
-)
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, located, run_and_step
-from dstune.protocols import TASKS
+from dstune.protocols import TASKS, task_of
+from dstune.protocols.task import TaskConfig
 
 OWN = "default"
 """Name of the adapter that the model's own folder is."""
@@ -43,7 +35,7 @@ class Voice:
     """Whether prompts go through the chat template."""
     date: str | None = None
     """The date that the template tells, as in training."""
-    task: Seq2SeqConfig | None = None
+    task: TaskConfig | None = None
     """A prompt is a source, which is asked for its target as in training; it writes no conversations."""
 
 
@@ -62,7 +54,7 @@ class _Found:
     config: ModelConfig
     chat: bool = True
     date: str | None = None
-    task: Seq2SeqConfig | None = None
+    task: TaskConfig | None = None
 
     @property
     def adapter_folder(self) -> Path | None:
@@ -116,25 +108,26 @@ def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     folder = exported(path, scratch, which=which)
     trust = wanted.trust_remote_code or config.model.trust_remote_code
     model = replace(wanted, path=str(folder), trust_remote_code=trust)
-    if isinstance(config.task, Seq2SeqConfig):
+    task = task_of(config.task)
+    if task.asks_by_prompt:
         return _Found(model, chat=False, task=config.task)
-    if isinstance(config.task, CONVERSATIONS):
-        return _Found(model, date=config.task.template_date)
-    return _Found(model, chat=False)
+    return _Found(model, chat=task.conversational, date=task.template_date)
 
 
 def _from_record(wanted: ModelConfig, key: str) -> _Found:
     task = read_record(Path(wanted.path)).get("task") or {}
     _refuse_no_writer(task.get("name") or task_of_head(Path(wanted.path)), key, wanted.path)
-    if task.get("name") == Seq2SeqConfig.name:
-        return _Found(wanted, chat=False, task=Seq2SeqConfig(**task))
-    return _Found(wanted, chat=task.get("name") != CausalLmConfig.name, date=task.get("template_date"))
+    kind = TASKS.classes().get(task.get("name", ""))
+    if kind is not None and kind.asks_by_prompt:
+        return _Found(wanted, chat=False, task=kind.Config(**task))
+    return _Found(wanted, chat=kind is None or kind.conversational, date=task.get("template_date"))
 
 
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
-    if TASKS.configs().get(task or "", ChatConfig) not in WRITERS:
+    kind = TASKS.classes().get(task or "")
+    if kind is not None and not kind.generates:
         reason = f"is a model for task={task}, no language model, so it writes no text"
-        given = "--input FILE" if task in (QuestionAnsweringConfig.name, RewardConfig.name) else "--text TEXT"
+        given = "--text TEXT" if kind.predicts_from_text else "--input FILE"
         raise UserError(Problem(key, reason, f"dstune predict {path} {given}", path))
 
 
@@ -179,7 +172,8 @@ def _voice(tokenizer: Any, found: _Found, encoder_decoder: bool) -> Voice:
     task = found.task
     if encoder_decoder:
         mark_encoder_decoder(tokenizer)
-        task = task or Seq2SeqConfig()  # a published one reads what it is given
+        # A published one reads what it is given.
+        task = task or next(kind.Config() for kind in TASKS.classes().values() if kind.encoder_decoder)
     chat = found.chat and not encoder_decoder and bool(tokenizer.chat_template)
     return Voice(tokenizer, chat, found.date, task)
 

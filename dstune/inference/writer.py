@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from dstune.errors import Problem, UserError
 from dstune.inference.prompts import Request, with_system
 from dstune.inference.voices import BASE, Speaker, Voice
+from dstune.protocols import task_of
 
 if TYPE_CHECKING:
-    from dstune.config.task_schema import Seq2SeqConfig
     from dstune.data.control import ControlTokens
     from dstune.data.seq2seq import Sources
+    from dstune.protocols.task import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -221,13 +222,14 @@ class Writer:
             self._controls[name] = ControlTokens(self._voices[name].tokenizer)
         return self._controls[name]
 
-    def _sources(self, name: str, task: Seq2SeqConfig) -> Sources:
+    def _sources(self, name: str, task: TaskConfig) -> Sources:
         from dstune.config.architectures import is_encoder_decoder
-        from dstune.data.seq2seq import Sources
 
         if name not in self._asking:
             tokenizer = self._voices[name].tokenizer
-            self._asking[name] = Sources(tokenizer, task, encoder_decoder=is_encoder_decoder(tokenizer))
+            sources = task_of(task).sources(tokenizer, encoder_decoder=is_encoder_decoder(tokenizer))
+            assert sources is not None, "only prompts of sources are asked"
+            self._asking[name] = sources
         return self._asking[name]
 
     def _template(self, name: str) -> str:

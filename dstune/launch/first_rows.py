@@ -6,16 +6,15 @@ A rank finds the same, but only after 10 s of imports, and in a run directory th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from dstune.config.data_schema import DataFormat, OnBadRow
 from dstune.config.method_rules import cpu_problems
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
 from dstune.errors import Problem, UserError
+from dstune.protocols import task_of
 
 WHOLE_FILE_BYTES = 1 << 26
 """A JSON array is read as a whole, so one larger than this is left to the ranks."""
@@ -30,18 +29,11 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
         yield from cpu_problems(config)
 
 
-def metric_problems(config: RunConfig) -> Iterator[Problem]:
-    """What has to be installed first to score generated targets."""
+def task_problems(config: RunConfig) -> Iterator[Problem]:
+    """What the tasks of the run miss on this machine."""
     tasks = (config.task, *tasks_of(config).values())
-    if not any(isinstance(task, Seq2SeqConfig) for task in tasks) or config.evaluate.generate_rows == 0:
-        return
-    for module, package in (("sacrebleu", "sacrebleu"), ("rouge_score", "rouge-score")):
-        if find_spec(module) is None:
-            fix = "pip install 'dstune[generation]', or evaluate.generate_rows=0"
-            reason = f"the package {package}, which scores generated targets, is not installed"
-            yield Problem(
-                "evaluate.generate_rows", reason, fix, str(config.evaluate.generate_rows).replace("None", "null")
-            )
+    for task in {task.name: task for task in tasks}.values():
+        yield from task_of(task).preflight(config)
 
 
 def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:

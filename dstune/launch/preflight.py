@@ -29,18 +29,17 @@ from dstune.config.forgetting import with_replay
 from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import PreferenceConfig, Seq2SeqConfig
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
 from dstune.errors import Problem, UserError
 from dstune.launch import hub, hub_data
 from dstune.launch.commands import count_gpus
-from dstune.launch.first_rows import first_row_problems, hardware_problems, metric_problems
+from dstune.launch.first_rows import first_row_problems, hardware_problems, task_problems
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.planning.source import config_json
-from dstune.protocols import TRACKERS, parallelism_of
+from dstune.protocols import TRACKERS, parallelism_of, task_of
 from dstune.protocols.task import TaskConfig
 
 Stage = Callable[[str], None]
@@ -73,7 +72,7 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     except UserError as error:
         problems += error.problems
     try:
-        config = replace(config, task=resolve_reference(config, stage))
+        config = replace(config, task=resolve_further_models(config, stage))
     except UserError as error:
         problems += error.problems
     try:
@@ -109,6 +108,8 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
         if tracker.enabled(config.tracking):
             problems += tracker.missing(config.tracking)
     problems += metric_problems(config)
+    problems += missing(config.tracking)
+    problems += task_problems(config)
     problems += cleaning.missing(config.data.clean)
     problems += augment_problems(config, stage) if trains else []
     _refuse(problems)
@@ -188,23 +189,26 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
     return replace(config, revision=commit)
 
 
-def resolve_reference(config: RunConfig, stage: Stage) -> TaskConfig:
-    """The task with its reference model in place, and that one's revision resolved to a commit.
+def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
+    """The task with its further models (a reference) in place, and their revisions resolved to commits.
 
     Raises:
         UserError: as `resolve_model`, about the keys of the task.
     """
-    task = config.task
-    if not isinstance(task, PreferenceConfig) or task.reference_model is None:
-        return task
-    model = replace(config.model, path=task.reference_model, revision=task.reference_revision)
-    keys = {"model.path": "task.reference_model", "model.revision": "task.reference_revision"}
-    try:
-        found = resolve_model(replace(model, weights=InitialWeights.pretrained), stage)
-    except UserError as error:
-        named = [replace(problem, where=keys.get(problem.where, problem.where)) for problem in error.problems]
-        raise UserError(named) from None
-    return replace(task, reference_revision=found.revision)
+    task: Any = config.task
+    for further in task_of(task).further_models:
+        if getattr(task, further.path) is None:
+            continue
+        model = replace(config.model, path=getattr(task, further.path), revision=getattr(task, further.revision))
+        keys = {"model.path": f"task.{further.path}", "model.revision": f"task.{further.revision}"}
+        try:
+            found = resolve_model(replace(model, weights=InitialWeights.pretrained), stage)
+        except UserError as error:
+            named = [replace(problem, where=keys.get(problem.where, problem.where)) for problem in error.problems]
+            raise UserError(named) from None
+        task = replace(task, **{further.revision: found.revision})
+    resolved: TaskConfig = task
+    return resolved
 
 
 def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
@@ -271,7 +275,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     problems = []
     kind = str(architecture.get("model_type"))
     if run is not None and architecture.get("is_encoder_decoder"):
-        if not all(isinstance(task, Seq2SeqConfig) for task in (run.task, *tasks_of(run).values())):
+        if not all(task_of(task).encoder_decoder for task in (run.task, *tasks_of(run).values())):
             problems.append(encoder_decoder_problem(config, kind))
         elif run.data.packing:
             problems.append(packed_encoder_decoder_problem(kind))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ChatConfig, Seq2SeqConfig
 from dstune.data import inputs, sources
 from dstune.errors import Problem, UserError
 from dstune.launch import machine
@@ -19,7 +18,7 @@ from dstune.launch.plan import Planned, planned
 from dstune.planning.hardware import GIB
 from dstune.planning.memory import Memory
 from dstune.planning.setup import Setup
-from dstune.protocols import launcher_of
+from dstune.protocols import launcher_of, task_of
 from dstune.rank_env import from_environment
 
 CERTAIN = 0.9
@@ -86,8 +85,7 @@ def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int
     for parts in memory.moments.values():
         held = sums + sum(parts.get(name, 0) for name in always)
         if full:
-            answers = isinstance(config.task, (ChatConfig, Seq2SeqConfig))
-            every_target = not answers or getattr(config.task, "train_on_prompt", False)
+            every_target = task_of(config.task).every_position_is_a_target
             held += parts.get("activations", 0) + (parts.get("logits", 0) if every_target else 0)
         moments.append(held)
     return max(moments)

@@ -21,28 +21,12 @@ from dstune.config.zero_rules import SWAPPED_AT_ONCE
 from dstune.errors import UserError
 from dstune.planning.adapters import added, experts_problem
 from dstune.planning.architecture import (
-    BODY,
-    CLASSIFIER,
     DEFAULTS,
-    LANGUAGE_MODEL,
-    TOKEN_CLASSIFIER,
     Architecture,
     Tensor,
     sliced,
 )
-from dstune.protocols import optimizer_of, parallelism_of
-
-HEADS = {
-    "classification": CLASSIFIER,
-    "reward": CLASSIFIER,
-    "token_classification": TOKEN_CLASSIFIER,
-    "question_answering": TOKEN_CLASSIFIER,
-    "embedding": BODY,
-}
-"""The head of a task; every other task has the vocabulary projection."""
-
-PAIRS = ("preference", "reward", "embedding")
-"""Tasks whose rows are pairs of texts."""
+from dstune.protocols import optimizer_of, parallelism_of, task_of
 
 CLASSES_UNKNOWN = 2
 """Classes that are counted where the labels are found in the rows only: a head of a few thousand weights."""
@@ -136,11 +120,11 @@ class Setup:
 
 
 def head_of(config: RunConfig) -> str:
-    return HEADS.get(config.task.name, LANGUAGE_MODEL)
+    return task_of(config.task).output
 
 
 def labels_of(config: RunConfig) -> int:
-    return len(getattr(config.task, "labels", None) or []) or CLASSES_UNKNOWN
+    return len(task_of(config.task).given_labels) or CLASSES_UNKNOWN
 
 
 def setup(
@@ -187,7 +171,7 @@ def setup(
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
         micro_batch_size=config.trainer.rows,
-        texts=2 if config.task.name in PAIRS else 1,
+        texts=task_of(config.task).texts_per_row,
         length=length,
         global_batch_size=config.trainer.global_batch_size,
         packing=config.data.packing,
@@ -222,7 +206,7 @@ def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *
     in_front = isinstance(config.method, PrefixConfig | PromptConfig | PTuningConfig)
     dropout = values.get("attention_dropout")
     known = not (in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout)
-    language = config.task.name in ("chat", "causal_lm", "seq2seq")
+    language = task_of(config.task).language
     return "samples" if language and known and not on_gpu else "sdpa"
 
 

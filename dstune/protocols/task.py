@@ -8,7 +8,7 @@ the answer. Methods get the whole `RunConfig` where other sections matter. Only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Task:
     """The model has a head of its own in place of the vocabulary's."""
     per_token: ClassVar[bool] = False
     """The head reads every token, not one vector of the row."""
-    unpoolable: ClassVar[str] = ""
+    unpoolable: ClassVar[str] = "the task has no head of its own"
     """Why the head cannot read a pooled vector of the row; empty where it can."""
     row_loss: ClassVar[bool] = True
     """Every row has a loss of its own, which can be told apart by subgroups and compared with other texts of the row."""
@@ -107,6 +107,11 @@ class Task:
         return False
 
     @property
+    def template_date(self) -> str | None:
+        """The date that a chat template may print (YYYY-MM-DD), of conversational tasks."""
+        return self.config.template_date if self.conversational else None
+
+    @property
     def every_position_is_a_target(self) -> bool:
         """Whether all positions of a row are projected onto the vocabulary."""
         return True
@@ -130,6 +135,11 @@ class Task:
     def several_labels(self) -> bool:
         """Whether a row has any number of labels."""
         return False
+
+    @property
+    def given_labels(self) -> tuple[str, ...]:
+        """The names of labels that the configuration gives, in the order of their indices; empty where they are found."""
+        return tuple(self.config.labels) if self.has_labels else ()
 
     def complete_labels(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The labels found in the training rows, with those that have to exist beside them."""
@@ -171,7 +181,15 @@ class Task:
     @classmethod
     def for_source(cls, main: TaskConfig, prompt: str | None) -> TaskConfig:
         """The configuration for a source of `data.mixture` with rows of this task, in a run of the task `main`."""
-        return main if isinstance(main, cls.Config) else cls.Config()
+        same = isinstance(main, cls.Config)
+        prompt = prompt if cls.asks_by_prompt else None
+        if same and prompt is None:
+            return main
+        # Not `replace`: rules read the configuration through a view, which is no dataclass.
+        values = {field.name: getattr(main, field.name) for field in fields(cls.Config)} if same else {}
+        if cls.conversational:
+            values["template_date"] = getattr(main, "template_date", None)
+        return cls.Config(**values | ({} if prompt is None else {"prompt": prompt}))
 
     # ---- configuration ----
 
@@ -183,8 +201,14 @@ class Task:
         """What the settings of the task and the other sections may not say together."""
         return iter(())
 
+    def caches_reference(self, run: RunConfig) -> bool:
+        """Whether another model's log-probabilities of the training rows are computed before training."""
+        return False
+
     def resolve(self, today: str) -> TaskConfig:
         """The configuration with what depends on the day of composition (YYYY-MM-DD) filled in."""
+        if self.conversational and self.config.template_date is None:
+            return replace(self.config, template_date=today)
         return self.config
 
     def preflight(self, run: RunConfig) -> Iterator[Problem]:

@@ -15,7 +15,6 @@ import xxhash
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig, TokenClassificationConfig
 from dstune.data import sources
 from dstune.data.build import PreparedData, Split, prepare
 from dstune.data.collate import NO_TARGET
@@ -24,6 +23,7 @@ from dstune.data.statistics import longer_than, with_packing
 from dstune.errors import Problem, UserError
 from dstune.models.load import load_tokenizer
 from dstune.paths import cache_root
+from dstune.protocols import task_of
 from dstune.rank_env import RankEnv
 from dstune.show.segments import Segment, segments
 
@@ -107,9 +107,7 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
     chosen: list[int] = []
     if count:
         chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)).tolist()
-    samples, answers = repetitions(
-        part, tokenizer, with_answers=isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
-    )
+    samples, answers = repetitions(part, tokenizer, with_answers=task_of(config.task).language)
     return Shown(
         model=shown(config.model.path),
         task=config.task.name,
@@ -198,7 +196,7 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
             tokenizer,
             ids,
             trained,
-            data.labels if isinstance(config.task, TokenClassificationConfig) else (),
+            data.labels if task_of(config.task).per_token else (),
         ),
         rejected=_rejected(sample, tokenizer),
     )

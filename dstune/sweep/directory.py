@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.compose import FROZEN_AT_START, read_run
+from dstune.config.compose import frozen_at_start, read_run
 from dstune.config.convert import dump, from_dict, load, shown, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
@@ -49,7 +49,7 @@ def identity(base: RunConfig, axes: Sequence[Axis]) -> str:
     tree = to_dict(base)
     for name in NOT_IDENTITY:
         tree.pop(name)
-    for key in (*(axis.key.lstrip("+") for axis in axes), *FROZEN_AT_START):
+    for key in (*(axis.key.lstrip("+") for axis in axes), *frozen_at_start()):
         _remove(tree, key)
     kind = [base.sweep.name, sorted(axis.key for axis in axes)]
     return hashlib.sha256(json.dumps([tree, kind], sort_keys=True).encode()).hexdigest()[:8]
@@ -135,7 +135,7 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
         raise UserError(Problem("sweep.dir", reason, "give another sweep.dir", str(path)))
     tree, stored = to_dict(sweep.base), to_dict(old.config)
     varied = {axis.key.lstrip("+") for axis in sweep.axes}
-    for key in FROZEN_AT_START:
+    for key in frozen_at_start():
         section, name = key.split(".")
         if section not in varied and key not in varied and name in tree[section] and name in stored[section]:
             tree[section][name] = stored[section][name]
@@ -160,7 +160,7 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
     varied = {axis.key.lstrip("+") for axis in axes}
     tree = to_dict(base)
     found = []
-    for key in FROZEN_AT_START:
+    for key in frozen_at_start():
         section, name = key.split(".")
         value = tree[section].get(name)
         whole_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied

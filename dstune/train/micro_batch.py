@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from dstune.config.schema import Automatic, RunConfig
-from dstune.config.task_rules import cached_reference
 from dstune.data.batches import batch_of
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch, Row
 from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.planning.host import available_bytes
+from dstune.protocols import task_of
 from dstune.train.memory import GIB, PeakMemory
 from dstune.train.supply import order_of
 from dstune.train.window import joined
@@ -181,7 +181,8 @@ class Trials:
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         split = self.split
-        if cached_reference(self.config) and split.reference is None:  # computed later, with the size that is found
+        if task_of(self.config.task).caches_reference(self.config) and split.reference is None:
+            # Computed later, with the size that is found.
             split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
         batch = batch_of(self.config, split, MicroBatch(0, tuple(rows)), self.pad_token_id)
         return {key: value.to(self.engine.device) for key, value in batch.items()}

@@ -14,7 +14,6 @@ import xxhash
 
 from dstune.config.method_schema import FullConfig
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
-from dstune.config.task_rules import cached_reference
 from dstune.config.task_schema import PreferenceConfig
 from dstune.data import cache
 from dstune.data.batches import batch_of
@@ -46,7 +45,7 @@ def with_reference(
 ) -> PreparedData:
     """`data` with what the model that training starts from says of every row. Every rank calls this, before anything is
     trained or loaded from a checkpoint, so a continued run that finds the cache empty computes the same once more."""
-    if not cached_reference(config) or _other_model(config) is not None:
+    if not task_of(config.task).caches_reference(config) or _other_model(config) is not None:
         return data
     assert isinstance(head, (PairHead, JudgedHead))
     found = _Cache(root, data, _identity(config, world), precision)

@@ -12,8 +12,9 @@ from dstune.config.names import classes_of, sections
 from dstune.config.ranges import check_ranges
 from dstune.config.resume import MAY_CHANGE_KEYS, check_resume
 from dstune.config.schema import RunConfig
-from dstune.config.validate import METRICS, TASKS_OF_FORMAT, validate
+from dstune.config.validate import validate
 from dstune.errors import Problem, UserError
+from dstune.protocols import TASKS
 
 CHAT = ("data=chitchat",)
 LABELS = ("data=sentiment", "task=classification")
@@ -210,10 +211,13 @@ def test_a_secret_given_as_a_value_is_not_repeated():
     assert "hunter2" not in str(problem)
 
 
-def test_the_tables_know_every_task():
-    tasks = set(classes_of("task"))
-    assert set(METRICS) == tasks
-    assert {task for of in TASKS_OF_FORMAT.values() for task in of} == tasks
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_task_names_its_formats_and_metrics(name: str):
+    task = TASKS[name](TASKS[name].Config())
+    assert task.read_formats
+    assert set(task.read_formats) <= set(task.formats)
+    assert "loss" in task.metrics
+    assert set(task.generation_metrics) <= set(task.metrics)
 
 
 # ---- ranges ----

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
+from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.classification import rules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +28,7 @@ class Classification(Task):
     config: ClassificationConfig
 
     has_head = True
+    unpoolable = ""
     prefix_positions_ok = True
     unpackable = "one row is one text in classification"
     few_shot = True
@@ -68,3 +72,6 @@ class Classification(Task):
             return {"flips": flips(predictions(*before), predictions(*after), places)}
         old, new = (np.array(predictions(*evaluated))[:, 0] for evaluated in (before, after))
         return {"prediction_change": new - old[places]}
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        return rules.check(run, self.config)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dstune.config.schema import RunConfig
 from dstune.config.task_schema import EmbeddingConfig
+from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.embedding import rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,3 +47,6 @@ class Embedding(Task):
         from dstune.train.measure import Evaluation
 
         return Evaluation(embedding_metrics(kept, self.config.temperature))
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        return rules.check(run)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dstune.config.schema import RunConfig
 from dstune.config.task_schema import PreferenceConfig
+from dstune.errors import Problem
 from dstune.protocols import Task, task
 from dstune.protocols.task import FurtherModel
+from dstune.tasks.preference import rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,3 +61,9 @@ class Preference(Task):
         from dstune.train.measure import without_loss
 
         return without_loss(preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        return rules.check(run, self.config)
+
+    def caches_reference(self, run: RunConfig) -> bool:
+        return rules.caches_reference(run, self.config)

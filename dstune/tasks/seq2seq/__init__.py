@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
+from dstune.config.convert import shown
+from dstune.config.schema import RunConfig
 from dstune.config.task_schema import Seq2SeqConfig
+from dstune.errors import Problem
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dstune.data.prepared import Split
+    from dstune.data.seq2seq import Sources
     from dstune.models.heads import Head, Rows
     from dstune.train.evaluate import Evaluator
     from dstune.train.measure import Evaluation, Row, Totals
@@ -68,3 +73,23 @@ class Seq2Seq(LanguageTask):
         from dstune.tasks.seq2seq.metrics import generate_and_measure
 
         return generate_and_measure(evaluator, split, measured, context, one_line=one_line, progress=progress)
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        if self.config.prompt.count("{source}") != 1:
+            reason = "the source has to have one place in the prompt"
+            yield Problem("task.prompt", reason, "task.prompt='\"Translate: {source}\"'", shown(self.config.prompt))
+
+    def preflight(self, run: RunConfig) -> Iterator[Problem]:
+        """What has to be installed first to score generated targets."""
+        if run.evaluate.generate_rows == 0:
+            return
+        for module, package in (("sacrebleu", "sacrebleu"), ("rouge_score", "rouge-score")):
+            if find_spec(module) is None:
+                fix = "pip install 'dstune[generation]', or evaluate.generate_rows=0"
+                reason = f"the package {package}, which scores generated targets, is not installed"
+                yield Problem("evaluate.generate_rows", reason, fix, shown(run.evaluate.generate_rows))
+
+    def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources:
+        from dstune.data.seq2seq import Sources
+
+        return Sources(tokenizer, self.config, encoder_decoder=encoder_decoder)

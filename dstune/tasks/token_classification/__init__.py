@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dstune.config.schema import RunConfig
 from dstune.config.task_schema import TokenClassificationConfig
+from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.token_classification import rules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,3 +61,6 @@ class TokenClassification(Task):
         from dstune.train.counterfactual import flips, predictions
 
         return {"flips": flips(predictions(*before), predictions(*after), places)}
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        return rules.check(run, self.config)
