@@ -9,7 +9,7 @@ from typing import Any
 from dstune import __version__
 from dstune.checkpoint.sentence_transformers import embedding_overrides
 from dstune.config.convert import EnvironmentText, to_dict
-from dstune.config.data_schema import DataFormat
+from dstune.config.data_schema import AUTOMATIC
 from dstune.config.method_schema import QloraConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
@@ -31,7 +31,7 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
     record = {
         "dstune": __version__,
         "task": task,
-        "data": {"format": data.format.name, "max_length": data.max_length, "packing": data.packing},
+        "data": {"format": data.format, "max_length": data.max_length, "packing": data.packing},
         "base_model": public_name(config.model.path),
         "revision": config.model.revision,
         "method": config.method.name,
@@ -72,7 +72,7 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     if chosen in (None, name):
         overrides += [f"task.{key}={_value(value)}" for key, value in task.items()]
     data = dict(record["data"])
-    if data["format"] == DataFormat.auto.name:
+    if data["format"] == AUTOMATIC:
         del data["format"]
     return overrides + [f"data.{key}={_value(value)}" for key, value in data.items()]
 

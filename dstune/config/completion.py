@@ -12,10 +12,10 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from typing import Any, Protocol
 
 from dstune.config.convert import is_optional
+from dstune.config.fields import options_of
 from dstune.config.names import keys_of, names_choice
 from dstune.errors import Problem, UserError
 
@@ -127,8 +127,7 @@ def _values(word: str, groups: Mapping[str, Sequence[str]], keys: Mapping[str, A
         for part in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
             if part is bool:
                 options += ["true", "false"]
-            elif isinstance(part, type) and issubclass(part, Enum):
-                options += [member.name for member in part]
+            options += options_of(part)
     return [f"{key}={option}" for option in options if option.startswith(value)]
 
 

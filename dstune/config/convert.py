@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from dstune.config.fields import MemberName, options_of
 from dstune.config.names import (
     OTHER_VALUES,
     all_keys,
@@ -84,8 +85,8 @@ def describe(hint: Any) -> str:
         return f"{describe(options[0])} or null"
     if len(options) > 1 and isinstance(hint, types.UnionType):
         return " or ".join(describe(part) for part in options)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " * (len(hint) > 1) + ", ".join(member.name for member in hint)
+    if words := options_of(hint):
+        return "one of " * (len(words) > 1) + ", ".join(words)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if hint in names:
         return names[hint]
@@ -149,6 +150,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if name not in hint.__members__:
             raise wrong
         return hint[name]
+    if isinstance(hint, type) and issubclass(hint, MemberName):
+        if value not in hint.options():
+            raise wrong
+        return str(value)
     origin = typing.get_origin(hint)
     if origin in (list, tuple, dict):
         return _container(value, hint, origin, where, wrong)
@@ -220,7 +225,7 @@ def _plain_any(value: Any, where: str) -> Any:
 def _fix(value: Any, hint: Any, where: str) -> str:
     """How to write what was probably meant, where that can be told."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    words = [name for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for name in kind.__members__]
+    words = [name for kind in kinds for name in options_of(kind)]
     if words:
         meant = OTHER_VALUES.get(str(value).lower())
         words += [*TRUE[:1], *FALSE[:1]] if bool in kinds else []

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from dstune.config.augment_schema import AugmentConfig
-from dstune.config.fields import setting
+from dstune.config.fields import MemberName, setting
+from dstune.protocols import TASKS
 
+AUTOMATIC = "auto"
+"""`data.format`: the format that fits the columns."""
 
-class DataFormat(Enum):
-    auto = "auto"
-    messages = "messages"
-    conversations = "conversations"
-    alpaca = "alpaca"
-    prompt_completion = "prompt_completion"
-    text = "text"
-    text_label = "text_label"
-    pair = "pair"
-    preference = "preference"
-    feedback = "feedback"
-    contrastive = "contrastive"
-    tokens_tags = "tokens_tags"
-    squad = "squad"
-    source_target = "source_target"
+if TYPE_CHECKING:
+    FormatName = str
+    LanguageTaskName = str
+else:
+
+    class FormatName(MemberName):
+        """A row format that some task reads."""
+
+        @classmethod
+        def options(cls) -> tuple[str, ...]:
+            formats = [name for task in TASKS.classes().values() for name in task.formats]
+            return tuple(dict.fromkeys([AUTOMATIC, *formats]))
+
+    class LanguageTaskName(MemberName):
+        """A task whose rows one language model can learn beside those of others."""
+
+        @classmethod
+        def options(cls) -> tuple[str, ...]:
+            return tuple(name for name, task in TASKS.classes().items() if task.language)
 
 
 class TextRows(Enum):
@@ -83,12 +91,6 @@ class CleanConfig:
     """E-mail, phone, IBAN, card, IP, SSN: `keep`, `flag`, `mask` (for example `<EMAIL>`) or `drop`; extra `clean`."""
 
 
-class SourceTask(Enum):
-    chat = "chat"
-    causal_lm = "causal_lm"
-    seq2seq = "seq2seq"
-
-
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of a mixture."""
@@ -99,11 +101,11 @@ class SourceConfig:
     """How often its rows come in an epoch: 1 once, 2 twice, 0.5 half of them and the other half in the next epoch."""
     max_rows: int | None = setting(None, at_least=1)
     """Use this many of its rows at most, chosen by a hash of their content."""
-    format: DataFormat = DataFormat.auto
+    format: FormatName = AUTOMATIC
     """Row format; `data.format` where it is `auto`."""
     columns: dict[str, str] = setting({})
     """Column names by role; they win over `data.columns`."""
-    task: SourceTask | None = None
+    task: LanguageTaskName | None = None
     """What its rows are, where it is another task than the run's: several tasks at once, each with metrics of its own."""
     prompt: str | None = None
     """What the model reads for a source text of these rows, in place of `task.prompt`: a task may be told by its prompt."""
@@ -135,7 +137,7 @@ class DataConfig:
     """Configuration of a data set on the hub; its default one when not given."""
     revision: str | None = None
     """Branch, tag or commit of a data set on the hub; resolved to a commit before the ranks start."""
-    format: DataFormat = DataFormat.auto
+    format: FormatName = AUTOMATIC
     """Row format; `auto` recognises it by the columns."""
     columns: dict[str, str] = setting({})
     """Column names of the file by role, for example `{text: review, label: stars}`."""

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dstune.config.augment_schema import AugmentConfig
-from dstune.config.data_schema import DataFormat
 from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import (
     EarlyStoppingConfig,
@@ -35,9 +34,7 @@ def language_model_stage(config: RunConfig, run_dir: Path) -> RunConfig:
     return replace(
         config,
         task=CausalLmConfig(),
-        data=replace(
-            config.data, format=DataFormat.text, columns=columns, packing=True, guard=None, ood=None, augment=off
-        ),
+        data=replace(config.data, format="text", columns=columns, packing=True, guard=None, ood=None, augment=off),
         method=UlmfitConfig(rate_factor=method.rate_factor, unfreeze_epochs=0.0),
         optimizer=replace(config.optimizer, lr=method.language_model_lr or config.optimizer.lr),
         trainer=replace(

@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import field
+from enum import Enum
 from typing import Any
+
+
+class MemberName(str):
+    """Type of a field whose value is the name of something that is registered: a plain text, checked against `options`."""
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """All names, as they are now: plugins add to them."""
+        raise NotImplementedError
+
+
+def options_of(hint: Any) -> tuple[str, ...]:
+    """The words that a field of this type takes; empty for types whose values are not among a few words."""
+    if not isinstance(hint, type):
+        return ()
+    if issubclass(hint, MemberName):
+        return hint.options()
+    return tuple(hint.__members__) if issubclass(hint, Enum) else ()
 
 
 def setting(

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 import types
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import dstune
 from dstune.config.convert import is_optional
+from dstune.config.fields import MemberName
 from dstune.config.method_rules import REFUSED
 from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
@@ -41,14 +43,19 @@ def mutable_twin(cls: type) -> type:
         elif entry_class(hint):
             # Untyped: OmegaConf would stop at the first wrong key; `from_dict` checks all of them and names the nearest.
             twins.append((field.name, dict[str, Any], dataclasses.field(default_factory=dict)))
-        elif isinstance(hint, types.UnionType) and not is_optional(hint):
-            # Untyped: OmegaConf has no union with a word in it.
+        elif (isinstance(hint, types.UnionType) and not is_optional(hint)) or _is_member_name(hint):
+            # Untyped: OmegaConf has no union with a word in it, nor names that are looked up.
             twins.append((field.name, Any, dataclasses.field(default=field.default)))
         elif field.default_factory is not dataclasses.MISSING:
             twins.append((field.name, hint, dataclasses.field(default_factory=field.default_factory)))
         else:
             twins.append((field.name, hint, dataclasses.field(default=field.default)))
     return dataclasses.make_dataclass(cls.__name__, twins)
+
+
+def _is_member_name(hint: Any) -> bool:
+    kinds = typing.get_args(hint) or (hint,)
+    return any(isinstance(kind, type) and issubclass(kind, MemberName) for kind in kinds)
 
 
 @cache

@@ -22,7 +22,7 @@ def is_of_several(config: RunConfig) -> bool:
 
 
 def name_of_task(config: RunConfig, source: SourceConfig) -> str:
-    return config.task.name if source.task is None else source.task.value
+    return config.task.name if source.task is None else source.task
 
 
 def task_of_source(config: RunConfig, source: SourceConfig) -> TaskConfig:

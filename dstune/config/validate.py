@@ -93,13 +93,13 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             "data.train=rows.jsonl, a sample (data=chitchat), or an experiment (experiment=quickstart)",
             shown(data.train),
         )
-    readers = [name for name, cls in TASKS.classes().items() if data.format.name in cls.formats]
+    readers = [name for name, cls in TASKS.classes().items() if data.format in cls.formats]
     if readers and task.name not in readers:
         yield Problem(
             "data.format",
             f"rows of this format are for task={' or '.join(readers)}, but the task is {task.name}",
             f"task={readers[0]}, or rows in the format {' or '.join(task.formats)}",
-            data.format.name,
+            data.format,
         )
     for code in data.clean.languages:
         if not re.fullmatch(r"[a-z]{2,3}", code):

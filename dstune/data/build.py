@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shutil
@@ -20,11 +21,9 @@ import transformers
 import xxhash
 
 from dstune.config.architectures import is_encoder_decoder
-from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.task_schema import CONVERSATIONS, WRITERS, EmbeddingConfig, PreferenceConfig, QuestionAnsweringConfig
 from dstune.data import cache, mixture, sources
 from dstune.data.augment import augmented
 from dstune.data.augment.rewrite import identity
@@ -46,6 +45,7 @@ from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
 from dstune.errors import Problem, UserError
+from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
 from dstune.rank_env import RankEnv
 
 __all__ = ["PreparedData", "SamplePrompt", "Split", "prepare"]
@@ -135,15 +135,9 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
     state.pop("truncation", None)
     state.pop("padding", None)
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
-    task = asdict(config.task)
-    if isinstance(config.task, CONVERSATIONS):
-        # The date counts only if the template prints it.
-        task.pop("template_date")
-        if isinstance(config.task, PreferenceConfig):  # what the loss makes of them does not change the samples
-            task = {"name": config.task.name, "single": config.task.single}
-        template = freeze_date(template, config.task.template_date)
-    if isinstance(config.task, EmbeddingConfig):  # nor does what the loss makes of their vectors
-        task = {"name": config.task.name}
+    task = task_of(config.task)
+    if task.conversational:  # the date counts only if the template prints it
+        template = freeze_date(template, task.template_date)
     terms = config.evaluate.counterfactual
     swap_files = sources.expand(terms, SWAPS_KEY) if terms else []
     parts = {
@@ -158,7 +152,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             template,
             {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         ],
-        "task": task,
+        "task": task.row_key(),
         "data": [
             data.format,
             data.columns,
@@ -172,13 +166,24 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         "prompts": _prompt_count(config),
         "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
         "clean": [asdict(data.clean), versions(data.clean)],
-        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(Path(__file__).parent.rglob("*.py"))],
+        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config)],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     text = json.dumps(
         parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)
     )
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _code(config: RunConfig) -> list[Path]:
+    """Files whose code makes the samples: those of this package, and of the rooms of the run's tasks and their formats."""
+    tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
+    classes = {type(task) for task in tasks} | {ROW_FORMATS[name] for task in tasks for name in task.formats}
+    files = set(Path(__file__).parent.rglob("*.py"))
+    for base in {base for cls in classes for base in cls.__mro__ if base not in (Task, RowFormat, object)}:
+        file = Path(inspect.getfile(base))
+        files |= set(file.parent.glob("*.py")) if file.name == "__init__.py" else {file}
+    return sorted(files)
 
 
 def _augment_digest(config: RunConfig) -> list[Any]:
@@ -264,7 +269,7 @@ class Builder:
         copied = self._augment(chosen, work)
 
         formats = {table.format for table in tables.values()}
-        fmt = DataFormat.messages if DataFormat.messages in formats else tables["train"].format
+        fmt = "messages" if "messages" in formats else tables["train"].format
         weights = class_weights(config, labels, chosen["train"])
         several = [(task, read["train"][name].format) for name, task in tasks_of(config).items()]
         encode = RowTokenizer(
@@ -308,7 +313,7 @@ class Builder:
             for part, counted in report.items():
                 _refuse_no_samples(part, counted, config)
         prompts = []
-        if "validation" in chosen and isinstance(config.task, WRITERS):
+        if "validation" in chosen and task_of(config.task).generates:
             rows, count = chosen["validation"], _prompt_count(config)
             prompts = sample_prompts(encode, rows.table, rows.indices, count, config.data.max_length)
         meta = {
@@ -394,7 +399,7 @@ class Builder:
 
 def _metrics_read_rows(config: RunConfig) -> bool:
     """Whether metrics need the rows beside their samples."""
-    return isinstance(config.task, QuestionAnsweringConfig) or bool(config.evaluate.slices)
+    return task_of(config.task).metrics_read_rows or bool(config.evaluate.slices)
 
 
 def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) -> None:

@@ -1,104 +1,30 @@
-"""Row formats: the columns that each needs, how one is recognised, and how a file's own columns are named."""
+"""Row formats: how one is recognised by the columns of a file, and how a file's own columns are named."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 
-from dstune.config.data_schema import DataFormat
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    EmbeddingConfig,
-    PreferenceConfig,
-    PreferenceLoss,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    Seq2SeqConfig,
-    TokenClassificationConfig,
-)
+from dstune.config.data_schema import AUTOMATIC
+from dstune.core.registry import on_change
 from dstune.errors import Problem, UserError
+from dstune.protocols import ROW_FORMATS, TASKS, task_of
 from dstune.protocols.task import TaskConfig
 
-FORMAT_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.messages: ("messages",),
-    DataFormat.conversations: ("conversations",),
-    DataFormat.alpaca: ("instruction", "output"),
-    DataFormat.prompt_completion: ("prompt", "completion"),
-    DataFormat.text: ("text",),
-    DataFormat.pair: ("text", "text_pair", "label"),
-    DataFormat.text_label: ("text", "label"),
-    DataFormat.preference: ("chosen", "rejected"),
-    DataFormat.feedback: ("prompt", "completion", "label"),
-    DataFormat.contrastive: ("anchor", "positive"),
-    DataFormat.tokens_tags: ("tokens", "tags"),
-    DataFormat.squad: ("question", "context", "answers"),
-    DataFormat.source_target: ("source", "target"),
-}
-"""The roles that a row of each format needs; `data.columns` maps a role to the column of the file."""
 
-OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.messages: ("tools", "parallel_tool_calls"),
-    DataFormat.conversations: ("system", "tools"),
-    DataFormat.alpaca: ("input", "system", "history"),
-    DataFormat.prompt_completion: ("system", "tools"),
-    DataFormat.preference: ("prompt", "system", "tools", "margin"),
-    DataFormat.feedback: ("system", "tools"),
-    DataFormat.contrastive: ("negative",),
-    DataFormat.squad: ("id", "is_impossible"),
-}
-
-OTHER_NAMES = {
-    "completion": ("response",),
-    "conversations": ("conversation",),
-    "label": ("labels",),
-    "source": ("document", "article", "dialogue"),
-    "target": ("summary", "highlights", "abstract"),
-    "tools": ("functions",),
-    "tokens": ("words",),
-    "tags": ("ner_tags", "labels"),
-}
-"""Columns that are taken for a role where neither the role's own name nor `data.columns` gives one."""
-
-ROLES = sorted({role for table in (FORMAT_COLUMNS, OPTIONAL_COLUMNS) for roles in table.values() for role in roles})
+@cache
+def other_names() -> Mapping[str, Sequence[str]]:
+    """By role, the columns that are taken for it in any format where nothing else gives one."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for form in ROW_FORMATS.classes().values():
+        for role, names in form.other_names.items():
+            found[role] |= dict.fromkeys(names)
+    return {role: tuple(names) for role, names in found.items()}
 
 
-def formats_of(task: TaskConfig) -> tuple[DataFormat, ...]:
-    """The formats that `task` can train on, the first that fits first."""
-    match task:
-        case ChatConfig():
-            return (
-                DataFormat.messages,
-                DataFormat.conversations,
-                DataFormat.prompt_completion,
-                DataFormat.alpaca,
-            )
-        case CausalLmConfig():
-            return (DataFormat.text,)
-        case ClassificationConfig():
-            return (DataFormat.pair, DataFormat.text_label)
-        case PreferenceConfig():
-            judged = (DataFormat.feedback,) if task.loss is PreferenceLoss.kto else ()
-            return (*judged, DataFormat.preference)
-        case RewardConfig():
-            return (DataFormat.preference,)
-        case EmbeddingConfig():
-            return (DataFormat.contrastive,)
-        case TokenClassificationConfig():
-            return (DataFormat.tokens_tags,)
-        case QuestionAnsweringConfig():
-            return (DataFormat.squad,)
-        case Seq2SeqConfig():
-            return (DataFormat.source_target,)
-    raise AssertionError(f"no formats for {task!r}")
-
-
-def with_languages(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose column `translation` holds a text for each language (`{"en": ..., "es": ...}`), with these beside it."""
-    texts = fields.get("translation")
-    return {**texts, **fields} if isinstance(texts, Mapping) else fields
+on_change(other_names.cache_clear)
 
 
 def column_of(role: str, mapping: Mapping[str, str], columns: Collection[str]) -> str:
@@ -106,7 +32,7 @@ def column_of(role: str, mapping: Mapping[str, str], columns: Collection[str]) -
     if role in mapping:
         return mapping[role]
     if role not in columns:
-        for other in OTHER_NAMES.get(role, ()):
+        for other in other_names().get(role, ()):
             if other in columns:
                 return other
     return role
@@ -115,69 +41,67 @@ def column_of(role: str, mapping: Mapping[str, str], columns: Collection[str]) -
 def check_columns(mapping: Mapping[str, str], key: str = "data.columns") -> None:
     """Raises UserError if `data.columns` names a role that no format has."""
     problems = []
+    roles = sorted({role for form in ROW_FORMATS.classes().values() for role in (*form.required, *form.optional)})
     for role, column in mapping.items():
-        if role not in ROLES:
-            close = difflib.get_close_matches(role, ROLES, n=1)
+        if role not in roles:
+            close = difflib.get_close_matches(role, roles, n=1)
             fix = (
                 _mapping(key, {close[0] if name == role else name: of for name, of in mapping.items()}) if close else ""
             )
-            fix = fix or f"roles: {', '.join(ROLES)}"
+            fix = fix or f"roles: {', '.join(roles)}"
             problems.append(Problem(where=f"{key}.{role}", value=column, reason="no such role", fix=fix))
     if problems:
         raise UserError(problems)
 
 
-def recognise(
-    columns: Collection[str], mapping: Mapping[str, str], named: DataFormat, task: TaskConfig, where: str
-) -> DataFormat:
+def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, task: TaskConfig, where: str) -> str:
     """The format of a file with these `columns` under this task.
 
     `named` is `data.format`; `where` (`FILE:LINE`) is the row that the columns were read from.
     Raises UserError that lists the columns found and what was expected.
     """
-    allowed = formats_of(task)
-    if isinstance(task, Seq2SeqConfig) and isinstance(columns, Mapping):
-        columns = with_languages(columns)
-    if named is not DataFormat.auto:
+    allowed = task_of(task).read_formats
+    for name in allowed:
+        columns = ROW_FORMATS[name]().expand(columns) if isinstance(columns, Mapping) else columns
+    if named != AUTOMATIC:
         # Labels beside a text are no obstacle to train on the text.
-        chosen = DataFormat.text if (named, allowed) == (DataFormat.text_label, (DataFormat.text,)) else named
-        if chosen not in allowed:
-            names = ", ".join(choice.name for choice in allowed)
+        readable = (named, *ROW_FORMATS[named].readable_as)
+        chosen = next((name for name in readable if name in allowed), None)
+        if chosen is None:
             raise UserError(
                 Problem(
                     where="data.format",
-                    value=named.name,
+                    value=named,
                     reason=f"task={task.name} does not read this format",
-                    fix=f"formats of this task: {names}",
+                    fix=f"formats of this task: {', '.join(allowed)}",
                 )
             )
-        needed = FORMAT_COLUMNS[chosen] + OPTIONAL_COLUMNS.get(chosen, ())
+        form = ROW_FORMATS[chosen]
+        needed = (*form.required, *form.optional)
         _check_mapped(columns, {role: of for role, of in mapping.items() if role in needed}, mapping, where)
         return chosen
-    for choice in allowed:
-        if all(column_of(role, mapping, columns) in columns for role in FORMAT_COLUMNS[choice]):
-            return choice
+    for name in allowed:
+        if not _missing(name, mapping, columns):
+            return name
     _check_mapped(columns, mapping, mapping, where)
-    nearest = sorted(allowed, key=lambda choice: len(_missing(choice, mapping, columns)))
+    nearest = sorted(allowed, key=lambda name: len(_missing(name, mapping, columns)))
     expected = " or ".join(
-        " + ".join(repr(mapping.get(role, role)) for role in FORMAT_COLUMNS[choice]) for choice in nearest
+        " + ".join(repr(mapping.get(role, role)) for role in ROW_FORMATS[name].required) for name in nearest
     )
-    wanted = dict.fromkeys(_missing(nearest[0], mapping, columns), "NAME")
-    if isinstance(task, Seq2SeqConfig):
-        free = [column for column in columns if column not in ("translation", "id", *mapping.values())]
-        wanted |= dict(zip(wanted, free, strict=False))
+    missing = dict.fromkeys(_missing(nearest[0], mapping, columns), "NAME")
+    missing |= dict(zip(missing, ROW_FORMATS[nearest[0]]().candidates(list(columns), mapping), strict=False))
     raise UserError(
         Problem(
             where=where,
             reason=f"missing column: task={task.name} needs {expected}, the columns here are {listing(columns)}",
             fix=_other_task(columns)
-            or f"name the file's own columns, for example {_mapping('data.columns', {**mapping, **wanted})}",
+            or f"name the file's own columns, for example {_mapping('data.columns', {**mapping, **missing})}",
         )
     )
 
 
-def _missing(choice: DataFormat, mapping: Mapping[str, str], columns: Collection[str]) -> list[str]:
-    return [role for role in FORMAT_COLUMNS[choice] if column_of(role, mapping, columns) not in columns]
+def _missing(name: str, mapping: Mapping[str, str], columns: Collection[str]) -> list[str]:
+    return [role for role in ROW_FORMATS[name].required if column_of(role, mapping, columns) not in columns]
 
 
 def _check_mapped(columns: Collection[str], used: Mapping[str, str], mapping: Mapping[str, str], where: str) -> None:
@@ -206,26 +130,16 @@ def _quoted(column: str) -> str:
 
 
 def _other_task(columns: Collection[str]) -> str:
-    def has(choice: DataFormat) -> bool:
-        return not _missing(choice, {}, columns)
-
-    if has(DataFormat.preference):
-        return "task=preference and task=reward read these columns"
-    if has(DataFormat.contrastive):
-        return "task=embedding reads these columns"
-    if any(has(choice) for choice in formats_of(ChatConfig())):
-        return "task=chat reads these columns"
-    if any(has(choice) for choice in formats_of(ClassificationConfig())):
-        return "task=classification reads these columns"
-    if has(DataFormat.squad):
-        return "task=question_answering reads these columns"
-    if has(DataFormat.tokens_tags):
-        return "task=token_classification reads these columns"
-    if has(DataFormat.source_target):
-        return "task=seq2seq reads these columns"
-    if has(DataFormat.text):
-        return "task=causal_lm reads these columns"
-    return ""
+    """The tasks that read the format which needs the most of these columns."""
+    formats: dict[str, list[str]] = defaultdict(list)
+    for name, cls in TASKS.classes().items():
+        for fmt in cls(cls.Config()).read_formats:
+            formats[fmt].append(f"task={name}")
+    fitting = [name for name in formats if not _missing(name, {}, columns)]
+    if not fitting:
+        return ""
+    tasks = formats[max(fitting, key=lambda name: len(ROW_FORMATS[name].required))]
+    return f"{' and '.join(tasks)} read{'s' * (len(tasks) == 1)} these columns"
 
 
 def listing(columns: Collection[str]) -> str:

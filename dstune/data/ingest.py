@@ -13,14 +13,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.data_schema import DataFormat, OnBadRow
+from dstune.config.data_schema import AUTOMATIC, OnBadRow
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig, TokenClassificationConfig
 from dstune.data import sources
-from dstune.data.rows import RowError, canonical, has_labels, has_several, labels_of, normalise, recognise
+from dstune.data.rows import RowError, canonical, labels_of, normalise, recognise
 from dstune.data.split import content_hash
 from dstune.data.swaps import slice_values
 from dstune.errors import Problem, UserError
+from dstune.protocols import task_of
 
 SHOWN_BAD_ROWS = 10
 
@@ -79,7 +79,7 @@ class Table:
     """Columns of `ROW_SCHEMA`: `row` is the normalised row as JSON text, `number` counts from 0, `slices` holds the values of
     `evaluate.slices` as JSON text."""
     files: list[sources.DataFile]
-    format: DataFormat
+    format: str
     """`messages` where any of the rows is a conversation."""
     rows_read: int
     bad_rows: int
@@ -133,23 +133,23 @@ def ingest(
         names = ", ".join(str(file) for file in files)
         raise UserError(Problem(where=names, reason="holds no rows", fix="give a file with at least one row"))
     assert reader.format is not None or bad.count, "rows without a format"
-    fmt = DataFormat.messages if reader.any_messages else reader.format or DataFormat.auto
+    fmt = "messages" if reader.any_messages else reader.format or AUTOMATIC
     table = load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
     return replace(table, bad_examples=tuple(bad.first(already_bad)))
 
 
 def load_table(
-    target: Path, files: list[sources.DataFile], config: RunConfig, fmt: DataFormat, rows_read: int, bad_rows: int
+    target: Path, files: list[sources.DataFile], config: RunConfig, fmt: str, rows_read: int, bad_rows: int
 ) -> Table:
     """The rows that were written to `target`."""
     data = datasets.Dataset.from_file(str(target))
     columns = data.data.table
     hashes = numbers_on_disk(columns["hash"], Path(f"{target}.hashes"))
     labels = None
-    if has_labels(config.task):
+    if task_of(config.task).has_labels:
         # By way of the different ones: a text object for each row would take 60 bytes and more.
         encoded = columns["label"].combine_chunks().dictionary_encode()
-        names = np.array(encoded.dictionary.to_pylist(), dtype=object if has_several(config.task) else str)
+        names = np.array(encoded.dictionary.to_pylist(), dtype=object if task_of(config.task).several_labels else str)
         labels = names[encoded.indices.to_numpy()]
     return Table(data, files, fmt, rows_read, bad_rows, hashes, labels)
 
@@ -183,10 +183,10 @@ def _all_rows(files: list[sources.DataFile]) -> Iterator[tuple[int, sources.RawR
 class _Reader:
     def __init__(self, config: RunConfig, bad: BadRows):
         self._data = config.data
-        self._task = config.task
+        self._task, self._bound = config.task, task_of(config.task)
         self._slices = config.evaluate.slices
         self._bad = bad
-        self.format: DataFormat | None = None
+        self.format: str | None = None
         self.any_messages = False
         self.rows_read = 0
 
@@ -218,17 +218,17 @@ class _Reader:
         row = normalise(raw.fields, self.format, self._data.columns, self._task)
         self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
         label = None
-        if has_labels(self._task):
+        if self._bound.has_labels:
             self._refuse_other_labels(row)
-            label = json.dumps(labels_of(row)) if has_several(self._task) else row["label"]
+            label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
         content = canonical(row)
         return content.decode("utf-8"), content_hash(content, self._data.split.seed), label
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:
-        assert isinstance(self._task, ClassificationConfig | TokenClassificationConfig)
-        for name in labels_of(row) if self._task.labels else ():
-            if name not in self._task.labels:
-                raise RowError(f"label {name!r} is not among task.labels ({', '.join(self._task.labels)})")
+        given = self._bound.given_labels
+        for name in labels_of(row) if given else ():
+            if name not in given:
+                raise RowError(f"label {name!r} is not among task.labels ({', '.join(given)})")
 
 
 def _batch(rows: list[tuple]) -> pa.RecordBatch:

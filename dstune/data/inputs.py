@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dstune.config.data_schema import DataFormat, SourceConfig
+from dstune.config.data_schema import AUTOMATIC, SourceConfig
 from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import task_of_source
@@ -19,7 +19,7 @@ def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
         config.data,
         train=source.path,
         mixture={},
-        format=config.data.format if source.format is DataFormat.auto else source.format,
+        format=config.data.format if source.format == AUTOMATIC else source.format,
         columns={**config.data.columns, **source.columns},
         subset=source.subset,
         revision=source.revision,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig, TagScheme, TokenClassificationConfig
 from dstune.data.ingest import BadRows, Table
-from dstune.data.rows import has_labels, has_several, sort_labels
-from dstune.data.tags import OUTSIDE, completed, is_bio, marks_entities
+from dstune.data.rows import sort_labels
 from dstune.errors import Problem, UserError
+from dstune.protocols import task_of
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,21 @@ class ChosenRows:
 
 def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: BadRows) -> tuple[str, ...]:
     """Label names by index; rows of the other parts with a label that training lacks are bad and left out."""
-    if not has_labels(config.task):
+    task = task_of(config.task)
+    if not task.has_labels:
         return ()
-    assert isinstance(config.task, ClassificationConfig | TokenClassificationConfig)
-    several = has_several(config.task)
+    several, labels = task.several_labels, task.given_labels
     if config.data.streaming:  # all of them are named, and reading has refused the rows with others
-        return tuple(config.task.labels)
+        return labels
     train = chosen["train"].table.labels
     assert train is not None
-    labels = tuple(config.task.labels)
     if not labels and several:
         # Of all rows of the file: a label that fell into the rows held out alone is still one to answer no to.
         labels = sort_labels({name for row in np.unique(train) for name in json.loads(row)})
-        if isinstance(config.task, TokenClassificationConfig) and config.task.scheme is not TagScheme.plain:
-            labels = completed(labels)
+        labels = task.complete_labels(labels)
     elif not labels:
         labels = sort_labels(np.unique(train[chosen["train"].indices]).tolist())
-    if isinstance(config.task, TokenClassificationConfig):
-        _refuse_odd_tags(config.task, labels)
-        _refuse_other_metric(config, config.task, labels)
+    task.check_labels(config, labels)
     if len(labels) < (1 if several else 2):
         reason = f"the training rows have one label only ({labels[0]!r})" if labels else "no training row has a label"
         raise UserError(Problem(where="data.train", value=str(config.data.train), reason=reason))
@@ -82,48 +78,15 @@ def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) 
     found = dict.fromkeys(labels, 0)
     names, counts = np.unique(rows.table.labels[rows.indices], return_counts=True)
     for name, count in zip(names.tolist(), counts.tolist(), strict=True):
-        for label in set(json.loads(name)) if has_several(config.task) else (name,):
+        for label in set(json.loads(name)) if task_of(config.task).several_labels else (name,):
             found[label] += count
     return found
 
 
-def _refuse_odd_tags(task: TokenClassificationConfig, labels: tuple[str, ...]) -> None:
-    """Raises UserError where a few tags are no marks of entities and all others are: one that is mistyped would make them all
-    tags of single words, measured by another metric."""
-    odd = [label for label in labels if not is_bio([label])]
-    marks = [label for label in labels if label not in odd and label != OUTSIDE]
-    if task.scheme is TagScheme.auto and odd and OUTSIDE in labels and len(odd) < len(marks):
-        reason = f"the tags mark entities ({', '.join(marks[:3])}), except {', '.join(odd[:5])}"
-        fix = "task.scheme=bio names the rows, task.scheme=plain takes all for tags of single words"
-        raise UserError(Problem("task.scheme", reason, fix, "auto"))
-
-
-def _refuse_other_metric(config: RunConfig, task: TokenClassificationConfig, labels: tuple[str, ...]) -> None:
-    """Raises UserError where these tags have no such metric, before anything is trained."""
-    metric, entities = config.trainer.early_stopping.metric, marks_entities(labels, task.scheme)
-    if metric.startswith("entity_") and not entities:
-        reason, fix = "the tags are no marks of entities", "token_accuracy, f1_macro or loss"
-    elif metric == "f1_macro" and entities:
-        reason, fix = "the tags are marks of entities, which are measured as a whole", "entity_f1"
-    else:
-        return
-    raise UserError(Problem("trainer.early_stopping.metric", reason, fix, metric))
-
-
 def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows) -> tuple[float, ...]:
     """How much a row of each class counts in the loss; empty where all count alike. Raises UserError for unknown names."""
-    task = config.task
-    if not isinstance(task, ClassificationConfig) or not (task.class_weights or task.balanced):
-        return ()
-    unknown = [name for name in task.class_weights if name not in labels]
-    if unknown:
-        reason = f"no row has this label; they have {', '.join(labels)}"
-        raise UserError(Problem(f"task.class_weights.{name}", reason, "use their names") for name in unknown)
-    weights = [task.class_weights.get(label, 1.0) for label in labels]
-    if task.balanced:
-        found = rows_by_label(train, config, labels)
-        # A class without training rows has no weight to be balanced by, and no row that would need one but held-out ones.
-        weights = [len(train.indices) / (len(labels) * found[label]) if found[label] else 1.0 for label in labels]
+    counts = partial(rows_by_label, train, config, labels)
+    weights = task_of(config.task).class_weights(labels, counts, len(train.indices))
     # As the samples hold them, so that the sum over a window is that of the weights which the loss sees.
     return tuple(float(np.float32(weight)) for weight in weights)
 

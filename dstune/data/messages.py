@@ -112,6 +112,33 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     return [without_none(tool) for tool in value]
 
 
+def conversation_row(
+    messages: list[Message], fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False
+) -> dict[str, Any]:
+    """A chat row of these messages, with the tools that the row gives. silence: an answer that says nothing may be learned
+    from. Raises RowError."""
+    tools = tools_of(fields["tools"]) if fields.get("tools") else []
+    parallel = fields.get("parallel_tool_calls")
+    if parallel is not None and not isinstance(parallel, bool):
+        raise RowError(f"parallel_tool_calls must be true or false, it is {shown(parallel)}")
+    check_conversation(messages, needs_answer=needs_answer, parallel_tool_calls=parallel)
+    if needs_answer and not silence:
+        check_answers(messages)
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def plain_exchange(fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False) -> dict[str, Any]:
+    """A chat row of a prompt and its completion: as they are where both are texts and nothing stands beside them, else as
+    messages. Raises RowError."""
+    prompt, completion = fields["prompt"], fields["completion"]
+    tools = tools_of(fields["tools"]) if fields.get("tools") else []
+    plain = isinstance(prompt, str) and isinstance(completion, str)
+    if plain and not tools and not text_or_nothing(fields.get("system"), "system"):
+        return {"prompt": prompt, "completion": completion}
+    messages = with_system(prompt_and_completion(prompt, completion), fields.get("system"))
+    return conversation_row(messages, fields, needs_answer=needs_answer, silence=silence)
+
+
 def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_tool_calls: Any = None) -> None:
     """Raises RowError for roles in an impossible order, several calls at once where those are ruled out, or (with
     `needs_answer`) no message to train on."""

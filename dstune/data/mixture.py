@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.data_schema import DataFormat
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.data.files import DataFile
@@ -42,7 +41,7 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
             files += table.files
             numbers.append(np.full(int(kept.sum()), number, dtype=np.int16))
     formats = [table.format for table in tables.values()]
-    fmt = DataFormat.messages if DataFormat.messages in formats else formats[0]
+    fmt = "messages" if "messages" in formats else formats[0]
     rows_read = sum(table.rows_read for table in tables.values())
     bad_rows = sum(table.bad_rows for table in tables.values())
     merged = load_table(target, files, config, fmt, rows_read, bad_rows)

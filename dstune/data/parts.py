@@ -10,9 +10,9 @@ from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import Table
 from dstune.data.inputs import PARTS
 from dstune.data.labels import ChosenRows
-from dstune.data.rows import has_several
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
 from dstune.errors import Problem, UserError
+from dstune.protocols import task_of
 
 
 def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]:
@@ -25,7 +25,9 @@ def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]
     parts[own] = assign(
         train.hashes[own],
         # A row with several labels cannot be a share of each of them.
-        None if train.table.labels is None or has_several(config.task) else train.table.labels[train.indices[own]],
+        None
+        if train.table.labels is None or task_of(config.task).several_labels
+        else train.table.labels[train.indices[own]],
         validation=0.0 if "validation" in tables else split.validation,
         test=0.0 if "test" in tables else split.test,
     )

@@ -18,10 +18,10 @@ from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import WRITERS
 from dstune.config.validate import validate
 from dstune.data.formats import check_columns
-from dstune.data.rows import has_labels
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
 from dstune.parallel.none import NoParallelConfig
+from dstune.protocols import task_of
 
 if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
@@ -75,7 +75,7 @@ def _of_run(run: Path, which: str, overrides: Sequence[str]) -> Wanted:
     checkpoint = find_checkpoint(run, which)
     state = store.read_state(checkpoint)
     saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
-    labels = state["labels"] if has_labels(config.task) else []
+    labels = state["labels"] if task_of(config.task).has_labels else []
     return Wanted(config, tuple(labels), [checkpoint.name, saved], run=run, step=str(state["step"]))
 
 
@@ -86,8 +86,8 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> W
         raise UserError(Problem("MODEL", reason, "task=NAME, and its labels: task.labels=[NAME,NAME]", str(folder)))
     given = [f"model.path={quoted(base.path)}", *recorded_overrides(folder, list(overrides)), *overrides]
     config = _checked(compose(given).config, str(folder))
-    labels = getattr(config.task, "labels", []) if has_labels(config.task) else []
-    if has_labels(config.task) and not labels:
+    labels = list(task_of(config.task).given_labels)
+    if task_of(config.task).has_labels and not labels:
         reason = "the adapter does not name its labels"
         raise UserError(Problem("task.labels", reason, "task.labels=[NAME,NAME] in their order"))
     own = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
@@ -117,7 +117,7 @@ def _with_own_labels(config: RunConfig, identity: list[Any]) -> Wanted:
     from dstune.models.load import load_config
 
     config = with_labels(replace(config, method=FullConfig()))
-    if not has_labels(config.task):
+    if not task_of(config.task).has_labels:
         return Wanted(config, (), identity)
     own = load_config(config.model).id2label
     labels = getattr(config.task, "labels", []) or [own[index] for index in sorted(own)]

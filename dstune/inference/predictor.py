@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dstune.config.architectures import row_limit
-from dstune.config.data_schema import DataFormat
+from dstune.config.data_schema import AUTOMATIC
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import (
     ClassificationConfig,
@@ -122,17 +122,17 @@ class Predictor:
         rows, numbers = [one.row for one in asked], list(range(len(asked)))
         task, longest = self.config.task, self._longest
         if isinstance(task, RewardConfig):
-            fmt = DataFormat.messages if any("messages" in row for row in rows) else DataFormat.preference
+            fmt = "messages" if any("messages" in row for row in rows) else "preference"
             samples = RewardEncoder(self.tokenizer, task.template_date, fmt, longest).of_answers(rows, numbers)
             for sample in samples:
                 if not sample.problem and not sample.weight:
                     sample.problem = f"its prompt alone has {longest} tokens (data.max_length)"
             return samples
         if not isinstance(task, ClassificationConfig):
-            return RowTokenizer(self.tokenizer, task, DataFormat.auto, longest, self.labels).samples(rows, numbers)
+            return RowTokenizer(self.tokenizer, task, AUTOMATIC, longest, self.labels).samples(rows, numbers)
         samples = []
-        for fmt in (DataFormat.text_label, DataFormat.pair):  # a tokenizer takes texts or pairs, never both at once
-            own = [number for number in numbers if ("text_pair" in rows[number]) == (fmt is DataFormat.pair)]
+        for fmt in ("text_label", "pair"):  # a tokenizer takes texts or pairs, never both at once
+            own = [number for number in numbers if ("text_pair" in rows[number]) == (fmt == "pair")]
             if own:
                 encode = RowTokenizer(self.tokenizer, task, fmt, longest, self.labels)
                 samples += encode.samples([rows[number] for number in own], own)

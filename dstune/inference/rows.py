@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from dstune.config.data_schema import DataConfig, DataFormat, OnBadRow
+from dstune.config.data_schema import AUTOMATIC, DataConfig, OnBadRow
 from dstune.config.task_schema import (
     ChatConfig,
     ClassificationConfig,
@@ -53,7 +53,7 @@ class Question:
         self._task = task
         self._labels = labels
         self._mapping = data.columns
-        self._pairs = data.format in (DataFormat.auto, DataFormat.pair)
+        self._pairs = data.format in (AUTOMATIC, "pair")
 
     @property
     def role(self) -> str:
@@ -86,7 +86,7 @@ class Question:
                 row = self._tagged(fields)
             case QuestionAnsweringConfig():
                 unanswered = {**fields, column_of("answers", self._mapping, fields): []}
-                row = normalise(unanswered, DataFormat.squad, self._mapping, replace(self._task, no_answer=True))
+                row = normalise(unanswered, "squad", self._mapping, replace(self._task, no_answer=True))
             case EmbeddingConfig():
                 row = {"anchor": self._text(fields)}
             case RewardConfig():
@@ -102,7 +102,7 @@ class Question:
         column = next((own for name in names if (own := self._mapping.get(name, name)) in fields), None)
         if column is None:
             raise RowError(self._missing(names[0], fields))
-        text: str = normalise(fields, DataFormat.text, {"text": column})["text"]
+        text: str = normalise(fields, "text", {"text": column})["text"]
         return text
 
     def _missing(self, role: str, fields: Mapping[str, Any]) -> str:
@@ -113,7 +113,7 @@ class Question:
         row: dict[str, Any] = {"text": self._text(fields)}
         other = column_of("text_pair", self._mapping, fields)
         if self._pairs and other in fields:
-            row["text_pair"] = normalise(fields, DataFormat.text, {"text": other})["text"]
+            row["text_pair"] = normalise(fields, "text", {"text": other})["text"]
         if self._task.multi_label:
             return {**row, "labels": []}
         return {**row, "label": 0.0 if self._task.regression else self._labels[0]}
@@ -127,13 +127,13 @@ class Question:
             raise RowError(self._missing("tokens", fields))
         # Read twice: the words stand for their tags, of which there have to be as many.
         both = {"tokens": column, "tags": column}
-        row = normalise(fields, DataFormat.tokens_tags, both, replace(self._task, scheme=TagScheme.plain))
+        row = normalise(fields, "tokens_tags", both, replace(self._task, scheme=TagScheme.plain))
         tag = OUTSIDE if OUTSIDE in self._labels else self._labels[0]
         return {**row, "tags": [tag] * len(row["tokens"])}
 
     def _judged(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
         try:
-            fmt = recognise(fields, self._mapping, DataFormat.auto, ChatConfig(), place)
+            fmt = recognise(fields, self._mapping, AUTOMATIC, ChatConfig(), place)
         except UserError:
             expected = "'messages', or 'prompt' and 'completion'"
             raise RowError(f"a reward is of {expected}; the columns here are {listing(fields)}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.data_schema import DataFormat, OnBadRow
+from dstune.config.data_schema import OnBadRow
 from dstune.config.method_rules import cpu_problems
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
@@ -48,7 +48,7 @@ def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
     except UserError as error:
         return error.problems
     found: list[Problem] = []
-    format_of_part: DataFormat | None = None
+    format_of_part: str | None = None
     for file in files:
         if file.ending == ".json" and file.path.stat().st_size > WHOLE_FILE_BYTES:
             continue
@@ -65,7 +65,7 @@ def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
     return found
 
 
-def _check_row(config: RunConfig, row: sources.RawRow, format_of_part: DataFormat) -> None:
+def _check_row(config: RunConfig, row: sources.RawRow, format_of_part: str) -> None:
     """Raises UserError where the row cannot be used and bad rows are not to be skipped."""
     assert row.fields is not None
     try:

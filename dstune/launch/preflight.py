@@ -107,8 +107,6 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     for tracker in TRACKERS.classes().values():
         if tracker.enabled(config.tracking):
             problems += tracker.missing(config.tracking)
-    problems += metric_problems(config)
-    problems += missing(config.tracking)
     problems += task_problems(config)
     problems += cleaning.missing(config.data.clean)
     problems += augment_problems(config, stage) if trains else []

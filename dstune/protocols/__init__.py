@@ -11,6 +11,7 @@ from dstune.protocols.launcher import Launcher
 from dstune.protocols.method import Method
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
+from dstune.protocols.row_format import RowFormat
 from dstune.protocols.task import Task
 from dstune.protocols.tracker import Tracker
 
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "OPTIMIZERS",
     "PARALLELISMS",
+    "ROW_FORMATS",
     "SCHEDULES",
     "TASKS",
     "TRACKERS",
@@ -31,6 +33,7 @@ __all__ = [
     "Optimizer",
     "Parallelism",
     "Request",
+    "RowFormat",
     "Schedule",
     "Task",
     "Tracker",
@@ -43,6 +46,7 @@ __all__ = [
     "optimizer_of",
     "parallelism",
     "parallelism_of",
+    "row_format",
     "schedule",
     "schedule_of",
     "task",
@@ -56,12 +60,14 @@ TASKS: Registry[Task] = Registry("task", "dstune.tasks")
 METHODS: Registry[Method] = Registry("method", "dstune.methods")
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "dstune.optim")
 SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
+ROW_FORMATS: Registry[RowFormat] = Registry("row format", "dstune.tasks")
 CALLBACKS: Registry[Callback] = Registry("callback", "dstune.trainer.callbacks")
 LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch", folders_only=True)
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
 TRACKERS: Registry[Tracker] = Registry("tracker", "dstune.tracking.trackers")
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
+row_format = ROW_FORMATS.add
 launcher, parallelism, callback, tracker = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add, TRACKERS.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of

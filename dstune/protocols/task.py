@@ -116,6 +116,11 @@ class Task:
         """Whether all positions of a row are projected onto the vocabulary."""
         return True
 
+    @property
+    def needs_answer(self) -> bool:
+        """Whether a conversation has to have something that the assistant says."""
+        return True
+
     # ---- rows ----
 
     formats: ClassVar[tuple[str, ...]] = ()

@@ -19,6 +19,9 @@ class LanguageTask(Task):
     """Next-token loss of a decoder."""
 
     language: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
+    unpackable: ClassVar[str] = ""
+    few_shot: ClassVar[bool] = True
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.models.heads.language import CausalLmHead

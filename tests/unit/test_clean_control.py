@@ -13,7 +13,6 @@ from unit.data_helpers import CHATML, SPECIAL, byte_tokenizer
 from unit.templates import LLAMA3, MISTRAL, QWEN3
 
 from dstune import samples
-from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
@@ -98,7 +97,7 @@ def tokenizer(request, tmp_path) -> Any:
     return CHAT_TOKENIZERS[request.param](tmp_path)
 
 
-def sample(tokenizer: Any, row: dict[str, Any], task: TaskConfig, fmt: DataFormat = DataFormat.messages):
+def sample(tokenizer: Any, row: dict[str, Any], task: TaskConfig, fmt: str = "messages"):
     encode = RowTokenizer(tokenizer, task, fmt, 4096, ("a", "b"))
     (found,) = encode.samples([row], [0])
     assert not found.problem
@@ -209,7 +208,7 @@ def test_prompt_and_completion_without_a_template(train_on_prompt):
     tokenizer = byte_tokenizer(None, eos="</s>", bos="<s>")
     task = ChatConfig(template_date="2025-03-09", train_on_prompt=train_on_prompt)
     row = {"prompt": "<s>q</s>", "completion": "</s>a"}
-    found = sample(tokenizer, row, task, DataFormat.prompt_completion)
+    found = sample(tokenizer, row, task, "prompt_completion")
     first, last = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     ids = found.input_ids.tolist()
     assert (ids[0], ids[-1], ids.count(first), ids.count(last)) == (first, last, 1, 1)
@@ -225,14 +224,14 @@ def test_documents():
         ("<s>one</s>two</s>", "<s>one</s>two</s>"),  # what it begins and ends with anyway is not doubled
         (" <s>one</s> ", "<s> <s>one</s> </s>"),
     ]:
-        ids = sample(tokenizer, {"text": text}, CausalLmConfig(), DataFormat.text).input_ids.tolist()
+        ids = sample(tokenizer, {"text": text}, CausalLmConfig(), "text").input_ids.tolist()
         assert (ids[0], ids[-1], ids.count(first), ids.count(last)) == (first, last, 1, 1)
         assert tokenizer.decode(ids) == decoded
 
 
 def test_a_prompt_does_not_end_itself():
     tokenizer = byte_tokenizer(None, eos="</s>", bos="<s>")
-    encode = RowTokenizer(tokenizer, CausalLmConfig(), DataFormat.text, 64)
+    encode = RowTokenizer(tokenizer, CausalLmConfig(), "text", 64)
     first, last = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     for text in ("<s>go on</s>", "go on</s>"):
         ids = encode.plain_prompt_ids(text)
@@ -248,18 +247,18 @@ def test_classified_texts():
     tokenizer = encoder_tokenizer()
     task = ClassificationConfig(labels=["a", "b"])
     text = "good [SEP] film [CLS][MASK] [PAD] [unk]"
-    found = sample(tokenizer, {"text": text, "label": "a"}, task, DataFormat.text_label)
+    found = sample(tokenizer, {"text": text, "label": "a"}, task, "text_label")
     ids = found.input_ids.tolist()
     assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
     assert not set(ids[1:-1]) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.lower().replace(" ", "")
-    plain = sample(tokenizer, {"text": "a good film", "label": "a"}, task, DataFormat.text_label)
+    plain = sample(tokenizer, {"text": "a good film", "label": "a"}, task, "text_label")
     assert plain.input_ids.tolist() == tokenizer("a good film")["input_ids"]
 
 
 def test_classified_texts_are_cut_where_they_are_too_long():
     tokenizer = encoder_tokenizer()
-    encode = RowTokenizer(tokenizer, ClassificationConfig(labels=["a", "b"]), DataFormat.text_label, 8, ("a", "b"))
+    encode = RowTokenizer(tokenizer, ClassificationConfig(labels=["a", "b"]), "text_label", 8, ("a", "b"))
     (found,) = encode.samples([{"text": "[SEP] " * 4, "label": "a"}], [0])
     assert len(found.input_ids) == 8 and found.truncated and found.length == 14
     assert found.input_ids.tolist().count(tokenizer.sep_token_id) == 1

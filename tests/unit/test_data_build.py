@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
-from dstune.config.data_schema import DataFormat, SplitConfig
+from dstune.config.data_schema import SplitConfig
 from dstune.config.schema import EvaluateConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, Seq2SeqConfig
 from dstune.data import build
@@ -92,7 +92,7 @@ def test_rows_longer_than_max_length_are_cut_and_rows_without_a_target_dropped(t
     assert data.report["train"]["dropped"] == 1
     assert data.report["train"]["samples"] == 2
     assert data.train.lengths.max() == 24
-    whole = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 10_000).samples(rows, [0, 1, 2])[1]
+    whole = RowTokenizer(tokenizer, ChatConfig(), "messages", 10_000).samples(rows, [0, 1, 2])[1]
     cut = data.train.table[1]
     assert cut["input_ids"] == whole.input_ids[:24].tolist()
     assert cut["labels"] == whole.labels[:24].tolist()
@@ -143,7 +143,7 @@ def test_documents_are_divided_and_lose_nothing(tmp_path):
 def test_pieces_by_hand():
     """Six digits and the end, pieces of 4 that share a token: [1 2 3 4] and [4 5 6 </s>], no piece of the end alone."""
     tokenizer = byte_tokenizer(None, eos="</s>")
-    encode = RowTokenizer(tokenizer, CausalLmConfig(), DataFormat.text, 4)
+    encode = RowTokenizer(tokenizer, CausalLmConfig(), "text", 4)
     samples = encode.samples([{"text": "123456"}, {"text": "12"}], [0, 1])
     assert [tokenizer.decode(sample.input_ids) for sample in samples] == ["1234", "456</s>", "12</s>"]
     assert [sample.row for sample in samples] == [0, 0, 1]
@@ -258,7 +258,7 @@ def test_the_sample_dialogues(smollm2, tmp_path):
     """SmolLM2 on 200 dialogues: every assistant turn and its end are trained, nothing else is, and rows are full."""
     tokenizer, dialogues = smollm2
     rows = [json.loads(line) for line in dialogues.read_text().splitlines()[:200]]
-    encode = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 1_000_000)
+    encode = RowTokenizer(tokenizer, ChatConfig(), "messages", 1_000_000)
     for row, sample in zip(rows, encode.samples(rows, list(range(len(rows)))), strict=True):
         expected = []
         for message in row["messages"]:

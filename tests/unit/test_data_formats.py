@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch import nn
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 
-from dstune.config.data_schema import DataFormat, SplitConfig
+from dstune.config.data_schema import SplitConfig
 from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.formats import check_columns, recognise
@@ -35,16 +35,16 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
     ("row", "fmt", "expected"),
     [
         # OpenAI
-        ({"messages": [{"role": "developer", "content": "s"}, U, A]}, DataFormat.messages, [S, U, A]),
-        ({"messages": [U, {**A, "weight": 1}]}, DataFormat.messages, [U, A]),
-        ({"messages": [{**U, "weight": 0}, A]}, DataFormat.messages, [U, A]),
-        ({"messages": [U, {**A, "weight": 0}, U, A]}, DataFormat.messages, [U, {**A, "weight": 0}, U, A]),
+        ({"messages": [{"role": "developer", "content": "s"}, U, A]}, "messages", [S, U, A]),
+        ({"messages": [U, {**A, "weight": 1}]}, "messages", [U, A]),
+        ({"messages": [{**U, "weight": 0}, A]}, "messages", [U, A]),
+        ({"messages": [U, {**A, "weight": 0}, U, A]}, "messages", [U, {**A, "weight": 0}, U, A]),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, A]},
-            DataFormat.messages,
+            "messages",
             [U, A],
         ),
-        ({"messages": [U, {"role": "assistant", "content": None, "refusal": "Yes"}]}, DataFormat.messages, [U, A]),
+        ({"messages": [U, {"role": "assistant", "content": None, "refusal": "Yes"}]}, "messages", [U, A]),
         (
             {
                 "messages": [
@@ -54,7 +54,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
                     A,
                 ]
             },
-            DataFormat.messages,
+            "messages",
             [
                 U,
                 {"role": "assistant", "tool_calls": [{"id": "1", **CALL}]},
@@ -64,7 +64,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ),
         (
             {"messages": [U, {"role": "assistant", "function_call": AS_TEXT}, {**RESULT, "role": "function", "name": "f"}, A]},
-            DataFormat.messages,
+            "messages",
             [U, {"role": "assistant", "tool_calls": [CALL]}, {**RESULT, "name": "f"}, A],
         ),
         # ShareGPT
@@ -79,31 +79,31 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
                 "system": "s",
                 "tools": json.dumps([TOOL]),
             },
-            DataFormat.conversations,
+            "conversations",
             [S, U, {"role": "assistant", "tool_calls": [CALL]}, RESULT, A],
         ),
         (
             {"conversation": [{"from": "user", "value": "Hi"}, {"from": "chatgpt", "value": "Yes"}]},
-            DataFormat.conversations,
+            "conversations",
             [U, A],
         ),
         # Alpaca
-        ({"instruction": "Hi", "input": "", "output": "Yes"}, DataFormat.alpaca, [U, A]),
-        ({"instruction": "Hi", "input": "you", "output": "Yes"}, DataFormat.alpaca, [{"role": "user", "content": "Hi\nyou"}, A]),
+        ({"instruction": "Hi", "input": "", "output": "Yes"}, "alpaca", [U, A]),
+        ({"instruction": "Hi", "input": "you", "output": "Yes"}, "alpaca", [{"role": "user", "content": "Hi\nyou"}, A]),
         (
             {"instruction": "Hi", "output": "Yes", "system": "s", "history": [["a", "b"]]},
-            DataFormat.alpaca,
+            "alpaca",
             [S, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, U, A],
         ),
         # Prompt and completion as messages: what the prompt's assistant said is not trained
-        ({"prompt": [U], "completion": [A]}, DataFormat.prompt_completion, [U, A]),
-        ({"prompt": [U], "response": "Yes"}, DataFormat.prompt_completion, [U, A]),
-        ({"prompt": [U, A, U], "completion": [A]}, DataFormat.prompt_completion, [U, {**A, "weight": 0}, U, A]),
-        ({"prompt": "Hi", "completion": "Yes", "system": "s"}, DataFormat.prompt_completion, [S, U, A]),
+        ({"prompt": [U], "completion": [A]}, "prompt_completion", [U, A]),
+        ({"prompt": [U], "response": "Yes"}, "prompt_completion", [U, A]),
+        ({"prompt": [U, A, U], "completion": [A]}, "prompt_completion", [U, {**A, "weight": 0}, U, A]),
+        ({"prompt": "Hi", "completion": "Yes", "system": "s"}, "prompt_completion", [S, U, A]),
     ],
 )  # fmt: skip
 def test_conversations_in_one_shape(row, fmt, expected):
-    assert recognise(row, {}, DataFormat.auto, ChatConfig(), "rows.jsonl:1") is fmt
+    assert recognise(row, {}, "auto", ChatConfig(), "rows.jsonl:1") is fmt
     found = normalise(row, fmt, {})
     assert found["messages"] == expected
     assert found.get("tools", []) == ([TOOL] if "tools" in row else [])
@@ -111,7 +111,7 @@ def test_conversations_in_one_shape(row, fmt, expected):
 
 def test_prompt_and_completion_as_texts_stay_texts():
     row = {"prompt": "Hi", "completion": "Yes", "system": None, "tools": []}
-    assert normalise(row, DataFormat.prompt_completion, {}) == {"prompt": "Hi", "completion": "Yes"}
+    assert normalise(row, "prompt_completion", {}) == {"prompt": "Hi", "completion": "Yes"}
 
 
 def test_a_misspelt_role_or_column_is_mended_by_the_fix():
@@ -119,12 +119,12 @@ def test_a_misspelt_role_or_column_is_mended_by_the_fix():
         check_columns({"message": "talk"})
     mapping = {"text": "reviw", "label": "stars"}
     with pytest.raises(UserError) as caught:
-        recognise(["review", "stars"], mapping, DataFormat.auto, ClassificationConfig(), "rows.csv:2")
+        recognise(["review", "stars"], mapping, "auto", ClassificationConfig(), "rows.csv:2")
     (problem,) = caught.value.problems
     assert (problem.where, problem.value) == ("data.columns.text", "reviw")
     assert problem.fix == "'data.columns={text: review, label: stars}'"
     with pytest.raises(UserError, match=r"data\.columns\.text=reviw"):
-        recognise(["review", "stars"], mapping, DataFormat.text_label, ClassificationConfig(), "rows.csv:2")
+        recognise(["review", "stars"], mapping, "text_label", ClassificationConfig(), "rows.csv:2")
 
 
 # -- weight: 0 --------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def targets(encode, messages):
 )
 def test_messages_of_weight_0_are_rendered_and_not_trained(template):
     tokenizer = byte_tokenizer(template)
-    encode = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 1000)
+    encode = RowTokenizer(tokenizer, ChatConfig(), "messages", 1000)
     said = tokenizer.decode(targets(encode, TALK))
     assert said.startswith("Two") and said.endswith("<|im_end|>")
     assert "No one" not in said
@@ -170,7 +170,7 @@ def test_no_template_sees_the_weight():
 
 def test_weight_0_stays_out_where_prompts_are_trained_too():
     tokenizer = byte_tokenizer()
-    encode = RowTokenizer(tokenizer, ChatConfig(train_on_prompt=True), DataFormat.messages, 1000)
+    encode = RowTokenizer(tokenizer, ChatConfig(train_on_prompt=True), "messages", 1000)
     said = tokenizer.decode(targets(encode, TALK))
     assert "No one" not in said
     assert "user\nHi<|im_end|>" in said and "Two<|im_end|>" in said
@@ -201,14 +201,14 @@ def test_weights_reach_the_samples_of_a_run(tmp_path):
     ],
 )
 def test_any_number_of_labels(value, labels):
-    row = normalise({"text": "x", "labels": value}, DataFormat.text_label, {}, ClassificationConfig(multi_label=True))
+    row = normalise({"text": "x", "labels": value}, "text_label", {}, ClassificationConfig(multi_label=True))
     assert row == {"text": "x", "labels": labels}
 
 
 def test_several_labels_where_there_should_be_one_name_the_key():
     with pytest.raises(RowError, match=r"has 2 labels .*task\.multi_label=true"):
-        normalise({"text": "x", "labels": ["a", "b"]}, DataFormat.text_label, {})
-    assert normalise({"text": "x", "labels": ["a"]}, DataFormat.text_label, {}) == {"text": "x", "label": "a"}
+        normalise({"text": "x", "labels": ["a", "b"]}, "text_label", {})
+    assert normalise({"text": "x", "labels": ["a"]}, "text_label", {}) == {"text": "x", "label": "a"}
 
 
 def test_several_labels_become_ones_and_zeros(tmp_path):

@@ -19,7 +19,6 @@ from unit.templates import (
     THINKING_PROMPT,
 )
 
-from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, target_mask
@@ -51,7 +50,7 @@ def call(name: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 def trained(tokenizer: Any, messages: list[dict[str, Any]], *, date: str = "2025-03-09") -> list[str]:
     """The runs of tokens that are targets, decoded; checks the token ids against the whole rendered text."""
-    encode = RowTokenizer(tokenizer, ChatConfig(template_date=date), DataFormat.messages, max_length=100_000)
+    encode = RowTokenizer(tokenizer, ChatConfig(template_date=date), "messages", max_length=100_000)
     (sample,) = encode.samples([{"messages": messages}], [0])
     assert sample.problem == ""
     assert encode.renderer is not None
@@ -142,7 +141,7 @@ def test_mistral_without_markers_of_roles():
 def test_tokens_that_begin_with_the_space_before_a_word():
     tokenizer = metaspace_tokenizer(MISTRAL)
     assert trained(tokenizer, TWO_TURNS) == ["Hello</s>", "I am fine, thanks.</s>"]
-    encode = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 1000)
+    encode = RowTokenizer(tokenizer, ChatConfig(), "messages", 1000)
     (sample,) = encode.samples([{"messages": TWO_TURNS}], [0])
     targets = sample.labels[sample.labels != NO_TARGET]
     assert tokenizer.convert_ids_to_tokens(targets)[0].startswith("▁H")
@@ -272,7 +271,7 @@ def test_tools_reach_the_template():
     template = "{% if tools %}<|im_start|>tools\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     tokenizer = byte_tokenizer(template)
-    encode = RowTokenizer(tokenizer, ChatConfig(), DataFormat.messages, 1000)
+    encode = RowTokenizer(tokenizer, ChatConfig(), "messages", 1000)
     (sample,) = encode.samples([{"messages": [user("Hi"), assistant("Yes")], "tools": tools}], [0])
     assert tokenizer.decode(sample.input_ids).startswith("<|im_start|>tools\nweather<|im_end|>\n<|im_start|>user\nHi")
     assert tokenizer.decode(sample.labels[sample.labels != NO_TARGET]) == "Yes<|im_end|>"
@@ -291,7 +290,7 @@ def test_tokens_that_end_an_answer():
 
 
 def test_train_on_prompt_counts_every_token_but_the_first():
-    encode = RowTokenizer(byte_tokenizer(), ChatConfig(train_on_prompt=True), DataFormat.messages, max_length=1000)
+    encode = RowTokenizer(byte_tokenizer(), ChatConfig(train_on_prompt=True), "messages", max_length=1000)
     (sample,) = encode.samples([{"messages": TWO_TURNS}], [0])
     assert sample.labels[0] == NO_TARGET
     assert (sample.labels[1:] == sample.input_ids[1:]).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
-from dstune.config.data_schema import DataFormat, SplitConfig
+from dstune.config.data_schema import SplitConfig
 from dstune.config.task_schema import EmbeddingConfig, Pooling
 from dstune.data.rows import RowError, normalise
 from dstune.errors import UserError
@@ -121,7 +121,7 @@ def test_vectors_that_are_all_alike_find_nothing():
 
 def test_rows_of_texts(tmp_path):
     with pytest.raises(RowError, match="positive and negative are the same"):
-        normalise({"anchor": "a", "positive": "b", "negative": "b"}, DataFormat.contrastive, {})
+        normalise({"anchor": "a", "positive": "b", "negative": "b"}, "contrastive", {})
     texts = [{"anchor": "a cat", "positive": "an animal", "negative": None}, {"anchor": "x", "positive": "y" * 50}]
     config = data_run(
         write_jsonl(tmp_path / "texts.jsonl", [*texts, {"anchor": "b", "positive": "c", "negative": "d"}]),

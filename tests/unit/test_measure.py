@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, wordpiece, write_jsonl
 
-from dstune.config.data_schema import CleanConfig, DataConfig, DataFormat, SplitConfig
+from dstune.config.data_schema import CleanConfig, DataConfig, SplitConfig
 from dstune.config.schema import EvaluateConfig, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -181,13 +181,13 @@ def test_bits_per_byte_count_the_bytes_of_the_targets(tmp_path):
     """Of documents all that they say, in whatever pieces; of a chat what the assistant says."""
     texts = ["na\xefve caf\xe9 \U0001f642 two and two", "<|im_end|> is text here", "plain"]
     for max_length in (8, 4096):
-        encode = RowTokenizer(byte_tokenizer(bos="<s>"), CausalLmConfig(), DataFormat.text, max_length)
+        encode = RowTokenizer(byte_tokenizer(bos="<s>"), CausalLmConfig(), "text", max_length)
         samples = encode.samples([{"text": text} for text in texts], [0, 1, 2])
         for number, text in enumerate(texts):
             found = sum(sample.columns["bytes"] for sample in samples if sample.row == number)
             assert found == len(text.encode()), (max_length, text)
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "caf\xe9 \u20ac"}]
-    encode = RowTokenizer(byte_tokenizer(), ChatConfig(template_date="2025-03-09"), DataFormat.messages, 4096)
+    encode = RowTokenizer(byte_tokenizer(), ChatConfig(template_date="2025-03-09"), "messages", 4096)
     (sample,) = encode.samples([{"messages": messages}], [0])
     assert sample.columns["bytes"] == len("caf\xe9 \u20ac".encode())
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])

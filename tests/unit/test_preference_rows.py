@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
-from dstune.config.data_schema import DataFormat, SplitConfig
+from dstune.config.data_schema import SplitConfig
 from dstune.config.task_schema import PreferenceConfig, PreferenceLoss
 from dstune.data.batches import batch_of
 from dstune.data.rows import RowError, normalise
@@ -25,7 +25,7 @@ def assistant(text: str) -> dict:
 
 
 def pair(**fields):
-    return normalise(fields, DataFormat.preference, {})
+    return normalise(fields, "preference", {})
 
 
 def test_prompt_of_two_conversations_is_what_they_have_in_common():
@@ -54,9 +54,9 @@ def test_silence_may_be_rejected_and_not_chosen():
     with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
         pair(chosen=silent, rejected=said)
     judged = {"prompt": [user("a")], "completion": [assistant("")], "label": False}
-    assert normalise(judged, DataFormat.feedback, {})["desirable"] is False
+    assert normalise(judged, "feedback", {})["desirable"] is False
     with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
-        normalise(judged | {"label": True}, DataFormat.feedback, {})
+        normalise(judged | {"label": True}, "feedback", {})
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_bad_pairs_say_why(fields, reason):
 
 @pytest.mark.parametrize(("value", "verdict"), [(True, True), (0, False), ("false", False), ("1", True)])
 def test_verdict_of_an_answer(value, verdict):
-    row = normalise({"prompt": "a", "completion": "b", "label": value}, DataFormat.feedback, {})
+    row = normalise({"prompt": "a", "completion": "b", "label": value}, "feedback", {})
     assert row == {"prompt": "a", "completion": "b", "desirable": verdict}
 
 
 def test_a_verdict_is_true_or_false():
     with pytest.raises(RowError, match="must be true"):
-        normalise({"prompt": "a", "completion": "b", "label": "great"}, DataFormat.feedback, {})
+        normalise({"prompt": "a", "completion": "b", "label": "great"}, "feedback", {})
 
 
 PAIRS = [{"prompt": f"q{number}", "chosen": f"good {number}", "rejected": f"bad one {number}"} for number in range(4)]

@@ -16,7 +16,7 @@ from support.configs import run_config
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.architectures import mark_encoder_decoder
-from dstune.config.data_schema import DataConfig, DataFormat, SplitConfig
+from dstune.config.data_schema import DataConfig, SplitConfig
 from dstune.config.schema import EvaluateConfig
 from dstune.config.task_schema import ClassificationConfig, Seq2SeqConfig
 from dstune.config.validate import find_problems
@@ -50,15 +50,15 @@ PAIR = {"source": "the sun", "target": "el sol"}
     ],
 )
 def test_rows_have_a_source_and_a_target_under_many_names(row, mapping):
-    assert recognise(row, mapping, DataFormat.auto, TASK, "rows.jsonl:1") is DataFormat.source_target
-    assert normalise(row, DataFormat.source_target, mapping) == PAIR
+    assert recognise(row, mapping, "auto", TASK, "rows.jsonl:1") == "source_target"
+    assert normalise(row, "source_target", mapping) == PAIR
 
 
 def test_rows_without_are_refused_with_the_mapping_to_give():
     with pytest.raises(UserError, match=r"data.columns=\{source: en, target: es\}"):
-        recognise({"translation": {"en": "a", "es": "b"}, "id": 1}, {}, DataFormat.auto, TASK, "rows.jsonl:1")
+        recognise({"translation": {"en": "a", "es": "b"}, "id": 1}, {}, "auto", TASK, "rows.jsonl:1")
     with pytest.raises(RowError, match="'target' is empty"):
-        normalise({"source": "a", "target": " "}, DataFormat.source_target, {})
+        normalise({"source": "a", "target": " "}, "source_target", {})
 
 
 def samples(tmp_path: Path, task: Seq2SeqConfig, *rows: dict, encoder_decoder: bool = False, **data: object) -> Split:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.architectures import is_encoder_decoder
-from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import (
     CausalLmConfig,
     ChatConfig,
@@ -62,12 +61,12 @@ class RowTokenizer:
         self,
         tokenizer: Any,
         task: TaskConfig,
-        fmt: DataFormat,
+        fmt: str,
         max_length: int,
         labels: tuple[str, ...] = (),
         class_weights: tuple[float, ...] = (),
         *,
-        several: Sequence[tuple[TaskConfig, DataFormat]] = (),
+        several: Sequence[tuple[TaskConfig, str]] = (),
         sources: np.ndarray | None = None,
     ):
         self._tokenizer = tokenizer
@@ -137,7 +136,7 @@ class RowTokenizer:
 def _encoder(
     tokenizer: Any,
     task: TaskConfig,
-    fmt: DataFormat,
+    fmt: str,
     max_length: int,
     labels: tuple[str, ...],
     class_weights: tuple[float, ...],

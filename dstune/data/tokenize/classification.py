@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import ClassificationConfig
 from dstune.data.control import ControlTokens
 from dstune.data.rows import labels_of
@@ -26,7 +25,7 @@ class ClassificationEncoder:
         self,
         tokenizer: Any,
         task: ClassificationConfig,
-        fmt: DataFormat,
+        fmt: str,
         max_length: int,
         labels: tuple[str, ...],
         class_weights: tuple[float, ...],
@@ -38,7 +37,7 @@ class ClassificationEncoder:
         self._regression = task.regression
         self._class_weights = class_weights
         # For a single text every segment is 0, which is what a model takes where none is given.
-        self._with_segments = fmt is DataFormat.pair and "token_type_ids" in tokenizer.model_input_names
+        self._with_segments = fmt == "pair" and "token_type_ids" in tokenizer.model_input_names
         self._control = ControlTokens(tokenizer)
 
     @property

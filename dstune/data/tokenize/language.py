@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
@@ -98,10 +97,10 @@ class Language:
 class ChatEncoder(Language):
     """Prompts and completions go through the chat template if the model has one, else one follows the other."""
 
-    def __init__(self, tokenizer: Any, task: ChatConfig, fmt: DataFormat, max_length: int):
+    def __init__(self, tokenizer: Any, task: ChatConfig, fmt: str, max_length: int):
         require_offsets(tokenizer)
         self.renderer: ChatRenderer | None = None
-        if fmt is DataFormat.messages or tokenizer.chat_template:
+        if fmt == "messages" or tokenizer.chat_template:
             self.renderer = ChatRenderer(tokenizer, task.template_date)
         self._train_on_prompt = task.train_on_prompt
         super().__init__(tokenizer, max_length)

@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.data_schema import DataFormat
 from dstune.config.task_schema import ChatConfig
 from dstune.data.preferences import ANSWERS, as_chat
 from dstune.data.tokenize.language import ChatEncoder
@@ -24,7 +23,7 @@ class PairEncoder(ChatEncoder):
     Both have to have a target within `max_length`, and differ there, else the pair has the weight 0.
     """
 
-    def __init__(self, tokenizer: Any, template_date: str | None, fmt: DataFormat, max_length: int):
+    def __init__(self, tokenizer: Any, template_date: str | None, fmt: str, max_length: int):
         super().__init__(tokenizer, ChatConfig(template_date=template_date), fmt, max_length)
 
     @property
@@ -73,7 +72,7 @@ class RewardEncoder(PairEncoder):
 class JudgedEncoder(ChatEncoder):
     """A prompt with an answer that is good or bad; of a pair of answers two such samples."""
 
-    def __init__(self, tokenizer: Any, template_date: str | None, fmt: DataFormat, max_length: int):
+    def __init__(self, tokenizer: Any, template_date: str | None, fmt: str, max_length: int):
         super().__init__(tokenizer, ChatConfig(template_date=template_date), fmt, max_length)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dstune.config.task_schema import CausalLmConfig
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
+from dstune.tasks.causal_lm import rows as rows
 
 
 @task
@@ -12,12 +13,9 @@ class CausalLm(LanguageTask):
     Config = CausalLmConfig
     config: CausalLmConfig
 
-    generates = True
     prefix_positions_ok = True
-    unpackable = ""
     splits_long_rows = True
     tensor_parallel = True
-    few_shot = True
     formats = ("text",)
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))

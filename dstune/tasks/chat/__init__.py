@@ -5,6 +5,7 @@ from __future__ import annotations
 from dstune.config.task_schema import ChatConfig
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
+from dstune.tasks.chat import rows as rows
 
 
 @task
@@ -13,15 +14,16 @@ class Chat(LanguageTask):
     config: ChatConfig
 
     conversational = True
-    generates = True
     prefix_positions_ok = True
-    unpackable = ""
     tensor_parallel = True
-    few_shot = True
     formats = ("messages", "conversations", "prompt_completion", "alpaca")
     frozen_keys = ("template_date",)
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))
+
+    @property
+    def needs_answer(self) -> bool:
+        return not self.config.train_on_prompt
 
     @property
     def every_position_is_a_target(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.classification import rows as rows
 from dstune.tasks.classification import rules
 
 if TYPE_CHECKING:
@@ -75,3 +76,6 @@ class Classification(Task):
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         return rules.check(run, self.config)
+
+    def class_weights(self, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int) -> list[float]:
+        return rules.class_weights(self.config, labels, counts, rows)

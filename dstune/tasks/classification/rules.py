@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.config.task_rules import check_labels
 from dstune.config.task_schema import ClassificationConfig
-from dstune.errors import Problem
+from dstune.errors import Problem, UserError
 
 
 def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
@@ -45,3 +45,20 @@ def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
         if task.labels and name not in task.labels:
             reason = f"no such label: task.labels are {', '.join(task.labels)}"
             yield Problem(f"task.class_weights.{name}", reason, "use the names of task.labels", shown(weight))
+
+
+def class_weights(
+    task: ClassificationConfig, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int
+) -> list[float]:
+    """As `Task.class_weights`."""
+    if not (task.class_weights or task.balanced):
+        return []
+    unknown = [name for name in task.class_weights if name not in labels]
+    if unknown:
+        reason = f"no row has this label; they have {', '.join(labels)}"
+        raise UserError(Problem(f"task.class_weights.{name}", reason, "use their names") for name in unknown)
+    if not task.balanced:
+        return [task.class_weights.get(label, 1.0) for label in labels]
+    found = counts()
+    # A class without training rows has no weight to be balanced by, and no row that would need one but held-out ones.
+    return [rows / (len(labels) * found[label]) if found[label] else 1.0 for label in labels]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import EmbeddingConfig
 from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.embedding import rows as rows
 from dstune.tasks.embedding import rules
 
 if TYPE_CHECKING:
@@ -50,3 +51,6 @@ class Embedding(Task):
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         return rules.check(run)
+
+    def row_key(self) -> dict[str, Any]:
+        return {"name": self.name}  # what the loss makes of their vectors does not change the samples

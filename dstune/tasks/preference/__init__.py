@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import PreferenceConfig
 from dstune.errors import Problem
 from dstune.protocols import Task, task
 from dstune.protocols.task import FurtherModel
+from dstune.tasks.preference import rows as rows
 from dstune.tasks.preference import rules
 
 if TYPE_CHECKING:
@@ -67,3 +68,9 @@ class Preference(Task):
 
     def caches_reference(self, run: RunConfig) -> bool:
         return rules.caches_reference(run, self.config)
+
+    def row_key(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "single": self.config.single,
+        }  # what the loss makes of them does not change the samples

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.protocols import Task, task
+from dstune.tasks.question_answering import rows as rows
 
 if TYPE_CHECKING:
     import numpy as np

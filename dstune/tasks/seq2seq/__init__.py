@@ -12,6 +12,7 @@ from dstune.config.task_schema import Seq2SeqConfig
 from dstune.errors import Problem
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
+from dstune.tasks.seq2seq import rows as rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,10 +32,7 @@ class Seq2Seq(LanguageTask):
     config: Seq2SeqConfig
 
     conversational = True
-    generates = True
-    unpackable = ""
     encoder_decoder = True
-    few_shot = True
     asks_by_prompt = True
     formats = ("source_target",)
     frozen_keys = ("template_date",)

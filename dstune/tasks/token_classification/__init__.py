@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import TokenClassificationConfig
+from dstune.config.task_schema import TagScheme, TokenClassificationConfig
+from dstune.data.tags import completed
 from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.token_classification import rows as rows
 from dstune.tasks.token_classification import rules
 
 if TYPE_CHECKING:
@@ -64,3 +66,10 @@ class TokenClassification(Task):
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         return rules.check(run, self.config)
+
+    def complete_labels(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        return labels if self.config.scheme is TagScheme.plain else completed(labels)
+
+    def check_labels(self, run: RunConfig, labels: tuple[str, ...]) -> None:
+        rules.refuse_odd_tags(self.config, labels)
+        rules.refuse_other_metric(run, self.config, labels)

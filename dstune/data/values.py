@@ -1,0 +1,92 @@
+"""Checks of single values of a row: each returns the value as the row is to hold it, or raises RowError."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from typing import Any
+
+from dstune.data.problems import RowError, shown
+
+
+def text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} must be text, it is {type(value).__name__}")
+    if not value.strip():
+        raise RowError(f"column {column!r} is empty")
+    return value
+
+
+def text_or_messages(value: Any, column: str) -> Any:
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} must be text or a list of messages, it is {type(value).__name__}")
+    return text(value, column)
+
+
+def label(value: Any, column: str) -> str:
+    if isinstance(value, list):
+        if len(value) == 1:
+            return label(value[0], column)
+        several = f"column {column!r} has {len(value)} labels ({shown(value)})"
+        raise RowError(f"{several}; task.multi_label=true trains on any number of them")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of integers with gaps is read as floats
+    if isinstance(value, str):
+        value = value.strip()
+    if not isinstance(value, (int, str)) or value == "":
+        raise RowError(f"column {column!r} must be a label (text or an integer), it is {shown(value)}")
+    return str(value)
+
+
+def number(value: Any, column: str) -> float:
+    try:
+        found = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise RowError(f"column {column!r} must be a number, it is {shown(value)}")
+    return found
+
+
+def labels_of_row(value: Any, column: str) -> list[str]:
+    """Any number of labels: a list, in a CSV file a JSON list or names with commas between them."""
+    if isinstance(value, str):
+        if value.strip().startswith("["):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise RowError(f"column {column!r} starts as a list but is not JSON: {error.msg}") from None
+        else:
+            value = [name for name in value.split(",") if name.strip()]
+    elif isinstance(value, (int, float)):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowError(f"column {column!r} must be a list of labels, it is {shown(value)}")
+    return sorted({label(item, column) for item in value})
+
+
+def listed(value: Any, column: str) -> list[Any]:
+    """A list with something in it; in a CSV file a JSON list, or words with spaces between them."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list):
+        raise RowError(f"column {column!r} must be a list, it is {shown(value)}")
+    if not value:
+        raise RowError(f"column {column!r} is empty")
+    return value
+
+
+def words(value: Any, column: str) -> list[str]:
+    found = listed(value, column)
+    for number, word in enumerate(found, start=1):
+        if not isinstance(word, str) or not word.strip():
+            raise RowError(f"word {number} of column {column!r} must be text, it is {shown(word)}")
+    return found

@@ -1,0 +1,47 @@
+"""What a row format is: the columns that a row of it has, and how it is brought to the shape that tasks read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from dstune.protocols.task import Task
+
+Check = Callable[[Any, str], Any]
+"""Takes a value and the name of its column; returns the value as the row is to hold it, or raises RowError."""
+
+
+class RowFormat:
+    """Base of every row format. Subclasses register with `@dstune.row_format`.
+
+    A row has values for roles; `data.columns` says which column of a file has which role.
+    """
+
+    name: ClassVar[str] = ""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Roles that a row must have."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Roles that it may have."""
+    other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """By role, columns that are taken for it where neither its own name nor `data.columns` gives one."""
+    readable_as: ClassVar[tuple[str, ...]] = ()
+    """Formats as which a row can be read too, since it has all that they need."""
+    checks: ClassVar[Mapping[str, Check]] = {}
+    """By role; values of other roles are taken as they are."""
+
+    def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The columns of a row, with those beside them that a column holds inside."""
+        return fields
+
+    def check_of(self, role: str, task: Task | None) -> Check | None:
+        """What checks the value of `role` for a task."""
+        return self.checks.get(role)
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        """The row in the shape that encoders read, from its checked values by role. Raises RowError."""
+        return found
+
+    def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
+        """Columns that a message may suggest for roles that are missing, in their order; none where that would be a guess."""
+        return []

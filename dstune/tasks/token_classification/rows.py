@@ -1,0 +1,44 @@
+"""Row format of words with a tag each."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from dstune.config.task_schema import TokenClassificationConfig
+from dstune.data.problems import RowError, shown
+from dstune.data.tags import checked
+from dstune.data.values import listed, words
+from dstune.protocols import RowFormat, row_format
+from dstune.protocols.row_format import Check
+from dstune.protocols.task import Task
+
+
+@row_format
+class TokensTags(RowFormat):
+    name = "tokens_tags"
+    required = ("tokens", "tags")
+    other_names: ClassVar = {"tokens": ("words",), "tags": ("ner_tags", "labels")}
+    checks: ClassVar[dict[str, Check]] = {"tokens": words, "tags": listed}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        config = task.config if task is not None else None
+        settings = config if isinstance(config, TokenClassificationConfig) else TokenClassificationConfig()
+        tokens, tags = found["tokens"], found["tags"]
+        if len(tokens) != len(tags):
+            raise RowError(f"{len(tokens)} tokens have {len(tags)} tags")
+        named = [_tag(tag, settings.labels) for tag in tags]
+        return {"tokens": tokens, "tags": checked(named, tokens, settings.scheme, repair=settings.repair)}
+
+
+def _tag(value: Any, names: list[str]) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not names:
+            raise RowError(f"tag {value} is a number; task.labels=[NAME,NAME] names the tags in their order")
+        if not 0 <= value < len(names):
+            raise RowError(f"tag {value} is not the number of one of the {len(names)} task.labels")
+        return names[value]
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"a tag must be text or a number, it is {shown(value)}")
+    return value.strip()
