@@ -8,7 +8,7 @@ import platform
 import socket
 import subprocess
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def launches(before: Path, step: int, ranks: int) -> list[dict[str, Any]]:
     if step > 0:
         with suppress(OSError, ValueError, KeyError, TypeError):
             earlier = list(json.loads(before.read_text())["launches"])
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     return [*earlier, {"step": step, "time": now, "ranks": ranks}]
 
 

@@ -57,8 +57,8 @@ print("FOUND " + json.dumps(found))
 
 def software() -> Iterator[Check]:
     """Python, the packages that dstune needs in their ranges, PyTorch with its devices, DeepSpeed with its operators."""
-    enough = sys.version_info >= (3, 10)
-    fix = "" if enough else "install Python 3.10 or newer"
+    enough = sys.version_info >= (3, 11)
+    fix = "" if enough else "install Python 3.11 or newer"
     yield Check("Python", PASS if enough else FAIL, f"{platform.python_version()} at {sys.executable}", fix)
     yield from _packages()
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONWARNINGS")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def report(runs: Sequence[RunFiles]) -> str:
         differences=configuration.differences(runs) if len(runs) > 1 else [],
         samples=samples.answered(runs, labels),
         version=__version__,
-        made=_date(datetime.now(timezone.utc).timestamp()),
+        made=_date(datetime.now(UTC).timestamp()),
     )
 
 
@@ -106,7 +106,7 @@ def _labels(runs: Sequence[RunFiles]) -> list[str]:
 def _date(seconds: Any) -> str:
     if not isinstance(seconds, (int, float)):
         return ""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%-d %B %Y, %H:%M UTC")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%-d %B %Y, %H:%M UTC")
 
 
 def _hardware(run: RunFiles) -> str:

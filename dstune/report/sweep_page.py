@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def page(sweep: Path) -> str:
         charts=_charts(trials, objectives),
         failed=[trial for trial in trials if trial.record.status == "failed"],
         version=__version__,
-        made=datetime.now(timezone.utc).strftime("%-d %B %Y, %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from dstune import __version__
 from dstune.redact import redact
@@ -20,6 +20,6 @@ def page(shown: Shown) -> str:
         shown=shown,
         parts=[described] if described else [],
         version=__version__,
-        made=datetime.now(timezone.utc).strftime("%-d %B %Y, %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),
     )
     return redact(html)
