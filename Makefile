@@ -13,13 +13,15 @@ PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test test-all test-gpu lint format clean debian
+.PHONY: help quickstart install test-fast test test-ci test-all golden test-gpu lint format clean debian
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
 	@echo "make install     only make $(VENV) and install dstune into it"
-	@echo "make test        unit, distributed, parity, cluster and packaging tests (24 minutes on 2 cores with bf16 instructions, 46 on 2 without)"
-	@echo "make test-all    the slow tests too: real models, soak, faults, installation into an empty environment"
+	@echo "make test-fast   configuration, launcher and planner without ranks, while you edit (under 2 minutes)"
+	@echo "make test        before you push: unit tests, the ladder of exactness, runs and signals (under 12 minutes on 2 cores)"
+	@echo "make test-ci     everything but soak and real models: every proof of exactness (under 60 minutes on 2 cores)"
+	@echo "make test-all    these too: real models, soak, faults, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite the code"
@@ -31,7 +33,17 @@ quickstart: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# Named, since collecting the others loads torch and more for half a minute.
+FAST := $(wildcard $(patsubst %,tests/unit/test_%.py,config_* ds_config launch_* layers method_rules plan_* presets redact schedule store sweep_s*)) \
+	$(patsubst %,tests/packaging/test_%.py,documents imports ratchet)
+
+test-fast: $(VENV)/.installed-test
+	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not ci" $(FAST)
+
 test: $(VENV)/.installed-test debian
+	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not ci and not gpu"
+
+test-ci: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed-test debian

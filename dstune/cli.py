@@ -36,6 +36,7 @@ VERBS = {
     "status": ("dstune.launch.manage", "status", "where a run stands"),
     "cancel": ("dstune.launch.manage", "cancel", "ask a run to save and stop"),
     "checkpoints": ("dstune.launch.manage", "checkpoints", "list, verify or prune the checkpoints of a run"),
+    "upgrade": ("dstune.launch.upgrade", "main", "bring the files of an earlier version's run to the present format"),
     "doctor": ("dstune.launch.doctor", "main", "what this machine or cluster can run, and what is missing"),
     "models": (
         "dstune.catalogue",

@@ -14,6 +14,27 @@ from absl.logging import PythonHandler
 LONG_FIRST = ("distributed", "cluster", "parity", "packaging", "unit")
 """Folders by how long a file of theirs takes: workers that take whole files end together when the short ones come last."""
 
+ONLY_IN_CI = (
+    *("cluster", "packaging/test_distribution"),
+    *(
+        f"distributed/test_{name}"
+        for name in (
+            *("baseline", "catalogue_probe", "chain", "evaluate", "faults", "hub_data", "loading", "old_runs"),
+            *("secrets", "several_tasks", "sources", "streaming", "sweep", "tracking"),
+            *("utilization", "watch", "zero_file"),
+        )
+    ),
+    *(
+        f"parity/test_{name}"
+        for name in (
+            *("experts", "forgetting", "method_runs", "micro_batch", "offload", "preference", "reward_embedding"),
+            *("seq2seq", "spikes", "swap", "tensor", "ulysses", "unfreezing"),
+        )
+    ),
+)
+"""Files (or folders) that `make test` leaves to `make test-ci`: they start ranks for minutes, and each proves something about
+one method, task or launcher. The ladder, accumulation, resuming, signals and supervision stay."""
+
 # A shell that starts `make test` in the background has it ignore Ctrl-C, and every command under test would with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,9 +52,15 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker that is added here
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        return LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
+    for item in items:
+        if place(item).startswith(ONLY_IN_CI):
+            item.add_marker("ci")
+    order = {folder: number for number, folder in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(place(item).split("/")[0], len(order)))
 
-    items.sort(key=place)
+
+def place(item: pytest.Item) -> str:
+    """`parity/test_ladder.py`"""
+    return item.path.relative_to(Path(__file__).parent).as_posix()

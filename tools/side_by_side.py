@@ -68,7 +68,7 @@ TASKS: dict[str, list[str]] = {
 }
 METHODS: dict[str, list[str]] = {
     "full": [],
-    "head": ["method.layers=1"],
+    "head": [],
     "lora": ["method.rank=4"],
     "features": ["method.layers=1", "method.logistic_regression=true"],
     "freeze": ["method.embeddings=true", "method.first_layers=1"],
@@ -119,7 +119,7 @@ VARIANTS: dict[str, list[str]] = {
         *("task=chat", "data.mixture.a.path=DATA/chat.jsonl", "data.mixture.b.path=DATA/texts.jsonl"),
         *("data.mixture.b.task=causal_lm", "data.mixture.b.weight=2", "data.train=null"),
     ],
-    "selective": ["task=causal_lm", "trainer.activation_checkpointing=selective", "trainer.mlp_tiles=2"],
+    "selective": ["task=causal_lm", "trainer.activation_checkpointing=selective"],
     "spikes": ["task=chat", "trainer.spike.action=skip", "trainer.early_stopping.patience=1"],
     "bf16": ["task=chat", "trainer.precision=bf16"],
 }
@@ -134,6 +134,10 @@ class Case:
     argv: list[str]
     ranks: int
     """0: the launcher's own process, which only composes and refuses."""
+    folder: str | None = None
+    """Where the command runs; an empty folder when not given."""
+    run: str = "run"
+    """The run directory below it."""
 
 
 @dataclass
@@ -240,8 +244,9 @@ def make_inputs(folder: Path) -> None:
 class Tree:
     """One tree's process and its results, a JSON file each, in `folder`."""
 
-    def __init__(self, tree: Path, folder: Path):
-        self.tree, self.folder = tree, folder
+    def __init__(self, tree: Path, folder: Path, models: Path):
+        self.tree, self.folder, self.models = tree, folder, models
+        folder.mkdir(parents=True, exist_ok=True)
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, case: Case, *, again: bool) -> Outcome:
@@ -261,7 +266,7 @@ class Tree:
     def _ask(self, case: Case) -> Outcome:
         if self._server is None or self._server.poll() is not None:
             self._server = subprocess.Popen(
-                [sys.executable, __file__, "--serve", str(self.folder.absolute())],
+                [sys.executable, __file__, "--serve", str(self.folder.absolute()), str(self.models.absolute())],
                 cwd=self.folder,
                 env={
                     **os.environ,
@@ -291,6 +296,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",  # an adapter_config.json lists a set
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -313,7 +319,7 @@ LIBRARIES = (
 )
 
 
-def serve(folder: Path) -> None:
+def serve(folder: Path, models: Path) -> None:
     """Answer each case on stdin with a line of JSON. The first child tells which modules of dstune the others need too."""
     import importlib
 
@@ -325,7 +331,7 @@ def serve(folder: Path) -> None:
             importlib.import_module(name)
         except ImportError as error:
             print(f"side_by_side: {error}", file=sys.stderr)
-    warm_up(folder.parent / "models")
+    warm_up(models)
     loaded: set[str] = set()
     for line in sys.stdin:
         case = Case(**json.loads(line))
@@ -352,19 +358,20 @@ def warm_up(models: Path) -> None:
 
 
 def serve_case(case: Case, folder: Path) -> Outcome:
-    home = folder / "case"
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+    logs = folder / "case"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    home = Path(case.folder or logs)
     began, port = time.monotonic(), free_port()
-    children = [fork_rank(case, home, rank, port) for rank in range(max(case.ranks, 1))]
+    children = [fork_rank(case, home, logs, rank, port) for rank in range(max(case.ranks, 1))]
     codes = [wait(child, began + CASE_SECONDS) for child in children]
     outcome = Outcome(next((code for code in codes if code), 0), round(time.monotonic() - began, 2))
-    read_run(home / "run", outcome)
-    logs = [(home / f"rank-{rank}.log").read_text(errors="replace") for rank in range(len(children))]
+    read_run(home / case.run, outcome)
+    told = [(logs / f"rank-{rank}.log").read_text(errors="replace") for rank in range(len(children))]
     if case.ranks == 0:
-        outcome.problems = problems_in((home / "rank-0.log").read_text(errors="replace"))
+        outcome.problems = problems_in(told[0])
     if outcome.exit_code:
-        outcome.log = "\n".join(log[-3000:] for log in logs)
+        outcome.log = "\n".join(log[-3000:] for log in told)
     return outcome
 
 
@@ -374,7 +381,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def fork_rank(case: Case, home: Path, rank: int, port: int) -> int:
+def fork_rank(case: Case, home: Path, logs: Path, rank: int, port: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():
@@ -383,7 +390,7 @@ def fork_rank(case: Case, home: Path, rank: int, port: int) -> int:
     try:
         os.setsid()
         os.chdir(home)
-        log = os.open(home / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
+        log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -397,7 +404,7 @@ def fork_rank(case: Case, home: Path, rank: int, port: int) -> int:
         def record_modules(code: int) -> None:
             if rank == 0 and code == 0:
                 mine = [name for name in sys.modules if name.startswith("dstune") and "__main__" not in name]
-                (home / "modules").write_text("\n".join(mine))
+                (logs / "modules").write_text("\n".join(mine))
             leave(code)
 
         os._exit = record_modules  # type: ignore[assignment]
@@ -463,6 +470,17 @@ def tensors(file: Path) -> Iterator[tuple[str, str]]:
             described = f"{entry['dtype']}{entry['shape']}".encode()
             digest = hashlib.sha256(described + content[8 + length + begin : 8 + length + end])
             yield name, digest.hexdigest()[:16]
+
+
+def machine() -> str:
+    """What two processes must have in common to compute the same bits: processor and libraries."""
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    words = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    flags = hashlib.sha256(words.get("flags", words.get("Features", "")).encode()).hexdigest()[:8]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed", "peft")]
+    return ", ".join([words.get("model name", "?"), flags, *libraries])
 
 
 def problems_in(output: str) -> list[dict[str, str]]:
@@ -552,7 +570,7 @@ def compare(trees: tuple[Tree, Tree], cases: Sequence[Case], chosen: argparse.Na
 
 def main() -> int:
     if sys.argv[1:2] == ["--serve"]:
-        serve(Path(sys.argv[2]))
+        serve(Path(sys.argv[2]), Path(sys.argv[3]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
@@ -572,8 +590,7 @@ def main() -> int:
     make_inputs(chosen.work)
     trees = []
     for name, tree in (("old", chosen.old), ("new", chosen.new)):
-        (chosen.work / name).mkdir(exist_ok=True)
-        trees.append(Tree(tree.resolve(), chosen.work / name))
+        trees.append(Tree(tree.resolve(), chosen.work / name, models=chosen.work / "models"))
     stages = [int(stage) for stage in chosen.stages.split(",")]
     only = [word for word in chosen.only.split(",") if word]
     cases: list[Case] = []

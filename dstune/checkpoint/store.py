@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import xxhash
 
-from dstune.trainer.state import upgrade_state
+from dstune.trainer.state import FORMAT, upgrade_state
 
 COMMITTED = "COMMITTED"
 STATE = "state.json"
@@ -77,6 +77,29 @@ def commit(written: Path, state: dict[str, Any], entries: Mapping[str, dict[str,
     if replaced.exists():
         shutil.rmtree(replaced)
     return final
+
+
+def upgrade(checkpoint: Path) -> int | None:
+    """Write the `state.json` of a complete checkpoint in the present format: at once, and without touching its shards.
+
+    Returns the format it had; None if it has the present one already. Raises OSError, and UserError (`upgrade_state`).
+    """
+    saved = json.loads((checkpoint / STATE).read_text())
+    if (former := saved.get("format", 1)) == FORMAT:
+        return None
+    entries: dict[str, dict[str, Any]] = json.loads((checkpoint / COMMITTED).read_text())["files"]
+    del entries[STATE]
+    written = checkpoint.with_name(checkpoint.name + INCOMPLETE)
+    if written.exists():
+        shutil.rmtree(written)
+    for name in entries:
+        (written / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(checkpoint / name, written / name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(checkpoint / name, written / name)
+    commit(written, upgrade_state(saved), entries)
+    return former
 
 
 def mend(run_dir: Path) -> None:

@@ -354,6 +354,10 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, delete: bool) -> Non
 # ---- run.yaml ----
 
 
+RUN_FORMAT = 2
+"""Of `run.yaml`. A file of format 1 does not say so."""
+
+
 def write_run(path: Path, composed: Composed) -> None:
     """Write `run.yaml`: the version, the overrides given and the resolved configuration, secrets by reference only."""
     content = {
@@ -361,15 +365,25 @@ def write_run(path: Path, composed: Composed) -> None:
         "overrides": list(composed.overrides),
         "config": to_dict(composed.config),
     }
-    files.write(path, dump(content))
+    write_run_content(path, content)
+
+
+def write_run_content(path: Path, content: Mapping[str, Any]) -> None:
+    files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT}))
 
 
 def read_run(path: Path) -> Composed:
-    """The inverse of `write_run`; `${oc.env:KEY}` is read from this process's environment.
+    """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment.
 
     Raises:
-        UserError: no such file, no YAML, unknown keys, wrong types, a variable that is not set.
+        UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set.
     """
+    content = read_run_content(path)
+    return Composed(from_dict(content["config"], str(path)), [str(text) for text in content.get("overrides") or []])
+
+
+def read_run_content(path: Path) -> dict[str, Any]:
+    """The content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError."""
     try:
         content = load(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -378,7 +392,12 @@ def read_run(path: Path) -> Composed:
         raise UserError(Problem(str(path), "this is no run.yaml", "give a run directory")) from None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(Problem(str(path), "this is no run.yaml: it has no `config`", "give a run directory"))
-    return Composed(from_dict(content["config"], str(path)), [str(text) for text in content.get("overrides") or []])
+    written = content.get("format", 1)
+    if type(written) is not int or not 1 <= written <= RUN_FORMAT:  # `true` is an int too
+        reason = f"this version of dstune reads the formats 1 to {RUN_FORMAT} of run.yaml"
+        fix = f"use dstune {content.get('dstune_version')}, which wrote it, or a later version"
+        raise UserError(Problem(f"{path}: format", reason, fix, str(written)))
+    return content
 
 
 def continue_run(old: Composed, new: Composed) -> RunConfig:

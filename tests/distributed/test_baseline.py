@@ -110,7 +110,7 @@ def test_seq2seq_is_asked_with_worked_examples_on_every_rank(bench, capsys, tmp_
     assert (found["rows"], found["world_size"]) == (7, 2) and zero != pytest.approx(two, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_labels_are_judged_by_their_likelihood(bench, capsys):
     arguments = [str(bench.model), *bench.labels, "zero=stage2", "launch.processes=2", "--shots", "0,2", "--json"]
     assert evaluate.main(arguments) == 0
@@ -186,7 +186,7 @@ metric_list:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_public_harness_measures_what_a_plain_loop_does(bench, capsys, tmp_path):
     rows = tmp_path / "rows.jsonl"
     texts = [f"w{number} w{number + 1} w{2 * number}" for number in range(12)]

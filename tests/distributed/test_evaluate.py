@@ -86,8 +86,8 @@ def measured(capsys, *arguments: object) -> dict:
     [
         ("full-3", 2),
         ("lora-2", 1),
-        pytest.param("full-3", 1, marks=pytest.mark.slow),
-        pytest.param("labels-2", 2, marks=pytest.mark.slow),
+        pytest.param("full-3", 1, marks=pytest.mark.ci),
+        pytest.param("labels-2", 2, marks=pytest.mark.ci),
     ],
 )
 def test_a_run_is_measured_as_at_its_end(shelf, name, ranks, capsys):
@@ -128,7 +128,7 @@ def test_a_model_is_measured_as_before_training(shelf, capsys):
     assert found["metrics"] == pytest.approx(shelf.result("full-3")["eval_initial"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("full-3", marks=pytest.mark.slow), "labels-2"])
+@pytest.mark.parametrize("name", [pytest.param("full-3", marks=pytest.mark.ci), "labels-2"])
 def test_an_export_says_itself_how_it_is_measured(shelf, name, capsys):
     """Neither task, labels nor length are given, only the rows."""
     data = ["data=files", f"data.train={shelf.data[CASES[name][0]]}", *SHARED, "launch.processes=1"]

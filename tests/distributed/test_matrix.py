@@ -243,7 +243,7 @@ def possible(name: str, stage: int) -> bool:
     return not (isinstance(METHODS[name][0], method_schema.QloraConfig) and stage == 3)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_each_method(table):
     """At stage 3, where most can go wrong; 4-bit weights at stage 2."""
     cells = [(name, 3 if possible(name, 3) else 2) for name in METHODS if name not in ONLY_IN_THE_WHOLE_MATRIX]
@@ -257,7 +257,7 @@ def test_each_method(table):
     assert rounding["qlora from loftq"] < rounding["qlora"], "an adapter from LoftQ makes up for a part of the rounding"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_whole_matrix(table, stage):
     """All cells; half of the runs are resumed at another stage."""

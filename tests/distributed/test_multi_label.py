@@ -13,7 +13,7 @@ from support.tiny import save_encoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_from_training_to_the_export(tmp_path):
     commands = Commands(tmp_path)
     save_encoder(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -88,7 +88,7 @@ def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):
     assert 'title="resumed at step' in (run_dir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.ci)])
 def test_signal_saves_and_the_same_command_continues(workplace, undisturbed, number):
     name = f"stopped-{number.name}"
     run_dir = workplace.folder / name
@@ -152,7 +152,7 @@ def test_changed_rows_are_refused_on_resume(workplace, undisturbed):
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_stopped_at_an_evaluation_the_resumed_run_decides_as_the_undisturbed_one(workplace):
     """Evaluated at every step with a gain that no step can reach: early stopping after the third evaluation."""
     stopping = ["trainer.early_stopping.patience=2", "trainer.early_stopping.min_delta=100", "evaluate.every=1"]
@@ -168,7 +168,7 @@ def test_stopped_at_an_evaluation_the_resumed_run_decides_as_the_undisturbed_one
     assert result(workplace.folder / "patience-cut")["steps"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_best_checkpoint_is_exported_when_the_last_step_is_the_best(workplace):
     """The last step is saved and evaluated by different cadences: its checkpoint knows its own evaluation."""
     few = ["trainer.max_steps=4", "checkpoint.every=1", "evaluate.every=3", "run.export=best"]
@@ -195,7 +195,7 @@ def five_steps(workplace) -> list[dict]:
     return exact(workplace.folder / "five")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_inside_the_deepspeed_launcher(workplace, five_steps):
     launcher = Path(sys.executable).with_name("deepspeed")
     program = [str(launcher), "--num_gpus", "2", "--master_port", "29713", "--no_local_rank", "--module", "dstune"]

@@ -199,7 +199,7 @@ def test_a_crash_of_a_rank_leaves_a_traceback_without_it(workplace):
         assert holding(workplace.folder / "torn") == []
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_inside_the_deepspeed_launcher(workplace):
     launcher = Path(sys.executable).with_name("deepspeed")
     workplace.env["PATH"] = f"{launcher.parent}:{workplace.env['PATH']}"

@@ -68,7 +68,7 @@ def kill_at(workplace: Commands, run_dir: Path, step: int, arguments: list[str])
     assert not ranks_of(run_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("data", [STREAM, MIXTURE], ids=["stream", "mixture"])
 def test_killed_twice_and_continued_is_the_undisturbed_run(workplace, data, request):
     kind = request.node.callspec.id
@@ -87,7 +87,7 @@ def test_killed_twice_and_continued_is_the_undisturbed_run(workplace, data, requ
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_stream_goes_on_without_its_cache_and_on_one_rank(workplace):
     """The position in the checkpoint is enough: all that was prepared is gone, and the ranks are others."""
     whole, moved = workplace.folder / "stream-whole", workplace.folder / "stream-moved"
@@ -110,7 +110,7 @@ def preparing(run_dir: Path) -> psutil.Process:
     return next(child for child in children if "dstune.data.block_process" in child.cmdline())
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_wait_for_rows_is_no_hang_and_can_be_preempted(workplace):
     slow = workplace.folder / "stream-slow"
     arguments = overrides(slow.name, *STREAM, "trainer.stall_seconds=2", "checkpoint.every=0")

@@ -42,7 +42,7 @@ def test_files_named_save_and_stop_and_a_damaged_checkpoint(workplace, undisturb
     assert exact(run_dir) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_rank_is_started_again(workplace, undisturbed):  # noqa: F811
     run_dir = workplace.folder / "again"
     command = workplace.start("train", *overrides("again", "launch.restarts=1"))

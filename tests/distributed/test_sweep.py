@@ -71,7 +71,7 @@ def test_trials_side_by_side_one_of_which_fails(workplace: Commands):
     assert "another value would change its course" in other.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_interrupted_and_continued_is_the_same(workplace: Commands):
     words = overrides(20, "data.train=dialogues.jsonl", "checkpoint.every=5")
     for rate in ("0.001", "0.002"):
@@ -97,7 +97,7 @@ def test_interrupted_and_continued_is_the_same(workplace: Commands):
         assert exact(path) == exact(workplace.folder / f"plain-{rate}")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_trials_end_when_the_sweep_is_killed(workplace: Commands):
     words = overrides(500, "data.train=dialogues.jsonl", "optimizer.lr=0.001,0.002", "sweep.dir=killed")
     command = workplace.start("train", "-m", *words)
@@ -111,7 +111,7 @@ def test_trials_end_when_the_sweep_is_killed(workplace: Commands):
     assert result(path)["status"] == "preempted"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_optuna_ends_a_trial_that_falls_behind(workplace: Commands):
     """The second trial does not learn: it leaves at an evaluation, says so, and frees its place for the third."""
     pytest.importorskip("optuna")

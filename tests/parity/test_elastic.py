@@ -23,7 +23,7 @@ LAYOUTS = [(2, "stage3"), (1, "stage2"), (3, "stage3_offload"), (4, "stage1"), (
 METHODS = ("full", "lora")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_moves_at_every_step_has_the_curve_of_one_that_stays(workshop: Workshop):  # noqa: F811
     common = [*ADAMW, "evaluate.every=2"]
     run_ranks(PROGRAM, 2, [workshop.case(f"stays-{m}", f"method={m}", "zero=stage2", *common) for m in METHODS])
@@ -45,7 +45,7 @@ CHAIN = {3: (1, 3, 2, 0), 1: (3, 1, 0, 2), 2: (0, 3, 1, 2)}
 """Stages that follow each other, by number of ranks; the origin is stage 3 on 2 ranks. bf16 has no stage 0."""
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_every_layout_takes_over_every_other_to_the_bit(workshop: Workshop):  # noqa: F811
     """Weights, both moments and the counter, through a chain of layouts in fp32 and bf16."""
     kinds = [(precision, method) for precision in ("fp32", "bf16") for method in METHODS]

@@ -56,7 +56,7 @@ def one_by_one(path, **settings):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stages"), [("qwen3_moe", (2, 3)), pytest.param("mixtral", (0, 1, 2, 3), marks=pytest.mark.slow)]
+    ("kind", "stages"), [("qwen3_moe", (2, 3)), pytest.param("mixtral", (0, 1, 2, 3), marks=pytest.mark.ci)]
 )
 def test_all_weights_equal_the_plain_loop(workshop, models, kind, stages):  # noqa: F811
     from transformers import AutoModelForCausalLM
@@ -76,7 +76,7 @@ def test_all_weights_equal_the_plain_loop(workshop, models, kind, stages):  # no
             assert (trained[key] - weight).abs().max() < 1e-6, f"{name}: {key}"
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.ci)])
 def test_adapters_of_experts(workshop, models, kind):  # noqa: F811
     """On two ranks as on one, where ZeRO-3 has the experts in parts; exported as an adapter, and merged."""
     from peft import PeftModel

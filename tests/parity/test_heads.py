@@ -228,7 +228,7 @@ def test_any_stage_equals_the_plain_loop(trained, references, head):
     equals_the_plain_loop(trained, references[head], head, (1, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("head", HEADS)
 def test_so_do_three_ranks(trained_on_three, references, head):
     equals_the_plain_loop(trained_on_three, references[head], head, (2, 3))

@@ -146,7 +146,7 @@ def test_packed_rows_have_the_loss_of_separate_rows(workshop):
     assert packed["loss"] == pytest.approx(separate["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.ci)])
 def test_resumed_equals_uninterrupted_to_the_bit(workshop, method):
     """Stopped after the 1st and after the 2nd step, then finished: metrics and weights of an undisturbed run, at each stage."""
     common = [f"method={method}", "optimizer=adamw", "optimizer.lr=1e-2", "schedule=cosine", "evaluate.every=2"]

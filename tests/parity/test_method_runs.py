@@ -185,7 +185,7 @@ def test_exports_load_in_dstune_and_in_transformers_with_equal_outputs(runs: Run
         assert torch.equal(weight, trained[f"classifier.{name}"]), name
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_language_model_stage_feeds_the_classifier(runs: Runs):
     """Stopped in the first stage, then finished. The layers that never train are those of the language model, to the bit."""
     decoder = save_decoder(runs.folder / "decoder")

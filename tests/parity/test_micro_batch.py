@@ -37,7 +37,7 @@ def test_a_measured_size_gives_the_run_of_that_size(workshop: Ladder):  # noqa: 
         assert all(torch.equal(measured[key], given[key]) for key in given), name
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_other_tasks_and_unfrozen_layers_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Losses over pairs, over a window, with a reference that is computed after the size is found, and of layers that come later;
     the peak of the run is that of its size."""
@@ -70,7 +70,7 @@ def test_other_tasks_and_unfrozen_layers_are_measured_too(tmp_path: Path, monkey
         assert shop.rows(f"{name}-auto") == shop.rows(f"{name}-given"), name
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_continued_run_keeps_its_size(workshop: Ladder):  # noqa: F811
     common = [*COMMON, "zero=stage2", AUTO]
     cut = {**workshop.case("kept", *common, "run.time_limit=0.000001"), "gain": 0.0}

@@ -9,7 +9,7 @@ from parity.test_ladder import PROGRAM, Workshop, exact
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.slow  # a minute; what it computes has its place in the matrix of methods too
+pytestmark = pytest.mark.ci  # a minute; what it computes has its place in the matrix of methods too
 
 OFFLOADED = {stage: [f"zero=stage{stage}", "zero.offload_optimizer=cpu", "data.packing=false"] for stage in (1, 2)}
 OFFLOADED[3] = ["zero=stage3_offload", "data.packing=false"]

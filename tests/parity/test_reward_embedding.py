@@ -175,7 +175,7 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.ci)])
 def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, references, size):
     if size != 2:
         run_ranks(PROGRAM, size, cases_of(workshop, size))

@@ -95,7 +95,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.ci), 2, pytest.param(3, marks=pytest.mark.ci)])
 def test_any_layout_equals_the_plain_loop_and_generates_what_the_export_does(workshop, size):
     cases = {f"{kind}-s{stage}-n{size}": (kind, stage) for kind, stage in LAYOUTS[size]}
     jobs = [workshop.case(kind, name, f"zero=stage{stage}") for name, (kind, stage) in cases.items()]
@@ -161,7 +161,7 @@ def plain_scores(workshop: Workshop, name: str, kind: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_resumed_equals_uninterrupted_and_an_adapter_is_one_of_its_kind(workshop):
     common = ["optimizer=adamw", "optimizer.lr=1e-2", "schedule=cosine", "evaluate.every=2"]
     full, lora = [*common, "zero=stage3"], [*common, "zero=stage2", "method=lora"]

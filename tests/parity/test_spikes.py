@@ -38,7 +38,7 @@ def test_a_skipped_update_leaves_the_weights_as_they_were(workshop: Workshop):  
         assert all(torch.equal(shorter[key], leaps[key]) for key in shorter), name
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_behind_the_spike(workshop: Workshop):  # noqa: F811
     guard = [*GUARD, "trainer.spike.action=rollback", "checkpoint.every=3", "schedule=constant"]
     whole, parts, ends = [], [], []

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.ranks import run_ranks
 
 pytestmark = [
-    pytest.mark.slow,  # two minutes of compiling where nobody has yet
+    pytest.mark.ci,  # two minutes of compiling where nobody has yet
     pytest.mark.skipif(
         not (shutil.which("g++") and shutil.which("ninja") and ctypes.util.find_library("aio")),
         reason="apt-get install g++ ninja-build libaio-dev",

@@ -61,7 +61,7 @@ def test_ranks_sum_as_many_bytes_as_the_plan_says(gradients):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "size", "stages"), [(2, 2, STAGES), pytest.param(4, 2, STAGES, marks=pytest.mark.slow)]
+    ("ranks", "size", "stages"), [(2, 2, STAGES), pytest.param(4, 2, STAGES, marks=pytest.mark.ci)]
 )
 def test_shared_weights_equal_the_plain_loop(workshop, references, ranks, size, stages):  # noqa: F811
     names = {}

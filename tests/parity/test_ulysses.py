@@ -50,8 +50,8 @@ def save_windowed(folder):
     ("ranks", "size", "stages"),
     [
         (2, 2, STAGES),
-        pytest.param(4, 4, (3,), marks=pytest.mark.slow),
-        pytest.param(4, 2, (2, 3), marks=pytest.mark.slow),
+        pytest.param(4, 4, (3,), marks=pytest.mark.ci),
+        pytest.param(4, 2, (2, 3), marks=pytest.mark.ci),
     ],
 )
 def test_shared_rows_equal_the_plain_loop(workshop, references, ranks, size, stages):  # noqa: F811
@@ -101,7 +101,7 @@ def test_evaluation_lora_checkpointing_and_windows_of_attention(workshop):  # no
         assert all((left[key] - right[key]).abs().max() < 5e-6 for key in left), name
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_goes_on_with_shared_rows_and_without_them(workshop):  # noqa: F811
     """Stopped after a step with two ranks on each row, after another one with rows of their own, finished with the first."""
     limit = "run.time_limit=0.000001"

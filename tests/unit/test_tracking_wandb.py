@@ -261,7 +261,7 @@ def test_a_refused_key_leaves_an_offline_run(tmp_path):
     assert KEY not in printed
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_began_offline_is_whole_on_the_server_once_that_answers(tmp_path):
     run_dir = tmp_path / "run"
     with wandb_server() as server:
@@ -273,7 +273,7 @@ def test_a_run_that_began_offline_is_whole_on_the_server_once_that_answers(tmp_p
     assert offline_folders(run_dir) == [], "it would be uploaded a second time"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_start_from_nothing_is_another_run_on_the_server(tmp_path):
     run_dir = tmp_path / "run"
     with wandb_server() as server:

@@ -1,0 +1,59 @@
+"""The verb `upgrade`: a run directory of an earlier format becomes one of the present format.
+
+Every verb reads earlier formats as they are, so nobody has to upgrade; an upgraded run no longer depends on that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dstune.arguments import VerbParser
+from dstune.checkpoint import store
+from dstune.config.compose import RUN_FORMAT, read_run, read_run_content, write_run_content
+from dstune.config.domain_stage import FOLDER as FIRST_STAGE
+from dstune.errors import EXIT_DONE
+from dstune.launch import records
+from dstune.launch.rundir import RUN_FILE, run_directory
+from dstune.trainer.state import FORMAT
+
+
+def main(argv: list[str]) -> int:
+    """`dstune upgrade RUN [--json]`. Raises UserError where a launch uses the run, or its format is not known here."""
+    parser = VerbParser(prog="dstune upgrade", description="Bring the files of a run to the present format.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory, for example runs/NAME/DATE_TIME")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    run_dir = run_directory(arguments.run)
+    lock = records.acquire_lock(run_dir)
+    try:
+        stages = [folder for folder in (run_dir, run_dir / FIRST_STAGE) if (folder / RUN_FILE).is_file()]
+        for folder in stages:
+            read_run(folder / RUN_FILE)  # refused as a whole before anything is written
+        upgraded = [line for folder in stages for line in upgrade(folder, run_dir)]
+    finally:
+        os.close(lock)
+    if arguments.json:
+        print(json.dumps({"run": str(run_dir), "upgraded": upgraded}))
+    else:
+        print("\n".join(upgraded) or f"{run_dir} has the present format already")
+    return EXIT_DONE
+
+
+def upgrade(folder: Path, run_dir: Path) -> Iterator[str]:
+    """Upgrade what is of an earlier format in `folder`, each file at once; yields what was done.
+
+    Checkpoints first: a crash in between leaves a run that is upgraded by the next call.
+    """
+    store.mend(folder)
+    for info in store.listing(folder):
+        if not info.committed:
+            continue
+        if former := store.upgrade(info.path):
+            yield f"{(info.path / store.STATE).relative_to(run_dir)}: format {former} -> {FORMAT}"
+    content = read_run_content(folder / RUN_FILE)
+    if (written := content.get("format", 1)) != RUN_FORMAT:
+        write_run_content(folder / RUN_FILE, content)
+        yield f"{(folder / RUN_FILE).relative_to(run_dir)}: format {written} -> {RUN_FORMAT}"
