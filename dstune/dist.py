@@ -6,6 +6,9 @@ wait for the GPU's stream and sums of token counts are exact (float64 counts exa
 
 from __future__ import annotations
 
+import hmac
+import os
+import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-from dstune.rank_env import RankEnv
+from dstune.errors import TrainingFailed
+from dstune.rank_env import GROUP_SECRET, RankEnv
 
 T = TypeVar("T")
 
@@ -37,7 +41,9 @@ class World:
         self.place_in_group = 0
         self.counts = True
         """Whether what this rank sums over rows counts. Of ranks that compute the same rows, the first one's does."""
+        prove(None, range(self.size), self.rank, "all")
         self._control: Any = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        prove(self._control, range(self.size), self.rank, "control")
 
     def read_in_groups(self, ranks: int, *, alike: bool = False) -> None:
         """Let so many neighbouring ranks share the rows that they read.
@@ -82,12 +88,46 @@ class World:
         torch_dist.barrier(group=self._control)
 
 
+def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
+    """Let all ranks of a new group prove to each other that they are of the same launch, before the first object is sent.
+
+    Objects travel as pickles, which run code where they are read: a stranger who takes a rank's place on the network would
+    run code in the others. Each rank sends a random number, then HMAC-SHA256(secret, name | all numbers | rank). Does
+    nothing where the launcher, somebody else's, gave no secret. What it does not stop is a stranger who passes on
+    everything between two real ranks.
+
+    Raises:
+        TrainingFailed: a rank does not know the secret.
+    """
+    secret = os.environ.get(GROUP_SECRET)
+    if not secret or len(ranks) < 2:
+        return
+    on_cpu = torch_dist.get_backend(group) == "gloo"
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+    def exchange(mine: bytes) -> list[bytes]:
+        tensor = torch.tensor(list(mine), dtype=torch.uint8, device=device)
+        everyone = [torch.empty_like(tensor) for _ in ranks]
+        torch_dist.all_gather(everyone, tensor, group=group)
+        return [bytes(one.cpu().tolist()) for one in everyone]
+
+    numbers = b"".join(exchange(secrets.token_bytes(32)))
+
+    def proof(of: int) -> bytes:
+        return hmac.digest(secret.encode(), b"|".join([name.encode(), numbers, str(of).encode()]), "sha256")
+
+    for other, given in zip(ranks, exchange(proof(rank)), strict=True):
+        if not hmac.compare_digest(given, proof(other)):
+            raise TrainingFailed(f"what answers as rank {other} is no rank of this launch: somebody took its place")
+
+
 def own_group(groups: Sequence[Sequence[int]], rank: int) -> tuple[Any, list[int]]:
     """The group that `rank` is in, and its ranks. Every rank has to make every group, in the same order."""
     own = None
     for ranks in groups:
         group = torch_dist.new_group(list(ranks))
         if rank in ranks:
+            prove(group, ranks, rank, "rows")
             own = group, list(ranks)
     assert own is not None
     return own

@@ -15,6 +15,11 @@ from dstune.errors import Problem, UserError
 LAUNCHER_PID = "DSTUNE_LAUNCHER_PID"
 """Set for ranks that dstune started itself: the process that has to live as long as they do."""
 
+STORE = "DSTUNE_STORE"
+"""Where ranks of one machine meet: a file in a folder of their launch alone, in place of a port that others could take."""
+GROUP_SECRET = "DSTUNE_GROUP_SECRET"
+"""What every rank of a launch knows and nobody else: who does not prove it is no rank (`dist.prove`)."""
+
 
 @dataclass(frozen=True)
 class RankEnv:

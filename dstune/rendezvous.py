@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -13,10 +15,11 @@ from zlib import crc32
 
 from dstune.core import files
 from dstune.errors import Problem, UserError
-from dstune.rank_env import RankEnv
+from dstune.rank_env import GROUP_SECRET, RankEnv
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Ports are derived from the identity of the job below the range that kernels hand out (32768 and up on Linux)."""
+SECRET_FILE = Path("launch") / "secret"
 MEETING_SECONDS = 300.0
 """How long ranks wait for rank 0's address: nodes of a job do not start at the same time."""
 
@@ -106,6 +109,8 @@ def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> No
     Raises:
         UserError: rank 0's address did not appear within `MEETING_SECONDS`.
     """
+    if env.source == "slurm":
+        _take_secret(run_dir, variables)
     if variables.get("MASTER_ADDR") and variables.get("MASTER_PORT"):
         choose_interface(env, variables)
         return
@@ -123,6 +128,19 @@ def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> No
             address, port = _found(file, identity)
     variables.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     choose_interface(env, variables)
+
+
+def leave_secret(run_dir: Path) -> None:
+    """Leave what the ranks of this job are to know and nobody else, in a file of this user alone. Raises OSError."""
+    (run_dir / SECRET_FILE).parent.mkdir(parents=True, exist_ok=True)
+    files.write(run_dir / SECRET_FILE, secrets.token_hex(32), mode=0o600)
+
+
+def _take_secret(run_dir: Path, variables: MutableMapping[str, str]) -> None:
+    """What `leave_secret` left; without one, ranks do not prove who they are (a script of an earlier version, or a file
+    system where every file can be read by all)."""
+    with contextlib.suppress(OSError):
+        variables.setdefault(GROUP_SECRET, files.read_own(run_dir / SECRET_FILE).decode())
 
 
 def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from dstune.launch.commands import (
 )
 from dstune.launch.hosts import Ssh
 from dstune.launch.on_hosts import OnHostsConfig
+from dstune.rank_env import GROUP_SECRET
 from dstune.redact import is_secret
 
 OF_THIS_MACHINE = {
@@ -92,11 +93,10 @@ def variables_of(
             shown[name] = value
     shown |= {**ALWAYS, **interface_variables(launch.interface)}
     shown |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
-    handed = {kind: values for kind, values in handed.items() if values}
-    if handed:
-        shown[HANDED] = secrets.token_hex(16)
-        handed["file"] = {"name": shown[HANDED]}
-    return shown, handed
+    handed["all"][GROUP_SECRET] = secrets.token_hex(32)
+    shown[HANDED] = secrets.token_hex(16)
+    handed["file"] = {"name": shown[HANDED]}
+    return shown, {kind: values for kind, values in handed.items() if values}
 
 
 def _travels(name: str, value: str, asked: list[str]) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from dstune.dist import World
 from dstune.errors import Problem, UserError
-from dstune.rank_env import RankEnv
+from dstune.rank_env import STORE, RankEnv
 
 
 def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:
@@ -41,7 +41,16 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
     if torch.cuda.is_available():
         torch.cuda.set_device(_device_of(env))
     backend = get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    store = os.environ.get(STORE)
+    deepspeed.init_distributed(
+        backend,
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+        init_method=f"file://{store}" if store else None,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
     return World(env)
 
 

@@ -7,9 +7,11 @@ save. When one rank dies the others are ended; whatever happens, no process of t
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -29,6 +31,7 @@ from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
 from dstune.paths import SIGNAL_FILE
+from dstune.rank_env import GROUP_SECRET, STORE
 
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0
@@ -138,6 +141,9 @@ class Launch:
         """Start every rank; returns the thread that passes rank 0's output on."""
         self.console.stage(f"starting {self.plan.size} rank{'s' * (self.plan.size > 1)}")
         output: threading.Thread | None = None
+        # mkdtemp's mode is 0700: nobody else can take a rank's place, or read who is there.
+        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
+        own = {LAUNCH_ID: self.id, STORE: str(Path(meeting) / "store"), GROUP_SECRET: secrets.token_hex(32)}
         for rank, (argv, env) in enumerate(zip(self.plan.argv, self.plan.env, strict=True)):
             log = stack.enter_context(files.append(self._log_path(rank)))
             started = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -146,7 +152,7 @@ class Launch:
             self.log_starts.append(log.tell())
             process = subprocess.Popen(
                 argv,
-                env={**env, LAUNCH_ID: self.id},
+                env={**env, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if rank == 0 else log,
                 stderr=log,

@@ -16,6 +16,7 @@ from dstune.launch import attempt, records
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
 from dstune.launch.verdict import Verdict
 from dstune.paths import STOP_REASON
+from dstune.rendezvous import leave_secret
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,6 +35,7 @@ def begin(run_dir: Path, job: str) -> int:
         print(f"dstune: {result.get('status')}: {result.get('reason') or 'nothing is left to do'}")
         return NOTHING_LEFT
     size = before.processes if before else int(os.environ.get("SLURM_NTASKS", "1"))
+    leave_secret(run_dir)
     records.begin(run_dir, before.id if before else job, size, jobs if job in jobs else [job])
     return EXIT_DONE
 
