@@ -198,6 +198,8 @@ class TrainerConfig:
     """Record so many steps of each launch, after its first two, with torch's profiler into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+    callbacks: list[Any] = setting([])
+    """Callbacks beside the built-in ones: names of registered ones or `module:Class`, or NAME: {ARGUMENT: VALUE}."""
 
     @property
     def rows(self) -> int:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from dstune.config.augment_rules import check_augment
+from dstune.config.callbacks import check_callbacks
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
@@ -66,6 +67,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_batches,
         check_recomputed,
         check_profile,
+        check_callbacks,
         check_schedule,
         check_zero,
         check_parallel,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from dstune.config.callbacks import chosen_callbacks
 from dstune.errors import Problem, UserError
 from dstune.protocols import CALLBACKS
 from dstune.protocols.callback import Callback, Request, merge
@@ -26,9 +27,10 @@ class CallbackList:
 
     @classmethod
     def for_run(cls, run: Training) -> CallbackList:
-        """The built-in callbacks that `run` needs, with the states of its checkpoint. Changes of gradients are installed."""
-        made = (member.for_run(run) for member in CALLBACKS.classes().values())
-        callbacks = cls(one for one in made if one is not None)
+        """The built-in callbacks that `run` needs and those of `trainer.callbacks`, with the states of its checkpoint. Changes
+        of gradients are installed."""
+        automatic = [member.for_run(run) for member in CALLBACKS.classes().values()]
+        callbacks = cls([*(one for one in automatic if one is not None), *chosen_callbacks(run.config)])
         callbacks.load(run.state)
         for one in callbacks._callbacks:
             if one.changes_gradients:
@@ -140,7 +142,8 @@ class CallbackList:
 
     def load(self, state: TrainState) -> None:
         """Raises UserError for the state of a callback that nobody knows: it would be lost with the next save."""
-        if unknown := sorted(name for name in state.callbacks if name not in CALLBACKS):
+        own = {one.name for one in self._callbacks}
+        if unknown := sorted(name for name in state.callbacks if name not in own and name not in CALLBACKS):
             reason = f"the checkpoint has the state of {', '.join(unknown)}, and no callback has such a name"
             raise UserError(
                 Problem("trainer.callbacks", reason, "add it to plugins again, or start another run with run.dir")

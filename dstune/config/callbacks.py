@@ -1,0 +1,127 @@
+"""`trainer.callbacks`: callbacks that a run has beside the built-in ones."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dstune.config.names import nearest
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
+from dstune.protocols import CALLBACKS, Callback
+
+KEY = "trainer.callbacks"
+EXAMPLE = f"{KEY}=[NAME,{{OTHER:{{ARGUMENT:VALUE}}}}]"
+
+
+def chosen_callbacks(config: RunConfig) -> list[Callback]:
+    """The callbacks of `trainer.callbacks`, made. Raises UserError."""
+    made: list[Callback] = []
+    for number, entry in enumerate(config.trainer.callbacks):
+        where = f"{KEY}[{number}]"
+        name, arguments = _name_and_arguments(entry, where)
+        cls = _find(name, where)
+        _refuse_arguments(cls, arguments, name, where)
+        if any(type(other) is cls for other in made):
+            raise UserError(Problem(where, "this callback is in the list already", "name it once", name))
+        try:
+            made.append(cls(**arguments))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"it cannot be made: {type(error).__name__}: {error}"
+            raise UserError(Problem(where, reason, "change its arguments", name)) from error
+    return made
+
+
+def check_callbacks(config: RunConfig) -> Iterator[Problem]:
+    """Names, and the arguments of each; nothing is made."""
+    seen: set[type] = set()
+    for number, entry in enumerate(config.trainer.callbacks):
+        where = f"{KEY}[{number}]"
+        try:
+            name, arguments = _name_and_arguments(entry, where)
+            cls = _find(name, where)
+            _refuse_arguments(cls, arguments, name, where)
+        except UserError as error:
+            yield from error.problems
+            continue
+        if cls in seen:
+            yield Problem(where, "this callback is in the list already", "name it once", name)
+        seen.add(cls)
+
+
+def _name_and_arguments(entry: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        ((name, arguments),) = entry.items()
+        if arguments is None or isinstance(arguments, Mapping):
+            return str(name), arguments or {}
+    raise UserError(Problem(where, "is neither a name nor NAME: {ARGUMENT: VALUE}", EXAMPLE, str(entry)))
+
+
+def _find(name: str, where: str) -> type[Callback]:
+    """A registered callback, or the class that `module:Class` names (`module.Class` where Hydra reads a colon)."""
+    if ":" in name or "." in name:
+        return _imported(name, where)
+    if name not in CALLBACKS:
+        similar = nearest(name, [other for other in CALLBACKS if not _is_automatic(CALLBACKS[other])])
+        fix = (
+            f"did you mean {similar}?"
+            if similar
+            else "register it (@dstune.callback in a plugin), or give module:Class"
+        )
+        raise UserError(Problem(where, "there is no callback of this name", fix, name))
+    if _is_automatic(CALLBACKS[name]):
+        reason = "this callback is part of every run that needs it"
+        raise UserError(Problem(where, reason, "leave it out; its settings are keys of their own", name))
+    return CALLBACKS[name]
+
+
+def _is_automatic(cls: type[Callback]) -> bool:
+    return cls.for_run.__func__ is not Callback.for_run.__func__  # type: ignore[attr-defined]
+
+
+def _imported(name: str, where: str) -> type[Callback]:
+    module, _, attribute = name.replace(":", ".").rpartition(".")
+    if os.getcwd() not in sys.path:  # as with `python -m`, so that ranks and the command find the same module
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:
+        reason = f"{module} cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(
+            Problem(where, reason, "give module:Class of a module that Python finds from here", name)
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Callback)):
+        reason = f"{module} has no subclass of dstune.Callback named {attribute!r}"
+        raise UserError(Problem(where, reason, "give module:Class", name))
+    if not found.name:
+        found.name = found.__qualname__
+    return found
+
+
+def _refuse_arguments(cls: type[Callback], arguments: Mapping[str, Any], name: str, where: str) -> None:
+    """Raises UserError where `cls` does not take these arguments."""
+    parameters = inspect.signature(cls).parameters
+    free = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    named = [one.name for one in parameters.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    problems = []
+    for argument in arguments:
+        if argument not in named and not free:
+            similar = nearest(argument, named)
+            fix = f"did you mean {similar}?" if similar else f"one of {', '.join(named)}" if named else "leave it out"
+            problems.append(Problem(f"{where}.{argument}", f"the callback {name} has no such argument", fix))
+    for one in parameters.values():
+        needed = one.default is one.empty and one.name in named
+        if needed and one.name not in arguments:
+            problems.append(
+                Problem(where, f"the callback {name} needs {one.name}", f"give {name}: {{{one.name}: VALUE}}")
+            )
+    if problems:
+        raise UserError(problems)

@@ -1,0 +1,83 @@
+"""`trainer.callbacks`: names, arguments, and what is wrong with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from support.configs import run_config
+
+from dstune.config.callbacks import check_callbacks, chosen_callbacks
+from dstune.config.compose import compose
+from dstune.config.schema import TrainerConfig
+from dstune.protocols import CALLBACKS, Callback, callback
+
+
+@pytest.fixture(autouse=True)
+def printer():
+    @callback
+    class Printer(Callback):
+        name = "printer"
+
+        def __init__(self, text: str, *, every: int = 1):
+            self.text, self.every = text, every
+
+    yield Printer
+    CALLBACKS.remove("printer")
+
+
+def problems(*callbacks) -> list[str]:
+    return [str(problem) for problem in check_callbacks(run_config(trainer=TrainerConfig(callbacks=list(callbacks))))]
+
+
+def test_a_name_or_a_name_with_arguments(printer, tmp_path, monkeypatch):
+    (tmp_path / "own_module.py").write_text(
+        "from dstune.protocols import Callback\nclass Own(Callback): ...\nclass Other(Callback): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = run_config(
+        trainer=TrainerConfig(callbacks=[{"printer": {"text": "hi", "every": 2}}, "own_module:Own", "own_module.Other"])
+    )
+    assert list(check_callbacks(config)) == []
+    first, second, third = chosen_callbacks(config)
+    assert isinstance(first, printer) and (first.text, first.every) == ("hi", 2)
+    assert (second.name, third.name) == ("Own", "Other")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("prnter", "did you mean printer?"),
+        ("spikes", "part of every run that needs it"),
+        ("printer", "the callback printer needs text"),
+        ({"printer": {"text": "a", "evry": 3}}, "did you mean every?"),
+        ({"printer": {"text": "a"}, "other": {}}, "neither a name nor"),
+        ("no_such_module:Own", "no_such_module cannot be imported"),
+        ("json:JSONDecoder", "no subclass of dstune.Callback"),
+    ],
+)
+def test_what_is_wrong_is_named(entry, words):
+    [problem] = problems(entry)
+    assert problem.startswith("trainer.callbacks[0]") and words in problem
+
+
+def test_a_callback_is_named_once():
+    [problem] = problems({"printer": {"text": "a"}}, {"printer": {"text": "b"}})
+    assert problem.startswith("trainer.callbacks[1]") and "already" in problem
+
+
+def test_hydra_takes_the_list(tmp_path):
+    overrides = [
+        "experiment=quickstart",
+        f"run.dir={tmp_path}",
+        "trainer.callbacks=[printer,{printer:{text:a,every:2}}]",
+    ]
+    assert compose(overrides).config.trainer.callbacks == ["printer", {"printer": {"text": "a", "every": 2}}]
+
+
+def test_the_names_of_callbacks_load_no_torch():
+    program = "import sys; from dstune.protocols import CALLBACKS; print(len(list(CALLBACKS)), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    count, loaded = done.stdout.split()
+    assert int(count) >= 14 and loaded == "False"
