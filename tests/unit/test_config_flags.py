@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,8 @@ from dstune.config.documentation import documentation, help_text, markdown_table
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.names import all_keys, names_choice
 from dstune.errors import UserError
-from dstune.verb_words import words_behind
 
-VERBS = {verb: partial(words_behind, verb, verbs=cli.VERBS) for verb in cli.VERBS}
+VERBS = {name: verb().words for name, verb in cli.VERBS.classes().items()}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dstune.arguments import VerbParser
-from dstune.cli import OTHER_NAMES, VERBS
+from dstune.cli import VERBS
+from dstune.cli.verb import other_names
 from dstune.config.compose import compose
 from dstune.config.flags import hydra_flags
 from dstune.config.names import all_keys, default_of
@@ -126,8 +127,9 @@ def test_fixes_lead_to_what_was_meant(override: str, fix: str):
 
 
 def test_names_of_other_tools_lead_to_verbs_that_exist():
-    assert not set(OTHER_NAMES) & set(VERBS)
-    assert {fix.split("`")[1].split()[1] for fix in OTHER_NAMES.values()} <= set(VERBS)
+    others = other_names()
+    assert not set(others) & set(VERBS)
+    assert {fix.split("`")[1].split()[1] for fix in others.values()} <= set(VERBS)
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,7 @@ def test_a_disk_that_takes_no_more_warns_once(tmp_path, capsys):
 
 
 class Stuck:
-    name = "W&B"
+    title = "W&B"
     rebuilds = False
 
     def start(self, past):

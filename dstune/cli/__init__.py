@@ -1,0 +1,130 @@
+"""The command `dstune`: finds the verb, turns errors into messages and exit codes. A file a verb, which registers itself.
+
+Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from dstune import __version__
+from dstune.cli.verb import VERBS, other_names
+from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
+
+ORDER = (
+    "train",
+    "plan",
+    "evaluate",
+    "generate",
+    "predict",
+    "export",
+    "data",
+    "report",
+    "runs",
+    "status",
+    "cancel",
+    "checkpoints",
+    "upgrade",
+    "doctor",
+    "models",
+    "samples",
+    "import",
+    "completion",
+)
+"""In `dstune --help` these come first, in this order."""
+
+EXAMPLES = """\
+examples:
+  dstune train                                           the quickstart: a small chat model on the packaged dialogues
+  dstune train experiment=sentiment trainer.epochs=2     a prepared experiment with a changed value
+  dstune train model.path=OWNER/NAME data.train=my.jsonl method=lora optimizer.lr=2e-4
+  dstune train --cfg job experiment=sentiment            show the configuration instead of training
+  dstune train runs/NAME/DATE_TIME trainer.max_steps=80  continue a run, longer
+  dstune generate runs/NAME/DATE_TIME --prompt "Hello"
+
+`dstune VERB --help` explains a verb; `dstune train --help` lists groups and keys.
+exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune train RUN` continues), 1 anything else
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name) and return the exit code of the public contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = run(arguments)
+    except DstuneError as error:
+        print_error(error, as_json="--json" in arguments)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("dstune: interrupted", file=sys.stderr)
+        code = EXIT_FAILED
+    except BrokenPipeError:
+        code = EXIT_FAILED
+    flush()
+    return code
+
+
+def run(arguments: list[str]) -> int:
+    """Dispatch to the verb. Raises DstuneError."""
+    verb, *rest = arguments or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        if rest and rest[0] in VERBS:  # `dstune help train`
+            return run([rest[0], "--help"])
+        print(help_text())
+        return EXIT_DONE
+    if verb in ("--version", "-V"):
+        print(f"dstune {__version__}")
+        return EXIT_DONE
+    if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
+        from dstune.cli.completion import complete
+
+        return complete(arguments)
+    if verb not in VERBS:
+        raise UserError(unknown_verb(verb))
+    return VERBS[verb]().run(rest)
+
+
+def help_text() -> str:
+    rows = [f"  {name:<12} {own.summary}" for name, own in VERBS.classes().items()]
+    usage = "usage: dstune VERB [PATH] [key=value ...] [--json] [Hydra flags]\n       dstune --version"
+    return "\n".join([usage, "", "Fine-tune language models with DeepSpeed ZeRO.", "", "verbs:", *rows, "", EXAMPLES])
+
+
+def unknown_verb(given: str) -> Problem:
+    import difflib
+
+    names = list(VERBS)
+    if "=" in given:
+        return Problem("command line", "the verb is missing", f"dstune train {given}", given)
+    if given.startswith("-"):
+        return Problem("command line", "flags stand behind the verb", f"dstune VERB {given}", given)
+    if given in (known := other_names()):
+        return Problem("verb", "there is no such verb", known[given], given)
+    nearest = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    fix = f"did you mean `dstune {nearest[0]}`?" if nearest else f"the verbs are {', '.join(names)}"
+    return Problem("verb", "there is no such verb", fix, given)
+
+
+def print_error(error: DstuneError, *, as_json: bool) -> None:
+    """Say what is wrong: on stderr for people, on stdout as one JSON object for scripts."""
+    if as_json:
+        print(json.dumps({"error": {**json.loads(to_json(error)), "exit_code": error.exit_code}}))
+        return
+    problems = getattr(error, "problems", [])
+    if len(problems) > 1:
+        listed = "\n".join(f"  {problem}".replace("\n", "\n  ") for problem in problems)
+        print(f"dstune: {len(problems)} problems\n{listed}", file=sys.stderr)
+    else:
+        print(f"dstune: {error}", file=sys.stderr)
+
+
+def flush() -> None:
+    """Flush, so that a reader that went away (`| head`) does not become an error at the interpreter's end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

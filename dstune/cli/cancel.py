@@ -1,0 +1,13 @@
+"""`dstune cancel`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Cancel(Verb):
+    name = "cancel"
+    summary = "ask a run to save and stop"
+    action = "dstune.launch.manage:cancel"
+    other_names = ((("stop", "kill"), "`dstune cancel RUN`"),)

@@ -1,0 +1,12 @@
+"""`dstune checkpoints`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Checkpoints(Verb):
+    name = "checkpoints"
+    summary = "list, verify or prune the checkpoints of a run"
+    action = "dstune.launch.manage:checkpoints"

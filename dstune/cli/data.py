@@ -1,0 +1,24 @@
+"""`dstune data`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from dstune.cli.verb import Verb, Words, verb
+
+
+@verb
+class Data(Verb):
+    name = "data"
+    summary = "`data show`: rows as the model sees them, lengths, repetitions"
+    action = "dstune.show.command:main"
+    overrides = True
+
+    def parser(self) -> argparse.ArgumentParser | None:
+        from dstune.arguments import parser_of
+
+        return parser_of(self.function(), ["show"])
+
+    def words(self, given: Sequence[str]) -> Words:
+        return super().words(given) if given else Words(["show"])

@@ -1,0 +1,14 @@
+"""`dstune doctor`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Doctor(Verb):
+    name = "doctor"
+    summary = "what this machine or cluster can run, and what is missing"
+    action = "dstune.launch.doctor:main"
+    overrides = True
+    takes_files = False

@@ -1,0 +1,16 @@
+"""`dstune export`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Export(Verb):
+    name = "export"
+    summary = "a checkpoint as a plain Hugging Face folder"
+    action = "dstune.checkpoint.export:main"
+    other_names = (
+        (("merge",), "`dstune export RUN --merge`"),
+        (("convert",), "`dstune export RUN`"),
+    )

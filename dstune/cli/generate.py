@@ -1,0 +1,16 @@
+"""`dstune generate`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Generate(Verb):
+    name = "generate"
+    summary = "text from a run, an export or a model"
+    action = "dstune.inference.generate:main"
+    other_names = (
+        (("chat", "sample"), "`dstune generate RUN --prompt TEXT`"),
+        (("infer", "inference"), "`dstune generate RUN` for text, `dstune predict RUN` for labels"),
+    )

@@ -1,0 +1,12 @@
+"""`dstune import`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Import(Verb):
+    name = "import"
+    summary = "an experiment from a configuration of axolotl, LLaMA-Factory or TRL"
+    action = "dstune.importing.command:main"

@@ -1,0 +1,17 @@
+"""`dstune predict`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Predict(Verb):
+    name = "predict"
+    summary = "labels, tags, answers, scores or vectors of rows that have none"
+    action = "dstune.inference.predict:main"
+    other_names = (
+        (("classify", "label", "tag", "embed"), "`dstune predict RUN --text TEXT`"),
+        (("score",), "`dstune predict RUN --input FILE`"),
+    )
+    overrides = True

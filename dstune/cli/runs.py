@@ -1,0 +1,13 @@
+"""`dstune runs`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Runs(Verb):
+    name = "runs"
+    summary = "list the runs below a folder, or the trials of a sweep"
+    action = "dstune.launch.runs:main"
+    other_names = ((("ls", "list", "trials"), "`dstune runs DIR`"),)

@@ -1,0 +1,12 @@
+"""`dstune status`."""
+
+from __future__ import annotations
+
+from dstune.cli.verb import Verb, verb
+
+
+@verb
+class Status(Verb):
+    name = "status"
+    summary = "where a run stands"
+    action = "dstune.launch.manage:status"

@@ -1,0 +1,76 @@
+"""What a verb is, and the table of all."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+from dstune.core.registry import Registry
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the next word of a command line may be."""
+
+    words: list[str] = field(default_factory=list)
+    overrides: bool = False
+    """Whether it may be an override too."""
+    files: bool = False
+    """Whether it may be a path."""
+
+
+class Verb:
+    """Base of every verb. Subclasses register with `@verb`; what they call is imported when they run."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """Its line in `dstune --help`."""
+    action: ClassVar[str]
+    """`module:function` that takes the words behind the verb and returns the exit code."""
+    other_names: ClassVar[tuple[tuple[tuple[str, ...], str], ...]] = ()
+    """What other tools call it, and what to type here."""
+    overrides: ClassVar[bool] = False
+    """Whether it composes a configuration, so that `key=value` may stand behind it."""
+    takes_files: ClassVar[bool] = True
+    """Whether its plain words may be paths."""
+    further_words: ClassVar[tuple[str, ...]] = ()
+    """Words that it reads without a parser."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Raises DstuneError; returns the exit code."""
+        return self.function()(arguments)
+
+    def function(self) -> Callable[[list[str]], int]:
+        module, _, name = self.action.partition(":")
+        return cast("Callable[[list[str]], int]", getattr(importlib.import_module(module), name))
+
+    def parser(self) -> argparse.ArgumentParser | None:
+        """The parser of its flags; None where it reads them by other means."""
+        from dstune.arguments import parser_of
+
+        return parser_of(self.function(), [])
+
+    def words(self, given: Sequence[str]) -> Words:
+        """What may follow the words `given` behind the verb, for completion in the shell."""
+        words = [*self.further_words]
+        parser = self.parser()
+        if parser is None:
+            return Words(words, self.overrides, files=self.takes_files)
+        last = parser._option_string_actions.get(given[-1]) if given else None
+        if last is not None and last.nargs != 0:  # the value of a flag
+            return Words([str(choice) for choice in last.choices or ()], files=not last.choices)
+        words += [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        takes_words = any(not action.option_strings for action in parser._actions)
+        return Words(words, self.overrides, files=takes_words and self.takes_files)
+
+
+VERBS: Registry[Verb] = Registry("verb", "dstune.cli")
+verb = VERBS.add
+
+
+def other_names() -> dict[str, str]:
+    """What other tools call a verb, and what it is here."""
+    return {name: fix for own in VERBS.classes().values() for names, fix in own.other_names for name in names}
