@@ -1,0 +1,92 @@
+"""`launch.in_process=true`: the rank is the process that was started, a debugger works in it, and the run is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.configs import run_config
+from support.tiny import save_decoder, write_dialogues
+from support.workshop import VOLATILE
+
+from dstune.config.validate import find_problems
+from dstune.launch.local import LocalConfig
+
+CALLBACK = """
+import os
+from dstune.protocols import Callback
+
+class Stops(Callback):
+    name = "stops"
+
+    def on_train_begin(self, run):
+        answer = 42
+        if os.environ.get("STOP_HERE"):
+            breakpoint()
+
+    def results(self):
+        return {"process": os.getpid()}
+"""
+
+
+def train(
+    folder: Path, name: str, *overrides: str, **environment: str
+) -> tuple[subprocess.Popen, str, dict, list[dict]]:
+    (folder / "own_callbacks.py").write_text(CALLBACK)
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "dstune",
+            "train",
+            f"model.path={folder / 'model'}",
+            f"data.train={folder / 'rows.jsonl'}",
+        ),
+        *("data=files", "data.max_length=64", "trainer.max_steps=3", "trainer.micro_batch_size=2"),
+        *("trainer.global_batch_size=4", f"run.dir={folder / name}", "run.export=none", "launch.processes=1"),
+        *("trainer.callbacks=['own_callbacks:Stops']", *overrides),
+    ]
+    variables = {**os.environ, "DSTUNE_CACHE": str(folder / "cache"), **environment}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=variables | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output, _ = process.communicate("p answer + 58\nc\n", timeout=300)
+    assert process.returncode == 0, output
+    rows = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    exact = [{key: value for key, value in row.items() if key not in VOLATILE} for row in rows]
+    return process, output, json.loads((folder / name / "result.json").read_text()), exact
+
+
+def test_the_rank_is_the_started_process_and_stops_at_breakpoints(tmp_path: Path):
+    save_decoder(tmp_path / "model")
+    write_dialogues(tmp_path / "rows.jsonl", 20)
+    process, output, result, rows = train(tmp_path, "inside", "launch.in_process=true", STOP_HERE="1")
+    assert result["status"] == "completed" and result["process"] == process.pid
+    assert "100" in output and "(Pdb)" in output
+    process, _, result, expected = train(tmp_path, "outside")
+    assert result["process"] != process.pid
+    assert rows == expected
+
+
+@pytest.mark.parametrize(("launch", "fix"), [({"processes": 2}, "launch.processes=1"), ({}, "launch.processes=1")])
+def test_more_than_one_rank_is_refused(launch, fix):
+    config = replace(run_config(), launch=LocalConfig(in_process=True, **launch))
+    [problem] = [problem for problem in find_problems(config) if problem.where == "launch.in_process"]
+    assert problem.fix == fix
+
+
+def test_restarts_are_refused():
+    config = replace(run_config(), launch=LocalConfig(in_process=True, processes=1, restarts=2))
+    [problem] = [problem for problem in find_problems(config) if problem.where == "launch.in_process"]
+    assert problem.fix == "launch.restarts=0"
