@@ -9,15 +9,14 @@ from typing import Any
 
 from dstune.checkpoint import store
 from dstune.checkpoint.session import Checkpoints
-from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import Export, RunConfig
 from dstune.core import files
 from dstune.errors import Preempted, TrainingFailed
 from dstune.opening import show_samples
 from dstune.protocols.callback import LEAVE, Action, Request
+from dstune.protocols.method import Preparation
 from dstune.redact import redacted
 from dstune.tracking.log import RunLog
-from dstune.train.classical import classical_results
 from dstune.trainer.loop import Training, evaluate, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 
@@ -28,8 +27,7 @@ def finish(
     run_dir: Path,
     tokenizer: Any,
     request: Request,
-    *,
-    features_seconds: float = 0.0,
+    prepared: Preparation,
 ) -> None:
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
     state = run.state
@@ -40,7 +38,7 @@ def finish(
             with run.around("the last evaluation"):
                 evaluate(run)
         with run.around("ending the run"):
-            result |= _conclude(run, checkpoints, run_dir, features_seconds, unsaved=evaluated)
+            result |= _conclude(run, checkpoints, run_dir, prepared, unsaved=evaluated)
             show_samples(run, tokenizer, before=False)
     run.saves.settle()
     run.supply.close(for_good=not request.action & LEAVE)
@@ -84,7 +82,7 @@ def status_of(request: Request) -> str:
 
 
 def _conclude(
-    run: Training, checkpoints: Checkpoints, run_dir: Path, features_seconds: float, *, unsaved: bool
+    run: Training, checkpoints: Checkpoints, run_dir: Path, prepared: Preparation, *, unsaved: bool
 ) -> dict[str, Any]:
     """Save, measure what is measured at the end, and export. Every rank must call it; what `result.json` has of it.
 
@@ -103,10 +101,8 @@ def _conclude(
     evaluate_monitored_sets(run, "after")
     if run.data.test is not None:
         result["test"] = run.evaluator(run.data.test).metrics
-    if isinstance(config.method, FeaturesConfig) and run.world.is_main:
-        method, rows = config.method, config.evaluate.max_rows
-        result["feature_seconds"] = round(features_seconds, 3)
-        result["classifiers"] = classical_results(method, run.data, config.trainer.seed, rows)
+    if run.world.is_main:
+        result |= prepared.result(run)
     if run.data.validation is not None and config.evaluate.counterfactual:
         state.results["counterfactual"] = run.evaluator.counterfactual(run.data.validation)
     if config.run.export is not Export.none and run.world.is_main:

@@ -34,9 +34,8 @@ from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
-from dstune.models.peft import apply_method
 from dstune.paths import cache_root
-from dstune.protocols import task_of
+from dstune.protocols import method_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.telling import tell_launcher
 from dstune.tracking.console import Console, show_activities
@@ -98,7 +97,7 @@ def evaluate(
     activity.info("loading the model")
     with partitioned_loading(settings):
         model = load_model(loaded, tokenizer, data.labels if loaded is config else (), DTYPES[precision])
-    module = model if checkpoint is None else apply_method(config, model)
+    module = model if checkpoint is None else method_of(config.method).apply(model, config)
     if checkpoint is not None:
         load_trained(module, checkpoint)
     # As in training, so that its numbers are the same.

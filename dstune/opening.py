@@ -13,21 +13,18 @@ import torch
 
 from dstune import baseline_file, environment
 from dstune.config.convert import shown
-from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import files
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
-from dstune.models.peft import experts_without_adapters
 from dstune.planning.fillers import fillers
-from dstune.protocols import parallelism_of, schedule_of, task_of
+from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
+from dstune.protocols.method import Preparation
 from dstune.redact import redacted
 from dstune.tracking.log import RunLog
 from dstune.train.baseline import measure_prompted
 from dstune.train.evaluate import answer_prompts, limited
-from dstune.train.features import Features
-from dstune.train.importance import Selected
 from dstune.trainer.loop import Training
 from dstune.zero.parts import full_count
 
@@ -36,8 +33,6 @@ FEW_ROWS = 20
 LABELS_TOLD = 12
 RARE = 20
 """How many times as many rows the label has that a rare one may have been meant for."""
-SLOW_FOR_ADAPTERS = 5e-5
-"""A learning rate from which on adapters learn little: the usual ones are 1e-4 to 5e-4."""
 
 
 def describe(
@@ -45,24 +40,20 @@ def describe(
     run_dir: Path,
     run: Training,
     module: torch.nn.Module,
-    features: Features | None,
-    selection: Selected | None,
+    prepared: Preparation,
 ) -> None:
     """Write `environment.json` and say on the console what is about to be trained."""
     hosts = run.world.gather(environment.host())
     if not run.world.is_main or run.log is None:
         return
     total = sum(map(run.engine.whole_count, module.parameters()))
-    if features is not None:
-        total += features.body_parameters
-        took = f"computed in {features.seconds:.1f} s" if features.seconds else "found in the cache"
-        run.log.message(f"features of all rows: {took}; the body is not run again")
+    total += prepared.parameters_left_out
+    for message in prepared.messages():
+        run.log.message(message)
     trained = run.engine.whole_trained_count
-    if selection is not None and selection.masks:
-        in_masks = sum(
-            full_count(parameter) for name, parameter in module.named_parameters() if name in selection.masks
-        )
-        trained += sum(int(mask.sum()) for mask in selection.masks.values()) - in_masks
+    if prepared.masks:
+        in_masks = sum(full_count(parameter) for name, parameter in module.named_parameters() if name in prepared.masks)
+        trained += sum(int(mask.sum()) for mask in prepared.masks.values()) - in_masks
     model = {
         "path": shown(config.model.path),
         "revision": config.model.revision,
@@ -136,15 +127,7 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     if run.data.validation is not None and (held_out := len(run.data.validation.lengths)) < FEW_ROWS:
         few = f"{held_out} validation row{'s' * (held_out != 1)}: metrics of so few say little"
         yield f"{few} (data.split.validation, or data.validation=FILE)"
-    low = task_of(config.task).low_learning_rate
-    if config.method.name in ("lora", "qlora") and config.optimizer.lr <= SLOW_FOR_ADAPTERS and not low:
-        yield (
-            f"optimizer.lr={config.optimizer.lr:g} is a rate for all weights; adapters usually learn at 1e-4 to 5e-4 "
-            "(experiment=chat_lora has 2e-4)"
-        )
-    every_layer = isinstance(config.method, LoraConfig) and config.method.target_modules == ["all-linear"]
-    if every_layer and (share := experts_without_adapters(run.engine.module)):
-        yield f"the experts, {share:.0%} of the weights, have no adapters: peft does not know those of this architecture"
+    yield from method_of(config.method).cautions(run)
     if config.trainer.profile_steps and run.total_steps - run.state.step <= UNTIMED_STEPS:
         left = run.total_steps - run.state.step
         reason = f"{left} step{'s' * (left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"

@@ -21,8 +21,6 @@ from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
-from dstune.config.domain_stage import FOLDER, classifier_stage, has_language_model_stage, language_model_stage
-from dstune.config.method_schema import FullConfig, LoraConfig
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig
 from dstune.data.blocks import Blocks
@@ -31,31 +29,27 @@ from dstune.dist import World
 from dstune.ending import finish
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
 from dstune.models.attention import SamplesApart
-from dstune.models.features import feature_classifier
-from dstune.models.load import load_model, load_tokenizer, new_weights, trained_config
+from dstune.models.load import load_model, load_tokenizer, new_weights
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
-from dstune.models.peft import apply_method
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
+from dstune.optim.groups import method_groups
 from dstune.paths import cache_root
-from dstune.protocols import optimizer_of, parallelism_of, task_of
+from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
 from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import RunLog
 from dstune.train import micro_batch
-from dstune.train.beforehand import work_out
 from dstune.train.evaluate import Evaluator
-from dstune.train.forgetting import Penalties
+from dstune.train.forgetting import Penalties, general_fisher
 from dstune.train.memory import PeakMemory, keep_freed
-from dstune.train.optim import method_groups
 from dstune.train.proofs import content_digest, examine, refuse_different_rows, samples_digest, settle_rows
 from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.supply import supply_of
-from dstune.train.unfreezing import unfreezing_of
 from dstune.train.utilization import utilization_of
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.preemption import Preemption
@@ -82,9 +76,9 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
     with swap.own_folder(config.zero, run_dir, world) as zero:
         config = replace(config, zero=zero)
-        if has_language_model_stage(config):
-            train_language_model(config, run_dir, world, preemption)
-            config = classifier_stage(config, run_dir)
+        *before, config = method_of(config.method).stages(config, run_dir)
+        for stage in before:
+            train_before(stage, config, run_dir, world, preemption)
             startup = StartupTimer()  # of the last stage, which `result.json` is about
         train_stage(config, run_dir, world, preemption, startup)
 
@@ -121,36 +115,35 @@ def train_stage(
     startup.mark("data")
     activity.info("loading %s", shown(config.model.path))
     digests = {"samples": samples_digest(data), "content": content_digest(data)}
-    before = work_out(config, data, tokenizer, precision, world, run_dir)
-    data, features, selection = before.data, before.features, before.selection
+    method = method_of(config.method)
+    prepared = method.prepare(config, data, tokenizer, precision, world, run_dir)
+    data = prepared.data
+    fisher = general_fisher(config, data.labels, tokenizer, precision, world, prepared.restrict)
     with partitioned_loading(settings):
-        if features is not None:
-            architecture = trained_config(config, tokenizer, data.labels)
-            model = feature_classifier(architecture, DTYPES[precision], config.trainer.seed)
-        else:
+        model = prepared.model(config, tokenizer, DTYPES[precision])
+        if model is None:
             model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     if cut is not None:
         cut.install(model)
     rows = cut or SamplesApart.of(config, model)
-    module = apply_method(config, model)
+    module = method.apply(model, config)
     if slices is not None:
         slice_model(module, model, slices)
     use_lean_norms(module)
     use_joint_sums(module)
     startup.mark("model")
     head = task_of(config.task).head(model, rows)  # after the method: an adapter may wrap the vocabulary projection
-    if selection is not None:
-        selection.freeze_others(module, new_weights(model))
+    prepared.restrict(module, new_weights(model))
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
     once = goes_once_through(config)
     engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=once, slices=slices)
     startup.mark("engine")
     examine(head, engine)
-    if selection is not None and selection.masks:
-        engine.mask(selection.masks)
+    if prepared.masks:
+        engine.mask(prepared.masks)
     penalties = None
     if config.forgetting.l2sp or config.forgetting.ewc:
-        penalties = Penalties(config.forgetting, engine, new_weights(model), before.fisher)
+        penalties = Penalties(config.forgetting, engine, new_weights(model), fisher)
     say = console.message if world.is_main else lambda text: None
     settle_rows(config, engine, head, rows, model.config.get_text_config(), world, say)
     keep_freed()
@@ -174,7 +167,7 @@ def train_stage(
     checkpoints.check_space()
     supply = supply_of(config, data, blocks, state.cursor)
     total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
-    unfreezing = unfreezing_of(config, model, engine, supply, state.step)
+    unfreezing = method.unfreezing(model, engine, supply, state.step)
     log = RunLog(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
     run = Training(
         config=config,
@@ -202,7 +195,7 @@ def train_stage(
     )
     run.callbacks = CallbackList.for_run(run)
     try:
-        describe(config, run_dir, run, module, features, selection)
+        describe(config, run_dir, run, module, prepared)
         state.planned_steps = total_steps
         show_samples(run, tokenizer, before=True)
         ask_untuned(run, run_dir, module, tokenizer)
@@ -212,9 +205,7 @@ def train_stage(
         request = fit(run)
         run.callbacks.on_train_end(run, request)
         try:
-            finish(
-                run, checkpoints, run_dir, tokenizer, request, features_seconds=features.seconds if features else 0.0
-            )
+            finish(run, checkpoints, run_dir, tokenizer, request, prepared)
         finally:
             run.callbacks.close()  # last: a run that is preempted has little time for its result
     except BaseException:
@@ -225,13 +216,14 @@ def train_stage(
 
 def goes_once_through(config: RunConfig) -> bool:
     """Whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last step."""
-    return isinstance(config.task, ChatConfig | CausalLmConfig) and isinstance(config.method, FullConfig | LoraConfig)
+    return isinstance(config.task, ChatConfig | CausalLmConfig) and method_of(config.method).same_parameters_throughout
 
 
-def take_over_export(source: Path, run_dir: Path) -> None:
-    """Copy what the first stage of another run has exported, unless this run has its own: the checkpoint that the run goes on
-    from is of a classifier above it, and that run's folder may be gone by the next launch."""
-    theirs, own = source / FOLDER / "export", run_dir / FOLDER / "export"
+def take_over_export(source: Path, own: Path) -> None:
+    """Copy what an earlier stage of another run has exported, unless this run has its own: the checkpoint that the run goes on
+    from stands on it, and that run's folder may be gone by the next launch."""
+    theirs = source / "export"
+    own = own / "export"
     if not (theirs / "config.json").is_file() or own.is_dir():
         return
     aside = own.with_name(f"{own.name}{store.INCOMPLETE}")
@@ -240,14 +232,14 @@ def take_over_export(source: Path, run_dir: Path) -> None:
     aside.rename(own)
 
 
-def train_language_model(config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
-    """The first stage of the run, in a folder of its own, unless its export is there already, or in `run.resume`'s run."""
-    folder = run_dir / FOLDER
+def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
+    """A stage in front of the run, in a folder of its own, unless its export is there already, or in `run.resume`'s run."""
+    assert stage.run.dir is not None
+    folder = Path(stage.run.dir)
     if world.is_main and config.run.resume not in ("auto", "never"):
-        take_over_export(Path(config.run.resume), run_dir)
+        take_over_export(Path(config.run.resume) / folder.relative_to(run_dir), folder)
     if world.broadcast((folder / "export" / "config.json").is_file()):
         return
-    stage = language_model_stage(config, run_dir)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_run(folder / "run.yaml", Composed(stage, []))

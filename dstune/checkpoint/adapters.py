@@ -1,8 +1,7 @@
-"""The tensors of adapters in a checkpoint: which module they belong to, and one plain adapter for what was split or added."""
+"""The tensors of adapters in a checkpoint: which module they belong to, and what a weight is with its adapter in it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dstune.checkpoint.shards import Weights
-from dstune.models.lora_start import SHIFT_A, SHIFT_B, lora_layers
 from dstune.zero.parts import gathered
 
 ADAPTED = "base_model.model."
@@ -91,50 +89,6 @@ def load_trained(module: nn.Module, checkpoint: Path) -> None:
         for name, buffer in module.named_buffers():
             if name in trained:
                 buffer.copy_(trained[name])
-
-
-def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of what was added to each frozen weight (`models.lora_start.shift`), A [rank, in] and B [out, rank]."""
-    found = {}
-    for name in trained:
-        owner, _, leaf = name.rpartition(".")
-        if leaf == SHIFT_A:
-            module = owner.removeprefix(ADAPTED).removesuffix(".base_layer")
-            found[module] = trained[name].float(), trained[f"{owner}.{SHIFT_B}"].float()
-    return found
-
-
-def plain_lora(adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one plain adapter, by their names in its file, where weights were split or stand on finished adapters;
-    empty where neither is so.
-
-    adapted: the PeftModel, whose settings get the new ranks and modules. The sum of two products of low rank is one:
-    s B A + D C = [s B, D] [A; C].
-    """
-    shifts = shifts_by_module(trained)
-    if not shifts:
-        return {}
-    layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted)}
-    tensors, ranks = {}, {}
-    for module in sorted({*layers, *shifts}):
-        prefix, first, second = f"{ADAPTED}{module}", [], []
-        if module in layers:
-            first.append(trained[f"{prefix}.lora_A.default.weight"].float())
-            second.append(trained[f"{prefix}.lora_B.default.weight"].float() * layers[module].scaling["default"])
-        if module in shifts:
-            first.append(shifts[module][0])
-            second.append(shifts[module][1])
-        tensors[f"{prefix}.lora_A.weight"] = torch.cat(first)
-        tensors[f"{prefix}.lora_B.weight"] = torch.cat(second, dim=1)
-        ranks[module] = sum(map(len, first))
-    settings = adapted.peft_config["default"]
-    settings.r = settings.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]  # the scale is 1, whatever the rank
-    settings.use_rslora = False
-    settings.rank_pattern = {module: rank for module, rank in ranks.items() if rank != settings.r}
-    settings.alpha_pattern = dict(settings.rank_pattern)
-    settings.target_modules = sorted(ranks)
-    settings.init_lora_weights = True
-    return tensors
 
 
 def replace_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

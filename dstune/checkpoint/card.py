@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dstune import samples
 from dstune.checkpoint.record import public_name
-from dstune.config.method_schema import AdapterConfig, FeaturesConfig, HeadConfig, LoraConfig, Pooling
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CONVERSATIONS, EmbeddingConfig, Seq2SeqConfig
+from dstune.protocols import method_of
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
 PIPELINES = {
@@ -110,8 +110,7 @@ def _usage(folder: Path, config: RunConfig, state: Mapping[str, Any], adapter: b
     labels = f", num_labels={len(state['labels'])}" if adapter and state["labels"] else ""
     if adapter and config.task.name == "reward":
         labels = ", num_labels=1"
-    method = config.method
-    own_head = isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model
+    own_head = method_of(config.method).own_head
     code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
     lines = [
         *([f"from peft import {loader}", "from transformers import AutoTokenizer"] if library == "peft" else []),
@@ -228,8 +227,9 @@ def _settings(config: RunConfig, state: Mapping[str, Any]) -> str:
         "ZeRO stage": state.get("zero_stage"),
     }
     sections: dict[str, Any] = {"optimizer": config.optimizer, "schedule": config.schedule}
-    if isinstance(config.method, AdapterConfig):
-        sections["method"] = without_paths(config.method)
+    method = method_of(config.method)
+    if method.adapter:
+        sections["method"] = method.without_paths(public_name)
     for name, section in sections.items():
         values[name] = section.name
         values |= {f"{name}.{key}": value for key, value in asdict(section).items() if key != "name"}
@@ -239,13 +239,6 @@ def _settings(config: RunConfig, state: Mapping[str, Any]) -> str:
         if value is not None and value not in ({}, [])
     ]
     return _table(["setting", "value"], rows)
-
-
-def without_paths(method: AdapterConfig) -> AdapterConfig:
-    """The method with the names of the adapters that it stands on, not with where they are on this machine."""
-    if isinstance(method, LoraConfig):
-        method = replace(method, frozen_adapters=[public_name(path) for path in method.frozen_adapters])
-    return method if method.adapter is None else replace(method, adapter=public_name(method.adapter))
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

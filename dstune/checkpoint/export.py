@@ -23,9 +23,8 @@ from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
-from dstune.config.method_rules import can_merge
-from dstune.config.method_schema import AdapterConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.protocols import method_of
 from dstune.protocols.method import MethodConfig
 
 MAX_SHARD_SIZE = "5GB"
@@ -85,7 +84,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         check_architecture(architecture)
         read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
     with _aside(out) as folder:
-        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=can_merge(config.method))
+        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=method_of(config.method).merges)
         name = f"{config.run.name}-{kind}.gguf"
         write_gguf(whole, folder / name, kind, config.run.name)
         for kept in (RECORD, "README.md"):
@@ -195,11 +194,12 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def refuse_unmergeable(flag: str, method: MethodConfig) -> None:
+def refuse_unmergeable(flag: str, config: MethodConfig) -> None:
     """Raises UserError where `flag` (`--merge` or `--gguf`) asks for a whole model that there is none of."""
-    if can_merge(method) or (flag == "--gguf" and not isinstance(method, AdapterConfig)):
+    method = method_of(config)
+    if method.merges or (flag == "--gguf" and not method.adapter):
         return
-    if isinstance(method, AdapterConfig):
+    if method.adapter:
         reason = (
             f"what method={method.name} trained stands in front of each row: the model's own weights cannot hold it"
         )

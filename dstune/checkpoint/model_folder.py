@@ -24,15 +24,12 @@ from dstune.checkpoint.adapters import (
     fill,
     merged,
     merged_parameter,
-    plain_lora,
     replace_tensors,
-    shifts_by_module,
 )
 from dstune.checkpoint.sentence_transformers import write_modules
 from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
-from dstune.config.method_schema import AdapterConfig, QloraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.stopping import stop_token_ids
@@ -47,9 +44,8 @@ from dstune.models.load import (
     local_path,
     new_weights,
 )
-from dstune.models.peft import apply_method
 from dstune.models.pooled import PooledForSequenceClassification
-from dstune.models.quantize import quantized_modules, rounded
+from dstune.protocols import method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +74,7 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
     stops = stop_token_ids(tokenizer)
     _set_generation(config.model, built.model, stops, tokenizer.pad_token_id)
     if built.adapted and not merge and config.model.weights is not InitialWeights.random:
-        _save_adapter(config.model, built, trained, folder)
+        _save_adapter(config, built, trained, folder)
     else:
         sources = _Sources(config, tokenizer, labels, built, trained).all()
         # Training has no use for the cache of past keys and values; generation has.
@@ -116,7 +112,8 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         on_meta = replace(config, model=replace(config.model, weights=InitialWeights.random))
         model = load_model(on_meta, tokenizer, labels, dtype)
         names = saved_tensors(model)
-        if not isinstance(config.method, AdapterConfig):
+        method = method_of(config.method)
+        if not method.adapter:
             return _Built(model, model, names, dtype)
         # Which weights were new is known only where the base is loaded; the checkpoint has them as modules of their own.
         saved = (name.split(".modules_to_save.default.") for name in trained)
@@ -124,7 +121,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         parts &= set(names)
         rows = new_weights(model).rows if any("trainable_tokens_delta" in name for name in trained) else ()
         model.dstune_new_weights = NewWeights(tuple(sorted(parts)), rows)
-        return _Built(apply_method(config, model), model, names, dtype)
+        return _Built(method.apply(model, config), model, names, dtype)
 
 
 def _plain(config: RunConfig) -> RunConfig:
@@ -149,10 +146,7 @@ class _Sources:
     ):
         self._built, self._trained = built, trained
         self._adapters = adapters_by_module(trained)
-        self._shifts = shifts_by_module(trained)
-        self._quantized = {}
-        if isinstance(config.method, QloraConfig):  # the weights that the adapters were trained on
-            self._quantized = dict.fromkeys(quantized_modules(built.model), config.method)
+        self._trained_on = method_of(config.method).trained_on(built.model, trained)
         whole = {name: self._trained_name(name) for name in built.names}
         missing = {name: built.names[name].shape for name, key in whole.items() if not key}
         self._whole = {name: key for name, key in whole.items() if key}
@@ -195,11 +189,8 @@ class _Sources:
             module = self._built.model.get_submodule(owner)
             index = torch.tensor(module.token_adapter.token_indices["default"])
             return weight.index_copy(0, index, self._trained[rows].to(weight.dtype))
-        if leaf == "weight" and owner in self._quantized:
-            weight = rounded(weight, self._quantized[owner])
-        if leaf == "weight" and owner in self._shifts:
-            a, b = self._shifts[owner]
-            weight = weight.float() + b @ a
+        if leaf == "weight" and owner in self._trained_on:
+            weight = self._trained_on[owner](weight)
         if owner not in self._adapters:
             return weight
         layer = self._built.model.get_submodule(owner)
@@ -236,20 +227,20 @@ class _Sources:
         return loaded
 
 
-def _save_adapter(config: ModelConfig, built: _Built, trained: Weights, folder: Path) -> None:
+def _save_adapter(config: RunConfig, built: _Built, trained: Weights, folder: Path) -> None:
     """In fp32: adapters are small, and peft computes them in fp32."""
-    whole = plain_lora(built.module, trained)
+    plain = method_of(config.method).plain_adapter(built.module, trained)
     if hasattr(built.module, "prompt_encoder"):  # what is saved is what the encoder gives
         tokens = built.module.prompt_tokens
         tokens["default"] = torch.arange(len(tokens["default"]))
         fill(built.module, "", [name for name in trained if name.startswith("prompt_encoder.")], trained)
     settings = built.module.peft_config["default"]
-    settings.base_model_name_or_path = base_name(config)
-    settings.revision = config.revision
+    settings.base_model_name_or_path = base_name(config.model)
+    settings.revision = config.model.revision
     # Asked explicitly, since peft would ask the hub otherwise. Rows of added tokens are the adapter's own.
     built.module.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
-    if whole:  # peft saves the modules that were trained, and finished adapters may be on others too
-        replace_tensors(folder / "adapter_model.safetensors", whole)
+    if plain:  # peft saves the modules that were trained, and finished adapters may be on others too
+        replace_tensors(folder / "adapter_model.safetensors", plain)
     if built.model.can_generate():
         built.model.generation_config.save_pretrained(folder)
 

@@ -10,10 +10,10 @@ from dstune import __version__
 from dstune.checkpoint.sentence_transformers import embedding_overrides
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import AUTOMATIC
-from dstune.config.method_schema import QloraConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import EmbeddingConfig
+from dstune.protocols import method_of
 
 NAME = "dstune.json"
 
@@ -35,9 +35,7 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
         "base_model": public_name(config.model.path),
         "revision": config.model.revision,
         "method": config.method.name,
-        **(
-            {"double_quantization": config.method.double_quantization} if isinstance(config.method, QloraConfig) else {}
-        ),
+        **method_of(config.method).record(),
         "step": state["step"],
         "checkpoint": checkpoint,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import ModelConfig
 from dstune.errors import Problem
 
@@ -58,35 +57,6 @@ def packed_encoder_decoder_problem(architecture: str) -> Problem:
     """The problem with packing for a model whose every target belongs to one source."""
     reason = f"{architecture} is an encoder-decoder: the decoder would attend to the sources of all samples in a row"
     return Problem("data.packing", reason, "data.packing=false", "true")
-
-
-def encoder_decoder_method_problem(method: str, architecture: str) -> Problem | None:
-    """The problem with a method that has been made for models of one part only; None for the others."""
-    if method in ("prompt", "prefix", "p_tuning"):
-        reason = f"{architecture} is an encoder-decoder, and which of its parts a trained prompt stands before is not settled"
-    elif method == "qlora":
-        reason = (
-            f"{architecture} is an encoder-decoder, and rounding to 4 bits has been shown for models of one part only"
-        )
-    else:
-        return None
-    return Problem("method", reason, "method=lora", method)
-
-
-def rounded_experts_problem(share: float) -> Problem:
-    """The problem with method=qlora for a mixture of experts. share: of the weights that are in experts."""
-    reason = f"rounds linear layers, and the experts, {share:.0%} of this model's weights, are none"
-    return Problem("method", reason, "method=lora", "qlora")
-
-
-def adapted_experts_problem(method: LoraConfig) -> Problem | None:
-    """What peft's adapters of stacked experts cannot do and `method` asks for."""
-    for key, value, off in (("dropout", method.dropout, "0"), ("dora", method.dora, "false")):
-        if value:
-            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
-            fix = f"method.{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]"
-            return Problem(f"method.{key}", reason, fix, str(value).lower())
-    return None
 
 
 def mark_encoder_decoder(tokenizer: Any) -> None:

@@ -6,18 +6,15 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.config.forgetting import mixes_in
-from dstune.config.method_schema import FreezeConfig, FullConfig, ImportanceConfig, UlmfitConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
-
-MOVING = (FullConfig, FreezeConfig, UlmfitConfig, ImportanceConfig)
-"""Methods that change pretrained weights; the others leave them as they are."""
+from dstune.protocols import method_of
 
 
 def check_forgetting(config: RunConfig) -> Iterator[Problem]:
     forgetting = config.forgetting
     for key in ("l2sp", "ewc"):
-        if getattr(forgetting, key) and not isinstance(config.method, MOVING):
+        if getattr(forgetting, key) and not method_of(config.method).moves_weights:
             reason = f"method={config.method.name} does not move pretrained weights, so there is no distance"
             yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0", shown(getattr(forgetting, key)))
     for key in ("ewc", "replay"):

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import dstune
 from dstune.config.convert import is_optional
 from dstune.config.fields import MemberName
-from dstune.config.method_rules import REFUSED
 from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.core.registry import on_change
 from dstune.errors import Problem, UserError
+from dstune.protocols import METHODS
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -173,5 +173,5 @@ def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
     key = {"data": "data.train", "model": "model.path"}.get(group)
     if key and re.search(r"[/.~]|^sample:", choice) and not (similar and "/" not in choice):
         fix = f"{group}= takes a name; rows and models of yours go into {key}={choice}"
-    reason = REFUSED.get(choice) if group == "method" else None
+    reason = METHODS.refused.get(choice) if group == "method" else None
     return Problem(group, f"is not offered: {reason}" if reason else f"there is no such {group}", fix, choice)

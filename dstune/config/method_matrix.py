@@ -6,19 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from dstune.config.method_rules import REFUSED, can_merge, cpu_problems
-from dstune.config.method_schema import FreezeConfig
 from dstune.config.names import default_classes
 from dstune.config.schema import RunConfig
 from dstune.config.validate import find_problems
 from dstune.errors import Problem
-from dstune.protocols import METHODS, TASKS
+from dstune.protocols import METHODS, TASKS, method_of
 
 STAGES = (0, 1, 2, 3)
-
-
-EXAMPLES = {"freeze": FreezeConfig(embeddings=True)}
-"""Methods that ask for a value."""
 
 
 def example(method: str, task: str, stage: int) -> RunConfig:
@@ -26,7 +20,7 @@ def example(method: str, task: str, stage: int) -> RunConfig:
     sections: dict[str, Any] = {section: cls() for section, cls in default_classes().items()}
     sections["data"] = replace(sections["data"], train="rows.jsonl", packing=False)
     sections["zero"] = replace(sections["zero"], stage=stage)
-    sections |= {"task": TASKS.configs()[task](), "method": EXAMPLES.get(method) or METHODS.configs()[method]()}
+    sections |= {"task": TASKS.configs()[task](), "method": METHODS[method].example()}
     return RunConfig(**sections)
 
 
@@ -67,11 +61,11 @@ def matrix_table() -> str:
         cells = [*_stages(method, tasks[0], notes)]
         cells += ["yes" if allowed else "no" for allowed in (packs(method), checkpoints_activations(method))]
         cells += [
-            "yes" if can_merge(METHODS.configs()[method]()) else "",
+            "yes" if METHODS[method].merges else "",
             "all" if len(tasks) == len(TASKS.configs()) else ", ".join(tasks),
         ]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    for method, reason in REFUSED.items():
+    for method, reason in METHODS.refused.items():
         lines.append(f"| `{method}` | {' | '.join([_note(f'no: {reason}', notes)] * len(STAGES))} | | | | |")
     notes = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return "\n".join([*lines, "", *notes, ""])
@@ -80,7 +74,7 @@ def matrix_table() -> str:
 def _stages(method: str, task: str, notes: list[str]) -> Iterator[str]:
     for stage in STAGES:
         config = example(method, task, stage)
-        refused, on_cpu = find_problems(config), list(cpu_problems(config))
+        refused, on_cpu = find_problems(config), list(method_of(config.method).check_cpu(config))
         if refused:
             yield _note(f"no: {refused[0].reason}", notes)
         elif on_cpu:

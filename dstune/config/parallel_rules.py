@@ -7,19 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import (
-    FeaturesConfig,
-    FullConfig,
-    HeadConfig,
-    ImportanceConfig,
-    LoraConfig,
-    LoraInit,
-    PrefixConfig,
-    PromptConfig,
-    PTuningConfig,
-    QloraConfig,
-    UlmfitConfig,
-)
 from dstune.config.schema import (
     Attention,
     Automatic,
@@ -29,19 +16,7 @@ from dstune.config.schema import (
 )
 from dstune.config.several_tasks import tasks_of
 from dstune.errors import Problem
-from dstune.protocols import launcher_of, parallelism_of, task_of
-
-UNCUT = {
-    HeadConfig: "it reads one vector of the whole row",
-    FeaturesConfig: "it reads one vector of the whole row",
-    UlmfitConfig: "its classifier reads one vector of the whole row",
-    ImportanceConfig: "it measures gradients of whole rows",
-    PromptConfig: "its trained positions stand in front of the whole row",
-    PrefixConfig: "its trained positions stand in front of the whole row",
-    PTuningConfig: "its trained positions stand in front of the whole row",
-}
-"""Methods that need a row in one piece, and why."""
-
+from dstune.protocols import launcher_of, method_of, parallelism_of, task_of
 
 OFF = "parallel=none"
 """What to write in place of any other choice."""
@@ -64,7 +39,7 @@ def check_ulysses(config: RunConfig) -> Iterator[Problem]:
     if not task_of(config.task).language:
         reason = f"only language models are computed on parts of a row, and task={config.task.name} compares whole ones"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm|seq2seq", "ulysses")
-    for why in (why for method, why in UNCUT.items() if isinstance(config.method, method)):
+    if why := method_of(config.method).why_not_shared_rows:
         reason = f"method={config.method.name} cannot be cut: {why}"
         yield Problem("parallel", reason, f"{OFF}, or method=full|freeze|lora", "ulysses")
     if config.model.attention not in (Attention.auto, Attention.sdpa):
@@ -86,12 +61,7 @@ def check_tensor(config: RunConfig) -> Iterator[Problem]:
     if others := sorted({task.name for task in tasks if not task_of(task).tensor_parallel}):
         reason = f"shared weights are held against a reference under chat and causal_lm, not task={', '.join(others)}"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm", "tensor")
-    method = config.method
-    if not isinstance(method, FullConfig | LoraConfig) or isinstance(method, QloraConfig):
-        reason = f"it is not known how ranks share what method={method.name} adds to layers or does to them"
-        yield Problem("parallel", reason, f"{OFF}, or method=full|lora", "tensor")
-    elif isinstance(method, LoraConfig):
-        yield from _check_sliced_lora(method)
+    yield from method_of(config.method).check_sharded_weights(config)
     if config.zero.stage == 3:
         reason = (
             "ZeRO-3 partitions every weight already, and gathers whole ones for each layer: slices are for ZeRO 0 to 2"
@@ -108,17 +78,6 @@ def check_tensor(config: RunConfig) -> Iterator[Problem]:
         if value := getattr(config.forgetting, key):
             reason = "the penalty is summed over whole weights"
             yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0, or {OFF}", shown(value))
-
-
-def _check_sliced_lora(method: LoraConfig) -> Iterator[Problem]:
-    for key, value, is_plain, fix in (
-        ("dora", method.dora, not method.dora, "method.dora=false"),
-        ("init", method.init.value, method.init in (LoraInit.default, LoraInit.gaussian), "method.init=default"),
-        ("frozen_adapters", method.frozen_adapters, not method.frozen_adapters, "method.frozen_adapters=[]"),
-    ):
-        if not is_plain:
-            reason = "it is not held against a reference with slices of the weights"
-            yield Problem(f"method.{key}", reason, f"{fix}, or {OFF}", shown(value))
 
 
 CAPPED = "its attention caps its scores, which the fused attention of torch does not do"

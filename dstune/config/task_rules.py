@@ -6,10 +6,9 @@ import datetime
 from collections.abc import Iterator, Sequence
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import ImportanceConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
-from dstune.protocols import task_of
+from dstune.protocols import method_of, task_of
 
 
 def check_task(config: RunConfig) -> Iterator[Problem]:
@@ -47,7 +46,7 @@ def _check_scores(config: RunConfig) -> Iterator[Problem]:
     reason = (
         f"gradients of task={config.task.name} alone say nothing: its loss needs the whole step, or a reference model"
     )
-    if isinstance(config.method, ImportanceConfig):
-        yield Problem("method", reason, "method=full or method=lora", "importance")
+    if method_of(config.method).scores_gradients:
+        yield Problem("method", reason, "method=full or method=lora", config.method.name)
     if config.forgetting.ewc:
         yield Problem("forgetting.ewc", reason, "forgetting.ewc=0, or forgetting.l2sp", shown(config.forgetting.ewc))

@@ -13,8 +13,6 @@ from dstune.config.callbacks import check_callbacks
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
-from dstune.config.method_rules import check_method
-from dstune.config.method_schema import FeaturesConfig, ImportanceConfig, UlmfitConfig
 from dstune.config.parallel_rules import check_parallel
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
@@ -34,7 +32,7 @@ from dstune.config.task_rules import check_task
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
-from dstune.protocols import TASKS, TRACKERS, launcher_of, optimizer_of, schedule_of, task_of
+from dstune.protocols import TASKS, TRACKERS, launcher_of, method_of, optimizer_of, schedule_of, task_of
 
 
 def validate(config: RunConfig) -> None:
@@ -61,7 +59,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_streaming,
         check_task,
         check_model,
-        check_method,
+        lambda reader: method_of(reader.method).check(reader),
         check_forgetting,
         check_optimizer,
         check_batches,
@@ -219,10 +217,8 @@ def _check_automatic(config: RunConfig) -> Iterator[Problem]:
     reason = None
     if config.data.streaming:
         reason = "the longest rows are measured, and a stream's are not known"
-    elif isinstance(config.method, FeaturesConfig):
-        reason = "the classifier above computed features takes so little that there is nothing to find"
-    elif isinstance(config.method, ImportanceConfig):
-        reason = "the parameters are chosen before it can be measured, by micro-batches too"
+    elif why := method_of(config.method).why_not_measured:
+        reason = why
     elif config.sweep.parallel > 1 and launcher_of(config.launch).here:
         reason = "trials beside each other take memory and time from what each of them measures"
     elif config.trainer.deterministic:
@@ -360,8 +356,9 @@ def check_saves(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_spikes(config: RunConfig) -> Iterator[Problem]:
-    if config.trainer.spike.action is SpikeAction.rollback and isinstance(config.method, UlmfitConfig):
-        reason = "a run cannot go back over a step at which method=ulmfit unfroze a layer"
+    why = method_of(config.method).why_no_rollback
+    if config.trainer.spike.action is SpikeAction.rollback and why:
+        reason = why
         yield Problem("trainer.spike.action", reason, "trainer.spike.action=skip", "rollback")
     if config.trainer.spike.action is SpikeAction.rollback and not config.checkpoint.every:
         reason = "there is nothing to go back to: checkpoint.every=0 saves at the end only"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.config.deepspeed_file import settings_problems
-from dstune.config.method_schema import ImportanceConfig, UlmfitConfig
 from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode
 from dstune.errors import Problem
+from dstune.protocols import method_of
 
 SWAP_BUFFERS = 4
 """What an update has in memory of a sub-group whose states are on a disk: weights, two moments, gradients."""
@@ -43,7 +43,7 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
 
 def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
     """What does not go together with `zero.offload_optimizer=nvme`."""
-    if isinstance(config.method, ImportanceConfig | UlmfitConfig):
+    if method_of(config.method).alters_updates:
         reason = f"it changes gradients and states from outside, and {STATES_ON_A_DISK}"
         yield Problem("method", reason, "zero.offload_optimizer=cpu, or method=full", config.method.name)
     for name in ("l2sp", "ewc"):

@@ -48,7 +48,8 @@ class Registry(Generic[Member]):
             ValueError: another class has this name already.
         """
         config = getattr(cls, "Config", None)
-        name = getattr(cls, "name", None) or (config.name if config is not None else None)
+        # Its own: a room may build on another one's class.
+        name = cls.__dict__.get("name") or (config.name if config is not None else getattr(cls, "name", None))
         if not isinstance(name, str) or not name:
             raise ValueError(
                 f"{cls.__qualname__}: a {self.kind} needs a `name`, or a `Config` whose field `name` has it as default"
@@ -101,6 +102,12 @@ class Registry(Generic[Member]):
         self.load()
         return dict(self._members)
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Names that the field knows and that are not offered, with the reason (`REFUSED` of the package)."""
+        package = None if self._package is None else importlib.import_module(self._package)
+        return getattr(package, "REFUSED", {})
+
     def configs(self) -> dict[str, type]:
         """The configuration classes by name."""
         self.load()
@@ -115,3 +122,7 @@ class Registry(Generic[Member]):
         self.load()
         # `__class__`, not `type`: rules read the configuration through a view that has the class of what it shows.
         return self._by_config[config.__class__](config)  # type: ignore[call-arg]
+
+    def default(self) -> Any:
+        """The configuration of the first member, as it is when nothing is said."""
+        return next(iter(self.classes().values())).Config()  # type: ignore[attr-defined]

@@ -19,8 +19,6 @@ from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
 from dstune.config.forgetting import measured_alone
-from dstune.config.method_rules import can_merge
-from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
@@ -32,7 +30,7 @@ from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
 from dstune.parallel.none import NoParallelConfig
-from dstune.protocols import launcher_of
+from dstune.protocols import METHODS, launcher_of, method_of
 from dstune.protocols.task import TaskConfig
 
 SPLITS = ("train", "validation", "test", "guard", "ood")
@@ -171,7 +169,8 @@ def _configuration(
         stored = _with_rows(measured_alone(read_run(path / "run.yaml").config), path)
     if stored is not None and arguments.shots is not None:
         return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
-    if stored is not None and isinstance(stored.method, AdapterConfig) and not can_merge(stored.method):
+    method = None if stored is None else method_of(stored.method)
+    if stored is not None and method is not None and method.adapter and not method.merges:
         config = apply_overrides(stored, arguments.overrides)
         checkpoint = find_checkpoint(path, arguments.checkpoint)
         refuse_damaged(path, checkpoint)
@@ -209,7 +208,7 @@ def _configuration(
     config = replace(
         config,
         data=data,
-        method=config.method if checkpoint else FullConfig(),
+        method=config.method if checkpoint else METHODS.default(),
         launch=on_this_machine(config.launch),
         tracking=replace(config.tracking, wandb=WandbConfig()),
         parallel=NoParallelConfig(),  # without gradients a rank holds a long row
@@ -236,7 +235,7 @@ def _compared(config: RunConfig) -> TaskConfig:
             "the run began with random weights, which are nowhere to be found, and the rewards are relative to them"
         )
         raise UserError(Problem("task.reference_model", reason, "give another model as the reference"))
-    if getattr(config.method, "adapter", None) or getattr(config.method, "frozen_adapters", None):
+    if method_of(config.method).folders:
         reason = "the run began with another adapter, and the rewards are relative to the model with it"
         fix = "task.reference_model=FOLDER of that adapter's run, merged by dstune export RUN --merge"
         raise UserError(Problem("task.reference_model", reason, fix))
@@ -268,7 +267,7 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
     launch = on_this_machine(config.launch)
     data = replace(data, packing=False)
     alone = NoParallelConfig()
-    config = replace(config, data=data, method=FullConfig(), launch=launch, tracking=tracking, parallel=alone)
+    config = replace(config, data=data, method=METHODS.default(), launch=launch, tracking=tracking, parallel=alone)
     validate(config)
     return preflight.resolve_run(config, stage)
 

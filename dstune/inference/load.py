@@ -11,8 +11,6 @@ from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import read_record, recorded_overrides
 from dstune.config.compose import apply_overrides, compose, read_run
-from dstune.config.method_rules import can_merge
-from dstune.config.method_schema import AdapterConfig, FullConfig
 from dstune.config.overrides import quoted
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import WRITERS
@@ -21,7 +19,7 @@ from dstune.data.formats import check_columns
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
 from dstune.parallel.none import NoParallelConfig
-from dstune.protocols import task_of
+from dstune.protocols import METHODS, method_of, task_of
 
 if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
@@ -91,7 +89,7 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> W
         reason = "the adapter does not name its labels"
         raise UserError(Problem("task.labels", reason, "task.labels=[NAME,NAME] in their order"))
     own = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
-    config = replace(config, model=resolved(own), method=FullConfig())
+    config = replace(config, model=resolved(own), method=METHODS.default())
     identity = [*_files_of(folder), config.model.revision, adapter_settings(folder)["base_model_name_or_path"]]
     return Wanted(config, tuple(labels), identity, adapter=folder)
 
@@ -116,7 +114,7 @@ def _with_own_labels(config: RunConfig, identity: list[Any]) -> Wanted:
     from dstune.checkpoint.own_labels import with_labels
     from dstune.models.load import load_config
 
-    config = with_labels(replace(config, method=FullConfig()))
+    config = with_labels(replace(config, method=METHODS.default()))
     if not task_of(config.task).has_labels:
         return Wanted(config, (), identity)
     own = load_config(config.model).id2label
@@ -158,8 +156,8 @@ def load(wanted: Wanted, scratch: Path) -> Predictor:
         return _load_adapter(wanted, wanted.adapter)
     if wanted.run is None:
         return _load_whole(wanted)
-    method = wanted.config.method
-    if isinstance(method, AdapterConfig) and not can_merge(method):
+    method = method_of(wanted.config.method)
+    if method.adapter and not method.merges:
         return _load_beside(wanted, find_checkpoint(wanted.run, wanted.step))
     folder = exported(wanted.run, scratch, which=wanted.step, merge=True)
     # Its configuration, tokenizer and chat template are those that the run trained with.
@@ -171,7 +169,7 @@ def load(wanted: Wanted, scratch: Path) -> Predictor:
         chat_template=None,
         config_overrides={},
     )
-    return _load_whole(replace(wanted, config=replace(wanted.config, model=model, method=FullConfig())))
+    return _load_whole(replace(wanted, config=replace(wanted.config, model=model, method=METHODS.default())))
 
 
 def _load_whole(wanted: Wanted) -> Predictor:
@@ -189,13 +187,12 @@ def _load_whole(wanted: Wanted) -> Predictor:
 def _load_beside(wanted: Wanted, checkpoint: Path) -> Predictor:
     """What was trained stands in front of each row: the model is built as in training."""
     from dstune.checkpoint.adapters import load_trained
-    from dstune.models.peft import apply_method
 
     assert wanted.run is not None
     refuse_damaged(wanted.run, checkpoint)
     config = replace(wanted.config, model=resolved(wanted.config.model))
     body, tokenizer = _body(replace(wanted, config=config))
-    module = apply_method(config, body)
+    module = method_of(config.method).apply(body, config)
     load_trained(module, checkpoint)
     return _predictor(wanted, module, body, tokenizer)
 

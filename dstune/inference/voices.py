@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import tempfile
 import warnings
@@ -17,7 +16,7 @@ from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
 from dstune.errors import Problem, UserError
 from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, located, run_and_step
-from dstune.protocols import TASKS, task_of
+from dstune.protocols import METHODS, TASKS, task_of
 from dstune.protocols.task import TaskConfig
 
 OWN = "default"
@@ -191,17 +190,16 @@ def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping
     """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from dstune.models.quantize import keep_layout, rounding
+    from dstune.models.quantize import keep_layout
 
     architecture = AutoConfig.from_pretrained(**source)
     kind = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
     dtype = computing_dtype(architecture)
-    quantized: dict[str, Any] = {}
-    if record.get("method") == "qlora" and importlib.util.find_spec("bitsandbytes") is not None:
-        quantized["quantization_config"] = rounding(dtype, double=bool(record.get("double_quantization", True)))
+    method = METHODS.classes().get(str(record.get("method")))
+    options = {} if method is None else method.serving_options(record, dtype)
     try:
         model, loading = kind.from_pretrained(
-            **source, **quantized, dtype=dtype, use_safetensors=True, output_loading_info=True
+            **source, **options, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except ValueError as error:
         raise UserError(Problem("MODEL", f"cannot be loaded: {str(error).splitlines()[0]}", "", wanted.path)) from error

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.data_schema import OnBadRow
-from dstune.config.method_rules import cpu_problems
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
 from dstune.errors import Problem, UserError
-from dstune.protocols import task_of
+from dstune.protocols import method_of, task_of
 
 WHOLE_FILE_BYTES = 1 << 26
 """A JSON array is read as a whole, so one larger than this is left to the ranks."""
@@ -26,7 +25,7 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
         reason = "fp16 is trained on GPUs only, and there is none here: a CPU has no fp16 kernels for several layers"
         yield Problem("trainer.precision", reason, "trainer.precision=fp32", "fp16")
     if not gpus:
-        yield from cpu_problems(config)
+        yield from method_of(config.method).check_cpu(config)
 
 
 def task_problems(config: RunConfig) -> Iterator[Problem]:

@@ -25,9 +25,9 @@ from dstune.planning.calibration import speeds
 from dstune.planning.fillers import fillers
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
-from dstune.planning.setup import Setup, head_of, labels_of, setup, trained_tensors
+from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
-from dstune.protocols import launcher_of, parallelism_of
+from dstune.protocols import launcher_of, method_of, parallelism_of
 
 HELP = """\
 usage: dstune plan [RUN] [key=value ...] [hardware=8xH100-80G] [nodes=4] [price=2.5] [--json]
@@ -211,8 +211,7 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     by_size = {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
     any_rows = config.trainer.micro_batch_size is Automatic.auto
     choices = plan(configured, cluster, by_size, any_rows=any_rows)
-    trained, _ = trained_tensors(config, model)
-    count = sum(tensor.count for tensor in trained)
+    count = sum(tensor.count for tensor in method_of(config.method).trained(model)[0])
     return Planned(choices, cluster, configured, precision, model.parameters, count, bool(measured))
 
 

@@ -10,6 +10,7 @@ from dstune.config.architectures import row_limit
 from dstune.config.schema import RunConfig
 from dstune.errors import UserError
 from dstune.planning.source import config_json
+from dstune.protocols import method_of
 
 
 def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConfig:
@@ -38,4 +39,4 @@ def cut_as_before(before: RunConfig, config: RunConfig) -> RunConfig:
 
 def _limit(config: RunConfig) -> int | None:
     limit = row_limit(config_json(config.model))
-    return None if limit is None else limit - getattr(config.method, "virtual_tokens", 0)
+    return None if limit is None else limit - method_of(config.method).positions

@@ -18,15 +18,12 @@ from typing import Any
 
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
-from dstune.config.adapter_file import resolve_adapters
 from dstune.config.architectures import (
-    encoder_decoder_method_problem,
     encoder_decoder_problem,
     packed_encoder_decoder_problem,
 )
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
-from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.data import inputs, sources
@@ -39,7 +36,7 @@ from dstune.launch.first_rows import first_row_problems, hardware_problems, task
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.planning.source import config_json
-from dstune.protocols import TRACKERS, parallelism_of, task_of
+from dstune.protocols import TRACKERS, method_of, parallelism_of, task_of
 from dstune.protocols.task import TaskConfig
 
 Stage = Callable[[str], None]
@@ -90,15 +87,12 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
         except UserError as error:
             problems += error.problems
     try:
-        config = replace(config, method=resolve_adapters(config.method))
+        config = replace(config, method=method_of(config.method).resolve())
     except UserError as error:
         problems += error.problems
-    quantized = isinstance(config.method, QloraConfig)
-    if quantized and importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(Problem("method", "needs the package bitsandbytes", "pip install 'dstune[qlora]'", "qlora"))
-    if config.trainer.precision is Precision.fp16 or (
-        quantized and config.zero.stage == 3
-    ):  # looking for GPUs starts a program
+    method = method_of(config.method)
+    problems += method.missing()
+    if config.trainer.precision is Precision.fp16 or any(method.check_cpu(config)):  # looking for GPUs starts a program
         problems += hardware_problems(config, count_gpus(os.environ))
     template = config.model.chat_template
     if template is not None and not template_path(template).is_file():
@@ -277,7 +271,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
             problems.append(encoder_decoder_problem(config, kind))
         elif run.data.packing:
             problems.append(packed_encoder_decoder_problem(kind))
-        refused = encoder_decoder_method_problem(run.method.name, kind)
+        refused = method_of(run.method).encoder_decoder_problem(kind)
         problems += [] if refused is None else [refused]
     decoder = architecture.get("text_config")  # of a model that reads images too
     layers = architecture | (decoder if isinstance(decoder, dict) else {}) | config.config_overrides

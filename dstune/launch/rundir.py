@@ -12,7 +12,6 @@ from pathlib import Path
 
 from dstune.checkpoint import store
 from dstune.config.compose import Composed, continue_run, read_run, write_run
-from dstune.config.domain_stage import FOLDER as FIRST_STAGE
 from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
@@ -74,8 +73,8 @@ class Before:
 
 
 def _begun(path: Path) -> tuple[int | None, ...]:
-    # What stops the second stage of a run does not undo the first.
-    return tuple(_written_at(folder / BEGUN) for folder in (path, path / FIRST_STAGE))
+    # What stops the last stage of a run does not undo those before it, which have folders of their own.
+    return tuple(_written_at(file) for file in (path / BEGUN, *sorted(path.glob(f"*/{BEGUN}"))))
 
 
 def _content(file: Path) -> bytes | None:

@@ -17,3 +17,9 @@ ORDER = (
     "p_tuning",
 )
 """In tables and messages these come first, in this order; the first one is the default."""
+
+REFUSED = {
+    "adalora": "it takes ranks away by the gradients of single parameters between backward pass and update, and partitioned"
+    " stages do not keep them (method=lora with method.rank_pattern sets ranks by hand)",
+}
+"""Methods of the field that are not offered, and why."""

@@ -2,11 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.convert import shown
 from dstune.config.method_schema import Ia3Config
-from dstune.protocols import Method, method
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem
+from dstune.methods._peft import ModuleAdapter
+from dstune.protocols import method
+
+if TYPE_CHECKING:
+    from dstune.planning.architecture import Architecture, Tensor
+
+MODULES = {
+    **dict.fromkeys(("llama", "mistral"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), (("q_proj", "v_proj", "down_proj"), ("down_proj",))
+    ),
+    **dict.fromkeys(("bert", "roberta"), (("key", "value", "output.dense"), ("output.dense",))),
+    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
+    "t5": (("k", "v", "wo"), ("wo",)),
+    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+}
+"""By architecture, the modules that peft's IA3 scales, and those of them whose inputs it scales (its constants, 0.21)."""
 
 
 @method
-class Ia3(Method):
+class Ia3(ModuleAdapter):
     Config = Ia3Config
     config: Ia3Config
+
+    peft_type = "IA3"
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        config = self.config
+        if strange := set(config.feedforward_modules) - set(config.target_modules):
+            reason = f"{', '.join(sorted(strange))} are not among method.target_modules"
+            fix = "name them in both, or leave out both for peft's choice"
+            yield Problem("method.feedforward_modules", reason, fix, shown(config.feedforward_modules))
+        yield from super().check(run)
+
+    def _has_own_choice(self) -> bool:
+        return True
+
+    def added(self, model: Architecture) -> tuple[Tensor, ...]:
+        """Exact where the modules are known; where peft has no choice of its own for the architecture, a guess."""
+        from dstune.planning.adapters import low_rank
+
+        if self.config.target_modules or model.kind in MODULES:
+            return tuple(self._scales(model))
+        return tuple(low_rank(model, self.targets, 1, experts=False))
+
+    def _scales(self, model: Architecture) -> Iterator[Tensor]:
+        """A number for each output of a scaled module, of a feed-forward one for each input."""
+        from dstune.planning.adapters import linear_modules
+        from dstune.planning.architecture import Tensor
+
+        if self.config.target_modules:
+            chosen, feed_forward = self.config.target_modules, self.config.feedforward_modules
+        else:
+            chosen, feed_forward = map(list, MODULES[model.kind])
+        for module, (outputs, inputs), layer in linear_modules(model, chosen):
+            of_inputs = any(module.endswith(f".{ending}") for ending in feed_forward)
+            shape = (1, inputs) if of_inputs else (outputs, 1)
+            yield Tensor(f"{module}.ia3_l", shape, layer=layer)
+
+    def settings(self, common: dict[str, Any]) -> Any:
+        import peft
+
+        chosen = {"feedforward_modules": self.config.feedforward_modules} if self.config.target_modules else {}
+        return peft.IA3Config(**common, **chosen)

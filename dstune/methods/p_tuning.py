@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
-from dstune.config.method_schema import PTuningConfig
-from dstune.protocols import Method, method
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dstune.config.method_schema import PTuningConfig, PTuningEncoder
+from dstune.methods._peft import TrainedPrompt, linear
+from dstune.protocols import method
+
+if TYPE_CHECKING:
+    from dstune.planning.architecture import Architecture
 
 
 @method
-class PTuning(Method):
+class PTuning(TrainedPrompt):
     Config = PTuningConfig
     config: PTuningConfig
+
+    peft_type = "P_TUNING"
+    renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
+
+    @property
+    def added_length(self) -> int:
+        return self.config.virtual_tokens
+
+    def _through_network(self) -> bool:
+        return True
+
+    def _parameters(self, model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+        hidden, size = model.hidden, self.config.encoder_size
+        yield "embedding.weight", self._embedding(model)
+        if self.config.encoder is PTuningEncoder.mlp:
+            yield from linear("mlp_head.0", hidden, size)
+            yield from linear("mlp_head.2", size, size)
+            yield from linear("mlp_head.4", size, hidden)
+            return
+        for layer in range(self.config.encoder_layers):
+            inputs = hidden if layer == 0 else 2 * size
+            for direction in ("", "_reverse"):
+                at = f"l{layer}{direction}"
+                yield f"lstm_head.weight_ih_{at}", (4 * size, inputs)
+                yield f"lstm_head.weight_hh_{at}", (4 * size, size)
+                yield f"lstm_head.bias_ih_{at}", (4 * size,)
+                yield f"lstm_head.bias_hh_{at}", (4 * size,)
+        yield from linear("mlp_head.0", 2 * size, 2 * size)
+        yield from linear("mlp_head.2", 2 * size, hidden)
+
+    def settings(self, task_type: Any) -> Any:
+        import peft
+
+        return peft.PromptEncoderConfig(
+            num_virtual_tokens=self.config.virtual_tokens,
+            encoder_reparameterization_type=self.config.encoder.name.upper(),
+            encoder_hidden_size=self.config.encoder_size,
+            encoder_num_layers=self.config.encoder_layers,
+            encoder_dropout=self.config.encoder_dropout,
+            task_type=task_type,
+        )

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dstune.config.convert import shown
 from dstune.config.method_schema import PrefixConfig
-from dstune.protocols import Method, method
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem
+from dstune.methods._peft import TrainedPrompt, linear
+from dstune.protocols import method
+
+if TYPE_CHECKING:
+    from dstune.planning.architecture import Architecture
 
 
 @method
-class Prefix(Method):
+class Prefix(TrainedPrompt):
     Config = PrefixConfig
     config: PrefixConfig
+
+    peft_type = "PREFIX_TUNING"
+    renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
+
+    def check(self, run: RunConfig) -> Iterator[Problem]:
+        yield from super().check(run)
+        if run.trainer.activation_checkpointing:
+            reason = "the prefix stands in the cache of keys and values, which checkpointed layers do not have"
+            value = shown(run.trainer.activation_checkpointing)
+            yield Problem("trainer.activation_checkpointing", reason, "false, or method=lora", value)
+
+    def _through_network(self) -> bool:
+        return self.config.projection_size is not None
+
+    def _parameters(self, model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+        width = model.kv_heads * model.head_dim
+        of_layers = model.layers * 2 * width
+        size = self.config.projection_size
+        if size is None:
+            yield "embedding.weight", (self.config.virtual_tokens, of_layers)
+        else:
+            yield "embedding.weight", (self.config.virtual_tokens, width)
+            yield from linear("transform.0", width, size)
+            yield from linear("transform.2", size, of_layers)
+
+    def settings(self, task_type: Any) -> Any:
+        import peft
+
+        return peft.PrefixTuningConfig(
+            num_virtual_tokens=self.config.virtual_tokens,
+            prefix_projection=self.config.projection_size is not None,
+            encoder_hidden_size=self.config.projection_size,
+            task_type=task_type,
+        )

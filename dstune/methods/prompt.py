@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from dstune.config.method_schema import PromptConfig
-from dstune.protocols import Method, method
+from dstune.config.schema import RunConfig
+from dstune.methods._peft import TrainedPrompt
+from dstune.protocols import method
+
+if TYPE_CHECKING:
+    from dstune.planning.architecture import Architecture
 
 
 @method
-class Prompt(Method):
+class Prompt(TrainedPrompt):
     Config = PromptConfig
     config: PromptConfig
+
+    peft_type = "PROMPT_TUNING"
+    renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
+    ours_alone = ("init_text",)
+
+    @property
+    def added_length(self) -> int:
+        return self.config.virtual_tokens
+
+    def _parameters(self, model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "embedding.weight", self._embedding(model)
+
+    def settings(self, task_type: Any) -> Any:
+        import peft
+
+        return peft.PromptTuningConfig(num_virtual_tokens=self.config.virtual_tokens, task_type=task_type)
+
+    def start(self, adapted: Any, run: RunConfig) -> None:
+        from dstune.methods._peft.prompts import start_at_tokens
+
+        start_at_tokens(adapted, self.config, run)

@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from dstune.config.method_schema import VeraConfig
-from dstune.protocols import Method, method
+from dstune.methods._peft import ModuleAdapter
+from dstune.protocols import method
+
+if TYPE_CHECKING:
+    from dstune.planning.architecture import Architecture, Tensor
 
 
 @method
-class Vera(Method):
+class Vera(ModuleAdapter):
     Config = VeraConfig
     config: VeraConfig
+
+    peft_type = "VERA"
+    renamed: ClassVar[dict[str, str]] = {
+        "rank": "r",
+        "dropout": "vera_dropout",
+        "first_scale": "d_initial",
+        "projection_seed": "projection_prng_key",
+    }
+
+    @property
+    def adapter_dropout(self) -> float:
+        return self.config.dropout
+
+    def added(self, model: Architecture) -> tuple[Tensor, ...]:
+        return tuple(self._vectors(model))
+
+    def _vectors(self, model: Architecture) -> Iterator[Tensor]:
+        """A number for each row of the shared matrix, and for each output."""
+        from dstune.planning.adapters import linear_modules
+        from dstune.planning.architecture import Tensor
+
+        for module, (outputs, _), layer in linear_modules(model, self.targets):
+            yield Tensor(f"{module}.vera_lambda_b", (outputs,), layer=layer)
+            yield Tensor(f"{module}.vera_lambda_d", (self.config.rank,), layer=layer)
+
+    def settings(self, common: dict[str, Any]) -> Any:
+        import peft
+
+        return peft.VeraConfig(
+            r=self.config.rank,
+            vera_dropout=self.config.dropout,
+            d_initial=self.config.first_scale,
+            projection_prng_key=self.config.projection_seed,
+            **common,
+        )

@@ -12,7 +12,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dstune.config.method_schema import PrefixConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Attention, RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.models.cpu_attention import CausalAttention, computes
@@ -26,9 +25,7 @@ from dstune.models.spans import (
     spans_told,
     window_of,
 )
-
-IN_FRONT = (PrefixConfig, PromptConfig, PTuningConfig)
-"""Methods whose trained positions stand in front of a row, which no span has."""
+from dstune.protocols import method_of
 
 
 class SpanAttention:
@@ -96,7 +93,7 @@ class SamplesApart(SpanAttention):
         """
         wanted = config.model.attention is Attention.auto and not torch.cuda.is_available()
         language = isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
-        known = not (isinstance(config.method, IN_FRONT) or model.config.is_encoder_decoder or attention_problem(model))
+        known = not (method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model))
         # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
         if not (wanted and language and known) or dropout:

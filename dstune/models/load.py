@@ -31,12 +31,10 @@ from transformers import (
 from dstune import samples
 from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import (
-    encoder_decoder_method_problem,
     encoder_decoder_problem,
     mark_encoder_decoder,
     packed_encoder_decoder_problem,
 )
-from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling, QloraConfig
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.config.task_schema import (
     HEADED,
@@ -51,9 +49,9 @@ from dstune.config.task_schema import (
 from dstune.errors import Problem, UserError
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
-from dstune.models.quantize import keep_layout, quantization, refuse_experts
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
+from dstune.protocols import method_of
 from dstune.protocols.task import TaskConfig
 from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
 
@@ -172,7 +170,7 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
             raise UserError(encoder_decoder_problem(config.model, architecture.model_type))
         if config.data.packing:
             raise UserError(packed_encoder_decoder_problem(architecture.model_type))
-        refused = encoder_decoder_method_problem(config.method.name, architecture.model_type)
+        refused = method_of(config.method).encoder_decoder_problem(architecture.model_type)
         if refused is not None:
             raise UserError(refused)
         _complete_decoder(architecture, tokenizer)
@@ -198,9 +196,7 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
         )
         if config.task.regression:
             architecture.num_labels = 1
-    method = config.method
-    if isinstance(method, HeadConfig | FeaturesConfig) and method.pooling is not Pooling.model:
-        head = {"pooling": method.pooling.value, "layers": method.layers, "dropout": method.dropout}
+    if (head := method_of(config.method).own_head) is not None:
         architecture.dstune_head = head
     return architecture
 
@@ -228,9 +224,7 @@ def load_model(
             new = sorted({*loading["missing_keys"], *mismatched})
     if isinstance(config.task, EmbeddingConfig):
         new = _without_pooler(model, new)
-    if isinstance(config.method, QloraConfig):
-        refuse_experts(model)
-        keep_layout(model)
+    method_of(config.method).after_load(model)
     if architecture.is_encoder_decoder:
         complete_generation(model.generation_config, architecture)
     _check_new_weights(config, model, new)
@@ -264,6 +258,8 @@ def _pretrained(
     takes its part from the files instead, and holds none of the weights beside it (`benchmarks/loading.py`).
     """
 
+    method_options = method_of(config.method).load_options(config, options["dtype"])
+
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
             local_path(config.model.path),
@@ -273,12 +269,12 @@ def _pretrained(
             # A classifier may be tuned to another number of labels: its head is new then.
             ignore_mismatched_sizes=isinstance(config.task, HEADED),
             **options,
-            **quantization(config, options["dtype"]),
+            **method_options,
             **_source(config.model),
         )
         return loaded
 
-    if not partitioning() or isinstance(config.method, QloraConfig):
+    if not partitioning() or method_options:
         return load(**options)
     mapped = Mapped.of(config.model, architecture)
     if not all_ranks_hold(None if mapped is None else mapped.contents):

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dstune.protocols import method_of
+
 if TYPE_CHECKING:
     from torch import nn
+
+    from dstune.config.schema import RunConfig
+
+
+def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups for `module`, as `config.method` has trained it."""
+    method = method_of(config.method)
+    return parameter_groups(module, config.optimizer.weight_decay, method.rates(module), method.parts(module))
 
 
 def parameter_groups(

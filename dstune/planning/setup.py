@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 from dstune.config.architectures import row_limit
-from dstune.config.method_schema import AdapterConfig, FreezeConfig, PrefixConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import (
     Attention,
     Offload,
@@ -19,14 +17,13 @@ from dstune.config.schema import (
 )
 from dstune.config.zero_rules import SWAPPED_AT_ONCE
 from dstune.errors import UserError
-from dstune.planning.adapters import added, experts_problem
 from dstune.planning.architecture import (
     DEFAULTS,
     Architecture,
     Tensor,
     sliced,
 )
-from dstune.protocols import optimizer_of, parallelism_of, task_of
+from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 
 CLASSES_UNKNOWN = 2
 """Classes that are counted where the labels are found in the rows only: a head of a few thousand weights."""
@@ -141,19 +138,18 @@ def setup(
 
     Raises UserError where the method cannot train this architecture.
     """
-    method = config.method
-    if (problem := experts_problem(method, model)) is not None:
+    method = method_of(config.method)
+    if (problem := method.architecture_problem(model)) is not None:
         raise UserError(problem)
     slices = parallelism_of(config.parallel).weight_ranks
     model = sliced(model, slices) if slices > 1 else model
-    trained, frozen = trained_tensors(config, model)
+    trained, frozen = method.trained(model)
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero
     more = zero.settings.get("zero_optimization", {}) if isinstance(zero.settings, dict) else {}
     longest = min(config.data.max_length, row_limit(values) or config.data.max_length)
     length = longest if config.data.packing else -(-longest // PADDING) * PADDING
-    if isinstance(method, (PromptConfig, PTuningConfig)):
-        length += method.virtual_tokens  # in front of every row
+    length += method.added_length
     values = DEFAULTS.get(model.kind, {}) | values
     return Setup(
         model=model,
@@ -165,7 +161,7 @@ def setup(
         swapped_at_once=zero.settings.get("zero_optimization", {}).get("sub_group_size", SWAPPED_AT_ONCE),
         offload_param=zero.offload_param is not Offload.none and zero.stage == 3,
         weight_bytes=weight_bytes,
-        frozen_bits=4 if method.name == "qlora" else 8 * weight_bytes,
+        frozen_bits=method.frozen_bits(weight_bytes),
         moments=optimizer_of(config.optimizer).states_per_parameter,
         ranks=max(1, ranks // slices),
         ranks_per_node=ranks_per_node,
@@ -178,10 +174,10 @@ def setup(
         attention=_attention(config, model, values, on_gpu=on_gpu),
         checkpointing=config.trainer.activation_checkpointing,
         tiles=config.trainer.mlp_tiles,
-        adapter=isinstance(method, AdapterConfig),
+        adapter=method.adapter,
         target_share=1.0,
         dropout=float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0),
-        adapter_dropout=getattr(method, "dropout", 0.0) > 0,
+        adapter_dropout=method.adapter_dropout > 0,
         reduce_bucket=zero.reduce_bucket_size,
         persistence=zero.param_persistence_threshold,
         # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements.
@@ -203,38 +199,9 @@ def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *
     """As `dstune.models.attention` chooses."""
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
-    in_front = isinstance(config.method, PrefixConfig | PromptConfig | PTuningConfig)
     dropout = values.get("attention_dropout")
-    known = not (in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout)
+    known = not (
+        method_of(config.method).in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout
+    )
     language = task_of(config.task).language
     return "samples" if language and known and not on_gpu else "sdpa"
-
-
-def trained_tensors(config: RunConfig, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
-    """The tensors that are trained, and how many weights stay frozen."""
-    method = config.method
-    if isinstance(method, AdapterConfig):
-        kept = ("classifier", "score", *getattr(method, "modules_to_save", []))
-        whole = [t for t in model.tensors if set(kept) & set(t.name.split("."))]
-        # peft trains a copy of a whole module beside the frozen original.
-        return (*added(method, model), *whole), model.parameters
-    if isinstance(method, FreezeConfig):
-        trained = tuple(t for t in model.tensors if not _is_frozen(t, method, model.layers))
-        return trained, model.parameters - sum(t.count for t in trained)
-    if method.name in ("head", "features"):
-        trained = tuple(t for t in model.tensors if t.name.startswith(("classifier", "score", "pooler", "head.")))
-        if not trained:  # a language model's head; tied to the embedding it is the embedding
-            trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
-        return trained, model.parameters - sum(t.count for t in trained)
-    return model.tensors, 0
-
-
-def _is_frozen(tensor: Tensor, method: FreezeConfig, layers: int) -> bool:
-    """Whether `method=freeze` keeps a tensor as it is (`dstune/models/freeze.py`)."""
-    if any(re.search(pattern, tensor.name) for pattern in method.trained):
-        return False
-    if tensor.layer is None:
-        below = method.embeddings and any(part in tensor.name for part in ("embed", "shared"))
-    else:
-        below = tensor.layer < method.first_layers or tensor.layer >= layers - method.last_layers
-    return below or any(re.search(pattern, tensor.name) for pattern in method.parameters)

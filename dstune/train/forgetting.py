@@ -15,10 +15,13 @@ import torch
 from dstune.config.forgetting import general_rows
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.schema import Precision, RunConfig
+from dstune.config.task_schema import ClassificationConfig
+from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.errors import TrainingFailed
 from dstune.models.load import NewWeights
+from dstune.paths import cache_root
 from dstune.train.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine
 from dstune.zero.restore import Partition
@@ -62,6 +65,24 @@ class Penalties:
         """The penalty of the weights before the last update, of this rank's partitions."""
         mine, self._value = self._value, 0.0
         return mine
+
+
+def general_fisher(
+    config: RunConfig,
+    labels: tuple[str, ...],
+    tokenizer: Any,
+    precision: Precision,
+    world: World,
+    restrict: Restrict | None = None,
+) -> Fisher:
+    """`fisher_information` of the rows of `forgetting.general`; empty without `forgetting.ewc`. Every rank must call it."""
+    if not config.forgetting.ewc:
+        return {}
+    rows = general_rows(config)
+    if isinstance(rows.task, ClassificationConfig):
+        rows = replace(rows, task=replace(rows.task, labels=list(labels)))
+    general = prepare(rows, tokenizer, world.env, cache_root())
+    return fisher_information(config, general, tokenizer, precision, world, restrict)
 
 
 def fisher_information(

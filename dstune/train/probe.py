@@ -16,11 +16,10 @@ from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.models.load import NewWeights, load_model, new_weights
 from dstune.models.norms import use_lean_norms
-from dstune.models.peft import apply_method
+from dstune.optim.groups import method_groups
 from dstune.optim.sgd import SgdConfig
-from dstune.protocols import optimizer_of, task_of
+from dstune.protocols import method_of, optimizer_of, task_of
 from dstune.train.feed import dropout_seed, windows
-from dstune.train.optim import method_groups
 from dstune.train.supply import supply_of
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Change, Engine
@@ -81,7 +80,7 @@ def probing(
     with partitioned_loading(settings):
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     new = new_weights(model)
-    module = apply_method(config, model)
+    module = method_of(config.method).apply(model, config)
     use_lean_norms(module)
     head = task_of(config.task).head(model)
     if restrict is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from dstune.config.method_schema import FullConfig
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
 from dstune.config.task_schema import PreferenceConfig
 from dstune.data import cache
@@ -23,7 +22,7 @@ from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.load import load_model, load_tokenizer, model_folder
-from dstune.protocols import task_of
+from dstune.protocols import METHODS, method_of, task_of
 from dstune.tasks.preference.head import JudgedHead, PairHead
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -94,7 +93,7 @@ def _other_model(config: RunConfig) -> RunConfig | None:
         trust_remote_code=config.model.trust_remote_code,
     )
     zero = replace(config.zero, stage=3 if config.zero.stage == 3 else 0, offload_optimizer=OptimizerOffload.none)
-    return replace(config, model=model, method=FullConfig(), zero=zero)
+    return replace(config, model=model, method=METHODS.default(), zero=zero)
 
 
 class _Cache:
@@ -172,9 +171,8 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
     settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
     if model.weights is InitialWeights.random or model.add_tokens:
         settings.append(config.trainer.seed)
-    method = config.method
-    adapters = [getattr(method, "adapter", None), *getattr(method, "frozen_adapters", ())]
-    folders = [model_folder(model), *(Path(folder) for folder in adapters if folder)]
+    method = method_of(config.method)
+    folders = [model_folder(model), *map(Path, method.folders)]
     files = sorted(
         (number, path)
         for number, folder in enumerate(folders)
@@ -183,7 +181,7 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
     )
     mine = {f"{number}/{path.name}": _digest(path) for number, path in files[world.rank :: world.size]}
     digests = {name: digest for part in world.gather(mine) for name, digest in part.items()}
-    return [*settings, digests, asdict(config.method) if not isinstance(config.method, FullConfig) else {}]
+    return [*settings, digests, method.identity()]
 
 
 def _digest(path: Path) -> str:

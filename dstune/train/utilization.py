@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import FeaturesConfig, PromptConfig, PTuningConfig
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.task_schema import (
     CausalLmConfig,
@@ -29,6 +28,7 @@ from dstune.planning.architecture import LANGUAGE_MODEL, architecture
 from dstune.planning.flops import Work, step_flops, work_of
 from dstune.planning.hardware import known_device
 from dstune.planning.setup import Setup, head_of, labels_of, setup
+from dstune.protocols import method_of
 
 TOKEN_TARGETS = (ChatConfig, CausalLmConfig, Seq2SeqConfig, PreferenceConfig, TokenClassificationConfig)
 """Tasks whose targets are tokens; those of the others are rows."""
@@ -153,9 +153,9 @@ def utilization_of(
 def _needs(
     config: RunConfig, model: PreTrainedModel, module: torch.nn.Module, precision: Precision, world: World, labels: int
 ) -> Needs | None:
-    method, task = config.method, config.task
-    # Vectors in place of texts; passes of a reference model; two streams of tokens that the formula has as one.
-    if isinstance(method, FeaturesConfig) or isinstance(task, PreferenceConfig) or model.config.is_encoder_decoder:
+    method, task = method_of(config.method), config.task
+    # Passes of a reference model; two streams of tokens that the formula has as one.
+    if not method.flops_known or isinstance(task, PreferenceConfig) or model.config.is_encoder_decoder:
         return None
     values = model.config.get_text_config().to_dict()
     whole = replace(config, parallel=NoParallelConfig())  # whose operations are shared evenly
@@ -168,8 +168,7 @@ def _needs(
         precision=precision,
         values=values,
     )
-    prompt = method.virtual_tokens if isinstance(method, (PromptConfig, PTuningConfig)) else 0
-    needs = Needs(found, head_of(config) == LANGUAGE_MODEL, prompt, None if found.adapter else module)
+    needs = Needs(found, head_of(config) == LANGUAGE_MODEL, method.added_length, None if found.adapter else module)
     if needs.module is not None and not needs.now().setup.trained:
         return None  # its parameters have other names than those of the architecture
     return needs

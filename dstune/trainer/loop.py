@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,6 @@ from dstune.train.forgetting import Penalties
 from dstune.train.measure import Totals
 from dstune.train.memory import PeakMemory
 from dstune.train.supply import Supply
-from dstune.train.unfreezing import Unfreezing
 from dstune.train.utilization import Utilization
 from dstune.train.window import joined
 from dstune.trainer.callback_list import CallbackList
@@ -67,7 +66,7 @@ class Training:
     startup: StartupTimer
     memory: PeakMemory
     utilization: Utilization
-    unfreezing: Unfreezing | None = None
+    unfreezing: Any = None
     """Of a method that trains more and more layers."""
     penalties: Penalties | None = None
     started: float = field(default_factory=time.monotonic)

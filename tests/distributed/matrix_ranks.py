@@ -21,14 +21,14 @@ import torch
 from dstune import worker
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
-from dstune.config.adapter_file import resolve_adapters
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import RunConfig
 from dstune.dist import World
 from dstune.evaluate_ranks import evaluate
-from dstune.models.features import FeatureClassifier
+from dstune.methods.features.classifier import FeatureClassifier
 from dstune.models.generation import generation_inputs
+from dstune.protocols import method_of
 from dstune.rank_env import from_environment
 from dstune.train import importance
 from dstune.zero.engine import Engine
@@ -271,7 +271,7 @@ def stand_on(run_dir: Path, case: dict[str, Any]) -> None:
     """Let the run begin with what another one has trained."""
     config = config_of(run_dir)
     changes = {"adapter": case["after"]} if case["as"] == "adapter" else {"frozen_adapters": [case["after"]]}
-    method = resolve_adapters(replace(config.method, **changes))
+    method = method_of(replace(config.method, **changes)).resolve()
     write_run(run_dir / "run.yaml", Composed(replace(config, method=method), []))
 
 

@@ -13,11 +13,10 @@ from support.configs import run_config
 from dstune.config import method_schema, schema, task_schema
 from dstune.dist import World
 from dstune.models.load import load_model, load_tokenizer
-from dstune.models.peft import apply_method
 from dstune.optim.adamw import AdamWConfig
-from dstune.protocols import optimizer_of, task_of
+from dstune.optim.groups import method_groups
+from dstune.protocols import method_of, optimizer_of, task_of
 from dstune.rank_env import from_environment
-from dstune.train.optim import method_groups
 from dstune.worker import goes_once_through
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -46,7 +45,7 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
     settings = deepspeed_config(config, world.size, schema.Precision.fp32, on_gpu=False)
     with partitioned_loading(settings):
         model = load_model(config, load_tokenizer(config.model), labels, torch.float32)
-    module = apply_method(config, model)
+    module = method_of(config.method).apply(model, config)
     head = task_of(config.task).head(model)
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
     engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=goes_once_through(config))

@@ -13,12 +13,11 @@ from support.tiny import save_decoder, save_encoder, write_dialogues, write_labe
 
 from dstune.config import data_schema, method_schema, schema
 from dstune.config.compose import Composed, write_run
-from dstune.config.method_rules import can_merge
 from dstune.config.validate import find_problems
 from dstune.errors import Problem
 from dstune.launch.first_rows import hardware_problems
 from dstune.optim.adamw import AdamWConfig
-from dstune.protocols import TASKS
+from dstune.protocols import TASKS, method_of
 
 PROGRAM = Path(__file__).with_name("matrix_ranks.py")
 STAGES = (0, 1, 2, 3)
@@ -189,7 +188,7 @@ class Table:
                     "stage": stage,
                     "run_dir": str(run_dir),
                     "resumed_stage": (resumed_stages or {}).get(stage, stage),
-                    "merges": can_merge(config.method),
+                    "merges": method_of(config.method).merges,
                     "quantized": isinstance(config.method, method_schema.QloraConfig),
                     "after": directories.get((source, stage)),
                     "as": how,

@@ -10,10 +10,9 @@ from pathlib import Path
 from dstune.checkpoint.shards import Shards
 from dstune.config.compose import read_run
 from dstune.models.load import load_model, load_tokenizer
-from dstune.models.peft import apply_method
-from dstune.protocols import optimizer_of
+from dstune.optim.groups import method_groups
+from dstune.protocols import method_of, optimizer_of
 from dstune.rank_env import from_environment
-from dstune.train.optim import method_groups
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -31,7 +30,7 @@ def main() -> None:
         settings = deepspeed_config(config, world.size, precision, on_gpu=False)
         with partitioned_loading(settings):
             model = load_model(config, load_tokenizer(config.model), (), DTYPES[precision])
-        module = apply_method(config, model)
+        module = method_of(config.method).apply(model, config)
         optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
         engine = Engine(module, optimizer, settings, world, groups=groups)
         engine.restore(Shards(Path(case["from"])))

@@ -17,8 +17,9 @@ from dstune.checkpoint.serving import vllm_problems
 from dstune.checkpoint.store import newest
 from dstune.config.compose import compose
 from dstune.errors import UserError
-from dstune.models.peft import apply_method, experts_without_adapters
-from dstune.models.quantize import refuse_experts
+from dstune.methods.lora.apply import experts_without_adapters
+from dstune.methods.qlora.quantize import refuse_experts
+from dstune.protocols import method_of
 
 STILL = "model.config_overrides={attention_dropout:0.0}"
 KINDS = {
@@ -116,7 +117,7 @@ def test_what_experts_cannot_have_is_named(models, asked):
     model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"])
     config = compose([f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", asked]).config
     with pytest.raises(UserError, match="stacked weights") as refused:
-        apply_method(config, model)
+        method_of(config.method).apply(model, config)
     (problem,) = refused.value.problems
     assert f"{problem.where}={problem.value}" == asked and "target_modules" in problem.fix
 
@@ -127,7 +128,8 @@ def test_experts_without_adapters_are_noticed(models, targets, bare):
 
     model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"])
     words = [f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", f"method.target_modules=[{targets}]"]
-    share = experts_without_adapters(apply_method(compose(words).config, model))
+    config = compose(words).config
+    share = experts_without_adapters(method_of(config.method).apply(model, config))
     assert (0.1 < share < 0.9) if bare else share == 0
 
 

@@ -19,7 +19,7 @@ from dstune.data.build import prepare
 from dstune.errors import UserError
 from dstune.evaluation import command as evaluate
 from dstune.models.load import load_model, load_tokenizer
-from dstune.models.peft import apply_method
+from dstune.protocols import method_of
 from dstune.rank_env import RankEnv
 from dstune.train.feed import training_order
 
@@ -184,7 +184,7 @@ def references(workshop) -> References:
         tokenizer = load_tokenizer(config.model)
         data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")
         model = load_model(config, tokenizer, (), torch.float32)
-        policy = apply_method(config, model).double()
+        policy = method_of(config.method).apply(model, config).double()
         plain = Plain(kind, config, policy, copy.deepcopy(policy), data.train)
         order = training_order(config, data)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

@@ -15,7 +15,7 @@ from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.batches import batch_of
 from dstune.data.build import prepare
 from dstune.models.load import load_model, load_tokenizer
-from dstune.models.peft import apply_method
+from dstune.protocols import method_of
 from dstune.rank_env import RankEnv
 from dstune.train.feed import dropout_seed, training_order
 
@@ -154,7 +154,9 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
         config = workshop.config(*overrides).config
         tokenizer = load_tokenizer(config.model)
         data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")
-        module = apply_method(config, load_model(config, tokenizer, (), torch.float32)).double().train()
+        module = (
+            method_of(config.method).apply(load_model(config, tokenizer, (), torch.float32), config).double().train()
+        )
         order = training_order(config, data)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         losses, norms = [], []

@@ -349,12 +349,12 @@ def test_added_tokens_beside_a_frozen_body_are_refused(shelf):
     from dstune.config.compose import read_run
     from dstune.config.method_schema import HeadConfig
     from dstune.models.load import load_model, load_tokenizer
-    from dstune.models.peft import apply_method
+    from dstune.protocols import method_of
 
     config = replace(read_run(shelf.run("tokens-untied-2") / "run.yaml").config, method=HeadConfig())
     model = load_model(config, load_tokenizer(config.model), (), torch.float32)
     with pytest.raises(UserError, match="method=lora"):
-        apply_method(config, model)
+        method_of(config.method).apply(model, config)
 
 
 def test_answers_end_where_the_turn_ends(shelf):

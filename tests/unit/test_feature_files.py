@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.method_schema import FeaturesConfig
-from dstune.train.classical import _classifier, _fitted
-from dstune.train.features import CHUNK_ROWS, _lists, _write
+from dstune.methods.features.classical import _classifier, _fitted
+from dstune.methods.features.vectors import CHUNK_ROWS, _lists, _write
 
 
 def test_no_array_of_vectors_is_longer_than_its_offsets_can_say(tmp_path):

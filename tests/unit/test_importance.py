@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from dstune.models.importance import chosen_tensors, rank_correlation, sortable, threshold
+from dstune.methods.importance.choice import chosen_tensors, rank_correlation, sortable, threshold
+from dstune.methods.importance.scores import MASKS, REPORT, take_over
 from dstune.report.importance import importance
 from dstune.report.numbers import percent
-from dstune.train.importance import MASKS, REPORT, take_over
 from dstune.zero.engine import pack_bits, unpack_bits
 
 

@@ -10,11 +10,9 @@ import pytest
 
 from dstune.checkpoint.export import refuse_unmergeable
 from dstune.config import data_schema, method_schema, schema
-from dstune.config.adapter_file import resolve_adapters
-from dstune.config.method_rules import cpu_problems
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
-from dstune.protocols import METHODS
+from dstune.protocols import METHODS, method_of
 from tests.support.configs import run_config
 
 PISSA, LOFTQ = method_schema.LoraInit.pissa, method_schema.LoraInit.loftq
@@ -59,8 +57,8 @@ def test_refused_with_the_reason(key, method, sections):
 
 def test_4_bit_weights_at_stage_3_need_a_gpu():
     config = run_config(method=Qlora(), zero=schema.ZeroConfig(stage=3))
-    assert [problem.where for problem in cpu_problems(config)] == ["zero.stage"]
-    assert not list(cpu_problems(replace(config, zero=schema.ZeroConfig(stage=2))))
+    assert [problem.where for problem in method_of(config.method).check_cpu(config)] == ["zero.stage"]
+    assert not list(method_of(config.method).check_cpu(replace(config, zero=schema.ZeroConfig(stage=2))))
 
 
 def saved(folder: Path, **changes: object) -> Path:
@@ -85,7 +83,7 @@ def saved(folder: Path, **changes: object) -> Path:
 
 def test_an_adapter_brings_its_own_form(tmp_path):
     saved(tmp_path / "run" / "export")
-    found = resolve_adapters(Lora(adapter=str(tmp_path / "run"), lr_ratio=4.0))
+    found = method_of(Lora(adapter=str(tmp_path / "run"), lr_ratio=4.0)).resolve()
     assert found == Lora(
         adapter=str(tmp_path / "run" / "export"),
         rank=4,
@@ -95,7 +93,7 @@ def test_an_adapter_brings_its_own_form(tmp_path):
         rslora=True,
         lr_ratio=4.0,
     )
-    assert resolve_adapters(found) == found, "a run that is continued resolves again"
+    assert method_of(found).resolve() == found, "a run that is continued resolves again"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,7 @@ def test_an_adapter_that_says_otherwise_is_refused(tmp_path, key, method, change
     if key == "method.dora":
         method = replace(method, dora=True)
     with pytest.raises(UserError) as caught:
-        resolve_adapters(replace(method, adapter=str(folder)))
+        method_of(replace(method, adapter=str(folder))).resolve()
     assert [problem.where for problem in caught.value.problems] == [key]
 
 
@@ -123,7 +121,7 @@ def test_no_adapter_there(tmp_path):
     (tmp_path / "run" / "run.yaml").write_text("")
     for method in (Lora(adapter=str(tmp_path / "run")), Lora(frozen_adapters=[str(tmp_path / "run")])):
         with pytest.raises(UserError, match="dstune export"):
-            resolve_adapters(method)
+            method_of(method).resolve()
 
 
 @pytest.mark.parametrize("flag", ["--merge", "--gguf"])

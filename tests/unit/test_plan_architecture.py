@@ -20,7 +20,8 @@ from dstune.config.method_schema import (
     VeraConfig,
 )
 from dstune.errors import UserError
-from dstune.planning.adapters import IA3_MODULES, added, experts_problem, lora
+from dstune.methods.ia3 import MODULES
+from dstune.planning.adapters import low_rank
 from dstune.planning.architecture import (
     CLASSIFIER,
     DEFAULTS,
@@ -29,6 +30,7 @@ from dstune.planning.architecture import (
     Architecture,
     architecture,
 )
+from dstune.protocols import method_of
 
 DECODER = {
     "vocab_size": 211,
@@ -158,7 +160,7 @@ def test_adapters_are_those_of_peft(kind: str, targets: list[str]) -> None:
         for name, parameter in adapted.named_parameters()
         if ".lora_" in name
     }
-    found = {tensor.name: tensor.shape for tensor in lora(planned(kind, values, head), targets, 4)}
+    found = {tensor.name: tensor.shape for tensor in low_rank(planned(kind, values, head), targets, 4)}
     assert found == expected
 
 
@@ -192,7 +194,7 @@ def test_patterns_of_ranks_and_magnitudes_are_those_of_peft() -> None:
         if ".lora_" in name
     }
     method = LoraConfig(rank=4, rank_pattern=patterns, dora=True)
-    assert {t.name: t.shape for t in added(method, planned("llama", DECODER, LANGUAGE_MODEL))} == expected
+    assert {t.name: t.shape for t in method_of(method).added(planned("llama", DECODER, LANGUAGE_MODEL))} == expected
     assert {shape[0] for name, shape in expected.items() if "lora_A" in name} == {2, 4, 6}
 
 
@@ -228,10 +230,10 @@ def test_trained_prompts_and_their_encoders_are_those_of_peft(method: AdapterCon
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad
     }
-    assert {t.name: t.shape for t in added(method, planned("llama", DECODER, LANGUAGE_MODEL))} == expected
+    assert {t.name: t.shape for t in method_of(method).added(planned("llama", DECODER, LANGUAGE_MODEL))} == expected
 
 
-@pytest.mark.parametrize("kind", sorted(IA3_MODULES))
+@pytest.mark.parametrize("kind", sorted(MODULES))
 @pytest.mark.parametrize("method", [Ia3Config(), VeraConfig(rank=4)])
 def test_vectors_are_those_of_peft(kind: str, method: AdapterConfig) -> None:
     import peft
@@ -249,7 +251,7 @@ def test_vectors_are_those_of_peft(kind: str, method: AdapterConfig) -> None:
         for name, parameter in adapted.named_parameters()
         if ".ia3_l" in name or ".vera_lambda" in name
     }
-    assert {tensor.name: tensor.shape for tensor in added(method, planned(kind, values, head))} == expected
+    assert {tensor.name: tensor.shape for tensor in method_of(method).added(planned(kind, values, head))} == expected
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,7 @@ def test_vectors_are_those_of_peft(kind: str, method: AdapterConfig) -> None:
     ],
 )
 def test_what_experts_cannot_have_is_not_planned(method: AdapterConfig, where: str | None) -> None:
-    problem = experts_problem(method, planned("mixtral", DECODER | EXPERTS | {"num_local_experts": 4}, LANGUAGE_MODEL))
+    mixtral = planned("mixtral", DECODER | EXPERTS | {"num_local_experts": 4}, LANGUAGE_MODEL)
+    problem = method_of(method).architecture_problem(mixtral)
     assert (problem and problem.where) == where
-    assert experts_problem(method, planned("llama", DECODER, LANGUAGE_MODEL)) is None
+    assert method_of(method).architecture_problem(planned("llama", DECODER, LANGUAGE_MODEL)) is None

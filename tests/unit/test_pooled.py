@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dstune.config.method_schema import UlmfitConfig
+from dstune.methods.ulmfit.unfreezing import first_steps
 from dstune.models.pooled import pool
-from dstune.train.unfreezing import first_steps
 
 HIDDEN = torch.arange(12.0).view(2, 3, 2)  # rows [[0 1] [2 3] [4 5]] and [[6 7] [8 9] [10 11]]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 from dstune.checkpoint import store
-from dstune.config.domain_stage import FOLDER as FIRST_STAGE
 from dstune.errors import EXIT_FAILED, EXIT_PREEMPTED
 from dstune.launch import records
 from dstune.launch.console import Console
@@ -37,8 +36,9 @@ class Restarts:
         """The verdict, with the diagnosis where failures repeat, and whether to start again (after the wait)."""
         if verdict.exit_code != EXIT_FAILED or self._received or not self._allowed:
             return verdict, False
-        # A run with a stage before its own has its progress there until that one is done.
-        stages = [records.read_metrics(folder).last for folder in (self._run_dir / FIRST_STAGE, self._run_dir)]
+        # A run with a stage before its own has its progress in a folder of that stage until it is done.
+        before = sorted(file.parent for file in self._run_dir.glob("*/metrics.jsonl"))
+        stages = [records.read_metrics(folder).last for folder in (*before, self._run_dir)]
         step = int(next((row["step"] for row in reversed(stages) if "step" in row), 0))
         failure = (cause(verdict, launch), step)
         if failure in self._failures:
@@ -50,7 +50,7 @@ class Restarts:
             tried = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
             return replace(verdict, reason=f"{verdict.reason}; {tried}"), False
         wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (number - 1))
-        checkpoint = store.resumable(self._run_dir) or store.resumable(self._run_dir / FIRST_STAGE)
+        checkpoint = next(filter(None, map(store.resumable, (self._run_dir, *reversed(before)))), None)
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
         self._console.message(
             f"dstune: {verdict.reason} after step {step} ({failure[0]}); starting again {start} in {wait:.0f} s "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import LoraConfig, LoraInit
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import PreferenceConfig, PreferenceLoss, Reference
 from dstune.errors import Problem
+from dstune.protocols import method_of
 
 ONE_LOSS_ONLY = {
     "label_smoothing": PreferenceLoss.dpo,
@@ -60,8 +60,4 @@ def caches_reference(config: RunConfig, task: PreferenceConfig) -> bool:
         return False
     if task.reference is Reference.cached or task.reference_model is not None:
         return True
-    method = config.method
-    # Only an adapter that begins at zero can be switched off to have the model that training began with.
-    if not isinstance(method, LoraConfig):
-        return True
-    return method.adapter is not None or method.init not in (LoraInit.default, LoraInit.gaussian)
+    return not method_of(config.method).starts_at_base

@@ -9,7 +9,7 @@ from dstune.protocols import callback
 from dstune.protocols.callback import Callback, Run, Step
 
 if TYPE_CHECKING:
-    from dstune.train.unfreezing import Unfreezing
+    from dstune.methods.ulmfit.unfreezing import Unfreezing
 
 
 @callback

@@ -24,8 +24,9 @@ from dstune.config.schema import Precision, RunConfig
 from dstune.core import files
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
-from dstune.models.importance import chosen_tensors, rank_correlation, sortable, threshold
+from dstune.methods.importance.choice import chosen_tensors, rank_correlation, sortable, threshold
 from dstune.models.load import NewWeights
+from dstune.protocols.method import Preparation
 from dstune.train.evaluate import Evaluator
 from dstune.train.probe import Probe, probing
 from dstune.zero.engine import Engine, pack_bits, unpack_bits
@@ -56,30 +57,43 @@ class Selected:
     masks: dict[str, torch.Tensor]
     """Of entries, bool in the parameters' shapes; empty where whole tensors are trained."""
 
-    def freeze_others(self, module: nn.Module, new: NewWeights) -> None:
-        """Before the optimizer is made: a tensor without a trained entry costs neither gradients nor states."""
+
+@dataclass(frozen=True)
+class Choice(Preparation):
+    """What is trained, on the data as they are."""
+
+    selected: Selected
+
+    def restrict(self, module: nn.Module, new: NewWeights) -> None:
+        """A tensor without a trained entry costs neither gradients nor states."""
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in self.tensors or name in new.parameters)
+            parameter.requires_grad_(name in self.selected.tensors or name in new.parameters)
+
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        return self.selected.masks
 
 
-def selected(
+def choose(
     config: RunConfig,
+    method: ImportanceConfig,
     data: PreparedData,
     tokenizer: Any,
     precision: Precision,
     world: World,
     run_dir: Path,
-) -> Selected:
+) -> Choice:
     """Score and choose, and write `importance.json` into the run directory; a run that goes on reads its choice there, or
     in the run that `run.resume` names."""
-    assert isinstance(config.method, ImportanceConfig)
     if world.is_main and config.run.resume not in ("auto", "never"):
         take_over(Path(config.run.resume), run_dir)
     if not world.broadcast((run_dir / REPORT).is_file()):
         with probing(config, data, tokenizer, precision, world) as probe:
-            _score_and_choose(config, config.method, probe, run_dir)
+            _score_and_choose(config, method, probe, run_dir)
         world.barrier()
-    return world.broadcast(_read(run_dir) if world.is_main else None)  # type: ignore[return-value]
+    selected = world.broadcast(_read(run_dir) if world.is_main else None)
+    assert selected is not None
+    return Choice(data, selected)
 
 
 def take_over(source: Path, run_dir: Path) -> None:
@@ -109,7 +123,7 @@ class _Scores:
     def __init__(self, method: ImportanceConfig, engine: Engine, new: NewWeights, seed: int):
         self.sums: dict[Selection, dict[str, float]] = {kind: {} for kind in GRADIENT_SCORES}
         self.entries: dict[str, tuple[int, torch.Tensor]] = {}
-        self._wanted = method.selection if method.unit is Unit.entries else None
+        self._entries_of = method.selection if method.unit is Unit.entries else None
         self._new = set(new.parameters)
         if method.selection not in CONSTANT_SCORES:
             return
@@ -123,7 +137,7 @@ class _Scores:
                     size = full_count(engine.module.get_parameter(part.name))
                     values = _random(part.name, size, seed)[part.start : part.start + part.count].to(values.device)
                 sums[part.name] = float(values.double().sum())
-                if self._wanted is not None:
+                if self._entries_of is not None:
                     self.entries[part.name] = part.start, values
 
     def add(self, partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
@@ -135,7 +149,7 @@ class _Scores:
                 values = score(partition.elements[place].float(), gradient[place].float())
                 sums = self.sums[kind]
                 sums[part.name] = sums.get(part.name, 0.0) + float(values.double().sum())
-                if kind is self._wanted:
+                if kind is self._entries_of:
                     before = self.entries.get(part.name)
                     self.entries[part.name] = part.start, values if before is None else before[1].add_(values)
 

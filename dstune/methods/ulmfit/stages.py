@@ -20,15 +20,9 @@ FOLDER = "language_model"
 """Of the first stage, in the run directory: a run of its own."""
 
 
-def has_language_model_stage(config: RunConfig) -> bool:
-    return isinstance(config.method, UlmfitConfig) and config.method.language_model_epochs > 0
-
-
-def language_model_stage(config: RunConfig, run_dir: Path) -> RunConfig:
+def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path) -> RunConfig:
     """The first stage: the texts of the classifier's rows, all layers with discriminative rates (section 3.2 of
     arXiv:1801.06146)."""
-    method = config.method
-    assert isinstance(method, UlmfitConfig)
     columns = {role: name for role, name in config.data.columns.items() if role == "text"}
     off = AugmentConfig()
     return replace(

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained."""
+"""Which parameters of a loaded model stay as they are."""
 
 from __future__ import annotations
 
@@ -12,24 +12,6 @@ from dstune.models.layers import layers_of
 from dstune.models.load import new_weights
 
 
-def freeze_body(model: PreTrainedModel) -> None:
-    """Train only what lies outside the pretrained body, the task's head, and what of the body is drawn new (a pooler).
-
-    Raises UserError where tokens were added: their rows are part of the frozen vocabulary.
-    """
-    new = new_weights(model)
-    if new.rows:
-        raise UserError(
-            Problem(
-                "method", f"{len(new.rows)} added tokens have to be trained, and they lie in the body", "method=lora"
-            )
-        )
-    model.requires_grad_(False)
-    body = {id(parameter) for parameter in model.base_model.parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) not in body or name in new.parameters)
-
-
 def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
     """Freeze what `method` names. Weights that were drawn new (a head, a pooler) are trained whatever it says.
 
@@ -39,9 +21,9 @@ def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
     names = [name for name, _ in model.named_parameters()]
     problems = []
     for key in ("first_layers", "last_layers"):
-        if (wanted := getattr(method, key)) > len(layers.blocks):
+        if (count := getattr(method, key)) > len(layers.blocks):
             reason = f"the model has {len(layers.blocks)} layers"
-            problems.append(Problem(f"method.{key}", reason, f"at most {len(layers.blocks)}", str(wanted)))
+            problems.append(Problem(f"method.{key}", reason, f"at most {len(layers.blocks)}", str(count)))
     for key in ("parameters", "trained"):
         for pattern in getattr(method, key):
             if not any(re.search(pattern, name) for name in names):

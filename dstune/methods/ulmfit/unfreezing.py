@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import math
 
-from transformers import PreTrainedModel
-
 from dstune.config.method_schema import UlmfitConfig
-from dstune.config.schema import RunConfig
-from dstune.models.layers import layers_of
 from dstune.train.supply import Supply
 from dstune.zero.engine import Engine
 
@@ -41,16 +37,6 @@ class Unfreezing:
     def waiting(self, total_steps: int) -> int:
         """How many parts never train in a run of so many steps."""
         return sum(begin >= total_steps for begin, _ in self._begins)
-
-
-def unfreezing_of(
-    config: RunConfig, model: PreTrainedModel, engine: Engine, supply: Supply, step: int
-) -> Unfreezing | None:
-    """What `config.method` asks for; None for a method that trains the same weights throughout."""
-    method = config.method
-    if not isinstance(method, UlmfitConfig):
-        return None
-    return Unfreezing(first_steps(method, layers_of(model).parts, supply), engine, step)
 
 
 def first_steps(method: UlmfitConfig, parts: tuple[Part, ...], supply: Supply) -> list[tuple[int, Part]]:

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ import pyarrow as pa
 import torch
 import transformers
 import xxhash
+from transformers import PreTrainedModel
 
 from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig
@@ -28,13 +30,18 @@ from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
+from dstune.methods.features.classifier import feature_classifier
 from dstune.models import pooled
 from dstune.models.heads.base import inputs_of
-from dstune.models.load import load_model, local_path
+from dstune.models.load import load_model, local_path, trained_config
+from dstune.protocols.method import Preparation
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import full_count, partitioned_loading
 from dstune.zero.precision import DTYPES
+
+if TYPE_CHECKING:
+    from dstune.trainer.loop import Training
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +50,49 @@ CHUNK_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Features:
-    """The prepared data of a run with vectors in the place of texts."""
+class Vectors(Preparation):
+    """The prepared data of a run with vectors in the place of texts.
 
-    data: PreparedData
-    """Its tables have `features` list<float32> [hidden], `label` and `index`; a row counts as one position."""
+    Tables have `features` list<float32> [hidden], `label` and `index`; a row counts as one position.
+    """
+
+    method: FeaturesConfig
     seconds: float
     """What computing them took; 0 where they were in the cache."""
     body_parameters: int
 
+    def model(self, run: RunConfig, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
+        return feature_classifier(trained_config(run, tokenizer, self.data.labels), dtype, run.trainer.seed)
+
+    @property
+    def parameters_left_out(self) -> int:
+        return self.body_parameters
+
+    def messages(self) -> Iterator[str]:
+        took = f"computed in {self.seconds:.1f} s" if self.seconds else "found in the cache"
+        yield f"features of all rows: {took}; the body is not run again"
+
+    def result(self, run: Training) -> dict[str, Any]:
+        from dstune.methods.features.classical import classical_results
+
+        rows, seed = run.config.evaluate.max_rows, run.config.trainer.seed
+        return {
+            "feature_seconds": round(self.seconds, 3),
+            "classifiers": classical_results(self.method, run.data, seed, rows),
+        }
+
 
 def features_of(
-    config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, cache_root: Path
-) -> Features:
+    config: RunConfig,
+    method: FeaturesConfig,
+    data: PreparedData,
+    tokenizer: Any,
+    precision: Precision,
+    world: World,
+    cache_root: Path,
+) -> Vectors:
     """The vectors of all parts of `data`, from the cache where it has them. Every rank must call it."""
-    folder = cache_root / "features" / world.broadcast(_key(config, data, precision) if world.is_main else "")
+    folder = cache_root / "features" / world.broadcast(_key(config, method, data, precision) if world.is_main else "")
     seconds = 0.0
     if world.any(not (folder / META).is_file()):
         began = time.perf_counter()
@@ -69,13 +104,11 @@ def features_of(
         files = [folder / name.format(part=split.name) for name in meta["files"]]
         parts[split.name] = _load(split, files)
     with_vectors = replace(data, **parts, prompts=[])
-    return Features(with_vectors, seconds, meta["body_parameters"])
+    return Vectors(with_vectors, method, seconds, meta["body_parameters"])
 
 
-def _key(config: RunConfig, data: PreparedData, precision: Precision) -> str:
+def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precision: Precision) -> str:
     """Digest of all that the vectors depend on: rows, body, pooling, arithmetic, code."""
-    method = config.method
-    assert isinstance(method, FeaturesConfig)
     folder = Path(local_path(config.model.path))
     body: Any = [config.model.path, config.model.revision]
     if folder.is_dir():
@@ -187,9 +220,9 @@ def _write(table: pa.Table, target: Path) -> None:
 
 def _write_whole(target: Path, content: bytes) -> None:
     """Whole or not at all; another process may write the same at the same time."""
-    aside = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
-    aside.write_bytes(content)
-    aside.replace(target)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
+    temporary.write_bytes(content)
+    temporary.replace(target)
 
 
 def _bring(file: Path, owner: int, world: World) -> None:
@@ -211,9 +244,3 @@ def _load(split: Split, files: list[Path]) -> Split:
     assert len(order) == len(split.lengths), f"{files[0].parent} has {len(order)} of {len(split.lengths)} rows"
     ones = np.ones(len(order), dtype=np.int32)
     return replace(split, table=table.select(order), lengths=ones)
-
-
-def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """All vectors of a part, float32 [rows, hidden], and labels [rows] or [rows, labels]."""
-    table = split.table.with_format("numpy")
-    return np.stack(list(table["features"][:])).astype(np.float32), np.asarray(list(table["label"][:]))

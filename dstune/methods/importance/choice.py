@@ -30,13 +30,13 @@ def sortable(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
-def threshold(count_from: Callable[[int], int], wanted: int) -> int:
+def threshold(count_from: Callable[[int], int], target: int) -> int:
     """The lowest key for which `count_from(key)`, how many entries of all ranks have it or a higher one, is at most
-    `wanted`. Entries with equal scores are taken together or not at all."""
+    `target`. Entries with equal scores are taken together or not at all."""
     low, high = -(2**31), 2**31
     while low < high:
         middle = (low + high) // 2
-        if count_from(middle) <= wanted:
+        if count_from(middle) <= target:
             high = middle
         else:
             low = middle + 1

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import (
-    AdapterConfig,
-    Ia3Config,
-    LoraConfig,
-    OftConfig,
-    PrefixConfig,
-    PromptConfig,
-    PTuningConfig,
-    QloraConfig,
-    VeraConfig,
-)
+from dstune.config.method_schema import AdapterConfig
 from dstune.errors import Problem, UserError
-from dstune.protocols.method import MethodConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADS = {"classifier", "score", "qa_outputs"}
 """Modules that peft saves whole by itself."""
@@ -37,52 +30,6 @@ UNSUPPORTED = {
     "arrow_config": None,
 }
 """What dstune has no key for, with the value under which it does nothing."""
-
-
-PEFT_TYPES: dict[type, str] = {
-    LoraConfig: "LORA",
-    QloraConfig: "LORA",
-    Ia3Config: "IA3",
-    VeraConfig: "VERA",
-    OftConfig: "OFT",
-    PromptConfig: "PROMPT_TUNING",
-    PrefixConfig: "PREFIX_TUNING",
-    PTuningConfig: "P_TUNING",
-}
-"""peft's name of the kind of adapter that a method trains."""
-
-RENAMED = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "rslora": "use_rslora",
-    "dora": "use_dora",
-    "virtual_tokens": "num_virtual_tokens",
-    "block_size": "oft_block_size",
-    "first_scale": "d_initial",
-    "projection_seed": "projection_prng_key",
-}
-"""peft's names of keys that are called otherwise here."""
-
-PER_METHOD: dict[type, dict[str, str]] = {
-    LoraConfig: {"dropout": "lora_dropout"},
-    QloraConfig: {"dropout": "lora_dropout"},
-    VeraConfig: {"dropout": "vera_dropout"},
-    OftConfig: {"dropout": "module_dropout"},
-}
-"""The same, where they depend on the method."""
-
-OURS_ALONE = (
-    "name",
-    "adapter",
-    "init",
-    "init_iterations",
-    "lr_ratio",
-    "frozen_adapters",
-    "double_quantization",
-    "init_text",
-    "exact",
-)
-"""Keys that say nothing of an adapter's form."""
 
 
 def adapter_folder(path: str, key: str) -> Path:
@@ -108,34 +55,39 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
     return dict(settings)
 
 
-def resolve_adapters(method: MethodConfig) -> MethodConfig:
-    """`method` with the folders of its adapters, and with the settings of the one that it starts from.
+def adapter_folders(paths: Sequence[str], key: str, kind: str) -> list[Path]:
+    """The folders of finished adapters, all of peft's kind `kind`. Raises UserError."""
+    folders = [adapter_folder(path, key) for path in paths]
+    for folder in folders:
+        _refuse_other_kind(read_settings(folder, key), kind, key, folder)
+    return folders
+
+
+def with_settings_of(
+    method: AdapterConfig, kind: str, renamed: Mapping[str, str], ours_alone: Collection[str]
+) -> AdapterConfig:
+    """`method` with the folder of the adapter that it starts from, and with the settings of that adapter.
+
+    kind: peft's. renamed: peft's names of keys that are called otherwise here. ours_alone: keys that say nothing of an
+    adapter's form.
 
     Raises UserError: no adapter there, of another kind, or with other settings than those that were given.
     """
-    if isinstance(method, LoraConfig) and method.frozen_adapters:
-        found = [adapter_folder(path, "method.frozen_adapters") for path in method.frozen_adapters]
-        for folder in found:
-            _refuse_other_kind(
-                read_settings(folder, "method.frozen_adapters"), "LORA", "method.frozen_adapters", folder
-            )
-        method = replace(method, frozen_adapters=[str(folder) for folder in found])
-    if not isinstance(method, AdapterConfig) or method.adapter is None:
+    if method.adapter is None:
         return method
     folder = adapter_folder(method.adapter, "method.adapter")
     settings = read_settings(folder, "method.adapter")
-    _refuse_other_kind(settings, PEFT_TYPES[type(method)], "method.adapter", folder)
+    _refuse_other_kind(settings, kind, "method.adapter", folder)
     problems, values = [], {}
     for name, harmless in UNSUPPORTED.items():
         if settings.get(name, harmless) not in (harmless, None, False):
             reason = f"was trained with {name}={settings[name]}, for which there is no key"
             problems.append(Problem("method.adapter", reason, "begin from a merged model", method.adapter))
-    names = RENAMED | PER_METHOD.get(type(method), {})
     for field in fields(method):
-        if field.name in OURS_ALONE:
+        if field.name in ours_alone:
             continue
         ours = getattr(method, field.name)
-        theirs = _value(settings, names.get(field.name, field.name), ours)
+        theirs = _value(settings, renamed.get(field.name, field.name), ours)
         if theirs is None:
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -148,11 +100,11 @@ def resolve_adapters(method: MethodConfig) -> MethodConfig:
     return replace(method, adapter=str(folder), **values)
 
 
-def _refuse_other_kind(settings: dict[str, Any], wanted: str, key: str, folder: Path) -> None:
+def _refuse_other_kind(settings: dict[str, Any], expected: str, key: str, folder: Path) -> None:
     kind = settings.get("peft_type")
-    if kind != wanted:
+    if kind != expected:
         fix = "the method with which it was trained, or an adapter of this one"
-        raise UserError(Problem(key, f"is of the kind {kind}, and this method's is {wanted}", fix, str(folder)))
+        raise UserError(Problem(key, f"is of the kind {kind}, and this method's is {expected}", fix, str(folder)))
 
 
 def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
@@ -165,3 +117,15 @@ def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
     if isinstance(ours, list):
         return None if value is None else [value] if isinstance(value, str) else sorted(value)
     return float(value) if isinstance(ours, float) and isinstance(value, int) else value
+
+
+def tensors_of(folder: Path, key: str) -> dict[str, Tensor]:
+    """The tensors in the folder of an adapter. key: that names it. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        reason = f"has no adapter_model.safetensors that can be read: {error}"
+        raise UserError(Problem(key, reason, "give the folder of an adapter", str(folder))) from error

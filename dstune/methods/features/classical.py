@@ -12,7 +12,6 @@ from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import PreparedData, Split
 from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train.evaluate import limited
-from dstune.train.features import matrix
 
 RANKED = 20
 """Features named in the report of a random forest."""
@@ -26,8 +25,8 @@ def classical_results(
 
     max_rows: of validation, as `evaluate.max_rows`.
     """
-    wanted = {"logistic_regression": method.logistic_regression, "random_forest": method.random_forest}
-    if not any(wanted.values()):
+    chosen = {"logistic_regression": method.logistic_regression, "random_forest": method.random_forest}
+    if not any(chosen.values()):
         return {}
     features, labels = matrix(data.train)
     held_out = {
@@ -35,7 +34,7 @@ def classical_results(
         "test": data.test,
     }
     results: dict[str, dict[str, Any]] = {}
-    for name in (name for name, asked in wanted.items() if asked):
+    for name in (name for name, fits in chosen.items() if fits):
         began = time.perf_counter()
         model = _fitted(_classifier(name, method, seed), features, labels)
         results[name] = {
@@ -77,3 +76,9 @@ def _metrics(model: Any, split: Split, classes: int) -> dict[str, float]:
     loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).sum()
     metrics, _ = classification_metrics(probabilities.argmax(axis=1).tolist(), labels.tolist(), probabilities)
     return {"loss": float(loss) / len(labels), **metrics}
+
+
+def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """All vectors of a part, float32 [rows, hidden], and labels [rows] or [rows, labels]."""
+    table = split.table.with_format("numpy")
+    return np.stack(list(table["features"][:])).astype(np.float32), np.asarray(list(table["label"][:]))

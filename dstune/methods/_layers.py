@@ -1,0 +1,21 @@
+"""A rate for each layer (`layer_decay`), which several methods have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def rates_of_layers(module: nn.Module, decay: float) -> Callable[[str], float]:
+    """By name, the factors on the learning rate where a layer has `decay` times the rate of the one above it."""
+    if decay == 1:
+        return lambda name: 1.0
+    from transformers import PreTrainedModel
+
+    from dstune.models.layers import decayed_rates, layers_of
+
+    assert isinstance(module, PreTrainedModel)
+    return decayed_rates(layers_of(module), decay).__getitem__

@@ -1,0 +1,128 @@
+"""Adapters of peft put on a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dstune.config.method_schema import AdapterConfig, ModuleAdapterConfig
+from dstune.config.schema import RunConfig
+from dstune.config.task_schema import (
+    ClassificationConfig,
+    EmbeddingConfig,
+    QuestionAnsweringConfig,
+    RewardConfig,
+    TokenClassificationConfig,
+)
+from dstune.errors import Problem, UserError
+from dstune.methods._peft.files import tensors_of
+from dstune.models.load import NewWeights, new_weights
+from dstune.zero.parts import gathered
+
+
+def refuse_tokens(name: str, model: PreTrainedModel) -> None:
+    """Raises UserError where rows of added tokens have to be trained, which the method `name` cannot."""
+    rows = new_weights(model).rows
+    if rows:
+        reason = f"{len(rows)} added tokens have to be trained, which method={name} cannot"
+        raise UserError(Problem("method", reason, "method=lora, or model.chat_template=null"))
+
+
+def finish(method: AdapterConfig, adapted: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """`adapted` with the values of the adapter that it starts from."""
+    if method.adapter and model.device.type != "meta":  # an export, which takes all weights from the checkpoint
+        load_adapter(adapted, Path(method.adapter))
+    return adapted
+
+
+def load_adapter(adapted: Any, folder: Path) -> None:
+    """Give the adapter `default` of a PeftModel the weights in `folder`. Every rank must call it.
+
+    Raises UserError where the two do not have the same tensors.
+    """
+    import peft
+
+    tensors = tensors_of(folder, "method.adapter")
+    own = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    # What is trained as a whole may be partitioned by now.
+    with gathered(list(own.values()), modified_by_rank=0):
+        expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        if missing := sorted(expected ^ set(tensors)):
+            reason = f"does not fit the model: {missing[0]} is only in {'it' if missing[0] in tensors else 'the model'}"
+            fix = "model.path and model.chat_template as the adapter was trained, and its own target_modules"
+            raise UserError(Problem("method.adapter", reason, fix, str(folder)))
+        try:
+            peft.set_peft_model_state_dict(adapted, tensors)
+        except RuntimeError as error:
+            reason = f"does not fit the model: {' '.join(str(error).split())[:200]}"
+            raise UserError(Problem("method.adapter", reason, "model.path as it was trained", str(folder))) from error
+
+
+def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config: RunConfig) -> dict[str, Any]:
+    """Arguments of peft's configurations of adapters on modules."""
+    return {
+        "target_modules": _targets(method),
+        "modules_to_save": _modules_to_save(method, new_weights(model)) or None,
+        "task_type": task_type(config, model),
+    }
+
+
+def adapt(
+    model: PreTrainedModel,
+    settings: Any,
+    refused: Callable[[str], Problem],
+    whole: list[nn.Parameter],
+    config: RunConfig,
+) -> Any:
+    """The model with peft's adapters on its modules. Raises UserError where it has no such modules.
+
+    refused: the problem behind what peft says. whole: parameters that peft needs all of.
+    """
+    import peft
+
+    try:
+        with gathered(whole):
+            adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(refused(str(error).splitlines()[0])) from error
+    if config.trainer.activation_checkpointing:
+        # A frozen embedding's output carries no gradient, and a checkpointed block without one is not differentiated.
+        model.enable_input_require_grads()
+    return adapted
+
+
+def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
+    """peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
+    import peft
+
+    match config.task:
+        case ClassificationConfig() | RewardConfig():
+            return peft.TaskType.SEQ_CLS
+        case EmbeddingConfig():
+            return peft.TaskType.FEATURE_EXTRACTION
+        case TokenClassificationConfig():
+            return peft.TaskType.TOKEN_CLS
+        case QuestionAnsweringConfig():
+            return peft.TaskType.QUESTION_ANS
+    return peft.TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else peft.TaskType.CAUSAL_LM
+
+
+def _targets(method: ModuleAdapterConfig) -> Any:
+    if not method.target_modules:  # with a choice of peft's own
+        return None
+    return "all-linear" if method.target_modules == ["all-linear"] else method.target_modules
+
+
+def _modules_to_save(method: ModuleAdapterConfig, new: NewWeights) -> list[str]:
+    """The modules trained whole: those asked for, and those whose weights are drawn new (a pooler, a head).
+
+    An adapter's folder holds nothing else of the model, so a new weight left frozen would be another one at every load.
+    """
+    owners = {name.rpartition(".")[0] for name in new.parameters}
+    # peft adds a task's own head by itself, as a whole.
+    owners = {owner for owner in owners if not {"classifier", "score", "qa_outputs"} & set(owner.split("."))}
+    return [*method.modules_to_save, *sorted(owners - set(method.modules_to_save))]

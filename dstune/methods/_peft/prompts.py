@@ -1,0 +1,56 @@
+"""Trained prompts: parameters in front of the row or of each layer's keys, and a model that stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dstune.config.method_schema import PromptConfig
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem, UserError
+from dstune.models.load import load_tokenizer, new_weights
+from dstune.zero.parts import gathered
+
+COMMON_TOKENS = 5000
+"""A prompt without a text begins with some of the first tokens of the vocabulary, which are the most common ones where
+merges are learnt in the order of their frequency (Lester et al. 2021 draw from the 5,000 most common)."""
+
+
+def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel, config: RunConfig) -> nn.Module:
+    """The frozen model behind a trained prompt. Every rank must call it. Raises UserError where the model takes none."""
+    import peft
+
+    new = [own for own in new_weights(model).parameters if not {"classifier", "score"} & set(own.split("."))]
+    if new:
+        reason = f"{', '.join(new[:2])} of {type(model).__name__} are new and have to be trained, which it cannot"
+        raise UserError(Problem("method", reason, "method=lora", name))
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    taken = config.data.max_length + positions
+    if longest is not None and taken > longest:
+        reason = f"rows of this length and the trained prompt take {taken} positions, and the model has {longest}"
+        fix = f"data.max_length={longest - taken + config.data.max_length}"
+        raise UserError(Problem("data.max_length", reason, fix, str(config.data.max_length)))
+    try:
+        adapted: Any = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except (ValueError, AttributeError, KeyError) as error:
+        reason = f"{type(model).__name__} takes no {name}: {str(error).splitlines()[0]}"
+        raise UserError(Problem("method", reason, "method=lora", name)) from error
+    adapted.prompt_encoder.to(model.dtype)  # as peft does with what it puts beside layers
+    return adapted
+
+
+def start_at_tokens(adapted: Any, method: PromptConfig, config: RunConfig) -> None:
+    """Give the prompt the embeddings of tokens: peft's own start has a deviation of 1, embeddings one of about 0.02."""
+    words: nn.Parameter = adapted.word_embeddings.weight
+    with gathered([words]), torch.no_grad():
+        if method.init_text:
+            ids = load_tokenizer(config.model)(method.init_text, add_special_tokens=False)["input_ids"]
+            chosen = torch.tensor([ids[place % len(ids)] for place in range(method.virtual_tokens)])
+        else:
+            generator = torch.Generator().manual_seed(config.trainer.seed)
+            chosen = torch.randint(min(COMMON_TOKENS, len(words)), (method.virtual_tokens,), generator=generator)
+        embedding = adapted.prompt_encoder["default"].embedding.weight
+        embedding.copy_(words[chosen.to(words.device)])

@@ -1,0 +1,30 @@
+"""What `head` and `features` have in common: the body stays frozen, and a classifier above it is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling
+from dstune.protocols import Method
+
+if TYPE_CHECKING:
+    from dstune.planning.architecture import Architecture, Tensor
+
+
+class PooledHead(Method):
+    config: HeadConfig | FeaturesConfig
+
+    why_not_shared_rows = "it reads one vector of the whole row"
+
+    @property
+    def own_head(self) -> dict[str, Any] | None:
+        config = self.config
+        if config.pooling is Pooling.model:
+            return None
+        return {"pooling": config.pooling.value, "layers": config.layers, "dropout": config.dropout}
+
+    def trained(self, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
+        trained = tuple(t for t in model.tensors if t.name.startswith(("classifier", "score", "pooler", "head.")))
+        if not trained:  # a language model's head; tied to the embedding it is the embedding
+            trained = tuple(t for t in model.tensors if t.name == "lm_head.weight") or model.tensors[:1]
+        return trained, model.parameters - sum(t.count for t in trained)

@@ -1,0 +1,26 @@
+"""Only what lies outside the pretrained body is trained."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from dstune.errors import Problem, UserError
+from dstune.models.load import new_weights
+
+
+def freeze_body(model: PreTrainedModel) -> None:
+    """Train only what lies outside the pretrained body, the task's head, and what of the body is drawn new (a pooler).
+
+    Raises UserError where tokens were added: their rows are part of the frozen vocabulary.
+    """
+    new = new_weights(model)
+    if new.rows:
+        raise UserError(
+            Problem(
+                "method", f"{len(new.rows)} added tokens have to be trained, and they lie in the body", "method=lora"
+            )
+        )
+    model.requires_grad_(False)
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) not in body or name in new.parameters)

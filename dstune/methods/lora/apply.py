@@ -1,0 +1,96 @@
+"""Low-rank adapters put on a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from unittest.mock import patch
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dstune.config.method_schema import LoraConfig, LoraInit
+from dstune.config.schema import RunConfig
+from dstune.errors import Problem
+from dstune.methods._peft.apply import adapt, common_settings
+from dstune.methods.lora.beneath import put_beneath
+from dstune.methods.lora.start import start_lora
+from dstune.models.base_weights import original_weights
+from dstune.models.load import NewWeights, new_weights
+from dstune.zero.parts import full_count, full_shape
+
+
+def add_lora(
+    lora: LoraConfig, model: PreTrainedModel, config: RunConfig, refused: Callable[[str], Problem]
+) -> nn.Module:
+    """The model with the adapters on it. refused: the problem behind what peft says."""
+    import peft
+
+    new = new_weights(model)
+    on_meta = model.device.type == "meta"  # an export, which takes all weights from the checkpoint
+    if lora.frozen_adapters and not on_meta:
+        put_beneath(model, lora.frozen_adapters)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=_number(lora.alpha),
+        lora_dropout=lora.dropout,
+        trainable_token_indices=_token_rows(model, new) or None,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern={name: _number(alpha) for name, alpha in lora.alpha_pattern.items()},
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.init is LoraInit.gaussian else True,
+        **common_settings(lora, model, config),
+    )
+    # peft copies the rows that it trains, so the vocabulary has to be whole for a moment.
+    with _layers_gathered(model) if lora.dora else nullcontext():
+        adapted: nn.Module = adapt(model, settings, refused, _vocabulary(model) if new.rows else [], config)
+    if not on_meta:
+        start_lora(adapted, lora, partial(original_weights, config.model))
+    return adapted
+
+
+@contextmanager
+def _layers_gathered(model: nn.Module) -> Iterator[None]:
+    """Let peft gather the partitioned weights that DoRA measures, one layer at a time.
+
+    It does so where transformers says that it runs under ZeRO-3, which that says while a model is loaded only; then peft
+    would look for the rows of trained tokens on a GPU too.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    with patch("peft.utils.integrations.check_deepspeed_zero3_enabled", lambda: True):
+        yield
+
+
+def experts_without_adapters(module: nn.Module) -> float:
+    """Share of the weights that are in stacked experts, where there are any and none of them has an adapter; else 0."""
+    parameters = dict(module.named_parameters())
+    inside = {name: parameter for name, parameter in parameters.items() if ".experts." in name}
+    if any(".lora_" in name for name in inside):
+        return 0.0
+    stacked = sum(full_count(parameter) for parameter in inside.values() if len(full_shape(parameter)) == 3)
+    return stacked / sum(map(full_count, parameters.values()))
+
+
+def _number(value: float) -> float:
+    """peft types alpha as an integer but only ever divides it by the rank."""
+    return int(value) if value == int(value) else value
+
+
+def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]:
+    """Rows to train, by the name of each module that has them (two where the vocabulary is not tied)."""
+    if not new.rows:
+        return {}
+    weights = {id(weight) for weight in _vocabulary(model)}
+    owners = [name for name, weight in model.named_parameters() if id(weight) in weights]
+    return {name.split(".")[-2]: list(new.rows) for name in owners}
+
+
+def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights with a row for each token: one where they are tied, else two."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(module.weight): module.weight for module in modules if module is not None}
+    return list(weights.values())

@@ -1,0 +1,62 @@
+"""What is saved of low-rank adapters whose weights were split, or that stand on finished adapters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstune.checkpoint.adapters import ADAPTED
+from dstune.methods.lora.start import SHIFT_A, SHIFT_B, lora_layers
+
+
+def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of what was added to each frozen weight (`start.shift`), A [rank, in] and B [out, rank]."""
+    found = {}
+    for name in trained:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == SHIFT_A:
+            module = owner.removeprefix(ADAPTED).removesuffix(".base_layer")
+            found[module] = trained[name].float(), trained[f"{owner}.{SHIFT_B}"].float()
+    return found
+
+
+def shifted(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """`weight` [out, in] with what was added to it, in fp32."""
+    return weight.float() + b @ a
+
+
+def plain_lora(adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one plain adapter, by their names in its file, where weights were split or stand on finished adapters;
+    empty where neither is so.
+
+    adapted: the PeftModel, whose settings get the new ranks and modules. The sum of two products of low rank is one:
+    s B A + D C = [s B, D] [A; C].
+    """
+    shifts = shifts_by_module(trained)
+    if not shifts:
+        return {}
+    layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted)}
+    tensors, ranks = {}, {}
+    for module in sorted({*layers, *shifts}):
+        prefix, first, second = f"{ADAPTED}{module}", [], []
+        if module in layers:
+            first.append(trained[f"{prefix}.lora_A.default.weight"].float())
+            second.append(trained[f"{prefix}.lora_B.default.weight"].float() * layers[module].scaling["default"])
+        if module in shifts:
+            first.append(shifts[module][0])
+            second.append(shifts[module][1])
+        tensors[f"{prefix}.lora_A.weight"] = torch.cat(first)
+        tensors[f"{prefix}.lora_B.weight"] = torch.cat(second, dim=1)
+        ranks[module] = sum(map(len, first))
+    settings = adapted.peft_config["default"]
+    settings.r = settings.lora_alpha = Counter(ranks.values()).most_common(1)[0][0]  # the scale is 1, whatever the rank
+    settings.use_rslora = False
+    settings.rank_pattern = {module: rank for module, rank in ranks.items() if rank != settings.r}
+    settings.alpha_pattern = dict(settings.rank_pattern)
+    settings.target_modules = sorted(ranks)
+    settings.init_lora_weights = True
+    return tensors

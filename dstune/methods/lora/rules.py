@@ -1,0 +1,64 @@
+"""Rules of `method=lora`: what fits together among its keys, and what adapters of stacked experts cannot have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dstune.config.convert import shown
+from dstune.config.method_schema import LoraConfig, LoraInit
+from dstune.config.parallel_rules import OFF
+from dstune.errors import Problem
+
+
+def check_lora(config: LoraConfig) -> Iterator[Problem]:
+    if config.adapter and config.init is not LoraInit.default:
+        reason = "the adapter that method.adapter names has its values already"
+        yield Problem("method.init", reason, "method.init=default, or leave out method.adapter", config.init.value)
+    if config.init_iterations is not None and config.init is not LoraInit.pissa:
+        reason = "is for the singular value decomposition of init=pissa"
+        yield Problem(
+            "method.init_iterations", reason, "leave it out, or method.init=pissa", str(config.init_iterations)
+        )
+    if config.dora and config.frozen_adapters:
+        reason = "DoRA scales the whole weight, so an adapter of its own cannot hold its sum with others"
+        yield Problem("method.dora", reason, "method.dora=false, or a merged model in model.path", "true")
+    if splits(config) and config.lr_ratio != 1:
+        reason = "LoRA+ is for a B that begins at zero, and init=" + config.init.value + " gives both their size"
+        yield Problem("method.lr_ratio", reason, "method.lr_ratio=1, or method.init=default", f"{config.lr_ratio:g}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name, value in getattr(config, key).items():
+            if not value > 0:
+                yield Problem(f"method.{key}", f"{name} must be more than 0", "", shown(value))
+            try:
+                re.compile(name)
+            except re.error as error:
+                yield Problem(
+                    f"method.{key}", f"is no regular expression: {error}", "q_proj, or 'layers.0.mlp.*'", name
+                )
+
+
+def splits(config: LoraConfig) -> bool:
+    """Whether each weight is split into the adapter and a frozen rest."""
+    return config.init in (LoraInit.pissa, LoraInit.olora)
+
+
+def check_sharded_weights(config: LoraConfig) -> Iterator[Problem]:
+    for key, value, is_plain, fix in (
+        ("dora", config.dora, not config.dora, "method.dora=false"),
+        ("init", config.init.value, config.init in (LoraInit.default, LoraInit.gaussian), "method.init=default"),
+        ("frozen_adapters", config.frozen_adapters, not config.frozen_adapters, "method.frozen_adapters=[]"),
+    ):
+        if not is_plain:
+            reason = "it is not held against a reference with slices of the weights"
+            yield Problem(f"method.{key}", reason, f"{fix}, or {OFF}", shown(value))
+
+
+def adapted_experts_problem(config: LoraConfig) -> Problem | None:
+    """What peft's adapters of stacked experts cannot do and the configuration asks for."""
+    for key, value, off in (("dropout", config.dropout, "0"), ("dora", config.dora, "false")):
+        if value:
+            reason = "the experts of this model are stacked weights, whose adapters cannot have it"
+            fix = f"method.{key}={off}, or method.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+            return Problem(f"method.{key}", reason, fix, str(value).lower())
+    return None

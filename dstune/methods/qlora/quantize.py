@@ -1,0 +1,75 @@
+"""The frozen weights in 4 bits: how they are rounded, and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstune.config.method_schema import QloraConfig
+from dstune.errors import UserError
+from dstune.methods.qlora.rules import rounded_experts_problem
+from dstune.zero.parts import full_count, full_shape
+
+KEPT = ("lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler", "qa_outputs")
+"""Linear layers that stay as they are: projections to the vocabulary and heads, of which new ones are trained whole."""
+
+
+def quantization(method: QloraConfig, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that round linear layers to NF4 while they are read.
+
+    dtype: of the products, and of what holds the packed values: ZeRO-3 partitions parameters of one floating type only, so
+    the bytes travel under its name (`quant_storage`).
+    """
+    storage = dtype if stage == 3 else torch.uint8
+    return {"quantization_config": rounding(dtype, double=method.double_quantization, storage=storage)}
+
+
+def rounding(dtype: torch.dtype, *, double: bool, storage: torch.dtype = torch.uint8) -> Any:
+    """transformers' settings of the rounding that `method=qlora` trains on."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=list(KEPT),
+    )
+
+
+def refuse_experts(model: nn.Module) -> None:
+    """Raises UserError for a mixture of experts: their weights are stacked, and bitsandbytes rounds linear layers only."""
+    parameters = dict(model.named_parameters())
+    stacked = [p for name, p in parameters.items() if ".experts." in name and len(full_shape(p)) == 3]
+    if stacked:
+        share = sum(map(full_count, stacked)) / sum(map(full_count, parameters.values()))
+        raise UserError(rounded_experts_problem(share))
+
+
+def quantized_modules(model: nn.Module) -> list[str]:
+    """Names of the linear layers that `quantization` rounds, in a model that was loaded without it; adapters on them or not."""
+    names = []
+    for name, module in model.named_modules():
+        inner = name.removesuffix(".base_layer")
+        parts = set(inner.split("."))
+        if type(module) is nn.Linear and not parts & set(KEPT) and not is_adapter_part(inner):
+            names.append(inner)
+    return names
+
+
+def is_adapter_part(name: str) -> bool:
+    return ".lora_" in name or "modules_to_save" in name
+
+
+def rounded(weight: Tensor, *, double: bool) -> Tensor:
+    """`weight` [out, in] as training had it: through 4 bits and back, in its own dtype."""
+    import bitsandbytes
+
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight.contiguous(), blocksize=64, compress_statistics=double, quant_type="nf4"
+    )
+    values: Tensor = bitsandbytes.functional.dequantize_4bit(packed, state)
+    return values

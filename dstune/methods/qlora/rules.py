@@ -1,0 +1,11 @@
+"""What cannot be rounded to 4 bits."""
+
+from __future__ import annotations
+
+from dstune.errors import Problem
+
+
+def rounded_experts_problem(share: float) -> Problem:
+    """The problem with a mixture of experts. share: of the weights that are in experts."""
+    reason = f"rounds linear layers, and the experts, {share:.0%} of this model's weights, are none"
+    return Problem("method", reason, "method=lora", "qlora")
