@@ -13,7 +13,6 @@ from pathlib import Path
 from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.config.compose import RUN_FORMAT, read_run, read_run_content, write_run_content
-from dstune.config.domain_stage import FOLDER as FIRST_STAGE
 from dstune.errors import EXIT_DONE
 from dstune.launch import records
 from dstune.launch.rundir import RUN_FILE, run_directory
@@ -29,7 +28,9 @@ def main(argv: list[str]) -> int:
     run_dir = run_directory(arguments.run)
     lock = records.acquire_lock(run_dir)
     try:
-        stages = [folder for folder in (run_dir, run_dir / FIRST_STAGE) if (folder / RUN_FILE).is_file()]
+        stages = [
+            file.parent for file in (run_dir / RUN_FILE, *sorted(run_dir.glob(f"*/{RUN_FILE}"))) if file.is_file()
+        ]
         for folder in stages:
             read_run(folder / RUN_FILE)  # refused as a whole before anything is written
         upgraded = [line for folder in stages for line in upgrade(folder, run_dir)]
