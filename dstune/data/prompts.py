@@ -11,8 +11,8 @@ import numpy as np
 from dstune.data.ingest import Table
 from dstune.data.prepared import SamplePrompt
 from dstune.data.render import RenderError
-from dstune.data.seq2seq import Sources
 from dstune.data.tokenize import RowTokenizer, conversation
+from dstune.data.tokenize.sample import SourcePrompts
 
 TEXT_PROMPT_TOKENS = 16
 """How much of a document the model gets to see before it goes on by itself."""
@@ -41,7 +41,7 @@ def sample_prompts(
     return list(prompts.values())
 
 
-def _from_source(sources: Sources, row: dict[str, Any]) -> SamplePrompt | None:
+def _from_source(sources: SourcePrompts, row: dict[str, Any]) -> SamplePrompt | None:
     try:
         return SamplePrompt(sources.prompt_ids(row["source"]), row["source"], row["target"])
     except RenderError:

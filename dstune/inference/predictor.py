@@ -29,13 +29,13 @@ from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.data.tags import AS_BIO, OUTSIDE, marks_entities
 from dstune.data.tokenize import RowTokenizer, Sample
-from dstune.data.tokenize.preference import RewardEncoder
 from dstune.inference.rows import Asked
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.protocols import task_of
 from dstune.tasks.embedding.head import pooled
 from dstune.tasks.question_answering.metrics import best_spans
+from dstune.tasks.reward.encode import RewardEncoder
 from dstune.train.measure import Row, rows_of
 
 Answer = dict[str, Any]

@@ -15,7 +15,7 @@ from dstune.protocols import task_of
 
 if TYPE_CHECKING:
     from dstune.data.control import ControlTokens
-    from dstune.data.seq2seq import Sources
+    from dstune.data.tokenize.sample import SourcePrompts
     from dstune.protocols.task import TaskConfig
 
 
@@ -53,7 +53,7 @@ class Writer:
         self._sampling, self._plain, self._system = sampling, plain, system
         self._templates: dict[str, str] = {}
         self._controls: dict[str, ControlTokens] = {}
-        self._asking: dict[str, Sources] = {}
+        self._asking: dict[str, SourcePrompts] = {}
         self.active = next(iter(speaker.voices))
 
     @property
@@ -222,7 +222,7 @@ class Writer:
             self._controls[name] = ControlTokens(self._voices[name].tokenizer)
         return self._controls[name]
 
-    def _sources(self, name: str, task: TaskConfig) -> Sources:
+    def _sources(self, name: str, task: TaskConfig) -> SourcePrompts:
         from dstune.config.architectures import is_encoder_decoder
 
         if name not in self._asking:

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.sampler import MicroBatch
-    from dstune.data.seq2seq import Sources
-    from dstune.data.tokenize.sample import Encoder
+    from dstune.data.tokenize.sample import Encoder, SourcePrompts
     from dstune.errors import Problem
     from dstune.models.heads import Head, Rows
     from dstune.train.counterfactual import Evaluated
@@ -175,11 +173,11 @@ class Task:
 
     def collate(
         self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
-    ) -> dict[str, Tensor] | None:
+    ) -> dict[str, np.ndarray] | None:
         """The arrays of a micro-batch; None where they are those of every task (`dstune.data.collate`)."""
         return None
 
-    def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources | None:
+    def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> SourcePrompts | None:
         """What asks for the target of a source, where rows are sources and targets."""
         return None
 

@@ -14,13 +14,13 @@ from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CausalLmConfig, ClassificationConfig, Seq2SeqConfig
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import MicroBatch, share
-from dstune.data.seq2seq import first_special_tokens
-from dstune.data.tokenize.seq2seq import ReplyEncoder
+from dstune.data.special_tokens import first_special_tokens
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
 from dstune.models.load import load_config
 from dstune.tasks.classification.metrics import classification_metrics
+from dstune.tasks.seq2seq.encode import ReplyEncoder
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import Evaluation
 from dstune.zero.engine import Engine

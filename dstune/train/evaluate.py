@@ -17,7 +17,7 @@ from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
 from dstune.data.collate import NO_TARGET
 from dstune.data.sampler import MicroBatch, evaluation_batches, share
-from dstune.data.seq2seq import first_special_tokens
+from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers

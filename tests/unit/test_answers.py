@@ -17,8 +17,8 @@ from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.data.clean.rows import map_texts
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
-from dstune.data.tokenize.answers import AnswerEncoder
 from dstune.protocols import task_of
+from dstune.tasks.question_answering.encode import AnswerEncoder
 from dstune.tasks.question_answering.head import AnswerHead, best_span
 from dstune.tasks.question_answering.metrics import answer_metrics
 from dstune.train.measure import Totals

@@ -23,8 +23,8 @@ from dstune.data.read_tagged import read_tagged
 from dstune.data.sampler import MicroBatch
 from dstune.data.tags import checked, completed
 from dstune.data.tokenize.frame import windows
-from dstune.data.tokenize.tokens import TokenEncoder
 from dstune.show.segments import segments
+from dstune.tasks.token_classification.encode import TokenEncoder
 from dstune.tasks.token_classification.head import token_classification_head
 from dstune.tasks.token_classification.metrics import token_metrics
 

@@ -10,29 +10,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.architectures import is_encoder_decoder
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    EmbeddingConfig,
-    PreferenceConfig,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    Seq2SeqConfig,
-    TokenClassificationConfig,
-)
 from dstune.data.render import ChatRenderer
-from dstune.data.seq2seq import Sources
-from dstune.data.tokenize.answers import AnswerEncoder
-from dstune.data.tokenize.classification import ClassificationEncoder
-from dstune.data.tokenize.contrastive import ContrastiveEncoder
-from dstune.data.tokenize.language import ChatEncoder, DocumentEncoder, conversation
-from dstune.data.tokenize.preference import JudgedEncoder, PairEncoder, RewardEncoder
-from dstune.data.tokenize.sample import Encoder, Rows, Sample
-from dstune.data.tokenize.seq2seq import ReplyEncoder, TranslationEncoder
+from dstune.data.tokenize.conversations import conversation
+from dstune.data.tokenize.sample import Encoder, Rows, Sample, SourcePrompts
 from dstune.data.tokenize.several import SeveralEncoder
-from dstune.data.tokenize.tokens import TokenEncoder
+from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -78,7 +60,7 @@ class RowTokenizer:
             assert sources is not None, "rows of several tasks come from a mixture"
             self._encoder = SeveralEncoder([own._encoder for own in self._of_source], sources)
         else:
-            self._encoder = _encoder(tokenizer, task, fmt, max_length, labels, class_weights)
+            self._encoder = task_of(task).encoder(tokenizer, fmt, max_length, labels, class_weights)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
         """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
@@ -98,16 +80,15 @@ class RowTokenizer:
     @property
     def renderer(self) -> ChatRenderer | None:
         """What renders conversations, where there is a template."""
-        return self._encoder.renderer if isinstance(self._encoder, ChatEncoder) else None
+        return self._encoder.renderer
 
     @property
-    def sources(self) -> Sources | None:
+    def sources(self) -> SourcePrompts | None:
         """What asks for the target of a source, where the rows are of that kind."""
-        return self._encoder.sources if isinstance(self._encoder, TranslationEncoder | ReplyEncoder) else None
+        return self._encoder.sources
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
-        assert isinstance(self._encoder, ChatEncoder | DocumentEncoder), "only a language model continues a text"
         return self._encoder.plain_prompt_ids(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -131,38 +112,6 @@ class RowTokenizer:
         }
         schema = self.features.arrow_schema
         return pa.table({name: _column(values, schema.field(name).type) for name, values in columns.items()})
-
-
-def _encoder(
-    tokenizer: Any,
-    task: TaskConfig,
-    fmt: str,
-    max_length: int,
-    labels: tuple[str, ...],
-    class_weights: tuple[float, ...],
-) -> Encoder:
-    match task:
-        case ChatConfig():
-            return ChatEncoder(tokenizer, task, fmt, max_length)
-        case CausalLmConfig():
-            return DocumentEncoder(tokenizer, max_length)
-        case ClassificationConfig():
-            return ClassificationEncoder(tokenizer, task, fmt, max_length, labels, class_weights)
-        case TokenClassificationConfig():
-            return TokenEncoder(tokenizer, task, max_length, labels)
-        case QuestionAnsweringConfig():
-            return AnswerEncoder(tokenizer, task, max_length)
-        case PreferenceConfig():
-            encoder = JudgedEncoder if task.single else PairEncoder
-            return encoder(tokenizer, task.template_date, fmt, max_length)
-        case RewardConfig():
-            return RewardEncoder(tokenizer, task.template_date, fmt, max_length)
-        case EmbeddingConfig():
-            return ContrastiveEncoder(tokenizer, max_length)
-        case Seq2SeqConfig():
-            kind = TranslationEncoder if is_encoder_decoder(tokenizer) else ReplyEncoder
-            return kind(tokenizer, task, max_length)
-    raise AssertionError(f"no tokenization for {task!r}")
 
 
 def _column(values: list[Any], kind: pa.DataType) -> pa.Array:

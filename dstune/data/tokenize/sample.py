@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dstune.data.render import ChatRenderer
+
 Rows = list[dict[str, Any]]
 """Normalised rows, as `rows.normalise` gives them."""
 
@@ -33,12 +35,32 @@ class Sample:
         return self.columns["labels"]
 
 
-class Encoder(Protocol):
+class SourcePrompts(Protocol):
+    """Asks for the target of a source, where rows are sources and targets."""
+
+    def asked(self, source: str) -> str:
+        """The prompt with the source in it."""
+
+    def prompt_ids(self, source: str) -> list[int]:
+        """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
+
+
+class Encoder:
     """Makes samples of one task's rows; picklable."""
+
+    renderer: ChatRenderer | None = None
+    """What renders conversations, where there is a template."""
+    sources: SourcePrompts | None = None
 
     @property
     def columns(self) -> Mapping[str, Any]:
         """Types (of `datasets`) of what a sample holds beside `input_ids`. `collate` knows which ones a batch gets."""
+        raise NotImplementedError
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         """Samples of `rows`, those of one row one behind the other; `numbers` is how the rows are called."""
+        raise NotImplementedError
+
+    def plain_prompt_ids(self, text: str) -> list[int]:
+        """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        raise NotImplementedError("only a language model continues a text")

@@ -12,19 +12,22 @@ from dstune.data.prepared import TEXTS
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 
-class SeveralEncoder:
+class SeveralEncoder(Encoder):
     """encoders: of each source, in the order of `data.mixture`. sources: the number of each row's source, int16 [rows]."""
 
     def __init__(self, encoders: Sequence[Encoder], sources: np.ndarray):
-        self._encoders, self._sources = encoders, sources
-        self.columns: Mapping[str, Any] = {name: kind for encoder in encoders for name, kind in encoder.columns.items()}
+        self._encoders, self._numbers = encoders, sources
         # A row without a source and a target has none to generate.
         self._absent = {name: "" for name in TEXTS if name in self.columns}
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {name: kind for encoder in self._encoders for name, kind in encoder.columns.items()}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         places = defaultdict(list)
         for place, number in enumerate(numbers):
-            places[int(self._sources[number])].append(place)
+            places[int(self._numbers[number])].append(place)
         found: dict[int, list[Sample]] = defaultdict(list)
         for source, own in places.items():
             for sample in self._encoders[source]([rows[place] for place in own], [numbers[place] for place in own]):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from dstune.config.task_schema import CausalLmConfig
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.causal_lm import rows as rows
+
+if TYPE_CHECKING:
+    from dstune.data.tokenize.sample import Encoder
 
 
 @task
@@ -19,3 +24,10 @@ class CausalLm(LanguageTask):
     formats = ("text",)
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.tasks.causal_lm.encode import DocumentEncoder
+
+        return DocumentEncoder(tokenizer, max_length)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from dstune.config.task_schema import ChatConfig
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.chat import rows as rows
+
+if TYPE_CHECKING:
+    from dstune.data.tokenize.sample import Encoder
 
 
 @task
@@ -28,3 +33,11 @@ class Chat(LanguageTask):
     @property
     def every_position_is_a_target(self) -> bool:
         return self.config.train_on_prompt
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.data.tokenize.conversations import ChatEncoder
+
+        date, everything = self.config.template_date, self.config.train_on_prompt
+        return ChatEncoder(tokenizer, date, fmt, max_length, train_on_prompt=everything)

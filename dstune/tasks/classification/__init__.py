@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import ClassificationConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.train.counterfactual import Evaluated
     from dstune.train.measure import Evaluation, Row, Totals
@@ -79,3 +80,10 @@ class Classification(Task):
 
     def class_weights(self, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int) -> list[float]:
         return rules.class_weights(self.config, labels, counts, rows)
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.tasks.classification.encode import ClassificationEncoder
+
+        return ClassificationEncoder(tokenizer, self.config, fmt, max_length, labels, class_weights)

@@ -13,9 +13,12 @@ from dstune.tasks.embedding import rows as rows
 from dstune.tasks.embedding import rules
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
     from dstune.data.prepared import Split
+    from dstune.data.sampler import MicroBatch
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -54,3 +57,20 @@ class Embedding(Task):
 
     def row_key(self) -> dict[str, Any]:
         return {"name": self.name}  # what the loss makes of their vectors does not change the samples
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.tasks.embedding.encode import ContrastiveEncoder
+
+        return ContrastiveEncoder(tokenizer, max_length)
+
+    def collate(
+        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
+    ) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        from dstune.tasks.embedding.encode import contrastive_batch
+
+        index = {"index": np.array(micro_batch.samples, dtype=np.int64)} if with_index else {}
+        return contrastive_batch(split, micro_batch, pad_token_id) | index

@@ -14,9 +14,12 @@ from dstune.tasks.preference import rows as rows
 from dstune.tasks.preference import rules
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
     from dstune.data.prepared import Split
+    from dstune.data.sampler import MicroBatch
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -74,3 +77,22 @@ class Preference(Task):
             "name": self.name,
             "single": self.config.single,
         }  # what the loss makes of them does not change the samples
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.data.tokenize.pairs import PairEncoder
+        from dstune.tasks.preference.encode import JudgedEncoder
+
+        encoder = JudgedEncoder if self.config.single else PairEncoder
+        return encoder(tokenizer, self.config.template_date, fmt, max_length)
+
+    def collate(
+        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
+    ) -> dict[str, np.ndarray]:
+        from dstune.data.batches import pair_batch
+        from dstune.tasks.preference.encode import judged_batch
+
+        if self.config.single:
+            return judged_batch(split, micro_batch, pad_token_id, run.data.max_length)
+        return pair_batch(split, micro_batch, pad_token_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.protocols import Task, task
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.train.counterfactual import Evaluated
     from dstune.train.measure import Evaluation, Row, Totals
@@ -54,3 +55,10 @@ class QuestionAnswering(Task):
         from dstune.train.counterfactual import flips
 
         return {"flips": flips(*swapped_answers(self.config, run, before, after), places)}
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.tasks.question_answering.encode import AnswerEncoder
+
+        return AnswerEncoder(tokenizer, self.config, max_length)

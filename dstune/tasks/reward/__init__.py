@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.task_schema import RewardConfig
 from dstune.protocols import Task, task
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
+    from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
+    from dstune.data.sampler import MicroBatch
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -50,3 +54,17 @@ class Reward(Task):
         from dstune.train.measure import without_loss
 
         return without_loss(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.tasks.reward.encode import RewardEncoder
+
+        return RewardEncoder(tokenizer, self.config.template_date, fmt, max_length)
+
+    def collate(
+        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
+    ) -> dict[str, np.ndarray]:
+        from dstune.data.batches import pair_batch
+
+        return pair_batch(split, micro_batch, pad_token_id)

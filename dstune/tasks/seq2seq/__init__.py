@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dstune.data.prepared import Split
-    from dstune.data.seq2seq import Sources
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
+    from dstune.tasks.seq2seq.sources import Sources
     from dstune.train.evaluate import Evaluator
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -88,6 +89,15 @@ class Seq2Seq(LanguageTask):
                 yield Problem("evaluate.generate_rows", reason, fix, shown(run.evaluate.generate_rows))
 
     def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources:
-        from dstune.data.seq2seq import Sources
+        from dstune.tasks.seq2seq.sources import Sources
 
         return Sources(tokenizer, self.config, encoder_decoder=encoder_decoder)
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.config.architectures import is_encoder_decoder
+        from dstune.tasks.seq2seq.encode import ReplyEncoder, TranslationEncoder
+
+        kind = TranslationEncoder if is_encoder_decoder(tokenizer) else ReplyEncoder
+        return kind(tokenizer, self.config, max_length)

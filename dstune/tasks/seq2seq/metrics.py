@@ -12,7 +12,7 @@ from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import evaluation_batches, share
-from dstune.data.seq2seq import decoder_prompt, first_special_tokens
+from dstune.data.special_tokens import decoder_prompt, first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
 from dstune.models.generation import generate_answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import TagScheme, TokenClassificationConfig
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
+    from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.train.counterfactual import Evaluated
     from dstune.train.measure import Evaluation, Row, Totals
@@ -73,3 +74,10 @@ class TokenClassification(Task):
     def check_labels(self, run: RunConfig, labels: tuple[str, ...]) -> None:
         rules.refuse_odd_tags(self.config, labels)
         rules.refuse_other_metric(run, self.config, labels)
+
+    def encoder(
+        self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
+    ) -> Encoder:
+        from dstune.tasks.token_classification.encode import TokenEncoder
+
+        return TokenEncoder(tokenizer, self.config, max_length, labels)

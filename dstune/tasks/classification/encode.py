@@ -11,10 +11,10 @@ import numpy as np
 from dstune.config.task_schema import ClassificationConfig
 from dstune.data.control import ControlTokens
 from dstune.data.rows import labels_of
-from dstune.data.tokenize.sample import Rows, Sample
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 
-class ClassificationEncoder:
+class ClassificationEncoder(Encoder):
     """Texts with the special tokens that the tokenizer puts around and between them.
 
     The column `label` is the index of the row's label, with `task.multi_label` a 1 or 0 for each label, and in a regression

@@ -14,10 +14,10 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import require_offsets
 from dstune.data.tokenize.frame import Frame, windows
-from dstune.data.tokenize.sample import Rows, Sample
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 
-class TokenEncoder:
+class TokenEncoder(Encoder):
     """Sentences as windows of sub-words; the label of a word's first sub-word is its tag's index.
 
     The words are joined by spaces and tokenized as one text, as the pipeline of transformers does with a text. A sentence

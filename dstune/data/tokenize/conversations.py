@@ -8,17 +8,16 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.task_schema import ChatConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.preferences import as_chat
 from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
-from dstune.data.seq2seq import first_special_tokens
-from dstune.data.tokenize.sample import Rows, Sample
+from dstune.data.special_tokens import first_special_tokens
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.errors import Problem, UserError
 
 
-class Language:
+class Language(Encoder):
     """What chats and documents have in common. Raises UserError (at creation) without an end-of-sequence token.
 
     `bytes` is the length in UTF-8 of the text that a sample's targets stand for, special tokens apart; 0 where the tokenizer
@@ -97,12 +96,13 @@ class Language:
 class ChatEncoder(Language):
     """Prompts and completions go through the chat template if the model has one, else one follows the other."""
 
-    def __init__(self, tokenizer: Any, task: ChatConfig, fmt: str, max_length: int):
+    def __init__(
+        self, tokenizer: Any, template_date: str | None, fmt: str, max_length: int, *, train_on_prompt: bool = False
+    ):
         require_offsets(tokenizer)
-        self.renderer: ChatRenderer | None = None
         if fmt == "messages" or tokenizer.chat_template:
-            self.renderer = ChatRenderer(tokenizer, task.template_date)
-        self._train_on_prompt = task.train_on_prompt
+            self.renderer = ChatRenderer(tokenizer, template_date)
+        self._train_on_prompt = train_on_prompt
         super().__init__(tokenizer, max_length)
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
@@ -159,42 +159,6 @@ class ChatEncoder(Language):
             return *self.renderer.spans(conversation(row), tools=row.get("tools")), ""
         except RenderError as error:
             return "", [], str(error)
-
-
-class DocumentEncoder(Language):
-    """Documents, cut into pieces of `max_length` tokens that overlap by one token.
-
-    The first token of a piece is no target, so it is the last one of the piece before: no target is lost and
-    none counts twice. Example, max_length 4: tokens a b c d e f </s> give [a b c d] and [d e f </s>].
-    """
-
-    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        encoded = self._tokenizer(
-            [row["text"] for row in rows],
-            add_special_tokens=False,
-            return_offsets_mapping=self._tokenizer.is_fast,
-            verbose=False,
-        )
-        places = encoded.get("offset_mapping", [[]] * len(rows))
-        end = self._tokenizer.eos_token_id
-        samples = []
-        for number, row, ids, offsets in zip(numbers, rows, encoded["input_ids"], places, strict=True):
-            text = row["text"]
-            if self._control.first(row):
-                ids, offsets = self._control.encode(text, self._own_tokens(text, self._tokenizer.eos_token))
-            prefix, suffix = self._missing_prefix(ids), [] if ids[-1:] == [end] else [end]
-            document = np.array([*prefix, *ids, *suffix], dtype=np.int32)
-            sizes = np.zeros(len(document), dtype=np.int64)
-            sizes[len(prefix) : len(prefix) + len(ids)] = self._sizes(np.array(ids), offsets, text)
-            step = self._max_length - 1
-            for start in range(0, max(len(document) - 1, 1), step):
-                window = slice(start, start + self._max_length)
-                piece = document[window]
-                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), sizes[window], "")
-                sample.truncated = len(document) > self._max_length
-                sample.length = len(document)
-                samples.append(sample)
-        return samples
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,12 +13,12 @@ from dstune.data.answers import Answer
 from dstune.data.control import ControlTokens
 from dstune.data.render import require_offsets
 from dstune.data.tokenize.frame import Frame, windows
-from dstune.data.tokenize.sample import Rows, Sample
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 NOT_IN_CONTEXT = -1
 
 
-class AnswerEncoder:
+class AnswerEncoder(Encoder):
     """A text that does not fit beside its question becomes several windows that overlap by `task.stride` tokens.
 
     `start` and `end` are the first and last token of the first answer; in a window that does not hold all of it, and for a

@@ -12,15 +12,18 @@ from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import TEXTS
 from dstune.data.render import require_offsets
-from dstune.data.seq2seq import Sources, end_of_target
-from dstune.data.tokenize.language import ChatEncoder, Language
-from dstune.data.tokenize.sample import Rows, Sample
+from dstune.data.special_tokens import end_of_target
+from dstune.data.tokenize.conversations import ChatEncoder, Language
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.errors import Problem, UserError
+from dstune.tasks.seq2seq.sources import Sources
 
 _TEXT_COLUMNS = {name: datasets.Value("string") for name in TEXTS}
 
 
-class TranslationEncoder:
+class TranslationEncoder(Encoder):
+    sources: Sources
+
     """A source for the encoder (`input_ids`) and a target for the decoder (`target_ids`), each cut by itself.
 
     Raises UserError (at creation) where the tokenizer has nothing to end a target with.
@@ -49,6 +52,8 @@ class TranslationEncoder:
 
 
 class ReplyEncoder(ChatEncoder):
+    sources: Sources
+
     """A decoder's answer to each source. Where both are too long the source is shortened, at its end: a row without its
     target would teach nothing."""
 

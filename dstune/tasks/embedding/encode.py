@@ -7,16 +7,20 @@ from typing import Any
 
 import datasets
 import numpy as np
+import xxhash
 
+from dstune.data.batches import counted, padded
 from dstune.data.control import ControlTokens
-from dstune.data.tokenize.sample import Rows, Sample
+from dstune.data.prepared import Split
+from dstune.data.sampler import MicroBatch
+from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 TOKENS = datasets.List(datasets.Value("int32"))
 COLUMNS = {"anchor": "input_ids", "positive": "positive_input_ids", "negative": "negative_input_ids"}
 """Where the tokens of each text of a row go; those of a negative that a row does not have are empty."""
 
 
-class ContrastiveEncoder:
+class ContrastiveEncoder(Encoder):
     """Texts with the special tokens that the tokenizer puts around them, each cut to `max_length` tokens."""
 
     def __init__(self, tokenizer: Any, max_length: int):
@@ -50,3 +54,21 @@ class ContrastiveEncoder:
             kept = self._tokenizer(text, truncation=True, max_length=self._max_length, verbose=False)["input_ids"]
             return np.array(kept, dtype=np.int32), len(ids)
         return np.array(ids, dtype=np.int32), len(ids)
+
+
+def contrastive_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
+    """`input_ids`, `attention_mask` [texts, sequence]: anchors, positives, and the negatives of the pairs that have one,
+    whose numbers are `negative_owner`; `anchor_key`, `positive_key`, `negative_key`, equal for equal texts; `counted`
+    [pairs]."""
+    samples = [split.sample(index) for index in micro_batch.samples]
+    texts = {kind: [sample[name] for sample in samples] for kind, name in COLUMNS.items()}
+    owners = [number for number, tokens in enumerate(texts["negative"]) if len(tokens)]
+    texts["negative"] = [texts["negative"][owner] for owner in owners]
+    keys = {f"{kind}_key": np.array([_key(ids) for ids in of], dtype=np.int64) for kind, of in texts.items()}
+    arrays = padded([ids for of in texts.values() for ids in of], None, pad)
+    return {**arrays, **keys, "negative_owner": np.array(owners, dtype=np.int64), "counted": counted(micro_batch)}
+
+
+def _key(ids: np.ndarray) -> int:
+    """Equal for equal tokens; a signed number of 64 bits."""
+    return xxhash.xxh3_64_intdigest(np.asarray(ids, dtype=np.int32).tobytes()) - 2**63

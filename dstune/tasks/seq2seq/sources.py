@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer
+from dstune.data.special_tokens import end_of_target, first_special_tokens
 
 PLACE = "{source}"
 """Where the source stands in `task.prompt`."""
@@ -85,26 +83,3 @@ class Sources:
         ids_and_places = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         kept = ids_and_places["offset_mapping"][: max(0, len(ids_and_places["input_ids"]) - tokens)]
         return source[: kept[-1][1]].rstrip() if kept else ""
-
-
-def end_of_target(tokenizer: Any) -> int | None:
-    """The token that ends a target: of end of text, or of encoders the separator."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-
-
-def first_special_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
-
-
-def decoder_prompt(sample: Mapping[str, Any], ignored: int) -> list[int]:
-    """The tokens of a sample up to its first target: what the model is to go on from."""
-    if "target_ids" in sample:
-        return np.asarray(sample["input_ids"]).tolist()
-    targets = np.flatnonzero(np.asarray(sample["labels"]) != ignored)
-    return np.asarray(sample["input_ids"])[: targets[0]].tolist()

@@ -1,0 +1,37 @@
+"""Samples of compared answers: a prompt with two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dstune.data.preferences import ANSWERS, as_chat
+from dstune.data.tokenize.conversations import ChatEncoder
+from dstune.data.tokenize.sample import Rows, Sample
+
+TOKENS = datasets.List(datasets.Value("int32"))
+
+
+class PairEncoder(ChatEncoder):
+    """The prompt with its better answer, and with its worse one; `input_ids` are the better one's.
+
+    Both have to have a target within `max_length`, and differ there, else the pair has the weight 0.
+    """
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {"labels": TOKENS, "rejected_input_ids": TOKENS, "rejected_labels": TOKENS}
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        better, worse = (super(PairEncoder, self).__call__([as_chat(r, a) for r in rows], numbers) for a in ANSWERS)
+        for chosen, rejected in zip(better, worse, strict=True):
+            same = np.array_equal(chosen.input_ids, rejected.input_ids)
+            chosen.weight = int(chosen.weight > 0 and rejected.weight > 0 and not same)
+            chosen.columns |= {"rejected_input_ids": rejected.input_ids, "rejected_labels": rejected.labels}
+            chosen.truncated |= rejected.truncated
+            chosen.problem = chosen.problem or rejected.problem
+            chosen.length = max(chosen.length, rejected.length)
+        return better

@@ -1,0 +1,40 @@
+"""Samples of compared answers that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+
+from dstune.data.tokenize.conversations import ChatEncoder
+from dstune.data.tokenize.pairs import TOKENS, PairEncoder
+from dstune.data.tokenize.sample import Rows, Sample
+from dstune.errors import Problem, UserError
+
+
+class RewardEncoder(PairEncoder):
+    """Both answers with their prompt, and by how much the better one has to win."""
+
+    @staticmethod
+    def _end_of(tokenizer: Any) -> int:
+        """An encoder's separator serves as well: what ends the text writes nothing."""
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if end is None:
+            reason = "the tokenizer has neither an end-of-sequence token nor a separator"
+            raise UserError(Problem("model.path", reason, "choose another model"))
+        return int(end)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {"rejected_input_ids": TOKENS, "margin": datasets.Value("float64")}
+
+    def of_answers(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        """Samples of chat rows, each with one answer to be scored; of weight 0 where nothing of it is within `max_length`."""
+        return ChatEncoder.__call__(self, rows, numbers)
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        samples = super().__call__(rows, numbers)
+        for row, sample in zip(rows, samples, strict=True):
+            sample.columns["margin"] = float(row.get("margin", 0.0))
+        return samples
