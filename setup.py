@@ -2,4 +2,4 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["dstune", "dstune.*"]), "dstune.conf"])
+setup(packages=[*find_packages(include=["dstune", "dstune.*"]), "dstune.conf", "dstune_plugins"])

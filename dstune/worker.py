@@ -23,6 +23,7 @@ from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig
+from dstune.core import plugins
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare
 from dstune.dist import World
@@ -242,7 +243,7 @@ def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: Worl
         return
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_run(folder / "run.yaml", Composed(stage, []))
+        write_run(folder / "run.yaml", Composed(stage, [], plugins.active()))
     world.barrier()
     try:
         train_stage(stage, folder, world, preemption)

@@ -33,11 +33,13 @@ from dstune.config.convert import (
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes, sections
+from dstune.config.plugins import activate_requested, load_built_ins
 from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, with_file
-from dstune.core import files
+from dstune.core import files, plugins
+from dstune.core.plugins import Plugin
 from dstune.errors import Problem, UserError
 from dstune.protocols import TASKS, task_of
 
@@ -70,6 +72,7 @@ class Composed:
     config: RunConfig
     overrides: list[str]
     """What was given on the command line, `experiment=quickstart` included where nothing was asked for."""
+    plugins: tuple[Plugin, ...] = ()
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Composed:
@@ -82,6 +85,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
     """
     given = with_default_experiment(overrides)
+    active = activate_requested(given, config_dirs)
     with session(config_dirs) as hydra:
         raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
         config = _typed(raw, "the composed configuration")
@@ -90,7 +94,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         if config.zero.path is not None:
             config = with_file(config, given_by(hydra, given))
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
-    return Composed(config, given)
+    return Composed(config, given, active)
 
 
 def frozen_at_start() -> tuple[str, ...]:
@@ -209,7 +213,7 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
     raw = {
         str(section): _plain_node(composed[section], str(section), composed, problems)
         for section in composed
-        if section != "hydra"
+        if section not in ("hydra", plugins.KEY)  # plugins are active already
     }
     if problems:
         raise UserError(problems)
@@ -298,6 +302,9 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         if user_overrides.is_group_choice(override, groups) and "." not in key:
             fix = _single_values(config, key, str(override.value()))
             problems.append(Problem(key, "the groups of an existing run are settled", fix, shown(override.value())))
+        elif key == plugins.KEY:
+            fix = f"dstune train run.dir=RUN with the settings of then, plugins=[...] and {plugins.ACCEPT}"
+            problems.append(Problem(key, "the plugins of an existing run are settled", fix, shown(override.value())))
         elif key == "zero.path":
             fix = "set single values, such as zero.reduce_bucket_size=N or zero.settings.KEY=VALUE"
             problems.append(Problem(key, "the file was read when the run began", fix, shown(override.value())))
@@ -359,12 +366,15 @@ RUN_FORMAT = 2
 
 
 def write_run(path: Path, composed: Composed) -> None:
-    """Write `run.yaml`: the version, the overrides given and the resolved configuration, secrets by reference only."""
+    """Write `run.yaml`: the version, the overrides given, the plugins (their files are copied beside it) and the resolved
+    configuration, secrets by reference only."""
     content = {
         "dstune_version": __version__,
         "overrides": list(composed.overrides),
+        **({"plugins": plugins.to_dicts(composed.plugins)} if composed.plugins else {}),
         "config": to_dict(composed.config),
     }
+    plugins.install(composed.plugins, path.parent)
     write_run_content(path, content)
 
 
@@ -372,14 +382,35 @@ def write_run_content(path: Path, content: Mapping[str, Any]) -> None:
     files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT}))
 
 
-def read_run(path: Path) -> Composed:
-    """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment.
+def read_run(path: Path, *, accept_plugin_changes: bool = False) -> Composed:
+    """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment. The run's
+    plugins become the active ones.
 
     Raises:
-        UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set.
+        UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set, a plugin that is
+            missing or has changed.
     """
     content = read_run_content(path)
-    return Composed(from_dict(content["config"], str(path)), [str(text) for text in content.get("overrides") or []])
+    load_built_ins()
+    stored = plugins.from_dicts(content.get(plugins.KEY), str(path))
+    active = plugins.activate_stored(stored, path.parent, accept_changes=accept_plugin_changes)
+    return _composed(content, path, active)
+
+
+def read_run_beside(path: Path) -> Composed:
+    """As `read_run`, of a run that `plugins.active()` is to continue: the active plugins stay, those of the run are listed."""
+    content = read_run_content(path)
+    return _composed(content, path, plugins.from_dicts(content.get(plugins.KEY), str(path)))
+
+
+def plugins_of(path: Path) -> tuple[Plugin, ...]:
+    """The plugins that a `run.yaml` lists, none of them loaded. Raises UserError."""
+    return plugins.from_dicts(read_run_content(path).get(plugins.KEY), str(path))
+
+
+def _composed(content: dict[str, Any], path: Path, active: tuple[Plugin, ...]) -> Composed:
+    overrides = [str(text) for text in content.get("overrides") or []]
+    return Composed(from_dict(content["config"], str(path)), overrides, active)
 
 
 def read_run_content(path: Path) -> dict[str, Any]:

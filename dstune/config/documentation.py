@@ -16,9 +16,11 @@ from typing import NamedTuple
 from dstune.config.convert import describe, shown
 from dstune.config.method_matrix import matrix_table
 from dstune.config.methods_page import methods_page
-from dstune.config.names import classes_of, entry_class, sections, type_hints
+from dstune.config.names import ROOT_KEYS, classes_of, entry_class, sections, type_hints
 from dstune.config.presets import presets_page
 from dstune.config.schema import CHOICES
+from dstune.core.plugins import KEY
+from dstune.core.registry import on_change
 
 
 class Setting(NamedTuple):
@@ -63,7 +65,16 @@ def documentation() -> tuple[Setting, ...]:
         for choice, cls in classes_of(section).items():
             group = f"{section}={choice}" if choice else section
             settings += _of_class(cls, group, section)
+    settings.append(Setting("", KEY, "a list such as [a,b]", "[]", PLUGINS_DOC))
     return tuple(settings)
+
+
+on_change(documentation.cache_clear)
+on_change(_docs_in.cache_clear)
+
+PLUGINS_DOC = (
+    "Files (`./file.py`) and modules that add tasks, methods, metrics, callbacks, ...: read first, see docs/plugins.md."
+)
 
 
 def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
@@ -90,6 +101,9 @@ def merged() -> list[Setting]:
     result = []
     for (key, kind, default, doc), groups in rows.items():
         section = key.split(".", 1)[0]
+        if section in ROOT_KEYS:
+            result.append(Setting("", key, kind, default, doc))
+            continue
         choices = [group.partition("=")[2] for group in groups]
         everywhere = choices == list(classes_of(section))
         result.append(Setting(section if everywhere else f"{section}={'|'.join(choices)}", key, kind, default, doc))

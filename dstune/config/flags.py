@@ -167,8 +167,10 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
         return 0
     from dstune.config.compose import run_hydra, with_default_experiment
     from dstune.config.hydra_session import ROOT_CONFIG, group_options, program_name, session
+    from dstune.config.plugins import activate_requested
 
     overrides = with_default_experiment(flags.overrides)
+    activate_requested(overrides, flags.config_dirs)
     with session(flags.config_dirs) as hydra:
         if flags.help:
             from dstune.config.documentation import help_text

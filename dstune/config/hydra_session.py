@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import dstune
 from dstune.config.convert import is_optional
 from dstune.config.fields import MemberName
-from dstune.config.names import classes_of, entry_class, nearest, sections, type_hints
+from dstune.config.names import ROOT_KEYS, classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.core.registry import on_change
 from dstune.errors import Problem, UserError
@@ -58,12 +58,19 @@ def _is_member_name(hint: Any) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, MemberName) for kind in kinds)
 
 
+_of_plugins: list[tuple[str, str]] = []
+"""Group and name of the stored choices that plugins add."""
+
+
 @cache
 def register_schema() -> None:
     """Store the schema with Hydra: `run_schema` types sections without choices, `schema/GROUP/CHOICE` the others."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
+    for group, name in _of_plugins:
+        store.repo[group].pop(f"{name}.yaml", None)  # of a plugin that may not be active any more
+    _of_plugins.clear()
     root: list[tuple[str, Any, Any]] = []
     for section in sections():
         if section in CHOICES:
@@ -71,9 +78,15 @@ def register_schema() -> None:
             root.append((section, Any, dataclasses.field(default_factory=dict)))
             for choice, cls in CHOICES[section].items():
                 store.store(group=f"schema/{section}", name=choice, node=mutable_twin(cls), provider="dstune")
+                if not cls.__module__.startswith("dstune."):
+                    # A choice without a file: `GROUP=NAME` with the defaults of the class.
+                    store.store(group=section, name=choice, node=mutable_twin(cls), provider=cls.__module__)
+                    _of_plugins.append((section, choice))
         else:
             twin = mutable_twin(classes_of(section)[""])
             root.append((section, twin, dataclasses.field(default_factory=twin)))
+    for key, hint in ROOT_KEYS.items():
+        root.append((key, hint, dataclasses.field(default_factory=list)))
     store.store(name="run_schema", node=dataclasses.make_dataclass("RunConfig", root), provider="dstune")
 
 

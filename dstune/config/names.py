@@ -79,6 +79,10 @@ def type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+ROOT_KEYS: dict[str, Any] = {"plugins": list[str]}
+"""Keys outside the sections: what is read before there is a schema."""
+
+
 @cache
 def sections() -> tuple[str, ...]:
     """Top-level names of the configuration: `model`, `data`, ... in the order of the schema."""
@@ -118,13 +122,13 @@ def leaves(cls: type, prefix: str) -> dict[str, Any]:
 
 def keys_of(classes: Mapping[str, type]) -> dict[str, Any]:
     """Every dotted key of a configuration whose sections have these classes, with its type hint."""
-    return {key: hint for section, cls in classes.items() for key, hint in leaves(cls, section).items()}
+    return ROOT_KEYS | {key: hint for section, cls in classes.items() for key, hint in leaves(cls, section).items()}
 
 
 @cache
 def all_keys() -> dict[str, Any]:
     """Every dotted key that some choice of classes has."""
-    return {
+    return ROOT_KEYS | {
         key: hint
         for section in sections()
         for cls in classes_of(section).values()
@@ -137,6 +141,8 @@ on_change(all_keys.cache_clear)
 
 def default_of(key: str) -> Any:
     """The default of a dotted key of `all_keys`, in the first choice that has it."""
+    if key in ROOT_KEYS:
+        return []
     section, *path = key.split(".")
     for cls in classes_of(section).values():
         value = cls()

@@ -295,6 +295,8 @@ class RunSection:
     """Minutes after which the run saves and exits 75."""
     signals: list[str] = setting(["SIGTERM", "SIGINT", "SIGUSR1"])
     """Signals that ask the run to save and exit 75; a second one ends it at once."""
+    accept_plugin_changes: bool = False
+    """Continue a run although a plugin is not the one that it began with; its results may differ from there on."""
     force: bool = False
     """Start although an estimate says no (memory, room for two checkpoints on the disk); what is certain stays refused."""
 

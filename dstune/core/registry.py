@@ -18,6 +18,12 @@ from typing import Any, Generic, TypeVar
 Member = TypeVar("Member")
 
 _changed: list[Callable[[], None]] = []
+_kinds: list[Registry[Any]] = []
+
+
+def kinds() -> tuple[Registry[Any], ...]:
+    """The registries of all kinds."""
+    return tuple(_kinds)
 
 
 def on_change(forget: Callable[[], None]) -> None:
@@ -35,6 +41,7 @@ class Registry(Generic[Member]):
 
     def __init__(self, kind: str, package: str | None = None, *, folders_only: bool = False):
         self.kind = kind
+        _kinds.append(self)
         self._package = package
         self._loaded = package is None
         self._folders_only = folders_only
@@ -66,7 +73,7 @@ class Registry(Generic[Member]):
         return cls
 
     def remove(self, name: str) -> None:
-        """Forget a member: for tests of plugins."""
+        """Forget a member, whose plugin is no longer active."""
         cls = self._members.pop(name)
         self._by_config = {config: member for config, member in self._by_config.items() if member is not cls}
         for forget in _changed:
@@ -84,6 +91,8 @@ class Registry(Generic[Member]):
                 importlib.import_module(f"{self._package}.{module.name}")
         first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}
         self._members = first | self._members
+        # Here, since a plugin imports this module.
+        importlib.import_module("dstune.core.plugins").load_installed()
 
     def __iter__(self) -> Iterator[str]:
         self.load()
@@ -96,6 +105,10 @@ class Registry(Generic[Member]):
     def __getitem__(self, name: str) -> type[Member]:
         self.load()
         return self._members[name]
+
+    def present(self) -> tuple[type[Member], ...]:
+        """The members that have registered so far; imports nothing."""
+        return tuple(self._members.values())
 
     def classes(self) -> Mapping[str, type[Member]]:
         """All members by name."""

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 
 from dstune.config.schema import PREEMPTION_SIGNALS
+from dstune.core import plugins
 from dstune.data import cache
 from dstune.data.blocks import NICENESS, Job
 from dstune.data.build import block_builder
@@ -40,6 +41,7 @@ def main() -> None:
     os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS])
     os.nice(NICENESS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    plugins.load_installed()  # before what they define is unpickled
     job: Job = pickle.load(sys.stdin.buffer)
     held_out = np.load(job.held_out)
     wanted: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()

@@ -24,6 +24,7 @@ from dstune.config.architectures import is_encoder_decoder
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
+from dstune.core import plugins
 from dstune.data import cache, mixture, sources
 from dstune.data.augment import augmented
 from dstune.data.augment.rewrite import identity
@@ -169,6 +170,8 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config)],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
+    if own := plugins.digests("task", "row_format"):
+        parts["plugins"] = own
     text = json.dumps(
         parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)
     )

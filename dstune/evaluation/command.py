@@ -24,7 +24,7 @@ from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConf
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, PreferenceConfig, Seq2SeqConfig
 from dstune.config.validate import validate
-from dstune.core import files
+from dstune.core import files, plugins
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)
-        write_run(directory / "run.yaml", Composed(config, arguments.overrides))
+        write_run(directory / "run.yaml", Composed(config, arguments.overrides, plugins.active()))
         options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
         command = ("dstune.evaluate_ranks", str(directory), json.dumps(options))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dstune.config.compose import Composed, write_run
 from dstune.config.schema import RunConfig
+from dstune.core import plugins
 from dstune.errors import EXIT_DONE, TrainingFailed
 from dstune.launch.commands import number_of_ranks, on_this_machine, this_machine
 from dstune.launch.console import Console
@@ -26,7 +27,7 @@ def calibrate(config: RunConfig, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config = replace(config, launch=on_this_machine(config.launch))
-        write_run(directory / "run.yaml", Composed(config, []))
+        write_run(directory / "run.yaml", Composed(config, [], plugins.active()))
         ranks = number_of_ranks(config, this_machine(os.environ))
         console.stage(f"measuring with {ranks} rank{'s' * (ranks > 1)}")
         command = ("dstune.calibrate_ranks", str(directory))

@@ -11,10 +11,11 @@ from datetime import datetime
 from pathlib import Path
 
 from dstune.checkpoint import store
-from dstune.config.compose import Composed, continue_run, read_run, write_run
+from dstune.config.compose import Composed, continue_run, plugins_of, read_run_beside, write_run
 from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
+from dstune.core import plugins
 from dstune.core.files import INCOMPLETE
 from dstune.errors import Problem, UserError
 from dstune.launch import records
@@ -48,7 +49,8 @@ class Before:
     @classmethod
     def of(cls, path: Path) -> Before:
         created = [folder for folder in (path, *path.parents) if not folder.exists()]
-        files = {name: _content(path / name) for name in REPLACED}
+        copies = [str(file.relative_to(path)) for file in path.glob(f"{plugins.FOLDER}/*.py")]
+        files = {name: _content(path / name) for name in (*REPLACED, *copies)}
         return cls(path, tuple(created), files, _begun(path))
 
     def restore(self) -> bool:
@@ -136,8 +138,11 @@ def choose(
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():
-            config = _going_on(read_run(Path(resume_from) / RUN_FILE), composed)
-    return Composed(replace(config, run=replace(config.run, dir=str(path))), composed.overrides)
+            config = _going_on(_stored(Path(resume_from), composed), composed)
+    # A change is accepted once, not by every later start.
+    return replace(
+        composed, config=replace(config, run=replace(config.run, dir=str(path), accept_plugin_changes=False))
+    )
 
 
 def new_directory(config: RunConfig, now: datetime | None = None) -> Path:
@@ -173,7 +178,7 @@ def prepare(composed: Composed, before: Before | None = None) -> Prepared:
         _refuse_running_job(path)
         run_file = path / RUN_FILE
         if run_file.is_file():
-            stored = read_run(run_file).config
+            stored = read_run_beside(run_file).config
             if store.resumable(path) is not None:
                 check_resume(stored, config)
             if _is_done(path, stored, config):
@@ -257,7 +262,7 @@ def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
     A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
     """
     resume = composed.config.run.resume
-    stored = read_run(path / RUN_FILE)
+    stored = _stored(path, composed)
     if resume == "never" and may_refuse and (path / "metrics.jsonl").exists():
         fix = "run.resume=auto continues it; another run.dir begins anew"
         raise UserError(Problem("run.resume", f"{path} holds a run already", fix, "never"))
@@ -269,6 +274,14 @@ def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
     config = composed.config if store.resumable(path) is None else _going_on(stored, composed)
     # A run that began from another one and has saved nothing yet begins from there again.
     return replace(config, run=replace(config.run, resume=stored.config.run.resume)) if resume in KEYWORDS else config
+
+
+def _stored(path: Path, composed: Composed) -> Composed:
+    """What the run at `path` began with. Raises UserError where a saved run would go on with other plugins."""
+    file = path / RUN_FILE
+    if store.resumable(path) is not None and not composed.config.run.accept_plugin_changes:
+        plugins.refuse_changes(plugins_of(file), composed.plugins)
+    return read_run_beside(file)
 
 
 def _going_on(stored: Composed, composed: Composed) -> RunConfig:

@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.config.words import meaning
+from dstune.core.plugins import ACCEPT
 from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
 from dstune.launch import records, rundir
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
@@ -141,7 +142,7 @@ def prepare(command: Command, console: Console, write_rows: WriteRows | None = N
     except BaseException:
         before.restore()
         raise
-    prepared = rundir.prepare(Composed(config, composed.overrides), before)
+    prepared = rundir.prepare(replace(composed, config=config), before)
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"
         console.stage(f"run {prepared.run_dir} {start}")
@@ -152,9 +153,10 @@ def configuration(command: Command) -> Composed:
     """What the command asks for, not validated yet. Raises UserError."""
     if command.run is None:
         return compose(command.flags.overrides, command.flags.config_dirs)
-    stored = read_run(command.run / rundir.RUN_FILE)
+    accepts = ACCEPT in (text.lower() for text in command.flags.overrides)
+    stored = read_run(command.run / rundir.RUN_FILE, accept_plugin_changes=accepts)
     config = apply_overrides(stored.config, command.flags.overrides)
-    return Composed(config, [*stored.overrides, *command.flags.overrides])
+    return Composed(config, [*stored.overrides, *command.flags.overrides], stored.plugins)
 
 
 def _as_rank(argv: list[str], env: RankEnv) -> int:

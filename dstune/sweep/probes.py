@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dstune.config.compose import apply_overrides, compose
 from dstune.config.hydra_session import group_options, session
 from dstune.config.names import all_keys, sections
+from dstune.config.plugins import activate_requested
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Sampler, SweepConfig
 from dstune.config.sweep_space import Assignment, Axis, Split, first, grid
@@ -21,6 +22,7 @@ def groups(config_dirs: Sequence[str], overrides: Sequence[str]) -> Mapping[str,
     """The choices of each group where one is to be matched by `glob()`; reading them takes a while otherwise."""
     if not any("glob(" in text for text in overrides):
         return {}
+    activate_requested(overrides, config_dirs)
     with session(config_dirs) as hydra:
         return group_options(hydra)
 
