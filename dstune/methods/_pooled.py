@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.method_schema import FeaturesConfig, HeadConfig, Pooling
 from dstune.protocols import Method
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture, Tensor
 
 
+class Pooling(Enum):
+    model = "model"
+    cls = "cls"
+    mean = "mean"
+    last = "last"
+
+
 class PooledHead(Method):
-    config: HeadConfig | FeaturesConfig
+    config: Any
+    """Has `pooling`, `layers` and `dropout`."""
 
     why_not_shared_rows = "it reads one vector of the whole row"
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.method_schema import FullConfig
+from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
 from dstune.methods._layers import rates_of_layers
 from dstune.protocols import Method, method
+from dstune.protocols.method import MethodConfig
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True)
+class FullConfig(MethodConfig):
+    """All weights are trained.
+
+    The most accurate where there are enough rows and memory: gradients and optimizer states of every weight.
+    """
+
+    name: str = "full"
+    layer_decay: float = setting(1.0, above=0.0, at_most=1.0)
+    """Rate of a layer as a share of that of the layer above it (arXiv:1801.06146, arXiv:2003.10555); 1 is one rate for all."""
 
 
 @method

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import Ia3Config
+from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
 from dstune.methods._peft import ModuleAdapter
+from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
@@ -26,6 +28,20 @@ MODULES = {
     "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
 }
 """By architecture, the modules that peft's IA3 scales, and those of them whose inputs it scales (its constants, 0.21)."""
+
+
+@dataclass(frozen=True)
+class Ia3Config(ModuleAdapterConfig):
+    """A trained scale for each key, value and feed-forward feature (Liu et al. 2022, arXiv:2205.05638).
+
+    For few rows, or thousands of adapters on one model: a hundredth of LoRA's parameters, and it merges.
+    """
+
+    name: str = "ia3"
+    target_modules: list[str] = setting([])
+    """Module name endings that are scaled; peft's choice for the architecture when empty (llama: k_proj, v_proj, down_proj)."""
+    feedforward_modules: list[str] = setting([])
+    """Those of `target_modules` whose inputs are scaled instead of their outputs; peft's choice with them."""
 
 
 @method

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.method_schema import OftConfig
+from dstune.config.fields import setting
 from dstune.methods._peft import ModuleAdapter
+from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture, Tensor
+
+
+@dataclass(frozen=True)
+class OftConfig(ModuleAdapterConfig):
+    """Orthogonal rotations of the modules' inputs, block by block (Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847).
+
+    Where the geometry of pretrained features has to survive: angles between neurons stay as they are.
+    """
+
+    name: str = "oft"
+    block_size: int = setting(32, at_least=2)
+    """Features rotated together; where it does not divide a module's inputs, peft takes the nearest size that does."""
+    dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Share of the blocks that do not rotate in a forward pass."""
+    block_share: bool = False
+    """One rotation for all blocks of a module."""
+    exact: bool = False
+    """Cayley transform by solving instead of five terms of its series: exactly orthogonal, and slower."""
 
 
 @method

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.method_schema import PTuningConfig, PTuningEncoder
+from dstune.config.fields import setting
 from dstune.methods._peft import TrainedPrompt, linear
+from dstune.methods._peft.config import AdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture
+
+
+class PTuningEncoder(Enum):
+    mlp = "mlp"
+    lstm = "lstm"
+
+
+@dataclass(frozen=True)
+class PTuningConfig(AdapterConfig):
+    """A trained prompt that comes out of a small network (Liu et al. 2021, arXiv:2103.10385).
+
+    As `prompt`, easier to train; the network is not exported, so an export is served but not trained on.
+    """
+
+    name: str = "p_tuning"
+    virtual_tokens: int = setting(20, at_least=1)
+    """Length of the trained prompt; it comes on top of `data.max_length`."""
+    encoder: PTuningEncoder = PTuningEncoder.mlp
+    """The network: three linear layers, or an LSTM in front of two."""
+    encoder_size: int = setting(128, at_least=1)
+    """Its width."""
+    encoder_layers: int = setting(2, at_least=1)
+    """Layers of the LSTM."""
+    encoder_dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Dropout between the layers of the LSTM."""
 
 
 @method

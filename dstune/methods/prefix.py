@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import PrefixConfig
+from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
 from dstune.methods._peft import TrainedPrompt, linear
+from dstune.methods._peft.config import AdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class PrefixConfig(AdapterConfig):
+    """Trained keys and values in front of every layer's own (Li and Liang 2021, arXiv:2101.00190).
+
+    As `prompt`, with a say in every layer; decoders only.
+    """
+
+    name: str = "prefix"
+    virtual_tokens: int = setting(20, at_least=1)
+    """Length of the prefix."""
+    projection_size: int | None = setting(None, at_least=1)
+    """Train the prefix through a two-layer network of this width; as it is when not given."""
 
 
 @method

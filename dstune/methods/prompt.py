@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.method_schema import PromptConfig
+from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.methods._peft import TrainedPrompt
+from dstune.methods._peft.config import AdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class PromptConfig(AdapterConfig):
+    """Trained token embeddings in front of every row (Lester et al. 2021, arXiv:2104.08691).
+
+    For one served copy of a large model and a prompt for each task; small models learn little from it.
+    """
+
+    name: str = "prompt"
+    virtual_tokens: int = setting(20, at_least=1)
+    """Length of the trained prompt; it comes on top of `data.max_length`."""
+    init_text: str | None = None
+    """Begin with the embeddings of this text, repeated or cut to the length; with those of random tokens when not given."""
 
 
 @method
@@ -38,4 +54,4 @@ class Prompt(TrainedPrompt):
     def start(self, adapted: Any, run: RunConfig) -> None:
         from dstune.methods._peft.prompts import start_at_tokens
 
-        start_at_tokens(adapted, self.config, run)
+        start_at_tokens(adapted, self.config.virtual_tokens, self.config.init_text, run)

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.method_schema import VeraConfig
+from dstune.config.fields import setting
 from dstune.methods._peft import ModuleAdapter
+from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture, Tensor
+
+
+@dataclass(frozen=True)
+class VeraConfig(ModuleAdapterConfig):
+    """Two trained vectors for each module between fixed random matrices shared by all (Kopiczko et al. 2023, arXiv:2310.11454).
+
+    For many small adapters: a tenth of LoRA's parameters at a higher rank; the shared matrices are saved with each.
+    """
+
+    name: str = "vera"
+    rank: int = setting(256, at_least=1)
+    """Rows of the shared matrices; more than with LoRA, since each costs one trained number a module."""
+    dropout: float = setting(0.0, at_least=0.0, below=1.0)
+    """Dropout in front of the adapters."""
+    first_scale: float = setting(0.1, above=0.0)
+    """First value of the vector between the two matrices."""
+    projection_seed: int = setting(0, at_least=0)
+    """Seed of the shared matrices; they are saved with the adapter."""
 
 
 @method

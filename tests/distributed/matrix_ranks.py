@@ -22,11 +22,11 @@ from dstune import worker
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.config.compose import Composed, read_run, write_run
-from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import RunConfig
 from dstune.dist import World
 from dstune.evaluate_ranks import evaluate
 from dstune.methods.features.classifier import FeatureClassifier
+from dstune.methods.features.config import FeaturesConfig
 from dstune.models.generation import generation_inputs
 from dstune.protocols import method_of
 from dstune.rank_env import from_environment

@@ -10,8 +10,12 @@ from dataclasses import replace
 import torch
 from support.configs import run_config
 
-from dstune.config import method_schema, schema, task_schema
+from dstune.config import schema, task_schema
 from dstune.dist import World
+from dstune.methods.freeze.config import FreezeConfig
+from dstune.methods.full import FullConfig
+from dstune.methods.head.config import HeadConfig
+from dstune.methods.lora.config import LoraConfig
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.groups import method_groups
@@ -24,14 +28,14 @@ from dstune.zero.parts import partitioned_loading
 from dstune.zero.start import start_process_group
 
 METHODS = {
-    "full": method_schema.FullConfig(),
-    "head": method_schema.HeadConfig(),
-    "layer decay": method_schema.FullConfig(layer_decay=0.5),
-    "freeze": method_schema.FreezeConfig(embeddings=True, first_layers=1, trained=["norm|Norm"]),
-    "freeze names": method_schema.FreezeConfig(parameters=["mlp|intermediate"], last_layers=1),
-    "lora": method_schema.LoraConfig(rank=4),
-    "lora on the projection": method_schema.LoraConfig(rank=4, target_modules=["q_proj", "lm_head"]),
-    "projection saved whole": method_schema.LoraConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "full": FullConfig(),
+    "head": HeadConfig(),
+    "layer decay": FullConfig(layer_decay=0.5),
+    "freeze": FreezeConfig(embeddings=True, first_layers=1, trained=["norm|Norm"]),
+    "freeze names": FreezeConfig(parameters=["mlp|intermediate"], last_layers=1),
+    "lora": LoraConfig(rank=4),
+    "lora on the projection": LoraConfig(rank=4, target_modules=["q_proj", "lm_head"]),
+    "projection saved whole": LoraConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 }
 
 

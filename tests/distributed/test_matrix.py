@@ -11,77 +11,92 @@ from support.configs import run_config
 from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled, write_preferences
 
-from dstune.config import data_schema, method_schema, schema
+from dstune.config import data_schema, schema
 from dstune.config.compose import Composed, write_run
 from dstune.config.validate import find_problems
 from dstune.errors import Problem
 from dstune.launch.first_rows import hardware_problems
+from dstune.methods.features.config import FeaturesConfig
+from dstune.methods.freeze.config import FreezeConfig
+from dstune.methods.full import FullConfig
+from dstune.methods.head.config import HeadConfig
+from dstune.methods.ia3 import Ia3Config
+from dstune.methods.importance.config import ImportanceConfig, Unit
+from dstune.methods.lora.config import LoraConfig, LoraInit
+from dstune.methods.oft import OftConfig
+from dstune.methods.p_tuning import PTuningConfig, PTuningEncoder
+from dstune.methods.prefix import PrefixConfig
+from dstune.methods.prompt import PromptConfig
+from dstune.methods.qlora.config import QloraConfig
+from dstune.methods.ulmfit.config import UlmfitConfig
+from dstune.methods.vera import VeraConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.protocols import TASKS, method_of
+from dstune.protocols.method import MethodConfig
 
 PROGRAM = Path(__file__).with_name("matrix_ranks.py")
 STAGES = (0, 1, 2, 3)
 
-METHODS: dict[str, tuple[method_schema.MethodConfig, str]] = {
-    "full": (method_schema.FullConfig(), "chat"),
-    "head": (method_schema.HeadConfig(), "classification"),
-    "freeze": (method_schema.FreezeConfig(embeddings=True, first_layers=1), "chat"),
-    "features": (method_schema.FeaturesConfig(layers=1), "classification"),
-    "ulmfit": (method_schema.UlmfitConfig(unfreeze_steps=1), "chat"),
-    "ulmfit of a classifier": (method_schema.UlmfitConfig(unfreeze_steps=1), "classification"),
-    "importance": (method_schema.ImportanceConfig(score_steps=2), "chat"),
+METHODS: dict[str, tuple[MethodConfig, str]] = {
+    "full": (FullConfig(), "chat"),
+    "head": (HeadConfig(), "classification"),
+    "freeze": (FreezeConfig(embeddings=True, first_layers=1), "chat"),
+    "features": (FeaturesConfig(layers=1), "classification"),
+    "ulmfit": (UlmfitConfig(unfreeze_steps=1), "chat"),
+    "ulmfit of a classifier": (UlmfitConfig(unfreeze_steps=1), "classification"),
+    "importance": (ImportanceConfig(score_steps=2), "chat"),
     "importance of tensors": (
-        method_schema.ImportanceConfig(score_steps=2, unit=method_schema.Unit.tensors, share=0.3),
+        ImportanceConfig(score_steps=2, unit=Unit.tensors, share=0.3),
         "classification",
     ),
-    "lora": (method_schema.LoraConfig(rank=4), "chat"),
-    "lora of a classifier": (method_schema.LoraConfig(rank=4), "classification"),
+    "lora": (LoraConfig(rank=4), "chat"),
+    "lora of a classifier": (LoraConfig(rank=4), "classification"),
     "lora with patterns": (
-        method_schema.LoraConfig(
+        LoraConfig(
             rank=4, rank_pattern={"q_proj": 2, r"layers.1.mlp.*": 6}, alpha_pattern={"v_proj": 5.0}, rslora=True
         ),
         "chat",
     ),
-    "lora with new tokens": (method_schema.LoraConfig(rank=4), "chat"),
-    "dora": (method_schema.LoraConfig(rank=4, dora=True), "chat"),
-    "pissa": (method_schema.LoraConfig(rank=4, alpha=3.0, init=method_schema.LoraInit.pissa), "chat"),
+    "lora with new tokens": (LoraConfig(rank=4), "chat"),
+    "dora": (LoraConfig(rank=4, dora=True), "chat"),
+    "pissa": (LoraConfig(rank=4, alpha=3.0, init=LoraInit.pissa), "chat"),
     "pissa with dora": (
-        method_schema.LoraConfig(rank=4, dora=True, init=method_schema.LoraInit.pissa, init_iterations=8),
+        LoraConfig(rank=4, dora=True, init=LoraInit.pissa, init_iterations=8),
         "chat",
     ),
-    "olora": (method_schema.LoraConfig(rank=4, alpha=4.0, init=method_schema.LoraInit.olora), "chat"),
-    "ia3": (method_schema.Ia3Config(), "chat"),
-    "ia3 of a classifier": (method_schema.Ia3Config(), "classification"),
-    "vera": (method_schema.VeraConfig(rank=8), "chat"),
-    "oft": (method_schema.OftConfig(block_size=8), "chat"),
-    "prompt": (method_schema.PromptConfig(virtual_tokens=4), "chat"),
-    "vera of a classifier": (method_schema.VeraConfig(rank=8), "classification"),
-    "oft of a classifier": (method_schema.OftConfig(block_size=8, exact=True, block_share=True), "classification"),
-    "p_tuning of a classifier": (method_schema.PTuningConfig(virtual_tokens=4, encoder_size=16), "classification"),
-    "prompt of a classifier": (method_schema.PromptConfig(virtual_tokens=4, init_text="w1 w2 w3"), "classification"),
-    "prefix": (method_schema.PrefixConfig(virtual_tokens=4), "chat"),
-    "prefix through a network": (method_schema.PrefixConfig(virtual_tokens=4, projection_size=16), "chat"),
-    "p_tuning": (method_schema.PTuningConfig(virtual_tokens=4, encoder_size=16), "chat"),
+    "olora": (LoraConfig(rank=4, alpha=4.0, init=LoraInit.olora), "chat"),
+    "ia3": (Ia3Config(), "chat"),
+    "ia3 of a classifier": (Ia3Config(), "classification"),
+    "vera": (VeraConfig(rank=8), "chat"),
+    "oft": (OftConfig(block_size=8), "chat"),
+    "prompt": (PromptConfig(virtual_tokens=4), "chat"),
+    "vera of a classifier": (VeraConfig(rank=8), "classification"),
+    "oft of a classifier": (OftConfig(block_size=8, exact=True, block_share=True), "classification"),
+    "p_tuning of a classifier": (PTuningConfig(virtual_tokens=4, encoder_size=16), "classification"),
+    "prompt of a classifier": (PromptConfig(virtual_tokens=4, init_text="w1 w2 w3"), "classification"),
+    "prefix": (PrefixConfig(virtual_tokens=4), "chat"),
+    "prefix through a network": (PrefixConfig(virtual_tokens=4, projection_size=16), "chat"),
+    "p_tuning": (PTuningConfig(virtual_tokens=4, encoder_size=16), "chat"),
     "p_tuning by an LSTM": (
-        method_schema.PTuningConfig(virtual_tokens=4, encoder_size=16, encoder=method_schema.PTuningEncoder.lstm),
+        PTuningConfig(virtual_tokens=4, encoder_size=16, encoder=PTuningEncoder.lstm),
         "chat",
     ),
-    "qlora": (method_schema.QloraConfig(rank=4), "chat"),
-    "qlora from loftq": (method_schema.QloraConfig(rank=4, init=method_schema.LoraInit.loftq), "chat"),
-    "lora continued": (method_schema.LoraConfig(), "chat"),
-    "pissa continued": (method_schema.LoraConfig(), "chat"),
-    "dora continued": (method_schema.LoraConfig(), "chat"),
-    "classifier continued": (method_schema.LoraConfig(), "classification"),
-    "ia3 continued": (method_schema.Ia3Config(), "chat"),
-    "vera continued": (method_schema.VeraConfig(), "chat"),
-    "oft continued": (method_schema.OftConfig(), "chat"),
-    "prompt continued": (method_schema.PromptConfig(), "chat"),
-    "prefix continued": (method_schema.PrefixConfig(), "chat"),
-    "dpo on from an adapter": (method_schema.LoraConfig(), "preference"),
-    "dpo on top of an adapter": (method_schema.LoraConfig(rank=3), "preference"),
-    "lora on lora": (method_schema.LoraConfig(rank=3, target_modules=["q_proj", "down_proj"]), "chat"),
-    "pissa on pissa": (method_schema.LoraConfig(rank=3, init=method_schema.LoraInit.pissa), "chat"),
-    "lora+": (method_schema.LoraConfig(rank=4, lr_ratio=8.0), "chat"),
+    "qlora": (QloraConfig(rank=4), "chat"),
+    "qlora from loftq": (QloraConfig(rank=4, init=LoraInit.loftq), "chat"),
+    "lora continued": (LoraConfig(), "chat"),
+    "pissa continued": (LoraConfig(), "chat"),
+    "dora continued": (LoraConfig(), "chat"),
+    "classifier continued": (LoraConfig(), "classification"),
+    "ia3 continued": (Ia3Config(), "chat"),
+    "vera continued": (VeraConfig(), "chat"),
+    "oft continued": (OftConfig(), "chat"),
+    "prompt continued": (PromptConfig(), "chat"),
+    "prefix continued": (PrefixConfig(), "chat"),
+    "dpo on from an adapter": (LoraConfig(), "preference"),
+    "dpo on top of an adapter": (LoraConfig(rank=3), "preference"),
+    "lora on lora": (LoraConfig(rank=3, target_modules=["q_proj", "down_proj"]), "chat"),
+    "pissa on pissa": (LoraConfig(rank=3, init=LoraInit.pissa), "chat"),
+    "lora+": (LoraConfig(rank=4, lr_ratio=8.0), "chat"),
 }
 """What is trained, on which task."""
 
@@ -151,7 +166,7 @@ class Table:
 
     def config(self, name: str, stage: int) -> schema.RunConfig:
         method, task = METHODS[name]
-        model = self.models["wide" if isinstance(method, method_schema.QloraConfig) else task]
+        model = self.models["wide" if isinstance(method, QloraConfig) else task]
         template = "gemma" if name == "lora with new tokens" else None
         return run_config(
             model=schema.ModelConfig(path=str(model), attention=schema.Attention.sdpa, chat_template=template),
@@ -189,7 +204,7 @@ class Table:
                     "run_dir": str(run_dir),
                     "resumed_stage": (resumed_stages or {}).get(stage, stage),
                     "merges": method_of(config.method).merges,
-                    "quantized": isinstance(config.method, method_schema.QloraConfig),
+                    "quantized": isinstance(config.method, QloraConfig),
                     "after": directories.get((source, stage)),
                     "as": how,
                     "evaluates": name
@@ -239,7 +254,7 @@ def table(tmp_path, monkeypatch) -> Table:
 
 
 def possible(name: str, stage: int) -> bool:
-    return not (isinstance(METHODS[name][0], method_schema.QloraConfig) and stage == 3)
+    return not (isinstance(METHODS[name][0], QloraConfig) and stage == 3)
 
 
 @pytest.mark.ci

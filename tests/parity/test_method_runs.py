@@ -164,7 +164,7 @@ def test_exports_load_in_dstune_and_in_transformers_with_equal_outputs(runs: Run
 
     from dstune.checkpoint import store
     from dstune.checkpoint.shards import Weights
-    from dstune.config.method_schema import FullConfig
+    from dstune.methods.full import FullConfig
     from dstune.models.load import load_model, load_tokenizer
 
     config = read_run(runs.folder / f"{method}-3.yaml").config

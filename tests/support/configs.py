@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config import method_schema, schema, task_schema
+from dstune.config import schema, task_schema
 from dstune.launch.local import LocalConfig
+from dstune.methods.full import FullConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.cosine import CosineConfig
 
@@ -16,7 +17,7 @@ def run_config(**sections: Any) -> schema.RunConfig:
         "model": schema.ModelConfig(),
         "data": schema.DataConfig(train="train.jsonl"),
         "task": task_schema.ChatConfig(),
-        "method": method_schema.FullConfig(),
+        "method": FullConfig(),
         "forgetting": schema.ForgettingConfig(),
         "optimizer": AdamWConfig(),
         "schedule": CosineConfig(),

@@ -23,10 +23,10 @@ from dstune.config.compose import (
     write_run,
 )
 from dstune.config.convert import EnvironmentText, from_dict
-from dstune.config.method_schema import LoraConfig
 from dstune.config.schema import Offload, RunConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import UserError
+from dstune.methods.lora.config import LoraConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.sgd import SgdConfig
 

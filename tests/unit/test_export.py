@@ -347,7 +347,7 @@ def test_added_tokens_beside_a_frozen_body_are_refused(shelf):
     from dataclasses import replace
 
     from dstune.config.compose import read_run
-    from dstune.config.method_schema import HeadConfig
+    from dstune.methods.head.config import HeadConfig
     from dstune.models.load import load_model, load_tokenizer
     from dstune.protocols import method_of
 

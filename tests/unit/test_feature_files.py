@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.method_schema import FeaturesConfig
 from dstune.methods.features.classical import _classifier, _fitted
+from dstune.methods.features.config import FeaturesConfig
 from dstune.methods.features.vectors import CHUNK_ROWS, _lists, _write
 
 

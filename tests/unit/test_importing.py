@@ -11,7 +11,6 @@ import yaml
 
 from dstune.cli import main
 from dstune.config.compose import compose
-from dstune.config.method_schema import LoraConfig
 from dstune.config.names import all_keys, sections
 from dstune.config.schema import Offload, Precision, RunConfig
 from dstune.config.validate import validate
@@ -20,6 +19,7 @@ from dstune.importing import axolotl, llama_factory, trl
 from dstune.importing.convert import Experiment, convert
 from dstune.importing.files import TOOLS, of_command, read, tool_of
 from dstune.importing.result import DIFFERENT, MEANINGLESS, NOT_SUPPORTED
+from dstune.methods.lora.config import LoraConfig
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "imports"
 

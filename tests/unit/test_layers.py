@@ -20,9 +20,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dstune.config.method_schema import FreezeConfig
 from dstune.errors import UserError
 from dstune.methods.freeze.apply import freeze_parts
+from dstune.methods.freeze.config import FreezeConfig
 from dstune.models.layers import decayed_rates, layers_of
 
 USUAL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}

@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 
 from dstune.checkpoint.export import refuse_unmergeable
-from dstune.config import data_schema, method_schema, schema
+from dstune.config import data_schema, schema
 from dstune.config.validate import find_problems
 from dstune.errors import UserError
+from dstune.methods._peft.config import AdapterConfig
+from dstune.methods.ia3 import Ia3Config
+from dstune.methods.lora.config import LoraConfig, LoraInit
+from dstune.methods.oft import OftConfig
+from dstune.methods.p_tuning import PTuningConfig
+from dstune.methods.prefix import PrefixConfig
+from dstune.methods.prompt import PromptConfig
+from dstune.methods.qlora.config import QloraConfig
+from dstune.methods.vera import VeraConfig
 from dstune.protocols import METHODS, method_of
 from tests.support.configs import run_config
 
-PISSA, LOFTQ = method_schema.LoraInit.pissa, method_schema.LoraInit.loftq
-Lora, Qlora = method_schema.LoraConfig, method_schema.QloraConfig
+PISSA, LOFTQ = LoraInit.pissa, LoraInit.loftq
+Lora, Qlora = LoraConfig, QloraConfig
 RANDOM = {"model": schema.ModelConfig(weights=schema.InitialWeights.random)}
 UNPACKED = {"data": data_schema.DataConfig(train="rows.jsonl", packing=False)}
 
@@ -24,18 +33,18 @@ UNPACKED = {"data": data_schema.DataConfig(train="rows.jsonl", packing=False)}
 @pytest.mark.parametrize(
     ("key", "method", "sections"),
     [
-        ("data.packing", method_schema.PromptConfig(), {}),
-        ("data.packing", method_schema.PrefixConfig(), {}),
-        ("data.packing", method_schema.PTuningConfig(), {}),
-        ("model.weights", method_schema.PromptConfig(), RANDOM | UNPACKED),
+        ("data.packing", PromptConfig(), {}),
+        ("data.packing", PrefixConfig(), {}),
+        ("data.packing", PTuningConfig(), {}),
+        ("model.weights", PromptConfig(), RANDOM | UNPACKED),
         ("model.weights", Qlora(), RANDOM),
         (
             "trainer.activation_checkpointing",
-            method_schema.PrefixConfig(),
+            PrefixConfig(),
             {"trainer": schema.TrainerConfig(activation_checkpointing=True)} | UNPACKED,
         ),
-        ("method.adapter", method_schema.PTuningConfig(adapter="runs/one"), UNPACKED),
-        ("method.adapter", method_schema.PrefixConfig(adapter="runs/one", projection_size=8), UNPACKED),
+        ("method.adapter", PTuningConfig(adapter="runs/one"), UNPACKED),
+        ("method.adapter", PrefixConfig(adapter="runs/one", projection_size=8), UNPACKED),
         ("method.init", Lora(init=PISSA, adapter="runs/one"), {}),
         ("method.init", Lora(init=LOFTQ), {}),
         ("method.init", Qlora(init=PISSA), {}),
@@ -45,8 +54,8 @@ UNPACKED = {"data": data_schema.DataConfig(train="rows.jsonl", packing=False)}
         ("method.lr_ratio", Lora(init=PISSA, lr_ratio=16.0), {}),
         ("method.rank_pattern", Lora(rank_pattern={"q_proj": 0}), {}),
         ("method.rank_pattern", Lora(rank_pattern={"q_proj(": 2}), {}),
-        ("method.feedforward_modules", method_schema.Ia3Config(feedforward_modules=["down_proj"]), {}),
-        ("method.target_modules", method_schema.VeraConfig(target_modules=[]), {}),
+        ("method.feedforward_modules", Ia3Config(feedforward_modules=["down_proj"]), {}),
+        ("method.target_modules", VeraConfig(target_modules=[]), {}),
     ],
 )
 def test_refused_with_the_reason(key, method, sections):
@@ -104,7 +113,7 @@ def test_an_adapter_brings_its_own_form(tmp_path):
         ("method.adapter", Lora(), {"bias": "all"}),
         ("method.adapter", Lora(), {"layers_to_transform": [1]}),
         ("method.adapter", Lora(), {"peft_type": "IA3"}),
-        ("method.adapter", method_schema.OftConfig(), {}),
+        ("method.adapter", OftConfig(), {}),
     ],
 )
 def test_an_adapter_that_says_otherwise_is_refused(tmp_path, key, method, changes):
@@ -134,7 +143,7 @@ def test_only_what_becomes_weights_is_merged(flag):
         except UserError as error:
             problems = error.problems
         stands_in_front = choice in ("prompt", "prefix", "p_tuning")
-        nothing_to_merge = flag == "--merge" and not isinstance(method, method_schema.AdapterConfig)
+        nothing_to_merge = flag == "--merge" and not isinstance(method, AdapterConfig)
         assert bool(problems) is (stands_in_front or nothing_to_merge), (choice, problems)
         if stands_in_front:
             assert "stands in front of each row" in problems[0].reason

@@ -8,19 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from dstune.config.method_schema import (
-    AdapterConfig,
-    Ia3Config,
-    LoraConfig,
-    PrefixConfig,
-    PromptConfig,
-    PTuningConfig,
-    PTuningEncoder,
-    QloraConfig,
-    VeraConfig,
-)
 from dstune.errors import UserError
-from dstune.methods.ia3 import MODULES
+from dstune.methods._peft.config import AdapterConfig
+from dstune.methods.ia3 import MODULES, Ia3Config
+from dstune.methods.lora.config import LoraConfig
+from dstune.methods.p_tuning import PTuningConfig, PTuningEncoder
+from dstune.methods.prefix import PrefixConfig
+from dstune.methods.prompt import PromptConfig
+from dstune.methods.qlora.config import QloraConfig
+from dstune.methods.vera import VeraConfig
 from dstune.planning.adapters import low_rank
 from dstune.planning.architecture import (
     CLASSIFIER,

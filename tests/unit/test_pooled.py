@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dstune.config.method_schema import UlmfitConfig
+from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.methods.ulmfit.unfreezing import first_steps
 from dstune.models.pooled import pool
 

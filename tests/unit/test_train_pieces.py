@@ -17,10 +17,10 @@ from support.configs import run_config
 from torch.utils.checkpoint import checkpoint
 
 from dstune import worker
-from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
+from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train.better import improves

@@ -21,10 +21,16 @@ from transformers import (
     LlamaConfig,
 )
 
-from dstune.config import method_schema, task_schema
+from dstune.config import task_schema
 from dstune.config.schema import DataConfig, Precision, RunConfig
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
+from dstune.methods.features.config import FeaturesConfig
+from dstune.methods.freeze.config import FreezeConfig
+from dstune.methods.full import FullConfig
+from dstune.methods.head.config import HeadConfig
+from dstune.methods.lora.config import LoraConfig
+from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.planning.architecture import architecture
 from dstune.planning.flops import backward_flops, forward_flops, step_flops, work_of
 from dstune.planning.setup import Setup, setup
@@ -59,7 +65,7 @@ def of(method: Any, **changes: Any) -> Setup:
 
 
 def test_all_weights_take_six_operations_a_weight_and_token() -> None:
-    s = of(method_schema.FullConfig())
+    s = of(FullConfig())
     forward = 2 * LAYERS * LAYER * POSITIONS_OF, LAYERS * PAIR * PAIRS, PROJECTION * TARGETS_OF
     assert forward_flops(s, WORK) == forward
     assert backward_flops(s, WORK) == tuple(2 * part for part in forward)
@@ -67,7 +73,7 @@ def test_all_weights_take_six_operations_a_weight_and_token() -> None:
 
 
 def test_lora_takes_no_gradients_of_frozen_weights() -> None:
-    s = of(method_schema.LoraConfig(rank=4))
+    s = of(LoraConfig(rank=4))
     adapter = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))  # of a layer
     linear = LAYERS * POSITIONS_OF * (4 * LAYER + 6 * adapter)
     assert step_flops(s, WORK) == linear + 3 * LAYERS * PAIR * PAIRS + 2 * PROJECTION * TARGETS_OF
@@ -76,22 +82,22 @@ def test_lora_takes_no_gradients_of_frozen_weights() -> None:
 def test_a_head_alone_has_no_backward_pass_below_it() -> None:
     forward = 2 * LAYERS * LAYER * POSITIONS_OF + LAYERS * PAIR * PAIRS
     # The head's own gradient, and none of what it reads.
-    assert step_flops(of(method_schema.HeadConfig()), WORK) == forward + 2 * PROJECTION * TARGETS_OF
+    assert step_flops(of(HeadConfig()), WORK) == forward + 2 * PROJECTION * TARGETS_OF
 
 
 def test_the_backward_pass_ends_above_frozen_layers() -> None:
-    s = of(method_schema.FreezeConfig(first_layers=1, embeddings=True))
+    s = of(FreezeConfig(first_layers=1, embeddings=True))
     linear = POSITIONS_OF * (2 * 2 * LAYER + 4 * LAYER)
     attention = PAIR * PAIRS * (2 + 2)
     assert step_flops(s, WORK) == linear + attention + 3 * PROJECTION * TARGETS_OF
     # With a trained embedding below them it goes through them, and takes their weights' gradients out alone.
-    through = of(method_schema.FreezeConfig(first_layers=1, embeddings=False))
+    through = of(FreezeConfig(first_layers=1, embeddings=False))
     linear = POSITIONS_OF * (2 * 2 * LAYER + 2 * 2 * LAYER + 2 * LAYER)
     assert step_flops(through, WORK) == linear + 3 * LAYERS * PAIR * PAIRS + 3 * PROJECTION * TARGETS_OF
 
 
 def test_a_window_bounds_what_a_position_looks_at() -> None:
-    s = of(method_schema.FullConfig(), model_type="mistral", sliding_window=4)
+    s = of(FullConfig(), model_type="mistral", sliding_window=4)
     work = work_of((10, 6, 3), window=4, projected=0)
     assert (work.positions, work.pairs, work.windowed_pairs) == (19, 145, 40 + 24 + 9)
     assert forward_flops(s, work)[1] == LAYERS * PAIR * 73
@@ -157,8 +163,8 @@ FOUND = Counted(texts=LENGTHS, positions=32, targets=TARGETS_OF)
 
 def test_a_run_counts_its_own_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_meta(AutoModelForCausalLM, LlamaConfig(**LLAMA))
-    assert needed(CHAT, model, FOUND, monkeypatch) == pytest.approx(step_flops(of(method_schema.FullConfig()), WORK))
-    no_vocabulary = step_flops(of(method_schema.FullConfig()), replace(WORK, projected=0))
+    assert needed(CHAT, model, FOUND, monkeypatch) == pytest.approx(step_flops(of(FullConfig()), WORK))
+    no_vocabulary = step_flops(of(FullConfig()), replace(WORK, projected=0))
     classifier = on_meta(AutoModelForSequenceClassification, LlamaConfig(**LLAMA))
     config = run_config(task=task_schema.ClassificationConfig(), data=DataConfig(train="rows", packing=False))
     assert needed(config, classifier, replace(FOUND, targets=0), monkeypatch) == pytest.approx(no_vocabulary)
@@ -181,10 +187,10 @@ def test_gradual_unfreezing_counts_what_is_trained_now(monkeypatch: pytest.Monke
     model = on_meta(AutoModelForCausalLM, LlamaConfig(**LLAMA))
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    own = utilization_of(run_config(method=method_schema.UlmfitConfig()), model, model, Precision.fp32, WORLD, 0)
-    assert own.flops(FOUND, 1) == pytest.approx(step_flops(of(method_schema.HeadConfig()), WORK))
+    own = utilization_of(run_config(method=UlmfitConfig()), model, model, Precision.fp32, WORLD, 0)
+    assert own.flops(FOUND, 1) == pytest.approx(step_flops(of(HeadConfig()), WORK))
     model.requires_grad_(True)
-    assert own.flops(FOUND, 2) == pytest.approx(step_flops(of(method_schema.FullConfig()), WORK))
+    assert own.flops(FOUND, 2) == pytest.approx(step_flops(of(FullConfig()), WORK))
 
 
 def test_what_cannot_be_counted_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +200,7 @@ def test_what_cannot_be_counted_has_no_utilization(monkeypatch: pytest.MonkeyPat
     for config, model in (
         (CHAT, unknown),
         (run_config(task=task_schema.PreferenceConfig()), llama),
-        (run_config(method=method_schema.FeaturesConfig(), task=task_schema.ClassificationConfig()), llama),
+        (run_config(method=FeaturesConfig(), task=task_schema.ClassificationConfig()), llama),
     ):
         own = utilization_of(config, model, model, Precision.fp32, WORLD, 2)
         assert own.flops(FOUND) == own.capacity(1.0) == 0

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import AdapterConfig, ModuleAdapterConfig
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import (
     ClassificationConfig,
@@ -19,6 +18,7 @@ from dstune.config.task_schema import (
     TokenClassificationConfig,
 )
 from dstune.errors import Problem, UserError
+from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import tensors_of
 from dstune.models.load import NewWeights, new_weights
 from dstune.zero.parts import gathered

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import AdapterConfig
 from dstune.errors import Problem, UserError
+from dstune.methods._peft.config import AdapterConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

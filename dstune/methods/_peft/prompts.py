@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import PromptConfig
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.models.load import load_tokenizer, new_weights
@@ -42,15 +41,15 @@ def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel,
     return adapted
 
 
-def start_at_tokens(adapted: Any, method: PromptConfig, config: RunConfig) -> None:
+def start_at_tokens(adapted: Any, count: int, text: str | None, config: RunConfig) -> None:
     """Give the prompt the embeddings of tokens: peft's own start has a deviation of 1, embeddings one of about 0.02."""
     words: nn.Parameter = adapted.word_embeddings.weight
     with gathered([words]), torch.no_grad():
-        if method.init_text:
-            ids = load_tokenizer(config.model)(method.init_text, add_special_tokens=False)["input_ids"]
-            chosen = torch.tensor([ids[place % len(ids)] for place in range(method.virtual_tokens)])
+        if text:
+            ids = load_tokenizer(config.model)(text, add_special_tokens=False)["input_ids"]
+            chosen = torch.tensor([ids[place % len(ids)] for place in range(count)])
         else:
             generator = torch.Generator().manual_seed(config.trainer.seed)
-            chosen = torch.randint(min(COMMON_TOKENS, len(words)), (method.virtual_tokens,), generator=generator)
+            chosen = torch.randint(min(COMMON_TOKENS, len(words)), (count,), generator=generator)
         embedding = adapted.prompt_encoder["default"].embedding.weight
         embedding.copy_(words[chosen.to(words.device)])

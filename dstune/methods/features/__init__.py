@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.method_schema import FeaturesConfig, Pooling
 from dstune.config.schema import Precision, RunConfig
 from dstune.errors import Problem
-from dstune.methods._pooled import PooledHead
+from dstune.methods._pooled import PooledHead, Pooling
+from dstune.methods.features.config import FeaturesConfig
 from dstune.protocols import method, task_of
 from dstune.protocols.method import Preparation
 

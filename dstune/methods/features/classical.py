@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dstune.config.method_schema import FeaturesConfig
 from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import PreparedData, Split
+from dstune.methods.features.config import FeaturesConfig
 from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train.evaluate import limited
 

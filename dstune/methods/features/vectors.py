@@ -24,13 +24,13 @@ import transformers
 import xxhash
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import FeaturesConfig
 from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig
 from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
 from dstune.methods.features.classifier import feature_classifier
+from dstune.methods.features.config import FeaturesConfig
 from dstune.models import pooled
 from dstune.models.heads.base import inputs_of
 from dstune.models.load import load_model, local_path, trained_config

@@ -6,8 +6,8 @@ import re
 
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import FreezeConfig
 from dstune.errors import Problem, UserError
+from dstune.methods.freeze.config import FreezeConfig
 from dstune.models.layers import layers_of
 from dstune.models.load import new_weights
 

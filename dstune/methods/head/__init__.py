@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import HeadConfig, Pooling
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
-from dstune.methods._pooled import PooledHead
+from dstune.methods._pooled import PooledHead, Pooling
+from dstune.methods.head.config import HeadConfig
 from dstune.protocols import method, task_of
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import ImportanceConfig, Selection, Unit
 from dstune.config.schema import Precision, RunConfig
 from dstune.errors import Problem
+from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
 from dstune.protocols import Method, method
 from dstune.protocols.method import Preparation
 

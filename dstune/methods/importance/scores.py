@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dstune.config.method_schema import ImportanceConfig, Selection, Unit
 from dstune.config.schema import Precision, RunConfig
 from dstune.core import files
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.methods.importance.choice import chosen_tensors, rank_correlation, sortable, threshold
+from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
 from dstune.models.load import NewWeights
 from dstune.protocols.method import Preparation
 from dstune.train.evaluate import Evaluator

@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.method_schema import LoraConfig, LoraInit
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
 from dstune.methods._peft import ModuleAdapter
 from dstune.methods.lora import rules
+from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.protocols import method, task_of
 from dstune.protocols.method import MethodConfig
 

@@ -10,11 +10,11 @@ from unittest.mock import patch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dstune.config.method_schema import LoraConfig, LoraInit
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem
 from dstune.methods._peft.apply import adapt, common_settings
 from dstune.methods.lora.beneath import put_beneath
+from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.methods.lora.start import start_lora
 from dstune.models.base_weights import original_weights
 from dstune.models.load import NewWeights, new_weights

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import LoraConfig, LoraInit
 from dstune.config.parallel_rules import OFF
 from dstune.errors import Problem
+from dstune.methods.lora.config import LoraConfig, LoraInit
 
 
 def check_lora(config: LoraConfig) -> Iterator[Problem]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstune.config.method_schema import LoraConfig, LoraInit
 from dstune.errors import Problem, UserError
+from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.models.quantize import dequantized, is_quantized
 from dstune.zero.parts import gathered
 

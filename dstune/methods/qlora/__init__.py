@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.config.convert import shown
-from dstune.config.method_schema import QloraConfig
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.errors import Problem
 from dstune.methods.lora import Lora
 from dstune.methods.lora.rules import splits
+from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.qlora.rules import rounded_experts_problem
 from dstune.protocols import Method, method
 

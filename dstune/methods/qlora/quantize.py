@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstune.config.method_schema import QloraConfig
 from dstune.errors import UserError
+from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.qlora.rules import rounded_experts_problem
 from dstune.zero.parts import full_count, full_shape
 

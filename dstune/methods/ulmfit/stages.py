@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dstune.config.augment_schema import AugmentConfig
-from dstune.config.method_schema import UlmfitConfig
 from dstune.config.schema import (
     EarlyStoppingConfig,
     Export,
@@ -15,6 +14,7 @@ from dstune.config.schema import (
     TrackingConfig,
 )
 from dstune.config.task_schema import CausalLmConfig
+from dstune.methods.ulmfit.config import UlmfitConfig
 
 FOLDER = "language_model"
 """Of the first stage, in the run directory: a run of its own."""

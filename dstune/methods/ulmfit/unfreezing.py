@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dstune.config.method_schema import UlmfitConfig
+from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.train.supply import Supply
 from dstune.zero.engine import Engine
 

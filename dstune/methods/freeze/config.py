@@ -1,0 +1,30 @@
+"""The keys of `method=freeze`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.config.fields import setting
+from dstune.protocols.method import MethodConfig
+
+
+@dataclass(frozen=True)
+class FreezeConfig(MethodConfig):
+    """A part of the weights stays as it is: embeddings, layers, or what a regular expression finds.
+
+    Between `head` and `full`: saves gradients and optimizer states of what is frozen, and keeps it to the bit.
+    """
+
+    name: str = "freeze"
+    embeddings: bool = False
+    """Freeze what is below the first layer: token and position embeddings, a tied vocabulary projection."""
+    first_layers: int = setting(0, at_least=0)
+    """Freeze this many layers from the bottom."""
+    last_layers: int = setting(0, at_least=0)
+    """Freeze this many layers from the top."""
+    parameters: list[str] = setting([])
+    """Freeze the parameters whose name one of these regular expressions finds: `[mlp, 'layers\\.[0-3]\\.']`."""
+    trained: list[str] = setting([])
+    """Regular expressions of what is trained although the other keys freeze it: `[norm, bias$]`."""
+    layer_decay: float = setting(1.0, above=0.0, at_most=1.0)
+    """Rate of a layer as a share of that of the layer above it; 1 is one rate for all."""
