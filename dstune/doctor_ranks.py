@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from dstune import environment, handed, rendezvous
+from dstune.core import environment, handoff, rendezvous
+from dstune.core.rank_errors import tell_launcher
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.telling import tell_launcher
 from dstune.worker import guarded, leave
 from dstune.zero.start import start_process_group
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
-    handed.settle(env.rank, run_dir, os.environ)
+    handoff.settle(env.rank, run_dir, os.environ)
 
     def work() -> None:
         rendezvous.meet(env, run_dir, os.environ)

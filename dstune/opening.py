@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from dstune import baseline_file, environment
 from dstune.config.convert import shown
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
-from dstune.core import files
+from dstune.core import baseline_file, environment, files
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing

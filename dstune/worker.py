@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from dstune import environment, handed, rendezvous
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
@@ -23,7 +22,8 @@ from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.config.task_schema import CausalLmConfig, ChatConfig
-from dstune.core import plugins
+from dstune.core import environment, handoff, plugins, rendezvous
+from dstune.core.rank_errors import tell_launcher, tell_once
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare
 from dstune.dist import World
@@ -41,7 +41,6 @@ from dstune.paths import cache_root
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.redact import publish, redact_output
-from dstune.telling import tell_launcher, tell_once
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import RunLog
 from dstune.train import micro_batch
@@ -260,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answer_with_stacks()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
-    handed.settle(env.rank, run_dir, os.environ)
+    handoff.settle(env.rank, run_dir, os.environ)
     redact_output()
 
     def work() -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dstune import baseline_file, harness, samples
+from dstune import samples
 from dstune.arguments import VerbParser, is_path
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
@@ -24,8 +24,9 @@ from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConf
 from dstune.config.several_tasks import is_of_several
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, PreferenceConfig, Seq2SeqConfig
 from dstune.config.validate import validate
-from dstune.core import files, plugins
+from dstune.core import baseline_file, files, plugins
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.evaluation import harness
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
@@ -62,7 +63,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         write_run(directory / "run.yaml", Composed(config, arguments.overrides, plugins.active()))
         options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
-        command = ("dstune.evaluate_ranks", str(directory), json.dumps(options))
+        command = ("dstune.evaluation.ranks", str(directory), json.dumps(options))
         code = launcher_of(config.launch).start(config, directory, console=console, command=command, saves=False)
         if code != EXIT_DONE:
             return code, None

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dstune.answers_file import AnswersFile
 from dstune.arguments import VerbParser
 from dstune.config.schema import ModelConfig
 from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.inference.answers_file import AnswersFile
 from dstune.inference.conversation import converse
 from dstune.inference.prompts import Request, check_adapters, read_file
 from dstune.inference.voices import BASE, OWN, opened

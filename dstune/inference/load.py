@@ -17,7 +17,14 @@ from dstune.config.task_schema import WRITERS
 from dstune.config.validate import validate
 from dstune.data.formats import check_columns
 from dstune.errors import Problem, UserError
-from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, resolved, run_and_step
+from dstune.inference.resolve_model import (
+    adapter_settings,
+    base_of,
+    computing_dtype,
+    is_checkpoint,
+    resolved,
+    run_and_step,
+)
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, method_of, task_of
 

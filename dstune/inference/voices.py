@@ -15,7 +15,14 @@ from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
 from dstune.errors import Problem, UserError
-from dstune.located import adapter_settings, base_of, computing_dtype, is_checkpoint, located, run_and_step
+from dstune.inference.resolve_model import (
+    adapter_settings,
+    base_of,
+    computing_dtype,
+    is_checkpoint,
+    located,
+    run_and_step,
+)
 from dstune.protocols import METHODS, TASKS, task_of
 from dstune.protocols.task import TaskConfig
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from dstune.handed import handed_file
+from dstune.core.handoff import handed_file
 from dstune.launch.processes import end_all
 
 

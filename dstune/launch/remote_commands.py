@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.handed import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
+from dstune.core.handoff import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
 from dstune.launch.commands import (
     ALWAYS,
     UNLESS_SET,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dstune import baseline_file
+from dstune.core import baseline_file
 from dstune.report.numbers import MINUS, NONE, duration, number, short
 from dstune.report.run_files import RunFiles, section
 from dstune.report.series import Series

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as functional
 import xxhash
 
-from dstune import environment
 from dstune.config.schema import RunConfig
+from dstune.core import environment
 from dstune.data.build import PreparedData
 from dstune.data.collate import NO_TARGET
 from dstune.dist import World

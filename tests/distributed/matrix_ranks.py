@@ -24,7 +24,7 @@ from dstune.checkpoint.export import export_checkpoint
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.schema import RunConfig
 from dstune.dist import World
-from dstune.evaluate_ranks import evaluate
+from dstune.evaluation.ranks import evaluate
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models.generation import generation_inputs

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from dstune import harness
 from dstune.config.compose import compose, write_run
 from dstune.data.build import prepare
 from dstune.errors import UserError
 from dstune.evaluation import command as evaluate
+from dstune.evaluation import harness
 from dstune.models.load import load_tokenizer
 from dstune.rank_env import RankEnv
 from dstune.report.command import main as report

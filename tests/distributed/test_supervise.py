@@ -239,7 +239,7 @@ sys.exit(1)  # the consequence is seen before the cause
 def test_a_failure_that_the_worker_reports_keeps_its_result(tmp_path):
     script = """
 from dstune.errors import TrainingFailed
-from dstune.telling import leave_error
+from dstune.core.rank_errors import leave_error
 if rank == 0:
     result("failed")
     leave_error(run_dir, 0, TrainingFailed("loss was not finite in 10 steps"))  # whole, before the other one looks

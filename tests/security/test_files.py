@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dstune import handed
 from dstune.checkpoint import store
-from dstune.core import files
+from dstune.core import files, handoff
 from dstune.ending import write_result
 from dstune.errors import UserError
 from dstune.launch import records
@@ -76,8 +75,8 @@ def test_the_lock_is_no_link(run_dir: Path, victim: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["mode", "link", "owner"])
 def test_what_is_handed_over_is_this_users_own(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "handed.json"
-    monkeypatch.setattr(handed, "handed_file", lambda name: file)
+    file = tmp_path / "handoff.json"
+    monkeypatch.setattr(handoff, "handed_file", lambda name: file)
     target = tmp_path / "theirs.json"
     target.write_text(json.dumps({"all": {"PATH": "/tmp/evil"}}))
     target.chmod(0o600)
@@ -91,9 +90,9 @@ def test_what_is_handed_over_is_this_users_own(fault: str, tmp_path: Path, monke
         if os.getuid() != 0:
             pytest.skip("needs root, to make a file of another user")
         os.chown(file, 65534, 65534)
-    variables = {"PATH": "/bin", handed.HANDED: "x"}
+    variables = {"PATH": "/bin", handoff.HANDED: "x"}
     with pytest.raises(UserError, match="cannot be taken"):
-        handed.take(1, variables)
+        handoff.take(1, variables)
     assert variables["PATH"] == "/bin"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dstune import rendezvous
+from dstune.core import rendezvous
 from dstune.rank_env import GROUP_SECRET
 
 RANKS = Path(__file__).with_name("group_ranks.py")

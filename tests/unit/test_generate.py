@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstune.answers_file import AnswersFile
 from dstune.checkpoint import store
 from dstune.config.compose import compose, write_run
 from dstune.data.stopping import stop_token_ids
 from dstune.errors import UserError
 from dstune.inference import generate
+from dstune.inference.answers_file import AnswersFile
 from dstune.inference.prompts import Request
 from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.inference.writer import Answer, Sampling, Writer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dstune import handed
 from dstune.config.schema import ModelConfig, TrackingConfig, WandbConfig, WandbMode
+from dstune.core import handoff
 from dstune.launch import hosts
 from dstune.launch.hostfile import HostfileConfig
 from dstune.launch.hostfile.commands import pdsh_plan
@@ -112,15 +112,15 @@ def test_mpirun_gets_names_of_variables_and_hosts_with_slots():
 
 
 def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(handed, "handed_file", lambda name: tmp_path / name)
+    monkeypatch.setattr(handoff, "handed_file", lambda name: tmp_path / name)
     (tmp_path / "x").write_text(json.dumps({"all": {"A": "1"}, "first": {"B": "2"}}))
     (tmp_path / "x").chmod(0o600)
     for rank, expected in ((0, {"A": "1", "B": "2"}), (1, {"A": "1"})):
-        variables = {handed.HANDED: "x"}
-        handed.take(rank, variables)
+        variables = {handoff.HANDED: "x"}
+        handoff.take(rank, variables)
         assert {name: variables[name] for name in ("A", "B") if name in variables} == expected
     nothing: dict[str, str] = {}
-    handed.take(0, nothing)
+    handoff.take(0, nothing)
     assert nothing == {}
 
 

@@ -9,7 +9,7 @@ import threading
 import psutil
 import pytest
 
-from dstune import rendezvous
+from dstune.core import rendezvous
 from dstune.errors import UserError
 from dstune.rank_env import RankEnv
 

@@ -19,10 +19,10 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from dstune.core.rank_errors import leave_error
 from dstune.errors import EXIT_FAILED, DstuneError, Stalled, WaitedInVain
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
-from dstune.telling import leave_error
 
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 """Parts of the paths of the files in which a rank waits for others."""

@@ -1,4 +1,4 @@
-"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluate_ranks DIR OPTIONS`.
+"""What each rank of `dstune evaluate` runs: `python -m dstune.evaluation.ranks DIR OPTIONS`.
 
 OPTIONS is JSON: split, shots, rows, checkpoint.
 
@@ -26,6 +26,7 @@ from dstune.checkpoint.own_labels import with_labels
 from dstune.config.compose import read_run
 from dstune.config.convert import shown
 from dstune.config.schema import OptimizerOffload, RunConfig
+from dstune.core.rank_errors import tell_launcher
 from dstune.data.build import Split, prepare
 from dstune.dist import World
 from dstune.ending import write_result
@@ -37,7 +38,6 @@ from dstune.models.norms import use_lean_norms
 from dstune.paths import cache_root
 from dstune.protocols import method_of, task_of
 from dstune.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.telling import tell_launcher
 from dstune.tracking.console import Console, show_activities
 from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
@@ -51,7 +51,7 @@ from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
 from dstune.zero.start import start_process_group
 
-activity = logging.getLogger("dstune.evaluate_ranks")  # not __name__, which is __main__ in a rank
+activity = logging.getLogger("dstune.evaluation.ranks")  # not __name__, which is __main__ in a rank
 
 
 def evaluate(
