@@ -25,7 +25,7 @@ from dstune.config.task_schema import CausalLmConfig, ChatConfig
 from dstune.core import environment, handoff, plugins, rendezvous
 from dstune.core.rank_errors import tell_launcher, tell_once
 from dstune.data.blocks import Blocks
-from dstune.data.build import prepare
+from dstune.data.build import prepare, prove
 from dstune.dist import World
 from dstune.ending import finish
 from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
@@ -105,6 +105,7 @@ def train_stage(
         torch.use_deterministic_algorithms(True)
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())
+    prove(config, tokenizer, data)
     blocks = None
     if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
         blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)

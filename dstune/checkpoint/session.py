@@ -16,11 +16,16 @@ from dstune.errors import Problem, UserError
 from dstune.trainer.state import TrainState
 from dstune.zero.engine import Engine
 
+OTHER_ROWS = (
+    "bring back the rows, or start another run with run.dir; if the rows are the same, an earlier version trained other tokens "
+    "of them than a server asks for (docs/chat-templates.md), and that version can continue the run"
+)
+
 UNCHANGED = {
     "precision": ("trainer.precision", "set trainer.precision to it, or start another run with run.dir"),
     "labels": ("data.train", "bring back the rows with these labels, or set task.labels"),
-    "samples": ("data.train", "bring back the rows, or start another run with run.dir"),
-    "content": ("data.train", "bring back the rows, or start another run with run.dir"),
+    "samples": ("data.train", OTHER_ROWS),
+    "content": ("data.train", OTHER_ROWS),
 }
 """What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dstune.config.schema import ModelConfig
@@ -67,3 +67,13 @@ def mark_encoder_decoder(tokenizer: Any) -> None:
 def is_encoder_decoder(tokenizer: Any) -> bool:
     """Whether the model that a tokenizer was loaded for is an encoder-decoder."""
     return bool(getattr(tokenizer, "dstune_encoder_decoder", False))
+
+
+def mark_stops(tokenizer: Any, stops: Collection[int]) -> None:
+    """Note at a tokenizer at which tokens its model's generation settings stop: they decide what is trained of a turn."""
+    tokenizer.dstune_stops = tuple(sorted(stops))
+
+
+def marked_stops(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens at which the generation settings of a tokenizer's model stop, as far as they are known."""
+    return tuple(getattr(tokenizer, "dstune_stops", ()))

@@ -20,7 +20,7 @@ import tokenizers
 import transformers
 import xxhash
 
-from dstune.config.architectures import is_encoder_decoder
+from dstune.config.architectures import is_encoder_decoder, marked_stops
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
@@ -29,6 +29,7 @@ from dstune.data import cache, mixture, sources
 from dstune.data.augment import augmented
 from dstune.data.augment.rewrite import identity
 from dstune.data.augment.words import KEY as SYNONYMS_KEY
+from dstune.data.chat import evidence
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
@@ -49,7 +50,7 @@ from dstune.errors import Problem, UserError
 from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
 from dstune.rank_env import RankEnv
 
-__all__ = ["PreparedData", "SamplePrompt", "Split", "prepare"]
+__all__ = ["PreparedData", "SamplePrompt", "Split", "prepare", "prove"]
 
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,26 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
         time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
     return _load(folder, key, config)
+
+
+def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> int:
+    """Compare conversations of every kind in `data.train` with what a server renders; how many turns were compared.
+
+    Raises UserError with the first turn that is trained otherwise.
+    """
+    if data.evidence is None or not tokenizer.chat_template:
+        return 0
+    formats = ["messages"] * len(tasks_of(config))
+    several = list(zip(tasks_of(config).values(), formats, strict=True))
+    encode = RowTokenizer(
+        tokenizer,
+        config.task,
+        "messages",
+        config.data.max_length,
+        data.labels,
+        several=several,
+    )
+    return evidence.prove(tokenizer, encode, data.train.table, data.evidence)
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         ],
         "tokenizer": [
             is_encoder_decoder(tokenizer),
+            marked_stops(tokenizer),
             state,
             template,
             {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
@@ -474,6 +496,7 @@ def _load(folder: Path, key: str, config: RunConfig) -> PreparedData:
         report=report,
         swapped={part: found for part in PARTS[1:] if (found := load_swapped(folder, part, load_split))},
         fingerprint=key,
+        evidence=file if (file := folder / evidence.FILE).is_file() else None,
         stream=StreamStart(folder / HELD_OUT, **meta["stream"]) if "stream" in meta else None,
     )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +63,18 @@ class ControlTokens:
     """The tokens of a tokenizer (of transformers) that a text must not be able to write; picklable.
 
     These are its special tokens, and of its other added tokens those that the chat template prints between messages.
-    Tokens that an answer may hold (`<think>`, `<tool_call>`) are no control tokens.
+    Pairs of tags that an answer may hold (`<think>`, `</think>`) are no control tokens, even where the template prints them.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         printed = _rendered(tokenizer)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         tokens = {
             number: token
             for number, token in tokenizer.added_tokens_decoder.items()
-            if token.content.strip() and (token.special or token.content in printed)
+            if token.content.strip()
+            and (token.special or (token.content in printed and not _is_tag(token.content, added)))
         }
         self._ids = frozenset(tokens)
         strings = sorted({token.content for token in tokens.values()}, key=len, reverse=True)
@@ -164,6 +166,10 @@ class ControlTokens:
         joined += rest
         return [token for token, _ in joined], [kind for _, kind in joined], length
 
+    def continued(self, text: str) -> list[int]:
+        """Tokens of a text without added tokens that goes on from another one: no space is put in front of it."""
+        return self._without_added_tokens(text)
+
     def _as_text(self, text: str) -> list[int]:
         """Tokens of the characters of a control token."""
         for cut in range(len(text)):  # in one piece if possible
@@ -185,6 +191,12 @@ class ControlTokens:
         if pieces and not text[0].isspace() and text[0] not in _PREFIX_SPACES:
             pieces[0] = pieces[0].lstrip(_PREFIX_SPACES)
         return [token.id for piece in pieces if piece for token in backend.model.tokenize(piece)]
+
+
+def _is_tag(text: str, added: Collection[str]) -> bool:
+    """Whether a token is one of a pair such as `<think>` and `</think>`."""
+    other = text.replace("</", "<", 1) if text.startswith("</") else text.replace("<", "</", 1)
+    return text.startswith("<") and text.endswith(">") and other in added
 
 
 def _rendered(tokenizer: Any) -> str:

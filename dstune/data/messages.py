@@ -35,8 +35,8 @@ ROLE_NAMES = {
 """The role that a name in a file stands for. `developer` is OpenAI's newer name of `system`, which most templates lack."""
 
 FOLLOWERS = {
-    "start": ("system", "user"),
-    "system": ("user",),
+    "start": ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
@@ -124,7 +124,22 @@ def conversation_row(
     check_conversation(messages, needs_answer=needs_answer, parallel_tool_calls=parallel)
     if needs_answer and not silence:
         check_answers(messages)
-    return {"messages": messages, **({"tools": tools} if tools else {})}
+    row: dict[str, Any] = {"messages": messages}
+    if tools:
+        row["tools"] = tools
+    if arguments := _template_arguments(fields.get("chat_template_kwargs")):
+        row["chat_template_kwargs"] = arguments
+    return row
+
+
+def _template_arguments(value: Any) -> dict[str, Any]:
+    """The arguments that a row gives to the chat template. Raises RowError."""
+    if isinstance(value, str):
+        value = _json(value, "chat_template_kwargs is text but not JSON")
+    if value is not None and not isinstance(value, dict):
+        raise RowError(f"chat_template_kwargs must be an object, it is {shown(value)}")
+    arguments: dict[str, Any] = without_none(value or {})
+    return arguments
 
 
 def plain_exchange(fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False) -> dict[str, Any]:
@@ -133,7 +148,8 @@ def plain_exchange(fields: Mapping[str, Any], *, needs_answer: bool, silence: bo
     prompt, completion = fields["prompt"], fields["completion"]
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
     plain = isinstance(prompt, str) and isinstance(completion, str)
-    if plain and not tools and not text_or_nothing(fields.get("system"), "system"):
+    bare = not tools and not fields.get("chat_template_kwargs")
+    if plain and bare and not text_or_nothing(fields.get("system"), "system"):
         return {"prompt": prompt, "completion": completion}
     messages = with_system(prompt_and_completion(prompt, completion), fields.get("system"))
     return conversation_row(messages, fields, needs_answer=needs_answer, silence=silence)

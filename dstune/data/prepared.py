@@ -152,6 +152,8 @@ class PreparedData:
     """Another domain."""
     fingerprint: str = ""
     """Digest of content, tokenizer, settings and code: equal for equal samples."""
+    evidence: Path | None = None
+    """Rows of conversations with the places of their samples in `train`, to be proven before the first step."""
     stream: StreamStart | None = None
     """With `data.streaming`, where `train`, its first block, ends and what later blocks leave out."""
 

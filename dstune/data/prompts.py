@@ -60,7 +60,10 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
     if encode.renderer is None:
         return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), shown, reference)
     try:
-        return SamplePrompt(encode.renderer.prompt_ids(asked, tools=row.get("tools")), shown, reference)
+        ids = encode.renderer.prompt_ids(
+            asked, tools=row.get("tools"), arguments=row.get("chat_template_kwargs"), answer=messages[first]
+        )
+        return SamplePrompt(ids, shown, reference)
     except RenderError:
         return None
 

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.data.render import ChatRenderer, RenderError
+from dstune.data.render import ChatRenderer
 from dstune.errors import UserError
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
-    """The tokenizer's end-of-text token, and the token with which its chat template ends an assistant's turn.
+    """The tokenizer's end-of-text token, and the tokens with which its chat template ends an assistant's turn.
 
-    The two differ in many chat models (Llama 3: `<|end_of_text|>` and `<|eot_id|>`); one that stops at the first only
+    They differ in many chat models (Llama 3: `<|end_of_text|>` and `<|eot_id|>`); one that stops at the first only
     goes on to write the user's next message.
     """
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        found += _end_of_turn(tokenizer)
+        try:
+            stops = ChatRenderer(tokenizer, None).stops
+        except UserError:
+            return found  # a template for something else than a conversation of user and assistant
+        # A turn may end with plain text (a line break), which the answer itself may contain.
+        found += tokenizer.convert_tokens_to_ids([*stops.tokens, *stops.supplied.values()])
     return sorted(set(found))
-
-
-def _end_of_turn(tokenizer: Any) -> list[int]:
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    try:
-        text, spans = ChatRenderer(tokenizer, None).spans(messages)
-    except (UserError, RenderError):
-        return []  # a template for something else than a conversation of user and assistant
-    last = tokenizer(text[: spans[-1][1]], add_special_tokens=False)["input_ids"][-1]
-    # A turn may end with plain text (a line break), which the answer itself may contain.
-    return [last] if last in tokenizer.added_tokens_decoder else []

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from dstune.data import statistics
+from dstune.data.chat import evidence
 from dstune.data.ingest import BadRows, Table
 from dstune.data.parallel import map_rows
 from dstune.data.prepared import TOKENS
@@ -71,7 +72,9 @@ def write_samples(
         workers=workers,
         doing=f"tokenizing {part} rows",
     )
-    counts, numbers = _keep_good(mapped, encode, table, folder / part, bad)
+    counts, numbers, truncated = _keep_good(mapped, encode, table, folder / part, bad)
+    if part == "train" and encode.has_conversations:
+        evidence.keep(chosen, numbers, truncated, table.sources, folder / evidence.FILE)
     if part != "train":
         order = np.argsort(indices)
         places = order[np.searchsorted(indices, numbers, sorter=order)]
@@ -116,9 +119,9 @@ def _write_texts(rows: datasets.Dataset, target: Path) -> None:
 
 def _keep_good(
     mapped: datasets.Dataset, encode: RowTokenizer, table: Table, target: Path, bad: BadRows
-) -> tuple[Counts, np.ndarray]:
+) -> tuple[Counts, np.ndarray, np.ndarray]:
     """Copy the samples that have targets, without the columns that only served to count; with the counts the row
-    number of each sample, int64."""
+    number of each sample, and the numbers of rows that were cut, both int64."""
     counts = Counts()
     written = mapped.data.table.schema if len(mapped) else encode.features.arrow_schema
     schema = pa.schema([column for column in written if column.name not in COUNTED])
@@ -126,6 +129,7 @@ def _keep_good(
     # Rows may be many, so nothing here takes more than 14 bytes for each.
     last_number = -1
     lengths, weights, sources, numbers = ([np.empty(0, dtype)] for dtype in (np.int32, np.int64, np.int16, np.int64))
+    truncated = [np.empty(0, np.int64)]
     with pa.OSFile(f"{target}.arrow", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
         for batch in mapped.data.table.to_batches() if len(mapped) else []:
             faulty = pc.not_equal(batch["problem"], "").to_numpy(zero_copy_only=False)
@@ -141,6 +145,7 @@ def _keep_good(
             # A document may be several samples, one behind the other; it counts once.
             first = np.diff(number, prepend=last_number) != 0
             last_number = number[-1] if len(number) else last_number
+            truncated.append(number[cut])
             counts.truncated += int((cut & first).sum())
             kept = batch.select(schema.names).filter(pa.array(good))
             writer.write_batch(kept)
@@ -170,7 +175,7 @@ def _keep_good(
             {"samples": len(of), "tokens": int(all_lengths[of].sum()), "targets": int(all_weights[of].sum())}
             for of in (np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1))
         ]
-    return counts, np.concatenate(numbers)
+    return counts, np.concatenate(numbers), np.unique(np.concatenate(truncated))
 
 
 def _bytes_of(column: pa.Array) -> bytes:

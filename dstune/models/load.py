@@ -33,6 +33,7 @@ from dstune.chat_templates import control_tokens, template_path
 from dstune.config.architectures import (
     encoder_decoder_problem,
     mark_encoder_decoder,
+    mark_stops,
     packed_encoder_decoder_problem,
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
@@ -84,8 +85,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     with _named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path), **_source(config))
-        if AutoConfig.from_pretrained(local_path(config.path), **_source(config)).is_encoder_decoder:
+        architecture = AutoConfig.from_pretrained(local_path(config.path), **_source(config))
+        if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
+        mark_stops(tokenizer, _stops(config, architecture))
     if config.chat_template:
         try:
             tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
@@ -103,6 +106,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if absent:
         tokenizer.add_special_tokens({"additional_special_tokens": absent}, replace_extra_special_tokens=False)
     return with_padding(tokenizer)
+
+
+def _stops(config: ModelConfig, architecture: PretrainedConfig) -> list[int]:
+    """Where `generate` and servers stop by themselves: the model's generation settings, else its architecture."""
+    try:
+        settings: Any = GenerationConfig.from_pretrained(
+            local_path(config.path), revision=config.revision or "main", local_files_only=True
+        )
+    except OSError:
+        settings = architecture.get_text_config(decoder=True)
+    ends = getattr(settings, "eos_token_id", None)
+    return [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None]
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, exchange, prepared, write_jsonl
+from unit.templates import THINKING_PROMPT
 
 from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
@@ -87,9 +88,12 @@ def asked(answers: Any) -> dict[str, Any]:
 USER, ANSWER, OTHER = said("user"), said("assistant"), said("user", "No")
 CALL = {"function": {"name": "f", "arguments": {}}}
 REFUSING = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('it is bad') }}{% endif %}"
-# Long answers of the history are shortened, so that nobody can tell where they went.
+# Long answers of the history are shortened.
 SHORT = "(message['content'] if message['content']|length < 10 or loop.last else '(long)')"
 REWRITING = CHATML.replace("message['content']", SHORT)
+LAST_IS_LOUD = CHATML.replace(
+    "message['content']", "(message['content'] + ('!' if loop.last and message['role'] == 'assistant' else ''))"
+)
 NOTHING_MARKED = CHATML + "{% generation %}{% endgeneration %}"
 
 # The message of the guide, then what has it: a row, or the whole content of a file by its name, the bad row in line 2.
@@ -136,8 +140,14 @@ ROWS: list[Case] = [
     ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
     ("message … must be an object with role and content", CHAT, chat("Hi")),
     ("message … has the unknown role …; roles are …", CHAT, chat(USER, said("robot"))),
+    ("chat_template_kwargs must be an object, it is …", CHAT, chat(USER, ANSWER, chat_template_kwargs=[1])),
+    (
+        "chat_template_kwargs is text but not JSON: … at character …",
+        CHAT,
+        chat(USER, ANSWER, chat_template_kwargs="{x"),
+    ),
     ("message … has the role … after …, where … is expected", CHAT, chat(USER, USER)),
-    ("message … has the role … at the start, where … is expected", CHAT, chat(ANSWER)),
+    ("message … has the role … at the start, where … is expected", CHAT, chat(said("tool"), ANSWER)),
     ("message … (…): content must be text, it is …", CHAT, chat(said("user", 3), ANSWER)),
     (
         "message … (…) has a part of type …; only text is trained on",
@@ -268,9 +278,37 @@ ROWS: list[Case] = [
     ("there is no answer; task.no_answer=true trains on questions without one", QUESTIONS, asked([])),
     ("the chat template refuses this conversation: …", CHAT, chat(said("user", "bad"), ANSWER)),
     (
-        "the chat template rewrites this conversation so that the assistant's tokens cannot be told …",
+        (
+            "message … (assistant): the chat template writes another text for this turn than a server would prompt with: "
+            "the prompt goes on …, the conversation …"
+        ),
         CHAT,
-        chat(USER, said("assistant", "No, and no again"), USER, ANSWER),
+        [GOOD],
+    ),
+    (
+        "message … (assistant): the chat template does not print its …, so it would not be trained…",
+        CHAT,
+        chat(USER, said("assistant", "No, and no again")),
+    ),
+    (
+        "the chat template does not print …, which this row has; set model.chat_template to one that does",
+        CHAT,
+        chat(USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
+    ),
+    (
+        "the chat template does not print reasoning (…), which this row has; task.reasoning=drop trains without it, or …",
+        CHAT,
+        chat(USER, {**ANSWER, "reasoning_content": "Hm."}),
+    ),
+    (
+        "the chat template rewrites turns of weight 0, so task.train_on_prompt cannot leave them out",
+        ChatConfig(template_date="2025-03-09", train_on_prompt=True),
+        chat(USER, {**said("assistant", "No, and no again"), "weight": 0}, USER, ANSWER),
+    ),
+    (
+        "the chat template rewrites earlier turns of the answer, which cannot be compared then",
+        PAIRS,
+        {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [said("assistant", "No")]},
     ),
     ("no trainable token", CHAT, [GOOD]),
 ]
@@ -304,8 +342,14 @@ def write(folder: Path, task: TaskConfig, given: Any) -> tuple[Path, Path | None
 def tokenizer_of(message: str) -> Any:
     if "refuses" in message:
         return byte_tokenizer(REFUSING + byte_tokenizer().chat_template)
-    if "rewrites" in message:
+    if "rewrites turns" in message:
         return byte_tokenizer(REWRITING)
+    if "rewrites earlier" in message:
+        return byte_tokenizer(LAST_IS_LOUD)
+    if "than a server would prompt with" in message:
+        return byte_tokenizer(THINKING_PROMPT)
+    if "does not print its" in message:
+        return byte_tokenizer(CHATML.replace("message['content']", "(message['content'] | replace('again', ''))"))
     if message == "no trainable token":
         return byte_tokenizer(NOTHING_MARKED)
     return byte_tokenizer()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from unit.data_helpers import CHATML, byte_tokenizer, metaspace_tokenizer
 from unit.templates import (
     CHATML_DEFAULT_SYSTEM,
@@ -19,7 +22,8 @@ from unit.templates import (
     THINKING_PROMPT,
 )
 
-from dstune.config.task_schema import ChatConfig
+from dstune.config.task_schema import ChatConfig, Reasoning, Turns
+from dstune.data.chat.proof import Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, target_mask
 from dstune.data.stopping import stop_token_ids
@@ -48,29 +52,58 @@ def call(name: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
 
 
-def trained(tokenizer: Any, messages: list[dict[str, Any]], *, date: str = "2025-03-09") -> list[str]:
-    """The runs of tokens that are targets, decoded; checks the token ids against the whole rendered text."""
-    encode = RowTokenizer(tokenizer, ChatConfig(template_date=date), "messages", max_length=100_000)
-    (sample,) = encode.samples([{"messages": messages}], [0])
-    assert sample.problem == ""
+def encoded(tokenizer: Any, messages: list[dict[str, Any]], *, date: str = "2025-03-09", **task: Any) -> list[Any]:
+    """The samples of a conversation; each turn is what a server would make the model write, told without our code."""
+    encode = RowTokenizer(tokenizer, ChatConfig(template_date=date, **task), "messages", max_length=100_000)
+    samples = encode.samples([{"messages": messages}], [0])
     assert encode.renderer is not None
-    text = encode.renderer.text(messages)
-    assert sample.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert (sample.labels[sample.labels != NO_TARGET] == sample.input_ids[sample.labels != NO_TARGET]).all()
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.labels != NO_TARGET, [0]])))
-    return [tokenizer.decode(sample.input_ids[start:end]) for start, end in edges.reshape(-1, 2)]
+    assert [sample.problem for sample in samples] == [""] * len(samples)
+    stops = frozenset(stop_token_ids(tokenizer))
+    server = Server(tokenizer, stops, date, task.get("chat_template_kwargs", {}), encode.renderer.facts)
+    rows = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]
+    if stops_with_a_token(tokenizer) and not task:
+        for turn in server.turns({"messages": messages}):
+            assert difference(turn, rows, stops) is None
+    return samples
+
+
+def stops_with_a_token(tokenizer: Any) -> bool:
+    return tokenizer.chat_template != PLAIN_LINES and "loop.last" not in tokenizer.chat_template.split("generation")[0]
+
+
+def trained(tokenizer: Any, messages: list[dict[str, Any]], *, date: str = "2025-03-09", **task: Any) -> list[str]:
+    """The runs of tokens that are targets, decoded."""
+    runs = []
+    for sample in encoded(tokenizer, messages, date=date, **task):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.labels != NO_TARGET, [0]])))
+        runs += [tokenizer.decode(sample.labels[start:end]) for start, end in edges.reshape(-1, 2)]
+    return runs
+
+
+def refusal(tokenizer: Any, messages: list[dict[str, Any]], **row: Any) -> str:
+    """Why the row is not trained."""
+    encode = RowTokenizer(tokenizer, ChatConfig(template_date="2025-03-09"), "messages", max_length=100_000)
+    (sample,) = encode.samples([{"messages": messages, **row}], [0])
+    return sample.problem
 
 
 TWO_TURNS = [user("Hello"), assistant("Hello"), user("Hello"), assistant("I am fine, thanks.")]
 
 
-@pytest.mark.parametrize(
-    "template", [CHATML, CHATML_DEFAULT_SYSTEM, CHATML_WITHOUT_PROMPT, QWEN3.replace("or reasoning", "and reasoning")]
-)
+@pytest.mark.parametrize("template", [CHATML, CHATML_DEFAULT_SYSTEM, QWEN3.replace("or reasoning", "and reasoning")])
 def test_chatml_repeated_messages(template):
     expected = ["Hello<|im_end|>", "I am fine, thanks.<|im_end|>"]
     assert trained(byte_tokenizer(template), TWO_TURNS) == expected
     assert trained(byte_tokenizer(template), [system("Hello"), *TWO_TURNS]) == expected
+
+
+def test_a_template_without_generation_prompt():
+    """A server asks with nothing behind the question, so the model has to write the heading of its turn."""
+    heading = "<|im_start|>assistant\n"
+    assert trained(byte_tokenizer(CHATML_WITHOUT_PROMPT), TWO_TURNS) == [
+        f"{heading}Hello<|im_end|>",
+        f"{heading}I am fine, thanks.<|im_end|>",
+    ]
 
 
 def test_text_that_looks_like_a_turn_stays_where_it_is():
@@ -134,8 +167,10 @@ def test_frozen_date_formats():
 def test_mistral_without_markers_of_roles():
     tokenizer = byte_tokenizer(MISTRAL, eos="</s>", bos="<s>")
     assert trained(tokenizer, TWO_TURNS) == [" Hello</s>", " I am fine, thanks.</s>"]
-    # The system prompt moves into the last question.
-    assert trained(tokenizer, [system("Be kind"), *TWO_TURNS]) == [" Hello</s>", " I am fine, thanks.</s>"]
+    # The system prompt is in the last message if that is a question: a server shows it, the finished turn does not.
+    reason = refusal(tokenizer, [system("Be kind"), *TWO_TURNS])
+    assert "than a server would prompt with" in reason
+    assert "Be kind" in reason
 
 
 def test_tokens_that_begin_with_the_space_before_a_word():
@@ -154,12 +189,21 @@ def test_qwen3_removes_thinking_from_the_history():
         user("So"),
         assistant("<think>\nHm.\n</think>\n\nNo"),
     ]
-    assert trained(byte_tokenizer(QWEN3), messages) == ["Hello<|im_end|>", "<think>\nHm.\n</think>\n\nNo<|im_end|>"]
+    first, second = encoded(byte_tokenizer(QWEN3), messages)
+    decode = byte_tokenizer().decode
+    assert decode(first.labels[first.labels != NO_TARGET]) == "<think>\nHello?\n</think>\n\nHello<|im_end|>"
+    assert decode(second.labels[second.labels != NO_TARGET]) == "<think>\nHm.\n</think>\n\nNo<|im_end|>"
+    # What a server shows of the first turn when it asks for the second.
+    assert "<|im_start|>assistant\nHello<|im_end|>" in decode(second.input_ids)
+    assert trained(byte_tokenizer(QWEN3), messages, turns=Turns.last) == ["<think>\nHm.\n</think>\n\nNo<|im_end|>"]
+    thoughtless = trained(byte_tokenizer(QWEN3), messages, reasoning=Reasoning.drop)
+    assert thoughtless == [f"<think>\n\n</think>\n\n{answer}<|im_end|>" for answer in ("Hello", "No")]
 
 
 def test_qwen3_adds_empty_thinking_to_the_last_turn():
+    """Each turn is the last one when it is written."""
     assert trained(byte_tokenizer(QWEN3), TWO_TURNS) == [
-        "Hello<|im_end|>",
+        "<think>\n\n</think>\n\nHello<|im_end|>",
         "<think>\n\n</think>\n\nI am fine, thanks.<|im_end|>",
     ]
 
@@ -174,9 +218,15 @@ def test_qwen3_tool_turns():
         user("And now?"),
         assistant("Yes"),
     ]
-    first = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
-    last = "<think>\n\n</think>\n\nYes<|im_end|>"
-    assert trained(byte_tokenizer(QWEN3), messages) == [first, "It is sunny.<|im_end|>", last]
+    call_ = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+    nothing = "<think>\n\n</think>\n\n"
+    assert trained(byte_tokenizer(QWEN3), messages) == [
+        f"<think>\nLook.\n</think>\n\n{call_}",
+        f"{nothing}It is sunny.<|im_end|>",
+        f"{nothing}Yes<|im_end|>",
+    ]
+    # Both turns after the question share a sample, the one after the next question has its own.
+    assert len(encoded(byte_tokenizer(QWEN3), messages)) == 2
 
 
 def test_qwen3_looks_at_how_a_user_message_starts():
@@ -204,10 +254,13 @@ def test_llama3_tool_call_ends_with_a_token_of_its_own():
 
 
 def test_generation_prompt_that_opens_thinking():
-    """What the generation prompt opened is not the model's to write; where it is left out, the answer follows."""
-    messages = [user("Hi"), assistant("Yes"), user("So"), assistant("<think>\nHm.\n</think>\nNo")]
-    expected = ["Yes<|im_end|>", "Hm.\n</think>\nNo<|im_end|>"]
-    assert trained(byte_tokenizer(THINKING_PROMPT), messages) == expected
+    """What the generation prompt opened is not the model's to write; a turn without it is never asked for in this way."""
+    messages = [user("Hi"), assistant("Yes", weight=0), user("So"), assistant("<think>\nHm.\n</think>\nNo")]
+    assert trained(byte_tokenizer(THINKING_PROMPT), messages) == ["Hm.\n</think>\nNo<|im_end|>"]
+    reason = refusal(byte_tokenizer(THINKING_PROMPT), [user("Hi"), assistant("Yes")])
+    assert "message 2 (assistant)" in reason
+    assert "assistant\\n<think>\\n'" in reason
+    assert "assistant\\nYes" in reason
 
 
 @pytest.mark.parametrize("template", [MARKED_WITH_END, MARKED_WITHOUT_END])
@@ -225,7 +278,13 @@ def test_marks_of_the_template_are_obeyed_where_they_leave_a_turn_out():
 
 def test_a_template_that_ends_turns_with_a_line_break():
     # The space belongs to the heading, but the tokenizer makes one token of it and the first word.
-    assert trained(byte_tokenizer(PLAIN_LINES), TWO_TURNS) == [" Hello\n", " I am fine, thanks.\n"]
+    tokenizer = byte_tokenizer(PLAIN_LINES)
+    assert trained(tokenizer, TWO_TURNS) == ["Hello\n", "I am fine, thanks.\n"]
+    for sample in encoded(tokenizer, TWO_TURNS):
+        first = np.flatnonzero(sample.labels != NO_TARGET)[0]
+        asked = tokenizer.decode(sample.input_ids[:first])
+        assert asked.endswith("assistant: ")
+        assert sample.input_ids[:first].tolist() == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
 def test_a_template_whose_turns_have_no_end_is_refused():
@@ -255,16 +314,15 @@ def test_no_template_says_what_to_set():
 def test_a_conversation_that_the_template_refuses():
     tokenizer = byte_tokenizer(MISTRAL, eos="</s>")
     with pytest.raises(RenderError, match="roles must alternate"):
-        ChatRenderer(tokenizer, None).spans([assistant("Yes"), user("Hi")])
+        ChatRenderer(tokenizer, None).passages([user("Yes"), user("Hi"), assistant("No")])
 
 
-def test_a_mask_that_cannot_be_told_is_an_error_and_no_guess():
-    """The template shortens long answers of the history, so no beginning and no mark shows where they went."""
+def test_a_template_that_shortens_the_history():
+    """Each turn is whole when it is written, and short where later ones see it."""
     short = "(message['content'] if message['content']|length < 10 or loop.last else '(long)')"
     tokenizer = byte_tokenizer(CHATML.replace("message['content']", short))
-    assert trained(tokenizer, [user("Hi"), assistant("Yes"), user("So"), assistant("No, and no again.")])
-    with pytest.raises(RenderError, match="generation"):
-        ChatRenderer(tokenizer, None).spans([user("Hi"), assistant("No, and no again."), user("So"), assistant("No")])
+    messages = [user("Hi"), assistant("No, and no again."), user("So"), assistant("No")]
+    assert trained(tokenizer, messages) == ["No, and no again.<|im_end|>", "No<|im_end|>"]
 
 
 def test_tools_reach_the_template():
@@ -283,7 +341,7 @@ def test_tokens_that_end_an_answer():
     def names(tokenizer):
         return tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
 
-    assert names(byte_tokenizer(LLAMA3, eos="</s>")) == ["<|eot_id|>", "</s>"]
+    assert names(byte_tokenizer(LLAMA3, eos="</s>")) == ["<|eot_id|>", "<|eom_id|>", "</s>"]
     assert names(byte_tokenizer()) == ["<|im_end|>"]
     assert names(byte_tokenizer(None)) == ["<|im_end|>"]
     assert names(byte_tokenizer(PLAIN_LINES)) == ["<|im_end|>"]
@@ -304,25 +362,37 @@ def test_target_mask_by_hand():
     assert not target_mask(offsets, []).any()
 
 
-def test_two_renderings_a_conversation():
-    """What the template prints between messages is learnt once; white space after a message does not change that."""
+def test_two_renderings_a_turn():
+    """One with the prompt and one with the answer; the last one is the whole conversation."""
     renderer = ChatRenderer(byte_tokenizer(), None)
-    renderer.spans(TWO_TURNS)
     calls = []
-    render = renderer.text
+    render = renderer._template.direct
 
     def counted(messages, **settings):
         calls.append(len(messages))
         return render(messages, **settings)
 
-    renderer.text = counted
-    renderer.spans([user("Hi "), assistant("Yes"), user("So\n\n"), assistant("No")] * 5)
-    assert calls == [20, 20]
+    renderer._template.direct = counted
+    (passage,) = renderer.passages([user("Hi "), assistant("Yes"), user("So\n\n"), assistant("No")])
+    assert calls == [4, 1, 2, 3, 4]  # the first one to be compared with transformers' own
+    assert [passage.text[place.start : place.end] for place in passage.places] == ["Yes<|im_end|>", "No<|im_end|>"]
 
 
-def test_both_ways_agree_with_rendering_every_beginning():
-    """For templates that only append, the marks must find what the beginnings of the conversation show."""
-    for template, eos in ((CHATML_DEFAULT_SYSTEM, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>")):
-        renderer = ChatRenderer(byte_tokenizer(template, eos=eos, bos="<s>"), "2025-03-09")
-        text, spans = renderer.spans(TWO_TURNS)
-        assert spans == renderer._spans_by_prefixes(text, TWO_TURNS, None)
+def test_an_answer_that_begins_with_line_breaks():
+    """The tokenizer makes one token of the prompt's last line break and the answer's first; a server cannot."""
+    tokenizer = line_break_tokenizer()
+    (sample,) = encoded(tokenizer, [user("Hi"), assistant("\nYes")])
+    first = np.flatnonzero(sample.labels != NO_TARGET)[0]
+    assert tokenizer.decode(sample.input_ids[:first]).endswith("assistant\n")
+    assert tokenizer.decode(sample.labels[sample.labels != NO_TARGET]) == "\nYes<|im_end|>"
+
+
+def line_break_tokenizer() -> Any:
+    """Two line breaks are one token."""
+    tokenizer = byte_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
+    state["model"]["merges"] += [["Ċ", "Ċ"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", chat_template=CHATML
+    )

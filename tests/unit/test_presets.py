@@ -71,10 +71,10 @@ def test_a_template_renders_its_family_s_format_and_trains_the_assistant_s_turns
     from dstune.data.render import ChatRenderer
 
     renderer = ChatRenderer(tokenizer(name), None)
-    text, spans = renderer.spans(MESSAGES)
-    assert text == RENDERED[name]
+    (passage,) = renderer.passages(MESSAGES)
+    assert passage.text == RENDERED[name]
     end = MARKERS[name][1] if name.startswith("mistral") else MARKERS[name][-1]
-    trained = [text[start:stop].strip() for start, stop in spans]
+    trained = [passage.text[place.start : place.end].strip() for place in passage.places]
     assert trained == [f"Yes.{end}", f"No.{end}"]
 
 

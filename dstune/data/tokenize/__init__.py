@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from dstune.data.chat.evidence import Exchange
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.conversations import conversation
 from dstune.data.tokenize.sample import Encoder, Rows, Sample, SourcePrompts
@@ -77,10 +78,28 @@ class RowTokenizer:
         """What tokenizes the row of that number, where each task has its own."""
         return self if self._sources is None or not self._of_source else self._of_source[self._sources[number]]
 
+    def of_source(self, number: int) -> RowTokenizer:
+        """What tokenizes the rows of a source, where each task has its own."""
+        return self._of_source[number] if self._of_source else self
+
     @property
     def renderer(self) -> ChatRenderer | None:
         """What renders conversations, where there is a template."""
         return self._encoder.renderer
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether rows are conversations that a chat template renders, at least of one task."""
+        return any(own.renderer is not None for own in self._of_source or [self])
+
+    @property
+    def trains_on_prompt(self) -> bool:
+        """Whether every token of a conversation counts."""
+        return self._encoder.trains_on_prompt
+
+    def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        """The conversations of a row, to be compared with its samples."""
+        return self._encoder.exchanges(row)
 
     @property
     def sources(self) -> SourcePrompts | None:

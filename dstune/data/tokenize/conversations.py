@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
 
+from dstune.data.chat.boundary import Boundaries, BoundaryError
+from dstune.data.chat.evidence import Exchange
+from dstune.data.chat.rule import Place, Span
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.preferences import as_chat
-from dstune.data.render import ChatRenderer, RenderError, Span, require_offsets, target_mask
+from dstune.data.render import ChatRenderer, Choice, RenderError, require_offsets, target_mask
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.errors import Problem, UserError
@@ -29,6 +33,7 @@ class Language(Encoder):
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._control = ControlTokens(tokenizer)
+        self._boundaries = Boundaries(tokenizer, self._control)
         self._prefix = first_special_tokens(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int64)
@@ -56,11 +61,17 @@ class Language(Encoder):
         return [*self._missing_prefix(ids), *ids]
 
     def _sample(
-        self, number: int, input_ids: np.ndarray, targets: np.ndarray, sizes: np.ndarray, problem: str
+        self,
+        number: int,
+        input_ids: np.ndarray,
+        targets: np.ndarray,
+        sizes: np.ndarray,
+        problem: str,
+        labels: np.ndarray | None = None,
     ) -> Sample:
-        """sizes: bytes of text that each token stands for."""
+        """sizes: bytes of text that each token stands for. labels: where a target is another token than the input."""
         targets[:1] = False  # nothing precedes the first token, so nothing predicts it
-        labels = np.where(targets, input_ids, NO_TARGET).astype(np.int32)
+        labels = np.where(targets, input_ids if labels is None else labels, NO_TARGET).astype(np.int32)
         if not problem and not targets.any():
             problem = "no trainable token"
         length = len(input_ids)
@@ -93,72 +104,168 @@ class Language(Encoder):
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
 
+NOTHING = np.empty(0, dtype=np.int32), np.empty((0, 2), dtype=np.int64)
+"""The tokens of no text, and their characters."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to tokenize, with what of it counts."""
+
+    text: str = ""
+    places: tuple[Place, ...] = ()
+    untrained: list[Span] | None = None
+    """With `train_on_prompt`: what does not count, all else does."""
+    own: list[int] | None = None
+    """Where control tokens begin that are the template's, if the row holds such strings."""
+    problem: str = ""
+
+
 class ChatEncoder(Language):
-    """Prompts and completions go through the chat template if the model has one, else one follows the other."""
+    """Prompts and completions go through the chat template if the model has one, else one follows the other.
+
+    A conversation whose history the template rewrites gives several samples, one behind the other.
+    """
+
+    scores = False
+    """Whether the model scores conversations, and writes none."""
+
+    one_sample = False
+    """Whether a row has to give one sample."""
 
     def __init__(
-        self, tokenizer: Any, template_date: str | None, fmt: str, max_length: int, *, train_on_prompt: bool = False
+        self,
+        tokenizer: Any,
+        template_date: str | None,
+        fmt: str,
+        max_length: int,
+        *,
+        train_on_prompt: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        choice: Choice | None = None,
     ):
         require_offsets(tokenizer)
         if fmt == "messages" or tokenizer.chat_template:
-            self.renderer = ChatRenderer(tokenizer, template_date)
-        self._train_on_prompt = train_on_prompt
+            choice = replace(choice or Choice(), whole=self.scores)
+            self.renderer = ChatRenderer(tokenizer, template_date, arguments, choice)
+        self.trains_on_prompt = train_on_prompt
         super().__init__(tokenizer, max_length)
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        texts: list[str] = []
-        spans: list[list[Span]] = []
-        problems: list[str] = []
-        own: list[list[int] | None] = []
-        for row in rows:
-            defused = self._control.defuse(row) if self._control.first(row) else None
-            text, found, problem = self._render(defused.value if defused else row)
-            text, template_tokens = defused.restore(text) if defused else (text, None)
-            texts.append(text)
-            spans.append(found)
-            problems.append(problem)
-            own.append(template_tokens)
+        texts = [self._texts(row) for row in rows]
         encoded = self._tokenizer(
-            texts,
+            [text.text for of_row in texts for text in of_row],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
+        tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         samples = []
-        for number, ids, offsets, text, template_tokens, row_spans, problem in zip(
-            numbers, encoded["input_ids"], encoded["offset_mapping"], texts, own, spans, problems, strict=True
-        ):
-            if template_tokens is not None:
-                ids, offsets = self._control.neutral(ids, offsets, text, template_tokens)
-            input_ids = np.array(ids, dtype=np.int32)
-            sizes = self._sizes(input_ids, offsets, text)
-            if self._train_on_prompt and self.renderer is None:
-                targets = np.ones(len(input_ids), dtype=bool)
-            else:
-                targets = target_mask(np.array(offsets, dtype=np.int64).reshape(-1, 2), row_spans)
-            if self.renderer is None:
-                prefix = self._missing_prefix(ids)
-                input_ids = np.array([*prefix, *ids, self._end], dtype=np.int32)
-                targets = np.concatenate([np.full(len(prefix), self._train_on_prompt), targets, [True]])
-                sizes = np.concatenate([np.zeros(len(prefix), dtype=np.int64), sizes, [0]])
-            samples.append(self._sample(number, input_ids, targets, sizes, problem))
+        for number, of_row in zip(numbers, texts, strict=True):
+            earlier: list[np.ndarray] = []
+            found = [sample for text in of_row for sample in self._samples(number, text, *next(tokens), earlier)]
+            if self.one_sample and len(found) > 1:
+                reason = "the chat template rewrites earlier turns of the answer, which cannot be compared then"
+                found = [self._of_tokens(number, _Text(problem=reason), *NOTHING)]
+            samples += found
         return samples
 
-    def _render(self, row: dict[str, Any]) -> tuple[str, list[Span], str]:
-        """The text of a row, the characters of it that are targets, and what is wrong with the row, if anything."""
-        if self.renderer is None:
-            text = row["prompt"] + row["completion"]
-            return text, [(len(row["prompt"]), len(text))], ""
+    def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        """The conversations of a row, to be compared with its samples."""
+        return [self._exchange(row)]
+
+    def _exchange(self, row: dict[str, Any], prefix: str = "", sample: int | None = None) -> Exchange:
+        kept: dict[str, Any] = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+        return Exchange({"messages": conversation(row), **kept}, prefix, sample)
+
+    def _samples(
+        self, number: int, text: _Text, ids: list[int], places: list[tuple[int, int]], earlier: list[np.ndarray]
+    ) -> list[Sample]:
+        """The sample of a text, and those of its turns whose first token is one with the end of the prompt.
+
+        earlier: tokens of the row's samples so far, to which these are added.
+        """
+        offsets = np.array(places, dtype=np.int64).reshape(-1, 2)
+        if text.own is not None:
+            ids, offsets = self._control.neutral(ids, places, text.text, text.own)
+        input_ids = np.array(ids, dtype=np.int32)
+        if text.untrained is not None:
+            targets = target_mask(offsets, _between(text.untrained, len(text.text)))
+            targets[: max((_in_common(input_ids, others) for others in earlier), default=0)] = False
+            earlier.append(input_ids)
+            whole = replace(text, places=tuple(replace(place, spans=()) for place in text.places))
+            return [self._of_tokens(number, whole, input_ids, offsets, targets)]
+        apart = [
+            place
+            for place in text.places
+            if not self.scores and not self._boundaries.clean(text.text, input_ids, offsets, place.start, text.own)
+        ]
+        kept = replace(text, places=tuple(place for place in text.places if place not in apart))
+        samples = [self._of_tokens(number, kept, input_ids, offsets)] if kept.places or not apart else []
+        for place in apart:
+            try:
+                joined, own_offsets, count = self._boundaries.apart(
+                    text.text, input_ids, place.start, place.end, text.own
+                )
+            except BoundaryError as error:
+                return [self._of_tokens(number, _Text(problem=str(error)), *NOTHING)]
+            targets = np.arange(len(joined)) >= count
+            alone = replace(text, places=(place,))
+            samples.append(self._of_tokens(number, alone, joined, own_offsets, targets))
+        return samples
+
+    def _of_tokens(
+        self,
+        number: int,
+        text: _Text,
+        input_ids: np.ndarray,
+        offsets: np.ndarray,
+        within: np.ndarray | None = None,
+    ) -> Sample:
+        """The sample of these tokens: of `text.places` what lies `within`, or (where places have no spans) that itself."""
+        sizes = self._sizes(input_ids, offsets, text.text)
+        labels = input_ids.copy()
+        spans = [span for place in text.places for span in place.spans]
+        targets = target_mask(offsets, spans)
+        if within is not None:
+            targets = targets & within if spans else within
+        for place in text.places:
+            if place.label is not None:
+                at, stop = place.label
+                labels[np.searchsorted(offsets[:, 1], at, side="right")] = self._tokenizer.convert_tokens_to_ids(stop)
+        if self.renderer is None and not text.problem:
+            prefix = self._missing_prefix(input_ids.tolist())
+            input_ids = np.array([*prefix, *input_ids, self._end], dtype=np.int32)
+            labels = np.array([*prefix, *labels, self._end], dtype=np.int32)
+            targets = np.concatenate([np.full(len(prefix), self.trains_on_prompt), targets, [True]])
+            sizes = np.concatenate([np.zeros(len(prefix), dtype=np.int64), sizes, [0]])
+        return self._sample(number, input_ids, targets, sizes, text.problem, labels)
+
+    def _texts(self, row: dict[str, Any]) -> list[_Text]:
+        """The texts of a row, or one with what is wrong with the row."""
+        defused = self._control.defuse(row) if self._control.first(row) else None
         try:
-            if self._train_on_prompt:
-                # Everything but what has the weight 0.
-                text, left_out = self.renderer.spans(conversation(row), tools=row.get("tools"), weight=0)
-                return text, _between(left_out, len(text)), ""
-            return *self.renderer.spans(conversation(row), tools=row.get("tools")), ""
+            texts = self._rendered(defused.value if defused else row)
         except RenderError as error:
-            return "", [], str(error)
+            return [_Text(problem=defused.restore(str(error))[0] if defused else str(error))]
+        if defused is None:
+            return texts
+        restored = [(text, *defused.restore(text.text)) for text in texts]
+        return [replace(text, text=written, own=own) for text, written, own in restored]
+
+    def _rendered(self, row: dict[str, Any]) -> list[_Text]:
+        if self.renderer is None:
+            text, start = row["prompt"] + row["completion"], len(row["prompt"])
+            place = Place(0, start, len(text), len(text), ((start, len(text)),))
+            return [_Text(text, (place,), [] if self.trains_on_prompt else None)]
+        given = {"tools": row.get("tools"), "arguments": row.get("chat_template_kwargs")}
+        if self.trains_on_prompt:
+            found = self.renderer.whole_and_untrained(conversation(row), **given)
+            return [_Text(passage.text, passage.places, untrained) for passage, untrained in found]
+        passages = self.renderer.passages(conversation(row), **given)
+        return [_Text(passage.text, passage.places) for passage in passages] or [_Text(problem="no trainable token")]
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -168,6 +275,13 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
     if "messages" in row:
         return row["messages"]
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
+def _in_common(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens the two have in common at the start."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
 
 
 def _between(spans: list[Span], length: int) -> list[Span]:

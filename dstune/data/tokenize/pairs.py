@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dstune.data.chat.evidence import Exchange
 from dstune.data.preferences import ANSWERS, as_chat
 from dstune.data.tokenize.conversations import ChatEncoder
 from dstune.data.tokenize.sample import Rows, Sample
@@ -21,9 +22,15 @@ class PairEncoder(ChatEncoder):
     Both have to have a target within `max_length`, and differ there, else the pair has the weight 0.
     """
 
+    one_sample = True
+
     @property
     def columns(self) -> Mapping[str, Any]:
         return {"labels": TOKENS, "rejected_input_ids": TOKENS, "rejected_labels": TOKENS}
+
+    def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        better, worse = (as_chat(row, answer) for answer in ANSWERS)
+        return [self._exchange(better), self._exchange(worse, "rejected_")]
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         better, worse = (super(PairEncoder, self).__call__([as_chat(r, a) for r in rows], numbers) for a in ANSWERS)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dstune.data.chat.evidence import Exchange
 from dstune.data.render import ChatRenderer
 
 Rows = list[dict[str, Any]]
@@ -49,6 +50,7 @@ class Encoder:
     """Makes samples of one task's rows; picklable."""
 
     renderer: ChatRenderer | None = None
+    trains_on_prompt: bool = False
     """What renders conversations, where there is a template."""
     sources: SourcePrompts | None = None
 
@@ -60,6 +62,10 @@ class Encoder:
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         """Samples of `rows`, those of one row one behind the other; `numbers` is how the rows are called."""
         raise NotImplementedError
+
+    def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        """The conversations of a row, to be compared with its samples."""
+        raise NotImplementedError("only conversations are rendered")
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.task_schema import ChatConfig
+from dstune.config.task_schema import ChatConfig, Reasoning
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.chat import rows as rows
@@ -37,7 +37,16 @@ class Chat(LanguageTask):
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
     ) -> Encoder:
+        from dstune.data.render import Choice
         from dstune.data.tokenize.conversations import ChatEncoder
 
-        date, everything = self.config.template_date, self.config.train_on_prompt
-        return ChatEncoder(tokenizer, date, fmt, max_length, train_on_prompt=everything)
+        config = self.config
+        return ChatEncoder(
+            tokenizer,
+            config.template_date,
+            fmt,
+            max_length,
+            train_on_prompt=config.train_on_prompt,
+            arguments=config.chat_template_kwargs,
+            choice=Choice(config.turns.value, drop_reasoning=config.reasoning is Reasoning.drop),
+        )

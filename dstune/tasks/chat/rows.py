@@ -26,7 +26,7 @@ class ConversationFormat(RowFormat):
 class Messages(ConversationFormat):
     name = "messages"
     required = ("messages",)
-    optional = ("tools", "parallel_tool_calls")
+    optional = ("tools", "parallel_tool_calls", "chat_template_kwargs")
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ class Messages(ConversationFormat):
 class Conversations(ConversationFormat):
     name = "conversations"
     required = ("conversations",)
-    optional = ("system", "tools")
+    optional = ("system", "tools", "chat_template_kwargs")
     other_names: ClassVar = {**ConversationFormat.other_names, "conversations": ("conversation",)}
     checks: ClassVar[dict[str, Check]] = {"conversations": conversation_of}
 
@@ -61,7 +61,7 @@ class Alpaca(ConversationFormat):
 class PromptCompletion(RowFormat):
     name = "prompt_completion"
     required = ("prompt", "completion")
-    optional = ("system", "tools")
+    optional = ("system", "tools", "chat_template_kwargs")
     other_names: ClassVar = {"completion": ("response",)}
     checks: ClassVar[dict[str, Check]] = {"prompt": text_or_messages, "completion": text_or_messages}
 

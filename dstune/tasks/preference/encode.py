@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from dstune.data.batches import counted, padded, reference
+from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import NO_TARGET
 from dstune.data.preferences import ANSWERS, as_chat
 from dstune.data.prepared import Split
@@ -24,9 +25,16 @@ NEAR = 16
 class JudgedEncoder(ChatEncoder):
     """A prompt with an answer that is good or bad; of a pair of answers two such samples."""
 
+    one_sample = True
+
     @property
     def columns(self) -> Mapping[str, Any]:
         return {"labels": TOKENS, "desirable": datasets.Value("int64")}
+
+    def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        if "chosen" not in row:
+            return super().exchanges(row)
+        return [self._exchange(as_chat(row, answer), sample=number) for number, answer in enumerate(ANSWERS)]
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         judged: list[tuple[int, dict[str, Any], bool]] = []

@@ -16,6 +16,8 @@ from dstune.errors import Problem, UserError
 class RewardEncoder(PairEncoder):
     """Both answers with their prompt, and by how much the better one has to win."""
 
+    scores = True
+
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
         """An encoder's separator serves as well: what ends the text writes nothing."""

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from dstune.config.task_schema import Seq2SeqConfig
+from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import TEXTS
 from dstune.data.render import require_offsets
@@ -62,7 +63,7 @@ class ReplyEncoder(ChatEncoder):
         Language.__init__(self, tokenizer, max_length)
         self.sources = Sources(tokenizer, task, encoder_decoder=False)
         self.renderer = self.sources.renderer
-        self._train_on_prompt = False
+        self.trains_on_prompt = False
         self._most = task.max_target_length
 
     @property
@@ -84,6 +85,9 @@ class ReplyEncoder(ChatEncoder):
             sample.columns |= {name: row[name] for name in TEXTS}
             samples[place] = sample
         return samples
+
+    def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        return [self._exchange(self.sources.conversation(row["source"], row["target"]))]
 
     def _asked(self, pairs: list[tuple[str, str]], numbers: list[int]) -> list[Sample]:
         return super().__call__([self.sources.conversation(source, target) for source, target in pairs], numbers)

@@ -1,0 +1,288 @@
+"""Real chat templates x dialogues: is what dstune trains what a server would make the model write?
+
+    python benchmarks/templates.py [--markdown FILE] [--only NAME] [--show DIALOGUE]
+
+Templates are read from installed packages (TRL ships those of 40 models) and from dstune; none of them is part of
+this repository. The tokenizer is made up, with the template's own control tokens in it: what is compared is which tokens
+are context and which are trained, not a vocabulary. Each cell is one of
+
+- `=`   each trained turn is, token by token, what transformers' own rendering asks for and writes, each one once;
+- `n=`  so in n samples, since the template rewrites the history;
+- a number of a refusal, which is listed below the table;
+- `WRONG` otherwise, and the program ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dstune.chat_templates import FOLDER
+from dstune.config.architectures import mark_stops
+from dstune.config.task_schema import ChatConfig
+from dstune.data.chat.proof import Server, difference
+from dstune.data.collate import NO_TARGET
+from dstune.data.messages import check_conversation, conversation_of, tools_of
+from dstune.data.problems import RowError
+from dstune.data.stopping import stop_token_ids
+from dstune.data.tokenize import RowTokenizer
+from dstune.errors import UserError
+
+DATE = "2026-01-15"
+
+ENDS: dict[str, tuple[str, ...]] = {
+    "cohere": ("<|END_OF_TURN_TOKEN|>",),
+    "deepseek": ("<｜end▁of▁sentence｜>",),  # noqa: RUF001
+    "gemma4": ("<eos>", "<turn|>", "<|tool_response>"),
+    "gemma": ("<eos>", "<end_of_turn>"),
+    "diffusion_gemma": ("<eos>", "<turn|>", "<|tool_response>"),
+    "glm": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+    "gptoss": ("<|return|>", "<|endoftext|>", "<|call|>"),
+    "gpt_oss": ("<|return|>", "<|endoftext|>", "<|call|>"),
+    "idefics3": ("<end_of_utterance>",),
+    "smolvlm": ("<end_of_utterance>",),
+    "llama3": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+    "llava": ("<|im_end|>",),
+    "mistral": ("</s>",),
+    "phi3": ("<|endoftext|>", "<|assistant|>", "<|end|>"),
+    "phi4": ("<|endoftext|>", "<|im_end|>"),
+}
+"""End tokens of the generation settings of a family's models, the tokenizer's own first; of the others `<|im_end|>`."""
+
+SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|<\|?/?[a-z_]+\|?>|\[/?[A-Z_]+\]|<bos>|</?s>")  # noqa: RUF001
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Llama 3 and Qwen cut texts into words."""
+TEXT_TAGS = {
+    "<think>",
+    "</think>",
+    "<tools>",
+    "</tools>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+}
+
+
+def tokenizer_for(name: str, template: str) -> Any:
+    """A byte-level tokenizer with the control tokens that `template` prints."""
+    ends = next((ends for family, ends in ENDS.items() if name.startswith(family)), ("<|im_end|>",))
+    found = dict.fromkeys([*ends, *SPECIAL.findall(template), "<s>"])
+    special = [
+        token
+        for token in found
+        if (token not in TEXT_TAGS and not re.fullmatch(r"</?[a-z_]{2,}>", token)) or token in ends
+    ]
+    if "<bos>" in found or name.startswith(("gemma", "diffusion")):
+        special.append("<bos>")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*alphabet, "ĊĊ", "ĠĠ"])}
+    inner = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ"), ("Ġ", "Ġ")]))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    bos = "<bos>" if "<bos>" in special else "<|begin_of_text|>" if "<|begin_of_text|>" in special else "<s>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        additional_special_tokens=list(dict.fromkeys(special)),
+        bos_token=bos,
+        eos_token=ends[0],
+        pad_token=ends[0],
+    )
+    tokenizer.add_tokens(sorted(TEXT_TAGS & set(found)))
+    tokenizer.chat_template = template
+    mark_stops(tokenizer, tokenizer.convert_tokens_to_ids(list(ends)))
+    return tokenizer
+
+
+def templates() -> dict[str, str]:
+    """Templates by name: of TRL (without those that it changed for training), and dstune's own."""
+    found = {}
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None and spec.origin is not None, "pip install trl"
+    for file in sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja")):
+        if not file.stem.endswith("_training"):
+            found[file.stem] = file.read_text(encoding="utf-8")
+    return found | {f"dstune/{file.stem}": file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
+
+
+def user(text: str = "What is the weather in Paris?") -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str | None = "It is sunny.", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(number: int = 1, city: str = "Paris") -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": {"city": city, "days": 2}}
+    return {"id": f"call0000{number}", "type": "function", "function": function}
+
+
+def result(text: str = "sunny, 21 degrees", number: int = 1) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call0000{number}", "name": "get_weather", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Answer in one sentence."}
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "a city"},
+        "days": {"type": "integer", "description": "days"},
+    },
+    "required": ["city"],
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "The weather of a city", "parameters": PARAMETERS},
+    }
+]
+THOUGHT = {"reasoning_content": "They ask about the sky."}
+
+DIALOGUES: dict[str, dict[str, Any]] = {
+    "one exchange": {"messages": [user(), says()]},
+    "system": {"messages": [SYSTEM, user(), says()]},
+    "three exchanges": {"messages": [user(), says(), user("And Rome?"), says("Rain."), user("Oslo?"), says("Snow.")]},
+    "reasoning": {"messages": [user(), says(**THOUGHT)]},
+    "reasoning twice": {
+        "messages": [user(), says(**THOUGHT), user("And Rome?"), says("Rain.", reasoning_content="Rome now.")]
+    },
+    "inline reasoning": {"messages": [user(), says("<think>\nThe sky.\n</think>\n\nIt is sunny.")]},
+    "call": {"messages": [user(), says(None, tool_calls=[call()])], "tools": TOOLS},
+    "call, result, answer": {
+        "messages": [SYSTEM, user(), says(None, tool_calls=[call()]), result(), says()],
+        "tools": TOOLS,
+    },
+    "parallel calls": {
+        "messages": [
+            user("Paris and Rome?"),
+            says(None, tool_calls=[call(), call(2, "Rome")]),
+            result(),
+            result("rain", 2),
+            says("Sun and rain."),
+            user("Thanks"),
+            says("Welcome."),
+        ],
+        "tools": TOOLS,
+    },
+    "reasoning and call": {
+        "messages": [
+            user(),
+            says(None, tool_calls=[call()], **THOUGHT),
+            result(),
+            says(reasoning_content="Sunny then."),
+        ],
+        "tools": TOOLS,
+    },
+    "text beside a call": {
+        "messages": [user(), says("Let me look.", tool_calls=[call()]), result(), says()],
+        "tools": TOOLS,
+    },
+    "empty answer": {"messages": [user(), says(""), user("Well?"), says()]},
+    "emoji, line breaks": {"messages": [user("🙂\n\n"), says("\n\nÜber 21 °C 🌞\n"), user(" ok "), says(" 大きい ")]},
+    "look-alike tokens": {
+        "messages": [user("x <|im_end|> <|eot_id|> </s> y"), says("a <|im_end|>\n<|im_start|>user <|end|> b")]
+    },
+    "assistant first": {"messages": [says("Hello!"), user(), says()]},
+    "weight 0": {"messages": [user(), says("It is wrong.", weight=0), user("And Rome?"), says("Rain.")]},
+}
+
+
+def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
+    """As a row of a file is read. Raises RowError."""
+    messages = conversation_of(dialogue["messages"], "messages")
+    check_conversation(messages, needs_answer=True)
+    return {"messages": messages, **({"tools": tools_of(dialogue["tools"])} if "tools" in dialogue else {})}
+
+
+def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tuple[str, str]:
+    """What the table shows, and a refusal's reason or what is wrong."""
+    try:
+        row = prepared(dialogue)
+        encode = RowTokenizer(tokenizer, ChatConfig(template_date=DATE), "messages", max_length=100_000)
+    except RowError as error:
+        return "refused", str(error)
+    except UserError as error:
+        return "refused", "; ".join(str(problem) for problem in error.problems)
+    samples = encode.samples([row], [0])
+    if show:
+        for sample in samples:
+            print(sample.problem or repr(tokenizer.decode(sample.input_ids)))
+            print("   trained:", repr(tokenizer.decode(sample.labels[sample.labels != NO_TARGET])))
+    if problem := next((sample.problem for sample in samples if sample.problem), ""):
+        return "refused", problem
+    assert encode.renderer is not None
+    stops = frozenset(stop_token_ids(tokenizer))
+    server = Server(tokenizer, stops, DATE, {}, encode.renderer.facts)
+    rows = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]
+    if "<|im_end|>" in str(dialogue["messages"]):  # transformers would make control tokens of what somebody wrote
+        ids = [token for sample in rows for token in sample["input_ids"]]
+        harmless = [{**message, "content": re.sub("<[^<>]*>", "", message["content"])} for message in row["messages"]]
+        plain = encode.samples([{"messages": harmless}], [0])
+        counts, expected = Counter(ids), Counter(token for sample in plain for token in sample.input_ids)
+        special = tokenizer.all_special_ids
+        same = all(counts[token] == expected[token] for token in special)
+        return ("=", "") if same else ("WRONG", "a row wrote a control token")
+    turns = server.turns(row)
+    for turn in turns:
+        if reason := difference(turn, rows, stops):
+            return "WRONG", f"message {turn.number + 1}: {reason}"
+    targets = sum(len(turn.target) + 1 for turn in turns)
+    trained = sum(int(np.count_nonzero(sample["labels"] != NO_TARGET)) for sample in rows)
+    if trained != targets:
+        return "WRONG", f"{trained} tokens are trained, a server asks for {targets}"
+    return ("=" if len(rows) == 1 else f"{len(rows)}="), ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--only", help="templates whose names contain this")
+    parser.add_argument("--show", help="print what is trained of this dialogue")
+    options = parser.parse_args()
+    names = list(DIALOGUES)
+    lines = ["| template | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    reasons: dict[str, int] = {}
+    wrong, counts = [], Counter()
+    for name, template in templates().items():
+        if options.only and options.only not in name:
+            continue
+        cells = []
+        for dialogue in names:
+            tokenizer = tokenizer_for(name.removeprefix("dstune/"), template)
+            shown, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
+            counts[shown if shown in ("WRONG", "refused") else "served"] += 1
+            if shown == "WRONG":
+                wrong.append(f"{name} x {dialogue}: {reason}")
+            if shown == "refused":
+                general = re.sub(
+                    r"the prompt goes on .*", "…", re.sub(r"message \d+ ", "message … ", reason), flags=re.S
+                )
+                shown = f"r{reasons.setdefault(general, len(reasons) + 1)}"
+            cells.append(shown)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    lines += ["", *(f"- r{number}: {reason}" for reason, number in reasons.items())]
+    print("\n".join(lines[-len(reasons) :]))
+    print(dict(counts), *wrong, sep="\n")
+    if options.markdown:
+        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

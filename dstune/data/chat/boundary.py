@@ -1,0 +1,96 @@
+"""Where a target begins between two tokens: a server tokenizes the prompt alone, and the model goes on from there."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from dstune.data.chat.rule import alternatives
+from dstune.data.control import ControlTokens
+
+
+class BoundaryError(ValueError):
+    """A text cannot be tokenized in two pieces that read as it does."""
+
+
+class Boundaries:
+    """Compares the tokens of a whole text with those of its beginning alone; picklable.
+
+    Added tokens divide a text before anything else does, so only what stands behind the last one has to be compared.
+    """
+
+    def __init__(self, tokenizer: Any, control: ControlTokens):
+        self._tokenizer, self._control = tokenizer, control
+        self._added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+        self._pattern = alternatives(token.content for token in tokenizer.added_tokens_decoder.values())
+        self._known: dict[str, list[int]] = {}
+
+    def clean(self, text: str, ids: np.ndarray, offsets: np.ndarray, start: int, own: list[int] | None) -> bool:
+        """Whether `ids` begin with the tokens of `text[:start]` alone."""
+        count = int(np.searchsorted(offsets[:, 1], start, side="right"))
+        # Tokens of white space may have no characters of their own; they belong to what stands in front of them.
+        if count < len(ids) and offsets[count, 0] < start:
+            return False
+        if own is None:
+            added = np.flatnonzero(np.isin(ids[:count], self._added))
+            first = int(added[-1]) if len(added) else 0
+            begin = int(offsets[first, 0]) if len(added) else 0
+            if self._tokens(text[begin:start]) == ids[first:count].tolist():
+                return True
+        return self._encode(text[:start], own)[0] == ids[:count].tolist()
+
+    def apart(
+        self, text: str, ids: np.ndarray, start: int, end: int, own: list[int] | None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Tokens of `text[:start]` and of `text[start:end]` one behind the other, their characters, and how many the
+        first has. `ids` are those of the whole. Raises BoundaryError where they read differently."""
+        head, head_offsets = self._encode(text[:start], own)
+        whole = self._read(ids.tolist())
+        pieces = [self._behind_token(text[start:end], own, start), self._inside_word(text[start:end], own, start)]
+        # A tokenizer that makes one space of two reads the whole with fewer than its pieces: the last try allows for that.
+        for (tail, offsets), reading in ((pieces[0], str), (pieces[1], str), (pieces[1], _single_spaces)):
+            joined = [*head, *tail]
+            if reading(whole).startswith(reading(self._read(joined))):
+                return np.array(joined, dtype=np.int32), np.concatenate([head_offsets, offsets + start]), len(head)
+        raise BoundaryError(
+            "the answer begins inside a token of the whole text, and the tokenizer cannot write it apart"
+        )
+
+    def _behind_token(self, text: str, own: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
+        """Tokens of a text as it is behind an added token."""
+        anchor = self._tokenizer.eos_token
+        behind = None if own is None else [0, *(at - start + len(anchor) for at in own if at >= start)]
+        ids, offsets = self._encode(anchor + text, behind)
+        return ids[1:], offsets[1:] - len(anchor)
+
+    def _inside_word(self, text: str, own: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
+        """Tokens of a text that goes on without the space that the tokenizer would put in front of it."""
+        found = self._pattern.search(text)
+        length = found.start() if found else len(text)
+        first = self._control.continued(text[:length])
+        rest, rest_offsets = self._behind_token(text[length:], own, start + length)
+        offsets = np.array([(0, length)] * len(first), dtype=np.int64).reshape(-1, 2)
+        return [*first, *rest], np.concatenate([offsets, rest_offsets + length])
+
+    def _encode(self, text: str, own: list[int] | None) -> tuple[list[int], np.ndarray]:
+        """Tokens of `text` and their characters. own: where the template's control tokens begin; None: all are."""
+        if own is None:
+            own = [found.start() for found in self._control.pattern.finditer(text)]
+        return self._control.encode(text, [at for at in own if at < len(text)])
+
+    def _tokens(self, text: str) -> list[int]:
+        if text not in self._known:
+            if len(self._known) > 1000:
+                self._known.clear()
+            self._known[text] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._known[text]
+
+    def _read(self, ids: list[int]) -> str:
+        read: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return read
+
+
+def _single_spaces(text: str) -> str:
+    return re.sub(" +", " ", text)

@@ -1,0 +1,133 @@
+"""Rows of every kind that a run has, kept beside its samples, and their proof before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from dstune.data.chat.proof import Server, difference
+from dstune.data.stopping import stop_token_ids
+from dstune.errors import Problem, UserError
+
+FILE = "train.evidence.json"
+
+ROWS_LOOKED_AT = 2000
+LONGEST_ROW = 100_000
+"""Characters of the longest row that is kept: rendering it again before each run takes time."""
+
+KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"system"', '"tool"', '"weight"')
+"""Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
+
+
+class Exchange(NamedTuple):
+    """A conversation of a row, and the columns of its sample."""
+
+    row: dict[str, Any]
+    """`messages`, `tools`, `chat_template_kwargs`."""
+    prefix: str = ""
+    """Of the columns: `rejected_` of a pair's worse answer."""
+    sample: int | None = None
+    """Which of the row's samples it is, where each conversation has its own."""
+
+
+def keep(
+    rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, sources: np.ndarray | None, target: Path
+) -> None:
+    """Write rows of every kind among the first ones, and a long one, with the places of their samples.
+
+    rows: columns `row` and `number`. numbers: the row of each sample that is kept; truncated: rows of which a part is not.
+    sources: of each row, the number of its source in a mixture.
+    """
+    cut = set(truncated.tolist())
+    kept: dict[str, dict[str, Any]] = {}
+    looked = rows[: min(len(rows), ROWS_LOOKED_AT)]
+    longest = ""
+    for text, number in zip(looked["row"], looked["number"], strict=True):
+        if number in cut:
+            continue
+        kind = _kind(text)
+        if kind not in kept:
+            kept[kind] = _entry(text, number, numbers, sources)
+        if len(longest) < len(text) <= LONGEST_ROW:
+            longest, kept["longest"] = text, _entry(text, number, numbers, sources)
+    target.write_text(json.dumps([entry for entry in kept.values() if entry["samples"]]), encoding="utf-8")
+
+
+def _entry(text: str, number: int, numbers: np.ndarray, sources: np.ndarray | None) -> dict[str, Any]:
+    places = np.flatnonzero(numbers == number).tolist()
+    source = 0 if sources is None else int(sources[number])
+    return {"row": json.loads(text), "number": number, "source": source, "samples": places}
+
+
+def _kind(text: str) -> str:
+    turns = text.count('"assistant"')
+    arguments = text.partition('"chat_template_kwargs":')[2][:80]
+    return " ".join([*(kind for kind in KINDS if kind in text), str(min(turns, 2)), arguments])
+
+
+def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> int:
+    """Compare the samples of the rows in `file` with what a server renders; how many turns were.
+
+    encode: the `RowTokenizer` of the run. Raises UserError with the first turn that is trained otherwise.
+    """
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    stops = frozenset(stop_token_ids(tokenizer))
+    compared = 0
+    for entry in entries:
+        own = encode.of_source(entry["source"])
+        renderer = own.renderer
+        if renderer is None:
+            continue
+        server = Server(tokenizer, stops, renderer.date, renderer.run_arguments, renderer.facts)
+        exchanges = own.exchanges(entry["row"])
+        if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
+            continue  # one of them teaches nothing and is left out
+        for exchange in exchanges:
+            if renderer.holds_control_tokens(exchange.row):
+                continue  # transformers would make control tokens of what somebody wrote
+            places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
+            samples = [_columns(table[place], exchange.prefix) for place in places]
+            row = {**exchange.row, "messages": renderer.wanted(exchange.row["messages"])}
+            reason, count = _compared(server, row, samples, own, stops)
+            compared += count
+            if reason is not None:
+                raise UserError(
+                    Problem(
+                        "data.train",
+                        f"a row is not trained as a server would render it: {reason} (row {entry['number']}: "
+                        f"{json.dumps(row['messages'], ensure_ascii=False)[:200]})",
+                        "please report it with the chat template of the model; DSTUNE_CACHE=FOLDER prepares the rows anew",
+                    )
+                )
+    return compared
+
+
+def _compared(
+    server: Server, row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], own: Any, stops: frozenset[int]
+) -> tuple[str | None, int]:
+    renderer = own.renderer
+    if renderer.choice.whole:
+        expected = server.whole(row)
+        same = any(sample["input_ids"].tolist() == expected[: len(sample["input_ids"])] for sample in samples)
+        return None if same else "the conversation as a whole has other tokens", 1
+    numbers = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant" and number]
+    if renderer.choice.turns == "last":
+        numbers = numbers[-1:]
+    marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools"))
+    turns = server.turns(row, numbers)
+    for turn in turns:
+        reason = difference(turn, samples, stops, all_trained=own.trains_on_prompt, marked=marked)
+        if reason is not None:
+            return f"message {turn.number + 1}: {reason}", len(turns)
+    return None, len(turns)
+
+
+def _columns(sample: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name: np.asarray(sample[f"{prefix}{name}"]) for name in ("input_ids", "labels") if f"{prefix}{name}" in sample
+    }

@@ -1,0 +1,287 @@
+"""What a chat template prints and how it wants it: told from made-up conversations with a marker in every field.
+
+A template is a program. Many print no tool calls or no reasoning, without a word; what they drop would not be trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.data.chat.rule import RuleError, Stops, alternatives, in_common
+from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names that data and templates have for what a model thinks before it answers."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Arguments with which templates are told whether the model is to think."""
+
+_QUESTION = {"role": "user", "content": "qzquestion"}
+_ANSWER = {"role": "assistant", "content": "qzanswer"}
+_RESULT = {"role": "tool", "content": "qzresult", "tool_call_id": "qzcall001", "name": "qzfirst"}
+
+
+_INLINE = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+"""Reasoning at the start of a content, and the answer behind it."""
+
+
+def _call(name: str, arguments: Any, number: str) -> dict[str, Any]:
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _schema(name: str) -> dict[str, Any]:
+    described = {"type": "string", "description": "qzparameter"}
+    parameters = {"type": "object", "properties": {"qzkey": described}, "required": ["qzkey"]}
+    return {"type": "function", "function": {"name": name, "description": "qzschema", "parameters": parameters}}
+
+
+_TOOLS = [_schema("qzfirst"), _schema("qzsecond")]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a template makes of the fields that a conversation may have."""
+
+    reasoning_key: str | None
+    """The name under which it reads reasoning, if it prints any."""
+    switch: str | None
+    """The argument that tells it whether the model is to think."""
+    prints_system: bool
+    prints_tools: bool
+    """Names of the tools that may be called."""
+    prints_calls: bool
+    """Names and arguments of a call."""
+    prints_several_calls: bool
+    prints_results: bool
+    arguments_as_text: bool
+    """Whether it concatenates arguments, which then have to be JSON text, instead of printing an object."""
+    empty_content: bool
+    """Whether a message with calls needs a content, which is empty then."""
+    splits_reasoning: bool = True
+    """Whether it finds reasoning in the content by itself (`<think>...</think>`), or prints none at all."""
+
+    def adapted(self, message: dict[str, Any]) -> dict[str, Any]:
+        """`message` as the template reads it; equal to it where it does already."""
+        changed = dict(message)
+        if not self.splits_reasoning and (inline := _INLINE.match(message.get("content") or "")):
+            changed = {**message, "reasoning_content": inline.group(1).strip(), "content": inline.group(2)}
+        reasoning = reasoning_of(changed)
+        if reasoning is not None:  # under every name, as newer versions of transformers do by themselves
+            changed = {"thinking": reasoning, "reasoning": reasoning, **changed, "reasoning_content": reasoning}
+        calls = message.get("tool_calls")
+        if calls and self.empty_content:
+            changed.setdefault("content", "")
+        if calls and self.arguments_as_text:
+            changed["tool_calls"] = [_with_text(call) for call in calls]
+        return changed
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """What stands in a field of its own as the reasoning of a message."""
+    found = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+    return found if found.strip() else None
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are JSON text."""
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def facts_of(template: ChatTemplate) -> Facts:
+    """Render a few dozen short conversations."""
+    switch = _switch(template)
+    thinking = {} if switch is None else {switch: True}
+    as_text, empty, printed = _calls(template)
+    facts = Facts(None, switch, True, True, printed, True, True, as_text, empty)
+    asked = facts.adapted({"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]})
+    both = facts.adapted(
+        {
+            "role": "assistant",
+            "tool_calls": [
+                _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001"),
+                _call("qzsecond", {"qzkey": "qzother"}, "qzcall002"),
+            ],
+        }
+    )
+    reasoning_key = next(
+        (
+            key
+            for key in REASONING_KEYS
+            for answer in (_ANSWER, asked)
+            if _prints(
+                template, [_QUESTION, {**answer, key: "qzreasoning"}], "qzreasoning", arguments=thinking, refused=False
+            )
+        ),
+        None,
+    )
+    return Facts(
+        reasoning_key=reasoning_key,
+        switch=switch,
+        prints_system=_prints(
+            template, [{"role": "system", "content": "qzsystem"}, _QUESTION], "qzsystem", prompt=True
+        ),
+        prints_tools=_prints(template, [_QUESTION], "qzfirst", tools=_TOOLS, prompt=True),
+        prints_calls=printed,
+        prints_several_calls=printed and _prints(template, [_QUESTION, both], "qzother", tools=_TOOLS),
+        prints_results=_prints(template, [_QUESTION, asked, _RESULT], "qzresult", tools=_TOOLS, prompt=True),
+        arguments_as_text=as_text,
+        empty_content=empty,
+        splits_reasoning=reasoning_key is None or _splits(template, thinking),
+    )
+
+
+def _splits(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
+    """Whether reasoning inside of the content is printed as reasoning in a field of its own is."""
+    apart = {**_ANSWER, "reasoning_content": "qzreasoning"}
+    inline = {**_ANSWER, "content": f"<think>\nqzreasoning\n</think>\n\n{_ANSWER['content']}"}
+    try:
+        first, second = (template.text([_QUESTION, answer], arguments=thinking) for answer in (apart, inline))
+    except RenderError:
+        return True
+    return first == second or "qzreasoning" not in first
+
+
+def _prints(
+    template: ChatTemplate,
+    messages: Messages,
+    marker: str,
+    *,
+    tools: Tools | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    prompt: bool = False,
+    refused: bool = True,
+) -> bool:
+    """Whether the template prints the marker, or `refused`: a template that refuses the conversation will refuse the row."""
+    try:
+        return marker in template.text(messages, tools=tools, arguments=arguments, prompt=prompt)
+    except RenderError:
+        return refused
+
+
+def _switch(template: ChatTemplate) -> str | None:
+    """The argument that changes what the template prints for a question and its answer."""
+    thought = {**_ANSWER, "reasoning_content": "qzreasoning"}
+    for name in SWITCHES:
+        if name not in template.source(None) or name in template.arguments:
+            continue
+        for messages, prompt in (([_QUESTION], True), ([_QUESTION, thought], False)):
+            texts = set()
+            for value in (True, False):
+                try:
+                    texts.add(template.text(messages, arguments={name: value}, prompt=prompt))
+                except RenderError:
+                    break
+            if len(texts) == 2:
+                return name
+    return None
+
+
+def _calls(template: ChatTemplate) -> tuple[bool, bool, bool]:
+    """(arguments are to be text, a content is needed, calls are printed whole): the first way in which they are."""
+    refused = False
+    for as_text, empty in ((False, False), (False, True), (True, False), (True, True)):
+        given: Any = '{"qzkey": "qzvalue"}' if as_text else {"qzkey": "qzvalue"}
+        message: dict[str, Any] = {"role": "assistant", "tool_calls": [_call("qzfirst", given, "qzcall001")]}
+        if empty:
+            message["content"] = ""
+        try:
+            text = template.text([_QUESTION, message], tools=_TOOLS)
+            prompt = template.text([_QUESTION], tools=_TOOLS, prompt=True)
+        except RenderError:
+            refused = True
+            continue
+        added = text[len(prompt) :] if text.startswith(prompt) else text
+        # An object that is concatenated comes out as Python writes it, and text that is printed as JSON is quoted twice.
+        written = "qzfirst" in added and "qzvalue" in added and "'qzkey'" not in added and '\\"qzkey' not in added
+        if written:
+            return as_text, empty, True
+        refused = False
+    return False, False, refused
+
+
+def learn_stops(template: ChatTemplate, facts: Facts, known: frozenset[str]) -> Stops:
+    """What ends a turn: `known` tokens (of the tokenizer and the generation settings), and what the template prints.
+
+    Raises RuleError where nothing does, RenderError where the template refuses a question and its answer.
+    """
+    special = alternatives(token.content for token in template.tokenizer.added_tokens_decoder.values())
+    final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION])
+    tokens, supplied, plain = set(known), {}, ""
+    if not alternatives(known).search(final):
+        if learnt := _last(final, special):
+            tokens.add(learnt)
+        elif opening := special.match(middle.removeprefix(final).lstrip()):
+            supplied = {False: opening.group(), True: opening.group()}
+        else:
+            plain = final[: in_common(final, middle)]
+            if not plain:
+                raise RuleError(
+                    "the template ends assistant turns with nothing, so the model would never learn to stop"
+                )
+    if facts.prints_calls:
+        for of_calls, token in _stops_of_calls(template, facts, frozenset(tokens), special):
+            if of_calls:
+                supplied[True] = token
+            else:
+                tokens.add(token)
+    return Stops(frozenset(tokens), plain, final if plain else "", supplied)
+
+
+def _stops_of_calls(
+    template: ChatTemplate, facts: Facts, known: frozenset[str], special: Any
+) -> Iterator[tuple[bool, str]]:
+    """(whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
+    first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
+    second = _call("qzsecond", {"qzkey": "qzvalue"}, "qzcall002")
+    asked = facts.adapted({"role": "assistant", "tool_calls": [first]})
+    try:
+        final, middle = _behind(template, [_QUESTION, asked], "qzvalue", [_RESULT], tools=_TOOLS)
+    except (RenderError, RuleError):
+        return
+    if alternatives(known).search(final):
+        return
+    opening = special.match(middle.removeprefix(final).lstrip())
+    if learnt := _last(final, special):
+        both = facts.adapted({"role": "assistant", "tool_calls": [first, second]})
+        try:
+            rest, _ = _behind(template, [_QUESTION, both], "qzvalue", [], tools=_TOOLS)
+            repeated = template.text([_QUESTION, both], tools=_TOOLS).count(learnt) > rest.count(
+                learnt
+            ) + template.text([_QUESTION], tools=_TOOLS, prompt=True).count(learnt)
+        except (RenderError, RuleError):
+            repeated = False
+        # What stands behind each of several calls ends a call, not the turn.
+        if not repeated:
+            yield False, learnt
+            return
+    if opening:
+        yield True, opening.group()
+
+
+def _behind(
+    template: ChatTemplate, messages: Messages, marker: str, more: Messages, *, tools: Tools | None = None
+) -> tuple[str, str]:
+    """What the template prints behind the last marker of `messages`: at their end, and where `more` follow."""
+    final = template.text(messages, tools=tools)
+    if marker not in final:
+        raise RuleError("the template does not print what the assistant says")
+    at = final.rindex(marker) + len(marker)
+    follows = final
+    if more:
+        try:
+            follows = template.text([*messages, *more], tools=tools)
+        except RenderError:
+            return final[at:], ""
+    at_more = follows.index(marker) + len(marker) if marker in follows else len(follows)
+    return final[at:], follows[at_more:]
+
+
+def _last(text: str, special: Any) -> str:
+    """The token with which `text` ends, white space apart."""
+    found = list(special.finditer(text))
+    return found[-1].group() if found and not text[found[-1].end() :].strip() else ""

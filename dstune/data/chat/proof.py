@@ -1,0 +1,162 @@
+"""The proof that a run trains what a server would make the model write: samples against transformers' own rendering.
+
+Nothing here shares code with the way in which samples are made, apart from the list of tokens that end a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from dstune.data.chat.probe import Facts
+from dstune.data.collate import NO_TARGET
+from dstune.data.template_date import freeze_date
+
+SHOWN_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Served:
+    """A turn as a server sees it, in tokens."""
+
+    number: int
+    """Of the message."""
+    prompt: list[int]
+    """What the model reads."""
+    target: list[int]
+    """What it is to write, without the token that ends it."""
+    stop: int | None
+    """The token that ends it, where the template prints one."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A plain transformers tokenizer that serves conversations, with a run's arguments.
+
+    stops: ids of the tokens at which it stops. date: what its template takes for today.
+    """
+
+    tokenizer: Any
+    stops: frozenset[int]
+    date: str | None
+    arguments: Mapping[str, Any]
+    facts: Facts
+
+    def turns(self, row: Mapping[str, Any], numbers: Iterable[int] | None = None) -> list[Served]:
+        """The assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
+
+        numbers: of the messages, where not all of them are wanted.
+        """
+        messages = row["messages"]
+        wanted = range(1, len(messages)) if numbers is None else numbers
+        return [
+            turn
+            for number in wanted
+            if messages[number]["role"] == "assistant" and messages[number].get("weight", 1)
+            if (turn := self._turn(row, number)) is not None
+        ]
+
+    def whole(self, row: Mapping[str, Any]) -> list[int]:
+        """Tokens of the whole conversation."""
+        messages = [
+            self.facts.adapted({key: value for key, value in message.items() if key != "weight"})
+            for message in row["messages"]
+        ]
+        last: dict[str, Any] = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
+        given = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
+        return self._ids(self._rendered(messages, row.get("tools"), given, prompt=False))
+
+    def _turn(self, row: Mapping[str, Any], number: int) -> Served | None:
+        messages = [
+            self.facts.adapted({key: value for key, value in message.items() if key != "weight"})
+            for message in row["messages"][: number + 1]
+        ]
+        thinks = self._thinks(messages[number])
+        given = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
+        try:
+            asked = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+            return None
+        answered = self._rendered(messages, row.get("tools"), given, prompt=False)
+        prompt, whole = self._ids(asked), self._ids(answered)
+        written = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            anchor = self.tokenizer.eos_token
+            written = self._ids(anchor + answered.removeprefix(asked))[1:]
+        end = next((at for at, token in enumerate(written) if token in self.stops), None)
+        return Served(number, prompt, written[:end], None if end is None else written[end])
+
+    def _thinks(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if self.facts.switch is None:
+            return {}
+        fields = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
+        before, found, _ = str(message.get("content") or "").partition("</think>")
+        inline = before.replace("<think>", "") if found else ""
+        return {self.facts.switch: any(str(text or "").strip() for text in (*fields, inline))}
+
+    def _rendered(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], *, prompt: bool) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            chat_template=freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date),
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **arguments,
+        )
+        return str(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def difference(
+    turn: Served,
+    samples: Sequence[Mapping[str, Any]],
+    stops: frozenset[int],
+    *,
+    all_trained: bool = False,
+    marked: bool = False,
+) -> str | None:
+    """Why no sample trains `turn` as it is served, or nothing.
+
+    samples: those of the row, each with `input_ids` and `labels`. A sample that `max_length` cut holds as much of the
+    turn as it has place for. all_trained: the context counts as well (`task.train_on_prompt`). marked: the template says
+    which tokens of a turn count.
+    """
+    found: list[str] = []
+    for sample in samples:
+        ids, labels = [int(token) for token in sample["input_ids"]], [int(label) for label in sample["labels"]]
+        start, end = len(turn.prompt), len(turn.prompt) + len(turn.target)
+        context = turn.prompt[: len(ids)]
+        if ids[: len(context)] != context:
+            at = next(at for at, (a, b) in enumerate(zip(ids, context, strict=False)) if a != b)
+            found.append(f"token {at} of the context is {ids[at]}, a server reads {context[at]}")
+            continue
+        written = turn.target[: max(0, len(labels) - start)]
+        trained = labels[start : start + len(written)]
+        known = {NO_TARGET} if marked else set()
+        differ = [at for at, (a, b) in enumerate(zip(trained, written, strict=True)) if a != b and a not in known]
+        if differ:
+            at = differ[0]
+            what = "not trained" if trained[at] == NO_TARGET else f"trained as {trained[at]}"
+            found.append(f"token {start + at} is {what}, a server would have the model write {written[at]}")
+            continue
+        if end < len(labels):
+            stop = labels[end]
+            if marked and stop == NO_TARGET:
+                return None
+            if stop not in stops or (turn.stop is not None and stop != turn.stop):
+                found.append(f"token {end} is {stop}, where the turn ends")
+                continue
+            if end + 1 < len(labels) and labels[end + 1] != NO_TARGET and not all_trained:
+                found.append(f"token {end + 1} is trained, behind the end of the turn")
+                continue
+        if start and start <= len(labels) and labels[start - 1] != NO_TARGET and not all_trained:
+            found.append(f"token {start - 1} of the context is trained")
+            continue
+        return None
+    return found[-1] if found else "no sample holds it"

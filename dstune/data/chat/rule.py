@@ -1,0 +1,208 @@
+"""Which text of a conversation is trained: what a server would make the model write. Pure functions of rendered texts.
+
+For the assistant's turn k, P is `messages[:k]` with the generation prompt and F is `messages[:k + 1]`; both as
+transformers' `apply_chat_template` renders them. The target is what F adds to P, up to the first stop. Example (ChatML):
+
+    P       <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
+    F       <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n
+    target  Yes<|im_end|>
+
+Turns share a passage where P begins it and the target follows. A template that rewrites the history (Qwen 3 drops the
+reasoning of earlier turns) gives several passages, each target in exactly one of them. Where only the stop is another
+one in the history (gpt-oss writes `<|return|>`, and `<|end|>` is what later turns see), the label of that one token
+differs from the input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+Span = tuple[int, int]
+"""Characters [start, end) of a rendered text."""
+
+SHOWN_CHARACTERS = 60
+
+_TAGS = re.compile(r"<[^<>]*>|\s")
+
+
+class RuleError(ValueError):
+    """The target of a turn cannot be told; the text says why."""
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends a turn."""
+
+    tokens: frozenset[str]
+    """Tokens at which a server stops: of the generation settings, of the tokenizer, and those that the template prints."""
+    plain: str = ""
+    """Text behind every turn, of a template that ends turns with no token."""
+    trailing: str = ""
+    """What F prints behind the answer in that case; it starts with `plain`."""
+    supplied: Mapping[bool, str] = field(default_factory=dict)
+    """By whether a turn calls tools: the token that opens the next message, where F prints no end."""
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        return alternatives(self.tokens)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn to train."""
+
+    number: int
+    """Of the message."""
+    prompt: str
+    """P."""
+    answered: str
+    """F, with the stop behind it where the template prints none."""
+    body: str
+    """What the model writes before it stops."""
+    stop: str
+
+    @property
+    def start(self) -> int:
+        """Where the target starts, in F and in every passage that holds it."""
+        return len(self.prompt)
+
+    @property
+    def body_end(self) -> int:
+        return len(self.prompt) + len(self.body)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a passage holds the target of a turn."""
+
+    number: int
+    """Of the message."""
+    start: int
+    body_end: int
+    """Where the stop is."""
+    end: int
+    spans: tuple[Span, ...]
+    """The characters that count in the loss, within [start, end); all of them unless the template marks fewer."""
+    label: tuple[int, str] | None = None
+    """Where the text goes on with another token than the stop: its first character, and the stop."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to train on, with the turns that it holds, in order."""
+
+    text: str
+    places: tuple[Place, ...]
+
+
+def alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of any of `tokens`, the longest first; of none, one that never matches."""
+    ordered = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: bool = False) -> Turn:
+    """The turn whose P is `prompt` and whose F is `answered`. Raises RuleError."""
+    if not answered.startswith(prompt):
+        raise RuleError(_not_a_beginning(prompt, answered))
+    start = len(prompt)
+    if found := stops.pattern.search(answered, start):
+        return Turn(number, prompt, answered, answered[start : found.start()], found.group())
+    if stops.plain and answered.endswith(stops.trailing):
+        return Turn(number, prompt, answered, answered[start : len(answered) - len(stops.trailing)], stops.plain)
+    if stop := stops.supplied.get(calls):
+        return Turn(number, prompt, answered + stop, answered[start:], stop)
+    what = "a turn that calls tools" if calls else "this turn"
+    raise RuleError(
+        f"the chat template prints no end of {what} ({_tail(answered)}), so the model would not learn to stop"
+    )
+
+
+def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> list[Passage]:
+    """The texts that hold the targets of `turns`, in the order of their first turns.
+
+    whole: the whole conversation; it is preferred, since all turns share it unless the template rewrites the history.
+    special: matches the tokens that may stand in the place of a stop. Example, Qwen 3 with reasoning in both turns:
+
+        whole   u1 a2 u2 <think>r2</think> a2        holds turn 2 alone, for P of turn 1 goes on with <think>r1
+        F1      u1 <think>r1</think> a1              holds turn 1
+    """
+    rest = list(turns)
+    found: list[Passage] = []
+    if rest and whole and rest[-1].answered.startswith(whole):
+        whole = rest[-1].answered  # with the stop that was supplied
+    texts = [whole, *(turn.answered for turn in reversed(turns))]
+    for text in texts:
+        if not rest:
+            break
+        if text is not whole and all(turn.answered is not text for turn in rest):
+            continue
+        places = {turn.number: place for turn in rest if (place := place_in(text, turn, special))}
+        if places:
+            found.append(Passage(text, tuple(places.values())))
+            rest = [turn for turn in rest if turn.number not in places]
+    assert not rest, "every turn is in the text that was rendered for it"
+    return sorted(found, key=lambda passage: passage.places[0].number)
+
+
+def place_in(text: str, turn: Turn, special: re.Pattern[str]) -> Place | None:
+    """Where `text` holds the target behind the very context in which a server asks for it, if it does."""
+    if not text.startswith(turn.prompt) or not text.startswith(turn.body, turn.start):
+        return None
+    at = turn.body_end
+    if text.startswith(turn.stop, at):
+        end = at + len(turn.stop)
+        return Place(turn.number, turn.start, at, end, ((turn.start, end),))
+    if other := special.match(text, at):
+        return Place(turn.number, turn.start, at, other.end(), ((turn.start, other.end()),), (at, turn.stop))
+    return None
+
+
+def only_marked(passage: Passage, marks: Sequence[Span]) -> Passage:
+    """`passage` without what its template does not mark (`{% generation %}`): whole turns, or parts of them."""
+    places = (replace(place, spans=_marked(passage.text, place, marks)) for place in passage.places)
+    return Passage(passage.text, tuple(place for place in places if place.spans))
+
+
+def _marked(text: str, place: Place, marks: Sequence[Span]) -> tuple[Span, ...]:
+    spans = []
+    for first, last in marks:
+        # Some templates leave the end of the turn out of their marks.
+        if place.start < last <= place.end and not _TAGS.sub("", text[last : place.body_end]):
+            last = place.end
+        first, last = max(first, place.start), min(last, place.end)
+        if first < last:
+            spans.append((first, last))
+    return tuple(_joined(spans))
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            start, end = joined[-1][0], max(end, joined.pop()[1])
+        joined.append((start, end))
+    return joined
+
+
+def in_common(first: str, second: str) -> int:
+    """How many characters the two have in common at the start."""
+    different = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(different, min(len(first), len(second)))
+
+
+def _not_a_beginning(prompt: str, answered: str) -> str:
+    """Both texts from a little before the place where they part."""
+    at = in_common(prompt, answered)
+    begin = max(0, at - SHOWN_CHARACTERS // 2)
+    shown = [repr(text[begin : begin + SHOWN_CHARACTERS]) for text in (prompt, answered)]
+    return (
+        "the chat template writes another text for this turn than a server would prompt with: the prompt goes on "
+        f"{shown[0]}, the conversation {shown[1]}"
+    )
+
+
+def _tail(text: str) -> str:
+    return repr(text[-SHOWN_CHARACTERS // 2 :])

@@ -1,0 +1,123 @@
+"""The proof that a run trains what a server renders: it holds for every kind of row, and fails for a change of one token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from unit.data_helpers import CHATML, byte_tokenizer, chats, data_run, prepared, write_jsonl
+from unit.templates import LLAMA3, QWEN3
+
+from dstune.config.architectures import mark_stops
+from dstune.config.data_schema import SplitConfig
+from dstune.config.task_schema import ChatConfig, PreferenceConfig, PreferenceLoss, RewardConfig, Seq2SeqConfig
+from dstune.data.build import prove
+from dstune.errors import UserError
+from dstune.protocols.task import TaskConfig
+
+DATE = "2025-03-09"
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+ROWS = [
+    *chats(8),
+    {
+        "messages": [
+            {"role": "system", "content": "Be kind"},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."},
+            {"role": "user", "content": "So"},
+            {"role": "assistant", "content": "No", "reasoning_content": "Well."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "It is sunny."},
+        ]
+    },
+]
+PAIR = {"prompt": "What is two and two?", "chosen": "The answer is four.", "rejected": "It is warm."}
+
+
+def data_of(tmp_path: Any, tokenizer: Any, task: TaskConfig, rows: list[Any]) -> Any:
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = data_run(path, task=task, split=SplitConfig(validation=0.0))
+    return config, prepared(config, tokenizer, tmp_path / "cache")
+
+
+def test_rows_of_every_kind_are_proven(tmp_path):
+    tokenizer = byte_tokenizer(QWEN3)
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS)
+    kinds = [entry["row"] for entry in json.loads(data.evidence.read_text())]
+    assert any("tool_calls" in str(row) for row in kinds)
+    assert any("reasoning_content" in str(row) for row in kinds)
+    # One of an exchange, two of each other row, and those of the longest once more.
+    assert prove(config, tokenizer, data) == 7
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        (PreferenceConfig(template_date=DATE), PAIR),
+        (PreferenceConfig(loss=PreferenceLoss.kto, template_date=DATE), PAIR),
+        (RewardConfig(template_date=DATE), PAIR),
+        (Seq2SeqConfig(template_date=DATE), {"source": "two and two", "target": "four"}),
+        (ChatConfig(template_date=DATE, train_on_prompt=True), ROWS[0]),
+    ],
+    ids=["dpo", "kto", "reward", "seq2seq", "train_on_prompt"],
+)
+def test_every_task_of_conversations_is_proven(tmp_path, task, row):
+    tokenizer = byte_tokenizer()
+    config, data = data_of(tmp_path, tokenizer, task, [row])
+    assert prove(config, tokenizer, data) > 0
+    other = byte_tokenizer(CHATML.replace("'<|im_start|>' + message", "'<|im_start|>.' + message"))
+    with pytest.raises(UserError, match="not trained as a server would render it"):
+        prove(config, other, data)
+
+
+CHANGES = {
+    "a word of the template": (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant \n"), {}, None),
+    "the generation prompt": (CHATML.split("{% if add_generation_prompt")[0], {}, None),
+    "the end of a turn": (CHATML.replace("'<|im_end|>'", "'</s>'"), {}, None),
+    "a stop": (CHATML, {}, ["."]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_proof_fails_where_one_token_is_another(tmp_path, change):
+    config, data = data_of(tmp_path, byte_tokenizer(), ChatConfig(template_date=DATE), ROWS[:8])
+    template, _, stops = CHANGES[change]
+    tokenizer = byte_tokenizer(template)
+    if stops is not None:
+        tokenizer.add_tokens(stops)
+        mark_stops(tokenizer, tokenizer.convert_tokens_to_ids(stops))
+    with pytest.raises(UserError, match=r"not trained as a server would render it.*message 2"):
+        prove(config, tokenizer, data)
+
+
+def test_the_proof_fails_where_an_argument_is_another(tmp_path):
+    template = "{% if loud %}!{% endif %}" + CHATML
+    task = ChatConfig(template_date=DATE, chat_template_kwargs={"loud": True})
+    config, data = data_of(tmp_path, byte_tokenizer(template), task, ROWS[:8])
+    assert prove(config, byte_tokenizer(template), data) > 0
+    quiet = replace(config, task=replace(task, chat_template_kwargs={}))
+    with pytest.raises(UserError, match="a server reads"):
+        prove(quiet, byte_tokenizer(template), data)
+
+
+def test_the_proof_sees_the_date(tmp_path):
+    tokenizer = byte_tokenizer(LLAMA3, eos="<|eot_id|>", bos="<|begin_of_text|>")
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS[:8])
+    assert prove(config, tokenizer, data) > 0
+    with pytest.raises(UserError, match="of the context is"):
+        prove(replace(config, task=ChatConfig(template_date="2025-04-01")), tokenizer, data)
+
+
+def test_other_tasks_have_nothing_to_prove(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    config = data_run(path, format="prompt_completion", split=SplitConfig(validation=0.0))
+    tokenizer = byte_tokenizer(None)
+    assert prove(config, tokenizer, prepared(config, tokenizer, tmp_path / "cache")) == 0
