@@ -32,12 +32,12 @@ from dstune.config.convert import (
 )
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
-from dstune.config.names import default_classes, sections
+from dstune.config.names import all_keys, default_classes, sections
 from dstune.config.plugins import activate_requested, load_built_ins
 from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.config.validate import find_problems
-from dstune.config.zero_file import given_by, with_file
+from dstune.config.zero_file import given_by, keys_of_own_files, with_file
 from dstune.core import files, plugins
 from dstune.core.plugins import Plugin
 from dstune.errors import Problem, UserError
@@ -73,6 +73,8 @@ class Composed:
     overrides: list[str]
     """What was given on the command line, `experiment=quickstart` included where nothing was asked for."""
     plugins: tuple[Plugin, ...] = ()
+    config_dirs: tuple[str, ...] = ()
+    """Folders of the user's own groups."""
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Composed:
@@ -94,7 +96,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         if config.zero.path is not None:
             config = with_file(config, given_by(hydra, given))
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
-    return Composed(config, given, active)
+    return Composed(config, given, active, tuple(map(str, config_dirs)))
 
 
 def frozen_at_start() -> tuple[str, ...]:
@@ -434,24 +436,51 @@ def read_run_content(path: Path) -> dict[str, Any]:
 def continue_run(old: Composed, new: Composed) -> RunConfig:
     """The configuration with which `new` continues the run of `old`.
 
-    What the first start froze (`frozen_at_start`) is taken over unless the command now says something else than it did
-    then; without this, a chat run could not be continued on another day.
+    What the command does not say now, or says as it did then, comes from the run: a default that has changed since, or what
+    the first start filled in (a template's date, the commit of a branch), changes no existing run.
 
     Raises:
         UserError: keys that change the trajectory differ (`resume.check_resume`).
     """
-    tree = to_dict(new.config)
-    before = to_dict(old.config)
-    for key in frozen_at_start():
-        section, name = key.split(".")
-        asked_before, asked_now = (_last_value(composed.overrides, key) for composed in (old, new))
-        if asked_before == asked_now and name in tree[section] and name in before[section]:
-            tree[section][name] = before[section][name]
+    tree = _from_stored(to_dict(old.config), to_dict(new.config), "", _newly_given(old, new))
     config = from_dict(tree, "the composed configuration")
     check_resume(old.config, config)
     return config
 
 
-def _last_value(overrides: Sequence[str], key: str) -> str | None:
-    values = [text.split("=", 1)[1] for text in overrides if "=" in text and user_overrides.key_of(text) == key]
-    return values[-1] if values else None
+OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")
+"""Keys whose defaults mean something else than what the run began with."""
+
+
+def _from_stored(
+    stored: dict[str, Any], composed: dict[str, Any], prefix: str, given: Callable[[str], bool]
+) -> dict[str, Any]:
+    """`composed` with the stored value of every key that is not given."""
+    result = dict(composed)
+    for name, value in stored.items():
+        key = f"{prefix}{name}"
+        now = composed.get(name)
+        if key in CHOICES and value["name"] != now["name"]:
+            if not given(key):  # chosen when the run began
+                result[name] = value | {leaf: now[leaf] for leaf in now if leaf in value and given(f"{key}.{leaf}")}
+        elif isinstance(value, dict) and isinstance(now, dict) and key not in all_keys():
+            result[name] = _from_stored(value, now, f"{key}.", given)
+        elif name in composed and key not in OF_THIS_COMMAND and not given(key):
+            result[name] = value
+    return result
+
+
+def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
+    """Whether a key, or the choice of a group, is given by the command of `new` otherwise than by that of `old`, or by one of
+    the user's own files."""
+    told = {key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
+    sections_given = tuple(f"{key}." for key in told)
+    everything = "experiment" in told
+    with session(new.config_dirs) as hydra:
+        own = keys_of_own_files(hydra, new.overrides)
+
+    def given(key: str) -> bool:
+        inside = any(name.startswith(f"{key}.") for name in told) and key in all_keys()  # data.columns.text=a
+        return everything or key in told or key.startswith(sections_given) or inside or key in own
+
+    return given

@@ -186,6 +186,19 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
     return given
 
 
+def keys_of_own_files(hydra: Hydra, overrides: Sequence[str]) -> frozenset[str]:
+    """The keys that files outside of the package set in this composition, and the groups that an own experiment chooses."""
+    keys: set[str] = set()
+    plain, chosen = _defaults(hydra, []), _defaults(hydra, user_overrides.for_hydra(overrides))
+    for path, package in chosen.items():
+        loaded = hydra.config_loader.repository.load_config(path)
+        if loaded is not None and loaded.provider != "main":
+            keys |= _keys_of(hydra, path, package)
+            if not package:
+                keys |= {other.split("/", 1)[0] for other in chosen if other not in plain}
+    return frozenset(keys)
+
+
 def _defaults(hydra: Hydra, texts: list[str]) -> dict[str, str]:
     """The files of a composition in order, with the section that each fills ("" for several)."""
     from hydra.types import RunMode

@@ -315,6 +315,69 @@ def test_continue_run_takes_over_what_the_first_start_froze():
     assert {problem.where for problem in caught.value.problems} == {"model.revision", "task.template_date"}
 
 
+def stored(*overrides: str, config_dirs: tuple[Path, ...] = (), **changes: object) -> Composed:
+    """A run as its first start wrote it; `section__key` in `changes` as if that had been the default then."""
+    composed = compose(["data=chitchat", *overrides], config_dirs)
+    config = composed.config
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return Composed(config, composed.overrides)
+
+
+def test_a_default_that_changed_since_changes_no_run():
+    old = stored("method=lora", method__rank=7, optimizer__eps=0.5, evaluate__every=3, trainer__seed=11)
+    config = continue_run(old, compose(["data=chitchat", "method=lora"]))
+    assert config == old.config
+
+
+def test_what_a_command_no_longer_says_comes_from_the_run():
+    old = stored(
+        "method=lora", "method.rank=7", "optimizer.lr=0.5", "zero=stage2", "evaluate.every=3", "run.force=true"
+    )
+    config = continue_run(old, compose(["data=chitchat"]))
+    assert config == dataclasses.replace(old.config, run=dataclasses.replace(old.config.run, force=False))
+
+
+def test_what_a_command_newly_says_counts():
+    old = stored("zero=stage3_offload", "evaluate.every=3", "method=lora", "method.rank=7")
+    now = ["data=chitchat", "method=lora", "method.rank=7"]
+    assert continue_run(old, compose([*now, "evaluate.every=5"])).evaluate.every == 5
+    assert (
+        continue_run(old, compose([*now, "zero=stage2"])).zero == compose(["data=chitchat", "zero=stage2"]).config.zero
+    )
+    for change, where in (
+        ("method.rank=8", "method.rank"),
+        ("method=vera", "method"),
+        ("optimizer.lr=9", "optimizer.lr"),
+    ):
+        given = [text for text in now if not change.startswith("method=") or not text.startswith("method")]
+        again = compose([*given, change])
+        with pytest.raises(UserError) as caught:
+            continue_run(old, again)
+        assert [problem.where for problem in caught.value.problems] == [where]
+
+
+def test_what_the_user_s_own_file_says_counts(tmp_path: Path):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "# @package _global_\ndefaults:\n- override /method: lora\ntrainer: {seed: 3}\nevaluate: {every: 4}\n"
+    )
+    old = stored("experiment=mine", config_dirs=(tmp_path,), optimizer__eps=0.5, method__rank=7)
+    again = compose(["data=chitchat", "experiment=mine"], (tmp_path,))
+    assert continue_run(old, again) == old.config
+    file.write_text(file.read_text().replace("every: 4", "every: 6"))
+    again = compose(["data=chitchat", "experiment=mine"], (tmp_path,))
+    assert continue_run(old, again).evaluate.every == 6
+    file.write_text(file.read_text().replace("seed: 3", "seed: 4"))
+    with pytest.raises(UserError) as caught:
+        continue_run(old, compose(["data=chitchat", "experiment=mine"], (tmp_path,)))
+    assert [problem.where for problem in caught.value.problems] == ["trainer.seed"]
+
+
 @pytest.mark.parametrize(
     ("choice", "fix"),
     [
