@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dstune.config.sweep_rules import COSTS, LOWER_COSTS
-from dstune.train.better import is_lower_better
+from dstune.metrics.direction import is_lower_better
 
 SWEEP_FILE = "sweep.yaml"
 RECORDS = "trials"

@@ -21,7 +21,6 @@ from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig
 from dstune.core import environment, handoff, plugins, rendezvous
 from dstune.core.rank_errors import tell_launcher, tell_once
 from dstune.data.blocks import Blocks
@@ -48,7 +47,6 @@ from dstune.train.evaluate import Evaluator
 from dstune.train.forgetting import Penalties, general_fisher
 from dstune.train.memory import PeakMemory, keep_freed
 from dstune.train.proofs import content_digest, examine, refuse_different_rows, samples_digest, settle_rows
-from dstune.train.reference import with_reference, with_reference_model
 from dstune.train.supply import supply_of
 from dstune.train.utilization import utilization_of
 from dstune.trainer.callback_list import CallbackList
@@ -110,9 +108,8 @@ def train_stage(
     if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
         blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)
     memory = PeakMemory()
-    data = with_reference_model(
-        config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
-    )
+    task = task_of(config.task)
+    data = task.before_loading(config, data, tokenizer, world, precision)
     startup.mark("data")
     activity.info("loading %s", shown(config.model.path))
     digests = {"samples": samples_digest(data), "content": content_digest(data)}
@@ -133,7 +130,7 @@ def train_stage(
     use_lean_norms(module)
     use_joint_sums(module)
     startup.mark("model")
-    head = task_of(config.task).head(model, rows)  # after the method: an adapter may wrap the vocabulary projection
+    head = task.head(model, rows)  # after the method: an adapter may wrap the vocabulary projection
     prepared.restrict(module, new_weights(model))
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
     once = goes_once_through(config)
@@ -161,7 +158,7 @@ def train_stage(
     trials = micro_batch.Trials(config, data.train, engine, head, world, tokenizer.pad_token_id, memory, say)
     # Before layers are frozen for later: all of them take the most.
     config, known = trials.settle(checkpoints.remembered(micro_batch.NAME))
-    data = with_reference(config, data, engine, head, world, tokenizer.pad_token_id, precision, cache_root())
+    data = task.before_training(config, data, engine, head, world, tokenizer.pad_token_id, precision)
     state = checkpoints.resume()
     if known is not None:
         state.results[micro_batch.NAME] = known
@@ -217,7 +214,7 @@ def train_stage(
 
 def goes_once_through(config: RunConfig) -> bool:
     """Whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last step."""
-    return isinstance(config.task, ChatConfig | CausalLmConfig) and method_of(config.method).same_parameters_throughout
+    return task_of(config.task).one_pass and method_of(config.method).same_parameters_throughout
 
 
 def take_over_export(source: Path, own: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,10 @@ from typing import Any
 from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CONVERSATIONS, EmbeddingConfig, Seq2SeqConfig
-from dstune.protocols import method_of
+from dstune.protocols import method_of, task_of
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
-PIPELINES = {
-    "classification": "text-classification",
-    "token_classification": "token-classification",
-    "question_answering": "question-answering",
-    "reward": "text-classification",
-    "embedding": "sentence-similarity",
-}
-"""Pipelines of transformers by task; of the others it is `text-generation`."""
-KINDS = {
-    "classification": "SequenceClassification",
-    "reward": "SequenceClassification",
-    "token_classification": "TokenClassification",
-    "question_answering": "QuestionAnswering",
-}
-EXAMPLES = {"token_classification": '"A text."'}
-"""What a pipeline is called with."""
+WHERE = 'path = "PATH"  # this folder, or the id under which it was published'
 SHOWN_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")
 
 
@@ -43,9 +27,9 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
     """Write `README.md` to `folder`, the export of the checkpoint whose `state.json` is `state`."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    pipeline = PIPELINES.get(config.task.name, "text-generation")
-    if _is_encoder_decoder(folder):
-        pipeline = "text2text-generation"
+    export = Export(folder, config, state, adapter=adapter)
+    task = task_of(config.task)
+    pipeline = "text2text-generation" if export.encoder_decoder else task.pipeline
     metrics = state.get("metrics") or {}
     origin = _hub_name(config.model.path)
     data = ModelCardData(
@@ -70,22 +54,62 @@ def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[st
         ]
         or None,
     )
-    body = "\n\n".join(_sections(folder, run_dir, config, state, adapter))
+    body = "\n\n".join(_sections(run_dir, export))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 
-def _is_encoder_decoder(folder: Path) -> bool:
-    """Whether the model or the adapter in `folder` is of that kind."""
-    kind = _read(folder / "adapter_config.json").get("task_type")
-    return kind == "SEQ_2_SEQ_LM" or bool(_read(folder / "config.json").get("is_encoder_decoder"))
+@dataclass(frozen=True)
+class Export:
+    """What the example of a card loads."""
+
+    folder: Path
+    config: RunConfig
+    state: Mapping[str, Any]
+    adapter: bool
+    """Of peft, not a whole model."""
+
+    @property
+    def encoder_decoder(self) -> bool:
+        kind = _read(self.folder / "adapter_config.json").get("task_type")
+        return kind == "SEQ_2_SEQ_LM" or bool(_read(self.folder / "config.json").get("is_encoder_decoder"))
+
+    @property
+    def chat_template(self) -> bool:
+        inside = _read(self.folder / "tokenizer_config.json").get("chat_template")
+        return (self.folder / "chat_template.jinja").is_file() or bool(inside)
+
+    @property
+    def labels(self) -> str:
+        return ", ".join(self.state["labels"])
+
+    def loading(self, kind: str, outputs: int | None = None) -> list[str]:
+        """Lines that load `model` and `tokenizer`. kind: as in `AutoModelForKIND`. outputs: of an adapter's new head."""
+        library, loader = (
+            ("peft", f"AutoPeftModelFor{kind}") if self.adapter else ("transformers", f"AutoModelFor{kind}")
+        )
+        imports = [f"from {library} import {loader}, AutoTokenizer"]
+        if self.adapter:
+            imports = [f"from peft import {loader}", "from transformers import AutoTokenizer"]
+        count = f", num_labels={outputs}" if self.adapter and outputs else ""
+        own_head = method_of(self.config.method).own_head
+        code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
+        return [
+            *imports,
+            "",
+            WHERE,
+            f"model = {loader}.from_pretrained(path{count}{code})",
+            "tokenizer = AutoTokenizer.from_pretrained(path)",
+        ]
 
 
-def _sections(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[str, Any], adapter: bool) -> Iterator[str]:
-    what = "A LoRA adapter of" if adapter else "A fine-tuned version of"
+def _sections(run_dir: Path, export: Export) -> Iterator[str]:
+    config, state = export.config, export.state
+    what = "A LoRA adapter of" if export.adapter else "A fine-tuned version of"
     base = _hub_name(config.model.path) or public_name(config.model.path)
     revision = f" at revision `{config.model.revision}`" if config.model.revision else ""
     yield f"# {config.run.name}\n\n{what} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."
-    yield f"## Use\n\n```python\n{_usage(folder, config, state, adapter)}\n```"
+    usage = "\n".join(task_of(config.task).usage(export))
+    yield f"## Use\n\n```python\n{usage}\n```"
     yield f"## Data\n\nTraining rows: {_data_name(config)}.\n\n{_counts(_read(run_dir / 'data_report.json'))}".rstrip()
     yield f"## Evaluation\n\n{_evaluation(run_dir, state)}"
     yield f"## Training\n\n{_settings(config, state)}"
@@ -94,97 +118,6 @@ def _sections(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[str
     versions = [f"{name} {packages[name]}" for name in SHOWN_PACKAGES if packages.get(name)]
     if versions:
         yield f"## Versions\n\nPython {environment.get('python')}, {', '.join(versions)}."
-
-
-def _usage(folder: Path, config: RunConfig, state: Mapping[str, Any], adapter: bool) -> str:
-    if isinstance(config.task, EmbeddingConfig):
-        return "\n".join(_embedding_usage())
-    classifier = config.task.name in ("classification", "reward")
-    language_model = "Seq2SeqLM" if _is_encoder_decoder(folder) else "CausalLM"
-    kind = KINDS.get(config.task.name, language_model)
-    if not adapter and config.task.name in EXAMPLES:
-        call = f"pipeline({PIPELINES[config.task.name]!r}, path)({EXAMPLES[config.task.name]})"
-        path = 'path = "PATH"  # this folder, or the id under which it was published'
-        return "\n".join(["from transformers import pipeline", "", path, f"print({call})".replace("'", '"')])
-    library, loader = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
-    labels = f", num_labels={len(state['labels'])}" if adapter and state["labels"] else ""
-    if adapter and config.task.name == "reward":
-        labels = ", num_labels=1"
-    own_head = method_of(config.method).own_head
-    code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
-    lines = [
-        *([f"from peft import {loader}", "from transformers import AutoTokenizer"] if library == "peft" else []),
-        *([f"from transformers import {loader}, AutoTokenizer"] if library == "transformers" else []),
-        "",
-        'path = "PATH"  # this folder, or the id under which it was published',
-        f"model = {loader}.from_pretrained(path{labels}{code})",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
-    ]
-    if config.task.name == "reward":
-        lines += [
-            'print(model(**tokenizer("A question with its answer, rendered.", return_tensors="pt")).logits[0, 0])'
-        ]
-    elif classifier:
-        labels_at = "" if adapter else "model.config.id2label[int(...)]"
-        lines += ['logits = model(**tokenizer("A text.", return_tensors="pt")).logits', "print(logits.argmax(-1))"]
-        lines += [f"# {labels_at}" if labels_at else f"# labels by index: {', '.join(state['labels'])}"]
-    elif config.task.name == "question_answering":
-        lines += [
-            'inputs = tokenizer("A question?", "A text.", return_tensors="pt")',
-            "output = model(**inputs)",
-            "first, last = output.start_logits.argmax(), output.end_logits.argmax()",
-            'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
-        ]
-    elif config.task.name in EXAMPLES:
-        lines += ["# labels by index: " + ", ".join(state["labels"])] if state["labels"] else []
-    elif language_model == "Seq2SeqLM":
-        lines += [
-            f'inputs = tokenizer({_asked(folder, config)}, return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))",
-        ]
-    elif _asked_by_chat(folder, config):
-        lines += [
-            f'messages = [{{"role": "user", "content": {_asked(folder, config)}}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-            "answer = model.generate(**inputs, max_new_tokens=256)[0, inputs['input_ids'].shape[1] :]",
-            "print(tokenizer.decode(answer, skip_special_tokens=True))",
-        ]
-    else:
-        lines += [
-            f'inputs = tokenizer({_asked(folder, config)}, return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
-        ]
-    return "\n".join(lines)
-
-
-def _embedding_usage() -> list[str]:
-    return [
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("PATH")  # this folder, or the id under which it was published',
-        'vectors = model.encode(["A text.", "Another text."])',
-        "print(model.similarity(vectors, vectors))",
-    ]
-
-
-def _asked(folder: Path, config: RunConfig) -> str:
-    """A prompt as Python text."""
-    if not isinstance(config.task, Seq2SeqConfig):
-        return '"Hello"' if isinstance(config.task, CONVERSATIONS) else '"Once"'
-    prompt = config.task.prompt.replace("{source}", "TEXT")
-    alone = _is_encoder_decoder(folder) or _asked_by_chat(folder, config)
-    return json.dumps(prompt if alone else prompt + config.task.separator, ensure_ascii=False)
-
-
-def _asked_by_chat(folder: Path, config: RunConfig) -> bool:
-    templates = (folder / "chat_template.jinja").is_file() or _read(folder / "tokenizer_config.json").get(
-        "chat_template"
-    )
-    return isinstance(config.task, CONVERSATIONS) and (
-        not isinstance(config.task, Seq2SeqConfig) or (config.task.chat and bool(templates))
-    )
 
 
 def _counts(report: Mapping[str, Any]) -> str:

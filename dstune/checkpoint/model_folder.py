@@ -26,12 +26,10 @@ from dstune.checkpoint.adapters import (
     merged_parameter,
     replace_tensors,
 )
-from dstune.checkpoint.sentence_transformers import write_modules
 from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.config.task_schema import EmbeddingConfig
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
 from dstune.models.base_weights import BaseWeights
@@ -45,7 +43,7 @@ from dstune.models.load import (
     new_weights,
 )
 from dstune.models.pooled import PooledForSequenceClassification
-from dstune.protocols import method_of
+from dstune.protocols import method_of, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,8 +80,7 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
         built.model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
         _save_whole(built, sources, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
-    if isinstance(config.task, EmbeddingConfig):
-        write_modules(folder, config.task, built.model.config.get_text_config().hidden_size, config.data.max_length)
+    task_of(config.task).write_export(config, built.model.config, folder)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.checkpoint.sentence_transformers import embedding_overrides
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import EmbeddingConfig
-from dstune.protocols import method_of
+from dstune.protocols import TASKS, method_of, task_of
 
 NAME = "dstune.json"
 
@@ -21,12 +19,10 @@ NAME = "dstune.json"
 def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str) -> None:
     """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step."""
     task = to_dict(config)["task"]
-    for weights in ("class_weights", "balanced"):  # they belong to the rows of the training
-        task.pop(weights, None)
-    if hasattr(config.task, "labels"):
+    for key in task_of(config.task).unrecorded:
+        del task[key]
+    if "labels" in task:
         task["labels"] = state["labels"]
-    for key in ("reference_model", "reference_revision"):  # a path of this machine, perhaps
-        task.pop(key, None)
     data = config.data
     record = {
         "dstune": __version__,
@@ -59,11 +55,12 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
     record = read_record(folder)
     if not record:
-        if chosen == EmbeddingConfig.name or (chosen is None and task_of_head(folder) is None):
-            found_modules = embedding_overrides(folder)
-            return found_modules if chosen is None else found_modules[1:]
-        found = task_of_head(folder) if chosen is None else None
-        return [f"task={found}"] if found else []
+        if chosen is None and (found := task_of_head(folder)):
+            return [f"task={found}"]
+        for name in TASKS if chosen is None else [chosen]:
+            if name in TASKS and (overrides := TASKS[name].overrides_from(folder)):
+                return overrides if chosen is None else overrides[1:]
+        return []
     task = dict(record["task"])
     name = task.pop("name")
     overrides = [] if chosen else [f"task={name}"]
@@ -84,21 +81,14 @@ def public_name(path: str) -> str:
     return Path(path).name if Path(path).exists() or path.startswith(("/", ".", "~")) else path
 
 
-HEADS = {
-    "ForSequenceClassification": "classification",
-    "ForTokenClassification": "token_classification",
-    "ForQuestionAnswering": "question_answering",
-}
-"""Tasks by the end of a model class's name."""
-
-
 def task_of_head(folder: Path) -> str | None:
     """The task that the head named in the folder's config.json is for; None where it has none, or there is no such file."""
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (OSError, ValueError, AttributeError):
         return None
-    return next((task for end, task in HEADS.items() if any(str(name).endswith(end) for name in architectures)), None)
+    ends = {name: task.head_classes for name, task in TASKS.classes().items() if task.head_classes}
+    return next((task for task, end in ends.items() if any(str(name).endswith(end) for name in architectures)), None)
 
 
 def _value(value: Any) -> str:

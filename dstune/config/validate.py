@@ -32,7 +32,7 @@ from dstune.config.task_rules import check_task
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
-from dstune.protocols import TASKS, TRACKERS, launcher_of, method_of, optimizer_of, schedule_of, task_of
+from dstune.protocols import TASKS, TRACKERS, launcher_of, method_of, metric_names, optimizer_of, schedule_of, task_of
 
 
 def validate(config: RunConfig) -> None:
@@ -332,10 +332,8 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
 def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
     """Those of its task; of several tasks what all of them have, and those of each as NAME/METRIC."""
     if not (tasks := tasks_of(config)):
-        return task_of(config.task).metrics
-    return SHARED_METRICS + tuple(
-        f"{name}/{metric}" for name, task in tasks.items() for metric in task_of(task).metrics
-    )
+        return metric_names(config.task)
+    return SHARED_METRICS + tuple(f"{name}/{metric}" for name, task in tasks.items() for metric in metric_names(task))
 
 
 def generation_metrics(config: RunConfig) -> set[str]:

@@ -22,7 +22,6 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.overrides import quoted
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, WandbConfig
 from dstune.config.several_tasks import is_of_several
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, ClassificationConfig, PreferenceConfig, Seq2SeqConfig
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
 from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
@@ -31,8 +30,7 @@ from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
 from dstune.parallel.none import NoParallelConfig
-from dstune.protocols import METHODS, launcher_of, method_of
-from dstune.protocols.task import TaskConfig
+from dstune.protocols import METHODS, launcher_of, method_of, task_of
 
 SPLITS = ("train", "validation", "test", "guard", "ood")
 
@@ -175,9 +173,8 @@ def _configuration(
         config = apply_overrides(stored, arguments.overrides)
         checkpoint = find_checkpoint(path, arguments.checkpoint)
         refuse_damaged(path, checkpoint)
-        if isinstance(config.task, ClassificationConfig):
-            config = replace(config, task=replace(config.task, labels=store.read_state(checkpoint)["labels"]))
-        config = replace(config, task=_compared(config))
+        config = replace(config, task=task_of(config.task).with_labels(store.read_state(checkpoint)["labels"]))
+        config = replace(config, task=task_of(config.task).for_evaluation(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
         folder = exported(path, scratch, which=arguments.checkpoint, merge=True)
@@ -190,7 +187,7 @@ def _configuration(
             chat_template=None,
             config_overrides={},
         )
-        config = replace(config, model=model, task=_compared(config))
+        config = replace(config, model=model, task=task_of(config.task).for_evaluation(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)
         config = compose([f"model.path={quoted(arguments.target)}", *recorded, *arguments.overrides]).config
@@ -203,9 +200,7 @@ def _configuration(
     if not data.train and not data.mixture:
         # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
         data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
-    if isinstance(config.task, PreferenceConfig) and config.task.compares and config.task.reference_model is None:
-        reason = f"the rewards of task.loss={config.task.loss.name} are relative to the model that training began with"
-        raise UserError(Problem("task.reference_model", reason, "task.reference_model=PATH of that model"))
+    task_of(config.task).check_evaluation()
     config = replace(
         config,
         data=data,
@@ -226,30 +221,13 @@ def _with_rows(config: RunConfig, run: Path) -> RunConfig:
     return replace(config, trainer=replace(config.trainer, micro_batch_size=found.get("rows", config.trainer.rows)))
 
 
-def _compared(config: RunConfig) -> TaskConfig:
-    """The task of a run, with the model that it began with as the reference."""
-    task, model = config.task, config.model
-    if not isinstance(task, PreferenceConfig) or not task.compares or task.reference_model is not None:
-        return task
-    if model.weights is InitialWeights.random:
-        reason = (
-            "the run began with random weights, which are nowhere to be found, and the rewards are relative to them"
-        )
-        raise UserError(Problem("task.reference_model", reason, "give another model as the reference"))
-    if method_of(config.method).folders:
-        reason = "the run began with another adapter, and the rewards are relative to the model with it"
-        fix = "task.reference_model=FOLDER of that adapter's run, merged by dstune export RUN --merge"
-        raise UserError(Problem("task.reference_model", reason, fix))
-    return replace(task, reference_model=model.path, reference_revision=model.revision)
-
-
 def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[[str], None]) -> RunConfig:
     """What the ranks ask: the untuned model, and training rows for the examples. Raises UserError."""
     problems = []
     if not config.data.train and not config.data.mixture and any(arguments.shots):
         reason = "worked examples are drawn from training rows"
         problems.append(Problem("--shots", reason, "data.train=FILE, or --shots 0", str(max(arguments.shots))))
-    if not isinstance(config.task, (ChatConfig, CausalLmConfig, ClassificationConfig, Seq2SeqConfig)):
+    if not task_of(config.task).few_shot:
         reason = f"task={config.task.name} has no answers that a prompted model could give"
         problems.append(Problem("--shots", reason, "leave --shots out"))
     if is_of_several(config):

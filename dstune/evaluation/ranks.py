@@ -43,7 +43,6 @@ from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited
 from dstune.train.measure import Evaluation, count_rows
 from dstune.train.proofs import examine, settle_rows
-from dstune.train.reference import with_reference_model
 from dstune.worker import guarded, leave
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -88,9 +87,7 @@ def evaluate(
         if split in ("validation", "test"):
             fix += f", or data.split.{split}=0.1 to hold rows out"
         raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
-    data = with_reference_model(
-        config, data, tokenizer, world, precision, cache_root(), on_gpu=torch.cuda.is_available()
-    )
+    data = task_of(config.task).before_loading(config, data, tokenizer, world, precision)
     part = getattr(data, split)
     assert part is not None
     loaded = config if shots is None else baseline.as_language_model(config)

@@ -13,7 +13,6 @@ from dstune.checkpoint.record import read_record, recorded_overrides
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.overrides import quoted
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
-from dstune.config.task_schema import WRITERS
 from dstune.config.validate import validate
 from dstune.data.formats import check_columns
 from dstune.errors import Problem, UserError
@@ -131,7 +130,7 @@ def _with_own_labels(config: RunConfig, identity: list[Any]) -> Wanted:
 
 def _checked(config: RunConfig, path: str) -> RunConfig:
     """`config`, if its task has answers of this kind and its values can be. Raises UserError."""
-    if isinstance(config.task, WRITERS):
+    if task_of(config.task).generates:
         reason = f"is a model for task={config.task.name}, which writes text"
         raise UserError(Problem("MODEL", reason, f"dstune generate {path}", path))
     check_columns(config.data.columns)
@@ -247,8 +246,6 @@ def _predictor(wanted: Wanted, module: Any, body: Any, tokenizer: Any) -> Predic
     """module: `body`, or what wraps it."""
     import torch
 
-    from dstune.inference.predictor import Predictor
-    from dstune.protocols import task_of
-
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Predictor(wanted.config, module, task_of(wanted.config.task).head(body), tokenizer, wanted.labels)
+    task = task_of(wanted.config.task)
+    return task.predictor()(wanted.config, module, task.head(body), tokenizer, wanted.labels)

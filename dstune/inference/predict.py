@@ -35,22 +35,22 @@ def main(argv: list[str]) -> int:
     arguments = _parse(argv)
     _tell(f"reading {arguments.model}")
     from dstune.config.data_schema import OnBadRow
-    from dstune.config.task_schema import ClassificationConfig
     from dstune.inference.load import find, load
-    from dstune.inference.rows import MOST_TOLD, Question, Rows
+    from dstune.inference.rows import MOST_TOLD, Rows
+    from dstune.protocols import task_of
 
     named = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
     wanted = find(named, arguments.checkpoint, arguments.overrides)
-    data, task = wanted.config.data, wanted.config.task
-    if arguments.probabilities and not isinstance(task, ClassificationConfig):
+    data, task = wanted.config.data, task_of(wanted.config.task)
+    if arguments.probabilities and not task.gives_probabilities:
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
     files = [] if arguments.input is None else _files(data, arguments.input)
     # What the training did with its bad rows is no answer for these.
     asked_to_skip = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
     on_bad = data.on_bad_row if asked_to_skip else OnBadRow.error
-    rows = Rows(Question(task, wanted.labels, data), arguments.texts, files, on_bad)
+    rows = Rows(task.question(wanted.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
         for problem in islice(rows.bad_rows(), MOST_TOLD):
             _tell(f"left out: {problem}")

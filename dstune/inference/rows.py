@@ -7,23 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from dstune.config.data_schema import AUTOMATIC, DataConfig, OnBadRow
-from dstune.config.task_schema import (
-    ChatConfig,
-    ClassificationConfig,
-    EmbeddingConfig,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    TagScheme,
-    TokenClassificationConfig,
-)
+from dstune.config.data_schema import DataConfig, OnBadRow
 from dstune.data import sources
 from dstune.data.files import DOCUMENTS
-from dstune.data.formats import column_of, listing
-from dstune.data.rows import RowError, canonical, normalise, recognise
-from dstune.data.tags import OUTSIDE
+from dstune.data.formats import listing
+from dstune.data.rows import RowError, canonical, normalise
 from dstune.errors import Problem, UserError
-from dstune.protocols.task import TaskConfig
 
 MOST_TOLD = 10
 """Bad rows that are named; the others are counted."""
@@ -44,100 +33,46 @@ class Asked:
 
 
 class Question:
-    """What a task wants to know of a row: everything that its training rows have but the answer.
+    """What a task reads of a row to predict: everything that training rows have but the answer. As it stands, a text.
 
     labels: of the model, in their order. data: `columns` and `format` as in training.
     """
 
-    def __init__(self, task: TaskConfig, labels: Sequence[str], data: DataConfig):
-        self._task = task
-        self._labels = labels
-        self._mapping = data.columns
-        self._pairs = data.format in (AUTOMATIC, "pair")
+    role = "text"
+    """What `data.columns` calls what a row is about."""
 
-    @property
-    def role(self) -> str:
-        """What `data.columns` calls what a row is about."""
-        match self._task:
-            case TokenClassificationConfig():
-                return "tokens"
-            case QuestionAnsweringConfig():
-                return "context"
-        return "text"
+    def __init__(self, task: Any, labels: Sequence[str], data: DataConfig):
+        self.task = task
+        self.labels = labels
+        self.mapping = data.columns
+        self.format = data.format
 
     @property
     def text_column(self) -> str | None:
         """The column that a bare text is; None where a row is more than a text."""
-        match self._task:
-            case ClassificationConfig():
-                return self._mapping.get("text", "text")
-            case EmbeddingConfig():
-                return self._mapping.get("text", self._mapping.get("anchor", "text"))
-            case TokenClassificationConfig():
-                return self._mapping.get("tokens", "tokens")
-        return None
+        return self.mapping.get("text", "text")
+
+    def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """What the task's encoder reads, with a label that means nothing where it needs one. Raises RowError."""
+        return {"text": self.text(fields)}
 
     def of(self, fields: Mapping[str, Any], place: str) -> Asked:
         """Raises RowError."""
-        match self._task:
-            case ClassificationConfig():
-                row = self._classified(fields)
-            case TokenClassificationConfig():
-                row = self._tagged(fields)
-            case QuestionAnsweringConfig():
-                unanswered = {**fields, column_of("answers", self._mapping, fields): []}
-                row = normalise(unanswered, "squad", self._mapping, replace(self._task, no_answer=True))
-            case EmbeddingConfig():
-                row = {"anchor": self._text(fields)}
-            case RewardConfig():
-                row = self._judged(fields, place)
-            case _:
-                raise AssertionError(f"{self._task.name} writes text")
+        row = self.row(fields, place)
         canonical(row)  # what UTF-8 cannot hold, a tokenizer cannot read
         return Asked(place, fields, row)
 
-    def _text(self, fields: Mapping[str, Any]) -> str:
-        """What `text` is called, or in rows as those of the training of embeddings `anchor`."""
-        names = ["text", "anchor"] if isinstance(self._task, EmbeddingConfig) else ["text"]
-        column = next((own for name in names if (own := self._mapping.get(name, name)) in fields), None)
+    def text(self, fields: Mapping[str, Any], *roles: str) -> str:
+        """The text in the first column that a row has of `roles` (default: `text`)."""
+        roles = roles or ("text",)
+        column = next((own for role in roles if (own := self.mapping.get(role, role)) in fields), None)
         if column is None:
-            raise RowError(self._missing(names[0], fields))
+            raise RowError(self.missing(roles[0], fields))
         text: str = normalise(fields, "text", {"text": column})["text"]
         return text
 
-    def _missing(self, role: str, fields: Mapping[str, Any]) -> str:
-        return f"missing column {self._mapping.get(role, role)!r}, the columns here are {listing(fields)}"
-
-    def _classified(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        assert isinstance(self._task, ClassificationConfig)
-        row: dict[str, Any] = {"text": self._text(fields)}
-        other = column_of("text_pair", self._mapping, fields)
-        if self._pairs and other in fields:
-            row["text_pair"] = normalise(fields, "text", {"text": other})["text"]
-        if self._task.multi_label:
-            return {**row, "labels": []}
-        return {**row, "label": 0.0 if self._task.regression else self._labels[0]}
-
-    def _tagged(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        assert isinstance(self._task, TokenClassificationConfig)
-        column = column_of("tokens", self._mapping, fields)
-        if column not in fields and self._mapping.get("text", "text") in fields:
-            column = self._mapping.get("text", "text")
-        if column not in fields:
-            raise RowError(self._missing("tokens", fields))
-        # Read twice: the words stand for their tags, of which there have to be as many.
-        both = {"tokens": column, "tags": column}
-        row = normalise(fields, "tokens_tags", both, replace(self._task, scheme=TagScheme.plain))
-        tag = OUTSIDE if OUTSIDE in self._labels else self._labels[0]
-        return {**row, "tags": [tag] * len(row["tokens"])}
-
-    def _judged(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        try:
-            fmt = recognise(fields, self._mapping, AUTOMATIC, ChatConfig(), place)
-        except UserError:
-            expected = "'messages', or 'prompt' and 'completion'"
-            raise RowError(f"a reward is of {expected}; the columns here are {listing(fields)}") from None
-        return normalise(fields, fmt, self._mapping, ChatConfig())
+    def missing(self, role: str, fields: Mapping[str, Any]) -> str:
+        return f"missing column {self.mapping.get(role, role)!r}, the columns here are {listing(fields)}"
 
 
 class Rows:

@@ -13,7 +13,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dstune.config.schema import Attention, RunConfig
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.models.cpu_attention import CausalAttention, computes
 from dstune.models.spans import (
     SPANS,
@@ -25,7 +24,7 @@ from dstune.models.spans import (
     spans_told,
     window_of,
 )
-from dstune.protocols import method_of
+from dstune.protocols import method_of, task_of
 
 
 class SpanAttention:
@@ -92,7 +91,7 @@ class SamplesApart(SpanAttention):
         GPUs have kernels of their own for packed rows, and would wait for the launch of one after the other here.
         """
         wanted = config.model.attention is Attention.auto and not torch.cuda.is_available()
-        language = isinstance(config.task, ChatConfig | CausalLmConfig | Seq2SeqConfig)
+        language = task_of(config.task).language
         known = not (method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model))
         # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)

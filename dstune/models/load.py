@@ -15,12 +15,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -37,33 +31,18 @@ from dstune.config.architectures import (
     packed_encoder_decoder_problem,
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.config.task_schema import (
-    HEADED,
-    WRITERS,
-    ClassificationConfig,
-    EmbeddingConfig,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    Seq2SeqConfig,
-    TokenClassificationConfig,
-)
 from dstune.errors import Problem, UserError
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
-from dstune.protocols import method_of
-from dstune.protocols.task import TaskConfig
+from dstune.protocols import method_of, task_of
 from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
 
 
 def local_path(path: str) -> str:
     """What transformers can load: a sample's folder, or the path itself (a folder or an id in the hub's cache)."""
     return str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
-
-
-REWARD = "reward"
-"""What the one output of a reward model is called in its config.json."""
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -179,9 +158,9 @@ def new_weights(model: PreTrainedModel) -> NewWeights:
 
 def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:
     """The architecture of a run's model with what the task and the method add to it. See `load_model`."""
-    architecture = load_config(config.model)
+    architecture, task = load_config(config.model), task_of(config.task)
     if architecture.is_encoder_decoder:
-        if not isinstance(config.task, Seq2SeqConfig):
+        if not task.encoder_decoder:
             raise UserError(encoder_decoder_problem(config.model, architecture.model_type))
         if config.data.packing:
             raise UserError(packed_encoder_decoder_problem(architecture.model_type))
@@ -190,27 +169,7 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
             raise UserError(refused)
         _complete_decoder(architecture, tokenizer)
     architecture.use_cache = False
-    if isinstance(config.task, RewardConfig):
-        labels = (REWARD,)
-    if labels:
-        architecture.num_labels = len(labels)
-        architecture.id2label = dict(enumerate(labels))
-        architecture.label2id = {label: index for index, label in enumerate(labels)}
-    if isinstance(config.task, HEADED):
-        architecture.pad_token_id = tokenizer.pad_token_id
-    if isinstance(config.task, RewardConfig):
-        architecture.problem_type = "regression"
-    if isinstance(config.task, ClassificationConfig):
-        # Tells whoever loads the export which loss and which kind of answer its logits are for.
-        architecture.problem_type = (
-            "regression"
-            if config.task.regression
-            else "multi_label_classification"
-            if config.task.multi_label
-            else "single_label_classification"
-        )
-        if config.task.regression:
-            architecture.num_labels = 1
+    task.architecture(architecture, labels, tokenizer)
     if (head := method_of(config.method).own_head) is not None:
         architecture.dstune_head = head
     return architecture
@@ -224,10 +183,8 @@ def load_model(
     labels: names of the classes, empty for language models. New weights (a classification head, random initial weights)
     depend on `trainer.seed` and their name only, so they are the same at every ZeRO stage and number of ranks.
     """
-    architecture = trained_config(config, tokenizer, labels)
-    # An export of such a run says so in its configuration.
-    pooled = isinstance(config.task, ClassificationConfig) and getattr(architecture, "dstune_head", None)
-    model_class = PooledForSequenceClassification if pooled else _model_class(config.task, architecture)
+    architecture, task = trained_config(config, tokenizer, labels), task_of(config.task)
+    model_class = task.model_class(architecture)
     options = {"attn_implementation": _attention(config, dtype), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
@@ -237,8 +194,7 @@ def load_model(
             model, loading = _pretrained(config, model_class, architecture, options)
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
-    if isinstance(config.task, EmbeddingConfig):
-        new = _without_pooler(model, new)
+    new = task.after_load(model, new)
     method_of(config.method).after_load(model)
     if architecture.is_encoder_decoder:
         complete_generation(model.generation_config, architecture)
@@ -282,7 +238,7 @@ def _pretrained(
             use_safetensors=True,
             output_loading_info=True,
             # A classifier may be tuned to another number of labels: its head is new then.
-            ignore_mismatched_sizes=isinstance(config.task, HEADED),
+            ignore_mismatched_sizes=task_of(config.task).has_head,
             **options,
             **method_options,
             **_source(config.model),
@@ -359,31 +315,6 @@ def complete_generation(generation: GenerationConfig, architecture: PretrainedCo
             setattr(generation, key, getattr(architecture, key, None))
 
 
-def _model_class(task: TaskConfig, architecture: PretrainedConfig) -> Any:
-    if isinstance(task, Seq2SeqConfig) and architecture.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    match task:
-        case ClassificationConfig() | RewardConfig():
-            return AutoModelForSequenceClassification
-        case TokenClassificationConfig():
-            return AutoModelForTokenClassification
-        case QuestionAnsweringConfig():
-            return AutoModelForQuestionAnswering
-        case EmbeddingConfig():
-            return AutoModel
-    assert isinstance(task, WRITERS)
-    return AutoModelForCausalLM
-
-
-def _without_pooler(model: PreTrainedModel, new: list[str]) -> list[str]:
-    """Take off the layer that some encoders put behind the first token: a text's vector does not come from it, and weights
-    without a gradient would decay at some ZeRO stages and not at others. Returns the names among `new` that are left."""
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    left = {name for name, _ in model.named_parameters()}
-    return [name for name in new if name in left]
-
-
 def _attention(config: RunConfig, dtype: torch.dtype) -> str:
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
@@ -403,7 +334,7 @@ def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]
         return
     body = f"{model.base_model_prefix}."
     absent = [name for name in new if name.startswith(body) and ".pooler." not in name]
-    if not isinstance(config.task, HEADED):
+    if not task_of(config.task).has_head:
         absent = new
     if absent:
         raise UserError(

@@ -9,16 +9,18 @@ from dstune.core.registry import Registry
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.protocols.launcher import Launcher
 from dstune.protocols.method import Method
+from dstune.protocols.metric import Metric
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
 from dstune.protocols.row_format import RowFormat
-from dstune.protocols.task import Task
+from dstune.protocols.task import Task, TaskConfig
 from dstune.protocols.tracker import Tracker
 
 __all__ = [
     "CALLBACKS",
     "LAUNCHERS",
     "METHODS",
+    "METRICS",
     "OPTIMIZERS",
     "PARALLELISMS",
     "ROW_FORMATS",
@@ -30,6 +32,7 @@ __all__ = [
     "Callback",
     "Launcher",
     "Method",
+    "Metric",
     "Optimizer",
     "Parallelism",
     "Request",
@@ -42,6 +45,8 @@ __all__ = [
     "launcher_of",
     "method",
     "method_of",
+    "metric",
+    "metric_names",
     "optimizer",
     "optimizer_of",
     "parallelism",
@@ -58,6 +63,7 @@ VERSION = 1
 
 TASKS: Registry[Task] = Registry("task", "dstune.tasks")
 METHODS: Registry[Method] = Registry("method", "dstune.methods")
+METRICS: Registry[Metric] = Registry("metric", "dstune.metrics")
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "dstune.optim")
 SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
 ROW_FORMATS: Registry[RowFormat] = Registry("row format", "dstune.tasks")
@@ -68,7 +74,15 @@ TRACKERS: Registry[Tracker] = Registry("tracker", "dstune.tracking.trackers")
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add
-launcher, parallelism, callback, tracker = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add, TRACKERS.add
+launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
+tracker, metric = TRACKERS.add, METRICS.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
 launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of
+
+
+def metric_names(config: TaskConfig) -> tuple[str, ...]:
+    """The metrics of a task's evaluations that may be chosen by name: its own, and those that are registered for it."""
+    task = task_of(config)
+    own = tuple(task.metrics)
+    return own + tuple(name for name in METRICS if name not in own and METRICS[name].computed_for(task.name))

@@ -12,18 +12,27 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedModel
+    from pathlib import Path
 
-    from dstune.config.schema import RunConfig
-    from dstune.data.prepared import Split
+    import numpy as np
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from dstune.checkpoint.card import Export
+    from dstune.config.data_schema import DataConfig
+    from dstune.config.schema import Precision, RunConfig
+    from dstune.data.prepared import PreparedData, Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder, SourcePrompts
+    from dstune.dist import World
     from dstune.errors import Problem
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
+    from dstune.train.baseline import Prompted
     from dstune.train.counterfactual import Evaluated
     from dstune.train.evaluate import Evaluator
     from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.zero.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,12 @@ class Task:
     """Why rows are not packed; empty where they can be."""
     splits_long_rows: ClassVar[bool] = False
     """A row longer than `data.max_length` becomes several samples; nothing of it is cut off."""
+    token_targets: ClassVar[bool] = False
+    """Targets are tokens; those of other tasks are rows."""
+    one_pass: ClassVar[bool] = False
+    """Each micro-batch goes through a decoder once, and with it through every layer."""
+    countable_flops: ClassVar[bool] = True
+    """The operations of a step follow from the lengths of its rows (`dstune.planning.flops`)."""
     chunked: ClassVar[bool] = False
     """The samples that a long row becomes are measured together, as one row."""
     encoder_decoder: ClassVar[bool] = False
@@ -90,12 +105,22 @@ class Task:
     """The configuration has a `prompt` with a place for the source text."""
     low_learning_rate: ClassVar[bool] = False
     """Adapters are usually trained at a tenth of the rates of other tasks."""
+    gives_probabilities: ClassVar[bool] = False
+    """A prediction has a probability for each label."""
     predicts_from_text: ClassVar[bool] = True
     """A prediction needs a single text and nothing else."""
     metrics_read_rows: ClassVar[bool] = False
     """Metrics need the rows beside their samples."""
     texts_per_row: ClassVar[int] = 1
     """Sequences that the model reads for one row."""
+    head_classes: ClassVar[str] = ""
+    """How model classes of transformers that have the head are called at the end (`ForTokenClassification`)."""
+    peft_type: ClassVar[str] = ""
+    """The task's name in `peft.TaskType`; that of language models where empty."""
+    pipeline: ClassVar[str] = "text-generation"
+    """The pipeline of transformers and of the hub that a model is for."""
+    unrecorded: ClassVar[tuple[str, ...]] = ()
+    """Fields that an export does not repeat: they belong to the rows or to the machine of the training."""
     output: ClassVar[str] = "language model"
     """What stands on top of the model's body: a head that `dstune.planning.architecture` knows."""
 
@@ -218,6 +243,60 @@ class Task:
         """What is missing on the launching machine, before any rank starts."""
         return iter(())
 
+    # ---- beside training ----
+
+    def before_loading(
+        self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
+    ) -> PreparedData:
+        """`data` with what another model says of its rows, before the model of the run is loaded. Every rank calls it, for
+        training and evaluation. Raises UserError."""
+        return data
+
+    def before_training(
+        self,
+        run: RunConfig,
+        data: PreparedData,
+        engine: Engine,
+        head: Any,
+        world: World,
+        pad_token_id: int,
+        precision: Precision,
+    ) -> PreparedData:
+        """`data` with what the model says of its rows before anything is trained or loaded from a checkpoint. Every rank calls
+        it at every start of a run."""
+        return data
+
+    def for_evaluation(self, run: RunConfig) -> TaskConfig:
+        """The configuration under which a finished run's model is evaluated. Raises UserError where it cannot be."""
+        return self.config
+
+    def check_evaluation(self) -> None:
+        """Raises UserError where the settings do not suffice to evaluate a model."""
+
+    def with_labels(self, labels: Sequence[str]) -> TaskConfig:
+        """The configuration for rows that may lack some of the labels of a model, whose order is kept."""
+        return self.config
+
+    def as_text_task(self, run: RunConfig) -> TaskConfig:
+        """The configuration under which an untuned language model is asked for the answers (`few_shot`). Raises UserError where
+        the model of `run` is none."""
+        return self.config
+
+    def prompted(self, run: RunConfig, data: PreparedData, tokenizer: Any, key: str) -> Prompted | None:
+        """What asks an untuned language model with worked examples in front of each row; None where the loss of the rows'
+        targets tells it. key: what a UserError is about."""
+        return None
+
+    # ---- prediction ----
+
+    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
+        """What of a row is read to predict. labels: of the model, in their order. data: `columns` and `format` as in training."""
+        raise NotImplementedError(f"task={self.name} predicts nothing")
+
+    def predictor(self) -> type[Predictor]:
+        """What turns rows into predictions, by a model in memory."""
+        raise NotImplementedError(f"task={self.name} predicts nothing")
+
     # ---- metrics ----
 
     @property
@@ -227,21 +306,65 @@ class Task:
 
     generation_metrics: ClassVar[tuple[str, ...]] = ()
     """Those of `metrics` for which targets are generated (`evaluate.generate_rows`)."""
+
+    def slice_metric(self, measured: Mapping[str, float]) -> str:
+        """The metric that tells the worst subgroup where `evaluate.slice_metric` names none. measured: of one of them."""
+        return "loss"
+
     ranked_by: ClassVar[tuple[tuple[str, bool], ...]] = ()
     """Metrics that rank untuned models (`dstune models --probe`), the first that all have, and whether less is better."""
 
-    # ---- model, loss and evaluation ----
+    # ---- model ----
+
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        """The class of transformers, with `from_pretrained` and `from_config`."""
+        raise NotImplementedError(f"task={self.name} has no model class")
+
+    def architecture(
+        self, architecture: PretrainedConfig, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Complete the model's configuration, which an export keeps. labels: of the rows, empty where they have none."""
+        if labels:
+            architecture.num_labels = len(labels)
+            architecture.id2label = dict(enumerate(labels))
+            architecture.label2id = {label: index for index, label in enumerate(labels)}
+        if self.has_head:
+            architecture.pad_token_id = tokenizer.pad_token_id
+
+    def after_load(self, model: PreTrainedModel, new: list[str]) -> list[str]:
+        """Change a model that has been loaded. new: names of parameters without pretrained weights; what is left of them is
+        returned."""
+        return new
+
+    def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
+        """`run` with what the model's configuration says of the task, where it is used as it is. Raises UserError where the
+        model is of another kind."""
+        return run
+
+    @classmethod
+    def overrides_from(cls, folder: Path) -> list[str]:
+        """What files beside a published model say of the task, as overrides, `task=NAME` first; empty where nothing does."""
+        return []
+
+    def write_export(self, run: RunConfig, architecture: PretrainedConfig, folder: Path) -> None:
+        """Files that an export has beside model and tokenizer."""
+
+    def usage(self, export: Export) -> list[str]:
+        """Lines of Python that load an export and use it, for its model card."""
+        return export.loading(self.head_classes.removeprefix("For"))
+
+    # ---- loss and evaluation ----
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         """What computes the loss of a batch; must be built before DeepSpeed puts its own hooks on the model.
 
         rows: how a language model gets its rows, where not as they are.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"task={self.name} has no head")
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         """The metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
-        raise NotImplementedError
+        raise NotImplementedError(f"task={self.name} has no metrics")
 
     def extra_evaluation(
         self,

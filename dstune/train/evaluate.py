@@ -20,14 +20,14 @@ from dstune.data.sampler import MicroBatch, evaluation_batches, share
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.dist import World
+from dstune.metrics.language import language_model_metrics
 from dstune.models.generation import generate_answers
 from dstune.models.heads import Head, WindowHead, sums_of
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.train.counterfactual import compare
 from dstune.train.generation import Generated, speaking
-from dstune.train.language_metrics import language_model_metrics
-from dstune.train.measure import Evaluation, Totals, count_rows
+from dstune.train.measure import Evaluation, Totals, count_rows, with_registered
 from dstune.train.slices import measure_slices
 from dstune.train.window import joined
 from dstune.zero.engine import Engine
@@ -111,6 +111,7 @@ class Evaluator:
         task = task_of(self.config.task)
         evaluation = task.measure(self.data.labels, split, totals, kept)
         evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
+        evaluation = with_registered(evaluation, task.name, self.data.labels)
         if not (slices and self.config.evaluate.slices):
             return totals, evaluation
         metrics, details = measure_slices(self.config, self.data.labels, split, kept)

@@ -15,13 +15,13 @@ import torch
 from dstune.config.forgetting import general_rows
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.schema import Precision, RunConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
 from dstune.dist import World
 from dstune.errors import TrainingFailed
 from dstune.models.load import NewWeights
 from dstune.paths import cache_root
+from dstune.protocols import task_of
 from dstune.train.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine
 from dstune.zero.restore import Partition
@@ -79,8 +79,7 @@ def general_fisher(
     if not config.forgetting.ewc:
         return {}
     rows = general_rows(config)
-    if isinstance(rows.task, ClassificationConfig):
-        rows = replace(rows, task=replace(rows.task, labels=list(labels)))
+    rows = replace(rows, task=task_of(rows.task).with_labels(labels))
     general = prepare(rows, tokenizer, world.env, cache_root())
     return fisher_information(config, general, tokenizer, precision, world, restrict)
 

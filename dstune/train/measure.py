@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dstune.data.prepared import Split
-from dstune.protocols import task_of
+from dstune.protocols import METRICS, task_of
 from dstune.protocols.task import TaskConfig
 from dstune.train.generation import Generated
 
@@ -71,6 +71,17 @@ def count_rows(split: Split, task: TaskConfig) -> int:
 def without_loss(metrics: dict[str, float]) -> dict[str, float]:
     """What of the metrics of an evaluation a training step reports, whose loss and targets are reported anyway."""
     return {name: value for name, value in metrics.items() if name not in ("loss", "targets")}
+
+
+def with_registered(evaluation: Evaluation, task: str, labels: tuple[str, ...]) -> Evaluation:
+    """`evaluation` with the metrics that are registered for `task` beside its own (`dstune.protocols.Metric`)."""
+    pairs = evaluation.predictions or tuple((row.target, row.answer) for row in evaluation.generated)
+    registered = [METRICS[name]() for name in METRICS if METRICS[name].computed_for(task)]
+    if not (registered and pairs):
+        return evaluation
+    targets, predictions = zip(*pairs, strict=True)
+    more = {one.name: float(one.compute(predictions, targets, labels)) for one in registered}
+    return replace(evaluation, metrics=evaluation.metrics | more)
 
 
 def texts_of(split: Split) -> Iterator[dict[str, Any]]:

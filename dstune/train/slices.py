@@ -9,25 +9,16 @@ from typing import Any
 import numpy as np
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.prepared import Split
 from dstune.errors import Problem, UserError
+from dstune.metrics.direction import is_lower_better
 from dstune.protocols import task_of
-from dstune.protocols.task import TaskConfig
-from dstune.train.better import is_lower_better
-from dstune.train.measure import Row, Totals, count_rows
+from dstune.train.measure import Row, Totals, count_rows, with_registered
 
 NO_VALUE = "(none)"
 
 MOST_VALUES = 200
 """A column with more different values tells single rows apart, not groups of them."""
-
-METRICS = {
-    "classification": "accuracy",
-    "token_classification": "entity_f1",
-    "question_answering": "f1",
-}
-"""What tells the worst slice of a task; `loss` of the others."""
 
 
 def measure_slices(
@@ -38,6 +29,7 @@ def measure_slices(
     assert split.origins is not None and split.texts is not None, "its rows were kept"
     texts = split.texts.select_columns(["slices"])[:]["slices"]
     values = [json.loads(texts[number]) for number in split.origins]
+    task = task_of(config.task)
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
     for column in config.evaluate.slices:
@@ -54,9 +46,10 @@ def measure_slices(
             samples = np.flatnonzero(found == name)
             rows = [kept[sample] for sample in samples.tolist()]
             part = split.select(samples)
-            evaluation = task_of(config.task).measure(labels, part, totals_of(rows), rows)
+            evaluation = task.measure(labels, part, totals_of(rows), rows)
+            evaluation = with_registered(evaluation, task.name, labels)
             slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
-        wanted = config.evaluate.slice_metric or metric_of(config.task, slices[names[0]])
+        wanted = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
         large = {
             name: of[wanted]
             for name, of in slices.items()
@@ -70,14 +63,6 @@ def measure_slices(
             details[column] |= {"worst": worst, "gap": gap}
             metrics |= {f"slice_worst/{column}": large[worst], f"slice_gap/{column}": gap}
     return metrics, details
-
-
-def metric_of(task: TaskConfig, metrics: dict[str, float]) -> str:
-    """What tells the worst slice of this task."""
-    if isinstance(task, ClassificationConfig) and task.regression:
-        return "rmse"
-    found = METRICS.get(task.name, "loss")
-    return found if found in metrics or found != "entity_f1" else "token_accuracy"
 
 
 def totals_of(rows: Sequence[Row]) -> Totals:

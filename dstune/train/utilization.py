@@ -10,13 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.config.schema import Precision, RunConfig
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    PreferenceConfig,
-    Seq2SeqConfig,
-    TokenClassificationConfig,
-)
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
@@ -28,10 +21,7 @@ from dstune.planning.architecture import LANGUAGE_MODEL, architecture
 from dstune.planning.flops import Work, step_flops, work_of
 from dstune.planning.hardware import known_device
 from dstune.planning.setup import Setup, head_of, labels_of, setup
-from dstune.protocols import method_of
-
-TOKEN_TARGETS = (ChatConfig, CausalLmConfig, Seq2SeqConfig, PreferenceConfig, TokenClassificationConfig)
-"""Tasks whose targets are tokens; those of the others are rows."""
+from dstune.protocols import method_of, task_of
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -54,7 +44,7 @@ def counted(config: RunConfig, split: Split, batches: Iterable[tuple[MicroBatch,
     positions = targets = 0
     for micro_batch, batch in batches:
         positions += sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
-        labels = batch.get("labels") if isinstance(config.task, TOKEN_TARGETS) else None
+        labels = batch.get("labels") if task_of(config.task).token_targets else None
         if labels is not None and labels.shape != batch["input_ids"].shape:
             positions += labels.numel()  # a decoder beside an encoder
         if micro_batch.filler:
@@ -153,9 +143,9 @@ def utilization_of(
 def _needs(
     config: RunConfig, model: PreTrainedModel, module: torch.nn.Module, precision: Precision, world: World, labels: int
 ) -> Needs | None:
-    method, task = method_of(config.method), config.task
+    method, task = method_of(config.method), task_of(config.task)
     # Passes of a reference model; two streams of tokens that the formula has as one.
-    if not method.flops_known or isinstance(task, PreferenceConfig) or model.config.is_encoder_decoder:
+    if not method.flops_known or not task.countable_flops or model.config.is_encoder_decoder:
         return None
     values = model.config.get_text_config().to_dict()
     whole = replace(config, parallel=NoParallelConfig())  # whose operations are shared evenly

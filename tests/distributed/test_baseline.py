@@ -18,7 +18,8 @@ from dstune.evaluation import harness
 from dstune.models.load import load_tokenizer
 from dstune.rank_env import RankEnv
 from dstune.report.command import main as report
-from dstune.train.baseline import LABEL_PROMPT, as_language_model, draw
+from dstune.tasks.classification.prompted import LABEL_PROMPT
+from dstune.train.baseline import as_language_model, draw
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_decoder, save_encoder, write_labelled, write_pairs
 

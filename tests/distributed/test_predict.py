@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from dstune.errors import UserError
 from dstune.inference import predict
-from dstune.inference.predictor import entities
+from dstune.tasks.token_classification.predict import entities
 from tests.support.ranks import run_ranks
 from tests.support.tiny import (
     save_decoder,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from support.tiny import save_decoder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "wandb", "sklearn", "pandas")
@@ -63,3 +66,46 @@ def test_a_rank_does_not_import_mlflow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TRAIN_ALONE = """
+import json, os, sys
+from pathlib import Path
+from dstune import worker
+from dstune.config.compose import compose, write_run
+from dstune.rank_env import RankEnv
+from dstune.zero.start import start_process_group
+
+composed, run_dir = compose(sys.argv[2:]), Path(sys.argv[1])
+run_dir.mkdir()
+write_run(run_dir / "run.yaml", composed)
+worker.train(composed.config, run_dir, start_process_group(RankEnv(0, 1, 0, 1, "alone")))
+print(json.dumps([name for name in sys.modules if name.startswith(("dstune.tasks.", "dstune.methods."))]))
+sys.stdout.flush()
+os._exit(0)  # DeepSpeed's threads need not be waited for
+"""
+LIGHT_IN_A_ROOM = ("config", "rules", "rows")
+"""Modules of a room that every process may load; the others belong to runs of its task or method alone."""
+
+
+def test_a_run_loads_nothing_heavy_of_rooms_that_it_does_not_use(tmp_path):
+    model = save_decoder(tmp_path / "model")
+    rows = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}] * 8
+    train = tmp_path / "rows.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["task=chat", "method=lora", f"model.path={model}", f"data.train={train}", "data.max_length=32"]
+    settings += [
+        "data.packing=false",
+        "data.split.validation=0.25",
+        "data.clean.duplicates=keep",
+        "trainer.max_steps=1",
+    ]
+    settings += ["trainer.global_batch_size=2", "trainer.micro_batch_size=2", "zero.stage=0"]
+    command = [sys.executable, "-c", TRAIN_ALONE, str(tmp_path / "run"), *settings]
+    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = [name.split(".")[1:] for name in json.loads(done.stdout.splitlines()[-1])]
+    assert ["tasks", "classification"] in loaded, "rooms themselves are loaded, so the test looks at the right names"
+    heavy = [parts for parts in loaded if len(parts) > 2 and parts[-1] not in LIGHT_IN_A_ROOM]
+    assert [parts for parts in heavy if parts[1] not in ("chat", "lora")] == []

@@ -31,11 +31,12 @@ from dstune.data.sampler import MicroBatch
 from dstune.data.swaps import Swaps
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
-from dstune.protocols import task_of
+from dstune.metrics.direction import improves
+from dstune.protocols import METRICS, Metric, metric, task_of
 from dstune.tasks.classification.metrics import classification_metrics, regression_metrics
 from dstune.train.counterfactual import compare
 from dstune.train.feed import training_order
-from dstune.train.measure import Totals
+from dstune.train.measure import Totals, with_registered
 from dstune.train.slices import measure_slices
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
@@ -310,6 +311,60 @@ def test_what_swapped_terms_change(tmp_path):
         "flip_rate": 1.0,
     }
     assert changes["by_term"]["big -> small"]["rows"] == 2 and changes["by_term"]["big -> small"]["flips"] == 0
+
+
+# ---- metrics from outside ----
+
+
+@pytest.fixture
+def distance():
+    """How many classes a prediction is beside its label on average, as a plugin would add it."""
+
+    @metric
+    class Distance(Metric):
+        name = "distance"
+        lower_is_better = True
+        tasks = ("classification",)
+
+        def compute(self, predictions, targets, labels):
+            return sum(abs(one - other) for one, other in zip(predictions, targets, strict=True)) / len(targets)
+
+    yield Distance
+    METRICS.remove("distance")
+
+
+def test_a_registered_metric_is_measured_over_all_rows_and_slices(tmp_path, distance):
+    held = write_jsonl(
+        tmp_path / "held.jsonl", [{"text": f"x{'b' * n}", "label": "abc"[n % 3], "from": "xy"[n % 2]} for n in range(6)]
+    )
+    config = classified(tmp_path, ClassificationConfig(), ["a", "b", "c"], validation=str(held))
+    config = replace(config, evaluate=EvaluateConfig(slices=["from"], slice_metric="distance", min_slice_rows=1))
+    assert not find_problems(config)
+    data = prepared(config, wordpiece(), tmp_path / "cache")
+    split = data.validation
+    true = [int(split.sample(index)["label"]) for index in range(6)]
+    kept = [
+        {"prediction": np.array(0), "label": np.array(label), "probability": np.array([1.0, 0, 0])}
+        | {"loss": np.array(0.0), "weight": np.array(1), "correct": np.array(label == 0)}
+        for label in true
+    ]
+    task = task_of(config.task)
+    whole = with_registered(task.measure(data.labels, split, Totals(0.0, 6.0, 2.0), kept), task.name, data.labels)
+    assert whole.metrics["distance"] == 1.0  # of 0, 1, 2, 0, 1, 2
+    metrics, details = measure_slices(config, data.labels, split, kept)
+    values = {name: of["distance"] for name, of in details["from"]["values"].items()}
+    assert metrics["slice_worst/from"] == max(values.values()), "the largest distance is the worst one"
+    stopping = replace(config.trainer.early_stopping, metric="distance")
+    assert not find_problems(replace(config, trainer=replace(config.trainer, early_stopping=stopping)))
+    assert improves("distance", 1.0, 2.0) and not improves("distance", 2.0, 1.0)
+    other = replace(config, task=TokenClassificationConfig())
+    assert {problem.where for problem in find_problems(other)} == {"evaluate.slice_metric"}
+
+
+def test_a_metric_that_is_not_registered_is_refused(tmp_path):
+    config = classified(tmp_path, ClassificationConfig(), ["a", "b"], validation="x.jsonl")
+    config = replace(config, evaluate=EvaluateConfig(slices=["from"], slice_metric="distance"))
+    assert [problem.where for problem in find_problems(config)] == ["evaluate.slice_metric"]
 
 
 # ---- refusals ----

@@ -8,7 +8,7 @@ from dstune.config.compose import compose
 from dstune.config.several_tasks import is_of_several, tasks_of
 from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.config.validate import find_problems
-from dstune.train.better import improves
+from dstune.metrics.direction import improves
 from dstune.trials import less_is_better
 
 TWO = ["data.mixture.a.path=a.jsonl", "data.mixture.b.path=b.jsonl"]

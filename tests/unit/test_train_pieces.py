@@ -21,11 +21,11 @@ from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, Evaluate
 from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
+from dstune.metrics.direction import improves
+from dstune.metrics.language import language_model_metrics
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.tasks.classification.metrics import classification_metrics
-from dstune.train.better import improves
 from dstune.train.feed import Ahead, dropout_seed, windows
-from dstune.train.language_metrics import language_model_metrics
 from dstune.train.measure import Evaluation
 from dstune.train.supply import Draw
 from dstune.trainer import step_timer

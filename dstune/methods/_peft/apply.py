@@ -10,17 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import (
-    ClassificationConfig,
-    EmbeddingConfig,
-    QuestionAnsweringConfig,
-    RewardConfig,
-    TokenClassificationConfig,
-)
 from dstune.errors import Problem, UserError
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import tensors_of
 from dstune.models.load import NewWeights, new_weights
+from dstune.protocols import task_of
 from dstune.zero.parts import gathered
 
 
@@ -99,15 +93,8 @@ def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
     """peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
     import peft
 
-    match config.task:
-        case ClassificationConfig() | RewardConfig():
-            return peft.TaskType.SEQ_CLS
-        case EmbeddingConfig():
-            return peft.TaskType.FEATURE_EXTRACTION
-        case TokenClassificationConfig():
-            return peft.TaskType.TOKEN_CLS
-        case QuestionAnsweringConfig():
-            return peft.TaskType.QUESTION_ANS
+    if name := task_of(config.task).peft_type:
+        return peft.TaskType[name]
     return peft.TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else peft.TaskType.CAUSAL_LM
 
 

@@ -7,38 +7,35 @@ from typing import Any
 
 import numpy as np
 
-from dstune.config.task_schema import ClassificationConfig
+from dstune.config.schema import RunConfig
 from dstune.data.prepared import PreparedData, Split
 from dstune.methods.features.config import FeaturesConfig
-from dstune.tasks.classification.metrics import classification_metrics
+from dstune.protocols import task_of
 from dstune.train.evaluate import limited
+from dstune.train.measure import Totals
 
 RANKED = 20
 """Features named in the report of a random forest."""
 
 
-def classical_results(
-    method: FeaturesConfig, data: PreparedData, seed: int, max_rows: int | None
-) -> dict[str, dict[str, Any]]:
+def classical_results(config: RunConfig, method: FeaturesConfig, data: PreparedData) -> dict[str, dict[str, Any]]:
     """Metrics of each classifier that `method` asks for, by its name and by part; of a forest also `ranking`: the features
     by mean decrease in impurity (Breiman 2001), the most important first.
-
-    max_rows: of validation, as `evaluate.max_rows`.
     """
     chosen = {"logistic_regression": method.logistic_regression, "random_forest": method.random_forest}
     if not any(chosen.values()):
         return {}
     features, labels = matrix(data.train)
     held_out = {
-        "validation": data.validation and limited(data.validation, max_rows, ClassificationConfig()),
+        "validation": data.validation and limited(data.validation, config.evaluate.max_rows, config.task),
         "test": data.test,
     }
     results: dict[str, dict[str, Any]] = {}
     for name in (name for name, fits in chosen.items() if fits):
         began = time.perf_counter()
-        model = _fitted(_classifier(name, method, seed), features, labels)
+        model = _fitted(_classifier(name, method, config.trainer.seed), features, labels)
         results[name] = {
-            part: _metrics(model, split, len(data.labels)) for part, split in held_out.items() if split is not None
+            part: _metrics(config, data.labels, model, split) for part, split in held_out.items() if split is not None
         }
         results[name]["seconds"] = round(time.perf_counter() - began, 3)
         if name == "random_forest":
@@ -69,13 +66,17 @@ def _fitted(model: Any, features: np.ndarray, labels: np.ndarray) -> Any:
     return model.set_params(n_jobs=-1).fit(features, labels).set_params(n_jobs=1)
 
 
-def _metrics(model: Any, split: Split, classes: int) -> dict[str, float]:
+def _metrics(config: RunConfig, names: tuple[str, ...], model: Any, split: Split) -> dict[str, float]:
     features, labels = matrix(split)
-    probabilities = np.zeros((len(labels), classes))
+    probabilities = np.zeros((len(labels), len(names)))
     probabilities[:, model.classes_] = model.predict_proba(features)
     loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).sum()
-    metrics, _ = classification_metrics(probabilities.argmax(axis=1).tolist(), labels.tolist(), probabilities)
-    return {"loss": float(loss) / len(labels), **metrics}
+    kept = [
+        {"prediction": prediction, "label": label, "probability": probability}
+        for prediction, label, probability in zip(probabilities.argmax(axis=1), labels, probabilities, strict=True)
+    ]
+    totals = Totals(float(loss), len(labels), 0.0)
+    return task_of(config.task).measure(names, split, totals, kept).metrics
 
 
 def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -75,10 +75,9 @@ class Vectors(Preparation):
     def result(self, run: Training) -> dict[str, Any]:
         from dstune.methods.features.classical import classical_results
 
-        rows, seed = run.config.evaluate.max_rows, run.config.trainer.seed
         return {
             "feature_seconds": round(self.seconds, 3),
-            "classifiers": classical_results(self.method, run.data, seed, rows),
+            "classifiers": classical_results(run.config, self.method, run.data),
         }
 
 

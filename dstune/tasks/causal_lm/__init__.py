@@ -21,6 +21,7 @@ class CausalLm(LanguageTask):
     prefix_positions_ok = True
     splits_long_rows = True
     tensor_parallel = True
+    one_pass = True
     formats = ("text",)
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))

@@ -21,6 +21,7 @@ class Chat(LanguageTask):
     conversational = True
     prefix_positions_ok = True
     tensor_parallel = True
+    one_pass = True
     formats = ("messages", "conversations", "prompt_completion", "alpaca")
     frozen_keys = ("template_date",)
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")

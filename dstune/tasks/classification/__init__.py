@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ClassificationConfig
+from dstune.config.task_schema import CausalLmConfig, ClassificationConfig
 from dstune.errors import Problem
 from dstune.protocols import Task, task
 from dstune.tasks.classification import rows as rows
@@ -14,12 +15,17 @@ from dstune.tasks.classification import rules
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from dstune.checkpoint.card import Export
+    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
-    from dstune.data.prepared import Split
+    from dstune.data.prepared import PreparedData, Split
     from dstune.data.tokenize.sample import Encoder
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
+    from dstune.train.baseline import Prompted
     from dstune.train.counterfactual import Evaluated
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -31,9 +37,14 @@ class Classification(Task):
 
     has_head = True
     unpoolable = ""
+    head_classes = "ForSequenceClassification"
+    peft_type = "SEQ_CLS"
+    pipeline = "text-classification"
     prefix_positions_ok = True
     unpackable = "one row is one text in classification"
+    unrecorded = ("class_weights", "balanced")
     few_shot = True
+    gives_probabilities = True
     same_label_when_reworded = True
     output = "classifier"
     formats = ("pair", "text_label")
@@ -52,6 +63,61 @@ class Classification(Task):
     @property
     def several_labels(self) -> bool:
         return self.config.multi_label
+
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        if getattr(architecture, "dstune_head", None):  # as an export of such a run says in its configuration
+            from dstune.models.pooled import PooledForSequenceClassification
+
+            return PooledForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def architecture(
+        self, architecture: PretrainedConfig, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        super().architecture(architecture, labels, tokenizer)
+        # Tells whoever loads the export which loss and which kind of answer its logits are for.
+        architecture.problem_type = "single_label_classification"
+        if self.config.multi_label:
+            architecture.problem_type = "multi_label_classification"
+        if self.config.regression:
+            architecture.problem_type = "regression"
+            architecture.num_labels = 1
+
+    def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
+        from dstune.checkpoint.own_labels import name_labels
+
+        several = architecture.problem_type == "multi_label_classification"
+        one_number = architecture.num_labels == 1 and not several  # whatever it says: a choice of one is none
+        if architecture.problem_type == "regression" or one_number:
+            return replace(run, task=replace(self.config, regression=True, labels=[]))
+        return name_labels(run, architecture, **({"multi_label": True} if several else {}))
+
+    def slice_metric(self, measured: Mapping[str, float]) -> str:
+        return "rmse" if self.config.regression else "accuracy"
+
+    def with_labels(self, labels: Sequence[str]) -> ClassificationConfig:
+        return replace(self.config, labels=list(labels))
+
+    def as_text_task(self, run: RunConfig) -> CausalLmConfig:
+        from dstune.tasks.classification.prompted import refuse_encoder
+
+        refuse_encoder(run)
+        return CausalLmConfig()
+
+    def prompted(self, run: RunConfig, data: PreparedData, tokenizer: Any, key: str) -> Prompted:
+        from dstune.tasks.classification.prompted import PromptedLabels
+
+        return PromptedLabels(key, run, self.config, data, tokenizer)
+
+    def usage(self, export: Export) -> list[str]:
+        return [
+            *export.loading("SequenceClassification", len(export.state["labels"])),
+            'logits = model(**tokenizer("A text.", return_tensors="pt")).logits',
+            "print(logits.argmax(-1))",
+            f"# labels by index: {export.labels}" if export.adapter else "# model.config.id2label[int(...)]",
+        ]
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.classification.head import classification_head
@@ -87,3 +153,13 @@ class Classification(Task):
         from dstune.tasks.classification.encode import ClassificationEncoder
 
         return ClassificationEncoder(tokenizer, self.config, fmt, max_length, labels, class_weights)
+
+    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
+        from dstune.tasks.classification.predict import ClassificationQuestion
+
+        return ClassificationQuestion(self.config, labels, data)
+
+    def predictor(self) -> type[Predictor]:
+        from dstune.tasks.classification.predict import ClassificationPredictor
+
+        return ClassificationPredictor

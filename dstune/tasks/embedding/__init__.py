@@ -13,12 +13,19 @@ from dstune.tasks.embedding import rows as rows
 from dstune.tasks.embedding import rules
 
 if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedModel
+    from pathlib import Path
 
+    import numpy as np
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from dstune.checkpoint.card import Export
+    from dstune.config.data_schema import DataConfig
+    from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -33,6 +40,8 @@ class Embedding(Task):
     unpackable = "every text has a vector of its own"
     texts_per_row = 2
     output = "body"
+    peft_type = "FEATURE_EXTRACTION"
+    pipeline = "sentence-similarity"
     formats = ("contrastive",)
     metrics = ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr")
     ranked_by = (("mrr", False), ("accuracy", False), ("loss", True))
@@ -40,6 +49,36 @@ class Embedding(Task):
     @property
     def whole_batch_loss(self) -> bool:
         return True
+
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        from transformers import AutoModel
+
+        return AutoModel
+
+    def after_load(self, model: PreTrainedModel, new: list[str]) -> list[str]:
+        from dstune.tasks.embedding.head import without_pooler
+
+        return without_pooler(model, new)
+
+    @classmethod
+    def overrides_from(cls, folder: Path) -> list[str]:
+        from dstune.tasks.embedding.sentence_transformers import embedding_overrides
+
+        return embedding_overrides(folder)
+
+    def write_export(self, run: RunConfig, architecture: PretrainedConfig, folder: Path) -> None:
+        from dstune.tasks.embedding.sentence_transformers import write_modules
+
+        write_modules(folder, self.config, architecture.get_text_config().hidden_size, run.data.max_length)
+
+    def usage(self, export: Export) -> list[str]:
+        return [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'model = SentenceTransformer("PATH")  # this folder, or the id under which it was published',
+            'vectors = model.encode(["A text.", "Another text."])',
+            "print(model.similarity(vectors, vectors))",
+        ]
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.embedding.head import EmbeddingHead
@@ -74,3 +113,13 @@ class Embedding(Task):
 
         index = {"index": np.array(micro_batch.samples, dtype=np.int64)} if with_index else {}
         return contrastive_batch(split, micro_batch, pad_token_id) | index
+
+    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
+        from dstune.tasks.embedding.predict import EmbeddingQuestion
+
+        return EmbeddingQuestion(self.config, labels, data)
+
+    def predictor(self) -> type[Predictor]:
+        from dstune.tasks.embedding.predict import EmbeddingPredictor
+
+        return EmbeddingPredictor

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dstune.config.task_schema import EmbeddingConfig, Pooling
 from dstune.models.heads.base import Batch, Forward, HeadOutput, inputs_of
@@ -130,3 +131,12 @@ def contrastive_losses(
     same[pairs, pairs] = False
     scores = (positives @ anchors.T / temperature).masked_fill(same, -torch.inf)
     return (losses + functional.cross_entropy(scores, pairs, reduction="none")) / 2
+
+
+def without_pooler(model: PreTrainedModel, new: list[str]) -> list[str]:
+    """Take off the layer that some encoders put behind the first token: a text's vector does not come from it, and weights
+    without a gradient would decay at some ZeRO stages and not at others. Returns the names among `new` that are left."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    left = {name for name, _ in model.named_parameters()}
+    return [name for name in new if name in left]

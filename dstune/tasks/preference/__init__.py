@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.schema import RunConfig
+from dstune.config.schema import InitialWeights, RunConfig
 from dstune.config.task_schema import PreferenceConfig
-from dstune.errors import Problem
-from dstune.protocols import Task, task
-from dstune.protocols.task import FurtherModel
+from dstune.errors import Problem, UserError
+from dstune.protocols import task
+from dstune.protocols.task import FurtherModel, TaskConfig
+from dstune.tasks._language import WritingTask
 from dstune.tasks.preference import rows as rows
 from dstune.tasks.preference import rules
 
@@ -17,25 +19,30 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
-    from dstune.data.prepared import Split
+    from dstune.config.schema import Precision, RunConfig
+    from dstune.data.prepared import PreparedData, Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
+    from dstune.dist import World
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.zero.engine import Engine
 
 
 @task
-class Preference(Task):
+class Preference(WritingTask):
     Config = PreferenceConfig
     config: PreferenceConfig
 
     conversational = True
-    generates = True
     row_loss = False
     prefix_positions_ok = True
     unpackable = "answers are compared whole, each in a row of its own"
     low_learning_rate = True
+    unrecorded = ("reference_model", "reference_revision")  # a path of this machine, perhaps
     texts_per_row = 2
+    token_targets = True
+    countable_flops = False  # passes of the reference model
     formats = ("feedback", "preference")
     frozen_keys = ("template_date", "reference_revision")
     further_models = (FurtherModel("reference_model", "reference_revision"),)
@@ -96,3 +103,48 @@ class Preference(Task):
         if self.config.single:
             return judged_batch(split, micro_batch, pad_token_id, run.data.max_length)
         return pair_batch(split, micro_batch, pad_token_id)
+
+    def before_loading(
+        self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
+    ) -> PreparedData:
+        if not self.config.compares or self.config.reference_model is None:
+            return data
+        from dstune.tasks.preference.reference import with_reference_model
+
+        return with_reference_model(run, data, tokenizer, world, precision)
+
+    def before_training(
+        self,
+        run: RunConfig,
+        data: PreparedData,
+        engine: Engine,
+        head: Any,
+        world: World,
+        pad_token_id: int,
+        precision: Precision,
+    ) -> PreparedData:
+        from dstune.tasks.preference.reference import with_reference
+
+        return with_reference(run, data, engine, head, world, pad_token_id, precision)
+
+    def for_evaluation(self, run: RunConfig) -> TaskConfig:
+        """With the model that the run began with as the reference."""
+        task, model = self.config, run.model
+        if not task.compares or task.reference_model is not None:
+            return task
+        if model.weights is InitialWeights.random:
+            reason = (
+                "the run began with random weights, which are nowhere to be found, and the rewards are relative to them"
+            )
+            raise UserError(Problem("task.reference_model", reason, "give another model as the reference"))
+        if getattr(run.method, "adapter", None) or getattr(run.method, "frozen_adapters", None):
+            reason = "the run began with another adapter, and the rewards are relative to the model with it"
+            fix = "task.reference_model=FOLDER of that adapter's run, merged by dstune export RUN --merge"
+            raise UserError(Problem("task.reference_model", reason, fix))
+        return replace(task, reference_model=model.path, reference_revision=model.revision)
+
+    def check_evaluation(self) -> None:
+        if self.config.compares and self.config.reference_model is None:
+            loss = self.config.loss.name
+            reason = f"the rewards of task.loss={loss} are relative to the model that training began with"
+            raise UserError(Problem("task.reference_model", reason, "task.reference_model=PATH of that model"))

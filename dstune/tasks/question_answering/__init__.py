@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.task_schema import QuestionAnsweringConfig
@@ -11,11 +11,15 @@ from dstune.tasks.question_answering import rows as rows
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from dstune.checkpoint.card import Export
+    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.tokenize.sample import Encoder
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.train.counterfactual import Evaluated
     from dstune.train.measure import Evaluation, Row, Totals
@@ -27,6 +31,9 @@ class QuestionAnswering(Task):
     config: QuestionAnsweringConfig
 
     has_head = True
+    head_classes = "ForQuestionAnswering"
+    peft_type = "QUESTION_ANS"
+    pipeline = "question-answering"
     per_token = True
     unpoolable = "task=question_answering reads every token, and pooling leaves one vector of all"
     unpackable = "one row is one question with its text"
@@ -37,6 +44,23 @@ class QuestionAnswering(Task):
     output = "token classifier"
     formats = ("squad",)
     metrics = ("loss", "exact_match", "f1", "best_f1")
+
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        from transformers import AutoModelForQuestionAnswering
+
+        return AutoModelForQuestionAnswering
+
+    def slice_metric(self, measured: Mapping[str, float]) -> str:
+        return "f1"
+
+    def usage(self, export: Export) -> list[str]:
+        return [
+            *export.loading("QuestionAnswering", len(export.state["labels"])),
+            'inputs = tokenizer("A question?", "A text.", return_tensors="pt")',
+            "output = model(**inputs)",
+            "first, last = output.start_logits.argmax(), output.end_logits.argmax()",
+            'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
+        ]
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.question_answering.head import AnswerHead
@@ -62,3 +86,13 @@ class QuestionAnswering(Task):
         from dstune.tasks.question_answering.encode import AnswerEncoder
 
         return AnswerEncoder(tokenizer, self.config, max_length)
+
+    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
+        from dstune.tasks.question_answering.predict import QuestionAboutText
+
+        return QuestionAboutText(self.config, labels, data)
+
+    def predictor(self) -> type[Predictor]:
+        from dstune.tasks.question_answering.predict import AnswerPredictor
+
+        return AnswerPredictor

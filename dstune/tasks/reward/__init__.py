@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.task_schema import RewardConfig
+from dstune.errors import Problem, UserError
 from dstune.protocols import Task, task
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from dstune.checkpoint.card import Export
+    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
 
@@ -27,6 +32,9 @@ class Reward(Task):
 
     conversational = True
     has_head = True
+    head_classes = "ForSequenceClassification"
+    peft_type = "SEQ_CLS"
+    pipeline = "text-classification"
     unpoolable = "a reward model has the head of its architecture"
     row_loss = False
     prefix_positions_ok = True
@@ -37,6 +45,29 @@ class Reward(Task):
     formats = ("preference",)
     frozen_keys = ("template_date",)
     metrics = ("loss", "reward_accuracy", "reward_margin")
+
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def architecture(
+        self, architecture: PretrainedConfig, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        super().architecture(architecture, ("reward",), tokenizer)
+        architecture.problem_type = "regression"
+
+    def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
+        if architecture.num_labels != 1:
+            reason = f"a reward model has one output, and this one has {architecture.num_labels}"
+            raise UserError(Problem("MODEL", reason, "give a reward model, or train one", run.model.path))
+        return run
+
+    def usage(self, export: Export) -> list[str]:
+        return [
+            *export.loading("SequenceClassification", 1),
+            'print(model(**tokenizer("A question with its answer, rendered.", return_tensors="pt")).logits[0, 0])',
+        ]
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.reward.head import reward_head
@@ -68,3 +99,13 @@ class Reward(Task):
         from dstune.data.batches import pair_batch
 
         return pair_batch(split, micro_batch, pad_token_id)
+
+    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
+        from dstune.tasks.reward.predict import RewardQuestion
+
+        return RewardQuestion(self.config, labels, data)
+
+    def predictor(self) -> type[Predictor]:
+        from dstune.tasks.reward.predict import RewardPredictor
+
+        return RewardPredictor

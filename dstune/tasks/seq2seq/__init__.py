@@ -15,8 +15,9 @@ from dstune.tasks._language import LanguageTask
 from dstune.tasks.seq2seq import rows as rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from dstune.checkpoint.card import Export
     from dstune.data.prepared import Split
     from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
@@ -45,13 +46,26 @@ class Seq2Seq(LanguageTask):
     def every_position_is_a_target(self) -> bool:
         return False
 
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        from transformers import AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else super().model_class(architecture)
+
+    def example_prompt(self, export: Export) -> str:
+        prompt = self.config.prompt.replace("{source}", "TEXT")
+        alone = export.encoder_decoder or self.asks_by_chat(export)
+        return prompt if alone else prompt + self.config.separator
+
+    def asks_by_chat(self, export: Export) -> bool:
+        return self.config.chat and export.chat_template
+
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.models.heads.language import CausalLmHead, EncoderDecoderHead
 
         return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model, rows)
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
-        from dstune.train.language_metrics import language_model_metrics
+        from dstune.metrics.language import language_model_metrics
         from dstune.train.measure import Evaluation
 
         return Evaluation(language_model_metrics(totals.loss_sum, totals.weight, totals.correct))

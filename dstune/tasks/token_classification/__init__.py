@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
@@ -15,11 +15,15 @@ from dstune.tasks.token_classification import rules
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from dstune.checkpoint.card import Export
+    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.tokenize.sample import Encoder
+    from dstune.inference.predictor import Predictor
+    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.train.counterfactual import Evaluated
     from dstune.train.measure import Evaluation, Row, Totals
@@ -31,11 +35,15 @@ class TokenClassification(Task):
     config: TokenClassificationConfig
 
     has_head = True
+    head_classes = "ForTokenClassification"
+    peft_type = "TOKEN_CLS"
+    pipeline = "token-classification"
     per_token = True
     unpoolable = "task=token_classification reads every token, and pooling leaves one vector of all"
     unpackable = "one row is one sentence, or a window of it"
     splits_long_rows = True
     chunked = True
+    token_targets = True
     output = "token classifier"
     formats = ("tokens_tags",)
     metrics = ("loss", "token_accuracy", "entity_f1", "entity_precision", "entity_recall", "f1_macro")
@@ -47,6 +55,30 @@ class TokenClassification(Task):
     @property
     def several_labels(self) -> bool:
         return True
+
+    def model_class(self, architecture: PretrainedConfig) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification
+
+    def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
+        from dstune.checkpoint.own_labels import name_labels
+
+        return name_labels(run, architecture)
+
+    def slice_metric(self, measured: Mapping[str, float]) -> str:
+        return "entity_f1" if "entity_f1" in measured else "token_accuracy"
+
+    def usage(self, export: Export) -> list[str]:
+        if export.adapter:
+            lines = export.loading("TokenClassification", len(export.state["labels"]))
+            return [*lines, f"# labels by index: {export.labels}"] if export.labels else lines
+        return [
+            "from transformers import pipeline",
+            "",
+            'path = "PATH"  # this folder, or the id under which it was published',
+            'print(pipeline("token-classification", path)("A text."))',
+        ]
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.token_classification.head import token_classification_head
@@ -81,3 +113,13 @@ class TokenClassification(Task):
         from dstune.tasks.token_classification.encode import TokenEncoder
 
         return TokenEncoder(tokenizer, self.config, max_length, labels)
+
+    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
+        from dstune.tasks.token_classification.predict import TaggingQuestion
+
+        return TaggingQuestion(self.config, labels, data)
+
+    def predictor(self) -> type[Predictor]:
+        from dstune.tasks.token_classification.predict import TaggingPredictor
+
+        return TaggingPredictor

@@ -7,9 +7,9 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
+from dstune.metrics.direction import improves
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Evaluation, Request, Run
-from dstune.train.better import improves
 from dstune.trainer.state import Best
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstune.config.schema import RunConfig
-from dstune.protocols import callback
+from dstune.protocols import callback, task_of
 from dstune.protocols.callback import CONTINUE, Callback, Evaluation, Request, Run, Step
 
 MUCH = 0.1
@@ -39,7 +39,9 @@ def described(config: RunConfig, total_steps: int, evaluation_seconds: float, st
         return line
     fewer = "evaluate.max_rows=N" if config.evaluate.every == 0 else "evaluate.max_rows=N or a larger evaluate.every"
     generated = (
-        ", evaluate.generate_rows=N" if config.task.name == "seq2seq" and config.evaluate.generate_rows != 0 else ""
+        ", evaluate.generate_rows=N"
+        if task_of(config.task).generation_metrics and config.evaluate.generate_rows != 0
+        else ""
     )
     return f"warning: {line}; {fewer}{generated} takes less"
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import EmbeddingConfig
-from dstune.protocols import callback
+from dstune.protocols import callback, task_of
 from dstune.protocols.callback import CONTINUE, Action, Callback, Evaluation, Request, Run, Step
 
 OVERFITTING = "overfitting"
@@ -28,7 +27,7 @@ class Overfitting(Callback):
     def __init__(self, config: RunConfig):
         self._limit = config.trainer.early_stopping.max_gap
         # The loss of embeddings depends on how many texts are compared at once.
-        self._comparable = not isinstance(config.task, EmbeddingConfig)
+        self._comparable = task_of(config.task).comparable_loss
         self._loss_sum = self._weight = 0.0
         """Of training, since the last evaluation."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter", "gap"})
+from dstune.protocols import METRICS
 
 
 def is_lower_better(metric: str) -> bool:
     """Whether less of `metric` is better; that of one task of several (`NAME/METRIC`) is as it is elsewhere."""
-    return metric.rpartition("/")[2] in LOWER_IS_BETTER
+    name = metric.rpartition("/")[2]
+    return name in METRICS and METRICS[name].lower_is_better
 
 
 def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:

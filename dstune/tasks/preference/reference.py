@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
@@ -22,6 +23,7 @@ from dstune.data.sampler import evaluation_batches, share
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.load import load_model, load_tokenizer, model_folder
+from dstune.paths import cache_root
 from dstune.protocols import METHODS, method_of, task_of
 from dstune.tasks.preference.head import JudgedHead, PairHead
 from dstune.zero.ds_config import deepspeed_config
@@ -40,19 +42,18 @@ def with_reference(
     world: World,
     pad_token_id: int,
     precision: Precision,
-    root: Path,
 ) -> PreparedData:
     """`data` with what the model that training starts from says of every row. Every rank calls this, before anything is
     trained or loaded from a checkpoint, so a continued run that finds the cache empty computes the same once more."""
     if not task_of(config.task).caches_reference(config) or _other_model(config) is not None:
         return data
     assert isinstance(head, (PairHead, JudgedHead))
-    found = _Cache(root, data, _identity(config, world), precision)
+    found = _Cache(cache_root(), data, _identity(config, world), precision)
     return found.filled(data, world, lambda: _compute(config, data, engine, head, world, pad_token_id))
 
 
 def with_reference_model(
-    config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision, root: Path, on_gpu: bool
+    config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
 ) -> PreparedData:
     """`data` with what `task.reference_model` says of every row; it is loaded for that and given back before the model
     that is trained is loaded. Raises UserError where it has other tokens."""
@@ -65,10 +66,10 @@ def with_reference_model(
         raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
     # Tokens that the run has added (`model.add_tokens`, a template's) get the rows that they have at the run's start.
     identity = [*_identity(other, world), config.trainer.seed if len(own) > len(theirs) else None]
-    found = _Cache(root, data, identity, precision)
+    found = _Cache(cache_root(), data, identity, precision)
 
     def compute() -> dict[str, np.ndarray]:
-        settings = deepspeed_config(other, world.size, precision, on_gpu=on_gpu)
+        settings = deepspeed_config(other, world.size, precision, on_gpu=torch.cuda.is_available())
         with partitioned_loading(settings):
             model = load_model(other, tokenizer, (), DTYPES[precision])
         head = task_of(other.task).head(model)

@@ -1,0 +1,55 @@
+"""Labels, or numbers, of texts and pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dstune.config.data_schema import AUTOMATIC
+from dstune.data.formats import column_of
+from dstune.data.prepared import Split
+from dstune.data.rows import normalise
+from dstune.data.tokenize import RowTokenizer, Sample
+from dstune.inference.predictor import Answer, Predictor
+from dstune.inference.rows import Asked, Question
+from dstune.train.measure import Row
+
+
+class ClassificationQuestion(Question):
+    def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"text": self.text(fields)}
+        other = column_of("text_pair", self.mapping, fields)
+        if self.format in (AUTOMATIC, "pair") and other in fields:
+            row["text_pair"] = normalise(fields, "text", {"text": other})["text"]
+        if self.task.multi_label:
+            return {**row, "labels": []}
+        return {**row, "label": 0.0 if self.task.regression else self.labels[0]}
+
+
+class ClassificationPredictor(Predictor):
+    def samples(self, asked: Sequence[Asked]) -> list[Sample]:
+        rows, samples = [one.row for one in asked], []
+        for fmt in ("text_label", "pair"):  # a tokenizer takes texts or pairs, never both at once
+            own = [number for number, row in enumerate(rows) if ("text_pair" in row) == (fmt == "pair")]
+            if own:
+                encode = RowTokenizer(self.tokenizer, self.config.task, fmt, self.longest, self.labels)
+                samples += encode.samples([rows[number] for number in own], own)
+        return sorted(samples, key=lambda sample: sample.row)
+
+    def answers_from(
+        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+    ) -> Iterator[Answer]:
+        for row in kept:
+            yield self._label(row, all_labels=all_labels)
+
+    def _label(self, row: Row, *, all_labels: bool) -> Answer:
+        task: Any = self.config.task
+        if task.regression:
+            return {"predicted": float(row["prediction"])}
+        probability = dict(zip(self.labels, row["probability"].tolist(), strict=True))
+        every = {"probabilities": probability} if all_labels else {}
+        if task.multi_label:
+            found = [label for label, on in zip(self.labels, row["prediction"], strict=True) if on]
+            return {"predicted": found, "probability": {label: probability[label] for label in found}, **every}
+        label = self.labels[int(row["prediction"])]
+        return {"predicted": label, "probability": probability[label], **every}

@@ -1,0 +1,35 @@
+"""Answers to questions as spans of their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dstune.data.formats import column_of
+from dstune.data.prepared import Split
+from dstune.data.rows import normalise
+from dstune.inference.predictor import Answer, Predictor
+from dstune.inference.rows import Asked, Question
+from dstune.tasks.question_answering.metrics import best_spans
+from dstune.train.measure import Row
+
+
+class QuestionAboutText(Question):
+    role = "context"
+    text_column = None
+
+    def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        unanswered = {**fields, column_of("answers", self.mapping, fields): []}
+        row: dict[str, Any] = normalise(unanswered, "squad", self.mapping, replace(self.task, no_answer=True))
+        return row
+
+
+class AnswerPredictor(Predictor):
+    def answers_from(
+        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+    ) -> Iterator[Answer]:
+        task: Any = self.config.task
+        for span, margin in zip(*best_spans(split, kept), strict=True):
+            absent = task.no_answer and margin > task.threshold
+            yield {"predicted": "" if absent else span} | ({"no_answer": margin} if task.no_answer else {})

@@ -1,0 +1,55 @@
+"""Scores of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dstune.config.data_schema import AUTOMATIC
+from dstune.config.task_schema import ChatConfig
+from dstune.data.formats import listing
+from dstune.data.prepared import Split
+from dstune.data.rows import RowError, normalise, recognise
+from dstune.data.tokenize import Sample
+from dstune.errors import UserError
+from dstune.inference.predictor import Answer, Predictor
+from dstune.inference.rows import Asked, Question
+from dstune.models.heads.base import Batch, inputs_of
+from dstune.tasks.reward.encode import RewardEncoder
+from dstune.train.measure import Row
+
+
+class RewardQuestion(Question):
+    text_column = None
+
+    def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        try:
+            fmt = recognise(fields, self.mapping, AUTOMATIC, ChatConfig(), place)
+        except UserError:
+            expected = "'messages', or 'prompt' and 'completion'"
+            raise RowError(f"a reward is of {expected}; the columns here are {listing(fields)}") from None
+        return normalise(fields, fmt, self.mapping, ChatConfig())
+
+
+class RewardPredictor(Predictor):
+    reads_columns = False
+
+    def samples(self, asked: Sequence[Asked]) -> list[Sample]:
+        task: Any = self.config.task
+        rows = [one.row for one in asked]
+        fmt = "messages" if any("messages" in row for row in rows) else "preference"
+        encode = RewardEncoder(self.tokenizer, task.template_date, fmt, self.longest)
+        samples = encode.of_answers(rows, list(range(len(rows))))
+        for sample in samples:
+            if not sample.problem and not sample.weight:
+                sample.problem = f"its prompt alone has {self.longest} tokens (data.max_length)"
+        return samples
+
+    def computed(self, batch: Batch) -> Mapping[str, Any]:
+        return {"score": self.model(**inputs_of(batch)).logits.float()[:, 0]}
+
+    def answers_from(
+        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+    ) -> Iterator[Answer]:
+        for row in kept:
+            yield {"score": row["score"].tolist()}

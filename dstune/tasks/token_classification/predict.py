@@ -1,0 +1,67 @@
+"""Tags of words, and the entities that they mark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dstune.config.task_schema import TagScheme
+from dstune.data.formats import column_of
+from dstune.data.prepared import Split
+from dstune.data.rows import RowError, normalise
+from dstune.data.tags import AS_BIO, OUTSIDE, marks_entities
+from dstune.inference.predictor import Answer, Predictor
+from dstune.inference.rows import Asked, Question
+from dstune.train.measure import Row, rows_of
+
+
+class TaggingQuestion(Question):
+    role = "tokens"
+
+    @property
+    def text_column(self) -> str:
+        return self.mapping.get("tokens", "tokens")
+
+    def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        column = column_of("tokens", self.mapping, fields)
+        if column not in fields and self.mapping.get("text", "text") in fields:
+            column = self.mapping.get("text", "text")
+        if column not in fields:
+            raise RowError(self.missing("tokens", fields))
+        # Read twice: the words stand for their tags, of which there have to be as many.
+        both = {"tokens": column, "tags": column}
+        row = normalise(fields, "tokens_tags", both, replace(self.task, scheme=TagScheme.plain))
+        tag = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
+        return {**row, "tags": [tag] * len(row["tokens"])}
+
+
+class TaggingPredictor(Predictor):
+    def answers_from(
+        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+    ) -> Iterator[Answer]:
+        task: Any = self.config.task
+        marked = marks_entities(self.labels, task.scheme)
+        for one, chunks in zip(rows, rows_of(split, kept), strict=True):
+            tags = [self.labels[index] for chunk in chunks for index in chunk["prediction"]]
+            words = one.row["tokens"]
+            yield {"tokens": words, "predicted": tags} | ({"entities": entities(words, tags)} if marked else {})
+
+
+def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
+    """The entities that `tags` mark (BIO, BIOES, BILOU): `type`, `text`, and `start` and `end` (exclusive), the numbers of
+    their words.
+
+    A tag that continues no entity of its type begins one, as metrics of entities count it.
+    """
+    found: list[dict[str, Any]] = []
+    before = OUTSIDE
+    for number, tag in enumerate(tags):
+        mark, _, kind = tag.partition("-")
+        if tag != OUTSIDE:
+            if AS_BIO.get(mark, mark) == "I" and before == kind:
+                found[-1]["end"] = number + 1
+            else:
+                found.append({"type": kind, "text": "", "start": number, "end": number + 1})
+        before = kind if tag != OUTSIDE and mark not in ("S", "U", "E", "L") else OUTSIDE
+    return [one | {"text": " ".join(words[one["start"] : one["end"]])} for one in found]
