@@ -4,7 +4,7 @@
 
 MiniLM, 4,000 film reviews, 2,000 held out by a fixed split (`experiment=sentiment`, for ulmfit `sentiment_ulmfit`), on two ranks
 at ZeRO-2 through the command line, once for each method with settings of its own. Results are kept in
-benchmarks/methods.json, from which `python -m dstune.config.documentation` makes the measured rows of docs/methods.md.
+benchmarks/methods.json, from which `python tools/guides.py` makes the measured rows of docs/methods.md.
 
 Seconds are those of the training command: start, scoring or features, training, one evaluation at the end, export. Other work on
 the machine is in them. For `features` the cache is emptied first, and the time of the first epoch, in which the body reads

@@ -1,28 +1,11 @@
-"""The page about prepared models and experiments (docs/presets.md), read from the files in `conf/`."""
+"""What the files in `conf/` say of themselves."""
 
 from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
 
-import yaml
-
 from dstune.config.hydra_session import CONFIG_MODULE, config_folder
-
-PRESETS_HEAD = """\
-# Presets
-
-Made from the files in `conf/` by `python -m dstune.config.documentation`. A model's file holds what differs from the defaults, an
-experiment's file holds values of all groups; both are started by name, and any value may be changed behind it:
-
-```bash
-dstune train model=qwen3_4b method=lora data.train=chats.jsonl
-dstune train experiment=llama3_8b_lora_24gb data.train=chats.jsonl trainer.epochs=2
-```
-
-A base model whose family has chat markers gets their template, so that `task=chat` works with it. The arithmetic of an
-experiment's memory stands in its file.
-"""
 
 
 def description(path: Path) -> str:
@@ -42,22 +25,3 @@ def model_files() -> list[Path]:
     if folder is None:
         folder = Path(str(importlib.resources.files(CONFIG_MODULE)))
     return sorted((folder / "model").glob("*.yaml"))
-
-
-def what_it_is(path: Path) -> str:
-    """The part of an experiment's comment in front of its arithmetic, without the sentence that announces a command."""
-    text = description(path).split(" Memory", 1)[0]
-    sentences = text.replace("e.g. ", "e.g.").split(". ")
-    return ". ".join(sentence for sentence in sentences if not sentence.endswith(":")).rstrip(".") + "."
-
-
-def presets_page(conf: Path) -> str:
-    """The text of docs/presets.md for the folder `conf`."""
-    models = ["| `model=` | path | with | |", "| --- | --- | --- | --- |"]
-    for path in sorted((conf / "model").glob("*.yaml")):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        others = " ".join(f"`{key}={value}`" for key, value in values.items() if key != "path")
-        models.append(f"| `{path.stem}` | `{values['path']}` | {others} | {description(path)} |")
-    experiments = ["| `experiment=` | |", "| --- | --- |"]
-    experiments += [f"| `{path.stem}` | {what_it_is(path)} |" for path in sorted((conf / "experiment").glob("*.yaml"))]
-    return "\n".join([PRESETS_HEAD, "## Models", "", *models, "", "## Experiments", "", *experiments, ""])

@@ -15,7 +15,7 @@ from dstune import cli
 from dstune.checkpoint.export import GGUF_TYPES
 from dstune.config import flags as hydra
 from dstune.config.completion import complete
-from dstune.config.documentation import documentation, help_text, markdown_table, merged
+from dstune.config.documentation import documentation, help_text, merged
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.names import all_keys, names_choice
 from dstune.errors import UserError
@@ -174,6 +174,8 @@ def test_equal_keys_of_choices_are_one_row():
 
 
 def test_markdown_table_is_a_table():
+    from tools.guides import markdown_table
+
     lines = markdown_table().splitlines()
     assert lines[1] == "| --- | --- | --- | --- |"
     for line in lines:

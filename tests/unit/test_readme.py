@@ -10,23 +10,23 @@ import pytest
 
 from dstune.cli import VERBS
 from dstune.config.compose import compose
-from dstune.config.documentation import (
+from dstune.config.documentation import documentation
+from dstune.config.hydra_session import group_options, session
+from dstune.config.sweep_space import first, split
+from dstune.config.validate import validate
+from dstune.protocols import METHODS
+from tools.guides import (
     CONFIGURATION_HEAD,
     GROUPS_END,
     GROUPS_START,
     METHODS_END,
     METHODS_START,
-    documentation,
     groups_table,
     markdown_table,
 )
-from dstune.config.hydra_session import group_options, session
-from dstune.config.method_matrix import matrix_table
-from dstune.config.methods_page import methods_page
-from dstune.config.presets import presets_page
-from dstune.config.sweep_space import first, split
-from dstune.config.validate import validate
-from dstune.protocols import METHODS
+from tools.method_matrix import matrix_table
+from tools.methods_page import methods_page
+from tools.presets_page import presets_page
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -124,21 +124,21 @@ def test_commands_of_report_and_data_show_are_understood():
 def test_groups_and_keys_are_those_of_the_schema():
     with session() as hydra:
         table = groups_table(group_options(hydra))
-    assert f"{GROUPS_START}\n{table}{GROUPS_END}" in README, "run python -m dstune.config.documentation"
+    assert f"{GROUPS_START}\n{table}{GROUPS_END}" in README, "run python tools/guides.py"
 
 
 def test_matrix_of_methods_is_that_of_the_rules():
-    assert f"{METHODS_START}\n{matrix_table()}{METHODS_END}" in README, "run python -m dstune.config.documentation"
+    assert f"{METHODS_START}\n{matrix_table()}{METHODS_END}" in README, "run python tools/guides.py"
 
 
 def test_page_of_presets_is_that_of_the_files():
     text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
-    assert text == presets_page(ROOT / "conf"), "run python -m dstune.config.documentation"
+    assert text == presets_page(ROOT / "conf"), "run python tools/guides.py"
 
 
 def test_page_of_methods_is_that_of_schema_files_and_measurements():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert text == methods_page(ROOT), "run python -m dstune.config.documentation"
+    assert text == methods_page(ROOT), "run python tools/guides.py"
     for name in METHODS:
         assert f"## `method={name}`" in text
         assert (ROOT / "conf" / "method" / f"{name}.yaml").is_file()
@@ -146,5 +146,5 @@ def test_page_of_methods_is_that_of_schema_files_and_measurements():
 
 def test_configuration_reference_is_that_of_the_schema():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert text == f"{CONFIGURATION_HEAD}\n{markdown_table()}", "run python -m dstune.config.documentation"
+    assert text == f"{CONFIGURATION_HEAD}\n{markdown_table()}", "run python tools/guides.py"
     assert not [f"{setting.group}.{setting.key}" for setting in documentation() if not setting.doc]

@@ -15,7 +15,7 @@ from dstune.protocols import METHODS
 HEAD = """\
 # Methods
 
-Made from the schema, `conf/method/` and `benchmarks/methods.json` by `python -m dstune.config.documentation`. A method decides
+Made from the schema, `conf/method/` and `benchmarks/methods.json` by `python tools/guides.py`. A method decides
 what is trained, and when; it goes with every task, model and ZeRO stage unless validation says why not. Keys and defaults:
 [configuration.md](configuration.md).
 """

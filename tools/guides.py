@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Write the tables of README.md, docs/configuration.md, docs/methods.md and docs/presets.md from the schema and `conf/`.
+
+usage: python tools/guides.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # as a script it finds its own folder only
+
+from dstune.config.documentation import merged  # noqa: E402
+from tools.method_matrix import matrix_table  # noqa: E402
+from tools.methods_page import methods_page  # noqa: E402
+from tools.presets_page import presets_page  # noqa: E402
+
+GROUPS_START = "<!-- groups: made by `python tools/guides.py` -->"
+GROUPS_END = "<!-- /groups -->"
+METHODS_START = "<!-- methods: made by `python tools/guides.py` -->"
+METHODS_END = "<!-- /methods -->"
+CONFIGURATION_HEAD = """\
+# Configuration
+
+Made from the schema by `python tools/guides.py`. A name in parentheses behind a key is the choice that has it.
+Values of the command line win over those of an experiment, which win over those of the other groups. A list is `key=[a,b]`,
+nothing is `key=null`.
+"""
+
+
+def markdown_table() -> str:
+    """All keys as a Markdown table, for the README (a test holds the two against each other)."""
+    lines = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for setting in merged():
+        only = f" ({setting.group})" if "=" in setting.group else ""
+        cells = [f"`{setting.key}`{only}", f"`{setting.default}`", setting.type, setting.doc]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
+    """Groups with their choices and keys as a Markdown table, for the README (a test holds the two against each other)."""
+    keys: dict[str, list[str]] = {}
+    for setting in merged():
+        section, _, key = setting.key.partition(".")
+        if not key:
+            continue  # of no group (`plugins`)
+        if ".NAME." not in setting.key and key not in keys.setdefault(section, []):
+            keys[section].append(key)
+    lines = ["| group | choices | keys |", "| --- | --- | --- |"]
+    for group in ["experiment", *keys]:
+        names = [choice for choice in groups.get(group, ()) if choice != "default"]
+        choices = ", ".join(f"`{name}`" for name in names)
+        if len(names) > LISTED:
+            choices = f"[{len(names)} presets](docs/presets.md), for example `{names[0]}`, `{names[-1]}`"
+        lines.append(f"| `{group}` | {choices} | {' '.join(f'`{key}`' for key in keys.get(group, ()))} |")
+    return "\n".join(lines) + "\n"
+
+
+LISTED = 20
+"""A group with more choices than this is described on the page of presets."""
+
+
+def _between(text: str, start: str, table: str, end: str) -> str:
+    """`text` with `table` between the two marks."""
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{table}{end}{rest.partition(end)[2]}"
+
+
+def write_guides(root: Path) -> None:
+    """Put the current tables into README.md, docs/configuration.md, docs/methods.md and docs/presets.md below `root`."""
+    from dstune.config.hydra_session import group_options, session
+
+    with session() as hydra:
+        table = groups_table(group_options(hydra))
+    readme = root / "README.md"
+    text = _between(readme.read_text(encoding="utf-8"), GROUPS_START, table, GROUPS_END)
+    readme.write_text(_between(text, METHODS_START, matrix_table(), METHODS_END), encoding="utf-8")
+    (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
+    (root / "docs" / "methods.md").write_text(methods_page(root), encoding="utf-8")
+    (root / "docs" / "presets.md").write_text(presets_page(root / "conf"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_guides(ROOT)

@@ -1,0 +1,43 @@
+"""The page about prepared models and experiments (docs/presets.md), read from the files in `conf/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from dstune.config.presets import description
+
+PRESETS_HEAD = """\
+# Presets
+
+Made from the files in `conf/` by `python tools/guides.py`. A model's file holds what differs from the defaults, an
+experiment's file holds values of all groups; both are started by name, and any value may be changed behind it:
+
+```bash
+dstune train model=qwen3_4b method=lora data.train=chats.jsonl
+dstune train experiment=llama3_8b_lora_24gb data.train=chats.jsonl trainer.epochs=2
+```
+
+A base model whose family has chat markers gets their template, so that `task=chat` works with it. The arithmetic of an
+experiment's memory stands in its file.
+"""
+
+
+def what_it_is(path: Path) -> str:
+    """The part of an experiment's comment in front of its arithmetic, without the sentence that announces a command."""
+    text = description(path).split(" Memory", 1)[0]
+    sentences = text.replace("e.g. ", "e.g.").split(". ")
+    return ". ".join(sentence for sentence in sentences if not sentence.endswith(":")).rstrip(".") + "."
+
+
+def presets_page(conf: Path) -> str:
+    """The text of docs/presets.md for the folder `conf`."""
+    models = ["| `model=` | path | with | |", "| --- | --- | --- | --- |"]
+    for path in sorted((conf / "model").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        others = " ".join(f"`{key}={value}`" for key, value in values.items() if key != "path")
+        models.append(f"| `{path.stem}` | `{values['path']}` | {others} | {description(path)} |")
+    experiments = ["| `experiment=` | |", "| --- | --- |"]
+    experiments += [f"| `{path.stem}` | {what_it_is(path)} |" for path in sorted((conf / "experiment").glob("*.yaml"))]
+    return "\n".join([PRESETS_HEAD, "## Models", "", *models, "", "## Experiments", "", *experiments, ""])
