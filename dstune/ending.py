@@ -40,7 +40,7 @@ def finish(
         with run.around("ending the run"):
             result |= _conclude(run, checkpoints, run_dir, prepared, unsaved=evaluated)
             show_samples(run, tokenizer, before=False)
-    run.saves.settle()
+    run.saves.wait_for_pending_save()
     run.supply.close(for_good=not request.action & LEAVE)
     state.seconds = run.seconds_before + time.monotonic() - run.started
     status = status_of(request)
@@ -90,7 +90,7 @@ def _conclude(
     """
     state, config = run.state, run.config
     result: dict[str, Any] = {}
-    run.saves.settle()
+    run.saves.wait_for_pending_save()
     newest = store.newest(run_dir)
     # Saved again where an evaluation came after the save, so that the checkpoint knows whether it is the best one.
     due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))

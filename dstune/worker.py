@@ -85,130 +85,192 @@ def train_stage(
     config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer | None = None
 ) -> None:
     """As `train`, a single stage."""
-    startup = startup or StartupTimer()
-    started = time.monotonic()
-    publish(str(run_dir))
-    console = Console()
-    if world.is_main:
-        show_activities(console)
-    precision = world.broadcast(resolve(config))
-    parallel = parallelism_of(config.parallel)
-    cut = SequenceCut.of(parallel.row_ranks, world)
-    slices = Slices.of(parallel.weight_ranks, world)
-    settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
-    if config.trainer.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is deterministic with a fixed workspace only
-        torch.use_deterministic_algorithms(True)
-    tokenizer = load_tokenizer(config.model)
-    data = prepare(config, tokenizer, world.env, cache_root())
-    prove(config, tokenizer, data)
-    blocks = None
-    if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
-        blocks = Blocks(config, tokenizer, data, run_dir, cache_root(), leader=world.local_rank == 0)
-    memory = PeakMemory()
-    task = task_of(config.task)
-    data = task.before_loading(config, data, tokenizer, world, precision)
-    startup.mark("data")
-    activity.info("loading %s", shown(config.model.path))
-    digests = {"samples": samples_digest(data), "content": content_digest(data)}
-    method = method_of(config.method)
-    prepared = method.prepare(config, data, tokenizer, precision, world, run_dir)
-    data = prepared.data
-    fisher = general_fisher(config, data.labels, tokenizer, precision, world, prepared.restrict)
-    with partitioned_loading(settings):
-        model = prepared.model(config, tokenizer, DTYPES[precision])
-        if model is None:
-            model = load_model(config, tokenizer, data.labels, DTYPES[precision])
-    if cut is not None:
-        cut.install(model)
-    rows = cut or SamplesApart.of(config, model)
-    module = method.apply(model, config)
-    if slices is not None:
-        slice_model(module, model, slices)
-    use_lean_norms(module)
-    use_joint_sums(module)
-    startup.mark("model")
-    head = task.head(model, rows)  # after the method: an adapter may wrap the vocabulary projection
-    prepared.restrict(module, new_weights(model))
-    optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
-    once = goes_once_through(config)
-    engine = Engine(module, optimizer, settings, world, groups=groups, one_pass=once, slices=slices)
-    startup.mark("engine")
-    examine(head, engine)
-    if prepared.masks:
-        engine.mask(prepared.masks)
-    penalties = None
-    if config.forgetting.l2sp or config.forgetting.ewc:
-        penalties = Penalties(config.forgetting, engine, new_weights(model), fisher)
-    say = console.message if world.is_main else lambda text: None
-    settle_rows(config, engine, head, rows, model.config.get_text_config(), world, say)
-    keep_freed()
-    facts: dict[str, Any] = {
-        "world_size": world.size,
-        "zero_stage": engine.stage,
-        "weight_parts": 1 if slices is None else slices.parts,
-        "precision": precision.value,
-        "labels": list(data.labels),
-        **digests,
-    }
-    refuse_different_rows(world, digests["samples"] + digests["content"])
-    checkpoints = Checkpoints(config, run_dir, engine, world, facts, say)
-    trials = micro_batch.Trials(config, data.train, engine, head, world, tokenizer.pad_token_id, memory, say)
-    # Before layers are frozen for later: all of them take the most.
-    config, known = trials.settle(checkpoints.remembered(micro_batch.NAME))
-    data = task.before_training(config, data, engine, head, world, tokenizer.pad_token_id, precision)
-    state = checkpoints.resume()
-    if known is not None:
-        state.results[micro_batch.NAME] = known
-    checkpoints.check_space()
-    supply = supply_of(config, data, blocks, state.cursor)
-    total_steps = config.trainer.max_steps or supply.steps(config.trainer.epochs)
-    unfreezing = method.unfreezing(model, engine, supply, state.step)
-    log = RunLog(config, run_dir, resumed_at_step=state.step or None, console=console) if world.is_main else None
-    run = Training(
-        config=config,
-        world=world,
-        run_dir=run_dir,
-        engine=engine,
-        head=head,
-        data=data,
-        supply=supply,
-        total_steps=total_steps,
-        state=state,
-        evaluator=Evaluator(config, data, engine, head, world, tokenizer),
-        rewind=checkpoints.rewind,
-        saves=Saves(config, run_dir, engine, world, facts, say),
-        log=log,
-        memory=memory,
-        pad_token_id=tokenizer.pad_token_id,
-        utilization=utilization_of(config, model, module, precision, world, len(data.labels)),
-        preemption=preemption,
-        startup=startup,
-        unfreezing=unfreezing,
-        penalties=penalties,
-        started=started,
-        seconds_before=state.seconds,
-    )
-    run.callbacks = CallbackList.for_run(run)
+    setup = Setup(config, run_dir, world, preemption, startup or StartupTimer())
+    setup.configure_rank()
+    setup.load_data()
+    setup.prepare_method()
+    setup.build_model()
+    setup.build_engine()
+    setup.check_arithmetic()
+    setup.load_checkpoint()
+    run_training(setup, setup.build_training())
+
+
+class Setup:
+    """What a rank builds before the loop, in this order: each step takes what the steps before it have made."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer):
+        self.config, self.run_dir, self.world = config, run_dir, world
+        self.preemption, self.startup = preemption, startup
+        self.started = time.monotonic()
+        self.on_gpu = torch.cuda.is_available()
+        self.console = Console()
+        self.message: Callable[[str], None] = self.console.message if world.is_main else lambda text: None
+
+    def configure_rank(self) -> None:
+        """Precision, groups of ranks, and the dictionary for DeepSpeed."""
+        config, world = self.config, self.world
+        publish(str(self.run_dir))
+        if world.is_main:
+            show_activities(self.console)
+        self.precision = world.broadcast(resolve(config))
+        parallel = parallelism_of(config.parallel)
+        self.cut = SequenceCut.of(parallel.row_ranks, world)
+        self.shards = Slices.of(parallel.weight_ranks, world)
+        self.deepspeed = deepspeed_config(config, world.size, self.precision, on_gpu=self.on_gpu)
+        if config.trainer.deterministic:
+            # cuBLAS is deterministic with a fixed workspace only.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def load_data(self) -> None:
+        config, world = self.config, self.world
+        self.tokenizer = load_tokenizer(config.model)
+        self.data = prepare(config, self.tokenizer, world.env, cache_root())
+        prove(config, self.tokenizer, self.data)
+        self.blocks: Blocks | None = None
+        if self.data.stream is not None:  # now, so that the process that prepares them starts while the model loads
+            leader = world.local_rank == 0
+            self.blocks = Blocks(config, self.tokenizer, self.data, self.run_dir, cache_root(), leader=leader)
+        self.memory = PeakMemory()
+        self.task = task_of(config.task)
+        self.data = self.task.before_loading(config, self.data, self.tokenizer, world, self.precision)
+        self.startup.mark("data")
+
+    def prepare_method(self) -> None:
+        """What the method computes on a copy of the model that is thrown away."""
+        config, world = self.config, self.world
+        activity.info("loading %s", shown(config.model.path))
+        self.digests = {"samples": samples_digest(self.data), "content": content_digest(self.data)}
+        self.method = method_of(config.method)
+        prepared = self.method.prepare(config, self.data, self.tokenizer, self.precision, world, self.run_dir)
+        self.prepared, self.data = prepared, prepared.data
+        labels = self.data.labels
+        self.fisher = general_fisher(config, labels, self.tokenizer, self.precision, world, prepared.restrict)
+
+    def build_model(self) -> None:
+        """The model with the method's parameters, cut or sharded where ranks share rows or weights, and the head."""
+        config, dtype = self.config, DTYPES[self.precision]
+        with partitioned_loading(self.deepspeed):
+            model = self.prepared.model(config, self.tokenizer, dtype)
+            if model is None:
+                model = load_model(config, self.tokenizer, self.data.labels, dtype)
+        self.model = model
+        if self.cut is not None:
+            self.cut.install(model)
+        self.rows = self.cut or SamplesApart.of(config, model)
+        self.module = self.method.apply(model, config)
+        if self.shards is not None:
+            slice_model(self.module, model, self.shards)
+        use_lean_norms(self.module)
+        use_joint_sums(self.module)
+        self.startup.mark("model")
+        self.head = self.task.head(model, self.rows)  # after the method: an adapter may wrap the projection
+
+    def build_engine(self) -> None:
+        """Parameter groups, the optimizer and the DeepSpeed engine."""
+        config, module, prepared = self.config, self.module, self.prepared
+        prepared.restrict(module, new_weights(self.model))
+        optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
+        once = goes_once_through(config)
+        self.engine = Engine(
+            module, optimizer, self.deepspeed, self.world, groups=groups, one_pass=once, slices=self.shards
+        )
+        self.startup.mark("engine")
+
+    def check_arithmetic(self) -> None:
+        """Sanity checks of the head and of packed rows; masks and penalties, while the weights are those of the start."""
+        config, engine, world = self.config, self.engine, self.world
+        examine(self.head, engine)
+        if self.prepared.masks:
+            engine.mask(self.prepared.masks)
+        self.penalties: Penalties | None = None
+        if config.forgetting.l2sp or config.forgetting.ewc:
+            self.penalties = Penalties(config.forgetting, engine, new_weights(self.model), self.fisher)
+        architecture = self.model.config.get_text_config()
+        settle_rows(config, engine, self.head, self.rows, architecture, world, self.message)
+        keep_freed()
+        refuse_different_rows(world, self.digests["samples"] + self.digests["content"])
+
+    def load_checkpoint(self) -> None:
+        """The size of a micro-batch, log-probabilities of the start weights, and the newest checkpoint."""
+        engine, world, padding = self.engine, self.world, self.tokenizer.pad_token_id
+        self.metadata: dict[str, Any] = {
+            "world_size": world.size,
+            "zero_stage": engine.stage,
+            "weight_parts": 1 if self.shards is None else self.shards.parts,
+            "precision": self.precision.value,
+            "labels": list(self.data.labels),
+            **self.digests,
+        }
+        self.checkpoints = Checkpoints(self.config, self.run_dir, engine, world, self.metadata, self.message)
+        trials = micro_batch.Trials(
+            self.config, self.data.train, engine, self.head, world, padding, self.memory, self.message
+        )
+        # Before layers are frozen for later: all of them take the most.
+        self.config, known = trials.choose_micro_batch_size(self.checkpoints.remembered(micro_batch.NAME))
+        self.data = self.task.before_training(self.config, self.data, engine, self.head, world, padding, self.precision)
+        self.state = self.checkpoints.resume()
+        if known is not None:
+            self.state.results[micro_batch.NAME] = known
+        self.checkpoints.check_space()
+
+    def build_training(self) -> Training:
+        """The order of the data, the log and the callbacks."""
+        config, world, engine, data, state = self.config, self.world, self.engine, self.data, self.state
+        supply = supply_of(config, data, self.blocks, state.cursor)
+        unfreezing = self.method.unfreezing(self.model, engine, supply, state.step)
+        log = None
+        if world.is_main:
+            log = RunLog(config, self.run_dir, resumed_at_step=state.step or None, console=self.console)
+        run = Training(
+            config=config,
+            world=world,
+            run_dir=self.run_dir,
+            engine=engine,
+            head=self.head,
+            data=data,
+            supply=supply,
+            total_steps=config.trainer.max_steps or supply.steps(config.trainer.epochs),
+            state=state,
+            evaluator=Evaluator(config, data, engine, self.head, world, self.tokenizer),
+            rewind=self.checkpoints.rewind,
+            saves=Saves(config, self.run_dir, engine, world, self.metadata, self.message),
+            log=log,
+            memory=self.memory,
+            pad_token_id=self.tokenizer.pad_token_id,
+            utilization=utilization_of(config, self.model, self.module, self.precision, world, len(data.labels)),
+            preemption=self.preemption,
+            startup=self.startup,
+            unfreezing=unfreezing,
+            penalties=self.penalties,
+            started=self.started,
+            seconds_before=state.seconds,
+        )
+        run.callbacks = CallbackList.for_run(run)
+        return run
+
+
+def run_training(setup: Setup, run: Training) -> None:
+    """From the first lines on the console to `result.json`."""
+    run_dir, tokenizer = setup.run_dir, setup.tokenizer
     try:
-        describe(config, run_dir, run, module, prepared)
-        state.planned_steps = total_steps
+        describe(run.config, run_dir, run, setup.module, setup.prepared)
+        run.state.planned_steps = run.total_steps
         show_samples(run, tokenizer, before=True)
-        ask_untuned(run, run_dir, module, tokenizer)
-        if state.step == 0:
+        ask_untuned(run, run_dir, setup.module, tokenizer)
+        if run.state.step == 0:
             evaluate_monitored_sets(run, "before")
-        startup.mark("checks")
+        run.startup.mark("checks")
         request = fit(run)
         run.callbacks.on_train_end(run, request)
         try:
-            finish(run, checkpoints, run_dir, tokenizer, request, prepared)
+            finish(run, setup.checkpoints, run_dir, tokenizer, request, setup.prepared)
         finally:
             run.callbacks.close()  # last: a run that is preempted has little time for its result
     except BaseException:
-        if log is not None:
-            log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
+        if isinstance(run.log, RunLog):
+            run.log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         raise
 
 

@@ -72,7 +72,7 @@ class Saves:
         checkpoints are untouched, the reason is told and is in `refusal`. A save waits for the one before.
         """
         began = time.monotonic()
-        self.settle()
+        self.wait_for_pending_save()
         weights_only = self._config.checkpoint.weights_only and not whole
         folder = self._prepare(state.step, weights_only)
         if folder is None:
@@ -95,7 +95,7 @@ class Saves:
         state.save_seconds = time.monotonic() - began
         return not self.refusal
 
-    def settle(self) -> bool:
+    def wait_for_pending_save(self) -> bool:
         """Wait for the save in the background. Returns False where it came to nothing."""
         if self._pending is None:
             return True

@@ -121,7 +121,7 @@ class Trials:
     memory: PeakMemory
     say: Callable[[str], None]
 
-    def settle(self, known: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
+    def choose_micro_batch_size(self, known: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
         """The configuration with a number for `trainer.micro_batch_size`, the same on all ranks, and what to remember of it.
 
         known: what the run that is continued has remembered. Its number stays, since dropout and the order of the rows may

@@ -40,7 +40,7 @@ class Saves(Protocol):
     refusal: str
 
     def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool: ...
-    def settle(self) -> bool: ...
+    def wait_for_pending_save(self) -> bool: ...
 
 
 @dataclass
@@ -283,7 +283,7 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
     state = run.state
     run.callbacks.on_progress(f"going back from step {state.step}")
     with run.around("going back"):
-        run.saves.settle()
+        run.saves.wait_for_pending_save()
         earlier = run.rewind()
     if earlier is not None:
         earlier.left_out_batches = state.next_batch - earlier.step

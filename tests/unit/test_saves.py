@@ -124,7 +124,7 @@ def test_a_refused_save_costs_nothing_but_itself(tmp_path, mode):
     assert writer.save(TrainState(step=1))
     engine.refuses = True
     writer.save(TrainState(step=2))
-    assert not writer.settle() if mode == "async" else writer.refusal
+    assert not writer.wait_for_pending_save() if mode == "async" else writer.refusal
     assert "rank 0: full" in writer.refusal
     assert "step 2 is not saved: rank 0: full" in said[-1] and "step-00000001 is whole" in said[-1]
     assert [path.name for path in store.folder(tmp_path).iterdir()] == ["step-00000001"]
@@ -150,7 +150,7 @@ def test_saves_in_the_background_come_one_after_the_other(tmp_path, monkeypatch)
     for step in (1, 2, 3):
         state.step = step
         assert writer.save(state)
-    assert writer.settle()
+    assert writer.wait_for_pending_save()
     assert most == [1, 1, 1]
     assert state.save_seconds > 0.1
     assert [info.step for info in store.listing(tmp_path)] == [2, 3]
@@ -175,5 +175,5 @@ def test_whatever_goes_wrong_in_the_background_is_no_save(tmp_path, monkeypatch)
     writer, _, said = saves(tmp_path, "async")
     monkeypatch.setattr(store, "commit", fail)
     writer.save(TrainState(step=1))
-    assert not writer.settle()
+    assert not writer.wait_for_pending_save()
     assert "step 1 is not saved: RuntimeError: something else" in said[-1]
