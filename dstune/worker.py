@@ -127,7 +127,9 @@ class Setup:
         config, world = self.config, self.world
         self.tokenizer = load_tokenizer(config.model)
         self.data = prepare(config, self.tokenizer, world.env, cache_root())
-        prove(config, self.tokenizer, self.data)
+        self.served = prove(config, self.tokenizer, self.data)
+        if self.served.note:
+            self.message(self.served.note)
         self.blocks: Blocks | None = None
         if self.data.stream is not None:  # now, so that the process that prepares them starts while the model loads
             leader = world.local_rank == 0
@@ -201,6 +203,7 @@ class Setup:
             "weight_parts": 1 if self.shards is None else self.shards.parts,
             "precision": self.precision.value,
             "labels": list(self.data.labels),
+            "chat_template_kwargs": dict(self.served.arguments),
             **self.digests,
         }
         self.checkpoints = Checkpoints(self.config, self.run_dir, engine, world, self.metadata, self.message)

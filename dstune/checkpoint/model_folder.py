@@ -30,6 +30,7 @@ from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
+from dstune.data.chat.template import with_arguments
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
 from dstune.models.base_weights import BaseWeights
@@ -62,7 +63,9 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
 
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(config.model)
-    labels = tuple(store.read_state(checkpoint)["labels"])
+    state = store.read_state(checkpoint)
+    labels = tuple(state["labels"])
+    _build_in(tokenizer, state.get("chat_template_kwargs") or {})
     trained = Weights(checkpoint)
     built = _build(config, tokenizer, labels, trained)
     expected = {name for name, parameter in built.module.named_parameters() if parameter.requires_grad}
@@ -81,6 +84,15 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
         _save_whole(built, sources, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
     task_of(config.task).write_export(config, built.model.config, folder)
+
+
+def _build_in(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Let the chat template render as in training wherever it is not told otherwise."""
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = with_arguments(template, arguments)
+    elif template:
+        tokenizer.chat_template = {name: with_arguments(text, arguments) for name, text in template.items()}
 
 
 @dataclass(frozen=True)

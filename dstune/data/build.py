@@ -30,6 +30,7 @@ from dstune.data.augment import augmented
 from dstune.data.augment.rewrite import identity
 from dstune.data.augment.words import KEY as SYNONYMS_KEY
 from dstune.data.chat import evidence
+from dstune.data.chat.evidence import Proof
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
@@ -87,13 +88,13 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
     return _load(folder, key, config)
 
 
-def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> int:
-    """Compare conversations of every kind in `data.train` with what a server renders; how many turns were compared.
+def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
+    """Compare conversations of every kind in `data.train` with what a server renders.
 
     Raises UserError with the first turn that is trained otherwise.
     """
     if data.evidence is None or not tokenizer.chat_template:
-        return 0
+        return Proof()
     formats = ["messages"] * len(tasks_of(config))
     several = list(zip(tasks_of(config).values(), formats, strict=True))
     encode = RowTokenizer(

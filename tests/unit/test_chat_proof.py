@@ -14,6 +14,8 @@ from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
 from dstune.config.task_schema import ChatConfig, PreferenceConfig, PreferenceLoss, RewardConfig, Seq2SeqConfig
 from dstune.data.build import prove
+from dstune.data.chat.template import with_arguments
+from dstune.data.collate import NO_TARGET
 from dstune.errors import UserError
 from dstune.protocols.task import TaskConfig
 
@@ -51,11 +53,11 @@ def data_of(tmp_path: Any, tokenizer: Any, task: TaskConfig, rows: list[Any]) ->
 def test_rows_of_every_kind_are_proven(tmp_path):
     tokenizer = byte_tokenizer(QWEN3)
     config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS)
-    kinds = [entry["row"] for entry in json.loads(data.evidence.read_text())]
+    kinds = [entry["row"] for entry in json.loads(data.evidence.read_text())["rows"]]
     assert any("tool_calls" in str(row) for row in kinds)
     assert any("reasoning_content" in str(row) for row in kinds)
     # One of an exchange, two of each other row, and those of the longest once more.
-    assert prove(config, tokenizer, data) == 7
+    assert prove(config, tokenizer, data).turns == 7
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_rows_of_every_kind_are_proven(tmp_path):
 def test_every_task_of_conversations_is_proven(tmp_path, task, row):
     tokenizer = byte_tokenizer()
     config, data = data_of(tmp_path, tokenizer, task, [row])
-    assert prove(config, tokenizer, data) > 0
+    assert prove(config, tokenizer, data).turns > 0
     other = byte_tokenizer(CHATML.replace("'<|im_start|>' + message", "'<|im_start|>.' + message"))
     with pytest.raises(UserError, match="not trained as a server would render it"):
         prove(config, other, data)
@@ -102,7 +104,7 @@ def test_the_proof_fails_where_an_argument_is_another(tmp_path):
     template = "{% if loud %}!{% endif %}" + CHATML
     task = ChatConfig(template_date=DATE, chat_template_kwargs={"loud": True})
     config, data = data_of(tmp_path, byte_tokenizer(template), task, ROWS[:8])
-    assert prove(config, byte_tokenizer(template), data) > 0
+    assert prove(config, byte_tokenizer(template), data).turns > 0
     quiet = replace(config, task=replace(task, chat_template_kwargs={}))
     with pytest.raises(UserError, match="a server reads"):
         prove(quiet, byte_tokenizer(template), data)
@@ -111,7 +113,7 @@ def test_the_proof_fails_where_an_argument_is_another(tmp_path):
 def test_the_proof_sees_the_date(tmp_path):
     tokenizer = byte_tokenizer(LLAMA3, eos="<|eot_id|>", bos="<|begin_of_text|>")
     config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS[:8])
-    assert prove(config, tokenizer, data) > 0
+    assert prove(config, tokenizer, data).turns > 0
     with pytest.raises(UserError, match="of the context is"):
         prove(replace(config, task=ChatConfig(template_date="2025-04-01")), tokenizer, data)
 
@@ -120,4 +122,51 @@ def test_other_tasks_have_nothing_to_prove(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
     config = data_run(path, format="prompt_completion", split=SplitConfig(validation=0.0))
     tokenizer = byte_tokenizer(None)
-    assert prove(config, tokenizer, prepared(config, tokenizer, tmp_path / "cache")) == 0
+    assert prove(config, tokenizer, prepared(config, tokenizer, tmp_path / "cache")).turns == 0
+
+
+SWITCHED = CHATML.replace(
+    "assistant\n' }}{% endif",
+    "assistant\n' }}{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif",
+).replace(
+    "message['content'] +",
+    "(('<think>' + (message.reasoning_content or '') + '</think>') if loop.last and message.role == 'assistant' else '') + "
+    "message['content'] +",
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(ROWS[:8], {"enable_thinking": False}), (ROWS[8:9], {"enable_thinking": True})]
+)
+def test_an_exported_template_has_the_arguments_built_in(tmp_path, rows, expected):
+    """A server that is told nothing renders the context that was trained."""
+    tokenizer = byte_tokenizer(SWITCHED)
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), rows)
+    served = prove(config, tokenizer, data)
+    assert served.arguments == expected
+    plain = byte_tokenizer(with_arguments(SWITCHED, served.arguments))
+    messages = rows[0]["messages"]
+    asked = messages[: [message["role"] for message in messages].index("assistant")]
+    context = plain.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    begins = [
+        next(at for at, label in enumerate(sample["labels"]) if label != NO_TARGET) for sample in data.train.table
+    ]
+    assert context in [sample["input_ids"][:at] for sample, at in zip(data.train.table, begins, strict=True)]
+    told = plain.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, enable_thinking=True)
+    assert told.endswith("assistant\n")
+    assert ("<think></think>" in plain.decode(context)) is (expected["enable_thinking"] is False)
+
+
+def test_both_kinds_of_turns_are_told(tmp_path):
+    tokenizer = byte_tokenizer(SWITCHED)
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS[:9])
+    served = prove(config, tokenizer, data)
+    assert served.arguments == {}
+    assert served.note.startswith("1 of 9 rows have reasoning")
+
+
+def test_arguments_of_every_kind_are_built_in():
+    arguments = {"a": 1, "b": 'it\'s "x"\n', "c": [True, None], "d": {"e": 0.5}}
+    template = with_arguments("\n{{ a }}|{{ b }}|{{ c }}|{{ d.e }}", arguments)
+    assert byte_tokenizer(template).apply_chat_template([{}], tokenize=False) == '\n1|it\'s "x"\n|[True, None]|0.5'
+    assert with_arguments("x", {}) == "x"

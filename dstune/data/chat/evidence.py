@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,21 @@ LONGEST_ROW = 100_000
 
 KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"system"', '"tool"', '"weight"')
 """Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
+
+
+REASONING = ('"reasoning', '"thinking"', "</think>")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proven of a run's conversations."""
+
+    turns: int = 0
+    """Compared with what a server renders."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the chat template, where all conversations have the same: what a server has to give it."""
+    note: str = ""
+    """What is to be told."""
 
 
 class Exchange(NamedTuple):
@@ -45,6 +61,7 @@ def keep(
     """
     cut = set(truncated.tolist())
     kept: dict[str, dict[str, Any]] = {}
+    thinking = sum(_with_reasoning(batch["row"]) for batch in rows.iter(batch_size=ROWS_LOOKED_AT))
     looked = rows[: min(len(rows), ROWS_LOOKED_AT)]
     longest = ""
     for text, number in zip(looked["row"], looked["number"], strict=True):
@@ -55,7 +72,12 @@ def keep(
             kept[kind] = _entry(text, number, numbers, sources)
         if len(longest) < len(text) <= LONGEST_ROW:
             longest, kept["longest"] = text, _entry(text, number, numbers, sources)
-    target.write_text(json.dumps([entry for entry in kept.values() if entry["samples"]]), encoding="utf-8")
+    found = [entry for entry in kept.values() if entry["samples"]]
+    target.write_text(json.dumps({"rows": found, "thinking": thinking, "of": len(rows)}), encoding="utf-8")
+
+
+def _with_reasoning(texts: Sequence[str]) -> int:
+    return sum(any(mark in text for mark in REASONING) for text in texts)
 
 
 def _entry(text: str, number: int, numbers: np.ndarray, sources: np.ndarray | None) -> dict[str, Any]:
@@ -70,20 +92,31 @@ def _kind(text: str) -> str:
     return " ".join([*(kind for kind in KINDS if kind in text), str(min(turns, 2)), arguments])
 
 
-def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> int:
-    """Compare the samples of the rows in `file` with what a server renders; how many turns were.
+def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> Proof:
+    """Compare the samples of the rows in `file` with what a server renders.
 
     encode: the `RowTokenizer` of the run. Raises UserError with the first turn that is trained otherwise.
     """
-    entries = json.loads(file.read_text(encoding="utf-8"))
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    arguments: dict[str, Any] = {}
+    note = ""
     stops = frozenset(stop_token_ids(tokenizer))
     compared = 0
-    for entry in entries:
+    for entry in kept["rows"]:
         own = encode.of_source(entry["source"])
         renderer = own.renderer
         if renderer is None:
             continue
         server = Server(tokenizer, stops, renderer.date, renderer.run_arguments, renderer.facts)
+        arguments |= renderer.run_arguments
+        switch = renderer.facts.switch
+        if switch is not None and kept["thinking"] in (0, kept["of"]):
+            arguments.setdefault(switch, bool(kept["thinking"]))
+        elif switch is not None:
+            note = (
+                f"{kept['thinking']:,} of {kept['of']:,} rows have reasoning: their turns are trained with {switch}=true, the "
+                f"others with {switch}=false"
+            )
         exchanges = own.exchanges(entry["row"])
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
             continue  # one of them teaches nothing and is left out
@@ -104,7 +137,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> i
                         "please report it with the chat template of the model; DSTUNE_CACHE=FOLDER prepares the rows anew",
                     )
                 )
-    return compared
+    return Proof(compared, arguments, note)
 
 
 def _compared(

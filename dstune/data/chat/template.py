@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -135,3 +136,22 @@ def seen(messages: Messages) -> Messages:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
+    """`template` that renders as with `arguments` where it gets none of their names."""
+    lines = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
+        for name, value in sorted(arguments.items())
+    ]
+    # trim_blocks removes exactly the line break after each block.
+    return "".join([*lines, template])
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
