@@ -108,4 +108,5 @@ def test_a_run_loads_nothing_heavy_of_rooms_that_it_does_not_use(tmp_path):
     loaded = [name.split(".")[1:] for name in json.loads(done.stdout.splitlines()[-1])]
     assert ["tasks", "classification"] in loaded, "rooms themselves are loaded, so the test looks at the right names"
     heavy = [parts for parts in loaded if len(parts) > 2 and parts[-1] not in LIGHT_IN_A_ROOM]
-    assert [parts for parts in heavy if parts[1] not in ("chat", "lora")] == []
+    shared = [parts for parts in heavy if parts[1].startswith("_")]  # bases of several rooms: adapters of peft
+    assert [parts for parts in heavy if parts not in shared and parts[1] not in ("chat", "lora")] == []
