@@ -130,3 +130,61 @@ def test_a_template_that_is_neither_a_name_nor_a_file_is_refused(tmp_path):
     resolved("llama3")
     with pytest.raises(UserError, match="chatml, gemma, llama3"):
         resolved("lama3")
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+WITH_TOOLS = [
+    *MESSAGES[:2],
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+SEVERAL_CALLS = [
+    MESSAGES[1],
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "sunny"},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "Both."},
+]
+REASONED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "messages", "tools"),
+    [
+        ("chatml", "qwen3_instruct_2507", MESSAGES, None),
+        ("chatml", "qwen3_instruct_2507", WITH_TOOLS, TOOLS),
+        ("chatml", "qwen3_instruct_2507", SEVERAL_CALLS, TOOLS),
+        ("chatml", "qwen3", REASONED, None),
+        ("llama3", "llama3", MESSAGES, None),
+        ("llama3", "llama3_1", WITH_TOOLS, TOOLS),
+        ("gemma", "gemma3", MESSAGES, None),
+    ],
+)
+def test_a_packaged_template_is_the_family_s_own(name, family, messages, tools):
+    """Token by token, with and without the generation prompt; the family's template is read where it is installed."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    if not (folder / f"{family}.jinja").is_file():
+        pytest.skip(f"this version of trl has no template of {family}")
+    ours = tokenizer(name)
+    bos = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}.get(name)
+    given = {"tools": tools, "bos_token": bos} if bos else {"tools": tools}
+    theirs = (folder / f"{family}.jinja").read_text(encoding="utf-8")
+    for shown in (messages, [message for message in messages[:2] if message["role"] != "assistant"]):
+        prompt = shown is not messages
+        expected = ours.apply_chat_template(
+            shown, chat_template=theirs, add_generation_prompt=prompt, return_dict=False, **given
+        )
+        found = ours.apply_chat_template(shown, add_generation_prompt=prompt, return_dict=False, tools=tools)
+        assert ours.decode(found) == ours.decode(expected)
+        assert found == expected
