@@ -1,6 +1,6 @@
 """Real chat templates x dialogues: is what dstune trains what a server would make the model write?
 
-    python benchmarks/templates.py [--markdown FILE] [--only NAME] [--show DIALOGUE]
+    python benchmarks/templates.py [--markdown FILE] [--only NAME] [--show DIALOGUE] [--marked]
 
 Templates are read from installed packages (TRL ships those of 40 models) and from dstune; none of them is part of
 this repository. The tokenizer is made up, with the template's own control tokens in it: what is compared is which tokens
@@ -10,6 +10,9 @@ are context and which are trained, not a vocabulary. Each cell is one of
 - `n=`  so in n samples, since the template rewrites the history;
 - a number of a refusal, which is listed below the table;
 - `WRONG` otherwise, and the program ends with 1.
+
+With `--marked` the templates are those in which TRL marks what is to be trained (`{% generation %}`), and their marks are
+compared with the rule (`task.turns=all`): `=`, or how many tokens only the marks and only the rule train.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dstune.chat_templates import FOLDER
 from dstune.config.architectures import mark_stops
-from dstune.config.task_schema import ChatConfig
+from dstune.config.task_schema import ChatConfig, Turns
 from dstune.data.chat.proof import Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import check_conversation, conversation_of, tools_of
@@ -108,15 +111,20 @@ def tokenizer_for(name: str, template: str) -> Any:
     return tokenizer
 
 
-def templates() -> dict[str, str]:
-    """Templates by name: of TRL (without those that it changed for training), and dstune's own."""
+def templates(*, marked: bool = False) -> dict[str, str]:
+    """Templates by name: of TRL (without those that it changed for training, or these alone), and dstune's own."""
     found = {}
     spec = importlib.util.find_spec("trl")
     assert spec is not None and spec.origin is not None, "pip install trl"
     for file in sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja")):
-        if not file.stem.endswith("_training"):
+        if file.stem.endswith("_training") == marked:
             found[file.stem] = file.read_text(encoding="utf-8")
-    return found | {f"dstune/{file.stem}": file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
+    return (
+        found
+        if marked
+        else found
+        | {f"dstune/{file.stem}": file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
+    )
 
 
 def user(text: str = "What is the weather in Paris?") -> dict[str, Any]:
@@ -248,23 +256,55 @@ def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tup
     return ("=" if len(rows) == 1 else f"{len(rows)}="), ""
 
 
+def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
+    """Whether the template's own marks train what the rule does."""
+    try:
+        row = prepared(dialogue)
+        task = ChatConfig(template_date=DATE, turns=Turns.all)
+        samples = RowTokenizer(tokenizer, task, "messages", max_length=100_000).samples([row], [0])
+    except (RowError, UserError) as error:
+        return "refused", str(error)
+    if problem := next((sample.problem for sample in samples if sample.problem), ""):
+        return "refused", problem
+    given = {"tools": row.get("tools"), "return_dict": True, "return_assistant_tokens_mask": True}
+    marked = tokenizer.apply_chat_template(row["messages"], **given)
+    theirs = {at for at, trained in enumerate(marked["assistant_masks"]) if trained}
+    if len(samples) > 1 or samples[0].input_ids.tolist() != marked["input_ids"]:
+        return f"{len(samples)} samples", "the rule makes other samples of it, since the template rewrites the history"
+    ours = set(np.flatnonzero(samples[0].labels != NO_TARGET).tolist())
+    if ours == theirs:
+        return "=", ""
+    ids = marked["input_ids"]
+    shown = [repr(tokenizer.decode([ids[at] for at in sorted(only)])) for only in (theirs - ours, ours - theirs)]
+    return (
+        f"+{len(theirs - ours)} -{len(ours - theirs)}",
+        f"the marks alone train {shown[0]}, the rule alone {shown[1]}",
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--only", help="templates whose names contain this")
     parser.add_argument("--show", help="print what is trained of this dialogue")
+    parser.add_argument("--marked", action="store_true", help="compare TRL's marked templates with the rule")
     options = parser.parse_args()
     names = list(DIALOGUES)
     lines = ["| template | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     reasons: dict[str, int] = {}
     wrong, counts = [], Counter()
-    for name, template in templates().items():
+    for name, template in templates(marked=options.marked).items():
         if options.only and options.only not in name:
             continue
         cells = []
         for dialogue in names:
             tokenizer = tokenizer_for(name.removeprefix("dstune/"), template)
-            shown, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
+            if options.marked:
+                shown, reason = marked_cell(tokenizer, DIALOGUES[dialogue])
+                if reason and shown != "refused":
+                    print(f"  {dialogue}: {reason}")
+            else:
+                shown, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
             counts[shown if shown in ("WRONG", "refused") else "served"] += 1
             if shown == "WRONG":
                 wrong.append(f"{name} x {dialogue}: {reason}")
