@@ -23,8 +23,20 @@ _MODULES = {
     "dstune.api.models": ("evaluate", "export", "generate", "plan", "predict"),
     "dstune.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
     "dstune.protocols": (
-        *("Launcher", "Method", "Optimizer", "Schedule", "Task"),
-        *("launcher", "method", "optimizer", "schedule", "task"),
+        *("Action", "Callback", "Launcher", "Method", "Metric", "Optimizer", "Parallelism", "Request"),
+        *("RowFormat", "Schedule", "Task", "Tracker"),
+        *(
+            "callback",
+            "launcher",
+            "method",
+            "metric",
+            "optimizer",
+            "parallelism",
+            "row_format",
+            "schedule",
+            "task",
+            "tracker",
+        ),
     ),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}

@@ -11,15 +11,27 @@ from dstune.errors import Preempted as Preempted
 from dstune.errors import Problem as Problem
 from dstune.errors import TrainingFailed as TrainingFailed
 from dstune.errors import UserError as UserError
+from dstune.protocols import Action as Action
+from dstune.protocols import Callback as Callback
 from dstune.protocols import Launcher as Launcher
 from dstune.protocols import Method as Method
+from dstune.protocols import Metric as Metric
 from dstune.protocols import Optimizer as Optimizer
+from dstune.protocols import Parallelism as Parallelism
+from dstune.protocols import Request as Request
+from dstune.protocols import RowFormat as RowFormat
 from dstune.protocols import Schedule as Schedule
 from dstune.protocols import Task as Task
+from dstune.protocols import Tracker as Tracker
+from dstune.protocols import callback as callback
 from dstune.protocols import launcher as launcher
 from dstune.protocols import method as method
+from dstune.protocols import metric as metric
 from dstune.protocols import optimizer as optimizer
+from dstune.protocols import parallelism as parallelism
+from dstune.protocols import row_format as row_format
 from dstune.protocols import schedule as schedule
 from dstune.protocols import task as task
+from dstune.protocols import tracker as tracker
 
 __version__: str

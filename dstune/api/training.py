@@ -31,6 +31,8 @@ def train(
     train: Rows | str | os.PathLike[str] | None = None,
     validation: Rows | str | os.PathLike[str] | None = None,
     test: Rows | str | os.PathLike[str] | None = None,
+    callbacks: Sequence[str | type] = (),
+    plugins: Sequence[str | os.PathLike[str]] = (),
     config_dirs: Sequence[str | os.PathLike[str]] = (),
     progress: bool = True,
 ) -> Run:
@@ -47,6 +49,9 @@ def train(
             directory; or files, as in `data.train`.
         validation: held-out rows, likewise.
         test: rows that are measured once at the end, likewise.
+        callbacks: `"my_module:Printer"`, `"./printer.py:Printer"` or the class itself, registered with `@dstune.callback`. It has
+            to be in a file or an installed package: what a notebook cell defines cannot reach the ranks.
+        plugins: files and modules that register tasks, methods, metrics, ..., as the key `plugins`.
         config_dirs: folders with groups of your own, as `--config-dir`.
         progress: whether to show what happens; without it everything is in the run directory only.
 
@@ -75,7 +80,7 @@ def train(
     folders = [os.fspath(folder) for folder in config_dirs]
 
     def command() -> tuple[Command, WriteRows | None]:
-        words, write = _with_rows(list(overrides), folders, splits)
+        words, write = _with_rows(_with_plugins(overrides, callbacks, plugins), folders, splits)
         return Command(None, Flags(words, folders), json=False), write
 
     return _run(command, progress)
@@ -125,6 +130,58 @@ def _ended(run_dir: Path, code: int) -> Run:
     if code == EXIT_PREEMPTED:
         raise Preempted(f"{reason}; dstune.load_run({str(run_dir)!r}).resume() continues the run")
     raise TrainingFailed(f"{reason} (logs: {run_dir / 'logs'})")
+
+
+def _with_plugins(
+    overrides: Sequence[str], callbacks: Sequence[str | type], plugins: Sequence[str | os.PathLike[str]]
+) -> list[str]:
+    """The overrides with `plugins` and `trainer.callbacks`. Raises UserError: a callback that cannot reach the ranks."""
+    from dstune.config.overrides import key_of, quoted
+    from dstune.config.plugins import load_built_ins
+    from dstune.core.plugins import activate
+
+    specs = [_importable(one) for one in callbacks]
+    if callbacks and any(key_of(text) == "trainer.callbacks" for text in overrides):
+        raise UserError(Problem("trainer.callbacks", "is given beside callbacks=...", "leave one of them out"))
+    files = list(dict.fromkeys([*(os.fspath(one) for one in plugins), *specs]))
+    words = list(overrides)
+    if files:
+        words.append(f"plugins=[{','.join(quoted(file) for file in files)}]")
+    if specs:
+        load_built_ins()
+        activate(files)
+        words.append(f"trainer.callbacks=[{','.join(_registered(spec) for spec in specs)}]")
+    return words
+
+
+def _importable(callback: Any) -> str:
+    """The module and class of a callback, as ranks import it."""
+    if isinstance(callback, str):
+        if ":" in callback:
+            return callback
+        fix = 'write "MODULE:CLASS", for example "my_module:Printer"'
+        raise UserError(Problem("callbacks", "names no class", fix, callback))
+    if not isinstance(callback, type):
+        fix = "pass the class, or its MODULE:CLASS; arguments go into trainer.callbacks=[{NAME: {ARGUMENT: VALUE}}]"
+        raise UserError(Problem("callbacks", "expected a class or its name", fix, repr(callback)[:80]))
+    if callback.__module__ == "__main__":
+        reason = "it is defined in a notebook cell or the program itself, which the ranks do not have: they are other processes"
+        fix = (
+            f"write it into a file (%%writefile my_callback.py), and pass callbacks=['my_callback:{callback.__name__}']"
+        )
+        raise UserError(Problem("callbacks", reason, fix, callback.__name__))
+    return f"{callback.__module__}:{callback.__name__}"
+
+
+def _registered(spec: str) -> str:
+    """The name under which a callback is registered; its plugin is active."""
+    from dstune.protocols import CALLBACKS
+
+    member = spec.rpartition(":")[2]
+    found = [name for name, cls in CALLBACKS.classes().items() if cls.__name__ == member]
+    if not found:
+        raise UserError(Problem("callbacks", f"{member} is no callback", "derive it from dstune.Callback", spec))
+    return found[-1]
 
 
 def _with_rows(

@@ -32,6 +32,7 @@ ORDER = (
     "models",
     "samples",
     "import",
+    "init",
     "completion",
 )
 """In `dstune --help` these come first, in this order."""

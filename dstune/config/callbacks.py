@@ -6,9 +6,11 @@ import importlib
 import inspect
 import os
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dstune.config.convert import convert
 from dstune.config.names import nearest
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
@@ -25,7 +27,7 @@ def chosen_callbacks(config: RunConfig) -> list[Callback]:
         where = f"{KEY}[{number}]"
         name, arguments = _name_and_arguments(entry, where)
         cls = _find(name, where)
-        _refuse_arguments(cls, arguments, name, where)
+        arguments = _converted(cls, arguments, name, where)
         if any(type(other) is cls for other in made):
             raise UserError(Problem(where, "this callback is in the list already", "name it once", name))
         try:
@@ -46,7 +48,7 @@ def check_callbacks(config: RunConfig) -> Iterator[Problem]:
         try:
             name, arguments = _name_and_arguments(entry, where)
             cls = _find(name, where)
-            _refuse_arguments(cls, arguments, name, where)
+            _converted(cls, arguments, name, where)
         except UserError as error:
             yield from error.problems
             continue
@@ -106,8 +108,8 @@ def _imported(name: str, where: str) -> type[Callback]:
     return found
 
 
-def _refuse_arguments(cls: type[Callback], arguments: Mapping[str, Any], name: str, where: str) -> None:
-    """Raises UserError where `cls` does not take these arguments."""
+def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The arguments as the types that `cls.__init__` annotates. Raises UserError where it does not take them."""
     parameters = inspect.signature(cls).parameters
     free = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     named = [one.name for one in parameters.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
@@ -123,5 +125,14 @@ def _refuse_arguments(cls: type[Callback], arguments: Mapping[str, Any], name: s
             problems.append(
                 Problem(where, f"the callback {name} needs {one.name}", f"give {name}: {{{one.name}: VALUE}}")
             )
+    hints = typing.get_type_hints(cls.__init__)
+    converted = dict(arguments)
+    for argument, value in arguments.items():
+        try:
+            if argument in named and argument in hints:
+                converted[argument] = convert(value, hints[argument], f"{where}.{argument}")
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise UserError(problems)
+    return converted

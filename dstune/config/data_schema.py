@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dstune.config.augment_schema import AugmentConfig
 from dstune.config.fields import MemberName, setting
-from dstune.protocols import TASKS
+from dstune.protocols import ROW_FORMATS, TASKS
 
 AUTOMATIC = "auto"
 """`data.format`: the format that fits the columns."""
@@ -24,6 +24,7 @@ else:
         @classmethod
         def options(cls) -> tuple[str, ...]:
             formats = [name for task in TASKS.classes().values() for name in task.formats]
+            formats += [name for name, form in ROW_FORMATS.classes().items() if form.shape in formats]
             return tuple(dict.fromkeys([AUTOMATIC, *formats]))
 
     class LanguageTaskName(MemberName):

@@ -79,8 +79,12 @@ def register_schema() -> None:
             for choice, cls in CHOICES[section].items():
                 store.store(group=f"schema/{section}", name=choice, node=mutable_twin(cls), provider="dstune")
                 if not cls.__module__.startswith("dstune."):
-                    # A choice without a file: `GROUP=NAME` with the defaults of the class.
-                    store.store(group=section, name=choice, node=mutable_twin(cls), provider=cls.__module__)
+                    # A choice without a file: `GROUP=NAME` with the defaults of the class, as conf/GROUP/NAME.yaml has them.
+                    node = {
+                        "defaults": [f"/schema/{section}/{choice}@{section}", "_self_"],
+                        **CHOICES.choice_settings(section, choice),
+                    }
+                    store.store(choice, node, group=section, package="_global_", provider=cls.__module__)
                     _of_plugins.append((section, choice))
         else:
             twin = mutable_twin(classes_of(section)[""])

@@ -14,8 +14,7 @@ import yaml
 from dstune.config.convert import yaml_problem
 from dstune.config.names import nearest
 from dstune.config.overrides import key_of
-from dstune.config.schema import CHOICES
-from dstune.core import plugins
+from dstune.core import plugins, registry
 from dstune.core.plugins import KEY, Plugin
 from dstune.errors import Problem, UserError
 
@@ -35,8 +34,8 @@ def activate_requested(overrides: Sequence[str], config_dirs: Sequence[str | Pat
 
 def load_built_ins() -> None:
     """First, so that of two members of one name the plugin's is the one to be refused."""
-    for section in CHOICES:
-        _ = CHOICES[section]
+    for kind in registry.kinds():
+        kind.load()
 
 
 def requested(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> list[str]:

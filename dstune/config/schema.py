@@ -311,6 +311,11 @@ class Choices(Mapping[str, Mapping[str, type]]):
         choices = self._sections[section]
         return choices.configs() if isinstance(choices, Registry) else choices
 
+    def choice_settings(self, section: str, choice: str) -> Mapping[str, Any]:
+        """What choosing a plugin's member sets in other sections (a built-in one has a YAML file for it)."""
+        choices = self._sections[section]
+        return getattr(choices[choice], "choice_settings", {}) if isinstance(choices, Registry) else {}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sections)
 
@@ -342,7 +347,7 @@ class RunConfig:
     """Also absent from earlier ones."""
 
 
-CHOICES: Mapping[str, Mapping[str, type]] = Choices(
+CHOICES = Choices(
     {
         "task": TASKS,
         "method": METHODS,

@@ -32,7 +32,17 @@ from dstune.config.task_rules import check_task
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.errors import Problem, UserError
-from dstune.protocols import TASKS, TRACKERS, launcher_of, method_of, metric_names, optimizer_of, schedule_of, task_of
+from dstune.protocols import (
+    ROW_FORMATS,
+    TASKS,
+    TRACKERS,
+    launcher_of,
+    method_of,
+    metric_names,
+    optimizer_of,
+    schedule_of,
+    task_of,
+)
 
 
 def validate(config: RunConfig) -> None:
@@ -93,7 +103,8 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             "data.train=rows.jsonl, a sample (data=chitchat), or an experiment (experiment=quickstart)",
             shown(data.train),
         )
-    readers = [name for name, cls in TASKS.classes().items() if data.format in cls.formats]
+    read_as = {data.format, *(form.shape for name, form in ROW_FORMATS.classes().items() if name == data.format)}
+    readers = [name for name, cls in TASKS.classes().items() if read_as & {*cls.formats}]
     if readers and task.name not in readers:
         yield Problem(
             "data.format",

@@ -198,7 +198,7 @@ def from_dicts(stored: Any, where: str) -> tuple[Plugin, ...]:
 
 def digests(*kinds: str) -> list[str]:
     """Hashes of the active plugins that register a member of one of `kinds`: part of what is derived from them."""
-    return sorted(one.sha256 for one in active() if any(text.split(" ")[0] in kinds for text in one.registers))
+    return sorted(one.sha256 for one in active() if any(text.rpartition(" ")[0] in kinds for text in one.registers))
 
 
 # ---- installed packages ----

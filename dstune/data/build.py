@@ -193,7 +193,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config)],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
-    if own := plugins.digests("task", "row_format"):
+    if own := plugins.digests("task", "row format"):
         parts["plugins"] = own
     text = json.dumps(
         parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)

@@ -10,7 +10,7 @@ from functools import cache
 from dstune.config.data_schema import AUTOMATIC
 from dstune.core.registry import on_change
 from dstune.errors import Problem, UserError
-from dstune.protocols import ROW_FORMATS, TASKS, task_of
+from dstune.protocols import ROW_FORMATS, TASKS, formats_for, task_of
 from dstune.protocols.task import TaskConfig
 
 
@@ -60,7 +60,7 @@ def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, 
     `named` is `data.format`; `where` (`FILE:LINE`) is the row that the columns were read from.
     Raises UserError that lists the columns found and what was expected.
     """
-    allowed = task_of(task).read_formats
+    allowed = formats_for(task_of(task))
     for name in allowed:
         columns = ROW_FORMATS[name]().expand(columns) if isinstance(columns, Mapping) else columns
     if named != AUTOMATIC:

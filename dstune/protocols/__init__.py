@@ -41,6 +41,7 @@ __all__ = [
     "Task",
     "Tracker",
     "callback",
+    "formats_for",
     "launcher",
     "launcher_of",
     "method",
@@ -86,3 +87,9 @@ def metric_names(config: TaskConfig) -> tuple[str, ...]:
     task = task_of(config)
     own = tuple(task.metrics)
     return own + tuple(name for name in METRICS if name not in own and METRICS[name].computed_for(task.name))
+
+
+def formats_for(task: Task) -> tuple[str, ...]:
+    """The row formats that a task reads: its own, then those of plugins that have the shape of one of them."""
+    own = task.read_formats
+    return (*own, *(name for name, form in ROW_FORMATS.classes().items() if form.shape in own and name not in own))

@@ -94,6 +94,8 @@ class Method:
     scores_gradients: ClassVar[bool] = False
     same_parameters_throughout: ClassVar[bool] = False
 
+    choice_settings: ClassVar[Mapping[str, Any]] = {}
+    """Of a plugin: what choosing the method sets in other sections, such as `{"optimizer": {"lr": 1e-3}}`."""
     why_not_shared_rows: ClassVar[str] = ""
     """Why ranks cannot share a row (`parallel=ulysses`); empty where they can."""
     why_not_measured: ClassVar[str] = ""

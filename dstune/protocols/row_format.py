@@ -25,6 +25,8 @@ class RowFormat:
     """Roles that it may have."""
     other_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """By role, columns that are taken for it where neither its own name nor `data.columns` gives one."""
+    shape: ClassVar[str] = ""
+    """The format of a built-in task whose rows `row` makes: tasks that read that one read this one too. For plugins."""
     readable_as: ClassVar[tuple[str, ...]] = ()
     """Formats as which a row can be read too, since it has all that they need."""
     checks: ClassVar[Mapping[str, Check]] = {}

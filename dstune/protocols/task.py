@@ -144,6 +144,9 @@ class Task:
         """Whether a conversation has to have something that the assistant says."""
         return True
 
+    choice_settings: ClassVar[Mapping[str, Any]] = {}
+    """Of a plugin: what choosing the task sets in other sections, such as `{"data": {"packing": False}}`."""
+
     # ---- rows ----
 
     formats: ClassVar[tuple[str, ...]] = ()

@@ -163,9 +163,15 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         *((name, str(version or "")) for name, version in section(facts, "packages").items()),
         ("Git commit", str(facts.get("git_commit") or "")),
         ("Data fingerprint", str(facts.get("data_fingerprint") or "")),
+        *(("Plugin", _plugin(one)) for one in run.plugins),
         ("Run directory", str(run.path)),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _plugin(one: dict[str, Any]) -> str:
+    adds = ", ".join(str(text) for text in one.get("registers") or [])
+    return f"{one.get('file')} (sha256 {str(one.get('sha256'))[:12]}){': ' if adds else ''}{adds}"
 
 
 def _parameters(model: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ class RunFiles:
     config: Row
     """The resolved configuration as `run.yaml` has it: references to the environment are not followed."""
     overrides: list[str]
+    plugins: list[Row]
+    """As `run.yaml` lists them; none of them is loaded."""
     version: str
     metrics: list[Row]
     samples: list[Row]
@@ -132,6 +134,7 @@ def read(path: Path) -> RunFiles:
         path=path,
         config=section(stored, "config"),
         overrides=[str(text) for text in stored.get("overrides") or []],
+        plugins=[one for one in stored.get("plugins") or [] if isinstance(one, dict)],
         version=str(stored.get("dstune_version") or ""),
         metrics=_rows(path / "metrics.jsonl"),
         samples=_rows(path / "samples.jsonl"),

@@ -15,7 +15,7 @@ from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.conversations import conversation
 from dstune.data.tokenize.sample import Encoder, Rows, Sample, SourcePrompts
 from dstune.data.tokenize.several import SeveralEncoder
-from dstune.protocols import task_of
+from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -28,6 +28,11 @@ COUNTED = {
     "problem": datasets.Value("string"),
 }
 """Columns of `RowTokenizer` that serve to count and are not kept with the samples."""
+
+
+def shape_of(fmt: str) -> str:
+    """The format whose encoder reads the rows of the format `fmt`."""
+    return (ROW_FORMATS[fmt].shape if fmt in ROW_FORMATS else "") or fmt
 
 
 class RowTokenizer:
@@ -61,7 +66,7 @@ class RowTokenizer:
             assert sources is not None, "rows of several tasks come from a mixture"
             self._encoder = SeveralEncoder([own._encoder for own in self._of_source], sources)
         else:
-            self._encoder = task_of(task).encoder(tokenizer, fmt, max_length, labels, class_weights)
+            self._encoder = task_of(task).encoder(tokenizer, shape_of(fmt), max_length, labels, class_weights)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
         """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""

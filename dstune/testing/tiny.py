@@ -1,0 +1,59 @@
+"""A tiny random model whose vocabulary is the words of some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_model(folder: Path, rows: Sequence[Mapping[str, Any]], *, decoder: bool, seed: int = 0) -> None:
+    """Two layers and a word-level tokenizer with ChatML as its chat template."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = dict.fromkeys(word for row in rows for text in _texts(row) for word in text.split())
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="</s>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    wrapped.chat_template = CHATML
+    size = {"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 2}
+    torch.manual_seed(seed)
+    model: Any
+    if decoder:
+        model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, bos_token_id=1, eos_token_id=4))
+    else:
+        # Without dropout: one rank and two draw different masks.
+        model = BertModel(BertConfig(**size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from _texts(one)
