@@ -71,10 +71,10 @@ def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint:
     from dstune.api.notebook import console
     from dstune.evaluation.command import measure, parse
 
-    arguments = parse([_path(model), *overrides, "--split", split, "--checkpoint", checkpoint])
+    arguments = parse([os.fspath(model), *overrides, "--split", split, "--checkpoint", checkpoint])
     code, result = measure(arguments, console())
     if code != EXIT_DONE or result is None:
-        raise TrainingFailed(f"the evaluation of {_path(model)} ended with exit code {code}")
+        raise TrainingFailed(f"the evaluation of {os.fspath(model)} ended with exit code {code}")
     return result
 
 
@@ -103,7 +103,7 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
     )
     from dstune.config.compose import read_run
 
-    folder = run_directory(Path(_path(run)))
+    folder = run_directory(Path(os.fspath(run)))
     if merge:
         refuse_unmergeable("merge", read_run(folder / "run.yaml").config.method)
     found = find_checkpoint(folder, checkpoint)
@@ -145,7 +145,7 @@ def plan(
     """
     from dstune.launch.plan import as_json, as_text, configuration, parse, plan_of
 
-    words = [] if run is None else [_path(run)]
+    words = [] if run is None else [os.fspath(run)]
     words += [*overrides, *(f"hardware={hardware}" for _ in [0] if hardware), *(f"nodes={nodes}" for _ in [0] if nodes)]
     arguments = parse([*words, *(f"price={price}" for _ in [0] if price)])
     config = configuration(arguments)
@@ -157,7 +157,7 @@ class Loaded:
     """A model that stays in memory: the last one that answered, of one run, export or model."""
 
     def __init__(self, model: Any):
-        self._path = _path(model)
+        self._path = os.fspath(model)
         self._key: tuple[Any, ...] | None = None
         self._model: Any = None
         self._open = ExitStack()
@@ -239,12 +239,6 @@ class Loaded:
             self._model = load()
             self._key = key
         return self._model
-
-
-def _path(model: Any) -> str:
-    from dstune.api.run import Run
-
-    return str(model.dir if isinstance(model, Run) else os.fspath(model))
 
 
 def _is_conversation(prompt: Any) -> bool:

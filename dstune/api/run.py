@@ -24,6 +24,9 @@ class Run:
         self.dir: Path = run_directory(Path(path))
         """The run directory."""
 
+    def __fspath__(self) -> str:
+        return str(self.dir)
+
     def __repr__(self) -> str:
         return f"Run({str(self.dir)!r}, status={self.status!r})"
 
@@ -98,10 +101,10 @@ class Run:
 
         Blocks until the run has ended, as `dstune.train` does, and raises what it raises.
         """
-        from dstune.api.training import resume
+        from dstune.api.launching import resume
 
         self._models.forget()
-        return resume(self.dir, *overrides, progress=progress)
+        return Run(resume(self.dir, *overrides, progress=progress))
 
     @cached_property
     def _models(self) -> Any:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.api import rows as memory
-from dstune.api.notebook import console
+from dstune.api.launching import WriteRows, check_words, run_to_end
 from dstune.api.run import Run
 from dstune.errors import (
-    EXIT_DONE,
-    EXIT_PREEMPTED,
-    Preempted,
     Problem,
-    TrainingFailed,
     UserError,
 )
 
 if TYPE_CHECKING:
     from dstune.api.rows import Rows
     from dstune.launch.train import Command
-
-WriteRows = Callable[[Path], None]
 
 
 def train(
@@ -73,7 +67,7 @@ def train(
     from dstune.config.flags import Flags
     from dstune.launch.train import Command
 
-    _check_words(overrides)
+    check_words(overrides)
     splits = {
         name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None
     }
@@ -83,53 +77,7 @@ def train(
         words, write = _with_rows(_with_plugins(overrides, callbacks, plugins), folders, splits)
         return Command(None, Flags(words, folders), json=False), write
 
-    return _run(command, progress)
-
-
-def resume(run: Path, *overrides: str, progress: bool = True) -> Run:
-    """See `Run.resume`."""
-    from dstune.config.flags import Flags
-    from dstune.launch.train import Command
-
-    _check_words(overrides)
-    return _run(lambda: (Command(run, Flags(list(overrides)), json=False), None), progress)
-
-
-def _run(requested: Callable[[], tuple[Command, WriteRows | None]], progress: bool) -> Run:
-    from dstune.launch.summary import summary
-    from dstune.launch.train import NothingToDo, as_rank, launched
-    from dstune.rank_env import from_environment
-    from dstune.report.command import leave_behind
-
-    env = from_environment(os.environ)
-    if env is not None:
-        outcome = as_rank(env, requested, prints=False)
-        if isinstance(outcome.error, NothingToDo):
-            return Run(outcome.error.run_dir)
-        if outcome.error is not None:
-            raise outcome.error
-        if outcome.run_dir is None or outcome.code != EXIT_DONE:
-            raise TrainingFailed(f"rank {env.rank} ended with exit code {outcome.code}")
-        return Run(outcome.run_dir)
-    command, write_rows = requested()
-    shown = console(progress)
-    run_dir, code, pending = launched(command, shown, write_rows)
-    if not pending:
-        leave_behind(run_dir, shown.message)
-    if progress and not pending and code == EXIT_DONE:
-        shown.message(summary(run_dir))
-    return _ended(run_dir, code)
-
-
-def _ended(run_dir: Path, code: int) -> Run:
-    """The run. Raises Preempted or TrainingFailed where it did not end as planned."""
-    run = Run(run_dir)
-    if code == EXIT_DONE:
-        return run
-    reason = str(run.result.get("reason") or f"exit code {code}")
-    if code == EXIT_PREEMPTED:
-        raise Preempted(f"{reason}; dstune.load_run({str(run_dir)!r}).resume() continues the run")
-    raise TrainingFailed(f"{reason} (logs: {run_dir / 'logs'})")
+    return Run(run_to_end(command, progress))
 
 
 def _with_plugins(
@@ -220,17 +168,3 @@ def _with_rows(
             memory.write(rows, chosen / names[name], name)
 
     return words, write
-
-
-def _check_words(overrides: Sequence[Any]) -> None:
-    """Raises UserError for flags of the command line and for what is no text."""
-    problems = []
-    for word in overrides:
-        if not isinstance(word, str):
-            fix = 'write "KEY=VALUE"; rows are passed as train=rows'
-            problems.append(Problem("overrides", "expected a text", fix, repr(word)[:80]))
-        elif word.startswith("-"):
-            fix = "dstune.train takes KEY=VALUE and GROUP=CHOICE; flags belong to the command line"
-            problems.append(Problem("overrides", "this is a flag", fix, word))
-    if problems:
-        raise UserError(problems)

@@ -7,6 +7,7 @@ is written (run.yaml, the configuration sent to a tracker) holds the reference o
 from __future__ import annotations
 
 import re
+import shlex
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from dstune.config.names import (
     OTHER_VALUES,
     all_keys,
     classes_of,
+    default_of,
     entry_class,
     nearest,
     sections,
@@ -33,6 +35,8 @@ from dstune.redact import remember
 
 ENVIRONMENT = "${oc.env:"
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
+EXAMPLES = {int: "100", float: "0.1", bool: "true", str: "NAME"}
+"""By type, for keys whose default is nothing."""
 
 
 class EnvironmentText(str):
@@ -238,9 +242,24 @@ def _fix(value: Any, hint: Any, where: str) -> str:
         return f"{where}=[{shown(value)}]"
     if typing.get_origin(hint) is dict and (pair := re.fullmatch(r"(\w+):(\S+)", str(value))):
         return f"'{where}={{{pair[1]}: {pair[2]}}}'"  # without quotes, bash takes the braces for alternatives
-    from dstune.config.words import example
-
     return example(where) if where in all_keys() else ""
+
+
+def typed(key: str, value: str) -> str:
+    """`key=value` as it is typed in a shell."""
+    return shlex.quote(f"{key}={value}")
+
+
+def example(key: str) -> str:
+    """A line that sets `key` to something right."""
+    hint = all_keys()[key]
+    default = default_of(key)
+    if default not in (None, "", [], {}):
+        return f"{typed(key, shown(default))} (the default)"
+    if is_optional(hint):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    other = {list: "[NAME,NAME]", dict: "{NAME: VALUE}"}.get(typing.get_origin(hint), "VALUE")
+    return f"for example {typed(key, EXAMPLES.get(hint, other))}"
 
 
 # ---- the tree ----

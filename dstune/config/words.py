@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import importlib.resources
-import shlex
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dstune.config.convert import is_optional, shown
-from dstune.config.names import all_keys, default_of, sections, suggest_key
+from dstune.config.convert import example, typed
+from dstune.config.names import all_keys, sections, suggest_key
 from dstune.errors import Problem
 
 DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".zip")
-EXAMPLES = {int: "100", float: "0.1", bool: "true", str: "NAME"}
-"""By type, for keys whose default is nothing."""
-
-
-def typed(key: str, value: str) -> str:
-    """`key=value` as it is typed in a shell."""
-    return shlex.quote(f"{key}={value}")
-
-
-def example(key: str) -> str:
-    """A line that sets `key` to something right."""
-    hint = all_keys()[key]
-    default = default_of(key)
-    if default not in (None, "", [], {}):
-        return f"{typed(key, shown(default))} (the default)"
-    if is_optional(hint):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    other = {list: "[NAME,NAME]", dict: "{NAME: VALUE}"}.get(typing.get_origin(hint), "VALUE")
-    return f"for example {typed(key, EXAMPLES.get(hint, other))}"
 
 
 def meaning(word: str, following: Sequence[str] = ()) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dstune.errors import UserError
 from dstune.launch import hosts
 from dstune.launch.host_slots import chosen, read
-from dstune.launch.on_hosts import OnHostsConfig
+from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.remote_commands import ssh_of
 from dstune.protocols.launcher import FAIL, PASS, WARN, Check
 

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.fields import setting
 from dstune.errors import Problem
 from dstune.launch import host_slots
 from dstune.protocols import Launcher
-from dstune.protocols.launcher import Check, LaunchConfig
+from dstune.protocols.launcher import Check
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
     from dstune.launch.console import Console
     from dstune.launch.remote_commands import RemotePlan
-
-
-@dataclass(frozen=True)
-class OnHostsConfig(LaunchConfig):
-    hostfile: str | None = None
-    """File with one `HOST slots=N` a line; a slot is a rank (and a GPU)."""
-    include: str | None = None
-    """Hosts or slots to use, as HOST@HOST:0,1; all when not given."""
-    exclude: str | None = None
-    """Hosts or slots to leave out, in the same form."""
-    user: str | None = None
-    """Name to log in with; the one of this machine, or of ssh's configuration, when not given."""
-    port: int | None = setting(None, at_least=1, at_most=65535)
-    """Port of sshd."""
-    interface: str | None = None
-    """Network interface that the ranks talk over, such as ib0; the one that leads to rank 0 when not given."""
-    grace_seconds: float = setting(10.0, above=0.0)
-    """How long the ranks of other hosts may take to end after one of them died; then they are killed."""
 
 
 class OnHosts(Launcher):

@@ -27,7 +27,7 @@ from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import python_path
 from dstune.launch.console import Console
 from dstune.launch.hosts import Answer, Ssh
-from dstune.launch.on_hosts import OnHostsConfig
+from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.processes import LAUNCH_ID, end_all
 from dstune.launch.remote_commands import RemotePlan, ssh_of
 from dstune.launch.signals import caught_signals

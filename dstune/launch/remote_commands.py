@@ -22,7 +22,7 @@ from dstune.launch.commands import (
     referenced,
 )
 from dstune.launch.hosts import Ssh
-from dstune.launch.on_hosts import OnHostsConfig
+from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.rank_env import GROUP_SECRET
 from dstune.redact import is_secret
 

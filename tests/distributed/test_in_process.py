@@ -15,7 +15,7 @@ from support.tiny import save_decoder, write_dialogues
 from support.workshop import VOLATILE
 
 from dstune.config.validate import find_problems
-from dstune.launch.local import LocalConfig
+from dstune.launch.local.config import LocalConfig
 
 CALLBACK = """
 import os

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstune.config import schema, task_schema
-from dstune.launch.local import LocalConfig
+from dstune.launch.local.config import LocalConfig
 from dstune.methods.full import FullConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.cosine import CosineConfig

@@ -37,7 +37,7 @@ from dstune.launch.commands import Machine, local_plan
 from dataclasses import replace
 sys.path.insert(0, {root!r})
 from tests.support.configs import run_config
-from dstune.launch.local import LocalConfig
+from dstune.launch.local.config import LocalConfig
 run_dir, grace, ranks = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 config = run_config(launch=LocalConfig(processes=ranks, grace_seconds=grace))
 console = Console()

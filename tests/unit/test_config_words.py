@@ -10,10 +10,11 @@ from dstune.arguments import VerbParser
 from dstune.cli import VERBS
 from dstune.cli.verb import other_names
 from dstune.config.compose import compose
+from dstune.config.convert import example
 from dstune.config.flags import hydra_flags
 from dstune.config.names import all_keys, default_of
 from dstune.config.overrides import parse
-from dstune.config.words import example, meaning, packaged_choices, rejoined
+from dstune.config.words import meaning, packaged_choices, rejoined
 from dstune.errors import Problem, UserError
 
 

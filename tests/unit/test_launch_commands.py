@@ -14,7 +14,7 @@ from dstune.config.schema import MlflowConfig, TrackingConfig, WandbConfig, Wand
 from dstune.errors import UserError
 from dstune.launch import commands
 from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, local_plan, number_of_ranks
-from dstune.launch.local import LocalConfig
+from dstune.launch.local.config import LocalConfig
 from tests.support.configs import run_config
 
 PARENT = {

@@ -11,11 +11,11 @@ import pytest
 from dstune.config.schema import ModelConfig, TrackingConfig, WandbConfig, WandbMode
 from dstune.core import handoff
 from dstune.launch import hosts
-from dstune.launch.hostfile import HostfileConfig
 from dstune.launch.hostfile.commands import pdsh_plan
+from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.hosts import Answer, Ssh
-from dstune.launch.openmpi import OpenMpiConfig
 from dstune.launch.openmpi.commands import mpirun_plan
+from dstune.launch.openmpi.config import OpenMpiConfig
 from tests.support.configs import run_config
 
 SLOTS = {"node1": [0, 1], "node2": [0]}

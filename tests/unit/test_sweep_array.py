@@ -9,8 +9,8 @@ import pytest
 
 from dstune.config.sweep_schema import GridConfig, OptunaConfig
 from dstune.config.sweep_space import split
-from dstune.launch.slurm import SlurmConfig
 from dstune.launch.slurm.array import array_script
+from dstune.launch.slurm.config import SlurmConfig
 from dstune.sweep.array import is_array, problems
 from tests.support.configs import run_config
 

@@ -6,9 +6,9 @@ import pytest
 
 from dstune.config.sweep_schema import GridConfig
 from dstune.errors import UserError
-from dstune.launch.local import LocalConfig
-from dstune.launch.openmpi import OpenMpiConfig
-from dstune.launch.slurm import SlurmConfig
+from dstune.launch.local.config import LocalConfig
+from dstune.launch.openmpi.config import OpenMpiConfig
+from dstune.launch.slurm.config import SlurmConfig
 from dstune.sweep.devices import Devices, here, share, slots
 from tests.support.configs import run_config
 

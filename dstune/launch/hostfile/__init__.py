@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.config.convert import shown
 from dstune.errors import Problem
-from dstune.launch.on_hosts import OnHosts, OnHostsConfig
+from dstune.launch.hostfile.config import HostfileConfig
+from dstune.launch.on_hosts import OnHosts
 from dstune.protocols import launcher
 from dstune.protocols.launcher import Check
 
@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
     from dstune.launch.console import Console
     from dstune.launch.remote_commands import RemotePlan
-
-
-@dataclass(frozen=True)
-class HostfileConfig(OnHostsConfig):
-    """Ranks on the hosts of a file, started by DeepSpeed's launcher over pdsh and ssh."""
-
-    name: str = "hostfile"
 
 
 @launcher

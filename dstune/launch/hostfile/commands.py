@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.launch.hostfile import HostfileConfig
+from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.remote_commands import RemotePlan, variables_of
 
 

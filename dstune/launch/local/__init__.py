@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.fields import setting
 from dstune.errors import Problem
+from dstune.launch.local.config import LocalConfig
 from dstune.protocols import Launcher, launcher
-from dstune.protocols.launcher import LaunchConfig
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
     from dstune.launch.console import Console
-
-
-@dataclass(frozen=True)
-class LocalConfig(LaunchConfig):
-    """Ranks on this machine, started and supervised by dstune itself."""
-
-    name: str = "local"
-    processes: int | None = setting(None, at_least=1)
-    """Ranks; every GPU when not given, else two (one on a single core)."""
-    restarts: int = setting(0, at_least=0)
-    """How often a run that failed starts again from its newest whole checkpoint; the same failure at the same step twice
-    ends it."""
-    grace_seconds: float = setting(5.0, above=0.0, at_most=8.0)
-    """How long the other ranks may take to end after one of them died; then they are killed."""
-    in_process: bool = False
-    """Train in the process that was started, so that breakpoints work: with `launch.processes=1` only."""
 
 
 @launcher

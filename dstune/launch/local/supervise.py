@@ -25,7 +25,7 @@ from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, S
 from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan, free_port
 from dstune.launch.console import Console, copy
-from dstune.launch.local import LocalConfig
+from dstune.launch.local.config import LocalConfig
 from dstune.launch.local.restarts import Restarts
 from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
 from dstune.launch.signals import caught_signals

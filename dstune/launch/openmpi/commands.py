@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.launch.openmpi import OpenMpiConfig
+from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.launch.remote_commands import RemotePlan, ssh_of, variables_of
 
 

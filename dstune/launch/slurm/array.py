@@ -13,7 +13,8 @@ from dstune.core import files
 from dstune.launch import records
 from dstune.launch.commands import inherited
 from dstune.launch.console import Console
-from dstune.launch.slurm import SlurmConfig, jobs
+from dstune.launch.slurm import jobs
+from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.script import SCRIPT, job_script, options
 
 ARRAY = Path("launch") / "array.sbatch"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.errors import Problem
-from dstune.launch.slurm import SlurmConfig
+from dstune.launch.slurm.config import SlurmConfig
 
 TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)")
 """sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from dstune.config.schema import RunConfig
 from dstune.errors import Problem, UserError
 from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
-from dstune.launch.slurm import ContainerRuntime, SlurmConfig
+from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 
 SCRIPT = Path("launch") / "job.sbatch"
 REQUEUE = 85

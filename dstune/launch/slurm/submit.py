@@ -17,8 +17,8 @@ from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import inherited
 from dstune.launch.console import Console
 from dstune.launch.signals import caught_signals
-from dstune.launch.slurm import SlurmConfig
 from dstune.launch.slurm import jobs as queue
+from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.script import SCRIPT, job_script
 from dstune.launch.verdict import Verdict
 from dstune.paths import STOP_FILE

@@ -1,0 +1,84 @@
+"""Starts a run from Python and waits for its end, as the command line does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.api.notebook import console
+from dstune.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    Preempted,
+    Problem,
+    TrainingFailed,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from dstune.launch.train import Command
+
+WriteRows = Callable[[Path], None]
+
+
+def resume(run: Path, *overrides: str, progress: bool = True) -> Path:
+    """See `Run.resume`. Returns the run directory."""
+    from dstune.config.flags import Flags
+    from dstune.launch.train import Command
+
+    check_words(overrides)
+    return run_to_end(lambda: (Command(run, Flags(list(overrides)), json=False), None), progress)
+
+
+def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progress: bool) -> Path:
+    from dstune.launch.summary import summary
+    from dstune.launch.train import NothingToDo, as_rank, launched
+    from dstune.rank_env import from_environment
+    from dstune.report.command import leave_behind
+
+    env = from_environment(os.environ)
+    if env is not None:
+        outcome = as_rank(env, requested, prints=False)
+        if isinstance(outcome.error, NothingToDo):
+            return outcome.error.run_dir
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.run_dir is None or outcome.code != EXIT_DONE:
+            raise TrainingFailed(f"rank {env.rank} ended with exit code {outcome.code}")
+        return outcome.run_dir
+    command, write_rows = requested()
+    shown = console(progress)
+    run_dir, code, pending = launched(command, shown, write_rows)
+    if not pending:
+        leave_behind(run_dir, shown.message)
+    if progress and not pending and code == EXIT_DONE:
+        shown.message(summary(run_dir))
+    return _ended(run_dir, code)
+
+
+def _ended(run_dir: Path, code: int) -> Path:
+    """The run directory. Raises Preempted or TrainingFailed where it did not end as planned."""
+    if code == EXIT_DONE:
+        return run_dir
+    from dstune.launch.records import read_result
+
+    reason = str((read_result(run_dir) or {}).get("reason") or f"exit code {code}")
+    if code == EXIT_PREEMPTED:
+        raise Preempted(f"{reason}; dstune.loadrun_to_end({str(run_dir)!r}).resume() continues the run")
+    raise TrainingFailed(f"{reason} (logs: {run_dir / 'logs'})")
+
+
+def check_words(overrides: Sequence[Any]) -> None:
+    """Raises UserError for flags of the command line and for what is no text."""
+    problems = []
+    for word in overrides:
+        if not isinstance(word, str):
+            fix = 'write "KEY=VALUE"; rows are passed as train=rows'
+            problems.append(Problem("overrides", "expected a text", fix, repr(word)[:80]))
+        elif word.startswith("-"):
+            fix = "dstune.train takes KEY=VALUE and GROUP=CHOICE; flags belong to the command line"
+            problems.append(Problem("overrides", "this is a flag", fix, word))
+    if problems:
+        raise UserError(problems)
