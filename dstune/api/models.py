@@ -175,8 +175,8 @@ class Loaded:
         from dstune.config.data_schema import OnBadRow
         from dstune.config.schema import ModelConfig
         from dstune.inference.load import find, load
-        from dstune.inference.rows import Question
         from dstune.inference.rows import Rows as Questions
+        from dstune.protocols import task_of
 
         if batch_size < 1:
             raise UserError(Problem("batch_size", "must be at least 1", "batch_size=32", str(batch_size)))
@@ -187,7 +187,8 @@ class Loaded:
         ]
         if not given:
             return []
-        asked = Questions(Question(wanted.config.task, wanted.labels, wanted.config.data), given, [], OnBadRow.error)
+        question = task_of(wanted.config.task).question(wanted.labels, wanted.config.data)
+        asked = Questions(question, given, [], OnBadRow.error)
 
         def loaded() -> Predictor:
             with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
