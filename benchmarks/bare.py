@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as functional
 from handwritten import load
 
-from dstune.config.task_schema import CausalLmConfig
 from dstune.models.attention import SamplesApart
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.norms import use_lean_norms
 from dstune.protocols import task_of
+from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.train.memory import PeakMemory, keep_freed
 
 

@@ -459,7 +459,7 @@ def _from_stored(
     result = dict(composed)
     for name, value in stored.items():
         key = f"{prefix}{name}"
-        now = composed.get(name)
+        now: Any = composed.get(name)
         if key in CHOICES and value["name"] != now["name"]:
             if not given(key):  # chosen when the run began
                 result[name] = value | {leaf: now[leaf] for leaf in now if leaf in value and given(f"{key}.{leaf}")}

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from enum import Enum
 
-from dstune.config.task_schema import TagScheme
 from dstune.data.problems import RowError
 
 OUTSIDE = "O"
+
+
+class TagScheme(Enum):
+    auto = "auto"
+    bio = "bio"
+    plain = "plain"
+
 
 _MARKED = re.compile(r"[BIESLUM]-.+", re.DOTALL)
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import dstune
 from dstune.config.fields import setting
-from dstune.config.task_schema import ClassificationConfig
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification import Classification
 
 

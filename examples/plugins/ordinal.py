@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import dstune
 from dstune.config.fields import setting
-from dstune.config.task_schema import ClassificationConfig
 from dstune.tasks.classification import Classification
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from support.configs import run_config
 
-from dstune.config import schema, task_schema
+from dstune.config import schema
 from dstune.dist import World
 from dstune.methods.freeze.config import FreezeConfig
 from dstune.methods.full import FullConfig
@@ -21,6 +21,8 @@ from dstune.optim.adamw import AdamWConfig
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, task_of
 from dstune.rank_env import from_environment
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.worker import goes_once_through
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -88,7 +90,7 @@ def main() -> None:
         classes = case["task"] == "classification"
         config = run_config(
             model=schema.ModelConfig(path=argument["encoder" if classes else "decoder"]),
-            task=task_schema.ClassificationConfig() if classes else task_schema.ChatConfig(),
+            task=ClassificationConfig() if classes else ChatConfig(),
             method=METHODS[case["method"]],
             optimizer=AdamWConfig(lr=1e-2, weight_decay=0.1),
             zero=schema.ZeroConfig(stage=case["stage"], param_persistence_threshold=0),

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from dstune.config.data_schema import CleanConfig, DataConfig, OnBadRow
-from dstune.config.task_schema import CausalLmConfig, ChatConfig
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.sources import of_part
 from dstune.protocols.task import TaskConfig
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.chat.config import ChatConfig
 from support.configs import run_config
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ,."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config import schema, task_schema
+from dstune.config import schema
 from dstune.launch.local.config import LocalConfig
 from dstune.methods.full import FullConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.cosine import CosineConfig
+from dstune.tasks.chat.config import ChatConfig
 
 
 def run_config(**sections: Any) -> schema.RunConfig:
@@ -16,7 +17,7 @@ def run_config(**sections: Any) -> schema.RunConfig:
     defaults: dict[str, Any] = {
         "model": schema.ModelConfig(),
         "data": schema.DataConfig(train="train.jsonl"),
-        "task": task_schema.ChatConfig(),
+        "task": ChatConfig(),
         "method": FullConfig(),
         "forgetting": schema.ForgettingConfig(),
         "optimizer": AdamWConfig(),

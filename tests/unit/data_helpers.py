@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dstune.config.data_schema import DataConfig
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ChatConfig
 from dstune.data.build import PreparedData, prepare
 from dstune.errors import Problem, UserError
 from dstune.protocols.task import TaskConfig
 from dstune.rank_env import RankEnv
+from dstune.tasks.chat.config import ChatConfig
 
 SPECIAL = [
     "<|begin_of_text|>",

@@ -13,11 +13,11 @@ from torchmetrics.functional.text import squad
 from unit.data_helpers import data_run, prepared, refusal_of, wordpiece, write_jsonl
 
 from dstune.config.data_schema import CleanConfig, OnBadRow, SplitConfig
-from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.data.clean.rows import map_texts
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
 from dstune.protocols import task_of
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.question_answering.encode import AnswerEncoder
 from dstune.tasks.question_answering.head import AnswerHead, best_span
 from dstune.tasks.question_answering.metrics import answer_metrics

@@ -9,7 +9,6 @@ import torch
 from support.tiny import save_decoder
 
 from dstune.config.compose import compose
-from dstune.config.task_schema import ChatConfig
 from dstune.errors import UserError
 from dstune.models import attention, cpu_attention
 from dstune.models.attention import SamplesApart, attend
@@ -17,6 +16,7 @@ from dstune.models.spans import SPANS as SPANS_KEYWORD
 from dstune.models.spans import refuse_unknown, spans_of
 from dstune.planning import activations
 from dstune.protocols import task_of
+from dstune.tasks.chat.config import ChatConfig
 from dstune.train.proofs import settle_rows
 
 SPANS = (((0, 3), (3, 11), (11, 24)), ((0, 20),))

@@ -15,11 +15,12 @@ from unit.data_helpers import data_run, prepared, refusal_of, wordpiece, write_j
 from dstune.config.augment_schema import AugmentConfig
 from dstune.config.data_schema import SplitConfig
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.config.validate import find_problems
 from dstune.data.augment.words import deleted, pieces, replaced, swapped
 from dstune.protocols.task import TaskConfig
 from dstune.report.data_section import part
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification.config import ClassificationConfig
 
 TEXT = "A good film, with  GOOD people\nin it."
 LETTERS = [f"{first}{second}" for first in "abcdefg" for second in "abcdefg"]

@@ -12,12 +12,15 @@ from unit.templates import LLAMA3, QWEN3
 
 from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
-from dstune.config.task_schema import ChatConfig, PreferenceConfig, PreferenceLoss, RewardConfig, Seq2SeqConfig
 from dstune.data.build import prove
 from dstune.data.chat.template import with_arguments
 from dstune.data.collate import NO_TARGET
 from dstune.errors import UserError
 from dstune.protocols.task import TaskConfig
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
+from dstune.tasks.reward.config import RewardConfig
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 
 DATE = "2025-03-09"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}

@@ -17,9 +17,9 @@ from unit.data_helpers import byte_tokenizer, exchange
 
 from dstune import samples
 from dstune.config.data_schema import Duplicates
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.clean.near import NearCopies, signature, similarity
 from dstune.data.clean.rows import near_text
+from dstune.tasks.classification.config import ClassificationConfig
 
 EDITS = 0.05
 THRESHOLD = 0.9

@@ -24,11 +24,11 @@ from dstune.config.compose import (
 )
 from dstune.config.convert import EnvironmentText, from_dict
 from dstune.config.schema import Offload, RunConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import UserError
 from dstune.methods.lora.config import LoraConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.sgd import SgdConfig
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 @pytest.fixture

@@ -20,20 +20,17 @@ from unit.templates import THINKING_PROMPT
 
 from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    EmbeddingConfig,
-    PreferenceConfig,
-    PreferenceLoss,
-    QuestionAnsweringConfig,
-    TagScheme,
-    TokenClassificationConfig,
-)
 from dstune.config.validate import validate
+from dstune.data.tags import TagScheme
 from dstune.errors import Problem, UserError
 from dstune.protocols.task import TaskConfig
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.embedding.config import EmbeddingConfig
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -12,7 +12,6 @@ from torch import nn
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import SplitConfig
-from dstune.config.task_schema import ChatConfig, ClassificationConfig
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.formats import check_columns, recognise
 from dstune.data.render import ChatRenderer
@@ -21,6 +20,8 @@ from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
 from dstune.protocols import task_of
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import multi_label_metrics
 
 S = {"role": "system", "content": "s"}

@@ -10,11 +10,11 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import SourceConfig, SplitConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.mixture import capped
 from dstune.data.repeats import Repeats
 from dstune.data.sampler import TrainingOrder
 from dstune.errors import UserError
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.train.supply import order_of
 
 SOURCES = np.array([0] * 10 + [1] * 7 + [2] * 100, dtype=np.int16)

@@ -18,13 +18,6 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, wo
 
 from dstune.config.data_schema import CleanConfig, DataConfig, SplitConfig
 from dstune.config.schema import EvaluateConfig, RunConfig
-from dstune.config.task_schema import (
-    CausalLmConfig,
-    ChatConfig,
-    ClassificationConfig,
-    QuestionAnsweringConfig,
-    TokenClassificationConfig,
-)
 from dstune.config.validate import find_problems
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
@@ -33,7 +26,12 @@ from dstune.data.tokenize import RowTokenizer
 from dstune.errors import UserError
 from dstune.metrics.direction import improves
 from dstune.protocols import METRICS, Metric, metric, task_of
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics, regression_metrics
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 from dstune.train.counterfactual import compare
 from dstune.train.feed import training_order
 from dstune.train.measure import Totals, with_registered

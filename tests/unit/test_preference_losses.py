@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny import save_decoder, write_preferences
 
-from dstune.config.task_schema import PreferenceConfig, PreferenceLoss
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
 from dstune.tasks.preference.head import JudgedHead, PairHead, judged_losses, pair_losses
 
 

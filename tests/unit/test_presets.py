@@ -13,9 +13,9 @@ from support.configs import run_config
 from dstune.chat_templates import NAMES, template_path
 from dstune.config.data_schema import DataConfig
 from dstune.config.schema import ModelConfig
-from dstune.config.task_schema import Seq2SeqConfig
 from dstune.errors import UserError
 from dstune.launch.preflight import description_problems, resolve_run
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 MODELS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "model").glob("*.yaml"))}

@@ -18,7 +18,6 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.data_schema import DataConfig, SplitConfig
 from dstune.config.schema import EvaluateConfig
-from dstune.config.task_schema import ClassificationConfig, Seq2SeqConfig
 from dstune.config.validate import find_problems
 from dstune.data.collate import collate
 from dstune.data.formats import recognise
@@ -30,6 +29,8 @@ from dstune.launch import first_rows
 from dstune.samples import convert
 from dstune.samples.debian import DebianPackage, fetch_debian
 from dstune.show.facts import repetitions
+from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.metrics import generation_metrics
 from dstune.train.baseline import draw
 from dstune.train.evaluate import InContext

@@ -6,9 +6,11 @@ import pytest
 
 from dstune.config.compose import compose
 from dstune.config.several_tasks import is_of_several, tasks_of
-from dstune.config.task_schema import CausalLmConfig, ChatConfig, Seq2SeqConfig
 from dstune.config.validate import find_problems
 from dstune.metrics.direction import improves
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.trials import less_is_better
 
 TWO = ["data.mixture.a.path=a.jsonl", "data.mixture.b.path=b.jsonl"]

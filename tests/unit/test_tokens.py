@@ -14,16 +14,16 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, wo
 
 from dstune.config.data_schema import DataConfig, OnBadRow, SplitConfig, TextRows
 from dstune.config.schema import EarlyStoppingConfig, TrainerConfig
-from dstune.config.task_schema import TagScheme, TokenClassificationConfig, TrainedSubwords
 from dstune.config.validate import find_problems
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.files import DataFile
 from dstune.data.problems import RowError
 from dstune.data.read_tagged import read_tagged
 from dstune.data.sampler import MicroBatch
-from dstune.data.tags import checked, completed
+from dstune.data.tags import TagScheme, checked, completed
 from dstune.data.tokenize.frame import windows
 from dstune.show.segments import segments
+from dstune.tasks.token_classification.config import TokenClassificationConfig, TrainedSubwords
 from dstune.tasks.token_classification.encode import TokenEncoder
 from dstune.tasks.token_classification.head import token_classification_head
 from dstune.tasks.token_classification.metrics import token_metrics

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dstune import worker
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
-from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import DstuneError, Problem, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics.direction import improves
 from dstune.metrics.language import language_model_metrics
 from dstune.protocols.callback import Action, Callback, Request
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics
 from dstune.train.feed import Ahead, dropout_seed, windows
 from dstune.train.measure import Evaluation

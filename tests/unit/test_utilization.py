@@ -21,7 +21,6 @@ from transformers import (
     LlamaConfig,
 )
 
-from dstune.config import task_schema
 from dstune.config.schema import DataConfig, Precision, RunConfig
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
@@ -34,6 +33,10 @@ from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.planning.architecture import architecture
 from dstune.planning.flops import backward_flops, forward_flops, step_flops, work_of
 from dstune.planning.setup import Setup, setup
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.embedding.config import EmbeddingConfig
+from dstune.tasks.preference.config import PreferenceConfig
 from dstune.train import utilization
 from dstune.train.utilization import Counted, Utilization, counted, peak_flops, utilization_of
 from dstune.trainer.callbacks.throughput import FLOPS, POSITIONS, TARGETS, Throughput, rates
@@ -121,7 +124,7 @@ def batches(rows: Rows, *micro_batches: MicroBatch, packing: bool) -> list[tuple
     return [(one, collate(rows, one, pad_token_id=0, packing=packing)) for one in micro_batches]  # type: ignore[arg-type]
 
 
-CHAT = run_config(task=task_schema.ChatConfig())
+CHAT = run_config(task=ChatConfig())
 
 
 def test_packed_samples_are_texts_of_their_own() -> None:
@@ -138,7 +141,7 @@ def test_neither_padding_nor_fillers_are_texts_but_they_are_computed() -> None:
 
 
 def test_labels_of_rows_are_no_tokens() -> None:
-    config, rows = run_config(task=task_schema.ClassificationConfig()), Rows(10, 6, label=1)
+    config, rows = run_config(task=ClassificationConfig()), Rows(10, 6, label=1)
     found = counted(config, rows, batches(rows, MicroBatch(0, ((0,), (1,))), packing=False))  # type: ignore[arg-type]
     assert found == Counted(texts=(10, 6), positions=2 * 16, targets=0)
 
@@ -166,17 +169,17 @@ def test_a_run_counts_its_own_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needed(CHAT, model, FOUND, monkeypatch) == pytest.approx(step_flops(of(FullConfig()), WORK))
     no_vocabulary = step_flops(of(FullConfig()), replace(WORK, projected=0))
     classifier = on_meta(AutoModelForSequenceClassification, LlamaConfig(**LLAMA))
-    config = run_config(task=task_schema.ClassificationConfig(), data=DataConfig(train="rows", packing=False))
+    config = run_config(task=ClassificationConfig(), data=DataConfig(train="rows", packing=False))
     assert needed(config, classifier, replace(FOUND, targets=0), monkeypatch) == pytest.approx(no_vocabulary)
     # A body alone names its parameters without the prefix that a whole model gives them.
-    config = replace(config, task=task_schema.EmbeddingConfig())
+    config = replace(config, task=EmbeddingConfig())
     assert needed(config, on_meta(AutoModel, LlamaConfig(**LLAMA)), FOUND, monkeypatch) == pytest.approx(no_vocabulary)
 
 
 def test_an_encoder_projects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     model = on_meta(AutoModelForSequenceClassification, BertConfig(num_attention_heads=4, **sizes))
-    config = run_config(task=task_schema.ClassificationConfig(), data=DataConfig(train="rows", packing=False))
+    config = run_config(task=ClassificationConfig(), data=DataConfig(train="rows", packing=False))
     layer = 4 * 32 * 32 + 2 * 32 * 64
     expected = 3 * (2 * 2 * layer * POSITIONS_OF + 2 * PAIR * PAIRS)
     assert needed(config, model, replace(FOUND, targets=0), monkeypatch) == pytest.approx(expected)
@@ -199,8 +202,8 @@ def test_what_cannot_be_counted_has_no_utilization(monkeypatch: pytest.MonkeyPat
     unknown = on_meta(AutoModelForCausalLM, GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=105))
     for config, model in (
         (CHAT, unknown),
-        (run_config(task=task_schema.PreferenceConfig()), llama),
-        (run_config(method=FeaturesConfig(), task=task_schema.ClassificationConfig()), llama),
+        (run_config(task=PreferenceConfig()), llama),
+        (run_config(method=FeaturesConfig(), task=ClassificationConfig()), llama),
     ):
         own = utilization_of(config, model, model, Precision.fp32, WORLD, 2)
         assert own.flops(FOUND) == own.capacity(1.0) == 0

@@ -13,8 +13,8 @@ from dstune.config.schema import (
     RunConfig,
     TrackingConfig,
 )
-from dstune.config.task_schema import CausalLmConfig
 from dstune.methods.ulmfit.config import UlmfitConfig
+from dstune.protocols import TASKS
 
 FOLDER = "language_model"
 """Of the first stage, in the run directory: a run of its own."""
@@ -27,7 +27,7 @@ def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path)
     off = AugmentConfig()
     return replace(
         config,
-        task=CausalLmConfig(),
+        task=TASKS["causal_lm"].Config(),
         data=replace(config.data, format="text", columns=columns, packing=True, guard=None, ood=None, augment=off),
         method=UlmfitConfig(rate_factor=method.rate_factor, unfreeze_epochs=0.0),
         optimizer=replace(config.optimizer, lr=method.language_model_lr or config.optimizer.lr),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.task_schema import CausalLmConfig
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.causal_lm import rows as rows
+from dstune.tasks.causal_lm.config import CausalLmConfig
 
 if TYPE_CHECKING:
     from dstune.data.tokenize.sample import Encoder

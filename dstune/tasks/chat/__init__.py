@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.task_schema import ChatConfig, Reasoning
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.chat import rows as rows
+from dstune.tasks.chat.config import ChatConfig, Reasoning
 
 if TYPE_CHECKING:
     from dstune.data.tokenize.sample import Encoder

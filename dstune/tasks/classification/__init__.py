@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ClassificationConfig
 from dstune.errors import Problem
 from dstune.protocols import Task, task
+from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.classification import rows as rows
 from dstune.tasks.classification import rules
+from dstune.tasks.classification.config import ClassificationConfig
 
 if TYPE_CHECKING:
     import numpy as np

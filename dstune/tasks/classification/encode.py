@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.task_schema import ClassificationConfig
 from dstune.data.control import ControlTokens
 from dstune.data.rows import labels_of
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 class ClassificationEncoder(Encoder):

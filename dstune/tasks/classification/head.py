@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 
-from dstune.config.task_schema import ClassificationConfig
 from dstune.models.heads.base import IGNORED, Batch, Forward, Head, HeadOutput, inputs_of
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 def classification_head(task: ClassificationConfig) -> Head:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dstune.config.task_schema import ClassificationConfig
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.train.measure import Evaluation, Row, Totals
 
 

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import CausalLmConfig, ClassificationConfig, Seq2SeqConfig
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import MicroBatch, share
 from dstune.dist import World
 from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
 from dstune.models.load import load_config
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.encode import ReplyEncoder
 from dstune.train.baseline import draw, joined, refuse_too_long
 from dstune.train.evaluate import limited

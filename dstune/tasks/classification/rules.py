@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.config.task_rules import check_labels
-from dstune.config.task_schema import ClassificationConfig
 from dstune.errors import Problem, UserError
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import EmbeddingConfig
 from dstune.errors import Problem
 from dstune.protocols import Task, task
 from dstune.tasks.embedding import rows as rows
 from dstune.tasks.embedding import rules
+from dstune.tasks.embedding.config import EmbeddingConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dstune.config.task_schema import EmbeddingConfig, Pooling
 from dstune.models.heads.base import Batch, Forward, HeadOutput, inputs_of
+from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 
 KINDS = ("anchor", "positive", "negative")
 """The order of the texts in a batch; there may be fewer negatives than pairs."""

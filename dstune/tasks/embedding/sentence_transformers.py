@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dstune.config.task_schema import EmbeddingConfig, Pooling
 from dstune.errors import Problem, UserError
+from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 
 MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "lasttoken"}
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import InitialWeights, RunConfig
-from dstune.config.task_schema import PreferenceConfig
 from dstune.errors import Problem, UserError
 from dstune.protocols import task
 from dstune.protocols.task import FurtherModel, TaskConfig
 from dstune.tasks._language import WritingTask
 from dstune.tasks.preference import rows as rows
 from dstune.tasks.preference import rules
+from dstune.tasks.preference.config import PreferenceConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dstune.config.task_schema import PreferenceConfig, PreferenceLoss, beta_of
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss, beta_of
 
 LARGEST_LOG_PROBABILITY = -1e-6
 """Of a token's mean in the odds ratio: the odds of a certain answer are infinite."""

@@ -14,7 +14,6 @@ import torch
 import xxhash
 
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
-from dstune.config.task_schema import PreferenceConfig
 from dstune.data import cache
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
@@ -25,6 +24,7 @@ from dstune.errors import Problem, UserError
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.paths import cache_root
 from dstune.protocols import METHODS, method_of, task_of
+from dstune.tasks.preference.config import PreferenceConfig
 from dstune.tasks.preference.head import JudgedHead, PairHead
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import PreferenceConfig, PreferenceLoss, Reference
 from dstune.errors import Problem
 from dstune.protocols import method_of
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss, Reference
 
 ONE_LOSS_ONLY = {
     "label_smoothing": PreferenceLoss.dpo,

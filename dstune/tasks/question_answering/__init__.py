@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.protocols import Task, task
 from dstune.tasks.question_answering import rows as rows
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,12 +8,12 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.data.answers import Answer
 from dstune.data.control import ControlTokens
 from dstune.data.render import require_offsets
 from dstune.data.tokenize.frame import Frame, windows
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 
 NOT_IN_CONTEXT = -1
 

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.data.prepared import Split
 from dstune.data.swaps import Swaps
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.train.counterfactual import Evaluated
 from dstune.train.measure import Evaluation, Row, Totals, rows_of, texts_of
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dstune.config.task_schema import QuestionAnsweringConfig
 from dstune.data.answers import answers_of, checked_answers
 from dstune.data.problems import RowError
 from dstune.data.values import text
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 
 
 @row_format

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.task_schema import RewardConfig
 from dstune.errors import Problem, UserError
 from dstune.protocols import Task, task
+from dstune.tasks.reward.config import RewardConfig
 
 if TYPE_CHECKING:
     import numpy as np

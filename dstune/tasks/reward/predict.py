@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dstune.config.data_schema import AUTOMATIC
-from dstune.config.task_schema import ChatConfig
 from dstune.data.formats import listing
 from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise, recognise
@@ -15,6 +14,7 @@ from dstune.errors import UserError
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
 from dstune.models.heads.base import Batch, inputs_of
+from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.reward.encode import RewardEncoder
 from dstune.train.measure import Row
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import Seq2SeqConfig
 from dstune.errors import Problem
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.seq2seq import rows as rows
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

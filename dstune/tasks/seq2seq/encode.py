@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import TEXTS
@@ -17,6 +16,7 @@ from dstune.data.special_tokens import end_of_target
 from dstune.data.tokenize.conversations import ChatEncoder, Language
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.errors import Problem, UserError
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.sources import Sources
 
 _TEXT_COLUMNS = {name: datasets.Value("string") for name in TEXTS}

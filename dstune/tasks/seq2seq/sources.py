@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from dstune.config.task_schema import Seq2SeqConfig
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer
 from dstune.data.special_tokens import end_of_target, first_special_tokens
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 
 PLACE = "{source}"
 """Where the source stands in `task.prompt`."""

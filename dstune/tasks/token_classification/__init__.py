@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
-from dstune.config.task_schema import TagScheme, TokenClassificationConfig
-from dstune.data.tags import completed
+from dstune.data.tags import TagScheme, completed
 from dstune.errors import Problem
 from dstune.protocols import Task, task
 from dstune.tasks.token_classification import rows as rows
 from dstune.tasks.token_classification import rules
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dstune.config.task_schema import TokenClassificationConfig, TrainedSubwords
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import require_offsets
 from dstune.data.tokenize.frame import Frame, windows
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
+from dstune.tasks.token_classification.config import TokenClassificationConfig, TrainedSubwords
 
 
 class TokenEncoder(Encoder):

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dstune.config.task_schema import TagScheme, TokenClassificationConfig
 from dstune.data.prepared import Split
-from dstune.data.tags import OUTSIDE, marks_entities
+from dstune.data.tags import OUTSIDE, TagScheme, marks_entities
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 from dstune.train.measure import Evaluation, Row, Totals, rows_of
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dstune.config.task_schema import TagScheme
 from dstune.data.formats import column_of
 from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise
-from dstune.data.tags import AS_BIO, OUTSIDE, marks_entities
+from dstune.data.tags import AS_BIO, OUTSIDE, TagScheme, marks_entities
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
 from dstune.train.measure import Row, rows_of

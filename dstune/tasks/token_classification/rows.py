@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dstune.config.task_schema import TokenClassificationConfig
 from dstune.data.problems import RowError, shown
 from dstune.data.tags import checked
 from dstune.data.values import listed, words
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 
 
 @row_format

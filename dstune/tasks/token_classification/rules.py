@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_rules import check_labels
-from dstune.config.task_schema import TagScheme, TokenClassificationConfig
-from dstune.data.tags import OUTSIDE, is_bio, marks_entities
+from dstune.data.tags import OUTSIDE, TagScheme, is_bio, marks_entities
 from dstune.errors import Problem, UserError
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 
 
 def check(config: RunConfig, task: TokenClassificationConfig) -> Iterator[Problem]:

@@ -1,0 +1,23 @@
+"""The keys of `task=question_answering`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.config.fields import setting
+from dstune.protocols.task import TaskConfig
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringConfig(TaskConfig):
+    """The answer to a question as a span of a text (SQuAD, Rajpurkar et al. 2016 and 2018)."""
+
+    name: str = "question_answering"
+    no_answer: bool = False
+    """Some questions have no answer in their text, as in SQuAD 2: the model has to tell so."""
+    threshold: float = 0.0
+    """With `no_answer`: how much more than the best span, in logits, having no answer has to score to be predicted."""
+    max_answer_tokens: int = setting(30, at_least=1)
+    """Longest span that is predicted, in tokens."""
+    stride: int = setting(128, at_least=0)
+    """Tokens of a long text that two windows of it have in common; at most half of what has room beside the question."""

@@ -1,0 +1,16 @@
+"""The keys of `task=reward`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.protocols.task import TaskConfig
+
+
+@dataclass(frozen=True)
+class RewardConfig(TaskConfig):
+    """A score for an answer, learnt from pairs of a better and a worse one."""
+
+    name: str = "reward"
+    template_date: str | None = None
+    """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""

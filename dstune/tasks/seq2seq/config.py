@@ -1,0 +1,27 @@
+"""The keys of `task=seq2seq`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.config.fields import setting
+from dstune.protocols.task import TaskConfig
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(TaskConfig):
+    """A target for a source (translation, summary), by encoder-decoders and by decoders; the loss is on the target."""
+
+    name: str = "seq2seq"
+    prompt: str = "{source}"
+    """What the model reads, `{source}` in it: `"Translate to Spanish: {source}"`."""
+    chat: bool = True
+    """A decoder with a chat template is asked through it; else the target follows the prompt and `separator`."""
+    separator: str = "\n"
+    """Between prompt and target where a decoder is asked without a chat template."""
+    template_date: str | None = None
+    """The date that a chat template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    max_target_length: int | None = setting(None, at_least=2)
+    """Longest target in tokens, its end included; `data.max_length` when not given. Longer ones are cut."""
+    max_new_tokens: int | None = setting(None, at_least=1)
+    """Longest generated target; when not given a quarter more than the longest target among the evaluated rows."""
