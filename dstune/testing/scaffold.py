@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import dstune
 from dstune.config.fields import setting
-from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification import Classification
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 @dataclass(frozen=True)
