@@ -98,12 +98,12 @@ def write_tensors(job: Job, path: Path) -> list[int]:
     tokens, padding left out, each step has."""
     import torch
 
+    from dstune.core.paths import cache_root
+    from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.data.collate import collate
     from dstune.data.sampler import share
     from dstune.models.load import load_tokenizer
-    from dstune.paths import cache_root
-    from dstune.rank_env import RankEnv
     from dstune.train.feed import training_order
 
     config = compose(job.overrides()).config

@@ -25,7 +25,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from dstune.paths import cache_root
+from dstune.core.paths import cache_root
 
 RESULTS = Path(__file__).with_suffix(".json")
 METHODS = {

@@ -59,10 +59,10 @@ def prepare(kind: str, file: Path, folder: Path, rows: int) -> dict[str, Any]:
     """One preparation, run in a process of its own; imports are done before the time starts."""
     from dstune import samples
     from dstune.config.compose import compose
+    from dstune.core.rank_env import RankEnv
     from dstune.data import build
     from dstune.data.blocks import Blocks
     from dstune.models.load import load_tokenizer
-    from dstune.rank_env import RankEnv
 
     samples.resolve("sample://smollm2")
     streaming = [f"data.stream_rows={STREAM_ROWS}", "data.streaming=true", "trainer.max_steps=1"]

@@ -62,10 +62,10 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     from torch.nn.functional import cross_entropy
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
 
+    from dstune.core.paths import cache_root
+    from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
-    from dstune.paths import cache_root
-    from dstune.rank_env import RankEnv
     from dstune.train.evaluate import limited
     from dstune.train.feed import training_order
 

@@ -105,11 +105,11 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
         TrainingArguments,
     )
 
+    from dstune.core.paths import cache_root
+    from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
-    from dstune.paths import cache_root
     from dstune.protocols import schedule_of
-    from dstune.rank_env import RankEnv
     from dstune.train.feed import training_order
 
     began = time.perf_counter()

@@ -31,13 +31,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dstune.chat_templates import FOLDER
 from dstune.config.architectures import mark_stops
+from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import check_conversation, conversation_of, tools_of
 from dstune.data.problems import RowError
 from dstune.data.stopping import stop_token_ids
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import UserError
 from dstune.tasks.chat.config import ChatConfig, Turns
 
 DATE = "2026-01-15"

@@ -21,7 +21,7 @@ _MODULES = {
     "dstune.api.training": ("train",),
     "dstune.api.run": ("Run", "load_run"),
     "dstune.api.models": ("evaluate", "export", "generate", "plan", "predict"),
-    "dstune.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
+    "dstune.core.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
     "dstune.protocols": (
         *("Action", "Callback", "Launcher", "Method", "Metric", "Optimizer", "Parallelism", "Request"),
         *("RowFormat", "Schedule", "Task", "Tracker"),

@@ -6,11 +6,11 @@ from dstune.api.models import predict as predict
 from dstune.api.run import Run as Run
 from dstune.api.run import load_run as load_run
 from dstune.api.training import train as train
-from dstune.errors import DstuneError as DstuneError
-from dstune.errors import Preempted as Preempted
-from dstune.errors import Problem as Problem
-from dstune.errors import TrainingFailed as TrainingFailed
-from dstune.errors import UserError as UserError
+from dstune.core.errors import DstuneError as DstuneError
+from dstune.core.errors import Preempted as Preempted
+from dstune.core.errors import Problem as Problem
+from dstune.core.errors import TrainingFailed as TrainingFailed
+from dstune.core.errors import UserError as UserError
 from dstune.protocols import Action as Action
 from dstune.protocols import Callback as Callback
 from dstune.protocols import Launcher as Launcher

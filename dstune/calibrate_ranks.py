@@ -19,8 +19,9 @@ import torch.nn.functional as functional
 
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
+from dstune.core.distributed import World
+from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher
-from dstune.dist import World
 from dstune.models.attention import SamplesApart
 from dstune.models.cpu_attention import CausalAttention
 from dstune.models.cross_entropy import projected_cross_entropy
@@ -30,7 +31,6 @@ from dstune.planning.architecture import architecture
 from dstune.planning.flops import forward_flops
 from dstune.planning.setup import Setup, setup
 from dstune.planning.time import Speed
-from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.worker import guarded, leave
 from dstune.zero.precision import fast_bf16
 from dstune.zero.start import start_process_group

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from dstune import samples
-from dstune.arguments import VerbParser
 from dstune.config.compose import compose
 from dstune.config.presets import description, model_files
 from dstune.config.schema import ModelConfig, RunConfig, Selective
-from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.evaluation import command as evaluate
 from dstune.launch import hub
 from dstune.launch import plan as planner

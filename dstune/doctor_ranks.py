@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from dstune.core import environment, handoff, rendezvous
+from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher
-from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.worker import guarded, leave
 from dstune.zero.start import start_process_group
 

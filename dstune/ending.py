@@ -11,11 +11,11 @@ from dstune.checkpoint import store
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.schema import Export, RunConfig
 from dstune.core import files
-from dstune.errors import Preempted, TrainingFailed
+from dstune.core.errors import Preempted, TrainingFailed
+from dstune.core.secrets import redacted
 from dstune.opening import show_samples
 from dstune.protocols.callback import LEAVE, Action, Request
 from dstune.protocols.method import Preparation
-from dstune.redact import redacted
 from dstune.tracking.log import RunLog
 from dstune.trainer.loop import Training, evaluate, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets

@@ -14,13 +14,13 @@ import torch
 from dstune.config.convert import shown
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
+from dstune.core.secrets import redacted
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.statistics import with_packing
 from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
 from dstune.protocols.method import Preparation
-from dstune.redact import redacted
 from dstune.tracking.log import RunLog
 from dstune.train.baseline import measure_prompted
 from dstune.train.evaluate import answer_prompts, limited

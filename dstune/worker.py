@@ -22,12 +22,15 @@ from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.core import environment, handoff, plugins, rendezvous
+from dstune.core.distributed import World
+from dstune.core.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
+from dstune.core.paths import cache_root
+from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher, tell_once
+from dstune.core.secrets import publish, redact_output
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
-from dstune.dist import World
 from dstune.ending import finish
-from dstune.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
 from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer, new_weights
 from dstune.models.lora_sum import use_joint_sums
@@ -36,10 +39,7 @@ from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
 from dstune.opening import ask_untuned, describe, show_samples
 from dstune.optim.groups import method_groups
-from dstune.paths import cache_root
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
-from dstune.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.redact import publish, redact_output
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import RunLog
 from dstune.train import micro_batch

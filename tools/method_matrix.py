@@ -9,7 +9,7 @@ from typing import Any
 from dstune.config.names import default_classes
 from dstune.config.schema import RunConfig
 from dstune.config.validate import find_problems
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import METHODS, TASKS, method_of
 
 STAGES = (0, 1, 2, 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.api.notebook import console
-from dstune.errors import (
+from dstune.core.errors import (
     EXIT_DONE,
     EXIT_PREEMPTED,
     Preempted,
@@ -33,9 +33,9 @@ def resume(run: Path, *overrides: str, progress: bool = True) -> Path:
 
 
 def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progress: bool) -> Path:
+    from dstune.core.rank_env import from_environment
     from dstune.launch.summary import summary
     from dstune.launch.train import NothingToDo, as_rank, launched
-    from dstune.rank_env import from_environment
     from dstune.report.command import leave_behind
 
     env = from_environment(os.environ)

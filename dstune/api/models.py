@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.errors import EXIT_DONE, Problem, TrainingFailed, UserError
+from dstune.core.errors import EXIT_DONE, Problem, TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor

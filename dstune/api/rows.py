@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     import datasets

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.api import rows as memory
 from dstune.api.launching import WriteRows, check_words, run_to_end
 from dstune.api.run import Run
-from dstune.errors import (
+from dstune.core.errors import (
     Problem,
     UserError,
 )

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.protocols import method_of
 from dstune.protocols.method import MethodConfig
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     import numpy as np

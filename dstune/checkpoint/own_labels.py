@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.models.load import load_config
 from dstune.protocols import task_of
 

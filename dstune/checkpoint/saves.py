@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint import store
 from dstune.config.schema import RunConfig, SaveMode
-from dstune.dist import World
+from dstune.core.distributed import World
 from dstune.trainer.state import FORMAT, TrainState
 from dstune.zero.engine import Engine
 

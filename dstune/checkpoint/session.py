@@ -11,8 +11,8 @@ from dstune.checkpoint import store
 from dstune.checkpoint.saves import megabytes
 from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import RunConfig, SaveMode
-from dstune.dist import World
-from dstune.errors import Problem, UserError
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
 from dstune.trainer.state import TrainState
 from dstune.zero.engine import Engine
 

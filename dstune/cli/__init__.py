@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dstune import __version__
 from dstune.cli.verb import VERBS, other_names
-from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
 
 ORDER = (
     "train",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dstune.cli.verb import VERBS, Verb, verb
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 
 HELP = """\
 usage: dstune completion bash|zsh|fish

@@ -16,7 +16,7 @@ class Data(Verb):
     overrides = True
 
     def parser(self) -> argparse.ArgumentParser | None:
-        from dstune.arguments import parser_of
+        from dstune.core.arguments import parser_of
 
         return parser_of(self.function(), ["show"])
 

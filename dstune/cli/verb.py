@@ -49,7 +49,7 @@ class Verb:
 
     def parser(self) -> argparse.ArgumentParser | None:
         """The parser of its flags; None where it reads them by other means."""
-        from dstune.arguments import parser_of
+        from dstune.core.arguments import parser_of
 
         return parser_of(self.function(), [])
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dstune.config.schema import ModelConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 POSITIONS = {
     "albert": ("max_position_embeddings", 512, 0),

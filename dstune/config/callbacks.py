@@ -13,7 +13,7 @@ from typing import Any
 from dstune.config.convert import convert
 from dstune.config.names import nearest
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import CALLBACKS, Callback
 
 KEY = "trainer.callbacks"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from dstune.config.convert import is_optional
 from dstune.config.fields import options_of
 from dstune.config.names import keys_of, names_choice
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 FILES = (
     "data.train",

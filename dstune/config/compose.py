@@ -39,8 +39,8 @@ from dstune.config.schema import CHOICES, RunConfig
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, keys_of_own_files, with_file
 from dstune.core import files, plugins
+from dstune.core.errors import Problem, UserError
 from dstune.core.plugins import Plugin
-from dstune.errors import Problem, UserError
 from dstune.protocols import TASKS, task_of
 
 if TYPE_CHECKING:

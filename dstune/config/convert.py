@@ -30,8 +30,8 @@ from dstune.config.names import (
     type_hints,
 )
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.errors import Problem, UserError
-from dstune.redact import remember
+from dstune.core.errors import Problem, UserError
+from dstune.core.secrets import remember
 
 ENVIRONMENT = "${oc.env:"
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")

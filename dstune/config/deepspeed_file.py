@@ -15,7 +15,7 @@ from dstune.config.convert import load, shown
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANSLATED, WITHOUT_EFFECT
 from dstune.config.names import classes_of
 from dstune.config.not_offered import FEATURES
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 AUTO = "auto"
 LONGEST_CONFIGURATION = 1_000_000

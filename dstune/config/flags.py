@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dstune.config.names import all_keys, nearest, suggest_key
 from dstune.config.words import meaning
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra

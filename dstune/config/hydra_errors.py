@@ -15,7 +15,7 @@ import yaml
 from dstune.config.convert import describe, yaml_problem
 from dstune.config.hydra_session import unknown_choice
 from dstune.config.names import all_keys, nearest, sections, suggest_key
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra

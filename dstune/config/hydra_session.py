@@ -19,8 +19,8 @@ from dstune.config.convert import is_optional
 from dstune.config.fields import MemberName
 from dstune.config.names import ROOT_KEYS, classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
+from dstune.core.errors import Problem, UserError
 from dstune.core.registry import on_change
-from dstune.errors import Problem, UserError
 from dstune.protocols import METHODS
 
 if TYPE_CHECKING:

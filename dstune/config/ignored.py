@@ -9,7 +9,7 @@ from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import TRACKERS, schedule_of, task_of
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import launcher_of
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 UNMEASURED = "it was neither held against a reference nor measured on a GPU yet"
 

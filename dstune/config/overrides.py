@@ -30,7 +30,7 @@ from dstune.config.names import (
 from dstune.config.not_offered import not_offered
 from dstune.config.schema import CHOICES
 from dstune.config.words import meaning, rejoined
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -15,7 +15,7 @@ from dstune.config.schema import (
     RunConfig,
 )
 from dstune.config.several_tasks import tasks_of
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import launcher_of, method_of, parallelism_of, task_of
 
 OFF = "parallel=none"

@@ -15,8 +15,8 @@ from dstune.config.convert import yaml_problem
 from dstune.config.names import nearest
 from dstune.config.overrides import key_of
 from dstune.core import plugins, registry
+from dstune.core.errors import Problem, UserError
 from dstune.core.plugins import KEY, Plugin
-from dstune.errors import Problem, UserError
 
 PROJECT_FILE = "dstune.yaml"
 """In the folder where a command is given."""

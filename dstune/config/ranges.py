@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from dstune.config.convert import shown
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 TESTS = {
     "at_least": (operator.ge, "at least"),

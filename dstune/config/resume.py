@@ -8,7 +8,7 @@ from typing import Any
 from dstune.config.convert import shown, to_dict
 from dstune.config.names import all_keys
 from dstune.config.schema import RunConfig, TrainerConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 MAY_CHANGE = (
     "launch.",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dstune.config.convert import shown
 from dstune.config.data_schema import SourceConfig
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import TASKS, task_of
 from dstune.protocols.task import TaskConfig
 

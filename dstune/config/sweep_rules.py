@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import launcher_of
 
 LOWER_COSTS = ("seconds", "peak_memory_gib")

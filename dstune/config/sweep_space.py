@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.convert import shown
 from dstune.config.names import all_keys, names_choice
 from dstune.config.overrides import key_of
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import method_of, task_of
 
 

@@ -31,7 +31,7 @@ from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import (
     ROW_FORMATS,
     TASKS,

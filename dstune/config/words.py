@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.config.convert import example, typed
 from dstune.config.names import all_keys, sections, suggest_key
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".zip")
 

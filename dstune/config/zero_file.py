@@ -18,7 +18,7 @@ from dstune.config.deepspeed_file import Content, Value, read
 from dstune.config.hydra_session import ROOT_CONFIG
 from dstune.config.names import classes_of, type_hints
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra

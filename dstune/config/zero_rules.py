@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dstune.config.convert import shown
 from dstune.config.deepspeed_file import settings_problems
 from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import method_of
 
 SWAP_BUFFERS = 4

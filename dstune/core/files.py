@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 INCOMPLETE = ".incomplete"
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dstune.core import files
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 LAUNCH_ID = "DSTUNE_LAUNCH_ID"
 HANDED = "DSTUNE_HANDED"

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from dstune.core import files, registry
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 GROUP = "dstune.plugins"
 """Entry points of installed packages: `mine = "my_package.plugin"`."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dstune.core import files
-from dstune.errors import DstuneError, to_json
-from dstune.rank_env import RankEnv
+from dstune.core.errors import DstuneError, to_json
+from dstune.core.rank_env import RankEnv
 
 PATIENCE_SECONDS = 5.0
 """How long a rank waits for the others to come to the same error. One that failed alone waits in vain: the others are

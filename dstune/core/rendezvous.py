@@ -14,8 +14,8 @@ from pathlib import Path
 from zlib import crc32
 
 from dstune.core import files
-from dstune.errors import Problem, UserError
-from dstune.rank_env import GROUP_SECRET, RankEnv
+from dstune.core.errors import Problem, UserError
+from dstune.core.rank_env import GROUP_SECRET, RankEnv
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Ports are derived from the identity of the job below the range that kernels hand out (32768 and up on Linux)."""

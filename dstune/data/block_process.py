@@ -22,12 +22,12 @@ import psutil
 
 from dstune.config.schema import PREEMPTION_SIGNALS
 from dstune.core import plugins
+from dstune.core.errors import UserError
+from dstune.core.secrets import redact_output
 from dstune.data import cache
 from dstune.data.blocks import NICENESS, Job
 from dstune.data.build import block_builder
 from dstune.data.stream import Position
-from dstune.errors import UserError
-from dstune.redact import redact_output
 
 STOP_SIGNALS = tuple(signal.Signals[name] for name in PREEMPTION_SIGNALS)
 """Meant for the ranks, which save first and close the input after; some launchers send them to every process."""

@@ -23,10 +23,10 @@ from typing import Any
 import xxhash
 
 from dstune.config.schema import RunConfig
+from dstune.core.errors import TrainingFailed
 from dstune.data import cache
 from dstune.data.build import PreparedData, load_split
 from dstune.data.prepared import Split
-from dstune.errors import TrainingFailed
 
 POLL_SECONDS = 0.02
 

@@ -25,6 +25,8 @@ from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.core import plugins
+from dstune.core.errors import Problem, UserError
+from dstune.core.rank_env import RankEnv
 from dstune.data import cache, mixture, sources
 from dstune.data.augment import augmented
 from dstune.data.augment.rewrite import identity
@@ -47,9 +49,7 @@ from dstune.data.swaps import Swaps
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
-from dstune.errors import Problem, UserError
 from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
-from dstune.rank_env import RankEnv
 
 __all__ = ["PreparedData", "SamplePrompt", "Split", "prepare", "prove"]
 

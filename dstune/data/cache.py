@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dstune.errors import Problem, UserError, from_json, to_json
+from dstune.core.errors import Problem, UserError, from_json, to_json
 
 POLL_SECONDS = 30.0
 """How often a process that waits for another one says so."""

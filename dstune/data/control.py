@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 _FIRST_STAND_IN = 0x100000
 """Private Use Area B. Area A holds the marks of `render`."""

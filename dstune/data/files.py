@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 import xxhash
 
 from dstune.config.data_schema import TextRows
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 DOCUMENTS = (".txt", ".md")
 TAGGED = (".conll", ".conllu", ".bio", ".iob")

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
 from dstune.config.data_schema import AUTOMATIC
+from dstune.core.errors import Problem, UserError
 from dstune.core.registry import on_change
-from dstune.errors import Problem, UserError
 from dstune.protocols import ROW_FORMATS, TASKS, formats_for, task_of
 from dstune.protocols.task import TaskConfig
 

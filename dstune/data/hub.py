@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.files import DataFile, is_readable
-from dstune.errors import Problem, UserError
 
 _NAME = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<split>[\w.-]+))?"

@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from dstune.config.data_schema import AUTOMATIC, OnBadRow
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.rows import RowError, canonical, labels_of, normalise, recognise
 from dstune.data.split import content_hash
 from dstune.data.swaps import slice_values
-from dstune.errors import Problem, UserError
 from dstune.protocols import task_of
 
 SHOWN_BAD_ROWS = 10

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data.ingest import BadRows, Table
 from dstune.data.rows import sort_labels
-from dstune.errors import Problem, UserError
 from dstune.protocols import task_of
 
 

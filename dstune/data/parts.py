@@ -6,12 +6,12 @@ import numpy as np
 
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import Table
 from dstune.data.inputs import PARTS
 from dstune.data.labels import ChosenRows
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
-from dstune.errors import Problem, UserError
 from dstune.protocols import task_of
 
 

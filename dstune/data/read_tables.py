@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.files import DataFile, RawRow, first_line
-from dstune.errors import Problem, UserError
 
 ROWS_PER_BATCH = 1024
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from dstune.config.data_schema import TextRows
+from dstune.core.errors import Problem, UserError
 from dstune.data.files import DataFile, RawRow, opened
-from dstune.errors import Problem, UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dstune.config.architectures import marked_stops
+from dstune.core.errors import Problem, UserError
 from dstune.data.chat.probe import REASONING_KEYS, Facts, facts_of, learn_stops, reasoning_of
 from dstune.data.chat.rule import (
     Passage,
@@ -32,7 +33,6 @@ from dstune.data.chat.rule import (
 )
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.control import ControlTokens
-from dstune.errors import Problem, UserError
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
 

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from dstune.config.data_schema import DataConfig, TextRows
+from dstune.core.errors import Problem, UserError
 from dstune.data import hub
 from dstune.data.answers import flat
 from dstune.data.files import (
@@ -27,7 +28,6 @@ from dstune.data.files import (
 from dstune.data.read_tables import read_arrow, read_parquet
 from dstune.data.read_tagged import read_tagged
 from dstune.data.read_text import Lines, read_csv, read_json, read_jsonl, read_text
-from dstune.errors import Problem, UserError
 
 __all__ = ["DataFile", "Lines", "RawRow", "expand", "fingerprint", "has_lines", "of_part", "place", "read"]
 

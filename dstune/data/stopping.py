@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dstune.core.errors import UserError
 from dstune.data.render import ChatRenderer
-from dstune.errors import UserError
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.clean.rows import Row, map_texts, texts
-from dstune.errors import Problem, UserError
 
 KEY = "evaluate.counterfactual"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
-from dstune.arguments import VerbParser, is_path
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
@@ -24,7 +23,8 @@ from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConf
 from dstune.config.several_tasks import is_of_several
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.arguments import VerbParser, is_path
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.evaluation import harness
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine

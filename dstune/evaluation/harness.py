@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 
 def require() -> None:

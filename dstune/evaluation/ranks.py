@@ -26,18 +26,18 @@ from dstune.checkpoint.own_labels import with_labels
 from dstune.config.compose import read_run
 from dstune.config.convert import shown
 from dstune.config.schema import OptimizerOffload, RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.core.paths import cache_root
+from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher
 from dstune.data.build import Split, prepare
-from dstune.dist import World
 from dstune.ending import write_result
-from dstune.errors import Problem, UserError
 from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
-from dstune.paths import cache_root
 from dstune.protocols import method_of, task_of
-from dstune.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.tracking.console import Console, show_activities
 from dstune.train import baseline
 from dstune.train.evaluate import Evaluator, limited

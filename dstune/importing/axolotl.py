@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, LATER
 from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others

@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dstune.arguments import VerbParser
-from dstune.errors import EXIT_DONE, EXIT_USER, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, EXIT_USER, Problem, UserError
 from dstune.importing.convert import Experiment, convert
 from dstune.importing.files import TOOLS, read, tool_of
 

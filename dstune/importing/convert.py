@@ -12,8 +12,8 @@ from dstune.config.convert import dump, to_dict
 from dstune.config.names import all_keys, classes_of, type_hints
 from dstune.config.schema import CHOICES
 from dstune.config.validate import validate
+from dstune.core.errors import Problem, UserError
 from dstune.core.text import one_line
-from dstune.errors import Problem, UserError
 from dstune.importing.files import TOOLS
 from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import, apply
 

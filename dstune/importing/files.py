@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dstune.config.convert import load
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.importing import axolotl, llama_factory, trl
 
 TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llama-factory": llama_factory, "trl": trl}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
 from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_code, own_way, same, with_others

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.inference.prompts import Messages, Request
 from dstune.inference.writer import Writer
 

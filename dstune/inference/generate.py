@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dstune.arguments import VerbParser
 from dstune.config.schema import ModelConfig
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.inference.answers_file import AnswersFile
 from dstune.inference.conversation import converse
 from dstune.inference.prompts import Request, check_adapters, read_file

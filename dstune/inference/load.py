@@ -14,8 +14,8 @@ from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.overrides import quoted
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.validate import validate
+from dstune.core.errors import Problem, UserError
 from dstune.data.formats import check_columns
-from dstune.errors import Problem, UserError
 from dstune.inference.resolve_model import (
     adapter_settings,
     base_of,

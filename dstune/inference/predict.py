@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.arguments import VerbParser, is_path
 from dstune.config.schema import ModelConfig
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser, is_path
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.inference.answers_file import AnswersFile
 
 if TYPE_CHECKING:

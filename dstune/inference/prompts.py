@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 Messages = list[dict[str, Any]]
 TABLES = (".csv", ".tsv")

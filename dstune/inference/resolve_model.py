@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import ModelConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     import torch

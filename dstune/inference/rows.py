@@ -8,11 +8,11 @@ from itertools import islice
 from typing import Any
 
 from dstune.config.data_schema import DataConfig, OnBadRow
+from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.files import DOCUMENTS
 from dstune.data.formats import listing
 from dstune.data.rows import RowError, canonical, normalise
-from dstune.errors import Problem, UserError
 
 MOST_TOLD = 10
 """Bad rows that are named; the others are counted."""

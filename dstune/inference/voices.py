@@ -14,7 +14,7 @@ from typing import Any
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.inference.resolve_model import (
     adapter_settings,
     base_of,

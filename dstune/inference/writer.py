@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.inference.prompts import Request, with_system
 from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.protocols import task_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from dstune.config.compose import Composed, write_run
 from dstune.config.schema import RunConfig
 from dstune.core import plugins
-from dstune.errors import EXIT_DONE, TrainingFailed
+from dstune.core.errors import EXIT_DONE, TrainingFailed
 from dstune.launch.commands import number_of_ranks, on_this_machine, this_machine
 from dstune.launch.console import Console
 from dstune.planning import calibration

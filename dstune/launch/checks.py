@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psutil
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
+from dstune.core.paths import cache_root
 from dstune.launch.commands import count_cores, free_port
-from dstune.paths import cache_root
 from dstune.protocols import LAUNCHERS, TRACKERS
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import dstune
 from dstune.config.convert import to_yaml
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
+from dstune.core.rank_env import LAUNCHER_PID
+from dstune.core.secrets import is_secret
 from dstune.protocols import LAUNCHERS, TRACKERS, launcher_of
 from dstune.protocols.launcher import LaunchConfig
-from dstune.rank_env import LAUNCHER_PID
-from dstune.redact import is_secret
 
 # fmt: off
 EXPORTED_NAMES = {

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dstune.arguments import VerbParser
 from dstune.config.compose import Composed, compose, write_run
 from dstune.config.launch_rules import check_launch
 from dstune.config.schema import RunConfig
-from dstune.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
 from dstune.launch import checks, records
 from dstune.launch.console import Console
 from dstune.planning.hardware import known_device

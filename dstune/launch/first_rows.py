@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dstune.config.data_schema import OnBadRow
 from dstune.config.schema import Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
+from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.rows import RowError, check_columns, normalise, recognise
-from dstune.errors import Problem, UserError
 from dstune.protocols import method_of, task_of
 
 WHOLE_FILE_BYTES = 1 << 26

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import hosts
 from dstune.launch.host_slots import chosen, read
 from dstune.launch.on_hosts_config import OnHostsConfig

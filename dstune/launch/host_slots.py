@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dstune
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "numpy")
 CONNECT_SECONDS = 10

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import InitialWeights, ModelConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors)|(model\.safetensors\.index\.json)")
 ANY_WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.data_schema import DataConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data.hub import HubName, Prepared, cached, hub_name, subset_key, subset_problem
 from dstune.data.inputs import PARTS
-from dstune.errors import Problem, UserError
 from dstune.launch.hub import Wanted, is_connection_problem, is_offline, refusal
 
 Stage = Callable[[str], None]

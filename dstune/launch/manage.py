@@ -13,15 +13,15 @@ from typing import Any
 
 import psutil
 
-from dstune.arguments import VerbParser
 from dstune.checkpoint import store
-from dstune.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
+from dstune.core.paths import STOP_FILE
 from dstune.launch import records
 from dstune.launch.queues import queue_of
 from dstune.launch.rundir import run_directory
-from dstune.paths import STOP_FILE
 from dstune.protocols.launcher import Job, Unreachable
-from dstune.trials import is_sweep, read_records
+from dstune.tracking.trials import is_sweep, read_records
 
 TWICE_SECONDS = 0.5
 """Between two signals that shall count as two (see `signals.TWICE_SECONDS`)."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch import host_slots
 from dstune.protocols import Launcher
 from dstune.protocols.launcher import Check

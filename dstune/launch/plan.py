@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstune.arguments import is_path
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
 from dstune.config.parallel_rules import ranks_problem
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective
 from dstune.config.validate import TILED, find_problems, tiles_problem
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import is_path
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import machine, rundir
 from dstune.launch.calibrate import calibrate
 from dstune.launch.console import Console

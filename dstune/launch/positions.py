@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dstune.config.architectures import row_limit
 from dstune.config.schema import RunConfig
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.planning.source import config_json
 from dstune.protocols import method_of
 

@@ -26,10 +26,10 @@ from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
+from dstune.core.errors import Problem, UserError
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
-from dstune.errors import Problem, UserError
 from dstune.launch import hub, hub_data
 from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, task_problems

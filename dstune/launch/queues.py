@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.launch.records import LaunchRecord
 from dstune.protocols import LAUNCHERS
 from dstune.protocols.launcher import Queue

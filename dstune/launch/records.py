@@ -18,8 +18,8 @@ import psutil
 
 from dstune.checkpoint import store
 from dstune.core import files
-from dstune.errors import Problem, UserError
-from dstune.redact import redacted
+from dstune.core.errors import Problem, UserError
+from dstune.core.secrets import redacted
 
 LOCK = ".lock"
 JOB = re.compile(r"\d+(_\d+)?")

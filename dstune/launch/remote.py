@@ -21,7 +21,8 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.paths import STOP_FILE
 from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import python_path
@@ -32,7 +33,6 @@ from dstune.launch.processes import LAUNCH_ID, end_all
 from dstune.launch.remote_commands import RemotePlan, ssh_of
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Verdict, how
-from dstune.paths import STOP_FILE
 
 POLL_SECONDS = 0.1
 READY_SECONDS = 60.0

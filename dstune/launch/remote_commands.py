@@ -12,6 +12,8 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.core.handoff import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
+from dstune.core.rank_env import GROUP_SECRET
+from dstune.core.secrets import is_secret
 from dstune.launch.commands import (
     ALWAYS,
     UNLESS_SET,
@@ -23,8 +25,6 @@ from dstune.launch.commands import (
 )
 from dstune.launch.hosts import Ssh
 from dstune.launch.on_hosts_config import OnHostsConfig
-from dstune.rank_env import GROUP_SECRET
-from dstune.redact import is_secret
 
 OF_THIS_MACHINE = {
     "HOME",

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
+from dstune.core.rank_env import from_environment
 from dstune.data import inputs, sources
-from dstune.errors import Problem, UserError
 from dstune.launch import machine
 from dstune.launch.plan import Planned, planned
 from dstune.planning.hardware import GIB
 from dstune.planning.memory import Memory
 from dstune.planning.setup import Setup
 from dstune.protocols import launcher_of, task_of
-from dstune.rank_env import from_environment
 
 CERTAIN = 0.9
 """Share of the bound that has to be there: the planner's worst error is below 10% (docs/planning.md)."""

@@ -16,14 +16,14 @@ from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.core import plugins
+from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE
-from dstune.errors import Problem, UserError
+from dstune.core.secrets import publish
 from dstune.launch import records
 from dstune.launch.positions import cut_as_before
 from dstune.launch.queues import queue_of
 from dstune.protocols.launcher import Unreachable
-from dstune.redact import publish
-from dstune.trials import is_sweep
+from dstune.tracking.trials import is_sweep
 
 RUN_FILE = "run.yaml"
 REPLACED = (RUN_FILE, "result.json", "launch.json")

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dstune.arguments import VerbParser
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import records
 from dstune.launch.manage import status_of
 from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
-from dstune.trials import Record, better_first, is_sweep, objectives_of, ranked, read_records
+from dstune.tracking.trials import Record, better_first, is_sweep, objectives_of, ranked, read_records
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.arguments import is_path
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.config.words import meaning
+from dstune.core.arguments import is_path
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
 from dstune.core.plugins import ACCEPT
-from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
+from dstune.core.rank_env import RankEnv, from_environment
 from dstune.launch import records, rundir
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
@@ -28,7 +29,6 @@ from dstune.launch.manage import status_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.protocols import launcher_of
-from dstune.rank_env import RankEnv, from_environment
 
 if TYPE_CHECKING:
     from dstune.worker import Outcome

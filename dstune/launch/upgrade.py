@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dstune.arguments import VerbParser
 from dstune.checkpoint import store
 from dstune.config.compose import RUN_FORMAT, read_run, read_run_content, write_run_content
-from dstune.errors import EXIT_DONE
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE
 from dstune.launch import records
 from dstune.launch.rundir import RUN_FILE, run_directory
 from dstune.trainer.state import FORMAT

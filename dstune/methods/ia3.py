@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.convert import shown
 from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._peft import ModuleAdapter
 from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method

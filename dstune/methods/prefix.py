@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dstune.config.convert import shown
 from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._peft import TrainedPrompt, linear
 from dstune.methods._peft.config import AdapterConfig
 from dstune.protocols import method

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstune import samples
 from dstune.config.schema import ModelConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 INDEX = "model.safetensors.index.json"
 

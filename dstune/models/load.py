@@ -31,7 +31,7 @@ from dstune.config.architectures import (
     packed_encoder_decoder_problem,
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.config.parallel_rules import CAPPED
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 SPANS = "dstune_spans"
 """Keyword of a forward pass that tells them. transformers hands keywords that it does not know down to the attention function,

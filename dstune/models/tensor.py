@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.parallel_rules import INWARD, OUTWARD, slices_problems
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.zero.slices import Slices
 
 OF_HEADS = ("q_norm", "k_norm")

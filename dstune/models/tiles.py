@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dstune.config.validate import TILED, tiles_problem
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 

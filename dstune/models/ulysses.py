@@ -18,8 +18,8 @@ import torch.nn.functional as functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dstune.config.parallel_rules import heads_problem, ranks_problem, repeats_of_keys, uncut_problem
-from dstune.dist import World, own_group
-from dstune.errors import Problem, UserError
+from dstune.core.distributed import World, own_group
+from dstune.core.errors import Problem, UserError
 from dstune.models.attention import SpanAttention
 from dstune.models.heads.base import IGNORED
 from dstune.models.spans import SPANS, attention_problem, no_mask, spans_of

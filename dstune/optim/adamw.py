@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
 from dstune.config.fields import setting
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Optimizer, optimizer
 from dstune.protocols.optimizer import OptimizerConfig
 

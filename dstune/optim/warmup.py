@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.config.convert import shown
 from dstune.config.fields import setting
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Schedule
 from dstune.protocols.optimizer import ScheduleConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.fields import setting
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Parallelism, parallelism
 from dstune.protocols.parallelism import ParallelConfig
 

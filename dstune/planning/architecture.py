@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from dstune.config.parallel_rules import INWARD, OUTWARD
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 LANGUAGE_MODEL = "language model"
 CLASSIFIER = "classifier"

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from dstune.core import files
-from dstune.paths import cache_root
+from dstune.core.paths import cache_root
 from dstune.planning.time import Speed
 
 FILE = "calibration-2.json"

@@ -10,7 +10,7 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 GIB = 2**30
 

@@ -16,7 +16,7 @@ from dstune.config.schema import (
     Selective,
 )
 from dstune.config.zero_rules import SWAPPED_AT_ONCE
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.planning.architecture import (
     DEFAULTS,
     Architecture,

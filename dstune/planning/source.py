@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.config.schema import ModelConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.planning.published import CONFIGS
 
 

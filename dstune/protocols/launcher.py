@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from dstune.errors import DstuneError, Problem
+from dstune.core.errors import DstuneError, Problem
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig

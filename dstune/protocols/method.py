@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dstune.config.schema import Precision, RunConfig
+    from dstune.core.distributed import World
     from dstune.data.prepared import PreparedData
-    from dstune.dist import World
     from dstune.models.load import NewWeights
     from dstune.planning.architecture import Architecture
     from dstune.planning.architecture import Tensor as PlannedTensor

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig

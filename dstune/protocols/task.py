@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from dstune.checkpoint.card import Export
     from dstune.config.data_schema import DataConfig
     from dstune.config.schema import Precision, RunConfig
+    from dstune.core.distributed import World
+    from dstune.core.errors import Problem
     from dstune.data.prepared import PreparedData, Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder, SourcePrompts
-    from dstune.dist import World
-    from dstune.errors import Problem
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig, TrackingConfig

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dstune.arguments import VerbParser
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.report import sweep_page
 from dstune.report.page import REPORT_FILE, write
 from dstune.report.run_files import RUN_FILE, find_runs
-from dstune.trials import is_sweep, objectives_of, ranked, read_records
+from dstune.tracking.trials import is_sweep, objectives_of, ranked, read_records
 
 
 def main(argv: list[str]) -> int:

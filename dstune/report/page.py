@@ -10,7 +10,7 @@ from typing import Any
 
 from dstune import __version__
 from dstune.core import files
-from dstune.redact import redact
+from dstune.core.secrets import redact
 from dstune.report import configuration, curves, data_section, numbers, samples
 from dstune.report.details import Table, details
 from dstune.report.html import render

@@ -13,7 +13,7 @@ import psutil
 import yaml
 
 from dstune.checkpoint import store
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 RUN_FILE = "run.yaml"
 SEARCHED_DEPTH = 3

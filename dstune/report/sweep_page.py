@@ -12,7 +12,7 @@ from typing import Any
 from dstune import __version__
 from dstune.config.convert import shown
 from dstune.core import files
-from dstune.redact import redact
+from dstune.core.secrets import redact
 from dstune.report.charts import Chart, Line, draw
 from dstune.report.curves import COLOURS, TITLES
 from dstune.report.effects import are_numbers, is_logarithmic, shares
@@ -21,7 +21,16 @@ from dstune.report.numbers import duration, log_ticks, number, percent, short, t
 from dstune.report.results import NAMES, Figure
 from dstune.report.run_files import RUN_FILE, RunFiles, read, section
 from dstune.report.series import Series, collect, smoothed, smoothing_span
-from dstune.trials import FINISHED, Record, less_is_better, objectives_of, ranked, read_records, settled, unbeaten
+from dstune.tracking.trials import (
+    FINISHED,
+    Record,
+    less_is_better,
+    objectives_of,
+    ranked,
+    read_records,
+    settled,
+    unbeaten,
+)
 
 MOST_MARKS = 6
 """A key with so few values has each at its axis."""

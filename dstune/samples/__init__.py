@@ -17,9 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dstune.arguments import VerbParser
-from dstune.errors import EXIT_DONE, DstuneError, Problem, UserError
-from dstune.paths import cache_root
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError
+from dstune.core.paths import cache_root
 from dstune.samples.debian import DebianPackage, fetch_debian
 from dstune.samples.download import Package, disk_full, fetch
 

@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.samples.download import Package, sha256, wrong_file
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 ATTEMPTS = 5
 """Connections in which no byte arrives before pip is asked instead; each goes on where the last one broke off."""

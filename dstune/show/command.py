@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.arguments import VerbParser
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.config.validate import validate
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import preflight, train
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console

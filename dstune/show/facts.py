@@ -15,16 +15,16 @@ import xxhash
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
+from dstune.core.paths import cache_root
+from dstune.core.rank_env import RankEnv
 from dstune.data import sources
 from dstune.data.build import PreparedData, Split, prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.inputs import of_training
 from dstune.data.statistics import longer_than, with_packing
-from dstune.errors import Problem, UserError
 from dstune.models.load import load_tokenizer
-from dstune.paths import cache_root
 from dstune.protocols import task_of
-from dstune.rank_env import RankEnv
 from dstune.show.segments import Segment, segments
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")

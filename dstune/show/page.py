@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from dstune import __version__
-from dstune.redact import redact
+from dstune.core.secrets import redact
 from dstune.report.data_section import part
 from dstune.report.html import render
 from dstune.show.facts import Shown

@@ -17,7 +17,7 @@ from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig
 from dstune.config.sweep_space import Axis
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.rundir import Prepared
@@ -26,7 +26,7 @@ from dstune.protocols import launcher_of
 from dstune.sweep.directory import Sweep, write_record
 from dstune.sweep.grid import Grid
 from dstune.sweep.schedule import Trial
-from dstune.trials import Record, read_record, record_path
+from dstune.tracking.trials import Record, read_record, record_path
 
 
 def is_array(config: RunConfig) -> bool:

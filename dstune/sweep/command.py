@@ -19,20 +19,20 @@ from dstune.config.sweep_rules import holds_out, objectives
 from dstune.config.sweep_schema import OptunaConfig
 from dstune.config.sweep_space import Split, first, split, with_space
 from dstune.config.validate import validate
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.rank_env import from_environment
+from dstune.core.secrets import publish
 from dstune.launch import preflight, records
 from dstune.launch.console import Console
 from dstune.launch.runs import table
 from dstune.launch.signals import caught_signals
-from dstune.rank_env import from_environment
-from dstune.redact import publish
 from dstune.report.command import leave_behind
 from dstune.sweep import array, devices, directory, probes
 from dstune.sweep.directory import Sweep
 from dstune.sweep.grid import Grid
 from dstune.sweep.schedule import Schedule, Source
 from dstune.sweep.study import Study
-from dstune.trials import TRAINING_LOSS, Record, is_sweep, ranked, read_records
+from dstune.tracking.trials import TRAINING_LOSS, Record, is_sweep, ranked, read_records
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
 from dstune.core import files
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
+from dstune.core.secrets import redacted
 from dstune.launch import records
-from dstune.redact import redacted
-from dstune.trials import SWEEP_FILE, Record, is_sweep, record_path
+from dstune.tracking.trials import SWEEP_FILE, Record, is_sweep, record_path
 
 LONGEST_NAME = 100
 NOT_IDENTITY = ("launch", "tracking", "run", "sweep")

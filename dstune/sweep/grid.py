@@ -11,7 +11,7 @@ from dstune.config.sweep_space import Axis, grid
 from dstune.sweep.directory import status_in, trial_name, write_record
 from dstune.sweep.outcome import reached
 from dstune.sweep.schedule import Trial
-from dstune.trials import FINISHED, Record, read_record, record_path
+from dstune.tracking.trials import FINISHED, Record, read_record, record_path
 
 
 class Grid:

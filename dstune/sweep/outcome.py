@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dstune import trials
 from dstune.config.schema import Export, RunConfig
 from dstune.launch import records
+from dstune.tracking import trials
 
 
 class Metrics:

@@ -12,7 +12,7 @@ from dstune.config.plugins import activate_requested
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Sampler, SweepConfig
 from dstune.config.sweep_space import Assignment, Axis, Split, first, grid
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 MOST_COMBINATIONS = 512
 """Of more, each value is looked at beside the first ones of the other axes."""

@@ -20,15 +20,15 @@ from typing import Any, Protocol
 
 from dstune.config.overrides import quoted
 from dstune.core import files
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dstune.core.paths import PRUNE_FILE
 from dstune.launch import attempt, records
 from dstune.launch.commands import python_path
 from dstune.launch.console import Console
-from dstune.paths import PRUNE_FILE
 from dstune.sweep.devices import Slot
 from dstune.sweep.directory import status_in, write_record
 from dstune.sweep.outcome import Metrics
-from dstune.trials import Record, read_record, record_path
+from dstune.tracking.trials import Record, read_record, record_path
 
 ENTRY = (sys.executable, "-m", "dstune.sweep.trial")
 """What becomes `dstune train` for a trial."""

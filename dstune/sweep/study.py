@@ -22,11 +22,11 @@ import psutil
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.sweep_space import Assignment, Axis, grid
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.sweep.directory import Sweep, identity, status_in, trial_name, write_record
 from dstune.sweep.outcome import Metrics, reached
 from dstune.sweep.schedule import Trial
-from dstune.trials import FINISHED, Record, less_is_better, read_record, record_path
+from dstune.tracking.trials import FINISHED, Record, less_is_better, read_record, record_path
 
 if TYPE_CHECKING:
     import optuna

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstune.arguments import VerbParser
 from dstune.core import files
-from dstune.errors import EXIT_DONE, Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
 
 TASK = '''\
 """task=@name@: a label for a text."""

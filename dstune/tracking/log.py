@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import RunConfig
+from dstune.core.secrets import redacted
 from dstune.protocols import TRACKERS
 from dstune.protocols.tracker import Row
-from dstune.redact import redacted
 from dstune.tracking.background import Background
 from dstune.tracking.console import Console
 from dstune.tracking.history import History

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from dstune.config.schema import RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.special_tokens import first_special_tokens
-from dstune.dist import World
-from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
 from dstune.protocols import task_of
 from dstune.train.evaluate import Evaluator

@@ -11,11 +11,11 @@ from typing import Generic, TypeVar
 import torch
 
 from dstune.config.schema import RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import DstuneError
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData
 from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
-from dstune.dist import World
-from dstune.errors import DstuneError
 from dstune.train.supply import Supply, order_of
 from dstune.train.utilization import Counted, counted
 

@@ -15,12 +15,12 @@ import torch
 from dstune.config.forgetting import general_rows
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.schema import Precision, RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import TrainingFailed
+from dstune.core.paths import cache_root
 from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
-from dstune.dist import World
-from dstune.errors import TrainingFailed
 from dstune.models.load import NewWeights
-from dstune.paths import cache_root
 from dstune.protocols import task_of
 from dstune.train.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dstune.dist import World
+from dstune.core.distributed import World
 from dstune.planning.host import available_bytes
 from dstune.zero.engine import Engine
 from dstune.zero.parts import full_count

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from dstune.config.schema import Automatic, RunConfig
+from dstune.core.distributed import World
 from dstune.data.batches import batch_of
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch, Row
-from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.planning.host import available_bytes
 from dstune.protocols import task_of

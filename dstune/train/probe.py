@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dstune.config.schema import Precision, RunConfig
+from dstune.core.distributed import World
 from dstune.data.prepared import PreparedData
-from dstune.dist import World
 from dstune.models.heads import Head
 from dstune.models.load import NewWeights, load_model, new_weights
 from dstune.models.norms import use_lean_norms

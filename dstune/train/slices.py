@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import Split
-from dstune.errors import Problem, UserError
 from dstune.metrics.direction import is_lower_better
 from dstune.protocols import task_of
 from dstune.train.measure import Row, Totals, count_rows, with_registered

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from dstune.config.schema import RunConfig, SpikeAction
+from dstune.core.errors import Problem, UserError
 from dstune.data.blocks import Block, Blocks
 from dstune.data.mixture import source_weights
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.repeats import Repeats
 from dstune.data.sampler import TrainingOrder, Window
-from dstune.errors import Problem, UserError
 
 
 @dataclass(frozen=True)

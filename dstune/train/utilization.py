@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dstune.config.schema import Precision, RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
-from dstune.dist import World
-from dstune.errors import UserError
 from dstune.parallel.none import NoParallelConfig
 from dstune.planning import calibration
 from dstune.planning.architecture import LANGUAGE_MODEL, architecture

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from dstune.dist import World
+from dstune.core.distributed import World
 from dstune.models.heads import Batch, Head, WindowHead
 from dstune.zero.engine import Engine
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dstune.config.callbacks import chosen_callbacks
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import CALLBACKS
 from dstune.protocols.callback import Callback, Request, merge
 from dstune.trainer.state import TrainState

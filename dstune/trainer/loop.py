@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from dstune.config.schema import UNTIMED_STEPS, RunConfig, SpikeAction
+from dstune.core.distributed import World
 from dstune.data.build import PreparedData
-from dstune.dist import World
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
 from dstune.protocols import schedule_of, task_of
 from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Request, merge

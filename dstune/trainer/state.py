@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 FORMAT = 2
 """Of `state.json`. 1, which is not written in it, kept the states of callbacks as fields of the training state."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dstune.dist import World
+from dstune.core.distributed import World
 from dstune.protocols import Optimizer
 from dstune.zero import swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole

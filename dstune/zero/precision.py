@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dstune.config.schema import Precision, RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 

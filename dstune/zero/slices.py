@@ -15,8 +15,8 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from dstune.config.parallel_rules import ranks_problem
-from dstune.dist import World, own_group
-from dstune.errors import UserError
+from dstune.core.distributed import World, own_group
+from dstune.core.errors import UserError
 from dstune.zero.restore import WEIGHT, Source
 
 CUTS = "dstune_cuts"

@@ -11,9 +11,9 @@ from datetime import timedelta
 
 import torch
 
-from dstune.dist import World
-from dstune.errors import Problem, UserError
-from dstune.rank_env import STORE, RankEnv
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.core.rank_env import STORE, RankEnv
 
 
 def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:

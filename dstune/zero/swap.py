@@ -24,8 +24,8 @@ from torch.utils import cpp_extension
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
 from dstune.config.zero_rules import SWAP_BUFFERS
-from dstune.dist import World
-from dstune.errors import Problem, UserError
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
 
 activity = logging.getLogger("dstune.worker")
 

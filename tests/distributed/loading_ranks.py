@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
+from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
-from dstune.rank_env import from_environment
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.parts import gathered, is_partitioned, partitioned_loading
 from dstune.zero.precision import DTYPES

@@ -23,13 +23,13 @@ from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.schema import RunConfig
-from dstune.dist import World
+from dstune.core.distributed import World
+from dstune.core.rank_env import from_environment
 from dstune.evaluation.ranks import evaluate
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models.generation import generation_inputs
 from dstune.protocols import method_of
-from dstune.rank_env import from_environment
 from dstune.train import importance
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered

@@ -11,7 +11,8 @@ import torch
 from support.configs import run_config
 
 from dstune.config import schema
-from dstune.dist import World
+from dstune.core.distributed import World
+from dstune.core.rank_env import from_environment
 from dstune.methods.freeze.config import FreezeConfig
 from dstune.methods.full import FullConfig
 from dstune.methods.head.config import HeadConfig
@@ -20,7 +21,6 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, task_of
-from dstune.rank_env import from_environment
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.worker import goes_once_through

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as functional
 
 from dstune.config.compose import compose, write_run
+from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
-from dstune.errors import UserError
 from dstune.evaluation import command as evaluate
 from dstune.evaluation import harness
 from dstune.models.load import load_tokenizer
-from dstune.rank_env import RankEnv
 from dstune.report.command import main as report
 from dstune.tasks.classification.prompted import LABEL_PROMPT
 from dstune.train.baseline import as_language_model, draw

@@ -10,7 +10,7 @@ import pytest
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.config.compose import compose, write_run
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.evaluation import command as evaluate
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled

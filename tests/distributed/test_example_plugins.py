@@ -145,7 +145,7 @@ def test_a_typing_error_names_the_nearest_key(monkeypatch, name, wrong, nearest)
     from dstune.config.compose import compose
     from dstune.config.validate import validate
     from dstune.core import plugins
-    from dstune.errors import UserError
+    from dstune.core.errors import UserError
 
     monkeypatch.chdir(EXAMPLES)
     settings = [text for text in CASES[name][1] if not text.startswith(wrong.split("=")[0])]

@@ -140,7 +140,7 @@ def test_offline_the_cache_serves_or_the_run_is_refused(workplace: Commands, hub
 RESOLVE = """
 import json, sys
 from dstune.config.data_schema import DataConfig
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.hub_data import resolve
 for given in json.loads(sys.argv[1]):
     said = []

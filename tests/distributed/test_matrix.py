@@ -14,7 +14,7 @@ from support.tiny import save_decoder, save_encoder, write_dialogues, write_labe
 from dstune.config import data_schema, schema
 from dstune.config.compose import Composed, write_run
 from dstune.config.validate import find_problems
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch.first_rows import hardware_problems
 from dstune.methods.features.config import FeaturesConfig
 from dstune.methods.freeze.config import FreezeConfig

@@ -12,7 +12,7 @@ import torch
 from seqeval.metrics.sequence_labeling import get_entities
 from transformers import AutoModel, AutoTokenizer
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.inference import predict
 from dstune.tasks.token_classification.predict import entities
 from tests.support.ranks import run_ranks

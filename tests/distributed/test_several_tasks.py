@@ -15,10 +15,10 @@ from support.tiny import save_decoder, write_dialogues
 from transformers import AutoModelForCausalLM
 
 from dstune.config.compose import compose
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import PreparedData, prepare
 from dstune.data.collate import NO_TARGET
 from dstune.models.load import load_tokenizer
-from dstune.rank_env import RankEnv
 
 TASKS = {
     "talk": ["task=chat", "data.train=talk.jsonl"],

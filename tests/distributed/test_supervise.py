@@ -214,7 +214,7 @@ result("completed")
 
 def test_a_users_mistake_in_a_rank_is_shown_as_such(tmp_path):
     script = """
-from dstune.errors import Problem, UserError, to_json
+from dstune.core.errors import Problem, UserError, to_json
 if rank == 0:
     error = UserError([Problem("data.jsonl:17", "no text", "mend it"), Problem("data.jsonl:18", "no label")])
     (run_dir / "logs" / "rank-0.error").write_text(to_json(error))
@@ -238,7 +238,7 @@ sys.exit(1)  # the consequence is seen before the cause
 
 def test_a_failure_that_the_worker_reports_keeps_its_result(tmp_path):
     script = """
-from dstune.errors import TrainingFailed
+from dstune.core.errors import TrainingFailed
 from dstune.core.rank_errors import leave_error
 if rank == 0:
     result("failed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dstune import worker
 from dstune.config.compose import read_run
-from dstune.rank_env import from_environment
+from dstune.core.rank_env import from_environment
 from dstune.zero.engine import Engine
 from dstune.zero.start import start_process_group
 

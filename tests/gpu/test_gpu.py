@@ -159,7 +159,7 @@ def test_resumed_equals_uninterrupted(workshop: Workshop, record_property: Recor
 def test_a_real_model(workshop: Workshop, record_property: Record) -> None:
     """SmolLM2-135M on the dialogues, bf16 at stage 2, as far as the samples are in the cache or can be fetched."""
     from dstune import samples
-    from dstune.errors import UserError
+    from dstune.core.errors import UserError
 
     try:
         for name in ("smollm2", "chitchat"):

@@ -27,7 +27,7 @@ def light_modules() -> list[str]:
         for folder in ("config", "launch", "planning", "samples", "sweep")
         for path in (ROOT / "dstune" / folder).rglob("*.py")
     ]
-    paths += [ROOT / "dstune" / f"{name}.py" for name in ("cli", "errors", "paths", "rank_env")]
+    paths += [ROOT / "dstune" / f"{name}.py" for name in ("cli", "core/errors", "core/paths", "core/rank_env")]
     names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__main__.py")
     return sorted(name.removesuffix(".__init__") for name in names)
 
@@ -58,7 +58,7 @@ def test_a_rank_does_not_import_mlflow():
     code = (
         "import sys, dstune.worker\n"
         "assert 'deepspeed' not in sys.modules\n"
-        "from dstune.rank_env import RankEnv\n"
+        "from dstune.core.rank_env import RankEnv\n"
         "from dstune.zero.start import start_process_group\n"
         "import os; os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0', CUDA_VISIBLE_DEVICES='')\n"
         "start_process_group(RankEnv(0, 1, 0, 1, 'alone'))\n"
@@ -73,7 +73,7 @@ import json, os, sys
 from pathlib import Path
 from dstune import worker
 from dstune.config.compose import compose, write_run
-from dstune.rank_env import RankEnv
+from dstune.core.rank_env import RankEnv
 from dstune.zero.start import start_process_group
 
 composed, run_dir = compose(sys.argv[2:]), Path(sys.argv[1])

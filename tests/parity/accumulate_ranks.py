@@ -11,12 +11,12 @@ import torch
 from support.configs import run_config
 
 from dstune.config import schema
-from dstune.dist import World
+from dstune.core.distributed import World
+from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import parameter_groups
 from dstune.optim.sgd import SgdConfig
 from dstune.protocols import optimizer_of, task_of
-from dstune.rank_env import from_environment
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading

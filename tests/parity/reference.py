@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dstune.config.forgetting import general_rows
 from dstune.config.schema import RunConfig
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.collate import collate
 from dstune.models.load import load_tokenizer
-from dstune.rank_env import RankEnv
 from dstune.train.feed import dropout_seed, training_order
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from dstune.checkpoint.shards import Shards
 from dstune.config.compose import read_run
+from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of
-from dstune.rank_env import from_environment
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading

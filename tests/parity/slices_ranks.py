@@ -15,12 +15,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstune.config.schema import Selective
+from dstune.core.rank_env import from_environment
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tensor import slice_model
 from dstune.models.tiles import tile_feed_forward
-from dstune.rank_env import from_environment
 from dstune.zero.slices import Slices
 from dstune.zero.start import start_process_group
 

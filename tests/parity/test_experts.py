@@ -16,7 +16,7 @@ from dstune.checkpoint.export import export_checkpoint
 from dstune.checkpoint.serving import vllm_problems
 from dstune.checkpoint.store import newest
 from dstune.config.compose import compose
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.methods.lora.apply import experts_without_adapters
 from dstune.methods.qlora.quantize import refuse_experts
 from dstune.protocols import method_of

@@ -18,7 +18,7 @@ from support.tiny import write_dialogues
 
 from dstune.config.forgetting import measured_alone, with_replay
 from dstune.config.forgetting_schema import ForgettingConfig
-from dstune.errors import TrainingFailed
+from dstune.core.errors import TrainingFailed
 from dstune.evaluation import command as evaluate
 from dstune.train import forgetting
 
@@ -113,9 +113,9 @@ def test_rows_without_a_finite_gradient_are_left_out_of_the_mean(monkeypatch):
 
 
 def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop: Workshop):  # noqa: F811
+    from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.rank_env import RankEnv
     from dstune.train.feed import training_order
 
     general = write_dialogues(workshop.folder / "replayed.jsonl", 100, seed=9)

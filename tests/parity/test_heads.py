@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from dstune.config.compose import compose, read_run, write_run
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import Split, prepare
 from dstune.evaluation import command as evaluate
-from dstune.rank_env import RankEnv
 from dstune.tasks.question_answering.metrics import answer_metrics
 
 PROGRAM = Path(__file__).with_name("train_cases.py")

@@ -116,9 +116,9 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
 
 def test_the_reference_has_what_could_go_wrong(workshop, references):
     """Guards the guard: masks are uneven over micro-batches, dropout changes the loss, a window is short of ranks."""
+    from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.rank_env import RankEnv
     from dstune.train.feed import training_order
 
     config = workshop.composed("guard", "data.packing=false").config

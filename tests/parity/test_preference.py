@@ -15,12 +15,12 @@ from support.workshop import Workshop
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
+from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
-from dstune.errors import UserError
 from dstune.evaluation import command as evaluate
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
-from dstune.rank_env import RankEnv
 from dstune.train.feed import training_order
 
 PROGRAM = Path(__file__).with_name("train_cases.py")

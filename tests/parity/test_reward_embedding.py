@@ -11,11 +11,11 @@ from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_contrastive, write_preferences
 from support.workshop import Workshop
 
+from dstune.core.rank_env import RankEnv
 from dstune.data.batches import batch_of
 from dstune.data.build import prepare
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
-from dstune.rank_env import RankEnv
 from dstune.tasks.embedding.config import EmbeddingConfig
 from dstune.train.feed import dropout_seed, training_order
 

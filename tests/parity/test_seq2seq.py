@@ -124,9 +124,9 @@ def plain_scores(workshop: Workshop, name: str, kind: str) -> dict[str, float]:
     from sacrebleu import corpus_bleu, corpus_chrf, corpus_ter
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.rank_env import RankEnv
     from dstune.train.evaluate import limited
 
     config = workshop.composed(kind, name).config

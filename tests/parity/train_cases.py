@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dstune import worker
 from dstune.config.compose import read_run, write_run
-from dstune.errors import Preempted
-from dstune.rank_env import from_environment
+from dstune.core.errors import Preempted
+from dstune.core.rank_env import from_environment
 from dstune.train import generation, micro_batch
 from dstune.trainer import loop
 from dstune.zero.start import start_process_group

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import torch.distributed as torch_dist
 
-from dstune.dist import World
-from dstune.errors import TrainingFailed
-from dstune.rank_env import RankEnv
+from dstune.core.distributed import World
+from dstune.core.errors import TrainingFailed
+from dstune.core.rank_env import RankEnv
 
 rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dstune.core import rendezvous
-from dstune.rank_env import GROUP_SECRET
+from dstune.core.rank_env import GROUP_SECRET
 
 RANKS = Path(__file__).with_name("group_ranks.py")
 
@@ -52,8 +52,8 @@ def test_the_secret_of_a_slurm_job_is_for_this_user_alone(tmp_path: Path) -> Non
 
 def test_a_local_launch_meets_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No rank listens where another user of the machine could connect first."""
+    from dstune.core.rank_env import STORE
     from dstune.launch import supervise
-    from dstune.rank_env import STORE
 
     seen: list[dict[str, str]] = []
 

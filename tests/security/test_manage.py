@@ -14,7 +14,7 @@ import pytest
 from dstune import cli
 from dstune.config.compose import compose
 from dstune.config.validate import validate
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import records
 from dstune.launch.slurm_script import job_script
 

@@ -11,7 +11,7 @@ import torch
 
 from dstune import worker
 from dstune.config.compose import read_run
-from dstune.rank_env import from_environment
+from dstune.core.rank_env import from_environment
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 from dstune.zero.shard_files import Save

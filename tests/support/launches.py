@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 RANK_PRELUDE = """
 import json, os, pathlib, signal, subprocess, sys, time
 rank, run_dir = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
-from dstune.rank_env import die_with_parent
+from dstune.core.rank_env import die_with_parent
 die_with_parent()
 def note(name, text=""):
     (run_dir / f"note-{name}-{rank}").write_text(str(text))
@@ -29,7 +29,7 @@ def result(status):
 LAUNCHER = """
 import json, sys
 from pathlib import Path
-from dstune.errors import DstuneError
+from dstune.core.errors import DstuneError
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.local import supervise

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from dstune.config.data_schema import DataConfig
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import PreparedData, prepare
-from dstune.errors import Problem, UserError
 from dstune.protocols.task import TaskConfig
-from dstune.rank_env import RankEnv
 from dstune.tasks.chat.config import ChatConfig
 
 SPECIAL = [

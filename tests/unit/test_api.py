@@ -17,7 +17,7 @@ from support.runs import full_run
 
 import dstune
 from dstune.api import rows, training
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 
 
 def test_the_import_is_light():

@@ -9,7 +9,7 @@ import torch
 from support.tiny import save_decoder
 
 from dstune.config.compose import compose
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.models import attention, cpu_attention
 from dstune.models.attention import SamplesApart, attend
 from dstune.models.spans import SPANS as SPANS_KEYWORD

@@ -11,7 +11,7 @@ from support.tiny import save_bart, save_decoder, save_encoder
 
 from dstune import catalogue
 from dstune.config.presets import model_files
-from dstune.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
+from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
 from dstune.evaluation import command as evaluate
 from dstune.launch import plan
 

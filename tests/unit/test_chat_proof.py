@@ -12,10 +12,10 @@ from unit.templates import LLAMA3, QWEN3
 
 from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.build import prove
 from dstune.data.chat.template import with_arguments
 from dstune.data.collate import NO_TARGET
-from dstune.errors import UserError
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss

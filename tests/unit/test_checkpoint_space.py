@@ -9,7 +9,7 @@ from support.configs import run_config
 
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.schema import RunSection
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 
 
 def check(folder, size: int, *, force: bool) -> list[str]:

@@ -13,11 +13,11 @@ from unit.data_helpers import CHATML, SPECIAL, byte_tokenizer
 from unit.templates import LLAMA3, MISTRAL, QWEN3
 
 from dstune import samples
+from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import UserError
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig

@@ -10,10 +10,10 @@ from support.cleaning import CHAT, TEXT, Cleaned, left, texts_of
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, refusal_of, write_jsonl
 
 from dstune.config.data_schema import CleanConfig, Duplicates, Found, SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.clean import extras
 from dstune.data.clean.report import summary
 from dstune.data.clean.sensitive import find_personal_data, find_secrets, mask
-from dstune.errors import UserError
 from dstune.tasks.causal_lm.config import CausalLmConfig
 
 KEY = "AKIAIOSFODNN7EXAMPLE"

@@ -13,10 +13,10 @@ import dstune
 from dstune import cli
 from dstune.config.compose import Composed, read_run, write_run
 from dstune.config.schema import RunSection
-from dstune.errors import DstuneError, Preempted, Problem, UserError
+from dstune.core.errors import DstuneError, Preempted, Problem, UserError
+from dstune.core.rank_env import RankEnv
 from dstune.launch import preflight, train
 from dstune.launch.local import Local
-from dstune.rank_env import RankEnv
 from tests.support.configs import run_config
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from dstune.config.compose import (
 )
 from dstune.config.convert import EnvironmentText, from_dict
 from dstune.config.schema import Offload, RunConfig
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.methods.lora.config import LoraConfig
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.sgd import SgdConfig

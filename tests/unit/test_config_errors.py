@@ -8,7 +8,7 @@ import pytest
 
 from dstune.config.compose import apply_overrides, compose
 from dstune.config.names import all_keys, suggest_key
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 
 def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Problem]:

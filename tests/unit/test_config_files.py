@@ -9,7 +9,7 @@ import pytest
 from dstune.config.compose import compose, to_dict
 from dstune.config.schema import CHOICES, Precision
 from dstune.config.validate import validate
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))

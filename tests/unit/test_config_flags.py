@@ -18,7 +18,7 @@ from dstune.config.completion import complete
 from dstune.config.documentation import documentation, help_text, merged
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.names import all_keys, names_choice
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 
 VERBS = {name: verb().words for name, verb in cli.VERBS.classes().items()}
 

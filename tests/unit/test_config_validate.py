@@ -13,7 +13,7 @@ from dstune.config.ranges import check_ranges
 from dstune.config.resume import MAY_CHANGE_KEYS, check_resume
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import TASKS
 
 CHAT = ("data=chitchat",)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dstune.arguments import VerbParser
 from dstune.cli import VERBS
 from dstune.cli.verb import other_names
 from dstune.config.compose import compose
@@ -15,7 +14,8 @@ from dstune.config.flags import hydra_flags
 from dstune.config.names import all_keys, default_of
 from dstune.config.overrides import parse
 from dstune.config.words import meaning, packaged_choices, rejoined
-from dstune.errors import Problem, UserError
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import Problem, UserError
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from unit.templates import THINKING_PROMPT
 from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
 from dstune.config.validate import validate
+from dstune.core.errors import Problem, UserError
 from dstune.data.tags import TagScheme
-from dstune.errors import Problem, UserError
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig

@@ -11,10 +11,10 @@ from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepare
 
 from dstune.config.data_schema import SplitConfig
 from dstune.config.schema import EvaluateConfig
+from dstune.core.errors import UserError
 from dstune.data import build
 from dstune.data.collate import NO_TARGET
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import UserError
 from dstune.samples import resolve
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig

@@ -13,9 +13,9 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data import build, cache, parallel
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import Problem, UserError
 from dstune.tasks.chat.config import ChatConfig
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)

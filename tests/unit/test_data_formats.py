@@ -12,13 +12,13 @@ from torch import nn
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.formats import check_columns, recognise
 from dstune.data.render import ChatRenderer
 from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import UserError
 from dstune.protocols import task_of
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig

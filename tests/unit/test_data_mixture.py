@@ -10,10 +10,10 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import SourceConfig, SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.mixture import capped
 from dstune.data.repeats import Repeats
 from dstune.data.sampler import TrainingOrder
-from dstune.errors import UserError
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.train.supply import order_of
 

@@ -9,7 +9,7 @@ import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, write_jsonl
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.classification.config import ClassificationConfig
 

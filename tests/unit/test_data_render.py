@@ -22,13 +22,13 @@ from unit.templates import (
     THINKING_PROMPT,
 )
 
+from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, target_mask
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import UserError
 from dstune.tasks.chat.config import ChatConfig, Reasoning, Turns
 
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import exchange, write_jsonl
 
+from dstune.core.errors import UserError
 from dstune.data.rows import RowError, canonical, check_columns, normalise, recognise, sort_labels
 from dstune.data.sources import DataFile, expand, fingerprint, read
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, lowest
-from dstune.errors import UserError
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig

@@ -10,10 +10,10 @@ import pytest
 from support.sources import CHATS, COMMIT, LABELLED, chat_sources, write_cached_hub, write_jsonl
 
 from dstune.config.data_schema import DataConfig, TextRows
+from dstune.core.errors import UserError
 from dstune.data.files import DataFile
 from dstune.data.hub import HubName, hub_name
 from dstune.data.sources import Lines, expand, fingerprint, of_part, read
-from dstune.errors import UserError
 
 
 def found(path, **options):

@@ -20,12 +20,12 @@ from unit.data_helpers import byte_tokenizer, chats, data_run, prepared, write_j
 from dstune.config.data_schema import DataConfig, OnBadRow, SourceConfig, SplitConfig
 from dstune.config.schema import TrainerConfig
 from dstune.config.validate import validate
+from dstune.core.errors import UserError
 from dstune.data import sources
 from dstune.data.blocks import Blocks
 from dstune.data.build import block_builder
 from dstune.data.files import DataFile
 from dstune.data.stream import FileShard, Position, Stream
-from dstune.errors import UserError
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.train.supply import Streamed
 

@@ -10,8 +10,8 @@ import torch
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.rows import RowError, normalise
-from dstune.errors import UserError
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 from dstune.tasks.embedding.head import EmbeddingHead, contrastive_losses, pooled
 from dstune.tasks.embedding.metrics import embedding_metrics

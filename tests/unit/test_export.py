@@ -14,7 +14,7 @@ import torch
 from dstune.checkpoint import export, store
 from dstune.checkpoint.shards import Weights, cut
 from dstune.config.compose import compose, write_run
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled
 

@@ -15,8 +15,8 @@ import torch
 
 from dstune.checkpoint import store
 from dstune.config.compose import compose, write_run
+from dstune.core.errors import UserError
 from dstune.data.stopping import stop_token_ids
-from dstune.errors import UserError
 from dstune.inference import generate
 from dstune.inference.answers_file import AnswersFile
 from dstune.inference.prompts import Request

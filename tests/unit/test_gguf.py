@@ -12,7 +12,7 @@ from dstune.checkpoint import export, store
 from dstune.checkpoint.gguf_file import check_architecture, write_gguf
 from dstune.checkpoint.gguf_vocabulary import read_vocabulary
 from dstune.config.compose import compose, write_run
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from tests.support.tiny import CHATML, save_decoder
 
 TEXT = "Numbers like 1234 and words, don't they?  <|im_start|>user\nhi<|im_end|>\n"

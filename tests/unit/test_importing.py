@@ -14,7 +14,7 @@ from dstune.config.compose import compose
 from dstune.config.names import all_keys, sections
 from dstune.config.schema import Offload, Precision, RunConfig
 from dstune.config.validate import validate
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.importing import axolotl, llama_factory, trl
 from dstune.importing.convert import Experiment, convert
 from dstune.importing.files import TOOLS, of_command, read, tool_of

@@ -11,7 +11,7 @@ import pytest
 import dstune
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import MlflowConfig, TrackingConfig, WandbConfig, WandbMode
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import commands
 from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, local_plan, number_of_ranks
 from dstune.launch.local.config import LocalConfig

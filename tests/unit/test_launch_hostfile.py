@@ -2,7 +2,7 @@
 
 import pytest
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import host_slots as hostfile
 
 TEXT = "# two racks\nnode1 slots=4\n\nnode2 slots=2  # old\nnode3 slots=4\n"

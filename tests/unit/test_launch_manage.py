@@ -13,7 +13,7 @@ import pytest
 
 from dstune import cli
 from dstune.checkpoint import store
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import manage, records, runs
 from tests.support.runs import write_sweep_directory
 

@@ -13,8 +13,8 @@ from huggingface_hub import errors
 from dstune import samples
 from dstune.config.data_schema import DataConfig, OnBadRow, SourceConfig
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, TrainerConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data import inputs
-from dstune.errors import Problem, UserError
 from dstune.launch import preflight
 from dstune.launch.first_rows import first_row_problems, hardware_problems
 from dstune.launch.preflight import looks_local, resolve_model, resolve_run

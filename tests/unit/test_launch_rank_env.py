@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from dstune import rank_env
-from dstune.errors import UserError
-from dstune.rank_env import RankEnv, from_environment
+from dstune.core import rank_env
+from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv, from_environment
 
 CASES = {
     "nothing": ({}, None),
@@ -95,7 +95,7 @@ def test_contradictions_are_refused(variables, named):
 
 
 def test_a_rank_whose_launcher_is_gone_ends(tmp_path):
-    code = "import dstune.rank_env as r; r.die_with_parent(); print('alive')"
+    code = "import dstune.core.rank_env as r; r.die_with_parent(); print('alive')"
     for pid, expected in ((os.getpid(), (0, "alive\n")), (1, (1, ""))):
         env = {**os.environ, rank_env.LAUNCHER_PID: str(pid)}
         done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
 from dstune.launch.console import Console
 from dstune.launch.local import restarts
 from dstune.launch.local.restarts import Restarts

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from dstune.config.schema import RunSection, TrackingConfig, WandbConfig, WandbMode
-from dstune.errors import UserError
+from dstune.core.errors import UserError
+from dstune.core.paths import STOP_REASON
 from dstune.launch import records
 from dstune.launch.slurm import job as slurm_job
 from dstune.launch.slurm import jobs as slurm_jobs
 from dstune.launch.slurm import submit as slurm
 from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE, job_script
-from dstune.paths import STOP_REASON
 from tests.support.configs import run_config
 
 PARENT = {

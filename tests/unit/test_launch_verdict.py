@@ -2,7 +2,7 @@
 
 import pytest
 
-from dstune.errors import Preempted, Problem, Stalled, TrainingFailed, UserError, WaitedInVain, from_json, to_json
+from dstune.core.errors import Preempted, Problem, Stalled, TrainingFailed, UserError, WaitedInVain, from_json, to_json
 from dstune.launch.verdict import Ended, how, judge
 
 MISTAKE = UserError(Problem("data.train", "it is empty"))

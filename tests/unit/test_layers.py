@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.methods.freeze.apply import freeze_parts
 from dstune.methods.freeze.config import FreezeConfig
 from dstune.models.layers import decayed_rates, layers_of

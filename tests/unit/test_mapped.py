@@ -12,7 +12,7 @@ from support.tiny import save_decoder, save_tokenizer
 from transformers import AutoConfig
 
 from dstune.config.compose import compose
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.mapped import Mapped
 

@@ -19,11 +19,11 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, wo
 from dstune.config.data_schema import CleanConfig, DataConfig, SplitConfig
 from dstune.config.schema import EvaluateConfig, RunConfig
 from dstune.config.validate import find_problems
+from dstune.core.errors import UserError
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
 from dstune.data.swaps import Swaps
 from dstune.data.tokenize import RowTokenizer
-from dstune.errors import UserError
 from dstune.metrics.direction import improves
 from dstune.protocols import METRICS, Metric, metric, task_of
 from dstune.tasks.causal_lm.config import CausalLmConfig

@@ -11,7 +11,7 @@ import pytest
 from dstune.checkpoint.export import refuse_unmergeable
 from dstune.config import data_schema, schema
 from dstune.config.validate import find_problems
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.methods._peft.config import AdapterConfig
 from dstune.methods.ia3 import Ia3Config
 from dstune.methods.lora.config import LoraConfig, LoraInit

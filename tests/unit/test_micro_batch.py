@@ -15,7 +15,7 @@ from dstune.config.compose import compose, read_run, write_run
 from dstune.config.convert import shown
 from dstune.config.schema import Automatic
 from dstune.config.validate import find_problems
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.evaluation.command import _with_rows
 from dstune.train.memory import PeakMemory, give_back
 from dstune.train.micro_batch import Trial, at_most, choose, heaviest_rows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.methods._peft.config import AdapterConfig
 from dstune.methods.ia3 import MODULES, Ia3Config
 from dstune.methods.lora.config import LoraConfig

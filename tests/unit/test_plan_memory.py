@@ -11,7 +11,7 @@ import pytest
 
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import machine, preflight, room
 from dstune.launch import plan as plan_verb
 from dstune.launch.commands import Machine

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dstune.config.compose import compose
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.plan import main, parse, plan_of, planned
 from dstune.planning.hardware import DEVICES
 from dstune.planning.hardware import parse as hardware

@@ -18,7 +18,7 @@ from dstune.config.documentation import documentation, help_text
 from dstune.config.schema import CHOICES
 from dstune.config.validate import find_problems
 from dstune.core import plugins
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import rundir
 from dstune.protocols import OPTIMIZERS
 

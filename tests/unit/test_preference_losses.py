@@ -91,10 +91,10 @@ def test_dpo_equals_trl_on_the_same_batch_and_weights(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dstune.config.compose import compose
+    from dstune.core.rank_env import RankEnv
     from dstune.data.batches import batch_of
     from dstune.data.build import prepare
     from dstune.data.sampler import MicroBatch
-    from dstune.rank_env import RankEnv
 
     started, other = save_decoder(tmp_path / "model"), save_decoder(tmp_path / "other", seed=1)
     pairs = write_preferences(tmp_path / "pairs.jsonl", 8)

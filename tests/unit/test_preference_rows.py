@@ -9,10 +9,10 @@ import pytest
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import SplitConfig
+from dstune.core.errors import UserError
 from dstune.data.batches import batch_of
 from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
-from dstune.errors import UserError
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
 
 

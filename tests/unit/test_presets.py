@@ -13,7 +13,7 @@ from support.configs import run_config
 from dstune.chat_templates import NAMES, template_path
 from dstune.config.data_schema import DataConfig
 from dstune.config.schema import ModelConfig
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.preflight import description_problems, resolve_run
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 

@@ -13,7 +13,7 @@ import torch
 
 from dstune.config.compose import compose
 from dstune.config.validate import validate
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.trainer.callbacks.profiler import StepProfiler, as_table
 
 RUN = ("model=smollm2", "task=chat", "data=chitchat")

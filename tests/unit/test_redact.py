@@ -9,14 +9,14 @@ import sys
 import pytest
 from support.configs import run_config
 
-from dstune import redact as module
 from dstune.config import schema
 from dstune.config.convert import EnvironmentText
 from dstune.config.validate import validate
+from dstune.core import secrets as module
+from dstune.core.errors import Problem, TrainingFailed, UserError, from_json, to_json
+from dstune.core.secrets import is_secret, publish, redact, redact_output, redacted, remember
 from dstune.core.text import Filtered
-from dstune.errors import Problem, TrainingFailed, UserError, from_json, to_json
 from dstune.launch import records
-from dstune.redact import is_secret, publish, redact, redact_output, redacted, remember
 
 VALUE = 'planted "välue" 123'
 

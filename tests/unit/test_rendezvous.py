@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from dstune.core import rendezvous
-from dstune.errors import UserError
-from dstune.rank_env import RankEnv
+from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
 

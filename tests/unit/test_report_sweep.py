@@ -12,7 +12,7 @@ import pytest
 from dstune import cli
 from dstune.report.effects import positions, shares
 from dstune.report.sweep_page import page, scale, without_outliers
-from dstune.trials import Record, better_first, ranked, read_record, unbeaten
+from dstune.tracking.trials import Record, better_first, ranked, read_record, unbeaten
 from tests.support.pages import Page
 from tests.support.runs import HOSTILE, full_run, metrics_rows, write_sweep_directory
 

@@ -12,7 +12,7 @@ import yaml
 from dstune.checkpoint import store
 from dstune.cli import main
 from dstune.config.compose import RUN_FORMAT, Composed, read_run, write_run
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.records import acquire_lock
 from dstune.trainer.state import FORMAT
 from tests.support.configs import run_config

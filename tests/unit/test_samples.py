@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from dstune import samples
-from dstune.errors import UserError
-from dstune.paths import cache_root
+from dstune.core.errors import UserError
+from dstune.core.paths import cache_root
 from dstune.samples import convert, download
 from dstune.samples.download import Package
 

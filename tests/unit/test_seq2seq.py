@@ -19,12 +19,12 @@ from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.data_schema import DataConfig, SplitConfig
 from dstune.config.schema import EvaluateConfig
 from dstune.config.validate import find_problems
+from dstune.core.errors import UserError
 from dstune.data.collate import collate
 from dstune.data.formats import recognise
 from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
-from dstune.errors import UserError
 from dstune.launch import first_rows
 from dstune.samples import convert
 from dstune.samples.debian import DebianPackage, fetch_debian

@@ -11,7 +11,7 @@ from dstune.metrics.direction import improves
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
-from dstune.trials import less_is_better
+from dstune.tracking.trials import less_is_better
 
 TWO = ["data.mixture.a.path=a.jsonl", "data.mixture.b.path=b.jsonl"]
 

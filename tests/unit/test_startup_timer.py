@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dstune.rank_env import LAUNCHER_PID
+from dstune.core.rank_env import LAUNCHER_PID
 from dstune.trainer.callbacks.startup_timer import StartupTimer
 
 PROGRAM = """

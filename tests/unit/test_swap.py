@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.zero import swap
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dstune.config.sweep_schema import GridConfig
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.local.config import LocalConfig
 from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.launch.slurm.config import SlurmConfig

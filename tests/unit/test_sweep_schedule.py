@@ -13,7 +13,7 @@ import pytest
 
 from dstune.launch import records
 from dstune.sweep.devices import Slot
-from dstune.trials import Record, read_records
+from dstune.tracking.trials import Record, read_records
 from tests.support.sweeps import Scripted
 
 RATES = "optimizer.lr=1,2,3"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dstune.config.sweep_space import Axis, first, grid, short_names, split, with_space
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 
 
 def axes(*overrides: str) -> list[Axis]:

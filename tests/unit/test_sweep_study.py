@@ -12,14 +12,14 @@ import pytest
 from dstune.config.schema import EvaluateConfig, RunConfig, TrainerConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.sweep_space import split
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.sweep import schedule
 from dstune.sweep.devices import Slot
 from dstune.sweep.directory import Sweep
 from dstune.sweep.study import Study
-from dstune.trials import Record, read_records
+from dstune.tracking.trials import Record, read_records
 from tests.support.configs import run_config
 from tests.support.sweeps import Scripted
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from dstune.core.errors import Problem, UserError, from_json
+from dstune.core.rank_env import RankEnv
 from dstune.core.rank_errors import error_file, leave_error, tell_launcher, tell_once
-from dstune.errors import Problem, UserError, from_json
-from dstune.rank_env import RankEnv
 
 ALIKE = UserError(Problem("data.train", "no rows"))
 OWN = UserError(Problem("launch", "no GPU here"))

@@ -14,7 +14,7 @@ from dstune.config.compose import compose
 from dstune.config.parallel_rules import SLICED, slices_problems
 from dstune.config.schema import Precision
 from dstune.config.validate import find_problems
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.preflight import check_folder, resolve_model
 from dstune.planning import time
 from dstune.planning.architecture import architecture, sliced

@@ -19,7 +19,7 @@ from transformers import (
 
 from dstune.config.compose import compose
 from dstune.config.validate import find_problems
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
 

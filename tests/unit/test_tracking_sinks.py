@@ -9,7 +9,7 @@ from support.configs import run_config
 from dstune.config import schema
 from dstune.config.convert import EnvironmentText
 from dstune.config.validate import validate
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.launch.preflight import resolve_run
 from dstune.tracking.log import RunLog
 from dstune.tracking.trackers import mlflow as mlflow_tracker

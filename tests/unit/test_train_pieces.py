@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dstune import worker
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
-from dstune.errors import DstuneError, Problem, UserError
+from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics.direction import improves
 from dstune.metrics.language import language_model_metrics

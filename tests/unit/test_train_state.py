@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from support.configs import run_config
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.protocols.callback import Callback
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.early_stopping import EarlyStopping

@@ -11,7 +11,7 @@ from support.tiny import save_decoder, save_encoder
 from dstune.config.compose import compose
 from dstune.config.parallel_rules import heads_problem, repeats_of_keys
 from dstune.config.validate import find_problems
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.models.spans import SPANS
 from dstune.models.ulysses import SequenceCut, refuse, rope_types
 

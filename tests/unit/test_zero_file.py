@@ -13,7 +13,7 @@ from dstune.config.deepspeed_file import ON_WHEN_THERE
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
 from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig
 from dstune.config.validate import validate
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.optim.cosine import CosineConfig
 from dstune.optim.linear import LinearConfig
 from dstune.optim.sgd import SgdConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.config.augment_schema import AugmentConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from random import Random
 
+from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.swaps import cased
-from dstune.errors import Problem, UserError
 
 KEY = "data.augment.synonyms"
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import Server, difference
 from dstune.data.stopping import stop_token_ids
-from dstune.errors import Problem, UserError
 
 FILE = "train.evidence.json"
 

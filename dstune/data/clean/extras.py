@@ -11,7 +11,7 @@ from typing import Any
 
 from dstune.config.convert import shown
 from dstune.config.data_schema import CleanConfig, Duplicates, Found
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 PACKAGES = {
     "languages": {"py3langid": "py3langid"},

@@ -6,8 +6,8 @@ import difflib
 from functools import cache
 from typing import Any
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.clean.extras import require
-from dstune.errors import Problem, UserError
 
 KEY = "data.clean.languages"
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from dstune.config.data_schema import CleanConfig, Duplicates, Found
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data.clean.cleaner import STEPS, Cleaner
 from dstune.data.clean.near import SIGNATURE_NUMBERS, NearCopies, open_signatures
 from dstune.data.clean.report import NAMES, SHOWN_EXAMPLES, Report
@@ -27,7 +28,6 @@ from dstune.data.clean.rows import near_text
 from dstune.data.control import ControlTokens
 from dstune.data.ingest import ROW_SCHEMA, Table, numbers_on_disk
 from dstune.data.parallel import map_rows
-from dstune.errors import Problem, UserError
 
 Chosen = tuple[Table, np.ndarray]
 """Some rows of a table: their numbers, int64."""

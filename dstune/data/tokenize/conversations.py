@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.chat.boundary import Boundaries, BoundaryError
 from dstune.data.chat.evidence import Exchange
 from dstune.data.chat.rule import Place, Span
@@ -18,7 +19,6 @@ from dstune.data.preferences import as_chat
 from dstune.data.render import ChatRenderer, Choice, RenderError, require_offsets, target_mask
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
-from dstune.errors import Problem, UserError
 
 
 class Language(Encoder):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.config.convert import shown
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.on_hosts import OnHosts
 from dstune.protocols import launcher

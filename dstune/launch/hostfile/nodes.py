@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.launch.console import Console
 from dstune.launch.hostfile.commands import pdsh_plan
 from dstune.launch.on_hosts import OnHosts

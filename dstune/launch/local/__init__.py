@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch.local.config import LocalConfig
 from dstune.protocols import Launcher, launcher
 

@@ -7,10 +7,10 @@ import uuid
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.errors import EXIT_DONE
+from dstune.core.errors import EXIT_DONE
+from dstune.core.rank_env import RankEnv
 from dstune.launch import records
 from dstune.launch.commands import local_plan
-from dstune.rank_env import RankEnv
 
 
 def run(config: RunConfig, run_dir: Path) -> int:

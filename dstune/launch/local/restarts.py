@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dstune.checkpoint import store
-from dstune.errors import EXIT_FAILED, EXIT_PREEMPTED
+from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED
 from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.verdict import Verdict

@@ -21,7 +21,9 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
+from dstune.core.paths import SIGNAL_FILE
+from dstune.core.rank_env import GROUP_SECRET, STORE
 from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan, free_port
 from dstune.launch.console import Console, copy
@@ -30,8 +32,6 @@ from dstune.launch.local.restarts import Restarts
 from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
-from dstune.paths import SIGNAL_FILE
-from dstune.rank_env import GROUP_SECRET, STORE
 
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0

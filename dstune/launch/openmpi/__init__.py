@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.config.convert import shown
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch.on_hosts import OnHosts
 from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.protocols import launcher

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.launch.commands import count_cores, count_gpus
 from dstune.launch.console import Console
 from dstune.launch.on_hosts import OnHosts

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.jobs import SlurmQueue
 from dstune.protocols import Launcher, launcher

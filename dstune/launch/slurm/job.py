@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dstune.config.schema import PREEMPTION_SIGNALS
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
+from dstune.core.paths import STOP_REASON
 from dstune.core.rendezvous import leave_secret
-from dstune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from dstune.launch import attempt, records
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
 from dstune.launch.verdict import Verdict
-from dstune.paths import STOP_REASON
 
 
 def main(argv: Sequence[str]) -> int:

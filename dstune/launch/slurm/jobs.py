@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
+from dstune.core.paths import STOP_FILE, STOP_REASON
 from dstune.launch import records
-from dstune.paths import STOP_FILE, STOP_REASON
 from dstune.protocols.launcher import FAIL, PASS, SKIP, Check, Queue, Unreachable
 
 FINAL = {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from dstune.config.convert import shown
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.launch.slurm.config import SlurmConfig
 
 TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
 from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
-from dstune.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
+from dstune.core.paths import STOP_FILE
 from dstune.launch import attempt, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import inherited
@@ -21,7 +22,6 @@ from dstune.launch.slurm import jobs as queue
 from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.script import SCRIPT, job_script
 from dstune.launch.verdict import Verdict
-from dstune.paths import STOP_FILE
 from dstune.protocols.launcher import Unreachable
 
 LOOK_SECONDS = 0.2

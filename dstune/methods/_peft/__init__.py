@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.config.convert import shown
 from dstune.config.schema import InitialWeights, RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.protocols import Method, task_of
 from dstune.protocols.method import MethodConfig

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import tensors_of
 from dstune.models.load import NewWeights, new_weights

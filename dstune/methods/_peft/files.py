@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.methods._peft.config import AdapterConfig
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.models.load import load_tokenizer, new_weights
 from dstune.zero.parts import gathered
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import Precision, RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._pooled import PooledHead, Pooling
 from dstune.methods.features.config import FeaturesConfig
 from dstune.protocols import method, task_of
 from dstune.protocols.method import Preparation
 
 if TYPE_CHECKING:
+    from dstune.core.distributed import World
     from dstune.data.prepared import PreparedData
-    from dstune.dist import World
 
 
 @method
@@ -52,7 +52,7 @@ class Features(PooledHead):
     def prepare(
         self, run: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, run_dir: Path
     ) -> Preparation:
+        from dstune.core.paths import cache_root
         from dstune.methods.features.vectors import features_of
-        from dstune.paths import cache_root
 
         return features_of(run, self.config, data, tokenizer, precision, world, cache_root())

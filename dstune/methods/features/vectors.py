@@ -25,10 +25,10 @@ import xxhash
 from transformers import PreTrainedModel
 
 from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig
+from dstune.core.distributed import World
 from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import evaluation_batches, share
-from dstune.dist import World
 from dstune.methods.features.classifier import feature_classifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models import pooled

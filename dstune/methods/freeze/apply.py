@@ -6,7 +6,7 @@ import re
 
 from transformers import PreTrainedModel
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.methods.freeze.config import FreezeConfig
 from dstune.models.layers import layers_of
 from dstune.models.load import new_weights

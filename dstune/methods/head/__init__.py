@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._pooled import PooledHead, Pooling
 from dstune.methods.head.config import HeadConfig
 from dstune.protocols import method, task_of

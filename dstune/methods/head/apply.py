@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.models.load import new_weights
 
 

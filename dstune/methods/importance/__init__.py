@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
 from dstune.config.schema import Precision, RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
 from dstune.protocols import Method, method
 from dstune.protocols.method import Preparation
 
 if TYPE_CHECKING:
+    from dstune.core.distributed import World
     from dstune.data.prepared import PreparedData
-    from dstune.dist import World
 
 
 @method

@@ -21,8 +21,8 @@ from torch import nn
 
 from dstune.config.schema import Precision, RunConfig
 from dstune.core import files
+from dstune.core.distributed import World
 from dstune.data.prepared import PreparedData
-from dstune.dist import World
 from dstune.methods.importance.choice import chosen_tensors, rank_correlation, sortable, threshold
 from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
 from dstune.models.load import NewWeights

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._peft import ModuleAdapter
 from dstune.methods.lora import rules
 from dstune.methods.lora.config import LoraConfig, LoraInit

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._peft.apply import adapt, common_settings
 from dstune.methods.lora.beneath import put_beneath
 from dstune.methods.lora.config import LoraConfig, LoraInit

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.methods._peft.files import read_settings, tensors_of
 from dstune.methods.lora.start import shift
 

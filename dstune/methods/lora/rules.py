@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.config.parallel_rules import OFF
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods.lora.config import LoraConfig, LoraInit
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.models.quantize import dequantized, is_quantized
 from dstune.zero.parts import gathered

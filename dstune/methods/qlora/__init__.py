@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.config.convert import shown
 from dstune.config.schema import InitialWeights, RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods.lora import Lora
 from dstune.methods.lora.rules import splits
 from dstune.methods.qlora.config import QloraConfig

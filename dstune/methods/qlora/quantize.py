@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstune.errors import UserError
+from dstune.core.errors import UserError
 from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.qlora.rules import rounded_experts_problem
 from dstune.zero.parts import full_count, full_shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 
 def rounded_experts_problem(share: float) -> Problem:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.methods._layers import rates_of_layers
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols import Method, method, task_of

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Task, task
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.classification import rows as rows

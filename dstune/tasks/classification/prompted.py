@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from dstune.config.schema import RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import MicroBatch, share
-from dstune.dist import World
-from dstune.errors import Problem, UserError
 from dstune.models.heads import Head
 from dstune.models.load import load_config
 from dstune.tasks.causal_lm.config import CausalLmConfig

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
 from dstune.config.task_rules import check_labels
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.tasks.classification.config import ClassificationConfig
 
 

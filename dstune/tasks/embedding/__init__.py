@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Task, task
 from dstune.tasks.embedding import rows as rows
 from dstune.tasks.embedding import rules

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.config.schema import Precision, RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 
 
 def check(config: RunConfig) -> Iterator[Problem]:

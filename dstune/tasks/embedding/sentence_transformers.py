@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 
 MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "lasttoken"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import InitialWeights, RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import task
 from dstune.protocols.task import FurtherModel, TaskConfig
 from dstune.tasks._language import WritingTask
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dstune.config.schema import Precision, RunConfig
+    from dstune.core.distributed import World
     from dstune.data.prepared import PreparedData, Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
-    from dstune.dist import World
     from dstune.models.heads import Head, Rows
     from dstune.train.measure import Evaluation, Row, Totals
     from dstune.zero.engine import Engine

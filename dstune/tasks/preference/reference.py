@@ -14,15 +14,15 @@ import torch
 import xxhash
 
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData, Split
 from dstune.data.inputs import PARTS
 from dstune.data.sampler import evaluation_batches, share
-from dstune.dist import World
-from dstune.errors import Problem, UserError
 from dstune.models.load import load_model, load_tokenizer, model_folder
-from dstune.paths import cache_root
 from dstune.protocols import METHODS, method_of, task_of
 from dstune.tasks.preference.config import PreferenceConfig
 from dstune.tasks.preference.head import JudgedHead, PairHead

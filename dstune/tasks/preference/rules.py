@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import method_of
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss, Reference
 

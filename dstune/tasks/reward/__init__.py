@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import Task, task
 from dstune.tasks.reward.config import RewardConfig
 

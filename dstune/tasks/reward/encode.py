@@ -7,10 +7,10 @@ from typing import Any
 
 import datasets
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.tokenize.conversations import ChatEncoder
 from dstune.data.tokenize.pairs import TOKENS, PairEncoder
 from dstune.data.tokenize.sample import Rows, Sample
-from dstune.errors import Problem, UserError
 
 
 class RewardEncoder(PairEncoder):

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dstune.config.data_schema import AUTOMATIC
+from dstune.core.errors import UserError
 from dstune.data.formats import listing
 from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise, recognise
 from dstune.data.tokenize import Sample
-from dstune.errors import UserError
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
 from dstune.models.heads.base import Batch, inputs_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import shown
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
 from dstune.tasks.seq2seq import rows as rows

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import TEXTS
@@ -15,7 +16,6 @@ from dstune.data.render import require_offsets
 from dstune.data.special_tokens import end_of_target
 from dstune.data.tokenize.conversations import ChatEncoder, Language
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
-from dstune.errors import Problem, UserError
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.sources import Sources
 

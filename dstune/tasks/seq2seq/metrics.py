@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.schema import RunConfig
+from dstune.core.distributed import World
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import evaluation_batches, share
 from dstune.data.special_tokens import decoder_prompt, first_special_tokens
 from dstune.data.stopping import stop_token_ids
-from dstune.dist import World
 from dstune.models.generation import generate_answers
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.train.evaluate import Evaluator, limited

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem
 from dstune.data.tags import TagScheme, completed
-from dstune.errors import Problem
 from dstune.protocols import Task, task
 from dstune.tasks.token_classification import rows as rows
 from dstune.tasks.token_classification import rules

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from dstune.config.schema import RunConfig
 from dstune.config.task_rules import check_labels
+from dstune.core.errors import Problem, UserError
 from dstune.data.tags import OUTSIDE, TagScheme, is_bio, marks_entities
-from dstune.errors import Problem, UserError
 from dstune.tasks.token_classification.config import TokenClassificationConfig
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dstune.config.convert import shown, to_dict
 from dstune.config.schema import RunConfig, TrackingConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.tracker import Row
 from dstune.tracking.flat import flat, numbers

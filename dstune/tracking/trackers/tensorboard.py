@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.config.convert import to_dict, to_yaml
 from dstune.config.schema import TrackingConfig
-from dstune.errors import Problem
+from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.tracker import Row
 from dstune.tracking.flat import flat, numbers

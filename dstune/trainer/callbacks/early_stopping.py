@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstune.config.schema import RunConfig
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.metrics.direction import improves
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Evaluation, Request, Run

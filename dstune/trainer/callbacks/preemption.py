@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from dstune.config.schema import RunConfig
-from dstune.paths import PRUNE_FILE, SAVE_FILE, SIGNAL_FILE, STOP_FILE, STOP_REASON
+from dstune.core.paths import PRUNE_FILE, SAVE_FILE, SIGNAL_FILE, STOP_FILE, STOP_REASON
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Request, Run, Step
 

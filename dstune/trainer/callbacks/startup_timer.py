@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dstune.core.rank_env import LAUNCHER_PID
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
-from dstune.rank_env import LAUNCHER_PID
 
 COMMAND, IMPORTS = "command", "imports"
 

@@ -19,8 +19,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from dstune.core.errors import EXIT_FAILED, DstuneError, Stalled, WaitedInVain
 from dstune.core.rank_errors import leave_error
-from dstune.errors import EXIT_FAILED, DstuneError, Stalled, WaitedInVain
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
 

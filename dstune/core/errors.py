@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
+from dstune.core.secrets import redact
 from dstune.core.text import visible
-from dstune.redact import redact
 
 EXIT_DONE = 0
 EXIT_FAILED = 1

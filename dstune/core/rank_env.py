@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 LAUNCHER_PID = "DSTUNE_LAUNCHER_PID"
 """Set for ranks that dstune started itself: the process that has to live as long as they do."""

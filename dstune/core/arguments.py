@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from dstune.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError
 
 
 def is_path(word: str) -> bool:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-from dstune.errors import TrainingFailed
-from dstune.rank_env import GROUP_SECRET, RankEnv
+from dstune.core.errors import TrainingFailed
+from dstune.core.rank_env import GROUP_SECRET, RankEnv
 
 T = TypeVar("T")
 
