@@ -1,0 +1,57 @@
+"""`docs/python.md` and `docs/plugins.md` say what is there."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import dstune
+from dstune import protocols
+from dstune.config.compose import compose
+from dstune.config.validate import validate
+from dstune.core import plugins
+from dstune.core.registry import Registry
+from dstune.testing.scaffold import TEMPLATES
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_table_of_calls_has_every_argument():
+    rows = re.findall(r"^\| `dstune\.(\w+)\((.*?)\)` \|", (DOCS / "python.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == {
+        name for name in dstune.__all__ if inspect.isfunction(getattr(dstune, name)) and name == name.lower()
+    }
+    for name, told in rows:
+        known = inspect.signature(getattr(dstune, name)).parameters
+        options = "options" in known  # explained by the docstring
+        for argument in re.findall(r"(\w+)=?(?:,|$)", told.replace("...", "")):
+            assert argument in known or (options and f"`{argument}`" in getattr(dstune, name).__doc__), (name, argument)
+
+
+def test_the_first_plugin_of_the_page_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "plugins.md").read_text()
+    (code, *_) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command, *_) = re.findall(r"^dstune train (.*)$", text, re.MULTILINE)
+    Path("kappa.py").write_text(code)
+    try:
+        validate(compose(command.split()).config)
+        kappa = protocols.METRICS["kappa"]()
+        assert kappa.compute([0, 1, 1, 0], [0, 1, 1, 0], ("a", "b")) == 1.0
+    finally:
+        plugins.activate([])
+
+
+def test_every_kind_that_registers_is_in_the_table():
+    text = (DOCS / "plugins.md").read_text()
+    decorators = [
+        name for name in dstune.__all__ if isinstance(getattr(getattr(dstune, name), "__self__", None), Registry)
+    ]
+    assert decorators
+    for name in decorators:
+        assert f"`@dstune.{name}`" in text or name == "parallelism"
+    for link in re.findall(r"\]\(\.\./(examples/plugins/\w+\.py)\)", text):
+        assert (DOCS.parent / link).is_file()
+    assert set(TEMPLATES) <= set(decorators)
+    assert f"`dstune.protocols.VERSION` is {protocols.VERSION}." in text
