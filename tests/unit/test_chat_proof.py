@@ -59,6 +59,7 @@ def test_rows_of_every_kind_are_proven(tmp_path):
     kinds = [entry["row"] for entry in json.loads(data.evidence.read_text())["rows"]]
     assert any("tool_calls" in str(row) for row in kinds)
     assert any("reasoning_content" in str(row) for row in kinds)
+    assert "10 conversations make 12 samples" in prove(config, tokenizer, data).note
     # One of an exchange, two of each other row, and those of the longest once more.
     assert prove(config, tokenizer, data).turns == 7
 

@@ -99,7 +99,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     """
     kept = json.loads(file.read_text(encoding="utf-8"))
     arguments: dict[str, Any] = {}
-    note = ""
+    notes: dict[str, None] = {}
     stops = frozenset(stop_token_ids(tokenizer))
     compared = 0
     for entry in kept["rows"]:
@@ -113,13 +113,18 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         if switch is not None and kept["thinking"] in (0, kept["of"]):
             arguments.setdefault(switch, bool(kept["thinking"]))
         elif switch is not None:
-            note = (
+            notes[
                 f"{kept['thinking']:,} of {kept['of']:,} rows have reasoning: their turns are trained with {switch}=true, the "
                 f"others with {switch}=false"
-            )
+            ] = None
         exchanges = own.exchanges(entry["row"])
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
             continue  # one of them teaches nothing and is left out
+        if exchanges[0].sample is None and len(table) > kept["of"]:
+            notes[
+                f"{kept['of']:,} conversations make {len(table):,} samples, since the chat template rewrites earlier turns "
+                "(docs/chat-templates.md; task.turns=last trains one of each)"
+            ] = None
         for exchange in exchanges:
             if renderer.holds_control_tokens(exchange.row):
                 continue  # transformers would make control tokens of what somebody wrote
@@ -137,7 +142,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                         "please report it with the chat template of the model; DSTUNE_CACHE=FOLDER prepares the rows anew",
                     )
                 )
-    return Proof(compared, arguments, note)
+    return Proof(compared, arguments, "; ".join(notes))
 
 
 def _compared(
