@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import linecache
 import os
 import sys
 import traceback
@@ -398,6 +399,9 @@ def _execute(name: str, file: str, content: bytes) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[f"{PACKAGE}.{name}"] = module
+    # Tracebacks and documentation show what was executed, also when the file has changed or gone since.
+    text = content.decode(errors="replace")
+    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     exec(compile(content, path, "exec"), module.__dict__)
     setattr(package, name, module)
     return module

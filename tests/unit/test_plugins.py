@@ -115,6 +115,16 @@ def test_help_and_its_absence():
     assert "update_momentum" not in help_text({})
 
 
+def test_help_needs_the_file_no_more():
+    copy()
+    compose(["data=chitchat", "plugins=[./lion.py]"])
+    Path("lion.py").write_text("")
+    assert "beta 1 of the paper" in help_text({"optimizer": ["adamw", "lion"]})
+    Path("lion.py").unlink()
+    documentation.cache_clear()
+    assert "beta 1 of the paper" in help_text({"optimizer": ["adamw", "lion"]})
+
+
 def test_completion_loads_no_file():
     copy()
     Path("lion.py").write_text("raise SystemExit('completion has run a file')")
