@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 
 from dstune.models.cpu_attention import CausalAttention
-from dstune.train.memory import keep_freed
+from dstune.trainer.memory import keep_freed
 
 States = tuple[torch.Tensor, ...]
 

@@ -22,7 +22,7 @@ from dstune.models.heads.language import CausalLmHead
 from dstune.models.norms import use_lean_norms
 from dstune.protocols import task_of
 from dstune.tasks.causal_lm.config import CausalLmConfig
-from dstune.train.memory import PeakMemory, keep_freed
+from dstune.trainer.memory import PeakMemory, keep_freed
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def write_tensors(job: Job, path: Path) -> list[int]:
     from dstune.data.collate import collate
     from dstune.data.sampler import share
     from dstune.models.load import load_tokenizer
-    from dstune.train.feed import training_order
+    from dstune.trainer.prefetcher import training_order
 
     config = compose(job.overrides()).config
     tokenizer = load_tokenizer(config.model)

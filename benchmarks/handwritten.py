@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dstune.train.memory import PeakMemory  # the same yardstick for all
+from dstune.trainer.memory import PeakMemory  # the same yardstick for all
 
 
 def main() -> None:

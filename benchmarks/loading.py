@@ -94,7 +94,7 @@ def run(folder: Path, stage: int, precision: str, ranks: int) -> list[dict[str, 
 def load(folder: Path, stage: int, precision: Precision) -> None:
     from dstune.core.rank_env import from_environment
     from dstune.models.load import load_model, load_tokenizer
-    from dstune.train.memory import PeakMemory
+    from dstune.trainer.memory import PeakMemory
     from dstune.zero.ds_config import deepspeed_config
     from dstune.zero.parts import partitioned_loading
     from dstune.zero.precision import DTYPES

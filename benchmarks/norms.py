@@ -17,7 +17,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dstune.models.norms import use_lean_norms
-from dstune.train.memory import keep_freed
+from dstune.trainer.memory import keep_freed
 
 
 def main() -> None:

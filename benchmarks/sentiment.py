@@ -66,8 +66,8 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
-    from dstune.train.evaluate import limited
-    from dstune.train.feed import training_order
+    from dstune.trainer.evaluate import limited
+    from dstune.trainer.prefetcher import training_order
 
     config = read_run(run_dir / "run.yaml").config
     began = time.perf_counter()

@@ -110,7 +110,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
     from dstune.protocols import schedule_of
-    from dstune.train.feed import training_order
+    from dstune.trainer.prefetcher import training_order
 
     began = time.perf_counter()
     train, held = ([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files)

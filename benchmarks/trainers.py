@@ -18,7 +18,7 @@ from datasets import Dataset
 from handwritten import deepspeed_config, load, quiet
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from dstune.train.memory import PeakMemory  # the same yardstick for all
+from dstune.trainer.memory import PeakMemory  # the same yardstick for all
 
 
 class Clock(TrainerCallback):

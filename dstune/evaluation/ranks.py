@@ -32,18 +32,18 @@ from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher
 from dstune.data.build import Split, prepare
-from dstune.ending import write_result
 from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.protocols import method_of, task_of
+from dstune.rank.finalize import write_result
+from dstune.rank.worker import guarded, leave
 from dstune.tracking.console import Console, show_activities
-from dstune.train import baseline
-from dstune.train.evaluate import Evaluator, limited
-from dstune.train.measure import Evaluation, count_rows
-from dstune.train.proofs import examine, settle_rows
-from dstune.worker import guarded, leave
+from dstune.trainer import baseline
+from dstune.trainer.evaluate import Evaluator, limited
+from dstune.trainer.measure import Evaluation, count_rows
+from dstune.trainer.sanity_checks import examine, settle_rows
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading

@@ -25,7 +25,7 @@ from dstune.inference.rows import Asked
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch
 from dstune.protocols import task_of
-from dstune.train.measure import Row
+from dstune.trainer.measure import Row
 
 Answer = dict[str, Any]
 """What a row gets: `predicted` and what the task adds, see docs/export.md."""

@@ -30,7 +30,7 @@ def calibrate(config: RunConfig, console: Console) -> None:
         write_run(directory / "run.yaml", Composed(config, [], plugins.active()))
         ranks = number_of_ranks(config, this_machine(os.environ))
         console.stage(f"measuring with {ranks} rank{'s' * (ranks > 1)}")
-        command = ("dstune.calibrate_ranks", str(directory))
+        command = ("dstune.rank.calibrate", str(directory))
         code = launcher_of(config.launch).start(config, directory, console=console, command=command, saves=False)
         if code != EXIT_DONE:
             raise TrainingFailed("the measurement did not finish; its logs are above")

@@ -90,7 +90,7 @@ def allreduce(config: RunConfig) -> Check:
         (folder / "logs").mkdir()
         try:
             write_run(folder / "run.yaml", Composed(config, []))
-            command = ("dstune.doctor_ranks", str(folder))
+            command = ("dstune.rank.doctor", str(folder))
             code = launcher.start(config, folder, console=quiet, command=command, saves=False)
         except DstuneError as error:
             return Check("all-reduce", FAIL, str(error).splitlines()[0], "mend this first")

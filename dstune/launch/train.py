@@ -31,7 +31,7 @@ from dstune.launch.summary import summary
 from dstune.protocols import launcher_of
 
 if TYPE_CHECKING:
-    from dstune.worker import Outcome
+    from dstune.rank.worker import Outcome
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         if command.flags.shows:
             return show_configuration(command) if env.rank == 0 else EXIT_DONE
     outcome = as_rank(env, lambda: (parse(argv), None))
-    from dstune.worker import leave
+    from dstune.rank.worker import leave
 
     leave(outcome.code)
     return outcome.code
@@ -190,7 +190,7 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
 
     # Rank 0 alone may ask the hub, before any rank loads a model.
     os.environ.update(NO_TELEMETRY if env.rank == 0 else NO_TELEMETRY | OFFLINE)
-    from dstune.worker import main_inside
+    from dstune.rank.worker import main_inside
 
     outcome = main_inside(env, prepare_run, prints=prints)
     for command, prepared in started:

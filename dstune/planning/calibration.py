@@ -14,7 +14,7 @@ FILE = "calibration-2.json"
 
 
 def remember(found: dict[str, Any]) -> None:
-    """Keep what `dstune.calibrate_ranks` wrote, in place of an earlier measurement with as many ranks."""
+    """Keep what `dstune.rank.calibrate` wrote, in place of an earlier measurement with as many ranks."""
     everything = _read()
     everything[str(found["ranks"])] = found
     cache_root().mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dstune.models.load import NewWeights
     from dstune.planning.architecture import Architecture
     from dstune.planning.architecture import Tensor as PlannedTensor
-    from dstune.train.supply import Supply
+    from dstune.trainer.data_loader import Supply
     from dstune.trainer.loop import Training
     from dstune.zero.engine import Engine
 

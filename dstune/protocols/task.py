@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.train.baseline import Prompted
-    from dstune.train.counterfactual import Evaluated
-    from dstune.train.evaluate import Evaluator
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.baseline import Prompted
+    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.evaluate import Evaluator
+    from dstune.trainer.measure import Evaluation, Row, Totals
     from dstune.zero.engine import Engine
 
 

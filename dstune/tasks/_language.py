@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dstune.checkpoint.card import Export
     from dstune.data.prepared import Split
     from dstune.models.heads import Head, Rows
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 class WritingTask(Task):
@@ -70,7 +70,7 @@ class LanguageTask(WritingTask):
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         from dstune.metrics.language import language_model_metrics
-        from dstune.train.measure import Evaluation
+        from dstune.trainer.measure import Evaluation
 
         size = int(split.column("bytes").sum())
         return Evaluation(language_model_metrics(totals.loss_sum, totals.weight, totals.correct, size))

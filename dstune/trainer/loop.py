@@ -18,19 +18,19 @@ from dstune.data.build import PreparedData
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
 from dstune.protocols import schedule_of, task_of
 from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Request, merge
-from dstune.train.evaluate import Evaluator
-from dstune.train.feed import Feed, dropout_seed, windows
-from dstune.train.forgetting import Penalties
-from dstune.train.measure import Totals
-from dstune.train.memory import PeakMemory
-from dstune.train.supply import Supply
-from dstune.train.utilization import Utilization
-from dstune.train.window import joined
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
+from dstune.trainer.data_loader import Supply
+from dstune.trainer.evaluate import Evaluator
+from dstune.trainer.forgetting import Penalties
+from dstune.trainer.measure import Totals
+from dstune.trainer.memory import PeakMemory
+from dstune.trainer.prefetcher import Feed, dropout_seed, windows
 from dstune.trainer.state import TrainState
 from dstune.trainer.step_timer import StepTimer
+from dstune.trainer.utilization import Utilization
+from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine, Update
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from dstune import worker
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.config.compose import Composed, read_run, write_run
@@ -30,7 +29,8 @@ from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models.generation import generation_inputs
 from dstune.protocols import method_of
-from dstune.train import importance
+from dstune.rank import worker
+from dstune.methods import importance
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 from dstune.zero.start import start_process_group

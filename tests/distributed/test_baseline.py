@@ -19,7 +19,7 @@ from dstune.evaluation import harness
 from dstune.models.load import load_tokenizer
 from dstune.report.command import main as report
 from dstune.tasks.classification.prompted import LABEL_PROMPT
-from dstune.train.baseline import as_language_model, draw
+from dstune.trainer.baseline import as_language_model, draw
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_decoder, save_encoder, write_labelled, write_pairs
 
@@ -76,7 +76,7 @@ def loss_of(model, ids: list[int], answer: list[int]) -> float:
 
 
 def test_seq2seq_is_asked_with_worked_examples_on_every_rank(bench, capsys, tmp_path):
-    from dstune.train.evaluate import limited
+    from dstune.trainer.evaluate import limited
 
     out = tmp_path / "rows.jsonl"
     arguments = [str(bench.model), *bench.pairs, "zero=stage3", "launch.processes=2", "--shots", "0,2"]
@@ -117,7 +117,7 @@ def test_labels_are_judged_by_their_likelihood(bench, capsys):
     assert evaluate.main(arguments) == 0
     found = json.loads(capsys.readouterr().out)["prompted"]
     config, tokenizer, data = bench.data(bench.labels)
-    from dstune.train.evaluate import limited
+    from dstune.trainer.evaluate import limited
 
     split, model = limited(data.validation, 7, config.task), plain_model(bench)
     ask = LABEL_PROMPT.format(labels=" or ".join(data.labels))

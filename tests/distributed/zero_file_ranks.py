@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from dstune import worker
 from dstune.config.compose import read_run
 from dstune.core.rank_env import from_environment
+from dstune.rank import worker
 from dstune.zero.engine import Engine
 from dstune.zero.start import start_process_group
 

@@ -151,7 +151,9 @@ def test_pip_install_into_an_empty_environment(built: Built, tmp_path: Path) -> 
     empty = tmp_path / "empty"
     empty.mkdir()
     check_installed(python, empty)
-    run(python, "-c", "import dstune.worker, deepspeed, transformers, datasets, peft, gguf", cwd=empty, timeout=300)
+    run(
+        python, "-c", "import dstune.rank.worker, deepspeed, transformers, datasets, peft, gguf", cwd=empty, timeout=300
+    )
 
 
 def imported_distributions() -> dict[str, str]:

@@ -56,7 +56,7 @@ def test_light_modules_load_nothing_heavy() -> None:
 def test_a_rank_does_not_import_mlflow():
     """DeepSpeed would, wherever it is installed; nothing that a rank imports may bring DeepSpeed in before its start."""
     code = (
-        "import sys, dstune.worker\n"
+        "import sys, dstune.rank.worker\n"
         "assert 'deepspeed' not in sys.modules\n"
         "from dstune.core.rank_env import RankEnv\n"
         "from dstune.zero.start import start_process_group\n"
@@ -71,7 +71,7 @@ def test_a_rank_does_not_import_mlflow():
 TRAIN_ALONE = """
 import json, os, sys
 from pathlib import Path
-from dstune import worker
+from dstune.rank import worker
 from dstune.config.compose import compose, write_run
 from dstune.core.rank_env import RankEnv
 from dstune.zero.start import start_process_group

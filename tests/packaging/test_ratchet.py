@@ -85,7 +85,7 @@ def test_circles_inside_functions_and_loose_modules_are_found(ratchet: ModuleTyp
         "data/__init__.py": "",
         "data/rows.py": "def f():\n    import dstune.a\n",
         "data/typed.py": (
-            "from typing import TYPE_CHECKING\nimport dstune.data.user\nif TYPE_CHECKING:\n    import dstune.worker\n"
+            "from typing import TYPE_CHECKING\nimport dstune.data.user\nif TYPE_CHECKING:\n    import dstune.rank.worker\n"
         ),
         "data/user.py": "",
         "worker.py": "from dstune.data.typed import x\n",

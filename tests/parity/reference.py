@@ -21,7 +21,7 @@ from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.collate import collate
 from dstune.models.load import load_tokenizer
-from dstune.train.feed import dropout_seed, training_order
+from dstune.trainer.prefetcher import dropout_seed, training_order
 
 
 @dataclass

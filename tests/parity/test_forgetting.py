@@ -20,7 +20,7 @@ from dstune.config.forgetting import measured_alone, with_replay
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.core.errors import TrainingFailed
 from dstune.evaluation import command as evaluate
-from dstune.train import forgetting
+from dstune.trainer import forgetting
 
 SHORT = ["data.packing=false", "data.split.validation=0", "run.export=last", "trainer.max_steps=4"]
 
@@ -116,7 +116,7 @@ def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.train.feed import training_order
+    from dstune.trainer.prefetcher import training_order
 
     general = write_dialogues(workshop.folder / "replayed.jsonl", 100, seed=9)
     plain = workshop.composed("plain-rows", "data.packing=false").config

@@ -119,7 +119,7 @@ def test_the_reference_has_what_could_go_wrong(workshop, references):
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.train.feed import training_order
+    from dstune.trainer.prefetcher import training_order
 
     config = workshop.composed("guard", "data.packing=false").config
     data = prepare(config, load_tokenizer(config.model), RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")

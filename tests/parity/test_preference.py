@@ -21,7 +21,7 @@ from dstune.data.build import prepare
 from dstune.evaluation import command as evaluate
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
-from dstune.train.feed import training_order
+from dstune.trainer.prefetcher import training_order
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [

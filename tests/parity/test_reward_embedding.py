@@ -17,7 +17,7 @@ from dstune.data.build import prepare
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
 from dstune.tasks.embedding.config import EmbeddingConfig
-from dstune.train.feed import dropout_seed, training_order
+from dstune.trainer.prefetcher import dropout_seed, training_order
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [

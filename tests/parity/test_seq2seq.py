@@ -127,7 +127,7 @@ def plain_scores(workshop: Workshop, name: str, kind: str) -> dict[str, float]:
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.train.evaluate import limited
+    from dstune.trainer.evaluate import limited
 
     config = workshop.composed(kind, name).config
     data = prepare(config, load_tokenizer(config.model), RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")

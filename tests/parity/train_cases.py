@@ -9,12 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dstune import worker
 from dstune.config.compose import read_run, write_run
 from dstune.core.errors import Preempted
 from dstune.core.rank_env import from_environment
-from dstune.train import generation, micro_batch
-from dstune.trainer import loop
+from dstune.rank import worker
+from dstune.trainer import generation, loop, micro_batch
 from dstune.zero.start import start_process_group
 
 TRAIN_STEP = loop.train_step

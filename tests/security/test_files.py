@@ -14,8 +14,8 @@ import pytest
 from dstune.checkpoint import store
 from dstune.core import files, handoff
 from dstune.core.errors import UserError
-from dstune.ending import write_result
 from dstune.launch import records
+from dstune.rank.finalize import write_result
 from dstune.tracking.jsonl import JsonLines
 
 VICTIM = "precious\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from dstune import worker
 from dstune.config.compose import read_run
 from dstune.core.rank_env import from_environment
+from dstune.rank import worker
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 from dstune.zero.shard_files import Save

@@ -207,7 +207,7 @@ FAULTS = [
         "exception in an evaluation",
         "RuntimeError in the third evaluation of rank 0",
         inject={
-            "at": "dstune.train.evaluate:Evaluator.__call__",
+            "at": "dstune.trainer.evaluate:Evaluator.__call__",
             "rank": 0,
             "call": 3,
             "do": "raise",

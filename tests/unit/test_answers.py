@@ -21,7 +21,7 @@ from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.question_answering.encode import AnswerEncoder
 from dstune.tasks.question_answering.head import AnswerHead, best_span
 from dstune.tasks.question_answering.metrics import answer_metrics
-from dstune.train.measure import Totals
+from dstune.trainer.measure import Totals
 
 CONTEXT = "the cat sat on the mat in the sun"
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)

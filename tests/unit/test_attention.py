@@ -17,7 +17,7 @@ from dstune.models.spans import refuse_unknown, spans_of
 from dstune.planning import activations
 from dstune.protocols import task_of
 from dstune.tasks.chat.config import ChatConfig
-from dstune.train.proofs import settle_rows
+from dstune.trainer.sanity_checks import settle_rows
 
 SPANS = (((0, 3), (3, 11), (11, 24)), ((0, 20),))
 """Of rows of 24 positions; the second one has padding."""

@@ -217,7 +217,7 @@ def test_cfg_shows_instead_of_training(launched, capsys):
 
 @pytest.fixture
 def inside(monkeypatch):
-    """`dstune.worker` replaced by one that prepares on rank 0 and notes what it got."""
+    """`dstune.rank.worker` replaced by one that prepares on rank 0 and notes what it got."""
     noted = []
 
     def main_inside(env, prepare_run, prints=True):

@@ -15,7 +15,7 @@ from dstune.data.mixture import capped
 from dstune.data.repeats import Repeats
 from dstune.data.sampler import TrainingOrder
 from dstune.tasks.classification.config import ClassificationConfig
-from dstune.train.supply import order_of
+from dstune.trainer.data_loader import order_of
 
 SOURCES = np.array([0] * 10 + [1] * 7 + [2] * 100, dtype=np.int16)
 WEIGHTS = [0.3, 2.5, 0.29]

@@ -27,7 +27,7 @@ from dstune.data.build import block_builder
 from dstune.data.files import DataFile
 from dstune.data.stream import FileShard, Position, Stream
 from dstune.tasks.classification.config import ClassificationConfig
-from dstune.train.supply import Streamed
+from dstune.trainer.data_loader import Streamed
 
 ROWS = 23
 

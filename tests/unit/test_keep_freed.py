@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dstune.train import memory
+from dstune.trainer import memory
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics, regression_metrics
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.token_classification.config import TokenClassificationConfig
-from dstune.train.counterfactual import compare
-from dstune.train.feed import training_order
-from dstune.train.measure import Totals, with_registered
-from dstune.train.slices import measure_slices
+from dstune.trainer.counterfactual import compare
+from dstune.trainer.measure import Totals, with_registered
+from dstune.trainer.prefetcher import training_order
+from dstune.trainer.subgroups import measure_slices
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
 

@@ -17,8 +17,8 @@ from dstune.config.schema import Automatic
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
 from dstune.evaluation.command import _with_rows
-from dstune.train.memory import PeakMemory, give_back
-from dstune.train.micro_batch import Trial, at_most, choose, heaviest_rows
+from dstune.trainer.memory import PeakMemory, give_back
+from dstune.trainer.micro_batch import Trial, at_most, choose, heaviest_rows
 from dstune.zero.engine import Engine
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dstune.config.compose import compose
-from dstune.opening import cautions, label_counts
 from dstune.planning.fillers import fillers
+from dstune.rank.startup import cautions, label_counts
 from dstune.trainer.state import TrainState
 
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}

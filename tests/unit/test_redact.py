@@ -45,7 +45,7 @@ def test_json_is_searched_as_it_is_written(planted):
 
 
 def test_numbers_and_keys_of_a_file_stay(monkeypatch, tmp_path):
-    from dstune.ending import write_result
+    from dstune.rank.finalize import write_result
 
     monkeypatch.setenv("DB_PASSWORD", "123456")
     result = {"tokens": 1234567, "checkpoint": "/x/123456", "123456": [0.123456, ("123456",), None, True]}
@@ -59,7 +59,7 @@ def test_numbers_and_keys_of_a_file_stay(monkeypatch, tmp_path):
 
 
 def test_a_reference_with_a_quoted_default_leaves_json_whole(monkeypatch, tmp_path):
-    from dstune.ending import write_result
+    from dstune.rank.finalize import write_result
 
     reference = '${oc.env:ROWS,"a b"}/rows'
     remember("/mnt/secret/rows", reference)

@@ -32,10 +32,10 @@ from dstune.show.facts import repetitions
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.metrics import generation_metrics
-from dstune.train.baseline import draw
-from dstune.train.evaluate import InContext
-from dstune.train.generation import Generated
+from dstune.trainer.baseline import draw
 from dstune.trainer.callbacks.evaluation_cost import EvaluationCost, fraction
+from dstune.trainer.evaluate import InContext
+from dstune.trainer.generation import Generated
 
 TASK = Seq2SeqConfig(prompt="Say in Spanish: {source}", template_date="2025-03-09")
 PAIR = {"source": "the sun", "target": "el sol"}

@@ -16,18 +16,15 @@ import torch
 from support.configs import run_config
 from torch.utils.checkpoint import checkpoint
 
-from dstune import worker
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics.direction import improves
 from dstune.metrics.language import language_model_metrics
 from dstune.protocols.callback import Action, Callback, Request
+from dstune.rank import worker
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics
-from dstune.train.feed import Ahead, dropout_seed, windows
-from dstune.train.measure import Evaluation
-from dstune.train.supply import Draw
 from dstune.trainer import step_timer
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.cadence import Cadence
@@ -35,7 +32,10 @@ from dstune.trainer.callbacks.early_stopping import EarlyStopping
 from dstune.trainer.callbacks.nonfinite import NonFinite
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.stragglers import OwnTime
+from dstune.trainer.data_loader import Draw
 from dstune.trainer.loop import evaluate
+from dstune.trainer.measure import Evaluation
+from dstune.trainer.prefetcher import Ahead, dropout_seed, windows
 from dstune.trainer.state import Best, TrainState
 from dstune.trainer.step_timer import StepTimer
 from dstune.zero.engine import Update
@@ -225,8 +225,8 @@ class Ranks:
 
 @pytest.fixture
 def no_rows(monkeypatch):
-    monkeypatch.setattr("dstune.train.feed.share", lambda *_: [])
-    monkeypatch.setattr("dstune.train.feed.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("dstune.trainer.prefetcher.share", lambda *_: [])
+    monkeypatch.setattr("dstune.trainer.prefetcher.WAIT_SECONDS", 0.05)
     return Draw(None, SimpleNamespace(micro_batches=[]), 0.5)
 
 

@@ -37,9 +37,9 @@ from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.embedding.config import EmbeddingConfig
 from dstune.tasks.preference.config import PreferenceConfig
-from dstune.train import utilization
-from dstune.train.utilization import Counted, Utilization, counted, peak_flops, utilization_of
+from dstune.trainer import utilization
 from dstune.trainer.callbacks.throughput import FLOPS, POSITIONS, TARGETS, Throughput, rates
+from dstune.trainer.utilization import Counted, Utilization, counted, peak_flops, utilization_of
 
 VOCABULARY, HIDDEN, LAYERS = 105, 32, 2
 LLAMA: dict[str, Any] = {

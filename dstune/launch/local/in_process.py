@@ -18,7 +18,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
 
     The rank has the environment that a process of its own would have; afterwards this process has its own again.
     """
-    from dstune.worker import main_inside
+    from dstune.rank.worker import main_inside
 
     (variables,) = local_plan(config, run_dir).env
     before = dict(os.environ)

@@ -11,8 +11,8 @@ from dstune.config.schema import RunConfig
 from dstune.data.prepared import PreparedData, Split
 from dstune.methods.features.config import FeaturesConfig
 from dstune.protocols import task_of
-from dstune.train.evaluate import limited
-from dstune.train.measure import Totals
+from dstune.trainer.evaluate import limited
+from dstune.trainer.measure import Totals
 
 RANKED = 20
 """Features named in the report of a random forest."""

@@ -27,8 +27,8 @@ from dstune.methods.importance.choice import chosen_tensors, rank_correlation, s
 from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
 from dstune.models.load import NewWeights
 from dstune.protocols.method import Preparation
-from dstune.train.evaluate import Evaluator
-from dstune.train.probe import Probe, probing
+from dstune.trainer.evaluate import Evaluator
+from dstune.trainer.probe import Probe, probing
 from dstune.zero.engine import Engine, pack_bits, unpack_bits
 from dstune.zero.parts import full_count, full_shape
 from dstune.zero.restore import Partition

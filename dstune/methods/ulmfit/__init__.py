@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from dstune.train.supply import Supply
+    from dstune.trainer.data_loader import Supply
     from dstune.zero.engine import Engine
 
 

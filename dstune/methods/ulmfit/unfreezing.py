@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dstune.methods.ulmfit.config import UlmfitConfig
-from dstune.train.supply import Supply
+from dstune.trainer.data_loader import Supply
 from dstune.zero.engine import Engine
 
 Part = tuple[str, ...]

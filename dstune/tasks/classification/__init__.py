@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.train.baseline import Prompted
-    from dstune.train.counterfactual import Evaluated
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.baseline import Prompted
+    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 @task
@@ -135,7 +135,7 @@ class Classification(Task):
     ) -> dict[str, np.ndarray]:
         import numpy as np
 
-        from dstune.train.counterfactual import flips, predictions
+        from dstune.trainer.counterfactual import flips, predictions
 
         if not self.config.regression:
             return {"flips": flips(predictions(*before), predictions(*after), places)}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dstune.tasks.classification.config import ClassificationConfig
-from dstune.train.measure import Evaluation, Row, Totals
+from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 def classification_metrics(

@@ -12,7 +12,7 @@ from dstune.data.rows import normalise
 from dstune.data.tokenize import RowTokenizer, Sample
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
-from dstune.train.measure import Row
+from dstune.trainer.measure import Row
 
 
 class ClassificationQuestion(Question):

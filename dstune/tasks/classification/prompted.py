@@ -20,9 +20,9 @@ from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.encode import ReplyEncoder
-from dstune.train.baseline import draw, joined, refuse_too_long
-from dstune.train.evaluate import limited
-from dstune.train.measure import Evaluation
+from dstune.trainer.baseline import draw, joined, refuse_too_long
+from dstune.trainer.evaluate import limited
+from dstune.trainer.measure import Evaluation
 from dstune.zero.engine import Engine
 
 WRITING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 @task
@@ -87,7 +87,7 @@ class Embedding(Task):
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         from dstune.tasks.embedding.metrics import embedding_metrics
-        from dstune.train.measure import Evaluation
+        from dstune.trainer.measure import Evaluation
 
         return Evaluation(embedding_metrics(kept, self.config.temperature))
 

@@ -10,7 +10,7 @@ from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.tasks.embedding.head import pooled
-from dstune.train.measure import Row
+from dstune.trainer.measure import Row
 
 
 class EmbeddingQuestion(Question):

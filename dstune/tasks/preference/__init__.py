@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.measure import Evaluation, Row, Totals
     from dstune.zero.engine import Engine
 
 
@@ -63,13 +63,13 @@ class Preference(WritingTask):
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         from dstune.tasks.preference.metrics import preference_metrics
-        from dstune.train.measure import Evaluation
+        from dstune.trainer.measure import Evaluation
 
         return Evaluation(preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
 
     def measure_step(self, totals: Totals) -> dict[str, float]:
         from dstune.tasks.preference.metrics import preference_metrics
-        from dstune.train.measure import without_loss
+        from dstune.trainer.measure import without_loss
 
         return without_loss(preference_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
 

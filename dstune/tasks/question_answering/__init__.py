@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.train.counterfactual import Evaluated
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 @task
@@ -76,7 +76,7 @@ class QuestionAnswering(Task):
         self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
     ) -> dict[str, np.ndarray]:
         from dstune.tasks.question_answering.metrics import swapped_answers
-        from dstune.train.counterfactual import flips
+        from dstune.trainer.counterfactual import flips
 
         return {"flips": flips(*swapped_answers(self.config, run, before, after), places)}
 

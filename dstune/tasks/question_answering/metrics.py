@@ -16,8 +16,8 @@ from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split
 from dstune.data.swaps import Swaps
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
-from dstune.train.counterfactual import Evaluated
-from dstune.train.measure import Evaluation, Row, Totals, rows_of, texts_of
+from dstune.trainer.counterfactual import Evaluated
+from dstune.trainer.measure import Evaluation, Row, Totals, rows_of, texts_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)

@@ -12,7 +12,7 @@ from dstune.data.rows import normalise
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
 from dstune.tasks.question_answering.metrics import best_spans
-from dstune.train.measure import Row
+from dstune.trainer.measure import Row
 
 
 class QuestionAboutText(Question):

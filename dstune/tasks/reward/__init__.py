@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 @task
@@ -76,13 +76,13 @@ class Reward(Task):
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         from dstune.tasks.reward.metrics import reward_metrics
-        from dstune.train.measure import Evaluation
+        from dstune.trainer.measure import Evaluation
 
         return Evaluation(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
 
     def measure_step(self, totals: Totals) -> dict[str, float]:
         from dstune.tasks.reward.metrics import reward_metrics
-        from dstune.train.measure import without_loss
+        from dstune.trainer.measure import without_loss
 
         return without_loss(reward_metrics(totals.loss_sum, totals.weight, totals.correct, totals.more))
 

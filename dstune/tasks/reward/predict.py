@@ -16,7 +16,7 @@ from dstune.inference.rows import Asked, Question
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.reward.encode import RewardEncoder
-from dstune.train.measure import Row
+from dstune.trainer.measure import Row
 
 
 class RewardQuestion(Question):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.tasks.seq2seq.sources import Sources
-    from dstune.train.evaluate import Evaluator
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.evaluate import Evaluator
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
 
@@ -66,7 +66,7 @@ class Seq2Seq(LanguageTask):
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         from dstune.metrics.language import language_model_metrics
-        from dstune.train.measure import Evaluation
+        from dstune.trainer.measure import Evaluation
 
         return Evaluation(language_model_metrics(totals.loss_sum, totals.weight, totals.correct))
 

@@ -16,9 +16,9 @@ from dstune.data.special_tokens import decoder_prompt, first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.models.generation import generate_answers
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
-from dstune.train.evaluate import Evaluator, limited
-from dstune.train.generation import Generated, speaking
-from dstune.train.measure import Evaluation
+from dstune.trainer.evaluate import Evaluator, limited
+from dstune.trainer.generation import Generated, speaking
+from dstune.trainer.measure import Evaluation
 from dstune.zero.engine import Engine
 
 LONGER = 1.25

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.train.counterfactual import Evaluated
-    from dstune.train.measure import Evaluation, Row, Totals
+    from dstune.trainer.counterfactual import Evaluated
+    from dstune.trainer.measure import Evaluation, Row, Totals
 
 
 @task
@@ -93,7 +93,7 @@ class TokenClassification(Task):
     def counterfactual(
         self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
     ) -> dict[str, np.ndarray]:
-        from dstune.train.counterfactual import flips, predictions
+        from dstune.trainer.counterfactual import flips, predictions
 
         return {"flips": flips(predictions(*before), predictions(*after), places)}
 

@@ -10,7 +10,7 @@ import numpy as np
 from dstune.data.prepared import Split
 from dstune.data.tags import OUTSIDE, TagScheme, marks_entities
 from dstune.tasks.token_classification.config import TokenClassificationConfig
-from dstune.train.measure import Evaluation, Row, Totals, rows_of
+from dstune.trainer.measure import Evaluation, Row, Totals, rows_of
 
 
 def token_metrics(

@@ -12,7 +12,7 @@ from dstune.data.rows import RowError, normalise
 from dstune.data.tags import AS_BIO, OUTSIDE, TagScheme, marks_entities
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Asked, Question
-from dstune.train.measure import Row, rows_of
+from dstune.trainer.measure import Row, rows_of
 
 
 class TaggingQuestion(Question):

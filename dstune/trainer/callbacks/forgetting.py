@@ -9,7 +9,7 @@ from dstune.protocols import callback
 from dstune.protocols.callback import Callback, Run, Step
 
 if TYPE_CHECKING:
-    from dstune.train.forgetting import Penalties
+    from dstune.trainer.forgetting import Penalties
 
 
 @callback

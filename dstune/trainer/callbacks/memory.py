@@ -9,7 +9,7 @@ from dstune.protocols import callback
 from dstune.protocols.callback import Callback, Run, Step
 
 if TYPE_CHECKING:
-    from dstune.train.memory import PeakMemory
+    from dstune.trainer.memory import PeakMemory
 
 
 @callback

@@ -9,7 +9,7 @@ from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Callback, Request, Run
 
 if TYPE_CHECKING:
-    from dstune.train.utilization import Utilization
+    from dstune.trainer.utilization import Utilization
 
 POSITIONS, TARGETS, FLOPS = "positions", "targets", "flops"
 """Of a step: positions computed, tokens that count in the loss, floating-point operations needed."""

@@ -19,8 +19,8 @@ from dstune.models.norms import use_lean_norms
 from dstune.optim.groups import method_groups
 from dstune.optim.sgd import SgdConfig
 from dstune.protocols import method_of, optimizer_of, task_of
-from dstune.train.feed import dropout_seed, windows
-from dstune.train.supply import supply_of
+from dstune.trainer.data_loader import supply_of
+from dstune.trainer.prefetcher import dropout_seed, windows
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Change, Engine
 from dstune.zero.parts import partitioned_loading

@@ -12,7 +12,7 @@ import numpy as np
 from dstune.data.prepared import Split
 from dstune.protocols import METRICS, task_of
 from dstune.protocols.task import TaskConfig
-from dstune.train.generation import Generated
+from dstune.trainer.generation import Generated
 
 Row = dict[str, np.ndarray]
 """What the task's head keeps of a sample (`HeadOutput.rows`)."""

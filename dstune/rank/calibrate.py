@@ -1,4 +1,4 @@
-"""What each rank of `dstune plan --calibrate` runs: `python -m dstune.calibrate_ranks DIR`.
+"""What each rank of `dstune plan --calibrate` runs: `python -m dstune.rank.calibrate DIR`.
 
 Every rank measures at the same time as the others, as in training: they share memory bandwidth, and on a CPU its caches.
 """
@@ -31,7 +31,7 @@ from dstune.planning.architecture import architecture
 from dstune.planning.flops import forward_flops
 from dstune.planning.setup import Setup, setup
 from dstune.planning.time import Speed
-from dstune.worker import guarded, leave
+from dstune.rank.worker import guarded, leave
 from dstune.zero.precision import fast_bf16
 from dstune.zero.start import start_process_group
 

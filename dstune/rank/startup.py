@@ -22,8 +22,8 @@ from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
 from dstune.protocols.method import Preparation
 from dstune.tracking.log import RunLog
-from dstune.train.baseline import measure_prompted
-from dstune.train.evaluate import answer_prompts, limited
+from dstune.trainer.baseline import measure_prompted
+from dstune.trainer.evaluate import answer_prompts, limited
 from dstune.trainer.loop import Training
 from dstune.zero.parts import full_count
 

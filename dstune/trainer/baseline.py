@@ -16,8 +16,8 @@ from dstune.data.prepared import PreparedData, Split
 from dstune.data.special_tokens import first_special_tokens
 from dstune.models.heads import Head
 from dstune.protocols import task_of
-from dstune.train.evaluate import Evaluator
-from dstune.train.measure import Evaluation
+from dstune.trainer.evaluate import Evaluator
+from dstune.trainer.measure import Evaluation
 from dstune.zero.engine import Engine
 
 

@@ -16,8 +16,8 @@ from dstune.core.errors import DstuneError
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData
 from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
-from dstune.train.supply import Supply, order_of
-from dstune.train.utilization import Counted, counted
+from dstune.trainer.data_loader import Supply, order_of
+from dstune.trainer.utilization import Counted, counted
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import numpy as np
 from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split, Swapped
 from dstune.protocols import task_of
-from dstune.train.measure import Row, rows_of
+from dstune.trainer.measure import Row, rows_of
 
 Evaluated = tuple[Split, Sequence[Row]]
 

@@ -13,7 +13,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import Split
 from dstune.metrics.direction import is_lower_better
 from dstune.protocols import task_of
-from dstune.train.measure import Row, Totals, count_rows, with_registered
+from dstune.trainer.measure import Row, Totals, count_rows, with_registered
 
 NO_VALUE = "(none)"
 

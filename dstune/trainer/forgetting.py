@@ -22,7 +22,7 @@ from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
 from dstune.models.load import NewWeights
 from dstune.protocols import task_of
-from dstune.train.probe import Restrict, probing, standing_still
+from dstune.trainer.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine
 from dstune.zero.restore import Partition
 

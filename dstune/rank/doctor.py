@@ -1,4 +1,4 @@
-"""All-reduce between ranks, for `dstune doctor`: `python -m dstune.doctor_ranks RUN_DIR` in each of them.
+"""All-reduce between ranks, for `dstune doctor`: `python -m dstune.rank.doctor RUN_DIR` in each of them.
 
 Latency is that of 4 KiB, bandwidth that of the largest message, as bus bandwidth: bytes / seconds * 2 (n - 1) / n, the
 traffic of a ring over the slowest link (NVIDIA's nccl-tests, PERFORMANCE.md), so that it compares with a link's speed.
@@ -19,7 +19,7 @@ import torch
 from dstune.core import environment, handoff, rendezvous
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher
-from dstune.worker import guarded, leave
+from dstune.rank.worker import guarded, leave
 from dstune.zero.start import start_process_group
 
 SMALL_BYTES = 4096

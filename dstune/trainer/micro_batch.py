@@ -24,9 +24,9 @@ from dstune.data.sampler import MicroBatch, Row
 from dstune.models.heads import Head
 from dstune.planning.host import available_bytes
 from dstune.protocols import task_of
-from dstune.train.memory import GIB, PeakMemory
-from dstune.train.supply import order_of
-from dstune.train.window import joined
+from dstune.trainer.data_loader import order_of
+from dstune.trainer.memory import GIB, PeakMemory
+from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
 
 LEFT_FREE = 0.1

@@ -13,9 +13,9 @@ from dstune.config.schema import Export, RunConfig
 from dstune.core import files
 from dstune.core.errors import Preempted, TrainingFailed
 from dstune.core.secrets import redacted
-from dstune.opening import show_samples
 from dstune.protocols.callback import LEAVE, Action, Request
 from dstune.protocols.method import Preparation
+from dstune.rank.startup import show_samples
 from dstune.tracking.log import RunLog
 from dstune.trainer.loop import Training, evaluate, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets

@@ -25,11 +25,11 @@ from dstune.models.generation import generate_answers
 from dstune.models.heads import Head, WindowHead, sums_of
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
-from dstune.train.counterfactual import compare
-from dstune.train.generation import Generated, speaking
-from dstune.train.measure import Evaluation, Totals, count_rows, with_registered
-from dstune.train.slices import measure_slices
-from dstune.train.window import joined
+from dstune.trainer.counterfactual import compare
+from dstune.trainer.generation import Generated, speaking
+from dstune.trainer.measure import Evaluation, Totals, count_rows, with_registered
+from dstune.trainer.subgroups import measure_slices
+from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
 
 
