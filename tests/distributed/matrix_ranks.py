@@ -25,12 +25,12 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.rank_env import from_environment
 from dstune.evaluation.ranks import evaluate
+from dstune.methods import importance
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models.generation import generation_inputs
 from dstune.protocols import method_of
 from dstune.rank import worker
-from dstune.methods import importance
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 from dstune.zero.start import start_process_group
