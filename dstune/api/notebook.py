@@ -51,10 +51,11 @@ class Notebook(Console):
     def _draw(self, text: str) -> None:
         from IPython.display import display
 
+        if not text:
+            return  # a terminal clears the line; here the last progress stays in the cell
         bundle = {"text/plain": text}
         if self._line is None:
-            if text:
-                self._line = display(bundle, raw=True, display_id=True)
+            self._line = display(bundle, raw=True, display_id=True)
         else:
             self._line.update(bundle, raw=True)
 
