@@ -25,7 +25,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.rank_env import from_environment
 from dstune.evaluation.ranks import evaluate
-from dstune.methods import importance
+from dstune.methods.importance import scores as importance
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models.generation import generation_inputs
