@@ -85,9 +85,9 @@ def right(given: list[torch.Tensor], outward: torch.Tensor, attend: Callable[...
     return torch.autograd.grad(attend(*exact), exact, outward.double())
 
 
-def error(found: States, wanted: States) -> float:
-    apart = sum(float((part.double() - exact).square().sum()) for part, exact in zip(found, wanted, strict=True))
-    return (apart / sum(float(exact.square().sum()) for exact in wanted)) ** 0.5
+def error(found: States, expected: States) -> float:
+    apart = sum(float((part.double() - exact).square().sum()) for part, exact in zip(found, expected, strict=True))
+    return (apart / sum(float(exact.square().sum()) for exact in expected)) ** 0.5
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
                     continue
                 results["runs"][key(cell, number, side)] = measured
                 write(options.results, results)
-                shown = {name: value for name, value in measured.items() if name != "tokens"}
-                print(f"{key(cell, number, side)}: {speed(measured):.1f} tokens/s {json.dumps(shown)}", flush=True)
+                formatted = {name: value for name, value in measured.items() if name != "tokens"}
+                print(f"{key(cell, number, side)}: {speed(measured):.1f} tokens/s {json.dumps(formatted)}", flush=True)
 
 
 def _turned(sides: list[str], number: int) -> list[str]:
@@ -126,9 +126,9 @@ def run(side: str, job: Job, tensors: Path, folder: Path) -> Measured:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".incomplete")
-    aside.write_text(json.dumps(results, indent=1))
-    aside.replace(path)
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text(json.dumps(results, indent=1))
+    temporary.replace(path)
 
 
 def speed(run: dict[str, Any]) -> float:
@@ -193,8 +193,8 @@ def table(results: dict[str, Any]) -> None:
         method = "LoRA" if job.method == "lora" else job.method
         targets = "the assistant's" if job.targets == "assistant" else "all tokens"
         tokens = statistics.median(map(speed, own.values()))
-        shown = " | ".join([f"{tokens:.0f}", *(f"{ratio:.2f}" for ratio in ratios), *columns])
-        print(f"| {method}, {targets}, ZeRO-{job.stage} | {shown} |")
+        formatted = " | ".join([f"{tokens:.0f}", *(f"{ratio:.2f}" for ratio in ratios), *columns])
+        print(f"| {method}, {targets}, ZeRO-{job.stage} | {formatted} |")
 
 
 def rounds(results: dict[str, Any], cell: str, side: str) -> dict[int, dict[str, Any]]:

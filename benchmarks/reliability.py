@@ -113,7 +113,7 @@ def table(outcomes: list[Outcome]) -> str:
     )
     head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
     lines = [
-        f"| {o.name} | {o.what} | {words(o.said)} | {o.exit_code} | {number(o.exit_seconds)} | {o.left} "
+        f"| {o.name} | {o.what} | {words(o.message)} | {o.exit_code} | {number(o.exit_seconds)} | {o.left} "
         f"| {'' if o.lost is None else o.lost} | {number(o.resume_seconds)} | {yes(o.equal)} |"
         for o in outcomes
     ]

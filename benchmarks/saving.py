@@ -171,9 +171,9 @@ def measure(name: str, folder: Path, gigabytes: float, saves: int) -> str:
     held, blocked, whole, slow = [], [], [], []
 
     def wait() -> None:
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         way.before_update()
-        blocked[-1] += time.perf_counter() - asked
+        blocked[-1] += time.perf_counter() - requested
 
     for number in range(saves):
         kept = {key: value.clone() for key, value in states.items()}

@@ -79,14 +79,14 @@ def measure(route: str, folder: Path) -> None:
     began = time.perf_counter()
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - began
-    told = json.loads(done.stdout)
-    steps = [json.loads((Path(trial["run"]) / "result.json").read_text())["steps"] for trial in told["trials"]]
+    report = json.loads(done.stdout)
+    steps = [json.loads((Path(trial["run"]) / "result.json").read_text())["steps"] for trial in report["trials"]]
     found = {
         "seconds": seconds,
         "steps": sum(steps),
-        "pruned": sum(trial["status"] == "pruned" for trial in told["trials"]),
-        "loss": told["best"]["objective"]["loss"],
-        "best": ", ".join(f"{key}={value:g}" for key, value in told["best"]["values"].items()),
+        "pruned": sum(trial["status"] == "pruned" for trial in report["trials"]),
+        "loss": report["best"]["objective"]["loss"],
+        "best": ", ".join(f"{key}={value:g}" for key, value in report["best"]["values"].items()),
     }
     (folder / f"{route}.json").write_text(json.dumps(found))
 

@@ -58,8 +58,8 @@ def main() -> None:
     ours, theirs = (statistics.mean(both[which]["entity_f1"] for both in found) for which in (0, 1))
     for seed, both in enumerate(found):
         apart = [abs(one - other) for one, other in zip(*(of["losses"] for of in both), strict=True)]
-        told = ", ".join(f"{max(apart[:steps]):.4f} in {steps}" for steps in (10, 50, 100, len(apart)))
-        print(f"seed {seed}: losses of steps apart by at most {told} (the Trainer's are rounded to four digits)")
+        report = ", ".join(f"{max(apart[:steps]):.4f} in {steps}" for steps in (10, 50, 100, len(apart)))
+        print(f"seed {seed}: losses of steps apart by at most {report} (the Trainer's are rounded to four digits)")
     print(f"mean entity F1: dstune {ours:.4f}, Trainer {theirs:.4f}, difference {ours - theirs:+.4f}")
 
 

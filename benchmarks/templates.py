@@ -275,10 +275,10 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
     if ours == theirs:
         return "=", ""
     ids = marked["input_ids"]
-    shown = [repr(tokenizer.decode([ids[at] for at in sorted(only)])) for only in (theirs - ours, ours - theirs)]
+    formatted = [repr(tokenizer.decode([ids[at] for at in sorted(only)])) for only in (theirs - ours, ours - theirs)]
     return (
         f"+{len(theirs - ours)} -{len(ours - theirs)}",
-        f"the marks alone train {shown[0]}, the rule alone {shown[1]}",
+        f"the marks alone train {formatted[0]}, the rule alone {formatted[1]}",
     )
 
 
@@ -300,20 +300,20 @@ def main() -> int:
         for dialogue in names:
             tokenizer = tokenizer_for(name.removeprefix("dstune/"), template)
             if options.marked:
-                shown, reason = marked_cell(tokenizer, DIALOGUES[dialogue])
-                if reason and shown != "refused":
+                formatted, reason = marked_cell(tokenizer, DIALOGUES[dialogue])
+                if reason and formatted != "refused":
                     print(f"  {dialogue}: {reason}")
             else:
-                shown, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
-            counts[shown if shown in ("WRONG", "refused") else "served"] += 1
-            if shown == "WRONG":
+                formatted, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
+            counts[formatted if formatted in ("WRONG", "refused") else "served"] += 1
+            if formatted == "WRONG":
                 wrong.append(f"{name} x {dialogue}: {reason}")
-            if shown == "refused":
+            if formatted == "refused":
                 general = re.sub(
                     r"the prompt goes on .*", "…", re.sub(r"message \d+ ", "message … ", reason), flags=re.S
                 )
-                shown = f"r{reasons.setdefault(general, len(reasons) + 1)}"
-            cells.append(shown)
+                formatted = f"r{reasons.setdefault(general, len(reasons) + 1)}"
+            cells.append(formatted)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     lines += ["", *(f"- r{number}: {reason}" for reason, number in reasons.items())]

@@ -168,15 +168,15 @@ def pairs(only: Sequence[str], stages: Sequence[int], ranks: int, folder: Path, 
             number += 1
             for stage in chosen:
                 words = [f"task={task}", f"method={method}", *of_task, *of_method, *more]
-                if wanted := case(f"{task}-{method}-{stage}", words, stage, ranks, folder, only):
-                    yield wanted
+                if expected := case(f"{task}-{method}-{stage}", words, stage, ranks, folder, only):
+                    yield expected
     for name, words in VARIANTS.items():
         task = next(word for word in words if word.startswith("task=")).removeprefix("task=")
         chosen = [stages[number % len(stages)]] if rotate else stages
         number += 1
         for stage in chosen:
-            if wanted := case(f"{name}-{stage}", [*TASKS[task], *words], stage, ranks, folder, only):
-                yield wanted
+            if expected := case(f"{name}-{stage}", [*TASKS[task], *words], stage, ranks, folder, only):
+                yield expected
 
 
 def case(name: str, words: list[str], stage: int, ranks: int, folder: Path, only: Sequence[str]) -> Case | None:
@@ -367,11 +367,11 @@ def serve_case(case: Case, folder: Path) -> Outcome:
     codes = [wait(child, began + CASE_SECONDS) for child in children]
     outcome = Outcome(next((code for code in codes if code), 0), round(time.monotonic() - began, 2))
     read_run(home / case.run, outcome)
-    told = [(logs / f"rank-{rank}.log").read_text(errors="replace") for rank in range(len(children))]
+    reported = [(logs / f"rank-{rank}.log").read_text(errors="replace") for rank in range(len(children))]
     if case.ranks == 0:
-        outcome.problems = problems_in(told[0])
+        outcome.problems = problems_in(reported[0])
     if outcome.exit_code:
-        outcome.log = "\n".join(log[-3000:] for log in told)
+        outcome.log = "\n".join(log[-3000:] for log in reported)
     return outcome
 
 
@@ -528,11 +528,11 @@ def wording(case: Case, old: Outcome, new: Outcome) -> str:
     """The changed texts of errors and of model cards, as a diff."""
 
     def lines(outcome: Outcome) -> list[str]:
-        told = [
+        reported = [
             f"{one.get('where')}: {one.get('reason', one.get('message'))} | {one.get('fix')}"
             for one in outcome.problems
         ]
-        return told + [line for text in outcome.texts.values() for line in text.splitlines()]
+        return reported + [line for text in outcome.texts.values() for line in text.splitlines()]
 
     title = f"{case.name}: {shlex.join(case.argv)}" if not case.ranks else case.name
     return "\n".join(difflib.unified_diff(lines(old), lines(new), title, title, lineterm="", n=0))

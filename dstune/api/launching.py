@@ -49,12 +49,12 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
             raise TrainingFailed(f"rank {env.rank} ended with exit code {outcome.code}")
         return outcome.run_dir
     command, write_rows = requested()
-    shown = console(progress)
-    run_dir, code, pending = launched(command, shown, write_rows)
+    formatted = console(progress)
+    run_dir, code, pending = launched(command, formatted, write_rows)
     if not pending:
-        leave_behind(run_dir, shown.message)
+        leave_behind(run_dir, formatted.message)
     if progress and not pending and code == EXIT_DONE:
-        shown.message(summary(run_dir))
+        formatted.message(summary(run_dir))
     return _ended(run_dir, code)
 
 

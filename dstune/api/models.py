@@ -180,24 +180,24 @@ class Loaded:
 
         if batch_size < 1:
             raise UserError(Problem("batch_size", "must be at least 1", "batch_size=32", str(batch_size)))
-        wanted = find(ModelConfig(path=self._path), checkpoint, overrides)
+        expected = find(ModelConfig(path=self._path), checkpoint, overrides)
         given = [
             (f"row {number}", row if isinstance(row, str) else plain_row(row))
             for number, row in enumerate(each(rows), 1)
         ]
         if not given:
             return []
-        question = task_of(wanted.config.task).question(wanted.labels, wanted.config.data)
-        asked = Questions(question, given, [], OnBadRow.error)
+        question = task_of(expected.config.task).question(expected.labels, expected.config.data)
+        requested = Questions(question, given, [], OnBadRow.error)
 
         def loaded() -> Predictor:
             with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-                return load(wanted, Path(scratch))
+                return load(expected, Path(scratch))
 
-        model: Predictor = self._loaded(("predict", wanted.config, wanted.identity), loaded)
+        model: Predictor = self._loaded(("predict", expected.config, expected.identity), loaded)
         return [
             answer
-            for block in asked.blocks(512)
+            for block in requested.blocks(512)
             for answer in model.answers(block, batch_size, all_labels=probabilities)
         ]
 

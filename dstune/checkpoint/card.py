@@ -233,14 +233,14 @@ def _datasets(config: RunConfig) -> list[str]:
 def _data_name(config: RunConfig) -> str:
     """What the rows are called in public: samples and hub ids whole, of files and addresses the last part."""
     hub = _datasets(config)
-    shown = []
+    formatted = []
     for path in _sources(config):
         plain = path.partition("?")[0]
         name = (
             path if samples.is_sample(path) or path.partition(":")[0] in hub else plain.rstrip("/").rpartition("/")[2]
         )
-        shown.append(f"`{name}`")
-    return ", ".join(shown)
+        formatted.append(f"`{name}`")
+    return ", ".join(formatted)
 
 
 def _read(path: Path) -> dict[str, Any]:

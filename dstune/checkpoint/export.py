@@ -53,7 +53,7 @@ def export_checkpoint(
     """
     check_free(out, force)
     config = read_run(run_dir / "run.yaml").config
-    with _aside(out) as folder, _quiet():
+    with _temporary_folder(out) as folder, _quiet():
         from dstune.checkpoint.card import write_card
         from dstune.checkpoint.model_folder import write_model
         from dstune.zero.parts import whole_loading
@@ -83,7 +83,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         architecture = load_config(config.model)
         check_architecture(architecture)
         read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
-    with _aside(out) as folder:
+    with _temporary_folder(out) as folder:
         whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=method_of(config.method).merges)
         name = f"{config.run.name}-{kind}.gguf"
         write_gguf(whole, folder / name, kind, config.run.name)
@@ -118,7 +118,7 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
 
 
 @contextmanager
-def _aside(out: Path) -> Iterator[Path]:
+def _temporary_folder(out: Path) -> Iterator[Path]:
     """A new folder that becomes `out` when the block ends without an error."""
     folder = out.with_name(f"{out.name}{store.INCOMPLETE}")
     if folder.exists():
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
     run_dir = run_directory(arguments.run)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
     method = read_run(run_dir / "run.yaml").config.method
-    for flag in (name for name, asked in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if asked):
+    for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
         refuse_unmergeable(flag, method)
     if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
         raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))

@@ -166,10 +166,10 @@ class Saves:
         except BaseException as error:  # nothing else waits for it, and rank 0 waits for an answer
             save.error = f"{type(error).__name__}: {error}"
         report = _report(folder, self._world.rank)
-        aside = report.with_suffix(".incomplete")
+        temporary = report.with_suffix(".incomplete")
         try:
-            aside.write_text(json.dumps({"entries": save.entries, "error": save.error}))
-            aside.rename(report)
+            temporary.write_text(json.dumps({"entries": save.entries, "error": save.error}))
+            temporary.rename(report)
         except OSError as error:  # told when all ranks meet again
             self._pending.untold = save.error or str(error)
         self._pending.reported.set()

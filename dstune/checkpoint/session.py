@@ -65,7 +65,7 @@ class Checkpoints:
         source = self._source()
         checkpoint = self._newest_undamaged(source)
         if self._world.is_main:
-            self._name_torn(source, checkpoint)
+            self._report_incomplete(source, checkpoint)
         if checkpoint is None:
             return TrainState()
         saved = store.read_state(checkpoint)
@@ -99,7 +99,7 @@ class Checkpoints:
             return Path(self._config.run.resume)
         return self._run_dir
 
-    def _name_torn(self, run_dir: Path, used: Path | None) -> None:
+    def _report_incomplete(self, run_dir: Path, used: Path | None) -> None:
         """Tell of what is newer than the checkpoint that is used."""
         for path in sorted(store.folder(run_dir).glob("step-*")):
             if used is not None and path.name <= used.name:
@@ -109,7 +109,7 @@ class Checkpoints:
                     f"{path.name.removesuffix(store.INCOMPLETE)} was being saved when the run ended, and is not used"
                 )
             elif path.suffix == "" and not store.is_committed(path):
-                self._say(f"{path.name} is not whole and not used: {', '.join(store.torn(path))}")
+                self._say(f"{path.name} is not whole and not used: {', '.join(store.incomplete_reasons(path))}")
 
     def rewind(self) -> TrainState | None:
         """Load the newest whole checkpoint that this run itself has; None, and nothing is changed, where it has none."""
@@ -135,7 +135,7 @@ class Checkpoints:
             found.append(f"{checkpoint.name} ({', '.join(damaged)})")
             self._say(f"{checkpoint.name} is damaged and not used: {', '.join(damaged)} differ from what was written")
             if self._world.is_main and run_dir == self._run_dir:
-                store.set_aside(checkpoint)
+                store.quarantine(checkpoint)
             self._world.barrier()
         if found:
             reason = f"every checkpoint is damaged: {'; '.join(found)}"

@@ -113,18 +113,18 @@ def mend(run_dir: Path) -> None:
                 path.rename(final)
 
 
-def set_aside(checkpoint: Path) -> None:
+def quarantine(checkpoint: Path) -> None:
     """Rename a checkpoint whose files are not what was written, so that it neither counts as the newest nor keeps a whole
     one from being kept. It is pruned with the others."""
-    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-    if aside.exists():
-        shutil.rmtree(aside)
-    checkpoint.rename(aside)
+    temporary = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    checkpoint.rename(temporary)
 
 
 def is_committed(checkpoint: Path) -> bool:
     """Whether every file that was committed is there with its size."""
-    return not torn(checkpoint)
+    return not incomplete_reasons(checkpoint)
 
 
 def _is_inside(name: str) -> bool:
@@ -132,7 +132,7 @@ def _is_inside(name: str) -> bool:
     return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
-def torn(checkpoint: Path) -> list[str]:
+def incomplete_reasons(checkpoint: Path) -> list[str]:
     """What makes a folder no checkpoint, in words: its marker or files that are not there, or not with their size."""
     try:
         files = json.loads((checkpoint / COMMITTED).read_text())["files"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.protocols import task_of
@@ -16,13 +16,13 @@ def check_augment(config: RunConfig) -> Iterator[Problem]:
         value = getattr(augment, key)
         if value and not augment.on:
             reason = "it changes copies of training rows, and there are none"
-            yield Problem(f"data.augment.{key}", reason, "data.augment.copies=1", shown(value))
+            yield Problem(f"data.augment.{key}", reason, "data.augment.copies=1", format_value(value))
     if augment.models and augment.prompt.count("{text}") != 1:
         reason = "the text has to have one place in the prompt"
         yield Problem("data.augment.prompt", reason, "\"data.augment.prompt='Paraphrase: {text}'\"", augment.prompt)
     if not augment.on:
         return
-    key, value = ("copies", shown(augment.copies)) if augment.copies else ("balance", "true")
+    key, value = ("copies", format_value(augment.copies)) if augment.copies else ("balance", "true")
     if augment.copies and not augment.changes:
         reason = "the copies would equal their rows"
         yield Problem("data.augment.copies", reason, "data.augment.delete=0.1, swap, synonyms or models", value)

@@ -85,8 +85,8 @@ def complete(line: str, verbs: Verbs) -> list[str]:
     try:
         own = verbs[verb](given)
         words = [*own.words, *(FLAGS if own.overrides else ())]
-        shown = [text for text in words if text.startswith(word) and (word or not text.startswith("-"))]
-        found = list(dict.fromkeys(shown))
+        formatted = [text for text in words if text.startswith(word) and (word or not text.startswith("-"))]
+        found = list(dict.fromkeys(formatted))
         if own.files and "=" not in word and not word.startswith("-"):
             found += _files(word)
         if own.overrides and not word.startswith("-"):

@@ -21,12 +21,12 @@ from dstune.config.convert import (
     EnvironmentText,
     chosen_class,
     dump,
+    format_value,
     from_dict,
     from_yaml,
     interpolation_problem,
     load,
     partly_from_dict,
-    shown,
     to_dict,
     to_yaml,
 )
@@ -303,13 +303,17 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         key = override.key_or_group
         if user_overrides.is_group_choice(override, groups) and "." not in key:
             fix = _single_values(config, key, str(override.value()))
-            problems.append(Problem(key, "the groups of an existing run are settled", fix, shown(override.value())))
+            problems.append(
+                Problem(key, "the groups of an existing run are settled", fix, format_value(override.value()))
+            )
         elif key == plugins.KEY:
             fix = f"dstune train run.dir=RUN with the settings of then, plugins=[...] and {plugins.ACCEPT}"
-            problems.append(Problem(key, "the plugins of an existing run are settled", fix, shown(override.value())))
+            problems.append(
+                Problem(key, "the plugins of an existing run are settled", fix, format_value(override.value()))
+            )
         elif key == "zero.path":
             fix = "set single values, such as zero.reduce_bucket_size=N or zero.settings.KEY=VALUE"
-            problems.append(Problem(key, "the file was read when the run began", fix, shown(override.value())))
+            problems.append(Problem(key, "the file was read when the run began", fix, format_value(override.value())))
         else:
             values.append(override)
     classes = {section: type(getattr(config, section)) for section in sections()}
@@ -340,7 +344,7 @@ def _single_values(config: RunConfig, section: str, choice: str) -> str:
             own, chosen = config.zero, compose(["data=chitchat", f"zero={choice}"]).config.zero
             changed = {key: getattr(chosen, key) for key in DECIDE_ZERO if getattr(own, key) != getattr(chosen, key)}
             if changed:
-                return "write " + " ".join(f"zero.{key}={shown(value)}" for key, value in changed.items())
+                return "write " + " ".join(f"zero.{key}={format_value(value)}" for key, value in changed.items())
     return f"set single values, such as {section}.KEY=VALUE"
 
 
@@ -473,14 +477,14 @@ def _from_stored(
 def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
     """Whether a key, or the choice of a group, is given by the command of `new` otherwise than by that of `old`, or by one of
     the user's own files."""
-    told = {key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
-    sections_given = tuple(f"{key}." for key in told)
-    everything = "experiment" in told
+    report = {key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
+    sections_given = tuple(f"{key}." for key in report)
+    everything = "experiment" in report
     with session(new.config_dirs) as hydra:
         own = keys_of_own_files(hydra, new.overrides)
 
     def given(key: str) -> bool:
-        inside = any(name.startswith(f"{key}.") for name in told) and key in all_keys()  # data.columns.text=a
-        return everything or key in told or key.startswith(sections_given) or inside or key in own
+        inside = any(name.startswith(f"{key}.") for name in report) and key in all_keys()  # data.columns.text=a
+        return everything or key in report or key.startswith(sections_given) or inside or key in own
 
     return given

@@ -108,7 +108,7 @@ def is_optional(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a user writes it on the command line."""
     if isinstance(value, EnvironmentText):
         return value.reference
@@ -117,11 +117,11 @@ def shown(value: Any) -> str:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(shown(item) for item in value) + "]"
+        return "[" + ",".join(format_value(item) for item in value) + "]"
     if is_dataclass(value) and not isinstance(value, type):
         value = to_dict(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {format_value(item)}" for key, item in value.items()) + "}"
     return str(value).replace("\n", "\\n") or "''"
 
 
@@ -133,14 +133,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     if is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
-    wanted = describe(hint)
+    expected = describe(hint)
     if is_optional(hint):
         if value is None:
             return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if isinstance(value, str) and not isinstance(value, EnvironmentText) and ENVIRONMENT in value:
         value = resolve_text(value, where)
-    wrong = UserError(Problem(where, f"expected {wanted}", _fix(value, hint, where), shown(value)))
+    wrong = UserError(Problem(where, f"expected {expected}", _fix(value, hint, where), format_value(value)))
     if hint is Any:
         return _plain_any(value, where)
     if isinstance(hint, types.UnionType):
@@ -239,7 +239,7 @@ def _fix(value: Any, hint: Any, where: str) -> str:
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"{where}={int(value)}"  # 1e3
     if typing.get_origin(hint) is list and isinstance(value, (str, int, float)):
-        return f"{where}=[{shown(value)}]"
+        return f"{where}=[{format_value(value)}]"
     if typing.get_origin(hint) is dict and (pair := re.fullmatch(r"(\w+):(\S+)", str(value))):
         return f"'{where}={{{pair[1]}: {pair[2]}}}'"  # without quotes, bash takes the braces for alternatives
     return example(where) if where in all_keys() else ""
@@ -255,7 +255,7 @@ def example(key: str) -> str:
     hint = all_keys()[key]
     default = default_of(key)
     if default not in (None, "", [], {}):
-        return f"{typed(key, shown(default))} (the default)"
+        return f"{typed(key, format_value(default))} (the default)"
     if is_optional(hint):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     other = {list: "[NAME,NAME]", dict: "{NAME: VALUE}"}.get(typing.get_origin(hint), "VALUE")
@@ -276,7 +276,7 @@ def build(cls: type, value: Any, where: str) -> Any:
     hints = type_hints(cls)
     if not isinstance(value, Mapping):
         known = ", ".join(f"{where}.{name}" for name in hints)
-        raise UserError(Problem(where, "this is a section, not a value", f"set one of {known}", shown(value)))
+        raise UserError(Problem(where, "this is a section, not a value", f"set one of {known}", format_value(value)))
     problems = [unknown_key(f"{where}.{key}", hints, where) for key in value if key not in hints]
     arguments = {}
     for name, hint in hints.items():
@@ -354,7 +354,7 @@ def chosen_class(section: str, value: Any, where: str) -> type:
         raise UserError(Problem(f"{section}.name", f"{where} does not say which {section} this is", fix))
     similar = nearest(str(name), classes)
     fix = f"did you mean {similar}?" if similar else f"one of {', '.join(classes)}"
-    raise UserError(Problem(f"{section}.name", f"there is no such {section}", fix, shown(name)))
+    raise UserError(Problem(f"{section}.name", f"there is no such {section}", fix, format_value(name)))
 
 
 def to_dict(config: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstune.config.convert import load, shown
+from dstune.config.convert import format_value, load
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANSLATED, WITHOUT_EFFECT
 from dstune.config.names import classes_of
 from dstune.config.not_offered import FEATURES
@@ -147,12 +147,14 @@ def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
         own_key = OWN_KEYS.get(key) or TRANSLATED.get(key)
         if group in ("optimizer", "schedule"):
             yield Problem(
-                where, f"dstune has a group for this: {group}", f"{group}=CHOICE {group}.KEY=VALUE", shown(value)
+                where, f"dstune has a group for this: {group}", f"{group}=CHOICE {group}.KEY=VALUE", format_value(value)
             )
         elif own_key:
-            yield Problem(where, f"dstune's own key for this is {own_key}", f"{own_key}=VALUE", shown(value))
+            yield Problem(where, f"dstune's own key for this is {own_key}", f"{own_key}=VALUE", format_value(value))
         elif key in WITHOUT_EFFECT:
-            yield Problem(where, "this has no effect: dstune does it on its own way", "leave it out", shown(value))
+            yield Problem(
+                where, "this has no effect: dstune does it on its own way", "leave it out", format_value(value)
+            )
         else:
             yield from setting_problems(key, value, where)
 
@@ -163,18 +165,20 @@ def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
         kind = PASSED[key]
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         return (
-            [] if _typed(value, kind) is not None else [Problem(where, f"expected {words[kind]}", value=shown(value))]
+            []
+            if _typed(value, kind) is not None
+            else [Problem(where, f"expected {words[kind]}", value=format_value(value))]
         )
     if key in FIXED:
         usual, reason = FIXED[key]
         if value == usual:
             return []
         fix = f"remove it{'' if usual is None else f', or write {json.dumps(usual)}'}"
-        return [Problem(where, f"dstune cannot honour this: {reason}", fix, shown(value))]
+        return [Problem(where, f"dstune cannot honour this: {reason}", fix, format_value(value))]
     if key in REFUSED:
         off = value in (None, False) if key in ON_WHEN_THERE else not value or not _asks(value)
         return [] if off else [Problem(where, f"dstune cannot honour this: {REFUSED[key]}", "remove it")]
-    return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", shown(value))]
+    return [Problem(where, "dstune does not know this key of DeepSpeed", "remove it", format_value(value))]
 
 
 ON_WHEN_THERE = {"zero_optimization.zenflow"}
@@ -214,18 +218,18 @@ def _section(raw: Mapping[str, Any], name: str) -> Any:
 
 
 def _precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
-    asked = {}
+    requested = {}
     for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
         for section in sections:
             enabled = _section(raw, section).get("enabled", AUTO) if section in raw else AUTO
             if enabled != AUTO:
-                asked[name] = bool(enabled)
-    on = [name for name, enabled in asked.items() if enabled]
+                requested[name] = bool(enabled)
+    on = [name for name, enabled in requested.items() if enabled]
     if len(on) == 2:
         content.problems.append(Problem(f"fp16.enabled in {where}", "bf16 is enabled too", "disable one of them"))
     elif on:
         content.values.append(Value("trainer.precision", on[0], f"{on[0]}.enabled"))
-    elif asked.get("bf16") is False:
+    elif requested.get("bf16") is False:
         content.values.append(Value("trainer.precision", "fp32", "bf16.enabled"))
 
 
@@ -260,7 +264,7 @@ def _optimizer(section: Any, content: Content, where: str) -> None:
             content.values.append(Value(f"optimizer.{name}", value, source))
         elif OPTIMIZER_FIXED.get(name, value is None) != value:
             content.problems.append(
-                Problem(f"{source} in {where}", "dstune's optimizers do not do this", value=shown(value))
+                Problem(f"{source} in {where}", "dstune's optimizers do not do this", value=format_value(value))
             )
 
 
@@ -292,7 +296,7 @@ def _scheduler(section: Any, content: Content, where: str) -> None:
             content.values.append(Value("trainer.max_steps", value, source))
         elif (name, value) not in (("warmup_min_lr", 0), ("warmup_min_ratio", 0), ("warmup_type", "linear")):
             reason = "the rate rises linearly from 0"
-            content.problems.append(Problem(f"{source} in {where}", reason, 'write "auto"', shown(value)))
+            content.problems.append(Problem(f"{source} in {where}", reason, 'write "auto"', format_value(value)))
 
 
 def _same_values(content: Content, where: str) -> None:
@@ -301,8 +305,8 @@ def _same_values(content: Content, where: str) -> None:
     for value in content.values:
         other = first.setdefault(value.key, value)
         if other.value != value.value:
-            reason = f"{other.source} says {shown(other.value)}"
-            content.problems.append(Problem(f"{value.source} in {where}", reason, value=shown(value.value)))
+            reason = f"{other.source} says {format_value(other.value)}"
+            content.problems.append(Problem(f"{value.source} in {where}", reason, value=format_value(value.value)))
     content.values = list(first.values())
 
 
@@ -344,7 +348,9 @@ def _of_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
             _put(settings, ACCELERATE[name], value)
         elif not file and name not in ACCELERATE_WITHOUT_EFFECT and value not in (None, "none", False):
             problems.append(
-                Problem(f"deepspeed_config.{name} in {path}", "this version does not support it", value=shown(value))
+                Problem(
+                    f"deepspeed_config.{name} in {path}", "this version does not support it", value=format_value(value)
+                )
             )
     precision = str(raw.get("mixed_precision") or "auto").lower()
     if precision in ("bf16", "fp16", "no"):
@@ -366,7 +372,7 @@ def _of_accelerate(raw: Mapping[str, Any], path: Path) -> Content:
                 if fix
                 else "ranks share rows by heads (parallel=ulysses) only"
             )
-            problems.append(Problem(where, reason, fix or "parallel=ulysses parallel.size=N", shown(size)))
+            problems.append(Problem(where, reason, fix or "parallel=ulysses parallel.size=N", format_value(size)))
     content = translate(settings, str(path))
     content.problems += problems
     if raw.get("num_machines", 1) == 1 and isinstance(raw.get("num_processes"), int):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from dstune.config.convert import describe, shown
+from dstune.config.convert import describe, format_value
 from dstune.config.names import ROOT_KEYS, classes_of, entry_class, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.core.plugins import KEY
@@ -83,7 +83,7 @@ def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
             settings += _of_class(hint, group, key)  # type: ignore[arg-type]
         elif not (field.name == "name" and prefix in CHOICES):  # said by `method=lora`, not by itself
             default = getattr(cls(), field.name)
-            settings.append(Setting(group, key, describe(hint), shown(default), docs.get(field.name, "")))
+            settings.append(Setting(group, key, describe(hint), format_value(default), docs.get(field.name, "")))
             if entries := entry_class(hint):
                 settings += _of_class(entries, group, f"{key}.NAME")
     return settings

@@ -198,16 +198,16 @@ def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
     composed = compose_dict_config(hydra, overrides)
     HydraConfig.instance().set_config(composed)  # for references such as ${hydra:runtime.cwd}
     OmegaConf.set_readonly(composed.hydra, None)
-    shown: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
+    formatted: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
     header = ""
     if flags.package and flags.package != "_global_":
-        shown = _package(shown, flags.package)
+        formatted = _package(formatted, flags.package)
         header = f"# @package {flags.package}\n"
-    if not isinstance(shown, Container):
-        return f"{shown}\n"
+    if not isinstance(formatted, Container):
+        return f"{formatted}\n"
     if flags.resolve:
-        OmegaConf.resolve(shown)
-    return header + OmegaConf.to_yaml(shown)
+        OmegaConf.resolve(formatted)
+    return header + OmegaConf.to_yaml(formatted)
 
 
 def _package(composed: DictConfig, package: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
@@ -16,17 +16,19 @@ def check_forgetting(config: RunConfig) -> Iterator[Problem]:
     for key in ("l2sp", "ewc"):
         if getattr(forgetting, key) and not method_of(config.method).moves_weights:
             reason = f"method={config.method.name} does not move pretrained weights, so there is no distance"
-            yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0", shown(getattr(forgetting, key)))
+            yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0", format_value(getattr(forgetting, key)))
     for key in ("ewc", "replay"):
         if getattr(forgetting, key) and not forgetting.general:
             reason = "this needs rows of what is not to be forgotten"
-            yield Problem(f"forgetting.{key}", reason, "forgetting.general=FILE", shown(getattr(forgetting, key)))
+            yield Problem(
+                f"forgetting.{key}", reason, "forgetting.general=FILE", format_value(getattr(forgetting, key))
+            )
     if forgetting.general and not (forgetting.ewc or forgetting.replay):
         fix = "forgetting.replay=0.1 or forgetting.ewc=1000"
-        yield Problem("forgetting.general", "nothing uses these rows", fix, shown(forgetting.general))
+        yield Problem("forgetting.general", "nothing uses these rows", fix, format_value(forgetting.general))
     if forgetting.replay and config.data.mixture and not mixes_in(config):
         fix = "add the rows to data.mixture with a weight of their own, forgetting.replay=0"
-        yield Problem("forgetting.replay", "data.mixture has sources already", fix, shown(forgetting.replay))
+        yield Problem("forgetting.replay", "data.mixture has sources already", fix, format_value(forgetting.replay))
     if forgetting.replay and config.data.streaming:
         reason = "the share is one of an epoch, and a stream has no known end"
-        yield Problem("forgetting.replay", reason, "data.streaming=false", shown(forgetting.replay))
+        yield Problem("forgetting.replay", reason, "data.streaming=false", format_value(forgetting.replay))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import build, convert, is_optional, shown
+from dstune.config.convert import build, convert, format_value, is_optional
 from dstune.config.names import (
     all_keys,
     choices_with,
@@ -197,7 +197,7 @@ def check(
         elif "/" in key or override.package is not None:
             similar = nearest(key, groups)
             fix = f"did you mean {similar}=CHOICE?" if similar else f"groups are {', '.join(groups)}"
-            found = [Problem(key, "there is no such group", fix, shown(override.value()))]
+            found = [Problem(key, "there is no such group", fix, format_value(override.value()))]
         else:
             values.append(override)
         if found:
@@ -249,18 +249,18 @@ SWEEPER_KEYS = {
 def _hydra_setting(override: Override) -> Problem:
     key = override.key_or_group
     if known := SWEEPER_KEYS.get(key):
-        value = shown(override.value())
+        value = format_value(override.value())
         reason = "dstune sweeps by itself; this is a key of its own"
         if key == "hydra/launcher":
             value = "slurm" if "submitit" in value else "local"
         fix = f"{known}={value}" + (" with --multirun" if key == "hydra/sweeper" else "")
-        return Problem(key, reason, fix, shown(override.value()))
+        return Problem(key, reason, fix, format_value(override.value()))
     if key == "hydra.sweeper.direction":
         fix = "leave it out: sweep.objective=[METRIC] names metrics, and of each it is known which way is better"
-        return Problem(key, "dstune sweeps by itself", fix, shown(override.value()))
+        return Problem(key, "dstune sweeps by itself", fix, format_value(override.value()))
     fix = "run.dir=FOLDER chooses the run directory" if ".dir" in key else "leave it out"
     reason = "dstune launches and writes by itself; of Hydra's own settings only hydra.searchpath has an effect"
-    return Problem(key, reason, fix, shown(override.value()))
+    return Problem(key, reason, fix, format_value(override.value()))
 
 
 def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) -> list[Problem]:
@@ -270,11 +270,15 @@ def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) ->
     if override.is_delete():
         return [Problem(group, "a group cannot be removed", f"choose one: {group}={'|'.join(groups[group])}")]
     if override.is_add() or override.is_force_add():
-        return [Problem(group, "the group already has a choice", f"write {group}={shown(value)}", shown(value))]
+        return [
+            Problem(
+                group, "the group already has a choice", f"write {group}={format_value(value)}", format_value(value)
+            )
+        ]
     if value is None:
         return [Problem(group, "one has to be chosen", f"one of {', '.join(groups[group])}", "null")]
     chosen = value if isinstance(value, list) else [value]
-    return [unknown_choice(group, shown(name), groups[group]) for name in chosen if name not in groups[group]]
+    return [unknown_choice(group, format_value(name), groups[group]) for name in chosen if name not in groups[group]]
 
 
 def _value_problems(
@@ -289,8 +293,8 @@ def _value_problems(
             return []
         return [Problem(key, "a key cannot be removed", f"give it a value: {key}=VALUE")]
     if names_choice(key):
-        fix = f"write {section}={shown(value)}"
-        return [Problem(key, "this names the choice of the group and is not set by itself", fix, shown(value))]
+        fix = f"write {section}={format_value(value)}"
+        return [Problem(key, "this names the choice of the group and is not set by itself", fix, format_value(value))]
     try:
         if inside and (entry := entry_class(keys[inside])) and key.count(".") > inside.count(".") + 1:
             return _entry_problems(key, value, inside, entry)
@@ -305,7 +309,7 @@ def _value_problems(
     except UserError as error:
         return error.problems
     if override.is_add() and not override.is_force_add() and not inside:
-        return [Problem(key, "the key exists already", f"write {key}={shown(value)}", shown(value))]
+        return [Problem(key, "the key exists already", f"write {key}={format_value(value)}", format_value(value))]
     return []
 
 
@@ -323,8 +327,8 @@ def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Pro
         convert(value, own[key], key)
     else:
         similar = suggest_key(key, own)
-        fix = f"did you mean {similar}={shown(value)}?" if similar else f"it has {', '.join(own)}"
-        return [Problem(key, f"an entry of {mapping} has no such key", fix, shown(value))]
+        fix = f"did you mean {similar}={format_value(value)}?" if similar else f"it has {', '.join(own)}"
+        return [Problem(key, f"an entry of {mapping} has no such key", fix, format_value(value))]
     return []
 
 
@@ -347,7 +351,7 @@ def _unknown_key(
     key: str, keys: Mapping[str, Any], classes: Mapping[str, type], groups: Mapping[str, Sequence[str]], value: Any
 ) -> Problem:
     section = key.split(".", 1)[0]
-    text = shown(value)
+    text = format_value(value)
     if other := choices_with(key):
         chosen = next(name for name, cls in classes_of(section).items() if cls is classes[section])
         fix = f"it is a key of {' and '.join(other)}: choose that or leave it out"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import (
     Attention,
     Automatic,
@@ -48,12 +48,12 @@ def check_ulysses(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.attention", reason, "model.attention=auto", value)
     if config.forgetting.ewc:
         reason = "the Fisher information is measured on whole rows"
-        yield Problem("forgetting.ewc", reason, f"forgetting.ewc=0, or {OFF}", shown(config.forgetting.ewc))
+        yield Problem("forgetting.ewc", reason, f"forgetting.ewc=0, or {OFF}", format_value(config.forgetting.ewc))
     for key in ("slices", "counterfactual"):
         if value := getattr(config.evaluate, key):
             reason = "no rank has the whole loss of a row under parallel=ulysses"
             fix = f"leave it out here; `dstune evaluate RUN evaluate.{key}=...` measures it afterwards"
-            yield Problem(f"evaluate.{key}", reason, fix, shown(value))
+            yield Problem(f"evaluate.{key}", reason, fix, format_value(value))
 
 
 def check_tensor(config: RunConfig) -> Iterator[Problem]:
@@ -77,7 +77,7 @@ def check_tensor(config: RunConfig) -> Iterator[Problem]:
     for key in ("ewc", "l2sp"):
         if value := getattr(config.forgetting, key):
             reason = "the penalty is summed over whole weights"
-            yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0, or {OFF}", shown(value))
+            yield Problem(f"forgetting.{key}", reason, f"forgetting.{key}=0, or {OFF}", format_value(value))
 
 
 CAPPED = "its attention caps its scores, which the fused attention of torch does not do"
@@ -95,7 +95,7 @@ def ranks_problem(ranks: int, parts: int) -> Problem | None:
         return None
     fits = [str(size) for size in range(2, ranks + 1) if ranks % size == 0]
     fix = f"launch.processes={parts} or a multiple of it" + (f", or parallel.size={'|'.join(fits)}" if fits else "")
-    return Problem("parallel.size", f"{ranks} ranks cannot be divided into groups of so many", fix, shown(parts))
+    return Problem("parallel.size", f"{ranks} ranks cannot be divided into groups of so many", fix, format_value(parts))
 
 
 def repeats_of_keys(heads: int, parts: int) -> int:
@@ -114,7 +114,7 @@ def heads_problem(heads: int, parts: int) -> Problem | None:
     fix = (
         f"parallel.size={'|'.join(map(str, sizes))}, on a number of ranks that it divides" if sizes else "parallel=none"
     )
-    return Problem("parallel.size", reason, fix, shown(parts))
+    return Problem("parallel.size", reason, fix, format_value(parts))
 
 
 INWARD = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -145,7 +145,7 @@ def slices_problems(values: Mapping[str, Any], parts: int) -> list[Problem]:
         return []
     sizes = _divisors(math.gcd(*widths.values()))
     fix = f"parallel.size={'|'.join(map(str, sizes))}, on a number of ranks that it divides" if sizes else OFF
-    return [Problem("parallel.size", f"{', '.join(wrong)} cannot be shared by {parts} ranks", fix, shown(parts))]
+    return [Problem("parallel.size", f"{', '.join(wrong)} cannot be shared by {parts} ranks", fix, format_value(parts))]
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.core.errors import Problem
 
 TESTS = {
@@ -32,14 +32,14 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
                 if is_dataclass(entry):
                     yield from check_ranges(entry, f"{key}.{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
-            yield Problem(key, "must be a finite number", _default(key, field), shown(value))
+            yield Problem(key, "must be a finite number", _default(key, field), format_value(value))
         elif field.metadata and value is not None and not isinstance(value, Enum):
             bounds = [(TESTS[kind], bound) for kind, bound in field.metadata.items()]
             if not all(holds(value, bound) for (holds, _), bound in bounds):
                 allowed = " and ".join(f"{words} {bound:g}" for (_, words), bound in bounds)
-                yield Problem(key, f"must be {allowed}", _default(key, field), shown(value))
+                yield Problem(key, f"must be {allowed}", _default(key, field), format_value(value))
 
 
 def _default(key: str, field: Field[Any]) -> str:
     """The one value that is right whatever the range says."""
-    return "" if field.default is MISSING else f"{key}={shown(field.default)} (the default)"
+    return "" if field.default is MISSING else f"{key}={format_value(field.default)} (the default)"

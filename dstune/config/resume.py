@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dstune.config.convert import shown, to_dict
+from dstune.config.convert import format_value, to_dict
 from dstune.config.names import all_keys
 from dstune.config.schema import RunConfig, TrainerConfig
 from dstune.core.errors import Problem, UserError
@@ -56,7 +56,9 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
         key = f"{section}.name"
         if before[key] != after[key]:
             problems.append(
-                Problem(section, f"the run began with {before[key]}", f"{section}={before[key]}", shown(after[key]))
+                Problem(
+                    section, f"the run began with {before[key]}", f"{section}={before[key]}", format_value(after[key])
+                )
             )
     changed_groups = tuple(f"{problem.where}." for problem in problems)
     for key in [*before, *(key for key in after if key not in before)]:
@@ -66,8 +68,8 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
             continue
         if key in LENGTHS:
             continue
-        reason = f"the run began with {shown(then)}, and another value would change its course"
-        problems.append(Problem(key, reason, f"{key}={shown(then)}, or {ANEW}", shown(now)))
+        reason = f"the run began with {format_value(then)}, and another value would change its course"
+        problems.append(Problem(key, reason, f"{key}={format_value(then)}, or {ANEW}", format_value(now)))
     problems += _length_problems(old.trainer, new.trainer)
     if problems:
         raise UserError(problems)
@@ -79,10 +81,10 @@ def _length_problems(old: TrainerConfig, new: TrainerConfig) -> Iterator[Problem
         longer = f"trainer.epochs={2 * old.epochs} would double it"
         if new.max_steps is not None:
             reason = f"the run's length was given in passes over the rows (trainer.epochs={old.epochs})"
-            yield Problem("trainer.max_steps", reason, f"leave it out; {longer}", shown(new.max_steps))
+            yield Problem("trainer.max_steps", reason, f"leave it out; {longer}", format_value(new.max_steps))
         elif new.epochs < old.epochs:
             reason = f"a run can become longer, not shorter than {old.epochs}"
-            yield Problem("trainer.epochs", reason, f"trainer.epochs={old.epochs}", shown(new.epochs))
+            yield Problem("trainer.epochs", reason, f"trainer.epochs={old.epochs}", format_value(new.epochs))
         return
     longer = f"trainer.max_steps={2 * old.max_steps} would double it"
     if new.max_steps is None:
@@ -90,10 +92,10 @@ def _length_problems(old: TrainerConfig, new: TrainerConfig) -> Iterator[Problem
         yield Problem("trainer.max_steps", reason, f"trainer.max_steps={old.max_steps}; {longer}", "null")
     elif new.max_steps < old.max_steps:
         reason = f"a run can become longer, not shorter than {old.max_steps}"
-        yield Problem("trainer.max_steps", reason, f"trainer.max_steps={old.max_steps}", shown(new.max_steps))
+        yield Problem("trainer.max_steps", reason, f"trainer.max_steps={old.max_steps}", format_value(new.max_steps))
     elif new.epochs > old.epochs:
         reason = f"the run's length was given in optimizer steps (trainer.max_steps={old.max_steps}), not in epochs"
-        yield Problem("trainer.epochs", reason, f"leave it out; {longer}", shown(new.epochs))
+        yield Problem("trainer.epochs", reason, f"leave it out; {longer}", format_value(new.epochs))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

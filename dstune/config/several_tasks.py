@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.data_schema import SourceConfig
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
@@ -51,13 +51,13 @@ def check_several_tasks(config: RunConfig) -> Iterator[Problem]:
         if (value := getattr(config.data, part)) is not None:
             reason = "with several tasks such a file does not say which task its rows are of"
             yield Problem(
-                f"data.{part}", reason, "data.split.validation=0.05 holds rows of every task out", shown(value)
+                f"data.{part}", reason, "data.split.validation=0.05 holds rows of every task out", format_value(value)
             )
     evaluate = config.evaluate
     for key in ("slices", "counterfactual", "baseline_shots"):
         if value := getattr(evaluate, key):
             reason = "this asks for the rows of one task, and the run has several, each with metrics of its own"
-            yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", shown(value))
+            yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", format_value(value))
 
 
 def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterator[Problem]:
@@ -65,10 +65,13 @@ def _check_prompt(config: RunConfig, name: str, source: SourceConfig) -> Iterato
         return
     key = f"data.mixture.{name}.prompt"
     if not TASKS[name_of_task(config, source)].asks_by_prompt:
-        asked = next(task for task, cls in TASKS.classes().items() if cls.asks_by_prompt)
+        requested = next(task for task, cls in TASKS.classes().items() if cls.asks_by_prompt)
         yield Problem(
-            key, "only sources with targets are asked by a prompt", f"data.mixture.{name}.task={asked}", source.prompt
+            key,
+            "only sources with targets are asked by a prompt",
+            f"data.mixture.{name}.task={requested}",
+            source.prompt,
         )
     elif source.prompt.count("{source}") != 1:
         reason = "the source has to have one place in the prompt"
-        yield Problem(key, reason, f"{key}='\"Translate: {{source}}\"'", shown(source.prompt))
+        yield Problem(key, reason, f"{key}='\"Translate: {{source}}\"'", format_value(source.prompt))

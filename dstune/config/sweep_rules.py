@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.core.errors import Problem
@@ -36,12 +36,12 @@ def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem
         if name not in metrics and name not in COSTS:
             fix = f"some of {', '.join((*metrics, *COSTS))}"
             reason = f"task={config.task.name} measures no such thing"
-            yield Problem("sweep.objective", reason, fix, shown(sweep.objective))
+            yield Problem("sweep.objective", reason, fix, format_value(sweep.objective))
         elif name in metrics and not holds_out(config):
             fix = "data.validation=rows.jsonl or data.split.validation=0.05"
             yield Problem("sweep.objective", "it is measured on validation rows, and none are held out", fix, name)
     if len(set(sweep.objective)) < len(sweep.objective):
-        yield Problem("sweep.objective", "an objective is named twice", "name each once", shown(sweep.objective))
+        yield Problem("sweep.objective", "an objective is named twice", "name each once", format_value(sweep.objective))
     if sweep.dir is not None and not sweep.dir.strip():
         yield Problem("sweep.dir", "this is empty", "give a path, or leave it out", "''")
     launcher = launcher_of(config.launch)
@@ -54,20 +54,20 @@ def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem
 
 
 def _check_optuna(config: RunConfig, sweep: OptunaConfig, metrics: Collection[str]) -> Iterator[Problem]:
-    wanted = objectives(config)
+    expected = objectives(config)
     if not sweep.objective and not holds_out(config):
         reason = "Optuna learns from an evaluation, and no validation rows are held out"
         fix = "data.validation=rows.jsonl, data.split.validation=0.05, or sweep.objective=[seconds]"
         yield Problem("sweep.objective", reason, fix, "[]")
-    if sweep.sampler in SINGLE and len(wanted) > 1:
+    if sweep.sampler in SINGLE and len(expected) > 1:
         reason = "this sampler knows one objective only"
         yield Problem("sweep.sampler", reason, "sweep.sampler=tpe, gp or nsgaii", sweep.sampler.name)
     if sweep.pruner is not Pruner.none:
-        if len(wanted) > 1:
+        if len(expected) > 1:
             reason = "with several objectives no trial is behind all others before its end"
             yield Problem("sweep.pruner", reason, "one objective, or sweep.pruner=none", sweep.pruner.name)
-        elif wanted[0] not in metrics:
-            reason = f"a trial is compared by its evaluations, and {wanted[0]} is none of their metrics"
+        elif expected[0] not in metrics:
+            reason = f"a trial is compared by its evaluations, and {expected[0]} is none of their metrics"
             yield Problem("sweep.pruner", reason, f"sweep.objective=[{next(iter(metrics))}]", sweep.pruner.name)
         if config.evaluate.every == 0:
             reason = "trials are compared by their evaluations during training, and there are none"
@@ -80,6 +80,6 @@ def _check_optuna(config: RunConfig, sweep: OptunaConfig, metrics: Collection[st
             yield Problem(key, reason, f"{key}={max(1, config.trainer.max_steps // 4)}", str(first))
     if sweep.storage is not None and not re.match(STORAGES, sweep.storage):
         fix = "sqlite:///FILE, postgresql://..., mysql://..., redis://HOST or journal:FILE"
-        yield Problem("sweep.storage", "Optuna has no such storage", fix, shown(sweep.storage))
+        yield Problem("sweep.storage", "Optuna has no such storage", fix, format_value(sweep.storage))
     if sweep.study is not None and not sweep.study.strip():
         yield Problem("sweep.study", "this is empty", "give a name, or leave it out", "''")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.names import all_keys, names_choice
 from dstune.config.overrides import key_of
 from dstune.core.errors import Problem, UserError
@@ -35,7 +35,7 @@ class Value:
         """For names: `1e-05`, `8`, `lora`."""
         if isinstance(self.plain, float):
             return next(text for text in (f"{self.plain:.3g}", repr(self.plain)) if float(text) == self.plain)
-        return shown(self.plain)
+        return format_value(self.plain)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _of_file(key: str, value: Any, groups: Mapping[str, Sequence[str]]) -> Axis:
     override = _parsed(f"{key}={value}") if isinstance(value, str) else None
     if override is None or not override.is_sweep_override():
         fix = '[A, B], "A,B", "range(FROM,TO)" or "interval(FROM,TO)"; a single value belongs to the key itself'
-        raise UserError(Problem(where, "this is no set of values", fix, shown(value)))
+        raise UserError(Problem(where, "this is no set of values", fix, format_value(value)))
     return _axis(override, f"{key}={value}", groups, where)
 
 
@@ -242,7 +242,7 @@ def _element(value: Any) -> str:
         return "[" + ",".join(map(_element, value)) + "]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_element(item)}" for key, item in value.items()) + "}"
-    return repr(value) if isinstance(value, float) else shown(value)
+    return repr(value) if isinstance(value, float) else format_value(value)
 
 
 def _flat(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

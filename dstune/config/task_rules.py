@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Sequence
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.protocols import method_of, task_of
@@ -23,7 +23,7 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
                 "task.template_date",
                 "this is no date",
                 "write it as YYYY-MM-DD, or leave it out",
-                shown(task.template_date),
+                format_value(task.template_date),
             )
     yield from task.check(config)
     if task.whole_batch_loss:
@@ -34,11 +34,11 @@ def check_labels(labels: Sequence[str], *, least: int) -> Iterator[Problem]:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         reason = f"given more than once: {', '.join(twice)}"
-        yield Problem("task.labels", reason, "name each label once", shown(labels))
+        yield Problem("task.labels", reason, "name each label once", format_value(labels))
     if len(labels) < least:
-        yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", shown(labels))
+        yield Problem("task.labels", "one label leaves nothing to decide", "name two or more", format_value(labels))
     if not all(label.strip() for label in labels):
-        yield Problem("task.labels", "a label is empty", "give each a name", shown(labels))
+        yield Problem("task.labels", "a label is empty", "give each a name", format_value(labels))
 
 
 def _check_scores(config: RunConfig) -> Iterator[Problem]:
@@ -49,4 +49,6 @@ def _check_scores(config: RunConfig) -> Iterator[Problem]:
     if method_of(config.method).scores_gradients:
         yield Problem("method", reason, "method=full or method=lora", config.method.name)
     if config.forgetting.ewc:
-        yield Problem("forgetting.ewc", reason, "forgetting.ewc=0, or forgetting.l2sp", shown(config.forgetting.ewc))
+        yield Problem(
+            "forgetting.ewc", reason, "forgetting.ewc=0, or forgetting.l2sp", format_value(config.forgetting.ewc)
+        )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 
 from dstune.config.augment_rules import check_augment
 from dstune.config.callbacks import check_callbacks
-from dstune.config.convert import ENVIRONMENT, EnvironmentText, shown
+from dstune.config.convert import ENVIRONMENT, EnvironmentText, format_value
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
 from dstune.config.parallel_rules import check_parallel
@@ -101,7 +101,7 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             "data.train",
             "no training rows are given",
             "data.train=rows.jsonl, a sample (data=chitchat), or an experiment (experiment=quickstart)",
-            shown(data.train),
+            format_value(data.train),
         )
     read_as = {data.format, *(form.shape for name, form in ROW_FORMATS.classes().items() if name == data.format)}
     readers = [name for name, cls in TASKS.classes().items() if read_as & {*cls.formats}]
@@ -115,11 +115,11 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
     for code in data.clean.languages:
         if not re.fullmatch(r"[a-z]{2,3}", code):
             reason = "a language is given by its ISO 639 code"
-            yield Problem("data.clean.languages", reason, "codes such as en, de or zh", shown(code))
+            yield Problem("data.clean.languages", reason, "codes such as en, de or zh", format_value(code))
     most = data.clean.max_characters
     if most is not None and data.clean.min_characters > most:
         reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"
-        yield Problem("data.clean.min_characters", reason, f"at most {most}", shown(data.clean.min_characters))
+        yield Problem("data.clean.min_characters", reason, f"at most {most}", format_value(data.clean.min_characters))
     if data.packing and task.unpackable:
         yield Problem("data.packing", f"{task.unpackable}, so rows are not packed", "data.packing=false", "true")
     held_out = [
@@ -143,7 +143,9 @@ def check_mixture(config: RunConfig) -> Iterator[Problem]:
     for name, source in config.data.mixture.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             # It becomes part of a metric's name and of a key.
-            yield Problem("data.mixture", "a source's name has letters, digits, - and _", "rename it", shown(name))
+            yield Problem(
+                "data.mixture", "a source's name has letters, digits, - and _", "rename it", format_value(name)
+            )
         if not source.path.strip():
             key = f"data.mixture.{name}.path"
             yield Problem(key, "no rows are given", f"{key}=rows.jsonl, or a sample such as sample://chitchat", "''")
@@ -172,7 +174,7 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
             "data.max_rows",
             "rows are chosen by their hash among all, and a stream is not read as a whole",
             "data.max_rows=null; trainer.max_steps ends the run",
-            shown(data.max_rows),
+            format_value(data.max_rows),
         )
     task = task_of(config.task)
     if task.has_labels and not task.given_labels:
@@ -189,7 +191,9 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
     if not model.path.strip():
         yield Problem("model.path", "no model is given", "model.path=ORG/MODEL, a folder, or model=smollm2", "''")
     if model.revision is not None and model.path.startswith("sample://"):
-        yield Problem("model.revision", "a packaged sample has no revisions", "leave it out", shown(model.revision))
+        yield Problem(
+            "model.revision", "a packaged sample has no revisions", "leave it out", format_value(model.revision)
+        )
     if model.attention is Attention.flash_attention_2 and config.trainer.precision is Precision.fp32:
         yield Problem(
             "model.attention",
@@ -220,7 +224,7 @@ def check_batches(config: RunConfig) -> Iterator[Problem]:
             f"a micro-batch cannot have more rows than the optimizer step "
             f"(trainer.global_batch_size={trainer.global_batch_size})",
             f"trainer.global_batch_size={trainer.rows}, or a smaller micro-batch",
-            shown(trainer.micro_batch_size),
+            format_value(trainer.micro_batch_size),
         )
 
 
@@ -257,13 +261,13 @@ def check_recomputed(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_profile(config: RunConfig) -> Iterator[Problem]:
-    steps, wanted = config.trainer.max_steps, config.trainer.profile_steps
-    if wanted > 0 and steps is not None and steps <= UNTIMED_STEPS:
+    steps, expected = config.trainer.max_steps, config.trainer.profile_steps
+    if expected > 0 and steps is not None and steps <= UNTIMED_STEPS:
         yield Problem(
             "trainer.profile_steps",
             f"the first {UNTIMED_STEPS} steps of a launch are not profiled, and the run has no more (trainer.max_steps={steps})",
-            f"trainer.max_steps={UNTIMED_STEPS + wanted}, or trainer.profile_steps=0",
-            shown(wanted),
+            f"trainer.max_steps={UNTIMED_STEPS + expected}, or trainer.profile_steps=0",
+            format_value(expected),
         )
 
 
@@ -281,15 +285,17 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             "trainer.early_stopping.metric",
             f"task={task.name} has no such metric",
             f"one of {', '.join(metrics)}",
-            shown(stopping.metric),
+            format_value(stopping.metric),
         )
     for key in ("slices", "counterfactual"):
         if not task.row_loss and getattr(evaluate, key):
             reason = f"the loss of task={task.name} is not told row by row"
-            yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", shown(getattr(evaluate, key)))
+            yield Problem(f"evaluate.{key}", reason, f"leave out evaluate.{key}", format_value(getattr(evaluate, key)))
     if evaluate.slice_metric is not None and evaluate.slice_metric not in metrics:
         reason = f"task={task.name} has no such metric"
-        yield Problem("evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", shown(evaluate.slice_metric))
+        yield Problem(
+            "evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", format_value(evaluate.slice_metric)
+        )
     every = "evaluate.every=N with N optimizer steps between evaluations"
     wishes = (
         ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
@@ -304,13 +310,16 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         if not wished:
             continue
         if not held_out and not (config.data.test and key in ("evaluate.slices", "evaluate.counterfactual")):
-            yield Problem(key, f"{what} needs validation rows, and none are held out", rows, shown(value))
+            yield Problem(key, f"{what} needs validation rows, and none are held out", rows, format_value(value))
         if needs_cadence and evaluate.every == 0:
-            yield Problem(key, f"{what} needs evaluations during training", every, shown(value))
+            yield Problem(key, f"{what} needs evaluations during training", every, format_value(value))
     if stopping.max_gap is not None and not task.comparable_loss:
         reason = f"the loss of task={task.name} depends on how many texts are compared at once, so there is no gap to measure"
         yield Problem(
-            "trainer.early_stopping.max_gap", reason, "trainer.early_stopping.patience=3", shown(stopping.max_gap)
+            "trainer.early_stopping.max_gap",
+            reason,
+            "trainer.early_stopping.patience=3",
+            format_value(stopping.max_gap),
         )
     if (
         stopping.metric.rpartition("/")[2] in generation_metrics(config)
@@ -321,7 +330,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         fix = "evaluate.generate_rows=100, or trainer.early_stopping.metric=loss"
         yield Problem("trainer.early_stopping.metric", reason, fix, stopping.metric)
     if evaluate.baseline_shots:
-        shots = shown(evaluate.baseline_shots)
+        shots = format_value(evaluate.baseline_shots)
         if not held_out:
             yield Problem(
                 "evaluate.baseline_shots", "the model is asked about validation rows; none are held out", rows, shots
@@ -337,7 +346,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
             yield Problem("evaluate.baseline_shots", reason, fix, shots)
     if evaluate.samples > 0 and not task.generates:
         reason = f"task={task.name} answers no prompts"
-        yield Problem("evaluate.samples", reason, "evaluate.samples=0", shown(evaluate.samples))
+        yield Problem("evaluate.samples", reason, "evaluate.samples=0", format_value(evaluate.samples))
 
 
 def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
@@ -358,7 +367,7 @@ def check_saves(config: RunConfig) -> Iterator[Problem]:
     fix = "checkpoint.weights_only=false"
     if restarts := getattr(config.launch, "restarts", 0):
         reason = "a restart continues from a checkpoint, and those with weights alone cannot be continued"
-        yield Problem("launch.restarts", reason, f"{fix}, or launch.restarts=0", shown(restarts))
+        yield Problem("launch.restarts", reason, f"{fix}, or launch.restarts=0", format_value(restarts))
     if config.trainer.spike.action is SpikeAction.rollback:
         reason = "a run cannot go back to a checkpoint with weights alone"
         yield Problem("trainer.spike.action", reason, f"{fix}, or trainer.spike.action=skip", "rollback")
@@ -377,11 +386,11 @@ def check_spikes(config: RunConfig) -> Iterator[Problem]:
 def check_run(config: RunConfig) -> Iterator[Problem]:
     name = config.run.name
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\0\n]", name):
-        yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", shown(name))
+        yield Problem("run.name", "a run's name is one part of a path", "a name without slashes", format_value(name))
     for signal_name in config.run.signals:
         if signal_name not in PREEMPTION_SIGNALS:
             reason = "a run cannot be asked to leave by this"
-            yield Problem("run.signals", reason, f"some of {', '.join(PREEMPTION_SIGNALS)}", shown(signal_name))
+            yield Problem("run.signals", reason, f"some of {', '.join(PREEMPTION_SIGNALS)}", format_value(signal_name))
     for key in ("dir", "resume"):
         value = getattr(config.run, key)
         if value is not None and not value.strip():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import from_dict, shown, to_dict
+from dstune.config.convert import format_value, from_dict, to_dict
 from dstune.config.deepspeed_file import Content, Value, read
 from dstune.config.hydra_session import ROOT_CONFIG
 from dstune.config.names import classes_of, type_hints
@@ -111,12 +111,12 @@ class _Merge:
         return type_hints(classes_of(section)[choice])
 
     def _contradiction(self, value: Value, now: Any, who: str) -> None:
-        reason = f"{who} says so, but {value.source} in {self.path} is {shown(value.value)}"
-        fix = f'{value.key}={shown(value.value)}, or write "auto" in the file'
-        self.problems.append(Problem(value.key, reason, fix, shown(now)))
+        reason = f"{who} says so, but {value.source} in {self.path} is {format_value(value.value)}"
+        fix = f'{value.key}={format_value(value.value)}, or write "auto" in the file'
+        self.problems.append(Problem(value.key, reason, fix, format_value(now)))
 
     def _refuse(self, value: Value, reason: str, fix: str) -> None:
-        self.problems.append(Problem(f"{value.source} in {self.path}", reason, fix, shown(value.value)))
+        self.problems.append(Problem(f"{value.source} in {self.path}", reason, fix, format_value(value.value)))
 
 
 def _accumulate(
@@ -125,25 +125,25 @@ def _accumulate(
     """Set the global batch from micro-batch x accumulation x ranks, or hold a known one against them."""
     where, steps = f"{value.source} in {path}", value.value
     if not isinstance(steps, int) or steps < 1:
-        yield Problem(where, "expected a whole number", 'write "auto" there', shown(steps))
+        yield Problem(where, "expected a whole number", 'write "auto" there', format_value(steps))
         return
     if not isinstance(trainer["micro_batch_size"], int):
         reason = (
             "accumulation steps say nothing while the rows of a micro-batch are measured (trainer.micro_batch_size)"
         )
-        yield Problem(where, reason, 'write "auto" there', shown(steps))
+        yield Problem(where, reason, 'write "auto" there', format_value(steps))
         return
     rows, of_rank = trainer["global_batch_size"], trainer["micro_batch_size"] * steps
     formula = f"{trainer['micro_batch_size']} rows x {steps} micro-batches"
     if known and (rows != of_rank * processes if processes else rows % of_rank):
         ranks = f"{formula} x {processes} ranks" if processes else f"{formula} a rank"
         fix = 'write "auto" there: dstune accumulates as often as the number of ranks needs'
-        yield Problem(where, f"{ranks} do not make trainer.global_batch_size={rows}", fix, shown(steps))
+        yield Problem(where, f"{ranks} do not make trainer.global_batch_size={rows}", fix, format_value(steps))
     elif not known and processes:
         trainer["global_batch_size"] = of_rank * processes
     elif not known:
         fix = f"launch.processes=8, or trainer.global_batch_size={of_rank * 8} (for 8 ranks)"
-        yield Problem(where, f"{formula} make a global batch only with the number of ranks", fix, shown(steps))
+        yield Problem(where, f"{formula} make a global batch only with the number of ranks", fix, format_value(steps))
 
 
 def nested_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
     """Tells, for these overrides, who gave a key its value or chose a group: the command line, or a file of `conf/`."""
     texts = user_overrides.for_hydra(overrides)
     parsed, _ = user_overrides.parse(texts)
-    told = {override.key_or_group for override in parsed}
+    report = {override.key_or_group for override in parsed}
     plain, chosen = _defaults(hydra, []), _defaults(hydra, texts)
     files = [
         _Source(f"{'='.join(path.split('/', 1))}", _keys_of(hydra, path, package)) for path, package in chosen.items()
@@ -177,7 +177,7 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
     experiment = groups.get("experiment", "").replace("/", "=", 1)
 
     def given(key: str) -> str | None:
-        if any(key == name or key.startswith(f"{name}.") for name in told if "." in name or name == key):
+        if any(key == name or key.startswith(f"{name}.") for name in report if "." in name or name == key):
             return COMMAND_LINE
         if "." not in key:
             return experiment if groups.get(key) not in plain else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.deepspeed_file import settings_problems
 from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode
 from dstune.core.errors import Problem
@@ -50,7 +50,7 @@ def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
         strength = getattr(config.forgetting, name)
         if strength:
             reason = f"it reads the weights beside every update, and {STATES_ON_A_DISK}"
-            yield Problem(f"forgetting.{name}", reason, "zero.offload_optimizer=cpu", shown(strength))
+            yield Problem(f"forgetting.{name}", reason, "zero.offload_optimizer=cpu", format_value(strength))
     if config.trainer.precision is Precision.fp16:
         reason = "a checkpoint of states on a disk does not hold the scale of fp16's loss"
         yield Problem("trainer.precision", reason, "trainer.precision=bf16, or zero.offload_optimizer=cpu", "fp16")
@@ -61,6 +61,6 @@ def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
     if offload.get("buffer_count", SWAP_BUFFERS) < SWAP_BUFFERS:
         key = "zero.settings.zero_optimization.offload_optimizer.buffer_count"
         reason = "an update needs weights, two moments and gradients of a part at once"
-        yield Problem(key, reason, f"{SWAP_BUFFERS} or more", shown(offload["buffer_count"]))
+        yield Problem(key, reason, f"{SWAP_BUFFERS} or more", format_value(offload["buffer_count"]))
     if not config.zero.nvme_path.strip():
         yield Problem("zero.nvme_path", "no folder is given", "zero.nvme_path=/folder/on/a/local/disk", "an empty text")

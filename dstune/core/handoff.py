@@ -26,14 +26,14 @@ RANK_LOGS = "DSTUNE_RANK_LOGS"
 """Set for ranks that write their own logs, since what started them mixes the output of all."""
 
 
-def handed_file(name: str) -> Path:
+def handoff_file(name: str) -> Path:
     """Where a node keeps what is handed over. name: random, so that nobody can take the place before."""
     memory = Path("/dev/shm")
     folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
     return folder / f"dstune-{os.getuid()}-{name}.json"
 
 
-def settle(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> None:
+def set_up_rank(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> None:
     """First thing in a rank that a launcher of several nodes started: its folder, its log, what was handed over."""
     if folder := variables.get(FOLDER):
         os.chdir(folder)
@@ -59,12 +59,12 @@ def take(rank: int, variables: MutableMapping[str, str]) -> None:
     name = variables.get(HANDED)
     if not name:
         return
-    file = handed_file(name)
+    file = handoff_file(name)
     try:
-        handed = json.loads(files.read_own(file))
+        handoff = json.loads(files.read_own(file))
     except (OSError, ValueError) as error:
         reason = f"what the launching process handed over cannot be taken: {error}"
         raise UserError(Problem(str(file), reason, "start the run again; look at who owns the file")) from None
-    variables.update(handed.get("all", {}))
+    variables.update(handoff.get("all", {}))
     if rank == 0:
-        variables.update(handed.get("first", {}))
+        variables.update(handoff.get("first", {}))

@@ -144,10 +144,10 @@ def _first(env: Mapping[str, str], names: tuple[str, ...], default: int) -> int:
 
 def _check(found: RankEnv) -> None:
     if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_size <= found.world_size):
-        shown = f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_size}"
+        formatted = f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_size}"
         reason = f"the launcher's variables contradict each other ({found.source})"
         fix = "unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to let dstune start the ranks"
-        raise UserError(Problem("environment", reason, fix, shown))
+        raise UserError(Problem("environment", reason, fix, formatted))
 
 
 def die_with_parent() -> None:

@@ -54,10 +54,10 @@ def tell_once(run_dir: Path, env: RankEnv, error: DstuneError, patience: float =
         return
     _wait(error_file(run_dir, 0).exists, patience)
     try:
-        told = error_file(run_dir, 0).read_text()
+        report = error_file(run_dir, 0).read_text()
     except OSError:
-        told = ""
-    if told != to_json(error):
+        report = ""
+    if report != to_json(error):
         print(f"dstune: rank {env.rank}: {error}", file=sys.stderr, flush=True)
     leave_error(run_dir, env.rank, error)
 

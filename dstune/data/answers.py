@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.data.files import RawRow
-from dstune.data.problems import RowError, shown
+from dstune.data.problems import RowError, format_value
 
 Answer = dict[str, Any]
 """`text` and `start`, the character of the context where it begins."""
@@ -36,7 +36,9 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
                     if isinstance(question, dict):
                         yield replace(row, fields=shared | question)
                     else:
-                        yield replace(row, fields=None, error=f"a question must be an object, it is {shown(question)}")
+                        yield replace(
+                            row, fields=None, error=f"a question must be an object, it is {format_value(question)}"
+                        )
 
 
 def answers_of(value: Any) -> list[Answer]:
@@ -48,7 +50,7 @@ def answers_of(value: Any) -> list[Answer]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise RowError(f"answers must be an object or a list, they are {shown(value)}") from None
+            raise RowError(f"answers must be an object or a list, they are {format_value(value)}") from None
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         if isinstance(texts, str):
@@ -59,16 +61,16 @@ def answers_of(value: Any) -> list[Answer]:
     if value is None:
         value = []
     if not isinstance(value, list):
-        raise RowError(f"answers must be an object or a list, they are {shown(value)}")
+        raise RowError(f"answers must be an object or a list, they are {format_value(value)}")
     found: list[Answer] = []
     for answer in value:
         text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
         if not isinstance(text, str) or not text.strip():
-            raise RowError(f"an answer must have a text, it is {shown(answer)}")
+            raise RowError(f"an answer must have a text, it is {format_value(answer)}")
         if isinstance(start, float) and start.is_integer():
             start = int(start)
         if not isinstance(start, int) or isinstance(start, bool):
-            raise RowError(f"answer_start of answer {shown(text)} must be a number, it is {shown(start)}")
+            raise RowError(f"answer_start of answer {format_value(text)} must be a number, it is {format_value(start)}")
         if {"text": text, "start": start} not in found:
             found.append({"text": text, "start": start})
     return found
@@ -83,4 +85,4 @@ def checked_answers(answers: Sequence[Answer], context: str, *, no_answer: bool)
         if start < 0 or context[start : start + len(text)] != text:
             place = context.find(text)
             there = f"it is at {place}" if place >= 0 else "it is nowhere in it"
-            raise RowError(f"answer {shown(text)} is not at character {start} of its context ({there})")
+            raise RowError(f"answer {format_value(text)} is not at character {start} of its context ({there})")

@@ -44,10 +44,10 @@ def main() -> None:
     plugins.load_installed()  # before what they define is unpickled
     job: Job = pickle.load(sys.stdin.buffer)
     held_out = np.load(job.held_out)
-    wanted: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-    threading.Thread(target=_listen, args=(wanted,), daemon=True).start()
+    expected: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+    threading.Thread(target=_listen, args=(expected,), daemon=True).start()
     while True:
-        name, begin = wanted.get()
+        name, begin = expected.get()
         try:
             cache.entry(job.root, name, partial(_make, job, held_out, Position(**begin)))
         except UserError:  # kept beside the block, for the ranks to raise when they come to it
@@ -59,10 +59,10 @@ def _make(job: Job, held_out: np.ndarray, begin: Position, folder: Path) -> None
     block_builder(job.config, job.tokenizer, begin, held_out, job.shards)(folder)
 
 
-def _listen(wanted: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
+def _listen(expected: queue.Queue[tuple[str, dict[str, Any]]]) -> None:
     while True:
         try:
-            wanted.put(pickle.load(sys.stdin.buffer))
+            expected.put(pickle.load(sys.stdin.buffer))
         except (EOFError, pickle.UnpicklingError):
             for child in psutil.Process().children(recursive=True):
                 child.kill()

@@ -84,7 +84,7 @@ class Blocks:
         self._process: subprocess.Popen[bytes] | None = None
         if leader:
             self._process = _start(Job(config, tokenizer, data.stream.held_out, data.stream.shards, self.root))
-        self._asked: set[str] = set()
+        self._requests: set[str] = set()
         self._lock = threading.Lock()
         self._interrupted = threading.Event()
 
@@ -123,8 +123,8 @@ class Blocks:
         kept = [] if block.begin is None else [self._name(block.number, block.begin)]
         kept.append(self._name(block.number + 1, block.end))
         with self._lock:
-            kept += [name for name in self._asked if _number(name) >= first]
-            self._asked &= set(kept)
+            kept += [name for name in self._requests if _number(name) >= first]
+            self._requests &= set(kept)
             for path in self.root.glob("block-*"):
                 if path.name.split(".")[0] not in kept:
                     _remove(path)
@@ -152,9 +152,9 @@ class Blocks:
     def _ask(self, number: int, begin: dict[str, Any]) -> None:
         with self._lock:
             name = self._name(number, begin)
-            if name in self._asked:
+            if name in self._requests:
                 return
-            self._asked.add(name)
+            self._requests.add(name)
             if (self.root / name).is_dir():
                 return
             assert self._process is not None, "only the leader asks, and not after `close`"

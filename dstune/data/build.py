@@ -131,9 +131,9 @@ def _inputs(config: RunConfig) -> Inputs:
         raise UserError(Problem(where="data.train", reason="no training data given", fix=fix))
     problems: list[Problem] = []
     inputs: Inputs = {}
-    wanted = {"train": of_training(config)}
-    wanted |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
-    for part, named in wanted.items():
+    expected = {"train": of_training(config)}
+    expected |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
+    for part, named in expected.items():
         for name, (key, own) in named.items():
             if getattr(own.data, part) is None:
                 continue
@@ -379,8 +379,8 @@ class Builder:
             return {}
         train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
         own = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
-        chosen["train"], told = augmented(train, held_out, own, self._config, work)
-        return told
+        chosen["train"], reported = augmented(train, held_out, own, self._config, work)
+        return reported
 
     def _finish_block(self, folder: Path, chosen: dict[str, ChosenRows]) -> dict[str, Any]:
         """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
@@ -471,12 +471,12 @@ def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table]) -> dict[st
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """`datasets` draws bars on stderr, where they would end up in the log of every rank."""
-    shown = datasets.is_progress_bar_enabled()
+    formatted = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if formatted:
             datasets.enable_progress_bars()
 
 

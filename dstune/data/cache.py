@@ -31,12 +31,12 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
     folder = root / key
     if folder.is_dir():
         return folder
-    asked = time.time()
+    requested = time.time()
     failure = root / f"{key}.error"
     with _locked(root, key):
         if folder.is_dir():
             return folder
-        _raise_failure_since(failure, asked)
+        _raise_failure_since(failure, requested)
         incomplete = root / f"{key}.incomplete"
         shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
         incomplete.mkdir()
@@ -45,9 +45,9 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
         except BaseException as error:
             shutil.rmtree(incomplete, ignore_errors=True)
             if isinstance(error, UserError):
-                aside = root / f"{key}.error-incomplete"  # `is_made` reads without the lock
-                aside.write_text(json.dumps({"time": time.time(), "error": to_json(error)}))
-                os.replace(aside, failure)
+                temporary = root / f"{key}.error-incomplete"  # `is_made` reads without the lock
+                temporary.write_text(json.dumps({"time": time.time(), "error": to_json(error)}))
+                os.replace(temporary, failure)
             raise
         os.rename(incomplete, folder)
         failure.unlink(missing_ok=True)
@@ -86,11 +86,11 @@ def _locked(root: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
-def _raise_failure_since(failure: Path, asked: float) -> None:
+def _raise_failure_since(failure: Path, requested: float) -> None:
     """Raise the error that another process met after `asked`: it read the same files under the same settings."""
     try:
         recorded = json.loads(failure.read_text())
     except FileNotFoundError:
         return
-    if recorded["time"] >= asked:
+    if recorded["time"] >= requested:
         raise from_json(recorded["error"])

@@ -37,13 +37,13 @@ class DataFile:
     """Name inside the zip archive `path`."""
     text_rows: TextRows = TextRows.line
     """What a row of plain text is."""
-    shown: str = ""
+    formatted: str = ""
     """What messages call it; the path when not given."""
     digest: str = ""
     """What tells its content, where that is known without reading it (a file of the hub at a commit)."""
 
     def __str__(self) -> str:
-        return self.shown or (f"{self.path}!{self.member}" if self.member else str(self.path))
+        return self.formatted or (f"{self.path}!{self.member}" if self.member else str(self.path))
 
     @property
     def ending(self) -> str:

@@ -132,7 +132,10 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
     digest = f"{name.repository}@{entry.commit} {entry.subset} {split} "
     # One file is the whole split, so its rows are those of the split; among several the file has to be named.
     names = [where] if len(found) == 1 else [f"{where}/{file.name}" for file in found]
-    return [DataFile(file, shown=shown, digest=digest + file.name) for file, shown in zip(found, names, strict=True)]
+    return [
+        DataFile(file, formatted=formatted, digest=digest + file.name)
+        for file, formatted in zip(found, names, strict=True)
+    ]
 
 
 def split_problem(key: str, path: str, split: str, splits: list[str]) -> Problem:

@@ -127,7 +127,7 @@ def ingest(
     reader = _Reader(config, bad)
     already_bad = bad.count
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
-        for batch in reader.batches(_told(files, _all_rows(files) if rows is None else rows)):
+        for batch in reader.batches(_report(files, _all_rows(files) if rows is None else rows)):
             writer.write_batch(batch)
     if not reader.rows_read:
         names = ", ".join(str(file) for file in files)
@@ -163,7 +163,7 @@ def numbers_on_disk(column: pa.ChunkedArray, file: Path) -> np.ndarray:
     return np.memmap(file, kind, mode="r") if len(column) else np.empty(0, kind)
 
 
-def _told(
+def _report(
     files: list[sources.DataFile], rows: Iterable[tuple[int, sources.RawRow]]
 ) -> Iterator[tuple[int, sources.RawRow]]:
     """`rows`, with a report of how many there were every thousand rows."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dstune.data.problems import RowError, shown
+from dstune.data.problems import RowError, format_value
 
 Message = dict[str, Any]
 
@@ -70,7 +70,7 @@ def alpaca(fields: Mapping[str, Any]) -> list[Message]:
         history = _json(history, "column 'history' is text but not JSON")
     for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
-            raise RowError(f"history {number} must be a question and an answer, it is {shown(pair)}")
+            raise RowError(f"history {number} must be a question and an answer, it is {format_value(pair)}")
         messages += exchange(*pair)
     return [*messages, *exchange(question, fields["output"])]
 
@@ -78,11 +78,11 @@ def alpaca(fields: Mapping[str, Any]) -> list[Message]:
 def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
     """The messages of a prompt and a completion of which one at least is a list of messages. Only those of the
     completion are trained. Raises RowError."""
-    asked = exchange(prompt, "")[:1] if isinstance(prompt, str) else conversation_of(prompt, "prompt")
+    requested = exchange(prompt, "")[:1] if isinstance(prompt, str) else conversation_of(prompt, "prompt")
     answered = (
         exchange("", completion)[1:] if isinstance(completion, str) else conversation_of(completion, "completion")
     )
-    kept = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in asked]
+    kept = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in requested]
     return [*kept, *answered]
 
 
@@ -120,7 +120,7 @@ def conversation_row(
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
     parallel = fields.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
-        raise RowError(f"parallel_tool_calls must be true or false, it is {shown(parallel)}")
+        raise RowError(f"parallel_tool_calls must be true or false, it is {format_value(parallel)}")
     check_conversation(messages, needs_answer=needs_answer, parallel_tool_calls=parallel)
     if needs_answer and not silence:
         check_answers(messages)
@@ -137,7 +137,7 @@ def _template_arguments(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = _json(value, "chat_template_kwargs is text but not JSON")
     if value is not None and not isinstance(value, dict):
-        raise RowError(f"chat_template_kwargs must be an object, it is {shown(value)}")
+        raise RowError(f"chat_template_kwargs must be an object, it is {format_value(value)}")
     arguments: dict[str, Any] = without_none(value or {})
     return arguments
 
@@ -236,13 +236,13 @@ def _content(number: int, role: str, content: Any) -> str:
             texts.append(text)
         return "".join(texts)
     if not isinstance(content, str):
-        raise RowError(f"message {number} ({role}): content must be text, it is {shown(content)}")
+        raise RowError(f"message {number} ({role}): content must be text, it is {format_value(content)}")
     return content
 
 
 def _weight(number: int, role: str, weight: Any) -> int:
     if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
-        raise RowError(f"message {number} ({role}): weight must be 0 or 1, it is {shown(weight)}")
+        raise RowError(f"message {number} ({role}): weight must be 0 or 1, it is {format_value(weight)}")
     if not weight and role != "assistant":
         return 1  # what others say is never trained, so 0 is true of it
     return int(weight)
@@ -264,20 +264,22 @@ def _calls(number: int, name: str, role: str, message: Message, content: Any) ->
     if role != "assistant":
         raise RowError(f"message {number} ({role}) calls a tool, which only the assistant does")
     if not isinstance(given, list):
-        raise RowError(f"message {number}: tool_calls must be a list, it is {shown(given)}")
+        raise RowError(f"message {number}: tool_calls must be a list, it is {format_value(given)}")
     return [_call(number, call) for call in given]
 
 
 def _call(number: int, call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"message {number}: a tool call needs the name of a function, it is {shown(call)}")
+        raise RowError(f"message {number}: a tool call needs the name of a function, it is {format_value(call)}")
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         # OpenAI writes them as text; templates of transformers print an object, and text would be quoted twice.
         arguments = _json(arguments or "{}", f"message {number}: arguments of {function['name']} are not JSON")
     if not isinstance(arguments, dict):
-        raise RowError(f"message {number}: arguments of {function['name']} must be an object, it is {shown(arguments)}")
+        raise RowError(
+            f"message {number}: arguments of {function['name']} must be an object, it is {format_value(arguments)}"
+        )
     outer = {} if "function" not in call else {key: value for key, value in call.items() if key != "function"}
     return {"type": "function", **outer, "function": {"name": function["name"], "arguments": arguments}}
 

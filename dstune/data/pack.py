@@ -56,16 +56,16 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             room = rooms[tightest] if tightest < len(rooms) else capacity
             # A row that just took one of these samples is the tightest for the next one: fill it before another.
             per_row = room // length
-            wanted = -(-(end - start) // per_row)
+            expected = -(-(end - start) // per_row)
             if tightest < len(rooms):
                 waiting = rows_by_room[room]
-                taken = waiting[-wanted:]
+                taken = waiting[-expected:]
                 del waiting[-len(taken) :]
                 if not waiting:
                     del rows_by_room[room], rooms[tightest]
             else:
-                taken = list(range(next_row, next_row + wanted))
-                next_row += wanted
+                taken = list(range(next_row, next_row + expected))
+                next_row += expected
             placed = min(end - start, len(taken) * per_row)
             rows[order[start : start + placed]] = np.repeat(taken, per_row)[:placed]
             in_last = placed - (len(taken) - 1) * per_row

@@ -49,7 +49,7 @@ def map_rows(
     processes = _processes(len(rows), workers)
     batch = _rows_per_batch(rows)
     tally = target.with_name(f"{target.name}.batches")
-    with _tokenizer_threads(enabled=processes == 1), _objects_left_alone(), _told(doing, tally, len(rows)):
+    with _tokenizer_threads(enabled=processes == 1), _objects_left_alone(), _report(doing, tally, len(rows)):
         return rows.map(
             _Tallied(function, tally),
             batched=True,
@@ -124,7 +124,7 @@ class _Tallied:
 
 
 @contextmanager
-def _told(doing: str, tally: Path, rows: int) -> Iterator[None]:
+def _report(doing: str, tally: Path, rows: int) -> Iterator[None]:
     """Reports every second how many of the rows are done."""
     over = threading.Event()
     tally.touch()

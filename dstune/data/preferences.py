@@ -19,7 +19,7 @@ from dstune.data.messages import (
     tools_of,
     with_system,
 )
-from dstune.data.problems import RowError, shown
+from dstune.data.problems import RowError, format_value
 
 Row = dict[str, Any]
 ANSWERS = ("chosen", "rejected")
@@ -59,7 +59,7 @@ def verdict_of(value: Any, column: str) -> bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    raise RowError(f"column {column!r} must be true (a good answer) or false (a bad one), it is {shown(value)}")
+    raise RowError(f"column {column!r} must be true (a good answer) or false (a bad one), it is {format_value(value)}")
 
 
 def as_chat(row: Row, answer: str) -> Row:
@@ -83,27 +83,27 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
             raise RowError("chosen and rejected are the same")
         if not common:
             raise RowError("chosen and rejected begin with different messages, so they answer no common prompt")
-        asked = answered["chosen"][:common]
+        requested = answered["chosen"][:common]
         answered = {name: messages[common:] for name, messages in answered.items()}
     elif any(whole):
         raise RowError("one of chosen and rejected is a whole conversation, the other an answer")
     elif prompt is None:
         raise RowError("no column 'prompt', without which chosen and rejected must be whole conversations")
     else:
-        asked = exchange(prompt, "")[:1] if isinstance(prompt, str) else prompt
-    asked = with_system(asked, system)
+        requested = exchange(prompt, "")[:1] if isinstance(prompt, str) else prompt
+    requested = with_system(requested, system)
     for name, messages in answered.items():
         if not messages:
             raise RowError(f"{name} ends where the other one goes on")
         if messages[0]["role"] != "assistant":
             raise RowError(
-                f"chosen and rejected differ before the assistant answers: message {len(asked) + 1} of {name} has the "
+                f"chosen and rejected differ before the assistant answers: message {len(requested) + 1} of {name} has the "
                 f"role {messages[0]['role']}"
             )
-        check_conversation([*_untrained(asked), *messages], needs_answer=True)
+        check_conversation([*_untrained(requested), *messages], needs_answer=True)
         if name == "chosen":  # the other one may teach the model not to be silent
-            check_answers([*_untrained(asked), *messages])
-    return {"prompt": asked, **answered}
+            check_answers([*_untrained(requested), *messages])
+    return {"prompt": requested, **answered}
 
 
 def _common(first: list[Message], second: list[Message]) -> int:
@@ -138,5 +138,5 @@ def _margin(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise RowError(f"column 'margin' must be a number, it is {shown(value)}")
+        raise RowError(f"column 'margin' must be a number, it is {format_value(value)}")
     return float(value)

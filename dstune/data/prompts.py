@@ -31,7 +31,7 @@ def sample_prompts(
         if own.sources is not None:
             prompt = _from_source(own.sources, row)
             if prompt is not None and own is not encode:  # the prompt tells the task
-                prompt = replace(prompt, text=own.sources.asked(row["source"]))
+                prompt = replace(prompt, text=own.sources.requested(row["source"]))
         else:
             prompt = _from_text(own, row["text"]) if "text" in row else _from_chat(own, row)
         if prompt is not None and len(prompt.input_ids) <= max_length:
@@ -54,16 +54,16 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
     first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first:
         return None
-    asked = messages[:first]
-    shown = "\n".join(message["content"] for message in asked if message["role"] != "system")
+    requested = messages[:first]
+    formatted = "\n".join(message["content"] for message in requested if message["role"] != "system")
     reference = messages[first].get("content") or ""
     if encode.renderer is None:
-        return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), shown, reference)
+        return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), formatted, reference)
     try:
         ids = encode.renderer.prompt_ids(
-            asked, tools=row.get("tools"), arguments=row.get("chat_template_kwargs"), answer=messages[first]
+            requested, tools=row.get("tools"), arguments=row.get("chat_template_kwargs"), answer=messages[first]
         )
-        return SamplePrompt(ids, shown, reference)
+        return SamplePrompt(ids, formatted, reference)
     except RenderError:
         return None
 

@@ -38,8 +38,10 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
             if not words:
                 first = number
             if (len(cells) < 2 or (words and len(cells) != len(words[0]))) and fault is None:
-                wanted = f"the sentence's first line has {len(words[0])}" if words else "a word and its tag are needed"
-                fault = RawRow(file, number, None, f"{len(cells)} column{'s' * (len(cells) != 1)}, {wanted}")
+                expected = (
+                    f"the sentence's first line has {len(words[0])}" if words else "a word and its tag are needed"
+                )
+                fault = RawRow(file, number, None, f"{len(cells)} column{'s' * (len(cells) != 1)}, {expected}")
             words.append(cells)
         yield from _sentence(file, first, words, fault)
 

@@ -174,7 +174,7 @@ class ChatRenderer:
         arguments: of the row. answer: the message that was written there, which decides whether the model is to think.
         """
         given = self.arguments_for(answer or {}, arguments)
-        defused = self._control.defuse({"messages": self.wanted(messages), "tools": tools})
+        defused = self._control.defuse({"messages": self.expected(messages), "tools": tools})
         text = self.text(
             defused.value["messages"], tools=defused.value["tools"], arguments=given, add_generation_prompt=True
         )
@@ -193,7 +193,7 @@ class ChatRenderer:
 
         Raises RenderError if the template refuses the conversation, drops a part of it, or its targets cannot be told.
         """
-        messages = self.wanted(messages)
+        messages = self.expected(messages)
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.choice.turns == "last":
             numbers = numbers[-1:]
@@ -217,9 +217,9 @@ class ChatRenderer:
         if self.choice.turns == "auto" and self._template.has_marks(tools):
             for at, passage in enumerate(found):
                 last = passage.places[-1].number
-                shown = adapted if passage.text is whole else adapted[: last + 1]
+                formatted = adapted if passage.text is whole else adapted[: last + 1]
                 given = self.arguments_for(messages[last], arguments)
-                found[at] = only_marked(passage, self._template.marks(shown, tools=tools, arguments=given))
+                found[at] = only_marked(passage, self._template.marks(formatted, tools=tools, arguments=given))
         return [passage for passage in found if passage.places]
 
     def whole_and_untrained(
@@ -230,7 +230,7 @@ class ChatRenderer:
         Raises RenderError as `passages` does, and where such a turn cannot be found again.
         """
         found = self.passages(messages, tools=tools, arguments=arguments)
-        messages = self.wanted(messages)
+        messages = self.expected(messages)
         adapted = [self.facts.adapted(message) for message in messages]
         last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         whole = self._template.text(adapted, tools=tools, arguments=self.arguments_for(last, arguments))
@@ -264,8 +264,8 @@ class ChatRenderer:
             if any(earlier["role"] == "user" for earlier in adapted[:number]):
                 raise
             return None
-        shown = adapted[: number + 1]
-        answered = render(shown, tools=tools, arguments=arguments)
+        formatted = adapted[: number + 1]
+        answered = render(formatted, tools=tools, arguments=arguments)
         calls = bool(message.get("tool_calls"))
         try:
             turn = turn_of(number, prompt, answered, self.stops, calls=calls)
@@ -286,7 +286,7 @@ class ChatRenderer:
         start = in_common(prompt, text)
         return Passage(text, (Place(trained[0], start, len(text), len(text), ((start, len(text)),)),))
 
-    def wanted(self, messages: Messages) -> Messages:
+    def expected(self, messages: Messages) -> Messages:
         """`messages` without what `task.reasoning` drops."""
         return [_without_reasoning(message) for message in messages] if self.choice.drop_reasoning else messages
 
@@ -341,12 +341,12 @@ def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
     """Raises RenderError where what the assistant says, thinks or calls is not in what the template writes for it."""
     content = message.get("content") or ""
     inline = _THINK.match(content.lstrip())
-    said = {
+    output = {
         "reasoning": reasoning_of(message) or (inline.group(1) if inline else ""),
         "content": content.rsplit("</think>", 1)[-1],
     }
-    said |= {f"call of {name}": name for name in _called(message)}
-    for what, text in said.items():
+    output |= {f"call of {name}": name for name in _called(message)}
+    for what, text in output.items():
         if text.strip() not in turn.body:
             fix = "; task.reasoning=drop trains without it" if what == "reasoning" else ""
             raise RenderError(

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from dstune.data.problems import RowError, shown
+from dstune.data.problems import RowError, format_value
 
 
 def text(value: Any, column: str) -> str:
@@ -30,7 +30,7 @@ def label(value: Any, column: str) -> str:
     if isinstance(value, list):
         if len(value) == 1:
             return label(value[0], column)
-        several = f"column {column!r} has {len(value)} labels ({shown(value)})"
+        several = f"column {column!r} has {len(value)} labels ({format_value(value)})"
         raise RowError(f"{several}; task.multi_label=true trains on any number of them")
     if isinstance(value, bool):
         return str(value).lower()
@@ -39,7 +39,7 @@ def label(value: Any, column: str) -> str:
     if isinstance(value, str):
         value = value.strip()
     if not isinstance(value, (int, str)) or value == "":
-        raise RowError(f"column {column!r} must be a label (text or an integer), it is {shown(value)}")
+        raise RowError(f"column {column!r} must be a label (text or an integer), it is {format_value(value)}")
     return str(value)
 
 
@@ -49,7 +49,7 @@ def number(value: Any, column: str) -> float:
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise RowError(f"column {column!r} must be a number, it is {shown(value)}")
+        raise RowError(f"column {column!r} must be a number, it is {format_value(value)}")
     return found
 
 
@@ -66,7 +66,7 @@ def labels_of_row(value: Any, column: str) -> list[str]:
     elif isinstance(value, (int, float)):
         value = [value]
     if not isinstance(value, list):
-        raise RowError(f"column {column!r} must be a list of labels, it is {shown(value)}")
+        raise RowError(f"column {column!r} must be a list of labels, it is {format_value(value)}")
     return sorted({label(item, column) for item in value})
 
 
@@ -78,7 +78,7 @@ def listed(value: Any, column: str) -> list[Any]:
     if isinstance(value, str):
         value = value.split()
     if not isinstance(value, list):
-        raise RowError(f"column {column!r} must be a list, it is {shown(value)}")
+        raise RowError(f"column {column!r} must be a list, it is {format_value(value)}")
     if not value:
         raise RowError(f"column {column!r} is empty")
     return value
@@ -88,5 +88,5 @@ def words(value: Any, column: str) -> list[str]:
     found = listed(value, column)
     for number, word in enumerate(found, start=1):
         if not isinstance(word, str) or not word.strip():
-            raise RowError(f"word {number} of column {column!r} must be text, it is {shown(word)}")
+            raise RowError(f"word {number} of column {column!r} must be text, it is {format_value(word)}")
     return found

@@ -71,8 +71,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
     if arguments.output is not None:
         _write_rows(arguments.output, result.pop("row_results"))
     if arguments.shots is not None and _is_run(arguments.target):
-        run, asked = Path(arguments.target), result["asked"]
-        baseline_file.remember(run, asked, result["split"], result["rows"], result["prompted"])
+        run, requested = Path(arguments.target), result["asked"]
+        baseline_file.remember(run, requested, result["split"], result["rows"], result["prompted"])
     return EXIT_DONE, result
 
 

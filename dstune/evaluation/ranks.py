@@ -24,7 +24,7 @@ import torch
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.own_labels import with_labels
 from dstune.config.compose import read_run
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import OptimizerOffload, RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
@@ -43,7 +43,7 @@ from dstune.tracking.console import Console, show_activities
 from dstune.trainer import baseline
 from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.measure import Evaluation, count_rows
-from dstune.trainer.sanity_checks import examine, settle_rows
+from dstune.trainer.sanity_checks import examine, verify_rows
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -105,7 +105,7 @@ def evaluate(
     engine = Engine(module, None, settings, world)
     examine(head, engine)
     say = console.message if console else lambda text: None
-    settle_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
+    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None
@@ -124,7 +124,7 @@ def evaluate(
         prompted = baseline.measure_prompted(
             config, data, engine, head, tokenizer, world, part, shots, progress=progress
         )
-        measured["asked"] = shown(config.model.path)
+        measured["asked"] = format_value(config.model.path)
         measured["prompted"] = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
         for one in prompted:
             row_results += [{"shots": one.shots, **row} for row in placed(one.evaluation, part, config, data.labels)]

@@ -144,8 +144,8 @@ def validation(found: Import, value: Any) -> None:
 
 def _tell_lost_settings(found: Import, source: Source) -> None:
     """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
-    aside = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
-    pairs = [_source(aside, entry) for entry in found.get("datasets", [])]
+    temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
+    pairs = [_source(temporary, entry) for entry in found.get("datasets", [])]
     training = [pair[0] for pair in pairs if pair]
     read_as = training[0] if len(training) == 1 else Source(source.path)
     for name in ("format", "columns", "subset", "revision"):

@@ -33,26 +33,30 @@ def _parser() -> VerbParser:
 
 def main(argv: list[str]) -> int:
     """The verb. Raises UserError; returns the exit code of the public contract."""
-    asked = _parser().parse_args(argv)
-    if asked.ranks is not None and asked.ranks < 1:
-        raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(asked.ranks)))
-    if asked.output is not None and asked.output.exists() and not asked.force:
-        raise UserError(Problem("--output", "the file exists", "another name, or --force", str(asked.output)))
-    raw = read(asked.file)
-    found = convert(raw, tool_of(raw, asked.tool, str(asked.file)), asked.file, asked.ranks)
-    if asked.output is not None:
+    requested = _parser().parse_args(argv)
+    if requested.ranks is not None and requested.ranks < 1:
+        raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(requested.ranks)))
+    if requested.output is not None and requested.output.exists() and not requested.force:
+        raise UserError(Problem("--output", "the file exists", "another name, or --force", str(requested.output)))
+    raw = read(requested.file)
+    found = convert(raw, tool_of(raw, requested.tool, str(requested.file)), requested.file, requested.ranks)
+    if requested.output is not None:
         try:
-            asked.output.parent.mkdir(parents=True, exist_ok=True)
-            asked.output.write_text(found.text, encoding="utf-8")
+            requested.output.parent.mkdir(parents=True, exist_ok=True)
+            requested.output.write_text(found.text, encoding="utf-8")
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
-            raise UserError(Problem("--output", reason, "give a folder of yours", str(asked.output))) from None
-    if asked.json:
-        print(json.dumps({**asdict(found), "experiment": found.text, "output": asked.output and str(asked.output)}))
+            raise UserError(Problem("--output", reason, "give a folder of yours", str(requested.output))) from None
+    if requested.json:
+        print(
+            json.dumps(
+                {**asdict(found), "experiment": found.text, "output": requested.output and str(requested.output)}
+            )
+        )
     else:
-        if asked.output is None:
+        if requested.output is None:
             print(found.text, end="")
-        print(report(found, asked.output), file=sys.stderr if asked.output is None else sys.stdout)
+        print(report(found, requested.output), file=sys.stderr if requested.output is None else sys.stdout)
     return EXIT_USER if found.problems else EXIT_DONE
 
 
@@ -60,9 +64,9 @@ def report(found: Experiment, output: Path | None) -> str:
     """What was carried, what not and why, what was assumed, and how to go on."""
     lines = [f"{found.tool}: {len(found.carried)} keys carried, {len(found.dropped)} not or not to the letter"]
     for key, dropped in found.dropped.items():
-        shown = str(dropped.value)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        lines.append(f"  {key}: {shown}\n    {dropped.kind}: {dropped.reason}")
+        formatted = str(dropped.value)
+        formatted = formatted if len(formatted) <= 60 else f"{formatted[:57]}..."
+        lines.append(f"  {key}: {formatted}\n    {dropped.kind}: {dropped.reason}")
     if found.assumed:
         lines += ["assumed:", *(f"  {text}" for text in found.assumed)]
     if found.problems:

@@ -19,13 +19,13 @@ TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 class AnswersFile:
     """Rows of JSON, appended batch by batch."""
 
-    def __init__(self, path: Path, asked: dict[str, Any], batch_size: int, *, force: bool = False):
+    def __init__(self, path: Path, requested: dict[str, Any], batch_size: int, *, force: bool = False):
         """asked: everything that the answers depend on; a part that was begun with something else is refused.
 
         Raises UserError where `path` exists, or a part of other answers does; with `force` it starts over.
         """
         self.path, self._part = path, path.with_name(f"{path.name}.part")
-        head = json.dumps({"asked": asked, "batch_size": batch_size})
+        head = json.dumps({"asked": requested, "batch_size": batch_size})
         if path.suffix.lower() in TABLES:
             fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
             raise UserError(

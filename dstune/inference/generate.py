@@ -37,10 +37,10 @@ def main(argv: list[str]) -> int:
         stop=tuple(arguments.stop),
     )
     output = _output(arguments, requests, sampling, adapters) if arguments.output else None
-    wanted = ModelConfig(
+    expected = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    with opened(wanted, arguments.checkpoint, adapters) as speaker:
+    with opened(expected, arguments.checkpoint, adapters) as speaker:
         writer = Writer(speaker, sampling, plain=arguments.plain, system=arguments.system)
         check_adapters(requests, writer.names)
         if interactive:
@@ -125,7 +125,7 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
         requests += read_file(arguments.input)
     elif not requests:
         requests = [Request(sys.stdin.read().rstrip("\n"), "stdin")]
-    empty = [request.where for request in requests if not request.shown.strip() and not request.messages]
+    empty = [request.where for request in requests if not request.formatted.strip() and not request.messages]
     if empty:
         raise UserError(Problem(where, "the prompt is empty", "give --prompt TEXT or --input FILE") for where in empty)
     return requests
@@ -139,19 +139,19 @@ def _output(
     from dstune.checkpoint import store
 
     newest = store.newest(Path(arguments.model))
-    text = json.dumps([[request.shown, request.messages, request.adapter] for request in requests])
-    asked = {
+    text = json.dumps([[request.formatted, request.messages, request.adapter] for request in requests])
+    requested = {
         "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
         "adapters": adapters,
         "prompts": xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass")),
         "sampling": {**asdict(sampling), "stop": list(sampling.stop)},
         "speech": [arguments.plain, arguments.system],
     }
-    return AnswersFile(arguments.output, asked, arguments.batch_size, force=arguments.force)
+    return AnswersFile(arguments.output, requested, arguments.batch_size, force=arguments.force)
 
 
 def _row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:
-    row = {"prompt": request.messages or request.shown, "answer": answer.text, "tokens": answer.tokens}
+    row = {"prompt": request.messages or request.formatted, "answer": answer.text, "tokens": answer.tokens}
     adapter = {"adapter": request.adapter or writer.active} if len(writer.names) > 1 else {}
     return {**row, "ended": answer.ended, **adapter}
 
@@ -172,7 +172,7 @@ def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_j
     if sys.stdout.isatty() and not as_json:
         for request in requests:
             if len(requests) > 1:
-                print(f"> {request.shown}", flush=True)
+                print(f"> {request.formatted}", flush=True)
             writer.stream(request, lambda piece: print(piece, end="", flush=True))
             print()
         return
@@ -183,5 +183,5 @@ def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_j
                 print(json.dumps(_row(writer, request, answer), ensure_ascii=False), flush=True)
                 continue
             if len(requests) > 1:
-                print(f"> {request.shown}")
+                print(f"> {request.formatted}")
             print(answer.text, flush=True)

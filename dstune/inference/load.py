@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelRequest:
     """What to load, known before anything large is read or written."""
 
     config: RunConfig
@@ -47,7 +47,7 @@ class Wanted:
     """The folder of an adapter of peft, whose base is the configuration's model."""
 
 
-def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> Wanted:
+def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelRequest:
     """What `model.path` means. which: a step of a run, `best` or `last`.
 
     Raises UserError where it cannot be had, or its task is to write text.
@@ -68,22 +68,22 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> Wanted:
     return _of_model(model, overrides)
 
 
-def _of_run(run: Path, which: str, overrides: Sequence[str]) -> Wanted:
+def _of_run(run: Path, which: str, overrides: Sequence[str]) -> ModelRequest:
     config = _checked(apply_overrides(read_run(run / "run.yaml").config, list(overrides)), str(run))
     export = run / "export"
     if which == "last" and store.newest(run) is None and export.is_dir():  # all that was kept
         if (export / "adapter_config.json").is_file():
             return _of_adapter(export, config.model, overrides)
         labels = (read_record(export).get("task") or {}).get("labels") or []
-        return Wanted(config, tuple(labels), _files_of(export), run=run, step=which)
+        return ModelRequest(config, tuple(labels), _files_of(export), run=run, step=which)
     checkpoint = find_checkpoint(run, which)
     state = store.read_state(checkpoint)
     saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
     labels = state["labels"] if task_of(config.task).has_labels else []
-    return Wanted(config, tuple(labels), [checkpoint.name, saved], run=run, step=str(state["step"]))
+    return ModelRequest(config, tuple(labels), [checkpoint.name, saved], run=run, step=str(state["step"]))
 
 
-def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> Wanted:
+def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
     base = base_of(folder, model)
     if not read_record(folder) and not _names_task(overrides):
         reason = "is an adapter of which nothing tells its task"
@@ -97,10 +97,10 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> W
     own = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
     config = replace(config, model=resolved(own), method=METHODS.default())
     identity = [*_files_of(folder), config.model.revision, adapter_settings(folder)["base_model_name_or_path"]]
-    return Wanted(config, tuple(labels), identity, adapter=folder)
+    return ModelRequest(config, tuple(labels), identity, adapter=folder)
 
 
-def _of_model(model: ModelConfig, overrides: Sequence[str]) -> Wanted:
+def _of_model(model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
     from dstune.models.load import model_folder
 
     found = resolved(model)
@@ -115,17 +115,17 @@ def _of_model(model: ModelConfig, overrides: Sequence[str]) -> Wanted:
     return _with_own_labels(replace(config, model=given), [*_files_of(folder), found.revision])
 
 
-def _with_own_labels(config: RunConfig, identity: list[Any]) -> Wanted:
+def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
     """A whole model, which has its labels in its own configuration."""
     from dstune.checkpoint.own_labels import with_labels
     from dstune.models.load import load_config
 
     config = with_labels(replace(config, method=METHODS.default()))
     if not task_of(config.task).has_labels:
-        return Wanted(config, (), identity)
+        return ModelRequest(config, (), identity)
     own = load_config(config.model).id2label
     labels = getattr(config.task, "labels", []) or [own[index] for index in sorted(own)]
-    return Wanted(config, tuple(labels), identity)
+    return ModelRequest(config, tuple(labels), identity)
 
 
 def _checked(config: RunConfig, path: str) -> RunConfig:
@@ -149,7 +149,7 @@ def _files_of(folder: Path) -> list[Any]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))]
 
 
-def load(wanted: Wanted, scratch: Path) -> Predictor:
+def load(expected: ModelRequest, scratch: Path) -> Predictor:
     """scratch: an empty folder, where a run's adapter may be merged into its base.
 
     Raises UserError where files are damaged, or weights are missing.
@@ -158,52 +158,52 @@ def load(wanted: Wanted, scratch: Path) -> Predictor:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if wanted.adapter is not None:
-        return _load_adapter(wanted, wanted.adapter)
-    if wanted.run is None:
-        return _load_whole(wanted)
-    method = method_of(wanted.config.method)
+    if expected.adapter is not None:
+        return _load_adapter(expected, expected.adapter)
+    if expected.run is None:
+        return _load_whole(expected)
+    method = method_of(expected.config.method)
     if method.adapter and not method.merges:
-        return _load_beside(wanted, find_checkpoint(wanted.run, wanted.step))
-    folder = exported(wanted.run, scratch, which=wanted.step, merge=True)
+        return _load_beside(expected, find_checkpoint(expected.run, expected.step))
+    folder = exported(expected.run, scratch, which=expected.step, merge=True)
     # Its configuration, tokenizer and chat template are those that the run trained with.
     model = replace(
-        wanted.config.model,
+        expected.config.model,
         path=str(folder),
         revision=None,
         weights=InitialWeights.pretrained,
         chat_template=None,
         config_overrides={},
     )
-    return _load_whole(replace(wanted, config=replace(wanted.config, model=model, method=METHODS.default())))
+    return _load_whole(replace(expected, config=replace(expected.config, model=model, method=METHODS.default())))
 
 
-def _load_whole(wanted: Wanted) -> Predictor:
+def _load_whole(expected: ModelRequest) -> Predictor:
     from dstune.models.load import new_weights
 
-    body, tokenizer = _body(wanted)
+    body, tokenizer = _body(expected)
     absent = new_weights(body).parameters
     if absent:
         reason = f"has no weights for {', '.join(absent[:3])}, so its answers would be chance"
-        fix = f"train one: dstune train task={wanted.config.task.name}"
-        raise UserError(Problem("MODEL", reason, fix, wanted.config.model.path))
-    return _predictor(wanted, body, body, tokenizer)
+        fix = f"train one: dstune train task={expected.config.task.name}"
+        raise UserError(Problem("MODEL", reason, fix, expected.config.model.path))
+    return _predictor(expected, body, body, tokenizer)
 
 
-def _load_beside(wanted: Wanted, checkpoint: Path) -> Predictor:
+def _load_beside(expected: ModelRequest, checkpoint: Path) -> Predictor:
     """What was trained stands in front of each row: the model is built as in training."""
     from dstune.checkpoint.adapters import load_trained
 
-    assert wanted.run is not None
-    refuse_damaged(wanted.run, checkpoint)
-    config = replace(wanted.config, model=resolved(wanted.config.model))
-    body, tokenizer = _body(replace(wanted, config=config))
+    assert expected.run is not None
+    refuse_damaged(expected.run, checkpoint)
+    config = replace(expected.config, model=resolved(expected.config.model))
+    body, tokenizer = _body(replace(expected, config=config))
     module = method_of(config.method).apply(body, config)
     load_trained(module, checkpoint)
-    return _predictor(wanted, module, body, tokenizer)
+    return _predictor(expected, module, body, tokenizer)
 
 
-def _load_adapter(wanted: Wanted, folder: Path) -> Predictor:
+def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
     import peft
     from safetensors import safe_open
 
@@ -212,7 +212,7 @@ def _load_adapter(wanted: Wanted, folder: Path) -> Predictor:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(Problem("MODEL", "holds no adapter_model.safetensors", "save it with safetensors", str(folder)))
-    body, tokenizer = _body(wanted)
+    body, tokenizer = _body(expected)
     with safe_open(file, "pt") as tensors:
         held = set(tensors.keys())
     # In front of a name stands what peft wraps the model with, which differs between kinds of adapters.
@@ -225,27 +225,27 @@ def _load_adapter(wanted: Wanted, folder: Path) -> Predictor:
     except (RuntimeError, ValueError) as error:
         reason = f"does not fit its base: {str(error).splitlines()[0]}"
         raise UserError(Problem("MODEL", reason, "give the folder of another adapter", str(folder))) from error
-    return _predictor(wanted, module, body, tokenizer)
+    return _predictor(expected, module, body, tokenizer)
 
 
-def _body(wanted: Wanted) -> tuple[Any, Any]:
+def _body(expected: ModelRequest) -> tuple[Any, Any]:
     """The model of transformers, and its tokenizer: an adapter's own, where it has one."""
     from transformers import AutoTokenizer
 
     from dstune.models.load import load_config, load_model, load_tokenizer, with_padding
 
-    model, folder = wanted.config.model, wanted.adapter
+    model, folder = expected.config.model, expected.adapter
     tokenizer = load_tokenizer(model)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         own = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
         tokenizer = with_padding(own)
-    return load_model(wanted.config, tokenizer, wanted.labels, computing_dtype(load_config(model))), tokenizer
+    return load_model(expected.config, tokenizer, expected.labels, computing_dtype(load_config(model))), tokenizer
 
 
-def _predictor(wanted: Wanted, module: Any, body: Any, tokenizer: Any) -> Predictor:
+def _predictor(expected: ModelRequest, module: Any, body: Any, tokenizer: Any) -> Predictor:
     """module: `body`, or what wraps it."""
     import torch
 
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    task = task_of(wanted.config.task)
-    return task.predictor()(wanted.config, module, task.head(body), tokenizer, wanted.labels)
+    task = task_of(expected.config.task)
+    return task.predictor()(expected.config, module, task.head(body), tokenizer, expected.labels)

@@ -22,9 +22,9 @@ from dstune.inference.answers_file import AnswersFile
 if TYPE_CHECKING:
     from dstune.config.data_schema import DataConfig
     from dstune.data.files import DataFile
-    from dstune.inference.load import Wanted
+    from dstune.inference.load import ModelRequest
     from dstune.inference.predictor import Answer
-    from dstune.inference.rows import Asked, Rows
+    from dstune.inference.rows import Query, Rows
 
 BLOCK = 512
 """Rows that are sorted by length, and written at once."""
@@ -42,24 +42,24 @@ def main(argv: list[str]) -> int:
     named = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    wanted = find(named, arguments.checkpoint, arguments.overrides)
-    data, task = wanted.config.data, task_of(wanted.config.task)
+    expected = find(named, arguments.checkpoint, arguments.overrides)
+    data, task = expected.config.data, task_of(expected.config.task)
     if arguments.probabilities and not task.gives_probabilities:
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
     files = [] if arguments.input is None else _files(data, arguments.input)
     # What the training did with its bad rows is no answer for these.
-    asked_to_skip = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
-    on_bad = data.on_bad_row if asked_to_skip else OnBadRow.error
-    rows = Rows(task.question(wanted.labels, data), arguments.texts, files, on_bad)
+    skip_bad_rows_requested = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
+    on_bad = data.on_bad_row if skip_bad_rows_requested else OnBadRow.error
+    rows = Rows(task.question(expected.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
         for problem in islice(rows.bad_rows(), MOST_TOLD):
             _tell(f"left out: {problem}")
         _tell(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
     _note_replaced(rows)
-    output = _output(arguments, files, rows, wanted) if arguments.output else None
+    output = _output(arguments, files, rows, expected) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         _tell(f"loading the model for task={task.name}")
-        model = load(wanted, Path(scratch))
+        model = load(expected, Path(scratch))
         done = output.done if output else 0
         if done:
             _tell(f"{done:,} of {rows.count:,} rows are there already")
@@ -161,23 +161,25 @@ def _note_replaced(rows: Rows) -> None:
         _tell(f"columns that answers have too are not kept: {', '.join(own)}")
 
 
-def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows, wanted: Wanted) -> AnswersFile:
+def _output(
+    arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows, expected: ModelRequest
+) -> AnswersFile:
     import xxhash
 
     from dstune.data import sources
 
     texts = json.dumps(arguments.texts).encode("utf-8", "surrogatepass")
-    asked = {
-        "model": [arguments.model, wanted.identity],
+    requested = {
+        "model": [arguments.model, expected.identity],
         "overrides": arguments.overrides,
         "rows": [*(sources.fingerprint(file) for file in files), xxhash.xxh3_128_hexdigest(texts)],
         "count": rows.count,
         "probabilities": arguments.probabilities,
     }
-    return AnswersFile(arguments.output, asked, BLOCK, force=arguments.force)
+    return AnswersFile(arguments.output, requested, BLOCK, force=arguments.force)
 
 
-def _row(one: Asked, answer: Answer) -> dict[str, Any]:
+def _row(one: Query, answer: Answer) -> dict[str, Any]:
     """Where the row is, its own columns, and its answer, whose names are taken."""
     from dstune.inference.predictor import ANSWERS
 
@@ -203,7 +205,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _print(block: Sequence[Asked], answers: Sequence[Answer], *, as_json: bool) -> None:
+def _print(block: Sequence[Query], answers: Sequence[Answer], *, as_json: bool) -> None:
     if not as_json:
         for line in _lines(block, answers):
             print(line, flush=True)
@@ -212,17 +214,17 @@ def _print(block: Sequence[Asked], answers: Sequence[Answer], *, as_json: bool) 
         print(json.dumps(_row(one, answer), ensure_ascii=False), flush=True)
 
 
-def _lines(block: Sequence[Asked], answers: Sequence[Answer]) -> Iterator[str]:
+def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
     """One line a row: the answer, then as much of the row as there is room for."""
     room = shutil.get_terminal_size().columns
     for one, answer in zip(block, answers, strict=True):
-        told = _told(answer)
+        report = _report(answer)
         text = " ".join(_text(one).split())
-        left = room - len(told) - 2
-        yield told if left < 10 else f"{told}  {text if len(text) <= left else text[: left - 3] + '...'}"
+        left = room - len(report) - 2
+        yield report if left < 10 else f"{report}  {text if len(text) <= left else text[: left - 3] + '...'}"
 
 
-def _told(answer: Mapping[str, Any]) -> str:
+def _report(answer: Mapping[str, Any]) -> str:
     if "problem" in answer:
         return f"no answer: {answer['problem']}"
     if "vector" in answer:
@@ -242,7 +244,7 @@ def _told(answer: Mapping[str, Any]) -> str:
     return f"{found}  {probability:.3f}" if probability is not None else found or "-"
 
 
-def _text(one: Asked) -> str:
+def _text(one: Query) -> str:
     row = one.row
     for name in ("text", "anchor", "question", "prompt"):
         if name in row:

@@ -21,7 +21,7 @@ from dstune.data.collate import collate
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer, Sample
-from dstune.inference.rows import Asked
+from dstune.inference.rows import Query
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch
 from dstune.protocols import task_of
@@ -61,32 +61,32 @@ class Predictor:
     reads_columns: ClassVar[bool] = True
     """Whether batches hold more of a sample than its tokens."""
 
-    def answers(self, asked: Sequence[Asked], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
+    def answers(self, requested: Sequence[Query], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
         """The answer to each row, or the `problem` that it has none for. Rows of about the same length are computed
         together, at most `batch_size` at a time.
 
         all_labels: the probability of every label, not only of those that were predicted.
         """
-        samples = self.samples(asked)
+        samples = self.samples(requested)
         problems = {sample.row: sample.problem for sample in samples if sample.problem}
-        good = [number for number in range(len(asked)) if number not in problems]
+        good = [number for number in range(len(requested)) if number not in problems]
         samples = [sample for sample in samples if sample.row not in problems]
         found = iter(
-            self._answered(samples, [asked[number] for number in good], batch_size, all_labels) if good else ()
+            self._answered(samples, [requested[number] for number in good], batch_size, all_labels) if good else ()
         )
         cut = {sample.row for sample in samples if sample.truncated and not task_of(self.config.task).chunked}
         return [
             {"problem": problems[number]}
             if number in problems
             else next(found) | ({"truncated": True} if number in cut else {})
-            for number in range(len(asked))
+            for number in range(len(requested))
         ]
 
     def _answered(
-        self, samples: list[Sample], asked: Sequence[Asked], batch_size: int, all_labels: bool
+        self, samples: list[Sample], requested: Sequence[Query], batch_size: int, all_labels: bool
     ) -> Iterator[Answer]:
         order = np.argsort([-len(sample.input_ids) for sample in samples], kind="stable")
-        split = self._split(samples, asked)
+        split = self._split(samples, requested)
         kept: list[Row] = [{} for _ in samples]
         device = next(self.model.parameters()).device
         for start in range(0, len(order), batch_size):
@@ -97,7 +97,7 @@ class Predictor:
                 found = self.computed({name: tensor.to(device) for name, tensor in batch.items()})
             for position, index in enumerate(chosen):
                 kept[index] = {name: _array(values[position]) for name, values in found.items()}
-        return self.answers_from(split, kept, asked, all_labels=all_labels)
+        return self.answers_from(split, kept, requested, all_labels=all_labels)
 
     # -- rows to samples
 
@@ -110,12 +110,12 @@ class Predictor:
         trained_prompt = getattr(adapter, "num_virtual_tokens", None) or 0
         return longest if limit is None else min(longest, limit - trained_prompt)
 
-    def samples(self, asked: Sequence[Asked]) -> list[Sample]:
+    def samples(self, requested: Sequence[Query]) -> list[Sample]:
         """Of all rows, in their order; a row may have several."""
         encode = RowTokenizer(self.tokenizer, self.config.task, AUTOMATIC, self.longest, self.labels)
-        return encode.samples([one.row for one in asked], list(range(len(asked))))
+        return encode.samples([one.row for one in requested], list(range(len(requested))))
 
-    def _split(self, samples: Sequence[Sample], asked: Sequence[Asked]) -> Split:
+    def _split(self, samples: Sequence[Sample], requested: Sequence[Query]) -> Split:
         """The samples as what `collate` and the metrics of evaluations read."""
         columns = {"input_ids": [sample.input_ids for sample in samples]}
         if self.reads_columns:
@@ -123,7 +123,7 @@ class Predictor:
             columns |= {name: [self._column(sample, name) for sample in samples] for name in names}
         texts = None
         if task_of(self.config.task).metrics_read_rows:
-            texts = datasets.Dataset(pa.table({"row": [json.dumps(one.row) for one in asked]}))
+            texts = datasets.Dataset(pa.table({"row": [json.dumps(one.row) for one in requested]}))
         return Split(
             "asked",
             datasets.Dataset(pa.table(columns)),
@@ -145,7 +145,7 @@ class Predictor:
         return self.head(self.model, batch).rows
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         """The answer to each row. kept: of each sample what `computed` gave."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ TABLES = (".csv", ".tsv")
 class Request:
     """What to answer: a conversation, or with `messages` None a text to go on with (a chat model's first message)."""
 
-    shown: str
+    formatted: str
     where: str
     """How errors call it: `--prompt 1`, `prompts.jsonl:7`."""
     messages: Messages | None = None
@@ -78,7 +78,7 @@ def _from_row(line: str, where: str) -> Request:
 
 def with_system(request: Request, system: str | None) -> Request:
     """`request` as a conversation that begins with the system message `system`, unless it has one of its own."""
-    messages = request.messages or [{"role": "user", "content": request.shown}]
+    messages = request.messages or [{"role": "user", "content": request.formatted}]
     if not system or messages[0]["role"] == "system":
         return request
     return replace(request, messages=[{"role": "system", "content": system}, *messages])

@@ -38,7 +38,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def base_of(folder: Path, wanted: ModelConfig) -> ModelConfig:
+def base_of(folder: Path, expected: ModelConfig) -> ModelConfig:
     """`wanted`, with the model that the adapter in `folder` stands on as its path."""
     settings = adapter_settings(folder)
     path = settings.get("base_model_name_or_path")
@@ -47,10 +47,10 @@ def base_of(folder: Path, wanted: ModelConfig) -> ModelConfig:
         raise UserError(Problem(str(folder / "adapter_config.json"), "does not name the model that it stands on", fix))
     if ENVIRONMENT in path:  # saved without the value, as everything is
         path = resolve_text(path, str(folder / "adapter_config.json"))
-    return replace(wanted, path=path, revision=settings.get("revision"))
+    return replace(expected, path=path, revision=settings.get("revision"))
 
 
-def resolved(wanted: ModelConfig) -> ModelConfig:
+def resolved(expected: ModelConfig) -> ModelConfig:
     """`wanted` with its files on this machine; problems name the words of a command line. Raises UserError."""
     from dstune.launch.preflight import resolve_model
 
@@ -61,16 +61,16 @@ def resolved(wanted: ModelConfig) -> ModelConfig:
     }
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
     try:
-        return resolve_model(wanted, tell)
+        return resolve_model(expected, tell)
     except UserError as error:
         raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
 
 
-def located(wanted: ModelConfig) -> dict[str, Any]:
+def located(expected: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
     from dstune.models.load import local_path
 
-    found = resolved(wanted)
+    found = resolved(expected)
     revision = {} if found.revision is None else {"revision": found.revision}
     return {
         "pretrained_model_name_or_path": local_path(found.path),

@@ -22,7 +22,7 @@ Given = tuple[str, Mapping[str, Any] | None, str]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """One row to be answered."""
 
     place: str
@@ -56,11 +56,11 @@ class Question:
         """What the task's encoder reads, with a label that means nothing where it needs one. Raises RowError."""
         return {"text": self.text(fields)}
 
-    def of(self, fields: Mapping[str, Any], place: str) -> Asked:
+    def of(self, fields: Mapping[str, Any], place: str) -> Query:
         """Raises RowError."""
         row = self.row(fields, place)
         canonical(row)  # what UTF-8 cannot hold, a tokenizer cannot read
-        return Asked(place, fields, row)
+        return Query(place, fields, row)
 
     def text(self, fields: Mapping[str, Any], *roles: str) -> str:
         """The text in the first column that a row has of `roles` (default: `text`)."""
@@ -100,15 +100,15 @@ class Rows:
         self._files = files
         self.count, self.bad = self._check(skips=on_bad is OnBadRow.skip)
 
-    def blocks(self, size: int, skip: int = 0) -> Iterator[list[Asked]]:
+    def blocks(self, size: int, skip: int = 0) -> Iterator[list[Query]]:
         """The rows behind the first `skip` ones, `size` at a time."""
-        rows = islice((asked for asked, _ in self._asked() if asked is not None), skip, None)
+        rows = islice((requested for requested, _ in self._requests() if requested is not None), skip, None)
         while block := list(islice(rows, size)):
             yield block
 
     def bad_rows(self) -> Iterator[Problem]:
         """What is wrong with rows that are left out."""
-        return (problem for _, problem in self._asked() if problem is not None)
+        return (problem for _, problem in self._requests() if problem is not None)
 
     def columns(self) -> list[str]:
         """Columns of the first row."""
@@ -128,7 +128,7 @@ class Rows:
             return fields
         return {column: fields["text"]}
 
-    def _asked(self) -> Iterator[tuple[Asked | None, Problem | None]]:
+    def _requests(self) -> Iterator[tuple[Query | None, Problem | None]]:
         """Each row, or what is wrong with it."""
         for place, fields, error in self._given():
             try:
@@ -141,21 +141,21 @@ class Rows:
     def _check(self, *, skips: bool) -> tuple[int, int]:
         """Good and bad rows."""
         count, bad = 0, 0
-        told: list[Problem] = []
-        for asked, problem in self._asked():
-            count += asked is not None
+        report: list[Problem] = []
+        for requested, problem in self._requests():
+            count += requested is not None
             bad += problem is not None
-            if problem is not None and len(told) < MOST_TOLD:
-                told.append(problem)
-        if bad and not count and len({problem.reason for problem in told}) == 1:  # the same with all: told once
-            missing = "missing column" in told[0].reason
+            if problem is not None and len(report) < MOST_TOLD:
+                report.append(problem)
+        if bad and not count and len({problem.reason for problem in report}) == 1:  # the same with all: told once
+            missing = "missing column" in report[0].reason
             fix = f"'data.columns={{{self._question.role}: NAME}}' with the column's name" if missing else ""
-            raise UserError(replace(told[0], fix=fix))
+            raise UserError(replace(report[0], fix=fix))
         if bad and not (skips and count):
-            more = f"and {bad - len(told):,} more rows; " if bad > len(told) else ""
+            more = f"and {bad - len(report):,} more rows; " if bad > len(report) else ""
             fix = "data.on_bad_row=skip leaves the others out" if count else ""
-            told.append(Problem("--input", f"{more}{count:,} rows are good", fix))
-            raise UserError(told)
+            report.append(Problem("--input", f"{more}{count:,} rows are good", fix))
+            raise UserError(report)
         if not count:
             raise UserError(
                 Problem("--input", "there are no rows in it", "give a file with a row a line, or --text TEXT")

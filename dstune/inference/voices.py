@@ -69,7 +69,7 @@ class _Found:
 
 
 @contextmanager
-def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
+def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
     """The model `wanted.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) in memory.
 
     checkpoint: which one of a run: a step, `best` or `last`. adapters: further ones by name, each a run or an export.
@@ -82,9 +82,9 @@ def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses what nobody needs
-    print(f"loading {wanted.path}", file=sys.stderr, flush=True)
+    print(f"loading {needed.path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        found = _find(wanted, checkpoint, Path(scratch) / OWN, "MODEL")
+        found = _find(needed, checkpoint, Path(scratch) / OWN, "MODEL")
         others = {
             name: _find(ModelConfig(path=path), "last", Path(scratch) / name, f"--adapter {name}")
             for name, path in adapters.items()
@@ -100,33 +100,33 @@ def opened(wanted: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
         yield speaker
 
 
-def _find(wanted: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
+def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.checkpoint.export import exported
     from dstune.config.compose import read_run
 
-    path = Path(wanted.path)
+    path = Path(needed.path)
     if is_checkpoint(path):
         path, which = run_and_step(path, key)
     if not (path / "run.yaml").is_file():
-        return _from_record(wanted, key)
+        return _from_record(needed, key)
     config = read_run(path / "run.yaml").config
     _refuse_no_writer(config.task.name, key, str(path))
     folder = exported(path, scratch, which=which)
-    trust = wanted.trust_remote_code or config.model.trust_remote_code
-    model = replace(wanted, path=str(folder), trust_remote_code=trust)
+    trust = needed.trust_remote_code or config.model.trust_remote_code
+    model = replace(needed, path=str(folder), trust_remote_code=trust)
     task = task_of(config.task)
     if task.asks_by_prompt:
         return _Found(model, chat=False, task=config.task)
     return _Found(model, chat=task.conversational, date=task.template_date)
 
 
-def _from_record(wanted: ModelConfig, key: str) -> _Found:
-    task = read_record(Path(wanted.path)).get("task") or {}
-    _refuse_no_writer(task.get("name") or task_of_head(Path(wanted.path)), key, wanted.path)
+def _from_record(needed: ModelConfig, key: str) -> _Found:
+    task = read_record(Path(needed.path)).get("task") or {}
+    _refuse_no_writer(task.get("name") or task_of_head(Path(needed.path)), key, needed.path)
     kind = TASKS.classes().get(task.get("name", ""))
     if kind is not None and kind.asks_by_prompt:
-        return _Found(wanted, chat=False, task=kind.Config(**task))
-    return _Found(wanted, chat=kind is None or kind.conversational, date=task.get("template_date"))
+        return _Found(needed, chat=False, task=kind.Config(**task))
+    return _Found(needed, chat=kind is None or kind.conversational, date=task.get("template_date"))
 
 
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
@@ -193,7 +193,7 @@ def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
         print(f"dstune: adapter {name} was trained on {expected}, and is put on {base.path}", file=sys.stderr)
 
 
-def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping[str, Any]) -> Any:
+def _language_model(source: dict[str, Any], needed: ModelConfig, record: Mapping[str, Any]) -> Any:
     """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -209,10 +209,10 @@ def _language_model(source: dict[str, Any], wanted: ModelConfig, record: Mapping
             **source, **options, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except ValueError as error:
-        raise UserError(Problem("MODEL", f"cannot be loaded: {str(error).splitlines()[0]}", "", wanted.path)) from error
+        raise UserError(Problem("MODEL", f"cannot be loaded: {str(error).splitlines()[0]}", "", needed.path)) from error
     absent = sorted(loading["missing_keys"])
     if absent:
         reason = f"is no language model: it has no weights for {', '.join(absent[:2])}"
-        raise UserError(Problem("MODEL", reason, "give a model that writes text", wanted.path))
+        raise UserError(Problem("MODEL", reason, "give a model that writes text", needed.path))
     keep_layout(model)
     return model

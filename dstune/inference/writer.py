@@ -75,7 +75,7 @@ class Writer:
             if request.messages is not None or self._system:
                 reason = "holds messages, but the model writes targets for sources"
                 raise UserError(Problem(request.where, reason, "give the source as `prompt`, without --system"))
-            return self._sources(name, task).prompt_ids(request.shown)
+            return self._sources(name, task).prompt_ids(request.formatted)
         if not self.is_chat(name):
             if request.messages is not None or self._system:
                 reason = "holds messages, but the model has no chat template (or --plain switched it off)"
@@ -84,9 +84,9 @@ class Writer:
                         "a system message needs a chat template, which the model lacks (or --plain switched it off)"
                     )
                 raise UserError(Problem(request.where, reason, "give `prompt` instead, without --system"))
-            return self._control(name).sequence([request.shown], sys.maxsize)[0]
-        asked = with_system(request, self._system)
-        messages = asked.messages or [{"role": "user", "content": asked.shown}]
+            return self._control(name).sequence([request.formatted], sys.maxsize)[0]
+        requested = with_system(request, self._system)
+        messages = requested.messages or [{"role": "user", "content": requested.formatted}]
         control = self._control(name)
         defused = control.defuse(messages)
         try:

@@ -79,8 +79,8 @@ def explain(run_dir: Path, verdict: Verdict, console: Console, starts: Mapping[i
     if isinstance(verdict.error, UserError):
         raise verdict.error
     console.message(f"dstune: {verdict.reason}")
-    if told := stalled(run_dir, len(starts), starts) if verdict.exit_code == EXIT_FAILED else "":
-        console.message(f"dstune: {told}")
+    if report := stalled(run_dir, len(starts), starts) if verdict.exit_code == EXIT_FAILED else "":
+        console.message(f"dstune: {report}")
     if verdict.culprit is not None and verdict.error is None:
         log = log_path(run_dir, verdict.culprit.rank)
         console.message(f"last lines of {log}:")
@@ -117,8 +117,8 @@ def stalled(run_dir: Path, size: int, starts: Mapping[int, int]) -> str:
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return f"{shown} and {len(ranks) - 8} more" if len(ranks) > 8 else shown
+    formatted = ", ".join(map(str, ranks[:8]))
+    return f"{formatted} and {len(ranks) - 8} more" if len(ranks) > 8 else formatted
 
 
 class Follower:

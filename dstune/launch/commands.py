@@ -141,21 +141,21 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
         UserError: there are GPUs, but fewer than processes, or far more processes than cores.
     """
     # Of another launcher nothing is known here but what this machine would do.
-    asked = launcher_of(config.launch).ranks
-    if asked is None:
+    requested = launcher_of(config.launch).ranks
+    if requested is None:
         return machine.gpus or min(2, machine.cores)
-    if 0 < machine.gpus < asked:
+    if 0 < machine.gpus < requested:
         reason = f"this machine shows {machine.gpus} GPU(s) and every rank needs one of its own"
         fix = f"launch.processes={machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
-        raise UserError(Problem("launch.processes", reason, fix, str(asked)))
-    if not machine.gpus and asked > RANKS_PER_CORE * machine.cores and not config.run.force:
+        raise UserError(Problem("launch.processes", reason, fix, str(requested)))
+    if not machine.gpus and requested > RANKS_PER_CORE * machine.cores and not config.run.force:
         reason = (
             f"this machine has {machine.cores} core(s) and no GPU; more than {RANKS_PER_CORE} ranks a core "
             "only wait for each other"
         )
         fix = f"launch.processes={machine.cores}; run.force=true starts them all the same"
-        raise UserError(Problem("launch.processes", reason, fix, str(asked)))
-    return asked
+        raise UserError(Problem("launch.processes", reason, fix, str(requested)))
+    return requested
 
 
 def on_this_machine(launch: LaunchConfig) -> LaunchConfig:
@@ -173,12 +173,12 @@ def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
     if missing:
         reason, fix = "the variable is not set here", "export it first, or take it out of the list"
         raise UserError(Problem("launch.export_env", reason, fix, name) for name in missing)
-    wanted = EXPORTED_NAMES | set(further)
+    expected = EXPORTED_NAMES | set(further)
     return {
         name: value
         for name, value in env.items()
         # Ranks work offline: the launching process alone needs HF_TOKEN.
-        if name in wanted or (name.startswith(EXPORTED_PREFIXES) and not is_secret(name))
+        if name in expected or (name.startswith(EXPORTED_PREFIXES) and not is_secret(name))
     }
 
 

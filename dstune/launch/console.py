@@ -29,7 +29,7 @@ class Console:
         self._out = out or sys.stdout
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._shown: bytes | None = None
+        self._format: bytes | None = None
         """The transient line that is on the terminal now, whose rest a shorter line would leave visible."""
 
     @property
@@ -57,17 +57,17 @@ class Console:
                 if not transient:
                     self._clear()
                 self._write(self._out, segment)
-                self._shown = segment if transient and segment.strip() else None
+                self._format = segment if transient and segment.strip() else None
 
     def close(self) -> None:
         with self._lock:
             self._clear()
 
     def _clear(self) -> None:
-        if self._shown is not None:
-            length = len(self._shown.rstrip(b"\r").decode(errors="replace"))
+        if self._format is not None:
+            length = len(self._format.rstrip(b"\r").decode(errors="replace"))
             self._write(self._out, b" " * length + b"\r")
-            self._shown = None
+            self._format = None
 
     @staticmethod
     def _is_terminal(stream: TextIO) -> bool:

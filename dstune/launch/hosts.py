@@ -95,10 +95,10 @@ def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
     return Answer(host, None, ended - began, 0.0, reason, fix)
 
 
-def explain(host: str, code: int, said: str) -> tuple[str, str]:
+def explain(host: str, code: int, message: str) -> tuple[str, str]:
     """What ssh's or the remote shell's words mean: reason and fix."""
-    text = said.lower()
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), f"exit code {code}")
+    text = message.lower()
+    last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), f"exit code {code}")
     if "could not resolve" in text or "name or service not known" in text:
         return "no machine has this name", "mend the name in the hostfile, or /etc/hosts"
     if "permission denied" in text and code == 255:

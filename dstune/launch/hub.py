@@ -41,7 +41,7 @@ def fetch(
     except UserError:
         raise
     except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries
-        problem = refusal(Wanted("model", "model.path", "model.revision", config.path, config.revision), error)
+        problem = refusal(ModelRequest("model", "model.path", "model.revision", config.path, config.revision), error)
         if problem is not None:
             raise UserError(problem) from error
         if not is_connection_problem(error):
@@ -119,7 +119,7 @@ def _cached(config: ModelConfig, why: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelRequest:
     """What the hub was asked for, and the keys that asked."""
 
     kind: str
@@ -136,11 +136,11 @@ class Wanted:
         return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.name}"
 
 
-def refusal(wanted: Wanted, error: Exception) -> Problem | None:
+def refusal(expected: ModelRequest, error: Exception) -> Problem | None:
     """The hub's answer as something to do; None if it gave none."""
     from huggingface_hub import errors
 
-    key, kind, page = wanted.key, wanted.kind, wanted.page
+    key, kind, page = expected.key, expected.kind, expected.page
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         reason = f"the hub's cache cannot be written ({error.strerror})"
         return Problem("HF_HOME", reason, "set HF_HOME to a folder with room", str(error.filename or ""))
@@ -148,23 +148,23 @@ def refusal(wanted: Wanted, error: Exception) -> Problem | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         reason = f"access to this {kind} has to be granted"
-        return Problem(key, reason, f"ask for it at {page}, then {signed_in}", wanted.name)
+        return Problem(key, reason, f"ask for it at {page}, then {signed_in}", expected.name)
     if isinstance(error, errors.RevisionNotFoundError):
         fix = f"see the branches and tags at {page}/tree/main"
-        return Problem(wanted.revision_key, f"{wanted.name} has no such revision", fix, str(wanted.revision))
+        return Problem(expected.revision_key, f"{expected.name} has no such revision", fix, str(expected.revision))
     if isinstance(error, errors.RepositoryNotFoundError):
         # The hub answers 401 for what does not exist, as for what is private and asked for without a token.
         here = "folder" if kind == "model" else "file or folder"
         reason = f"the hub has no such {kind}, or it is private, and there is no such {here} either"
-        return Problem(key, reason, f"check {page}; if it is private, {signed_in}", wanted.name)
+        return Problem(key, reason, f"check {page}; if it is private, {signed_in}", expected.name)
     if isinstance(error, errors.HFValidationError):
         reason = "this is neither a folder nor a hub id"
-        return Problem(key, reason, "give a folder, OWNER/NAME or a sample:// name", wanted.name)
+        return Problem(key, reason, "give a folder, OWNER/NAME or a sample:// name", expected.name)
     if status in (401, 403):
         reason = f"the hub refuses access ({status})"
-        return Problem(key, reason, f"see {page}, then {signed_in}", wanted.name)
+        return Problem(key, reason, f"see {page}, then {signed_in}", expected.name)
     if status == 404:
-        return Problem(key, "the hub does not have it (404)", f"check {page}", wanted.name)
+        return Problem(key, "the hub does not have it (404)", f"check {page}", expected.name)
     return None
 
 

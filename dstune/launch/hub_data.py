@@ -15,7 +15,7 @@ from dstune.config.data_schema import DataConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data.hub import HubName, Prepared, cached, hub_name, subset_key, subset_problem
 from dstune.data.inputs import PARTS
-from dstune.launch.hub import Wanted, is_connection_problem, is_offline, refusal
+from dstune.launch.hub import ModelRequest, is_connection_problem, is_offline, refusal
 
 Stage = Callable[[str], None]
 
@@ -33,11 +33,11 @@ def resolve(data: DataConfig, stage: Stage) -> DataConfig:
     prepared: dict[tuple[HubName, str | None], Prepared] = {}
 
     def of(name: HubName, revision: str | None, subset: str | None, key: str) -> Prepared | None:
-        wanted = replace(name, revision=name.revision or revision, split=None)
+        expected = replace(name, revision=name.revision or revision, split=None)
         try:
-            if (wanted, subset) not in prepared:
-                prepared[wanted, subset] = fetch(wanted, subset, key, stage)
-            return prepared[wanted, subset]
+            if (expected, subset) not in prepared:
+                prepared[expected, subset] = fetch(expected, subset, key, stage)
+            return prepared[expected, subset]
         except UserError as error:
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
@@ -86,13 +86,13 @@ def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared
     if is_offline():
         return cached(name, subset, key, "HF_HUB_OFFLINE is set")
     revision_key = f"{subset_key(key).removesuffix('subset')}revision"
-    wanted = Wanted("data set", key, revision_key, name.repository, name.revision)
+    expected = ModelRequest("data set", key, revision_key, name.repository, name.revision)
     try:
-        return _prepare(name, subset, wanted, stage)
+        return _prepare(name, subset, expected, stage)
     except UserError:
         raise
     except Exception as error:  # classes differ among the releases of datasets, huggingface_hub and its HTTP libraries
-        problem = refusal(wanted, error)
+        problem = refusal(expected, error)
         if problem is not None:
             raise UserError(problem) from error
         if not is_connection_problem(error):
@@ -102,7 +102,7 @@ def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared
         return entry
 
 
-def _prepare(name: HubName, subset: str | None, wanted: Wanted, stage: Stage) -> Prepared:
+def _prepare(name: HubName, subset: str | None, expected: ModelRequest, stage: Stage) -> Prepared:
     import datasets
     from datasets.exceptions import DatasetGenerationError
     from huggingface_hub import HfApi
@@ -117,40 +117,40 @@ def _prepare(name: HubName, subset: str | None, wanted: Wanted, stage: Stage) ->
                 raise ConnectionError(f"{name.repository} at commit {commit} could not be loaded")
             builder.download_and_prepare()
         except ValueError as error:
-            raise UserError(_unknown_subset(name, subset, commit, wanted)) from error
+            raise UserError(_unknown_subset(name, subset, commit, expected)) from error
         except (FileNotFoundError, RuntimeError, DatasetGenerationError) as error:
             if isinstance(error.__cause__, Exception) and is_connection_problem(error.__cause__):
                 raise error.__cause__ from error
-            raise UserError(_unreadable(error, wanted)) from error
-    return cached(replace(name, revision=commit), builder.config.name, wanted.key)
+            raise UserError(_unreadable(error, expected)) from error
+    return cached(replace(name, revision=commit), builder.config.name, expected.key)
 
 
-def _unknown_subset(name: HubName, subset: str | None, commit: str, wanted: Wanted) -> Problem:
+def _unknown_subset(name: HubName, subset: str | None, commit: str, expected: ModelRequest) -> Problem:
     import datasets
 
     names = datasets.get_dataset_config_names(name.repository, revision=commit)
-    return subset_problem(subset_key(wanted.key), subset, sorted(names))
+    return subset_problem(subset_key(expected.key), subset, sorted(names))
 
 
-def _unreadable(error: Exception, wanted: Wanted) -> Problem:
+def _unreadable(error: Exception, expected: ModelRequest) -> Problem:
     """What keeps `datasets` from reading a repository that is there."""
     cause: BaseException = error.__cause__ or error
     text = (str(cause).splitlines() or [type(cause).__name__])[0]
     if "scripts are no longer supported" in str(error):
         reason = "it is a Python script, which datasets no longer runs"
-        fix = f"{wanted.revision_key}=refs/convert/parquet, where the hub keeps a copy as Parquet"
-        return Problem(wanted.key, reason, fix, wanted.name)
-    fix = f"look at its files at {wanted.page}/tree/main, download them and give their path"
-    return Problem(wanted.key, f"datasets cannot read it: {text}", fix, wanted.name)
+        fix = f"{expected.revision_key}=refs/convert/parquet, where the hub keeps a copy as Parquet"
+        return Problem(expected.key, reason, fix, expected.name)
+    fix = f"look at its files at {expected.page}/tree/main, download them and give their path"
+    return Problem(expected.key, f"datasets cannot read it: {text}", fix, expected.name)
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[None]:
+def _progress(formatted: bool) -> Iterator[None]:
     """The bars of `datasets` on a terminal, and none in a log."""
     import datasets
 
     before: Any = datasets.is_progress_bar_enabled()
-    if not shown:
+    if not formatted:
         datasets.disable_progress_bars()
     try:
         yield

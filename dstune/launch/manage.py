@@ -162,8 +162,8 @@ def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"sweep": str(sweep), "trials": counts}))
     else:
-        told = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trials"
-        print(f"{sweep}: {told}" if process is not None else f"{sweep} is not running ({told})")
+        report = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trials"
+        print(f"{sweep}: {report}" if process is not None else f"{sweep} is not running ({report})")
     return EXIT_DONE
 
 

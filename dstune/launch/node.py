@@ -12,20 +12,20 @@ import os
 import signal
 import sys
 
-from dstune.core.handoff import handed_file
+from dstune.core.handoff import handoff_file
 from dstune.launch.processes import end_all
 
 
 def main(launch_id: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    handed = json.loads(sys.stdin.readline() or "{}")
-    file = handed_file(handed.get("file", {}).get("name", ""))
+    passed = json.loads(sys.stdin.readline() or "{}")
+    file = handoff_file(passed.get("file", {}).get("name", ""))
     try:
-        if handed:
+        if passed:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with os.fdopen(os.open(file, flags, 0o600), "w") as stream:
-                json.dump(handed, stream)
+                json.dump(passed, stream)
         print("ready", flush=True)
         for _ in sys.stdin:
             pass

@@ -217,9 +217,9 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
 
 def resolved_precision(config: RunConfig, *, on_gpu: bool) -> Precision:
     """What `auto` becomes (`dstune.zero.precision.resolve`)."""
-    asked = config.trainer.precision
-    if asked is not Precision.auto:
-        return asked
+    requested = config.trainer.precision
+    if requested is not Precision.auto:
+        return requested
     fast = on_gpu or machine.fast_bf16()
     return Precision.bf16 if config.zero.stage > 0 and fast else Precision.fp32
 

@@ -146,7 +146,7 @@ class RemoteLaunch:
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
                 )
             assert node.stdin is not None
-            node.stdin.write(f"{json.dumps(self.plan.handed)}\n".encode())
+            node.stdin.write(f"{json.dumps(self.plan.handoff)}\n".encode())
             node.stdin.flush()
             self.nodes[host] = node
         for host, node in self.nodes.items():

@@ -51,7 +51,7 @@ class RemotePlan:
     """Of the launcher itself."""
     files: dict[str, str]
     """Files that it reads, by name; they go into `RUN/launch`, where it is started."""
-    handed: dict[str, dict[str, str]]
+    handoff: dict[str, dict[str, str]]
     """Variables that no command line may show: `all`, and `first` for rank 0; `file` has the name of what keeps them."""
     slots: dict[str, list[int]]
     """The slots that run a rank, by host."""
@@ -77,30 +77,30 @@ def variables_of(
         name: value for name, value in inherited(config, parent).items() if _travels(name, value, launch.export_env)
     }
     unseen = referenced(config, parent)  # run.yaml keeps only their names too
-    shown = {name: value for name, value in UNLESS_SET.items() if name not in given}
-    shown |= {
+    formatted = {name: value for name, value in UNLESS_SET.items() if name not in given}
+    formatted |= {
         "OMP_NUM_THREADS": "1"
     }  # how many cores the nodes have is theirs to say: launch.export_env, or their shells
     if python := python_path(given.get("PYTHONPATH", "")):
         given["PYTHONPATH"] = python
-    handed: dict[str, dict[str, str]] = {"all": {}, "first": {}}
+    handoff: dict[str, dict[str, str]] = {"all": {}, "first": {}}
     for name, value in given.items():
         if is_tracker_key(name) and name not in launch.export_env:
-            handed["first"][name] = value
+            handoff["first"][name] = value
         elif is_secret(name, value) or name in unseen or not PLAIN.fullmatch(value):
-            handed["all"][name] = value
+            handoff["all"][name] = value
         else:
-            shown[name] = value
-    shown |= {**ALWAYS, **interface_variables(launch.interface)}
-    shown |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
-    handed["all"][GROUP_SECRET] = secrets.token_hex(32)
-    shown[HANDED] = secrets.token_hex(16)
-    handed["file"] = {"name": shown[HANDED]}
-    return shown, {kind: values for kind, values in handed.items() if values}
+            formatted[name] = value
+    formatted |= {**ALWAYS, **interface_variables(launch.interface)}
+    formatted |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
+    handoff["all"][GROUP_SECRET] = secrets.token_hex(32)
+    formatted[HANDED] = secrets.token_hex(16)
+    handoff["file"] = {"name": formatted[HANDED]}
+    return formatted, {kind: values for kind, values in handoff.items() if values}
 
 
-def _travels(name: str, value: str, asked: list[str]) -> bool:
-    if name in asked:
+def _travels(name: str, value: str, requested: list[str]) -> bool:
+    if name in requested:
         return True
     # An empty list of GPUs asks for the CPU, on every node.
     return name not in OF_THIS_MACHINE or (name == "CUDA_VISIBLE_DEVICES" and not value)

@@ -130,8 +130,8 @@ def choose(
     publish(str(path))
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
-        asked = run is None or any(key_of(text) == "run.resume" for text in given)
-        config = _continued(composed, path, may_refuse=asked)
+        requested = run is None or any(key_of(text) == "run.resume" for text in given)
+        config = _continued(composed, path, may_refuse=requested)
     elif path.exists() and (not path.is_dir() or _foreign(path)):
         reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
         raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
@@ -224,8 +224,10 @@ def checkpoint_of(run: str) -> Path:
     if newest is None and store.newest(path) is not None:
         raise UserError(_weights_alone("run.resume", path))
     if newest is None:
-        torn = [info.path.name for info in store.listing(path)]
-        reason = "this run has no whole checkpoint" + (f" ({', '.join(torn)} is torn)" if torn else "")
+        incomplete_reasons = [info.path.name for info in store.listing(path)]
+        reason = "this run has no whole checkpoint" + (
+            f" ({', '.join(incomplete_reasons)} is torn)" if incomplete_reasons else ""
+        )
         if store.is_committed(path):
             reason = "this is a checkpoint, not a run"
         fix = f"run.resume={path.parent.parent}" if store.is_committed(path) else "give a run that has saved"

@@ -149,9 +149,13 @@ def _entry(label: str, text: str) -> str:
 
 def _text(label: str, text: str) -> str:
     """Text of a model or a data set, wrapped, without control characters that a terminal would obey."""
-    shown = "".join(character if character.isprintable() or character == "\n" else " " for character in text.strip())
-    if len(shown) > SHOWN_CHARACTERS:
-        shown = f"... {shown[-SHOWN_CHARACTERS:]}" if label == "prompt" else f"{shown[:SHOWN_CHARACTERS]} ..."
-    wrapped = [part for line in shown.splitlines() for part in textwrap.wrap(line, TEXT_WIDTH) or [""]]
+    formatted = "".join(
+        character if character.isprintable() or character == "\n" else " " for character in text.strip()
+    )
+    if len(formatted) > SHOWN_CHARACTERS:
+        formatted = (
+            f"... {formatted[-SHOWN_CHARACTERS:]}" if label == "prompt" else f"{formatted[:SHOWN_CHARACTERS]} ..."
+        )
+    wrapped = [part for line in formatted.splitlines() for part in textwrap.wrap(line, TEXT_WIDTH) or [""]]
     indent = "\n" + " " * (COLUMN + 1)
     return _entry(label, indent.join(wrapped) if wrapped else "(nothing)")

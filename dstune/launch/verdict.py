@@ -18,7 +18,7 @@ class Ended:
     """Exit code, or minus the number of the signal that killed it."""
     order: int
     """Place among the ranks in the order in which their ends were seen."""
-    told_to_end: bool = False
+    signalled_to_end: bool = False
     """Whether the launcher was ending it because another rank had died."""
 
 
@@ -61,16 +61,16 @@ def judge(
                 (str(error) for error in errors.values() if isinstance(error, WaitedInVain)), "the others waited"
             )
             return Verdict(EXIT_FAILED, f"rank {end.rank} was stopped (SIGSTOP, or a debugger); {waited}", end)
-    own = sorted((end for end in ended if not end.told_to_end), key=lambda end: end.order)
+    own = sorted((end for end in ended if not end.signalled_to_end), key=lambda end: end.order)
     # The forwarded SIGTERM kills a rank that is still starting: nothing is lost by that, and the others must end too.
     if stop_signal and own and own[0].code == -signal.SIGTERM:
         return Verdict(EXIT_PREEMPTED, f"received {stop_signal} before training began")
     bad = [end for end in own if end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
     if bad:
         killed = [end for end in bad if end.code < 0]
-        told = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
-        told.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
-        culprit = next(iter(killed or told or bad))
+        report = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
+        report.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
+        culprit = next(iter(killed or report or bad))
         if culprit.rank in errors and culprit.code >= 0:
             error = errors[culprit.rank]
             return Verdict(EXIT_FAILED, str(error), culprit, error)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
@@ -56,7 +56,7 @@ class Ia3(ModuleAdapter):
         if strange := set(config.feedforward_modules) - set(config.target_modules):
             reason = f"{', '.join(sorted(strange))} are not among method.target_modules"
             fix = "name them in both, or leave out both for peft's choice"
-            yield Problem("method.feedforward_modules", reason, fix, shown(config.feedforward_modules))
+            yield Problem("method.feedforward_modules", reason, fix, format_value(config.feedforward_modules))
         yield from super().check(run)
 
     def _has_own_choice(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
@@ -44,7 +44,7 @@ class Prefix(TrainedPrompt):
         yield from super().check(run)
         if run.trainer.activation_checkpointing:
             reason = "the prefix stands in the cache of keys and values, which checkpointed layers do not have"
-            value = shown(run.trainer.activation_checkpointing)
+            value = format_value(run.trainer.activation_checkpointing)
             yield Problem("trainer.activation_checkpointing", reason, "false, or method=lora", value)
 
     def _through_network(self) -> bool:

@@ -18,10 +18,10 @@ from dstune.models.spans import (
     SPANS,
     Spans,
     attention_problem,
+    known_spans,
     no_mask,
     refuse_unknown,
     spans_of,
-    spans_told,
     window_of,
 )
 from dstune.protocols import method_of, task_of
@@ -41,17 +41,17 @@ class SpanAttention:
         model.set_attn_implementation(self.NAME)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def temporary(self) -> Iterator[None]:
         """Within, the model attends as it was loaded."""
         self._model.set_attn_implementation(self._before)
         yield
         self._model.set_attn_implementation(self.NAME)
 
-    def handed_in(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value [rows, heads, positions, size] as this rank attends with them."""
         return states
 
-    def handed_back(self, attended: torch.Tensor) -> torch.Tensor:
+    def redistribute_outputs(self, attended: torch.Tensor) -> torch.Tensor:
         """What is attended, [rows, heads, positions, size], as the layer goes on with it."""
         return attended
 
@@ -68,15 +68,15 @@ class SpanAttention:
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
         Returns [rows, positions, heads, size]."""
-        spans = spans_told(module, attention_mask, more)
+        spans = known_spans(module, attention_mask, more)
         if spans is None:  # whole rows
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
         refuse_unknown(module, more)
-        query, key, value = self.handed_in(query, key, value)
+        query, key, value = self.redistribute_inputs(query, key, value)
         dropout = dropout if module.training else 0.0
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
-        return self.handed_back(attended).transpose(1, 2), None
+        return self.redistribute_outputs(attended).transpose(1, 2), None
 
 
 class SamplesApart(SpanAttention):
@@ -90,12 +90,12 @@ class SamplesApart(SpanAttention):
 
         GPUs have kernels of their own for packed rows, and would wait for the launch of one after the other here.
         """
-        wanted = config.model.attention is Attention.auto and not torch.cuda.is_available()
+        expected = config.model.attention is Attention.auto and not torch.cuda.is_available()
         language = task_of(config.task).language
         known = not (method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model))
         # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-        if not (wanted and language and known) or dropout:
+        if not (expected and language and known) or dropout:
             return None
         return cls(model)
 
@@ -104,11 +104,11 @@ class SamplesApart(SpanAttention):
 
     def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels. See `spans_of`."""
-        told = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans_of(inputs)}
+        report = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans_of(inputs)}
         if "position_ids" not in inputs:  # some models would make them of the mask
             rows, width = labels.shape
-            told["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
-        return told, labels
+            report["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
+        return report, labels
 
     def refuse(self, reason: str) -> str:
         """Let the model attend as it was loaded from now on; what to tell of it."""

@@ -19,10 +19,10 @@ from dstune.core.errors import Problem, UserError
 INDEX = "model.safetensors.index.json"
 
 
-def original_weights(config: ModelConfig, prefix: str, wanted: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
+def original_weights(config: ModelConfig, prefix: str, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
     """`BaseWeights`. Raises UserError where the files have other names than the model's parameters."""
     try:
-        return BaseWeights(config, prefix, wanted)
+        return BaseWeights(config, prefix, expected)
     except LookupError as error:
         reason = f"compares weights with those in the model's files, which have none of the name and shape of {error}"
         raise UserError(Problem("method.init", reason, "method.init=default", "loftq")) from error
@@ -35,13 +35,13 @@ class BaseWeights(Mapping[str, Tensor]):
     architectures under other names, or joins tensors.
     """
 
-    def __init__(self, config: ModelConfig, prefix: str, wanted: Mapping[str, torch.Size]):
+    def __init__(self, config: ModelConfig, prefix: str, expected: Mapping[str, torch.Size]):
         """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack."""
         self._files: dict[str, Any] = {}
         folder = metadata_folder(config)
         places = tensor_files(folder)
         self._found: dict[str, tuple[Path, str]] = {}
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             key = next(
                 (key for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if key in places), ""
             )

@@ -56,11 +56,11 @@ def projected_cross_entropy(
     if torch.is_grad_enabled() and linear and hidden.dtype is not torch.float16:
         return CrossEntropy(_LinearCrossEntropy.apply(hidden, projection.weight, targets, rows), correct)
     # Without targets this is one chunk of no rows, which gives all weights a gradient of zeros.
-    for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():
-            loss_sum = loss_sum + checkpoint(_plain, project, some, wanted, use_reentrant=False)
+            loss_sum = loss_sum + checkpoint(_plain, project, some, expected, use_reentrant=False)
         else:
-            loss, hits = _evaluated(project(some), wanted)
+            loss, hits = _evaluated(project(some), expected)
             loss_sum, correct = loss_sum + loss, correct + hits
     return CrossEntropy(loss_sum, correct)
 
@@ -74,9 +74,9 @@ def _evaluated(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
     loss_sum = logits.new_zeros((), dtype=torch.float32)
     hits = torch.zeros((), dtype=torch.long, device=logits.device)
     block = _block_rows(logits)
-    for part, wanted in zip(logits.split(block), targets.split(block), strict=True):
-        loss_sum -= torch.log_softmax(part, dim=-1, dtype=torch.float32).gather(1, wanted[:, None]).sum()
-        hits += (part.argmax(dim=-1) == wanted).sum()
+    for part, expected in zip(logits.split(block), targets.split(block), strict=True):
+        loss_sum -= torch.log_softmax(part, dim=-1, dtype=torch.float32).gather(1, expected[:, None]).sum()
+        hits += (part.argmax(dim=-1) == expected).sum()
     return loss_sum, hits
 
 
@@ -105,10 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         product: torch.Tensor | None = None
         start = 0
-        for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = torch.mm(some, weight.t(), out=buffer[: len(some)])
             block = _block_rows(logits)
-            for part, of_part in zip(logits.split(block), wanted.split(block), strict=True):
+            for part, of_part in zip(logits.split(block), expected.split(block), strict=True):
                 probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
                 at_target = of_part[:, None]
                 loss_sum -= probabilities.gather(1, at_target).sum()

@@ -81,10 +81,10 @@ def take_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         made = type(model)._from_config(model.config, dtype=dtype)
     finally:
         hook.remove()
-    kept, wanted = set(made.state_dict()), dict(made.named_buffers())
+    kept, expected = set(made.state_dict()), dict(made.named_buffers())
     in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     for name, buffer in model.named_buffers():
         if name not in kept:
-            buffer.data = wanted[name]
+            buffer.data = expected[name]
         elif not any(part in name for part in in_full):
-            buffer.data = buffer.to(wanted[name].dtype)
+            buffer.data = buffer.to(expected[name].dtype)

@@ -81,12 +81,12 @@ def _kind(norm: nn.Module, epsilon: float) -> Kind | None:
     rows = rows.to(dtype)
     with torch.no_grad():
         try:
-            wanted = functional_call(norm, {"weight": weight}, (rows,))
+            expected = functional_call(norm, {"weight": weight}, (rows,))
         except Exception:  # it wants something else than rows
             return None
         for kind in Kind:
             output = lean_norm(rows, weight, epsilon, kind)
-            if isinstance(wanted, torch.Tensor) and wanted.dtype == output.dtype and torch.equal(wanted, output):
+            if isinstance(expected, torch.Tensor) and expected.dtype == output.dtype and torch.equal(expected, output):
                 return kind
     return None
 

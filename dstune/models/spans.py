@@ -37,7 +37,7 @@ def no_mask(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def spans_told(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
+def known_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
     """Takes the spans out of the keywords of an attention function; None for a forward pass that tells none. Raises UserError where
     layers of the model have not handed them on."""
     spans = keywords.pop(SPANS, None)

@@ -80,7 +80,7 @@ class SequenceCut(SpanAttention):
         reason = f"rows that ranks share have other logits than their samples alone ({reason})"
         raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
 
-    def handed_in(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Some heads with all positions, of all heads with this rank's own."""
         query, key, value = states
         repeats = repeats_of_keys(key.shape[1], self.parts)
@@ -88,7 +88,7 @@ class SequenceCut(SpanAttention):
             key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
         return tuple(map(self._to_heads, (query, key, value)))
 
-    def handed_back(self, attended: torch.Tensor) -> torch.Tensor:
+    def redistribute_outputs(self, attended: torch.Tensor) -> torch.Tensor:
         return self._to_positions(attended)
 
     def _to_heads(self, states: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.fields import setting
 from dstune.core.errors import Problem
 from dstune.protocols import Optimizer, optimizer
@@ -41,7 +41,7 @@ class AdamW(Optimizer):
     def check(self) -> Iterator[Problem]:
         betas = self.config.betas
         if not all(0 <= beta < 1 for beta in betas):
-            yield Problem("optimizer.betas", "each has to be in [0, 1)", "for example [0.9,0.999]", shown(betas))
+            yield Problem("optimizer.betas", "each has to be in [0, 1)", "for example [0.9,0.999]", format_value(betas))
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.fields import setting
 from dstune.core.errors import Problem
 from dstune.protocols import Schedule
@@ -68,14 +68,14 @@ class WarmupSchedule(Schedule):
                 "schedule.warmup_steps",
                 f"the run ends before its warm-up (trainer.max_steps={max_steps})",
                 f"schedule.warmup_steps={max_steps // 10}, or more steps",
-                shown(schedule.warmup_steps),
+                format_value(schedule.warmup_steps),
             )
         elif max_steps is not None and schedule.warmup_steps + decay * max_steps > max_steps:
             yield Problem(
                 "schedule.warmup_steps",
                 f"warm-up and decay ({decay:g} of {max_steps} steps) together are longer than the run",
                 "fewer warm-up steps or a smaller schedule.decay_ratio",
-                shown(schedule.warmup_steps),
+                format_value(schedule.warmup_steps),
             )
 
     def without_effect(self) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -13,10 +13,10 @@ def linear_modules(model: Architecture, targets: list[str]) -> Iterator[tuple[st
     for tensor in model.tensors:
         module = tensor.name.removesuffix(".weight")
         if targets == ["all-linear"]:
-            wanted = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
+            expected = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
         else:
-            wanted = any(module == ending or module.endswith(f".{ending}") for ending in targets)
-        if tensor.linear and wanted:
+            expected = any(module == ending or module.endswith(f".{ending}") for ending in targets)
+        if tensor.linear and expected:
             yield module, tensor.shape, tensor.layer
 
 

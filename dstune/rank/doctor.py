@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
-    handoff.settle(env.rank, run_dir, os.environ)
+    handoff.set_up_rank(env.rank, run_dir, os.environ)
 
     def work() -> None:
         rendezvous.meet(env, run_dir, os.environ)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
 from dstune.core.secrets import redacted
@@ -54,7 +54,7 @@ def describe(
         in_masks = sum(full_count(parameter) for name, parameter in module.named_parameters() if name in prepared.masks)
         trained += sum(int(mask.sum()) for mask in prepared.masks.values()) - in_masks
     model = {
-        "path": shown(config.model.path),
+        "path": format_value(config.model.path),
         "revision": config.model.revision,
         "parameters": total,
         "trained": trained,
@@ -64,7 +64,7 @@ def describe(
     files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
     files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))
     run.log.message(
-        f"{shown(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
+        f"{format_value(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
         f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
@@ -92,9 +92,9 @@ def describe(
 def label_counts(counts: dict[str, int]) -> str:
     """How many training rows each label has, the most frequent first."""
     ordered = sorted(counts, key=lambda name: -counts[name])
-    told = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:LABELS_TOLD])
+    reported = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:LABELS_TOLD])
     more = f" and {len(ordered) - LABELS_TOLD} more" if len(ordered) > LABELS_TOLD else ""
-    return f"{len(ordered)} labels: {told}{more}"
+    return f"{len(ordered)} labels: {reported}{more}"
 
 
 def misspelt(counts: dict[str, int]) -> Iterator[str]:
@@ -197,7 +197,7 @@ def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer
         return
     rows = len(limited(validation, config.evaluate.max_rows, config.task).lengths)
     found = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
-    baseline_file.remember(run_dir, shown(config.model.path), validation.name, rows, found)
+    baseline_file.remember(run_dir, format_value(config.model.path), validation.name, rows, found)
     for one in prompted:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.evaluation.metrics.items())
         run.log.message(f"untuned, {one.shots} examples: {metrics}")

@@ -19,7 +19,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_run, write_run
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core import environment, handoff, plugins, rendezvous
 from dstune.core.distributed import World
@@ -53,7 +53,7 @@ from dstune.trainer.forgetting import Penalties, general_fisher
 from dstune.trainer.loop import Training, fit
 from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
-from dstune.trainer.sanity_checks import content_digest, examine, refuse_different_rows, samples_digest, settle_rows
+from dstune.trainer.sanity_checks import content_digest, examine, refuse_different_rows, samples_digest, verify_rows
 from dstune.trainer.utilization import utilization_of
 from dstune.zero import swap
 from dstune.zero.ds_config import deepspeed_config
@@ -142,7 +142,7 @@ class Setup:
     def prepare_method(self) -> None:
         """What the method computes on a copy of the model that is thrown away."""
         config, world = self.config, self.world
-        activity.info("loading %s", shown(config.model.path))
+        activity.info("loading %s", format_value(config.model.path))
         self.digests = {"samples": samples_digest(self.data), "content": content_digest(self.data)}
         self.method = method_of(config.method)
         prepared = self.method.prepare(config, self.data, self.tokenizer, self.precision, world, self.run_dir)
@@ -190,7 +190,7 @@ class Setup:
         if config.forgetting.l2sp or config.forgetting.ewc:
             self.penalties = Penalties(config.forgetting, engine, new_weights(self.model), self.fisher)
         architecture = self.model.config.get_text_config()
-        settle_rows(config, engine, self.head, self.rows, architecture, world, self.message)
+        verify_rows(config, engine, self.head, self.rows, architecture, world, self.message)
         keep_freed()
         refuse_different_rows(world, self.digests["samples"] + self.digests["content"])
 
@@ -289,10 +289,10 @@ def take_over_export(source: Path, own: Path) -> None:
     own = own / "export"
     if not (theirs / "config.json").is_file() or own.is_dir():
         return
-    aside = own.with_name(f"{own.name}{store.INCOMPLETE}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(theirs, aside)
-    aside.rename(own)
+    temporary = own.with_name(f"{own.name}{store.INCOMPLETE}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(theirs, temporary)
+    temporary.rename(own)
 
 
 def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answer_with_stacks()
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     run_dir = Path(argument)
-    handoff.settle(env.rank, run_dir, os.environ)
+    handoff.set_up_rank(env.rank, run_dir, os.environ)
     redact_output()
 
     def work() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.documentation import documentation
 from dstune.config.overrides import key_of
 from dstune.report.run_files import RunFiles
@@ -74,7 +74,7 @@ def flatten(value: Any, key: str) -> dict[str, str]:
         for name, part in value.items():
             leaves |= flatten(part, f"{key}.{name}")
         return leaves
-    return {key: shown(value)}
+    return {key: format_value(value)}
 
 
 def _is_given(key: str, given: set[str]) -> bool:

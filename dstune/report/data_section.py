@@ -172,17 +172,17 @@ def _steps(counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _step(name: str, entry: Mapping[str, Any], examples: list[tuple[str, str]]) -> Step:
-    def shown(key: str) -> str:
+    def formatted(key: str) -> str:
         return number(entry[key]) if entry.get(key) else ""
 
-    return Step(name.replace("_", " "), shown("removed"), shown("changed"), shown("flagged"), examples)
+    return Step(name.replace("_", " "), formatted("removed"), formatted("changed"), formatted("flagged"), examples)
 
 
 def _examples(counts: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     found = section(dict(counts), "examples").get(name)
     rows = found if isinstance(found, list) else []
-    shown = [row for row in rows if isinstance(row, dict)][:SHOWN_EXAMPLES]
-    return [(str(row.get("place", "")), str(row.get("text", ""))) for row in shown]
+    formatted = [row for row in rows if isinstance(row, dict)][:SHOWN_EXAMPLES]
+    return [(str(row.get("place", "")), str(row.get("text", ""))) for row in formatted]
 
 
 def _source_columns(counts: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dstune.report"),
         autoescape=True,
-        finalize=_shown,
+        finalize=_format,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -30,7 +30,7 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def _shown(value: Any) -> Any:
+def _format(value: Any) -> Any:
     """What a template writes for `value`; text that is HTML already stays as it is."""
     return visible(value) if type(value) is str else value
 

@@ -23,7 +23,7 @@ REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
-class Shown:
+class Preview:
     """One run as the templates show it."""
 
     label: str
@@ -57,18 +57,18 @@ def report(runs: Sequence[RunFiles]) -> str:
     """The HTML of one run, or of several side by side."""
     labels = _labels(runs)
     curves_of = [collect(run.metrics) for run in runs]
-    shown = [
-        _shown(run, label, number, metrics)
+    formatted = [
+        _format(run, label, number, metrics)
         for number, (run, label, metrics) in enumerate(zip(runs, labels, curves_of, strict=True))
     ]
     charts = curves.charts(runs, curves_of, labels)
     return render(
         "report.html.j2",
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
-        runs=shown,
-        one=shown[0] if len(runs) == 1 else None,
+        runs=formatted,
+        one=formatted[0] if len(runs) == 1 else None,
         charts=charts,
-        results=outcomes_table([run.outcome for run in shown]),
+        results=outcomes_table([run.outcome for run in formatted]),
         differences=configuration.differences(runs) if len(runs) > 1 else [],
         samples=samples.answered(runs, labels),
         version=__version__,
@@ -76,8 +76,8 @@ def report(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _shown(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series]) -> Shown:
-    return Shown(
+def _format(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series]) -> Preview:
+    return Preview(
         label=label,
         colour=number % curves.COLOURS,
         files=run,

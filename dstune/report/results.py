@@ -95,65 +95,71 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     """The headline numbers of one run; what was never measured is left out."""
     reached = outcome(run, curves)
     metric = _chosen_metric(run, curves)
-    shown = []
+    formatted = []
     for name in dict.fromkeys(["loss", metric, "accuracy"]):
         series = curves.get(f"eval/{name}")
         if series and series.last is not None:
-            shown.append(_change(NAMES.get(name, name), series, is_lower_better(name)))
+            formatted.append(_change(NAMES.get(name, name), series, is_lower_better(name)))
     training = curves.get("loss")
-    if not shown and training and training.last is not None:
-        shown.append(_change("training loss", training, True))
+    if not formatted and training and training.last is not None:
+        formatted.append(_change("training loss", training, True))
     if reached.best is not None:
         best = section(run.result, "best")
         at = f"at step {best['step']:,}" if isinstance(best.get("step"), int) else ""
-        shown.append(Figure(f"best {NAMES.get(reached.best_metric, reached.best_metric)}", number(reached.best), at))
+        formatted.append(
+            Figure(f"best {NAMES.get(reached.best_metric, reached.best_metric)}", number(reached.best), at)
+        )
     watched = section(run.result, "overfitting")
     if isinstance(watched.get("gap"), (int, float)):
         training_loss = number(watched.get("training_loss"))
-        shown.append(Figure("gap", number(watched["gap"]), f"held-out loss above that of training, {training_loss}"))
+        formatted.append(
+            Figure("gap", number(watched["gap"]), f"held-out loss above that of training, {training_loss}")
+        )
     test = section(run.result, "test")
     for name, value in test.items():
         if name in (metric, "loss", "accuracy") and isinstance(value, (int, float)):
-            shown.append(Figure(f"test {name}", number(value)))
-    shown += _against_prompting(run, curves, metric)
+            formatted.append(Figure(f"test {name}", number(value)))
+    formatted += _against_prompting(run, curves, metric)
     planned = section(run.config, "trainer").get("max_steps")
     of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != reached.steps else ""
     epoch = _last(curves, "epoch")
-    shown.append(Figure("steps", f"{reached.steps:,}", of_planned or (f"{number(epoch, 3)} epochs" if epoch else "")))
+    formatted.append(
+        Figure("steps", f"{reached.steps:,}", of_planned or (f"{number(epoch, 3)} epochs" if epoch else ""))
+    )
     if reached.tokens:
-        shown.append(Figure("tokens", short(reached.tokens)))
+        formatted.append(Figure("tokens", short(reached.tokens)))
     if reached.tokens_per_second:
-        shown.append(Figure("tokens/s", short(reached.tokens_per_second)))
+        formatted.append(Figure("tokens/s", short(reached.tokens_per_second)))
     if reached.peak_memory_gib:
-        shown.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
+        formatted.append(Figure("peak memory", f"{reached.peak_memory_gib:.2f} GiB", "a rank"))
     if reached.seconds:
-        shown.append(Figure("time", duration(reached.seconds)))
-    return shown
+        formatted.append(Figure("time", duration(reached.seconds)))
+    return formatted
 
 
 def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figure]:
     """What the untuned model reaches when it is asked, the best number of examples first named, and how far training is
     from it: of the metrics that a reader would judge by, those that both have."""
     tested = section(run.result, "test")
-    shown = []
+    formatted = []
     for name in dict.fromkeys([metric, "chrf", "accuracy"]):
-        asked = [
+        requested = [
             row for row in baseline_file.read(run.path) if isinstance(section(row, "metrics").get(name), (int, float))
         ]
-        if not asked:
+        if not requested:
             continue
         lower = is_lower_better(name)
-        best = (min if lower else max)(asked, key=lambda row: row["metrics"][name])
+        best = (min if lower else max)(requested, key=lambda row: row["metrics"][name])
         reached = tested.get(name) if best.get("split") == "test" else _last(curves, f"eval/{name}")
         value = best["metrics"][name]
         label = f"untuned {NAMES.get(name, name)}, {best.get('shots')} examples"
         if not isinstance(reached, (int, float)):
-            shown.append(Figure(label, number(value), str(best.get("split"))))
+            formatted.append(Figure(label, number(value), str(best.get("split"))))
             continue
         good = None if reached == value else (reached < value) == lower
         verdict = "no better than prompting" if not good else "better than prompting"
-        shown.append(Figure(label, number(value), f"trained {number(reached)}: {verdict}", good))
-    return shown
+        formatted.append(Figure(label, number(value), f"trained {number(reached)}: {verdict}", good))
+    return formatted
 
 
 def _change(label: str, series: Series, lower_is_better: bool) -> Figure:
@@ -192,7 +198,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         ("time", [one.seconds for one in outcomes], None, duration),
     ]
     table = []
-    for label, values, lower, shown in columns:
+    for label, values, lower, formatted in columns:
         present = [value for value in values if value is not None]
         if not present:
             continue
@@ -200,7 +206,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         if lower is not None and len(present) > 1 and min(present) != max(present):
             best = min(present) if lower else max(present)
         cells = [
-            {"text": shown(value) if value is not None else NONE, "best": best is not None and value == best}
+            {"text": formatted(value) if value is not None else NONE, "best": best is not None and value == best}
             for value in values
         ]
         table.append({"label": label, "cells": cells})

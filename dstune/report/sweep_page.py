@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.core import files
 from dstune.core.secrets import redact
 from dstune.report.charts import Chart, Line, draw
@@ -24,11 +24,11 @@ from dstune.report.series import Series, collect, smoothed, smoothing_span
 from dstune.tracking.trials import (
     FINISHED,
     Record,
+    finished_trials,
     less_is_better,
     objectives_of,
     ranked,
     read_records,
-    settled,
     unbeaten,
 )
 
@@ -80,7 +80,7 @@ class Scale:
     def at(self, value: Any) -> float:
         if self.names:
             count = len(self.names)
-            return 50.0 if count == 1 else 8 + 84 * self.names.index(shown(value)) / (count - 1)
+            return 50.0 if count == 1 else 8 + 84 * self.names.index(format_value(value)) / (count - 1)
         value = min(max(value, self.low), self.high)
         if self.logarithmic:
             value, low, high = math.log10(value), math.log10(self.low), math.log10(self.high)
@@ -95,7 +95,7 @@ def scale(values: Sequence[Any], *, of_key: bool = False) -> Scale:
     of_key: they were chosen, so that a few of them stand at the axis themselves.
     """
     if not are_numbers(values):
-        names = sorted({shown(value) for value in values})
+        names = sorted({format_value(value) for value in values})
         found = Scale([], names=names)
         return Scale([(found.at(name), name) for name in names], names=names)
     low, high = float(min(values)), float(max(values))
@@ -134,7 +134,7 @@ def write(sweep: Path, target: Path) -> None:
 def page(sweep: Path) -> str:
     objectives = objectives_of(sweep)
     runs = {record.name: _run(sweep, record) for record in read_records(sweep)}
-    records = [_settled(record, runs[record.name], objectives) for record in read_records(sweep)]
+    records = [_finished_trials(record, runs[record.name], objectives) for record in read_records(sweep)]
     found = ranked(records, objectives[0])
     front = unbeaten(found, objectives) if len(objectives) > 1 else set()
     trials = [_trial(record, runs[record.name], place, record.name in front) for place, record in enumerate(found)]
@@ -172,11 +172,11 @@ def _run(sweep: Path, record: Record) -> RunFiles | None:
     return read(path) if (path / RUN_FILE).is_file() else None
 
 
-def _settled(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
+def _finished_trials(record: Record, run: RunFiles | None, objectives: Sequence[str]) -> Record:
     if run is None:
         return record
     of_best = section(run.config, "run").get("export") == "best"
-    return settled(record, run.result, run.metrics, objectives, of_best)
+    return finished_trials(record, run.result, run.metrics, objectives, of_best)
 
 
 def _trial(record: Record, run: RunFiles | None, place: int, front: bool) -> Trial:
@@ -201,7 +201,7 @@ def _table(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[st
 
 
 def _value(value: Any) -> str:
-    return number(value) if isinstance(value, float) else shown(value)
+    return number(value) if isinstance(value, float) else format_value(value)
 
 
 def _steps(trial: Trial) -> float | None:
@@ -258,10 +258,10 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
         both = [trial for trial in trials if trial.value(objectives[1]) is not None]
         plots.insert(0, (_named(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
     found = []
-    for title, values, shown_trials in plots:
-        if len({shown(value) for value in values}) < 2:
+    for title, values, listed_trials in plots:
+        if len({format_value(value) for value in values}) < 2:
             continue
-        kept, outside = without_outliers(_reached(shown_trials, objectives[0]), less_is_better(objectives[0]))
+        kept, outside = without_outliers(_reached(listed_trials, objectives[0]), less_is_better(objectives[0]))
         across, up = scale(values, of_key=title in keys), scale(kept)
         dots = [
             {
@@ -270,7 +270,7 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
                 "trial": trial,
                 "text": f"{trial.record.name}: {number(trial.value(objectives[0]))}",
             }
-            for value, trial in zip(values, shown_trials, strict=True)
+            for value, trial in zip(values, listed_trials, strict=True)
         ]
         note = ", ".join(
             filter(None, ["logarithmic" * across.logarithmic, f"{outside} beyond the edge" * bool(outside)])
@@ -293,7 +293,7 @@ def _reached(trials: Sequence[Trial], objective: str) -> list[float]:
 
 def _parallel(trials: Sequence[Trial], objective: str, keys: Sequence[str]) -> dict[str, Any] | None:
     """A line for each trial through its values to what it reached; from two keys on."""
-    varied = [key for key in keys if len({shown(trial.record.values.get(key)) for trial in trials}) > 1]
+    varied = [key for key in keys if len({format_value(trial.record.values.get(key)) for trial in trials}) > 1]
     if len(varied) < 2 or len(trials) < 3:
         return None
     columns: list[tuple[str, list[Any]]] = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]

@@ -228,7 +228,7 @@ class Progress:
         self.label = label
         self.total_bytes = total_bytes
         self.terminal = os.isatty(2)
-        self.started = self.shown_at = time.monotonic()
+        self.started = self.displayed_at = time.monotonic()
         self.first_bytes = self.done_bytes = 0
 
     def resume(self, have_bytes: int) -> None:
@@ -240,8 +240,8 @@ class Progress:
         """Show `done_bytes` of the file, unless the last line is recent."""
         self.done_bytes = done_bytes
         now = time.monotonic()
-        if now - self.shown_at >= (0.2 if self.terminal else 10.0):
-            self.shown_at = now
+        if now - self.displayed_at >= (0.2 if self.terminal else 10.0):
+            self.displayed_at = now
             self._print("\r" if self.terminal else "\n")
 
     def done(self) -> None:

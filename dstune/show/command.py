@@ -19,7 +19,7 @@ from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
 
 if TYPE_CHECKING:
-    from dstune.show.facts import Shown
+    from dstune.show.facts import Preview
 
 SPLITS = ("train", "validation", "test", "guard", "ood")
 EPILOG = """\
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     console = Console(sys.stderr)
     config = located(config, console)
     os.environ.update(NO_TELEMETRY | OFFLINE)
-    _print(_shown(config, options, console.kind), options)
+    _print(_format(config, options, console.kind), options)
     return EXIT_DONE
 
 
@@ -93,17 +93,17 @@ def located(config: RunConfig, console: Console) -> RunConfig:
     return replace(found, model=replace(found.model, weights=config.model.weights))
 
 
-def _shown(config: RunConfig, options: Options, console: str) -> Shown:
+def _format(config: RunConfig, options: Options, console: str) -> Preview:
     """console: as DSTUNE_CONSOLE, by which progress is shown: rows may be read and cut for minutes."""
     from dstune.tracking.console import Console as Progress
-    from dstune.tracking.console import activities_shown
+    from dstune.tracking.console import console_activities
 
     os.environ.setdefault("DSTUNE_CONSOLE", console)
-    with activities_shown(Progress(sys.stderr)):
+    with console_activities(Progress(sys.stderr)):
         return _of(config, options)
 
 
-def _of(config: RunConfig, options: Options) -> Shown:
+def _of(config: RunConfig, options: Options) -> Preview:
     from dstune.show.facts import show, show_row
 
     if options.row is not None:
@@ -111,22 +111,22 @@ def _of(config: RunConfig, options: Options) -> Shown:
     return show(config, options.split, options.rows)
 
 
-def _print(shown: Shown, options: Options) -> None:
+def _print(formatted: Preview, options: Options) -> None:
     if options.html is not None:
         from dstune.show.page import page
 
         try:
             options.html.parent.mkdir(parents=True, exist_ok=True)
-            options.html.write_text(page(shown), encoding="utf-8")
+            options.html.write_text(page(formatted), encoding="utf-8")
         except OSError as error:
             fix = "give a file in a folder of yours"
             reason = f"cannot be written: {error.strerror}"
             raise UserError(Problem("--html", reason, fix, str(options.html))) from None
     if options.json:
-        print(json.dumps(shown.to_json()))
+        print(json.dumps(formatted.to_json()))
     elif options.html is not None:
         print(options.html)
     else:
         from dstune.show.terminal import Style, text
 
-        print(text(shown, Style.of(sys.stdout, os.environ)))
+        print(text(formatted, Style.of(sys.stdout, os.environ)))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
@@ -64,7 +64,7 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Preview:
     model: str
     task: str
     split: str
@@ -87,7 +87,7 @@ class Shown:
         return {**asdict(self), "longer_than": {str(length): longer_than(counted, length) for length in powers}}
 
 
-def show(config: RunConfig, split: str, count: int) -> Shown:
+def show(config: RunConfig, split: str, count: int) -> Preview:
     """`count` evenly spaced samples of `split`, and figures about all of them. The samples end up in the cache, where a
     run of the same configuration finds them.
 
@@ -108,8 +108,8 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
     if count:
         chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)).tolist()
     samples, answers = repetitions(part, tokenizer, with_answers=task_of(config.task).language)
-    return Shown(
-        model=shown(config.model.path),
+    return Preview(
+        model=format_value(config.model.path),
         task=config.task.name,
         split=split,
         samples=found,
@@ -122,7 +122,7 @@ def show(config: RunConfig, split: str, count: int) -> Shown:
     )
 
 
-def show_row(config: RunConfig, place: str) -> Shown:
+def show_row(config: RunConfig, place: str) -> Preview:
     """The samples that the row at `place` (FILE:LINE) alone gives.
 
     Raises:
@@ -156,7 +156,7 @@ def show_row(config: RunConfig, place: str) -> Shown:
             raise UserError(named) from None
         rows = [_row(config, data, data.train, tokenizer, number) for number in range(len(data.train.lengths))]
     values = {"max_length": config.data.max_length, "packing": config.data.packing}
-    return Shown(shown(config.model.path), config.task.name, place, len(rows), rows, {}, values)
+    return Preview(format_value(config.model.path), config.task.name, place, len(rows), rows, {}, values)
 
 
 def _configuration_of(config: RunConfig, paths: set[Path]) -> RunConfig:

@@ -8,16 +8,16 @@ from dstune import __version__
 from dstune.core.secrets import redact
 from dstune.report.data_section import part
 from dstune.report.html import render
-from dstune.show.facts import Shown
+from dstune.show.facts import Preview
 
 
-def page(shown: Shown) -> str:
+def page(formatted: Preview) -> str:
     """The HTML of what is shown, everything escaped, nothing from outside."""
-    described = part(shown.split, shown.report, shown.data) if shown.report else None
+    described = part(formatted.split, formatted.report, formatted.data) if formatted.report else None
     html = render(
         "show.html.j2",
-        title=f"{shown.split} rows",
-        shown=shown,
+        title=f"{formatted.split} rows",
+        formatted=formatted,
         parts=[described] if described else [],
         version=__version__,
         made=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),

@@ -9,7 +9,7 @@ from typing import TextIO
 from dstune.data.statistics import longer_than
 from dstune.report.data_section import Part, part
 from dstune.report.numbers import percent
-from dstune.show.facts import Repeated, Row, Shown
+from dstune.show.facts import Preview, Repeated, Row
 from dstune.show.segments import Segment
 
 BAR_CELLS = 40
@@ -54,36 +54,39 @@ class Style:
         return "\u2588" if self.blocks else "#"
 
 
-def text(shown: Shown, style: Style) -> str:
+def text(formatted: Preview, style: Style) -> str:
     """Everything that there is to see, as one text."""
     key = style.paint("trained", TRAINED) if style.colours else "[[trained]]"
-    lines = [style.paint(f"{shown.split}: {shown.samples:,} samples", STRONG) + f", task={shown.task}, {shown.model}"]
-    if shown.note:
-        lines.append(shown.note)
-    tags = sorted({segment.tag for row in shown.rows for segment in row.segments if segment.tag})
+    lines = [
+        style.paint(f"{formatted.split}: {formatted.samples:,} samples", STRONG)
+        + f", task={formatted.task}, {formatted.model}"
+    ]
+    if formatted.note:
+        lines.append(formatted.note)
+    tags = sorted({segment.tag for row in formatted.rows for segment in row.segments if segment.tag})
     if tags:
         painted = [style.paint(visible(tag), _tag_colour(tag, tags)) for tag in tags]
         lines.append(f"tags: {', '.join(painted)}")
-    elif any(segment.trained for row in shown.rows for segment in row.segments):
+    elif any(segment.trained for row in formatted.rows for segment in row.segments):
         lines.append(f"tokens that count in the loss are {key}")
-    for row in shown.rows:
-        lines += ["", _heading(row, shown, style), _text(row.segments, style, tags)]
+    for row in formatted.rows:
+        lines += ["", _heading(row, formatted, style), _text(row.segments, style, tags)]
         if row.rejected:
             trained = f", {row.rejected_targets:,} trained" if row.rejected_targets else ""
             lines += [style.paint(f"rejected{trained}:", QUIET), _text(row.rejected, style, tags)]
-    if shown.report:
-        described = part(shown.split, shown.report, shown.data)
+    if formatted.report:
+        described = part(formatted.split, formatted.report, formatted.data)
         lines += ["", style.paint("rows", STRONG), *_facts(described)]
-        lines += _lengths(shown, style)
+        lines += _lengths(formatted, style)
         lines += _cleaning(described, style) + _sources(described, style)
-        lines += _repeated("samples that occur more than once", shown.duplicates, style)
-        lines += _repeated("trained texts that occur in several samples", shown.answers, style)
+        lines += _repeated("samples that occur more than once", formatted.duplicates, style)
+        lines += _repeated("trained texts that occur in several samples", formatted.answers, style)
     return "\n".join(lines)
 
 
-def _heading(row: Row, shown: Shown, style: Style) -> str:
-    full = " (max_length)" if row.tokens == shown.data["max_length"] else ""
-    facts = [f"sample {row.number:,} of {shown.samples:,}", f"{row.tokens:,} tokens{full}"]
+def _heading(row: Row, formatted: Preview, style: Style) -> str:
+    full = " (max_length)" if row.tokens == formatted.data["max_length"] else ""
+    facts = [f"sample {row.number:,} of {formatted.samples:,}", f"{row.tokens:,} tokens{full}"]
     if row.label is None or any(segment.trained for segment in row.segments):
         facts.append(f"{row.targets:,} trained")
     if row.label is not None:
@@ -104,8 +107,8 @@ def _text(segments: list[Segment], style: Style, tags: list[str]) -> str:
         piece = _shortened(visible(segment.text))
         if segment.tag:
             text, space = piece.lstrip(), piece[: len(piece) - len(piece.lstrip())]
-            shown = f"{text} {segment.tag}" if style.colours else f"[[{text}]]({segment.tag})"
-            pieces.append(space + style.paint(shown, _tag_colour(segment.tag, tags)))
+            formatted = f"{text} {segment.tag}" if style.colours else f"[[{text}]]({segment.tag})"
+            pieces.append(space + style.paint(formatted, _tag_colour(segment.tag, tags)))
             continue
         if style.colours:
             codes = [TRAINED] if segment.trained else []
@@ -144,9 +147,9 @@ def _facts(described: Part) -> list[str]:
     ]
 
 
-def _lengths(shown: Shown, style: Style) -> list[str]:
+def _lengths(formatted: Preview, style: Style) -> list[str]:
     """A bar for each power of two, and how many rows other lengths would cut."""
-    counted = {int(bound): int(rows) for bound, rows in (shown.report.get("lengths") or {}).items()}
+    counted = {int(bound): int(rows) for bound, rows in (formatted.report.get("lengths") or {}).items()}
     if not counted:
         return []
     edges = [2**exponent for exponent in range(41)]
@@ -154,7 +157,7 @@ def _lengths(shown: Shown, style: Style) -> list[str]:
     first = next(index for index, (_, _, rows) in enumerate(octaves) if rows)
     octaves = [octave for octave in octaves[first:] if octave[0] <= max(counted)]
     highest, total = max(rows for _, _, rows in octaves), sum(counted.values())
-    limit = shown.data["max_length"]
+    limit = formatted.data["max_length"]
     width = len(f"{octaves[-1][1]:,}")
     lines = ["", style.paint("lengths in tokens", STRONG) + f" (data.max_length={limit})"]
     for low, high, rows in octaves:
@@ -184,8 +187,8 @@ def _sources(described: Part, style: Style) -> list[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["", style.paint("sources", STRONG)]
     for name, *numbers in cells:
-        shown = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
-        lines.append(f"  {visible(name):<{widths[0]}}  {shown}")
+        formatted = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        lines.append(f"  {visible(name):<{widths[0]}}  {formatted}")
     return lines
 
 

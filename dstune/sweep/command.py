@@ -209,7 +209,7 @@ def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console
             raise UserError(Problem("trainer.max_steps", reason, fix, str(sweep.base.trainer.max_steps)))
         study = Study(sweep, names)
         before = f", {study.done} of them before" if study.done else ""
-        console.stage(f"sweep {sweep.path}: {study.wanted} trials chosen by Optuna{before}, {parallel} at a time")
+        console.stage(f"sweep {sweep.path}: {study.expected} trials chosen by Optuna{before}, {parallel} at a time")
         return study
     grid = Grid(sweep.path, sweep.base, sweep.axes, names, again=longer)
     done = len(grid.finished)
@@ -238,7 +238,7 @@ def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
             one.name,
             one.status,
             *(f"{one.objective[name]:.4g}" if name in one.objective else "-" for name in names),
-            *(shown_value(one.values.get(key)) for key in keys),
+            *(format_override(one.values.get(key)) for key in keys),
             f"{one.seconds:.0f}",
         ]
         for one in order
@@ -250,5 +250,5 @@ def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
     return f"\n{table(heading, rows)}\n\n{len(found)} trials: {summary}\nsweep  {path}\nreport {path / 'report.html'}"
 
 
-def shown_value(value: object) -> str:
+def format_override(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

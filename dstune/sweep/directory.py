@@ -12,7 +12,7 @@ from typing import Any
 
 from dstune import __version__
 from dstune.config.compose import frozen_at_start, read_run
-from dstune.config.convert import dump, from_dict, load, shown, to_dict
+from dstune.config.convert import dump, format_value, from_dict, load, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
@@ -92,7 +92,9 @@ def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
         "dstune_version": __version__,
         "overrides": sweep.overrides,
         "config_dirs": sweep.config_dirs,
-        "axes": {axis.key: [shown(value.plain) for value in axis.values] or _interval(axis) for axis in sweep.axes},
+        "axes": {
+            axis.key: [format_value(value.plain) for value in axis.values] or _interval(axis) for axis in sweep.axes
+        },
         "objective": list(objectives),
         "config": to_dict(sweep.base),
     }

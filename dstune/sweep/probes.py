@@ -34,14 +34,14 @@ def of_axes(sweep: SweepConfig, axes: Sequence[Axis]) -> list[Problem]:
         if axis.is_interval and not isinstance(sweep, OptunaConfig):
             reason = "an interval has no single values to combine"
             fix = f"{axis.key}=A,B,C or range(FROM,TO,STEP), or let Optuna choose: hydra/sweeper=optuna"
-            problems.append(Problem(axis.key, reason, fix, _shown(axis)))
+            problems.append(Problem(axis.key, reason, fix, _format(axis)))
         elif axis.is_interval and sweep.sampler is Sampler.grid:  # type: ignore[union-attr]
             fix = "single values, or sweep.sampler=tpe"
-            problems.append(Problem(axis.key, "sweep.sampler=grid needs single values", fix, _shown(axis)))
+            problems.append(Problem(axis.key, "sweep.sampler=grid needs single values", fix, _format(axis)))
     return problems
 
 
-def _shown(axis: Axis) -> str:
+def _format(axis: Axis) -> str:
     return f"interval({axis.low:g},{axis.high:g})"
 
 

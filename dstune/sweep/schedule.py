@@ -60,7 +60,7 @@ class Running:
     pruned: str = ""
     """Why, once it was decided."""
     pruned_at: float = 0.0
-    asked: int = 0
+    requested: int = 0
     """Signals that were passed on."""
 
 
@@ -99,7 +99,7 @@ class Schedule:
         self._free = list(slots)
         self._console, self._received = console, received
         self._running: list[Running] = []
-        self._told = 0
+        self._report = 0
         (sweep / "logs").mkdir(exist_ok=True)
 
     def run(self) -> None:
@@ -151,40 +151,45 @@ class Schedule:
 
     def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
         """A sweep that was killed leaves trials that are still saving, and one directory takes one launch at a time."""
-        told = False
+        report = False
         while not self._received and (before := records.read_launch(run_dir)) and before.process(run_dir) is not None:
-            if not told:
+            if not report:
                 self._console.message(f"dstune: {trial.name} still runs as process {before.pid}: waiting for its end")
-                told = True
+                report = True
             self._obey_signals()
             for running in list(self._running):
                 self._look_at(running)
             time.sleep(POLL_SECONDS)
 
     def _obey_signals(self) -> None:
-        if len(self._received) > self._told:
-            self._told = len(self._received)
-            what = "trials save and stop; again to stop at once" if self._told == 1 else "trials stop at once"
+        if len(self._received) > self._report:
+            self._report = len(self._received)
+            what = "trials save and stop; again to stop at once" if self._report == 1 else "trials stop at once"
             self._console.message(f"dstune: received {self._received[-1]}: {what}")
         for running in self._running:
-            while running.asked < min(self._told, 2):
+            while running.requested < min(self._report, 2):
                 # Two different ones: the same signal within a moment counts once (`launch.signals`).
-                running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.asked])
-                running.asked += 1
+                running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.requested])
+                running.requested += 1
 
     def _look_at(self, running: Running) -> None:
         ended = running.process.poll() is not None  # before the last look at its metrics
         run_dir = self._sweep / running.trial.name
         rows = running.metrics.new()
-        if rows and not running.pruned and not running.asked and (reason := self._source.watch(running.trial, rows)):
+        if (
+            rows
+            and not running.pruned
+            and not running.requested
+            and (reason := self._source.watch(running.trial, rows))
+        ):
             running.pruned, running.pruned_at = reason, time.monotonic()
             if not ended:
                 _leave(run_dir / PRUNE_FILE, reason)
         if ended:
             self._conclude(running, run_dir)
-        elif running.pruned and running.asked < 2 and time.monotonic() - running.pruned_at > PRUNE_PATIENCE:
-            running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.asked])
-            running.asked += 1
+        elif running.pruned and running.requested < 2 and time.monotonic() - running.pruned_at > PRUNE_PATIENCE:
+            running.process.send_signal((signal.SIGTERM, signal.SIGINT)[running.requested])
+            running.requested += 1
 
     def _conclude(self, running: Running, run_dir: Path) -> None:
         self._running.remove(running)
@@ -198,22 +203,22 @@ class Schedule:
         if code not in (EXIT_DONE, EXIT_PREEMPTED) and status != "pruned":
             status = "failed"
         if not status or (code == EXIT_PREEMPTED and status != "pruned"):
-            status = "preempted" if running.asked or code == EXIT_PREEMPTED else "failed"
+            status = "preempted" if running.requested or code == EXIT_PREEMPTED else "failed"
         reason = str((records.read_result(run_dir) or {}).get("reason") or "")
         if status == "failed" and (not reason or code not in (EXIT_DONE, EXIT_FAILED)):
-            reason = self._said(running) or reason or f"it ended with exit code {code}"
+            reason = self._last_message(running) or reason or f"it ended with exit code {code}"
         reached = self._source.ended(running.trial, status, run_dir)
         seconds = running.record.seconds + time.monotonic() - running.started
         record = replace(running.record, status=status, reason=reason, objective=reached, seconds=round(seconds, 1))
         write_record(self._sweep, record)
         values = ", ".join(f"{name} {value:.4g}" for name, value in reached.items())
-        told = f" ({reason.splitlines()[0]})" if reason else ""
+        report = f" ({reason.splitlines()[0]})" if reason else ""
         took = f" after {time.monotonic() - running.started:.0f} s"
-        self._console.stage(f"{running.trial.name} {status}{took}{': ' * bool(values)}{values}{told}")
+        self._console.stage(f"{running.trial.name} {status}{took}{': ' * bool(values)}{values}{report}")
         if status == "failed":
             self._console.message(f"dstune: its output is in {self._sweep / 'logs' / running.trial.name}.log")
 
-    def _said(self, running: Running) -> str:
+    def _last_message(self, running: Running) -> str:
         """What a trial that had no result said last: the user's mistake, with key, value, reason and fix."""
         lines = attempt.last_lines(self._sweep / "logs" / f"{running.trial.name}.log", running.log_start)
         begin = max((at for at, line in enumerate(lines) if line.startswith("dstune: ")), default=None)

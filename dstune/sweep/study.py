@@ -51,20 +51,20 @@ class Study:
         self._optuna = _imported()
         self._distributions = {axis.key: self._distribution(axis) for axis in self._axes}
         self._study = self._open(sweep)
-        self._wanted = self._settings.trials
+        self._expected = self._settings.trials
         self._check()
         if self._settings.sampler is Sampler.grid:
-            self._wanted = self._enqueue_all()
+            self._expected = self._enqueue_all()
         self._mine: dict[int, optuna.Trial] = {}
         self._put_off: set[int] = set()
         """Trials that saved and left by themselves (run.time_limit): the next start goes on with them."""
-        self._failed, self._asked, self._told = 0, -math.inf, time.monotonic()
+        self._failed, self._requests, self._report = 0, -math.inf, time.monotonic()
         me = psutil.Process()
         self._me = f"{socket.gethostname()}:{me.pid}:{me.create_time():.0f}"
 
     @property
-    def wanted(self) -> int:
-        return self._wanted
+    def expected(self) -> int:
+        return self._expected
 
     @property
     def done(self) -> int:
@@ -75,7 +75,7 @@ class Study:
     # ---- what the schedule asks ----
 
     def next(self) -> Trial | None:
-        if time.monotonic() - self._asked < ASK_EVERY:
+        if time.monotonic() - self._requests < ASK_EVERY:
             return None
         states = self._optuna.trial.TrialState
         known = self._study.get_trials(deepcopy=False)
@@ -85,10 +85,10 @@ class Study:
                 again = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
                 if status_in(self._sweep / again.name) not in FINISHED:
                     return again
-                self._settle(again)  # it had ended when the sweep was killed
+                self._wait_for_results(again)  # it had ended when the sweep was killed
         counted = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in known)
-        if counted + self._failed >= self._wanted:
-            self._asked = time.monotonic()
+        if counted + self._failed >= self._expected:
+            self._requests = time.monotonic()
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lists as choices, experimental samplers
@@ -96,7 +96,7 @@ class Study:
 
     @property
     def exhausted(self) -> bool:
-        return time.monotonic() - self._asked < ASK_EVERY
+        return time.monotonic() - self._requests < ASK_EVERY
 
     def watch(self, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> str:
         self._show_life()
@@ -110,14 +110,14 @@ class Study:
             value = row[name]
             own.report(math.nan if value is None else float(value), row["step"])
             if own.should_prune():
-                shown = "not finite" if value is None else f"{value:.4g}"
-                return f"pruned ({self._settings.pruner.name}) at step {row['step']}: {self._objectives[0]} {shown}"
+                formatted = "not finite" if value is None else f"{value:.4g}"
+                return f"pruned ({self._settings.pruner.name}) at step {row['step']}: {self._objectives[0]} {formatted}"
         return ""
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
         states = self._optuna.trial.TrialState
         own = self._mine.pop(trial.number)
-        self._asked = -math.inf
+        self._requests = -math.inf
         if status == "preempted":
             own.set_user_attr(OWNER, "")
             self._put_off.add(trial.number)
@@ -143,7 +143,7 @@ class Study:
         assignment = Assignment(tuple(self._axes), values)
         return Trial(trial_name(assignment, own.number), own.number, assignment.overrides, assignment.plain)
 
-    def _settle(self, trial: Trial) -> None:
+    def _wait_for_results(self, trial: Trial) -> None:
         run_dir, status = self._sweep / trial.name, status_in(self._sweep / trial.name)
         record = read_record(record_path(self._sweep, trial.name))
         record = record or Record(trial.name, trial.number, dict(trial.values))
@@ -169,9 +169,9 @@ class Study:
         return time.time() - seen > FORSAKEN_AFTER
 
     def _show_life(self) -> None:
-        if self._settings.storage is None or time.monotonic() - self._told < SEEN_EVERY:
+        if self._settings.storage is None or time.monotonic() - self._report < SEEN_EVERY:
             return
-        self._told = time.monotonic()
+        self._report = time.monotonic()
         for own in self._mine.values():
             own.set_user_attr(SEEN, time.time())
 

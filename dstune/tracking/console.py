@@ -88,8 +88,8 @@ class Console:
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
         """Show one evaluation; `metrics` are named eval/NAME."""
-        shown = [_named(name.removeprefix("eval/"), value) for name, value in metrics.items()]
-        self.message(f"step {step}  evaluation  {'  '.join(shown)}")
+        formatted = [_named(name.removeprefix("eval/"), value) for name, value in metrics.items()]
+        self.message(f"step {step}  evaluation  {'  '.join(formatted)}")
 
     def message(self, text: str) -> None:
         """Show `text` on lines of its own that stay."""
@@ -122,7 +122,7 @@ def _facts(metrics: Metrics) -> list[str]:
         "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
         "peak_memory_gib": lambda value: f"{value:.2f} GiB",
     }
-    facts = [shown(float(metrics[name])) for name, shown in formats.items() if name in metrics]
+    facts = [formatted(float(metrics[name])) for name, formatted in formats.items() if name in metrics]
     if "skipped" in metrics:
         facts.insert(0, f"skipped ({metrics['skipped']})")
     return facts
@@ -164,7 +164,7 @@ class Activities(logging.Handler):
 
 
 @contextmanager
-def activities_shown(console: Console) -> Iterator[None]:
+def console_activities(console: Console) -> Iterator[None]:
     """While open, `console` shows what dstune's own modules report."""
     logger = logging.getLogger("dstune")
     before = logger.handlers, logger.level, logger.propagate

@@ -29,13 +29,13 @@ class History:
         """One row a step, in the order of the steps."""
         answers = {step: tuple(found) for step, found in groupby(self._samples, key=lambda row: row["step"])}
         left = self._seconds
-        told: tuple[dict[str, Any], ...] = ()
+        report: tuple[dict[str, Any], ...] = ()
 
         def answered(step: int, metrics: dict[str, Any]) -> Row:
-            nonlocal told
+            nonlocal report
             new = answers.pop(step, ())
-            told += new
-            return Row(step, metrics, self._now - left, told if new else ())
+            report += new
+            return Row(step, metrics, self._now - left, report if new else ())
 
         for step, rows in groupby(_lines(self._metrics, self._metrics_size), key=lambda row: row["step"]):
             for earlier in sorted(other for other in answers if other < step):

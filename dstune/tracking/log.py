@@ -105,9 +105,9 @@ class RunLog:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """The run's result (the keys of result.json) for the trackers' summaries."""
-        shown = redacted(plain(values))
+        formatted = redacted(plain(values))
         for tracker in self._trackers:
-            tracker.summary(shown)
+            tracker.summary(formatted)
 
     def finish(self, status: str, *, crashed: bool = False) -> None:
         """Close everything; `status` is that of result.json. Calling it again does nothing.

@@ -145,7 +145,7 @@ def _training_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def settled(
+def finished_trials(
     record: Record,
     result: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],

@@ -73,8 +73,8 @@ def measure_prompted(
     Raises UserError where examples and rows are longer than the model's context, or the task cannot be asked.
     """
     config = replace(config, data=replace(config.data, packing=False))
-    if asked := task_of(config.task).prompted(config, data, tokenizer, key):
-        return [Answers(n, asked.evaluate(engine, head, world, split, n, progress)) for n in shots]
+    if requested := task_of(config.task).prompted(config, data, tokenizer, key):
+        return [Answers(n, requested.evaluate(engine, head, world, split, n, progress)) for n in shots]
     results = []
     for count in shots:
         chosen = draw(data.train, count, config.trainer.seed)

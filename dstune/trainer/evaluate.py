@@ -103,11 +103,11 @@ class Evaluator:
         one_line: bool = False,
         slices: bool = True,
     ) -> tuple[Totals, Evaluation]:
-        shown: Split = split
+        formatted: Split = split
         if context:
             held = {field.name: getattr(split, field.name) for field in fields(split)}
-            shown = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
-        totals, kept = self._run(shown, progress)
+            formatted = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
+        totals, kept = self._run(formatted, progress)
         task = task_of(self.config.task)
         evaluation = task.measure(self.data.labels, split, totals, kept)
         evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)

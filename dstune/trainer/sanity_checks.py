@@ -52,7 +52,7 @@ def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: Wor
         )
 
 
-def settle_rows(
+def verify_rows(
     config: RunConfig,
     engine: Engine,
     head: Head,
@@ -118,7 +118,7 @@ def rows_problem(
     engine.train(False)
     difference = 0.0
     with torch.no_grad():
-        with rows.aside():
+        with rows.temporary():
             alone = torch.cat(
                 [
                     head.logits(engine.forward, {"input_ids": sample[None].to(engine.device)}, (numbers >= 0)[None])
@@ -126,9 +126,9 @@ def rows_problem(
                 ]
             )
         largest = float(alone.abs().max())
-        for batch, wanted in batches:
+        for batch, expected in batches:
             inputs, own = rows.own(
-                {name: value.to(engine.device) for name, value in batch.items()}, wanted.to(engine.device)
+                {name: value.to(engine.device) for name, value in batch.items()}, expected.to(engine.device)
             )
             found = head.logits(engine.forward, inputs, own >= 0)
             worst = found.sub_(alone[own[own >= 0]]).abs_().amax() if len(found) else torch.zeros(())

@@ -49,15 +49,15 @@ def measure_slices(
             evaluation = task.measure(labels, part, totals_of(rows), rows)
             evaluation = with_registered(evaluation, task.name, labels)
             slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
-        wanted = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
+        expected = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
         large = {
-            name: of[wanted]
+            name: of[expected]
             for name, of in slices.items()
-            if of["rows"] >= config.evaluate.min_slice_rows and wanted in of
+            if of["rows"] >= config.evaluate.min_slice_rows and expected in of
         }
-        details[column] = {"metric": wanted, "values": slices, "worst": None, "gap": None}
+        details[column] = {"metric": expected, "values": slices, "worst": None, "gap": None}
         if large:
-            lower = is_lower_better(wanted)
+            lower = is_lower_better(expected)
             worst = (max if lower else min)(large, key=large.__getitem__)
             gap = max(large.values()) - min(large.values())
             details[column] |= {"worst": worst, "gap": gap}

@@ -300,14 +300,14 @@ class Engine:
                 reset_counters(self._engine, self.stage, set(self._group_names[number]), self._replica)
 
     def _groups_with(self, names: Collection[str]) -> list[int]:
-        wanted = set(names)
-        found = [number for number, group in enumerate(self._group_names) if wanted & set(group)]
-        assert wanted == {name for number in found for name in self._group_names[number]}, "a part of a group"
+        expected = set(names)
+        found = [number for number, group in enumerate(self._group_names) if expected & set(group)]
+        assert expected == {name for number in found for name in self._group_names[number]}, "a part of a group"
         return found
 
-    def _require_gradients(self, number: int, wanted: bool) -> None:
+    def _require_gradients(self, number: int, expected: bool) -> None:
         for name in self._group_names[number]:
-            self._parameters[name].requires_grad_(wanted)
+            self._parameters[name].requires_grad_(expected)
 
     @contextmanager
     def _all_trained(self) -> Iterator[None]:
@@ -378,23 +378,23 @@ class Engine:
             parameter.register_hook(lambda gradient, bits=bits, shape=shape: gradient * unpack_bits(bits, shape))
         kept: dict[int, torch.Tensor] = {}
         for partition in self.partitions():
-            wanted = torch.ones_like(partition.elements, dtype=torch.bool)
+            expected = torch.ones_like(partition.elements, dtype=torch.bool)
             for part in partition.fragments:
                 if part.name in masks:
                     chosen = masks[part.name].reshape(-1)[part.start : part.start + part.count]
-                    wanted[part.offset : part.offset + part.count] = chosen.to(wanted.device)
-            kept[id(partition.key)] = wanted
+                    expected[part.offset : part.offset + part.count] = chosen.to(expected.device)
+            kept[id(partition.key)] = expected
         for group in self._inner.param_groups:
             group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
         assert self._optimizer is not None
         decoupled = self._optimizer.decoupled_weight_decay
 
         def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-            wanted = kept[id(partition.key)]
+            expected = kept[id(partition.key)]
             if decoupled:
-                partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * wanted)
+                partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * expected)
             else:
-                gradient.add_(partition.elements * wanted, alpha=group["masked_decay"])
+                gradient.add_(partition.elements * expected, alpha=group["masked_decay"])
 
         self.before_update(decay)
 

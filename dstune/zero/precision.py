@@ -26,11 +26,11 @@ def resolve(config: RunConfig) -> Precision:
 
     Raises UserError where the hardware cannot run what was asked for.
     """
-    asked = config.trainer.precision
-    if asked is Precision.auto:
+    requested = config.trainer.precision
+    if requested is Precision.auto:
         # DeepSpeed's stage 0 makes an optimizer step with zero gradients at initialisation in bf16, so it stays in fp32.
         return Precision.bf16 if config.zero.stage > 0 and fast_bf16() else Precision.fp32
-    if asked is Precision.fp16 and not torch.cuda.is_available():
+    if requested is Precision.fp16 and not torch.cuda.is_available():
         raise UserError(
             Problem(
                 "trainer.precision",
@@ -39,7 +39,7 @@ def resolve(config: RunConfig) -> Precision:
                 fix="trainer.precision=fp32 (or bf16)",
             )
         )
-    if asked is Precision.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if requested is Precision.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError(
             Problem(
                 "trainer.precision",
@@ -48,4 +48,4 @@ def resolve(config: RunConfig) -> Precision:
                 fix="trainer.precision=fp16 or fp32",
             )
         )
-    return asked
+    return requested

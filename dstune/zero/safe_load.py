@@ -22,10 +22,10 @@ KNOWN = frozenset(
 def load(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """The state in `path`, with torch's unpickler that builds tensors, containers and numbers, and objects of KNOWN.
     Raises ValueError where the file holds anything else."""
-    wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if wanted - KNOWN:
-        others = ", ".join(sorted(wanted - KNOWN))
+    expected = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if expected - KNOWN:
+        others = ", ".join(sorted(expected - KNOWN))
         raise ValueError(f"{path} holds more than tensors and settings, and is not read: {others}")
-    classes = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in wanted]
+    classes = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in expected]
     with torch.serialization.safe_globals(classes):
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)

@@ -139,8 +139,8 @@ def _compiled(*, tell: bool) -> Problem | None:
     try:
         _compile(tell)
     except Exception as error:  # of a compiler, a linker or a disk, in whatever words it has
-        said = str(error).strip() or type(error).__name__
-        reason = f"DeepSpeed's asynchronous I/O cannot be compiled here: {said.splitlines()[-1]}"
+        message = str(error).strip() or type(error).__name__
+        reason = f"DeepSpeed's asynchronous I/O cannot be compiled here: {message.splitlines()[-1]}"
         return Problem("zero.offload_optimizer", reason, LIBRARIES, "nvme")
     return None
 

@@ -62,8 +62,8 @@ def test_two_hosts_equal_one_and_a_signal_saves(login, hosts, undisturbed):
     login.env |= secret
     command = login.start("train", *overrides("pdsh", *launch, "launch.export_env=[MINE_TOKEN]"))
     wait_until(lambda: at_step(run_dir, 6))
-    shown = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
-    assert not [word for word in shown if any(value in word for value in secret.values())]
+    formatted = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
+    assert not [word for word in formatted if any(value in word for value in secret.values())]
     ranks = [process for process in processes_of(run_dir) if process.cmdline()[-1] == str(run_dir)]
     assert {process.environ()["RANK"] for process in ranks if "RANK" in process.environ()} == {"0", "1"}
     signal_command(run_dir, signal.SIGTERM)

@@ -25,9 +25,9 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.rank_env import from_environment
 from dstune.evaluation.ranks import evaluate
-from dstune.methods.importance import scores as importance
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
+from dstune.methods.importance import scores as importance
 from dstune.models.generation import generation_inputs
 from dstune.protocols import method_of
 from dstune.rank import worker

@@ -19,8 +19,8 @@ def test_every_cell_of_the_notebook(tmp_path, monkeypatch):
     book = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     client = NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    shown = [_shown(cell) for cell in book.cells if cell.cell_type == "code"]
-    _, trained, table, answers, resumed, exported, mistakes, refused, printed = shown
+    formatted = [_format(cell) for cell in book.cells if cell.cell_type == "code"]
+    _, trained, table, answers, resumed, exported, mistakes, refused, printed = formatted
     assert "12/12" in trained
     assert "completed, 12 steps" in trained  # the run's own table
     assert "eval/accuracy" in table
@@ -32,10 +32,10 @@ def test_every_cell_of_the_notebook(tmp_path, monkeypatch):
     assert "defined in a notebook cell" in refused
     assert "step 2: " in printed
     assert "<iframe" in printed
-    assert not [cell.outputs for cell in book.cells if cell.cell_type == "code" and "Traceback" in _shown(cell)]
+    assert not [cell.outputs for cell in book.cells if cell.cell_type == "code" and "Traceback" in _format(cell)]
 
 
-def _shown(cell) -> str:
+def _format(cell) -> str:
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream":

@@ -67,13 +67,13 @@ def test_an_export_serves_what_was_trained(tmp_path: Path, rows: Any, thinks: bo
     assert exported.returncode == 0, exported.stderr
     served = AutoTokenizer.from_pretrained(tmp_path / "export")
     stops = GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id
-    shown = json.loads(commands.run("data", "show", str(run), "--rows", "16", "--json").stdout)
-    trained = {tuple(text_of(row)) for row in shown["rows"]}
+    formatted = json.loads(commands.run("data", "show", str(run), "--rows", "16", "--json").stdout)
+    trained = {tuple(text_of(row)) for row in formatted["rows"]}
     for number in range(8):
         messages = rows(number)
-        asked = served.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-        assert asked.endswith("assistant\n" if thinks else "assistant\n<think>\n\n</think>\n\n")
-        answers = {answer for context, answer in trained if context == asked}
+        requested = served.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        assert requested.endswith("assistant\n" if thinks else "assistant\n<think>\n\n</think>\n\n")
+        answers = {answer for context, answer in trained if context == requested}
         assert len(answers) == 1
         (answer,) = answers
         last = served(answer, add_special_tokens=False)["input_ids"][-1]

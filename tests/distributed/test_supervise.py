@@ -54,12 +54,12 @@ def test_one_rank_killed_ends_the_run_within_ten_seconds(tmp_path):
     assert launch.finish() == 1
     assert time.monotonic() - killed < 10
     assert launch.survivors() == []
-    told = launch.stderr()
-    assert "rank 1 was killed by SIGKILL" in told
-    assert "line 29 of rank 1" in told
-    assert "line 10 of rank 1" in told
-    assert "line 9 of rank 1" not in told
-    assert "of rank 0" not in told
+    report = launch.stderr()
+    assert "rank 1 was killed by SIGKILL" in report
+    assert "line 29 of rank 1" in report
+    assert "line 10 of rank 1" in report
+    assert "line 9 of rank 1" not in report
+    assert "of rank 0" not in report
     result = launch.result()
     assert result["status"] == "failed"
     assert "SIGKILL" in result["reason"]
@@ -307,16 +307,16 @@ def test_transient_lines_reach_a_terminal(tmp_path, monkeypatch):
     subprocess.run(["stty", "cols", "77", "-onlcr"], stdin=terminal, check=True)
     launch = Launch(tmp_path / "run", PROGRESS, stdout=terminal)
     os.close(terminal)
-    shown = b""
+    formatted = b""
     try:
         while data := os.read(screen, 4096):
-            shown += data
+            formatted += data
     except OSError:  # EIO: the last writer has closed the terminal
         pass
     assert launch.finish() == 0
-    assert b"1/9 transient\r2/9 transient\r" in shown
+    assert b"1/9 transient\r2/9 transient\r" in formatted
     blank = b" " * len("2/9 transient") + b"\r"
-    assert shown.endswith(b"2/9 transient\r" + blank + b"last line\r\nunfinished\n")
+    assert formatted.endswith(b"2/9 transient\r" + blank + b"last line\r\nunfinished\n")
     assert "transient" not in (launch.run_dir / "logs" / "rank-0.log").read_text()
     assert launch.note("console", 0) == "tty:77"
 

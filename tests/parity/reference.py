@@ -35,16 +35,16 @@ def next_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.T
     """The sum of the losses of a micro-batch, and their weight."""
     labels = batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
-    wanted = labels[:, 1:].flatten()
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
-    return loss, int((wanted != -100).sum())
+    expected = labels[:, 1:].flatten()
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), expected, ignore_index=-100, reduction="sum")
+    return loss, int((expected != -100).sum())
 
 
 def target_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """That of an encoder-decoder, which makes the decoder's input from the labels by itself."""
-    logits, wanted = model(**batch, use_cache=False).logits, batch["labels"].flatten()
-    loss = functional.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
-    return loss, int((wanted != -100).sum())
+    logits, expected = model(**batch, use_cache=False).logits, batch["labels"].flatten()
+    loss = functional.cross_entropy(logits.flatten(0, 1), expected, ignore_index=-100, reduction="sum")
+    return loss, int((expected != -100).sum())
 
 
 def train_plainly(

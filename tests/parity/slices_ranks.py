@@ -106,20 +106,20 @@ def main() -> None:
     Slices.sum = counted
     for name, (kind, changes, how) in CASES.items():
         _, whole = built(kind, changes, how)
-        loss, norm, wanted = gradients(whole)
+        loss, norm, needed = gradients(whole)
         model, module = built(kind, changes, how)
         slices = Slices(world, size)
         slice_model(module, model, slices)
         summed.clear()
         own_loss, own_norm, own = gradients(module, slices)
         activations = sum(8 * tensor.numel() for tensor in summed if tensor.dim() == 3)
-        assert own.keys() == wanted.keys()
+        assert own.keys() == needed.keys()
         worst = 0.0
         for key, gradient in own.items():
             dim = slices.cuts.get(key)
-            expected = wanted[key] if dim is None else wanted[key].chunk(size, dim)[slices.part]
+            expected = needed[key] if dim is None else needed[key].chunk(size, dim)[slices.part]
             assert expected.shape == gradient.shape, key
-            worst = max(worst, float((gradient - expected).abs().max() / wanted[key].abs().max()))
+            worst = max(worst, float((gradient - expected).abs().max() / needed[key].abs().max()))
         alike = [gradient for key, gradient in own.items() if key not in slices.cuts]
         first = [gradient.clone() for gradient in alike]
         for gradient in first:

@@ -111,15 +111,15 @@ def test_adapters_of_experts(workshop, models, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("asked", ["method.dropout=0.1", "method.dora=true"])
-def test_what_experts_cannot_have_is_named(models, asked):
+def test_what_experts_cannot_have_is_named(models, requested):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"])
-    config = compose([f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", asked]).config
+    config = compose([f"model.path={models['qwen3_moe']}", "data.train=x", "method=lora", requested]).config
     with pytest.raises(UserError, match="stacked weights") as refused:
         method_of(config.method).apply(model, config)
     (problem,) = refused.value.problems
-    assert f"{problem.where}={problem.value}" == asked and "target_modules" in problem.fix
+    assert f"{problem.where}={problem.value}" == requested and "target_modules" in problem.fix
 
 
 @pytest.mark.parametrize(("targets", "bare"), [("all-linear", False), ("q_proj", True)])

@@ -23,7 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.folders: dict[str, dict[str, Path]] = {}
         self.branches: dict[str, dict[str, str]] = {}
         self.gated: set[str] = set()
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
     @property
     def url(self) -> str:
@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes = b"") -> None:
         path = unquote(urlparse(self.path).path)
-        self.server.asked.append(f"{self.command} {path}")
+        self.server.requested.append(f"{self.command} {path}")
         words = path.strip("/").split("/")
         if words[:2] == ["api", "datasets"] and len(words) >= 4:
             self._api("/".join(words[2:4]), words[4:], body)
@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([_entry(path, folder) for path in inner])
         elif kind == "paths-info":
             text = body.decode()
-            asked = json.loads(text)["paths"] if text.startswith("{") else _form(text)
-            self._json([_entry(folder / path, folder) for path in asked if (folder / path).exists()])
+            requested = json.loads(text)["paths"] if text.startswith("{") else _form(text)
+            self._json([_entry(folder / path, folder) for path in requested if (folder / path).exists()])
         else:
             self._error(404, "EntryNotFound")
 
@@ -112,8 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = file.read_bytes()
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         status = 200
-        if wanted := self.headers.get("Range"):
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
+        if expected := self.headers.get("Range"):
+            first, _, last = expected.removeprefix("bytes=").partition("-")
             start, end = int(first or 0), min(int(last or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             content, status = content[start : end + 1], 206

@@ -94,10 +94,10 @@ class Launch:
         found = []
         for process in psutil.process_iter():
             try:
-                shown = [*process.cmdline(), *process.environ().values()]
+                formatted = [*process.cmdline(), *process.environ().values()]
             except psutil.Error:
                 continue
-            if process.pid != os.getpid() and any(marks in text for text in shown):
+            if process.pid != os.getpid() and any(marks in text for text in formatted):
                 found.append(process)
         return found
 

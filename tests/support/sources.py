@@ -31,12 +31,12 @@ def pairs(count: int = 24) -> list[tuple[str, str]]:
 
 
 CHATS: Rows = [
-    {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-    for asked, said in pairs()
+    {"messages": [{"role": "user", "content": requested}, {"role": "assistant", "content": message}]}
+    for requested, message in pairs()
 ]
-TEXTS: Rows = [{"text": f"{asked} {said}"} for asked, said in pairs()]
+TEXTS: Rows = [{"text": f"{requested} {message}"} for requested, message in pairs()]
 LABELLED: Rows = [
-    {"text": asked, "label": "even" if number % 2 else "odd"} for number, (asked, _) in enumerate(pairs())
+    {"text": requested, "label": "even" if number % 2 else "odd"} for number, (requested, _) in enumerate(pairs())
 ]
 
 
@@ -166,15 +166,15 @@ def chat_formats(folder: Path) -> dict[str, tuple[str, list[str]]]:
             for row in CHATS
         ],
         "sharegpt": [
-            {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]}
-            for asked, said in pairs()
+            {"conversations": [{"from": "human", "value": requested}, {"from": "gpt", "value": message}]}
+            for requested, message in pairs()
         ],
         "sharegpt with role and content": [{"conversations": row["messages"]} for row in CHATS],
-        "alpaca": [{"instruction": asked, "input": "", "output": said} for asked, said in pairs()],
-        "prompt and completion": [{"prompt": asked, "completion": said} for asked, said in pairs()],
-        "prompt and response": [{"prompt": asked, "response": said} for asked, said in pairs()],
+        "alpaca": [{"instruction": requested, "input": "", "output": message} for requested, message in pairs()],
+        "prompt and completion": [{"prompt": requested, "completion": message} for requested, message in pairs()],
+        "prompt and response": [{"prompt": requested, "response": message} for requested, message in pairs()],
         "lists of messages": [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in CHATS],
-        "columns of the file": [{"question": asked, "reply": said} for asked, said in pairs()],
+        "columns of the file": [{"question": requested, "reply": message} for requested, message in pairs()],
     }
     overrides = {"columns of the file": ["data.columns={prompt: question, completion: reply}"]}
     return {

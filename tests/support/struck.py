@@ -67,7 +67,7 @@ class Outcome:
     """From the fault to the command's end; None where the run went on."""
     left: int = 0
     """Processes that were still there afterwards."""
-    said: str = ""
+    message: str = ""
     lost: int | None = None
     """Steps that had to be trained again."""
     resume_seconds: float | None = None
@@ -141,14 +141,14 @@ def play(scene: Scene, fault: Fault) -> Outcome:
         except subprocess.TimeoutExpired:
             for process in [*ranks_of(run_dir), command]:
                 process.kill()
-            outcome.said = "it hung"
+            outcome.message = "it hung"
             return outcome
         if outcome.exit_code != 0:
             outcome.exit_seconds = time.monotonic() - _last_written(run_dir) if fault.strike is None else None
             outcome.exit_seconds = outcome.exit_seconds or time.monotonic() - struck
         time.sleep(0.3 if outcome.exit_code != -signal.SIGKILL else 2.0)  # the guard of a killed command needs a moment
         outcome.left = len(left_of(run_dir))
-        outcome.said = said(scene.commands.log, fault.says)
+        outcome.message = message(scene.commands.log, fault.says)
         if fault.repair is not None:
             fault.repair(run_dir)
         if outcome.exit_code == 0:
@@ -175,7 +175,7 @@ def resumed(scene: Scene, run_dir: Path, outcome: Outcome, fault: Fault) -> Outc
     rows = exact(run_dir)
     outcome.equal = near(rows, scene.reference) if fault.close else rows == scene.reference
     if fault.damage is not None:
-        outcome.said = said(scene.commands.log, fault.says)
+        outcome.message = message(scene.commands.log, fault.says)
     return outcome
 
 
@@ -186,8 +186,8 @@ def check(fault: Fault, outcome: Outcome) -> list[str]:
         wrong.append(f"exit code {outcome.exit_code}, not {fault.exit_code}")
     if outcome.left:
         wrong.append(f"{outcome.left} processes left")
-    unsaid = [pattern for pattern in as_patterns(fault.says) if not re.search(pattern, outcome.said)]
-    wrong += [f"it said {outcome.said!r}, not {pattern!r}" for pattern in unsaid]
+    unsaid = [pattern for pattern in as_patterns(fault.says) if not re.search(pattern, outcome.message)]
+    wrong += [f"it said {outcome.message!r}, not {pattern!r}" for pattern in unsaid]
     if outcome.exit_seconds is not None and outcome.exit_seconds > EXIT_SECONDS + fault.waits:
         wrong.append(f"{outcome.exit_seconds:.1f} s to exit")
     if not outcome.equal:
@@ -231,7 +231,7 @@ def _last_written(run_dir: Path) -> float:
     return time.monotonic() - (time.time() - written.stat().st_mtime)
 
 
-def said(log: str, patterns: str | tuple[str, ...]) -> str:
+def message(log: str, patterns: str | tuple[str, ...]) -> str:
     """The last lines of the command in which the patterns are found."""
     lines = [line.strip().removeprefix("| ").removeprefix("dstune: ") for line in log.splitlines() if line.strip()]
     found = []

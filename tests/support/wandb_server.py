@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.key = key
         self.runs: dict[str, dict[str, Any]] = {}
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.received: list[str] = []
         """Every request's body."""
 
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         name = query.split("(")[0].split("{")[0].split()[1]
-        self.server.asked.append(name)
+        self.server.requested.append(name)
         data: dict[str, Any] = {}
         if name == "ServerFeaturesQuery":
             data = {"serverInfo": {"features": []}}

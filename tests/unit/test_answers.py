@@ -38,11 +38,11 @@ def row(text: str, start: int | None = None, **more) -> dict:
 
 def test_the_files_of_squad(tmp_path):
     """Version 1 nested, version 2 with questions without an answer, and flat rows give the same."""
-    asked = [
+    requested = [
         {"id": "a", "question": "where", "answers": [{"text": "mat", "answer_start": 19}] * 2},
         {"id": "b", "question": "why", "answers": [], "is_impossible": True, "plausible_answers": [{}]},
     ]
-    nested = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": asked}]}]}
+    nested = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": requested}]}]}
     path = tmp_path / "train.json"
     path.write_text(json.dumps(nested, indent=1))
     flat = [row("mat", id="a"), {"question": "why", "context": CONTEXT, "answers": {"text": [], "answer_start": []}}]

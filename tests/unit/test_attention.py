@@ -17,7 +17,7 @@ from dstune.models.spans import refuse_unknown, spans_of
 from dstune.planning import activations
 from dstune.protocols import task_of
 from dstune.tasks.chat.config import ChatConfig
-from dstune.trainer.sanity_checks import settle_rows
+from dstune.trainer.sanity_checks import verify_rows
 
 SPANS = (((0, 3), (3, 11), (11, 24)), ((0, 20),))
 """Of rows of 24 positions; the second one has padding."""
@@ -56,10 +56,10 @@ def test_samples_see_what_a_mask_lets_them_see(window, way, monkeypatch):
         monkeypatch.setattr(attention, "computes", lambda *unused: False)
     given = states(torch.float64)
     found = attend(*given, SPANS, dropout=0.0, scale=0.7, window=window)
-    wanted = reference(*given, window)
-    assert torch.allclose(found, wanted)
-    outward = torch.randn_like(wanted)
-    gradients = torch.autograd.grad(found, given, outward), torch.autograd.grad(wanted, given, outward)
+    expected = reference(*given, window)
+    assert torch.allclose(found, expected)
+    outward = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found, given, outward), torch.autograd.grad(expected, given, outward)
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.allclose(ours, theirs)
 
@@ -67,12 +67,12 @@ def test_samples_see_what_a_mask_lets_them_see(window, way, monkeypatch):
 def test_gradients_in_bf16_are_as_near_to_exact_ones_as_those_of_torch():
     exact, given = states(torch.float64), states(torch.bfloat16)
     outward = torch.randn(2, 6, 24, 8, dtype=torch.float64)
-    wanted = torch.autograd.grad(reference(*exact, None), exact, outward)
+    expected = torch.autograd.grad(reference(*exact, None), exact, outward)
     ours = torch.autograd.grad(
         attend(*given, SPANS, dropout=0.0, scale=0.7, window=None), given, outward.to(torch.bfloat16)
     )
     theirs = torch.autograd.grad(reference(*given, None), given, outward.to(torch.bfloat16))
-    for own, of_torch, right in zip(ours, theirs, wanted, strict=True):
+    for own, of_torch, right in zip(ours, theirs, expected, strict=True):
         assert (own.double() - right).norm() < 1.1 * (of_torch.double() - right).norm()
 
 
@@ -117,8 +117,8 @@ def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, checkpointing)
         loss = head(model, batch).loss_sum
         loss.backward()
         found.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
-    (wanted, of_masks), (loss, gradients) = found
-    torch.testing.assert_close(loss, wanted)
+    (expected, of_masks), (loss, gradients) = found
+    torch.testing.assert_close(loss, expected)
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, of_masks[key], atol=2e-5, rtol=1e-4, msg=key)
 
@@ -153,15 +153,15 @@ def test_models_with_an_attention_of_their_own_keep_it(tmp_path):
     assert SamplesApart.of(config, model) is None
 
 
-def settle(model, rows, max_length=64):
+def set_up_rank(model, rows, max_length=64):
     """What is told of the proof before a run, and the head that comes out of it."""
     head = task_of(ChatConfig()).head(model, rows)
     engine = SimpleNamespace(device=torch.device("cpu"), train=model.train, forward=model)
     world = SimpleNamespace(gather=lambda value: [value], any=bool)
     config = compose(["model=smollm2", "data=chitchat", f"data.max_length={max_length}"]).config
-    told: list[str] = []
-    settle_rows(config, engine, head, rows, model.config, world, told.append)
-    return told, head
+    report: list[str] = []
+    verify_rows(config, engine, head, rows, model.config, world, report.append)
+    return report, head
 
 
 def crossing(inputs):
@@ -213,12 +213,12 @@ def test_another_attention_than_the_models_own_is_given_up_before_the_run(tmp_pa
     rows = SamplesApart(model)
     if name is not None:
         monkeypatch.setattr(attention, name, fault)
-    told, head = settle(model, rows)
+    report, head = set_up_rank(model, rows)
     if name is None:
-        assert told == [] and head.rows is rows
+        assert report == [] and head.rows is rows
         return
     assert head.rows is None and model.config._attn_implementation == "sdpa"
-    assert len(told) == 1 and told[0].startswith("model.attention=auto: sdpa, since samples")
+    assert len(report) == 1 and report[0].startswith("model.attention=auto: sdpa, since samples")
 
 
 def test_a_model_that_does_not_tell_its_attention_ends_the_run(tmp_path):
@@ -229,7 +229,7 @@ def test_a_model_that_does_not_tell_its_attention_ends_the_run(tmp_path):
             *given, **{key: value for key, value in more.items() if key != SPANS_KEYWORD}
         )
     with pytest.raises(UserError, match=r"(?s)do not tell LlamaAttention where samples begin.*model.attention=sdpa"):
-        settle(model, SamplesApart(model))
+        set_up_rank(model, SamplesApart(model))
 
 
 def test_what_changes_scores_is_not_left_out(tmp_path):

@@ -101,8 +101,8 @@ def test_the_hub_is_asked_where_it_is_reachable(shelf, capsys, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
 
-    def list_models(self, **asked):
-        assert (asked["search"], asked["sort"]) == ("tiny", "downloads")
+    def list_models(self, **requested):
+        assert (requested["search"], requested["sort"]) == ("tiny", "downloads")
         card = SimpleNamespace(to_dict=lambda: {"license": "llama3"})
         return [SimpleNamespace(id="them/tiny", card_data=card, gated="manual")]
 
@@ -119,7 +119,7 @@ def test_the_hub_is_asked_where_it_is_reachable(shelf, capsys, monkeypatch):
     assert (found["licence"], found["gated"], found["here"], found["origin"]) == ("llama3", True, False, "hub")
     assert found["parameters"] == PARAMETERS
 
-    def unreachable(self, **asked):
+    def unreachable(self, **requested):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_models", unreachable)

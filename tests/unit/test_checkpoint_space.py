@@ -13,20 +13,20 @@ from dstune.core.errors import UserError
 
 
 def check(folder, size: int, *, force: bool) -> list[str]:
-    said: list[str] = []
+    message: list[str] = []
     engine, world = SimpleNamespace(checkpoint_bytes=lambda: size), SimpleNamespace(broadcast=lambda value: value)
-    Checkpoints(run_config(run=RunSection(force=force)), folder, engine, world, {}, said.append).check_space()
-    return said
+    Checkpoints(run_config(run=RunSection(force=force)), folder, engine, world, {}, message.append).check_space()
+    return message
 
 
 def test_no_room_is_refused_and_the_fix_works(tmp_path):
     with pytest.raises(UserError, match=r"there must be room for two\n    fix: .*run\.force=true"):
         check(tmp_path, 10**18, force=False)
-    [said] = check(tmp_path, 10**18, force=True)
-    assert "started all the same (run.force)" in said
+    [message] = check(tmp_path, 10**18, force=True)
+    assert "started all the same (run.force)" in message
 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_room_is_told(tmp_path, force):
-    [said] = check(tmp_path, 1, force=force)
-    assert "are free" in said and "force" not in said
+    [message] = check(tmp_path, 1, force=force)
+    assert "are free" in message and "force" not in message

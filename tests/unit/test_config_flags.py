@@ -23,7 +23,7 @@ from dstune.core.errors import UserError
 VERBS = {name: verb().words for name, verb in cli.VERBS.classes().items()}
 
 
-def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def format_value(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert show(hydra_flags(argv), VERBS) == 0
     return capsys.readouterr().out
 
@@ -91,22 +91,22 @@ def test_all_wrong_flags_at_once():
 
 
 def test_cfg_job(capsys: pytest.CaptureFixture[str]):
-    config = yaml.safe_load(shown(capsys, "--cfg", "job", "trainer.max_steps=3"))
+    config = yaml.safe_load(format_value(capsys, "--cfg", "job", "trainer.max_steps=3"))
     assert config["run"]["name"] == "quickstart"
     assert config["trainer"]["max_steps"] == 3
     assert "hydra" not in config and "experiment" not in config
 
 
 def test_cfg_hydra_and_all(capsys: pytest.CaptureFixture[str]):
-    assert list(yaml.safe_load(shown(capsys, "--cfg", "hydra"))) == ["hydra"]
-    assert {"hydra", "model"} <= set(yaml.safe_load(shown(capsys, "--cfg", "all")))
+    assert list(yaml.safe_load(format_value(capsys, "--cfg", "hydra"))) == ["hydra"]
+    assert {"hydra", "model"} <= set(yaml.safe_load(format_value(capsys, "--cfg", "all")))
 
 
 def test_package(capsys: pytest.CaptureFixture[str]):
-    out = shown(capsys, "--cfg", "job", "--package", "trainer")
+    out = format_value(capsys, "--cfg", "job", "--package", "trainer")
     assert out.startswith("# @package trainer\n")
     assert "max_steps" in yaml.safe_load(out)
-    assert shown(capsys, "--cfg", "job", "-p", "trainer.epochs") == "1\n"
+    assert format_value(capsys, "--cfg", "job", "-p", "trainer.epochs") == "1\n"
     assert "trainer" in refused("--cfg", "job", "-p", "trainr").problems[0].fix
 
 
@@ -115,8 +115,8 @@ def test_references_are_shown_as_written_unless_resolved(
 ):
     monkeypatch.setenv("SECRET_NAME", "hunter2")
     argv = ("--cfg", "job", "run.name=${oc.env:SECRET_NAME}")
-    assert "hunter2" not in shown(capsys, *argv)
-    assert "name: hunter2" in shown(capsys, *argv, "--resolve")
+    assert "hunter2" not in format_value(capsys, *argv)
+    assert "name: hunter2" in format_value(capsys, *argv, "--resolve")
 
 
 def test_wrong_overrides_are_explained_for_every_flag():
@@ -131,7 +131,7 @@ def test_info(capfd: pytest.CaptureFixture[str]):
 
 
 def test_hydra_help(capsys: pytest.CaptureFixture[str]):
-    out = shown(capsys, "--hydra-help")
+    out = format_value(capsys, "--hydra-help")
     assert "== Flags ==" in out
     assert "dstune -sc install=bash" in out
 
@@ -139,7 +139,7 @@ def test_hydra_help(capsys: pytest.CaptureFixture[str]):
 def test_help_has_groups_keys_and_flags_but_not_the_schema(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\n")
-    out = shown(capsys, "--help", "--config-dir", str(tmp_path))
+    out = format_value(capsys, "--help", "--config-dir", str(tmp_path))
     assert "importance, lora, mine, oft" in out
     assert "schema" not in out
     for key in all_keys():
@@ -257,13 +257,13 @@ def test_completion_knows_groups_of_a_config_dir(tmp_path: Path):
 @pytest.mark.parametrize(("shell", "separator"), [("bash", " "), ("zsh", "\n"), ("fish", "\n")])
 def test_query(shell: str, separator: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COMP_LINE", "dstune train model")
-    assert shown(capsys, "--shell-completion", f"query={shell}") == f"model.{separator}model=\n"
+    assert format_value(capsys, "--shell-completion", f"query={shell}") == f"model.{separator}model=\n"
 
 
 def test_uninstall_and_wrong_requests(capsys: pytest.CaptureFixture[str]):
-    assert "unset hydra_bash_completion" in shown(capsys, "-sc", "uninstall=bash")
-    assert "compdef -d dstune" in shown(capsys, "-sc", "uninstall=zsh")
-    assert "complete -c dstune" in shown(capsys, "-sc", "install=fish")
+    assert "unset hydra_bash_completion" in format_value(capsys, "-sc", "uninstall=bash")
+    assert "compdef -d dstune" in format_value(capsys, "-sc", "uninstall=zsh")
+    assert "complete -c dstune" in format_value(capsys, "-sc", "install=fish")
     assert "bash, fish, zsh" in refused("-sc", "install=csh").problems[0].reason
     assert "install=" in refused("-sc").problems[0].reason
 

@@ -40,8 +40,8 @@ def test_an_overruled_setting_is_told_and_its_fix_lets_it_count(overrides: list[
     found = ignored(*overrides)
     assert list(found) == [key]
     if "=" in found[key]:
-        settled = [text for text in overrides if text.split("=")[0] != found[key].split("=")[0]]
-        assert key not in ignored(*settled, found[key])
+        finished_trials = [text for text in overrides if text.split("=")[0] != found[key].split("=")[0]]
+        assert key not in ignored(*finished_trials, found[key])
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def pattern(message: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
 
 
-def said(role: str, content: Any = "Yes", **more: Any) -> dict[str, Any]:
+def output(role: str, content: Any = "Yes", **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
@@ -75,14 +75,14 @@ def chat(*messages: Any, **columns: Any) -> dict[str, Any]:
 
 
 def called(**call: Any) -> dict[str, Any]:
-    return chat(said("user"), {"role": "assistant", "tool_calls": [call]})
+    return chat(output("user"), {"role": "assistant", "tool_calls": [call]})
 
 
-def asked(answers: Any) -> dict[str, Any]:
+def requested(answers: Any) -> dict[str, Any]:
     return {"question": "q", "context": "a b", "answers": answers}
 
 
-USER, ANSWER, OTHER = said("user"), said("assistant"), said("user", "No")
+USER, ANSWER, OTHER = output("user"), output("assistant"), output("user", "No")
 CALL = {"function": {"name": "f", "arguments": {}}}
 REFUSING = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('it is bad') }}{% endif %}"
 # Long answers of the history are shortened.
@@ -131,12 +131,12 @@ ROWS: list[Case] = [
     (
         "a value is not JSON: …",
         CHAT,
-        pa.Table.from_pylist([chat(said("user", at=datetime.date(2025, 1, 1)), ANSWER)] * 2),
+        pa.Table.from_pylist([chat(output("user", at=datetime.date(2025, 1, 1)), ANSWER)] * 2),
     ),
     ("column … is text but not JSON: … at character …", CHAT, {"messages": "[{"}),
     ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
     ("message … must be an object with role and content", CHAT, chat("Hi")),
-    ("message … has the unknown role …; roles are …", CHAT, chat(USER, said("robot"))),
+    ("message … has the unknown role …; roles are …", CHAT, chat(USER, output("robot"))),
     ("chat_template_kwargs must be an object, it is …", CHAT, chat(USER, ANSWER, chat_template_kwargs=[1])),
     (
         "chat_template_kwargs is text but not JSON: … at character …",
@@ -144,29 +144,33 @@ ROWS: list[Case] = [
         chat(USER, ANSWER, chat_template_kwargs="{x"),
     ),
     ("message … has the role … after …, where … is expected", CHAT, chat(USER, USER)),
-    ("message … has the role … at the start, where … is expected", CHAT, chat(said("tool"), ANSWER)),
-    ("message … (…): content must be text, it is …", CHAT, chat(said("user", 3), ANSWER)),
+    ("message … has the role … at the start, where … is expected", CHAT, chat(output("tool"), ANSWER)),
+    ("message … (…): content must be text, it is …", CHAT, chat(output("user", 3), ANSWER)),
     (
         "message … (…) has a part of type …; only text is trained on",
         CHAT,
-        chat(said("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER),
+        chat(output("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER),
     ),
-    ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, said("assistant", weight=0.5))),
+    ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, output("assistant", weight=0.5))),
     (
         "message … has the key …; what is not to be trained is marked with weight: 0",
         CHAT,
-        chat(USER, said("assistant", train=False)),
+        chat(USER, output("assistant", train=False)),
     ),
     ("no trainable token: the conversation has no assistant message", CHAT, chat(USER)),
-    ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, said("assistant", weight=0))),
+    ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, output("assistant", weight=0))),
     (
         "message … (…) is empty; weight: 0 keeps it in the conversation, untrained",
         CHAT,
-        chat(USER, ANSWER, USER, said("assistant", " ")),
+        chat(USER, ANSWER, USER, output("assistant", " ")),
     ),
-    ("message … (…) calls a tool, which only the assistant does", CHAT, chat(said("user", tool_calls=[CALL]), ANSWER)),
+    (
+        "message … (…) calls a tool, which only the assistant does",
+        CHAT,
+        chat(output("user", tool_calls=[CALL]), ANSWER),
+    ),
     ("message …: tool_calls must be a list, it is …", CHAT, chat(USER, {"role": "assistant", "tool_calls": {"a": 1}})),
-    ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, said("assistant", tool_calls="[{"))),
+    ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, output("assistant", tool_calls="[{"))),
     ("message …: a tool call needs the name of a function, it is …", CHAT, called(function={"arguments": {}})),
     (
         "message …: arguments of … are not JSON: … at character …",
@@ -199,7 +203,7 @@ ROWS: list[Case] = [
         CHAT,
         [
             {"conversations": GOOD["messages"], "system": "s"},
-            {"conversations": [said("system"), USER, ANSWER], "system": "s"},
+            {"conversations": [output("system"), USER, ANSWER], "system": "s"},
         ],
     ),
     (
@@ -267,13 +271,13 @@ ROWS: list[Case] = [
         {"tokens": ["a"], "tags": ["I-X"]},
     ),
     ("… column…, …", TAGS, {"rows.conll": "\nalone\n"}),
-    ("answers must be an object or a list, they are …", QUESTIONS, asked(7)),
-    ("answers need as many answer_start as text", QUESTIONS, asked({"text": ["a"], "answer_start": []})),
-    ("an answer must have a text, it is …", QUESTIONS, asked([{"text": "", "answer_start": 0}])),
-    ("answer_start of answer … must be a number, it is …", QUESTIONS, asked([{"text": "a", "answer_start": "0"}])),
-    ("answer … is not at character … of its context (…)", QUESTIONS, asked([{"text": "a", "answer_start": 1}])),
-    ("there is no answer; task.no_answer=true trains on questions without one", QUESTIONS, asked([])),
-    ("the chat template refuses this conversation: …", CHAT, chat(said("user", "bad"), ANSWER)),
+    ("answers must be an object or a list, they are …", QUESTIONS, requested(7)),
+    ("answers need as many answer_start as text", QUESTIONS, requested({"text": ["a"], "answer_start": []})),
+    ("an answer must have a text, it is …", QUESTIONS, requested([{"text": "", "answer_start": 0}])),
+    ("answer_start of answer … must be a number, it is …", QUESTIONS, requested([{"text": "a", "answer_start": "0"}])),
+    ("answer … is not at character … of its context (…)", QUESTIONS, requested([{"text": "a", "answer_start": 1}])),
+    ("there is no answer; task.no_answer=true trains on questions without one", QUESTIONS, requested([])),
+    ("the chat template refuses this conversation: …", CHAT, chat(output("user", "bad"), ANSWER)),
     (
         (
             "message … (assistant): the chat template writes another text for this turn than a server would prompt with: "
@@ -285,7 +289,7 @@ ROWS: list[Case] = [
     (
         "message … (assistant): the chat template does not print its …, so it would not be trained…",
         CHAT,
-        chat(USER, said("assistant", "No, and no again")),
+        chat(USER, output("assistant", "No, and no again")),
     ),
     (
         "the chat template does not print …, which this row has; set model.chat_template to one that does",
@@ -300,12 +304,12 @@ ROWS: list[Case] = [
     (
         "the chat template rewrites turns of weight 0, so task.train_on_prompt cannot leave them out",
         ChatConfig(template_date="2025-03-09", train_on_prompt=True),
-        chat(USER, {**said("assistant", "No, and no again"), "weight": 0}, USER, ANSWER),
+        chat(USER, {**output("assistant", "No, and no again"), "weight": 0}, USER, ANSWER),
     ),
     (
         "the chat template rewrites earlier turns of the answer, which cannot be compared then",
         PAIRS,
-        {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [said("assistant", "No")]},
+        {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [output("assistant", "No")]},
     ),
     ("no trainable token", CHAT, [GOOD]),
 ]

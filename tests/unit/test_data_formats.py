@@ -154,9 +154,9 @@ def targets(encode, messages):
 def test_messages_of_weight_0_are_rendered_and_not_trained(template):
     tokenizer = byte_tokenizer(template)
     encode = RowTokenizer(tokenizer, ChatConfig(), "messages", 1000)
-    said = tokenizer.decode(targets(encode, TALK))
-    assert said.startswith("Two") and said.endswith("<|im_end|>")
-    assert "No one" not in said
+    reply = tokenizer.decode(targets(encode, TALK))
+    assert reply.startswith("Two") and reply.endswith("<|im_end|>")
+    assert "No one" not in reply
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in TALK]
     (weighted,), (whole,) = (encode.samples([{"messages": rows}], [0]) for rows in (TALK, plain))
     assert weighted.input_ids.tolist() == whole.input_ids.tolist()
@@ -172,9 +172,9 @@ def test_no_template_sees_the_weight():
 def test_weight_0_stays_out_where_prompts_are_trained_too():
     tokenizer = byte_tokenizer()
     encode = RowTokenizer(tokenizer, ChatConfig(train_on_prompt=True), "messages", 1000)
-    said = tokenizer.decode(targets(encode, TALK))
-    assert "No one" not in said
-    assert "user\nHi<|im_end|>" in said and "Two<|im_end|>" in said
+    reply = tokenizer.decode(targets(encode, TALK))
+    assert "No one" not in reply
+    assert "user\nHi<|im_end|>" in reply and "Two<|im_end|>" in reply
 
 
 def test_weights_reach_the_samples_of_a_run(tmp_path):

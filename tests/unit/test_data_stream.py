@@ -217,9 +217,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("told", CHANGES)
-def test_files_that_change_during_training_are_named(tmp_path, opened, told):
+def test_files_that_change_during_training_are_named(tmp_path, opened, report):
     supply = Streamed(streaming(tmp_path), opened(streaming(tmp_path)), None)
-    CHANGES[told](tmp_path)
+    CHANGES[report](tmp_path)
 
     def train() -> None:
         for step in range(30):
@@ -229,7 +229,7 @@ def test_files_that_change_during_training_are_named(tmp_path, opened, told):
     with pytest.raises(UserError, match="changed while the run trains") as raised:
         train()
     assert [problem.where for problem in raised.value.problems] == ["data.train"]
-    assert f"({told})" in str(raised.value)
+    assert f"({report})" in str(raised.value)
 
 
 def test_files_that_change_while_a_block_is_read_are_named(tmp_path):

@@ -119,10 +119,10 @@ def test_an_export_of_another_checkpoint_is_not_what_was_asked_for(decoder, tmp_
     assert export.main([str(run_dir), "--checkpoint", "3"]) == 0  # after step 5 was saved
     last = export.export_checkpoint(run_dir, newer, tmp_path / "last")
     capsys.readouterr()
-    asked = ["--prompt", "w5", "--max-new-tokens", 8]
-    (row,) = answers(capsys, run_dir, *asked)
+    requested = ["--prompt", "w5", "--max-new-tokens", 8]
+    (row,) = answers(capsys, run_dir, *requested)
     assert row["answer"] == expected(last, "w5") != expected(run_dir / "export", "w5")
-    (row,) = answers(capsys, run_dir, *asked, "--checkpoint", 3)
+    (row,) = answers(capsys, run_dir, *requested, "--checkpoint", 3)
     assert row["answer"] == expected(run_dir / "export", "w5")
     scratch = tmp_path / "scratch"
     assert export.exported(run_dir, scratch, which="3") == run_dir / "export"
@@ -163,11 +163,11 @@ def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(decoder, tmp_path
 def test_what_a_torn_save_left_is_no_checkpoint(decoder, tmp_path, capsys):
     run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
     whole = store.newest(run_dir)
-    torn = whole.with_name("step-00000040.incomplete")
-    torn.mkdir()
-    text = refusal(torn, "--prompt", "w1")
+    incomplete_reasons = whole.with_name("step-00000040.incomplete")
+    incomplete_reasons.mkdir()
+    text = refusal(incomplete_reasons, "--prompt", "w1")
     assert "is no whole checkpoint" in text and str(run_dir) in text
-    text = refusal(decoder, "--prompt", "w1", "--adapter", f"mine={torn}")
+    text = refusal(decoder, "--prompt", "w1", "--adapter", f"mine={incomplete_reasons}")
     assert "--adapter mine" in text and "is no whole checkpoint" in text
     (row,) = answers(capsys, whole, "--prompt", "w5", "--max-new-tokens", 8)
     assert row["answer"]
@@ -326,10 +326,10 @@ def test_a_conversation_is_remembered(decoder, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
-    asked = []
+    requested = []
 
     def stream(writer, request, show, interrupted):
-        asked.append(request.messages)
+        requested.append(request.messages)
         return Answer("said", 1, "end")
 
     monkeypatch.setattr(sys, "stdin", Terminal())
@@ -337,7 +337,7 @@ def test_a_conversation_is_remembered(decoder, monkeypatch):
     monkeypatch.setattr(Writer, "stream", stream)
     assert generate.main([str(decoder)]) == 0
     user = [{"role": "user", "content": content} for content in ("w1", "w2")]
-    assert asked == [[user[0]], [user[0], {"role": "assistant", "content": "said"}, user[1]], [user[1]]]
+    assert requested == [[user[0]], [user[0], {"role": "assistant", "content": "said"}, user[1]], [user[1]]]
 
 
 def test_a_batch_answers_as_one_by_one(decoder, tmp_path, capsys):
@@ -437,15 +437,15 @@ def test_a_conversation_changes_its_adapter(decoder, adapters, monkeypatch, caps
 
 def test_ctrl_c_ends_the_answer_and_not_the_program(decoder, monkeypatch, capsys):
     typed = iter(["w1", "w2", "/exit"])
-    asked = []
+    requested = []
     real = Writer.stream
 
     def stream(writer, request, show, interrupted):
-        asked.append(request.messages)
+        requested.append(request.messages)
 
         def interrupt(piece: str) -> None:
             show(piece)
-            if len(asked) == 1 and not interrupted():
+            if len(requested) == 1 and not interrupted():
                 signal.raise_signal(signal.SIGINT)
 
         return real(writer, request, interrupt, interrupted)
@@ -456,7 +456,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(decoder, monkeypatch, capsys
     before = signal.getsignal(signal.SIGINT)
     assert generate.main([str(decoder), "--max-new-tokens", "40"]) == 0
     assert signal.getsignal(signal.SIGINT) is before
-    kept = asked[1][1]["content"]
+    kept = requested[1][1]["content"]
     assert 1 <= len(kept.split()) < len(expected(decoder, "w1", count=40).split()), (
         "what was written stays in the history"
     )

@@ -29,9 +29,9 @@ def test_keys_are_in_the_order_of_the_scores():
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [(0, 0), (1, 1), (2, 1), (3, 3), (5, 5), (9, 6)])
-def test_threshold_takes_equal_scores_together(wanted, taken):
+def test_threshold_takes_equal_scores_together(expected, taken):
     keys = sortable(torch.tensor([0.5, 0.25, 0.25, -1.0, -2.0, -3.0]))
-    lowest = threshold(lambda key: int((keys >= key).sum()), wanted)
+    lowest = threshold(lambda key: int((keys >= key).sum()), expected)
     assert int((keys >= lowest).sum()) == taken
 
 

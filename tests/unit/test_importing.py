@@ -125,8 +125,8 @@ def test_example_composes_and_every_key_is_accounted_for(name, monkeypatch):
     assert found.problems == []
     assert found.tool.replace("-", "_") == name.split("/")[0]
     for kind in (NOT_SUPPORTED, DIFFERENT, MEANINGLESS):
-        told = {key for key, dropped in found.dropped.items() if dropped.kind == kind}
-        assert told == NOT_CARRIED[name].get(kind, set()), kind
+        report = {key for key, dropped in found.dropped.items() if dropped.kind == kind}
+        assert report == NOT_CARRIED[name].get(kind, set()), kind
     assert set(found.off) == OFF.get(name, set())
     assert set(read(EXAMPLES / name)) == {*found.carried, *found.dropped, *found.off}
     assert all(dropped.reason for dropped in found.dropped.values())
@@ -500,9 +500,9 @@ def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     source = EXAMPLES / "axolotl" / "llama3_qlora_1b.yaml"
     assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml", "--ranks", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "dataset_prepared_path: last_run_prepared" in told
-    assert "next: dstune train --config-dir mine experiment=qlora" in told
+    report = capsys.readouterr().out
+    assert "dataset_prepared_path: last_run_prepared" in report
+    assert "next: dstune train --config-dir mine experiment=qlora" in report
     config = compose(["experiment=qlora"], ["mine"]).config
     assert config.trainer.global_batch_size == 16
     assert main(["import", str(source), "--output", "mine/experiment/qlora.yaml"]) == 2

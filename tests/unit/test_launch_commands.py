@@ -134,8 +134,8 @@ def test_a_checkout_is_found_by_the_ranks_wherever_they_run():
         (3, Machine(gpus=4, cores=1), 3),
     ],
 )
-def test_number_of_ranks(asked, machine, ranks):
-    assert number_of_ranks(run_config(launch=LocalConfig(processes=asked)), machine) == ranks
+def test_number_of_ranks(requested, machine, ranks):
+    assert number_of_ranks(run_config(launch=LocalConfig(processes=requested)), machine) == ranks
 
 
 def test_more_processes_than_gpus_is_refused():
@@ -144,10 +144,10 @@ def test_more_processes_than_gpus_is_refused():
 
 
 def test_far_more_processes_than_cores_are_refused_unless_forced():
-    asked = LocalConfig(processes=17)
+    requested = LocalConfig(processes=17)
     with pytest.raises(UserError, match=r"launch.processes=17: this machine has 2 core\(s\) and no GPU"):
-        number_of_ranks(run_config(launch=asked), Machine(gpus=0, cores=2))
-    forced = run_config(launch=asked)
+        number_of_ranks(run_config(launch=requested), Machine(gpus=0, cores=2))
+    forced = run_config(launch=requested)
     forced = replace(forced, run=replace(forced.run, force=True))
     assert number_of_ranks(forced, Machine(gpus=0, cores=2)) == 17
 

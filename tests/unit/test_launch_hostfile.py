@@ -42,11 +42,11 @@ def test_slots_are_those_that_deepspeed_takes(file, include, exclude):
         ("# nothing\n", "there is no host in it"),
     ],
 )
-def test_bad_lines(tmp_path, text, told):
+def test_bad_lines(tmp_path, text, report):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError) as caught:
         hostfile.read(str(tmp_path / "hosts"))
-    assert told in str(caught.value)
+    assert report in str(caught.value)
 
 
 def test_all_wrong_lines_at_once(tmp_path):
@@ -66,7 +66,7 @@ def test_all_wrong_lines_at_once(tmp_path):
         ("node1:a", None, "this is not HOST or HOST:SLOT,SLOT"),
     ],
 )
-def test_bad_choices(file, include, exclude, told):
+def test_bad_choices(file, include, exclude, report):
     with pytest.raises(UserError) as caught:
         hostfile.chosen(hostfile.read(str(file)), include, exclude)
-    assert told in str(caught.value)
+    assert report in str(caught.value)

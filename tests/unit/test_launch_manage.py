@@ -74,8 +74,13 @@ def test_status_reports_the_last_step(run, launcher, capsys):
     rows = [{"step": 4, "loss": 2.5}, {"step": 5, "loss": 2.25}, {"step": 5, "eval/loss": 3.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
     assert manage.status([str(run), "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["state"], shown["step"], shown["loss"], shown["pid"]) == ("running", 5, 2.25, launcher.pid)
+    formatted = json.loads(capsys.readouterr().out)
+    assert (formatted["state"], formatted["step"], formatted["loss"], formatted["pid"]) == (
+        "running",
+        5,
+        2.25,
+        launcher.pid,
+    )
     assert manage.status([str(run)]) == 0
     assert "step 5, loss 2.2500" in capsys.readouterr().out
 
@@ -142,9 +147,9 @@ def test_checkpoints_are_listed_verified_and_pruned(run, capsys):
     ]
     (run / "checkpoints" / store.tag(4) / "weights").write_text("54321")  # same size, other bytes
     assert manage.checkpoints([str(run), "--verify"]) == 1
-    shown = capsys.readouterr().out
-    assert "damaged: weights" in shown
-    assert "torn, not usable" in shown
+    formatted = capsys.readouterr().out
+    assert "damaged: weights" in formatted
+    assert "torn, not usable" in formatted
     assert manage.checkpoints([str(run), "--prune", "1"]) == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [store.tag(2), store.tag(6)]
     with pytest.raises(UserError, match="at least one"):

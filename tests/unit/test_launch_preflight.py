@@ -156,10 +156,10 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     snapshot = folder(tmp_path / "cache" / COMMIT, "model.safetensors", "tokenizer.json")
     names = ["config.json", "tokenizer.json", "model.safetensors"]
-    state = SimpleNamespace(names=names, info=None, cached=True, requests=[], asked=[], snapshot=snapshot)
+    state = SimpleNamespace(names=names, info=None, cached=True, requests=[], requested=[], snapshot=snapshot)
 
     def model_info(self, repo_id, *, revision=None, timeout=None):
-        state.asked.append((repo_id, revision))
+        state.requested.append((repo_id, revision))
         if isinstance(state.info, Exception):
             raise state.info
         return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in state.names])
@@ -190,15 +190,15 @@ def test_a_branch_becomes_a_commit_and_only_what_is_needed_is_downloaded(hub):
         "README.md",
         "modeling_x.py",
     ]
-    told = []
-    resolved = resolve_model(ModelConfig(path="owner/name", revision="main"), told.append)
+    report = []
+    resolved = resolve_model(ModelConfig(path="owner/name", revision="main"), report.append)
     assert resolved.revision == COMMIT
-    assert hub.asked == [("owner/name", "main")]
+    assert hub.requested == [("owner/name", "main")]
     assert hub.requests == [
         (COMMIT, ["chat_template.jinja", "config.json", "tokenizer.json"], False),
         (COMMIT, ["model.safetensors"], False),
     ]
-    assert "owner/name at commit 0123456789ab" in told[0]
+    assert "owner/name at commit 0123456789ab" in report[0]
 
 
 def test_shards_and_remote_code_are_downloaded(hub):
@@ -253,9 +253,9 @@ def test_refusals_of_the_hub_name_the_page(hub, error, key, reason, fix):
 @pytest.mark.parametrize("error", [http(errors.HfHubHTTPError, 503), ConnectionError("refused"), TimeoutError()])
 def test_without_a_connection_the_cache_serves_or_exit_2(hub, error):
     hub.info = error
-    told = []
-    assert resolve_model(ModelConfig(path="owner/name"), told.append).revision == COMMIT
-    assert "cannot be reached; using owner/name as cached" in told[0]
+    report = []
+    assert resolve_model(ModelConfig(path="owner/name"), report.append).revision == COMMIT
+    assert "cannot be reached; using owner/name as cached" in report[0]
     hub.cached = False
     message = refusal("owner/name")
     assert "the hub cannot be reached" in message
@@ -277,7 +277,7 @@ def test_a_fault_of_our_own_is_not_called_a_connection_problem(hub):
 def test_offline_by_choice(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert resolve_model(ModelConfig(path="owner/name", revision="v1"), quiet).revision == COMMIT
-    assert hub.asked == []
+    assert hub.requested == []
     assert hub.requests == [("v1", ["config.json"], True)]
     (hub.snapshot / "model.safetensors").unlink()
     assert "does not hold this model whole: its weights are missing" in refusal("owner/name")
@@ -315,16 +315,16 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
     written(rows, {"prompt": "a", "completion": "b"})
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(samples, "resolve", lambda uri, fetch=True: fetched.append(uri) or rows)
-    told = []
+    report = []
     model, data = ModelConfig(path="sample://smollm2"), DataConfig(train="sample://chitchat")
     config = run_config(model=model, data=data)
-    assert resolve_run(config, told.append) == config
+    assert resolve_run(config, report.append) == config
     assert fetched[:3] == [
         "sample://smollm2",
         "sample://chitchat",
         "sample://chitchat",
     ]  # the second time for its first row
-    assert "fetching sample://smollm2 (93 MB)" in told
+    assert "fetching sample://smollm2 (93 MB)" in report
     with pytest.raises(UserError, match=r"model.path=sample://chitchat: this sample is no model"):
         resolve_run(run_config(model=ModelConfig(path="sample://chitchat"), data=data))
 

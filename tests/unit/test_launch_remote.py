@@ -63,13 +63,13 @@ def test_deepspeeds_launcher_is_told_where_and_what():
     "plan", [pdsh(export_env=["MY_TOKEN"]), mpirun(export_env=["MY_TOKEN"])], ids=["pdsh", "mpirun"]
 )
 def test_no_command_line_and_no_file_shows_a_secret(plan):
-    shown = "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
-    assert not [secret for secret in ("hf-secret", "wandb-secret", "my-secret") if secret in shown]
-    assert plan.handed["all"]["MY_TOKEN"] == "my-secret"
-    assert plan.handed["first"]["WANDB_API_KEY"] == "wandb-secret"
-    assert "HF_TOKEN" not in json.dumps(plan.handed)
+    formatted = "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
+    assert not [secret for secret in ("hf-secret", "wandb-secret", "my-secret") if secret in formatted]
+    assert plan.handoff["all"]["MY_TOKEN"] == "my-secret"
+    assert plan.handoff["first"]["WANDB_API_KEY"] == "wandb-secret"
+    assert "HF_TOKEN" not in json.dumps(plan.handoff)
     # What two shells would change goes the same way.
-    assert plan.handed["all"]["LC_MESSAGES"] == 'a "quoted" $value'
+    assert plan.handoff["all"]["LC_MESSAGES"] == 'a "quoted" $value'
 
 
 def test_variables_that_run_yaml_only_names_are_not_shown_either():
@@ -78,7 +78,7 @@ def test_variables_that_run_yaml_only_names_are_not_shown_either():
     given = {"launch_id": "id", "parent": {"STORE": "/private"}, "address": "10.0.0.1", "port": 1, "on_cpu": False}
     plan = pdsh_plan(config, Path("run"), SLOTS, **given)
     assert "/private" not in "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
-    assert plan.handed["all"]["STORE"] == "/private"
+    assert plan.handoff["all"]["STORE"] == "/private"
 
 
 def test_what_belongs_to_this_machine_stays_here():
@@ -135,9 +135,9 @@ def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatc
         (127, "env: '/opt/python': No such file or directory", f"it has no {sys.executable}"),
     ],
 )
-def test_what_ssh_says_in_words_of_the_user(code, said, reason):
-    told, fix = hosts.explain("n1", code, said)
-    assert reason in told
+def test_what_ssh_says_in_words_of_the_user(code, message, reason):
+    report, fix = hosts.explain("n1", code, message)
+    assert reason in report
     assert fix
 
 

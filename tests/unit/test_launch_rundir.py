@@ -21,14 +21,14 @@ NOW = datetime(2026, 3, 4, 5, 6, 7)
 
 def composed(*, overrides=(), max_steps=None, lr=None, **run):
     """What the command line says, and 10 steps at 2e-5 where it does not."""
-    said = [f"{key}={value}" for key, value in (("trainer.max_steps", max_steps), ("optimizer.lr", lr)) if value]
+    message = [f"{key}={value}" for key, value in (("trainer.max_steps", max_steps), ("optimizer.lr", lr)) if value]
     return Composed(
         run_config(
             run=schema.RunSection(**run),
             trainer=schema.TrainerConfig(max_steps=max_steps or 10),
             optimizer=AdamWConfig(lr=lr or 2e-5),
         ),
-        [*said, *overrides],
+        [*message, *overrides],
     )
 
 
@@ -45,12 +45,12 @@ def release(prepared):
         os.close(prepared.lock)
 
 
-def save(path, step, *, torn=False):
+def save(path, step, *, incomplete_reasons=False):
     folder = path / "checkpoints" / f"{store.tag(step)}.incomplete"
     folder.mkdir(parents=True)
     (folder / "weights").write_text("12345")
     final = store.commit(folder, {"step": step})
-    if torn:
+    if incomplete_reasons:
         (final / "weights").write_text("1")
     return final
 
@@ -74,7 +74,7 @@ def test_a_started_run_is_written_and_continued_from_its_newest_whole_checkpoint
     assert again.continues is None  # it had not saved
     release(again)
     first = save(run, 4)
-    save(run, 8, torn=True)
+    save(run, 8, incomplete_reasons=True)
     longer = rundir.prepare(rundir.choose(composed(dir=str(run), max_steps=20)))
     assert (longer.continues, longer.nothing_to_do) == (first, False)
     assert read_run(run / "run.yaml").config.trainer.max_steps == 20

@@ -40,7 +40,7 @@ def directives(text):
 
 
 def test_what_is_asked_for():
-    asked = directives(
+    requested = directives(
         script(
             nodes=2,
             gpus=4,
@@ -54,7 +54,7 @@ def test_what_is_asked_for():
             directives=["--exclusive", "--mail-type=END"],
         )
     )
-    assert asked == [
+    assert requested == [
         "--job-name=run",
         "--nodes=2",
         "--ntasks-per-node=4",

@@ -31,8 +31,8 @@ def test_a_finished_run(tmp_path):
         {"step": 14, "prompt": "Hi", "reference": "Hello!", "answer": "Hey there"},
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
-    assert shown == {
+    formatted = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
+    assert formatted == {
         "held-out loss": "3.4000 -> 2.9000",
         "perplexity": "29.9600 -> 18.1700",
         "best": "loss 2.9000 at step 14",
@@ -58,22 +58,22 @@ def test_the_metrics_are_those_of_the_exported_weights(tmp_path):
         {"step": 14, "eval/loss": 2.9},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
-    assert shown["held-out loss"] == "3.4000 -> 2.7500"
-    assert shown["weights"] == "of step 10, the best; the run ended at step 14"
-    assert "best" not in shown and "seconds" not in shown
+    formatted = {line[:15].strip(): line[15:] for line in summary(tmp_path).splitlines() if line}
+    assert formatted["held-out loss"] == "3.4000 -> 2.7500"
+    assert formatted["weights"] == "of step 10, the best; the run ended at step 14"
+    assert "best" not in formatted and "seconds" not in formatted
 
 
 def test_long_texts_are_wrapped_and_cut(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"status": "stopped", "reason": "no gain", "steps": 1}))
     row = {"step": 3, "prompt": "first " + "word " * 400 + "last", "reference": "", "answer": ""}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    shown = summary(tmp_path)
-    assert max(map(len, shown.splitlines())) <= 120
-    assert "word last" in shown  # the end of a prompt is what is answered
-    assert "first" not in shown
-    assert "(nothing)" in shown
-    assert "no gain" in shown
+    formatted = summary(tmp_path)
+    assert max(map(len, formatted.splitlines())) <= 120
+    assert "word last" in formatted  # the end of a prompt is what is answered
+    assert "first" not in formatted
+    assert "(nothing)" in formatted
+    assert "no gain" in formatted
 
 
 def test_files_that_are_missing_or_torn(tmp_path):

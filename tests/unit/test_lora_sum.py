@@ -36,8 +36,8 @@ def passes(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -45,10 +45,10 @@ def test_it_is_the_sum_of_peft(dropout: float) -> None:
     theirs = adapted(lora_dropout=dropout)
     ours = copy.deepcopy(theirs)
     assert use_joint_sums(ours) == 14
-    wanted, found = passes(theirs), passes(ours)
-    assert distance(found[0], wanted[0]) < 1e-6
-    assert found[1].keys() == wanted[1].keys()
-    for name, gradient in wanted[1].items():
+    expected, found = passes(theirs), passes(ours)
+    assert distance(found[0], expected[0]) < 1e-6
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
         assert distance(found[1][name], gradient) < 1e-5, name
 
 
@@ -86,9 +86,9 @@ def test_several_active_adapters_are_left_to_peft() -> None:
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
     rows = torch.randint(50, (1, 5))
-    wanted = model(input_ids=rows).logits
+    expected = model(input_ids=rows).logits
     use_joint_sums(model)
-    torch.testing.assert_close(model(input_ids=rows).logits, wanted)
+    torch.testing.assert_close(model(input_ids=rows).logits, expected)
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dstune.config.compose import compose, read_run, write_run
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import Automatic
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
@@ -175,7 +175,7 @@ def test_it_is_kept_in_the_runs_file(tmp_path) -> None:
     write_run(tmp_path / "run.yaml", composed)
     assert "  micro_batch_size: auto\n" in (tmp_path / "run.yaml").read_text()
     assert read_run(tmp_path / "run.yaml").config == composed.config
-    assert shown(Automatic.auto) == "auto"
+    assert format_value(Automatic.auto) == "auto"
 
 
 @pytest.mark.parametrize("value", ["many", "1.5", "[2]", "null"])

@@ -53,8 +53,8 @@ def exact(norm: Any, rows: torch.Tensor, incoming: torch.Tensor) -> tuple[torch.
     return output.detach(), rows.grad, weight.grad
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,9 +69,9 @@ def test_output_is_that_of_transformers_and_gradients_are_as_exact(
     theirs = made(cls, dtype)
     ours = copy.deepcopy(theirs)
     assert use_lean_norms(ours) == 1
-    wanted, found, truth = passes(theirs, rows, incoming), passes(ours, rows, incoming), exact(theirs, rows, incoming)
-    assert torch.equal(found[0], wanted[0])
-    for mine, other, real in zip(found[1:], wanted[1:], truth[1:], strict=True):
+    expected, found, truth = passes(theirs, rows, incoming), passes(ours, rows, incoming), exact(theirs, rows, incoming)
+    assert torch.equal(found[0], expected[0])
+    for mine, other, real in zip(found[1:], expected[1:], truth[1:], strict=True):
         assert mine.dtype == other.dtype and mine.shape == other.shape
         assert error(mine, real) <= 1.1 * error(other, real) + 1e-7
 
@@ -147,6 +147,6 @@ def test_the_input_alone_is_kept() -> None:
 def test_a_norm_in_fp32_between_layers_in_bf16() -> None:
     norm = made(LlamaRMSNorm, torch.float32)
     rows = torch.randn(5, WIDTH).bfloat16()
-    wanted = norm(rows)
+    expected = norm(rows)
     assert use_lean_norms(norm) == 1
-    assert wanted.dtype is torch.float32 and torch.equal(norm(rows), wanted)
+    assert expected.dtype is torch.float32 and torch.equal(norm(rows), expected)

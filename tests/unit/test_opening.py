@@ -18,7 +18,7 @@ from dstune.trainer.state import TrainState
 REPORT = {"train": {"rows": 40, "truncated": 38, "longest": 80}, "validation": {"rows": 2, "truncated": 0}}
 
 
-def said(
+def message(
     *overrides: str,
     report: dict | None = None,
     steps: int = 100,
@@ -35,11 +35,13 @@ def said(
 
 
 def test_rows_that_were_cut_are_counted() -> None:
-    (line,) = said("data.max_length=64", report=REPORT)
+    (line,) = message("data.max_length=64", report=REPORT)
     assert line.startswith(
         "38 of 40 train rows are longer than data.max_length=64 and were cut (the longest has 80 tokens"
     )
-    assert said("task=causal_lm", "data=files", "data.train=x.jsonl", report=REPORT) == []  # divided, nothing is lost
+    assert (
+        message("task=causal_lm", "data=files", "data.train=x.jsonl", report=REPORT) == []
+    )  # divided, nothing is lost
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_rows_that_were_cut_are_counted() -> None:
     ],
 )
 def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warned: bool) -> None:
-    assert [("2e-4" in line) for line in said(*overrides)] == [True] * warned
+    assert [("2e-4" in line) for line in message(*overrides)] == [True] * warned
 
 
 @pytest.mark.parametrize(
@@ -67,12 +69,12 @@ def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warne
         ("global_batch_size=8 micro_batch_size=4 parallel=ulysses parallel.size=2", 4, None),  # two groups of two
     ],
 )
-def test_micro_batches_that_count_for_nothing_are_told(overrides: str, ranks: int, told: str | None) -> None:
+def test_micro_batches_that_count_for_nothing_are_told(overrides: str, ranks: int, reported: str | None) -> None:
     given = [word if "=" in word and "parallel" in word else f"trainer.{word}" for word in overrides.split()]
     found = list(fillers(compose(["data=chitchat", *given]).config, ranks))
-    assert len(found) == (told is not None)
-    if told:
-        assert re.search(told, found[0]), found[0]
+    assert len(found) == (reported is not None)
+    if reported:
+        assert re.search(reported, found[0]), found[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6, 8])
@@ -88,8 +90,8 @@ def test_what_is_advised_leaves_none(ranks: int, rows: int) -> None:
 
 
 def test_few_held_out_rows_are_told() -> None:
-    assert said(held_out=20) == []
-    (line,) = said(held_out=1)
+    assert message(held_out=20) == []
+    (line,) = message(held_out=1)
     assert line.startswith("1 validation row: metrics of so few say little")
 
 
@@ -97,42 +99,42 @@ def test_experts_without_adapters_are_told() -> None:
     experts = nn.Module()
     experts.register_parameter("down_proj", nn.Parameter(torch.zeros(3, 2, 2)))
     mixture = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts, "gate": nn.Linear(2, 2, bias=False)})})
-    (line,) = said("method=lora", "optimizer.lr=2e-4", module=mixture)
+    (line,) = message("method=lora", "optimizer.lr=2e-4", module=mixture)
     assert line.startswith("the experts, 75% of the weights, have no adapters")
-    assert said("method=lora", "optimizer.lr=2e-4", "method.target_modules=[q_proj]", module=mixture) == []
+    assert message("method=lora", "optimizer.lr=2e-4", "method.target_modules=[q_proj]", module=mixture) == []
 
 
 def test_early_stopping_without_evaluations_between_is_told() -> None:
     patient = ["trainer.early_stopping.patience=3", "evaluate.every=50"]
-    (line,) = said(*patient, steps=4)
+    (line,) = message(*patient, steps=4)
     assert "4 steps and evaluate.every=50" in line
-    assert said(*patient, steps=51) == []
+    assert message(*patient, steps=51) == []
 
 
 def test_a_stretched_schedule_is_told() -> None:
     ended = TrainState(step=100, planned_steps=100)
     linear = ["schedule=linear", "optimizer.lr=1e-3", "schedule.warmup_ratio=0"]
-    (line,) = said(*linear, steps=200, state=ended)
+    (line,) = message(*linear, steps=200, state=ended)
     assert line.startswith("the run has 200 steps now instead of 100") and "goes on at 0.0005 instead of 1e-05" in line
-    assert said(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
-    assert said("schedule=constant", steps=200, state=ended) == []
-    assert said(*linear, steps=200) == []  # a first start
+    assert message(*linear, steps=100, state=TrainState(step=50, planned_steps=100)) == []
+    assert message("schedule=constant", steps=200, state=ended) == []
+    assert message(*linear, steps=200) == []  # a first start
 
 
 def test_labels_are_counted_and_misspelt_ones_named() -> None:
     counts = {"Bug": 1, "account": 65, "billing": 63, "billling": 2, "bug": 56, "cat": 1, "bat": 50}
     assert label_counts(counts).startswith("7 labels: account 65, billing 63, bug 56, bat 50, billling 2")
     assert label_counts({str(number): 1 for number in range(30)}).endswith(" and 18 more")
-    lines = said(report={"train": {"rows": 238, "labels": counts}})
+    lines = message(report={"train": {"rows": 238, "labels": counts}})
     assert lines == [
         "the label 'Bug' of 1 training row is almost 'bug' of 56: is it misspelt?",
         "the label 'billling' of 2 training rows is almost 'billing' of 63: is it misspelt?",
     ]
-    assert said(report={"train": {"rows": 9, "labels": {"bug": 3, "Bug": 6}}}) == []
+    assert message(report={"train": {"rows": 9, "labels": {"bug": 3, "Bug": 6}}}) == []
 
 
 def test_bad_rows_are_counted_for_each_file() -> None:
     report = {part: {"rows": 190, "rows_read": 200, "bad_rows": 10} for part in ("train", "validation")}
-    (line,) = said("data.on_bad_row=skip", report=report)
+    (line,) = message("data.on_bad_row=skip", report=report)
     assert line == "10 of 200 rows of data.train are bad and left out (data_report.json names the first)"
-    assert len(said("data.on_bad_row=skip", "data.validation=y.jsonl", report=report)) == 2
+    assert len(message("data.on_bad_row=skip", "data.validation=y.jsonl", report=report)) == 2

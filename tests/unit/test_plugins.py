@@ -75,9 +75,9 @@ def test_three_places_add_up(folder):
 )
 def test_a_project_file_that_is_wrong(content, where, reason):
     Path("dstune.yaml").write_text(content)
-    ((found, said, _),) = problems()
+    ((found, message, _),) = problems()
     assert found == where
-    assert said.startswith(reason)
+    assert message.startswith(reason)
 
 
 # ---- loading ----
@@ -172,9 +172,9 @@ def test_the_same_file_is_executed_once_and_a_changed_one_again():
 )
 def test_a_file_that_cannot_be_imported(content, where, reason, fix):
     Path("bad.py").write_text(content)
-    ((found, said, advice),) = problems("plugins=[./bad.py]")
+    ((found, message, advice),) = problems("plugins=[./bad.py]")
     assert found == f"./{where}"
-    assert reason in said
+    assert reason in message
     assert fix in advice
     assert "dstune_plugins.bad" not in sys.modules
 
@@ -213,8 +213,8 @@ def test_names_that_clash():
 def test_plugins_that_are_none(value, reason, fix):
     copy()
     copy("my-lion.py")
-    ((where, said, advice),) = problems(f"plugins={value}")
-    assert (where, said) == ("plugins", reason)
+    ((where, message, advice),) = problems(f"plugins={value}")
+    assert (where, message) == ("plugins", reason)
     assert fix in advice
 
 
@@ -254,8 +254,10 @@ def test_an_installed_package_is_there_always(folder):
         f"print(complete({line!r}, {{'train': lambda given: N(words=[], overrides=True, files=False)}}))"
     )
     env = os.environ | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}"}
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True).stdout
-    assert shown == "['optimizer=lion']\n"
+    formatted = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True
+    ).stdout
+    assert formatted == "['optimizer=lion']\n"
 
 
 # ---- runs ----
@@ -289,11 +291,11 @@ def test_a_rank_started_process_unpickles_what_a_plugin_defines(folder):
     (folder / "pickled").write_bytes(pickle.dumps(config))
     program = "import pickle; print(pickle.load(open('pickled', 'rb')).update_momentum)"
     lookup = "from dstune.protocols import OPTIMIZERS; print('lion' in OPTIMIZERS)"
-    for text, shown in ((program, "0.9\n"), (lookup, "True\n")):
+    for text, formatted in ((program, "0.9\n"), (lookup, "True\n")):
         done = subprocess.run(
             [sys.executable, "-c", text], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
-        assert done.stdout == shown, done.stderr
+        assert done.stdout == formatted, done.stderr
     compose(["data=chitchat"])
     assert plugins.VARIABLE not in os.environ  # another run's ranks must not inherit it
 

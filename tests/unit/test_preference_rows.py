@@ -49,10 +49,10 @@ def test_texts_stay_texts_and_mix_with_messages():
 
 
 def test_silence_may_be_rejected_and_not_chosen():
-    silent, said = [user("a"), assistant("")], [user("a"), assistant("b")]
-    assert pair(chosen=said, rejected=silent)["rejected"] == [assistant("")]
+    silent, message = [user("a"), assistant("")], [user("a"), assistant("b")]
+    assert pair(chosen=message, rejected=silent)["rejected"] == [assistant("")]
     with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
-        pair(chosen=silent, rejected=said)
+        pair(chosen=silent, rejected=message)
     judged = {"prompt": [user("a")], "completion": [assistant("")], "label": False}
     assert normalise(judged, "feedback", {})["desirable"] is False
     with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):

@@ -106,11 +106,11 @@ def test_encoder_decoders_are_refused_with_the_task_they_need(tmp_path, kind):
 
     (T5Config if kind == "t5" else BartConfig)(d_model=16).save_pretrained(tmp_path)
     model = ModelConfig(path=str(tmp_path))
-    told = [str(problem) for problem in description_problems(tmp_path, model, run_config(model=model))]
-    assert any(f"{kind} is an encoder-decoder" in text and "task=seq2seq" in text for text in told)
+    report = [str(problem) for problem in description_problems(tmp_path, model, run_config(model=model))]
+    assert any(f"{kind} is an encoder-decoder" in text and "task=seq2seq" in text for text in report)
     packed = run_config(model=model, task=Seq2SeqConfig(), data=DataConfig(train="x", packing=True))
-    told = [str(problem) for problem in description_problems(tmp_path, model, packed)]
-    assert any("data.packing" in text and "encoder-decoder" in text for text in told)
+    report = [str(problem) for problem in description_problems(tmp_path, model, packed)]
+    assert any("data.packing" in text and "encoder-decoder" in text for text in report)
     separate = replace(packed, data=DataConfig(train="x", packing=False))
     assert not any("encoder-decoder" in str(problem) for problem in description_problems(tmp_path, model, separate))
 
@@ -180,11 +180,11 @@ def test_a_packaged_template_is_the_family_s_own(name, family, messages, tools):
     bos = {"llama3": "<|begin_of_text|>", "gemma": "<bos>"}.get(name)
     given = {"tools": tools, "bos_token": bos} if bos else {"tools": tools}
     theirs = (folder / f"{family}.jinja").read_text(encoding="utf-8")
-    for shown in (messages, [message for message in messages[:2] if message["role"] != "assistant"]):
-        prompt = shown is not messages
+    for formatted in (messages, [message for message in messages[:2] if message["role"] != "assistant"]):
+        prompt = formatted is not messages
         expected = ours.apply_chat_template(
-            shown, chat_template=theirs, add_generation_prompt=prompt, return_dict=False, **given
+            formatted, chat_template=theirs, add_generation_prompt=prompt, return_dict=False, **given
         )
-        found = ours.apply_chat_template(shown, add_generation_prompt=prompt, return_dict=False, tools=tools)
+        found = ours.apply_chat_template(formatted, add_generation_prompt=prompt, return_dict=False, tools=tools)
         assert ours.decode(found) == ours.decode(expected)
         assert found == expected

@@ -45,24 +45,24 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_trials_stand_best_first(sweep: Path):
-    shown = Page(page(sweep))
-    links = [str(found["href"]) for found in shown.having("href") if str(found["href"]).endswith("report.html")]
+    formatted = Page(page(sweep))
+    links = [str(found["href"]) for found in formatted.having("href") if str(found["href"]).endswith("report.html")]
     assert [link[:3] for link in links] == ["001", "002", "003", "000", "004"], "what was pruned stands behind"
     assert all("=" not in link.rsplit("/", 1)[0] for link in links), "names are quoted in addresses"
-    assert "best held-out loss 2 trial 001" in shown.text
-    assert "4 completed, 1 pruned, 1 failed" in shown.text
-    assert "<script>alert(1)" not in shown.html
-    assert "Failed 005-lr=1.0,rank=8 not finite" in shown.text
+    assert "best held-out loss 2 trial 001" in formatted.text
+    assert "4 completed, 1 pruned, 1 failed" in formatted.text
+    assert "<script>alert(1)" not in formatted.html
+    assert "Failed 005-lr=1.0,rank=8 not finite" in formatted.text
 
 
 def test_values_curves_and_importance(sweep: Path):
-    shown = Page(page(sweep))
-    titles = [words for words in shown.words if words]
+    formatted = Page(page(sweep))
+    titles = [words for words in formatted.words if words]
     for title in ("All values together", "optimizer.lr", "method.rank", "Held-out loss", "Training loss"):
         assert title in titles
-    assert len(shown.classed("dot")) >= 10, "five trials over each of two keys"
-    assert len(shown.classed("ring")) == 2, "the pruned trial over each key"
-    paths = [found for found in shown.having("d") if "c" in str(found.get("class"))]
+    assert len(formatted.classed("dot")) >= 10, "five trials over each of two keys"
+    assert len(formatted.classed("ring")) == 2, "the pruned trial over each key"
+    paths = [found for found in formatted.having("d") if "c" in str(found.get("class"))]
     assert len([found for found in paths if str(found["d"]).count("L") == 2]) == 5, "through two keys to the loss"
 
 
@@ -83,11 +83,11 @@ def test_curves_of_trials_that_diverged_are_left_out(tmp_path: Path):
         for row in own["files"]["metrics"]:
             if "eval/loss" in row:
                 row["eval/loss"] += at / 100
-    shown = Page(
+    formatted = Page(
         page(write_sweep_directory(tmp_path / "sweep", [*runs, trial(7, 1.0, 8, 110.0, files={"metrics": rows})]))
     )
-    assert "1 diverged, not drawn" in shown.text
-    assert "1 beyond the edge" in shown.text
+    assert "1 diverged, not drawn" in formatted.text
+    assert "1 beyond the edge" in formatted.text
 
 
 def test_steps_that_pruning_saved(tmp_path: Path):
@@ -107,9 +107,9 @@ def test_several_objectives_mark_what_nobody_beats(tmp_path: Path):
         for at, (accuracy, seconds) in enumerate(reached)
     ]
     path = write_sweep_directory(tmp_path / "sweep", trials, ["accuracy", "seconds"])
-    shown = Page(page(path))
-    assert len(shown.classed("best")) == 2
-    assert "more is better" in shown.text
+    formatted = Page(page(path))
+    assert len(formatted.classed("best")) == 2
+    assert "more is better" in formatted.text
     found = [Record(one["name"], 0, {}, status="completed", objective=one["objective"]) for one in trials]
     assert unbeaten(found, ["accuracy", "seconds"]) == {"t0", "t1"}
     assert [one.name for one in ranked(found, "accuracy")] == ["t0", "t3", "t1", "t2"]
@@ -117,9 +117,9 @@ def test_several_objectives_mark_what_nobody_beats(tmp_path: Path):
 
 def test_a_sweep_in_which_nothing_began(tmp_path: Path):
     path = write_sweep_directory(tmp_path / "sweep", [trial(0, 1e-4, 8, None, status="failed", run=False)])
-    shown = Page(page(path))
-    assert "1 failed" in shown.text
-    assert "Curves" not in shown.text
+    formatted = Page(page(path))
+    assert "1 failed" in formatted.text
+    assert "Curves" not in formatted.text
     assert read_record(tmp_path / "none.json") is None
 
 
@@ -185,9 +185,9 @@ def test_scales():
 
 def test_report_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["report", str(sweep), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["report"] == str(sweep / "report.html")
-    assert [Path(run).name[:3] for run in told["runs"]] == ["001", "002", "003", "000", "004"]
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["report"] == str(sweep / "report.html")
+    assert [Path(run).name[:3] for run in reported["runs"]] == ["001", "002", "003", "000", "004"]
     assert "Trials, best first" in (sweep / "report.html").read_text()
     assert (
         cli.main(
@@ -238,6 +238,6 @@ def test_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["runs", "SWEEP", "--sot"], "did you mean --sort?"),
     ],
 )
-def test_mistakes(arguments: list[str], told: str, sweep: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes(arguments: list[str], reported: str, sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main([str(sweep) if word == "SWEEP" else word for word in arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err

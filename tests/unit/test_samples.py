@@ -65,12 +65,12 @@ class Server:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                wanted = self.headers.get("Range")
-                outer.ranges.append(wanted)
+                needed = self.headers.get("Range")
+                outer.ranges.append(needed)
                 if outer.status != 200:
                     self.send_error(outer.status)
                     return
-                start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and outer.understands_ranges else 0
+                start = int(needed.removeprefix("bytes=").rstrip("-")) if needed and outer.understands_ranges else 0
                 body = outer.content[start:]
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(body)))
@@ -242,9 +242,9 @@ def test_resolve_fetches_once_then_needs_nothing(ner_index: Index, cache: Path) 
     assert (path.parent / "LICENSE.package").read_text() == "MIT"
     assert list((cache / "samples" / "downloads").iterdir()) == []
 
-    asked = list(ner_index.verbs)
+    requested = list(ner_index.verbs)
     assert samples.resolve("sample://ner", fetch=False) == samples.resolve("sample://ner") == path
-    assert ner_index.verbs == asked
+    assert ner_index.verbs == requested
 
 
 def test_two_at_once_fetch_it_once(ner_index: Index) -> None:
@@ -312,7 +312,7 @@ def test_the_command_lists_and_fetches(ner_index: Index, capsys: pytest.CaptureF
     assert "did you mean sample://ner" in capsys.readouterr().err
 
 
-def said(sender: str, *texts: str) -> list[dict[str, str]]:
+def message(sender: str, *texts: str) -> list[dict[str, str]]:
     return [{"sender": sender, "text": text} for text in texts]
 
 
@@ -320,13 +320,17 @@ def said(sender: str, *texts: str) -> list[dict[str, str]]:
     ("groups", "expected"),
     [
         pytest.param(
-            [said("a", "Hi ", "there"), said("b", "yo")], [("user", "Hi\nthere"), ("assistant", "yo")], id="joined"
+            [message("a", "Hi ", "there"), message("b", "yo")],
+            [("user", "Hi\nthere"), ("assistant", "yo")],
+            id="joined",
         ),
-        pytest.param([said("a", "Hi"), said("a", "?"), said("b", "yo")], [], id="not alternating"),
-        pytest.param([said("a", "Hi")], [], id="no answer"),
-        pytest.param([said("a", "1"), said("b", "2"), said("c", "3"), said("b", "4")], [], id="three people"),
+        pytest.param([message("a", "Hi"), message("a", "?"), message("b", "yo")], [], id="not alternating"),
+        pytest.param([message("a", "Hi")], [], id="no answer"),
         pytest.param(
-            [said("a", "1"), said("b", "2"), said("a", "3"), said("b", " "), said("a", "5")],
+            [message("a", "1"), message("b", "2"), message("c", "3"), message("b", "4")], [], id="three people"
+        ),
+        pytest.param(
+            [message("a", "1"), message("b", "2"), message("a", "3"), message("b", " "), message("a", "5")],
             [("user", "1"), ("assistant", "2"), ("user", "3")],
             id="cut before an empty answer",
         ),

@@ -76,15 +76,15 @@ def written(ids: np.ndarray) -> str:
 
 
 def test_a_decoder_is_asked_through_its_template_or_plainly(tmp_path):
-    asked = samples(tmp_path, TASK, PAIR).sample(0)
-    assert written(asked["input_ids"]) == (
+    requested = samples(tmp_path, TASK, PAIR).sample(0)
+    assert written(requested["input_ids"]) == (
         "<|im_start|>user\nSay in Spanish: the sun<|im_end|>\n<|im_start|>assistant\nel sol<|im_end|>\n"
     )
     plain = replace(TASK, prompt="English: {source}\nSpanish:", chat=False, separator=" ")
     split = samples(tmp_path, plain, PAIR)
     sample = split.sample(0)
     assert written(sample["input_ids"]) == "English: the sun\nSpanish: el sol<|im_end|>"
-    for one in (asked, sample):
+    for one in (requested, sample):
         assert written(one["labels"][one["labels"] != -100]).strip() == "el sol<|im_end|>"
     assert split.source_and_target(0) == PAIR and "source" not in sample
     assert split.weights[0] == (sample["labels"] != -100).sum()
@@ -165,9 +165,9 @@ def test_the_share_of_evaluation_is_told_once_with_a_warning_where_it_is_much():
     assert fraction(often, 100, 5.0, 1.0) == pytest.approx(15 / 115)
     cost = EvaluationCost(often, 100)
     assert cost.evaluated(5.0) is None
-    said = [cost.stepped(1.0) for _ in range(4)]
-    assert said[:2] == [None, None] and said[3] is None
-    assert said[2] is not None and said[2].startswith("warning: 3 evaluations of 5.0 s: about 13%")
+    message = [cost.stepped(1.0) for _ in range(4)]
+    assert message[:2] == [None, None] and message[3] is None
+    assert message[2] is not None and message[2].startswith("warning: 3 evaluations of 5.0 s: about 13%")
     once = EvaluationCost(run_config(evaluate=EvaluateConfig(at_start=False)), 100)
     assert [once.stepped(1.0) for _ in range(5)] == [None] * 5
     line = once.evaluated(5.0)
@@ -187,14 +187,14 @@ def test_examples_are_the_same_every_time_and_of_all_classes():
 
 
 def test_impossible_settings_are_refused():
-    def told(**sections) -> str:
+    def report(**sections) -> str:
         return " ".join(str(problem) for problem in find_problems(run_config(**sections)))
 
     data = DataConfig(train="x", packing=False)
-    assert "one place in the prompt" in told(task=Seq2SeqConfig(prompt="Translate"), data=data)
-    asked = EvaluateConfig(baseline_shots=[0, 4])
-    assert "--prompted MODEL" in told(task=ClassificationConfig(), data=data, evaluate=asked)
-    assert "baseline_shots" not in told(task=TASK, data=data, evaluate=asked)
+    assert "one place in the prompt" in report(task=Seq2SeqConfig(prompt="Translate"), data=data)
+    requested = EvaluateConfig(baseline_shots=[0, 4])
+    assert "--prompted MODEL" in report(task=ClassificationConfig(), data=data, evaluate=requested)
+    assert "baseline_shots" not in report(task=TASK, data=data, evaluate=requested)
 
 
 # -- verses from packages of Debian's ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from unit.data_helpers import CHATML, byte_tokenizer, chats, exchange, metaspace
 from dstune import cli
 from dstune.data import statistics
 from dstune.data.collate import NO_TARGET
-from dstune.show.facts import Row, Shown
+from dstune.show.facts import Preview, Row
 from dstune.show.segments import Segment, segments
 from dstune.show.terminal import Style, text, visible
 
@@ -140,14 +140,18 @@ def test_json_and_page(show, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "my.jsonl", chats(30))
     code, out, _ = show("data.train=my.jsonl", "data.max_length=32", "--rows", "3", "--json", "--html", "rows.html")
     assert code == 0
-    shown = json.loads(out)
-    assert (shown["split"], len(shown["rows"])) == ("train", 3)
-    assert [row["number"] for row in shown["rows"]] == [0, round((shown["samples"] - 1) / 2), shown["samples"] - 1]
-    row = shown["rows"][0]
+    formatted = json.loads(out)
+    assert (formatted["split"], len(formatted["rows"])) == ("train", 3)
+    assert [row["number"] for row in formatted["rows"]] == [
+        0,
+        round((formatted["samples"] - 1) / 2),
+        formatted["samples"] - 1,
+    ]
+    row = formatted["rows"][0]
     assert sum(segment["tokens"] for segment in row["segments"]) == row["tokens"]
     assert sum(segment["tokens"] for segment in row["segments"] if segment["trained"]) == row["targets"]
-    assert shown["longer_than"]["32"] == shown["report"]["truncated"]
-    assert 0 < shown["report"]["packing"] <= 1
+    assert formatted["longer_than"]["32"] == formatted["report"]["truncated"]
+    assert 0 < formatted["report"]["packing"] <= 1
     page = (tmp_path / "rows.html").read_text()
     assert "<mark>The answer is 2." in page
     assert "two and two" not in page
@@ -168,11 +172,11 @@ def test_repetitions_are_counted(show, tmp_path: Path) -> None:
     rows = [exchange("Ping?", "Pong.")] * 4 + [exchange(f"Say {number}", "I do not know.") for number in range(3)]
     write_jsonl(tmp_path / "my.jsonl", [*rows, *chats(5)])
     given = ("data.train=my.jsonl", "data.split.validation=0", "data.clean.duplicates=keep", "--json")
-    shown = json.loads(show(*given)[1])
-    (duplicate,) = shown["duplicates"]
+    formatted = json.loads(show(*given)[1])
+    (duplicate,) = formatted["duplicates"]
     assert duplicate["count"] == 4
     assert "Ping?" in duplicate["text"]
-    (answer,) = shown["answers"]
+    (answer,) = formatted["answers"]
     assert (answer["count"], answer["text"]) == (3, "I do not know.")
 
 
@@ -236,17 +240,17 @@ def test_a_pair_shows_both_answers_and_counts_what_is_trained(show, tmp_path: Pa
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def shown_row(*pieces: Segment) -> Shown:
+def shown_row(*pieces: Segment) -> Preview:
     row = Row(0, sum(piece.tokens for piece in pieces), 1, None, None, list(pieces))
-    return Shown("m", "chat", "train", 1, [row], {}, {"max_length": 8, "packing": False})
+    return Preview("m", "chat", "train", 1, [row], {}, {"max_length": 8, "packing": False})
 
 
 def test_colours_and_brackets() -> None:
     pieces = (Segment("<s>", 1, False, True), Segment("ask", 1, False, False), Segment("a\nb", 2, True, False))
-    shown = shown_row(*pieces, Segment("</s>", 1, True, True))
-    assert text(shown, PLAIN).endswith("<s>ask[[a\nb</s>]]")
+    formatted = shown_row(*pieces, Segment("</s>", 1, True, True))
+    assert text(formatted, PLAIN).endswith("<s>ask[[a\nb</s>]]")
     coloured = "\x1b[35m<s>\x1b[0mask\x1b[32ma\x1b[0m\n\x1b[32mb\x1b[0m\x1b[32m\x1b[1m</s>\x1b[0m"
-    assert text(shown, COLOURS).endswith(coloured)
+    assert text(formatted, COLOURS).endswith(coloured)
 
 
 def test_text_cannot_command_the_terminal() -> None:

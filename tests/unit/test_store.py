@@ -8,11 +8,11 @@ from dstune.checkpoint import store
 
 
 def write(run_dir, step, *, best_step=None, size=100, weights_only=False):
-    aside = store.folder(run_dir) / (store.tag(step) + store.INCOMPLETE)
-    (aside / "shards").mkdir(parents=True)
-    (aside / "shards" / "rank0.pt").write_bytes(bytes(size))
+    temporary = store.folder(run_dir) / (store.tag(step) + store.INCOMPLETE)
+    (temporary / "shards").mkdir(parents=True)
+    (temporary / "shards" / "rank0.pt").write_bytes(bytes(size))
     best = None if best_step is None else {"metric": "loss", "value": 1.0, "step": best_step}
-    return store.commit(aside, {"step": step, "best": best, "weights_only": weights_only})
+    return store.commit(temporary, {"step": step, "best": best, "weights_only": weights_only})
 
 
 def steps(run_dir):
@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
         "no marker": "no COMMITTED",
         "torn marker": "is torn",
     }
-    assert words[damage] in store.torn(newer)[0]
+    assert words[damage] in store.incomplete_reasons(newer)[0]
 
 
 def test_a_flipped_bit_is_named(tmp_path):
@@ -62,16 +62,16 @@ def test_a_flipped_bit_is_named(tmp_path):
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned(tmp_path):
     kept = write(tmp_path, 10)
-    torn = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
-    torn.mkdir()
+    incomplete_reasons = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
+    incomplete_reasons.mkdir()
     assert store.newest(tmp_path) == kept
-    assert store.prune(tmp_path, keep=2) == [torn]
-    assert not torn.exists()
+    assert store.prune(tmp_path, keep=2) == [incomplete_reasons]
+    assert not incomplete_reasons.exists()
 
 
 def test_a_damaged_checkpoint_set_aside_costs_no_whole_one(tmp_path):
     write(tmp_path, 40, best_step=40)
-    store.set_aside(write(tmp_path, 60, best_step=40))
+    store.quarantine(write(tmp_path, 60, best_step=40))
     write(tmp_path, 50, best_step=40)
     store.prune(tmp_path, keep=1)
     assert steps(tmp_path) == [40, 50]
@@ -82,12 +82,12 @@ def test_a_damaged_checkpoint_set_aside_costs_no_whole_one(tmp_path):
 def test_a_whole_checkpoint_without_its_name_gets_it_back(tmp_path, ending):
     path = write(tmp_path, 10)
     path.rename(path.with_name(path.name + ending))
-    torn = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
-    torn.mkdir()
+    incomplete_reasons = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
+    incomplete_reasons.mkdir()
     assert store.newest(tmp_path) is None
     store.mend(tmp_path)
     assert store.newest(tmp_path) == path
-    assert torn.exists()  # not whole: left to the next pruning
+    assert incomplete_reasons.exists()  # not whole: left to the next pruning
 
 
 def test_a_checkpoint_that_is_read_is_not_pruned(tmp_path):
@@ -129,14 +129,14 @@ def test_weights_alone_are_no_place_to_continue_from_and_cost_none(tmp_path):
 
 
 def test_entries_of_the_writers_are_held_against_the_files(tmp_path):
-    aside = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
-    aside.mkdir(parents=True)
-    (aside / "rank0.pt").write_bytes(bytes(100))
-    entry = {"bytes": 100, "xxh3_64": store._hash(aside / "rank0.pt")}
+    temporary = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
+    temporary.mkdir(parents=True)
+    (temporary / "rank0.pt").write_bytes(bytes(100))
+    entry = {"bytes": 100, "xxh3_64": store._hash(temporary / "rank0.pt")}
     with pytest.raises(OSError, match=r"rank1\.pt is not what was written"):
-        store.commit(aside, {"step": 10}, {"rank0.pt": entry, "rank1.pt": entry})
+        store.commit(temporary, {"step": 10}, {"rank0.pt": entry, "rank1.pt": entry})
     with pytest.raises(OSError, match=r"rank0\.pt is not what was written"):
-        store.commit(aside, {"step": 10}, {"rank0.pt": {**entry, "bytes": 101}})
+        store.commit(temporary, {"step": 10}, {"rank0.pt": {**entry, "bytes": 101}})
     assert store.newest(tmp_path) is None
-    path = store.commit(aside, {"step": 10}, {"rank0.pt": entry})
+    path = store.commit(temporary, {"step": 10}, {"rank0.pt": entry})
     assert store.damaged_files(path) == []

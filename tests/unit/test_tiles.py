@@ -48,14 +48,14 @@ def gradients(found: Any, positions: int) -> tuple[float, dict[str, torch.Tensor
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("positions", [13, 2])  # 2: fewer than pieces
 def test_gradients_are_those_of_the_whole(name: str, checkpointing: bool, positions: int) -> None:
-    loss, wanted = gradients(model(name), positions)
+    loss, expected = gradients(model(name), positions)
     tiled = model(name)
     assert tile_feed_forward(tiled, 3) == 2
     if checkpointing:
         tiled.gradient_checkpointing_enable(checkpointing_options(True))
     found, others = gradients(tiled, positions)
     assert found == pytest.approx(loss, rel=1e-6)
-    for key, gradient in wanted.items():
+    for key, gradient in expected.items():
         # Sums of fp32 in another order: 4e-7 of the largest gradient was seen on an AMD EPYC.
         apart = max(1e-7, 1e-6 * float(gradient.abs().max()))
         torch.testing.assert_close(others[key], gradient, rtol=1e-5, atol=apart, msg=key)

@@ -116,9 +116,9 @@ def console(monkeypatch, clock, kind):
 
 
 def test_plain_lines_come_first_last_and_every_ten_seconds(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "plain")
+    formatted, stream = console(monkeypatch, clock, "plain")
     for step in range(1, 21):
-        shown.progress(step, 20, METRICS)
+        formatted.progress(step, 20, METRICS)
         clock.now += 2.0
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/20", "6/20", "11/20", "16/20", "20/20"]
@@ -129,12 +129,12 @@ def test_plain_lines_come_first_last_and_every_ten_seconds(monkeypatch, clock):
 
 
 def test_terminal_lines_are_drawn_over_and_cleared(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "tty:120")
-    shown.progress(10, 40, METRICS)
+    formatted, stream = console(monkeypatch, clock, "tty:120")
+    formatted.progress(10, 40, METRICS)
     clock.now += 1
-    shown.progress(11, 40, METRICS)
-    shown.evaluation(11, {"eval/loss": 2.0, "eval/targets": 1751.0, "eval/seconds": 0.5})
-    shown.close()
+    formatted.progress(11, 40, METRICS)
+    formatted.evaluation(11, {"eval/loss": 2.0, "eval/targets": 1751.0, "eval/seconds": 0.5})
+    formatted.close()
     first, second, erased, rest = stream.getvalue().split("\r")
     assert first.startswith("10/40 [#####---------------] loss 2.3457")
     assert {len(first), len(second), len(erased)} == {119}
@@ -144,31 +144,31 @@ def test_terminal_lines_are_drawn_over_and_cleared(monkeypatch, clock):
 
 @pytest.mark.parametrize("width", [20, 60, 80])
 def test_a_terminal_line_never_wraps(monkeypatch, clock, width):
-    shown, stream = console(monkeypatch, clock, f"tty:{width}")
-    shown.progress(1, 1000, METRICS)
-    shown.close()
+    formatted, stream = console(monkeypatch, clock, f"tty:{width}")
+    formatted.progress(1, 1000, METRICS)
+    formatted.close()
     assert {len(line) for line in stream.getvalue().split("\r") if line} == {width - 1}
 
 
 def test_a_fast_run_draws_at_most_ten_times_a_second(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "tty:80")
+    formatted, stream = console(monkeypatch, clock, "tty:80")
     for step in range(1, 1001):
         clock.now += 0.001
-        shown.progress(step, 1000, METRICS)
+        formatted.progress(step, 1000, METRICS)
     assert 5 <= stream.getvalue().count("\r") <= 13
 
 
 def test_time_left_counts_what_happens_between_steps(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "plain")
-    shown.progress(1, 4, METRICS | {"step_seconds": 0.0})
+    formatted, stream = console(monkeypatch, clock, "plain")
+    formatted.progress(1, 4, METRICS | {"step_seconds": 0.0})
     clock.now += 3600.0
-    shown.progress(2, 4, METRICS)
+    formatted.progress(2, 4, METRICS)
     assert stream.getvalue().splitlines()[-1].endswith("1:00:00 left")
 
 
 def test_a_skipped_step_says_so(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "plain")
-    shown.progress(1, 4, METRICS | {"skipped": "nonfinite"})
+    formatted, stream = console(monkeypatch, clock, "plain")
+    formatted.progress(1, 4, METRICS | {"skipped": "nonfinite"})
     assert "skipped (nonfinite)" in stream.getvalue()
 
 
@@ -182,8 +182,8 @@ def test_evaluation_rows_are_shown_and_training_rows_are_not(monkeypatch, tmp_pa
 
 
 def test_what_goes_on_before_the_first_step_is_shown_with_its_counts(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "plain")
-    show_activities(shown)
+    formatted, stream = console(monkeypatch, clock, "plain")
+    show_activities(formatted)
     log = logging.getLogger("dstune.data.anything")
     try:
         log.info("reading rows of %s", "a.jsonl")
@@ -205,9 +205,9 @@ def test_what_goes_on_before_the_first_step_is_shown_with_its_counts(monkeypatch
 
 
 def test_an_activity_on_a_terminal_is_drawn_over(monkeypatch, clock):
-    shown, stream = console(monkeypatch, clock, "tty:80")
-    shown.activity("tokenizing train rows", 500, 1000)
-    shown.message("done")
+    formatted, stream = console(monkeypatch, clock, "tty:80")
+    formatted.activity("tokenizing train rows", 500, 1000)
+    formatted.message("done")
     first, erased, rest = stream.getvalue().split("\r")
     assert first.rstrip() == "  500/1,000 [##########----------] tokenizing train rows"
     assert not erased.strip()

@@ -201,10 +201,10 @@ def test_a_package_that_is_not_installed_is_told_before_the_ranks_start(monkeypa
     config = run_config(tracking=tracking, model=schema.ModelConfig(path="/nowhere"))
     with pytest.raises(UserError) as caught:
         resolve_run(config)
-    told = {problem.where: problem.fix for problem in caught.value.problems}
-    assert told["tracking.tensorboard"] == "pip install 'dstune[tensorboard]'"
-    assert told["tracking.mlflow.uri"] == "pip install 'dstune[mlflow]'"
-    assert "model.path" in told, "all problems are told together"
+    report = {problem.where: problem.fix for problem in caught.value.problems}
+    assert report["tracking.tensorboard"] == "pip install 'dstune[tensorboard]'"
+    assert report["tracking.mlflow.uri"] == "pip install 'dstune[mlflow]'"
+    assert "model.path" in report, "all problems are told together"
 
 
 def test_a_database_needs_the_whole_of_mlflow(monkeypatch):

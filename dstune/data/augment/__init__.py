@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Told:
+class Announced:
     """What augmentation did, for the data report."""
 
     copies: int = 0
@@ -63,10 +63,10 @@ def augmented(
 
     own: places in `train` of the rows that are copied, int64. work: folder for the new table.
     """
-    settings, told = config.data.augment, Told()
+    settings, report = config.data.augment, Announced()
     known = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
-    jobs = _jobs(train, own, settings, told)
-    made = _copies(train, jobs, settings, known, told, config.data.split.seed)
+    jobs = _jobs(train, own, settings, report)
+    made = _copies(train, jobs, settings, known, report, config.data.split.seed)
     target = work / "train.augmented.arrow"
     origins = _write(train, made, target)
     table = load_table(
@@ -74,19 +74,19 @@ def augmented(
     )
     sources = None if train.table.sources is None else train.table.sources[train.indices][origins]
     table = replace(table, sources=sources, bad_examples=train.table.bad_examples)
-    told.copies = len(made)
-    if told.classes:
+    report.copies = len(made)
+    if report.classes:
         assert table.labels is not None
         after = Counter(table.labels.tolist())
-        told.classes = {label: [before[0], after[label]] for label, before in told.classes.items()}
-    return ChosenRows(table, np.arange(len(table.hashes)), train.bad_rows), told.to_dict()
+        report.classes = {label: [before[0], after[label]] for label, before in report.classes.items()}
+    return ChosenRows(table, np.arange(len(table.hashes)), train.bad_rows), report.to_dict()
 
 
 def _keys(parts: Iterable[ChosenRows]) -> set[int]:
     return {int(key) for rows in parts for key in rows.text_keys}
 
 
-def _jobs(train: ChosenRows, own: np.ndarray, settings: AugmentConfig, told: Told) -> list[tuple[int, int]]:
+def _jobs(train: ChosenRows, own: np.ndarray, settings: AugmentConfig, report: Announced) -> list[tuple[int, int]]:
     """(place of the row, number of the copy) of every copy that is wanted."""
     jobs = [(int(place), number) for place in own for number in range(settings.copies)]
     if not settings.balance:
@@ -95,7 +95,7 @@ def _jobs(train: ChosenRows, own: np.ndarray, settings: AugmentConfig, told: Tol
     labels = train.table.labels[train.indices[own]]
     hashes = train.hashes
     names, counts = np.unique(labels, return_counts=True)
-    told.classes = {str(name): [int(count)] for name, count in zip(names, counts, strict=True)}
+    report.classes = {str(name): [int(count)] for name, count in zip(names, counts, strict=True)}
     most = max(int(count) for count in counts) * (1 + settings.copies)
     for name, count in zip(names, counts, strict=True):
         # By hash, so that which rows come once more does not depend on the order of the file.
@@ -111,7 +111,7 @@ def _copies(
     jobs: list[tuple[int, int]],
     settings: AugmentConfig,
     known: Mapping[str, set[int]],
-    told: Told,
+    report: Announced,
     split_seed: int,
 ) -> list[tuple[int, str, int]]:
     """(place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known` rows."""
@@ -119,7 +119,7 @@ def _copies(
     hashes = train.hashes
     rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
     if settings.models:
-        rows = _by_models(rows, settings, told)
+        rows = _by_models(rows, settings, report)
     left_out: Counter[str] = Counter()
     made = []
     for (place, number), row in zip(jobs, rows, strict=True):
@@ -138,25 +138,25 @@ def _copies(
             continue
         known["repeated"].add(key)
         for name, count in counts.items():
-            of = told.changed.setdefault(name, {"rows": 0, "words": 0})
+            of = report.changed.setdefault(name, {"rows": 0, "words": 0})
             of["rows"] += count > 0
             of["words"] += count
         content = canonical(copy)
         made.append((place, content.decode("utf-8"), content_hash(content, split_seed)))
-        if len(told.examples) < SHOWN:
+        if len(report.examples) < SHOWN:
             before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))
-            shown = f"{before} -> {' | '.join(texts(copy))}"
-            told.examples.append({"place": train.table.place(train.indices[place]), "text": shown})
-    told.left_out = dict(left_out)
+            formatted = f"{before} -> {' | '.join(texts(copy))}"
+            report.examples.append({"place": train.table.place(train.indices[place]), "text": formatted})
+    report.left_out = dict(left_out)
     return made
 
 
-def _by_models(rows: list[Row], settings: AugmentConfig, told: Told) -> list[Row]:
+def _by_models(rows: list[Row], settings: AugmentConfig, report: Announced) -> list[Row]:
     """The rows with every text of theirs rewritten."""
     given = [text for row in rows for text in texts(row)]
     answers = iter(rewritten(given, settings))
     found = [map_texts(row, lambda _: next(answers)) for row in rows]
-    told.changed["models"] = {"rows": sum(one != other for one, other in zip(rows, found, strict=True)), "words": 0}
+    report.changed["models"] = {"rows": sum(one != other for one, other in zip(rows, found, strict=True)), "words": 0}
     return found
 
 

@@ -56,9 +56,9 @@ def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int)
                 pad_token_id=tokenizer.pad_token_id,
                 **sampling,
             )
-            told = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
+            report = [tokenizer.decode(row[begin:], skip_special_tokens=True).strip() for row in tokens]
             # What fell silent on the way stays silent: the next model would invent something.
-            answers += [answer if text else "" for answer, text in zip(told, some, strict=True)]
+            answers += [answer if text else "" for answer, text in zip(report, some, strict=True)]
     del model
     if on_gpu:
         torch.cuda.empty_cache()

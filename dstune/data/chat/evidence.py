@@ -130,7 +130,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                 continue  # transformers would make control tokens of what somebody wrote
             places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
             samples = [_columns(table[place], exchange.prefix) for place in places]
-            row = {**exchange.row, "messages": renderer.wanted(exchange.row["messages"])}
+            row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"])}
             reason, count = _compared(server, row, samples, own, stops)
             compared += count
             if reason is not None:

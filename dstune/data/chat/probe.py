@@ -98,7 +98,9 @@ def facts_of(template: ChatTemplate) -> Facts:
     thinking = {} if switch is None else {switch: True}
     as_text, empty, printed = _calls(template)
     facts = Facts(None, switch, True, True, printed, True, True, as_text, empty)
-    asked = facts.adapted({"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]})
+    requested = facts.adapted(
+        {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
+    )
     both = facts.adapted(
         {
             "role": "assistant",
@@ -112,7 +114,7 @@ def facts_of(template: ChatTemplate) -> Facts:
         (
             key
             for key in REASONING_KEYS
-            for answer in (_ANSWER, asked)
+            for answer in (_ANSWER, requested)
             if _prints(
                 template, [_QUESTION, {**answer, key: "qzreasoning"}], "qzreasoning", arguments=thinking, refused=False
             )
@@ -128,7 +130,7 @@ def facts_of(template: ChatTemplate) -> Facts:
         prints_tools=_prints(template, [_QUESTION], "qzfirst", tools=_TOOLS, prompt=True),
         prints_calls=printed,
         prints_several_calls=printed and _prints(template, [_QUESTION, both], "qzother", tools=_TOOLS),
-        prints_results=_prints(template, [_QUESTION, asked, _RESULT], "qzresult", tools=_TOOLS, prompt=True),
+        prints_results=_prints(template, [_QUESTION, requested, _RESULT], "qzresult", tools=_TOOLS, prompt=True),
         arguments_as_text=as_text,
         empty_content=empty,
         splits_reasoning=reasoning_key is None or _splits(template, thinking),
@@ -238,9 +240,9 @@ def _stops_of_calls(
     """(whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
     first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
     second = _call("qzsecond", {"qzkey": "qzvalue"}, "qzcall002")
-    asked = facts.adapted({"role": "assistant", "tool_calls": [first]})
+    requested = facts.adapted({"role": "assistant", "tool_calls": [first]})
     try:
-        final, middle = _behind(template, [_QUESTION, asked], "qzvalue", [_RESULT], tools=_TOOLS)
+        final, middle = _behind(template, [_QUESTION, requested], "qzvalue", [_RESULT], tools=_TOOLS)
     except (RenderError, RuleError):
         return
     if alternatives(known).search(final):

@@ -51,10 +51,10 @@ class Server:
         numbers: of the messages, where not all of them are wanted.
         """
         messages = row["messages"]
-        wanted = range(1, len(messages)) if numbers is None else numbers
+        expected = range(1, len(messages)) if numbers is None else numbers
         return [
             turn
-            for number in wanted
+            for number in expected
             if messages[number]["role"] == "assistant" and messages[number].get("weight", 1)
             if (turn := self._turn(row, number)) is not None
         ]
@@ -77,15 +77,15 @@ class Server:
         thinks = self._thinks(messages[number])
         given = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
         try:
-            asked = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
+            requested = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
             return None
         answered = self._rendered(messages, row.get("tools"), given, prompt=False)
-        prompt, whole = self._ids(asked), self._ids(answered)
+        prompt, whole = self._ids(requested), self._ids(answered)
         written = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
             anchor = self.tokenizer.eos_token
-            written = self._ids(anchor + answered.removeprefix(asked))[1:]
+            written = self._ids(anchor + answered.removeprefix(requested))[1:]
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
         return Served(number, prompt, written[:end], None if end is None else written[end])
 

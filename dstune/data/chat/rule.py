@@ -197,10 +197,10 @@ def _not_a_beginning(prompt: str, answered: str) -> str:
     """Both texts from a little before the place where they part."""
     at = in_common(prompt, answered)
     begin = max(0, at - SHOWN_CHARACTERS // 2)
-    shown = [repr(text[begin : begin + SHOWN_CHARACTERS]) for text in (prompt, answered)]
+    formatted = [repr(text[begin : begin + SHOWN_CHARACTERS]) for text in (prompt, answered)]
     return (
         "the chat template writes another text for this turn than a server would prompt with: the prompt goes on "
-        f"{shown[0]}, the conversation {shown[1]}"
+        f"{formatted[0]}, the conversation {formatted[1]}"
     )
 
 

@@ -123,7 +123,7 @@ class Cleaner:
         result.removed = self._refusal(result)
         return result
 
-    def shown(self, row: Row) -> str:
+    def formatted(self, row: Row) -> str:
         """The beginning of a row for a report: in one line, without what it hides."""
         text = " / ".join(part for part in texts(row) if part.strip())
         text = text[: 20 * SHOWN_CHARACTERS]  # finding what to hide in a whole document would take long
@@ -133,11 +133,11 @@ class Cleaner:
         return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
     def _searches(self) -> list[tuple[str, Found, Callable[[str], list[sensitive.Finding]]]]:
-        wanted = (
+        expected = (
             ("secrets", self._config.secrets, sensitive.find_secrets),
             ("personal_data", self._config.personal_data, sensitive.find_personal_data),
         )
-        return [search for search in wanted if search[1] is not Found.keep]
+        return [search for search in expected if search[1] is not Found.keep]
 
     def _change(self, result: Cleaned, step: str, change: Callable[[str], str]) -> None:
         row = map_texts(result.row, change)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.data_schema import CleanConfig, Duplicates, Found
 from dstune.core.errors import Problem, UserError
 
@@ -23,13 +23,13 @@ PACKAGES = {
 
 
 def _needed(config: CleanConfig) -> dict[str, dict[str, str]]:
-    asked = {
+    requested = {
         "languages": bool(config.languages),
         "duplicates": config.duplicates is Duplicates.near,
         "secrets": config.secrets is not Found.keep,
         "personal_data": config.personal_data is not Found.keep,
     }
-    return {key: PACKAGES[key] for key, wanted in asked.items() if wanted}
+    return {key: PACKAGES[key] for key, expected in requested.items() if expected}
 
 
 def missing(config: CleanConfig) -> Iterator[Problem]:
@@ -37,7 +37,7 @@ def missing(config: CleanConfig) -> Iterator[Problem]:
     for key, packages in _needed(config).items():
         for module in packages:
             if find_spec(module) is None:
-                yield _problem(module, f"data.clean.{key}", shown(getattr(config, key)))
+                yield _problem(module, f"data.clean.{key}", format_value(getattr(config, key)))
 
 
 def versions(config: CleanConfig) -> dict[str, str]:

@@ -44,8 +44,8 @@ class Report:
 
     def example(self, step: str, place: str, text: str, note: str = "") -> None:
         """A row by its place and the beginning of its text; `note` says what the step found."""
-        shown = f"{note}: {text}" if note else text
-        self.examples.setdefault(step, []).append({"place": place, "text": shown})
+        formatted = f"{note}: {text}" if note else text
+        self.examples.setdefault(step, []).append({"place": place, "text": formatted})
 
     def to_dict(self) -> dict[str, Any]:
         steps = [step for step in STEPS if step in self.counts]

@@ -97,8 +97,8 @@ def keys(row: Row) -> tuple[int, int]:
     """
     row = map_texts(row, comparable)
     content = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    said = "\x1f".join(texts(row))
-    first, second = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in (content, said))
+    output = "\x1f".join(texts(row))
+    first, second = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in (content, output))
     return first, second
 
 

@@ -44,7 +44,7 @@ def _pass(text: str) -> str:
     text = _TAGS.sub(lambda found: found.group(1) or "", text)
     if _DIRECTIONS.search(text) and not _has_right_to_left(text):
         text = _DIRECTIONS.sub("", text)
-    text = _INVISIBLE.sub(lambda found: found.group() if _wanted(text, found.start()) else "", text)
+    text = _INVISIBLE.sub(lambda found: found.group() if _expected(text, found.start()) else "", text)
     return unicodedata.normalize("NFC", text)  # returns `text` itself where it is NFC, after a quick check
 
 
@@ -52,7 +52,7 @@ def _has_right_to_left(text: str) -> bool:
     return any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in set(text))
 
 
-def _wanted(text: str, position: int) -> bool:
+def _expected(text: str, position: int) -> bool:
     """Whether the script around it needs the invisible character at `position`."""
     before = text[position - 1] if position else ""
     after = text[position + 1] if position + 1 < len(text) else ""

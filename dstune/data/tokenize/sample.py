@@ -39,7 +39,7 @@ class Sample:
 class SourcePrompts(Protocol):
     """Asks for the target of a source, where rows are sources and targets."""
 
-    def asked(self, source: str) -> str:
+    def requested(self, source: str) -> str:
         """The prompt with the source in it."""
 
     def prompt_ids(self, source: str) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.core.errors import Problem
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.on_hosts import OnHosts
@@ -27,7 +27,7 @@ class Hostfile(OnHosts):
     def check(self) -> Iterator[Problem]:
         if not (self.config.hostfile or "").strip():
             fix = "launch.hostfile=hosts, with one `HOST slots=N` a line (launch/hostfile.example)"
-            yield Problem("launch.hostfile", "there is no list of hosts", fix, shown(self.config.hostfile))
+            yield Problem("launch.hostfile", "there is no list of hosts", fix, format_value(self.config.hostfile))
         yield from super().check()
 
     def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:

@@ -25,10 +25,10 @@ def pdsh_plan(
     """DeepSpeed's launcher over pdsh. address, port: where the ranks meet. on_cpu: the nodes have no GPU."""
     launch = config.launch
     assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
-    shown, handed = variables_of(config, launch, launch_id, parent)
+    formatted, handoff = variables_of(config, launch, launch_id, parent)
     if on_cpu:
-        shown.setdefault("DS_ACCELERATOR", "cpu")
-    shown["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
+        formatted.setdefault("DS_ACCELERATOR", "cpu")
+    formatted["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
     argv = [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
         f"--hostfile={Path(launch.hostfile).absolute()}",
@@ -42,11 +42,11 @@ def pdsh_plan(
         *("--no_local_rank", "--module", "dstune.worker", str(run_dir.absolute())),
     ]
     # The runner puts variables of its own that begin with NCCL, PYTHON and the like on pdsh's command line.
-    own = {name: value for name, value in shown.items() if not name.startswith("DSTUNE_")}
+    own = {name: value for name, value in formatted.items() if not name.startswith("DSTUNE_")}
     own |= {name: parent[name] for name in ("HOME", "USER", "SSH_AUTH_SOCK") if name in parent}
     own["PDSH_SSH_ARGS_APPEND"] = (
         "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
     )
     # No blank lines and no comments: either is an error to DeepSpeed.
-    listing = "".join(f"{name}={value}\n" for name, value in sorted(shown.items()) if value)
-    return RemotePlan(tuple(argv), own, {".deepspeed_env": listing}, handed, slots)
+    listing = "".join(f"{name}={value}\n" for name, value in sorted(formatted.items()) if value)
+    return RemotePlan(tuple(argv), own, {".deepspeed_env": listing}, handoff, slots)

@@ -192,11 +192,11 @@ class Launch:
             self.console.message("dstune: received a second signal: stopping at once")
             self._kill()
 
-    def _note_ends(self, told_to_end: bool = False) -> bool:
+    def _note_ends(self, signalled_to_end: bool = False) -> bool:
         """Record ranks that ended since the last look; whether one of them ended badly."""
         known = {end.rank for end in self.ended}
         new = [
-            Ended(rank, process.returncode, len(self.ended), told_to_end)
+            Ended(rank, process.returncode, len(self.ended), signalled_to_end)
             for rank, process in enumerate(self.ranks)
             if rank not in known and process.poll() is not None
         ]
@@ -217,7 +217,7 @@ class Launch:
         while len(self.ended) < len(self.ranks) and time.monotonic() < deadline and not self.forced:
             time.sleep(POLL_SECONDS)
             self._obey_signals()
-            self._note_ends(told_to_end=True)
+            self._note_ends(signalled_to_end=True)
         if len(self.ended) < len(self.ranks):
             self._kill()
 
@@ -230,16 +230,16 @@ class Launch:
                     self.stopped.add(rank)
                     process.send_signal(signal.SIGCONT)  # the signal above is delivered first
         time.sleep(STACKS_SECONDS)
-        self._note_ends(told_to_end=True)
+        self._note_ends(signalled_to_end=True)
 
     def _kill(self) -> None:
         end_all(self.id, self._sessions())
         deadline = time.monotonic() + 1.0
         while any(process.poll() is None for process in self.ranks) and time.monotonic() < deadline:
             time.sleep(0.01)
-        self._note_ends(told_to_end=True)
+        self._note_ends(signalled_to_end=True)
         for rank in {*range(len(self.ranks))} - {end.rank for end in self.ended}:  # stuck in the kernel
-            self.ended.append(Ended(rank, -signal.SIGKILL, len(self.ended), told_to_end=True))
+            self.ended.append(Ended(rank, -signal.SIGKILL, len(self.ended), signalled_to_end=True))
 
     def _end_leftovers(self) -> None:
         left = end_all(self.id, self._sessions(), polite_seconds=LEFTOVER_SECONDS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.core.errors import Problem
 from dstune.launch.on_hosts import OnHosts
 from dstune.launch.openmpi.config import OpenMpiConfig
@@ -31,10 +31,14 @@ class OpenMpi(OnHosts):
             for key in ("include", "exclude", "user", "port"):
                 if (value := getattr(launch, key)) is not None:
                     reason = "only valid with launch.hostfile"
-                    yield Problem(f"launch.{key}", reason, "launch.hostfile=hosts, or leave it out", shown(value))
+                    yield Problem(
+                        f"launch.{key}", reason, "launch.hostfile=hosts, or leave it out", format_value(value)
+                    )
         elif launch.processes is not None:
             reason = "the slots of the hostfile are the ranks"
-            yield Problem("launch.processes", reason, "leave it out, or change the slots", shown(launch.processes))
+            yield Problem(
+                "launch.processes", reason, "leave it out, or change the slots", format_value(launch.processes)
+            )
 
     def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
         from dstune.launch.openmpi.nodes import plan

@@ -26,9 +26,9 @@ def mpirun_plan(
     """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
     launch = config.launch
     assert isinstance(launch, OpenMpiConfig)
-    shown, handed = variables_of(config, launch, launch_id, parent)
+    formatted, handoff = variables_of(config, launch, launch_id, parent)
     if on_cpu:
-        shown.setdefault("DS_ACCELERATOR", "cpu")
+        formatted.setdefault("DS_ACCELERATOR", "cpu")
     size = sum(len(own) for own in slots.values())
     hosts = ",".join(f"{host}:{len(own)}" for host, own in slots.items())
     agent = shlex.join(["ssh", *ssh_of(launch).options()])
@@ -39,12 +39,14 @@ def mpirun_plan(
         *(["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []),
         *(["--prtemca", "prte_if_include", launch.interface] if launch.interface else []),
         *launch.mpirun_options,
-        *[word for name in sorted(shown) for word in ("-x", name)],  # names alone: values are in mpirun's environment
+        *[
+            word for name in sorted(formatted) for word in ("-x", name)
+        ],  # names alone: values are in mpirun's environment
         *(sys.executable, "-u", "-m", "dstune.worker", str(run_dir.absolute())),
     ]
     env = {name: value for name, value in parent.items() if name in ("HOME", "USER", "SSH_AUTH_SOCK", "TMPDIR")}
-    env |= shown
+    env |= formatted
     env["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
     if as_root:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return RemotePlan(tuple(argv), env, {}, handed, slots)
+    return RemotePlan(tuple(argv), env, {}, handoff, slots)

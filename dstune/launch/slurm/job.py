@@ -45,9 +45,9 @@ def end(run_dir: Path, code: int) -> int:
     from dstune.report.command import leave_behind
 
     launch = records.read_launch(run_dir)
-    told = f"srun ended with exit code {code}"
-    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, told)
-    if verdict.reason == told and (early := _asked_before_training(code)):
+    reported = f"srun ended with exit code {code}"
+    verdict = attempt.of_files(run_dir, launch.processes if launch else 1, reported)
+    if verdict.reason == reported and (early := _signalled_before_training(code)):
         verdict = Verdict(EXIT_PREEMPTED, f"received {early} before training began")
     attempt.record(run_dir, verdict, launch.processes if launch else 1)
     leave_behind(run_dir, print)
@@ -59,7 +59,7 @@ def end(run_dir: Path, code: int) -> int:
     return REQUEUE if verdict.exit_code == EXIT_PREEMPTED and _continues(result) else verdict.exit_code
 
 
-def _asked_before_training(code: int) -> str:
+def _signalled_before_training(code: int) -> str:
     """The signal that ended srun, where it is one that asks a run to leave: a rank that is still importing dies of it, and has
     lost nothing. Empty for every other end, SIGTERM among them: srun sends it to the other ranks when one has failed, and a
     job that fails at its start must not come again for ever."""

@@ -71,11 +71,11 @@ def submit(script: Path, env: Mapping[str, str], after: str | None = None) -> st
         env=dict(env),
     )
     if done.returncode != 0:
-        said = (
+        message = (
             "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()) or "no reason"
         )
         fix = f"change the keys of launch, or look at {script}"
-        raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {said}", fix))
+        raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {message}", fix))
     return done.stdout.strip().split(";")[0]
 
 
@@ -149,9 +149,9 @@ def probe(*, needed: bool) -> Check:
     except subprocess.TimeoutExpired:
         done = subprocess.CompletedProcess(command, 1, "", "no answer within 20 s")
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+        message = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
         return Check(
-            "slurm", FAIL if needed else SKIP, f"the controller does not answer: {said}", "run it on a login node"
+            "slurm", FAIL if needed else SKIP, f"the controller does not answer: {message}", "run it on a login node"
         )
     return Check("slurm", PASS, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[:8]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.core.errors import Problem
 from dstune.launch.slurm.config import SlurmConfig
 
@@ -44,21 +44,24 @@ def check(launch: SlurmConfig) -> Iterator[Problem]:
         yield Problem("launch.chain", reason, "launch.requeue=false with it, or launch.chain=1", str(launch.chain))
     if launch.time is not None and not TIME.fullmatch(launch.time):
         fix = "minutes, H:MM:SS, or D-HH:MM:SS"
-        yield Problem("launch.time", "sbatch has no such form of a time", fix, shown(launch.time))
+        yield Problem("launch.time", "sbatch has no such form of a time", fix, format_value(launch.time))
     for text in launch.directives:
         name = text.removeprefix("--").partition("=")[0].split(" ")[0]
         if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]*)?", text):
             reason = "an option of sbatch is --NAME or --NAME=VALUE"
-            yield Problem("launch.directives", reason, "for example [--exclusive]", shown(text))
+            yield Problem("launch.directives", reason, "for example [--exclusive]", format_value(text))
         elif name in OWNED:
-            yield Problem("launch.directives", f"{OWNED[name]} decides this", "leave it out here", shown(text))
+            yield Problem("launch.directives", f"{OWNED[name]} decides this", "leave it out here", format_value(text))
     for key in ("partition", "account", "qos", "constraint", "memory", "container", "interface"):
         value = getattr(launch, key)
         if value is not None and (not value.strip() or "\n" in value):
             yield Problem(
-                f"launch.{key}", "this is empty or has several lines", "give a name, or leave it out", shown(value)
+                f"launch.{key}",
+                "this is empty or has several lines",
+                "give a name, or leave it out",
+                format_value(value),
             )
     if launch.container_mounts and launch.container is None:
         reason = "there is no container"
         fix = "launch.container=IMAGE, or leave it out"
-        yield Problem("launch.container_mounts", reason, fix, shown(launch.container_mounts))
+        yield Problem("launch.container_mounts", reason, fix, format_value(launch.container_mounts))

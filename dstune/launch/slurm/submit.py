@@ -85,7 +85,7 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
 
 def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, console: Console) -> Verdict | None:
     """Until the last job is over. None where the terminal went away: the jobs do not need this process."""
-    told, changed, asked, over = "", time.monotonic(), 0.0, ""
+    report, changed, requested, over = "", time.monotonic(), 0.0, ""
     with caught_signals() as received:
         answered = 0
         while not over:
@@ -95,10 +95,10 @@ def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, cons
             if len(received) > answered:
                 answered = len(received)
                 _stop(jobs, run_dir, console, received)
-                asked = 0.0
+                requested = 0.0
             now = time.monotonic()
-            if now - asked >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
-                asked = now
+            if now - requested >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
+                requested = now
                 try:
                     known = queue.ask(jobs)
                 except Unreachable as error:
@@ -107,9 +107,9 @@ def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, cons
                     left = [job for job in known if not job.is_over]
                     text = str(left[0] if left else known[-1] if known else "the job is over")
                     over = "" if left else text
-                if text != told and not over:
+                if text != report and not over:
                     console.stage(text)
-                    told, changed = text, now
+                    report, changed = text, now
             time.sleep(LOOK_SECONDS)
     deadline = time.monotonic() + SHARED_SECONDS
     while not records.result_path(run_dir).exists() and time.monotonic() < deadline:

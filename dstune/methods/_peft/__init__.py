@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.core.errors import Problem
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
@@ -92,7 +92,7 @@ class ModuleAdapter(Adapter):
             yield Problem("method.target_modules", "no module would get an adapter", fix, "[]")
         if "all-linear" in modules and len(modules) > 1:
             yield Problem(
-                "method.target_modules", "all-linear stands alone", "leave out the other names", shown(modules)
+                "method.target_modules", "all-linear stands alone", "leave out the other names", format_value(modules)
             )
 
     def _has_own_choice(self) -> bool:
@@ -147,7 +147,7 @@ class TrainedPrompt(Adapter):
         if self._through_network() and self.config.adapter:
             reason = "an export holds what the network gives, and the network itself cannot be had from it"
             fix = "continue the run itself: dstune train RUN"
-            yield Problem("method.adapter", reason, fix, shown(self.config.adapter))
+            yield Problem("method.adapter", reason, fix, format_value(self.config.adapter))
 
     def _through_network(self) -> bool:
         """Whether a network makes the prompt, of which the export has only the result."""

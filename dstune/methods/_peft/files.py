@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.core.errors import Problem, UserError
 from dstune.methods._peft.config import AdapterConfig
 
@@ -92,8 +92,8 @@ def with_settings_of(
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if ours not in (default, theirs):
-            reason = f"the adapter in {folder} has {shown(theirs)}"
-            problems.append(Problem(f"method.{field.name}", reason, "leave it out", shown(ours)))
+            reason = f"the adapter in {folder} has {format_value(theirs)}"
+            problems.append(Problem(f"method.{field.name}", reason, "leave it out", format_value(ours)))
         values[field.name] = theirs
     if problems:
         raise UserError(problems)

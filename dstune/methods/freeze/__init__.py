@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.methods._layers import rates_of_layers
@@ -44,7 +44,7 @@ class Freeze(Method):
                     re.compile(pattern)
                 except re.error as error:
                     reason = f"this is no regular expression: {error}"
-                    yield Problem(f"method.{key}", reason, "see Python's re", shown(pattern))
+                    yield Problem(f"method.{key}", reason, "see Python's re", format_value(pattern))
 
     def apply(self, model: PreTrainedModel, run: RunConfig) -> nn.Module:
         from dstune.methods.freeze.apply import freeze_parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.methods._pooled import PooledHead, Pooling
@@ -30,7 +30,7 @@ class Head(PooledHead):
             for key, value in (("layers", config.layers), ("dropout", config.dropout)):
                 if value:
                     reason = "the head of the architecture has its own"
-                    yield Problem(f"method.{key}", reason, "method.pooling=mean, cls or last", shown(value))
+                    yield Problem(f"method.{key}", reason, "method.pooling=mean, cls or last", format_value(value))
         elif task.has_head and task.unpoolable:
             yield Problem("method.pooling", task.unpoolable, "method.pooling=model", config.pooling.name)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.errors import Problem
 from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
@@ -40,7 +40,7 @@ class Importance(Method):
         if config.ablation_rows and not (run.data.validation or run.data.split.validation):
             reason = "tensors are left out on validation rows, and none are held out"
             fix = "data.validation=rows.jsonl or data.split.validation=0.05"
-            yield Problem("method.ablation_rows", reason, fix, shown(config.ablation_rows))
+            yield Problem("method.ablation_rows", reason, fix, format_value(config.ablation_rows))
         if run.data.streaming:
             reason = "the rows on which weights are scored are not those of a stream's first block alone"
             yield Problem("data.streaming", reason, "data.streaming=false, or method=full", "true")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.parallel_rules import OFF
 from dstune.core.errors import Problem
 from dstune.methods.lora.config import LoraConfig, LoraInit
@@ -29,7 +29,7 @@ def check_lora(config: LoraConfig) -> Iterator[Problem]:
     for key in ("rank_pattern", "alpha_pattern"):
         for name, value in getattr(config, key).items():
             if not value > 0:
-                yield Problem(f"method.{key}", f"{name} must be more than 0", "", shown(value))
+                yield Problem(f"method.{key}", f"{name} must be more than 0", "", format_value(value))
             try:
                 re.compile(name)
             except re.error as error:
@@ -51,7 +51,7 @@ def check_sharded_weights(config: LoraConfig) -> Iterator[Problem]:
     ):
         if not is_plain:
             reason = "it is not held against a reference with slices of the weights"
-            yield Problem(f"method.{key}", reason, f"{fix}, or {OFF}", shown(value))
+            yield Problem(f"method.{key}", reason, f"{fix}, or {OFF}", format_value(value))
 
 
 def adapted_experts_problem(config: LoraConfig) -> Problem | None:

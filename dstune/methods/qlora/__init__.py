@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.core.errors import Problem
 from dstune.methods.lora import Lora
@@ -51,7 +51,7 @@ class Qlora(Lora):
         if self.config.frozen_adapters:
             reason = "a weight in 4 bits cannot take up an adapter"
             fix = "method=lora, or a merged model in model.path"
-            yield Problem("method.frozen_adapters", reason, fix, shown(self.config.frozen_adapters))
+            yield Problem("method.frozen_adapters", reason, fix, format_value(self.config.frozen_adapters))
 
     def check_cpu(self, run: RunConfig) -> Iterator[Problem]:
         if run.zero.stage == 3:

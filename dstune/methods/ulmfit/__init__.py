@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.methods._layers import rates_of_layers
@@ -38,10 +38,12 @@ class Ulmfit(Method):
         by_epochs = config.unfreeze_steps is None and config.unfreeze_epochs > 0
         if run.data.streaming and by_epochs:
             reason = "with data.streaming the length of an epoch is not known"
-            yield Problem("method.unfreeze_epochs", reason, "method.unfreeze_steps=100", shown(config.unfreeze_epochs))
+            yield Problem(
+                "method.unfreeze_epochs", reason, "method.unfreeze_steps=100", format_value(config.unfreeze_epochs)
+            )
 
     def _check_language_model_stage(self, run: RunConfig) -> Iterator[Problem]:
-        key, epochs = "method.language_model_epochs", shown(self.config.language_model_epochs)
+        key, epochs = "method.language_model_epochs", format_value(self.config.language_model_epochs)
         if task_of(run.task).unpoolable:
             reason = f"the stage is one in front of a classifier, and task={run.task.name} trains on texts itself"
             yield Problem(key, reason, "method.language_model_epochs=0", epochs)

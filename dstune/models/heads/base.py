@@ -49,7 +49,7 @@ class Rows(Protocol):
     def own(self, inputs: Batch, labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """What this rank's model gets of `inputs`, and the labels of its positions."""
 
-    def aside(self) -> AbstractContextManager[None]:
+    def temporary(self) -> AbstractContextManager[None]:
         """Within, the model takes rows as they are."""
 
     def refuse(self, reason: str) -> str:

@@ -11,7 +11,7 @@ from dstune.data.prepared import Split
 from dstune.data.rows import normalise
 from dstune.data.tokenize import RowTokenizer, Sample
 from dstune.inference.predictor import Answer, Predictor
-from dstune.inference.rows import Asked, Question
+from dstune.inference.rows import Query, Question
 from dstune.trainer.measure import Row
 
 
@@ -27,8 +27,8 @@ class ClassificationQuestion(Question):
 
 
 class ClassificationPredictor(Predictor):
-    def samples(self, asked: Sequence[Asked]) -> list[Sample]:
-        rows, samples = [one.row for one in asked], []
+    def samples(self, requested: Sequence[Query]) -> list[Sample]:
+        rows, samples = [one.row for one in requested], []
         for fmt in ("text_label", "pair"):  # a tokenizer takes texts or pairs, never both at once
             own = [number for number, row in enumerate(rows) if ("text_pair" in row) == (fmt == "pair")]
             if own:
@@ -37,7 +37,7 @@ class ClassificationPredictor(Predictor):
         return sorted(samples, key=lambda sample: sample.row)
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         for row in kept:
             yield self._label(row, all_labels=all_labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.config.task_rules import check_labels
 from dstune.core.errors import Problem, UserError
@@ -28,11 +28,13 @@ def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
         for key, value in others:
             if value:
                 reason = "with task.regression the label is a number, and there are no classes"
-                yield Problem(f"task.{key}", reason, f"leave out task.{key}, or task.regression=false", shown(value))
+                yield Problem(
+                    f"task.{key}", reason, f"leave out task.{key}, or task.regression=false", format_value(value)
+                )
     elif task.multi_label:
         for key, value in weighted:
             reason = "with task.multi_label a row is of several classes, and has no weight of one of them"
-            yield Problem(f"task.{key}", reason, f"leave out task.{key}", shown(value))
+            yield Problem(f"task.{key}", reason, f"leave out task.{key}", format_value(value))
     if len(weighted) > 1:
         reason = "the weights are given by task.class_weights already"
         yield Problem("task.balanced", reason, "task.balanced=false, or leave out task.class_weights", "true")
@@ -41,10 +43,12 @@ def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
         yield Problem("task.balanced", reason, "task.class_weights={NAME: WEIGHT}", "true")
     for name, weight in task.class_weights.items():
         if not (math.isfinite(weight) and weight > 0):
-            yield Problem(f"task.class_weights.{name}", "a weight is more than 0", "for example 2.0", shown(weight))
+            yield Problem(
+                f"task.class_weights.{name}", "a weight is more than 0", "for example 2.0", format_value(weight)
+            )
         if task.labels and name not in task.labels:
             reason = f"no such label: task.labels are {', '.join(task.labels)}"
-            yield Problem(f"task.class_weights.{name}", reason, "use the names of task.labels", shown(weight))
+            yield Problem(f"task.class_weights.{name}", reason, "use the names of task.labels", format_value(weight))
 
 
 def class_weights(

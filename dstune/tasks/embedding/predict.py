@@ -7,7 +7,7 @@ from typing import Any
 
 from dstune.data.prepared import Split
 from dstune.inference.predictor import Answer, Predictor
-from dstune.inference.rows import Asked, Question
+from dstune.inference.rows import Query, Question
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.tasks.embedding.head import pooled
 from dstune.trainer.measure import Row
@@ -31,7 +31,7 @@ class EmbeddingPredictor(Predictor):
         return {"vector": pooled(hidden, batch["attention_mask"], task.pooling)}
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         for row in kept:
             yield {"vector": row["vector"].tolist()}

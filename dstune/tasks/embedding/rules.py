@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.errors import Problem
 
@@ -15,7 +15,7 @@ def check(config: RunConfig) -> Iterator[Problem]:
             "trainer.global_batch_size",
             "the other pairs of a step are what an anchor is told apart from, and there are none",
             "32 or more",
-            shown(config.trainer.global_batch_size),
+            format_value(config.trainer.global_batch_size),
         )
     if config.trainer.precision is Precision.fp16:
         # The gradient of a vector goes into the second pass as a number of the loss, whose scale is found by overflows.

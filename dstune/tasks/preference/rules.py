@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.protocols import method_of
@@ -25,18 +25,22 @@ def check(config: RunConfig, task: PreferenceConfig) -> Iterator[Problem]:
         value = getattr(task, key)
         if value != getattr(default, key) and task.loss is not loss:
             reason = f"task.loss={task.loss.name} does not use it"
-            yield Problem(f"task.{key}", reason, f"leave it out, or task.loss={loss.name}", shown(value))
+            yield Problem(f"task.{key}", reason, f"leave it out, or task.loss={loss.name}", format_value(value))
     if not task.compares:
         reason = f"task.loss={task.loss.name} compares with no reference model"
         if task.reference_model is not None:
-            yield Problem("task.reference_model", reason, "leave it out, or task.loss=dpo", shown(task.reference_model))
+            yield Problem(
+                "task.reference_model", reason, "leave it out, or task.loss=dpo", format_value(task.reference_model)
+            )
         if task.reference is not Reference.auto:
             yield Problem("task.reference", reason, "leave it out, or task.loss=dpo", task.reference.name)
     if task.reference_model is not None and not task.reference_model.strip():
         yield Problem("task.reference_model", "this is empty", "give a folder or hub id, or leave it out", "''")
     if task.reference_revision is not None and task.reference_model is None:
         fix = "task.reference_model=ORG/MODEL, or leave it out"
-        yield Problem("task.reference_revision", "no reference model is given", fix, shown(task.reference_revision))
+        yield Problem(
+            "task.reference_revision", "no reference model is given", fix, format_value(task.reference_revision)
+        )
     if config.data.streaming and caches_reference(config, task):
         yield Problem(
             "data.streaming",
@@ -49,7 +53,7 @@ def check(config: RunConfig, task: PreferenceConfig) -> Iterator[Problem]:
             "trainer.global_batch_size",
             "the KL estimate of task.loss=kto is a mean over the rows of a step",
             "8 or more",
-            shown(config.trainer.global_batch_size),
+            format_value(config.trainer.global_batch_size),
         )
 
 

@@ -34,13 +34,13 @@ def exact_match(predicted: str, right: str) -> float:
 
 def word_f1(predicted: str, right: str, *, no_answer: bool) -> float:
     """no_answer: as the script of SQuAD 2 has it, two answers without a word are equal; that of SQuAD 1.1 says 0."""
-    words, wanted = normalized(predicted).split(), normalized(right).split()
-    if no_answer and not (words and wanted):
-        return float(words == wanted)
-    common = sum((Counter(words) & Counter(wanted)).values())
+    words, expected = normalized(predicted).split(), normalized(right).split()
+    if no_answer and not (words and expected):
+        return float(words == expected)
+    common = sum((Counter(words) & Counter(expected)).values())
     if not common:
         return 0.0
-    precision, recall = common / len(words), common / len(wanted)
+    precision, recall = common / len(words), common / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 

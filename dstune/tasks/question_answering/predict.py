@@ -10,7 +10,7 @@ from dstune.data.formats import column_of
 from dstune.data.prepared import Split
 from dstune.data.rows import normalise
 from dstune.inference.predictor import Answer, Predictor
-from dstune.inference.rows import Asked, Question
+from dstune.inference.rows import Query, Question
 from dstune.tasks.question_answering.metrics import best_spans
 from dstune.trainer.measure import Row
 
@@ -27,7 +27,7 @@ class QuestionAboutText(Question):
 
 class AnswerPredictor(Predictor):
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         task: Any = self.config.task
         for span, margin in zip(*best_spans(split, kept), strict=True):

@@ -12,7 +12,7 @@ from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise, recognise
 from dstune.data.tokenize import Sample
 from dstune.inference.predictor import Answer, Predictor
-from dstune.inference.rows import Asked, Question
+from dstune.inference.rows import Query, Question
 from dstune.models.heads.base import Batch, inputs_of
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.reward.encode import RewardEncoder
@@ -34,9 +34,9 @@ class RewardQuestion(Question):
 class RewardPredictor(Predictor):
     reads_columns = False
 
-    def samples(self, asked: Sequence[Asked]) -> list[Sample]:
+    def samples(self, requested: Sequence[Query]) -> list[Sample]:
         task: Any = self.config.task
-        rows = [one.row for one in asked]
+        rows = [one.row for one in requested]
         fmt = "messages" if any("messages" in row for row in rows) else "preference"
         encode = RewardEncoder(self.tokenizer, task.template_date, fmt, self.longest)
         samples = encode.of_answers(rows, list(range(len(rows))))
@@ -49,7 +49,7 @@ class RewardPredictor(Predictor):
         return {"score": self.model(**inputs_of(batch)).logits.float()[:, 0]}
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         for row in kept:
             yield {"score": row["score"].tolist()}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import shown
+from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.protocols import task
@@ -90,7 +90,9 @@ class Seq2Seq(LanguageTask):
     def check(self, run: RunConfig) -> Iterator[Problem]:
         if self.config.prompt.count("{source}") != 1:
             reason = "the source has to have one place in the prompt"
-            yield Problem("task.prompt", reason, "task.prompt='\"Translate: {source}\"'", shown(self.config.prompt))
+            yield Problem(
+                "task.prompt", reason, "task.prompt='\"Translate: {source}\"'", format_value(self.config.prompt)
+            )
 
     def preflight(self, run: RunConfig) -> Iterator[Problem]:
         """What has to be installed first to score generated targets."""
@@ -100,7 +102,7 @@ class Seq2Seq(LanguageTask):
             if find_spec(module) is None:
                 fix = "pip install 'dstune[generation]', or evaluate.generate_rows=0"
                 reason = f"the package {package}, which scores generated targets, is not installed"
-                yield Problem("evaluate.generate_rows", reason, fix, shown(run.evaluate.generate_rows))
+                yield Problem("evaluate.generate_rows", reason, fix, format_value(run.evaluate.generate_rows))
 
     def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources:
         from dstune.tasks.seq2seq.sources import Sources

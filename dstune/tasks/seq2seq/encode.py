@@ -44,7 +44,7 @@ class TranslationEncoder(Encoder):
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         samples = []
         for number, row in zip(numbers, rows, strict=True):
-            source, length = self.sources.encoder_ids(self.sources.asked(row["source"]), self._most[0])
+            source, length = self.sources.encoder_ids(self.sources.requested(row["source"]), self._most[0])
             target, whole = self.sources.target_ids(row["target"], self._most[1])
             columns = {"target_ids": np.array(target, dtype=np.int32), **{name: row[name] for name in TEXTS}}
             cut = length > len(source) or whole > len(target)
@@ -71,13 +71,13 @@ class ReplyEncoder(ChatEncoder):
         return {**super().columns, **_TEXT_COLUMNS}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        samples = self._asked([(row["source"], row["target"]) for row in rows], numbers)
+        samples = self._requests([(row["source"], row["target"]) for row in rows], numbers)
         for place, row in enumerate(rows):
             sample, source = samples[place], row["source"]
             length = sample.length
             while sample.length > self._max_length and source:
                 source = self.sources.shortened(source, sample.length - self._max_length)
-                (sample,) = self._asked([(source, row["target"])], [numbers[place]])
+                (sample,) = self._requests([(source, row["target"])], [numbers[place]])
             if not source:  # the target alone is too long
                 sample = samples[place]
             sample.truncated, sample.length = length > self._max_length, length
@@ -89,7 +89,7 @@ class ReplyEncoder(ChatEncoder):
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
         return [self._exchange(self.sources.conversation(row["source"], row["target"]))]
 
-    def _asked(self, pairs: list[tuple[str, str]], numbers: list[int]) -> list[Sample]:
+    def _requests(self, pairs: list[tuple[str, str]], numbers: list[int]) -> list[Sample]:
         return super().__call__([self.sources.conversation(source, target) for source, target in pairs], numbers)
 
     def _cut_target(self, sample: Sample) -> None:

@@ -29,24 +29,24 @@ class Sources:
     def __init__(self, tokenizer: Any, task: Seq2SeqConfig, *, encoder_decoder: bool):
         self._tokenizer, self._task, self.encoder_decoder = tokenizer, task, encoder_decoder
         self._control = ControlTokens(tokenizer)
-        asked = task.chat and bool(tokenizer.chat_template) and not encoder_decoder
-        self.renderer = ChatRenderer(tokenizer, task.template_date) if asked else None
+        requested = task.chat and bool(tokenizer.chat_template) and not encoder_decoder
+        self.renderer = ChatRenderer(tokenizer, task.template_date) if requested else None
         self._end = end_of_target(tokenizer)
 
     def conversation(self, source: str, target: str) -> dict[str, Any]:
         """A row of `task=chat` in which a decoder answers the source with the target."""
-        prompt = self.asked(source)
+        prompt = self.requested(source)
         if self.renderer is None:
             return {"prompt": prompt + self._task.separator, "completion": target}
         return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
 
-    def asked(self, source: str) -> str:
+    def requested(self, source: str) -> str:
         """The prompt of the task with the source in it."""
         return prompt_of(self._task, source)
 
     def prompt_ids(self, source: str) -> list[int]:
         """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
-        prompt = self.asked(source)
+        prompt = self.requested(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
         if self.renderer is not None:

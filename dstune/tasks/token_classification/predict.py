@@ -11,7 +11,7 @@ from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise
 from dstune.data.tags import AS_BIO, OUTSIDE, TagScheme, marks_entities
 from dstune.inference.predictor import Answer, Predictor
-from dstune.inference.rows import Asked, Question
+from dstune.inference.rows import Query, Question
 from dstune.trainer.measure import Row, rows_of
 
 
@@ -37,7 +37,7 @@ class TaggingQuestion(Question):
 
 class TaggingPredictor(Predictor):
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Asked], *, all_labels: bool
+        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         task: Any = self.config.task
         marked = marks_entities(self.labels, task.scheme)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dstune.data.problems import RowError, shown
+from dstune.data.problems import RowError, format_value
 from dstune.data.tags import checked
 from dstune.data.values import listed, words
 from dstune.protocols import RowFormat, row_format
@@ -40,5 +40,5 @@ def _tag(value: Any, names: list[str]) -> str:
             raise RowError(f"tag {value} is not the number of one of the {len(names)} task.labels")
         return names[value]
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"a tag must be text or a number, it is {shown(value)}")
+        raise RowError(f"a tag must be text or a number, it is {format_value(value)}")
     return value.strip()

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dstune.config.convert import shown, to_dict
+from dstune.config.convert import format_value, to_dict
 from dstune.config.schema import RunConfig, TrackingConfig
 from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
@@ -43,7 +43,7 @@ class Mlflow(Tracker):
         uri = tracking.mlflow.uri
         if uri is not None and "://" in uri and not re.match(rf"({'|'.join(SCHEMES)})(\+\w+)?://", uri):
             fix = f"a folder, `databricks`, or {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
-            yield Problem("tracking.mlflow.uri", "MLflow has no such store", fix, shown(uri))
+            yield Problem("tracking.mlflow.uri", "MLflow has no such store", fix, format_value(uri))
 
     @classmethod
     def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
@@ -51,10 +51,10 @@ class Mlflow(Tracker):
         assert uri is not None
         if find_spec("mlflow") is None:
             fix = "pip install 'dstune[mlflow]'"
-            yield Problem("tracking.mlflow.uri", "the package mlflow is not installed", fix, shown(uri))
+            yield Problem("tracking.mlflow.uri", "the package mlflow is not installed", fix, format_value(uri))
         elif uri.startswith(("sqlite", "postgresql", "mysql", "mssql")) and find_spec("sqlalchemy") is None:
             reason = "mlflow-skinny, which is installed, cannot open a database"
-            yield Problem("tracking.mlflow.uri", reason, "pip install mlflow, or give a folder", shown(uri))
+            yield Problem("tracking.mlflow.uri", reason, "pip install mlflow, or give a folder", format_value(uri))
 
     def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
         super().__init__(config, run_dir, warn, fresh=fresh)

@@ -94,6 +94,6 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 if text := os.environ.get("DSTUNE_FAULT"):
-    wanted = json.loads(text)
-    if "rank" not in wanted or os.environ.get("RANK") == str(wanted["rank"]):
-        sys.meta_path.insert(0, Finder(wanted["at"].split(":")[0], wanted))
+    expected = json.loads(text)
+    if "rank" not in expected or os.environ.get("RANK") == str(expected["rank"]):
+        sys.meta_path.insert(0, Finder(expected["at"].split(":")[0], expected))
