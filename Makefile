@@ -23,6 +23,7 @@ help:
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (under 60 minutes on 2 cores)"
 	@echo "make test-all    these too: real models, soak, faults, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
+	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite the code"
 	@echo "make clean       remove what the goals above made, except runs/ and the cache of samples"
@@ -48,6 +49,10 @@ test-ci: $(VENV)/.installed-test debian
 
 test-all: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not gpu"
+
+# The committed wording of errors; its diff is to be read.
+golden: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python tools/golden.py
 
 test-gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

@@ -10,7 +10,8 @@ Reads the source alone: nothing of the package is imported, so that any commit's
 lowered by naming it as well: moving code adds lines before it removes them.
 
 Counts:
-- branches.KIND: places that ask for the class of a task, method, launcher, ... outside the rooms of that kind: `isinstance`,
+- branches.KIND: places that ask for the class of a task, method, launcher, ... (of its configuration, or the registered one)
+  outside the rooms of that kind: `isinstance`,
   `match` with cases of such classes, `type(x)`, tables by class. branches.cases counts the cases of all these `match`.
 - branches.by_name: comparisons with, and tables by, `config.task.name`. branches.by_field: `getattr` and `hasattr` of a
   section: "has it this field?" is "is it of this class?".
@@ -50,6 +51,8 @@ ROOMS = {
     "parallel": "parallel",
     "sweep": "sweep",
 }
+# Decorators of registered classes. Those of the other kinds are called as classes of torch are: Linear, Tensor, ...
+REGISTERED = {"task": "task", "method": "method", "launcher": "launch"}
 # Folders of `launch/` are rooms, its other files are what launchers share. A method may be one file.
 FILES_ARE_ROOMS = frozenset({"method", "optimizer", "schedule", "parallel"})
 DIALECT = frozenset({"told", "shown", "asked", "wanted", "settle", "aside", "torn", "said", "beforehand", "handed"})
@@ -150,6 +153,10 @@ def class_kinds(tree: Path, modules: Iterable[ast.Module]) -> dict[str, str]:
     for node in classes:
         if node.name.endswith("Config") and (name := default_name(node)) in choices:
             kinds[node.name] = min(choices[name])
+    for node in classes:  # the registered objects themselves
+        for decorator in node.decorator_list:
+            if isinstance(decorator, ast.Name) and decorator.id in REGISTERED:
+                kinds[node.name] = REGISTERED[decorator.id]
     for name in tuple(kinds):
         for base in ancestors(name, bases):
             if base.endswith("Config"):

@@ -541,25 +541,26 @@ def wording(case: Case, old: Outcome, new: Outcome) -> str:
 def compare(trees: tuple[Tree, Tree], cases: Sequence[Case], chosen: argparse.Namespace) -> int:
     old, new = trees
     wrong: dict[str, list[str]] = {}
-    trained = refused = 0
+    trained = refused = failed = 0
     texts: list[str] = []
     for number, case in enumerate(cases, 1):
         before, after = old.run(case, again=False), new.run(case, again=not chosen.resume)
         found = deviations(before, after)
-        if before.exit_code not in (0, 2) and case.ranks:
-            found.append(f"the old tree fails: exit code {before.exit_code}: {last_lines(before.log)}")
+        failed += (fails := case.ranks > 0 and before.exit_code not in (0, 2))
         trained += case.ranks > 0 and before.exit_code == 0
         refused += before.exit_code == 2
         if diff := wording(case, before, after):
             texts.append(diff)
         if found:
             wrong[case.name] = found
-        mark = "DIFFERS" if found else "equal" if before.exit_code == 0 else "refused alike"
+        mark = (
+            "DIFFERS" if found else "FAILS in both" if fails else "equal" if before.exit_code == 0 else "refused alike"
+        )
         print(f"{number}/{len(cases)} {case.name}: {mark} ({before.seconds} s, {after.seconds} s)", flush=True)
-        for line in found[:4]:
+        for line in found[:4] or [last_lines(before.log)] * fails:
             print(f"    {line}", flush=True)
     (chosen.work / "wording.diff").write_text("\n".join(texts) + "\n")
-    summary = {"cases": len(cases), "trained": trained, "refused": refused, "deviations": wrong}
+    summary = {"cases": len(cases), "trained": trained, "refused": refused, "failed": failed, "deviations": wrong}
     if chosen.report:
         chosen.report.write_text(json.dumps(summary, indent=1) + "\n")
     print(

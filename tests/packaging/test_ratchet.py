@@ -38,10 +38,14 @@ class ChatConfig(TaskConfig):
 class LoraConfig:
     name: str = "lora"
 TEXTS = (ChatConfig,)
+@task
+class Chat(Task):
+    Config = ChatConfig
 """
 BRANCHES = {
     "branches.task": "def f(config):\n    return isinstance(config.task, TEXTS | ChatConfig)\n",
     "branches.method": "def f(method):\n    match method:\n        case LoraConfig(rank=8):\n            return 1\n",
+    "branches.task ": "def f(run):\n    return isinstance(task_of(run.task), Chat)\n",
     "branches.by_name": "def f(config):\n    return config.task.name in ('chat',)\n",
     "branches.by_field": "def f(config):\n    return getattr(config.method, 'rank', 0)\n",
     "branches.reasoned": "def f(config):\n    return isinstance(config.task, ChatConfig)  # branch: an old format\n",
@@ -64,9 +68,10 @@ def house(tmp_path: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize("count", BRANCHES)
 def test_a_branch_is_counted_outside_its_room_alone(ratchet: ModuleType, tmp_path: Path, count: str) -> None:
     empty = ratchet.measure(house(tmp_path / "empty", {})).numbers()
-    outside = ratchet.measure(house(tmp_path / "outside", {"data/rows.py": BRANCHES[count]})).numbers()
+    text, count = BRANCHES[count], count.strip()
+    outside = ratchet.measure(house(tmp_path / "outside", {"data/rows.py": text})).numbers()
     assert outside[count] == empty[count] + 1
-    rooms = {"tasks/chat/rows.py": BRANCHES[count], "methods/lora.py": BRANCHES[count]}
+    rooms = {"tasks/chat/rows.py": text, "methods/lora.py": text}
     inside = ratchet.measure(house(tmp_path / "inside", rooms)).numbers()
     # Each of the two files is a room of one kind, and stands outside the rooms of the other.
     assert inside[count] == empty[count] + (2 if count == "dialect" else 1)

@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Write tests/data/golden/problems.txt: what is said of each configuration in tools/wrong_configurations.txt.
+
+usage: tools/golden.py (`make golden`)
+
+The wording of errors is reviewed as the diff of that file, and tests/unit/test_golden.py fails where it is not up to date.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[1]
+WRONG = HOME / "tools" / "wrong_configurations.txt"
+GOLDEN = HOME / "tests" / "data" / "golden" / "problems.txt"
+
+
+def render() -> str:
+    return "\n".join("\n".join(entry) for entry in entries()) + "\n"
+
+
+def entries() -> Iterator[list[str]]:
+    """A command line and the problems that it has, a list of lines each."""
+    from dstune import UserError
+    from dstune.config.compose import compose
+    from dstune.config.validate import validate
+
+    lines = [line for line in WRONG.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
+        try:
+            for line in lines:
+                try:
+                    validate(compose(shlex.split(line)).config)
+                    problems = ["accepted"]
+                except UserError as error:
+                    problems = [str(problem) for problem in error.problems]
+                yield [f"$ dstune train {line}", *(f"  {text}".replace("\n", "\n  ") for text in problems)]
+        finally:
+            os.chdir(before)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HOME))
+    GOLDEN.parent.mkdir(parents=True, exist_ok=True)
+    GOLDEN.write_text(render(), encoding="utf-8")
+    print(f"{GOLDEN.relative_to(HOME)}: {GOLDEN.read_text(encoding='utf-8').count('$ dstune')} command lines")
