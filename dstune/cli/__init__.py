@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dstune import __version__
 from dstune.cli.verb import VERBS, other_names
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
+from dstune.core.text import Filtered, visible_but_colours
 
 ORDER = (
     "train",
@@ -54,6 +55,15 @@ exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code of the public contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # What a verb prints comes from rows, templates and files of runs as well. Errors are filtered where they are made.
+    stdout, sys.stdout = sys.stdout, Filtered(sys.stdout, visible_but_colours)
+    try:
+        return _exit_code(arguments)
+    finally:
+        sys.stdout = stdout
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
         code = run(arguments)
     except DstuneError as error:

@@ -110,7 +110,7 @@ def test_adapters_of_experts(workshop, models, kind):  # noqa: F811
     assert vllm_problems(merged) == []
 
 
-@pytest.mark.parametrize("asked", ["method.dropout=0.1", "method.dora=true"])
+@pytest.mark.parametrize("requested", ["method.dropout=0.1", "method.dora=true"])
 def test_what_experts_cannot_have_is_named(models, requested):
     from transformers import AutoModelForCausalLM
 

@@ -85,7 +85,7 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "report"),
     [
         (["trian"], "did you mean `dstune train`?"),
         (["zzz"], "the verbs are train, "),

@@ -216,7 +216,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("told", CHANGES)
+@pytest.mark.parametrize("report", CHANGES)
 def test_files_that_change_during_training_are_named(tmp_path, opened, report):
     supply = Streamed(streaming(tmp_path), opened(streaming(tmp_path)), None)
     CHANGES[report](tmp_path)

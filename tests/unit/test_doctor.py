@@ -20,7 +20,7 @@ def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400
 
 
 @pytest.mark.parametrize(
-    ("found", "status", "told"),
+    ("found", "status", "report"),
     [
         (figures(), PASS, "bus bandwidth 400.00 GB/s"),
         (figures(bandwidth=359), WARN, "the link of a NVIDIA H100 80GB HBM3 has 450 GB/s"),

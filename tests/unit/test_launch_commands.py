@@ -125,7 +125,7 @@ def test_a_checkout_is_found_by_the_ranks_wherever_they_run():
 
 
 @pytest.mark.parametrize(
-    ("asked", "machine", "ranks"),
+    ("requested", "machine", "ranks"),
     [
         (None, Machine(gpus=4, cores=64), 4),
         (None, Machine(gpus=0, cores=64), 2),

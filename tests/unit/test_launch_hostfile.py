@@ -34,7 +34,7 @@ def test_slots_are_those_that_deepspeed_takes(file, include, exclude):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "report"),
     [
         ("node1\n", "hosts:1=node1: this is not `HOST slots=N`"),
         ("node1 slots=2\nnode1 slots=2\n", "hosts:2=node1: this host stands here twice"),
@@ -58,7 +58,7 @@ def test_all_wrong_lines_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("include", "exclude", "told"),
+    ("include", "exclude", "report"),
     [
         ("node4", None, "launch.include=node4: the hostfile has no such host"),
         ("node2:2", None, "launch.include=node2:2: node2 has 2 slots"),

@@ -112,7 +112,7 @@ def test_mpirun_gets_names_of_variables_and_hosts_with_slots():
 
 
 def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(handoff, "handed_file", lambda name: tmp_path / name)
+    monkeypatch.setattr(handoff, "handoff_file", lambda name: tmp_path / name)
     (tmp_path / "x").write_text(json.dumps({"all": {"A": "1"}, "first": {"B": "2"}}))
     (tmp_path / "x").chmod(0o600)
     for rank, expected in ((0, {"A": "1", "B": "2"}), (1, {"A": "1"})):
@@ -125,7 +125,7 @@ def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "reason"),
+    ("code", "message", "reason"),
     [
         (255, "ssh: Could not resolve hostname n9: Name or service not known", "no machine has this name"),
         (255, "me@n1: Permission denied (publickey).", "it refuses the key"),

@@ -59,7 +59,7 @@ def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warne
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "told"),
+    ("overrides", "ranks", "reported"),
     [
         ("global_batch_size=4 micro_batch_size=4", 2, "1 of the 2 micro-batches .*trainer.micro_batch_size=2 does"),
         ("global_batch_size=8 micro_batch_size=3", 2, "1 of the 4 micro-batches .*trainer.micro_batch_size=2 does"),

@@ -132,7 +132,7 @@ def test_a_run_that_wrote_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launch", "told"),
+    ("launch", "reported"),
     [
         ({"host": "login", "jobs": ["17", "18"]}, "far elsewhere"),
         ({"host": "another"}, "far elsewhere"),

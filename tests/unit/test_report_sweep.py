@@ -231,7 +231,7 @@ def test_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["runs", "none"], "there is no such folder"),
         (["runs", "SWEEP", "--sort", "f1"], "--sort=f1: none of these runs has such a metric\n    fix: one of loss"),
