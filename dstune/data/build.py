@@ -104,6 +104,7 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
         config.data.max_length,
         data.labels,
         several=several,
+        sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
     )
     return evidence.prove(tokenizer, encode, data.train.table, data.evidence)
 
