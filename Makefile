@@ -35,8 +35,9 @@ quickstart: $(VENV)/.installed
 install: $(VENV)/.installed
 
 # Named, since collecting the others loads torch and more for half a minute.
-FAST := $(wildcard $(patsubst %,tests/unit/test_%.py,config_* ds_config launch_* layers method_rules plan_* presets redact schedule store sweep_s*)) \
-	$(patsubst %,tests/packaging/test_%.py,documents imports ratchet)
+FAST := config_compose config_ignored config_validate ds_config launch_hostfile launch_rank_env launch_records launch_rundir \
+	launch_summary launch_verdict layers method_rules plan_architecture plan_memory redact run_format schedule store sweep_space
+FAST := $(patsubst %,tests/unit/test_%.py,$(FAST)) $(patsubst %,tests/packaging/test_%.py,documents imports ratchet)
 
 test-fast: $(VENV)/.installed-test
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not ci" $(FAST)
