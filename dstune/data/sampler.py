@@ -25,7 +25,7 @@ BUCKET_MICRO_BATCHES = 50
 @dataclass(frozen=True)
 class MicroBatch:
     index: int
-    """Position in the window; rank `index % world` computes it."""
+    """Position in the step; rank `index % world` computes it."""
     rows: tuple[Row, ...]
     filler: bool = False
     """Its content counts for nothing: it is there so that all ranks make equally many steps."""
@@ -64,8 +64,8 @@ class TrainingOrder:
     """The order of all samples over all epochs.
 
     lengths, weights: tokens and targets (what they count in the loss) of each sample, [samples]. `global_batch_size` rows
-    make a window, cut into micro-batches of `micro_batch_size` rows; where one does not divide the other, a window's last
-    micro-batch is smaller, and an epoch's last window may be short. A window never spans epochs.
+    make a step, cut into micro-batches of `micro_batch_size` rows; where one does not divide the other, a step's last
+    micro-batch is smaller, and an epoch's last step may be short. A step never spans epochs.
 
     With `packing` a row holds several samples, at most `max_length` tokens (best fit); without it `length_grouping`
     puts samples of similar length into one micro-batch. With `repeats` an epoch has the samples that they say, else every
@@ -122,7 +122,7 @@ class TrainingOrder:
         return self._first_steps[epochs]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Epoch and window of the optimizer step `step`, counted from 0."""
+        """Epoch and step of the optimizer step `step`, counted from 0."""
         if self._constant:
             return divmod(step, self.windows(0))
         while self._first_steps[-1] <= step:

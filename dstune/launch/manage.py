@@ -121,7 +121,7 @@ def status(argv: list[str]) -> int:
 
 def cancel(argv: list[str]) -> int:
     """`dstune cancel RUN|SWEEP [--now] [--json]`: ask it to save and stop, and wait until it has. Raises UserError."""
-    parser = _parser("cancel", "Ask a run to save at the next window and stop; wait until it has.")
+    parser = _parser("cancel", "Ask a run to save at the end of this step and stop; wait until it has.")
     parser.add_argument("--now", action="store_true", help="stop at once, without saving")
     arguments = parser.parse_args(argv)
     if is_sweep(arguments.run):

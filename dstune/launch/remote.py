@@ -199,7 +199,7 @@ class RemoteLaunch:
             self.stop_signal = received[0]
             (self.run_dir / STOP_FILE).touch()
             self.console.message(
-                f"dstune: received {self.stop_signal}: saving at the next window; again to stop at once without saving"
+                f"dstune: received {self.stop_signal}: saving at the end of this step; again to stop at once without saving"
             )
         if len(received) > 1 and not self.forced:
             self.forced = True

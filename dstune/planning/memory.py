@@ -190,7 +190,7 @@ def _swap_buffers(s: Setup) -> int:
 
 
 def _gradient_store(s: Setup) -> int:
-    """Gradients of a whole window that are held beside those of the running backward pass."""
+    """Gradients of a whole step that are held beside those of the running backward pass."""
     trained, share = s.trained_count, -(-s.trained_count // s.ranks)
     mixed = s.weight_bytes == 2
     if s.stage == 1 and mixed:

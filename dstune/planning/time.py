@@ -96,7 +96,7 @@ def communication(s: Setup) -> int:
     exchanged = exchanges(s)
     if s.stage == 0:
         return int(2 * around * trained * p) + exchanged
-    if s.stage == 1:  # once a window, and the weights after the step; sums in fp32 are sent in the weights' format
+    if s.stage == 1:  # once a step, and the weights after the step; sums in fp32 are sent in the weights' format
         return int(3 * around * trained * p) + exchanged
     if s.stage == 2:  # every micro-batch is all-reduced in buckets, and the weights gathered after the step
         return int((2 * s.micro_batches + 1) * around * trained * p) + exchanged

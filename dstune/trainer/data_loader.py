@@ -1,4 +1,4 @@
-"""Where the windows of the loop come from: prepared data that is there as a whole, or a stream of prepared blocks."""
+"""Where the steps of the loop come from: prepared data that is there as a whole, or a stream of prepared blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dstune.data.sampler import TrainingOrder, Window
 
 @dataclass(frozen=True)
 class Draw:
-    """The window of one optimizer step."""
+    """The micro-batches of one optimizer step."""
 
     split: Split
     """What the sample numbers in `window` mean."""
@@ -37,7 +37,7 @@ class Supply(Protocol):
         """Optimizer steps in `epochs` passes over the rows."""
 
     def draw(self, step: int) -> Draw:
-        """The window of `step`; asked for in rising order, by one thread."""
+        """The global batch of `step`; requested in rising order, by one thread."""
 
     def may_wait(self, step: int) -> bool:
         """Whether `draw(step)` may take any time; asked when all steps before it are drawn."""

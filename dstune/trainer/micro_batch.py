@@ -1,6 +1,6 @@
 """`trainer.micro_batch_size=auto`: how many rows a micro-batch has, measured before the first step.
 
-Windows of the heaviest rows are computed in sizes that double, as training would, and left out like the window of a loss spike:
+Steps of the heaviest rows are computed in sizes that double, as training would, and left out like the step of a loss spike:
 weights, optimizer and the order of the data stay as they are. A size is tried only where it is bound to fit by what the size
 before took, so none runs out of memory to find out that it does.
 """
@@ -59,7 +59,7 @@ class Choice:
 
 
 def choose(trial: Callable[[int], Trial], share: int, held_gib: float, room_gib: float) -> Choice:
-    """The fastest size that fits, at most `share` (a rank's rows of a window); one row whatever it takes.
+    """The fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
 
     held_gib: what a micro-batch finds in memory when it begins. room_gib: what a rank may take at most.
     """
@@ -144,7 +144,7 @@ class Trials:
 
     @property
     def share(self) -> int:
-        """A rank's rows of a window."""
+        """A rank's rows of a step."""
         return -(-self.config.trainer.global_batch_size // self.world.size)
 
     @cached_property
@@ -166,7 +166,7 @@ class Trials:
     def run(self, rows: int) -> Trial:
         # Round and round where the data has fewer rows.
         heavy = self._batch([self.heaviest[place % len(self.heaviest)] for place in range(rows)])
-        # The first one fills caches and leaves gradients. The last one's backward pass ends the window, at ZeRO 0 and 1 with
+        # The first one fills caches and leaves gradients. The last one's backward pass ends the step, at ZeRO 0 and 1 with
         # all communication, which comes once whatever the size is.
         batches = [heavy, heavy, heavy, self._batch([self.lightest])]
         with self.memory.apart() as peak:
@@ -190,7 +190,7 @@ class Trials:
     def _window(
         self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None
     ) -> list[float]:
-        """Seconds of the forward and backward pass of each, in a window that is left out."""
+        """Seconds of the forward and backward pass of each, in a step that is left out."""
         seeds, times = list(range(len(batches))), []
         shares = joined(self.head, self.engine, batches, self.world, seeds)
         for position, batch in enumerate(batches):

@@ -1,4 +1,4 @@
-"""Collated micro-batches of the coming windows, prepared in a thread while the model computes."""
+"""Collated micro-batches of the coming steps, prepared in a thread while the model computes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def training_order(config: RunConfig, data: PreparedData) -> TrainingOrder:
 
 @dataclass(frozen=True)
 class Feed:
-    """One window as this rank sees it."""
+    """One step as this rank sees it."""
 
     window: Window
     epoch: float
@@ -55,10 +55,10 @@ class Feed:
 def windows(
     config: RunConfig, data: PreparedData, supply: Supply, world: World, pad_token_id: int, steps: range
 ) -> Iterator[Feed | None]:
-    """The windows of `steps` in order, two windows ahead of their use.
+    """The steps of `steps` in order, two steps ahead of their use.
 
     None comes, on all ranks alike, while any of them waits for a block of a stream: then they may agree on what to do.
-    What one rank raises in preparing the first window of a block, all of them raise.
+    What one rank raises in preparing the first step of a block, all of them raise.
     """
 
     def prepare(step: int) -> Feed:
@@ -84,7 +84,7 @@ def windows(
 
 
 def _all_have_it(feeds: Ahead[Feed], world: World) -> bool:
-    """Whether every rank has its next window. A collective of at most about `WAIT_SECONDS`."""
+    """Whether every rank has its next step. A collective of at most about `WAIT_SECONDS`."""
     item = feeds.peek(WAIT_SECONDS)
     if isinstance(item, BaseException) and not isinstance(item, DstuneError):
         raise item  # a fault of this rank alone, whose end is that of the others

@@ -28,7 +28,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Counted:
-    """What a rank's micro-batches of one window hold."""
+    """What a rank's micro-batches of one step hold."""
 
     texts: tuple[int, ...] = ()
     """Tokens of each text that the model reads, without padding and fillers."""
@@ -81,7 +81,7 @@ class Needs:
         return replace(self, setup=replace(self.setup, trained=tensors))
 
     def flops(self, counted: Counted) -> float:
-        """Of forward and backward pass over a rank's part of a window."""
+        """Of forward and backward pass over a rank's part of a step."""
         lengths = [length + self.prompt for length in counted.texts]
         projected = counted.targets if self.projects else 0
         work = work_of(lengths, window=self.setup.model.window, projected=projected)
@@ -109,7 +109,7 @@ class Utilization:
         self._frozen_groups: int | None = None
 
     def flops(self, counted: Counted, frozen_groups: int = 0) -> float:
-        """What a rank's part of a window needs; 0 where there is no utilisation.
+        """What a rank's part of a step needs; 0 where there is no utilisation.
 
         frozen_groups: of the optimizer; another number than before means that other parameters train.
         """

@@ -1,4 +1,4 @@
-"""Losses that need the whole window: a pass over all of its micro-batches on all ranks before the loss of any."""
+"""Losses that need the whole step: a pass over all of its micro-batches on all ranks before the loss of any."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dstune.zero.engine import Engine
 def joined(
     head: Head, engine: Engine, batches: Iterable[Batch], world: World, seeds: Sequence[int] | None = None
 ) -> list[dict[str, torch.Tensor]] | None:
-    """What each of this rank's micro-batches needs of the whole window; None for a head that needs nothing of it.
+    """What each of this rank's micro-batches needs of the whole step; None for a head that needs nothing of it.
 
     batches: on the engine's device. seeds: of the dropout of each, the same as in the pass with a graph. Micro-batch i of
-    the window is the one at i // world size of rank i % world size, so the result does not depend on the number of ranks.
+    the step is the one at i // world size of rank i % world size, so the result does not depend on the number of ranks.
     """
     if not isinstance(head, WindowHead):
         return None

@@ -82,7 +82,7 @@ def _announce_borrowed_weights(model: nn.Module) -> None:
 
 @contextmanager
 def _no_word_of_overflow() -> Iterator[None]:
-    """DeepSpeed says `OVERFLOW! Skipping step` of a window that is left out on purpose."""
+    """DeepSpeed says `OVERFLOW! Skipping step` of a step that is left out on purpose."""
     from deepspeed.utils import logger
 
     level = logger.level
@@ -115,7 +115,7 @@ class Update:
 
 
 class Engine:
-    """DeepSpeed's engine with the window as its step: `accumulate` for each micro-batch, then `update`."""
+    """DeepSpeed's engine with the optimizer step as its unit: `accumulate` for each micro-batch, then `update`."""
 
     def __init__(
         self,
@@ -217,9 +217,9 @@ class Engine:
         """Forward and backward of one micro-batch; returns its loss sum, detached.
 
         veto: asked between the forward and the backward pass, with the loss sum; where it says True (on all ranks), the
-        window is not applied: its gradient is made not a number, as a non-finite loss does.
+        step is not applied: its gradient is made not a number, as a non-finite loss does.
 
-        The gradient is that of `sum of all losses / window_weight` over the window's micro-batches on all ranks: DeepSpeed
+        The gradient is that of `sum of all losses / window_weight` over the step's micro-batches on all ranks: DeepSpeed
         averages over the ranks (those that share weights are one), so the loss is multiplied by their number, and its own
         division by the accumulation steps is off. Exact to 1.7e-7 in fp32 at stages 0-3.
         """
@@ -234,7 +234,7 @@ class Engine:
         return loss_sum.detach()
 
     def update(self) -> Update:
-        """The optimizer step of the window; skipped on all ranks where the global gradient is not finite."""
+        """Update the weights; skipped on all ranks where the global gradient is not finite."""
         self._files.wait_for_copies()
         vetoed, self._vetoed = self._vetoed, False
         if self.stage == 0:
@@ -325,7 +325,7 @@ class Engine:
     def before_update(self, change: Change) -> None:
         """Call `change(partition, gradient, group)` for all that this rank updates, each time before the optimizer does.
 
-        gradient: of the window's mean loss, clipped, a vector of `partition.elements`' size that may be changed. group:
+        gradient: of the step's mean loss, clipped, a vector of `partition.elements`' size that may be changed. group:
         the optimizer's, with `lr` and `weight_decay`. Every element of every trained parameter comes once over all ranks,
         at stage 0 once on each.
         """

@@ -92,7 +92,7 @@ def test_a_signal_is_forwarded_once_and_ends_with_75(tmp_path, number):
     launch.process.send_signal(number)
     assert launch.finish() == 75
     assert [launch.note("final", rank) for rank in (0, 1)] == ["1", "1"]
-    assert f"received {number.name}: saving at the next window" in launch.stderr()
+    assert f"received {number.name}: saving at the end of this step" in launch.stderr()
     assert launch.result()["status"] == "preempted"
     assert launch.survivors() == []
 
@@ -120,7 +120,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
     launch = Launch(tmp_path / "run", HANGING, grace=8.0)
     launch.note("ready", 0), launch.note("ready", 1)
     launch.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "saving at the next window" in launch.stderr(), "the first signal to be noticed")
+    wait_for(lambda: "saving at the end of this step" in launch.stderr(), "the first signal to be noticed")
     time.sleep(0.5)
     assert launch.process.poll() is None
     sent = time.monotonic()

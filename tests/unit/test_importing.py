@@ -143,7 +143,7 @@ def test_axolotl_lora(monkeypatch, tmp_path):
     config = configuration(imported("axolotl/llama3_instruct_lora.yaml", monkeypatch, ranks=4).text, tmp_path)
     assert config.model.path == "NousResearch/Meta-Llama-3-8B-Instruct"
     assert config.method == LoraConfig(rank=32, alpha=16.0, dropout=0.05)
-    assert (config.data.train, config.data.format.name) == ("fozziethebeat/alpaca_messages_2k_test", "messages")
+    assert (config.data.train, config.data.format) == ("fozziethebeat/alpaca_messages_2k_test", "messages")
     assert (config.data.max_length, config.data.packing, config.data.split.validation) == (4096, False, 0.05)
     assert (config.trainer.micro_batch_size, config.trainer.global_batch_size) == (2, 2 * 4 * 4)
     assert (config.trainer.epochs, config.optimizer.lr, config.schedule.warmup_ratio) == (4, 2e-4, 0.1)

@@ -185,7 +185,7 @@ class Launch:
             for process in self.ranks:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
-            then = "saving at the next window; again to stop at once without saving" if self.saves else "stopping"
+            then = "saving at the end of this step; again to stop at once without saving" if self.saves else "stopping"
             self.console.message(f"dstune: received {self.stop_signal}: {then}")
         if len(self.received) > 1 and not self.forced:
             self.forced = True

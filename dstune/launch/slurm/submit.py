@@ -130,7 +130,7 @@ def _stop(jobs: Sequence[str], run_dir: Path, console: Console, received: Sequen
         console.message("dstune: received a second signal: the job is cancelled without saving")
         queue.cancel(jobs)
         return
-    message = f"received {received[0]}: saving at the next window; again to stop at once without saving"
+    message = f"received {received[0]}: saving at the end of this step; again to stop at once without saving"
     console.message(f"dstune: {message}")
     with contextlib.suppress(Unreachable):  # asked again by the next signal
         queue.ask_to_stop(jobs, run_dir)

@@ -59,7 +59,7 @@ class Rows(Protocol):
 
 @runtime_checkable
 class WindowHead(Protocol):
-    """A head whose loss of one micro-batch depends on all others of the window (or of the split that is evaluated).
+    """A head whose loss of one micro-batch depends on all others of the step (or of the split that is evaluated).
 
     Before the loss of any of them, `first_pass` runs on each without a graph, with the same random numbers as later, and
     `join` turns what it gave into what the loss of each needs, as further tensors of the batch. See `train.window`.
@@ -73,7 +73,7 @@ class WindowHead(Protocol):
     def first_pass(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]: ...
 
     def join(self, parts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """parts: of all micro-batches of all ranks, in the window's order, fillers last."""
+        """parts: of all micro-batches of all ranks, in the step's order, fillers last."""
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The head of embedding models: contrastive pairs against all others of the window."""
+"""The head of embedding models: contrastive pairs against all others of the step."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 class EmbeddingHead:
     """InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) with in-batch negatives: an anchor has to find its positive
-    among the positives and the negatives of all pairs of the window, by the cosine divided by the temperature.
+    among the positives and the negatives of all pairs of the step, by the cosine divided by the temperature.
 
-    The window is embedded without a graph first; the gradient of its loss with respect to every vector then stands in for
+    The step is embedded without a graph first; the gradient of its loss with respect to every vector then stands in for
     the loss in the pass with a graph (Gao et al. 2021, arXiv:2101.06983). So memory holds the graph of one micro-batch, and
-    the gradient is that of the whole window, whatever its micro-batches and ranks.
+    the gradient is that of the whole step, whatever its micro-batches and ranks.
     """
 
     join_evaluation = False  # its metrics are made of the vectors themselves
