@@ -69,8 +69,8 @@ def record(world: World) -> None:
     """Let the engine tell what it holds."""
     build, save, close = Engine.__init__, Engine.save, Engine.close
 
-    def recorded_build(engine: Engine, *arguments: Any) -> None:
-        build(engine, *arguments)
+    def recorded_build(engine: Engine, *arguments: Any, **options: Any) -> None:
+        build(engine, *arguments, **options)
         Recorded.engines.append(engine)
         Recorded.first, Recorded.saves = whole(engine), {}
         Recorded.first_logits = logits_of(engine)

@@ -79,16 +79,14 @@ def test_what_fills_a_partition_up_does_not_count():
     fragment = SimpleNamespace(name="weight", offset=0, count=2)
     elements = torch.tensor([1.0, 2.0, float("nan")])
     partition = SimpleNamespace(key=object(), elements=elements, fragments=[fragment])
-    changes: list[Any] = []
-    engine = SimpleNamespace(stage=3, partitions=lambda: [partition], before_update=changes.append)
-    world = SimpleNamespace(sum=list)
+    engine = SimpleNamespace(partitions=lambda: [partition])
     config = ForgettingConfig(l2sp=0.5)
-    penalties = forgetting.Penalties(config, engine, SimpleNamespace(parameters=()), {}, world)
+    penalties = forgetting.Penalties(config, engine, SimpleNamespace(parameters=()), {})
     elements[:2] += 2.0
     gradient = torch.zeros(3)
-    changes[0](partition, gradient, {})
+    penalties.add(partition, gradient)
     assert gradient.tolist() == [1.0, 1.0, 0.0]
-    assert penalties.value() == 0.5 * 0.5 * (4.0 + 4.0)
+    assert penalties.collect() == 0.5 * 0.5 * (4.0 + 4.0)
 
 
 def test_rows_without_a_finite_gradient_are_left_out_of_the_mean(monkeypatch):

@@ -53,7 +53,10 @@ def test_the_secret_of_a_slurm_job_is_for_this_user_alone(tmp_path: Path) -> Non
 def test_a_local_launch_meets_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No rank listens where another user of the machine could connect first."""
     from dstune.core.rank_env import STORE
-    from dstune.launch import supervise
+    from dstune.launch.commands import Machine, local_plan
+    from dstune.launch.console import Console
+    from dstune.launch.local import supervise
+    from dstune.launch.local.config import LocalConfig
 
     seen: list[dict[str, str]] = []
 
@@ -70,7 +73,10 @@ def test_a_local_launch_meets_in_a_folder_of_its_own(tmp_path: Path, monkeypatch
 
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
-    supervise.run(run_config(), run_dir)
+    launch, console = LocalConfig(processes=2), Console()
+    config = run_config(launch=launch)
+    plan = local_plan(config, run_dir, machine=Machine(gpus=0, cores=2), console=console.kind)
+    supervise.run(config, run_dir, launch, plan=plan, console=console)
     assert len(seen) >= 1
     assert {env["mode"] for env in seen} == {"0o700"}
     assert len({(env[STORE], env[GROUP_SECRET]) for env in seen}) == 1

@@ -16,7 +16,7 @@ from dstune.config.compose import compose
 from dstune.config.validate import validate
 from dstune.core.errors import UserError
 from dstune.launch import records
-from dstune.launch.slurm_script import job_script
+from dstune.launch.slurm.script import job_script
 
 
 @pytest.fixture
@@ -108,4 +108,4 @@ def test_ordinary_values_of_a_script_pass() -> None:
 def test_a_script_is_one_even_past_validation(tmp_path: Path) -> None:
     config = compose(["experiment=quickstart", "launch=slurm"]).config
     with pytest.raises(UserError, match="control character"):
-        job_script(config, tmp_path / "a\ntouch owned", {})
+        job_script(config, config.launch, tmp_path / "a\ntouch owned", {})
