@@ -38,7 +38,6 @@ def launched(monkeypatch):
 
     def run(self, config, run_dir, *, console, lock):
         state.calls.append((config, run_dir))
-        os.close(lock)  # this process goes on, unlike the command
         result = {"status": "completed", "steps": 3, "eval_final": {"loss": 1.5}}
         (run_dir / "result.json").write_text(json.dumps(result))
         return state.code
@@ -235,7 +234,7 @@ def inside(monkeypatch):
         noted.append(code)
 
     stand_in = SimpleNamespace(main_inside=main_inside, leave=leave)
-    monkeypatch.setitem(sys.modules, "dstune.worker", stand_in)
+    monkeypatch.setitem(sys.modules, "dstune.rank.worker", stand_in)
     for name in (*train.NO_TELEMETRY, *train.OFFLINE):
         monkeypatch.setenv(name, "0")
     return noted
