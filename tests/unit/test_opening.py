@@ -30,7 +30,9 @@ def message(
     data = SimpleNamespace(report=report or {}, validation=SimpleNamespace(lengths=[8] * held_out))
     engine = SimpleNamespace(module=module or nn.Linear(2, 2))
     world = SimpleNamespace(size=1, local_size=1)
-    run = SimpleNamespace(config=config, data=data, total_steps=steps, state=state or TrainState(), engine=engine, world=world)
+    run = SimpleNamespace(
+        config=config, data=data, total_steps=steps, state=state or TrainState(), engine=engine, world=world
+    )
     return list(cautions(config, run))
 
 
