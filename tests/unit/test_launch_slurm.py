@@ -94,7 +94,7 @@ def test_containers():
     pyxis = script(container="img.sqsh", container_mounts=["/data", "/a:/b"])
     assert f"--container-mounts=/shared/runs/one:/shared/runs/one,{Path.cwd()}:{Path.cwd()},/data:/data,/a:/b" in pyxis
     assert "--container-image=img.sqsh" in pyxis
-    assert 'python3 -u -m dstune.rank.worker "$run"' in pyxis
+    assert 'python3 -u -m dstune.worker "$run"' in pyxis
     apptainer = script(
         container="i.sif", container_runtime=ContainerRuntime.apptainer, gpus=2, container_mounts=["/data"]
     )
