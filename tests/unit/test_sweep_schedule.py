@@ -79,7 +79,8 @@ def test_a_trial_whose_end_nobody_noted(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_trial_of_a_killed_sweep_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sweep = Scripted(tmp_path, "done(1.0)", monkeypatch)
-    begin = f"run = Path({str(_made(sweep.path / 'lr=1'))!r}); lock = records.acquire_lock(run); records.begin(run, 'x', 1); print(flush=True); time.sleep(2)"
+    hold = f"run = Path({str(_made(sweep.path / 'lr=1'))!r}); lock = records.acquire_lock(run)"
+    begin = f"{hold}; records.begin(run, 'x', 1); print(flush=True); time.sleep(2)"
     program = f"import time; from pathlib import Path; from dstune.launch import records; {begin}"
     saving = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert saving.stdout is not None and saving.stdout.readline()
@@ -92,7 +93,8 @@ def test_a_trial_of_a_killed_sweep_is_waited_for(tmp_path: Path, monkeypatch: py
 def test_a_request_to_stop_while_waiting_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The launch that is waited for still has the directory."""
     sweep = Scripted(tmp_path, "done(1.0)", monkeypatch)
-    begin = f"run = Path({str(_made(sweep.path / 'lr=1'))!r}); lock = records.acquire_lock(run); records.begin(run, 'x', 1); print(flush=True); time.sleep(60)"
+    hold = f"run = Path({str(_made(sweep.path / 'lr=1'))!r}); lock = records.acquire_lock(run)"
+    begin = f"{hold}; records.begin(run, 'x', 1); print(flush=True); time.sleep(60)"
     program = f"import time; from pathlib import Path; from dstune.launch import records; {begin}"
     saving = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert saving.stdout is not None and saving.stdout.readline()
