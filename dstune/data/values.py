@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from typing import Any
 
 from dstune.data.problems import RowError, format_value
+
+_LIST_OF_PYTHON = re.compile(r"\[(['\"]|-?\d).*\]\s*", re.DOTALL)
+"""A list as Python and numpy write it, which pandas puts into CSV files."""
 
 
 def text(value: Any, column: str) -> str:
@@ -75,6 +79,8 @@ def listed(value: Any, column: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
+    if isinstance(value, str) and _LIST_OF_PYTHON.fullmatch(value.lstrip()):
+        raise RowError(f"column {column!r} is a list that is not JSON: {format_value(value)}; json.dumps writes it")
     if isinstance(value, str):
         value = value.split()
     if not isinstance(value, list):

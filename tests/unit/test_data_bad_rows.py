@@ -261,6 +261,11 @@ ROWS: list[Case] = [
     ("… tokens have … tags", TAGS, {"tokens": ["a", "b"], "tags": ["O"]}),
     ("word … of column … must be text, it is …", TAGS, {"tokens": ["a", 1], "tags": ["O", "O"]}),
     ("column … must be a list, it is …", TAGS, {"tokens": 7, "tags": ["O"]}),
+    (
+        "column … is a list that is not JSON: …; json.dumps writes it",
+        TAGS,
+        {"tokens": "['EU', 'rejects']", "tags": "['B-ORG', 'O']"},
+    ),
     ("a tag must be text or a number, it is …", TAGS, {"tokens": ["a"], "tags": [[]]}),
     ("tag … is a number; task.labels=[NAME,NAME] names the tags in their order", TAGS, {"tokens": ["a"], "tags": [1]}),
     ("tag … is not the number of one of the … task.labels", NAMED_TAGS, {"tokens": ["a"], "tags": [7]}),

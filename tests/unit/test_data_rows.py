@@ -260,6 +260,20 @@ def test_labelled_texts_that_are_refused(row, reason):
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "tags"),
+    [("['EU', 'rejects']", "O O"), ("['EU' 'rejects']", "O O"), ("EU rejects", "[3 0]"), ("EU rejects", '["O", O]')],
+)
+def test_lists_as_pandas_writes_them_are_no_words(tokens, tags):
+    with pytest.raises(RowError, match="is a list that is not JSON"):
+        normalise({"tokens": tokens, "tags": tags}, "tokens_tags", {})
+
+
+def test_words_in_brackets_are_words():
+    row = normalise({"tokens": "[ laughter ]", "tags": "O B-X O"}, "tokens_tags", {})
+    assert row == {"tokens": ["[", "laughter", "]"], "tags": ["O", "B-X", "O"]}
+
+
 def test_sort_labels():
     assert sort_labels(["10", "2", "1"]) == ("1", "2", "10")
     assert sort_labels(["b", "a", "a", "10"]) == ("10", "a", "b")
