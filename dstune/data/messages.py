@@ -34,6 +34,9 @@ ROLE_NAMES = {
 }
 """The role that a name in a file stands for. `developer` is OpenAI's newer name of `system`, which most templates lack."""
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names that data and templates have for what a model thinks before it answers."""
+
 FOLLOWERS = {
     "start": ("system", "user", "assistant"),
     "system": ("user", "assistant"),
@@ -68,6 +71,8 @@ def alpaca(fields: Mapping[str, Any]) -> list[Message]:
     history = fields.get("history") or []
     if isinstance(history, str):
         history = _json(history, "column 'history' is text but not JSON")
+    if not isinstance(history, list):
+        raise RowError(f"column 'history' must be a list, it is {format_value(history)}")
     for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
             raise RowError(f"history {number} must be a question and an answer, it is {format_value(pair)}")
@@ -212,6 +217,9 @@ def _message(number: int, message: Any) -> Message:
         content = message.pop("refusal", None)
     if name != "function_call" and not (calls and content is None):
         result["content"] = _content(number, role, content)
+    for key in REASONING_KEYS if role == "assistant" else ():
+        if not isinstance(message.get(key, ""), str):
+            raise RowError(f"message {number} ({role}): {key} must be text, it is {format_value(message[key])}")
     for key in ("loss", "loss_weight", "train"):
         if key in message:
             # Other tools' names for weight: passed over, the row would be trained as if it were not there.
@@ -254,6 +262,8 @@ def _calls(number: int, name: str, role: str, message: Message, content: Any) ->
         value = _json(content, f"message {number} (function_call) is not JSON") if isinstance(content, str) else content
         given = value if isinstance(value, list) else [value]
     elif "function_call" in message:  # OpenAI before tools
+        if message.get("tool_calls"):
+            raise RowError(f"message {number} ({role}) has tool_calls and function_call; give its calls as tool_calls")
         given = [message["function_call"]]
     else:
         given = message.get("tool_calls", [])

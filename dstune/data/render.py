@@ -16,7 +16,7 @@ import numpy as np
 
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
-from dstune.data.chat.probe import REASONING_KEYS, Facts, facts_of, learn_stops, reasoning_of
+from dstune.data.chat.probe import Facts, facts_of, learn_stops, reasoning_of
 from dstune.data.chat.rule import (
     Passage,
     Place,
@@ -33,6 +33,7 @@ from dstune.data.chat.rule import (
 )
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.control import ControlTokens
+from dstune.data.messages import REASONING_KEYS
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
 

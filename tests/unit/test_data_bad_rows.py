@@ -164,10 +164,16 @@ ROWS: list[Case] = [
         CHAT,
         chat(USER, ANSWER, USER, output("assistant", " ")),
     ),
+    ("message … (…): … must be text, it is …", CHAT, chat(USER, output("assistant", reasoning_content=["Hm."]))),
     (
         "message … (…) calls a tool, which only the assistant does",
         CHAT,
         chat(output("user", tool_calls=[CALL]), ANSWER),
+    ),
+    (
+        "message … (…) has tool_calls and function_call; give its calls as tool_calls",
+        CHAT,
+        chat(USER, {"role": "assistant", "tool_calls": [CALL], "function_call": CALL["function"]}),
     ),
     ("message …: tool_calls must be a list, it is …", CHAT, chat(USER, {"role": "assistant", "tool_calls": {"a": 1}})),
     ("message …: tool_calls are not JSON: … at character …", CHAT, chat(USER, output("assistant", tool_calls="[{"))),
@@ -205,6 +211,11 @@ ROWS: list[Case] = [
             {"conversations": GOOD["messages"], "system": "s"},
             {"conversations": [output("system"), USER, ANSWER], "system": "s"},
         ],
+    ),
+    (
+        "column 'history' must be a list, it is …",
+        CHAT,
+        [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "history": 5}],
     ),
     (
         "history … must be a question and an answer, it is …",

@@ -13,9 +13,7 @@ from typing import Any
 
 from dstune.data.chat.rule import RuleError, Stops, alternatives, in_common
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names that data and templates have for what a model thinks before it answers."""
+from dstune.data.messages import REASONING_KEYS
 
 SWITCHES = ("enable_thinking", "thinking")
 """Arguments with which templates are told whether the model is to think."""
