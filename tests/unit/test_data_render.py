@@ -200,6 +200,15 @@ def test_qwen3_removes_thinking_from_the_history():
     assert thoughtless == [f"<think>\n\n</think>\n\n{answer}<|im_end|>" for answer in ("Hello", "No")]
 
 
+def test_what_a_user_writes_in_think_tags_stays_where_a_template_takes_reasoning_from_a_field():
+    field = "(('<think>' + message.reasoning_content + '</think>') if message.reasoning_content is defined else '')"
+    tokenizer = byte_tokenizer(CHATML.replace("message['content'] +", f"{field} + message['content'] +"))
+    (sample,) = encoded(tokenizer, [user("<think>Hm.</think> Why?"), assistant("<think>So.</think> Yes")])
+    text = tokenizer.decode(sample.input_ids)
+    assert "<|im_start|>user\n<think>Hm.</think> Why?<|im_end|>" in text
+    assert "<|im_start|>assistant\n<think>So.</think>Yes<|im_end|>" in text
+
+
 def test_qwen3_adds_empty_thinking_to_the_last_turn():
     """Each turn is the last one when it is written."""
     assert trained(byte_tokenizer(QWEN3), TWO_TURNS) == [

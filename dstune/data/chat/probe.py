@@ -65,7 +65,8 @@ class Facts:
     def adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         """`message` as the template reads it; equal to it where it does already."""
         changed = dict(message)
-        if not self.splits_reasoning and (inline := _INLINE.match(message.get("content") or "")):
+        split = not self.splits_reasoning and message["role"] == "assistant"
+        if split and (inline := _INLINE.match(message.get("content") or "")):
             changed = {**message, "reasoning_content": inline.group(1).strip(), "content": inline.group(2)}
         reasoning = reasoning_of(changed)
         if reasoning is not None:  # under every name, as newer versions of transformers do by themselves
