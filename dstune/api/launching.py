@@ -66,7 +66,7 @@ def _ended(run_dir: Path, code: int) -> Path:
 
     reason = str((read_result(run_dir) or {}).get("reason") or f"exit code {code}")
     if code == EXIT_PREEMPTED:
-        raise Preempted(f"{reason}; dstune.loadrun_to_end({str(run_dir)!r}).resume() continues the run")
+        raise Preempted(f"{reason}; dstune.load_run({str(run_dir)!r}).resume() continues the run")
     raise TrainingFailed(f"{reason} (logs: {run_dir / 'logs'})")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from support.runs import full_run
 
 import dstune
 from dstune.api import rows, training
-from dstune.core.errors import UserError
+from dstune.api.launching import _ended
+from dstune.core.errors import EXIT_PREEMPTED, UserError
+from dstune.launch import records
 
 
 def test_the_import_is_light():
@@ -203,6 +206,15 @@ def test_a_launch_that_is_over_is_not_running_while_its_process_lives(tmp_path):
     assert dstune.load_run(run).status == "running"
     os.close(lock)
     assert dstune.load_run(run).status == "completed"
+
+
+def test_how_to_go_on_after_a_preemption_is_python_that_works(tmp_path):
+    run = full_run(tmp_path / "run")
+    records.write_result(run, "preempted", "run.time_limit is over", 1)
+    with pytest.raises(dstune.Preempted) as error:
+        _ended(run, EXIT_PREEMPTED)
+    words = re.search(r"(dstune\.\S+)\.resume\(\) continues", str(error.value))[1]
+    assert eval(words).dir == run
 
 
 def test_options_of_generate_have_names_and_ranges():
