@@ -41,7 +41,7 @@ LEAVE = Action.PREEMPT | UNSAVED
 class Request:
     action: Action = Action.CONTINUE
     reason: str = ""
-    """For the console and `result.json`; needed with STOP, PREEMPT, FAIL and PRUNE."""
+    """For the console and `result.json`, with STOP, PREEMPT, FAIL and PRUNE."""
 
 
 CONTINUE = Request()

@@ -11,7 +11,7 @@ import numpy as np
 from dstune.config.callbacks import chosen_callbacks
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import CALLBACKS
-from dstune.protocols.callback import Callback, Request, merge
+from dstune.protocols.callback import LEAVE, Action, Callback, Request, merge
 from dstune.trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -59,22 +59,22 @@ class CallbackList:
             one.on_micro_batch_end(run, step, position)
 
     def on_step_end(self, run: Training, step: Step) -> Request:
-        return merge([one.on_step_end(run, step) for one in self._callbacks])
+        return merge([_checked(one, one.on_step_end(run, step)) for one in self._callbacks])
 
     def on_step_agreed(self, run: Training, step: Step) -> None:
         """What they ask for is added to `step.request`."""
         for one in self._callbacks:
-            step.request = merge([step.request, one.on_step_agreed(run, step)])
+            step.request = merge([step.request, _checked(one, one.on_step_agreed(run, step))])
 
     def between_steps(self, run: Training) -> None:
         for one in self._callbacks:
             one.between_steps(run)
 
     def while_waiting(self, run: Training) -> Request:
-        return merge([one.while_waiting(run) for one in self._callbacks])
+        return merge([_checked(one, one.while_waiting(run)) for one in self._callbacks])
 
     def on_evaluate(self, run: Training, evaluation: Evaluated) -> Request:
-        return merge([one.on_evaluate(run, evaluation) for one in self._callbacks])
+        return merge([_checked(one, one.on_evaluate(run, evaluation)) for one in self._callbacks])
 
     def on_save(self, run: Training) -> None:
         for one in self._callbacks:
@@ -151,3 +151,13 @@ class CallbackList:
         for one in self._callbacks:
             if one.name in state.callbacks:
                 one.load_state_dict(state.callbacks[one.name])
+
+
+def _checked(one: Callback, request: Any) -> Request:
+    """What `one` asks for. An end has a reason, without which the run would count as completed. Raises UserError."""
+    if not isinstance(request, Request):
+        reason = f"the callback {one.name} returned {type(request).__name__} where it asks for something"
+        raise UserError(Problem("trainer.callbacks", reason, "end the hook with `return dstune.Request()`"))
+    if request.action & (Action.STOP | LEAVE) and not request.reason:
+        return Request(request.action, f"the callback {one.name} asked for it")
+    return request

@@ -8,7 +8,8 @@ import pytest
 from support.configs import run_config
 
 from dstune.core.errors import UserError
-from dstune.protocols.callback import Callback
+from dstune.protocols.callback import Action, Callback, Request
+from dstune.rank.finalize import status_of
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.early_stopping import EarlyStopping
 from dstune.trainer.callbacks.nonfinite import NonFinite
@@ -110,6 +111,28 @@ def test_the_state_of_a_callback_that_nobody_knows_is_refused():
     assert callbacks.state_dict() == {"cadence": {"steps": 3}}
     with pytest.raises(UserError, match="has the state of gone"):
         callbacks.load(TrainState(callbacks={"gone": {}}))
+
+
+def test_an_end_without_a_reason_is_no_completion():
+    class Quiet(Callback):
+        name = "quiet"
+
+        def on_step_end(self, run, step):
+            return Request(Action.STOP)
+
+    request = CallbackList([Quiet()]).on_step_end(SimpleNamespace(), SimpleNamespace())
+    assert request.reason == "the callback quiet asked for it"
+    assert status_of(request) == "stopped"
+
+
+def test_a_hook_that_forgets_its_answer_is_named():
+    class Forgetful(Callback):
+        name = "forgetful"
+
+        def on_evaluate(self, run, evaluation): ...
+
+    with pytest.raises(UserError, match="the callback forgetful returned NoneType"):
+        CallbackList([Forgetful()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
 
 
 def test_going_back_gives_callbacks_their_earlier_state():
