@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dstune.config.convert import convert
@@ -28,8 +28,8 @@ def chosen_callbacks(config: RunConfig) -> list[Callback]:
         name, arguments = _name_and_arguments(entry, where)
         cls = _find(name, where)
         arguments = _converted(cls, arguments, name, where)
-        if any(type(other) is cls for other in made):
-            raise UserError(Problem(where, "this callback is in the list already", "name it once", name))
+        if clash := _clash(cls, [type(other) for other in made], name, where):
+            raise UserError(clash)
         try:
             made.append(cls(**arguments))
         except UserError:
@@ -42,7 +42,7 @@ def chosen_callbacks(config: RunConfig) -> list[Callback]:
 
 def check_callbacks(config: RunConfig) -> Iterator[Problem]:
     """Names, and the arguments of each; nothing is made."""
-    seen: set[type] = set()
+    seen: list[type[Callback]] = []
     for number, entry in enumerate(config.trainer.callbacks):
         where = f"{KEY}[{number}]"
         try:
@@ -52,9 +52,20 @@ def check_callbacks(config: RunConfig) -> Iterator[Problem]:
         except UserError as error:
             yield from error.problems
             continue
-        if cls in seen:
-            yield Problem(where, "this callback is in the list already", "name it once", name)
-        seen.add(cls)
+        if clash := _clash(cls, seen, name, where):
+            yield clash
+        seen.append(cls)
+
+
+def _clash(cls: type[Callback], others: Sequence[type[Callback]], name: str, where: str) -> Problem | None:
+    """What keeps `cls` from having a state of its own, which checkpoints keep by the callback's name."""
+    if cls in others:
+        return Problem(where, "this callback is in the list already", "name it once", name)
+    named = [other for other in (*others, *CALLBACKS.classes().values()) if other.name == cls.name and other is not cls]
+    if named:
+        reason = f"{named[0].__module__}.{named[0].__qualname__} has the name {cls.name!r} too"
+        return Problem(where, reason, "give the class a `name` of its own", name)
+    return None
 
 
 def _name_and_arguments(entry: Any, where: str) -> tuple[str, Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from support.configs import run_config
 from dstune.config.callbacks import check_callbacks, chosen_callbacks
 from dstune.config.compose import compose
 from dstune.config.schema import TrainerConfig
+from dstune.core.errors import UserError
 from dstune.protocols import CALLBACKS, Callback, callback
 
 
@@ -65,6 +66,25 @@ def test_what_is_wrong_is_named(entry, words):
 def test_a_callback_is_named_once():
     [problem] = problems({"printer": {"text": "a"}}, {"printer": {"text": "b"}})
     assert problem.startswith("trainer.callbacks[1]") and "already" in problem
+
+
+def test_two_callbacks_of_one_name_are_refused(tmp_path, monkeypatch):
+    """Each would load the other's state."""
+    (tmp_path / "twins.py").write_text(
+        "from dstune.protocols import Callback\n"
+        "from dstune.trainer.callbacks.cadence import Cadence\n"
+        "class One(Callback): name = 'twin'\n"
+        "class Two(Callback): name = 'twin'\n"
+        "class Slower(Cadence):\n"
+        "    def __init__(self): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    [problem] = problems("twins:One", "twins:Two")
+    assert problem.startswith("trainer.callbacks[1]") and "twins.One has the name 'twin' too" in problem
+    [problem] = problems("twins:Slower")
+    assert "Cadence has the name 'cadence' too" in problem
+    with pytest.raises(UserError, match="has the name 'twin' too"):
+        chosen_callbacks(run_config(trainer=TrainerConfig(callbacks=["twins:One", "twins:Two"])))
 
 
 def test_hydra_takes_the_list(tmp_path):
