@@ -29,7 +29,8 @@ class Action(IntFlag):
     PRUNE = 32
     """Leave without a save: the sweep that the run is a trial of has seen enough."""
     REWIND = 64
-    """Go back to the newest checkpoint and leave out the data since; may be asked for by `on_step_agreed` only."""
+    """Go back to the newest checkpoint and leave out the data since; may be asked for by `on_step_agreed` only, in a run with
+    `trainer.spike.action=rollback`."""
 
 
 UNSAVED = Action.FAIL | Action.PRUNE

@@ -71,10 +71,15 @@ class CallbackList:
             one.between_steps(run)
 
     def while_waiting(self, run: Training) -> Request:
-        return merge([_checked(one, one.while_waiting(run)) for one in self._callbacks])
+        return merge(
+            [_checked(one, one.while_waiting(run), Action.EVALUATE | Action.REWIND) for one in self._callbacks]
+        )
 
     def on_evaluate(self, run: Training, evaluation: Evaluated) -> Request:
-        return merge([_checked(one, one.on_evaluate(run, evaluation)) for one in self._callbacks])
+        requests = [
+            _checked(one, one.on_evaluate(run, evaluation), Action.EVALUATE | Action.REWIND) for one in self._callbacks
+        ]
+        return merge(requests)
 
     def on_save(self, run: Training) -> None:
         for one in self._callbacks:
@@ -153,11 +158,19 @@ class CallbackList:
                 one.load_state_dict(state.callbacks[one.name])
 
 
-def _checked(one: Callback, request: Any) -> Request:
-    """What `one` asks for. An end has a reason, without which the run would count as completed. Raises UserError."""
+def _checked(one: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
+    """What `one` asks for. An end has a reason, without which the run would count as completed.
+
+    Raises:
+        UserError: no request, or one for what is `ignored` at this moment.
+    """
     if not isinstance(request, Request):
         reason = f"the callback {one.name} returned {type(request).__name__} where it asks for something"
         raise UserError(Problem("trainer.callbacks", reason, "end the hook with `return dstune.Request()`"))
+    if wrong := request.action & ignored:
+        names = " and ".join(str(action.name) for action in Action if action & wrong)
+        reason = f"the callback {one.name} asks for {names} where there is no step to do it after"
+        raise UserError(Problem("trainer.callbacks", reason, "ask for it in on_step_agreed"))
     if request.action & (Action.STOP | LEAVE) and not request.reason:
         return Request(request.action, f"the callback {one.name} asked for it")
     return request

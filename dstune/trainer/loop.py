@@ -14,6 +14,7 @@ import torch
 
 from dstune.config.schema import UNTIMED_STEPS, RunConfig, SpikeAction
 from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
 from dstune.data.build import PreparedData
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
 from dstune.protocols import schedule_of, task_of
@@ -277,9 +278,15 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
     """Go back to the last checkpoint where that is asked for; returns what is left of `request`.
 
     The run then has the state of that checkpoint, but goes on with the data after the step that it came from.
+
+    Raises:
+        UserError: the configuration does not foresee it. On all ranks alike.
     """
     if not request.action & Action.REWIND:
         return request
+    if run.config.trainer.spike.action is not SpikeAction.rollback:  # the data would end before the last step
+        reason = "a callback asks to go back to a checkpoint, for which nothing is prepared"
+        raise UserError(Problem("trainer.callbacks", reason, "trainer.spike.action=rollback"))
     state = run.state
     run.callbacks.on_progress(f"going back from step {state.step}")
     with run.around("going back"):

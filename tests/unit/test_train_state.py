@@ -15,6 +15,7 @@ from dstune.trainer.callbacks.early_stopping import EarlyStopping
 from dstune.trainer.callbacks.nonfinite import NonFinite
 from dstune.trainer.callbacks.overfitting import Overfitting
 from dstune.trainer.callbacks.spikes import Spikes
+from dstune.trainer.loop import rewind_if_requested
 from dstune.trainer.state import FORMAT, Best, TrainState, upgrade_state
 
 FORMAT_1 = {
@@ -123,6 +124,25 @@ def test_an_end_without_a_reason_is_no_completion():
     request = CallbackList([Quiet()]).on_step_end(SimpleNamespace(), SimpleNamespace())
     assert request.reason == "the callback quiet asked for it"
     assert status_of(request) == "stopped"
+
+
+def test_going_back_is_refused_where_nothing_is_prepared_for_it():
+    """The data of such a run would end before its last step."""
+    run = SimpleNamespace(config=run_config())
+    with pytest.raises(UserError, match=r"trainer\.spike\.action=rollback"):
+        rewind_if_requested(run, Request(Action.REWIND))
+
+
+@pytest.mark.parametrize("action", [Action.EVALUATE, Action.REWIND])
+def test_what_nobody_would_do_after_an_evaluation_is_refused(action):
+    class Late(Callback):
+        name = "late"
+
+        def on_evaluate(self, run, evaluation):
+            return Request(action)
+
+    with pytest.raises(UserError, match=f"the callback late asks for {action.name} where"):
+        CallbackList([Late()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
 
 
 def test_a_hook_that_forgets_its_answer_is_named():
