@@ -123,10 +123,11 @@ def _importable(callback: Any) -> str:
 
 def _registered(spec: str) -> str:
     """The name under which a callback is registered; its plugin is active."""
+    from dstune.core.plugins import members_of
     from dstune.protocols import CALLBACKS
 
     member = spec.rpartition(":")[2]
-    found = [name for name, cls in CALLBACKS.classes().items() if cls.__name__ == member]
+    found = [cls.name for kind, cls in members_of(spec) if kind is CALLBACKS and cls.__name__ == member]
     if not found:
         raise UserError(Problem("callbacks", f"{member} is no callback", "derive it from dstune.Callback", spec))
     return found[-1]

@@ -90,14 +90,20 @@ def activate(requested: Sequence[str]) -> tuple[Plugin, ...]:
     _activate(sources, run_dir=None)
     for spec in requested:
         place, member = _split(spec)
-        name = Path(place).stem if is_path(place) else place
-        if member and not any(cls.__name__ == member for _, cls in _loaded[name].members):
-            known = ", ".join(sorted(cls.__name__ for _, cls in _loaded[name].members)) or "nothing"
+        names = {cls.__name__ for _, cls in members_of(spec)}
+        if member and member not in names:
+            known = ", ".join(sorted(names)) or "nothing"
             fix = f"put @dstune.callback (or task, method, metric, ...) above the class; the plugin registers {known}"
             problems.append(Problem(KEY, f"{place} registers no class {member}", fix, spec))
     if problems:
         raise UserError(problems)
     return active()
+
+
+def members_of(spec: str) -> list[tuple[registry.Registry[Any], Any]]:
+    """What an active plugin has registered, each with its kind."""
+    place, _ = _split(spec)
+    return _loaded[Path(place).stem if is_path(place) else place].members
 
 
 def activate_stored(plugins: Sequence[Plugin], run_dir: Path, *, accept_changes: bool = False) -> tuple[Plugin, ...]:

@@ -163,6 +163,16 @@ def test_a_run_without_a_directory_gets_a_new_one(tmp_path, monkeypatch):
     assert words[2].startswith("run.dir='runs/mine/")
 
 
+def test_a_callback_is_that_of_its_file_not_of_another_class_of_the_name(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}_printer.py").write_text(
+            f"import dstune\n@dstune.callback\nclass Printer(dstune.Callback):\n    name = '{name}'\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    words = training._with_plugins((), ["./first_printer.py:Printer", "./second_printer.py:Printer"], ())
+    assert words[-1] == "trainer.callbacks=[first,second]"
+
+
 def test_flags_and_rows_among_the_overrides():
     with pytest.raises(UserError) as error:
         dstune.train("--cfg", ROWS, "trainer.max_steps=3")
