@@ -87,7 +87,7 @@ def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows)
     """How much a row of each class counts in the loss; empty where all count alike. Raises UserError for unknown names."""
     counts = partial(rows_by_label, train, config, labels)
     weights = task_of(config.task).class_weights(labels, counts, len(train.indices))
-    # As the samples hold them, so that the sum over a window is that of the weights which the loss sees.
+    # As the samples hold them, so that the sum over a global batch is that of the weights which the loss sees.
     return tuple(float(np.float32(weight)) for weight in weights)
 
 

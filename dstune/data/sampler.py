@@ -36,7 +36,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Window:
+class GlobalBatch:
     """The micro-batches of one optimizer step."""
 
     epoch: int
@@ -97,16 +97,16 @@ class TrainingOrder:
         self._repeats = repeats
         self._constant = repeats is None or repeats.constant
         self._cached: _Plan | None = None
-        self._windows: dict[int, int] = {}
+        self._steps_in: dict[int, int] = {}
         self._first_steps = [0]
 
-    def windows(self, epoch: int) -> int:
+    def steps_in(self, epoch: int) -> int:
         """Optimizer steps in this epoch; 0 where the weights of a mixture leave it without samples."""
         # Best fit needs as many rows in any order of the same samples.
         known = 0 if self._constant else epoch
-        if known not in self._windows:
-            self._windows[known] = -(-self._rows(epoch) // self._global)
-        return self._windows[known]
+        if known not in self._steps_in:
+            self._steps_in[known] = -(-self._rows(epoch) // self._global)
+        return self._steps_in[known]
 
     def _rows(self, epoch: int) -> int:
         if self._repeats is None or self._packing:
@@ -116,23 +116,23 @@ class TrainingOrder:
     def steps(self, epochs: int) -> int:
         """Optimizer steps in the first `epochs` epochs."""
         if self._constant:
-            return epochs * self.windows(0)
+            return epochs * self.steps_in(0)
         while len(self._first_steps) <= epochs:
-            self._first_steps.append(self._first_steps[-1] + self.windows(len(self._first_steps) - 1))
+            self._first_steps.append(self._first_steps[-1] + self.steps_in(len(self._first_steps) - 1))
         return self._first_steps[epochs]
 
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch and step of the optimizer step `step`, counted from 0."""
         if self._constant:
-            return divmod(step, self.windows(0))
+            return divmod(step, self.steps_in(0))
         while self._first_steps[-1] <= step:
             self.steps(len(self._first_steps))
         epoch = bisect_right(self._first_steps, step) - 1
         return epoch, step - self._first_steps[epoch]
 
-    def window(self, epoch: int, index: int) -> Window:
-        """Window `index` of `epoch`, both from 0."""
-        assert 0 <= index < self.windows(epoch), f"epoch {epoch} has no window {index}"
+    def global_batch(self, epoch: int, index: int) -> GlobalBatch:
+        """Global batch `index` of `epoch`, both from 0."""
+        assert 0 <= index < self.steps_in(epoch), f"epoch {epoch} has no global batch {index}"
         plan = self._plan(epoch)
         first = index * self._global
         last = min(first + self._global, len(plan.starts) - 1)
@@ -142,7 +142,7 @@ class TrainingOrder:
         )
         samples = plan.samples[plan.starts[first] : plan.starts[last]]
         # A Python int where they are integers: exact, and JSON.
-        return Window(
+        return GlobalBatch(
             epoch, index, micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum())
         )
 
@@ -219,7 +219,7 @@ class TrainingOrder:
         return grouped
 
 
-def share(work: Window | Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
+def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
     """The micro-batches that `rank` of `world` computes: those whose position is `rank` modulo `world`.
 
     Every rank gets equally many: the rest is filled with copies of the first one that count for nothing, each with an
@@ -227,7 +227,7 @@ def share(work: Window | Sequence[MicroBatch], rank: int, world: int) -> list[Mi
 
     Example, 5 micro-batches on 3 ranks: rank 0 gets 0 and 3, rank 1 gets 1 and 4, rank 2 gets 2 and filler 5.
     """
-    micro_batches = list(work.micro_batches if isinstance(work, Window) else work)
+    micro_batches = list(work.micro_batches if isinstance(work, GlobalBatch) else work)
     assert micro_batches, "no micro-batch to share"
     rounds = -(-len(micro_batches) // world)
     for index in range(len(micro_batches), rounds * world):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dstune.models.load import NewWeights
     from dstune.planning.architecture import Architecture
     from dstune.planning.architecture import Tensor as PlannedTensor
-    from dstune.trainer.data_loader import Supply
+    from dstune.trainer.data_loader import DataLoader
     from dstune.trainer.loop import Training
     from dstune.zero.engine import Engine
 
@@ -201,7 +201,7 @@ class Method:
         """By name, the parts of `module` that parameters are in: those of different parts share no group of the optimizer."""
         return lambda name: 0
 
-    def unfreezing(self, model: PreTrainedModel, engine: Engine, supply: Supply, step: int) -> Any:
+    def unfreezing(self, model: PreTrainedModel, engine: Engine, data_loader: DataLoader, step: int) -> Any:
         """Parts that begin to train later (`methods.ulmfit.unfreezing.Unfreezing`); None where the same ones train
         throughout. step: where the run goes on, 0 for a new one."""
         return None

@@ -41,7 +41,7 @@ def finish(
             result |= _conclude(run, checkpoints, run_dir, prepared, unsaved=evaluated)
             show_samples(run, tokenizer, before=False)
     run.saves.wait_for_pending_save()
-    run.supply.close(for_good=not request.action & LEAVE)
+    run.data_loader.close(for_good=not request.action & LEAVE)
     state.seconds = run.seconds_before + time.monotonic() - run.started
     status = status_of(request)
     if run.world.is_main:

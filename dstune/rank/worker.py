@@ -47,7 +47,7 @@ from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
 from dstune.trainer.callbacks.watchdog import answer_with_stacks
-from dstune.trainer.data_loader import supply_of
+from dstune.trainer.data_loader import data_loader_of
 from dstune.trainer.evaluate import Evaluator
 from dstune.trainer.forgetting import Penalties, general_fisher
 from dstune.trainer.loop import Training, fit
@@ -221,8 +221,8 @@ class Setup:
     def build_training(self) -> Training:
         """The order of the data, the log and the callbacks."""
         config, world, engine, data, state = self.config, self.world, self.engine, self.data, self.state
-        supply = supply_of(config, data, self.blocks, state.cursor)
-        unfreezing = self.method.unfreezing(self.model, engine, supply, state.step)
+        data_loader = data_loader_of(config, data, self.blocks, state.cursor)
+        unfreezing = self.method.unfreezing(self.model, engine, data_loader, state.step)
         log = None
         if world.is_main:
             log = RunLog(config, self.run_dir, resumed_at_step=state.step or None, console=self.console)
@@ -233,8 +233,8 @@ class Setup:
             engine=engine,
             head=self.head,
             data=data,
-            supply=supply,
-            total_steps=config.trainer.max_steps or supply.steps(config.trainer.epochs),
+            data_loader=data_loader,
+            total_steps=config.trainer.max_steps or data_loader.steps(config.trainer.epochs),
             state=state,
             evaluator=Evaluator(config, data, engine, self.head, world, self.tokenizer),
             rewind=self.checkpoints.rewind,

@@ -55,9 +55,8 @@ def _losses(split: Split, kept: Sequence[Row]) -> np.ndarray:
     """Mean loss of each row's targets."""
     return np.array(
         [
-            sum(float(window["loss"]) for window in windows)
-            / max(sum(float(window["weight"]) for window in windows), 1e-9)
-            for windows in rows_of(split, kept)
+            sum(float(chunk["loss"]) for chunk in chunks) / max(sum(float(chunk["weight"]) for chunk in chunks), 1e-9)
+            for chunks in rows_of(split, kept)
         ]
     )
 

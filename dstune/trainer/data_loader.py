@@ -15,32 +15,32 @@ from dstune.data.blocks import Block, Blocks
 from dstune.data.mixture import source_weights
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.repeats import Repeats
-from dstune.data.sampler import TrainingOrder, Window
+from dstune.data.sampler import GlobalBatch, TrainingOrder
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepBatch:
     """The micro-batches of one optimizer step."""
 
     split: Split
-    """What the sample numbers in `window` mean."""
-    window: Window
+    """What the sample numbers in `global_batch` mean."""
+    global_batch: GlobalBatch
     epoch: float
     """Passes over the training rows that are done after it."""
 
 
-class Supply(Protocol):
+class DataLoader(Protocol):
     """The same on every rank. Steps count from 0: those of the data, which run ahead of the optimizer's where data was
-    left out (`TrainState.window`)."""
+    left out (`TrainState.next_batch`)."""
 
     def steps(self, epochs: int) -> int:
         """Optimizer steps in `epochs` passes over the rows."""
 
-    def draw(self, step: int) -> Draw:
+    def load(self, step: int) -> StepBatch:
         """The global batch of `step`; requested in rising order, by one thread."""
 
     def may_wait(self, step: int) -> bool:
-        """Whether `draw(step)` may take any time; asked when all steps before it are drawn."""
+        """Whether `load(step)` may take any time; asked when all steps before it are drawn."""
 
     def begin(self, step: int) -> None:
         """All ranks are done with the steps before `step`."""
@@ -49,7 +49,7 @@ class Supply(Protocol):
         """What a checkpoint has to remember beside the number of steps to go on with `step`; None for nothing."""
 
     def interrupt(self) -> None:
-        """Nothing more will be drawn: let a `draw` that waits raise."""
+        """Nothing more will be drawn: let a `load` that waits raise."""
 
     def close(self, *, for_good: bool) -> None:
         """The loop is over; `for_good` where the run will not be continued."""
@@ -75,7 +75,7 @@ def order_of(config: RunConfig, split: Split) -> TrainingOrder:
     )
 
 
-class Whole:
+class PreparedLoader:
     """Samples that are all there; every epoch is another order of them.
 
     Raises UserError where the weights of a mixture leave no sample in the epochs asked for.
@@ -94,10 +94,10 @@ class Whole:
     def steps(self, epochs: int) -> int:
         return self._order.steps(epochs)
 
-    def draw(self, step: int) -> Draw:
+    def load(self, step: int) -> StepBatch:
         epoch, index = self._order.locate(step)
-        window = self._order.window(epoch, index)
-        return Draw(self._split, window, epoch + (index + 1) / self._order.windows(epoch))
+        global_batch = self._order.global_batch(epoch, index)
+        return StepBatch(self._split, global_batch, epoch + (index + 1) / self._order.steps_in(epoch))
 
     def may_wait(self, step: int) -> bool:
         return False
@@ -113,7 +113,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class _Segment:
     """The steps that one block serves."""
 
     passed: int
@@ -121,17 +121,17 @@ class _Stretch:
     block: Block
     order: TrainingOrder
     first_step: int
-    windows: int
+    steps: int
 
     @property
     def end(self) -> int:
-        return self.first_step + self.windows
+        return self.first_step + self.steps
 
 
-class Streamed:
+class StreamingLoader:
     """Blocks of a stream, one after the other; the block's number takes the place of the epoch's.
 
-    `draw` runs ahead of the loop, so the blocks in use are those from the loop's step to the drawn one.
+    `load` runs ahead of the loop, so the blocks in use are those from the loop's step to the drawn one.
     cursor: of the checkpoint that the run continues. Raises UserError where the rows behind it have changed.
     """
 
@@ -149,55 +149,55 @@ class Streamed:
         self._total_steps: float = config.trainer.max_steps or 0
         if config.trainer.spike.action is SpikeAction.rollback:
             self._total_steps = math.inf  # data that is left out is replaced by what comes after
-        self._stretches = [self._stretch(block, start["first_step"])]
+        self._segments = [self._segment(block, start["first_step"])]
         self._announced: int | None = None
 
-    def _stretch(self, block: Block, first_step: int) -> _Stretch:
+    def _segment(self, block: Block, first_step: int) -> _Segment:
         passed = block.number
         while not len(block.split.lengths):  # nothing but held-out, cleaned or bad rows
             block = self._blocks.get(block.number + 1, block.end)
         order = order_of(self._config, block.split)
-        return _Stretch(passed, block, order, first_step, order.windows(block.number))
+        return _Segment(passed, block, order, first_step, order.steps_in(block.number))
 
     def steps(self, epochs: int) -> int:
         raise AssertionError("a stream's length is trainer.max_steps")
 
-    def draw(self, step: int) -> Draw:
-        last = self._stretches[-1]
+    def load(self, step: int) -> StepBatch:
+        last = self._segments[-1]
         if step == last.end:
-            last = self._stretch(self._blocks.get(last.block.number + 1, last.block.end), step)
+            last = self._segment(self._blocks.get(last.block.number + 1, last.block.end), step)
             with self._lock:
-                self._stretches.append(last)
+                self._segments.append(last)
         assert last.first_step <= step < last.end, f"step {step} was asked for after {last.first_step}"
-        done = (step + 1 - last.first_step) / last.windows
+        done = (step + 1 - last.first_step) / last.steps
         begin, end = last.block.passes
-        window = last.order.window(last.block.number, step - last.first_step)
-        return Draw(last.block.split, window, begin + done * (end - begin))
+        global_batch = last.order.global_batch(last.block.number, step - last.first_step)
+        return StepBatch(last.block.split, global_batch, begin + done * (end - begin))
 
     def may_wait(self, step: int) -> bool:
         with self._lock:
-            return any(stretch.end == step for stretch in self._stretches)
+            return any(segment.end == step for segment in self._segments)
 
     def begin(self, step: int) -> None:
         with self._lock:
-            self._stretches = [stretch for stretch in self._stretches if stretch.end > step]
-            passed, block = self._stretches[0].passed, self._stretches[0].block
+            self._segments = [segment for segment in self._segments if segment.end > step]
+            passed, block = self._segments[0].passed, self._segments[0].block
         if block.number != self._announced:
             self._announced = block.number
             # The block behind the last one of the run is not prepared. Another rank may still be passing the empty ones.
-            self._blocks.keep_from(passed, block, ahead=self._stretches[-1].end < self._total_steps)
+            self._blocks.keep_from(passed, block, ahead=self._segments[-1].end < self._total_steps)
 
     def cursor(self, step: int) -> dict[str, Any] | None:
         with self._lock:
-            stretch = next((one for one in self._stretches if one.first_step < step <= one.end), None)
-        if stretch is None:  # no step was done since the checkpoint
+            segment = next((one for one in self._segments if one.first_step < step <= one.end), None)
+        if segment is None:  # no step was done since the checkpoint
             return self._cursor
-        block = stretch.block
-        if step == stretch.end:
+        block = segment.block
+        if step == segment.end:
             return {"block": block.number + 1, "first_step": step, "begin": block.end}
         return {
             "block": block.number,
-            "first_step": stretch.first_step,
+            "first_step": segment.first_step,
             "begin": block.begin,
             "digest": block.digest,
         }
@@ -209,6 +209,8 @@ class Streamed:
         self._blocks.close(remove=for_good)
 
 
-def supply_of(config: RunConfig, data: PreparedData, blocks: Blocks | None, cursor: dict[str, Any] | None) -> Supply:
+def data_loader_of(
+    config: RunConfig, data: PreparedData, blocks: Blocks | None, cursor: dict[str, Any] | None
+) -> DataLoader:
     """`cursor` is that of the checkpoint which the run continues, None at step 0."""
-    return Whole(config, data) if blocks is None else Streamed(config, blocks, cursor)
+    return PreparedLoader(config, data) if blocks is None else StreamingLoader(config, blocks, cursor)

@@ -22,7 +22,7 @@ from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.metrics.language import language_model_metrics
 from dstune.models.generation import generate_answers
-from dstune.models.heads import Head, WindowHead, sums_of
+from dstune.models.heads import GlobalBatchHead, Head, sums_of
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.trainer.counterfactual import compare
@@ -174,7 +174,7 @@ class Evaluator:
         each = each or not task_of(self.config.task).language
         self.engine.train(False)
         shares = None
-        if isinstance(self.head, WindowHead) and self.head.join_evaluation:
+        if isinstance(self.head, GlobalBatchHead) and self.head.join_evaluation:
             shares = joined(
                 self.head, self.engine, (self._batch(split, part, packing, each) for part in mine), self.world
             )

@@ -98,7 +98,7 @@ def fisher_information(
     restrict: leaves the parameters that the run trains, so that a rank has the same fragments in both. Raises TrainingFailed
     where no row has a finite gradient.
     """
-    # One row makes a window, so that the gradient that is squared is that of a single row on any number of ranks.
+    # One row makes a global batch, so that the gradient that is squared is that of a single row on any number of ranks.
     trainer = replace(config.trainer, micro_batch_size=1, global_batch_size=1)
     data = replace(general_rows(config).data, packing=False)
     found: Fisher = {}

@@ -22,12 +22,12 @@ from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Req
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
-from dstune.trainer.data_loader import Supply
+from dstune.trainer.data_loader import DataLoader
 from dstune.trainer.evaluate import Evaluator
 from dstune.trainer.forgetting import Penalties
 from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
-from dstune.trainer.prefetcher import Feed, dropout_seed, windows
+from dstune.trainer.prefetcher import RankBatch, dropout_seed, prefetched_steps
 from dstune.trainer.state import TrainState
 from dstune.trainer.step_timer import StepTimer
 from dstune.trainer.utilization import Utilization
@@ -54,7 +54,7 @@ class Training:
     engine: Engine
     head: Head
     data: PreparedData
-    supply: Supply
+    data_loader: DataLoader
     total_steps: int
     state: TrainState
     evaluator: Evaluator
@@ -90,7 +90,7 @@ class Step:
 
     number: int
     number_in_launch: int
-    batch: Feed
+    batch: RankBatch
     """This rank's micro-batches of the global batch."""
     waited: float
     """Seconds for its rows."""
@@ -156,7 +156,7 @@ def steps(run: Training) -> Iterator[Step | None]:
     end = sys.maxsize if endless else run.total_steps + state.left_out_batches
     numbers = range(state.next_batch, end if first < run.total_steps else state.next_batch)
     run.step_timer.start()
-    for batch in windows(run.config, run.data, run.supply, run.world, run.pad_token_id, numbers):
+    for batch in prefetched_steps(run.config, run.data, run.data_loader, run.world, run.pad_token_id, numbers):
         if batch is None:
             yield None
             continue
@@ -198,7 +198,7 @@ def train_step(run: Training, step: Step) -> None:
         run.engine.accumulate(
             head,
             batch | (whole_batch_inputs[position] if whole_batch_inputs else {}),
-            window_weight=step.weight,
+            batch_weight=step.weight,
             last=is_last,
             veto=veto if is_last and run.callbacks.can_veto else None,
         )
@@ -220,7 +220,7 @@ def dropout_seeds(run: Training, step: Step) -> list[int]:
     return [dropout_seed(seed, step.number - 1, part.index, place) for part, _ in step.batch.batches]
 
 
-def on_device(batch: Feed, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def on_device(batch: RankBatch, device: torch.device) -> list[dict[str, torch.Tensor]]:
     return [{key: value.to(device, non_blocking=True) for key, value in part.items()} for _, part in batch.batches]
 
 
@@ -230,7 +230,7 @@ def synchronize_step(run: Training, step: Step) -> None:
     state.step = step.number
     state.tokens += step.batch.tokens
     state.targets += step.weight
-    state.cursor = run.supply.cursor(state.next_batch)
+    state.cursor = run.data_loader.cursor(state.next_batch)
     step.request, step.sums = synchronize(run, run.callbacks.on_step_end(run, step), step.sums)
     step.seconds = run.step_timer.seconds()
     run.state.seconds = run.seconds_before + time.monotonic() - run.started

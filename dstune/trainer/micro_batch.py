@@ -160,7 +160,7 @@ class Trials:
         light = self._batch([self.lightest])
         held: list[float] = []
         with self.memory.apart():
-            self._window([light, light], after_first=lambda: held.append(self.memory.now_gib))
+            self._timed_step([light, light], after_first=lambda: held.append(self.memory.now_gib))
         return float(self.world.gather_numbers([held[0] + self.engine.states_to_come / GIB]).max())
 
     def run(self, rows: int) -> Trial:
@@ -170,7 +170,7 @@ class Trials:
         # all communication, which comes once whatever the size is.
         batches = [heavy, heavy, heavy, self._batch([self.lightest])]
         with self.memory.apart() as peak:
-            times = self._window(batches)
+            times = self._timed_step(batches)
             gib = peak() + self.engine.states_to_come / GIB
         numbers = self.world.gather_numbers([gib, min(times[1:3])])
         speed = rows / float(numbers[:, 1].max()) * self._without_padding(rows)
@@ -187,7 +187,7 @@ class Trials:
         batch = batch_of(self.config, split, MicroBatch(0, tuple(rows)), self.pad_token_id)
         return {key: value.to(self.engine.device) for key, value in batch.items()}
 
-    def _window(
+    def _timed_step(
         self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None
     ) -> list[float]:
         """Seconds of the forward and backward pass of each, in a step that is left out."""
@@ -201,7 +201,7 @@ class Trials:
             self.engine.accumulate(
                 self.head,
                 batch | (shares[position] if shares else {}),
-                window_weight=1.0,
+                batch_weight=1.0,
                 last=last,
                 veto=always if last else None,
             )
@@ -222,7 +222,7 @@ class Trials:
             return 1.0  # the rows are about full whatever the size
         sized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))
         order = order_of(sized, self.split)
-        return order.efficiency(0) if order.windows(0) else 1.0
+        return order.efficiency(0) if order.steps_in(0) else 1.0
 
 
 def always(loss_sum: torch.Tensor) -> bool:
@@ -236,7 +236,7 @@ def heaviest_rows(config: RunConfig, split: Split, count: int) -> list[Row]:
     starts = np.arange(len(samples) + 1)
     if config.data.packing:
         order = order_of(config, split)
-        if order.windows(0):
+        if order.steps_in(0):
             samples, starts = order.rows(0)
     longest = [int(np.argmax(np.add.reduceat(tokens[samples], starts[:-1]))) for tokens in split.tokens().values()]
     targets = np.add.reduceat(split.weights[samples], starts[:-1])

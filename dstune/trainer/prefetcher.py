@@ -15,8 +15,8 @@ from dstune.core.distributed import World
 from dstune.core.errors import DstuneError
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData
-from dstune.data.sampler import MicroBatch, TrainingOrder, Window, share
-from dstune.trainer.data_loader import Supply, order_of
+from dstune.data.sampler import GlobalBatch, MicroBatch, TrainingOrder, share
+from dstune.trainer.data_loader import DataLoader, order_of
 from dstune.trainer.utilization import Counted, counted
 
 T = TypeVar("T")
@@ -31,10 +31,10 @@ def training_order(config: RunConfig, data: PreparedData) -> TrainingOrder:
 
 
 @dataclass(frozen=True)
-class Feed:
+class RankBatch:
     """One step as this rank sees it."""
 
-    window: Window
+    global_batch: GlobalBatch
     epoch: float
     """Passes over the training rows that are done after it."""
     batches: tuple[tuple[MicroBatch, dict[str, torch.Tensor]], ...]
@@ -44,46 +44,46 @@ class Feed:
     @property
     def tokens(self) -> int:
         """Of the global batch, without padding."""
-        return self.window.tokens
+        return self.global_batch.tokens
 
     @property
     def weight(self) -> float:
         """Targets of the global batch."""
-        return self.window.weight
+        return self.global_batch.weight
 
 
-def windows(
-    config: RunConfig, data: PreparedData, supply: Supply, world: World, pad_token_id: int, steps: range
-) -> Iterator[Feed | None]:
+def prefetched_steps(
+    config: RunConfig, data: PreparedData, data_loader: DataLoader, world: World, pad_token_id: int, steps: range
+) -> Iterator[RankBatch | None]:
     """The steps of `steps` in order, two steps ahead of their use.
 
     None comes, on all ranks alike, while any of them waits for a block of a stream: then they may agree on what to do.
     What one rank raises in preparing the first step of a block, all of them raise.
     """
 
-    def prepare(step: int) -> Feed:
-        draw = supply.draw(step)
+    def prepare(step: int) -> RankBatch:
+        loaded = data_loader.load(step)
         pinned = torch.cuda.is_available()
         batches = []
-        for micro_batch in share(draw.window.micro_batches, world.data_parallel_rank, world.data_parallel_size):
-            batch = batch_of(config, draw.split, micro_batch, pad_token_id)
+        for micro_batch in share(loaded.global_batch.micro_batches, world.data_parallel_rank, world.data_parallel_size):
+            batch = batch_of(config, loaded.split, micro_batch, pad_token_id)
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
-        return Feed(draw.window, draw.epoch, tuple(batches), counted(config, draw.split, batches))
+        return RankBatch(loaded.global_batch, loaded.epoch, tuple(batches), counted(config, loaded.split, batches))
 
-    feeds = Ahead(prepare, steps, depth=2)
+    feeds = Prefetcher(prepare, steps, depth=2)
     try:
         for step in steps:
-            while supply.may_wait(step) and not _all_have_it(feeds, world):
+            while data_loader.may_wait(step) and not _all_have_it(feeds, world):
                 yield None
             feed = next(feeds)
-            supply.begin(step)  # the ranks agree after every step, so all of them are done with the one before
+            data_loader.begin(step)  # the ranks agree after every step, so all of them are done with the one before
             yield feed
     finally:
-        supply.interrupt()
+        data_loader.interrupt()
         feeds.close()
 
 
-def _all_have_it(feeds: Ahead[Feed], world: World) -> bool:
+def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:
     """Whether every rank has its next step. A collective of at most about `WAIT_SECONDS`."""
     item = feeds.peek(WAIT_SECONDS)
     if isinstance(item, BaseException) and not isinstance(item, DstuneError):
@@ -102,7 +102,7 @@ def dropout_seed(seed: int, step: int, index: int, part: int = 0) -> int:
     return (seed * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03 + (step << 20) + index) % 2**63
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """`prepare(step)` for each step, computed in one background thread; its exceptions are raised at their step."""
 
     def __init__(self, prepare: Callable[[int], T], steps: range, depth: int):

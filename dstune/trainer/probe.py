@@ -19,8 +19,8 @@ from dstune.models.norms import use_lean_norms
 from dstune.optim.groups import method_groups
 from dstune.optim.sgd import SgdConfig
 from dstune.protocols import method_of, optimizer_of, task_of
-from dstune.trainer.data_loader import supply_of
-from dstune.trainer.prefetcher import dropout_seed, windows
+from dstune.trainer.data_loader import data_loader_of
+from dstune.trainer.prefetcher import dropout_seed, prefetched_steps
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Change, Engine
 from dstune.zero.parts import partitioned_loading
@@ -40,16 +40,16 @@ class Probe:
     tokenizer: Any
 
     def train(self, steps: int, change: Change, rate: float) -> int:
-        """So many optimizer steps over the first windows of the run's order; `change` as in `Engine.before_update`.
+        """So many optimizer steps over the first steps of the run's order; `change` as in `Engine.before_update`.
 
         Returns how many of them have updated: one whose loss or gradient is not finite is left out, and `change` not asked.
         """
         updated = 0
         self.engine.before_update(change)
         self.engine.set_learning_rate(rate)
-        supply = supply_of(self.config, self.data, None, None)
+        data_loader = data_loader_of(self.config, self.data, None, None)
         for step, feed in enumerate(
-            windows(self.config, self.data, supply, self.world, self.tokenizer.pad_token_id, range(steps))
+            prefetched_steps(self.config, self.data, data_loader, self.world, self.tokenizer.pad_token_id, range(steps))
         ):
             assert feed is not None, "whole data is always there"
             for position, (micro_batch, batch) in enumerate(feed.batches):
@@ -57,7 +57,7 @@ class Probe:
                 self.engine.accumulate(
                     self.head,
                     {key: value.to(self.engine.device) for key, value in batch.items()},
-                    window_weight=feed.window.weight,
+                    batch_weight=feed.global_batch.weight,
                     last=position == len(feed.batches) - 1,
                 )
             updated += self.engine.update().applied

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from dstune.core.distributed import World
-from dstune.models.heads import Batch, Head, WindowHead
+from dstune.models.heads import Batch, GlobalBatchHead, Head
 from dstune.zero.engine import Engine
 
 
@@ -19,7 +19,7 @@ def joined(
     batches: on the engine's device. seeds: of the dropout of each, the same as in the pass with a graph. Micro-batch i of
     the step is the one at i // world size of rank i % world size, so the result does not depend on the number of ranks.
     """
-    if not isinstance(head, WindowHead):
+    if not isinstance(head, GlobalBatchHead):
         return None
     mine = []
     for position, batch in enumerate(batches):

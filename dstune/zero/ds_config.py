@@ -11,8 +11,8 @@ from dstune.protocols import parallelism_of
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
     """Micro-batches of a full step on each rank, zero-target fillers included. Ranks of a group have the same ones."""
-    in_window = -(-config.trainer.global_batch_size // config.trainer.rows)
-    return -(-in_window // max(1, world_size // parallelism_of(config.parallel).size))
+    micro_batches = -(-config.trainer.global_batch_size // config.trainer.rows)
+    return -(-micro_batches // max(1, world_size // parallelism_of(config.parallel).size))
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class Engine:
         loss: Loss,
         batch: Batch,
         *,
-        window_weight: float,
+        batch_weight: float,
         last: bool,
         veto: Callable[[torch.Tensor], bool] | None = None,
     ) -> torch.Tensor:
@@ -219,13 +219,13 @@ class Engine:
         veto: asked between the forward and the backward pass, with the loss sum; where it says True (on all ranks), the
         step is not applied: its gradient is made not a number, as a non-finite loss does.
 
-        The gradient is that of `sum of all losses / window_weight` over the step's micro-batches on all ranks: DeepSpeed
+        The gradient is that of `sum of all losses / batch_weight` over the step's micro-batches on all ranks: DeepSpeed
         averages over the ranks (those that share weights are one), so the loss is multiplied by their number, and its own
         division by the accumulation steps is off. Exact to 1.7e-7 in fp32 at stages 0-3.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum = loss(self._engine, batch).loss_sum
-        scale = self._engine.dp_world_size / window_weight
+        scale = self._engine.dp_world_size / batch_weight
         if veto is not None and veto(loss_sum.detach()):
             scale, self._vetoed = float("nan"), True
         # 0 * inf is nan: a non-finite loss makes this rank's gradients non-finite, hence the global norm, hence every

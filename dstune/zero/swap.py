@@ -218,7 +218,7 @@ def swapped_in(wrapper: Any, number: int, *, write: bool) -> Iterator[None]:
 
 class FirstGradients:
     """Which trained tensors have got a gradient. DeepSpeed takes what a buffer held before for that of a tensor that got none, and
-    moves its weights, so every one has to get one in the first window."""
+    moves its weights, so every one has to get one in the first step."""
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         self._waiting = set(trained)
@@ -236,7 +236,7 @@ class FirstGradients:
         names = sorted({name for names in world.gather(sorted(self._waiting)) for name in names})
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
-            reason = f"{names[0]}{more} got no gradient in the first window, and states on a disk need one of every trained tensor"
+            reason = f"{names[0]}{more} got no gradient in the first step, and states on a disk need one of every trained tensor"
             fix = "zero.offload_optimizer=cpu, or method=freeze for what is not used"
             raise UserError(Problem("zero.offload_optimizer", reason, fix, "nvme"))
 

@@ -65,7 +65,7 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": answers}
         weight = 2 * world.size if labels else 2 * 12 * world.size
         torch.manual_seed(world.rank)
-        loss_sum = engine.accumulate(head, batch, window_weight=weight, last=True)
+        loss_sum = engine.accumulate(head, batch, batch_weight=weight, last=True)
         losses.append(world.sum([float(loss_sum)])[0] / weight)
         norms.append(engine.update().grad_norm)
     after = whole(engine, trained=False)

@@ -1,4 +1,4 @@
-"""Program on every rank: gradients that the engine accumulates over one window of bf16 micro-batches, into a file."""
+"""Program on every rank: gradients that the engine accumulates over one global batch of bf16 micro-batches, into a file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def accumulated(model_path: str, stage: int, accumulate_in: str | None, world: W
     engine = Engine(model, optimizer_of(config.optimizer), settings, world, groups=groups)
     mine = range(world.rank, MICRO_BATCHES, world.size)
     for index in mine:
-        engine.accumulate(head, micro_batch(index), window_weight=TARGETS, last=index == mine[-1])
+        engine.accumulate(head, micro_batch(index), batch_weight=TARGETS, last=index == mine[-1])
     gradients = {name: safe_get_full_grad(p).float().cpu() for name, p in engine.module.named_parameters()}
     engine.close()
     return gradients

@@ -1,7 +1,7 @@
 """The reference of the parity tests: a plain single-process torch loop with no DeepSpeed and nothing of the trainer.
 
-It shares with dstune what defines the problem (rows, their order, the loss of a window) and nothing of how it is solved:
-one model, the whole window's gradient by autograd, SGD by hand. It computes in float64 (torch draws the same dropout masks
+It shares with dstune what defines the problem (rows, their order, the loss of a global batch) and nothing of how it is solved:
+one model, the whole global batch's gradient by autograd, SGD by hand. It computes in float64 (torch draws the same dropout masks
 in both types), so that a difference is dstune's own rounding: the same loop in fp32 is no closer to it.
 """
 
@@ -67,13 +67,13 @@ def train_plainly(
     result = Reference([], [], {})
     assert config.trainer.max_steps is not None
     for step in range(config.trainer.max_steps):
-        window = order.window(*order.locate(step))
+        global_batch = order.global_batch(*order.locate(step))
         batches = [
             collate(data.train, m, pad_token_id=tokenizer.pad_token_id, packing=config.data.packing)
-            for m in window.micro_batches
+            for m in global_batch.micro_batches
         ]
         parts, weight = [], 0.0
-        for micro_batch, batch in zip(window.micro_batches, batches, strict=True):
+        for micro_batch, batch in zip(global_batch.micro_batches, batches, strict=True):
             torch.manual_seed(dropout_seed(config.trainer.seed, step, micro_batch.index))
             part, counted = loss_of(model, batch)
             parts.append(part)
@@ -103,7 +103,7 @@ def _fisher(config: RunConfig, model, tokenizer, cache: Path) -> dict[str, torch
     model.eval()
     found = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for step in range(config.forgetting.ewc_rows):
-        (micro_batch,) = order.window(*order.locate(step)).micro_batches
+        (micro_batch,) = order.global_batch(*order.locate(step)).micro_batches
         batch = collate(data.train, micro_batch, pad_token_id=tokenizer.pad_token_id, packing=False)
         labels = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""bf16 runs sum the gradients of a window in fp32: 64 micro-batches against the same 64 summed in float64."""
+"""bf16 runs sum the gradients of a global batch in fp32: 64 micro-batches against the same 64 summed in float64."""
 
 from __future__ import annotations
 

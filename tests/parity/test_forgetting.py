@@ -128,8 +128,10 @@ def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop
     assert data.validation is not None and before.validation is not None
     assert data.validation.table["input_ids"][:] == before.validation.table["input_ids"][:]
     order = training_order(config, data)
-    epoch = [order.window(0, index) for index in range(order.windows(0))]
-    samples = [sample for window in epoch for micro_batch in window.micro_batches for sample in micro_batch.samples]
+    epoch = [order.global_batch(0, index) for index in range(order.steps_in(0))]
+    samples = [
+        sample for global_batch in epoch for micro_batch in global_batch.micro_batches for sample in micro_batch.samples
+    ]
     from_general = sum(int(data.train.sources[sample]) for sample in samples)
     assert len(samples) - from_general == len(before.train.lengths)
     assert from_general / len(samples) == pytest.approx(0.25, abs=0.02)

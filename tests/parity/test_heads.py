@@ -1,6 +1,6 @@
 """The ladder of proof for each head beside that of language models: plain torch = any number of ranks = any stage.
 
-A window of these tasks ends in a small micro-batch, rows differ in targets and weight, and dropout is on. Evaluation counts
+A chunk of these tasks ends in a small micro-batch, rows differ in targets and weight, and dropout is on. Evaluation counts
 every row once although no number of ranks divides the micro-batches, and a resumed run equals an undisturbed one.
 """
 
@@ -280,7 +280,7 @@ def test_a_tagger_learns_and_the_pipeline_of_transformers_gives_its_tags(trained
 
 
 def test_answers_are_learned_and_the_export_gives_them(trained):
-    """Plain transformers on the export's windows: the best span of each question, by the official metrics."""
+    """Plain transformers on the export's chunks: the best span of each question, by the official metrics."""
     result = trained.result("learn-answers")
     assert result["eval_final"]["f1"] > 0.65 > 0.3 > result["eval_initial"]["f1"]
     assert result["eval_final"]["exact_match_unanswerable"] > 0.5

@@ -115,7 +115,7 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
 
 
 def test_the_reference_has_what_could_go_wrong(workshop, references):
-    """Guards the guard: masks are uneven over micro-batches, dropout changes the loss, a window is short of ranks."""
+    """Guards the guard: masks are uneven over micro-batches, dropout changes the loss, a global batch is short of ranks."""
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
@@ -123,9 +123,9 @@ def test_the_reference_has_what_could_go_wrong(workshop, references):
 
     config = workshop.composed("guard", "data.packing=false").config
     data = prepare(config, load_tokenizer(config.model), RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")
-    window = training_order(config, data).window(0, 0)
-    assert len(window.micro_batches) == 5
-    targets = [sum(int(data.train.weights[i]) for row in m.rows for i in row) for m in window.micro_batches]
+    global_batch = training_order(config, data).global_batch(0, 0)
+    assert len(global_batch.micro_batches) == 5
+    targets = [sum(int(data.train.weights[i]) for row in m.rows for i in row) for m in global_batch.micro_batches]
     assert max(targets) > 3 * min(targets), targets
     without = train_plainly(
         replace(config, model=replace(config.model, config_overrides={})), workshop.folder / "cache"

@@ -23,7 +23,7 @@ def test_a_measured_size_gives_the_run_of_that_size(workshop: Ladder):  # noqa: 
     kinds += [("s2-bf16", ["zero=stage2", "trainer.precision=bf16"]), ("packed", ["zero=stage3", "data.packing=true"])]
     cases: list[dict[str, Any]] = []
     for name, overrides in kinds:
-        # Whatever the times are, the largest size is taken: five rows, half of the window.
+        # Whatever the times are, the largest size is taken: five rows, half of the global batch.
         cases.append({**workshop.case(f"{name}-auto", *COMMON, *overrides, AUTO), "gain": 0.0})
         cases.append(workshop.case(f"{name}-given", *COMMON, *overrides, "trainer.micro_batch_size=5"))
     run_ranks(PROGRAM, 2, cases)
@@ -39,7 +39,7 @@ def test_a_measured_size_gives_the_run_of_that_size(workshop: Ladder):  # noqa: 
 
 @pytest.mark.ci
 def test_other_tasks_and_unfrozen_layers_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Losses over pairs, over a window, with a reference that is computed after the size is found, and of layers that come later;
+    """Losses over pairs, over a global batch, with a reference computed after the size is found, and of layers that come later;
     the peak of the run is that of its size."""
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
     decoder, encoder = (f"model.path={save(tmp_path / save.__name__)}" for save in (save_decoder, save_encoder))

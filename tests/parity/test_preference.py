@@ -102,7 +102,7 @@ def sigmoid(value: torch.Tensor) -> torch.Tensor:
 
 
 class Plain:
-    """The mean loss of a window, from formulas written out for one sample."""
+    """The mean loss of a global batch, from formulas written out for one sample."""
 
     def __init__(self, kind: str, config, policy, reference, split):
         self.kind, self.task, self.split = kind, config.task, split
@@ -120,7 +120,7 @@ class Plain:
             theirs, _ = log_probability(self.reference, ids, labels)
         return mine, theirs, count
 
-    def window(self, samples: list[int]) -> torch.Tensor:
+    def global_batch(self, samples: list[int]) -> torch.Tensor:
         if self.kind.startswith("kto"):
             return self.kto(samples)
         return torch.stack([self.pair(index) for index in samples]).mean()
@@ -190,8 +190,8 @@ def references(workshop) -> References:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         losses, norms = [], []
         for step in range(3):
-            window = order.window(*order.locate(step))
-            loss = plain.window([index for part in window.micro_batches for index in part.samples])
+            global_batch = order.global_batch(*order.locate(step))
+            loss = plain.global_batch([index for part in global_batch.micro_batches for index in part.samples])
             gradients = torch.autograd.grad(loss, trained)
             losses.append(float(loss.detach()))
             norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))

@@ -1,4 +1,4 @@
-"""Reward and embedding models on 1, 2 and 3 ranks at ZeRO 0 to 3 = a plain loop over the whole window, in float64."""
+"""Reward and embedding models on 1, 2 and 3 ranks at ZeRO 0 to 3 = a plain loop over the whole global batch, in float64."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BASE = [
 KINDS = {
     "reward": ["task=reward", "model=ENCODER", "data.train=PAIRS"],
     "reward-lora": ["task=reward", "model=DECODER", "data.train=PAIRS", "method=lora", "method.rank=4"],
-    # The encoder has dropout: both passes over the window have to draw the same.
+    # The encoder has dropout: both passes over the global batch have to draw the same.
     "embedding": ["task=embedding", "model=ENCODER", "data.train=TEXTS", "task.temperature=0.2"],
     "embedding-lora": [
         *("task=embedding", "model=DECODER", "data.train=TEXTS", "method=lora", "method.rank=4", "method.dropout=0.1"),
@@ -97,7 +97,7 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tens
 
 
 def embedding_loss(module, batches, seeds, config) -> torch.Tensor:
-    """The mean over the window, with the graph of all of its micro-batches at once and one anchor at a time."""
+    """The mean over the global batch, with the graph of all of its micro-batches at once and one anchor at a time."""
     texts: dict[str, list] = {"anchor": [], "positive": [], "negative": []}
     keys: dict[str, list] = {"anchor": [], "positive": [], "negative": []}
     for batch, seed in zip(batches, seeds, strict=True):
@@ -161,10 +161,12 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         losses, norms = [], []
         for step in range(2):
-            window = order.window(*order.locate(step))
-            assert len(window.micro_batches) == 5
-            batches = [batch_of(config, data.train, part, tokenizer.pad_token_id) for part in window.micro_batches]
-            seeds = [dropout_seed(config.trainer.seed, step, part.index) for part in window.micro_batches]
+            global_batch = order.global_batch(*order.locate(step))
+            assert len(global_batch.micro_batches) == 5
+            batches = [
+                batch_of(config, data.train, part, tokenizer.pad_token_id) for part in global_batch.micro_batches
+            ]
+            seeds = [dropout_seed(config.trainer.seed, step, part.index) for part in global_batch.micro_batches]
             compute = embedding_loss if isinstance(config.task, EmbeddingConfig) else reward_loss
             loss = compute(module, batches, seeds, config)
             gradients = torch.autograd.grad(loss, trained)

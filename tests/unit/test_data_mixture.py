@@ -71,22 +71,24 @@ def order(packing: bool, weights: list[float] = WEIGHTS) -> TrainingOrder:
 @pytest.mark.parametrize("packing", [False, True])
 def test_steps_are_counted_where_epochs_differ_in_length(packing):
     training = order(packing)
-    windows = [training.windows(epoch) for epoch in range(8)]
-    assert len(set(windows)) > 1
-    assert [training.steps(epochs) for epochs in range(9)] == [0, *np.cumsum(windows).tolist()]
-    places = [(epoch, index) for epoch, count in enumerate(windows) for index in range(count)]
+    steps = [training.steps_in(epoch) for epoch in range(8)]
+    assert len(set(steps)) > 1
+    assert [training.steps(epochs) for epochs in range(9)] == [0, *np.cumsum(steps).tolist()]
+    places = [(epoch, index) for epoch, count in enumerate(steps) for index in range(count)]
     assert [order(packing).locate(step) for step in range(len(places))] == places  # without having counted before
     assert order(packing).locate(len(places) - 1) == places[-1]
-    drawn = Counter(s for place in places for micro in training.window(*place).micro_batches for s in micro.samples)
+    drawn = Counter(
+        s for place in places for micro in training.global_batch(*place).micro_batches for s in micro.samples
+    )
     expected = Counter(s for epoch in range(8) for s in Repeats(SOURCES, WEIGHTS, 5).samples(epoch).tolist())
     assert drawn == expected
 
 
 def test_an_epoch_without_samples_is_passed_over():
     training = order(False, [0.04, 0.02, 0.001])
-    assert training.windows(0) == 0
+    assert training.steps_in(0) == 0
     epoch, index = training.locate(0)
-    assert (training.windows(epoch), index) == (1, 0)
+    assert (training.steps_in(epoch), index) == (1, 0)
     assert training.locate(1)[0] > epoch
 
 

@@ -31,8 +31,10 @@ def order(lengths=LENGTHS, weights=None, **changes) -> TrainingOrder:
 
 
 def samples_of(training: TrainingOrder, epoch: int) -> list[int]:
-    windows = (training.window(epoch, index) for index in range(training.windows(epoch)))
-    return [sample for window in windows for micro in window.micro_batches for sample in micro.samples]
+    global_batches = (training.global_batch(epoch, index) for index in range(training.steps_in(epoch)))
+    return [
+        sample for global_batch in global_batches for micro in global_batch.micro_batches for sample in micro.samples
+    ]
 
 
 KINDS = [
@@ -98,52 +100,52 @@ def test_every_sample_once_an_epoch_and_another_order_in_the_next(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_order_is_a_pure_function_of_seed_and_epoch(kind):
-    """Asking for windows in any order, or from a new process in the middle, gives the same ones."""
+    """Asking for global batches in any order, or from a new process in the middle, gives the same ones."""
     training, resumed = order(**kind), order(**kind)
-    last = training.windows(1) - 1
-    forward = [training.window(1, index) for index in range(training.windows(1))]
-    training.window(0, 0)
-    assert [resumed.window(1, index) for index in range(last, -1, -1)][::-1] == forward
-    assert training.window(1, last) == forward[last]
+    last = training.steps_in(1) - 1
+    forward = [training.global_batch(1, index) for index in range(training.steps_in(1))]
+    training.global_batch(0, 0)
+    assert [resumed.global_batch(1, index) for index in range(last, -1, -1)][::-1] == forward
+    assert training.global_batch(1, last) == forward[last]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_hold_the_global_batch(kind):
     training = order(weights=WEIGHTS, **kind)
     micro = kind.get("micro_batch_size", 2)
-    for index in range(training.windows(0)):
-        window = training.window(0, index)
-        sizes = [len(batch.rows) for batch in window.micro_batches]
-        assert [batch.index for batch in window.micro_batches] == list(range(len(sizes)))
-        if index < training.windows(0) - 1:
+    for index in range(training.steps_in(0)):
+        global_batch = training.global_batch(0, index)
+        sizes = [len(batch.rows) for batch in global_batch.micro_batches]
+        assert [batch.index for batch in global_batch.micro_batches] == list(range(len(sizes)))
+        if index < training.steps_in(0) - 1:
             assert sizes == [micro] * (8 // micro) + ([8 % micro] if 8 % micro else [])
-        samples = [sample for batch in window.micro_batches for sample in batch.samples]
-        assert window.weight == WEIGHTS[samples].sum()
-        assert window.tokens == LENGTHS[samples].sum()
+        samples = [sample for batch in global_batch.micro_batches for sample in batch.samples]
+        assert global_batch.weight == WEIGHTS[samples].sum()
+        assert global_batch.tokens == LENGTHS[samples].sum()
 
 
 def test_counting_by_hand():
-    # 203 samples, 8 a window: 25 whole windows and one of 3 samples, which is micro-batches of 2 and 1.
+    # 203 samples, 8 a global batch: 25 whole ones and one of 3 samples, which is micro-batches of 2 and 1.
     training = order()
-    assert training.windows(0) == 26
+    assert training.steps_in(0) == 26
     assert training.steps(3) == 78
     assert training.locate(0) == (0, 0)
     assert training.locate(25) == (0, 25)
     assert training.locate(26) == (1, 0)
-    assert [len(batch.rows) for batch in training.window(0, 25).micro_batches] == [2, 1]
+    assert [len(batch.rows) for batch in training.global_batch(0, 25).micro_batches] == [2, 1]
 
 
 def test_a_micro_batch_is_no_larger_than_the_global_batch():
     training = order(micro_batch_size=16, global_batch_size=4)
-    assert [len(batch.rows) for batch in training.window(0, 0).micro_batches] == [4]
+    assert [len(batch.rows) for batch in training.global_batch(0, 0).micro_batches] == [4]
 
 
 def test_packed_rows_fit_and_are_not_sorted():
     training = order(packing=True)
     rows = [
         row
-        for index in range(training.windows(0))
-        for batch in training.window(0, index).micro_batches
+        for index in range(training.steps_in(0))
+        for batch in training.global_batch(0, index).micro_batches
         for row in batch.rows
     ]
     filled = [LENGTHS[list(row)].sum() for row in rows]
@@ -158,8 +160,8 @@ def test_packing_puts_other_samples_together_in_the_next_epoch():
     rows = [
         {
             row
-            for index in range(training.windows(epoch))
-            for batch in training.window(epoch, index).micro_batches
+            for index in range(training.steps_in(epoch))
+            for batch in training.global_batch(epoch, index).micro_batches
             for row in batch.rows
         }
         for epoch in (0, 1)
@@ -201,12 +203,16 @@ def test_length_grouping_saves_padding_and_stays_random():
     settings = {"micro_batch_size": 4, "global_batch_size": 16, "max_length": 512}
     grouped = order(lengths, length_grouping=True, **settings)
     assert grouped.efficiency(0) > 0.9 > 0.7 > order(lengths, **settings).efficiency(0)
-    means = [lengths[grouped.window(0, index).micro_batches[0].samples].mean() for index in range(grouped.windows(0))]
+    means = [
+        lengths[grouped.global_batch(0, index).micro_batches[0].samples].mean() for index in range(grouped.steps_in(0))
+    ]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
     rising = np.mean(np.diff(means) > 0)
     assert 0.4 < rising < 0.6
-    # Micro-batches of one window come from all lengths: its tokens vary far less than those of its micro-batches.
-    assert np.std([grouped.window(0, index).tokens / 16 for index in range(grouped.windows(0) - 1)]) < np.std(means)
+    # Micro-batches of one global batch come from all lengths: its tokens vary far less than those of its micro-batches.
+    assert np.std([grouped.global_batch(0, index).tokens / 16 for index in range(grouped.steps_in(0) - 1)]) < np.std(
+        means
+    )
 
 
 def test_packing_of_dialogue_like_lengths():
@@ -232,12 +238,12 @@ def test_share_example_of_its_documentation():
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_any_number_of_ranks_computes_the_same_window(kind, world):
     training = order(**kind)
-    for index in range(training.windows(0)):
-        window = training.window(0, index)
-        shares = [share(window, rank, world) for rank in range(world)]
+    for index in range(training.steps_in(0)):
+        global_batch = training.global_batch(0, index)
+        shares = [share(global_batch, rank, world) for rank in range(world)]
         assert len({len(mine) for mine in shares}) == 1
         real = sorted((batch for mine in shares for batch in mine if not batch.filler), key=lambda batch: batch.index)
-        assert tuple(real) == window.micro_batches
+        assert tuple(real) == global_batch.micro_batches
         indices = [batch.index for mine in shares for batch in mine]
         assert len(set(indices)) == len(indices)
         assert all(batch.index % world == rank for rank, mine in enumerate(shares) for batch in mine)

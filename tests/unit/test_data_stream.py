@@ -27,7 +27,7 @@ from dstune.data.build import block_builder
 from dstune.data.files import DataFile
 from dstune.data.stream import FileShard, Position, Stream
 from dstune.tasks.classification.config import ClassificationConfig
-from dstune.trainer.data_loader import Streamed
+from dstune.trainer.data_loader import StreamingLoader
 
 ROWS = 23
 
@@ -171,20 +171,24 @@ def test_rows_held_out_of_the_first_block_are_in_no_block(tmp_path):
 def test_the_disk_holds_two_blocks_beside_the_first_and_a_cursor_finds_its_place(tmp_path, opened):
     config = streaming(tmp_path)
     blocks = opened(config)
-    supply = Streamed(config, blocks, None)
+    data_loader = StreamingLoader(config, blocks, None)
     seen, drawn, cursors = 0, [], []
     for step in range(30):
-        draw = supply.draw(step)
-        supply.begin(step)
-        cursors.append(supply.cursor(step + 1))
-        drawn.append([draw.split.sample(s)["input_ids"].tolist() for m in draw.window.micro_batches for s in m.samples])
+        batch = data_loader.load(step)
+        data_loader.begin(step)
+        cursors.append(data_loader.cursor(step + 1))
+        drawn.append(
+            [batch.split.sample(s)["input_ids"].tolist() for m in batch.global_batch.micro_batches for s in m.samples]
+        )
         seen = max(seen, len([path for path in blocks.root.glob("block-*") if path.is_dir()]))
     assert cursors[-1]["block"] > 5
     assert seen <= 2
     for stopped in (3, 14, 22):
-        again = Streamed(config, blocks, json.loads(json.dumps(cursors[stopped - 1])))
-        draw = again.draw(stopped)
-        found = [draw.split.sample(s)["input_ids"].tolist() for m in draw.window.micro_batches for s in m.samples]
+        again = StreamingLoader(config, blocks, json.loads(json.dumps(cursors[stopped - 1])))
+        batch = again.load(stopped)
+        found = [
+            batch.split.sample(s)["input_ids"].tolist() for m in batch.global_batch.micro_batches for s in m.samples
+        ]
         assert found == drawn[stopped]
 
 
@@ -194,13 +198,13 @@ def test_a_bad_row_of_a_later_block_is_named_when_training_comes_to_it(tmp_path,
         rows = [json.loads(line) for line in (tmp_path / f"s{number}.jsonl").read_text().splitlines()]
         write_jsonl(tmp_path / f"s{number}.jsonl", [*rows[:24], {"messages": []}, *rows[25:]])
     blocks = opened(config)
-    supply = Streamed(config, blocks, None)
+    data_loader = StreamingLoader(config, blocks, None)
     done: list[int] = []
 
     def train() -> None:
         for step in range(30):
-            supply.draw(step)
-            supply.begin(step)
+            data_loader.load(step)
+            data_loader.begin(step)
             done.append(step)
 
     with pytest.raises(UserError, match=r"s[01]\.jsonl:25") as raised:
@@ -218,13 +222,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("report", CHANGES)
 def test_files_that_change_during_training_are_named(tmp_path, opened, report):
-    supply = Streamed(streaming(tmp_path), opened(streaming(tmp_path)), None)
+    data_loader = StreamingLoader(streaming(tmp_path), opened(streaming(tmp_path)), None)
     CHANGES[report](tmp_path)
 
     def train() -> None:
         for step in range(30):
-            supply.draw(step)
-            supply.begin(step)
+            data_loader.load(step)
+            data_loader.begin(step)
 
     with pytest.raises(UserError, match="changed while the run trains") as raised:
         train()
@@ -252,16 +256,16 @@ def test_an_empty_block_is_kept_until_every_rank_has_passed_it(tmp_path, opened)
     assert held_out is not None
     blocks = opened(config)
     other = Blocks(config, byte_tokenizer(), blocks._first, tmp_path / "run", tmp_path / "cache", leader=False)
-    leads, follows = Streamed(config, blocks, None), Streamed(config, other, None)
+    leads, follows = StreamingLoader(config, blocks, None), StreamingLoader(config, other, None)
     skipped = 0
     for step in range(30):
-        before = leads._stretches[-1].block.number
-        draw = leads.draw(step)
+        before = leads._segments[-1].block.number
+        batch = leads.load(step)
         leads.begin(step)  # all ranks are done with the step before, but only this one has drawn `step`
-        skipped += leads._stretches[-1].block.number - before > 1
+        skipped += leads._segments[-1].block.number - before > 1
         timer = threading.Timer(20, follows.interrupt)
         timer.start()
-        assert follows.draw(step).window == draw.window
+        assert follows.load(step).global_batch == batch.global_batch
         timer.cancel()
     assert skipped
 
@@ -274,10 +278,10 @@ def test_the_preparing_process_prints_references_instead_of_secrets(tmp_path, op
     for number in range(2):
         rows = [json.loads(line) for line in (folder / f"s{number}.jsonl").read_text().splitlines()]
         write_jsonl(folder / f"s{number}.jsonl", [*rows[:24], {"messages": []}, *rows[25:]])
-    supply = Streamed(config, opened(config), None)
+    data_loader = StreamingLoader(config, opened(config), None)
     for step in range(15):
-        supply.draw(step)
-        supply.begin(step)
+        data_loader.load(step)
+        data_loader.begin(step)
     printed = capfd.readouterr().err
     assert "${oc.env:CORPUS_TOKEN}/s" in printed
     assert "s2-of-the-secret" not in printed

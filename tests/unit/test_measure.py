@@ -60,21 +60,21 @@ def classified(tmp_path, task: ClassificationConfig, labels: list, **more) -> Ru
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_class_weights_and_focal_loss(tmp_path, gamma):
-    """The window's weight is known from the data, and a filler counts for nothing, whatever its gradient would be."""
+    """The global batch's weight is known from the data, and a filler counts for nothing, whatever its gradient would be."""
     labels = ["rare", "often", "often", "often", "often"]
     config = classified(tmp_path, ClassificationConfig(balanced=True, focal_gamma=gamma), labels)
     config = replace(config, trainer=replace(config.trainer, micro_batch_size=5, global_batch_size=5))
     data = prepared(config, wordpiece(), tmp_path / "cache")
     assert data.labels == ("often", "rare") and data.report["train"]["labels"] == {"often": 4, "rare": 1}
     balanced = compute_class_weight("balanced", classes=np.array(data.labels), y=labels)
-    window = training_order(config, data).window(0, 0)
-    assert window.weight == pytest.approx(5.0) and data.train.weights.dtype == np.float64
-    (micro_batch,) = window.micro_batches
+    global_batch = training_order(config, data).global_batch(0, 0)
+    assert global_batch.weight == pytest.approx(5.0) and data.train.weights.dtype == np.float64
+    (micro_batch,) = global_batch.micro_batches
     batch = collate(data.train, micro_batch, pad_token_id=0, packing=False)
     logits = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
     head = task_of(config.task).head(Constant(logits))
     output = head(Constant(logits), batch)
-    assert float(output.weight) == pytest.approx(window.weight)
+    assert float(output.weight) == pytest.approx(global_batch.weight)
     chance = logits.softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
     weights = torch.tensor(balanced)[batch["labels"]]
     expected = (-weights * (1 - chance) ** gamma * chance.log()).sum()

@@ -21,7 +21,7 @@ from dstune.data.problems import RowError
 from dstune.data.read_tagged import read_tagged
 from dstune.data.sampler import MicroBatch
 from dstune.data.tags import TagScheme, checked, completed
-from dstune.data.tokenize.frame import windows
+from dstune.data.tokenize.frame import chunks
 from dstune.show.segments import segments
 from dstune.tasks.token_classification.config import TokenClassificationConfig, TrainedSubwords
 from dstune.tasks.token_classification.encode import TokenEncoder
@@ -172,9 +172,9 @@ def test_windows_count_every_word_once(stride, subwords):
 
 
 def test_windows_of_a_sentence():
-    assert windows(10, 10, 3) == [(0, 10)]
-    assert windows(11, 6, 2) == [(0, 6), (4, 10), (8, 11)]
-    assert windows(11, 6, 2, starts=[0, 5, 9]) == [(0, 6), (5, 11)]
+    assert chunks(10, 10, 3) == [(0, 10)]
+    assert chunks(11, 6, 2) == [(0, 6), (4, 10), (8, 11)]
+    assert chunks(11, 6, 2, starts=[0, 5, 9]) == [(0, 6), (5, 11)]
 
 
 def test_a_batch_and_its_loss(tmp_path):

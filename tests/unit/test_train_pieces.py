@@ -32,10 +32,10 @@ from dstune.trainer.callbacks.early_stopping import EarlyStopping
 from dstune.trainer.callbacks.nonfinite import NonFinite
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.stragglers import OwnTime
-from dstune.trainer.data_loader import Draw
+from dstune.trainer.data_loader import StepBatch
 from dstune.trainer.loop import evaluate
 from dstune.trainer.measure import Evaluation
-from dstune.trainer.prefetcher import Ahead, dropout_seed, windows
+from dstune.trainer.prefetcher import Prefetcher, dropout_seed, prefetched_steps
 from dstune.trainer.state import Best, TrainState
 from dstune.trainer.step_timer import StepTimer
 from dstune.zero.engine import Update
@@ -203,7 +203,7 @@ def test_feed_keeps_the_order_and_raises_where_it_belongs():
             raise ValueError("row 3")
         return step * 10
 
-    feed = Ahead(prepare, range(6), depth=2)
+    feed = Prefetcher(prepare, range(6), depth=2)
     assert [next(feed) for _ in range(3)] == [0, 10, 20]
     with pytest.raises(ValueError, match="row 3"):
         next(feed)
@@ -227,11 +227,11 @@ class Ranks:
 def no_rows(monkeypatch):
     monkeypatch.setattr("dstune.trainer.prefetcher.share", lambda *_: [])
     monkeypatch.setattr("dstune.trainer.prefetcher.WAIT_SECONDS", 0.05)
-    return Draw(None, SimpleNamespace(micro_batches=[]), 0.5)
+    return StepBatch(None, SimpleNamespace(micro_batches=[]), 0.5)
 
 
 def all_see(*prepare):
-    """How often each rank waited, and what came of it, where rank i prepares its window with `prepare[i]`."""
+    """How often each rank waited, and what came of it, where rank i prepares its global batch with `prepare[i]`."""
     ranks = Ranks(len(prepare))
 
     def run(rank: int):
@@ -241,11 +241,11 @@ def all_see(*prepare):
             data_parallel_rank=rank,
             data_parallel_size=len(prepare),
         )
-        supply = SimpleNamespace(may_wait=lambda step: True, begin=lambda step: None, interrupt=lambda: None)
-        supply.draw = lambda step: prepare[rank]()
+        data_loader = SimpleNamespace(may_wait=lambda step: True, begin=lambda step: None, interrupt=lambda: None)
+        data_loader.load = lambda step: prepare[rank]()
         rounds = 0
         try:
-            for feed in windows(run_config(), SimpleNamespace(labels=()), supply, world, 0, range(1)):
+            for feed in prefetched_steps(run_config(), SimpleNamespace(labels=()), data_loader, world, 0, range(1)):
                 if feed is not None:
                     return rounds, feed.epoch
                 rounds += 1
@@ -351,7 +351,7 @@ def test_a_run_that_goes_on_from_another_takes_over_its_language_model(tmp_path,
 
 
 def test_feed_thread_ends_when_the_loop_leaves_early():
-    feed = Ahead(lambda step: step, range(10**9), depth=2)
+    feed = Prefetcher(lambda step: step, range(10**9), depth=2)
     assert next(feed) == 0
     feed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "feed"]

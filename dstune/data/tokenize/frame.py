@@ -48,12 +48,12 @@ class Frame:
         return [token for token, _ in tokens], [kind for _, kind in tokens], starts
 
 
-def windows(length: int, size: int, stride: int, starts: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Where windows of at most `size` tokens begin and end that cover `length` tokens, neighbours having `stride` in common.
+def chunks(length: int, size: int, stride: int, starts: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Where chunks of at most `size` tokens begin and end that cover `length` tokens, neighbours having `stride` in common.
 
-    starts: places where a window may begin, ascending (words); the next one is taken, and any place where none is near.
+    starts: places where a chunk may begin, ascending (words); the next one is taken, and any place where none is near.
     """
-    assert 0 <= stride < size, "windows must get ahead"
+    assert 0 <= stride < size, "chunks must get ahead"
     found = [(0, min(size, length))]
     while found[-1][1] < length:
         begin = found[-1][1] - stride

@@ -42,7 +42,7 @@ GRADIENT_SCORES = {
     Selection.gradient_weight: lambda weight, gradient: (weight * gradient).abs(),
     Selection.movement: lambda weight, gradient: -weight * gradient,
 }
-"""Scores of entries that add up over steps: of weights before the update, and gradients of the window's mean loss."""
+"""Scores of entries that add up over steps: of weights before the update, and gradients of the global batch's mean loss."""
 
 CONSTANT_SCORES = {Selection.magnitude, Selection.random}
 """Scores that no gradient changes."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from dstune.trainer.data_loader import Supply
+    from dstune.trainer.data_loader import DataLoader
     from dstune.zero.engine import Engine
 
 
@@ -69,8 +69,8 @@ class Ulmfit(Method):
         assert isinstance(module, PreTrainedModel)
         return {name: number for number, part in enumerate(layers_of(module).parts) for name in part}.__getitem__
 
-    def unfreezing(self, model: PreTrainedModel, engine: Engine, supply: Supply, step: int) -> Any:
+    def unfreezing(self, model: PreTrainedModel, engine: Engine, data_loader: DataLoader, step: int) -> Any:
         from dstune.methods.ulmfit.unfreezing import Unfreezing, first_steps
         from dstune.models.layers import layers_of
 
-        return Unfreezing(first_steps(self.config, layers_of(model).parts, supply), engine, step)
+        return Unfreezing(first_steps(self.config, layers_of(model).parts, data_loader), engine, step)

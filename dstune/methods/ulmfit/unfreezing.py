@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dstune.methods.ulmfit.config import UlmfitConfig
-from dstune.trainer.data_loader import Supply
+from dstune.trainer.data_loader import DataLoader
 from dstune.zero.engine import Engine
 
 Part = tuple[str, ...]
@@ -39,15 +39,15 @@ class Unfreezing:
         return sum(begin >= total_steps for begin, _ in self._begins)
 
 
-def first_steps(method: UlmfitConfig, parts: tuple[Part, ...], supply: Supply) -> list[tuple[int, Part]]:
+def first_steps(method: UlmfitConfig, parts: tuple[Part, ...], data_loader: DataLoader) -> list[tuple[int, Part]]:
     """The step with which each part begins to train, from the top down. parts: from the bottom up."""
     top, *below = reversed(parts)
     at_once = method.layers_at_once
     chunks = [top, *(sum(below[first : first + at_once], ()) for first in range(0, len(below), at_once))]
-    return [(_after(method, number, supply), chunk) for number, chunk in enumerate(chunks)]
+    return [(_after(method, number, data_loader), chunk) for number, chunk in enumerate(chunks)]
 
 
-def _after(method: UlmfitConfig, waits: int, supply: Supply) -> int:
+def _after(method: UlmfitConfig, waits: int, data_loader: DataLoader) -> int:
     """Steps after so many times what the method waits."""
     if method.unfreeze_steps is not None:
         return waits * method.unfreeze_steps
@@ -55,5 +55,5 @@ def _after(method: UlmfitConfig, waits: int, supply: Supply) -> int:
     if not epochs:
         return 0
     whole = math.floor(epochs)
-    steps = supply.steps(whole)
-    return steps + round((epochs - whole) * (supply.steps(whole + 1) - steps))
+    steps = data_loader.steps(whole)
+    return steps + round((epochs - whole) * (data_loader.steps(whole + 1) - steps))

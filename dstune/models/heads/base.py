@@ -58,11 +58,11 @@ class Rows(Protocol):
 
 
 @runtime_checkable
-class WindowHead(Protocol):
+class GlobalBatchHead(Protocol):
     """A head whose loss of one micro-batch depends on all others of the step (or of the split that is evaluated).
 
     Before the loss of any of them, `first_pass` runs on each without a graph, with the same random numbers as later, and
-    `join` turns what it gave into what the loss of each needs, as further tensors of the batch. See `train.window`.
+    `join` turns what it gave into what the loss of each needs, as further tensors of the batch. See `dstune.trainer.whole_batch`.
     """
 
     join_evaluation: bool

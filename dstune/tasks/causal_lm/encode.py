@@ -35,9 +35,9 @@ class DocumentEncoder(Language):
             sizes[len(prefix) : len(prefix) + len(ids)] = self._sizes(np.array(ids), offsets, text)
             step = self._max_length - 1
             for start in range(0, max(len(document) - 1, 1), step):
-                window = slice(start, start + self._max_length)
-                piece = document[window]
-                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), sizes[window], "")
+                chunk = slice(start, start + self._max_length)
+                piece = document[chunk]
+                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), sizes[chunk], "")
                 sample.truncated = len(document) > self._max_length
                 sample.length = len(document)
                 samples.append(sample)

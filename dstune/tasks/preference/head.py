@@ -1,6 +1,6 @@
 """Learning from preferences: which of two answers is better, or whether an answer is good.
 
-Every loss is a mean over pairs (over rows with `kto`) of the whole window; the log-probability of an answer is the sum of
+Every loss is a mean over pairs (over rows with `kto`) of the whole global batch; the log-probability of an answer is the sum of
 those of its tokens, the prompt's are left out.
 """
 
@@ -187,7 +187,7 @@ class JudgedHead:
 
     The reference point z0 estimates how far the model has moved from the reference on answers that belong to other
     prompts: each prompt is continued with an answer to the next other one in the data (behind the last sample comes the
-    first), and z0 is the mean of the log-probability ratios over the whole window, at least 0. That pairing is a property
+    first), and z0 is the mean of the log-probability ratios over the whole global batch, at least 0. That pairing is a property
     of the data: neither the number of ranks nor the order of training changes it. z0 carries no gradient and no dropout.
     """
 

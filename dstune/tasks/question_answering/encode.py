@@ -1,4 +1,4 @@
-"""Samples of question answering: a question beside a window of its text, and where in it the answer begins and ends."""
+"""Samples of question answering: a question beside a chunk of its text, and where in it the answer begins and ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from dstune.data.answers import Answer
 from dstune.data.control import ControlTokens
 from dstune.data.render import require_offsets
-from dstune.data.tokenize.frame import Frame, windows
+from dstune.data.tokenize.frame import Frame, chunks
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 
@@ -19,9 +19,9 @@ NOT_IN_CONTEXT = -1
 
 
 class AnswerEncoder(Encoder):
-    """A text that does not fit beside its question becomes several windows that overlap by `task.stride` tokens.
+    """A text that does not fit beside its question becomes several chunks that overlap by `task.stride` tokens.
 
-    `start` and `end` are the first and last token of the first answer; in a window that does not hold all of it, and for a
+    `start` and `end` are the first and last token of the first answer; in a chunk that does not hold all of it, and for a
     question without an answer, both are `null`, the classification token (or the first one, where a tokenizer has none).
     `char_start` and `char_end` tell the characters of the context that a token stands for, NOT_IN_CONTEXT elsewhere. A
     question is cut to half of `max_length`.
@@ -54,10 +54,10 @@ class AnswerEncoder(Encoder):
                 ids, offsets = self._control.neutral(ids, offsets, row["context"], [])
             question = self._control.ids(row["question"])
             places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-            samples += self._windows(number, question, list(ids), places, row["answers"])
+            samples += self._chunks(number, question, list(ids), places, row["answers"])
         return samples
 
-    def _windows(
+    def _chunks(
         self, number: int, question: list[int], context: list[int], offsets: np.ndarray, answers: list[Answer]
     ) -> list[Sample]:
         room = self._max_length - self._frame.size
@@ -67,7 +67,7 @@ class AnswerEncoder(Encoder):
         problem = "no token holds the first answer" if answers and span is None else ""
         length = len(question) + len(context) + self._frame.size
         samples = []
-        for start, end in windows(len(context), size, min(self._stride, size // 2)):
+        for start, end in chunks(len(context), size, min(self._stride, size // 2)):
             ids, kinds, (_, place) = self._frame.around([requested, context[start:end]])
             char_start, char_end = np.full(len(ids), NOT_IN_CONTEXT), np.full(len(ids), NOT_IN_CONTEXT)
             char_start[place : place + end - start] = offsets[start:end, 0]

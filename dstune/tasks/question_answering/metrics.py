@@ -108,12 +108,12 @@ def measure(task: QuestionAnsweringConfig, split: Split, totals: Totals, kept: S
 
 
 def best_spans(split: Split, kept: Sequence[Row]) -> tuple[list[str], list[float]]:
-    """Of each question the text of the best span of all windows, and how much better having no answer scores."""
+    """Of each question the text of the best span of all chunks, and how much better having no answer scores."""
     spans, margins = [], []
-    for windows, row in zip(rows_of(split, kept), texts_of(split), strict=True):
-        best = max(windows, key=lambda window: float(window["score"]))
-        # A window that does not hold the answer knows of none; one that is sure of the answer speaks for all.
-        margins.append(min(float(window["null"]) for window in windows) - float(best["score"]))
+    for chunks, row in zip(rows_of(split, kept), texts_of(split), strict=True):
+        best = max(chunks, key=lambda chunk: float(chunk["score"]))
+        # A chunk that does not hold the answer knows of none; one that is sure of the answer speaks for all.
+        margins.append(min(float(chunk["null"]) for chunk in chunks) - float(best["score"]))
         found = math.isfinite(float(best["score"]))
         spans.append(row["context"][int(best["char_start"]) : int(best["char_end"])].strip() if found else "")
     return spans, margins

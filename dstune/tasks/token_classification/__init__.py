@@ -40,7 +40,7 @@ class TokenClassification(Task):
     pipeline = "token-classification"
     per_token = True
     unpoolable = "task=token_classification reads every token, and pooling leaves one vector of all"
-    unpackable = "one row is one sentence, or a window of it"
+    unpackable = "one row is one sentence, or a chunk of it"
     splits_long_rows = True
     chunked = True
     token_targets = True

@@ -29,4 +29,4 @@ class TokenClassificationConfig(TaskConfig):
     subwords: TrainedSubwords = TrainedSubwords.first
     """Sub-words of a word that count in the loss; metrics count the first one only."""
     stride: int = setting(64, at_least=0)
-    """Sub-words that windows of a sentence longer than `data.max_length` have in common; at most half a window."""
+    """Sub-words that chunks of a sentence longer than `data.max_length` have in common; at most half a chunk."""

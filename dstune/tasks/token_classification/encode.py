@@ -12,16 +12,16 @@ import numpy as np
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import require_offsets
-from dstune.data.tokenize.frame import Frame, windows
+from dstune.data.tokenize.frame import Frame, chunks
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.tasks.token_classification.config import TokenClassificationConfig, TrainedSubwords
 
 
 class TokenEncoder(Encoder):
-    """Sentences as windows of sub-words; the label of a word's first sub-word is its tag's index.
+    """Sentences as chunks of sub-words; the label of a word's first sub-word is its tag's index.
 
     The words are joined by spaces and tokenized as one text, as the pipeline of transformers does with a text. A sentence
-    longer than `max_length` becomes several windows that overlap by `task.stride` sub-words. Each sub-word counts in one
+    longer than `max_length` becomes several chunks that overlap by `task.stride` sub-words. Each sub-word counts in one
     of them: the first half of what two have in common in the former, the rest in the latter.
     """
 
@@ -49,7 +49,7 @@ class TokenEncoder(Encoder):
         ):
             if self._control.first(text):
                 ids, offsets = self._control.neutral(ids, offsets, text, [])
-            samples += self._windows(number, row, *self._words(row["tokens"], np.array(ids), np.array(offsets)))
+            samples += self._chunks(number, row, *self._words(row["tokens"], np.array(ids), np.array(offsets)))
         return samples
 
     def _words(self, words: list[str], ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +70,7 @@ class TokenEncoder(Encoder):
                 ids, owner = np.insert(ids, place, unknown), np.insert(owner, place, word)
         return ids, owner
 
-    def _windows(self, number: int, row: dict[str, Any], ids: np.ndarray, owner: np.ndarray) -> list[Sample]:
+    def _chunks(self, number: int, row: dict[str, Any], ids: np.ndarray, owner: np.ndarray) -> list[Sample]:
         first = np.zeros(len(ids), dtype=bool)
         first[np.unique(owner, return_index=True)[1]] = True
         first &= owner >= 0
@@ -82,12 +82,12 @@ class TokenEncoder(Encoder):
         if self._all:
             labels[owner >= 0] = inside[owner[owner >= 0]]
         labels[first] = tags[owner[first]]
-        spans = windows(len(ids), self._size, self._stride, np.flatnonzero(first).tolist())
-        # In the middle of what two windows have in common, the latter takes over.
+        spans = chunks(len(ids), self._size, self._stride, np.flatnonzero(first).tolist())
+        # In the middle of what two chunks have in common, the latter takes over.
         edges = [0, *((begin + end) // 2 for (_, end), (begin, _) in pairwise(spans)), len(ids)]
         samples = []
-        for window, (start, end) in enumerate(spans):
-            own = slice(edges[window], edges[window + 1])
+        for chunk, (start, end) in enumerate(spans):
+            own = slice(edges[chunk], edges[chunk + 1])
             kept, starts = np.full(len(ids), NO_TARGET), np.zeros(len(ids))
             kept[own], starts[own] = labels[own], first[own]
             whole, _, (place,) = self._frame.around([ids[start:end].tolist()])
