@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from dstune.core.parsing import parse_json
 
 SHOWN_METRICS = 8
 
@@ -48,7 +49,7 @@ class Run:
             with (self.dir / "metrics.jsonl").open(encoding="utf-8") as stream:
                 for line in stream:
                     try:
-                        rows.append(json.loads(line))
+                        rows.append(parse_json(line))
                     except ValueError:  # the last line of a run that is writing it
                         continue
         except FileNotFoundError:

@@ -5,7 +5,6 @@ Facts come from the run's own files. Nothing of `tracking` or `launch` is in it,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.schema import RunConfig
+from dstune.core.parsing import read_object
 from dstune.protocols import method_of, task_of
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
@@ -244,8 +244,4 @@ def _data_name(config: RunConfig) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(path) or {}

@@ -11,6 +11,7 @@ from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
+from dstune.core.parsing import read_object
 from dstune.protocols import TASKS, method_of, task_of
 
 NAME = "dstune.json"
@@ -40,11 +41,7 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record in `folder`; empty where there is none that can be read."""
-    try:
-        record = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_object(folder / NAME) or {}
 
 
 def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
@@ -83,9 +80,8 @@ def public_name(path: str) -> str:
 
 def task_of_head(folder: Path) -> str | None:
     """The task that the head named in the folder's config.json is for; None where it has none, or there is no such file."""
-    try:
-        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError, AttributeError):
+    architectures = (read_object(folder / "config.json") or {}).get("architectures")
+    if not isinstance(architectures, list):
         return None
     ends = {name: task.head_classes for name, task in TASKS.classes().items() if task.head_classes}
     return next((task for task, end in ends.items() if any(str(name).endswith(end) for name in architectures)), None)

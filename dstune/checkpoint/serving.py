@@ -6,9 +6,10 @@ DoRA, bias, modules_to_save) and by the names of their tensors.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from dstune.core.parsing import read_object
 
 MAX_RANK = 512
 """The largest value that `--max-lora-rank` takes (its default is 16)."""
@@ -74,8 +75,4 @@ def _has_template(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(path) or {}

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import xxhash
 
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 from dstune.trainer.state import FORMAT, upgrade_state
 
 COMMITTED = "COMMITTED"
@@ -135,19 +137,22 @@ def _is_inside(name: str) -> bool:
 def incomplete_reasons(checkpoint: Path) -> list[str]:
     """What makes a folder no checkpoint, in words: its marker or files that are not there, or not with their size."""
     try:
-        files = json.loads((checkpoint / COMMITTED).read_text())["files"]
+        files = parse_json(read_file(checkpoint / COMMITTED))["files"]
         sizes = {name: entry["bytes"] for name, entry in files.items()}
     except OSError:
         return [f"it has no {COMMITTED}"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{COMMITTED} is torn"]
     found = [f"{COMMITTED} names a file elsewhere: {name}" for name in sizes if not _is_inside(name)]
     for name, size in () if found else sizes.items():
         path = checkpoint / name
-        if not path.is_file():
-            found.append(f"{name} is gone")
-        elif path.stat().st_size != size:
-            found.append(f"{name} has {path.stat().st_size} of {size} bytes")
+        try:
+            if not path.is_file():
+                found.append(f"{name} is gone")
+            elif path.stat().st_size != size:
+                found.append(f"{name} has {path.stat().st_size} of {size} bytes")
+        except OSError as error:
+            found.append(f"{name} cannot be looked at: {error.strerror}")
     return found
 
 
@@ -161,7 +166,7 @@ def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str
 
     def differs(name: str) -> bool:
         path = checkpoint / name
-        return not path.is_file() or _hash(path) != files[name]["xxh3_64"]
+        return not path.is_file() or _hash(path) != files[name].get("xxh3_64")
 
     with ThreadPoolExecutor() as pool:
         return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
@@ -186,8 +191,20 @@ def _held(checkpoint: Path) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of `state.json`, in the present format."""
-    return upgrade_state(json.loads((checkpoint / STATE).read_text()))
+    """The content of `state.json`, in the present format. Raises UserError where it cannot be read, or is newer."""
+    try:
+        return upgrade_state(_state_object(checkpoint))
+    except ValueError as error:
+        fix = "give another checkpoint, or take it out of the way"
+        raise UserError(Problem(str(checkpoint / STATE), f"cannot be read: {error}", fix)) from None
+
+
+def _state_object(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError where it is no JSON object, OSError where it is not there."""
+    state = parse_json(read_file(checkpoint / STATE))
+    if not isinstance(state, dict):
+        raise ValueError("is no JSON object")
+    return state
 
 
 def listing(run_dir: Path) -> list[CheckpointInfo]:
@@ -199,12 +216,15 @@ def listing(run_dir: Path) -> list[CheckpointInfo]:
             continue
         try:
             committed = is_committed(path)
-            state = read_state(path) if committed else {}
+            state = upgrade_state(_state_object(path)) if committed else {}
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         except FileNotFoundError:  # the run it belongs to is removing it now
             continue
-        best = state.get("best") or {}
-        is_best, weights_only = best.get("step") == int(number), bool(state.get("weights_only"))
+        except ValueError:  # somebody else's, whose state cannot be read
+            committed, state, size = False, {}, 0
+        best = state.get("best")
+        is_best = isinstance(best, dict) and best.get("step") == int(number)
+        weights_only = bool(state.get("weights_only"))
         found.append(CheckpointInfo(path, int(number), committed, size, is_best, weights_only))
     return found
 

@@ -40,6 +40,7 @@ from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, keys_of_own_files, with_file
 from dstune.core import files, plugins
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_file
 from dstune.core.plugins import Plugin
 from dstune.protocols import TASKS, task_of
 
@@ -422,7 +423,7 @@ def _composed(content: dict[str, Any], path: Path, active: tuple[Plugin, ...]) -
 def read_run_content(path: Path) -> dict[str, Any]:
     """The content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError."""
     try:
-        content = load(path.read_text(encoding="utf-8"), str(path))
+        content = load(read_file(path).decode("utf-8"), str(path))
     except OSError as error:
         raise UserError(Problem(str(path), f"cannot be read: {error.strerror}", "give a run directory")) from None
     except UnicodeDecodeError:

@@ -31,6 +31,7 @@ from dstune.config.names import (
 )
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_yaml
 from dstune.core.secrets import remember
 
 ENVIRONMENT = "${oc.env:"
@@ -397,7 +398,7 @@ def load(text: str, where: str) -> Any:
         UserError: the text is no YAML; names the line.
     """
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(yaml_problem(error, where)) from None
 

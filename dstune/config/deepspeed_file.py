@@ -16,6 +16,7 @@ from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANS
 from dstune.config.names import classes_of
 from dstune.config.not_offered import FEATURES
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 
 AUTO = "auto"
 LONGEST_CONFIGURATION = 1_000_000
@@ -69,7 +70,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST_CONFIGURATION:
             raise UserError(Problem("zero.path", "this is too long for a configuration", value=str(path)))
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
     except OSError as error:
         fix = "zero.path=ds_config.json, relative to the folder in which dstune is started"
         raise UserError(Problem("zero.path", f"cannot be read: {error.strerror}", fix, str(path))) from None
@@ -79,9 +80,11 @@ def _parse(path: Path) -> dict[str, Any]:
         content = load(text, str(path))
     else:
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except json.JSONDecodeError as error:
             raise UserError(Problem(f"{path}:{error.lineno}", f"this is no JSON: {error.msg}")) from None
+        except ValueError as error:
+            raise UserError(Problem("zero.path", f"this is no configuration: {error}", value=str(path))) from None
     if not isinstance(content, dict):
         raise UserError(Problem("zero.path", "this is no configuration (a mapping of keys)", value=str(path)))
     return content

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dstune.core.parsing import parse_json
 from dstune.data.files import RawRow
 from dstune.data.problems import RowError, format_value
 
@@ -48,8 +48,8 @@ def answers_of(value: Any) -> list[Answer]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value)
+        except ValueError:
             raise RowError(f"answers must be an object or a list, they are {format_value(value)}") from None
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")

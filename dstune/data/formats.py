@@ -10,6 +10,7 @@ from functools import cache
 from dstune.config.data_schema import AUTOMATIC
 from dstune.core.errors import Problem, UserError
 from dstune.core.registry import on_change
+from dstune.data.problems import listing
 from dstune.protocols import ROW_FORMATS, TASKS, formats_for, task_of
 from dstune.protocols.task import TaskConfig
 
@@ -140,9 +141,3 @@ def _other_task(columns: Collection[str]) -> str:
         return ""
     tasks = formats[max(fitting, key=lambda name: len(ROW_FORMATS[name].required))]
     return f"{' and '.join(tasks)} read{'s' * (len(tasks) == 1)} these columns"
-
-
-def listing(columns: Collection[str]) -> str:
-    """Column names for a message, the first twelve of them."""
-    found = [repr(column) for column in list(columns)[:12]]
-    return ", ".join(found) + (", ..." if len(columns) > 12 else "")

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dstune.core.parsing import parse_json
 from dstune.data.problems import RowError, format_value
 
 Message = dict[str, Any]
@@ -296,11 +297,11 @@ def _call(number: int, call: Any) -> dict[str, Any]:
 
 def _json(text: str, complaint: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise RowError(f"{complaint}: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise RowError(f"{complaint}: nested too deeply") from None
+    except ValueError as error:
+        raise RowError(f"{complaint}: {error}") from None
 
 
 def without_none(value: Any) -> Any:

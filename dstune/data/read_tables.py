@@ -7,6 +7,7 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.files import DataFile, RawRow, first_line
+from dstune.data.read_text import MAX_ROW_BYTES
 
 ROWS_PER_BATCH = 1024
 
@@ -62,13 +63,44 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
             if number + len(part) <= skip:
                 number += len(part)
                 continue
-            for fields in part.to_pylist():
+            for fields, fault in _values(part):
                 number += 1
                 if number <= skip:
                     continue
-                for column, names in classes.items():
+                for column, names in classes.items() if fields else ():
                     fields[column] = _named(fields[column], names)
-                yield RawRow(file, number, fields)
+                yield RawRow(file, number, fields, fault)
+
+
+def _values(part: Any) -> Iterator[tuple[Any, str]]:
+    """The rows of a batch as Python's values, or why one has none."""
+    if _bytes(part) <= MAX_ROW_BYTES:
+        try:
+            yield from ((fields, "") for fields in part.to_pylist())
+            return
+        except (
+            ValueError,
+            ArithmeticError,
+        ):  # text that is not UTF-8, a time beyond the year 9999: of one row, not of all
+            pass
+    for index in range(len(part)):
+        row = part.slice(index, 1)
+        if _bytes(row) > MAX_ROW_BYTES:
+            yield None, f"the row has more than {MAX_ROW_BYTES >> 20} MiB"
+            continue
+        try:
+            fields = row.to_pylist()[0]
+        except (ValueError, ArithmeticError) as error:
+            yield None, f"a value cannot be read: {first_line(error)}"
+            continue
+        yield fields, ""
+
+
+def _bytes(part: Any) -> int:
+    """Of a batch, without columns that share their values."""
+    import pyarrow as pa
+
+    return sum(column.nbytes for column in part.columns if not pa.types.is_dictionary(column.type))
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

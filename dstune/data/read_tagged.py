@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from dstune.data.files import DataFile, RawRow, opened
-from dstune.data.read_text import decoded, lines_of
+from dstune.data.read_text import MAX_ROW_BYTES, decoded, lines_of
 
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 """Of CoNLL-U (universaldependencies.org/format)."""
@@ -22,6 +22,7 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
     with opened(file) as stream:
         first = 0
         words: list[list[str]] = []
+        size = 0
         fault: RawRow | None = None
         for number, raw in lines_of(stream):
             text, error = decoded(raw)
@@ -30,7 +31,7 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
                 continue
             if not text.strip():
                 yield from _sentence(file, first, words, fault)
-                words, fault = [], None
+                words, size, fault = [], 0, None
                 continue
             if text.startswith("-DOCSTART-") or (file.ending == ".conllu" and _no_word(text)):
                 continue
@@ -42,7 +43,14 @@ def read_tagged(file: DataFile) -> Iterator[RawRow]:
                     f"the sentence's first line has {len(words[0])}" if words else "a word and its tag are needed"
                 )
                 fault = RawRow(file, number, None, f"{len(cells)} column{'s' * (len(cells) != 1)}, {expected}")
-            words.append(cells)
+            size += len(text)
+            if size > MAX_ROW_BYTES:
+                words, fault = (
+                    [],
+                    fault or RawRow(file, first, None, f"the row has more than {MAX_ROW_BYTES >> 20} MiB"),
+                )
+            elif fault is None:
+                words.append(cells)
         yield from _sentence(file, first, words, fault)
 
 

@@ -6,14 +6,21 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from dstune.config.data_schema import TextRows
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import check_depth, end_of_json, lines_within, parse_json, too_deep, too_many_digits
 from dstune.data.files import DataFile, RawRow, opened
+from dstune.data.problems import listing
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_ROW_BYTES = 2**26
+"""A longer row is a bad row: a line of 1 GiB would take memory many times over before anything could refuse it."""
+MAX_JSON_BYTES = 2**32
+"""Of a JSON file that is no JSON Lines: it is held in memory as a whole."""
 
 
 class Lines:
@@ -32,10 +39,10 @@ class Lines:
         with opened(self._file) as stream:
             if self.offset:
                 stream.seek(self.offset)
-            for raw in stream:
-                self.offset += len(raw)
+            for raw, size in lines_within(stream, MAX_ROW_BYTES):
+                self.offset += size
                 self.line += 1
-                row = _row_of_json(self._file, self.line, raw)
+                row = _too_long(self._file, self.line) if raw is None else _row_of_json(self._file, self.line, raw)
                 if row is not None:
                     yield row
 
@@ -55,10 +62,14 @@ def _row_of_json(file: DataFile, number: int, raw: bytes) -> RawRow | None:
     if error:
         return RawRow(file, number, None, error)
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as broken:
-        return RawRow(file, number, None, f"broken JSON: {_short(broken)}")
+        value = parse_json(text)
+    except ValueError as broken:
+        return RawRow(file, number, None, _reason(broken))
     return _object(file, number, value)
+
+
+def _too_long(file: DataFile, number: int) -> RawRow:
+    return RawRow(file, number, None, f"the row has more than {MAX_ROW_BYTES >> 20} MiB")
 
 
 def _line(number: int, raw: bytes) -> bytes:
@@ -66,14 +77,16 @@ def _line(number: int, raw: bytes) -> bytes:
     return (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).rstrip(b"\r\n")
 
 
-def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers from 1, without their ends."""
-    for number, raw in enumerate(stream, start=1):
-        yield number, _line(number, raw)
+def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers from 1, without their ends; None for one that is too long for a row."""
+    for number, (raw, _) in enumerate(lines_within(stream, MAX_ROW_BYTES), start=1):
+        yield number, None if raw is None else _line(number, raw)
 
 
-def decoded(raw: bytes) -> tuple[str, str]:
+def decoded(raw: bytes | None) -> tuple[str, str]:
     """The text of a line, and what is wrong with it."""
+    if raw is None:
+        return "", f"the line has more than {MAX_ROW_BYTES >> 20} MiB"
     try:
         return raw.decode("utf-8"), ""
     except UnicodeDecodeError as error:
@@ -83,7 +96,10 @@ def decoded(raw: bytes) -> tuple[str, str]:
 def read_json(file: DataFile) -> Iterator[RawRow]:
     """An array of objects, or objects one after the other (also one a line: many call such a file `.json`)."""
     with opened(file) as stream:
-        content = stream.read().removeprefix(BYTE_ORDER_MARK)
+        content = stream.read(MAX_JSON_BYTES + 1).removeprefix(BYTE_ORDER_MARK)
+    if len(content) > MAX_JSON_BYTES:
+        reason = f"a JSON file is read as a whole, and this one has more than {MAX_JSON_BYTES >> 30} GiB"
+        raise UserError(Problem(where=str(file), reason=reason, fix="one object a line: jq -c '.[]' FILE > NEW.jsonl"))
     start = len(content) - len(content.lstrip(b" \t\r\n"))
     is_array = content[start : start + 1] == b"["
     if not is_array and _first_line_is_whole(content[start:]):
@@ -102,8 +118,8 @@ def read_json(file: DataFile) -> Iterator[RawRow]:
 def _first_line_is_whole(content: bytes) -> bool:
     line = content.split(b"\n", 1)[0]
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         # A broken line among whole ones is one bad row; an object over several lines goes on in the next one.
         return not line.rstrip().endswith((b"{", b"[", b","))
     return True
@@ -111,7 +127,6 @@ def _first_line_is_whole(content: bytes) -> bool:
 
 def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
     # Items are decoded one by one (instead of the array at once) because only so each has a line to be named by.
-    decoder = json.JSONDecoder()
     last = text.count("\n") + 1
     lost = f"; the rest of the file, to line {last}, is lost"
     line, counted, first = 1, 0, True
@@ -128,11 +143,11 @@ def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
         first = False
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield RawRow(file, getattr(error, "lineno", line), None, f"broken JSON: {_short(error)}{lost}")
+            row, position = _row_at(file, line, text, position)
+        except json.JSONDecodeError as error:
+            yield RawRow(file, error.lineno, None, f"{_reason(error)}{lost}")
             return
-        yield _object(file, line, value)
+        yield row
         position = _skip_space(text, position)
     if position >= len(text):
         yield RawRow(file, last, None, "broken JSON: the array is not closed")
@@ -140,18 +155,39 @@ def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
 
 def _objects(file: DataFile, text: str) -> Iterator[RawRow]:
     """Objects over several lines each, with nothing but white space between them."""
-    decoder = json.JSONDecoder()
     line, counted, position = 1, 0, _skip_space(text, 0)
     while position < len(text):
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row, position = _row_at(file, line, text, position)
+        except json.JSONDecodeError as error:
             lost = f"; the rest of the file, to line {text.count(chr(10)) + 1}, is lost"
-            yield RawRow(file, getattr(error, "lineno", line), None, f"broken JSON: {_short(error)}{lost}")
+            yield RawRow(file, error.lineno, None, f"{_reason(error)}{lost}")
             return
-        yield _object(file, line, value)
+        yield row
         position = _skip_space(text, position)
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _row_at(file: DataFile, line: int, text: str, start: int) -> tuple[RawRow, int]:
+    """The row that begins at a place of `text`, and where it ends. Raises JSONDecodeError where that cannot be told."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+        check_depth(text, start, end)
+        return _object(file, line, value), end
+    except json.JSONDecodeError:
+        raise
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # too deep, or a number of too many digits: the rows after it can be read
+        after = end_of_json(text, start) if text[start] in "[{" else None
+        if after is None:
+            raise json.JSONDecodeError("Value that cannot be read", text, start) from None
+        reason = too_deep() if isinstance(error, RecursionError) or "nested" in str(error) else too_many_digits()
+        return RawRow(file, line, None, _reason(reason)), after
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -160,10 +196,10 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _short(error: Exception) -> str:
+def _reason(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    return "nested too deeply"
+        return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+    return f"broken JSON: {error}"
 
 
 def _object(file: DataFile, line: int, value: Any) -> RawRow:
@@ -180,21 +216,20 @@ def _kind(value: Any) -> str:
 def read_csv(file: DataFile) -> Iterator[RawRow]:
     """Rows under a header line; in a .tsv file separated by tabs, else by what separates the header. A quoted field may span
     lines."""
-    csv.field_size_limit(1 << 30)  # the default of 128 kB is shorter than a long document
+    csv.field_size_limit(MAX_ROW_BYTES)  # the default of 128 kB is shorter than a long document
     with opened(file) as stream:
-        # What is no UTF-8 is carried through, so that it spoils its own row only.
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        first = text.readline()
+        lines = _CsvLines(stream)
+        first = lines.peek()
         delimiter = "\t" if file.ending == ".tsv" else separator(first)
-        reader = csv.reader(itertools.chain([first] if first else [], text), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         names: list[str] | None = None
         while True:
-            line = reader.line_num + 1
+            line = lines.number + 1
             try:
                 values = next(reader, None)
             except csv.Error as error:
                 # The reader starts afresh with the next line. What it had taken for one row is lost, so it is told.
-                yield RawRow(file, line, None, _broken_csv(error, line, reader.line_num))
+                yield RawRow(file, line, None, _broken_csv(error, line, lines.number))
                 continue
             if values is None:
                 return
@@ -202,18 +237,49 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
                 continue
             if names is None:
                 names = values
-                if doubled := sorted({name for name in names if names.count(name) > 1}):
-                    reason = f"the header has {', '.join(map(repr, doubled))} twice"
+                if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+                    reason = f"the header has {listing(doubled)} twice"
                     raise UserError(Problem(where=f"{file}:{line}", reason=reason, fix="give each column its own name"))
                 continue
             if len(values) != len(names):
-                where = "" if reader.line_num == line else f" (in lines {line} to {reader.line_num})"
+                where = "" if lines.number == line else f" (in lines {line} to {lines.number})"
                 yield RawRow(file, line, None, f"{len(values)} fields where the header has {len(names)}{where}")
                 continue
             if fault := _not_utf8(values):
                 yield RawRow(file, line, None, fault)
                 continue
             yield RawRow(file, line, dict(zip(names, values, strict=True)))
+
+
+class _CsvLines:
+    """The lines of a CSV file as the csv module takes them. One that is too long for a row is one mistake in it."""
+
+    def __init__(self, stream: BinaryIO):
+        # What is no UTF-8 is carried through, so that it spoils its own row only.
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self._peeked: str | None = None
+        self.number = 0
+        """Of the line that was taken last, from 1."""
+
+    def peek(self) -> str:
+        """The first line, which is taken by the next call as well."""
+        self._peeked = self._text.readline(MAX_ROW_BYTES)
+        return self._peeked
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_ROW_BYTES) if self._peeked is None else self._peeked
+        self._peeked = None
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) < MAX_ROW_BYTES or line.endswith(("\n", "\r")):
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._text.readline(MAX_ROW_BYTES)
+        raise csv.Error(f"a line of more than {MAX_ROW_BYTES >> 20} MiB")
 
 
 def separator(header: str) -> str:
@@ -230,6 +296,8 @@ def _broken_csv(error: csv.Error, first: int, last: int) -> str:
     if "unexpected end of data" in str(error):
         reason = "a quote that opens here is never closed"
         return f"broken CSV: {reason}; lines {first} to {last}, the end of the file, are lost"
+    if "field larger" in str(error):
+        error = csv.Error(f"a field of more than {MAX_ROW_BYTES >> 20} MiB")
     lost = "" if first == last else f"; lines {first} to {last} are lost"
     return f"broken CSV: {error}{lost}"
 
@@ -249,35 +317,39 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
     """Plain text as the column `text`: a row is a line, a paragraph (up to a blank line) or the whole document."""
     with opened(file) as stream:
         if file.text_rows is TextRows.line:
-            blocks: Iterator[tuple[int, list[bytes]]] = (
-                (number, [raw]) for number, raw in lines_of(stream) if raw.strip()
+            blocks: Iterator[tuple[int, list[bytes | None]]] = (
+                (number, [raw]) for number, raw in lines_of(stream) if raw is None or raw.strip()
             )
         elif file.text_rows is TextRows.paragraph:
             blocks = _paragraphs(stream)
         else:
-            blocks = iter([(1, [raw for _, raw in lines_of(stream)])])
+            blocks = iter([(1, list(_within_a_row(raw for _, raw in lines_of(stream))))])
         for number, lines in blocks:
             row = _text_row(file, number, lines)
             if row.fields is None or row.fields["text"]:
                 yield row
 
 
-def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
-    first = 1
-    block: list[bytes] = []
-    for number, raw in lines_of(stream):
-        if raw.strip():
-            if not block:
-                first = number
-            block.append(raw)
-        elif block:
-            yield first, block
-            block = []
-    if block:
-        yield first, block
+def _within_a_row(lines: Iterable[bytes | None]) -> Iterator[bytes | None]:
+    """`lines` of one row as far as they are not too long for it together: then None follows, and the others are passed over."""
+    total = 0
+    for line in lines:
+        total += MAX_ROW_BYTES + 1 if line is None else len(line) + 1
+        if total <= MAX_ROW_BYTES + 1:
+            yield line
+        elif line is None or total - len(line) - 1 <= MAX_ROW_BYTES + 1:
+            yield None
 
 
-def _text_row(file: DataFile, first: int, lines: list[bytes]) -> RawRow:
+def _paragraphs(stream: BinaryIO) -> Iterator[tuple[int, list[bytes | None]]]:
+    numbered = lines_of(stream)
+    for blank, group in itertools.groupby(numbered, key=lambda line: line[1] is not None and not line[1].strip()):
+        if not blank:
+            first, raw = next(group)
+            yield first, list(_within_a_row(itertools.chain([raw], (line for _, line in group))))
+
+
+def _text_row(file: DataFile, first: int, lines: Sequence[bytes | None]) -> RawRow:
     parts = []
     for number, raw in enumerate(lines, start=first):
         text, error = decoded(raw)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dstune.data.formats import check_columns, column_of, listing, recognise
-from dstune.data.problems import RowError
+from dstune.data.formats import check_columns, column_of, recognise
+from dstune.data.problems import RowError, listing
 from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from dstune.config.data_schema import DataConfig, TextRows
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file, read_object
 from dstune.data import hub
 from dstune.data.answers import flat
 from dstune.data.files import (
@@ -173,7 +173,10 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None)
     """The files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
     description = folder / "dataset_dict.json"
     if description.is_file():  # DatasetDict.save_to_disk
-        splits = json.loads(description.read_text(encoding="utf-8"))["splits"]
+        splits = (read_object(description) or {}).get("splits")
+        if not isinstance(splits, list) or not all(isinstance(name, str) and _is_name(name) for name in splits):
+            reason = f"{folder} is no saved data set: dataset_dict.json has no names of splits"
+            raise UserError(Problem(where=key, value=spec, reason=reason, fix="save it again with save_to_disk"))
         chosen = named or split
         if chosen not in splits:
             raise UserError(hub.split_problem(key, str(folder), chosen, splits))
@@ -205,16 +208,25 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None)
 def _saved(folder: Path, key: str, spec: str) -> list[Path]:
     """The Arrow files of `Dataset.save_to_disk`."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = [folder / entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError) as error:
+        state = parse_json(read_file(folder / "state.json"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{folder} is no whole saved data set: {error}"
         raise UserError(Problem(where=key, value=spec, reason=reason, fix="save it again with save_to_disk")) from None
+    if strange := [name for name in names if not isinstance(name, str) or not _is_name(name)]:
+        reason = f"state.json of {folder} names a file outside of it: {strange[0]}"
+        raise UserError(Problem(where=key, value=spec, reason=reason, fix="save it again with save_to_disk"))
+    files = [folder / name for name in names]
     if state.get("_indices_data_files"):
         reason = "saved by a release of datasets before 2.0, with an order of its own"
         fix = "load it with that release and write it with to_parquet"
         raise UserError(Problem(where=key, value=spec, reason=reason, fix=fix))
     return files
+
+
+def _is_name(name: str) -> bool:
+    """Whether `name` is that of a file or folder, not a path that leads elsewhere."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _data_files(folder: Path) -> dict[str, list[Path]]:

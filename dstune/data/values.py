@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+from dstune.core.parsing import parse_json
 from dstune.data.problems import RowError, format_value
 
 _LIST_OF_PYTHON = re.compile(r"\[(['\"]|-?\d).*\]\s*", re.DOTALL)
@@ -50,7 +51,7 @@ def label(value: Any, column: str) -> str:
 def number(value: Any, column: str) -> float:
     try:
         found = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise RowError(f"column {column!r} must be a number, it is {format_value(value)}")
@@ -62,9 +63,10 @@ def labels_of_row(value: Any, column: str) -> list[str]:
     if isinstance(value, str):
         if value.strip().startswith("["):
             try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise RowError(f"column {column!r} starts as a list but is not JSON: {error.msg}") from None
+                value = parse_json(value)
+            except ValueError as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise RowError(f"column {column!r} starts as a list but is not JSON: {reason}") from None
         else:
             value = [name for name in value.split(",") if name.strip()]
     elif isinstance(value, (int, float)):
@@ -77,8 +79,8 @@ def labels_of_row(value: Any, column: str) -> list[str]:
 def listed(value: Any, column: str) -> list[Any]:
     """A list with something in it; in a CSV file a JSON list, or words with spaces between them."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
     if isinstance(value, str) and _LIST_OF_PYTHON.fullmatch(value.lstrip()):
         raise RowError(f"column {column!r} is a list that is not JSON: {format_value(value)}; json.dumps writes it")
     if isinstance(value, str):

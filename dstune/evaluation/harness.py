@@ -5,7 +5,6 @@ Tasks are asked as plain text, as published tables do, not through a chat templa
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_object
 
 
 def require() -> None:
@@ -50,7 +50,7 @@ def run(
         options["revision"] = config.model.revision
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file():
-        options["peft"], folder = folder, json.loads(adapter.read_text())["base_model_name_or_path"]
+        options["peft"], folder = folder, str((read_object(adapter) or {}).get("base_model_name_or_path"))
     model = HFLM(pretrained=folder, device="cuda" if torch.cuda.is_available() else "cpu", **options)
     try:
         found = simple_evaluate(

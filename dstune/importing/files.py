@@ -11,6 +11,7 @@ import yaml
 
 from dstune.config.convert import load
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_yaml, read_file
 from dstune.importing import axolotl, llama_factory, trl
 
 TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llama-factory": llama_factory, "trl": trl}
@@ -24,7 +25,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds neither.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
     except OSError as error:
         raise UserError(Problem("FILE", f"cannot be read: {error.strerror}", "give a YAML file", str(path))) from None
     except UnicodeDecodeError:
@@ -69,7 +70,7 @@ def of_command(text: str, where: str) -> dict[str, Any]:
 
 def _value(word: str) -> Any:
     try:
-        value = yaml.safe_load(word)
+        value = parse_yaml(word)
     except yaml.YAMLError:
         return word
     return value if isinstance(value, (bool, int, float, list, dict)) else word

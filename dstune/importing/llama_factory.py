@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
 from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_code, own_way, same, with_others
@@ -82,9 +82,11 @@ def _described(found: Import) -> dict[str, Any]:
         file = base / folder / "dataset_info.json"
         if file.is_file():
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                content = parse_json(read_file(file))
+            except (OSError, ValueError) as error:
                 raise UserError(Problem(str(file), f"this is no JSON: {error}")) from None
+            if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+                raise UserError(Problem(str(file), "a description of data sets is an object of objects")) from None
             return {"_folder": str(base / folder), **content}
     return {}
 

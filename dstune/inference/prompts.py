@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
 
 Messages = list[dict[str, Any]]
 TABLES = (".csv", ".tsv")
@@ -55,7 +55,7 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
 
 def _from_row(line: str, where: str) -> Request:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"is no JSON: {error}") from None
     if not isinstance(row, dict):

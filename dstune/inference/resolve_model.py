@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.convert import ENVIRONMENT, resolve_text
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,14 @@ def run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What peft wrote of an adapter."""
-    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    """What peft wrote of an adapter. Raises UserError."""
+    file = folder / "adapter_config.json"
+    try:
+        settings = parse_json(read_file(file))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(str(file), f"cannot be read: {error}", "give the folder of an adapter")) from None
+    if not isinstance(settings, dict):
+        raise UserError(Problem(str(file), "is no JSON object", "give the folder of an adapter"))
     return settings
 
 

@@ -11,7 +11,7 @@ from dstune.config.data_schema import DataConfig, OnBadRow
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.files import DOCUMENTS
-from dstune.data.formats import listing
+from dstune.data.problems import listing
 from dstune.data.rows import RowError, canonical, normalise
 
 MOST_TOLD = 10

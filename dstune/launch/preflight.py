@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from dstune.config.forgetting import with_replay
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_object
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
@@ -261,7 +261,7 @@ def check_folder(folder: Path, config: ModelConfig, run: RunConfig | None = None
 
 def description_problems(folder: Path, config: ModelConfig, run: RunConfig | None = None) -> list[Problem]:
     """What is wrong with the files that describe the model (the weights may not be there yet), for `run` if it is given."""
-    architecture = _read_json(folder / "config.json")
+    architecture = read_object(folder / "config.json")
     if architecture is None:
         return [_no_config(folder, config)]
     problems = []
@@ -308,7 +308,7 @@ def needs_remote_code(architecture: dict[str, Any]) -> bool:
 
 
 def _weight_problems(folder: Path, config: ModelConfig) -> list[Problem]:
-    index = _read_json(folder / "model.safetensors.index.json")
+    index = read_object(folder / "model.safetensors.index.json")
     if index is not None and isinstance(index.get("weight_map"), dict):
         missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
         if missing:
@@ -366,11 +366,3 @@ def _similar(path: Path) -> Path | None:
         return None
     found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
     return path.with_name(found[0]) if found else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -19,6 +19,7 @@ import psutil
 from dstune.checkpoint import store
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_object
 from dstune.core.secrets import redacted
 
 LOCK = ".lock"
@@ -173,7 +174,7 @@ def read_metrics(run_dir: Path) -> Logged:
         with (run_dir / "metrics.jsonl").open("rb") as stream:
             for line in stream:
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError:
                     continue
                 if isinstance(row, dict):
@@ -202,11 +203,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+    return read_object(path)
 
 
 def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
 from dstune.launch import records
 
 COLUMN = 14
@@ -117,11 +117,12 @@ def _answers(run_dir: Path) -> list[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; none where they cannot be read."""
+    """JSON lines that are objects; none where they cannot be read."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [parse_json(line) for line in read_file(path, METRICS_BYTES).splitlines()]
     except (OSError, ValueError):
         return []
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:

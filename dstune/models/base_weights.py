@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from dstune import samples
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -80,7 +79,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file.name)
-    with suppress(OSError, ValueError, KeyError):
-        places: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    places = (read_object(folder / INDEX) or {}).get("weight_map")
+    if isinstance(places, dict):
         return places
     raise LookupError(f"{folder} has no model.safetensors")

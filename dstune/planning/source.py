@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from dstune import samples
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 from dstune.planning.published import CONFIGS
 
 
@@ -66,7 +66,7 @@ def hub_cache() -> Path:
 
 def _read(file: Path, model: ModelConfig) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(read_file(file))
     except (OSError, ValueError) as error:
         reason = f"its config.json cannot be read: {error}"
         raise UserError(Problem("model.path", reason, "give a folder in Hugging Face layout", model.path)) from None

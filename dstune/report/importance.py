@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.core.parsing import parse_json, read_file
 from dstune.report.numbers import number, percent
 
 SHOWN = 15
@@ -27,8 +27,7 @@ class Importance:
 def importance(run_dir: Path) -> Importance | None:
     """The section of a run; None where there is no whole importance.json."""
     try:
-        report = json.loads((run_dir / "importance.json").read_text(encoding="utf-8"))
-        return _section(report)
+        return _section(parse_json(read_file(run_dir / "importance.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

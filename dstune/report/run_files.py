@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import yaml
 
 from dstune.checkpoint import store
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import METRICS_BYTES, parse_json, parse_yaml, read_file, read_object
 
 RUN_FILE = "run.yaml"
 SEARCHED_DEPTH = 3
@@ -125,7 +125,7 @@ def read(path: Path) -> RunFiles:
         UserError: its `run.yaml` cannot be read.
     """
     try:
-        stored = yaml.safe_load((path / RUN_FILE).read_text(encoding="utf-8"))
+        stored = parse_yaml(read_file(path / RUN_FILE).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = f"cannot be read: {str(error).splitlines()[0]}"
         raise UserError(Problem(str(path / RUN_FILE), reason, "give another run")) from None
@@ -147,23 +147,19 @@ def read(path: Path) -> RunFiles:
 
 
 def _object(path: Path) -> Row:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(path) or {}
 
 
 def _rows(path: Path) -> list[Row]:
     """Objects with a whole number as their step; a line that is just being written, or torn, is passed over."""
     rows = []
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_file(path, METRICS_BYTES).splitlines()
     except OSError:
         return []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import Export, RunConfig
+from dstune.core.parsing import parse_json
 from dstune.launch import records
 from dstune.tracking import trials
 
@@ -37,7 +37,7 @@ class Metrics:
         rows = []
         for line in whole.split(b"\n"):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):

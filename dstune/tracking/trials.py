@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from dstune.config.sweep_rules import COSTS, LOWER_COSTS
+from dstune.core.parsing import parse_json, parse_yaml, read_file
 from dstune.metrics.direction import is_lower_better
 
 SWEEP_FILE = "sweep.yaml"
@@ -59,7 +59,7 @@ def read_record(path: Path) -> Record | None:
     """None where the file is absent, torn or of something else."""
     known = {one.name for one in fields(Record)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_file(path))
         return Record(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
@@ -74,7 +74,7 @@ def read_records(sweep: Path) -> list[Record]:
 def objectives_of(sweep: Path) -> list[str]:
     """What `sweep.yaml` says that trials are compared by."""
     try:
-        content = yaml.safe_load((sweep / SWEEP_FILE).read_text(encoding="utf-8"))
+        content = parse_yaml(read_file(sweep / SWEEP_FILE).decode())
         return [str(name) for name in content["objective"]]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         return ["loss"]

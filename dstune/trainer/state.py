@@ -58,16 +58,39 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Raises UserError where `values` has a field that this version does not know: dropping it would lose something."""
+        """Raises UserError where `values` has a field that this version does not know: dropping it would lose something; or a
+        value of another type."""
         _refuse_unknown(values, {f.name for f in fields(cls)})
         own = dict(values)
         best = own.pop("best", None)
-        return cls(**own, best=Best(**best) if best else None)
+        for name, value in own.items():
+            if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
+                raise _strange(name)
+        try:
+            return cls(**own, best=Best(**best) if best else None)
+        except TypeError:
+            raise _strange("best") from None
 
     @property
     def next_batch(self) -> int:
         """Number of the next global batch of the data, from 0."""
         return self.step + self.left_out_batches
+
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "planned_steps", "left_out_batches", "eval_last_step"), (int,)),
+    **dict.fromkeys(("tokens", "targets", "seconds", "save_seconds"), _NUMBER),
+    **dict.fromkeys(("eval_initial", "eval_last", "cursor"), (dict, type(None))),
+    **dict.fromkeys(("results", "callbacks"), (dict,)),
+    "evaluation_due": (bool,),
+}
+"""What a field of TrainState holds in `state.json`."""
+
+
+def _strange(name: str) -> UserError:
+    reason = f"the checkpoint's state.json is not of dstune: {name} has a value of another type"
+    return UserError(Problem("run.dir", reason, "continue from another checkpoint"))
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: set[str]) -> None:
@@ -115,6 +138,8 @@ def _from_format_1(train: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_unknown(train, {*kept, *_MOVED, *_RENAMED, "extra"})
     upgraded = {name: train[name] for name in train if name in kept}
     upgraded |= {new: train[old] for old, new in _RENAMED.items() if old in train}
+    if not isinstance(train.get("extra", {}), dict):
+        raise _strange("extra")
     results = dict(train.get("extra", {}))
     callbacks: dict[str, dict[str, Any]] = {}
     for old, (callback, name) in _MOVED.items():

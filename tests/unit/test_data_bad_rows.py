@@ -22,6 +22,7 @@ from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
+from dstune.data.read_text import MAX_ROW_BYTES
 from dstune.data.tags import TagScheme
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.causal_lm.config import CausalLmConfig
@@ -97,7 +98,11 @@ NOTHING_MARKED = CHATML + "{% generation %}{% endgeneration %}"
 Case = tuple[str, TaskConfig, Any]
 ROWS: list[Case] = [
     ("broken JSON: … at column …", CHAT, '{"messages": [}'),
-    ("broken JSON: nested too deeply", CHAT, '{"messages": ' + "[" * 100_000),
+    ("broken JSON: nested more than … deep", CHAT, '{"messages": ' + "[" * 200_000 + "]" * 200_000 + "}"),
+    ("broken JSON: a number with more than … digits", CHAT, '{"messages": ' + "1" * 5_000 + "}"),
+    ("the row has more than … MiB", CHAT, {"rows.jsonl": json.dumps(GOOD) + "\n" + "x" * (MAX_ROW_BYTES + 1)}),
+    ("the line has more than … MiB", TEXT, {"rows.txt": "good\n" + "x" * (MAX_ROW_BYTES + 1)}),
+    ("a value cannot be read: …", TEXT, pa.table({"text": ["a", "b"], "at": pa.array([2**60, 0], pa.timestamp("ms"))})),
     (
         "broken JSON: … at column …; the rest of the file, to line …, is lost",
         CHAT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.convert import format_value
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 from dstune.methods._peft.config import AdapterConfig
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def adapter_folder(path: str, key: str) -> Path:
 def read_settings(folder: Path, key: str) -> dict[str, Any]:
     """`adapter_config.json`. Raises UserError."""
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = parse_json(read_file(folder / "adapter_config.json"))
     except (OSError, ValueError) as error:
-        raise UserError(Problem(key, f"adapter_config.json cannot be read: {error}", "", str(folder))) from error
-    return dict(settings)
+        raise UserError(Problem(key, f"adapter_config.json cannot be read: {error}", "", str(folder))) from None
+    if not isinstance(settings, dict):
+        raise UserError(Problem(key, "adapter_config.json is no object", "", str(folder)))
+    return settings
 
 
 def adapter_folders(paths: Sequence[str], key: str, kind: str) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 
 MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "lasttoken"}
@@ -61,7 +62,7 @@ def embedding_overrides(folder: Path) -> list[str]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_file(path))
     except (OSError, ValueError):
         return None
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from dstune.config.data_schema import AUTOMATIC
 from dstune.core.errors import UserError
-from dstune.data.formats import listing
 from dstune.data.prepared import Split
+from dstune.data.problems import listing
 from dstune.data.rows import RowError, normalise, recognise
 from dstune.data.tokenize import Sample
 from dstune.inference.predictor import Answer, Predictor

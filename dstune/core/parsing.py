@@ -1,0 +1,206 @@
+"""JSON, YAML and files that a stranger may have written, read within limits of depth, size and digits.
+
+Whatever the input, `parse_json` raises ValueError and `parse_yaml` YAMLError: never RecursionError, never without end.
+What they return is nested `MAX_DEPTH` deep at most, so that code may walk it by recursion.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+MAX_DEPTH = 100
+MAX_NODES = 1_000_000
+"""Values of a YAML document, those behind an alias counted wherever the alias stands: nine lines can make a billion."""
+MAX_BYTES = 2**26
+"""Of a file that is read as a whole: configurations and records, which have some kB."""
+
+METRICS_BYTES = 2**30
+"""Of `metrics.jsonl` where it is held in memory: a million steps have some 500 MB."""
+
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: broken, not UTF-8, deeper than `MAX_DEPTH`, or with a number of more digits than Python converts.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise too_deep() from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # of `int`, which names a switch of Python
+        raise too_many_digits() from None
+    check_depth(text)
+    return value
+
+
+def too_deep() -> ValueError:
+    return ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def too_many_digits() -> ValueError:
+    return ValueError(f"a number with more than {sys.get_int_max_str_digits():,} digits")
+
+
+def check_depth(text: str, start: int = 0, end: int | None = None) -> None:
+    """Raises ValueError where the JSON between `start` and `end` of `text`, which is whole, is nested too deeply."""
+    end = len(text) if end is None else end
+    # Nearly every text has fewer brackets than levels are allowed, and counting them costs nothing.
+    if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
+        return
+    depth = 0
+    for found in _BRACKET.finditer(text, start, end):
+        mark = found[0]
+        if mark in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise too_deep()
+        elif mark in "]}":
+            depth -= 1
+
+
+def end_of_json(text: str, start: int) -> int | None:
+    """Where the object or array that begins at `start` ends, however deep it is; None where it does not."""
+    depth = 0
+    for found in _BRACKET.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return None
+
+
+class _LimitedLoader(yaml.SafeLoader):
+    """A SafeLoader that counts: levels, and values with those behind aliases."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+        """Values in a node, by its `id`; absent while it is being read."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
+        self._depth += 1
+        try:
+            if self._depth > MAX_DEPTH:
+                raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
+            node = super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+        if id(node) not in self._sizes:
+            if self._is_open(node):
+                raise yaml.MarkedYAMLError(problem="an alias inside of what it stands for", problem_mark=mark)
+            self._sizes[id(node)] = self._size(node, mark)
+        return node
+
+    def compose_sequence_node(self, anchor: Any) -> Any:
+        return self._closed(super().compose_sequence_node(anchor))
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        return self._closed(super().compose_mapping_node(anchor))
+
+    @staticmethod
+    def _closed(node: Any) -> Any:
+        node.dstune_closed = True
+        return node
+
+    @staticmethod
+    def _is_open(node: Any) -> bool:
+        return not isinstance(node, yaml.ScalarNode) and not hasattr(node, "dstune_closed")
+
+    def _size(self, node: Any, mark: Any) -> int:
+        children: Iterator[Any] = iter(())
+        if isinstance(node, yaml.SequenceNode):
+            children = iter(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            children = (one for pair in node.value for one in pair)
+        size = 1 + sum(self._sizes[id(child)] for child in children)
+        if size > MAX_NODES:
+            raise yaml.MarkedYAMLError(problem=f"aliases make more than {MAX_NODES:,} values of it", problem_mark=mark)
+        return size
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            TypeError,
+            LookupError,
+        ) as error:  # 2024-13-45, !!timestamp x
+            problem = f"{str(node.value)[:40]!r} is no value of its kind: {str(error)[:80]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, with a SafeLoader.
+
+    Raises:
+        yaml.YAMLError: broken, deeper than `MAX_DEPTH`, or more than `MAX_NODES` values with its aliases.
+    """
+    try:
+        return yaml.load(text, _LimitedLoader)
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
+
+
+def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The content of a plain file.
+
+    Raises:
+        OSError: as `open`; also where it is a pipe or a device, which would be read for ever, or has more than `limit` bytes.
+    """
+    with open_file(path) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
+    return content
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A plain file for reading. Raises OSError as `open`, and where it is a pipe or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def lines_within(stream: Any, limit: int) -> Iterator[tuple[bytes | None, int]]:
+    """The lines of a binary stream with their ends, and how many bytes each has; None in the place of one with more than
+    `limit`, which memory never holds."""
+    while line := stream.readline(limit + 1):
+        size = len(line)
+        if size <= limit:
+            yield line, size
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(limit + 1)
+            size += len(line)
+        yield None, size
+
+
+def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none that can be read."""
+    try:
+        value = parse_json(read_file(path, limit))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
