@@ -224,7 +224,7 @@ def branches(module: ast.Module, kinds: dict[str, str]) -> Iterator[tuple[str, s
                 if kind := named(subject):
                     yield "by_name", kind, node.lineno
             case ast.expr():
-                if kind := class_asked(node, kinds):
+                if kind := requested_class(node, kinds):
                     yield kind, kind, node.lineno
                 elif kind := name_asked(node):
                     yield "by_name", kind, node.lineno
@@ -236,7 +236,7 @@ def case_kind(case: ast.match_case, kinds: dict[str, str]) -> str | None:
     return next((kind for node in ast.walk(case.pattern) if (kind := pattern_kind(node, kinds))), None)
 
 
-def class_asked(node: ast.expr, kinds: dict[str, str]) -> str | None:
+def requested_class(node: ast.expr, kinds: dict[str, str]) -> str | None:
     match node:
         case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, classes]):
             return kind_of(classes, kinds)

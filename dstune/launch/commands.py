@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import dstune
@@ -77,15 +77,10 @@ class LaunchPlan:
 
     argv: tuple[tuple[str, ...], ...]
     env: tuple[dict[str, str], ...]
-    port: int
-    """Where the ranks meet on 127.0.0.1."""
 
     @property
     def size(self) -> int:
         return len(self.argv)
-
-    def with_port(self, port: int) -> LaunchPlan:
-        return replace(self, port=port, env=tuple({**env, "MASTER_PORT": str(port)} for env in self.env))
 
 
 def local_plan(
@@ -131,7 +126,7 @@ def local_plan(
         {**shared, **(trackers if rank == 0 else {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
         for rank in range(ranks)
     )
-    return LaunchPlan(argv=(command,) * ranks, env=envs, port=port)
+    return LaunchPlan(argv=(command,) * ranks, env=envs)
 
 
 def number_of_ranks(config: RunConfig, machine: Machine) -> int:

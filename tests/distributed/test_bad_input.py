@@ -85,7 +85,7 @@ def test_bad_input(workplace: Commands, case: str) -> None:
     assert not list(workplace.folder.glob("run-*")), "a refused start leaves nothing behind"
 
 
-def test_several_mistakes_are_told_together(workplace: Commands) -> None:
+def test_several_mistakes_are_reported_together(workplace: Commands) -> None:
     done = workplace.run("train", *BASE, "trainer.micro_batch_size=0", "optimizer.lr=-1", "evaluate.samples=-1")
     assert done.returncode == 2
     for key in ("trainer.micro_batch_size=0", "optimizer.lr=-1", "evaluate.samples=-1"):

@@ -208,7 +208,7 @@ def test_the_public_harness_measures_what_a_plain_loop_does(bench, capsys, tmp_p
         evaluate.main([*arguments, "--harness", "theirs"])
 
 
-def test_what_cannot_be_asked_is_refused(bench, monkeypatch):
+def test_what_cannot_be_evaluated_is_refused(bench, monkeypatch):
     with pytest.raises(UserError, match="--prompted"):
         evaluate.main([str(bench.model), *bench.pairs, "--prompted", "x", "--shots", "0"])
     with pytest.raises(UserError, match="drawn from training rows"):
@@ -218,7 +218,7 @@ def test_what_cannot_be_asked_is_refused(bench, monkeypatch):
         evaluate.main([str(bench.model), "--harness", "mine"])
 
 
-def test_an_encoder_cannot_be_asked(tmp_path):
+def test_an_encoder_cannot_be_evaluated(tmp_path):
     config = compose([f"model.path={save_encoder(tmp_path / 'encoder')}", "task=classification", "data.train=x"]).config
     with pytest.raises(UserError, match="an encoder, and answers no prompt"):
         as_language_model(config)

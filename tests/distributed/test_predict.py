@@ -340,7 +340,7 @@ def test_rows_longer_than_the_model_are_cut_and_counted(shop, capsys):
     assert json.loads(captured.out)["truncated"] and "1 rows are longer than the model reads" in captured.err
 
 
-def test_bad_rows_are_left_out_where_that_is_asked_for(shop, capsys, tmp_path):
+def test_bad_rows_are_left_out_where_that_is_requested(shop, capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n{"text": ""}\n{"text": "w2"}\n')
     words = ["--input", str(tmp_path / "rows.jsonl"), "data.on_bad_row=skip", "--json"]
     assert predict.main([str(shop.folder / "labels"), *words]) == 0

@@ -217,7 +217,7 @@ def test_inside_mpirun(workplace, five_steps):
 
 @pytest.mark.cluster
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="install openmpi-bin to run ranks under mpirun")
-def test_a_mistake_inside_mpirun_is_told_once(workplace):
+def test_a_mistake_inside_mpirun_is_reported_once(workplace):
     workplace.env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     options = ["--bind-to", "none", "--oversubscribe", "--mca", "btl", "self,sm"]
     program = ("mpirun", "-n", "2", *options, sys.executable, "-m", "dstune")

@@ -177,7 +177,7 @@ def test_a_refused_start_tells_the_reference(workplace, further):
     assert mentioned(refused.stdout + refused.stderr) == []
 
 
-def test_a_row_that_the_ranks_refuse_is_told_by_the_reference(workplace):
+def test_a_row_that_the_ranks_refuse_is_reported_by_the_reference(workplace):
     rows = Path(workplace.env["HIDDEN_FOLDER"]) / "broken.jsonl"
     rows.write_text('{"messages": 3}\n')
     refused = workplace.run("train", *overrides("broken", "data.train=${oc.env:HIDDEN_FOLDER}/broken.jsonl"))

@@ -1,6 +1,5 @@
 """Supervision with real processes: deaths, signals, orphans, logs and exit codes."""
 
-import json
 import os
 import pty
 import signal
@@ -197,7 +196,7 @@ def test_the_directory_stays_locked_until_the_ranks_of_a_killed_launcher_are_gon
     assert launch.survivors() == []
 
 
-def test_what_outlives_ranks_that_completed_is_asked_to_end_and_then_killed(tmp_path):
+def test_what_outlives_ranks_that_completed_is_terminated_and_then_killed(tmp_path):
     script = """
 polite = "import pathlib, sys; pathlib.Path(sys.argv[1], 'note-asked-0').touch(); sys.exit()"
 for action in (polite, "pass"):
@@ -212,7 +211,7 @@ result("completed")
     assert launch.survivors() == []
 
 
-def test_a_users_mistake_in_a_rank_is_shown_as_such(tmp_path):
+def test_a_users_mistake_in_a_rank_is_reported_as_such(tmp_path):
     script = """
 from dstune.core.errors import Problem, UserError, to_json
 if rank == 0:
@@ -343,19 +342,3 @@ def test_logs_of_a_resumed_run_are_continued(tmp_path):
         lines = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text().splitlines()
         assert [line for line in lines if not line.startswith("===")] == [f"attempt {n} of rank {rank}" for n in (0, 1)]
         assert [line.split(" on ")[0] for line in lines if line.startswith("===")] == [f"=== rank {rank} of 2"] * 2
-
-
-def test_a_taken_port_is_tried_once_more_with_another(tmp_path):
-    script = """
-attempts = run_dir / "ports"
-with attempts.open("a") as stream:
-    stream.write(os.environ["MASTER_PORT"] + "\\n")
-if rank == 0 and len(attempts.read_text().split()) == 1:
-    raise RuntimeError("The server socket has failed to listen ... EADDRINUSE, address already in use")
-result("completed")
-"""
-    launch = Launch(tmp_path / "run", script, ranks=1)
-    assert launch.finish() == 0
-    first, second = (tmp_path / "run" / "ports").read_text().split()
-    assert first != second
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "completed"

@@ -86,7 +86,7 @@ def test_utilization_is_what_the_rows_need_over_what_the_ranks_can(plain: Path) 
 
 
 @pytest.mark.ci
-def test_a_profile_changes_nothing_and_takes_the_steps_that_were_asked_for(workplace: Commands, plain: Path) -> None:
+def test_a_profile_changes_nothing_and_takes_the_steps_that_were_requested(workplace: Commands, plain: Path) -> None:
     done = workplace.run("train", *overrides("profiled", "trainer.profile_steps=4"))
     assert done.returncode == 0, done.stdout + done.stderr
     profiled = workplace.folder / "profiled"

@@ -74,7 +74,7 @@ def test_the_lock_is_no_link(run_dir: Path, victim: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["mode", "link", "owner"])
-def test_what_is_handed_over_is_this_users_own(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handoff_files_are_this_users_own(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "handoff.json"
     monkeypatch.setattr(handoff, "handoff_file", lambda name: file)
     target = tmp_path / "theirs.json"

@@ -282,13 +282,6 @@ FAULTS = [
         says="rank 1 is slow",
     ),
     Fault(
-        "port taken",
-        "another program has the port that was chosen for the ranks",
-        inject={"at": "dstune.launch.commands:free_port", "do": "busy port"},
-        exit_code=0,
-        says="took the port",
-    ),
-    Fault(
         "tracker raises",
         "W&B fails in the tenth row",
         inject={

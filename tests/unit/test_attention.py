@@ -244,7 +244,7 @@ def test_the_plan_knows_the_blocks():
     assert (activations.SCORES, activations.QUERIES) == (cpu_attention.SCORES, cpu_attention.QUERIES)
 
 
-def test_positions_that_models_would_make_of_a_mask_are_told(tmp_path):
+def test_positions_that_models_would_make_of_a_mask_are_reported(tmp_path):
     """OPT counts them by the mask of padded rows, which this attention does not have."""
     from transformers import OPTConfig, OPTForCausalLM
 

@@ -141,7 +141,7 @@ def test_balance_gives_each_class_as_many_rows_as_the_largest(tmp_path, swap):
     assert repeated == (common - rare if not swap else 0)
 
 
-def test_models_rewrite_there_and_back_and_decoders_are_asked(tmp_path):
+def test_models_rewrite_there_and_back_and_decoders_are_prompted(tmp_path):
     path = write_jsonl(
         tmp_path / "rows.jsonl", [{"text": f"w{n} w{n + 1} w{n + 2}", "label": f"w{n % 2}"} for n in range(12)]
     )

@@ -51,7 +51,7 @@ def test_a_task_starts_from_models_of_its_kind(shelf, capsys):
         )
 
 
-def test_what_is_said_of_a_model(shelf, capsys):
+def test_the_description_of_a_model(shelf, capsys):
     (shelf / "decoder" / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# A model\n")
     snapshot = shelf / "hub" / "models--me--mine" / "snapshots" / "abc"
     save_decoder(snapshot)
@@ -92,7 +92,7 @@ def test_the_smallest_zero_is_the_first_of_the_plan_that_fits(shelf, capsys, dev
         assert found[f"model={name}"]["zero"].startswith(expected), (name, found[f"model={name}"], choices)
 
 
-def test_the_hub_is_asked_where_it_is_reachable(shelf, capsys, monkeypatch):
+def test_the_hub_is_queried_where_it_is_reachable(shelf, capsys, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

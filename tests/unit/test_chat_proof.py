@@ -161,7 +161,7 @@ def test_an_exported_template_has_the_arguments_built_in(tmp_path, rows, expecte
     assert ("<think></think>" in plain.decode(context)) is (expected["enable_thinking"] is False)
 
 
-def test_both_kinds_of_turns_are_told(tmp_path):
+def test_both_kinds_of_turns_are_reported(tmp_path):
     tokenizer = byte_tokenizer(SWITCHED)
     config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS[:9])
     served = prove(config, tokenizer, data)

@@ -27,6 +27,6 @@ def test_no_room_is_refused_and_the_fix_works(tmp_path):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_room_is_told(tmp_path, force):
+def test_room_is_reported(tmp_path, force):
     [message] = check(tmp_path, 1, force=force)
     assert "are free" in message and "force" not in message

@@ -58,7 +58,7 @@ def test_file_composes_and_validates(name: str):
         assert type(getattr(config, group)) is CHOICES[group][choice]
 
 
-def test_what_an_experiment_says_itself_is_not_asked_for_by_name(tmp_path: Path):
+def test_what_an_experiment_says_itself_is_not_requested_by_name(tmp_path: Path):
     """Its word would win over that of the other file, without a word."""
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\nmodel:\n  path: org/own\ndata:\n  train: own.jsonl\n"
@@ -107,7 +107,7 @@ def test_group_without_choices_only_holds_what_differs_from_the_schema():
         assert plain == to_dict(default_classes()[name]())
 
 
-def test_quickstart_is_what_runs_when_nothing_is_asked_for():
+def test_quickstart_is_what_runs_when_nothing_is_requested():
     config = compose([]).config
     assert (config.run.name, config.data.train, config.zero.stage) == ("quickstart", "sample://chitchat", 3)
     assert config.evaluate.samples >= 1

@@ -36,7 +36,7 @@ def ignored(*overrides: str) -> dict[str, str]:
         (["data.train=x.jsonl", "data.mixture={a: {path: y.jsonl}}"], "data.train"),
     ],
 )
-def test_an_overruled_setting_is_told_and_its_fix_lets_it_count(overrides: list[str], key: str):
+def test_an_overruled_setting_is_reported_and_its_fix_lets_it_count(overrides: list[str], key: str):
     found = ignored(*overrides)
     assert list(found) == [key]
     if "=" in found[key]:

@@ -55,7 +55,7 @@ def test_chat_rows_become_samples(tmp_path):
     assert report["truncated"] == report["dropped"] == report["bad_rows"] == 0
 
 
-def test_rows_are_told_apart_by_what_they_say(tmp_path):
+def test_rows_are_distinguished_by_what_they_say(tmp_path):
     """Not by their lengths and targets alone: a run is not continued on others."""
 
     def content(name: str, word: str, label: str) -> str:

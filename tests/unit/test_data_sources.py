@@ -152,7 +152,7 @@ def format_value(spec, root, **options):
     return [str(file).removeprefix(f"{root}/") for file in expand(str(spec), "data.train", **options)]
 
 
-def test_folders_are_told_apart_as_datasets_does(tmp_path):
+def test_folders_are_distinguished_as_datasets_does(tmp_path):
     plain = tmp_path / "plain"
     for name in ("b.jsonl", "a.csv.gz", "deep/c.parquet", "README.md", "notes.txt", ".hidden.jsonl", "model.bin"):
         (plain / name).parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def test_a_data_set_of_the_hub_is_read_from_the_cache_at_its_commit(cache):
         expand("org/chats", "data.train", revision="v2")
 
 
-def test_several_configurations_have_to_be_told_apart(cache):
+def test_several_configurations_have_to_be_distinguished(cache):
     for subset in ("en", "de"):
         write_cached_hub(cache, "org/chats", {"train": CHATS}, subset)
     with pytest.raises(

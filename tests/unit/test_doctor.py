@@ -78,7 +78,7 @@ def test_the_hub_and_few_open_files(monkeypatch):
     assert (few.status, few.fix) == (WARN, "ulimit -n 65536")
 
 
-def test_a_launcher_that_is_asked_for_and_missing_fails(monkeypatch):
+def test_a_launcher_that_is_requested_and_missing_fails(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(nodes, "mpirun_path", lambda _: "/usr/bin/mpirun")
     assert {check.name: check.status for check in checks.launchers(needed="local")}["slurm"] == SKIP

@@ -111,7 +111,7 @@ def test_a_run_without_export_is_answered_from_its_checkpoint(decoder, tmp_path,
     assert row["answer"] == expected(folder, "w5") != expected(decoder, "w5")
 
 
-def test_an_export_of_another_checkpoint_is_not_what_was_asked_for(decoder, tmp_path, capsys):
+def test_an_export_of_another_checkpoint_is_not_what_was_requested(decoder, tmp_path, capsys):
     from dstune.checkpoint import export
 
     run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")

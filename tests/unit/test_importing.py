@@ -230,7 +230,7 @@ def test_trl_mixture(monkeypatch, tmp_path):
     assert (config.checkpoint.every, config.checkpoint.keep) == (100, 1)
 
 
-def test_the_number_of_ranks_is_asked_for_or_said():
+def test_the_number_of_ranks_is_required():
     raw = {"base_model": "m", "micro_batch_size": 2, "gradient_accumulation_steps": 3}
     for ranks, rows in ((None, 6), (8, 48)):
         found = convert(raw, "axolotl", Path("x.yaml"), ranks)

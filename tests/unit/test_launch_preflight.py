@@ -371,7 +371,7 @@ def test_a_bad_first_row_counts_unless_bad_rows_are_skipped(tmp_path):
     assert first_rows(run_config(data=DataConfig(train=rows, on_bad_row=OnBadRow.skip))) == []
 
 
-def test_an_unknown_role_of_columns_is_told_once(tmp_path):
+def test_an_unknown_role_of_columns_is_reported_once(tmp_path):
     rows = written(tmp_path / "a.jsonl", {"prompt": "w1", "completion": "w2"})
     config = run_config(data=DataConfig(train=rows, validation=rows, columns={"prmpt": "prompt"}))
     model = folder(tmp_path / "model", "model.safetensors", "tokenizer.json")

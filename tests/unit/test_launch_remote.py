@@ -46,7 +46,7 @@ def mpirun(parent=PARENT, **keys):
     return mpirun_plan(config, Path("run"), SLOTS, **given)
 
 
-def test_deepspeeds_launcher_is_told_where_and_what():
+def test_deepspeeds_launcher_gets_hosts_and_command():
     plan = pdsh(include="node1@node2:0", user="me", port=2222)
     assert plan.size == 3
     assert plan.argv == (
@@ -72,7 +72,7 @@ def test_no_command_line_and_no_file_shows_a_secret(plan):
     assert plan.handoff["all"]["LC_MESSAGES"] == 'a "quoted" $value'
 
 
-def test_variables_that_run_yaml_only_names_are_not_shown_either():
+def test_variables_that_run_yaml_only_names_are_not_printed_either():
     """Their values may be anybody's; the ranks resolve `${oc.env:NAME}` again."""
     config = run_config(launch=HostfileConfig(hostfile="hosts"), model=ModelConfig(path="${oc.env:STORE}/base"))
     given = {"launch_id": "id", "parent": {"STORE": "/private"}, "address": "10.0.0.1", "port": 1, "on_cpu": False}
@@ -111,7 +111,7 @@ def test_mpirun_gets_names_of_variables_and_hosts_with_slots():
     assert "--report-bindings" in plan.argv
 
 
-def test_what_is_handed_over_reaches_the_ranks_that_need_it(tmp_path, monkeypatch):
+def test_handoff_files_reach_the_ranks_that_need_it(tmp_path, monkeypatch):
     monkeypatch.setattr(handoff, "handoff_file", lambda name: tmp_path / name)
     (tmp_path / "x").write_text(json.dumps({"all": {"A": "1"}, "first": {"B": "2"}}))
     (tmp_path / "x").chmod(0o600)

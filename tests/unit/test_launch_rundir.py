@@ -96,7 +96,7 @@ def test_the_named_run_is_continued_whatever_its_first_start_said(tmp_path):
     assert rundir.choose(stored, run).config.run.dir == str(run)
 
 
-def test_never_counts_when_it_is_said_now(tmp_path):
+def test_never_counts_when_it_is_given_now(tmp_path):
     run = begin(tmp_path / "run")
     (run / "metrics.jsonl").touch()
     stored = read_run(run / "run.yaml")

@@ -39,7 +39,7 @@ def directives(text):
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
-def test_what_is_asked_for():
+def test_what_is_requested():
     requested = directives(
         script(
             nodes=2,

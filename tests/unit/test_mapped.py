@@ -37,7 +37,7 @@ def test_one_type_is_used_as_it_is(folder: Path) -> None:
     assert mapped is not None and mapped.dtype is torch.float32
 
 
-def test_other_weights_of_the_same_shapes_are_told_apart(folder: Path) -> None:
+def test_other_weights_of_the_same_shapes_are_distinguished(folder: Path) -> None:
     before = found(folder)
     file = folder / "model.safetensors"
     weights = {name: weight * 2 for name, weight in load_file(file).items()}

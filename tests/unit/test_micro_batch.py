@@ -197,7 +197,7 @@ def test_another_word_is_refused(value: str) -> None:
         (["trainer.deterministic=true"], "deterministic"),
     ],
 )
-def test_where_there_is_nothing_to_measure_a_number_is_asked_for(overrides: list[str], word: str) -> None:
+def test_where_there_is_nothing_to_measure_a_number_is_requested(overrides: list[str], word: str) -> None:
     config = compose(["data=chitchat", *overrides, "trainer.micro_batch_size=auto"]).config
     (problem,) = [problem for problem in find_problems(config) if problem.where == "trainer.micro_batch_size"]
     assert word in problem.reason

@@ -74,7 +74,7 @@ def test_computed_positions_have_no_end():
     assert row_limit({"model_type": "deberta-v2", "position_biased_input": False}) is None
 
 
-def test_rows_of_a_run_are_cut_to_them_and_that_is_told(tmp_path):
+def test_rows_of_a_run_are_cut_to_them_and_that_is_reported(tmp_path):
     message: list[str] = []
     encoder, decoder = save_encoder(tmp_path / "encoder"), save_decoder(tmp_path / "decoder")
     config = compose([f"model.path={encoder}", "task=classification", "data.train=x"]).config

@@ -275,7 +275,7 @@ def test_a_working_folder_cannot_hide_modules(
     assert samples.resolve("sample://ner").exists()
 
 
-def test_too_little_room_is_said_before_fetching(ner_index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_fetching(ner_index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 10
 

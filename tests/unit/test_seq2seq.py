@@ -75,7 +75,7 @@ def written(ids: np.ndarray) -> str:
     return byte_tokenizer().decode(ids)
 
 
-def test_a_decoder_is_asked_through_its_template_or_plainly(tmp_path):
+def test_a_decoder_is_prompted_through_its_template_or_plainly(tmp_path):
     requested = samples(tmp_path, TASK, PAIR).sample(0)
     assert written(requested["input_ids"]) == (
         "<|im_start|>user\nSay in Spanish: the sun<|im_end|>\n<|im_start|>assistant\nel sol<|im_end|>\n"
@@ -130,7 +130,7 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_writes_the_target(tmp_path)
     assert (filler["labels"] == -100).all()
 
 
-def test_repeated_targets_of_different_sources_are_told(tmp_path):
+def test_repeated_targets_of_different_sources_are_reported(tmp_path):
     rows = [{"source": source, "target": "x y"} for source in ("a", "b")]
     split = samples(tmp_path, TASK, *rows, {"source": "c", "target": "z"}, encoder_decoder=True)
     whole, targets = repetitions(split, byte_tokenizer(), with_answers=True)
@@ -160,7 +160,7 @@ def test_metrics_of_equal_texts_are_perfect_and_of_others_not():
     assert changed["rouge1"] == pytest.approx((1 + 0.8) / 2)
 
 
-def test_the_share_of_evaluation_is_told_once_with_a_warning_where_it_is_much():
+def test_the_share_of_evaluation_is_reported_once_with_a_warning_where_it_is_much():
     often = run_config(evaluate=EvaluateConfig(every=50))
     assert fraction(often, 100, 5.0, 1.0) == pytest.approx(15 / 115)
     cost = EvaluationCost(often, 100)

@@ -240,14 +240,14 @@ def test_a_pair_shows_both_answers_and_counts_what_is_trained(show, tmp_path: Pa
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def shown_row(*pieces: Segment) -> Preview:
+def formatted_row(*pieces: Segment) -> Preview:
     row = Row(0, sum(piece.tokens for piece in pieces), 1, None, None, list(pieces))
     return Preview("m", "chat", "train", 1, [row], {}, {"max_length": 8, "packing": False})
 
 
 def test_colours_and_brackets() -> None:
     pieces = (Segment("<s>", 1, False, True), Segment("ask", 1, False, False), Segment("a\nb", 2, True, False))
-    formatted = shown_row(*pieces, Segment("</s>", 1, True, True))
+    formatted = formatted_row(*pieces, Segment("</s>", 1, True, True))
     assert text(formatted, PLAIN).endswith("<s>ask[[a\nb</s>]]")
     coloured = "\x1b[35m<s>\x1b[0mask\x1b[32ma\x1b[0m\n\x1b[32mb\x1b[0m\x1b[32m\x1b[1m</s>\x1b[0m"
     assert text(formatted, COLOURS).endswith(coloured)
@@ -255,11 +255,11 @@ def test_colours_and_brackets() -> None:
 
 def test_text_cannot_command_the_terminal() -> None:
     assert visible("\x1b[2J\x07\u202eevil\u2028\ttab\n") == "\\x1b[2J\\x07\\u202eevil\\u2028\ttab\n"
-    assert "\x1b[2J" not in text(shown_row(Segment("\x1b[2J", 1, True, False)), COLOURS)
+    assert "\x1b[2J" not in text(formatted_row(Segment("\x1b[2J", 1, True, False)), COLOURS)
 
 
 def test_long_pieces_lose_their_middle() -> None:
-    printed = text(shown_row(Segment("a" * 5000 + "b" * 5000, 9, False, False)), PLAIN)
+    printed = text(formatted_row(Segment("a" * 5000 + "b" * 5000, 9, False, False)), PLAIN)
     assert "a" * 600 + " [... 8,800 characters ...] " + "b" * 600 in printed
 
 

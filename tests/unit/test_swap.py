@@ -78,7 +78,7 @@ def test_a_place_that_is_none_is_refused(place, reason, tmp_path):
     assert problem.fix
 
 
-def test_what_a_compiler_says_is_told_with_what_to_install(tmp_path, monkeypatch):
+def test_what_a_compiler_says_is_reported_with_what_to_install(tmp_path, monkeypatch):
     def fails(tell):
         raise RuntimeError("Error building extension\nfatal error: libaio.h: No such file")
 
@@ -101,7 +101,7 @@ def test_a_disk_without_room_is_refused(tmp_path):
         swap.check_room(settings(tmp_path), [10**15], 2, Alone())
 
 
-def test_memory_that_may_not_be_locked_is_told_before_a_buffer_is(tmp_path, monkeypatch):
+def test_memory_that_may_not_be_locked_is_reported_before_a_buffer_is(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(swap.resource, "getrlimit", lambda which: (2**23, 2**23))
     swap.check_room(

@@ -115,7 +115,7 @@ def test_what_is_no_axis(override: str, reason: str, fix: str):
     assert problem.value == override.partition("=")[2]
 
 
-def test_all_mistakes_are_told_together():
+def test_all_mistakes_are_reported_together():
     with pytest.raises(UserError) as error:
         split(["run.name=a,b", "trainer.seed=1,2", "trainer.seed=3", "optimizer.lr=interval(2,1)"], {})
     assert [problem.where for problem in error.value.problems] == ["run.name", "optimizer.lr", "trainer.seed"]

@@ -111,7 +111,7 @@ if len(starts.read_text().splitlines()) == 1 and run_dir.name.startswith("001"):
     assert after[3].values not in before, "another start does not draw the first one's numbers again"
 
 
-def test_a_failed_trial_is_told_and_another_start_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_trial_is_reported_and_another_start_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sweep = Optuna(tmp_path, "if run_dir.name.startswith('000'): sys.exit(1)\n" + BOWL, monkeypatch)
     study = sweep.go(settings(trials=3))
     assert [one.status for one in read_records(sweep.path)] == ["failed", "completed", "completed"]

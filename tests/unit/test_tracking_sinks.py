@@ -194,7 +194,7 @@ def test_no_planted_value_is_in_any_store(board, recorded):
 # -- what is missing is told before the ranks start --------------------------------------------------------------------
 
 
-def test_a_package_that_is_not_installed_is_told_before_the_ranks_start(monkeypatch):
+def test_a_package_that_is_not_installed_is_reported_before_the_ranks_start(monkeypatch):
     for room in (mlflow_tracker, tensorboard_tracker):
         monkeypatch.setattr(room, "find_spec", lambda name: None)
     tracking = schema.TrackingConfig(tensorboard=True, mlflow=schema.MlflowConfig("runs/mlflow"))

@@ -278,7 +278,7 @@ def test_an_error_in_the_rows_of_one_rank_is_raised_by_all(no_rows):
     assert [message for _, message in results] == ["data.train: changed"] * 2
 
 
-def test_the_wait_for_rows_ends_when_a_stop_is_asked_for(tmp_path, monkeypatch):
+def test_the_wait_for_rows_ends_when_a_stop_is_requested(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     config = run_config()
     config = replace(config, run=replace(config.run, time_limit=1.0))

@@ -84,7 +84,7 @@ def test_what_cannot_be_shared_is_refused(overrides, key):
     assert find_problems(compose([*SOURCES, "launch.processes=4"]).config) == []
 
 
-def test_ranks_that_cannot_be_divided_are_told_what_can():
+def test_ranks_that_cannot_be_divided_are_refused_with_what_can():
     with pytest.raises(UserError, match=r"(?s)6 ranks cannot be divided.*size=2\|3\|6"):
         SequenceCut(SimpleNamespace(size=6, rank=0), 4)
 

@@ -42,7 +42,7 @@ with watchdog.around("saving"):
     assert reported.startswith("reported: rank 1 made no progress for 3 s (10 times trainer.stall_seconds) in saving: ")
 
 
-def test_after_the_loop_nothing_is_asked():
+def test_after_the_loop_nothing_is_queried():
     assert ended("watchdog.on_train_end(None, None); time.sleep(1.5)")[:2] == (0, "")
 
 

@@ -202,7 +202,7 @@ def test_a_value_that_an_experiment_gives_is_given_even_where_it_is_the_default(
     assert "experiment=chat_lora says so" in problems["trainer.micro_batch_size"]
 
 
-def test_all_contradictions_are_told_at_once(write):
+def test_all_contradictions_are_reported_at_once(write):
     path = write(
         {
             "train_batch_size": 1,

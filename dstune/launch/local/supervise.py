@@ -25,7 +25,7 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneErr
 from dstune.core.paths import SIGNAL_FILE
 from dstune.core.rank_env import GROUP_SECRET, STORE
 from dstune.launch import attempt, records
-from dstune.launch.commands import LaunchPlan, free_port
+from dstune.launch.commands import LaunchPlan
 from dstune.launch.console import Console, copy
 from dstune.launch.local.config import LocalConfig
 from dstune.launch.local.restarts import Restarts
@@ -65,16 +65,11 @@ def run(
         while True:
             attempted = Launch(plan, run_dir, grace, console, received, lock, saves)
             verdict = attempted.run()
-            if verdict.exit_code == EXIT_FAILED and attempted.port_was_taken(verdict) and not received:
-                console.message("dstune: another program took the port of the ranks; trying once more with another one")
-                attempted = Launch(plan.with_port(free_port()), run_dir, grace, console, received, lock, saves)
-                verdict = attempted.run()
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
                 verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", attempted.ended[0])
             verdict, again = restarts.consider(verdict, attempted)
             if not again:
                 break
-            plan = plan.with_port(free_port())
         try:
             attempt.record(run_dir, verdict, plan.size)
         except OSError as error:  # what the ranks said is worth more than where it could not be written
@@ -255,10 +250,3 @@ class Launch:
     def last_lines(self, rank: int, count: int = attempt.SHOWN_LINES) -> list[str]:
         """The end of what `rank` wrote during this launch."""
         return attempt.last_lines(self._log_path(rank), self.log_starts[rank], count)
-
-    def port_was_taken(self, verdict: Verdict) -> bool:
-        """Whether the ranks failed to meet because somebody took the port between choosing and using it."""
-        if verdict.culprit is None or verdict.culprit.code < 0:
-            return False
-        text = "\n".join(line for end in self.ended for line in self.last_lines(end.rank, 50))
-        return "EADDRINUSE" in text or "address already in use" in text.lower()

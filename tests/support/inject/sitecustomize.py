@@ -14,13 +14,9 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import socket
 import sys
 import time
 from typing import Any
-
-HELD: list[Any] = []
-"""What has to stay open."""
 
 
 def act(kind: str, value: Any, call) -> Any:
@@ -42,12 +38,6 @@ def act(kind: str, value: Any, call) -> Any:
         case "clock":
             really = time.time
             time.time = lambda: really() + value  # type: ignore[assignment]
-        case "busy port":
-            taken = socket.socket()
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            HELD.append(taken)
-            return taken.getsockname()[1]
         case "slow":
             time.sleep(value)
         case _:

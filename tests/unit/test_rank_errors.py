@@ -40,7 +40,7 @@ def tell(run_dir, errors, patience=5.0):
     return took
 
 
-def test_what_all_ranks_found_is_told_by_rank_0(tmp_path, capsys):
+def test_what_all_ranks_found_is_reported_by_rank_0(tmp_path, capsys):
     took = tell(tmp_path, [ALIKE, ALIKE, ALIKE])
     assert capsys.readouterr().err == f"dstune: {ALIKE}\n"
     assert max(took.values()) < 3  # nobody waited in vain

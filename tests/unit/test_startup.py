@@ -71,7 +71,7 @@ def test_a_rate_for_all_weights_is_slow_for_adapters(overrides: list[str], warne
         ("global_batch_size=8 micro_batch_size=4 parallel=ulysses parallel.size=2", 4, None),  # two groups of two
     ],
 )
-def test_micro_batches_that_count_for_nothing_are_told(overrides: str, ranks: int, reported: str | None) -> None:
+def test_micro_batches_that_count_for_nothing_are_reported(overrides: str, ranks: int, reported: str | None) -> None:
     given = [word if "=" in word and "parallel" in word else f"trainer.{word}" for word in overrides.split()]
     found = list(fillers(compose(["data=chitchat", *given]).config, ranks))
     assert len(found) == (reported is not None)
@@ -91,13 +91,13 @@ def test_what_is_advised_leaves_none(ranks: int, rows: int) -> None:
             assert list(fillers(advised, ranks)) == [], line
 
 
-def test_few_held_out_rows_are_told() -> None:
+def test_few_held_out_rows_are_reported() -> None:
     assert message(held_out=20) == []
     (line,) = message(held_out=1)
     assert line.startswith("1 validation row: metrics of so few say little")
 
 
-def test_experts_without_adapters_are_told() -> None:
+def test_experts_without_adapters_are_reported() -> None:
     experts = nn.Module()
     experts.register_parameter("down_proj", nn.Parameter(torch.zeros(3, 2, 2)))
     mixture = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts, "gate": nn.Linear(2, 2, bias=False)})})
@@ -106,14 +106,14 @@ def test_experts_without_adapters_are_told() -> None:
     assert message("method=lora", "optimizer.lr=2e-4", "method.target_modules=[q_proj]", module=mixture) == []
 
 
-def test_early_stopping_without_evaluations_between_is_told() -> None:
+def test_early_stopping_without_evaluations_between_is_reported() -> None:
     patient = ["trainer.early_stopping.patience=3", "evaluate.every=50"]
     (line,) = message(*patient, steps=4)
     assert "4 steps and evaluate.every=50" in line
     assert message(*patient, steps=51) == []
 
 
-def test_a_stretched_schedule_is_told() -> None:
+def test_a_stretched_schedule_is_reported() -> None:
     ended = TrainState(step=100, planned_steps=100)
     linear = ["schedule=linear", "optimizer.lr=1e-3", "schedule.warmup_ratio=0"]
     (line,) = message(*linear, steps=200, state=ended)
