@@ -136,9 +136,9 @@ def _quiet() -> Iterator[None]:
     export."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if importlib.util.find_spec("deepspeed") is not None:
-        from dstune.zero import accelerator
+        import torch
 
-        if not accelerator.present():
+        if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():

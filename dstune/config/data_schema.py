@@ -47,6 +47,11 @@ class OnBadRow(Enum):
     skip = "skip"
 
 
+class OnSuspiciousLabels(Enum):
+    list = "list"
+    error = "error"
+
+
 @dataclass(frozen=True)
 class SplitConfig:
     validation: float = setting(0.05, at_least=0.0, below=1.0)
@@ -142,6 +147,8 @@ class DataConfig:
     """Row format; `auto` recognises it by the columns."""
     columns: dict[str, str] = setting({})
     """Column names of the file by role, for example `{text: review, label: stars}`."""
+    tokenizer: str | None = None
+    """The tokenizer that made the token ids of `format: tokens` (hub id, folder or sample): the model's, or one equal to it."""
     text_rows: TextRows = TextRows.line
     """What is a row of a plain text file (.txt, .md): a line, a paragraph, the whole document, or `tagged` words (CoNLL)."""
     max_length: int = setting(1024, at_least=8)
@@ -155,5 +162,7 @@ class DataConfig:
     """Use this many training rows at most, chosen by the split's hash."""
     on_bad_row: OnBadRow = OnBadRow.error
     """`error` stops at the first bad rows with file and line, `skip` drops and counts them."""
+    on_suspicious_labels: OnSuspiciousLabels = OnSuspiciousLabels.list
+    """Labels that differ by case, white space or one character, and labels of one row: `list` them at the start, or `error`."""
     workers: int = setting(0, at_least=0)
     """Processes that tokenize; 0 is one per available core."""

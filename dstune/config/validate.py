@@ -29,6 +29,7 @@ from dstune.config.schema import (
 from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, tasks_of
 from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
+from dstune.config.token_rules import check_token_ids
 from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.core.errors import Problem, UserError
@@ -63,6 +64,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
     """
     rules = (
         check_data,
+        check_token_ids,
         check_mixture,
         check_several_tasks,
         check_augment,

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ import transformers
 import xxhash
 
 from dstune.config.architectures import is_encoder_decoder, marked_stops
+from dstune.config.data_schema import OnSuspiciousLabels
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
@@ -35,8 +37,10 @@ from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
 from dstune.data.clean.extras import versions
 from dstune.data.clean.tables import Cleaning
+from dstune.data.formats import check_mapped
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.inputs import PARTS, of_training
+from dstune.data.label_names import refuse_suspicious
 from dstune.data.labels import ChosenRows, class_weights, labels_of_training, rows_by_label
 from dstune.data.parts import choose, leave_out_leaks, limited, of_task
 from dstune.data.prepared import PreparedData, SamplePrompt, Split, StreamStart
@@ -47,6 +51,7 @@ from dstune.data.swapped import load_swapped, write_swapped
 from dstune.data.swaps import KEY as SWAPS_KEY
 from dstune.data.swaps import Swaps
 from dstune.data.template_date import freeze_date
+from dstune.data.token_ids import check_tokenizer
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import Counts, write_samples
 from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
@@ -75,6 +80,7 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
     Raises UserError that names key or file and line.
     """
     inputs = _inputs(config)
+    check_tokenizer(config, tokenizer)
     key = _fingerprint(config, tokenizer, inputs)
     build = Builder(config, tokenizer, inputs)
 
@@ -85,7 +91,10 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
     if env.local_rank and not (cache_root / "data" / key).is_dir():
         time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
-    return _load(folder, key, config)
+    data = _load(folder, key, config)
+    if config.data.on_suspicious_labels is OnSuspiciousLabels.error:
+        refuse_suspicious(data.report["train"].get("labels", {}))
+    return data
 
 
 def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
@@ -324,6 +333,8 @@ class Builder:
                     with_texts=part != "train" and _metrics_read_rows(config),
                 )
                 report[part] = _report(rows, counts, read.get(part, read["train"]))
+                if unread := _unread(read.get(part, {})):
+                    report[part]["unread_columns"] = unread
                 if by_label := rows_by_label(rows, config, labels):
                     report[part]["labels"] = by_label
                 if part in cleaning.reports:
@@ -360,7 +371,19 @@ class Builder:
             stream = source.stream
             rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
             read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
+        if part == "train" and self._held_out is None:
+            self._refuse_unknown_columns(read)
         return read
+
+    def _refuse_unknown_columns(self, read: dict[str, Table]) -> None:
+        """Raises UserError where `data.columns` names a column that no training row has."""
+        data = self._config.data
+        everything = frozenset().union(*(table.columns for table in read.values()))
+        check_mapped(everything, data.columns, str(next(iter(read.values())).files[0]))
+        for name, table in read.items():
+            if name in data.mixture:
+                key = f"data.mixture.{name}.columns"
+                check_mapped(table.columns, data.mixture[name].columns, str(table.files[0]), key)
 
     def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:
         return named[""] if "" in named else mixture.merge(named, self._config, work / f"{part}.rows.arrow")
@@ -467,6 +490,14 @@ def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table]) -> dict[st
     if skipped := [example for table in read.values() for example in table.bad_examples]:
         report["examples"] = {"bad_rows": skipped}
     return report
+
+
+def _unread(read: dict[str, Table]) -> dict[str, int]:
+    """By column that looks like content and is not read, the rows of a part in which it holds something."""
+    counted: Counter[str] = Counter()
+    for table in read.values():
+        counted.update(table.unread)
+    return dict(counted)
 
 
 @contextmanager

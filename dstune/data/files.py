@@ -28,6 +28,10 @@ ENDINGS = (*TEXTS, *TABLES)
 """Endings of files with rows. Those of text may be followed by one of COMPRESSIONS, or lie in a .zip archive."""
 
 
+Rows = tuple[int, int]
+"""Numbers [first, last) of rows, from 0."""
+
+
 @dataclass(frozen=True)
 class DataFile:
     """One file with rows."""
@@ -41,6 +45,8 @@ class DataFile:
     """What messages call it; the path when not given."""
     digest: str = ""
     """What tells its content, where that is known without reading it (a file of the hub at a commit)."""
+    rows: Rows | None = None
+    """Of a slice, the rows that are read of it."""
 
     def __str__(self) -> str:
         return self.formatted or (f"{self.path}!{self.member}" if self.member else str(self.path))
@@ -93,6 +99,7 @@ def is_readable(name: str) -> bool:
 def fingerprint(file: DataFile) -> str:
     """Digest of the file's bytes and of what decides how they are read (128 bit, hexadecimal, and the endings)."""
     how = file.member + file.ending + file.compression + (file.text_rows.name if file.ending in DOCUMENTS else "")
+    how += "" if file.rows is None else f"[{file.rows[0]}:{file.rows[1]}]"
     if file.digest:
         return file.digest + how
     digest = xxhash.xxh3_128()

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from dstune.config.data_schema import AUTOMATIC
 from dstune.core.errors import Problem, UserError
-from dstune.core.registry import on_change
 from dstune.data.problems import listing
-from dstune.protocols import ROW_FORMATS, TASKS, formats_for, task_of
+from dstune.protocols import ROW_FORMATS, TASKS, RowFormat, formats_for, task_of
 from dstune.protocols.task import TaskConfig
 
 
-@cache
-def other_names() -> Mapping[str, Sequence[str]]:
-    """By role, the columns that are taken for it in any format where nothing else gives one."""
-    found: dict[str, dict[str, None]] = defaultdict(dict)
-    for form in ROW_FORMATS.classes().values():
-        for role, names in form.other_names.items():
-            found[role] |= dict.fromkeys(names)
-    return {role: tuple(names) for role, names in found.items()}
-
-
-on_change(other_names.cache_clear)
-
-
-def column_of(role: str, mapping: Mapping[str, str], columns: Collection[str]) -> str:
+def column_of(form: type[RowFormat], role: str, mapping: Mapping[str, str], columns: Collection[str]) -> str:
     """The column of a file that holds `role`: as `data.columns` says, else of the role's own or another usual name."""
     if role in mapping:
         return mapping[role]
     if role not in columns:
-        for other in other_names().get(role, ()):
+        for other in form.other_names.get(role, ()):
             if other in columns:
                 return other
     return role
+
+
+def columns_read(form: type[RowFormat], mapping: Mapping[str, str], columns: Collection[str]) -> set[str]:
+    """The columns of a file that the format reads."""
+    return {column_of(form, role, mapping, columns) for role in (*form.required, *form.optional)} & set(columns)
 
 
 def check_columns(mapping: Mapping[str, str], key: str = "data.columns") -> None:
@@ -77,20 +68,27 @@ def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, 
                     fix=f"formats of this task: {', '.join(allowed)}",
                 )
             )
-        form = ROW_FORMATS[chosen]
-        needed = (*form.required, *form.optional)
+        needed = ROW_FORMATS[chosen].required
         _check_mapped(columns, {role: of for role, of in mapping.items() if role in needed}, mapping, where)
         return chosen
-    for name in allowed:
-        if not _missing(name, mapping, columns):
-            return name
+    allowed = tuple(name for name in allowed if not ROW_FORMATS[name].only_named)
+    if fitting := [name for name in allowed if not _missing(name, mapping, columns)]:
+        # What `data.columns` names is meant: the first of the formats that read the most of it.
+        return max(
+            fitting, key=lambda name: len(mapping.keys() & {*ROW_FORMATS[name].required, *ROW_FORMATS[name].optional})
+        )
     _check_mapped(columns, mapping, mapping, where)
-    nearest = sorted(allowed, key=lambda name: len(_missing(name, mapping, columns)))
+    # Of formats that miss equally many columns, the one that finds more of its own.
+    lacks = {name: len(_missing(name, mapping, columns)) for name in allowed}
+    nearest = sorted(allowed, key=lambda name: (lacks[name], lacks[name] - len(ROW_FORMATS[name].required)))
     expected = " or ".join(
         " + ".join(repr(mapping.get(role, role)) for role in ROW_FORMATS[name].required) for name in nearest
     )
     missing = dict.fromkeys(_missing(nearest[0], mapping, columns), "NAME")
-    missing |= dict(zip(missing, ROW_FORMATS[nearest[0]]().candidates(list(columns), mapping), strict=False))
+    form = ROW_FORMATS[nearest[0]]
+    rest = [column for column in columns if column not in columns_read(form, mapping, columns)]
+    candidates = rest if len(rest) == len(missing) == 1 else form().candidates(list(columns), mapping)
+    missing |= dict(zip(missing, candidates, strict=False))
     raise UserError(
         Problem(
             where=where,
@@ -101,11 +99,36 @@ def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, 
     )
 
 
+def check_task(
+    name: str, fields: Mapping[str, Any], mapping: Mapping[str, str], named: str, task: TaskConfig, where: str
+) -> None:
+    """Raises UserError where a row that has the format `name` is of another task all the same."""
+    fix = ROW_FORMATS[name]().of_another_task(fields, mapping, named=named != AUTOMATIC)
+    if fix:
+        reason = f"these rows are of another task than {task.name}: the columns here are {listing(fields)}"
+        raise UserError(Problem(where=where, reason=reason, fix=fix))
+
+
+def check_mapped(columns: Collection[str], mapping: Mapping[str, str], where: str, key: str = "data.columns") -> None:
+    """Raises UserError where `data.columns` names a column that none of the rows has, also where another format fits.
+
+    columns: those of all rows.
+    """
+    _check_mapped(columns, mapping, mapping, where, key)
+
+
 def _missing(name: str, mapping: Mapping[str, str], columns: Collection[str]) -> list[str]:
-    return [role for role in ROW_FORMATS[name].required if column_of(role, mapping, columns) not in columns]
+    form = ROW_FORMATS[name]
+    return [role for role in form.required if column_of(form, role, mapping, columns) not in columns]
 
 
-def _check_mapped(columns: Collection[str], used: Mapping[str, str], mapping: Mapping[str, str], where: str) -> None:
+def _check_mapped(
+    columns: Collection[str],
+    used: Mapping[str, str],
+    mapping: Mapping[str, str],
+    where: str,
+    key: str = "data.columns",
+) -> None:
     """Raises UserError where `data.columns` names a column that the file does not have, with the nearest that it has."""
     problems = []
     absent = {role: column for role, column in used.items() if column not in columns}
@@ -115,8 +138,8 @@ def _check_mapped(columns: Collection[str], used: Mapping[str, str], mapping: Ma
         mended[role] = close[0] if close else next(iter(columns), "NAME")
     for role, column in absent.items():
         reason = f"{where} has no such column, the columns there are {listing(columns)}"
-        fix = _mapping("data.columns", mended)
-        problems.append(Problem(where=f"data.columns.{role}", value=column, reason=reason, fix=fix))
+        fix = _mapping(key, mended)
+        problems.append(Problem(where=f"{key}.{role}", value=column, reason=reason, fix=fix))
     if problems:
         raise UserError(problems)
 
@@ -131,11 +154,13 @@ def _quoted(column: str) -> str:
 
 
 def _other_task(columns: Collection[str]) -> str:
-    """The tasks that read the format which needs the most of these columns."""
+    """The tasks that read the format which needs the most of these columns, and what else has to be set for it."""
     formats: dict[str, list[str]] = defaultdict(list)
     for name, cls in TASKS.classes().items():
-        for fmt in cls(cls.Config()).read_formats:
-            formats[fmt].append(f"task={name}")
+        task = cls(cls.Config())
+        for fmt in task.formats:
+            if fmt in task.read_formats or ROW_FORMATS[fmt].further_keys:
+                formats[fmt].append(f"task={name} {ROW_FORMATS[fmt].further_keys}".rstrip())
     fitting = [name for name in formats if not _missing(name, {}, columns)]
     if not fitting:
         return ""

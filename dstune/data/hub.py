@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dstune.core.errors import Problem, UserError
+from dstune.data import slices
 from dstune.data.files import DataFile, is_readable
 
 _NAME = re.compile(
-    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<split>[\w.-]+))?"
+    rf"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<split>(?!$){slices.SPLITS.pattern}))?"
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,6 +29,7 @@ class HubName:
     repository: str
     revision: str | None = None
     split: str | None = None
+    """One split or several, perhaps slices of them (`slices.parse`)."""
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -121,7 +123,16 @@ def subset_problem(key: str, subset: str | None, names: list[str], these: str = 
 
 
 def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataFile]:
-    """The Arrow files of a split, in order. Raises UserError if there is no such split."""
+    """The Arrow files of the splits that `name` says, in order; of `split` where it says none. Raises UserError if there is no
+    such split."""
+    found = []
+    for chosen in slices.parse(name.split, key, str(name)):
+        files = _files_of_split(entry, name, chosen.name or split, key)
+        found += slices.apply(chosen, files, key, str(name))
+    return found
+
+
+def _files_of_split(entry: Prepared, name: HubName, split: str, key: str) -> list[DataFile]:
     info = entry.info
     splits = info.get("splits") or {}
     if split not in splits:

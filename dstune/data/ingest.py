@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from dstune.config.data_schema import AUTOMATIC, OnBadRow
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.rows import RowError, canonical, labels_of, normalise, recognise
+from dstune.data.rows import RowError, canonical, check_task, labels_of, normalise, recognise
 from dstune.data.split import content_hash
 from dstune.data.swaps import slice_values
+from dstune.data.unread import Unread
 from dstune.protocols import task_of
 
 SHOWN_BAD_ROWS = 10
@@ -95,6 +96,10 @@ class Table:
     """Equal for rows of equal text (the second of `clean.rows.keys`), uint64 [rows]; None before cleaning."""
     bad_examples: tuple[dict[str, str], ...] = ()
     """The first of the bad rows: `place` and, as `text`, the reason."""
+    columns: frozenset[str] = frozenset()
+    """Of all rows of the files."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """By column that looks like content and is not read, the rows in which it holds something."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -135,7 +140,8 @@ def ingest(
     assert reader.format is not None or bad.count, "rows without a format"
     fmt = "messages" if reader.any_messages else reader.format or AUTOMATIC
     table = load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
-    return replace(table, bad_examples=tuple(bad.first(already_bad)))
+    found = {} if reader.unread is None else {"columns": frozenset(reader.unread.columns), "unread": reader.unread.rows}
+    return replace(table, bad_examples=tuple(bad.first(already_bad)), **found)
 
 
 def load_table(
@@ -187,6 +193,7 @@ class _Reader:
         self._slices = config.evaluate.slices
         self._bad = bad
         self.format: str | None = None
+        self.unread: Unread | None = None
         self.any_messages = False
         self.rows_read = 0
 
@@ -213,9 +220,13 @@ class _Reader:
         """The row as JSON text, its hash and its label. Raises RowError."""
         if raw.fields is None:
             raise RowError(raw.error)
-        if self.format is None:
-            self.format = recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)
-        row = normalise(raw.fields, self.format, self._data.columns, self._task)
+        mapping, named = self._data.columns, self._data.format
+        if self.format is None or self.unread is None:
+            self.format = recognise(raw.fields, mapping, named, self._task, raw.place)
+            self.unread = Unread(self.format, mapping, self._slices)
+        check_task(self.format, raw.fields, mapping, named, self._task, raw.place)
+        self.unread.add(raw.fields)
+        row = normalise(raw.fields, self.format, mapping, self._task)
         self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
         label = None
         if self._bound.has_labels:

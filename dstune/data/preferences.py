@@ -6,17 +6,22 @@ A pair holds `prompt`, `chosen` and `rejected`: texts, or lists of messages. Whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from dstune.data.media import holds_something
+from dstune.data.message import ROLE_NAMES, Message
 from dstune.data.messages import (
-    Message,
+    BESIDE_CONVERSATION,
+    after_history,
     check_answers,
     check_conversation,
     conversation_of,
     exchange,
     text_or_nothing,
     tools_of,
+    with_input,
     with_system,
 )
 from dstune.data.problems import RowError, format_value
@@ -24,19 +29,29 @@ from dstune.data.problems import RowError, format_value
 Row = dict[str, Any]
 ANSWERS = ("chosen", "rejected")
 
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
 
 def pair_row(fields: Mapping[str, Any]) -> Row:
     """A normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools` and `margin` where given.
 
-    Raises RowError.
+    `input` and `history` belong to a prompt that is a text, as in Alpaca rows. Raises RowError.
     """
     margin = _margin(fields.get("margin"))
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
     system = text_or_nothing(fields.get("system"), "system")
-    answers = {name: _answer(fields[name], name) for name in ANSWERS}
     prompt = _prompt(fields.get("prompt"))
+    answers = {name: _answer(fields[name], name) for name in ANSWERS}
+    if prompt is None and all(isinstance(answer, str) and is_dialogue(answer) for answer in answers.values()):
+        answers = {name: dialogue_of(answer) for name, answer in answers.items()}
     if prompt is None and any(isinstance(answer, str) for answer in answers.values()):
         raise RowError("no column 'prompt', without which chosen and rejected must be whole conversations")
+    if prompt is None:
+        for column in ("input", "history"):
+            if holds_something(fields.get(column)):
+                raise RowError(BESIDE_CONVERSATION.format(column))
+    else:
+        prompt = after_history(with_input(prompt, fields.get("input")), fields.get("history"))
     row: Row
     if (
         isinstance(prompt, str)
@@ -51,6 +66,36 @@ def pair_row(fields: Mapping[str, Any]) -> Row:
     if row["chosen"] == row["rejected"]:
         raise RowError("chosen and rejected are the same")
     return row if margin is None else {**row, "margin": margin}
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether a text is a conversation as in hh-rlhf (Bai et al. 2022): `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def dialogue_of(text: str) -> list[Message]:
+    """The messages of such a text."""
+    parts = _SPEAKER.split("\n\n" + text.lstrip())
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": ROLE_NAMES[speaker.lower()], "content": said.strip()} for speaker, said in turns]
+
+
+def parted(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """A conversation before its last message, and that message, which is the assistant's. Raises RowError."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RowError("the last message is judged, so the assistant has to say it, in answer to another one")
+    return messages[:-1], messages[-1:]
+
+
+def is_verdict(value: Any) -> bool:
+    """Whether a value reads like the verdict on an answer."""
+    if value is None:
+        return False
+    try:
+        verdict_of(value, "label")
+    except RowError:
+        return False
+    return True
 
 
 def verdict_of(value: Any, column: str) -> bool:
@@ -84,6 +129,7 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
         if not common:
             raise RowError("chosen and rejected begin with different messages, so they answer no common prompt")
         requested = answered["chosen"][:common]
+        _refuse_another_prompt(prompt, requested, answered["chosen"])
         answered = {name: messages[common:] for name, messages in answered.items()}
     elif any(whole):
         raise RowError("one of chosen and rejected is a whole conversation, the other an answer")
@@ -104,6 +150,24 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
         if name == "chosen":  # the other one may teach the model not to be silent
             check_answers([*_untrained(requested), *messages])
     return {"prompt": requested, **answered}
+
+
+def _refuse_another_prompt(prompt: Any, requested: list[Message], chosen: list[Message]) -> None:
+    """Raises RowError where a prompt beside whole conversations says what they do not: it would be left out without a word."""
+    if isinstance(prompt, list):
+        same = prompt in (chosen[: len(prompt)], requested)
+    else:
+        said = _words(" ".join(message.get("content", "") for message in requested))
+        given = _words(prompt or "")
+        same = given in said or all(
+            _words(message.get("content", "")) in given for message in requested if message["role"] != "system"
+        )
+    if not same:
+        raise RowError("the column 'prompt' says what chosen and rejected, which are whole conversations, do not")
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _common(first: list[Message], second: list[Message]) -> int:

@@ -33,7 +33,7 @@ def sample_prompts(
             if prompt is not None and own is not encode:  # the prompt tells the task
                 prompt = replace(prompt, text=own.sources.requested(row["source"]))
         else:
-            prompt = _from_text(own, row["text"]) if "text" in row else _from_chat(own, row)
+            prompt = _from_chat(own, row) if "messages" in row or "prompt" in row else _from_document(own, row)
         if prompt is not None and len(prompt.input_ids) <= max_length:
             prompts.setdefault(tuple(prompt.input_ids), prompt)
         if len(prompts) == count:
@@ -68,8 +68,8 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
         return None
 
 
-def _from_text(encode: RowTokenizer, text: str) -> SamplePrompt | None:
-    ids = encode.plain_prompt_ids(text)
+def _from_document(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:
+    ids = row["input_ids"] if "input_ids" in row else encode.plain_prompt_ids(row["text"])
     cut = min(TEXT_PROMPT_TOKENS, len(ids) // 2)
     if not cut:
         return None

@@ -36,17 +36,39 @@ def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 
     try:
         with pa.memory_map(str(file.path)) as source:
-            start = source.read(6)
-            source.seek(0)
-            if start == b"ARROW1":
-                reader = pa.ipc.open_file(source)
-                batches: Iterable[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
-                yield from _rows(file, reader.schema, batches, skip=skip)
-            else:
-                stream = pa.ipc.open_stream(source)
-                yield from _rows(file, stream.schema, stream, skip=skip)
+            schema, batches = _batches(source)
+            yield from _rows(file, schema, batches, skip=skip)
     except (pa.ArrowException, OSError) as error:
         raise _broken(file, "Arrow", error) from None
+
+
+def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
+    """Schema and batches of an open Arrow file or stream."""
+    import pyarrow as pa
+
+    start = source.read(6)
+    source.seek(0)
+    if start == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    stream = pa.ipc.open_stream(source)
+    return stream.schema, stream
+
+
+def count_rows(file: DataFile) -> int | None:
+    """How many rows a Parquet or Arrow file has; None for a file of another kind. Raises UserError where it is broken."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.ending == ".parquet":
+            return int(pq.ParquetFile(file.path).metadata.num_rows)
+        if file.ending in (".arrow", ".feather"):
+            with pa.memory_map(str(file.path)) as source:
+                return sum(len(batch) for batch in _batches(source)[1])
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(file, file.ending[1:].capitalize(), error) from None
+    return None
 
 
 def _broken(file: DataFile, kind: str, error: Exception) -> UserError:

@@ -33,7 +33,7 @@ from dstune.data.chat.rule import (
 )
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.control import ControlTokens
-from dstune.data.messages import REASONING_KEYS
+from dstune.data.message import REASONING_KEYS
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
 

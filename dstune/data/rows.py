@@ -6,12 +6,13 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dstune.data.formats import check_columns, column_of, recognise
+from dstune.data import media
+from dstune.data.formats import check_columns, check_task, column_of, columns_read, recognise
 from dstune.data.problems import RowError, listing
 from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
 
-__all__ = ["RowError", "canonical", "check_columns", "labels_of", "normalise", "recognise", "sort_labels"]
+__all__ = ["RowError", "canonical", "check_columns", "check_task", "labels_of", "normalise", "recognise", "sort_labels"]
 
 
 def normalise(
@@ -31,14 +32,19 @@ def normalise(
     found: dict[str, Any] = {}
     fields = form.expand(fields)
     for role in (*form.required, *form.optional):
-        column = column_of(role, mapping, fields)
+        column = column_of(type(form), role, mapping, fields)
         if column not in fields and role in form.required:
             raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")
         value = fields.get(column)
         if role in form.required or value is not None:
             check = form.check_of(role, own)
             found[role] = check(value, column) if check else value
-    return form.row(found, own)
+    if form.conversational:
+        media.refuse_columns(fields, used=columns_read(type(form), mapping, fields))
+    row = form.row(found, own)
+    if form.conversational:
+        media.refuse_markers(row)
+    return row
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from dstune.config.data_schema import DataConfig, TextRows
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file, read_object
-from dstune.data import hub
+from dstune.data import hub, slices
 from dstune.data.answers import flat
 from dstune.data.files import (
     COMPRESSIONS,
@@ -41,6 +43,9 @@ def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 
     Raises UserError where the file as a whole is no such file (a broken Parquet file).
     """
+    if file.rows is not None:
+        first, last = file.rows
+        return islice(read(replace(file, rows=None), first + skip), max(last - first - skip, 0))
     match file.ending:
         case ".parquet":
             return read_parquet(file, skip)
@@ -75,7 +80,11 @@ def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFil
         return []
     key = key or f"data.{part}"
     split = part if part in ("train", "validation", "test") else "test"
-    return expand(spec, key, split=split, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
+    files = expand(spec, key, split=split, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
+    if data.streaming and part == "train" and any(file.rows for file in files):
+        reason = "a stream enters its files anywhere, so it reads no slices of them"
+        raise UserError(Problem(key, reason, "data.streaming=false, or name whole splits", str(spec)))
+    return files
 
 
 def expand(
@@ -103,32 +112,48 @@ def expand(
     name = hub.hub_name(spec)
     if name is not None:
         name = hub.HubName(name.repository, name.revision or revision, name.split)
-        return hub.files_of(hub.cached(name, subset, key), name, name.split or split, key)
+        return hub.files_of(hub.cached(name, subset, key), name, split, key)
     path, named = _local(spec)
+    files = []
+    for chosen in slices.parse(named, key, spec):
+        found = _paths(path, key, spec, split, chosen.name or None)
+        problems = [problem for file in found if (problem := _unreadable(file, key, spec))]
+        if problems:
+            raise UserError(problems)
+        of_split = [data_file for file in found for data_file in _files_in(file, text_rows)]
+        files += slices.apply(chosen, of_split, key, spec)
+    return files
+
+
+def _local(spec: str) -> tuple[Path, str | None]:
+    """The path that `spec` names and, behind a colon, splits or slices."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path, None
+    for colon in re.finditer(":", spec):
+        head, split = Path(spec[: colon.start()]).expanduser(), spec[colon.end() :]
+        whole = slices.SPLITS.fullmatch(split) and "[" not in spec[: colon.start()].rpartition("/")[2]
+        if whole and split and (head.exists() or ("[" in split and glob.glob(str(head), recursive=True))):
+            return head, split
+    return path, None
+
+
+def _paths(path: Path, key: str, spec: str, split: str, named: str | None) -> list[Path]:
+    """The files of a path, of the split that is named or of `split`. Raises UserError where there is none."""
     if path.is_dir():
-        found = _of_folder(path, key, spec, split, named)
-    elif path.exists():
-        if named is not None:
-            reason = "a file has no splits"
-            raise UserError(Problem(where=key, value=spec, reason=reason, fix=f"{key}={path}"))
+        return _of_folder(path, key, spec, split, named)
+    if path.exists():
         found = [path]
     else:
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
     if not found:
         raise UserError(_nothing(spec, key))
-    problems = [problem for file in found if (problem := _unreadable(file, key, spec))]
-    if problems:
-        raise UserError(problems)
-    return [data_file for file in found for data_file in _files_in(file, text_rows)]
-
-
-def _local(spec: str) -> tuple[Path, str | None]:
-    """The path that `spec` names and, behind a colon, the split."""
-    path = Path(spec).expanduser()
-    head, colon, split = spec.rpartition(":")
-    if colon and not path.exists() and Path(head).expanduser().exists():
-        return Path(head).expanduser(), split
-    return path, None
+    if named is not None:
+        reason = "a file has no splits"
+        raise UserError(
+            Problem(where=key, value=spec, reason=reason, fix=f"{key}={path}, or a slice of it: '{path}:[:20%]'")
+        )
+    return found
 
 
 def _nothing(spec: str, key: str) -> Problem:

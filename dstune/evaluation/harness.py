@@ -33,6 +33,7 @@ def run(
     Raises UserError for a task that is not there, or data that cannot be had.
     """
     require()
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -50,9 +51,7 @@ def run(
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file():
         options["peft"], folder = folder, str((read_object(adapter) or {}).get("base_model_name_or_path"))
-    from dstune.zero import accelerator
-
-    model = HFLM(pretrained=folder, device=accelerator.kind(), **options)
+    model = HFLM(pretrained=folder, device="cuda" if torch.cuda.is_available() else "cpu", **options)
     try:
         found = simple_evaluate(
             model,

@@ -76,6 +76,7 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
 
     Raises UserError where they cannot be had, or write no text.
     """
+    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -95,9 +96,7 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks of it
             speaker = _load(found, others)
-        from dstune.zero import accelerator
-
-        speaker.model.to(accelerator.kind()).eval()
+        speaker.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         yield speaker
 
 

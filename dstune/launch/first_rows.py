@@ -12,7 +12,7 @@ from dstune.config.schema import Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.rows import RowError, check_columns, normalise, recognise
+from dstune.data.rows import RowError, check_columns, check_task, normalise, recognise
 from dstune.protocols import method_of, task_of
 
 WHOLE_FILE_BYTES = 1 << 26
@@ -58,6 +58,7 @@ def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
             format_of_part = format_of_part or recognise(
                 row.fields, config.data.columns, config.data.format, config.task, row.place
             )
+            check_task(format_of_part, row.fields, config.data.columns, config.data.format, config.task, row.place)
             _check_row(config, row, format_of_part)
         except UserError as error:
             found += [problem for problem in error.problems if problem not in found]

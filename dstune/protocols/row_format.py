@@ -29,6 +29,12 @@ class RowFormat:
     """The format of a built-in task whose rows `row` makes: tasks that read that one read this one too. For plugins."""
     readable_as: ClassVar[tuple[str, ...]] = ()
     """Formats as which a row can be read too, since it has all that they need."""
+    conversational: ClassVar[bool] = False
+    """Its texts are what people say to a model: images, audio and video among them are refused by name."""
+    only_named: ClassVar[bool] = False
+    """Read only where `data.format` names it: its columns do not tell all that has to be known."""
+    further_keys: ClassVar[str] = ""
+    """What has to be set beside the task, so that rows of it are read (`task.loss=kto`)."""
     checks: ClassVar[Mapping[str, Check]] = {}
     """By role; values of other roles are taken as they are."""
 
@@ -43,6 +49,11 @@ class RowFormat:
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         """The row in the shape that encoders read, from its checked values by role. Raises RowError."""
         return found
+
+    def of_another_task(self, fields: Mapping[str, Any], mapping: Mapping[str, str], *, named: bool) -> str:
+        """The fix where the columns beside those of this format say that the rows are of another task, which this one would
+        train wrongly; empty where they are not. mapping: `data.columns`; named: whether `data.format` names this format."""
+        return ""
 
     def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
         """Columns that a message may suggest for roles that are missing, in their order; none where that would be a guess."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from dstune.core import baseline_file, environment, files
 from dstune.core.secrets import redacted
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
+from dstune.data.label_names import suspicious
 from dstune.data.statistics import with_packing
 from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
@@ -25,14 +25,11 @@ from dstune.tracking.log import RunLog
 from dstune.trainer.baseline import measure_prompted
 from dstune.trainer.evaluate import answer_prompts, limited
 from dstune.trainer.loop import Training
-from dstune.zero import accelerator
 from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
 LABELS_TOLD = 12
-RARE = 20
-"""How many times as many rows the label has that a rare one may have been meant for."""
 
 
 def describe(
@@ -60,7 +57,7 @@ def describe(
         "parameters": total,
         "trained": trained,
     }
-    facts = environment.describe(hosts, accelerator.names(), run.data.fingerprint, model)
+    facts = environment.describe(hosts, run.data.fingerprint, model)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
     files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
     files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))
@@ -98,25 +95,22 @@ def label_counts(counts: dict[str, int]) -> str:
     return f"{len(ordered)} labels: {reported}{more}"
 
 
-def misspelt(counts: dict[str, int]) -> Iterator[str]:
-    """Rare labels that are written almost as a frequent one."""
-    for name, count in counts.items():
-        others = [other for other in counts if counts[other] >= RARE * max(count, 1)]
-        by_case = {other.strip().casefold(): other for other in others}
-        near = by_case.get(name.strip().casefold())
-        if near is None and len(name) > 3:
-            near = next(iter(difflib.get_close_matches(name, others, n=1, cutoff=0.85)), None)
-        if near is not None and count:
-            rows = f"{count} training row{'s' * (count != 1)}"
-            yield f"the label {name!r} of {rows} is almost {near!r} of {counts[near]:,}: is it misspelt?"
+def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
+    """Labels that look like a slip, the first of them one by one."""
+    found = suspicious(counts)
+    yield from found[:LABELS_TOLD]
+    if more := len(found[LABELS_TOLD:]):
+        yield f"{more:,} more labels look like a slip (data_report.json has all labels)"
 
 
 def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     """What is allowed, and probably not meant."""
-    yield from misspelt(run.data.report.get("train", {}).get("labels", {}))
+    yield from unlikely_labels(run.data.report.get("train", {}).get("labels", {}))
     for part, counts in run.data.report.items():
         if (bad := counts.get("bad_rows")) and (part == "train" or getattr(config.data, part, None)):
             yield f"{bad:,} of {counts['rows_read']:,} rows of data.{part} are bad and left out (data_report.json names the first)"
+        for column, rows in counts.get("unread_columns", {}).items():
+            yield f"the column {column!r} of {rows:,} {part} rows is not used; data.columns says which columns are"
         divided = task_of(config.task).splits_long_rows
         if (cut := counts.get("truncated")) and not divided:
             longest = f"the longest has {counts['longest']:,} tokens, " if counts.get("longest") else ""

@@ -154,9 +154,53 @@ ROWS: list[Case] = [
     (
         "message … (…) has a part of type …; only text is trained on",
         CHAT,
+        chat(output("user", [{"type": "file", "file": {"file_id": "x"}}]), ANSWER),
+    ),
+    (
+        "message … (…) holds …; no task reads images, audio or video yet",
+        CHAT,
         chat(output("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER),
     ),
+    (
+        "message … (…) has a part of type …, which only the assistant has",
+        CHAT,
+        chat(output("user", [{"type": "reasoning", "value": "Hm."}]), ANSWER),
+    ),
+    (
+        "message … (…): templates write reasoning, then text, then calls, and its parts come in another order",
+        CHAT,
+        chat(USER, output("assistant", [{"type": "text", "value": "Yes"}, {"type": "reasoning", "value": "Hm."}])),
+    ),
+    (
+        "message … (…) has reasoning in its content and as …",
+        CHAT,
+        chat(USER, output("assistant", [{"type": "reasoning", "value": "Hm."}], reasoning="Well.")),
+    ),
+    (
+        "message … (…) has calls in its content and as tool_calls",
+        CHAT,
+        chat(USER, output("assistant", [{"type": "tool_call", "value": '{"name": "f"}'}], tool_calls=[CALL])),
+    ),
+    ("… holds …; no task reads images, audio or video yet", CHAT, chat(USER, ANSWER, images=["a.jpg"])),
+    (
+        "the marker … stands for media in …; no task reads images, audio or video yet",
+        CHAT,
+        chat(output("user", "<image>Who is it?"), ANSWER),
+    ),
     ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, output("assistant", weight=0.5))),
+    (
+        "message … (…) has different weights: …",
+        CHAT,
+        chat(USER, output("assistant", weight=0, loss_weight=1)),
+    ),
+    (
+        (
+            "message … (…) has …: 1; only what the assistant says is trained; "
+            "task.train_on_prompt=true trains the whole conversation"
+        ),
+        CHAT,
+        chat(output("user", loss_weight=1.0), ANSWER),
+    ),
     (
         "message … has the key …; what is not to be trained is marked with weight: 0",
         CHAT,
@@ -227,6 +271,11 @@ ROWS: list[Case] = [
         CHAT,
         [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "history": [["a"]]}],
     ),
+    (
+        "the column … stands beside a prompt that is a conversation, which has no place for it",
+        PAIRS,
+        {"prompt": [USER], "chosen": "b", "rejected": "c", "input": "i"},
+    ),
     ("column … must be a label (text or an integer), it is …", CLASSES, {"text": "a", "label": 0.5}),
     (
         "column … has … labels (…); task.multi_label=true trains on any number of them",
@@ -259,6 +308,16 @@ ROWS: list[Case] = [
         {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER, ANSWER]},
     ),
     (
+        "the column 'prompt' says what chosen and rejected, which are whole conversations, do not",
+        PAIRS,
+        {"prompt": "Another question", "chosen": [USER, ANSWER], "rejected": [USER, output("assistant", "No")]},
+    ),
+    (
+        "the last message is judged, so the assistant has to say it, in answer to another one",
+        JUDGED,
+        [chat(USER, ANSWER, label=True), chat(USER, label=True)],
+    ),
+    (
         "chosen and rejected differ before the assistant answers: message … of … has the role …",
         PAIRS,
         {"chosen": [USER, ANSWER, USER], "rejected": [USER, ANSWER, OTHER]},
@@ -274,6 +333,20 @@ ROWS: list[Case] = [
         {"prompt": "a", "completion": "b", "label": "great"},
     ),
     ("positive and negative are the same", EmbeddingConfig(), {"anchor": "a", "positive": "b", "negative": "b"}),
+    ("column … must be a list of token ids, it is …", TEXT, {"input_ids": []}),
+    ("column … must hold whole numbers, one is …", TEXT, {"input_ids": [1, "2"]}),
+    (
+        "attention_mask must be 1 for every token: rows are padded, and kept apart, when they are packed",
+        TEXT,
+        {"input_ids": [1, 2], "attention_mask": [0, 1]},
+    ),
+    ("… input_ids have … labels", TEXT, {"input_ids": [1, 2], "labels": [1]}),
+    (
+        "the label at token … is …, which is neither its token (…) nor …",
+        TEXT,
+        {"input_ids": [1, 2], "labels": [1, 3]},
+    ),
+    ("token id … is not one of the … of the model's tokenizer", TEXT, {"input_ids": [1, 100_000]}),
     ("… tokens have … tags", TAGS, {"tokens": ["a", "b"], "tags": ["O"]}),
     ("word … of column … must be text, it is …", TAGS, {"tokens": ["a", 1], "tags": ["O", "O"]}),
     ("column … must be a list, it is …", TAGS, {"tokens": 7, "tags": ["O"]}),
@@ -336,7 +409,9 @@ ROWS: list[Case] = [
 ]
 
 
-def first_good(task: TaskConfig) -> Any:
+def first_good(task: TaskConfig, given: Any) -> Any:
+    if isinstance(given, dict) and "input_ids" in given:
+        return {"input_ids": [1, 2]}
     return {"prompt": "a", "completion": "b", "label": True} if task is JUDGED else FIRST_GOOD[task.name]
 
 
@@ -356,7 +431,7 @@ def write(folder: Path, task: TaskConfig, given: Any) -> tuple[Path, Path | None
             return write_jsonl(path, [LABELLED, {"text": "b", "label": "y"}]), written
         path = written
     else:
-        rows = [first_good(task), given]
+        rows = [first_good(task, given), given]
         path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return path, None
 
@@ -379,7 +454,9 @@ def tokenizer_of(message: str) -> Any:
 
 def problems_of(folder: Path, message: str, task: TaskConfig, given: Any, **data: Any) -> list[Problem]:
     train, validation = write(folder, task, given)
-    more = {"validation": str(validation)} if validation else {"split": NOTHING_HELD_OUT}
+    more: dict[str, Any] = {"validation": str(validation)} if validation else {"split": NOTHING_HELD_OUT}
+    if isinstance(given, dict) and "input_ids" in given:
+        more["format"] = "tokens"
     config = data_run(train, task=task, **more, **data)
     with pytest.raises(UserError) as caught:
         prepared(config, tokenizer_of(message), folder / "cache")

@@ -129,10 +129,20 @@ def test_labels_are_counted_and_misspelt_ones_named() -> None:
     assert label_counts({str(number): 1 for number in range(30)}).endswith(" and 18 more")
     lines = message(report={"train": {"rows": 238, "labels": counts}})
     assert lines == [
-        "the label 'Bug' of 1 training row is almost 'bug' of 56: is it misspelt?",
-        "the label 'billling' of 2 training rows is almost 'billing' of 63: is it misspelt?",
+        "the labels 'Bug' (1 training row) and 'bug' (56 training rows) differ by case only",
+        "the labels 'billling' (2 training rows) and 'billing' (63 training rows) differ by one character only",
+        "the label 'Bug' has one training row",
+        "the label 'cat' has one training row",
     ]
-    assert message(report={"train": {"rows": 9, "labels": {"bug": 3, "Bug": 6}}}) == []
+    assert message(report={"train": {"rows": 9, "labels": {"bug": 3, "cat": 6}}}) == []
+    many = message(report={"train": {"rows": 30, "labels": {f"name {number}": 1 for number in range(30)}}})
+    assert len(many) == 13 and many[-1].startswith("18 more labels look like a slip")
+
+
+def test_columns_that_are_not_used_are_told() -> None:
+    assert message(report={"train": {"rows": 9, "unread_columns": {"context": 7}}}) == [
+        "the column 'context' of 7 train rows is not used; data.columns says which columns are"
+    ]
 
 
 def test_bad_rows_are_counted_for_each_file() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dstune.data.chat.rule import RuleError, Stops, alternatives, in_common
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
-from dstune.data.messages import REASONING_KEYS
+from dstune.data.message import REASONING_KEYS
 
 SWITCHES = ("enable_thinking", "thinking")
 """Arguments with which templates are told whether the model is to think."""
@@ -72,8 +72,10 @@ class Facts:
         if reasoning is not None:  # under every name, as newer versions of transformers do by themselves
             changed = {"thinking": reasoning, "reasoning": reasoning, **changed, "reasoning_content": reasoning}
         calls = message.get("tool_calls")
-        if calls and self.empty_content:
-            changed.setdefault("content", "")
+        if calls and not changed.get("content"):  # absent, null and empty say the same; transformers leaves null out
+            changed.pop("content", None)
+            if self.empty_content:
+                changed["content"] = ""
         if calls and self.arguments_as_text:
             changed["tool_calls"] = [_with_text(call) for call in calls]
         return changed

@@ -59,8 +59,8 @@ def texts(row: Row) -> Iterator[str]:
             for message in value:
                 if message.get("role") != "system":
                     yield from _texts(message)
-        elif key == "tokens":
-            yield " ".join(value)
+        elif key in ("tokens", "input_ids"):
+            yield " ".join(map(str, value))
         elif key not in NO_TEXT:
             yield from _texts(value)
 

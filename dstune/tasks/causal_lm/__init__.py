@@ -22,13 +22,13 @@ class CausalLm(LanguageTask):
     splits_long_rows = True
     tensor_parallel = True
     one_pass = True
-    formats = ("text",)
+    formats = ("text", "tokens")
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))
 
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
     ) -> Encoder:
-        from dstune.tasks.causal_lm.encode import DocumentEncoder
+        from dstune.tasks.causal_lm.encode import DocumentEncoder, TokensEncoder
 
-        return DocumentEncoder(tokenizer, max_length)
+        return TokensEncoder(tokenizer, max_length) if fmt == "tokens" else DocumentEncoder(tokenizer, max_length)

@@ -33,12 +33,39 @@ class DocumentEncoder(Language):
             document = np.array([*prefix, *ids, *suffix], dtype=np.int32)
             sizes = np.zeros(len(document), dtype=np.int64)
             sizes[len(prefix) : len(prefix) + len(ids)] = self._sizes(np.array(ids), offsets, text)
-            step = self._max_length - 1
-            for start in range(0, max(len(document) - 1, 1), step):
-                chunk = slice(start, start + self._max_length)
-                piece = document[chunk]
-                sample = self._sample(number, piece, np.ones(len(piece), dtype=bool), sizes[chunk], "")
-                sample.truncated = len(document) > self._max_length
-                sample.length = len(document)
-                samples.append(sample)
+            samples += self._pieces(number, document, np.ones(len(document), dtype=bool), sizes)
+        return samples
+
+    def _pieces(self, number: int, ids: np.ndarray, targets: np.ndarray, sizes: np.ndarray) -> list[Sample]:
+        samples = []
+        for start in range(0, max(len(ids) - 1, 1), self._max_length - 1):
+            chunk = slice(start, start + self._max_length)
+            sample = self._sample(number, ids[chunk], targets[chunk].copy(), sizes[chunk], "")
+            sample.truncated = len(ids) > self._max_length
+            sample.length = len(ids)
+            samples.append(sample)
+        return samples
+
+
+class TokensEncoder(DocumentEncoder):
+    """Documents that are token ids already, as they are: no special token is added. Where a row has labels, only these count.
+
+    `bytes` is 0: which text a token stands for is not known.
+    """
+
+    def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        samples: list[Sample] = []
+        vocabulary = len(self._tokenizer)
+        for number, row in zip(numbers, rows, strict=True):
+            ids = np.array(row["input_ids"], dtype=np.int64)
+            outside = ids[(ids < 0) | (ids >= vocabulary)]
+            if len(outside):
+                problem = f"token id {outside[0]} is not one of the {vocabulary:,} of the model's tokenizer"
+                nothing = np.empty(0, dtype=np.int32)
+                samples.append(self._sample(number, nothing, nothing > 0, nothing, problem))
+                continue
+            targets = np.array(row.get("labels", row["input_ids"])) == ids
+            pieces = self._pieces(number, ids.astype(np.int32), targets, np.zeros(len(ids), dtype=np.int64))
+            # A piece without a target teaches nothing; a row without any is refused.
+            samples += [piece for piece in pieces if piece.weight] or pieces[:1]
         return samples

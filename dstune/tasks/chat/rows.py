@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dstune.data.messages import alpaca, conversation_of, conversation_row, plain_exchange, with_system
+from dstune.data.preferences import is_verdict
 from dstune.data.values import text, text_or_messages
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
+BESIDE = ("system", "tools", "parallel_tool_calls", "chat_template_kwargs")
+"""Roles that may stand beside any conversation."""
+
+JUDGED = "task=preference task.loss=kto learns from good and bad answers; this task would learn the bad ones as well"
+COMPARED = "task=preference or task=reward compares chosen with rejected; data.format={} leaves both out"
+
 
 class ConversationFormat(RowFormat):
+    conversational = True
     other_names: ClassVar = {"tools": ("functions",)}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -19,14 +28,20 @@ class ConversationFormat(RowFormat):
         raise NotImplementedError
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        return conversation_row(self.messages(found), found, needs_answer=task is None or task.needs_answer)
+        messages = with_system(self.messages(found), found.get("system"))
+        return conversation_row(messages, found, needs_answer=task is None or task.needs_answer)
+
+    def of_another_task(self, fields: Mapping[str, Any], mapping: Mapping[str, str], *, named: bool) -> str:
+        if any(is_verdict(fields.get(column)) for column in (mapping.get("label", "label"), "kto_tag")):
+            return JUDGED
+        return COMPARED.format(self.name) if not named and {"chosen", "rejected"} <= fields.keys() else ""
 
 
 @row_format
 class Messages(ConversationFormat):
     name = "messages"
     required = ("messages",)
-    optional = ("tools", "parallel_tool_calls", "chat_template_kwargs")
+    optional = BESIDE
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -38,32 +53,33 @@ class Messages(ConversationFormat):
 class Conversations(ConversationFormat):
     name = "conversations"
     required = ("conversations",)
-    optional = ("system", "tools", "chat_template_kwargs")
+    optional = BESIDE
     other_names: ClassVar = {**ConversationFormat.other_names, "conversations": ("conversation",)}
     checks: ClassVar[dict[str, Check]] = {"conversations": conversation_of}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        return with_system(found["conversations"], found.get("system"))
+        messages: list[dict[str, Any]] = found["conversations"]
+        return messages
+
+
+@row_format
+class PromptCompletion(ConversationFormat):
+    name = "prompt_completion"
+    required = ("prompt", "completion")
+    optional = ("history", *BESIDE)
+    other_names: ClassVar = {**ConversationFormat.other_names, "prompt": ("query",), "completion": ("response",)}
+    checks: ClassVar[dict[str, Check]] = {"prompt": text_or_messages, "completion": text_or_messages}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        return plain_exchange(found, needs_answer=task is None or task.needs_answer)
 
 
 @row_format
 class Alpaca(ConversationFormat):
     name = "alpaca"
     required = ("instruction", "output")
-    optional = ("input", "system", "history")
+    optional = ("input", "history", *BESIDE)
     checks: ClassVar[dict[str, Check]] = {"instruction": text, "output": text}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        return with_system(alpaca(found), found.get("system"))
-
-
-@row_format
-class PromptCompletion(RowFormat):
-    name = "prompt_completion"
-    required = ("prompt", "completion")
-    optional = ("system", "tools", "chat_template_kwargs")
-    other_names: ClassVar = {"completion": ("response",)}
-    checks: ClassVar[dict[str, Check]] = {"prompt": text_or_messages, "completion": text_or_messages}
-
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        return plain_exchange(found, needs_answer=task is None or task.needs_answer)
+        return alpaca(found)

@@ -12,13 +12,14 @@ from dstune.data.rows import normalise
 from dstune.data.tokenize import RowTokenizer, Sample
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Query, Question
+from dstune.tasks.classification.rows import Pair
 from dstune.trainer.measure import Row
 
 
 class ClassificationQuestion(Question):
     def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
         row: dict[str, Any] = {"text": self.text(fields)}
-        other = column_of("text_pair", self.mapping, fields)
+        other = column_of(Pair, "text_pair", self.mapping, fields)
         if self.format in (AUTOMATIC, "pair") and other in fields:
             row["text_pair"] = normalise(fields, "text", {"text": other})["text"]
         if self.task.multi_label:

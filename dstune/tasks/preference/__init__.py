@@ -43,7 +43,7 @@ class Preference(WritingTask):
     texts_per_row = 2
     token_targets = True
     countable_flops = False  # passes of the reference model
-    formats = ("feedback", "preference")
+    formats = ("feedback", "feedback_messages", "preference")
     frozen_keys = ("template_date", "reference_revision")
     further_models = (FurtherModel("reference_model", "reference_revision"),)
     metrics = ("loss", "reward_accuracy", "reward_margin")

@@ -4,29 +4,55 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dstune.data.messages import plain_exchange
-from dstune.data.preferences import pair_row, verdict_of
+from dstune.data.messages import after_history, conversation_of, plain_exchange, with_input
+from dstune.data.preferences import pair_row, parted, verdict_of
 from dstune.data.values import text_or_messages
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
+BESIDE = ("system", "tools", "chat_template_kwargs")
+
 
 @row_format
 class PreferenceFormat(RowFormat):
     name = "preference"
+    conversational = True
     required = ("chosen", "rejected")
-    optional = ("prompt", "system", "tools", "margin")
+    optional = ("prompt", "input", "history", "margin", "system", "tools")
+    other_names: ClassVar = {
+        "prompt": ("instruction", "query", "conversations", "conversation", "messages"),
+        "chosen": ("chosen_messages",),
+        "rejected": ("rejected_messages",),
+        "tools": ("functions",),
+    }
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         return pair_row(found)
 
 
+class Judged(RowFormat):
+    """An answer with a verdict."""
+
+    conversational = True
+    further_keys = "task.loss=kto"
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        verdict = found.pop("label")
+        return {**plain_exchange(found, needs_answer=True, silence=not verdict), "desirable": verdict}
+
+
 @row_format
-class Feedback(RowFormat):
+class Feedback(Judged):
     name = "feedback"
     required = ("prompt", "completion", "label")
-    optional = ("system", "tools")
+    optional = ("input", "history", *BESIDE)
+    other_names: ClassVar = {
+        "prompt": ("query", "instruction"),
+        "completion": ("response", "output"),
+        "label": ("kto_tag",),
+        "tools": ("functions",),
+    }
     checks: ClassVar[dict[str, Check]] = {
         "prompt": text_or_messages,
         "completion": text_or_messages,
@@ -34,5 +60,25 @@ class Feedback(RowFormat):
     }
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        verdict = found.pop("label")
-        return {**plain_exchange(found, needs_answer=True, silence=not verdict), "desirable": verdict}
+        prompt = with_input(found["prompt"], found.pop("input", None))
+        found["prompt"] = after_history(prompt, found.pop("history", None))
+        return super().row(found, task)
+
+
+@row_format
+class FeedbackMessages(Judged):
+    """The verdict is of the last message."""
+
+    name = "feedback_messages"
+    required = ("messages", "label")
+    optional = BESIDE
+    other_names: ClassVar = {
+        "messages": ("conversations", "conversation"),
+        "label": ("kto_tag",),
+        "tools": ("functions",),
+    }
+    checks: ClassVar[dict[str, Check]] = {"messages": conversation_of, "label": verdict_of}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        found["prompt"], found["completion"] = parted(found.pop("messages"))
+        return super().row(found, task)

@@ -12,6 +12,7 @@ from dstune.data.rows import normalise
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Query, Question
 from dstune.tasks.question_answering.metrics import best_spans
+from dstune.tasks.question_answering.rows import Squad
 from dstune.trainer.measure import Row
 
 
@@ -20,7 +21,7 @@ class QuestionAboutText(Question):
     text_column = None
 
     def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        unanswered = {**fields, column_of("answers", self.mapping, fields): []}
+        unanswered = {**fields, column_of(Squad, "answers", self.mapping, fields): []}
         row: dict[str, Any] = normalise(unanswered, "squad", self.mapping, replace(self.task, no_answer=True))
         return row
 

@@ -12,6 +12,7 @@ from dstune.data.rows import RowError, normalise
 from dstune.data.tags import AS_BIO, OUTSIDE, TagScheme, marks_entities
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Query, Question
+from dstune.tasks.token_classification.rows import TokensTags
 from dstune.trainer.measure import Row, rows_of
 
 
@@ -23,7 +24,7 @@ class TaggingQuestion(Question):
         return self.mapping.get("tokens", "tokens")
 
     def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        column = column_of("tokens", self.mapping, fields)
+        column = column_of(TokensTags, "tokens", self.mapping, fields)
         if column not in fields and self.mapping.get("text", "text") in fields:
             column = self.mapping.get("text", "text")
         if column not in fields:

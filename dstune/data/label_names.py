@@ -1,0 +1,91 @@
+"""Names of labels that may not be meant: almost another one, or of a single row."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from itertools import combinations
+
+from dstune.core.errors import Problem, UserError
+
+SHORTEST = 4
+"""Characters of a label's word in which one edit is a slip: of shorter ones (`cat` and `bat`) many differ by one."""
+
+_MARK = re.compile(r"[BIESLUM]-(?=.)")
+_WORDS = re.compile(r"[\W_]+")
+
+
+def suspicious(counts: Mapping[str, int]) -> list[str]:
+    """What looks like a slip among labels, each with its training rows: one sentence for each.
+
+    Marks of entities (`B-`, `I-`) are no part of a name: `B-PER` and `I-PER` are one.
+    """
+    names: dict[str, int] = {}
+    for label, count in counts.items():
+        name = _MARK.sub("", label, count=1)
+        names[name] = names.get(name, 0) + count
+    return [
+        *_alike(names),
+        *(f"the label {name!r} has one training row" for name, count in names.items() if count == 1),
+    ]
+
+
+def refuse_suspicious(counts: Mapping[str, int]) -> None:
+    """Raises UserError with every label that looks like a slip (`data.on_suspicious_labels=error`)."""
+    fix = "mend the rows, or data.on_suspicious_labels=list trains on them as they are"
+    if found := suspicious(counts):
+        raise UserError([Problem("data.train", reason, fix) for reason in found])
+
+
+def _alike(names: Mapping[str, int]) -> Iterator[str]:
+    for first, second in _candidates(names):
+        how = _difference(first, second)
+        if how:
+            few, many = sorted((first, second), key=lambda name: names[name])
+            yield f"the labels {few!r} ({_rows(names[few])}) and {many!r} ({_rows(names[many])}) differ by {how} only"
+
+
+def _candidates(names: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs that may differ by one edit, in their order: both give the same text when one character is left out. Not all pairs:
+    there may be thousands of labels."""
+    by_text: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        compact = "".join(_WORDS.split(unicodedata.normalize("NFKC", name).casefold()))
+        for text in {compact, *(compact[:at] + compact[at + 1 :] for at in range(len(compact)))}:
+            by_text[text].append(name)
+    return list(dict.fromkeys(pair for alike in by_text.values() for pair in combinations(alike, 2)))
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} training row{'s' * (count != 1)}"
+
+
+def _difference(first: str, second: str) -> str:
+    """By what the two differ, where that is little; empty where it is more."""
+    one, other = (unicodedata.normalize("NFKC", name) for name in (first, second))
+    if one.casefold() == other.casefold():
+        return "case" if one != other else "the form of a character"
+    words, others = ([word for word in _WORDS.split(name.casefold()) if word] for name in (one, other))
+    if "".join(words) == "".join(others) and words:
+        return "white space or punctuation"
+    if len(words) != len(others):
+        return ""
+    unlike = [(a, b) for a, b in zip(words, others, strict=True) if a != b]
+    return "one character" if len(unlike) == 1 and _is_slip(*unlike[0]) else ""
+
+
+def _is_slip(first: str, second: str) -> bool:
+    """Whether one letter too many, too few, another one, or two in the wrong order make `second` of `first`; another number, as
+    in `class10`, is no slip."""
+    if min(len(first), len(second)) < SHORTEST or any(letter.isdigit() for letter in first + second):
+        return False
+    short, long = sorted((first, second), key=len)
+    start = next((at for at, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(long) - len(short) > 1:
+        return False
+    if len(long) > len(short):
+        return short[start:] == long[start + 1 :]
+    swapped = short[start : start + 2] == long[start : start + 2][::-1] and short[start + 2 :] == long[start + 2 :]
+    return short[start + 1 :] == long[start + 1 :] or swapped

@@ -1,0 +1,83 @@
+"""Images, audio and video beside or inside a text: no task reads them, so rows that hold any are refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dstune.data.problems import RowError
+
+UNREAD = "no task reads images, audio or video yet"
+
+PARTS = {
+    "image": "an image",
+    "image_url": "an image",
+    "input_image": "an image",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+    "video": "a video",
+    "video_url": "a video",
+}
+"""What a part of a message holds, by its type."""
+
+COLUMNS = {
+    "image": "images",
+    "images": "images",
+    "audio": "audio",
+    "audios": "audio",
+    "video": "videos",
+    "videos": "videos",
+}
+"""What a column, or a key of a message, holds."""
+
+_MARKER = re.compile(r"<(image|audio|video)>|<img>\s*(?=\S+?(?:://|\.(?:png|jpe?g|webp|gif|bmp)\b))")
+"""Where a text has the place of a picture or a sound; `<img>` of HTML encloses no address."""
+
+TEXTS = ("messages", "prompt", "completion", "chosen", "rejected")
+
+
+def refuse_columns(fields: Mapping[str, Any], where: str = "", used: Collection[str] = ()) -> None:
+    """Raises RowError where a column that is not `used`, or (with `where`) a key of that message, holds media."""
+    for column, kind in COLUMNS.items():
+        if column in fields and column not in used and holds_something(fields[column]):
+            named = f"{where}: the key {column!r}" if where else f"column {column!r}"
+            raise RowError(f"{named} holds {kind}; {UNREAD}")
+
+
+def refuse_markers(row: Mapping[str, Any]) -> None:
+    """Raises RowError where a text of a normalised row has a place for media."""
+    for text in _texts(row):
+        if marker := marker_in(text):
+            raise RowError(f"the marker {marker} stands for media in {text!r:.60}; {UNREAD}")
+
+
+def marker_in(text: str) -> str:
+    """The first marker of media in `text`, if any: not one that is closed as an element of XML or HTML is, or is quoted as code."""
+    for found in _MARKER.finditer(text):
+        is_element = found[1] and f"</{found[1]}>" in text[found.end() :]
+        is_code = text.count("`", 0, found.start()) % 2
+        if not is_element and not is_code:
+            return found.group().strip()
+    return ""
+
+
+def _texts(row: Mapping[str, Any]) -> Iterator[str]:
+    for key in TEXTS:
+        value = row.get(key, ())
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from (text for message in value if isinstance(text := message.get("content"), str))
+
+
+def holds_something(value: Any) -> bool:
+    """Whether a value says anything: Parquet gives every row the columns of all of them."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(holds_something, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_something, value))
+    return value is not None

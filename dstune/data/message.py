@@ -1,0 +1,217 @@
+"""One message of a conversation, as files have it (OpenAI, ShareGPT, LLaMA-Factory), brought to what chat templates read:
+`role`, `content` as text, `reasoning_content`, `tool_calls` with arguments as an object, `weight: 0` where it is not trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dstune.core.parsing import parse_json
+from dstune.data import media
+from dstune.data.problems import RowError, format_value
+
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+ROLE_NAMES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""The role that a name in a file stands for. `developer` is OpenAI's newer name of `system`, which most templates lack."""
+
+NAMES_OF_CALLS = ("function_call", "tool_call")
+"""Roles of a message that is itself a call, as JSON text."""
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names that data and templates have for what a model thinks before it answers."""
+
+WEIGHT_KEYS = ("weight", "loss_weight", "loss")
+"""Names of the weight in the loss: OpenAI's, LLaMA-Factory's and ms-swift's."""
+
+PARTS = {
+    "text": "text",
+    "refusal": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning": "reasoning",
+    "thinking": "reasoning",
+    "tool_call": "call",
+}
+"""What a part of a content holds, by its type."""
+
+ORDER = ("reasoning", "text", "call")
+"""In which order templates write what a message holds."""
+
+
+def message_of(number: int, message: Any) -> Message:
+    """The message that is called `number`. Raises RowError."""
+    if not isinstance(message, dict):
+        raise RowError(f"message {number} must be an object with role and content")
+    message = without_none(message)
+    name = message.pop("role", None) or message.pop("from", None)
+    role = ROLE_NAMES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise RowError(f"message {number} has the unknown role {name!r}; roles are {', '.join(ROLES)}")
+    media.refuse_columns(message, f"message {number} ({role})")
+    content = message.pop("content", message.pop("value", None))
+    weight = _weight(number, role, message)
+    if isinstance(content, list):
+        content = _from_parts(number, role, content, message)
+    calls = _calls(number, name, role, message, content)
+    result: Message = {"role": role}
+    if content is None:
+        content = message.pop("refusal", None)
+    if name not in NAMES_OF_CALLS and not (calls and content is None):
+        result["content"] = _text(number, role, content)
+    for key in REASONING_KEYS if role == "assistant" else ():
+        if not isinstance(message.get(key, ""), str):
+            raise RowError(f"message {number} ({role}): {key} must be text, it is {format_value(message[key])}")
+    for key in ("train", "training", "train_detail"):
+        if key in message:
+            # Other tools' names for weight: passed over, the row would be trained as if it were not there.
+            raise RowError(f"message {number} has the key {key!r}; what is not to be trained is marked with weight: 0")
+    result |= {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
+    if calls:
+        result["tool_calls"] = calls
+    if not weight:
+        result["weight"] = 0
+    return result
+
+
+def _text(number: int, role: str, content: Any) -> str:
+    if not isinstance(content, str):
+        raise RowError(f"message {number} ({role}): content must be text, it is {format_value(content)}")
+    return content
+
+
+def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> str | None:
+    """The text of a content that is given in parts; reasoning and calls among them become fields of `message`."""
+    found: dict[str, list[Any]] = {kind: [] for kind in ORDER}
+    last = 0
+    for part in parts:
+        kind = _type(part)
+        value = part if isinstance(part, str) else part.get(kind, part.get("value", part.get("text")))
+        if of_media := media.PARTS.get(kind):
+            raise RowError(f"message {number} ({role}) holds {of_media}; {media.UNREAD}")
+        holds = PARTS.get(kind, "")
+        if holds != "call" and not (holds and isinstance(value, str)):
+            raise RowError(f"message {number} ({role}) has a part of type {kind!r}; only text is trained on")
+        if holds != "text" and role != "assistant":
+            raise RowError(f"message {number} ({role}) has a part of type {kind!r}, which only the assistant has")
+        if ORDER.index(holds) < last:
+            reason = "templates write reasoning, then text, then calls, and its parts come in another order"
+            raise RowError(f"message {number} ({role}): {reason}")
+        last = ORDER.index(holds)
+        found[holds].append(value)
+    if found["reasoning"]:
+        if given := [key for key in REASONING_KEYS if key in message]:
+            raise RowError(f"message {number} ({role}) has reasoning in its content and as {given[0]}")
+        message["reasoning_content"] = "".join(found["reasoning"])
+    if found["call"]:
+        if message.get("tool_calls"):
+            raise RowError(f"message {number} ({role}) has calls in its content and as tool_calls")
+        complaint = f"message {number}: a part of type 'tool_call' is not JSON"
+        calls = found["call"]
+        message["tool_calls"] = [from_json(call, complaint) if isinstance(call, str) else call for call in calls]
+    return None if found["call"] and not found["text"] else "".join(found["text"])
+
+
+def _type(part: Any) -> str:
+    """The type of a part, told from its keys where it does not say it."""
+    if isinstance(part, str):
+        return "text"
+    if not isinstance(part, dict):
+        return type(part).__name__
+    kind = part.get("type") or next((key for key in part if key in PARTS or key in media.PARTS), "text")
+    return str(kind)
+
+
+def _weight(number: int, role: str, message: Message) -> int:
+    given = {key: message.pop(key) for key in WEIGHT_KEYS if key in message}
+    for weight in given.values():
+        if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
+            raise RowError(f"message {number} ({role}): weight must be 0 or 1, it is {format_value(weight)}")
+    if len({int(weight) for weight in given.values()}) > 1:
+        raise RowError(f"message {number} ({role}) has different weights: {', '.join(given)}")
+    if role != "assistant":
+        for key in WEIGHT_KEYS[1:]:
+            if given.get(key):
+                reason = (
+                    "only what the assistant says is trained; task.train_on_prompt=true trains the whole conversation"
+                )
+                raise RowError(f"message {number} ({role}) has {key}: 1; {reason}")
+        return 1  # what others say is never trained, so 0 is true of it
+    return int(next(iter(given.values()), 1))
+
+
+def _calls(number: int, name: str, role: str, message: Message, content: Any) -> list[dict[str, Any]]:
+    """The tool calls of a message, each `{type: function, function: {name, arguments}}` with arguments as an object."""
+    if name in NAMES_OF_CALLS:  # ShareGPT: a turn that is the call, as JSON text
+        value = from_json(content, f"message {number} ({name}) is not JSON") if isinstance(content, str) else content
+        given = value if isinstance(value, list) else [value]
+    elif "function_call" in message:  # OpenAI before tools
+        if message.get("tool_calls"):
+            raise RowError(f"message {number} ({role}) has tool_calls and function_call; give its calls as tool_calls")
+        given = [message["function_call"]]
+    else:
+        given = message.get("tool_calls", [])
+        if isinstance(given, str):
+            given = from_json(given, f"message {number}: tool_calls are not JSON")
+    if not given:
+        return []
+    if role != "assistant":
+        raise RowError(f"message {number} ({role}) calls a tool, which only the assistant does")
+    if not isinstance(given, list):
+        raise RowError(f"message {number}: tool_calls must be a list, it is {format_value(given)}")
+    return [_call(number, call) for call in given]
+
+
+def _call(number: int, call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"message {number}: a tool call needs the name of a function, it is {format_value(call)}")
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str):
+        # OpenAI writes them as text; templates of transformers print an object, and text would be quoted twice.
+        arguments = from_json(arguments or "{}", f"message {number}: arguments of {function['name']} are not JSON")
+    if not isinstance(arguments, dict):
+        raise RowError(
+            f"message {number}: arguments of {function['name']} must be an object, it is {format_value(arguments)}"
+        )
+    outer = {} if "function" not in call else {key: value for key, value in call.items() if key != "function"}
+    return {"type": "function", **outer, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def from_json(text: str, complaint: str) -> Any:
+    """The value that `text` holds. Raises RowError, which begins with `complaint`."""
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"{complaint}: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+    except ValueError as error:
+        raise RowError(f"{complaint}: {error}") from None
+
+
+def without_none(value: Any) -> Any:
+    """`value` without the keys whose value is None: Parquet gives every object the keys of all of them."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value

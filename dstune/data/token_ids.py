@@ -1,0 +1,71 @@
+"""Rows that are token ids already: what they must hold, and whether the model's tokenizer is the one that made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstune.config.data_schema import DataConfig
+from dstune.config.schema import RunConfig
+from dstune.config.token_rules import TOKENS
+from dstune.core.errors import Problem, UserError
+from dstune.data.problems import RowError, format_value
+
+MASKED = -100
+"""The label of a token that does not count in the loss, as `transformers` has it."""
+
+
+def numbers(value: Any, column: str) -> list[int]:
+    """A list of whole numbers with something in it. Raises RowError."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"column {column!r} must be a list of token ids, it is {format_value(value)}")
+    for number in value:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise RowError(f"column {column!r} must hold whole numbers, one is {format_value(number)}")
+    return value
+
+
+def token_row(found: dict[str, Any]) -> dict[str, Any]:
+    """`input_ids`, and `labels` where not all of them count: each the token itself or MASKED. Raises RowError."""
+    ids, labels, mask = found["input_ids"], found.get("labels"), found.get("attention_mask")
+    if mask is not None and (len(mask) != len(ids) or not all(mask)):
+        raise RowError(
+            "attention_mask must be 1 for every token: rows are padded, and kept apart, when they are packed"
+        )
+    if labels is None:
+        return {"input_ids": ids}
+    if len(labels) != len(ids):
+        raise RowError(f"{len(ids)} input_ids have {len(labels)} labels")
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (token, MASKED):
+            raise RowError(f"the label at token {place} is {label}, which is neither its token ({token}) nor {MASKED}")
+    return {"input_ids": ids, "labels": labels}
+
+
+def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:
+    """Raises UserError where token ids were made by another tokenizer than the model's."""
+    if not _has_token_ids(config.data) or config.data.tokenizer in (None, config.model.path):
+        return
+    from transformers import AutoTokenizer
+
+    from dstune import samples
+
+    named = str(config.data.tokenizer)
+    path = str(samples.resolve(named, fetch=False)) if samples.is_sample(named) else named
+    key = "data.tokenizer"
+    try:
+        maker = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = f"cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        raise UserError(Problem(key, reason, "give a folder or hub id with a tokenizer", named)) from None
+    own, theirs = tokenizer.get_vocab(), maker.get_vocab()
+    if different := {token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)}:
+        token = min(different, key=lambda one: (theirs.get(one, len(theirs)), one))
+        reason = (
+            f"the model's tokenizer ({config.model.path}) is another one: {len(different):,} tokens differ, for example "
+            f"{token!r} is {theirs.get(token, 'none')} there and {own.get(token, 'none')} here"
+        )
+        raise UserError(Problem(key, reason, "make the token ids with the model's tokenizer, or give the texts", named))
+
+
+def _has_token_ids(data: DataConfig) -> bool:
+    return TOKENS in {data.format, *(source.format for source in data.mixture.values())}

@@ -1,0 +1,96 @@
+"""Columns that look like content and that the format of the rows does not read: counted, so that a run tells them once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+from dstune.core.registry import on_change
+from dstune.data.formats import columns_read
+from dstune.data.media import COLUMNS, holds_something
+from dstune.protocols import ROW_FORMATS
+
+MORE = (
+    "content",
+    "context",
+    "passage",
+    "document",
+    "documents",
+    "knowledge",
+    "hypothesis",
+    "premise",
+    "dialog",
+    "input",
+    "output",
+    "query",
+    "question",
+    "answer",
+    "system_prompt",
+    "instructions",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "rationale",
+    "explanation",
+    "rejected_response",
+    "rejected_messages",
+    "input_ids",
+)
+"""Names of content beside those that some format reads."""
+
+NO_CONTENT = (
+    "label",
+    "labels",
+    "kto_tag",
+    "tags",
+    "ner_tags",
+    "id",
+    "margin",
+    "is_impossible",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+    "attention_mask",
+)
+
+
+@cache
+def content_names() -> frozenset[str]:
+    """Names of columns that look like content: those that some format reads, and usual ones."""
+    names = {*MORE, *COLUMNS}
+    for form in ROW_FORMATS.classes().values():
+        names |= {*form.required, *form.optional, *(name for others in form.other_names.values() for name in others)}
+    return frozenset(names.difference(NO_CONTENT))
+
+
+on_change(content_names.cache_clear)
+
+
+class Unread:
+    """Counts, row by row. except_for: columns that something else than the format reads."""
+
+    def __init__(self, fmt: str, mapping: Mapping[str, str], except_for: Collection[str] = ()):
+        self._form = ROW_FORMATS[fmt]
+        self._mapping = mapping
+        self._except_for = frozenset(except_for)
+        self._watched: dict[tuple[str, ...], list[str]] = {}
+        self.columns: set[str] = set()
+        """All that were met."""
+        self.rows: Counter[str] = Counter()
+        """By column, the rows in which it holds something that is not read."""
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        met = tuple(fields)
+        if met not in self._watched:
+            self._watched[met] = self._of(fields)
+        for column in self._watched[met]:
+            if holds_something(fields[column]):
+                self.rows[column] += 1
+
+    def _of(self, fields: Mapping[str, Any]) -> list[str]:
+        expanded = self._form().expand(fields)
+        self.columns |= expanded.keys()
+        read = columns_read(self._form, self._mapping, expanded) | self._except_for
+        looks = content_names() | set(self._mapping.values())
+        return [column for column in fields if column in looks and column not in read]

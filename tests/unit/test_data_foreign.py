@@ -1,0 +1,372 @@
+"""Rows as other tools have them (LLaMA-Factory, ms-swift, axolotl, TRL), read without mapping or refused by name; ours, in
+the shapes that their files have. `benchmarks/foreign_data.py` reads the files themselves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, write_jsonl
+
+from dstune.config.data_schema import SplitConfig
+from dstune.core.errors import UserError
+from dstune.data.collate import NO_TARGET
+from dstune.data.formats import check_task, recognise
+from dstune.data.media import marker_in
+from dstune.data.rows import RowError, normalise
+from dstune.data.tokenize import RowTokenizer
+from dstune.protocols.task import TaskConfig
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
+from dstune.tasks.reward.config import RewardConfig
+
+CHAT, TEXT = ChatConfig(template_date="2025-03-09"), CausalLmConfig()
+PAIRS = PreferenceConfig(template_date="2025-03-09")
+JUDGED = PreferenceConfig(loss=PreferenceLoss.kto, template_date="2025-03-09")
+NOTHING_HELD_OUT = SplitConfig(validation=0.0)
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+S, U, A = said("system", "Be brief."), said("user", "Hi"), said("assistant", "Yes")
+U2, A2 = said("user", "And now?"), said("assistant", "Still yes")
+SCHEMA = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def parts(*given: tuple[str, str]) -> list[dict[str, str]]:
+    """Content as LLaMA-Factory's v1 has it."""
+    return [{"type": kind, "value": value} for kind, value in given]
+
+
+def read(row: dict[str, Any], task: TaskConfig) -> tuple[str, dict[str, Any]]:
+    fmt = recognise(row, {}, "auto", task, "rows.jsonl:1")
+    check_task(fmt, row, {}, "auto", task, "rows.jsonl:1")
+    return fmt, normalise(row, fmt, {}, task)
+
+
+V1 = [
+    {"role": "system", "content": parts(("text", "Be brief.")), "loss_weight": 0.0},
+    {"role": "user", "content": parts(("text", "Hi")), "loss_weight": 0.0},
+    {"role": "assistant", "content": parts(("text", "Yes")), "loss_weight": 1.0},
+]
+V1_CALLS = [
+    {"role": "user", "content": parts(("text", "Hi"))},
+    {
+        "role": "assistant",
+        "content": parts(("reasoning", "Hm."), ("tool_call", '{"name": "f", "arguments": {"x": 1}}')),
+    },
+    {"role": "tool", "content": parts(("text", "2"))},
+    {"role": "assistant", "content": parts(("reasoning", "So."), ("text", "Yes"))},
+]
+OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
+    ("LLaMA-Factory v1", {"messages": V1}, "messages", [S, U, A]),
+    (
+        "LLaMA-Factory v1, a turn that is not trained",
+        {"messages": [*V1[:2], {**V1[2], "loss_weight": 0.0}, V1[1], V1[2]]},
+        "messages",
+        [S, U, {**A, "weight": 0}, U, A],
+    ),
+    (
+        "LLaMA-Factory v1, reasoning and calls",
+        {"messages": V1_CALLS, "tools": json.dumps([SCHEMA])},
+        "messages",
+        [
+            U,
+            {"role": "assistant", "reasoning_content": "Hm.", "tool_calls": [CALL]},
+            said("tool", "2"),
+            {**A, "reasoning_content": "So."},
+        ],
+    ),
+    ("ms-swift", {"query": "Hi", "response": "Yes", "system": "Be brief."}, "prompt_completion", [S, U, A]),
+    (
+        "ms-swift, history",
+        {"query": "And now?", "response": "Still yes", "history": [["Hi", "Yes"]]},
+        "prompt_completion",
+        [U, A, U2, A2],
+    ),
+    (
+        "ms-swift, history as JSON text",
+        {"query": "And now?", "response": "Still yes", "history": '[["Hi", "Yes"]]', "system": None},
+        "prompt_completion",
+        [U, A, U2, A2],
+    ),
+    ("ms-swift, loss", {"messages": [U, {**A, "loss": False}, U2, A2]}, "messages", [U, {**A, "weight": 0}, U2, A2]),
+    (
+        "human and assistant",
+        {
+            "system": "Be brief.",
+            "conversation": [{"human": "Hi", "assistant": "Yes"}, {"human": "And now?", "assistant": "Still yes"}],
+        },
+        "conversations",
+        [S, U, A, U2, A2],
+    ),
+    ("a system column beside messages", {"messages": [U, A], "system": "Be brief."}, "messages", [S, U, A]),
+    ("the system text twice", {"messages": [S, U, A], "system": "Be brief."}, "messages", [S, U, A]),
+    (
+        "Alpaca with tools",
+        {"instruction": "Hi", "output": "Yes", "tools": [SCHEMA], "history": [["And now?", "Still yes"]]},
+        "alpaca",
+        [U2, A2, U, A],
+    ),
+    ("a prompt as messages", {"prompt": [S, U], "completion": [A]}, "prompt_completion", [S, U, A]),
+    (
+        "calls as ms-swift has them",
+        {
+            "messages": [
+                U,
+                said("tool_call", '{"name": "f", "arguments": {"x": 1}}'),
+                said("tool_response", "2"),
+                A,
+            ]
+        },
+        "messages",
+        [U, {"role": "assistant", "tool_calls": [CALL]}, said("tool", "2"), A],
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "fmt", "expected"), [case[1:] for case in OF_CHAT], ids=[case[0] for case in OF_CHAT])
+def test_conversations_of_other_tools(row, fmt, expected):
+    found, rendered = read(row, CHAT)
+    assert (found, rendered["messages"]) == (fmt, expected)
+    if row.get("tools"):
+        assert rendered["tools"] == [{"type": "function", "function": SCHEMA}]
+
+
+GPT, BAD = {"from": "gpt", "value": "Yes"}, {"from": "gpt", "value": "No"}
+HUMAN = {"from": "human", "value": "Hi"}
+NO = said("assistant", "No")
+OF_PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "LLaMA-Factory dpo",
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD},
+        {"prompt": [U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "LLaMA-Factory dpo, several turns under a system text",
+        {"conversations": [HUMAN, GPT, HUMAN], "chosen": GPT, "rejected": BAD, "system": "Be brief."},
+        {"prompt": [S, U, A, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "LLaMA-Factory v1",
+        {"chosen_messages": V1, "rejected_messages": [*V1[:2], {**V1[2], "content": parts(("text", "No"))}]},
+        {"prompt": [S, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "Alpaca ranking",
+        {"instruction": "Hi", "input": "you", "chosen": "Yes", "rejected": "No"},
+        {"prompt": "Hi\nyou", "chosen": "Yes", "rejected": "No"},
+    ),
+    (
+        "Alpaca ranking with history",
+        {"instruction": "Hi", "input": "", "history": [["And now?", "Still yes"]], "chosen": "Yes", "rejected": "No"},
+        {"prompt": [U2, A2, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "hh-rlhf",
+        {
+            "chosen": "\n\nHuman: And now?\n\nAssistant: Still yes\n\nHuman: Hi\n\nAssistant: Yes",
+            "rejected": "\n\nHuman: And now?\n\nAssistant: Still yes\n\nHuman: Hi\n\nAssistant: No",
+        },
+        {"prompt": [U2, A2, U], "chosen": [A], "rejected": [NO]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), [case[1:] for case in OF_PAIRS], ids=[case[0] for case in OF_PAIRS])
+@pytest.mark.parametrize("task", [PAIRS, RewardConfig(template_date="2025-03-09")], ids=["preference", "reward"])
+def test_pairs_of_other_tools(row, expected, task):
+    assert read(row, task) == ("preference", expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [U, A], "label": False}, {"messages": [U, A], "desirable": False}),
+        ({"conversations": [HUMAN, GPT], "kto_tag": True}, {"messages": [U, A], "desirable": True}),
+        (
+            {"messages": [U2, A2, U, A], "label": True},
+            {"messages": [U2, {**A2, "weight": 0}, U, A], "desirable": True},
+        ),
+        (
+            {"instruction": "Hi", "input": "you", "output": "Yes", "kto_tag": False},
+            {"prompt": "Hi\nyou", "completion": "Yes", "desirable": False},
+        ),
+        (
+            {"query": "Hi", "response": "Yes", "label": 1, "history": [["And now?", "Still yes"]]},
+            {"messages": [U2, {**A2, "weight": 0}, U, A], "desirable": True},
+        ),
+    ],
+)
+def test_judged_answers_of_other_tools(row, expected):
+    assert read(row, JUDGED)[1] == expected
+
+
+# -- refused by name --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [U, A], "images": ["a.jpg"]}, "column 'images' holds images"),
+        ({"messages": [U, A], "videos": ["a.mp4"], "audios": []}, "column 'videos' holds videos"),
+        ({"query": "Hi", "response": "Yes", "audios": ["a.mp3"]}, "column 'audios' holds audio"),
+        (
+            {"prompt": "Hi", "completion": "Yes", "image": {"path": "a.jpg", "bytes": None}},
+            "column 'image' holds images",
+        ),
+        ({"messages": [{**U, "images": ["a.jpg"]}, A]}, r"message 1 \(user\): the key 'images' holds images"),
+        ({"messages": [said("user", "Who is it?<image>"), A]}, "the marker <image> stands for media"),
+        ({"query": "<img>https://x.y/a.jpeg</img>Who?", "response": "Yes"}, "the marker <img> stands for media"),
+        ({"messages": [{"role": "user", "content": parts(("image_url", "a.jpg"))}, A]}, "holds an image"),
+        ({"messages": [{"role": "user", "content": [{"image": "a.jpg"}, {"text": "Who?"}]}, A]}, "holds an image"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, A]}, "holds a video"),
+        ({"prompt": [U], "completion": [A], "history": [["a", "b"]]}, "'history' stands beside a prompt"),
+        ({"messages": [S, U, A], "system": "Be long."}, "a system text stands in the column 'system' and"),
+    ],
+)
+def test_what_would_be_dropped_is_refused(row, reason):
+    with pytest.raises(RowError, match=reason):
+        read(row, CHAT)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [U, A], "images": []},
+        {"messages": [U, A], "images": None, "image": {"path": None, "bytes": None}},
+        {"messages": [said("user", "Write `<image>` in XML: <image>a.png</image>, <img src='a.png'>"), A]},
+        {"messages": [said("user", "<video controls><source src='a.mp4'></video>"), A]},
+    ],
+)
+def test_text_about_media_and_empty_columns_are_text(row):
+    assert read(row, CHAT)[1]["messages"] == row["messages"]
+    assert marker_in("<image>") == "<image>"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "completion": "Yes", "label": False},
+        {"prompt": "Hi", "completion": "Yes", "label": 1},
+        {"messages": [U, A], "label": "true"},
+        {"conversations": [HUMAN, GPT], "kto_tag": True},
+        {"instruction": "Hi", "output": "Yes", "kto_tag": False},
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_judged_answers_are_no_chats(row, named):
+    fmt = recognise(row, {}, "auto", CHAT, "rows.jsonl:1")
+    with pytest.raises(
+        UserError, match=r"(?s)rows\.jsonl:1: .*of another task than chat.*task=preference task\.loss=kto"
+    ):
+        check_task(fmt, row, {}, fmt if named else "auto", CHAT, "rows.jsonl:1")
+
+
+def test_a_class_beside_a_chat_is_no_verdict():
+    assert read({"prompt": "Hi", "completion": "Yes", "label": "greeting"}, CHAT)[0] == "prompt_completion"
+
+
+def test_pairs_are_no_chats_unless_the_format_is_named():
+    row = {"messages": [U, A], "chosen": [U, A], "rejected": [U, NO]}
+    with pytest.raises(UserError, match=r"(?s)of another task than chat.*task=preference or task=reward"):
+        read(row, CHAT)
+    check_task("messages", row, {}, "messages", CHAT, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "fix"),
+    [
+        ({"messages": [U, A], "label": True}, PAIRS, "task=preference task.loss=kto reads these columns"),
+        (
+            {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD},
+            TEXT,
+            "task=preference and task=reward read these",
+        ),
+        ({"response": "Yes"}, TEXT, r"'data\.columns={text: response}'"),
+        ({"response": "Yes"}, CHAT, r"'data\.columns={prompt: NAME}'"),
+    ],
+)
+def test_the_fix_names_the_task_that_reads_the_rows(row, task, fix):
+    with pytest.raises(UserError, match=f"(?s){fix}"):
+        read(row, task)
+
+
+# -- told or refused in a run -----------------------------------------------------------------------------------------
+
+
+def test_a_column_that_looks_like_content_and_is_not_read_is_counted(tmp_path):
+    rows = [{"prompt": f"{n}?", "completion": "Yes", "context": "c" if n < 3 else "", "id": n} for n in range(5)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report = prepared(data_run(path, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path / "cache").report["train"]
+    assert report["unread_columns"] == {"context": 3}
+
+
+def test_a_mapped_column_that_the_format_does_not_read_is_counted(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "Hello", "stars": 3}])
+    config = data_run(path, task=TEXT, split=NOTHING_HELD_OUT, columns={"label": "stars"})
+    assert prepared(config, byte_tokenizer(), tmp_path / "cache").report["train"]["unread_columns"] == {"stars": 1}
+
+
+def test_a_mapped_column_that_no_row_has_is_refused_where_another_format_fits_too(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [U, A], "question": "Hi", "reply": "Yes"}])
+    columns = {"prompt": "question", "completion": "replay"}
+    (problem,) = refusal_of(data_run(path, columns=columns, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path)
+    assert (problem.where, problem.value) == ("data.columns.completion", "replay")
+    assert problem.fix == "'data.columns={prompt: question, completion: reply}'"
+    columns = {"system": "persona"}  # an optional role, in a later row alone
+    rows = [{"prompt": "Hi", "completion": "Yes"}, {"prompt": "Hi", "completion": "Yes", "persona": "Be brief."}]
+    path = write_jsonl(tmp_path / "more.jsonl", rows)
+    assert prepared(data_run(path, columns=columns, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path / "cache")
+    columns = {"system": "character"}
+    (problem,) = refusal_of(data_run(path, columns=columns, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path)
+    assert problem.where == "data.columns.system"
+
+
+def test_data_columns_choose_the_format():
+    row = {"messages": [U, A], "question": "Hi", "reply": "Yes"}
+    columns = {"prompt": "question", "completion": "reply"}
+    assert recognise(row, columns, "auto", CHAT, "rows.jsonl:1") == "prompt_completion"
+
+
+def test_what_is_trained_of_rows_of_other_tools(tmp_path):
+    rows = [case[1] for case in OF_CHAT if case[0] in ("LLaMA-Factory v1, a turn that is not trained",)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    tokenizer = byte_tokenizer()
+    data = prepared(data_run(path, split=NOTHING_HELD_OUT), tokenizer, tmp_path / "cache")
+    labels = data.train.table[0]["labels"]
+    assert tokenizer.decode([label for label in labels if label != NO_TARGET]) == "Yes<|im_end|>"
+
+
+# -- calls as a template takes them -----------------------------------------------------------------------------------
+
+HEAD = "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+TAIL = (
+    "<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ARGUMENTS}}]{% endfor %}"
+REFUSE = "{{ raise_exception('calls and a content') }}"
+WITHOUT = (
+    HEAD + "{% if m.tool_calls and m.content is defined %}" + REFUSE + "{% endif %}{{ m.content or '' }}" + CALLS + TAIL
+)
+EMPTY = HEAD + "{{ '' + m.content }}" + CALLS + TAIL
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["absent", "null", "empty"])
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'], ids=["object", "text"])
+@pytest.mark.parametrize("template", [WITHOUT, EMPTY], ids=["without", "with"])
+@pytest.mark.parametrize("printed", ["{ c.function.arguments | tojson }", "{ '' + c.function.arguments }"])
+def test_the_template_gets_content_and_arguments_as_it_takes_them(content, arguments, template, printed):
+    tokenizer = byte_tokenizer(template.replace("{ARGUMENTS}", printed))
+    encode = RowTokenizer(tokenizer, CHAT, "messages", 1000)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [U, {"role": "assistant", **content, "tool_calls": [call]}, said("tool", "2", tool_call_id="1"), A]
+    (sample,) = encode.samples([normalise({"messages": messages}, "messages", {})], [0])
+    assert sample.problem == ""
+    assert tokenizer.decode(sample.labels[sample.labels != NO_TARGET]) == '[f {"x": 1}]<|im_end|>Yes<|im_end|>'
