@@ -136,9 +136,9 @@ def _quiet() -> Iterator[None]:
     export."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if importlib.util.find_spec("deepspeed") is not None:
-        import torch
+        from dstune.zero import accelerator
 
-        if not torch.cuda.is_available():
+        if not accelerator.present():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -103,7 +103,7 @@ def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
     if not secret or len(ranks) < 2:
         return
     on_cpu = torch_dist.get_backend(group) == "gloo"
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if on_cpu else torch.empty(0, device=torch.accelerator.current_accelerator()).device
 
     def exchange(mine: bytes) -> list[bytes]:
         tensor = torch.tensor(list(mine), dtype=torch.uint8, device=device)

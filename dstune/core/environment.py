@@ -28,9 +28,8 @@ PACKAGES = (
 )
 
 
-def describe(hosts: list[str], data_fingerprint: str, model: dict[str, Any]) -> dict[str, Any]:
+def describe(hosts: list[str], devices: list[str], data_fingerprint: str, model: dict[str, Any]) -> dict[str, Any]:
     """Versions, hosts, devices, the git commit of the working folder (None outside a repository) and fingerprints."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

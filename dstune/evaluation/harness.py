@@ -33,7 +33,6 @@ def run(
     Raises UserError for a task that is not there, or data that cannot be had.
     """
     require()
-    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -51,7 +50,9 @@ def run(
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file():
         options["peft"], folder = folder, str((read_object(adapter) or {}).get("base_model_name_or_path"))
-    model = HFLM(pretrained=folder, device="cuda" if torch.cuda.is_available() else "cpu", **options)
+    from dstune.zero import accelerator
+
+    model = HFLM(pretrained=folder, device=accelerator.kind(), **options)
     try:
         found = simple_evaluate(
             model,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.own_labels import with_labels
@@ -44,6 +43,7 @@ from dstune.trainer import baseline
 from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.measure import Evaluation, count_rows
 from dstune.trainer.sanity_checks import examine, verify_rows
+from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -78,7 +78,7 @@ def evaluate(
         config = with_labels(config)
     stage = 3 if config.zero.stage == 3 else 0
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
-    settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
+    settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root())
     part: Split | None = getattr(data, split)

@@ -244,8 +244,9 @@ def _body(expected: ModelRequest) -> tuple[Any, Any]:
 
 def _predictor(expected: ModelRequest, module: Any, body: Any, tokenizer: Any) -> Predictor:
     """module: `body`, or what wraps it."""
-    import torch
 
-    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    from dstune.zero import accelerator
+
+    module.to(accelerator.kind()).eval()
     task = task_of(expected.config.task)
     return task.predictor()(expected.config, module, task.head(body), tokenizer, expected.labels)

@@ -90,9 +90,10 @@ def computing_dtype(architecture: Any) -> torch.dtype:
     """The number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
     import torch
 
+    from dstune.zero import accelerator
     from dstune.zero.precision import fast_bf16
 
     stored = architecture.dtype or torch.float32
-    if torch.cuda.is_available():
+    if accelerator.present():
         return stored
     return torch.bfloat16 if stored is not torch.float32 and fast_bf16() else torch.float32

@@ -76,7 +76,6 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
 
     Raises UserError where they cannot be had, or write no text.
     """
-    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -96,7 +95,9 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks of it
             speaker = _load(found, others)
-        speaker.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        from dstune.zero import accelerator
+
+        speaker.model.to(accelerator.kind()).eval()
         yield speaker
 
 

@@ -25,6 +25,7 @@ from dstune.models.spans import (
     window_of,
 )
 from dstune.protocols import method_of, task_of
+from dstune.zero import accelerator
 
 
 class SpanAttention:
@@ -90,7 +91,7 @@ class SamplesApart(SpanAttention):
 
         GPUs have kernels of their own for packed rows, and would wait for the launch of one after the other here.
         """
-        expected = config.model.attention is Attention.auto and not torch.cuda.is_available()
+        expected = config.model.attention is Attention.auto and not accelerator.present()
         language = task_of(config.task).language
         known = not (method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model))
         # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.

@@ -37,6 +37,7 @@ from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
 from dstune.protocols import method_of, task_of
+from dstune.zero import accelerator
 from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
 
 
@@ -278,14 +279,14 @@ def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter])
     """Initialise on the CPU where the parameters are on a GPU, whose generator draws other numbers."""
     in_place = [parameter.data for parameter in owned]
     for parameter in owned:
-        if parameter.device.type == "cuda":
+        if parameter.device.type != "cpu":
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         parameter.data.zero_() if parameter.dim() == 1 else parameter.data.normal_(0.0, 0.02)
         # transformers skips what carries this mark, and sets it on all that it initialised itself.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
     model._init_weights(module)
     for parameter, data in zip(owned, in_place, strict=True):
-        if data.device.type == "cuda":
+        if data.device.type != "cpu":
             data.copy_(parameter.data)
             parameter.data = data
 
@@ -319,7 +320,7 @@ def _attention(config: RunConfig, dtype: torch.dtype) -> str:
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     # transformers tells packed rows apart for flash attention in batches of one row only; sdpa does so in any batch.
-    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    flash = importlib.util.find_spec("flash_attn") is not None and accelerator.present()
     return "flash_attention_2" if flash and dtype is not torch.float32 and not config.data.packing else "sdpa"
 
 

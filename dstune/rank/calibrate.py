@@ -32,6 +32,7 @@ from dstune.planning.flops import forward_flops
 from dstune.planning.setup import Setup, setup
 from dstune.planning.time import Speed
 from dstune.rank.worker import guarded, leave
+from dstune.zero import accelerator
 from dstune.zero.precision import fast_bf16
 from dstune.zero.start import start_process_group
 
@@ -56,12 +57,12 @@ LENGTH = 512
 
 def calibrate(directory: Path, world: World) -> None:
     """Measure and let rank 0 write `speeds.json` into `directory`: `Speed` by the bytes of a weight."""
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    device = accelerator.current()
     formats = {4: torch.float32} | ({2: torch.bfloat16} if fast_bf16() else {})
     link = communication(world, device)
     speeds = {size: asdict(compute(world, device, size, dtype, link)) for size, dtype in formats.items()}
     if world.is_main:
-        device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        device_name = accelerator.name()
         found = {"device": device_name, "ranks": world.size, "threads": torch.get_num_threads(), "speeds": speeds}
         (directory / "speeds.json").write_text(json.dumps(found, indent=1))
     world.barrier()
@@ -69,7 +70,7 @@ def calibrate(directory: Path, world: World) -> None:
 
 def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, link: float) -> Speed:
     """Speeds of one number format."""
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     wide = 4096 if on_gpu else 1024
     a, b = (torch.randn(wide, wide, device=device, dtype=dtype) for _ in range(2))
     flops = 2 * wide**3 / seconds_of(world, device, lambda: a @ b)
@@ -125,7 +126,7 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
     """The rate of elementwise work: what a decoder's layers take beside their products, by the bytes that they keep."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     rows = 8 if on_gpu else 2
     values = {key: value for key, value in SMALL.items() if key != "model_type"}
     config = AutoConfig.for_model("llama", **values)
@@ -194,8 +195,8 @@ def seconds_of(
 
     def once() -> None:
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            accelerator.synchronize()
 
     once()
     world.barrier()

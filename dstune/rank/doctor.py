@@ -20,20 +20,22 @@ from dstune.core import environment, handoff, rendezvous
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher
 from dstune.rank.worker import guarded, leave
+from dstune.zero import accelerator
 from dstune.zero.start import start_process_group
 
 SMALL_BYTES = 4096
-LARGE_BYTES = {"cuda": (2**24, 2**28, 2**30), "cpu": (2**20, 2**24, 2**26)}
-ROUNDS = {"cuda": 20, "cpu": 5}
+LARGE_BYTES = {True: (2**24, 2**28, 2**30), False: (2**20, 2**24, 2**26)}
+"""By whether ranks are on accelerators."""
+ROUNDS = {True: 20, False: 5}
 
 
 def measure(device: torch.device, size: int) -> dict[str, Any]:
     """Figures of the process group that is there; the same calls on every rank."""
     small = torch.zeros(SMALL_BYTES // 4, device=device)
-    latency = _seconds(small, ROUNDS[device.type] * 5)
+    latency = _seconds(small, ROUNDS[device.type != "cpu"] * 5)
     rows = []
-    for size_bytes in LARGE_BYTES[device.type]:
-        seconds = _seconds(torch.zeros(size_bytes // 4, device=device), ROUNDS[device.type])
+    for size_bytes in LARGE_BYTES[device.type != "cpu"]:
+        seconds = _seconds(torch.zeros(size_bytes // 4, device=device), ROUNDS[device.type != "cpu"])
         bandwidth = size_bytes / seconds * 2 * (size - 1) / size / 1e9 if size > 1 else None
         rows.append({"bytes": size_bytes, "seconds": seconds, "bus_gb_per_second": bandwidth})
     return {"latency_seconds": latency, "sizes": rows}
@@ -51,8 +53,8 @@ def _seconds(tensor: torch.Tensor, rounds: int) -> float:
 
 
 def _synchronize(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+    if not tensor.is_cpu:
+        accelerator.synchronize()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,16 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         rendezvous.meet(env, run_dir, os.environ)
-        if torch.cuda.is_available():  # says over what it talks
+        if accelerator.present():  # says over what it talks
             os.environ.setdefault("NCCL_DEBUG", "INFO")
             os.environ.setdefault("NCCL_DEBUG_FILE", str(run_dir / "logs" / "nccl-%h-%p.log"))
         world = start_process_group(env)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = accelerator.current()
         found = measure(device, world.size)
         hosts = world.gather(environment.host())
         sockets = world.any(_over_sockets(run_dir))
         if world.is_main:
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+            name = accelerator.name()
             found |= {"ranks": world.size, "hosts": sorted(set(hosts)), "device": name, "nccl_over_sockets": sockets}
             (run_dir / "result.json").write_text(json.dumps({"status": "completed", "allreduce": found}))
         world.barrier()

@@ -25,6 +25,7 @@ from dstune.tracking.log import RunLog
 from dstune.trainer.baseline import measure_prompted
 from dstune.trainer.evaluate import answer_prompts, limited
 from dstune.trainer.loop import Training
+from dstune.zero import accelerator
 from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
@@ -57,7 +58,7 @@ def describe(
         "parameters": total,
         "trained": trained,
     }
-    facts = environment.describe(hosts, run.data.fingerprint, model)
+    facts = environment.describe(hosts, accelerator.names(), run.data.fingerprint, model)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
     files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
     files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))

@@ -55,7 +55,7 @@ from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 from dstune.trainer.sanity_checks import content_digest, examine, refuse_different_rows, samples_digest, verify_rows
 from dstune.trainer.utilization import utilization_of
-from dstune.zero import swap
+from dstune.zero import accelerator, swap
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -103,7 +103,7 @@ class Setup:
         self.config, self.run_dir, self.world = config, run_dir, world
         self.preemption, self.startup = preemption, startup
         self.started = time.monotonic()
-        self.on_gpu = torch.cuda.is_available()
+        self.on_gpu = accelerator.present()
         self.console = Console()
         self.message: Callable[[str], None] = self.console.message if world.is_main else lambda text: None
 
@@ -416,7 +416,7 @@ def refuse_unshared(world: World, run_dir: Path) -> None:
 def record_collectives(run_dir: Path, variables: MutableMapping[str, str]) -> None:
     """NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/`, which
     `torchfrtrace` reads. What the user has set is kept."""
-    if not torch.cuda.is_available():
+    if not accelerator.present():
         return
     renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     size = "TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE"

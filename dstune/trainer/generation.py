@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from dstune.core.distributed import World
 from dstune.planning.host import available_bytes
+from dstune.zero import accelerator
 from dstune.zero.engine import Engine
 from dstune.zero.parts import full_count
 
@@ -47,5 +47,5 @@ def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
 
 def whole_weights_fit(engine: Engine) -> bool:
     needed = sum(full_count(parameter) * parameter.element_size() for parameter in engine.module.parameters())
-    free = torch.cuda.mem_get_info()[0] if engine.device.type == "cuda" else available_bytes()
+    free = accelerator.memory()[0] if engine.device.type != "cpu" else available_bytes()
     return 2 * needed < free

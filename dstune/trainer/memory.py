@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from dstune.zero import accelerator
 
 GIB = 2**30
 
@@ -37,7 +37,7 @@ def keep_freed() -> None:
     and cleared again: a norm of transformers took 7.3 ms so, 3.4 without (`benchmarks/norms.py`). Call it when the model is
     loaded and proven: what is freed until then goes back. A value that the user has set in the environment stays.
     """
-    if torch.cuda.is_available():
+    if accelerator.present():
         return
     give_back()
     with contextlib.suppress(AttributeError, OSError):
@@ -64,13 +64,13 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()
+        self._on_gpu = accelerator.present()
         self._base = self._peak = 0
         self._earlier = 0
         """The allocator's peak before it was last set back."""
         self._stop = threading.Event()
         if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            accelerator.module().reset_peak_memory_stats()
             return
         self._base = self._peak = resident_bytes()
         threading.Thread(target=self._watch, name="peak-memory", daemon=True).start()
@@ -82,23 +82,23 @@ class PeakMemory:
     @property
     def gib(self) -> float:
         if self._on_gpu:
-            return max(self._earlier, torch.cuda.max_memory_allocated()) / GIB
+            return max(self._earlier, accelerator.module().max_memory_allocated()) / GIB
         self._peak = max(self._peak, resident_bytes())
         return (self._peak - self._base) / GIB
 
     @property
     def now_gib(self) -> float:
         """What is taken at this moment."""
-        return (torch.cuda.memory_allocated() if self._on_gpu else resident_bytes() - self._base) / GIB
+        return (accelerator.module().memory_allocated() if self._on_gpu else resident_bytes() - self._base) / GIB
 
     @contextmanager
     def apart(self) -> Iterator[Callable[[], float]]:
         """The peak within, in GiB, from a call of what comes; it does not count as the run's."""
         if self._on_gpu:
-            self._earlier = max(self._earlier, torch.cuda.max_memory_allocated())
-            torch.cuda.reset_peak_memory_stats()
-            yield lambda: torch.cuda.max_memory_allocated() / GIB
-            torch.cuda.reset_peak_memory_stats()
+            self._earlier = max(self._earlier, accelerator.module().max_memory_allocated())
+            accelerator.module().reset_peak_memory_stats()
+            yield lambda: accelerator.module().max_memory_allocated() / GIB
+            accelerator.module().reset_peak_memory_stats()
             return
         before = max(self._peak, resident_bytes())
         give_back()

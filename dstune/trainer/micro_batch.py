@@ -27,6 +27,7 @@ from dstune.protocols import task_of
 from dstune.trainer.data_loader import order_of
 from dstune.trainer.memory import GIB, PeakMemory
 from dstune.trainer.whole_batch import joined
+from dstune.zero import accelerator
 from dstune.zero.engine import Engine
 
 LEFT_FREE = 0.1
@@ -102,9 +103,9 @@ def at_most(last: Trial, rows: int, held_gib: float) -> float:
 
 def room_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
     """What this rank's peak may be."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return (1 - LEFT_FREE) * (free + torch.cuda.memory_reserved(device)) / GIB
+    if device.type != "cpu":
+        free, _ = accelerator.memory(device)
+        return (1 - LEFT_FREE) * (free + accelerator.module().memory_reserved(device)) / GIB
     return (1 - LEFT_FREE) * (available_bytes() / world.local_size / GIB + memory.now_gib)
 
 
@@ -213,8 +214,8 @@ class Trials:
         return times
 
     def _wait(self) -> None:
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+        if self.engine.device.type != "cpu":
+            accelerator.synchronize()
 
     def _without_padding(self, rows: int) -> float:
         """Share of the positions that hold a token in the micro-batches of an epoch, at this size."""

@@ -18,6 +18,7 @@ from dstune.data.build import PreparedData
 from dstune.data.sampler import GlobalBatch, MicroBatch, TrainingOrder, share
 from dstune.trainer.data_loader import DataLoader, order_of
 from dstune.trainer.utilization import Counted, counted
+from dstune.zero import accelerator
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ def prefetched_steps(
 
     def prepare(step: int) -> RankBatch:
         loaded = data_loader.load(step)
-        pinned = torch.cuda.is_available()
+        pinned = accelerator.present()
         batches = []
         for micro_batch in share(loaded.global_batch.micro_batches, world.data_parallel_rank, world.data_parallel_size):
             batch = batch_of(config, loaded.split, micro_batch, pad_token_id)

@@ -21,6 +21,7 @@ from dstune.optim.sgd import SgdConfig
 from dstune.protocols import method_of, optimizer_of, task_of
 from dstune.trainer.data_loader import data_loader_of
 from dstune.trainer.prefetcher import dropout_seed, prefetched_steps
+from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Change, Engine
 from dstune.zero.parts import partitioned_loading
@@ -76,7 +77,7 @@ def probing(
     """A copy of the run's model at the run's ZeRO stage, with the parameters that `config.method` trains, and gradients as
     they are: nothing is clipped. restrict: freezes some of them before the engine is made."""
     config = replace(config, trainer=replace(config.trainer, grad_clip=0.0))
-    settings = deepspeed_config(config, world.size, precision, on_gpu=torch.cuda.is_available())
+    settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     with partitioned_loading(settings):
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     new = new_weights(model)

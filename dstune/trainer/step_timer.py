@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
+from dstune.zero import accelerator
 
 PARTS = ("forward", "backward", "update")
 """In this order within a step; forward and backward once for each micro-batch. At ZeRO 2 and 3 gradients are reduced inside the
@@ -16,7 +16,7 @@ class StepTimer:
     """Marks the ends of the parts of a step. On a GPU the stream's events are timed, which nobody waits for."""
 
     def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()
+        self._on_gpu = accelerator.present()
         self._marks: list[tuple[str, Any]] = []
         self._started = time.perf_counter()
         self._waited = 0.0
@@ -55,6 +55,4 @@ class StepTimer:
     def _moment(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return accelerator.moment()

@@ -22,6 +22,7 @@ from dstune.planning.flops import Work, step_flops, work_of
 from dstune.planning.hardware import known_device
 from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.protocols import method_of, task_of
+from dstune.zero import accelerator
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -131,7 +132,7 @@ def utilization_of(
 
     What is not known costs the run its number and nothing else.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = accelerator.present()
     try:
         needs = _needs(config, model, module, precision, world, labels)
     except (UserError, AttributeError, LookupError, TypeError, ValueError):  # not an architecture of the planner
@@ -154,7 +155,7 @@ def _needs(
         architecture(values, head_of(config), labels or labels_of(config)),
         ranks=world.size,
         ranks_per_node=world.local_size,
-        on_gpu=torch.cuda.is_available(),
+        on_gpu=accelerator.present(),
         precision=precision,
         values=values,
     )
@@ -168,7 +169,7 @@ def peak_flops(precision: Precision, ranks: int, *, on_gpu: bool) -> float | Non
     """Floating-point operations a second of matrix products of one of this machine's `ranks` ranks while all are busy: as
     measured here by `dstune plan --calibrate`, else as published for this GPU; None where neither is known."""
     size = 4 if precision is Precision.fp32 else 2
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    name = accelerator.name()
     measured = calibration.speeds(ranks, on_gpu=on_gpu, device=name, threads=torch.get_num_threads())
     if size in measured:
         return measured[size].flops

@@ -371,7 +371,7 @@ class Engine:
         have no moments and no share in the norm; weight decay is taken from the optimizer and applied here. Masks cost a
         bit for each entry on every rank.
         """
-        packed = {name: pack_bits(mask) for name, mask in masks.items()}
+        packed = {name: pack_bits(mask).to(self.device) for name, mask in masks.items()}
         for name, bits in packed.items():
             parameter = self._parameters[name]
             shape = full_shape(parameter)

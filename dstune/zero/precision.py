@@ -6,6 +6,7 @@ import torch
 
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.errors import Problem, UserError
+from dstune.zero import accelerator
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -15,7 +16,7 @@ def fast_bf16() -> bool:
 
     A CPU without AMX or AVX512-BF16 emulates them: 1.2 against 86 GFLOP/s per core on a Zen CPU with AVX2.
     """
-    if torch.cuda.is_available():
+    if accelerator.present():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
@@ -30,7 +31,7 @@ def resolve(config: RunConfig) -> Precision:
     if requested is Precision.auto:
         # DeepSpeed's stage 0 makes an optimizer step with zero gradients at initialisation in bf16, so it stays in fp32.
         return Precision.bf16 if config.zero.stage > 0 and fast_bf16() else Precision.fp32
-    if requested is Precision.fp16 and not torch.cuda.is_available():
+    if requested is Precision.fp16 and not accelerator.present():
         raise UserError(
             Problem(
                 "trainer.precision",
@@ -39,7 +40,7 @@ def resolve(config: RunConfig) -> Precision:
                 fix="trainer.precision=fp32 (or bf16)",
             )
         )
-    if requested is Precision.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if requested is Precision.bf16 and accelerator.present() and not torch.cuda.is_bf16_supported():
         raise UserError(
             Problem(
                 "trainer.precision",

@@ -24,6 +24,7 @@ import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor
 
+from dstune.zero import accelerator
 from dstune.zero.safe_load import load
 
 AT_ONCE = 2**20
@@ -201,7 +202,7 @@ class HostCopies:
         storage = tensor.untyped_storage()
         key = storage.data_ptr() or id(storage)
         if key not in storages:
-            buffer = self._buffer(storage.nbytes(), pinned=tensor.is_cuda)
+            buffer = self._buffer(storage.nbytes(), pinned=not tensor.is_cpu)
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             if storage.nbytes() > AT_ONCE:
                 self._later.append(Copy(source, buffer))
@@ -221,17 +222,17 @@ class HostCopies:
 
 def copy_to_host(copies: list[Copy]) -> None:
     """In a thread beside the one that computes; on GPUs on a stream of its own."""
-    on_gpu = [copy for copy in copies if copy.source.is_cuda]
+    on_gpu = [copy for copy in copies if not copy.source.is_cpu]
     if on_gpu:
         device = on_gpu[0].source.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.default_stream(device))
-        with torch.cuda.stream(stream):
+        stream = accelerator.module().Stream(device)
+        stream.wait_stream(accelerator.module().default_stream(device))
+        with accelerator.module().stream(stream):
             for one in on_gpu:
                 one.target.copy_(one.source, non_blocking=True)
         stream.synchronize()
     for one in copies:
-        if not one.source.is_cuda:
+        if one.source.is_cpu:
             # Not torch's copy_: it spreads over as many threads as a matrix product, which hold each other up beside one.
             np.copyto(one.target.numpy(), one.source.numpy())
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
-
+from dstune.core import environment
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import STORE, RankEnv
+from dstune.zero import accelerator
 
 
 def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:
@@ -28,7 +28,7 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # peft imports it wherever it is; it misses what nobody needs
-    if not torch.cuda.is_available():
+    if not accelerator.present():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
     with _without("mlflow"):
         import deepspeed
@@ -38,8 +38,8 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
     # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
     # without; it brought nothing measurable over gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_device_of(env))
+    if accelerator.present():
+        accelerator.choose(_device_of(env))
     backend = get_accelerator().communication_backend_name()
     store = os.environ.get(STORE)
     deepspeed.init_distributed(
@@ -51,14 +51,18 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
         rank=env.rank,
         world_size=env.world_size,
     )
-    return World(env)
+    world = World(env)
+    if accelerator.present():
+        refuse_shared_devices(world, accelerator.identity())
+    return world
 
 
 def _device_of(env: RankEnv) -> int:
     """The index of this rank's GPU; tells DeepSpeed too. Raises UserError where there are fewer GPUs than ranks."""
-    visible = torch.cuda.device_count()
-    # srun --gpus-per-task=1 shows each rank its own GPU only, as number 0.
-    device = 0 if visible == 1 and env.source == "slurm" else env.local_rank
+    visible = accelerator.count()
+    # Where each rank is shown its own GPU only (srun --gpus-per-task=1, Kubernetes, a wrapper around each rank of mpirun), it
+    # is number 0 of each. `refuse_shared_devices` tells that from a single GPU for all.
+    device = 0 if visible == 1 else env.local_rank
     if device >= visible:
         raise UserError(
             Problem(
@@ -70,6 +74,21 @@ def _device_of(env: RankEnv) -> int:
         )
     os.environ["LOCAL_RANK"] = str(device)
     return device
+
+
+def refuse_shared_devices(world: World, identity: str) -> None:
+    """Raises UserError on all ranks where two of a node are on the same device, which NCCL does not take."""
+    places: dict[tuple[str, str], list[int]] = {}
+    for rank, place in enumerate(world.gather((environment.host(), identity))):
+        places.setdefault(place, []).append(rank)
+    shared = [(place, ranks) for place, ranks in places.items() if place[1] and len(ranks) > 1]
+    if shared:
+        (host, device), ranks = shared[0]
+        reason = (
+            f"ranks {', '.join(map(str, ranks))} of {host} see one GPU, {device}, and every rank needs one of its own"
+        )
+        fix = "start one rank for each GPU, or show each rank a GPU of its own (CUDA_VISIBLE_DEVICES)"
+        raise UserError(Problem("launch", reason, fix, f"{world.local_size} ranks"))
 
 
 @contextmanager

@@ -32,9 +32,11 @@ def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
 def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int) -> list[str]:
     import torch
 
+    from dstune.zero import accelerator
+
     tokenizer, model = _load(path)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    on_gpu = accelerator.present()
+    device = torch.device(accelerator.kind(), int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     model = model.to(device).eval()
     answers: list[str] = []
     with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.no_grad():
@@ -61,7 +63,7 @@ def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int)
             answers += [answer if text else "" for answer, text in zip(report, some, strict=True)]
     del model
     if on_gpu:
-        torch.cuda.empty_cache()
+        accelerator.module().empty_cache()
     return answers
 
 

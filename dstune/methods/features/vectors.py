@@ -35,6 +35,7 @@ from dstune.models import pooled
 from dstune.models.heads.base import inputs_of
 from dstune.models.load import load_model, local_path, trained_config
 from dstune.protocols.method import Preparation
+from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import full_count, partitioned_loading
@@ -145,7 +146,7 @@ def _compute(
     """Run the body over every row once, as evaluation does, and write `folder`."""
     stage = 3 if config.zero.stage == 3 else 0  # there is no optimizer whose states could be partitioned
     alone = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
-    settings = deepspeed_config(alone, world.size, precision, on_gpu=torch.cuda.is_available())
+    settings = deepspeed_config(alone, world.size, precision, on_gpu=accelerator.present())
     with partitioned_loading(settings):
         model = load_model(alone, tokenizer, data.labels, DTYPES[precision])
     body_parameters = sum(full_count(parameter) for parameter in model.base_model.parameters())

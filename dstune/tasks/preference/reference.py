@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
@@ -26,6 +25,7 @@ from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import METHODS, method_of, task_of
 from dstune.tasks.preference.config import PreferenceConfig
 from dstune.tasks.preference.head import JudgedHead, PairHead
+from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
@@ -69,7 +69,7 @@ def with_reference_model(
     found = _Cache(cache_root(), data, identity, precision)
 
     def compute() -> dict[str, np.ndarray]:
-        settings = deepspeed_config(other, world.size, precision, on_gpu=torch.cuda.is_available())
+        settings = deepspeed_config(other, world.size, precision, on_gpu=accelerator.present())
         with partitioned_loading(settings):
             model = load_model(other, tokenizer, (), DTYPES[precision])
         head = task_of(other.task).head(model)

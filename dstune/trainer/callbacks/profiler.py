@@ -33,10 +33,11 @@ class StepProfiler(Callback):
     order = 70
 
     def __init__(self, steps: int, folder: Path, rank: int, message: Callable[[str], None]):
-        import torch
+
+        from dstune.zero import accelerator
 
         self._left, self._folder, self._rank, self._message = steps, folder / FOLDER, rank, message
-        self._on_gpu = torch.cuda.is_available()
+        self._on_gpu = accelerator.present()
         self._recording: profile | None = None
         self._mark: record_function | None = None
         self._steps: list[int] = []

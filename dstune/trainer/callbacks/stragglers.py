@@ -30,9 +30,9 @@ class OwnTime:
     """Seconds per row element of this rank's own work, as a running mean."""
 
     def __init__(self) -> None:
-        import torch
+        from dstune.zero import accelerator
 
-        self._on_gpu = torch.cuda.is_available()
+        self._on_gpu = accelerator.present()
         self._timing = False
         self._hooks: list[Any] = []
         self._began: Any = None
@@ -75,11 +75,9 @@ class OwnTime:
     def _moment(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
-        import torch
+        from dstune.zero import accelerator
 
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return accelerator.moment()
 
     def _begin(self, layer: nn.Module, inputs: Any) -> None:
         if self._timing:

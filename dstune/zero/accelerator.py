@@ -1,0 +1,97 @@
+"""The accelerator that a rank computes on: CUDA, ROCm (which torch calls CUDA), Intel's XPU, Gaudi, ...; or none, and then the CPU.
+
+`torch.accelerator` says which there is; `torch.get_device_module` has its memory, streams and events. What is here takes the
+place of `torch.cuda` everywhere, but for what CUDA alone has.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+NOT_TRAINED_ON = ("mps", "mtia", "meta")
+"""Accelerators on which DeepSpeed does not partition: runs on a Mac train on its CPU."""
+
+
+def kind() -> str:
+    """`cuda`, `xpu`, `hpu`, ... or `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None or found.type in NOT_TRAINED_ON else found.type
+
+
+def present() -> bool:
+    return kind() != "cpu"
+
+
+def module() -> Any:
+    """What torch has for it: `torch.cuda`, `torch.xpu`, ..."""
+    return torch.get_device_module(kind())
+
+
+def count() -> int:
+    """How many this process sees."""
+    return int(module().device_count()) if present() else 0
+
+
+def current() -> torch.device:
+    """The device of this rank."""
+    return torch.device(kind(), module().current_device()) if present() else torch.device("cpu")
+
+
+def choose(index: int) -> None:
+    """Let this rank compute on its node's device number `index`."""
+    module().set_device(index)
+
+
+def identity() -> str:
+    """Tells the device of this rank, which may be a part of a divided GPU, from all others of its node; empty where torch
+    does not know."""
+    known = getattr(module(), "get_device_properties", None)
+    return "" if known is None else str(getattr(known(module().current_device()), "uuid", ""))
+
+
+def name(index: int | None = None) -> str:
+    """Of a device as its maker calls it, or `CPU`."""
+    return str(module().get_device_name(index)) if present() else "CPU"
+
+
+def names() -> list[str]:
+    return [name(index) for index in range(count())]
+
+
+def synchronize() -> None:
+    """Wait for all that was started on the device."""
+    if present():
+        module().synchronize()
+
+
+def memory(device: torch.device | None = None) -> tuple[int, int]:
+    """(free, all) bytes of the device."""
+    free, total = module().mem_get_info(device)
+    return int(free), int(total)
+
+
+def has_bf16() -> bool:
+    """Whether the device computes bf16 by itself: Volta and Turing go by way of fp32, slower than fp32 itself."""
+    if kind() == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(module(), "is_bf16_supported", None)
+    return supported is None or bool(supported())
+
+
+def moment() -> Any:
+    """An event in the stream, recorded now; `earlier.elapsed_time(later)` gives milliseconds."""
+    event = module().Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the accelerator, or the host, had no room for a tensor."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error), re.I))

@@ -1,0 +1,132 @@
+"""The placement matrix: task x method x stage as `tools/side_by_side.py` has them, and what may wait for the device in a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools import side_by_side
+
+PROGRAM = Path(__file__).with_name("program.py")
+ROOT = Path(__file__).parents[2]
+SHORT = ["trainer.max_steps=2", "trainer.global_batch_size=4", "evaluate.every=2", "evaluate.samples=0"]
+STAGES = side_by_side.STAGES
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+    argv: tuple[str, ...]
+
+
+def cells(folder: Path, tasks: Sequence[str], stages: Sequence[int], *, rotate: bool = False) -> Iterator[Cell]:
+    """Every method of these tasks, and the variants, at each stage; with `rotate` at one of them. folder: of models and data."""
+    for case in side_by_side.pairs((), stages, 1, folder, rotate=rotate):
+        task = next(word for word in case.argv if word.startswith("task=")).removeprefix("task=")
+        if task in tasks:
+            words = [word for word in case.argv[1:] if word.partition("=")[0] not in REPLACED]
+            yield Cell(case.name, (*words, *SHORT))
+
+
+REPLACED = {word.partition("=")[0] for word in SHORT} | {"checkpoint.every", "trainer.epochs"}
+
+MICRO_BATCH, GROUP, STEP = "micro-batch", "group", "step"
+"""How often something may wait: once in each micro-batch, for each group of the optimizer, in each step."""
+
+
+@dataclass
+class Found:
+    """What a cell came to."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    micro_batches: list[int] = field(default_factory=list)
+    groups: int = 0
+    waits: list[list[list[Any]]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    error: str = ""
+    log: str = ""
+    device: str = ""
+
+    def not_allowed(self) -> list[str]:
+        """What made the host wait in the last step and is not in `ALLOWED`, or more often."""
+        often = {MICRO_BATCH: self.micro_batches[-1], GROUP: self.groups, STEP: 1}
+        wrong = []
+        for operation, place, count in self.waits[-1]:
+            times, unit = ALLOWED.get(place, (0, STEP))
+            if count > times * often[unit]:
+                wrong.append(f"{operation} at {place}: {count} times")
+        return wrong
+
+    def total(self, unit: str) -> int:
+        """How many waits of the last step come once in each micro-batch, or else."""
+        found: dict[str, int] = defaultdict(int)
+        for _, place, count in self.waits[-1]:
+            found[ALLOWED.get(place, (0, STEP))[1]] += count
+        if unit == MICRO_BATCH:
+            return found[MICRO_BATCH] // self.micro_batches[-1]
+        return found[STEP] + found[GROUP]
+
+
+ALLOWED: dict[str, tuple[int, str]] = {
+    # Which positions have a target, and the gradient of what is taken from there.
+    "dstune/models/heads/language.py:_forward": (1, MICRO_BATCH),
+    "dstune/models/heads/language.py:_loss": (1, MICRO_BATCH),
+    "main": (1, MICRO_BATCH),
+    # Where packed rows restart; whether a mask of padded rows hides anything.
+    "transformers/masking_utils.py:find_packed_sequence_indices": (1, MICRO_BATCH),
+    "transformers/masking_utils.py:_ignore_causal_mask_sdpa": (2, MICRO_BATCH),
+    # The sums of a step, and its gradient norm.
+    "dstune/trainer/loop.py:<dictcomp>": (6, STEP),
+    "dstune/zero/engine.py:update": (1, STEP),
+    # Of DeepSpeed.
+    "deepspeed/runtime/utils.py:is_invalid_grad_norm": (2, GROUP),
+    "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": (1, GROUP),
+    "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct": (2, GROUP),
+}
+"""By the place that waits: how often, and in what."""
+
+
+class Server:
+    """Computes cells in children of one process (`program.py`)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        side_by_side.make_inputs(folder)
+        self._process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder)],
+            cwd=folder,
+            env={
+                **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+                **side_by_side.ENVIRONMENT,
+                "PYTHONPATH": str(ROOT),
+                "DSTUNE_CACHE": str(folder / "cache"),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, cell: Cell, *, simulated: bool = True, plant: str = "") -> Found:
+        """plant: see `program.PLANTED`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        name = cell.name + ("" if simulated else "-on-cpu") + plant
+        request = {"name": name, "argv": cell.argv, "simulated": simulated, "plant": plant}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the program ended with {self._process.wait()}"
+        return Found(**json.loads(answer))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()

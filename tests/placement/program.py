@@ -1,0 +1,174 @@
+"""Computes cells of the placement matrix: `python program.py FOLDER` reads a JSON line for each and answers with one.
+
+A cell is a run as `dstune train` composes it, on the simulated device or on the CPU. Imports are made once; each cell is a
+child of its own, which ends with its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+SECONDS = 120
+IMPORTS = (
+    *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert", "peft", "bitsandbytes"),
+    *("transformers.models.t5.modeling_t5", "deepspeed", "datasets", "hydra", "dstune.config.validate"),
+    *("dstune.rank.worker", "dstune.launch.first_rows", "scipy.stats", "sklearn.metrics", "seqeval.metrics"),
+)
+
+
+def _mix(loss_sum: Any, torch: Any) -> Any:
+    return loss_sum.view(1).mul(torch.ones(1)).sum()
+
+
+def _read(loss_sum: Any, torch: Any) -> Any:
+    return loss_sum + 0.0 * loss_sum.item()
+
+
+PLANTED = {"mix": _mix, "read": _read}
+"""Faults that a test asks for: what becomes of the loss of a micro-batch."""
+
+
+def plant(name: str) -> None:
+    import torch
+
+    from dstune.models.heads import language
+
+    loss = language.CausalLmHead._loss
+    fault = PLANTED[name]
+
+    def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = loss(self, *args, **kwargs)
+        return replace(output, loss_sum=fault(output.loss_sum, torch)) if torch.is_grad_enabled() else output
+
+    language.CausalLmHead._loss = planted  # type: ignore[method-assign]
+
+
+def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> dict[str, Any]:
+    """Train in this process; losses, gradient norms, and what waited for the device, of each step."""
+    from dstune.config.compose import compose
+    from dstune.config.validate import find_problems
+
+    config = compose([*argv, f"run.dir={run_dir}"]).config
+    from dstune.launch.first_rows import hardware_problems
+
+    problems = [*find_problems(config), *hardware_problems(config, gpus=1 if simulated else 0)]
+    if problems:
+        return {"refused": [str(problem.reason) for problem in problems]}
+    run_dir.mkdir(parents=True)
+    (run_dir / "logs").mkdir()
+    if simulated:
+        from tests.placement import simulated_device
+
+        simulated_device.install()
+    if fault:
+        plant(fault)
+    from dstune.core.rank_env import RankEnv
+    from dstune.protocols import method_of
+    from dstune.rank import worker
+    from dstune.trainer import loop
+    from dstune.trainer.callbacks.preemption import Preemption
+    from dstune.zero.start import start_process_group
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DSTUNE_STORE=str(run_dir / "store"))
+    world = start_process_group(RankEnv(0, 1, 0, 1, "environment"))
+    preemption = Preemption(config, 0.0, run_dir, is_main=True)
+    *before, config = method_of(config.method).stages(config, run_dir)
+    for stage in before:
+        worker.train_before(stage, config, run_dir, world, preemption)
+    setup = worker.Setup(config, run_dir, world, preemption, worker.StartupTimer())
+    setup.configure_rank()
+    setup.load_data()
+    setup.prepare_method()
+    setup.build_model()
+    setup.build_engine()
+    setup.check_arithmetic()
+    setup.load_checkpoint()
+    run = setup.build_training()
+    found: dict[str, Any] = {"losses": [], "norms": [], "micro_batches": [], "waits": []}
+    found["groups"] = len(run.engine._engine.optimizer.param_groups)
+    found["device"] = str(run.engine.device)
+    train_step, report_step = loop.train_step, loop.report_step
+
+    def counted(run: Any, step: Any) -> None:
+        if simulated:
+            simulated_device.waits.clear()
+        train_step(run, step)
+
+    def reported(run: Any, step: Any) -> None:
+        report_step(run, step)
+        found["losses"].append(step.loss)
+        found["norms"].append(step.update.grad_norm)
+        found["micro_batches"].append(len(step.batch.batches))
+        if simulated:
+            found["waits"].append([[*where, count] for where, count in sorted(simulated_device.waits.items())])
+
+    loop.train_step, loop.report_step = counted, reported
+    loop.fit(run)
+    loop.train_step, loop.report_step = train_step, report_step
+    run.callbacks.close()
+    return found
+
+
+def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a child of this process makes of a cell."""
+    reads, writes = os.pipe()
+    log = folder / f"{request['name']}.log"
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.close(reads)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        try:
+            with contextlib.chdir(folder):
+                found = compute(
+                    request["argv"],
+                    simulated=request["simulated"],
+                    run_dir=folder / request["name"],
+                    fault=request["plant"],
+                )
+        except BaseException as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(writes, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads, "rb") as stream:
+        content = stream.read()
+    _, status = os.waitpid(child, 0)
+    found = json.loads(content) if content else {"error": f"ended with {os.waitstatus_to_exitcode(status)}"}
+    output = log.read_text(errors="replace")
+    # An error within the backward pass may end the process before Python hears of it.
+    if mixed := [line for line in output.splitlines() if line.startswith("MIXED ")]:
+        found["error"] = mixed[0]
+    if "error" in found:
+        found["log"] = output[-6000:]
+    return {"name": request["name"], **found}
+
+
+def main() -> None:
+    import importlib
+
+    folder = Path(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it
+    for name in IMPORTS:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(json.loads(line), folder)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
