@@ -12,7 +12,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.methods._peft import TrainedPrompt, linear
 from dstune.methods._peft.config import AdapterConfig
-from dstune.protocols import method
+from dstune.protocols import method, task_of
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture
@@ -42,6 +42,9 @@ class Prefix(TrainedPrompt):
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         yield from super().check(run)
+        if task_of(run.task).has_head:
+            reason = f"keys and values go in front of models that predict tokens, and task={run.task.name} has a head instead"
+            yield Problem("method", reason, "method=prompt, p_tuning or lora", self.name)
         if run.trainer.activation_checkpointing:
             reason = "the prefix stands in the cache of keys and values, which checkpointed layers do not have"
             value = format_value(run.trainer.activation_checkpointing)

@@ -22,6 +22,8 @@ from dstune.methods.prompt import PromptConfig
 from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.vera import VeraConfig
 from dstune.protocols import METHODS, method_of
+from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.reward.config import RewardConfig
 from tests.support.configs import run_config
 
 PISSA, LOFTQ = LoraInit.pissa, LoraInit.loftq
@@ -36,6 +38,8 @@ UNPACKED = {"data": data_schema.DataConfig(train="rows.jsonl", packing=False)}
         ("data.packing", PromptConfig(), {}),
         ("data.packing", PrefixConfig(), {}),
         ("data.packing", PTuningConfig(), {}),
+        ("method", PrefixConfig(), {"task": ClassificationConfig()} | UNPACKED),
+        ("method", PrefixConfig(), {"task": RewardConfig()} | UNPACKED),
         ("model.weights", PromptConfig(), RANDOM | UNPACKED),
         ("model.weights", Qlora(), RANDOM),
         (

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
-from dstune.methods._peft.files import tensors_of
+from dstune.methods._peft.files import HEADS, tensors_of
 from dstune.models.load import NewWeights, new_weights
 from dstune.protocols import task_of
 from dstune.zero.parts import gathered
@@ -58,11 +58,13 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
 def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config: RunConfig) -> dict[str, Any]:
     """Arguments of peft's configurations of adapters on modules."""
-    return {
-        "target_modules": _targets(method),
-        "modules_to_save": _modules_to_save(method, new_weights(model)) or None,
-        "task_type": task_type(config, model),
-    }
+    import peft
+
+    targets, whole, kind = _targets(method), _modules_to_save(method, new_weights(model)), task_type(config, model)
+    if targets == "all-linear" and kind in (peft.TaskType.TOKEN_CLS, peft.TaskType.QUESTION_ANS):
+        # peft leaves the head out of all-linear for sequence classifiers alone. It would adapt this one, then fail to copy it.
+        whole += [name for name, _ in model.named_children() if name in HEADS and name not in whole]
+    return {"target_modules": targets, "modules_to_save": whole or None, "task_type": kind}
 
 
 def adapt(
@@ -111,5 +113,5 @@ def _modules_to_save(method: ModuleAdapterConfig, new: NewWeights) -> list[str]:
     """
     owners = {name.rpartition(".")[0] for name in new.parameters}
     # peft adds a task's own head by itself, as a whole.
-    owners = {owner for owner in owners if not {"classifier", "score", "qa_outputs"} & set(owner.split("."))}
+    owners = {owner for owner in owners if not HEADS & set(owner.split("."))}
     return [*method.modules_to_save, *sorted(owners - set(method.modules_to_save))]
