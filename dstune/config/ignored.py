@@ -8,7 +8,7 @@ from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
-from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
+from dstune.config.sweep_schema import Pruner, Sampler
 from dstune.core.errors import Problem
 from dstune.protocols import TRACKERS, schedule_of, task_of
 
@@ -29,8 +29,8 @@ def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
     """The same of the settings of a sweep, when it is one."""
-    sweep = config.sweep
-    if not isinstance(sweep, OptunaConfig):
+    sweep = config.sweep.optuna
+    if sweep is None:
         return []
     unused: dict[str, tuple[str, str]] = {}
     if sweep.pruner is Pruner.none:

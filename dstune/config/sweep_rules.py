@@ -49,8 +49,8 @@ def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem
         reason = f"launch={config.launch.name} gives every trial all hosts"
         fix = "sweep.parallel=1, or launch=local or launch=slurm"
         yield Problem("sweep.parallel", reason, fix, str(sweep.parallel))
-    if isinstance(sweep, OptunaConfig):
-        yield from _check_optuna(config, sweep, metrics)
+    if sweep.optuna:
+        yield from _check_optuna(config, sweep.optuna, metrics)
 
 
 def _check_optuna(config: RunConfig, sweep: OptunaConfig, metrics: Collection[str]) -> Iterator[Problem]:

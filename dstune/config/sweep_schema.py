@@ -42,6 +42,11 @@ class GridConfig:
     """Metrics that trials are compared by (also seconds, tokens_per_second, peak_memory_gib);
     `trainer.early_stopping.metric` when empty."""
 
+    @property
+    def optuna(self) -> OptunaConfig | None:
+        """These settings, where Optuna chooses the values."""
+        return None
+
 
 @dataclass(frozen=True)
 class OptunaConfig(GridConfig):
@@ -67,6 +72,10 @@ class OptunaConfig(GridConfig):
     SQLite file in the sweep's directory when not given."""
     study: str | None = None
     """Name of the study in a storage; `NAME-ID` when not given."""
+
+    @property
+    def optuna(self) -> OptunaConfig:
+        return self
 
 
 SweepConfig = GridConfig | OptunaConfig

@@ -367,7 +367,7 @@ def check_saves(config: RunConfig) -> Iterator[Problem]:
     if not config.checkpoint.weights_only:
         return
     fix = "checkpoint.weights_only=false"
-    if restarts := getattr(config.launch, "restarts", 0):
+    if restarts := launcher_of(config.launch).restarts:
         reason = "a restart continues from a checkpoint, and those with weights alone cannot be continued"
         yield Problem("launch.restarts", reason, f"{fix}, or launch.restarts=0", format_value(restarts))
     if config.trainer.spike.action is SpikeAction.rollback:

@@ -124,7 +124,7 @@ def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
     if not task_of(config.task).has_labels:
         return ModelRequest(config, (), identity)
     own = load_config(config.model).id2label
-    labels = getattr(config.task, "labels", []) or [own[index] for index in sorted(own)]
+    labels = task_of(config.task).given_labels or [own[index] for index in sorted(own)]
     return ModelRequest(config, tuple(labels), identity)
 
 

@@ -95,6 +95,11 @@ class Launcher:
         return None
 
     @property
+    def restarts(self) -> int:
+        """How often a failed attempt is started again."""
+        return 0
+
+    @property
     def waits(self) -> bool:
         """Whether `start` returns when the run is over, and not before."""
         return True

@@ -15,7 +15,6 @@ from pathlib import Path
 from dstune.config.flags import Flags
 from dstune.config.overrides import quoted
 from dstune.config.schema import RunConfig
-from dstune.config.sweep_schema import OptunaConfig
 from dstune.config.sweep_space import Axis
 from dstune.core.errors import Problem, UserError
 from dstune.launch import records
@@ -36,7 +35,7 @@ def is_array(config: RunConfig) -> bool:
 def problems(config: RunConfig, axes: Sequence[Axis]) -> Iterator[Problem]:
     """Why this sweep cannot be left to the queue."""
     if is_array(config):
-        if isinstance(config.sweep, OptunaConfig):
+        if config.sweep.optuna:
             reason = "Optuna chooses the values of a trial after others have ended, so the sweep has to wait for them"
             yield Problem("launch.wait", reason, "launch.wait=true", "false")
         if any(axis.key == "launch.processes" for axis in axes):

@@ -16,7 +16,6 @@ from dstune.config.ignored import ignored_in_sweep, ignored_settings
 from dstune.config.overrides import key_of, quoted
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_rules import holds_out, objectives
-from dstune.config.sweep_schema import OptunaConfig
 from dstune.config.sweep_space import Split, first, split, with_space
 from dstune.config.validate import validate
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
@@ -26,6 +25,7 @@ from dstune.launch import preflight, records
 from dstune.launch.console import Console
 from dstune.launch.runs import table
 from dstune.launch.signals import caught_signals
+from dstune.protocols import launcher_of
 from dstune.report.command import leave_behind
 from dstune.sweep import array, devices, directory, probes
 from dstune.sweep.directory import Sweep
@@ -135,7 +135,7 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
     own = [text for text in found.fixed if not _is_sweep_key(text)]
     for warning in (*ignored_settings(base, own), *ignored_in_sweep(base, found.fixed)):
         console.message(f"dstune: warning: {warning}")
-    ranks = sorted({getattr(config.launch, "processes", None) for config in configs}, key=str)
+    ranks = sorted({launcher_of(config.launch).ranks for config in configs}, key=str)
     devices.slots(base, devices.here(), ranks)
     resolved = preflight.resolve_run(base, console.stage)
     overrides = [text for text in flags.overrides if key_of(text) != "sweep.dir"]
@@ -175,7 +175,8 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
         raise UserError(Problem("sweep.dir", reason, "give a folder of yours", str(path))) from None
     fixed = split(sweep.overrides, probes.groups(sweep.config_dirs, sweep.overrides)).fixed
     # A study in a storage of its own may have several machines at work in one directory.
-    shared = getattr(sweep.base.sweep, "storage", None) is not None
+    optuna = sweep.base.sweep.optuna
+    shared = optuna is not None and optuna.storage is not None
     lock = records.acquire_lock(path, shared=shared)
     try:
         records.note(path, uuid.uuid4().hex, sweep.base.sweep.parallel)
@@ -186,7 +187,7 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
             array.submit(sweep, source, common, console)
             console.message(f"dstune: look with `dstune runs {path}`; the same command again submits what has failed")
             return EXIT_DONE
-        ranks = [getattr(sweep.base.launch, "processes", None)]
+        ranks = [launcher_of(sweep.base.launch).ranks]
         slots = devices.slots(sweep.base, devices.here(), ranks)
         with caught_signals(sweep.base.run.signals) as received:
             Schedule(path, source, slots, common, console, received).run()
@@ -202,7 +203,7 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
 
 def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> Source:
     parallel = sweep.base.sweep.parallel
-    if isinstance(sweep.base.sweep, OptunaConfig):
+    if sweep.base.sweep.optuna:
         if longer:
             reason = "a study compares trials of one length, and its trials were shorter"
             fix = "the length of before, or another sweep.dir"

@@ -10,7 +10,7 @@ from dstune.config.hydra_session import group_options, session
 from dstune.config.names import all_keys, sections
 from dstune.config.plugins import activate_requested
 from dstune.config.schema import RunConfig
-from dstune.config.sweep_schema import OptunaConfig, Sampler, SweepConfig
+from dstune.config.sweep_schema import Sampler, SweepConfig
 from dstune.config.sweep_space import Assignment, Axis, Split, first, grid
 from dstune.core.errors import Problem, UserError
 
@@ -31,11 +31,11 @@ def of_axes(sweep: SweepConfig, axes: Sequence[Axis]) -> list[Problem]:
     """What the sweeper cannot do with an axis."""
     problems = []
     for axis in axes:
-        if axis.is_interval and not isinstance(sweep, OptunaConfig):
+        if axis.is_interval and sweep.optuna is None:
             reason = "an interval has no single values to combine"
             fix = f"{axis.key}=A,B,C or range(FROM,TO,STEP), or let Optuna choose: hydra/sweeper=optuna"
             problems.append(Problem(axis.key, reason, fix, _format(axis)))
-        elif axis.is_interval and sweep.sampler is Sampler.grid:  # type: ignore[union-attr]
+        elif axis.is_interval and sweep.optuna and sweep.optuna.sampler is Sampler.grid:
             fix = "single values, or sweep.sampler=tpe"
             problems.append(Problem(axis.key, "sweep.sampler=grid needs single values", fix, _format(axis)))
     return problems

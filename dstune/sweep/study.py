@@ -44,9 +44,9 @@ class Study:
 
     def __init__(self, sweep: Sweep, objectives: Sequence[str]):
         """Raises UserError: Optuna is not installed, the storage cannot be used, the study is about something else."""
-        assert isinstance(sweep.base.sweep, OptunaConfig)
+        assert sweep.base.sweep.optuna is not None
         self._sweep, self._config, self._axes = sweep.path, sweep.base, sweep.axes
-        self._settings: OptunaConfig = sweep.base.sweep
+        self._settings = sweep.base.sweep.optuna
         self._objectives = list(objectives)
         self._optuna = _imported()
         self._distributions = {axis.key: self._distribution(axis) for axis in self._axes}

@@ -36,6 +36,10 @@ class Local(Launcher):
             yield Problem("launch.in_process", reason, "launch.restarts=0", f"launch.restarts={self.config.restarts}")
 
     @property
+    def restarts(self) -> int:
+        return self.config.restarts
+
+    @property
     def ranks(self) -> int | None:
         return self.config.processes
 
