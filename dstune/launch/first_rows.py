@@ -12,8 +12,13 @@ from dstune.config.schema import Precision, RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
+from dstune.data.files import TABLES
+from dstune.data.formats import check_mapped
 from dstune.data.rows import RowError, check_columns, check_task, normalise, recognise
-from dstune.protocols import method_of, task_of
+from dstune.protocols import ROW_FORMATS, method_of, task_of
+
+SAME_COLUMNS = (".csv", ".tsv", *TABLES)
+"""Endings of files whose rows all have the columns of the first one."""
 
 WHOLE_FILE_BYTES = 1 << 26
 """A JSON array is read as a whole, so one larger than this is left to the ranks."""
@@ -59,6 +64,9 @@ def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
                 row.fields, config.data.columns, config.data.format, config.task, row.place
             )
             check_task(format_of_part, row.fields, config.data.columns, config.data.format, config.task, row.place)
+            if key == "data.train" and len(files) == 1 and file.ending in SAME_COLUMNS:
+                columns = ROW_FORMATS[format_of_part]().expand(row.fields)
+                check_mapped(columns, config.data.columns, str(file))
             _check_row(config, row, format_of_part)
         except UserError as error:
             found += [problem for problem in error.problems if problem not in found]

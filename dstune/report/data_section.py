@@ -90,6 +90,8 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
     add("copies among them", augment.get("copies"), _changes(augment))
     for why, count in section(augment, "left_out").items():
         add(f"copies left out, {why.replace('_', ' ')}", count)
+    for column, count in section(dict(counts), "unread_columns").items():
+        add(f"with a column {column} that is not used", count, _of(count, rows))
     if counts.get("truncated"):
         add("longer than max_length", counts["truncated"], _of(counts["truncated"], rows))
     if counts.get("dropped"):

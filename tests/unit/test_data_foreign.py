@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, write_jsonl
 
-from dstune.config.data_schema import SplitConfig
+from dstune.config.data_schema import SourceConfig, SplitConfig
 from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import check_task, recognise
 from dstune.data.media import marker_in
 from dstune.data.rows import RowError, normalise
 from dstune.data.tokenize import RowTokenizer
+from dstune.launch.first_rows import first_row_problems
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
@@ -326,6 +327,30 @@ def test_a_mapped_column_that_no_row_has_is_refused_where_another_format_fits_to
     columns = {"system": "character"}
     (problem,) = refusal_of(data_run(path, columns=columns, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path)
     assert problem.where == "data.columns.system"
+
+
+def test_columns_of_a_mixture_name_a_column_of_a_source(tmp_path):
+    paths = {
+        "faq": write_jsonl(tmp_path / "faq.jsonl", [{"question": "Hi", "reply": "Yes"}]),
+        "chat": write_jsonl(tmp_path / "chat.jsonl", [{"messages": [U2, A2]}]),
+    }
+    shared = {"prompt": "question", "completion": "reply"}
+    mixture = {name: SourceConfig(path=str(path)) for name, path in paths.items()}
+    config = data_run("x", columns=shared, mixture=mixture, split=NOTHING_HELD_OUT)
+    assert len(prepared(config, byte_tokenizer(), tmp_path / "cache").train.table) == 2
+    own = {**mixture, "chat": SourceConfig(path=str(paths["chat"]), columns={"tools": "schemas"})}
+    config = data_run("x", columns=shared, mixture=own, split=NOTHING_HELD_OUT)
+    (problem,) = refusal_of(config, byte_tokenizer(), tmp_path)
+    assert (problem.where, problem.value) == ("data.mixture.chat.columns.tools", "schemas")
+
+
+def test_a_table_without_the_mapped_column_is_refused_before_any_rank_starts(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\nHi,Yes\n")
+    config = data_run(tmp_path / "rows.csv", columns={"system": "persona"})
+    (problem,) = first_row_problems(config, "train", "data.train")
+    assert problem.where == "data.columns.system"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": "Yes"}])  # later rows may have it
+    assert first_row_problems(data_run(path, columns={"system": "persona"}), "train", "data.train") == []
 
 
 def test_data_columns_choose_the_format():

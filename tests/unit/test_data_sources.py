@@ -223,6 +223,12 @@ def test_a_data_set_of_the_hub_is_read_from_the_cache_at_its_commit(cache):
     assert next(iter(read(train))).place == f"org/chats@{COMMIT[:12]}:train:1"
     assert fingerprint(train) != fingerprint(test)
     assert COMMIT in fingerprint(train)
+    sliced = expand("org/chats:train[1:]+test[:50%]", "data.train")
+    assert [row.fields for file in sliced for row in read(file)] == [*CHATS[1:3], CHATS[3]]
+    assert next(row.place for file in sliced for row in read(file)) == f"org/chats@{COMMIT[:12]}:train:2"
+    assert [row.fields for file in expand("org/chats:[-1:]", "data.test", split="test") for row in read(file)] == CHATS[
+        4:5
+    ]
     with pytest.raises(UserError, match=r"no split 'dev'; the splits are train, test"):
         expand("org/chats:dev", "data.train")
     with pytest.raises(UserError, match=f"at revision v2.*\n.*org/chats@{COMMIT} is in the cache"):
