@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from dstune.core.parsing import parse_json
@@ -43,6 +42,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 WEIGHT_KEYS = ("weight", "loss_weight", "loss")
 """Names of the weight in the loss: OpenAI's, LLaMA-Factory's and ms-swift's."""
+
+OTHER_WEIGHTS = ("train", "training", "train_detail")
+"""Names of it whose values say something else in other tools."""
 
 PARTS = {
     "text": "text",
@@ -82,7 +84,7 @@ def message_of(number: int, message: Any) -> Message:
     for key in REASONING_KEYS if role == "assistant" else ():
         if not isinstance(message.get(key, ""), str):
             raise RowError(f"message {number} ({role}): {key} must be text, it is {format_value(message[key])}")
-    for key in ("train", "training", "train_detail"):
+    for key in OTHER_WEIGHTS:
         if key in message:
             # Other tools' names for weight: passed over, the row would be trained as if it were not there.
             raise RowError(f"message {number} has the key {key!r}; what is not to be trained is marked with weight: 0")
@@ -144,6 +146,8 @@ def _type(part: Any) -> str:
 
 def _weight(number: int, role: str, message: Message) -> int:
     given = {key: message.pop(key) for key in WEIGHT_KEYS if key in message}
+    if not given:
+        return 1
     for weight in given.values():
         if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
             raise RowError(f"message {number} ({role}): weight must be 0 or 1, it is {format_value(weight)}")
@@ -157,7 +161,7 @@ def _weight(number: int, role: str, message: Message) -> int:
                 )
                 raise RowError(f"message {number} ({role}) has {key}: 1; {reason}")
         return 1  # what others say is never trained, so 0 is true of it
-    return int(next(iter(given.values()), 1))
+    return int(next(iter(given.values())))
 
 
 def _calls(number: int, name: str, role: str, message: Message, content: Any) -> list[dict[str, Any]]:
@@ -210,7 +214,7 @@ def from_json(text: str, complaint: str) -> Any:
 
 def without_none(value: Any) -> Any:
     """`value` without the keys whose value is None: Parquet gives every object the keys of all of them."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [without_none(item) for item in value]

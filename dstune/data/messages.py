@@ -41,7 +41,9 @@ def conversation_of(value: Any, column: str) -> list[Message]:
 
 def _of_exchange(item: Any) -> list[Any]:
     """The messages of `{human, assistant}`; anything else as it is."""
-    given = without_none(item) if isinstance(item, dict) else {}
+    if not isinstance(item, dict) or "role" in item or "from" in item:
+        return [item]
+    given = without_none(item)
     if not given or not given.keys() <= set(EXCHANGE_KEYS):
         return [item]
     return [{"role": name, "content": given[name]} for name in EXCHANGE_KEYS if name in given]

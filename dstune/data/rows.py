@@ -39,7 +39,7 @@ def normalise(
         if role in form.required or value is not None:
             check = form.check_of(role, own)
             found[role] = check(value, column) if check else value
-    if form.conversational:
+    if form.conversational and not media.COLUMNS.keys().isdisjoint(fields):
         media.refuse_columns(fields, used=columns_read(type(form), mapping, fields))
     row = form.row(found, own)
     if form.conversational:

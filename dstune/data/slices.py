@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dstune.core.errors import Problem, UserError
-from dstune.data.files import DataFile, Rows
+from dstune.data.files import DataFile, Rows, opened
 
 _PART = r"[\w.-]*(?:\[[^\[\]+]*\])?"
 SPLITS = re.compile(rf"{_PART}(?:\+{_PART})*")
@@ -73,7 +73,11 @@ def _count(file: DataFile, changed: int) -> int:
     """How many rows a file has, bad ones too. changed: when it was written last."""
     from dstune.data import sources
     from dstune.data.read_tables import count_rows
+    from dstune.data.read_text import lines_of
 
+    if file.ending in (".jsonl", ".ndjson"):
+        with opened(file) as stream:
+            return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
     known = count_rows(file)
     return sum(1 for _ in sources.read(file)) if known is None else known
 

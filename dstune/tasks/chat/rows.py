@@ -15,7 +15,10 @@ from dstune.protocols.task import Task
 BESIDE = ("system", "tools", "parallel_tool_calls", "chat_template_kwargs")
 """Roles that may stand beside any conversation."""
 
-JUDGED = "task=preference task.loss=kto learns from good and bad answers; this task would learn the bad ones as well"
+JUDGED = (
+    "task=preference task.loss=kto learns from good and bad answers, this task would learn the bad ones as well; a column that "
+    "is no verdict needs another name"
+)
 COMPARED = "task=preference or task=reward compares chosen with rejected; data.format={} leaves both out"
 
 
@@ -32,8 +35,9 @@ class ConversationFormat(RowFormat):
         return conversation_row(messages, found, needs_answer=task is None or task.needs_answer)
 
     def of_another_task(self, fields: Mapping[str, Any], mapping: Mapping[str, str], *, named: bool) -> str:
-        if any(is_verdict(fields.get(column)) for column in (mapping.get("label", "label"), "kto_tag")):
-            return JUDGED
+        for column in (mapping.get("label", "label"), "kto_tag"):
+            if column in fields and is_verdict(fields[column]):
+                return JUDGED
         return COMPARED.format(self.name) if not named and {"chosen", "rejected"} <= fields.keys() else ""
 
 
