@@ -123,16 +123,7 @@ def subset_problem(key: str, subset: str | None, names: list[str], these: str = 
 
 
 def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataFile]:
-    """The Arrow files of the splits that `name` says, in order; of `split` where it says none. Raises UserError if there is no
-    such split."""
-    found = []
-    for chosen in slices.parse(name.split, key, str(name)):
-        files = _files_of_split(entry, name, chosen.name or split, key)
-        found += slices.apply(chosen, files, key, str(name))
-    return found
-
-
-def _files_of_split(entry: Prepared, name: HubName, split: str, key: str) -> list[DataFile]:
+    """The Arrow files of a split, in order. Raises UserError if there is no such split."""
     info = entry.info
     splits = info.get("splits") or {}
     if split not in splits:

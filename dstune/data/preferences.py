@@ -77,7 +77,7 @@ def dialogue_of(text: str) -> list[Message]:
     """The messages of such a text."""
     parts = _SPEAKER.split("\n\n" + text.lstrip())
     turns = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": ROLE_NAMES[speaker.lower()], "content": said.strip()} for speaker, said in turns]
+    return [{"role": ROLE_NAMES[speaker.lower()], "content": text.strip()} for speaker, text in turns]
 
 
 def parted(messages: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -157,9 +157,9 @@ def _refuse_another_prompt(prompt: Any, requested: list[Message], chosen: list[M
     if isinstance(prompt, list):
         same = prompt in (chosen[: len(prompt)], requested)
     else:
-        said = _words(" ".join(message.get("content", "") for message in requested))
+        requested_text = _words(" ".join(message.get("content", "") for message in requested))
         given = _words(prompt or "")
-        same = given in said or all(
+        same = given in requested_text or all(
             _words(message.get("content", "")) in given for message in requested if message["role"] != "system"
         )
     if not same:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from dstune.core.errors import Problem, UserError
-from dstune.data.files import DataFile, Rows, opened
+from dstune.data.files import DataFile, Rows
 
 _PART = r"[\w.-]*(?:\[[^\[\]+]*\])?"
 SPLITS = re.compile(rf"{_PART}(?:\+{_PART})*")
@@ -50,11 +49,13 @@ def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
     return found
 
 
-def apply(chosen: SplitSlice, files: Sequence[DataFile], key: str, spec: str) -> list[DataFile]:
+def apply(
+    chosen: SplitSlice, files: Sequence[DataFile], count_rows: Callable[[DataFile], int], key: str, spec: str
+) -> list[DataFile]:
     """`files`, which are one split, without the rows outside of the slice. Raises UserError where no row is left."""
     if not chosen.sliced:
         return list(files)
-    counts = [_count(file, file.path.stat().st_mtime_ns) for file in files]
+    counts = [count_rows(file) for file in files]
     first, last = chosen.bounds(sum(counts))
     found, before = [], 0
     for file, count in zip(files, counts, strict=True):
@@ -66,20 +67,6 @@ def apply(chosen: SplitSlice, files: Sequence[DataFile], key: str, spec: str) ->
         reason = f"the slice holds none of the {before:,} rows"
         raise UserError(Problem(key, reason, "NAME[FIRST:LAST], for example train[:20%]", spec))
     return found
-
-
-@lru_cache(maxsize=1024)
-def _count(file: DataFile, changed: int) -> int:
-    """How many rows a file has, bad ones too. changed: when it was written last."""
-    from dstune.data import sources
-    from dstune.data.read_tables import count_rows
-    from dstune.data.read_text import lines_of
-
-    if file.ending in (".jsonl", ".ndjson"):
-        with opened(file) as stream:
-            return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
-    known = count_rows(file)
-    return sum(1 for _ in sources.read(file)) if known is None else known
 
 
 def _absolute(bound: str, count: int) -> int:

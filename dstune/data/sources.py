@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from dstune.data.files import (
     fingerprint,
     is_readable,
     members,
+    opened,
     place,
 )
-from dstune.data.read_tables import read_arrow, read_parquet
+from dstune.data.read_tables import count_rows, read_arrow, read_parquet
 from dstune.data.read_tagged import read_tagged
-from dstune.data.read_text import Lines, read_csv, read_json, read_jsonl, read_text
+from dstune.data.read_text import Lines, lines_of, read_csv, read_json, read_jsonl, read_text
 
 __all__ = ["DataFile", "Lines", "RawRow", "expand", "fingerprint", "has_lines", "of_part", "place", "read"]
 
@@ -62,6 +64,21 @@ def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
         case _:
             rows = read_tagged(file) if file.text_rows is TextRows.tagged else read_text(file)
     return islice(rows, skip, None)
+
+
+def count(file: DataFile) -> int:
+    """How many rows a file has, bad ones too. Raises UserError where it cannot be read."""
+    return _count(file, file.path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _count(file: DataFile, changed: int) -> int:
+    """changed: when the file was written last."""
+    if file.ending in (".jsonl", ".ndjson"):
+        with opened(file) as stream:
+            return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
+    known = count_rows(file)
+    return sum(1 for _ in read(file)) if known is None else known
 
 
 def has_lines(file: DataFile) -> bool:
@@ -112,7 +129,12 @@ def expand(
     name = hub.hub_name(spec)
     if name is not None:
         name = hub.HubName(name.repository, name.revision or revision, name.split)
-        return hub.files_of(hub.cached(name, subset, key), name, split, key)
+        entry = hub.cached(name, subset, key)
+        files = []
+        for chosen in slices.parse(name.split, key, spec):
+            of_split = hub.files_of(entry, name, chosen.name or split, key)
+            files += slices.apply(chosen, of_split, count, key, spec)
+        return files
     path, named = _local(spec)
     files = []
     for chosen in slices.parse(named, key, spec):
@@ -121,7 +143,7 @@ def expand(
         if problems:
             raise UserError(problems)
         of_split = [data_file for file in found for data_file in _files_in(file, text_rows)]
-        files += slices.apply(chosen, of_split, key, spec)
+        files += slices.apply(chosen, of_split, count, key, spec)
     return files
 
 
