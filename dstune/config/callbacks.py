@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from dstune.config.convert import convert
 from dstune.config.names import nearest
 from dstune.config.schema import RunConfig
+from dstune.core import plugin_files
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import CALLBACKS, Callback
 
@@ -83,34 +82,32 @@ def _find(name: str, where: str) -> type[Callback]:
     if ":" in name or "." in name:
         return _imported(name, where)
     if name not in CALLBACKS:
-        similar = nearest(name, [other for other in CALLBACKS if not _is_automatic(CALLBACKS[other])])
+        similar = nearest(name, [other for other in CALLBACKS if not CALLBACKS[other].is_automatic()])
         fix = (
             f"did you mean {similar}?"
             if similar
-            else "register it (@dstune.callback in a plugin), or give module:Class"
+            else "register it (@dstune.callback in a plugin), or give module:Class of an installed package"
         )
         raise UserError(Problem(where, "there is no callback of this name", fix, name))
-    if _is_automatic(CALLBACKS[name]):
+    if CALLBACKS[name].is_automatic():
         reason = "this callback is part of every run that needs it"
         raise UserError(Problem(where, reason, "leave it out; its settings are keys of their own", name))
     return CALLBACKS[name]
 
 
-def _is_automatic(cls: type[Callback]) -> bool:
-    return cls.for_run.__func__ is not Callback.for_run.__func__  # type: ignore[attr-defined]
-
-
 def _imported(name: str, where: str) -> type[Callback]:
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    if os.getcwd() not in sys.path:  # as with `python -m`, so that ranks and the command find the same module
-        sys.path.insert(0, os.getcwd())
+    module, _, attribute = name.rpartition(":" if ":" in name else ".")
+    # The rule of plugins: the folder in which a command is given is not looked into.
+    if plugin_files.is_path(module) or not plugin_files.is_installed(module):
+        reason = f"{module} is no module of an installed package, and ranks look nowhere else"
+        file = module if plugin_files.is_path(module) else f"./{module.replace('.', '/')}.py"
+        fix = f"plugins=[{file}], @dstune.callback above the class, and its name here"
+        raise UserError(Problem(where, reason, fix, name))
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:
         reason = f"{module} cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(
-            Problem(where, reason, "give module:Class of a module that Python finds from here", name)
-        ) from error
+        raise UserError(Problem(where, reason, "correct the module", name)) from error
     if not (isinstance(found, type) and issubclass(found, Callback)):
         reason = f"{module} has no subclass of dstune.Callback named {attribute!r}"
         raise UserError(Problem(where, reason, "give module:Class", name))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from dstune.config.convert import is_optional
 from dstune.config.fields import options_of
-from dstune.config.names import keys_of, names_choice
+from dstune.config.names import keys_of, names_choice, registered_values
 from dstune.core.errors import Problem, UserError
 
 FILES = (
@@ -121,6 +121,8 @@ def _values(word: str, groups: Mapping[str, Sequence[str]], keys: Mapping[str, A
         options = list(groups[key])
     elif key in FILES:
         options = _files(value)
+    elif named := registered_values().get(key):
+        options = [f"[{name}]" for name in named] if typing.get_origin(keys[key]) is list else list(named)
     else:
         hint = keys[key]
         options = ["null"] if is_optional(hint) else []

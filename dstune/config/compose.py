@@ -88,7 +88,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
     """
     given = with_default_experiment(overrides)
-    active = activate_requested(given, config_dirs)
+    activate_requested(given, config_dirs)
     with session(config_dirs) as hydra:
         raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
         config = _typed(raw, "the composed configuration")
@@ -97,7 +97,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         if config.zero.path is not None:
             config = with_file(config, given_by(hydra, given))
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
-    return Composed(config, given, active, tuple(map(str, config_dirs)))
+    return Composed(config, given, plugins.used_by(config), tuple(map(str, config_dirs)))
 
 
 def frozen_at_start() -> tuple[str, ...]:
@@ -389,9 +389,12 @@ def write_run_content(path: Path, content: Mapping[str, Any]) -> None:
     files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT}))
 
 
-def read_run(path: Path, *, accept_plugin_changes: bool = False) -> Composed:
+def read_run(path: Path, overrides: Sequence[str] | None = None) -> Composed:
     """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment. The run's
     plugins become the active ones.
+
+    overrides: of the command, where it takes any; only `run.accept_plugin_changes=true` is looked for, the others are for
+    `apply_overrides`.
 
     Raises:
         UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set, a plugin that is
@@ -400,8 +403,9 @@ def read_run(path: Path, *, accept_plugin_changes: bool = False) -> Composed:
     content = read_run_content(path)
     load_built_ins()
     stored = plugins.from_dicts(content.get(plugins.KEY), str(path))
-    active = plugins.activate_stored(stored, path.parent, accept_changes=accept_plugin_changes)
-    return _composed(content, path, active)
+    plugins.activate_stored(stored, path.parent, overrides)
+    composed = _composed(content, path, ())
+    return replace(composed, plugins=plugins.used_by(composed.config))
 
 
 def read_run_beside(path: Path) -> Composed:

@@ -13,9 +13,10 @@ from functools import cache
 from typing import NamedTuple
 
 from dstune.config.convert import describe, format_value
-from dstune.config.names import ROOT_KEYS, classes_of, entry_class, sections, type_hints
+from dstune.config.fields import DOC
+from dstune.config.names import ROOT_KEYS, classes_of, entry_class, registered_values, sections, type_hints
 from dstune.config.schema import CHOICES
-from dstune.core.plugins import KEY
+from dstune.core.plugin_files import KEY
 from dstune.core.registry import on_change
 
 
@@ -83,7 +84,8 @@ def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
             settings += _of_class(hint, group, key)  # type: ignore[arg-type]
         elif not (field.name == "name" and prefix in CHOICES):  # said by `method=lora`, not by itself
             default = getattr(cls(), field.name)
-            settings.append(Setting(group, key, describe(hint), format_value(default), docs.get(field.name, "")))
+            doc = docs.get(field.name) or field.metadata.get(DOC, "")
+            settings.append(Setting(group, key, describe(hint), format_value(default), doc))
             if entries := entry_class(hint):
                 settings += _of_class(entries, group, f"{key}.NAME")
     return settings
@@ -151,9 +153,12 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
         return [*lines, ""]
 
     keys = {}
+    named = registered_values()
     for setting in merged():
         only = f" [{setting.group}]" if "=" in setting.group else ""
         names = f" ({setting.type})" if setting.type.startswith("one of") else ""
+        if registered := named.get(setting.key):
+            names = f" (there are: {', '.join(registered)})"
         keys[f"{setting.key}={setting.default}{only}"] = setting.doc + names
     parts = [
         "usage: dstune train [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",

@@ -9,8 +9,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from dstune.config.schema import CHOICES, RunConfig
+from dstune.config.schema import CHOICES, RunConfig, tracking_class
 from dstune.core.registry import on_change
+from dstune.protocols import CALLBACKS, METRICS
 
 OTHER_TOOLS = {
     "learning_rate": "optimizer.lr",
@@ -79,6 +80,14 @@ def type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def registered_values() -> dict[str, tuple[str, ...]]:
+    """Keys that take names of what is registered, plugins included, without being limited to them by their type."""
+    return {
+        "trainer.early_stopping.metric": tuple(METRICS),
+        "trainer.callbacks": tuple(name for name in CALLBACKS if not CALLBACKS[name].is_automatic()),
+    }
+
+
 ROOT_KEYS: dict[str, Any] = {"plugins": list[str]}
 """Keys outside the sections: what is read before there is a schema."""
 
@@ -91,7 +100,8 @@ def sections() -> tuple[str, ...]:
 
 def classes_of(section: str) -> Mapping[str, type]:
     """The classes that a section may have by the choice's name; one unnamed class where there is no choice."""
-    return CHOICES.get(section) or {"": type_hints(RunConfig)[section]}
+    own = {"tracking": tracking_class}  # made of what is registered
+    return CHOICES.get(section) or {"": own[section]() if section in own else type_hints(RunConfig)[section]}
 
 
 def default_classes() -> dict[str, type]:

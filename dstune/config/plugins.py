@@ -16,20 +16,20 @@ from dstune.config.names import nearest
 from dstune.config.overrides import key_of
 from dstune.core import plugins, registry
 from dstune.core.errors import Problem, UserError
-from dstune.core.plugins import KEY, Plugin
+from dstune.core.plugin_files import KEY
 
 PROJECT_FILE = "dstune.yaml"
 """In the folder where a command is given."""
 
 
-def activate_requested(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> tuple[Plugin, ...]:
+def activate_requested(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> None:
     """Load the plugins of a new run, and make them the active ones.
 
     Raises:
         UserError: a list that is none, a plugin that is not there or cannot be imported.
     """
     load_built_ins()
-    return plugins.activate(requested(overrides, config_dirs))
+    plugins.activate(requested(overrides, config_dirs))
 
 
 def load_built_ins() -> None:

@@ -7,7 +7,7 @@ always. A file is read once, hashed, and executed as the module `dstune_plugins.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -15,14 +15,18 @@ import linecache
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dstune.core import files, registry
+from dstune.core import files, plugin_files, registry
 from dstune.core.errors import Problem, UserError
+from dstune.core.plugin_files import KEY, Source
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+    from types import ModuleType
 
 GROUP = "dstune.plugins"
 """Entry points of installed packages: `mine = "my_package.plugin"`."""
@@ -31,28 +35,37 @@ FOLDER = "plugins"
 """Below the run directory, where files are copied to."""
 VARIABLE = "DSTUNE_PLUGINS"
 """Tells the processes that a rank starts which files are active: JSON, `name` and `path` of each."""
-KEY = "plugins"
+SAYS_VERSION = "DSTUNE_PROTOCOLS"
+"""In a plugin: the version of the protocols for which it was written."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """An active plugin, as `run.yaml` lists it."""
+    """A plugin as `run.yaml` lists it."""
 
     name: str
     """Of its module: that of a file without `.py`, or `package.module`."""
     file: str
     """Where it was read when the run was composed."""
     sha256: str
-    """Of the file; of a package of all its Python files."""
+    """Of the file; of an installed module of all Python files of its package."""
     registers: tuple[str, ...] = ()
     """What it adds: `task ordinal`, `metric kappa`, ..."""
     is_file: bool = True
     """Whether it travels to the ranks as a copy in `RUN/plugins/`."""
+    distribution: str = ""
+    """The installed package that names it in the entry-point group: it is there always."""
+    version: str = ""
+    """Of the distribution."""
 
     @property
     def copy(self) -> str:
         """Its file below the run directory."""
         return f"{FOLDER}/{self.name}.py"
+
+    @property
+    def of_package(self) -> str:
+        return f" of the package {self.distribution} {self.version}" if self.distribution else ""
 
 
 @dataclass
@@ -65,7 +78,8 @@ class _Loaded:
 
 _loaded: dict[str, _Loaded] = {}
 _active: dict[str, Plugin] = {}
-_inherited = False
+_installed: dict[str, Plugin] = {}
+_looked_for_installed = False
 
 
 def active() -> tuple[Plugin, ...]:
@@ -73,23 +87,50 @@ def active() -> tuple[Plugin, ...]:
     return tuple(_active.values())
 
 
-def activate(requested: Sequence[str]) -> tuple[Plugin, ...]:
+def used_by(config: Any) -> tuple[Plugin, ...]:
+    """The plugins of a run: those of installed packages that can act in it, and the active ones.
+
+    config: the tree of its configuration. A member that a section chooses (a task, a method, ...) acts where its `Config` is
+    in the tree; a metric, row format or callback can act in any run.
+    """
+    chosen = set(_classes(config))
+    return (*(one for one in _installed.values() if _can_act(_loaded[one.name], chosen)), *active())
+
+
+def _can_act(plugin: _Loaded, chosen: set[type]) -> bool:
+    return any(getattr(member, "Config", None) in {None, *chosen} for _, member in plugin.members)
+
+
+def _classes(node: Any) -> Iterator[type]:
+    if dataclasses.is_dataclass(node):
+        yield node.__class__
+        for one in dataclasses.fields(node):
+            yield from _classes(getattr(node, one.name))
+    elif isinstance(node, Mapping | list | tuple):
+        for value in node.values() if isinstance(node, Mapping) else node:
+            yield from _classes(value)
+
+
+def activate(requested: Sequence[str]) -> None:
     """Make the plugins `requested` (`./file.py`, `package.module`, `package.module:Class`) the active ones.
 
     Raises:
         UserError: each that is not there, cannot be imported, or clashes with another one.
     """
+    load_installed()
     sources, problems = [], []
-    for name, spec in _distinct(requested).items():
+    for name, place in plugin_files.distinct(requested).items():
+        if name in _installed and not plugin_files.is_path(place):
+            continue
         try:
-            sources.append((name, *_content(spec)))
+            sources.append(plugin_files.find(place))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
     _activate(sources, run_dir=None)
     for spec in requested:
-        place, member = _split(spec)
+        place, member = plugin_files.split(spec)
         names = {cls.__name__ for _, cls in members_of(spec)}
         if member and member not in names:
             known = ", ".join(sorted(names)) or "nothing"
@@ -97,60 +138,84 @@ def activate(requested: Sequence[str]) -> tuple[Plugin, ...]:
             problems.append(Problem(KEY, f"{place} registers no class {member}", fix, spec))
     if problems:
         raise UserError(problems)
-    return active()
 
 
 def members_of(spec: str) -> list[tuple[registry.Registry[Any], Any]]:
-    """What an active plugin has registered, each with its kind."""
-    place, _ = _split(spec)
-    return _loaded[Path(place).stem if is_path(place) else place].members
+    """What a plugin that was loaded has registered, each with its kind."""
+    place, _ = plugin_files.split(spec)
+    return _loaded[plugin_files.name_of(place)].members
 
 
-def activate_stored(plugins: Sequence[Plugin], run_dir: Path, *, accept_changes: bool = False) -> tuple[Plugin, ...]:
+def activate_stored(plugins: Sequence[Plugin], run_dir: Path, overrides: Sequence[str] | None = None) -> None:
     """Make the plugins of the run in `run_dir` the active ones, from their copies there.
+
+    overrides: of the command, where it takes any; `run.accept_plugin_changes=true` is one.
 
     Raises:
         UserError: one that is missing, cannot be imported, or is not the one that the run began with.
     """
+    load_installed()
+    accepted = accepts_changes(overrides or ())
     sources, problems = [], []
     for plugin in plugins:
-        path = run_dir / plugin.copy if plugin.is_file else None
+        if plugin.distribution:
+            problems += () if accepted else _package_problems(plugin)
+            continue
         try:
-            content = _content(str(path) if path else plugin.name)
+            source = plugin_files.find(str(run_dir / plugin.copy) if plugin.is_file else plugin.name)
         except UserError as error:
             problems += error.problems
             continue
-        if not accept_changes and _digest(content[1]) != plugin.sha256:
-            problems.append(_changed(plugin, content[0]))
-        sources.append((plugin.name, *content))
+        if source.is_file and not plugin.is_file:  # in this folder, which a stranger's run must not look into
+            fix = "install the package that has it"
+            problems.append(Problem(KEY, "there is no such module of an installed package", fix, plugin.name))
+        elif not accepted and source.sha256 != plugin.sha256:
+            problems.append(_changed(plugin, source.file))
+        sources.append(source)
+    if problems and overrides is None:
+        problems = [replace(one, fix=one.fix.removesuffix(_OR_ACCEPT)) for one in problems]
     if problems:
         raise UserError(problems)
     _activate(sources, run_dir)
     given = {plugin.name: plugin.file for plugin in plugins}
     _active.update({name: replace(one, file=given[name]) for name, one in _active.items()})
-    return active()
+
+
+def accepts_changes(overrides: Sequence[str]) -> bool:
+    return ACCEPT in (text.lower() for text in overrides)
 
 
 def refuse_changes(before: Sequence[Plugin], now: Sequence[Plugin]) -> None:
     """Raises UserError where a run that began with the plugins `before` would go on with others."""
     then, today = ({plugin.name: plugin for plugin in plugins} for plugins in (before, now))
-    problems = [
-        _changed(then[name], today[name].file)
-        for name in then
-        if name in today and then[name].sha256 != today[name].sha256
-    ]
-    problems += [
-        Problem(KEY, f"the run began with the plugin {name}", f"add {plugin.file} to plugins=[...]{_OR_ACCEPT}", name)
-        for name, plugin in then.items()
-        if name not in today
-    ]
-    problems += [
-        Problem(KEY, f"the run began without the plugin {name}", f"leave it out{_OR_ACCEPT}", plugin.file)
-        for name, plugin in today.items()
-        if name not in then
-    ]
+    problems: list[Problem] = []
+    for name, plugin in then.items():
+        if plugin.distribution:
+            problems += _package_problems(plugin)
+        elif name not in today:
+            fix = f"add {plugin.file} to plugins=[...]{_OR_ACCEPT}"
+            problems.append(Problem(KEY, f"the run began with the plugin {name}", fix, name))
+        elif plugin.sha256 != today[name].sha256:
+            problems.append(_changed(plugin, today[name].file))
+    for name, plugin in today.items():
+        if name not in then:
+            fix = f"pip uninstall {plugin.distribution}" if plugin.distribution else "leave it out"
+            reason = f"the run began without the plugin {name}{plugin.of_package}"
+            problems.append(Problem(KEY, reason, f"{fix}{_OR_ACCEPT}", plugin.file))
     if problems:
         raise UserError(problems)
+
+
+def _package_problems(plugin: Plugin) -> Iterator[Problem]:
+    """What is wrong with the installed plugin with which a run began."""
+    now = _installed.get(plugin.name)
+    fix = f"pip install {plugin.distribution}=={plugin.version}{_OR_ACCEPT}"
+    if now is None:
+        reason = f"the run began with the plugin {plugin.name}{plugin.of_package}, which is not installed"
+        yield Problem(KEY, reason, fix, plugin.name)
+    elif now.sha256 != plugin.sha256:
+        reason = f"the run began with the plugin {plugin.name}{plugin.of_package} (sha256 {plugin.sha256[:12]})"
+        yield Problem(now.file, f"{reason}, and {now.version} (sha256 {now.sha256[:12]}) is installed", fix)
 
 
 ACCEPT = "run.accept_plugin_changes=true"
@@ -180,6 +245,7 @@ def to_dicts(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
     return [
         {"name": one.name, "file": one.file, "sha256": one.sha256, "registers": list(one.registers)}
         | ({} if one.is_file else {"module": True})
+        | ({"distribution": one.distribution, "version": one.version} if one.distribution else {})
         for one in plugins
     ]
 
@@ -187,25 +253,34 @@ def to_dicts(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
 def from_dicts(stored: Any, where: str) -> tuple[Plugin, ...]:
     """The inverse. Raises UserError: not a list of plugins."""
     try:
-        return tuple(
+        plugins = tuple(
             Plugin(
                 str(one["name"]),
                 str(one["file"]),
                 str(one["sha256"]),
                 tuple(map(str, one.get("registers") or ())),
                 is_file=not one.get("module", False),
+                distribution=str(one.get("distribution") or ""),
+                version=str(one.get("version") or ""),
             )
             for one in stored or ()
         )
     except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            Problem(where, "`plugins` is not a list of plugins", "bring run.yaml back from a copy")
-        ) from None
+        plugins = None
+    # A name is part of a path: one with `..` in it would execute a file elsewhere.
+    if plugins is None or not all(part.isidentifier() for one in plugins for part in _parts(one)):
+        raise UserError(Problem(where, "`plugins` is not a list of plugins", "bring run.yaml back from a copy"))
+    return plugins
+
+
+def _parts(plugin: Plugin) -> list[str]:
+    return [plugin.name] if plugin.is_file else plugin.name.split(".")
 
 
 def digests(*kinds: str) -> list[str]:
-    """Hashes of the active plugins that register a member of one of `kinds`: part of what is derived from them."""
-    return sorted(one.sha256 for one in active() if any(text.rpartition(" ")[0] in kinds for text in one.registers))
+    """Hashes of the plugins that register a member of one of `kinds`: part of what is derived from them."""
+    loaded = (*_installed.values(), *active())
+    return sorted(one.sha256 for one in loaded if any(text.rpartition(" ")[0] in kinds for text in one.registers))
 
 
 # ---- installed packages ----
@@ -215,26 +290,48 @@ def load_installed() -> None:
     """Import what installed packages name in the group `dstune.plugins`, and what the process above has active, once.
 
     Raises:
-        UserError: one cannot be imported.
+        UserError: one cannot be imported, or clashes with a built-in or another one.
     """
-    global _inherited
-    if _inherited:
+    global _looked_for_installed
+    if _looked_for_installed:
         return
-    _inherited = True
+    _looked_for_installed = True
     from importlib.metadata import entry_points
 
-    for point in entry_points(group=GROUP):
-        try:
-            importlib.import_module(point.module)
-        except Exception as error:
-            package = point.dist.name if point.dist is not None else point.module
-            reason = f"the plugin of the installed package {package} cannot be imported: {_text(error)}"
-            raise UserError(
-                Problem(point.module, reason, f"pip install --upgrade {package}, or uninstall it")
-            ) from error
-    if inherited := os.environ.get(VARIABLE):
-        for one in json.loads(inherited):
-            _active[one["name"]] = _load(one["name"], *_content(one["path"] if one["is_file"] else one["name"]))
+    points, inherited = entry_points(group=GROUP), os.environ.get(VARIABLE)
+    try:
+        if points or inherited:
+            _load_built_ins()
+        for point in points:
+            _installed[point.module] = _load_installed(point)
+        for one in json.loads(inherited or "[]"):
+            _active[one["name"]] = _load(plugin_files.find(one["path"] if one["is_file"] else one["name"]))
+    except BaseException:
+        _looked_for_installed = False  # the next question has the same answer
+        raise
+
+
+def _load_built_ins() -> None:
+    """First, so that of two members of one name the plugin's is the one to be refused."""
+    importlib.import_module("dstune.protocols")  # here, since it stands on this module
+    for kind in registry.kinds():
+        kind.load()
+
+
+def _load_installed(point: EntryPoint) -> Plugin:
+    distribution, version = (point.module, "") if point.dist is None else (point.dist.name, point.dist.version)
+    try:
+        spec = importlib.util.find_spec(point.module)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"No module named {point.module!r}")
+        content = plugin_files.installed_content(Path(spec.origin))
+        plugin = _load(Source(point.module, spec.origin, content, is_file=False))
+    except Exception as error:
+        text = error.problems[0].reason if isinstance(error, UserError) else f"it cannot be imported: {_text(error)}"
+        reason = f"the plugin of the installed package {distribution}: {text}"
+        fix = f"pip install --upgrade {distribution}, or uninstall it"
+        raise UserError(Problem(point.module, reason, fix)) from error
+    return replace(plugin, distribution=distribution, version=version)
 
 
 # ---- loading ----
@@ -243,145 +340,71 @@ _sources: dict[tuple[str, str], bytes] = {}
 """Content of files by name and sha256: what is copied is what was executed."""
 
 
-def _distinct(requested: Sequence[str]) -> dict[str, str]:
-    """The plugins by name. Raises UserError: two files of one name, or a name that is none."""
-    found: dict[str, str] = {}
-    problems = []
-    for spec in (_split(one)[0] for one in requested):
-        path = Path(spec)
-        name = path.stem if is_path(spec) else spec
-        if is_path(spec) and not name.isidentifier():
-            fix = f"rename it, for example {path.with_name(''.join(c if c.isalnum() else '_' for c in name) + '.py')}"
-            problems.append(Problem(KEY, "the name of a plugin file is a name in Python", fix, spec))
-        elif name in found and Path(found[name]).absolute() != path.absolute() and found[name] != spec:
-            reason = f"there are two plugins named {name}: {found[name]} and {spec}"
-            problems.append(Problem(KEY, reason, "rename one of the files", spec))
-        else:
-            found[name] = spec
-    if problems:
-        raise UserError(problems)
-    return found
-
-
-def is_path(spec: str) -> bool:
-    """Whether a plugin is given as a file, not as a module."""
-    return spec.endswith(".py") or os.sep in spec
-
-
-def _split(spec: str) -> tuple[str, str]:
-    """File or module, and the class in it that is named behind a colon."""
-    place, _, member = spec.rpartition(":")
-    return (place, member) if place and member.isidentifier() else (spec, "")
-
-
-def _content(spec: str) -> tuple[str, bytes, bool]:
-    """File, content and whether it is a file of its own. Raises UserError: there is none."""
-    if is_path(spec):
-        path = Path(spec).expanduser()
-        try:
-            return spec, path.read_bytes(), True
-        except OSError as error:
-            import difflib
-
-            near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")], n=1)
-            fix = f"did you mean {path.parent / near[0]}?" if near else "give the path of a Python file"
-            reason = (
-                "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            )
-            raise UserError(Problem(KEY, reason, fix, spec)) from None
-    module = spec
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None or found.origin is None:
-        fix = "install the package that has it, or give a file: plugins=[./file.py]"
-        raise UserError(Problem(KEY, "there is no such module", fix, spec))
-    origin = Path(found.origin)
-    if not _reaches_ranks(origin, module):
-        if "." in module:
-            fix = f"install the package (pip install -e .), or give the file: plugins=[{os.path.relpath(origin)}]"
-            raise UserError(Problem(KEY, "ranks cannot import it: it is not installed", fix, spec))
-        return str(origin), origin.read_bytes(), True
-    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    return str(origin), b"".join(file.read_bytes() for file in files), False
-
-
-def _reaches_ranks(origin: Path, module: str) -> bool:
-    """Whether ranks, which have neither this working directory nor changes of `sys.path`, import the module as well."""
-    import site
-    import sysconfig
-
-    root = origin.parents[module.count(".") + (origin.name == "__init__.py")]
-    places = [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib")]
-    places += [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    if root.resolve() in {Path(place).resolve() for place in places}:
-        return True
-    return any(hasattr(finder, "MAPPING") for finder in sys.meta_path) and root != Path.cwd()  # an editable install
-
-
-def _activate(sources: Sequence[tuple[str, str, bytes, bool]], run_dir: Path | None) -> tuple[Plugin, ...]:
-    load_installed()
-    names = {name for name, *_ in sources}
-    for name in [name for name in _active if name not in names]:
-        _park(name)
-    problems: list[Problem] = []
-    for name, file, content, is_file in sources:
-        try:
-            _active[name] = _load(name, file, content, is_file)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    ordered = {name: _active[name] for name, *_ in sources}
-    _active.clear()
-    _active.update(ordered)
+def _activate(sources: Sequence[Source], run_dir: Path | None) -> None:
+    wanted = [(one.name, one.sha256, one.is_file) for one in sources]
+    if wanted == [(one.name, one.sha256, one.is_file) for one in active()]:
+        _active.update({one.name: replace(_active[one.name], file=one.file) for one in sources})
+    else:
+        for name in tuple(_active):  # all: which of two members of one name is refused depends on their order alone
+            _park(name)
+        problems: list[Problem] = []
+        for source in sources:
+            try:
+                _active[source.name] = _load(source)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
     os.environ.pop(VARIABLE, None)
-    if run_dir is not None and ordered:
-        paths = {name: run_dir.absolute() / one.copy if one.is_file else one.file for name, one in ordered.items()}
-        listed = [{"name": one.name, "path": str(paths[one.name]), "is_file": one.is_file} for one in ordered.values()]
+    if run_dir is not None and sources:
+        listed = [{"name": one.name, "path": str(Path(one.file).absolute()), "is_file": one.is_file} for one in sources]
         os.environ[VARIABLE] = json.dumps(listed)
-    return active()
 
 
 def _park(name: str) -> None:
     """Take the members of a plugin out of the registries; it is executed once, so they are kept for later."""
     _active.pop(name, None)
-    for kind, member in _loaded[name].members:
+    _remove(_loaded[name].members)
+
+
+def _remove(members: Iterable[tuple[registry.Registry[Any], type]]) -> None:
+    for kind, member in members:
         kind.remove(member.name)  # type: ignore[attr-defined]
 
 
-def _load(name: str, file: str, content: bytes, is_file: bool) -> Plugin:
-    digest = _digest(content)
-    known = _loaded.get(name)
-    if known is not None and known.plugin.sha256 == digest and known.plugin.is_file == is_file:
-        for kind, member in known.members:
-            kind.add(member)
-        return replace(known.plugin, file=file)
-    if known is not None:
-        if name in _active:
-            _park(name)
-        del _loaded[name]
+def _load(source: Source) -> Plugin:
+    known = _loaded.get(source.name)
+    if known is not None and (known.plugin.sha256, known.plugin.is_file) == (source.sha256, source.is_file):
+        _add_again(known, source)
+        return replace(known.plugin, file=source.file)
+    _loaded.pop(source.name, None)
     before = _members()
     try:
-        if is_file:
-            _execute(name, file, content)
-        else:
-            already = sys.modules.get(name)
-            importlib.reload(already) if already is not None and known is not None else importlib.import_module(name)
+        module = _execute(source) if source.is_file else _import(source.name, again=known is not None)
+        _check_version(module)
     except Exception as error:
-        for kind, member in _members() - before:
-            kind.remove(member.name)  # type: ignore[attr-defined]
-        sys.modules.pop(f"{PACKAGE}.{name}", None)
-        raise UserError(_import_problem(name, file, error)) from error
-    module = f"{PACKAGE}.{name}" if is_file else name
-    added = [(kind, member) for kind, member in _members() if _is_of(member, module) or (kind, member) not in before]
+        _remove(_members() - before)
+        sys.modules.pop(f"{PACKAGE}.{source.name}", None)
+        raise UserError(_import_problem(source, error)) from error
+    added = [one for one in _members() if _is_of(one[1], module.__name__) or one not in before]
     added.sort(key=lambda one: (one[0].kind, one[1].name))  # type: ignore[attr-defined]
     registers = tuple(f"{kind.kind} {member.name}" for kind, member in added)  # type: ignore[attr-defined]
-    plugin = Plugin(name, file, digest, registers, is_file)
-    _loaded[name] = _Loaded(plugin, added)
-    _sources[name, digest] = content
+    plugin = Plugin(source.name, source.file, source.sha256, registers, source.is_file)
+    _loaded[source.name] = _Loaded(plugin, added)
+    _sources[source.name, source.sha256] = source.content
     return plugin
+
+
+def _add_again(known: _Loaded, source: Source) -> None:
+    """Raises UserError: another plugin has one of the names by now."""
+    added: list[tuple[registry.Registry[Any], type]] = []
+    try:
+        for kind, member in known.members:
+            kind.add(member)
+            added.append((kind, member))
+    except ValueError as error:
+        _remove(added)
+        raise UserError(_import_problem(source, error)) from error
 
 
 def _is_of(member: type, module: str) -> bool:
@@ -394,35 +417,44 @@ def _members() -> set[tuple[registry.Registry[Any], type]]:
     return {(kind, member) for kind, member in members if not member.__module__.startswith("dstune.")}
 
 
-def _execute(name: str, file: str, content: bytes) -> ModuleType:
+def _import(name: str, *, again: bool) -> ModuleType:
+    already = sys.modules.get(name)
+    return importlib.reload(already) if already is not None and again else importlib.import_module(name)
+
+
+def _execute(source: Source) -> ModuleType:
     """Run the file as `dstune_plugins.NAME`: the bytes that were hashed, whatever the file holds by now."""
     package = importlib.import_module(PACKAGE)
-    path = str(Path(file).expanduser().absolute())
+    path = str(Path(source.file).expanduser().absolute())
     folder = os.path.dirname(path)
     if folder not in package.__path__:
         package.__path__.append(folder)
-    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{name}", path)
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{source.name}", path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[f"{PACKAGE}.{name}"] = module
+    sys.modules[module.__name__] = module
     # Tracebacks and documentation show what was executed, also when the file has changed or gone since.
-    text = content.decode(errors="replace")
+    text = source.content.decode(errors="replace")
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-    exec(compile(content, path, "exec"), module.__dict__)
-    setattr(package, name, module)
+    exec(compile(source.content, path, "exec"), module.__dict__)
+    setattr(package, source.name, module)
     return module
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _check_version(module: ModuleType) -> None:
+    version = getattr(module, SAYS_VERSION, registry.VERSION)
+    if version != registry.VERSION:
+        reason = f"it was written for version {version} of the protocols, and this is version {registry.VERSION}"
+        fix = f"docs/plugins.md lists what changed; then {SAYS_VERSION} = {registry.VERSION}"
+        raise UserError(Problem(module.__name__, reason, fix))
 
 
-def _import_problem(name: str, file: str, error: Exception) -> Problem:
-    path = str(Path(file).expanduser().absolute())
+def _import_problem(source: Source, error: Exception) -> Problem:
+    path = str(Path(source.file).expanduser().absolute())
     if isinstance(error, SyntaxError) and error.filename == path:
-        return Problem(f"{file}:{error.lineno}", f"this is no Python: {error.msg}", "correct the line")
+        return Problem(f"{source.file}:{error.lineno}", f"this is no Python: {error.msg}", "correct the line")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    where = f"{file}:{lines[-1]}" if lines else file
+    where = f"{source.file}:{lines[-1]}" if lines else source.file
     if isinstance(error, UserError):
         return Problem(where, error.problems[0].reason, error.problems[0].fix)
     fix = "correct the line"

@@ -17,12 +17,16 @@ from typing import Any, Generic, TypeVar
 
 Member = TypeVar("Member")
 
+VERSION = 1
+"""Of the protocols (`dstune.protocols`)."""
+
 _changed: list[Callable[[], None]] = []
 _kinds: list[Registry[Any]] = []
+_loading = 0
 
 
 def kinds() -> tuple[Registry[Any], ...]:
-    """The registries of all kinds."""
+    """The registries to which plugins may add."""
     return tuple(_kinds)
 
 
@@ -37,11 +41,16 @@ class Registry(Generic[Member]):
     kind: what a member is called in messages, and the configuration section that chooses one.
     package: the package whose modules and subpackages are the built-in rooms; each registers on import. The names in its
     `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
+    plugins: whether plugins may add members.
     """
 
-    def __init__(self, kind: str, package: str | None = None, *, folders_only: bool = False):
+    def __init__(
+        self, kind: str, package: str | None = None, *, folders_only: bool = False, plugins: bool = True
+    ) -> None:
         self.kind = kind
-        _kinds.append(self)
+        self._plugins = plugins
+        if plugins:
+            _kinds.append(self)
         self._package = package
         self._loaded = package is None
         self._folders_only = folders_only
@@ -64,6 +73,10 @@ class Registry(Generic[Member]):
         other = self._members.get(name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"there are two {self.kind}s named {name!r}: {other.__module__} and {cls.__module__}")
+        of_config = self._by_config.get(config) if config is not None else None
+        if of_config is not None and of_config.name != name:  # type: ignore[attr-defined]
+            reason = f"{cls.__qualname__}: the {self.kind} {of_config.name!r} has this `Config`"  # type: ignore[attr-defined]
+            raise ValueError(f"{reason}; derive one from it whose field `name` is {name!r}")
         cls.name = name  # type: ignore[attr-defined]
         self._members[name] = cls
         if config is not None:
@@ -81,18 +94,24 @@ class Registry(Generic[Member]):
 
     def load(self) -> None:
         """Import the built-in rooms, once."""
+        global _loading
         if self._loaded:
             return
         self._loaded = True  # first: a room may ask for another one
         assert self._package is not None
         package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            if not module.name.startswith("_") and (module.ispkg or not self._folders_only):
-                importlib.import_module(f"{self._package}.{module.name}")
+        _loading += 1
+        try:
+            for module in pkgutil.iter_modules(package.__path__):
+                if not module.name.startswith("_") and (module.ispkg or not self._folders_only):
+                    importlib.import_module(f"{self._package}.{module.name}")
+        finally:
+            _loading -= 1
         first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}
         self._members = first | self._members
-        # Here, since a plugin imports this module.
-        importlib.import_module("dstune.core.plugins").load_installed()
+        if self._plugins and not _loading:  # after the built-ins of all kinds, whose names count first
+            # Here, since a plugin imports this module.
+            importlib.import_module("dstune.core.plugins").load_installed()
 
     def __iter__(self) -> Iterator[str]:
         self.load()

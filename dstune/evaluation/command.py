@@ -19,7 +19,7 @@ from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
 from dstune.config.forgetting import measured_alone
 from dstune.config.overrides import quoted
-from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, WandbConfig
+from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, tracking_class
 from dstune.config.several_tasks import is_of_several
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)
-        write_run(directory / "run.yaml", Composed(config, arguments.overrides, plugins.active()))
+        write_run(directory / "run.yaml", Composed(config, arguments.overrides, plugins.used_by(config)))
         options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
         command = ("dstune.evaluation.ranks", str(directory), json.dumps(options))
@@ -84,7 +84,9 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
         raise UserError(Problem("--shots", "the harness asks with one number of examples", "--shots 5", str(shots)))
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         if _is_run(arguments.target):
-            config = apply_overrides(_with_rows(read_run(path / "run.yaml").config, path), arguments.overrides)
+            config = apply_overrides(
+                _with_rows(read_run(path / "run.yaml", arguments.overrides).config, path), arguments.overrides
+            )
             folder = str(exported(path, Path(scratch), which=arguments.checkpoint, merge=True))
             config = replace(config, model=replace(config.model, revision=None))
         else:
@@ -165,7 +167,7 @@ def _configuration(
         rundir.run_directory(path)  # raises: among runs, so none that is on the hub
     stored = None
     if (path / "run.yaml").is_file():
-        stored = _with_rows(measured_alone(read_run(path / "run.yaml").config), path)
+        stored = _with_rows(measured_alone(read_run(path / "run.yaml", arguments.overrides).config), path)
     if stored is not None and arguments.shots is not None:
         return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
     method = None if stored is None else method_of(stored.method)
@@ -206,7 +208,7 @@ def _configuration(
         data=data,
         method=config.method if checkpoint else METHODS.default(),
         launch=on_this_machine(config.launch),
-        tracking=replace(config.tracking, wandb=WandbConfig()),
+        tracking=tracking_class()(),
         parallel=NoParallelConfig(),  # without gradients a rank holds a long row
     )
     validate(config)
@@ -242,7 +244,7 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
         data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
     if arguments.prompted:
         config = replace(config, model=ModelConfig(path=arguments.prompted))
-    tracking = replace(config.tracking, wandb=WandbConfig())
+    tracking = tracking_class()()
     launch = on_this_machine(config.launch)
     data = replace(data, packing=False)
     alone = NoParallelConfig()

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,16 +26,15 @@ from dstune.config.schema import OptimizerOffload, RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
-from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.core.rank_errors import tell_launcher
+from dstune.core.rank_env import RankEnv
 from dstune.data.build import Split, prepare
 from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.protocols import method_of, task_of
+from dstune.rank import process
 from dstune.rank.finalize import write_result
-from dstune.rank.worker import guarded, leave
 from dstune.tracking.console import Console, show_activities
 from dstune.trainer import baseline
 from dstune.trainer.evaluate import Evaluator, limited
@@ -159,19 +156,13 @@ def _in_files(row: dict[str, Any]) -> tuple[str, int]:
     return file, int(line)
 
 
-def main() -> int:
-    directory, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    die_with_parent()
-    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
-
-    def work() -> None:
-        config, world = read_run(directory / "run.yaml").config, start_process_group(env)
-        checkpoint = None if options["checkpoint"] is None else Path(options["checkpoint"])
-        split, shots, with_rows = options["split"], options["shots"], options["rows"]
-        evaluate(config, directory, split, checkpoint, world, shots=shots, with_rows=with_rows)
-
-    return guarded(work, lambda error: tell_launcher(directory, env.rank, error))
+def run(directory: Path, env: RankEnv, options: str) -> None:
+    config, world = read_run(directory / "run.yaml").config, start_process_group(env)
+    requested = json.loads(options)
+    checkpoint = None if requested["checkpoint"] is None else Path(requested["checkpoint"])
+    shots, with_rows = requested["shots"], requested["rows"]
+    evaluate(config, directory, requested["split"], checkpoint, world, shots=shots, with_rows=with_rows)
 
 
 if __name__ == "__main__":
-    leave(main())
+    process.main(run)

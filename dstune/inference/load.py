@@ -69,7 +69,7 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelReque
 
 
 def _of_run(run: Path, which: str, overrides: Sequence[str]) -> ModelRequest:
-    config = _checked(apply_overrides(read_run(run / "run.yaml").config, list(overrides)), str(run))
+    config = _checked(apply_overrides(read_run(run / "run.yaml", overrides).config, list(overrides)), str(run))
     export = run / "export"
     if which == "last" and store.newest(run) is None and export.is_dir():  # all that was kept
         if (export / "adapter_config.json").is_file():

@@ -27,7 +27,7 @@ def calibrate(config: RunConfig, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config = replace(config, launch=on_this_machine(config.launch))
-        write_run(directory / "run.yaml", Composed(config, [], plugins.active()))
+        write_run(directory / "run.yaml", Composed(config, [], plugins.used_by(config)))
         ranks = number_of_ranks(config, this_machine(os.environ))
         console.stage(f"measuring with {ranks} rank{'s' * (ranks > 1)}")
         command = ("dstune.rank.calibrate", str(directory))

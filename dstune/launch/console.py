@@ -33,6 +33,10 @@ class Console:
         """The transient line that is on the terminal now, whose rest a shorter line would leave visible."""
 
     @property
+    def out(self) -> TextIO:
+        return self._out
+
+    @property
     def kind(self) -> str:
         """`tty:WIDTH` or `plain`, for DSTUNE_CONSOLE."""
         return f"tty:{width(self._out)}" if self._is_terminal(self._out) else "plain"

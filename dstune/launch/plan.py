@@ -94,7 +94,7 @@ def configuration(arguments: Arguments) -> RunConfig:
         if run is None:
             config = compose(flags.overrides, flags.config_dirs).config
         else:
-            config = apply_overrides(read_run(run / rundir.RUN_FILE).config, flags.overrides)
+            config = apply_overrides(read_run(run / rundir.RUN_FILE, flags.overrides).config, flags.overrides)
     except UserError as error:  # all problems at once, and among them what only a training needs
         raise UserError(_of_plan(error.problems) or error.problems) from None
     refuse(config)

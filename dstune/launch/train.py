@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.compose import Composed, apply_overrides, compose, read_run, to_yaml
+from dstune.config.compose import Composed, apply_overrides, compose, plugins_of, read_run, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
@@ -20,7 +20,7 @@ from dstune.config.validate import validate
 from dstune.config.words import meaning
 from dstune.core.arguments import is_path
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
-from dstune.core.plugins import ACCEPT
+from dstune.core.plugins import accepts_changes, refuse_changes
 from dstune.core.rank_env import RankEnv, from_environment
 from dstune.launch import records, rundir
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
@@ -153,8 +153,10 @@ def configuration(command: Command) -> Composed:
     """What the command asks for, not validated yet. Raises UserError."""
     if command.run is None:
         return compose(command.flags.overrides, command.flags.config_dirs)
-    accepts = ACCEPT in (text.lower() for text in command.flags.overrides)
-    stored = read_run(command.run / rundir.RUN_FILE, accept_plugin_changes=accepts)
+    file = command.run / rundir.RUN_FILE
+    stored = read_run(file, command.flags.overrides)
+    if not accepts_changes(command.flags.overrides):
+        refuse_changes(plugins_of(file), stored.plugins)
     config = apply_overrides(stored.config, command.flags.overrides)
     return Composed(config, [*stored.overrides, *command.flags.overrides], stored.plugins)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dstune.core.registry import Registry
+from dstune.core.registry import VERSION, Registry
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.protocols.launcher import Launcher
 from dstune.protocols.method import Method
@@ -59,8 +59,6 @@ __all__ = [
     "task_of",
     "tracker",
 ]
-
-VERSION = 1
 
 TASKS: Registry[Task] = Registry("task", "dstune.tasks")
 METHODS: Registry[Method] = Registry("method", "dstune.methods")

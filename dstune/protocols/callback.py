@@ -148,6 +148,11 @@ class Callback:
         """
         return None
 
+    @classmethod
+    def is_automatic(cls) -> bool:
+        """Whether runs have it without naming it."""
+        return cls.for_run.__func__ is not Callback.for_run.__func__  # type: ignore[attr-defined]
+
     # -- when something happens ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, run: Run) -> None:

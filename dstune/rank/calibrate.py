@@ -6,8 +6,6 @@ Every rank measures at the same time as the others, as in training: they share m
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,8 +18,7 @@ import torch.nn.functional as functional
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.core.distributed import World
-from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.core.rank_errors import tell_launcher
+from dstune.core.rank_env import RankEnv
 from dstune.models.attention import SamplesApart
 from dstune.models.cpu_attention import CausalAttention
 from dstune.models.cross_entropy import projected_cross_entropy
@@ -31,7 +28,7 @@ from dstune.planning.architecture import architecture
 from dstune.planning.flops import forward_flops
 from dstune.planning.setup import Setup, setup
 from dstune.planning.time import Speed
-from dstune.rank.worker import guarded, leave
+from dstune.rank import process
 from dstune.zero import accelerator
 from dstune.zero.precision import fast_bf16
 from dstune.zero.start import start_process_group
@@ -207,21 +204,13 @@ def seconds_of(
     return float(world.gather_numbers([(time.perf_counter() - began) / calls]).mean())
 
 
-def main() -> int:
-    (argument,) = sys.argv[1:]
-    die_with_parent()
-    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
-    directory = Path(argument)
-
-    def work() -> None:
-        world = start_process_group(env)
-        calibrate(directory, world)
-        if world.is_main:
-            (directory / "result.json").write_text(json.dumps({"status": "completed"}))
-        world.barrier()
-
-    return guarded(work, lambda error: tell_launcher(directory, env.rank, error))
+def run(directory: Path, env: RankEnv) -> None:
+    world = start_process_group(env)
+    calibrate(directory, world)
+    if world.is_main:
+        (directory / "result.json").write_text(json.dumps({"status": "completed"}))
+    world.barrier()
 
 
 if __name__ == "__main__":
-    leave(main())
+    process.main(run)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstune.core import environment, handoff, rendezvous
-from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.core.rank_errors import tell_launcher
-from dstune.rank.worker import guarded, leave
+from dstune.core import environment, rendezvous
+from dstune.core.rank_env import RankEnv
+from dstune.rank import process
 from dstune.zero import accelerator
 from dstune.zero.start import start_process_group
 
@@ -57,30 +54,20 @@ def _synchronize(tensor: torch.Tensor) -> None:
         accelerator.synchronize()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    (argument,) = sys.argv[1:] if argv is None else argv
-    die_with_parent()
-    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
-    run_dir = Path(argument)
-    handoff.set_up_rank(env.rank, run_dir, os.environ)
-
-    def work() -> None:
-        rendezvous.meet(env, run_dir, os.environ)
-        if accelerator.present():  # says over what it talks
-            os.environ.setdefault("NCCL_DEBUG", "INFO")
-            os.environ.setdefault("NCCL_DEBUG_FILE", str(run_dir / "logs" / "nccl-%h-%p.log"))
-        world = start_process_group(env)
-        device = accelerator.current()
-        found = measure(device, world.size)
-        hosts = world.gather(environment.host())
-        sockets = world.any(_over_sockets(run_dir))
-        if world.is_main:
-            name = accelerator.name()
-            found |= {"ranks": world.size, "hosts": sorted(set(hosts)), "device": name, "nccl_over_sockets": sockets}
-            (run_dir / "result.json").write_text(json.dumps({"status": "completed", "allreduce": found}))
-        world.barrier()
-
-    return guarded(work, lambda error: tell_launcher(run_dir, env.rank, error))
+def run(directory: Path, env: RankEnv) -> None:
+    rendezvous.meet(env, directory, os.environ)
+    if accelerator.present():  # says over what it talks
+        os.environ.setdefault("NCCL_DEBUG", "INFO")
+        os.environ.setdefault("NCCL_DEBUG_FILE", str(directory / "logs" / "nccl-%h-%p.log"))
+    world = start_process_group(env)
+    found = measure(accelerator.current(), world.size)
+    hosts = world.gather(environment.host())
+    sockets = world.any(_over_sockets(directory))
+    if world.is_main:
+        name = accelerator.name()
+        found |= {"ranks": world.size, "hosts": sorted(set(hosts)), "device": name, "nccl_over_sockets": sockets}
+        (directory / "result.json").write_text(json.dumps({"status": "completed", "allreduce": found}))
+    world.barrier()
 
 
 def _over_sockets(run_dir: Path) -> bool:
@@ -89,4 +76,4 @@ def _over_sockets(run_dir: Path) -> bool:
 
 
 if __name__ == "__main__":
-    leave(main())
+    process.main(run)

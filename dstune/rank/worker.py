@@ -23,7 +23,7 @@ from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core import environment, handoff, plugins, rendezvous
 from dstune.core.distributed import World
-from dstune.core.errors import EXIT_FAILED, DstuneError, Preempted, Problem, UserError
+from dstune.core.errors import DstuneError, Preempted, Problem, UserError
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher, tell_once
@@ -39,6 +39,7 @@ from dstune.models.ulysses import SequenceCut
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.rank.finalize import finish
+from dstune.rank.process import guarded, leave
 from dstune.rank.startup import ask_untuned, describe, show_samples
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import RunLog
@@ -305,7 +306,7 @@ def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: Worl
         return
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_run(folder / "run.yaml", Composed(stage, [], plugins.active()))
+        write_run(folder / "run.yaml", Composed(stage, [], plugins.used_by(stage)))
     world.barrier()
     try:
         train_stage(stage, folder, world, preemption)
@@ -424,26 +425,6 @@ def record_collectives(run_dir: Path, variables: MutableMapping[str, str]) -> No
     variables.setdefault(size, "2000")
     variables.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     variables.setdefault(file, str(run_dir.absolute() / "logs" / "nccl_trace_rank_"))
-
-
-def guarded(work: Callable[[], None], tell: Callable[[DstuneError], None]) -> int:
-    """Run `work` and return the exit code; an error that a user can cause goes to `tell`."""
-    try:
-        work()
-        return 0
-    except DstuneError as error:
-        tell(error)
-        return error.exit_code
-    except BaseException:
-        traceback.print_exc()
-        return EXIT_FAILED
-
-
-def leave(code: int) -> None:
-    """End this process now: after an error, threads of a collective that waits for dead ranks would keep it alive."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

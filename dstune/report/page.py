@@ -171,7 +171,8 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
 
 def _plugin(one: dict[str, Any]) -> str:
     adds = ", ".join(str(text) for text in one.get("registers") or [])
-    return f"{one.get('file')} (sha256 {str(one.get('sha256'))[:12]}){': ' if adds else ''}{adds}"
+    package = f"{one['distribution']} {one.get('version')}, " if one.get("distribution") else ""
+    return f"{package}{one.get('file')} (sha256 {str(one.get('sha256'))[:12]}){': ' if adds else ''}{adds}"
 
 
 def _parameters(model: dict[str, Any]) -> str:

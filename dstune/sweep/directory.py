@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.compose import frozen_at_start, read_run
+from dstune.config.compose import frozen_at_start, plugins_of, read_run_beside
 from dstune.config.convert import dump, format_value, from_dict, load, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
-from dstune.core import files
+from dstune.core import files, plugins
 from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import redacted
 from dstune.launch import records
@@ -96,6 +96,7 @@ def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
             axis.key: [format_value(value.plain) for value in axis.values] or _interval(axis) for axis in sweep.axes
         },
         "objective": list(objectives),
+        plugins.KEY: plugins.to_dicts(plugins.used_by(sweep.base)),
         "config": to_dict(sweep.base),
     }
     files.write(sweep.path / SWEEP_FILE, dump(redacted(content)))
@@ -129,7 +130,9 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
             fix = "give a new or empty folder, or one that holds this sweep"
             raise UserError(Problem("sweep.dir", reason, fix, str(path)))
         return sweep, False
-    old = read_run(path / SWEEP_FILE)
+    if not sweep.base.run.accept_plugin_changes:
+        plugins.refuse_changes(plugins_of(path / SWEEP_FILE), plugins.used_by(sweep.base))
+    old = read_run_beside(path / SWEEP_FILE)
     before = set(load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path)).get("axes") or {})
     now = {axis.key for axis in sweep.axes}
     if before != now:

@@ -17,11 +17,15 @@ from support.workshop import VOLATILE
 from dstune.config.validate import find_problems
 from dstune.launch.local.config import LocalConfig
 
-CALLBACK = """
+PLUGIN = """
 import os
-from dstune.protocols import Callback
+import dstune
 
-class Stops(Callback):
+with open("processes", "a") as file:
+    print(os.getpid(), file=file)
+
+@dstune.callback
+class Stops(dstune.Callback):
     name = "stops"
 
     def on_train_begin(self, run):
@@ -37,7 +41,7 @@ class Stops(Callback):
 def train(
     folder: Path, name: str, *overrides: str, **environment: str
 ) -> tuple[subprocess.Popen, str, dict, list[dict]]:
-    (folder / "own_callbacks.py").write_text(CALLBACK)
+    (folder / "own.py").write_text(PLUGIN)
     command = [
         *(
             sys.executable,
@@ -49,7 +53,7 @@ def train(
         ),
         *("data=files", "data.max_length=64", "trainer.max_steps=3", "trainer.micro_batch_size=2"),
         *("trainer.global_batch_size=4", f"run.dir={folder / name}", "run.export=none", "launch.processes=1"),
-        *("trainer.callbacks=['own_callbacks:Stops']", *overrides),
+        *("plugins=[./own.py]", "trainer.callbacks=[stops]", *overrides),
     ]
     variables = {**os.environ, "DSTUNE_CACHE": str(folder / "cache"), **environment}
     process = subprocess.Popen(
@@ -77,6 +81,24 @@ def test_the_rank_is_the_started_process_and_stops_at_breakpoints(tmp_path: Path
     process, _, result, expected = train(tmp_path, "outside")
     assert result["process"] != process.pid
     assert rows == expected
+
+    evaluated = []
+    for where in ("false", "true"):
+        (tmp_path / "processes").unlink()
+        done = dstune(tmp_path, "evaluate", "outside", "--json", "--split", "train", f"launch.in_process={where}")
+        assert done.returncode == 0, done.stderr
+        evaluated.append(json.loads(done.stdout))
+        assert len(set((tmp_path / "processes").read_text().split())) == (1 if where == "true" else 2)
+    assert evaluated[0] == evaluated[1]
+    done = dstune(tmp_path, "evaluate", "outside", "--json", "--split", "test", "launch.in_process=true")
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("there are no test rows") == 1
+
+
+def dstune(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"DSTUNE_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "dstune", *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(("launch", "fix"), [({"processes": 2}, "launch.processes=1"), ({}, "launch.processes=1")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.configs import run_config
@@ -32,11 +33,18 @@ def problems(*callbacks) -> list[str]:
     return [str(problem) for problem in check_callbacks(run_config(trainer=TrainerConfig(callbacks=list(callbacks))))]
 
 
+def installed(file: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(file.parent))
+    monkeypatch.syspath_prepend(str(file.parent))
+
+
 def test_a_name_or_a_name_with_arguments(printer, tmp_path, monkeypatch):
-    (tmp_path / "own_module.py").write_text(
-        "from dstune.protocols import Callback\nclass Own(Callback): ...\nclass Other(Callback): ...\n"
+    installed(
+        tmp_path / "own_module.py",
+        "from dstune.protocols import Callback\nclass Own(Callback): ...\nclass Other(Callback): ...\n",
+        monkeypatch,
     )
-    monkeypatch.chdir(tmp_path)
     config = run_config(
         trainer=TrainerConfig(callbacks=[{"printer": {"text": "hi", "every": 2}}, "own_module:Own", "own_module.Other"])
     )
@@ -54,7 +62,8 @@ def test_a_name_or_a_name_with_arguments(printer, tmp_path, monkeypatch):
         ("printer", "the callback printer needs text"),
         ({"printer": {"text": "a", "evry": 3}}, "did you mean every?"),
         ({"printer": {"text": "a"}, "other": {}}, "neither a name nor"),
-        ("no_such_module:Own", "no_such_module cannot be imported"),
+        ("no_such_module:Own", "no_such_module is no module of an installed package"),
+        ("./file.py:Own", "plugins=[./file.py]"),
         ("json:JSONDecoder", "no subclass of dstune.Callback"),
     ],
 )
@@ -70,15 +79,16 @@ def test_a_callback_is_named_once():
 
 def test_two_callbacks_of_one_name_are_refused(tmp_path, monkeypatch):
     """Each would load the other's state."""
-    (tmp_path / "twins.py").write_text(
+    installed(
+        tmp_path / "twins.py",
         "from dstune.protocols import Callback\n"
         "from dstune.trainer.callbacks.cadence import Cadence\n"
         "class One(Callback): name = 'twin'\n"
         "class Two(Callback): name = 'twin'\n"
         "class Slower(Cadence):\n"
-        "    def __init__(self): ...\n"
+        "    def __init__(self): ...\n",
+        monkeypatch,
     )
-    monkeypatch.chdir(tmp_path)
     [problem] = problems("twins:One", "twins:Two")
     assert problem.startswith("trainer.callbacks[1]") and "twins.One has the name 'twin' too" in problem
     [problem] = problems("twins:Slower")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dstune.config import plugins as requests
 from dstune.config.completion import complete
@@ -200,6 +204,16 @@ def test_names_that_clash():
     assert "there are two optimizers named 'adamw'" in reason
 
 
+def test_names_that_clash_with_a_plugin_of_an_earlier_configuration():
+    copy()
+    copy("other.py")
+    for name in ("lion", "other"):
+        compose(["data=chitchat", f"plugins=[./{name}.py]", "optimizer=lion"])
+    ((where, reason, _),) = problems("plugins=[./lion.py,./other.py]")
+    assert where == "./other.py"  # as without the earlier ones
+    assert "there are two optimizers named 'lion'" in reason
+
+
 @pytest.mark.parametrize(
     ("value", "reason", "fix"),
     [
@@ -241,23 +255,178 @@ def test_a_module_that_ranks_can_import_is_imported_by_name(monkeypatch, folder)
     assert (plugin.name, plugin.is_file, plugin.registers) == ("shelf.lion", False, ("optimizer lion",))
 
 
-def test_an_installed_package_is_there_always(folder):
-    package = folder / "site" / "mylion"
-    copy(str(package / "__init__.py"))
-    info = folder / "site" / "mylion-1.0.dist-info"
+# ---- installed packages ----
+
+
+def install(folder: Path, version: str, old: str = "", new: str = "") -> None:
+    """`mylion`, an installed package with an entry point."""
+    site = folder / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    copy(str(site / "mylion" / "__init__.py"), old, new)
+    info = site / f"mylion-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mylion\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mylion\nVersion: {version}\n")
     (info / "entry_points.txt").write_text("[dstune.plugins]\nlion = mylion\n")
-    line = "dstune train optimizer=l"
-    program = (
-        "from dstune.config.completion import complete; from types import SimpleNamespace as N; "
-        f"print(complete({line!r}, {{'train': lambda given: N(words=[], overrides=True, files=False)}}))"
-    )
+
+
+def in_a_process(folder: Path, program: str) -> str:
+    """What `program` prints where `install` is in effect, in a process of its own: packages are looked for once."""
     env = os.environ | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}"}
-    formatted = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True
-    ).stdout
-    assert formatted == "['optimizer=lion']\n"
+    start = "from dstune.config.compose import compose, read_run, write_run\n" + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_installed_package_is_there_always(folder):
+    install(folder, "1.0")
+    program = """
+        from dstune.config.completion import complete
+        from types import SimpleNamespace as N
+        print(complete("dstune train optimizer=l", {"train": lambda given: N(words=[], overrides=True, files=False)}))
+        compose(["data=chitchat", "plugins=[mylion]", "optimizer=lion"])
+        print(compose(["data=chitchat", "optimizer=lion"]).config.optimizer.name)
+        """
+    assert in_a_process(folder, program) == "['optimizer=lion']\nlion\n"
+
+
+def test_the_examples_appear_in_help_and_completion(folder):
+    install(folder, "1.0")
+    examples = sorted((ROOT / "examples" / "plugins").glob("*.py"))
+    (folder / "site" / "mylion" / "__init__.py").write_text("")
+    for file in examples:
+        shutil.copy(file, folder / "site" / "mylion")
+    points = "".join(f"{file.stem} = mylion.{file.stem}\n" for file in examples)
+    (folder / "site" / "mylion-1.0.dist-info" / "entry_points.txt").write_text(f"[dstune.plugins]\n{points}")
+    words = ("task=or", "method=bitf", "optimizer=li", "data.format=star", "trainer.callbacks=[ve")
+    words = (*words, "trainer.early_stopping.metric=ka")
+    program = f"""
+        import json
+        from dstune.config.completion import complete
+        from types import SimpleNamespace as N
+        verbs = {{"train": lambda given: N(words=[], overrides=True, files=False)}}
+        print(json.dumps([complete("dstune train " + word, verbs) for word in {words}]))
+        print(complete("dstune train task=ordinal task.smo", verbs))
+        from dstune.cli import main
+        main(["train", "--help"])
+        """
+    completed, keys, *text = in_a_process(folder, program).split("\n")
+    assert json.loads(completed) == [
+        *(["task=ordinal"], ["method=bitfit"], ["optimizer=lion"], ["data.format=star_rating"]),
+        *(["trainer.callbacks=[veto_outliers]"], ["trainer.early_stopping.metric=kappa"]),
+    ]
+    assert keys == "['task.smoothing=']"
+    words = " ".join(" ".join(text).split())
+    assert all(name in words for name in ("[task=ordinal]", "[method=bitfit]", "[optimizer=lion]", "star_rating"))
+    assert all(name in words for name in ("there are: veto_outliers", "kappa"))
+
+
+def test_a_run_lists_the_installed_plugins_that_can_act_in_it(folder):
+    install(folder, "1.0")
+    program = """
+        from pathlib import Path
+        for name in ("adamw", "lion"):
+            Path(name).mkdir()
+            write_run(Path(name, "run.yaml"), compose(["data=chitchat", f"optimizer={name}"]))
+        read_run(Path("lion", "run.yaml"))
+        from dstune.core.plugins import digests
+        print(len(digests("optimizer")))
+        """
+    assert in_a_process(folder, program) == "1\n"
+    assert "plugins" not in (folder / "adamw" / "run.yaml").read_text()
+    assert not (folder / "lion" / "plugins").exists()
+    (listed,) = yaml.safe_load((folder / "lion" / "run.yaml").read_text())["plugins"]
+    assert listed == {
+        "name": "mylion",
+        "file": str(folder / "site" / "mylion" / "__init__.py"),
+        "module": True,
+        "distribution": "mylion",
+        "version": "1.0",
+        "registers": ["optimizer lion"],
+        "sha256": hashlib.sha256(LION.read_bytes()).hexdigest(),
+    }
+
+    # What continuing it says: with the same package, another version, none, and a further one.
+    program = """
+        from pathlib import Path
+        from dstune.core.errors import UserError
+        from dstune.launch import rundir, train
+        rundir.store.resumable = lambda path: path / "checkpoints" / "step-00000001"
+        def attempt(*command):
+            try:
+                if command[0] == "RUN":
+                    found = train.configuration(train.parse([name, *command[1:]]))
+                else:
+                    found = rundir.choose(compose(["data=chitchat", f"optimizer={name}", f"run.dir={name}", *command[1:]]))
+            except UserError as error:
+                print(error.problems[0].reason, "|", error.problems[0].fix)
+            else:
+                print("continues", [one.version for one in found.plugins])
+        accept = "run.accept_plugin_changes=true"
+        name = "lion"
+        for command in (("RUN",), ("RUN", accept), ("NEW",), ("NEW", accept)):
+            attempt(*command)
+        name = "adamw"
+        attempt("RUN")
+        attempt("NEW")
+        """
+    assert in_a_process(folder, program).splitlines() == ["continues ['1.0']"] * 4 + ["continues []"] * 2
+    install(folder, "1.1", "sign momentum", "signed momentum")
+    lines = in_a_process(folder, program).splitlines()
+    for number in (0, 2):
+        assert "the run began with the plugin mylion of the package mylion 1.0 (sha256 " in lines[number]
+        assert "and 1.1 (sha256 " in lines[number]
+        assert "| pip install mylion==1.0, or run.accept_plugin_changes=true" in lines[number]
+    assert [lines[1], lines[3]] == ["continues ['1.1']"] * 2
+    metric = "\n\n@dstune.metric\nclass Half(dstune.Metric):\n    name = 'half'\n    tasks = ('classification',)\n"
+    install(folder, "1.0", "import dstune\n", f"import dstune\n{metric}\n")
+    lines = in_a_process(folder, program).splitlines()
+    for number in (4, 5):
+        assert (
+            "the run began without the plugin mylion of the package mylion 1.0 | pip uninstall mylion" in lines[number]
+        )
+    shutil.rmtree(folder / "site")
+    lines = in_a_process(folder, program.replace('("NEW",), ("NEW", accept)', ""))
+    assert "the plugin mylion of the package mylion 1.0, which is not installed | pip install mylion==1.0" in lines
+
+
+def test_a_plugin_says_for_which_version_it_was_written():
+    Path("old.py").write_text("DSTUNE_PROTOCOLS = 0\n")
+    ((where, reason, fix),) = problems("plugins=[./old.py]")
+    assert (where, reason) == ("./old.py", "it was written for version 0 of the protocols, and this is version 1")
+    assert "DSTUNE_PROTOCOLS = 1" in fix
+    Path("old.py").write_text("DSTUNE_PROTOCOLS = 1\n")
+    compose(["data=chitchat", "plugins=[./old.py]"])
+
+
+def test_a_member_needs_a_config_of_its_own():
+    text = "import dstune\nfrom dstune.optim.adamw import AdamW\n\n@dstune.optimizer\nclass Mine(AdamW):\n    name = 'mine'\n"
+    Path("mine.py").write_text(text)
+    ((where, reason, _),) = problems("plugins=[./mine.py]")
+    assert where == "./mine.py:4"
+    assert "Mine: the optimizer 'adamw' has this `Config`" in reason
+    assert compose(["data=chitchat"]).config.optimizer.name == "adamw"
+
+
+def test_an_installed_package_with_the_name_of_a_built_in_is_the_one_to_be_refused(folder):
+    install(folder, "1.0", 'name: str = "lion"', 'name: str = "adamw"')
+    text = in_a_process(
+        folder,
+        """
+        from dstune.core.errors import UserError
+        from dstune.protocols import CALLBACKS, OPTIMIZERS
+        for kind in (CALLBACKS, OPTIMIZERS):
+            try:
+                list(kind)
+                compose(["data=chitchat"])
+            except UserError as error:
+                print(error)
+        print(OPTIMIZERS["adamw"].__module__)
+        """,
+    )
+    assert text.count("the plugin of the installed package mylion: the plugin cannot be imported") == 2
+    assert "there are two optimizers named 'adamw'" in text
+    assert text.endswith("dstune.optim.adamw\n")
 
 
 # ---- runs ----
@@ -300,6 +469,16 @@ def test_a_rank_started_process_unpickles_what_a_plugin_defines(folder):
     assert plugins.VARIABLE not in os.environ  # another run's ranks must not inherit it
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", ""])
+def test_the_list_of_a_run_names_no_file_elsewhere(folder, name):
+    copy()
+    a_run(folder / "run")
+    file = folder / "run" / "run.yaml"
+    file.write_text(file.read_text().replace("name: lion", f"name: '{name}'", 1))
+    with pytest.raises(UserError, match="is not a list of plugins"):
+        read_run(file)
+
+
 def test_a_copy_that_was_changed_or_is_gone(folder):
     copy()
     a_run(folder / "run")
@@ -310,8 +489,10 @@ def test_a_copy_that_was_changed_or_is_gone(folder):
     (problem,) = error.value.problems
     assert problem.where == str(kept)
     assert "has changed since the run began" in problem.reason
-    assert plugins.ACCEPT in problem.fix
-    accepted = read_run(folder / "run" / "run.yaml", accept_plugin_changes=True)
+    assert problem.fix == "bring the file back as it was"
+    with pytest.raises(UserError, match=plugins.ACCEPT):
+        read_run(folder / "run" / "run.yaml", [])
+    accepted = read_run(folder / "run" / "run.yaml", [plugins.ACCEPT])
     assert accepted.plugins[0].sha256 != json.loads(json.dumps(plugins.to_dicts(accepted.plugins)))[0]["file"]
     kept.unlink()
     with pytest.raises(UserError, match="there is no such file"):

@@ -53,10 +53,10 @@ class Local(Launcher):
         command: Sequence[str] | None = None,
         saves: bool = True,
     ) -> int:
-        if self.config.in_process and command is None:
+        if self.config.in_process:
             from dstune.launch.local import in_process
 
-            return in_process.run(run, run_dir)
+            return in_process.run(run, run_dir) if command is None else in_process.call(run, run_dir, command, console)
         from dstune.launch.commands import local_plan
         from dstune.launch.local import supervise
 

@@ -21,4 +21,4 @@ class LocalConfig(LaunchConfig):
     grace_seconds: float = setting(5.0, above=0.0, at_most=8.0)
     """How long the other ranks may take to end after one of them died; then they are killed."""
     in_process: bool = False
-    """Train in the process that was started, so that breakpoints work: with `launch.processes=1` only."""
+    """Run the rank in the process that was started, so that breakpoints work: with `launch.processes=1` only."""

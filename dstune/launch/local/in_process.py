@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import traceback
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import EXIT_DONE
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError
 from dstune.core.rank_env import RankEnv
 from dstune.launch import records
 from dstune.launch.commands import local_plan
+from dstune.launch.console import Console
+
+RANK = RankEnv(0, 1, 0, 1, "in-process")
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
-    """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
-
-    The rank has the environment that a process of its own would have; afterwards this process has its own again.
-    """
+    """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code."""
     from dstune.rank.worker import main_inside
 
+    with _as_rank(config, run_dir):
+        code = main_inside(RANK, lambda: (config, run_dir)).code
+    if code != EXIT_DONE and records.read_result(run_dir) is None:
+        records.write_result(run_dir, "failed", f"the rank ended with exit code {code}", 1)
+    return code
+
+
+def call(config: RunConfig, directory: Path, command: Sequence[str], console: Console) -> int:
+    """Run another module than training in the rank; see `dstune/rank/process.py`. Its output goes where that of ranks goes.
+
+    Raises:
+        DstuneError: what the rank raised.
+    """
+    module, _, *arguments = command
+    with _as_rank(config, directory), redirect_stdout(console.out):
+        try:
+            importlib.import_module(module).run(directory, RANK, *arguments)
+        except DstuneError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            return EXIT_FAILED
+    return EXIT_DONE
+
+
+@contextmanager
+def _as_rank(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """The rank has the environment that a process of its own would have; afterwards this process has its own again."""
     (variables,) = local_plan(config, run_dir).env
     before = dict(os.environ)
     records.begin(run_dir, uuid.uuid4().hex, 1)
     os.environ.update(variables)
     try:
-        code = main_inside(RankEnv(0, 1, 0, 1, "in-process"), lambda: (config, run_dir)).code
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
         _leave_process_group()
-    if code != EXIT_DONE and records.read_result(run_dir) is None:
-        records.write_result(run_dir, "failed", f"the rank ended with exit code {code}", 1)
-    return code
 
 
 def _leave_process_group() -> None:

@@ -1,0 +1,46 @@
+"""How the process of a rank begins and ends. Modules that ranks run beside training have a function `run(directory, env, ...)`.
+
+`python -m MODULE DIRECTORY ...` is such a rank: `directory` holds the `run.yaml`, and gets `result.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from dstune.core import handoff
+from dstune.core.errors import EXIT_FAILED, DstuneError
+from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
+from dstune.core.rank_errors import tell_launcher
+
+
+def main(run: Callable[..., None]) -> None:
+    """Call `run` in a rank that dstune started, and end the process."""
+    die_with_parent()
+    env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
+    directory, arguments = Path(sys.argv[1]), sys.argv[2:]
+    handoff.set_up_rank(env.rank, directory, os.environ)
+    leave(guarded(lambda: run(directory, env, *arguments), lambda error: tell_launcher(directory, env.rank, error)))
+
+
+def guarded(work: Callable[[], None], tell: Callable[[DstuneError], None]) -> int:
+    """Run `work` and return the exit code; an error that a user can cause goes to `tell`."""
+    try:
+        work()
+        return 0
+    except DstuneError as error:
+        tell(error)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def leave(code: int) -> None:
+    """End this process now: after an error, threads of a collective that waits for dead ranks would keep it alive."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
