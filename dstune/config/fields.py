@@ -16,6 +16,10 @@ class MemberName(str):
         raise NotImplementedError
 
 
+DOC = "doc"
+"""In the metadata of a field that stands in no source: its line of documentation."""
+
+
 def options_of(hint: Any) -> tuple[str, ...]:
     """The words that a field of this type takes; empty for types whose values are not among a few words."""
     if not isinstance(hint, type):

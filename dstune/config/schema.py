@@ -11,22 +11,24 @@ A line of documentation and the range of a field stand beside it: `documentation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from dstune.config.data_schema import DataConfig
-from dstune.config.fields import setting
+from dstune.config.fields import DOC, setting
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.core.registry import Registry
-from dstune.protocols import LAUNCHERS, METHODS, OPTIMIZERS, PARALLELISMS, SCHEDULES, TASKS
+from dstune.protocols import LAUNCHERS, METHODS, OPTIMIZERS, PARALLELISMS, SCHEDULES, TASKS, TRACKERS
 from dstune.protocols.launcher import LaunchConfig
 from dstune.protocols.method import MethodConfig
 from dstune.protocols.optimizer import OptimizerConfig, ScheduleConfig
 from dstune.protocols.parallelism import ParallelConfig
 from dstune.protocols.task import TaskConfig
+from dstune.protocols.tracker import TrackingConfig
 
 
 class Attention(Enum):
@@ -65,12 +67,6 @@ class OptimizerOffload(Enum):
     none = "none"
     cpu = "cpu"
     nvme = "nvme"
-
-
-class WandbMode(Enum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
 
 
 SaveMode = Enum("SaveMode", ["sync", "async"])
@@ -247,34 +243,29 @@ class EvaluateConfig:
     """Before training, ask the untuned model too, with so many worked examples (`[0,4]`), and report what it reaches."""
 
 
-@dataclass(frozen=True)
-class WandbConfig:
-    mode: WandbMode = WandbMode.disabled
-    """`online` falls back to `offline` where no key is found; never prompts."""
-    entity: str | None = None
-    """Account or team."""
+def tracking_class() -> type[TrackingConfig]:
+    """The class of `tracking`: keys that all trackers share, and those of each tracker below its name."""
+    return _with_trackers(tuple((room.name, room.Config or bool, room.switch) for room in TRACKERS.classes().values()))
 
 
-@dataclass(frozen=True)
-class MlflowConfig:
-    uri: str | None = None
-    """Where MLflow keeps runs: a folder, `http://HOST:PORT`, `databricks` or a database; off when not given."""
+@cache
+def _with_trackers(own: tuple[tuple[str, type, str], ...]) -> type[TrackingConfig]:
+    keys = [
+        (name, cls, field(default_factory=cls, metadata={DOC: doc})) for name, cls, doc in own if doc or cls is not bool
+    ]
+    made = make_dataclass("TrackingConfig", keys, bases=(TrackingConfig,), frozen=True)
+    made.__module__ = TrackingConfig.__module__
+    made.__reduce__ = _reduce_tracking  # type: ignore[method-assign]
+    return made
 
 
-@dataclass(frozen=True)
-class TrackingConfig:
-    project: str = "dstune"
-    """W&B project and MLflow experiment."""
-    group: str | None = None
-    """Group of runs that belong together."""
-    tags: list[str] = setting([])
-    """Tags of the run; a `${oc.env:NAME}` among them stays as written."""
-    notes: str | None = None
-    """A description of the run."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: bool = False
-    """Write TensorBoard's event files into the run directory (needs `pip install 'dstune[tensorboard]'`)."""
-    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+def _reduce_tracking(self: TrackingConfig) -> tuple[Callable[[dict[str, Any]], TrackingConfig], tuple[dict[str, Any]]]:
+    """For pickle, which finds no class of a module here."""
+    return _tracking, ({one.name: getattr(self, one.name) for one in fields(self)},)
+
+
+def _tracking(values: dict[str, Any]) -> TrackingConfig:
+    return tracking_class()(**values)
 
 
 PREEMPTION_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGURG")

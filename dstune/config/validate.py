@@ -405,8 +405,9 @@ def check_tracking(config: RunConfig) -> Iterator[Problem]:
         "run.name": config.run.name,
         "tracking.project": tracking.project,
         "tracking.group": tracking.group,
-        "tracking.wandb.entity": tracking.wandb.entity,
     }
+    for tracker in TRACKERS.classes().values():
+        names |= tracker.names(tracking)
     for key, value in names.items():
         if isinstance(value, EnvironmentText):
             variable = value.reference.split(ENVIRONMENT, 1)[1].split("}")[0].split(",")[0]

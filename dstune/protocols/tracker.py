@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.core.errors import Problem
 
 if TYPE_CHECKING:
-    from dstune.config.schema import RunConfig, TrackingConfig
+    from dstune.config.schema import RunConfig
     from dstune.protocols.launcher import Check
 
 
@@ -27,6 +27,24 @@ class Row:
     """Where prompts were answered at this step: all answers so far, each with its step."""
 
 
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Keys that all trackers share; `dstune.config.schema.tracking_class` adds those of each one."""
+
+    project: str = "dstune"
+    """W&B project and MLflow experiment."""
+    group: str | None = None
+    """Group of runs that belong together."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run; a `${oc.env:NAME}` among them stays as written."""
+    notes: str | None = None
+    """A description of the run."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
 class Tracker:
     """Base of every tracker. Subclasses register with `@dstune.tracker`.
 
@@ -35,6 +53,10 @@ class Tracker:
     """
 
     name: ClassVar[str] = ""
+    Config: ClassVar[type | None] = None
+    """Its keys, `tracking.NAME.KEY`: a frozen dataclass whose defaults turn the tracker off."""
+    switch: ClassVar[str] = ""
+    """Of a tracker without `Config`: the documentation of `tracking.NAME`, true or false, which turns it on."""
     title: ClassVar[str] = ""
     """Its name in messages."""
     variables: ClassVar[tuple[str, ...]] = ()
@@ -49,8 +71,13 @@ class Tracker:
 
     @classmethod
     def enabled(cls, tracking: TrackingConfig) -> bool:
-        """Whether the configuration turns it on."""
-        raise NotImplementedError
+        """Whether the configuration turns it on; a tracker with keys says when."""
+        return getattr(tracking, cls.name, False) is True
+
+    @classmethod
+    def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
+        """Keys whose values are names that it displays, with the values: nothing secret may be among them."""
+        return {}
 
     @classmethod
     def needs_variables(cls, tracking: TrackingConfig) -> bool:

@@ -27,7 +27,7 @@ def run_config(**sections: Any) -> schema.RunConfig:
         "checkpoint": schema.CheckpointConfig(),
         "evaluate": schema.EvaluateConfig(),
         "launch": LocalConfig(),
-        "tracking": schema.TrackingConfig(),
+        "tracking": schema.tracking_class()(),
         "run": schema.RunSection(),
     }
     return schema.RunConfig(**(defaults | sections))

@@ -10,11 +10,13 @@ import pytest
 
 import dstune
 from dstune.config.convert import EnvironmentText
-from dstune.config.schema import MlflowConfig, TrackingConfig, WandbConfig, WandbMode
+from dstune.config.schema import tracking_class
 from dstune.core.errors import UserError
 from dstune.launch import commands
 from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, local_plan, number_of_ranks
 from dstune.launch.local.config import LocalConfig
+from dstune.tracking.trackers.mlflow import MlflowConfig
+from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
 from tests.support.configs import run_config
 
 PARENT = {
@@ -76,13 +78,13 @@ def test_keys_go_to_the_rank_that_needs_them():
         plan = local_plan(config, Path("run"), parent_env=parent, machine=EIGHT_CORES, port=1)
         return [[name for name in keys if name in env] for env in plan.env]
 
-    assert given(TrackingConfig(wandb=WandbConfig(mode=WandbMode.offline))) == [[], []]
-    assert given(TrackingConfig(wandb=WandbConfig(mode=WandbMode.online))) == [["WANDB_API_KEY"], []]
-    assert given(TrackingConfig(mlflow=MlflowConfig("http://host"))) == [
+    assert given(tracking_class()(wandb=WandbConfig(mode=WandbMode.offline))) == [[], []]
+    assert given(tracking_class()(wandb=WandbConfig(mode=WandbMode.online))) == [["WANDB_API_KEY"], []]
+    assert given(tracking_class()(mlflow=MlflowConfig("http://host"))) == [
         ["MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN"],
         [],
     ]
-    assert given(TrackingConfig(), export_env=["HF_TOKEN"]) == [["HF_TOKEN"], ["HF_TOKEN"]]
+    assert given(tracking_class()(), export_env=["HF_TOKEN"]) == [["HF_TOKEN"], ["HF_TOKEN"]]
 
 
 def test_export_env_adds_to_the_list():
@@ -93,7 +95,7 @@ def test_export_env_adds_to_the_list():
 
 
 def test_variables_that_run_yaml_refers_to_are_exported():
-    tracking = replace(TrackingConfig(), project=EnvironmentText("mine", "${oc.env:MY_SETTING}"))
+    tracking = replace(tracking_class()(), project=EnvironmentText("mine", "${oc.env:MY_SETTING}"))
     config = run_config(launch=LocalConfig(processes=1), tracking=tracking)
     (env,) = local_plan(config, Path("run"), parent_env=PARENT, machine=Machine(0, 8), port=1).env
     assert env["MY_SETTING"] == "mine"

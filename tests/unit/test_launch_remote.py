@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.schema import ModelConfig, TrackingConfig, WandbConfig, WandbMode
+from dstune.config.schema import ModelConfig, tracking_class
 from dstune.core import handoff
 from dstune.launch import hosts
 from dstune.launch.hostfile.commands import pdsh_plan
@@ -16,6 +16,7 @@ from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.hosts import Answer, Ssh
 from dstune.launch.openmpi.commands import mpirun_plan
 from dstune.launch.openmpi.config import OpenMpiConfig
+from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
 from tests.support.configs import run_config
 
 SLOTS = {"node1": [0, 1], "node2": [0]}
@@ -31,7 +32,7 @@ PARENT = {
     "LC_MESSAGES": 'a "quoted" $value',
     "RANK": "3",
 }
-ONLINE = TrackingConfig(wandb=WandbConfig(mode=WandbMode.online))
+ONLINE = tracking_class()(wandb=WandbConfig(mode=WandbMode.online))
 
 
 def pdsh(parent=PARENT, tracking=ONLINE, **keys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.schema import RunSection, TrackingConfig, WandbConfig, WandbMode
+from dstune.config.schema import RunSection, tracking_class
 from dstune.core.errors import UserError
 from dstune.core.paths import STOP_REASON
 from dstune.launch import records
@@ -16,6 +16,7 @@ from dstune.launch.slurm import jobs as slurm_jobs
 from dstune.launch.slurm import submit as slurm
 from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE, job_script
+from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
 from tests.support.configs import run_config
 
 PARENT = {
@@ -27,7 +28,7 @@ PARENT = {
 }
 
 
-NO_TRACKING = TrackingConfig()
+NO_TRACKING = tracking_class()()
 
 
 def script(tmp_path=Path("/shared/runs/one"), name="run", tracking=NO_TRACKING, **keys):
@@ -77,7 +78,7 @@ def test_what_is_requested():
 
 
 def test_variables_are_named_and_their_values_are_not_there():
-    online = TrackingConfig(wandb=WandbConfig(mode=WandbMode.online))
+    online = tracking_class()(wandb=WandbConfig(mode=WandbMode.online))
     text = script(tracking=online, export_env=["MINE"])
     assert "--export=HF_HOME,MINE,PATH,WANDB_API_KEY" in directives(text)
     assert "hunter2" not in text and "secret words" not in text

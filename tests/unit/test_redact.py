@@ -17,6 +17,7 @@ from dstune.core.errors import Problem, TrainingFailed, UserError, from_json, to
 from dstune.core.secrets import is_secret, publish, redact, redact_output, redacted, remember
 from dstune.core.text import Filtered
 from dstune.launch import records
+from dstune.tracking.trackers.wandb import WandbConfig
 
 VALUE = 'planted "välue" 123'
 
@@ -140,9 +141,9 @@ def test_a_name_cannot_come_from_the_environment(key, monkeypatch):
     value = EnvironmentText("planted-name", "${oc.env:NAME}")
     sections = {
         "run.name": {"run": schema.RunSection(name=value)},
-        "tracking.project": {"tracking": schema.TrackingConfig(project=value)},
-        "tracking.group": {"tracking": schema.TrackingConfig(group=value)},
-        "tracking.wandb.entity": {"tracking": schema.TrackingConfig(wandb=schema.WandbConfig(entity=value))},
+        "tracking.project": {"tracking": schema.tracking_class()(project=value)},
+        "tracking.group": {"tracking": schema.tracking_class()(group=value)},
+        "tracking.wandb.entity": {"tracking": schema.tracking_class()(wandb=WandbConfig(entity=value))},
     }
     with pytest.raises(UserError) as caught:
         validate(run_config(**sections[key]))

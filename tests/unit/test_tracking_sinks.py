@@ -20,9 +20,9 @@ pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
 
 
 def configuration(store: Path | None = None) -> schema.RunConfig:
-    mlflow = schema.MlflowConfig(uri=str(store) if store else None)
+    mlflow = mlflow_tracker.MlflowConfig(uri=str(store) if store else None)
     tags = ["x", EnvironmentText("planted-value", "${oc.env:KEY}")]
-    tracking = schema.TrackingConfig("proj", "grp", tags, "a note", tensorboard=store is None, mlflow=mlflow)
+    tracking = schema.tracking_class()("proj", "grp", tags, "a note", tensorboard=store is None, mlflow=mlflow)
     return run_config(run=schema.RunSection(name="trial"), tracking=tracking)
 
 
@@ -177,7 +177,7 @@ def test_a_start_from_nothing_takes_the_place_of_the_attempt_before(tmp_path):
 
 def test_an_mlflow_server_that_is_not_there_warns_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking = schema.TrackingConfig(mlflow=schema.MlflowConfig("http://127.0.0.1:9"))
+    tracking = schema.tracking_class()(mlflow=mlflow_tracker.MlflowConfig("http://127.0.0.1:9"))
     tracker = RunLog(run_config(tracking=tracking), tmp_path, resumed_at_step=None)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("completed")
@@ -197,7 +197,7 @@ def test_no_planted_value_is_in_any_store(board, recorded):
 def test_a_package_that_is_not_installed_is_reported_before_the_ranks_start(monkeypatch):
     for room in (mlflow_tracker, tensorboard_tracker):
         monkeypatch.setattr(room, "find_spec", lambda name: None)
-    tracking = schema.TrackingConfig(tensorboard=True, mlflow=schema.MlflowConfig("runs/mlflow"))
+    tracking = schema.tracking_class()(tensorboard=True, mlflow=mlflow_tracker.MlflowConfig("runs/mlflow"))
     config = run_config(tracking=tracking, model=schema.ModelConfig(path="/nowhere"))
     with pytest.raises(UserError) as caught:
         resolve_run(config)
@@ -209,7 +209,9 @@ def test_a_package_that_is_not_installed_is_reported_before_the_ranks_start(monk
 
 def test_a_database_needs_the_whole_of_mlflow(monkeypatch):
     monkeypatch.setattr(mlflow_tracker, "find_spec", lambda name: object() if name == "mlflow" else None)
-    (problem,) = mlflow_tracker.Mlflow.missing(schema.TrackingConfig(mlflow=schema.MlflowConfig("sqlite:///runs.db")))
+    (problem,) = mlflow_tracker.Mlflow.missing(
+        schema.tracking_class()(mlflow=mlflow_tracker.MlflowConfig("sqlite:///runs.db"))
+    )
     assert problem.fix == "pip install mlflow, or give a folder"
 
 
@@ -218,9 +220,9 @@ def test_a_database_needs_the_whole_of_mlflow(monkeypatch):
     ["runs/mlflow", "file:///tmp/x", "http://host:5000", "databricks", "databricks://me", "mysql+pymysql://u@h/d"],
 )
 def test_known_stores_are_allowed(uri):
-    validate(run_config(tracking=schema.TrackingConfig(mlflow=schema.MlflowConfig(uri))))
+    validate(run_config(tracking=schema.tracking_class()(mlflow=mlflow_tracker.MlflowConfig(uri))))
 
 
 def test_an_unknown_store_is_refused():
     with pytest.raises(UserError, match=r"tracking\.mlflow\.uri=ftp://host: MLflow has no such store"):
-        validate(run_config(tracking=schema.TrackingConfig(mlflow=schema.MlflowConfig("ftp://host"))))
+        validate(run_config(tracking=schema.tracking_class()(mlflow=mlflow_tracker.MlflowConfig("ftp://host"))))

@@ -16,6 +16,7 @@ from dstune.config import schema
 from dstune.protocols.tracker import Row
 from dstune.tracking.background import Background
 from dstune.tracking.log import RunLog
+from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
 
 ROOT = Path(__file__).parents[2]
 WANDB = Path(sys.executable).with_name("wandb")
@@ -28,13 +29,14 @@ from dstune.config.convert import EnvironmentText
 from dstune.config import schema
 from dstune.tracking.trackers import wandb as wandb_tracker
 from dstune.tracking.log import RunLog
+from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
 
-run_dir, mode, given = Path(sys.argv[1]), schema.WandbMode[sys.argv[2]], json.loads(sys.argv[3])
+run_dir, mode, given = Path(sys.argv[1]), wandb_tracker.WandbMode[sys.argv[2]], json.loads(sys.argv[3])
 wandb_tracker.INIT_TIMEOUT_SECONDS = given.get("timeout", 30.0)
 config = run_config(
     run=schema.RunSection(name="trial"),
-    tracking=schema.TrackingConfig(
-        project="proj", group="grp", notes="a note", wandb=schema.WandbConfig(mode=mode),
+    tracking=schema.tracking_class()(
+        project="proj", group="grp", notes="a note", wandb=wandb_tracker.WandbConfig(mode=mode),
         tags=["x", EnvironmentText("planted-value", "${oc.env:KEY}")],
     ),
 )
@@ -286,7 +288,7 @@ def test_a_start_from_nothing_is_another_run_on_the_server(tmp_path):
 
 
 def configuration(mode: str) -> schema.RunConfig:
-    return run_config(tracking=schema.TrackingConfig(wandb=schema.WandbConfig(mode=schema.WandbMode[mode])))
+    return run_config(tracking=schema.tracking_class()(wandb=WandbConfig(mode=WandbMode[mode])))
 
 
 def test_a_service_that_crashes_ends_wandb_and_not_the_run(tmp_path):

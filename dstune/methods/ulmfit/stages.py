@@ -11,7 +11,7 @@ from dstune.config.schema import (
     Export,
     InitialWeights,
     RunConfig,
-    TrackingConfig,
+    tracking_class,
 )
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols import TASKS
@@ -38,7 +38,7 @@ def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path)
             early_stopping=EarlyStoppingConfig(),
         ),
         evaluate=replace(config.evaluate, every=0, samples=0),
-        tracking=TrackingConfig(),
+        tracking=tracking_class()(),
         run=replace(config.run, dir=str(run_dir / FOLDER), export=Export.last, resume="auto"),
     )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import format_value, to_dict
-from dstune.config.schema import RunConfig, TrackingConfig
+from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
-from dstune.protocols.tracker import Row
+from dstune.protocols.tracker import Row, TrackingConfig
 from dstune.tracking.flat import flat, numbers
 
 MAX_PARAMETER_CHARACTERS = 500
@@ -26,10 +27,17 @@ SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql
 STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "preempted": "KILLED", "failed": "FAILED"}
 
 
+@dataclass(frozen=True)
+class MlflowConfig:
+    uri: str | None = None
+    """Where MLflow keeps runs: a folder, `http://HOST:PORT`, `databricks` or a database; off when not given."""
+
+
 @tracker
 class Mlflow(Tracker):
     """Talks through MLflow's client, which, unlike its fluent interface, adds nothing about program, user and git."""
 
+    Config = MlflowConfig
     name = "mlflow"
     title = "MLflow"
     variables = ("MLFLOW_", "DATABRICKS_")

@@ -8,10 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from dstune.config.convert import to_dict, to_yaml
-from dstune.config.schema import TrackingConfig
 from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
-from dstune.protocols.tracker import Row
+from dstune.protocols.tracker import Row, TrackingConfig
 from dstune.tracking.flat import flat, numbers
 
 FLUSH_SECONDS = 10
@@ -24,12 +23,9 @@ class TensorBoard(Tracker):
     """Scalars under the names of `metrics.jsonl`, answers as text, configuration as text and as hyperparameters."""
 
     name = "tensorboard"
+    switch = "Write TensorBoard's event files into the run directory (needs `pip install 'dstune[tensorboard]'`)."
     title = "TensorBoard"
     rebuilds = True
-
-    @classmethod
-    def enabled(cls, tracking: TrackingConfig) -> bool:
-        return tracking.tensorboard
 
     @classmethod
     def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:

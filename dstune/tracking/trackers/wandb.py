@@ -12,14 +12,16 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import to_dict
-from dstune.config.schema import RunConfig, TrackingConfig, WandbMode
+from dstune.config.schema import RunConfig
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.launcher import PASS, SKIP, Check
-from dstune.protocols.tracker import Row
+from dstune.protocols.tracker import Row, TrackingConfig
 from dstune.tracking.background import first_line
 
 INIT_TIMEOUT_SECONDS = 60.0
@@ -33,6 +35,20 @@ OWN_IDENTITY = ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM
 """Variables with which somebody else's run would take the place of this one."""
 
 
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: WandbMode = WandbMode.disabled
+    """`online` falls back to `offline` where no key is found; never prompts."""
+    entity: str | None = None
+    """Account or team."""
+
+
 @tracker
 class Wandb(Tracker):
     """Files stay inside the run directory; console capture, git, code, program, machine and system data are off.
@@ -40,6 +56,7 @@ class Wandb(Tracker):
     The configuration is that of `run.yaml`: references to environment variables, never their values.
     """
 
+    Config = WandbConfig
     name = "wandb"
     title = "W&B"
     variables = ("WANDB_",)
@@ -47,6 +64,10 @@ class Wandb(Tracker):
     @classmethod
     def enabled(cls, tracking: TrackingConfig) -> bool:
         return tracking.wandb.mode is not WandbMode.disabled
+
+    @classmethod
+    def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
+        return {"tracking.wandb.entity": tracking.wandb.entity}
 
     @classmethod
     def needs_variables(cls, tracking: TrackingConfig) -> bool:
