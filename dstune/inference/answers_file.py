@@ -5,6 +5,7 @@ While it is written it is called `NAME.part`, and its first line tells what was 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -14,6 +15,22 @@ from typing import Any
 from dstune.core.errors import Problem, UserError
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
+
+
+def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> None:
+    """The flags of a command that answers rows. what: what is computed together."""
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="answers as JSON lines; killed and repeated, it goes on"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file of --output")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        metavar="N",
+        help=f"{what} computed together (default {batch_size})",
+    )
+    parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
 
 
 class AnswersFile:

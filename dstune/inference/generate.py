@@ -12,7 +12,7 @@ from typing import Any
 from dstune.config.schema import ModelConfig
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
-from dstune.inference.answers_file import AnswersFile
+from dstune.inference.answers_file import AnswersFile, add_flags
 from dstune.inference.conversation import converse
 from dstune.inference.prompts import Request, check_adapters, read_file
 from dstune.inference.voices import BASE, OWN, opened
@@ -68,12 +68,7 @@ def _parser() -> VerbParser:
         metavar="FILE",
         help="prompts: a .jsonl with `prompt` or `messages` in each row, or a text with one a line",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="answers as JSON lines; killed and repeated, it goes on"
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file of --output")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers computed together (default 8)")
-    parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
+    add_flags(parser, "answers", 8)
     parser.add_argument(
         "--adapter",
         action="append",

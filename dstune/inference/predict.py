@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.schema import ModelConfig
 from dstune.core.arguments import VerbParser, is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
-from dstune.inference.answers_file import AnswersFile
+from dstune.inference.answers_file import AnswersFile, add_flags
 
 if TYPE_CHECKING:
     from dstune.config.data_schema import DataConfig
@@ -104,12 +104,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="rows as in training without the answers: JSONL, CSV, Parquet, a text a line, a folder, a glob, a hub id",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="answers as JSON lines; killed and repeated, it goes on"
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file of --output")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows computed together (default 32)")
-    parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
+    add_flags(parser, "rows", 32)
     parser.add_argument(
         "--probabilities", action="store_true", help="of a classifier, with --json or --output: that of every label"
     )

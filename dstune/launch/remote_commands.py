@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,15 @@ def ssh_of(launch: OnHostsConfig) -> Ssh:
     return Ssh(launch.user, launch.port)
 
 
+def path_of(parent: Mapping[str, str]) -> str:
+    """`PATH` with the programs beside this Python in front."""
+    return f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
+
+
 def variables_of(
-    config: RunConfig, launch: OnHostsConfig, launch_id: str, parent: Mapping[str, str]
+    config: RunConfig, launch: OnHostsConfig, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
 ) -> tuple[dict, dict]:
-    """What every rank gets, apart by how: (shown on command lines, handed over unseen).
+    """What every rank gets, apart by how: (shown on command lines, handed over unseen). on_cpu: the nodes have no GPU.
 
     Raises:
         UserError: an unset variable in `launch.export_env`.
@@ -93,6 +99,8 @@ def variables_of(
             formatted[name] = value
     formatted |= {**ALWAYS, **interface_variables(launch.interface)}
     formatted |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
+    if on_cpu:
+        formatted.setdefault("DS_ACCELERATOR", "cpu")
     handoff["all"][GROUP_SECRET] = secrets.token_hex(32)
     formatted[HANDED] = secrets.token_hex(16)
     handoff["file"] = {"name": formatted[HANDED]}

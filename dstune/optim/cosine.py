@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dstune.optim.warmup import DecayConfig, WarmupSchedule
+from dstune.optim.warmup import DecayConfig, DecaySchedule
 from dstune.protocols import schedule
 
 
@@ -17,10 +17,9 @@ class CosineConfig(DecayConfig):
 
 
 @schedule
-class Cosine(WarmupSchedule):
+class Cosine(DecaySchedule):
     Config = CosineConfig
     config: CosineConfig
 
-    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
-        least, progress = self.config.min_lr_ratio, (step - warmup) / max(1, total_steps - warmup)
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    def left(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))

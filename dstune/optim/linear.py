@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dstune.optim.warmup import DecayConfig, WarmupSchedule
+from dstune.optim.warmup import DecayConfig, DecaySchedule
 from dstune.protocols import schedule
 
 
@@ -16,10 +16,9 @@ class LinearConfig(DecayConfig):
 
 
 @schedule
-class Linear(WarmupSchedule):
+class Linear(DecaySchedule):
     Config = LinearConfig
     config: LinearConfig
 
-    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
-        least, progress = self.config.min_lr_ratio, (step - warmup) / max(1, total_steps - warmup)
-        return least + (1 - least) * (1 - min(1.0, progress))
+    def left(self, progress: float) -> float:
+        return 1 - progress

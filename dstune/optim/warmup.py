@@ -81,3 +81,15 @@ class WarmupSchedule(Schedule):
     def without_effect(self) -> Iterator[tuple[str, tuple[str, str]]]:
         if (steps := self.config.warmup_steps) is not None:
             yield "schedule.warmup_ratio", (f"schedule.warmup_steps={steps} replaces it", "schedule.warmup_steps=null")
+
+
+class DecaySchedule(WarmupSchedule):
+    """From the peak after the warm-up to `min_lr_ratio` times the peak."""
+
+    def left(self, progress: float) -> float:
+        """What is left of the way down, from 1 to 0. progress: 0 at the peak, 1 at the end."""
+        raise NotImplementedError
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        least, progress = self.config.min_lr_ratio, (step - warmup) / max(1, total_steps - warmup)
+        return float(least + (1 - least) * self.left(min(1.0, progress)))

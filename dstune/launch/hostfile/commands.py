@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.launch.hostfile.config import HostfileConfig
-from dstune.launch.remote_commands import RemotePlan, variables_of
+from dstune.launch.remote_commands import RemotePlan, path_of, variables_of
 
 
 def pdsh_plan(
@@ -25,10 +25,8 @@ def pdsh_plan(
     """DeepSpeed's launcher over pdsh. address, port: where the ranks meet. on_cpu: the nodes have no GPU."""
     launch = config.launch
     assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
-    formatted, handoff = variables_of(config, launch, launch_id, parent)
-    if on_cpu:
-        formatted.setdefault("DS_ACCELERATOR", "cpu")
-    formatted["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
+    formatted, handoff = variables_of(config, launch, launch_id, parent, on_cpu=on_cpu)
+    formatted["PATH"] = path_of(parent)
     argv = [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
         f"--hostfile={Path(launch.hostfile).absolute()}",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.launch.openmpi.config import OpenMpiConfig
-from dstune.launch.remote_commands import RemotePlan, ssh_of, variables_of
+from dstune.launch.remote_commands import RemotePlan, path_of, ssh_of, variables_of
 
 
 def mpirun_plan(
@@ -26,9 +26,7 @@ def mpirun_plan(
     """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
     launch = config.launch
     assert isinstance(launch, OpenMpiConfig)
-    formatted, handoff = variables_of(config, launch, launch_id, parent)
-    if on_cpu:
-        formatted.setdefault("DS_ACCELERATOR", "cpu")
+    formatted, handoff = variables_of(config, launch, launch_id, parent, on_cpu=on_cpu)
     size = sum(len(own) for own in slots.values())
     hosts = ",".join(f"{host}:{len(own)}" for host, own in slots.items())
     agent = shlex.join(["ssh", *ssh_of(launch).options()])
@@ -46,7 +44,7 @@ def mpirun_plan(
     ]
     env = {name: value for name, value in parent.items() if name in ("HOME", "USER", "SSH_AUTH_SOCK", "TMPDIR")}
     env |= formatted
-    env["PATH"] = f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
+    env["PATH"] = path_of(parent)
     if as_root:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return RemotePlan(tuple(argv), env, {}, handoff, slots)
