@@ -195,7 +195,8 @@ class TrainerConfig:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     callbacks: list[Any] = setting([])
-    """Callbacks beside the built-in ones: names of registered ones or `module:Class`, or NAME: {ARGUMENT: VALUE}."""
+    """Callbacks beside the built-in ones: names of registered ones, `module:Class` of installed packages, or NAME: {ARGUMENT:
+    VALUE}."""
 
     @property
     def rows(self) -> int:

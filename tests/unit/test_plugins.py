@@ -25,6 +25,7 @@ from dstune.core import plugins
 from dstune.core.errors import UserError
 from dstune.launch import rundir
 from dstune.protocols import OPTIMIZERS
+from dstune.sweep import directory
 
 ROOT = Path(__file__).parents[2]
 LION = ROOT / "examples" / "plugins" / "lion.py"
@@ -106,6 +107,43 @@ def test_keys_have_types_ranges_and_nearest_names():
     assert [problem.where for problem in find_problems(config)] == ["optimizer.momentum"]  # of its own check
     config = compose(["data=chitchat", *lion, "optimizer.momentum=2"]).config
     assert [problem.where for problem in find_problems(config)] == ["optimizer.momentum"]  # of its range
+
+
+TRACKER = """
+from dataclasses import dataclass
+import dstune
+
+@dataclass(frozen=True)
+class TableConfig:
+    separator: str | None = None
+    \"\"\"Between columns.\"\"\"
+
+@dstune.tracker
+class Table(dstune.Tracker):
+    Config = TableConfig
+    name = "table"
+
+@dstune.tracker
+class Bell(dstune.Tracker):
+    name = "bell"
+    switch = "Ring at the end."
+"""
+
+
+def test_the_keys_of_a_tracker(folder):
+    Path("table.py").write_text(TRACKER)
+    plugin, off = "plugins=[./table.py]", compose(["data=chitchat"]).config.tracking
+    config = compose(["data=chitchat", plugin, "tracking.table.separator=x", "tracking.bell=true"]).config
+    assert (config.tracking.table.separator, config.tracking.bell) == ("x", True)
+    assert pickle.loads(pickle.dumps(config)) == config
+    ((where, _, fix),) = problems(plugin, "tracking.table.seperator=x")
+    assert (where, fix) == ("tracking.table.seperator", "did you mean tracking.table.separator=x?")
+    compose(["data=chitchat", plugin])
+    text = " ".join(help_text({}).split())
+    assert "tracking.table.separator=null Between columns. tracking.bell=false Ring at the end." in text
+    ((where, *_),) = problems("tracking.bell=true")
+    assert where == "tracking.bell"
+    assert compose(["data=chitchat"]).config.tracking == off
 
 
 def test_help_and_its_absence():
@@ -541,6 +579,22 @@ def test_the_plugins_of_an_existing_run_are_chosen(saved):
     config = read_run(saved / "run.yaml").config
     with pytest.raises(UserError, match="the plugins of an existing run are settled"):
         apply_overrides(config, ["plugins=[./lion.py]"])
+
+
+def test_a_sweep_continues_with_its_plugins(folder):
+    def sweep(*further: str) -> directory.Sweep:
+        words = ["data=chitchat", "plugins=[./lion.py]", "optimizer=lion", *further]
+        return directory.Sweep(folder / "sweep", compose(words).config, words, [], [])
+
+    copy()
+    (folder / "sweep").mkdir()
+    directory.write_sweep(sweep(), ["loss"])
+    again = sweep()
+    assert directory.continued(again) == (again, False)
+    copy("lion.py", "sign momentum", "signed momentum")
+    with pytest.raises(UserError, match="the plugin lion has changed since the run began"):
+        directory.continued(sweep())
+    assert directory.continued(sweep(plugins.ACCEPT))[0].base.optimizer.name == "lion"
 
 
 def test_a_run_without_plugins_says_nothing_of_them(folder):
