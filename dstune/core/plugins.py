@@ -98,7 +98,8 @@ def used_by(config: Any) -> tuple[Plugin, ...]:
 
 
 def _can_act(plugin: _Loaded, chosen: set[type]) -> bool:
-    return any(getattr(member, "Config", None) in {None, *chosen} for _, member in plugin.members)
+    acts = [getattr(member, "Config", None) in {None, *chosen} for _, member in plugin.members]
+    return any(acts) or not acts  # one that registers nothing has been imported for what that does
 
 
 def _classes(node: Any) -> Iterator[type]:
@@ -382,7 +383,7 @@ def _load(source: Source) -> Plugin:
     try:
         module = _execute(source) if source.is_file else _import(source.name, again=known is not None)
         _check_version(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself would end the command without a word
         _remove(_members() - before)
         sys.modules.pop(f"{PACKAGE}.{source.name}", None)
         raise UserError(_import_problem(source, error)) from error
@@ -449,7 +450,7 @@ def _check_version(module: ModuleType) -> None:
         raise UserError(Problem(module.__name__, reason, fix))
 
 
-def _import_problem(source: Source, error: Exception) -> Problem:
+def _import_problem(source: Source, error: BaseException) -> Problem:
     path = str(Path(source.file).expanduser().absolute())
     if isinstance(error, SyntaxError) and error.filename == path:
         return Problem(f"{source.file}:{error.lineno}", f"this is no Python: {error.msg}", "correct the line")

@@ -203,6 +203,7 @@ def test_the_same_file_is_executed_once_and_a_changed_one_again():
     [
         ("x = 1\nx = = 2\n", "bad.py:2", "this is no Python", "correct the line"),
         ("import os\n\nimport nonesuch\n", "bad.py:3", "ModuleNotFoundError", "install nonesuch"),
+        ("import sys\nsys.exit(0)\n", "bad.py:2", "SystemExit: 0", "correct the line"),
         ("def f():\n    return 1 / 0\n\nf()\n", "bad.py:2", "ZeroDivisionError", "correct the line"),
         (
             "import dstune\n\n@dstune.task\nclass T(dstune.Task):\n    name = ''\n",
