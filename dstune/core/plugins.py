@@ -103,8 +103,8 @@ def _can_act(plugin: _Loaded, chosen: set[type]) -> bool:
 
 
 def _classes(node: Any) -> Iterator[type]:
-    if dataclasses.is_dataclass(node):
-        yield node.__class__
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        yield type(node)
         for one in dataclasses.fields(node):
             yield from _classes(getattr(node, one.name))
     elif isinstance(node, Mapping | list | tuple):
@@ -157,7 +157,8 @@ def activate_stored(plugins: Sequence[Plugin], run_dir: Path, overrides: Sequenc
     """
     load_installed()
     accepted = accepts_changes(overrides or ())
-    sources, problems = [], []
+    sources: list[Source] = []
+    problems: list[Problem] = []
     for plugin in plugins:
         if plugin.distribution:
             problems += () if accepted else _package_problems(plugin)
