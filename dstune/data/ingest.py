@@ -140,8 +140,10 @@ def ingest(
     assert reader.format is not None or bad.count, "rows without a format"
     fmt = "messages" if reader.any_messages else reader.format or AUTOMATIC
     table = load_table(target, files, config, fmt, reader.rows_read, bad.count - already_bad)
-    found = {} if reader.unread is None else {"columns": frozenset(reader.unread.columns), "unread": reader.unread.rows}
-    return replace(table, bad_examples=tuple(bad.first(already_bad)), **found)
+    table = replace(table, bad_examples=tuple(bad.first(already_bad)))
+    if reader.unread is None:
+        return table
+    return replace(table, columns=frozenset(reader.unread.columns), unread=reader.unread.rows)
 
 
 def load_table(
