@@ -25,6 +25,7 @@ from dstune.data.messages import (
     with_system,
 )
 from dstune.data.problems import RowError, format_value
+from dstune.data.values import messages_in
 
 Row = dict[str, Any]
 ANSWERS = ("chosen", "rejected")
@@ -183,6 +184,7 @@ def _untrained(messages: list[Message]) -> list[Message]:
 
 
 def _prompt(value: Any) -> Any:
+    value = messages_in(value, "prompt")
     if value is None or isinstance(value, str):
         if value is not None and not value.strip():
             raise RowError("column 'prompt' is empty")
@@ -191,6 +193,7 @@ def _prompt(value: Any) -> Any:
 
 
 def _answer(value: Any, column: str) -> Any:
+    value = messages_in(value, column)
     if isinstance(value, str):
         if not value.strip():
             raise RowError(f"column {column!r} is empty")

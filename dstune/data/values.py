@@ -14,6 +14,9 @@ from dstune.data.problems import RowError, format_value
 _LIST_OF_PYTHON = re.compile(r"\[(['\"]|-?\d).*\]\s*", re.DOTALL)
 """A list as Python and numpy write it, which pandas puts into CSV files."""
 
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["'])(?:role|from|content|value)\1\s*:""")
+"""How messages begin as text."""
+
 
 def text(value: Any, column: str) -> str:
     if not isinstance(value, str):
@@ -24,11 +27,28 @@ def text(value: Any, column: str) -> str:
 
 
 def text_or_messages(value: Any, column: str) -> Any:
+    value = messages_in(value, column)
     if isinstance(value, list):
         return value
     if not isinstance(value, str):
         raise RowError(f"column {column!r} must be text or a list of messages, it is {type(value).__name__}")
     return text(value, column)
+
+
+def messages_in(value: Any, column: str) -> Any:
+    """`value`, or the messages that it holds as JSON text: CSV files have no other way. Raises RowError where Python wrote them."""
+    found = _MESSAGES.match(value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    if found[1] == "'":
+        raise RowError(f"column {column!r} is a list that is not JSON: {format_value(value)}; json.dumps writes it")
+    try:
+        inner = parse_json(value)
+    except ValueError:
+        return value
+    messages = inner if isinstance(inner, list) else [inner]
+    are_messages = all(isinstance(item, dict) and not item.keys().isdisjoint(("role", "from")) for item in messages)
+    return messages if are_messages else value
 
 
 def label(value: Any, column: str) -> str:

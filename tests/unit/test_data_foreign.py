@@ -208,6 +208,27 @@ def test_judged_answers_of_other_tools(row, expected):
     assert read(row, JUDGED)[1] == expected
 
 
+def test_messages_as_json_text_are_messages_and_other_text_stays_text():
+    of_csv = {"prompt": json.dumps([S, U]), "completion": json.dumps([A])}
+    assert read(of_csv, CHAT)[1]["messages"] == [S, U, A]
+    pair = {"prompt": json.dumps([U]), "chosen": json.dumps(A), "rejected": json.dumps([NO])}
+    assert read(pair, PAIRS)[1] == {"prompt": [U], "chosen": [A], "rejected": [NO]}
+    code = {"prompt": 'What is [{"value": 1}]?', "completion": '[{"value": 1}]'}
+    assert read(code, CHAT)[1] == code
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"prompt": str([U]), "completion": "Yes"}, CHAT),
+        ({"prompt": "Hi", "chosen": f"[{A}\n {A}]", "rejected": "No"}, PAIRS),
+    ],
+)
+def test_messages_as_python_writes_them_are_no_text(row, task):
+    with pytest.raises(RowError, match=r"is a list that is not JSON: .*; json\.dumps writes it"):
+        read(row, task)
+
+
 # -- refused by name --------------------------------------------------------------------------------------------------
 
 
