@@ -70,19 +70,20 @@ MIN_PROMPTS = 16
 """Prompts kept in the cache at least, so that a few more samples need no new entry."""
 
 
-def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -> PreparedData:
+def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *, trains: bool = True) -> PreparedData:
     """The samples of `config` as `tokenizer` (of transformers, template applied) cuts them, memory-mapped.
 
     Every rank calls this. One process per node does the work under a file lock while the others wait without any
     collective; the result is found again by content, tokenizer, settings and code. Rows of validation and test come in
     the order of their hashes, so that the first N of them are a fair and constant sample.
 
+    trains: whether `data.train` is what a run trains on, so that columns which are named in vain and suspicious labels count.
     Raises UserError that names key or file and line.
     """
     inputs = _inputs(config)
     check_tokenizer(config, tokenizer)
     key = _fingerprint(config, tokenizer, inputs)
-    build = Builder(config, tokenizer, inputs)
+    build = Builder(config, tokenizer, inputs, trains=trains)
 
     def make(folder: Path) -> None:
         log.info("preparing the rows")
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path) -
         time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
     data = _load(folder, key, config)
-    if config.data.on_suspicious_labels is OnSuspiciousLabels.error:
+    if trains and config.data.on_suspicious_labels is OnSuspiciousLabels.error:
         refuse_suspicious(data.report["train"].get("labels", {}))
     return data
 
@@ -272,6 +273,7 @@ class Builder:
         begin: Position | None = None,
         held_out: np.ndarray | None = None,
         shards: list[list[str]] | None = None,
+        trains: bool = False,
     ):
         self._config = config
         self._tokenizer = tokenizer
@@ -279,6 +281,7 @@ class Builder:
         self._begin = begin or Position()
         self._held_out = held_out
         self._shards = shards
+        self._trains = trains
 
     def __call__(self, folder: Path) -> None:
         """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`."""
@@ -371,7 +374,7 @@ class Builder:
             stream = source.stream
             rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
             read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
-        if part == "train" and self._held_out is None:
+        if part == "train" and self._trains:
             self._refuse_unknown_columns(read)
         return read
 

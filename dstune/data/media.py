@@ -32,7 +32,15 @@ COLUMNS = {
 }
 """What a column, or a key of a message, holds."""
 
-_MARKER = re.compile(r"<(image|audio|video)>|<img>\s*(?=\S+?(?:://|\.(?:png|jpe?g|webp|gif|bmp)\b))")
+_MARKER = re.compile(
+    r"""
+    <image>(?!\s+(?:tag|element|token|placeholder)s?\b)
+    | (?:^|(?<=\n)|(?<=>))<(?:audio|video)>  # of HTML too, so only where LLaMA-Factory and ms-swift put it: at an edge
+    | <(?:audio|video)>(?=\s*(?:$|\n|<))
+    | <img>\s*(?=\S+?(?:://|\.(?:png|jpe?g|webp|gif|bmp)\b))
+    """,
+    re.VERBOSE,
+)
 """Where a text has the place of a picture or a sound; `<img>` of HTML encloses no address."""
 
 TEXTS = ("messages", "prompt", "completion", "chosen", "rejected")
@@ -62,10 +70,11 @@ def refuse_markers(row: Mapping[str, Any]) -> None:
 def marker_in(text: str) -> str:
     """The first marker of media in `text`, if any: not one that is closed as an element of XML or HTML is, or is quoted as code."""
     for found in _MARKER.finditer(text):
-        is_element = found[1] and f"</{found[1]}>" in text[found.end() :]
+        marker = found.group().strip()
+        is_element = marker != "<img>" and f"</{marker[1:]}" in text[found.end() :]
         is_code = text.count("`", 0, found.start()) % 2
         if not is_element and not is_code:
-            return found.group().strip()
+            return marker
     return ""
 
 

@@ -77,7 +77,7 @@ def evaluate(
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     tokenizer = load_tokenizer(config.model)
-    data = prepare(config, tokenizer, world.env, cache_root())
+    data = prepare(config, tokenizer, world.env, cache_root(), trains=False)
     part: Split | None = getattr(data, split)
     if part is None:
         fix = f"give data.{split}=FILE"

@@ -40,11 +40,11 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
         yield from task_of(task).preflight(config)
 
 
-def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
+def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool = True) -> list[Problem]:
     """What is wrong with the first rows of the files of `data.train`, `data.validation` or `data.test` (`part`), whose
     files are there. With `data.on_bad_row=skip` only columns that fit no format count.
 
-    key: what problems name as the source of the rows.
+    key: what problems name as the source of the rows. trains: whether they are to be trained on.
     """
     try:
         check_columns(config.data.columns)
@@ -64,7 +64,7 @@ def first_row_problems(config: RunConfig, part: str, key: str) -> list[Problem]:
                 row.fields, config.data.columns, config.data.format, config.task, row.place
             )
             check_task(format_of_part, row.fields, config.data.columns, config.data.format, config.task, row.place)
-            if key == "data.train" and len(files) == 1 and file.ending in SAME_COLUMNS:
+            if trains and key == "data.train" and len(files) == 1 and file.ending in SAME_COLUMNS:
                 columns = ROW_FORMATS[format_of_part]().expand(row.fields)
                 check_mapped(columns, config.data.columns, str(file))
             _check_row(config, row, format_of_part)

@@ -83,7 +83,8 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
             continue  # told above
         try:
             check_data(key, part, own, stage)
-            problems += [problem for problem in first_row_problems(own, part, key) if problem not in problems]
+            found = first_row_problems(own, part, key, trains=trains)
+            problems += [problem for problem in found if problem not in problems]
         except UserError as error:
             problems += error.problems
     try:

@@ -150,7 +150,7 @@ def show_row(config: RunConfig, place: str) -> Preview:
         )
         config = replace(config, data=alone)
         try:
-            data = prepare(config, tokenizer, ALONE, Path(scratch))
+            data = prepare(config, tokenizer, ALONE, Path(scratch), trains=False)
         except UserError as error:
             named = [replace(problem, where=problem.where.replace(f"{file}:1", place)) for problem in error.problems]
             raise UserError(named) from None

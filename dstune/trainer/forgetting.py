@@ -80,7 +80,7 @@ def general_fisher(
         return {}
     rows = general_rows(config)
     rows = replace(rows, task=task_of(rows.task).with_labels(labels))
-    general = prepare(rows, tokenizer, world.env, cache_root())
+    general = prepare(rows, tokenizer, world.env, cache_root(), trains=False)
     return fisher_information(config, general, tokenizer, precision, world, restrict)
 
 

@@ -11,6 +11,8 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, wr
 
 from dstune.config.data_schema import SourceConfig, SplitConfig
 from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv
+from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import check_task, recognise
 from dstune.data.media import marker_in
@@ -268,7 +270,26 @@ def test_what_would_be_dropped_is_refused(row, reason):
 )
 def test_text_about_media_and_empty_columns_are_text(row):
     assert read(row, CHAT)[1]["messages"] == row["messages"]
-    assert marker_in("<image>") == "<image>"
+
+
+@pytest.mark.parametrize(
+    ("text", "marker"),
+    [
+        ("<image>", "<image>"),
+        ("Compare <image> with <image>.", "<image>"),
+        ("<video>Why is it funny?", "<video>"),
+        ("<video><audio>What is it about?", "<video>"),
+        ("What is that sound?<audio>", "<audio>"),
+        ("Listen:\n<audio>\nWhat is it?", "<audio>"),
+        ("<img> a.png</img>What is it?", "<img>"),
+        ("What does the <video> tag of HTML do?", ""),
+        ("What does an <image> element of SVG do?", ""),
+        ("<video>\n<source src='a.mp4'>\n</video>", ""),
+        ("`<image>` and <img src='a.png'>", ""),
+    ],
+)
+def test_markers_and_what_is_none(text, marker):
+    assert marker_in(text) == marker
 
 
 @pytest.mark.parametrize(
@@ -345,9 +366,11 @@ def test_a_mapped_column_that_no_row_has_is_refused_where_another_format_fits_to
     rows = [{"prompt": "Hi", "completion": "Yes"}, {"prompt": "Hi", "completion": "Yes", "persona": "Be brief."}]
     path = write_jsonl(tmp_path / "more.jsonl", rows)
     assert prepared(data_run(path, columns=columns, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path / "cache")
-    columns = {"system": "character"}
-    (problem,) = refusal_of(data_run(path, columns=columns, split=NOTHING_HELD_OUT), byte_tokenizer(), tmp_path)
+    config = data_run(path, columns={"system": "character"}, split=NOTHING_HELD_OUT)
+    (problem,) = refusal_of(config, byte_tokenizer(), tmp_path)
     assert problem.where == "data.columns.system"
+    # Rows that a finished run is evaluated on, or one row alone, may lack it.
+    assert prepare(config, byte_tokenizer(), RankEnv(0, 1, 0, 1, "environment"), tmp_path / "cache", trains=False)
 
 
 def test_columns_of_a_mixture_name_a_column_of_a_source(tmp_path):
