@@ -100,6 +100,16 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
 
     Raises UserError where the run has saved no such checkpoint, or its files are damaged.
     """
+    found = current_export(run_dir, which=which, merge=merge)
+    if found is not None:
+        return found
+    checkpoint = find_checkpoint(run_dir, which)
+    refuse_damaged(run_dir, checkpoint)
+    return export_checkpoint(run_dir, checkpoint, scratch / "export", merge=merge)
+
+
+def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -> Path | None:
+    """The run's `export/`, if it was made of that very checkpoint or is all that was kept. Raises UserError as `exported`."""
     folder = run_dir / "export"
     description = folder / "config.json"
     if not description.is_file() and not merge:
@@ -113,8 +123,7 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
         saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
         if description.stat().st_mtime_ns >= saved:
             return folder
-    refuse_damaged(run_dir, checkpoint)
-    return export_checkpoint(run_dir, checkpoint, scratch / "export", merge=merge)
+    return None
 
 
 @contextmanager

@@ -22,6 +22,8 @@ ORDER = (
     "generate",
     "predict",
     "export",
+    "serve",
+    "serve-keys",
     "data",
     "report",
     "runs",

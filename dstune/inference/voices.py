@@ -175,6 +175,16 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     return Speaker(model, voices)
 
 
+def voice_of(folder: Path, tokenizer: Any) -> Voice:
+    """How the adapter in `folder`, an export, is spoken to on a model that is in memory. tokenizer: of that model, for an
+    adapter without one. Raises UserError where it writes no text."""
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return _voice(tokenizer, _from_record(ModelConfig(path=str(folder)), str(folder)), encoder_decoder=False)
+
+
 def _voice(tokenizer: Any, found: _Found, encoder_decoder: bool) -> Voice:
     task = found.task
     if encoder_decoder:

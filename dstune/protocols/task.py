@@ -107,6 +107,8 @@ class Task:
     """Adapters are usually trained at a tenth of the rates of other tasks."""
     gives_probabilities: ClassVar[bool] = False
     """A prediction has a probability for each label."""
+    serves: ClassVar[tuple[str, ...]] = ()
+    """What `dstune serve` has routes for, of a task that writes no text: `embed`, `classify`, `rank`, `tag`."""
     predicts_from_text: ClassVar[bool] = True
     """A prediction needs a single text and nothing else."""
     metrics_read_rows: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class Classification(Task):
     Config = ClassificationConfig
     config: ClassificationConfig
 
+    serves = ("classify", "rank")
     has_head = True
     unpoolable = ""
     head_classes = "ForSequenceClassification"

@@ -34,6 +34,7 @@ class TokenClassification(Task):
     Config = TokenClassificationConfig
     config: TokenClassificationConfig
 
+    serves = ("tag",)
     has_head = True
     head_classes = "ForTokenClassification"
     peft_type = "TOKEN_CLS"

@@ -1,0 +1,217 @@
+"""What a trained model says of held-out rows, kept with its export, so that a server can be held against it.
+
+The model is built as in training, from the checkpoint: not from the exported files, whose mistakes it is to find.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dstune.checkpoint import store
+from dstune.checkpoint.adapters import load_trained
+from dstune.checkpoint.export import find_checkpoint
+from dstune.checkpoint.record import read_record
+from dstune.config.compose import read_run
+from dstune.config.schema import Attention, RunConfig
+from dstune.core import files
+from dstune.core.errors import UserError
+from dstune.core.paths import cache_root
+from dstune.core.rank_env import ALONE
+from dstune.data import sources
+from dstune.data.build import prepare
+from dstune.data.collate import NO_TARGET
+from dstune.data.inputs import of_training
+from dstune.data.prepared import PreparedData
+from dstune.data.problems import RowError
+from dstune.data.rows import normalise, recognise
+from dstune.data.tokenize import RowTokenizer, conversation
+from dstune.inference.rows import Query
+from dstune.models.load import load_model, load_tokenizer
+from dstune.protocols import method_of, task_of
+
+NAME = "reference.json"
+ROWS = 32
+MOST_TOKENS = 1024
+"""Of a row; longer ones are passed over, so that a reference takes seconds."""
+MOST_PLACES = 512
+"""Held-out rows that are looked at to find `ROWS`."""
+
+
+def add_reference(folder: Path, run_dir: Path) -> str:
+    """Write `reference.json` to `folder`, an export of the run. Returns why there can be none; empty where there is one now.
+
+    Loads the model in fp32. Raises UserError where the run's data or model are gone.
+    """
+    config = read_run(run_dir / "run.yaml").config
+    if (folder / NAME).is_file():
+        return ""
+    record = read_record(folder)
+    if store.newest(run_dir) is None:
+        return f"{folder} gets no reference: the run kept no checkpoint"
+    checkpoint = find_checkpoint(run_dir, str(record.get("step", "last")))
+    tokenizer = load_tokenizer(config.model)
+    try:
+        data = prepare(config, tokenizer, ALONE, cache_root())
+    except UserError as error:
+        return f"{folder} gets no reference: {error}"
+    rows = list(_held_out(config, data, tokenizer))
+    if not rows:
+        return f"{folder} gets no reference: the run held out no rows that can be asked again"
+    module, body = _as_trained(config, checkpoint, tokenizer)
+    task = task_of(config.task)
+    if task.generates:
+        described = [_scored(row, body if module is None else module) for row in rows]
+    else:
+        labels = tuple(store.read_state(checkpoint)["labels"])
+        predictor = task.predictor()(config, module, task.head(body), tokenizer, labels)
+        question = task.question(labels, config.data)
+        described = _answered(predictor, [question.of(row["row"], "") for row in rows], rows)
+    reference = {
+        "format": 1,
+        "dtype": "float32",
+        "template_date": task.template_date,
+        "step": record.get("step"),
+        "rows": described,
+    }
+    files.write(folder / NAME, json.dumps(reference, ensure_ascii=False) + "\n", mode=0o600)
+    return ""
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """The first held-out rows as a client would ask them, with the tokens that training saw."""
+    split = data.validation or data.test
+    if split is None or split.places is None:
+        return
+    places = json.loads(split.places.read_text(encoding="utf-8"))[:MOST_PLACES]
+    raw = dict(_fields(config, split.name, set(places)))
+    origins = np.arange(len(split.lengths)) if split.origins is None else split.origins
+    found = 0
+    for sample, origin in enumerate(origins.tolist()):
+        if found == ROWS or origin >= len(places):
+            break
+        fields, own = raw.get(places[origin], (None, config))
+        if fields is None or np.count_nonzero(origins[: sample + 1] == origin) > 1:
+            continue
+        row = _row(fields, own, split.sample(sample), tokenizer, data.labels)
+        if row is not None:
+            found += 1
+            yield row
+
+
+def _fields(
+    config: RunConfig, part: str, places: set[str]
+) -> Iterator[tuple[str, tuple[Mapping[str, Any], RunConfig]]]:
+    """The columns of the rows at these places, with the configuration of their source."""
+    own_part = getattr(config.data, part) is not None
+    given = [(f"data.{part}", config)] if own_part else list(of_training(config).values())
+    for key, own in given:
+        for file in sources.of_part(own.data, part if own_part else "train", key):
+            for raw in sources.read(file):
+                if raw.fields is not None and raw.place in places:
+                    yield raw.place, (raw.fields, own)
+                    places.discard(raw.place)
+                    if not places:
+                        return
+
+
+def _row(
+    fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, labels: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """None where the row cannot be asked in the same way, since training changed its text (`data.clean`) or cut it."""
+    task = task_of(config.task)
+    try:
+        fmt = recognise(fields, config.data.columns, config.data.format, config.task, "")
+        row = normalise(fields, fmt, config.data.columns, config.task)
+        if not task.generates:
+            return {"row": dict(fields), "ids": np.asarray(sample["input_ids"]).tolist()}
+        return _language_row(row, config, fmt, sample, tokenizer)
+    except (RowError, UserError):
+        return None
+
+
+def _language_row(
+    row: dict[str, Any], config: RunConfig, fmt: str, sample: Mapping[str, Any], tokenizer: Any
+) -> dict[str, Any] | None:
+    """The turns up to the assistant's first one, or a text, with the tokens of what follows."""
+    trained = np.asarray(sample["input_ids"]).tolist()
+    if "text" in row:
+        if len(trained) < 2:
+            return None
+        cut = max(1, len(trained) // 2)
+        return {"text": row["text"], "ids_only": True, "prompt_ids": trained[:cut], "target_ids": trained[cut:][:256]}
+    messages = conversation(row)
+    first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    if not first:
+        return None
+    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    one_turn = {"messages": [{**message, "weight": 1} for message in messages[: first + 1]], **kept}
+    encode = RowTokenizer(tokenizer, config.task, "messages", MOST_TOKENS)
+    samples = encode.samples([one_turn], [0])
+    if len(samples) != 1 or samples[0].problem or samples[0].truncated:
+        return None
+    ids, answer = samples[0].input_ids.tolist(), np.flatnonzero(samples[0].columns["labels"] != NO_TARGET)
+    start, end = int(answer[0]), int(answer[-1]) + 1
+    if trained[: start + 1] != ids[: start + 1]:
+        return None
+    asked: dict[str, Any] = {"messages": messages[:first]}
+    if "tools" in kept:
+        asked["tools"] = kept["tools"]
+    if "chat_template_kwargs" in kept:
+        asked["arguments"] = kept["chat_template_kwargs"]
+    if not tokenizer.chat_template:
+        asked = {"text": row["prompt"]} if "prompt" in row else {"ids_only": True}
+    return {**asked, "prompt_ids": ids[:start], "target_ids": ids[start:end]}
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def _as_trained(config: RunConfig, checkpoint: Path, tokenizer: Any) -> tuple[Any, Any]:
+    """(what was trained, adapters included; the model of transformers in it), in fp32."""
+    from dataclasses import replace
+
+    plain = replace(
+        config,
+        model=replace(config.model, attention=Attention.eager),
+        trainer=replace(config.trainer, activation_checkpointing=False),
+    )
+    labels = tuple(store.read_state(checkpoint)["labels"])
+    body = load_model(plain, tokenizer, labels, torch.float32)
+    module = method_of(config.method).apply(body, plain)
+    load_trained(module, checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return module.to(device).eval(), body
+
+
+def _scored(row: dict[str, Any], module: Any) -> dict[str, Any]:
+    """`row` with the log-probability of each target."""
+    ids = [*row["prompt_ids"], *row["target_ids"]]
+    device = next(module.parameters()).device
+    with torch.inference_mode():
+        logits = module(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+    count = len(row["target_ids"])
+    found = logits[-count - 1 : -1].float().log_softmax(-1)
+    targets = torch.tensor(row["target_ids"], device=found.device)
+    return {**row, "logprobs": found.gather(1, targets[:, None])[:, 0].tolist()}
+
+
+def _answered(predictor: Any, queries: list[Query], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an encoder with their tokens and answers; those without an answer are left out."""
+    ids: list[list[int]] = [[] for _ in queries]
+    for sample in predictor.samples(queries):
+        ids[sample.row] += sample.input_ids.tolist()
+    answers = predictor.answers(queries, 8, all_labels=True)
+    return [
+        {"row": row["row"], "ids": own, "answer": answer}
+        for row, own, answer in zip(rows, ids, answers, strict=True)
+        if "problem" not in answer
+    ]

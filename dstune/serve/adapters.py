@@ -1,0 +1,140 @@
+"""Whether an adapter is one of the model that is served, by its files: before an engine loads it.
+
+vLLM took an adapter of another model without a word, and answered with the base's text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dstune.checkpoint.record import public_name
+from dstune.core.errors import Problem, UserError
+from dstune.serve.source import Source
+
+_FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
+
+
+def check(adapter: Source, base: Source, *, one_template: bool) -> None:
+    """Raises UserError with all that speaks against `adapter` on the engine of `base`. one_template: the engine asks all
+    adapters through the template of the base."""
+    problems = [
+        Problem(adapter.name, reason, fix, value) for reason, fix, value in _problems(adapter, base, one_template)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _problems(adapter: Source, base: Source, one_template: bool) -> Iterator[tuple[str, str, str]]:
+    assert adapter.folder is not None
+    if not (adapter.folder / "adapter_model.safetensors").is_file():
+        yield "holds no adapter_model.safetensors", "dstune export RUN", str(adapter.folder)
+        return
+    if _same_base(adapter, base) is False:
+        yield (
+            f"was trained on {public_name(adapter.base)}, the engine serves {public_name(base.path)}",
+            "",
+            adapter.base,
+        )
+    if adapter.base_revision and base.base_revision and adapter.base_revision != base.base_revision:
+        reason = f"was trained on revision {adapter.base_revision}, the engine serves {base.base_revision}"
+        yield reason, "", ""
+    if base.folder is not None:
+        yield from _wrong_shapes(adapter.folder, base.folder)
+    if one_template:
+        yield from _other_template(adapter, base)
+
+
+def _same_base(adapter: Source, base: Source) -> bool | None:
+    """None where names alone do not tell: the same base may have several."""
+    if adapter.base in (base.path, base.base, str(base.folder)):
+        return True
+    folder = Path(adapter.base)
+    if base.folder is not None and folder.is_dir():
+        return folder.resolve() == base.folder or _config(folder) == _config(base.folder)
+    return None if folder.is_absolute() else False
+
+
+def _config(folder: Path) -> bytes:
+    try:
+        return (folder / "config.json").read_bytes()
+    except OSError:
+        return str(folder).encode()
+
+
+def _other_template(adapter: Source, base: Source) -> Iterator[tuple[str, str, str]]:
+    fix = "an engine of its own, or merged: dstune export RUN --merge"
+    if adapter.template is not None and base.template is not None and adapter.template != base.template:
+        yield "has another chat template than the base, which this engine uses for all adapters", fix, ""
+    own, other = adapter.digest("tokenizer.json"), base.digest("tokenizer.json")
+    if own and other and _added(adapter) - _added(base):
+        yield f"adds tokens that the base lacks: {', '.join(sorted(_added(adapter) - _added(base))[:5])}", fix, ""
+
+
+def _added(source: Source) -> set[str]:
+    folder = source.asked_as or source.folder
+    assert folder is not None
+    try:
+        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return {str(token.get("content")) for token in found.get("added_tokens", [])}
+
+
+def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
+    """Modules that the base lacks, or has in another shape."""
+    shapes = {name: shape for file in sorted(base.glob("*.safetensors")) for name, shape in tensor_shapes(file).items()}
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if not shapes or settings.get("peft_type") != "LORA" or settings.get("target_parameters"):
+        return
+    ends = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    factors: dict[str, dict[str, list[int]]] = {}
+    strange = []
+    for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
+        found = _FACTOR.match(name)
+        if found is not None:
+            factors.setdefault(found[1], {})[found[2]] = shape
+        elif "lora_" in name and "embedding" not in name and "magnitude" not in name:
+            strange.append(name)
+    if strange:
+        yield f"{len(strange)} tensors have names that peft does not load, first {strange[0]}", "dstune export RUN", ""
+    if not factors:
+        yield "holds no low-rank matrices under the names that peft loads", "dstune export RUN", ""
+    absent = [name for name in factors if _weight_of(name, ends) is None]
+    if absent:
+        yield (
+            f"the base lacks {len(absent)} modules that it changes, first {absent[0]}",
+            "give the adapter's own base",
+            "",
+        )
+    for name, pair in factors.items():
+        weight = _weight_of(name, ends)
+        if weight is None or set(pair) != {"A", "B"} or len(weight) != 2:
+            continue
+        if pair["A"][1] != weight[1] or pair["B"][0] != weight[0]:
+            made = f"[{pair['B'][0]}, {pair['A'][1]}]"
+            reason = f"{name} has the shape {list(weight)} in the base, the adapter is for {made}"
+            yield reason, "give the adapter's own base", ""
+            return
+
+
+def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
+    """The shape of the weight of a module; files of some bases lack the model's outermost name."""
+    for candidate in (name, name.partition(".")[2], f"model.{name}"):
+        if candidate in ends:
+            return ends[candidate]
+    return None
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """By the header of a safetensors file."""
+    with file.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        if size > 100 << 20:
+            raise UserError(Problem(str(file), "is no safetensors file"))
+        header: dict[str, Any] = json.loads(stream.read(size))
+    return {name: value["shape"] for name, value in header.items() if name != "__metadata__"}

@@ -1,0 +1,315 @@
+"""The verb `dstune serve`: trained models behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError
+from dstune.serve import extra
+from dstune.serve.state import STATE, opened_database, state_folder
+
+if TYPE_CHECKING:
+    from dstune.serve.engines.base import Engine
+    from dstune.serve.fleet import Fleet
+    from dstune.serve.gateway.settings import Settings
+    from dstune.serve.source import Source
+    from dstune.serve.store.keys import Keys
+
+ENGINES = ("local", "vllm", "llama.cpp", "remote")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PREFIX = "serve."
+
+
+class ServeFailed(DstuneError):
+    """The server could not start, for a reason that is not the user's mistake."""
+
+
+def main(argv: list[str]) -> int:
+    """`dstune serve MODEL [NAME=MODEL ...]`. Raises UserError, Refused; returns the exit code."""
+    own, engine_arguments = _split(argv)
+    arguments = _parser().parse_args(own)
+    arguments.engine_arguments = engine_arguments
+    _check(arguments)
+    extra.require()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    state = state_folder(arguments.state, create=True)
+    sources = _sources(arguments, state)
+    runtime = Path(tempfile.mkdtemp(prefix="dstune-serve-"))
+    try:
+        return asyncio.run(_run(arguments, state, runtime, sources))
+    finally:
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The verb's own words, and those behind `--`, which are the engine's. `serve.engine.python=X` is `--engine-python X`."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    words: list[str] = []
+    for word in argv[:at]:
+        key, equals, value = word.partition("=")
+        if equals and key.startswith(PREFIX):
+            words += [f"--{key.removeprefix(PREFIX).replace('.', '-').replace('_', '-')}", value]
+        else:
+            words.append(word)
+    return words, argv[at + 1 :]
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(
+        prog="dstune serve",
+        description="Trained models behind an OpenAI-compatible API. Words behind `--` are arguments of the engine.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL|NAME=MODEL",
+        help="runs, exports, folders or hub ids; adapters share their base",
+    )
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="to listen on (default 8000; 0 takes a free one)"
+    )
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="what computes (default local)")
+    parser.add_argument("--engine-python", metavar="FILE", help="the Python that has vLLM, or the program llama-server")
+    parser.add_argument("--engine-url", metavar="URL", help="of a server that runs already (engines vllm and remote)")
+    parser.add_argument("--engine-key-env", metavar="NAME", help="environment variable with the key of that server")
+    parser.add_argument(
+        "--allow-engine", action="append", default=[], metavar="HOST[:PORT]", help="server that --engine-url may name"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format to compute in")
+    parser.add_argument("--check", action="store_true", help="hold the models against their training, and end")
+    parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
+    parser.add_argument("--state", type=Path, default=Path(STATE), metavar="DIR", help=f"keys, logs (default {STATE})")
+    parser.add_argument("--store", metavar="URL", help="database, such as postgresql://USER@HOST/NAME (default SQLite)")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="host name to answer under")
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call it"
+    )
+    parser.add_argument(
+        "--adapter-root", action="append", default=[], metavar="DIR", help="adapters below it may be added by an admin"
+    )
+    parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
+    parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
+    parser.add_argument("--max-concurrent", type=int, default=64, metavar="N", help="requests at once (default 64)")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that wait (default 256)")
+    parser.add_argument("--max-sequences", type=int, default=16, metavar="N", help="answers at once, engine local (16)")
+    parser.add_argument(
+        "--max-cached-tokens",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="of all answers together, engine local (65536)",
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine local (default: cores - 1)")
+    parser.add_argument(
+        "--drain-delay", type=float, default=0.0, metavar="S", help="from SIGTERM to the last new request"
+    )
+    parser.add_argument("--drain-seconds", type=int, default=30, metavar="S", help="for running requests (default 30)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises UserError with all that is wrong."""
+    problems = []
+    least = {"max_concurrent": 1, "max_queue": 0, "max_sequences": 1, "max_cached_tokens": 64, "threads": 0}
+    for name, bound in (*least.items(), ("port", 0), ("drain_delay", 0), ("drain_seconds", 0), ("log_days", 0)):
+        if getattr(arguments, name) < bound:
+            flag = f"--{name.replace('_', '-')}"
+            problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
+    if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
+        reason = "vLLM cannot be installed beside dstune; name the Python of its own environment, or a running server"
+        problems.append(Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL"))
+    if arguments.engine == "remote" and not arguments.engine_url:
+        problems.append(Problem("--engine-url", "this is missing", "--engine-url https://HOST/v1"))
+    if arguments.engine_arguments and arguments.engine not in ("vllm", "llama.cpp"):
+        problems.append(Problem("--", "this engine takes no arguments", value=" ".join(arguments.engine_arguments)))
+    if arguments.host not in LOOPBACK and not arguments.allow_host:
+        reason = "under which host names clients call the server has to be said where others can reach it"
+        problems.append(Problem("--allow-host", reason, f"--allow-host {socket.gethostname()}"))
+    if problems:
+        raise UserError(problems)
+
+
+def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
+    """The models by name; runs without an export of their newest checkpoint, or without a reference, get one."""
+    from dstune.serve import source
+    from dstune.serve.prepare import prepare
+
+    found = []
+    for name, path in source.of_words(arguments.models):
+        folder = prepare(Path(path), state) if source.needs_preparation(path) else None
+        found.append(source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code))
+    return found
+
+
+def _engine_of(arguments: argparse.Namespace, state: Path, runtime: Path) -> Callable[[Source, str], Engine]:
+    from dstune.serve.engines.base import Limits
+
+    limits = Limits(
+        max_sequences=arguments.max_sequences,
+        max_cached_tokens=arguments.max_cached_tokens,
+        threads=arguments.threads,
+        drain_seconds=arguments.drain_seconds,
+    )
+    place: dict[str, Any] = {"state_dir": state, "runtime_dir": runtime, "limits": limits}
+    key = os.environ.get(arguments.engine_key_env or "", "")
+    if arguments.engine == "vllm":
+        from dstune.serve.engines.remote import check_address
+        from dstune.serve.engines.vllm import VllmEngine
+
+        if arguments.engine_url:
+            check_address(arguments.engine_url, arguments.allow_engine)
+        return partial(
+            VllmEngine,
+            **place,
+            python=arguments.engine_python,
+            address=arguments.engine_url,
+            key=key,
+            arguments=arguments.engine_arguments,
+            number_format=arguments.dtype or "",
+        )
+    if arguments.engine == "llama.cpp":
+        from dstune.serve.engines.llama_cpp import LlamaCppEngine
+
+        return partial(LlamaCppEngine, **place, program=arguments.engine_python, arguments=arguments.engine_arguments)
+    if arguments.engine == "remote":
+        from dstune.serve.engines.remote import RemoteEngine, check_address
+
+        check_address(arguments.engine_url, arguments.allow_engine)
+        return partial(RemoteEngine, **place, address=arguments.engine_url, key=key)
+    from dstune.serve.engines.local.engine import LocalEngine
+
+    return partial(LocalEngine, **place, number_format=arguments.dtype or "")
+
+
+async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, sources: list[Source]) -> int:
+    from dstune.serve.engines.base import EngineDown
+    from dstune.serve.fleet import Fleet
+
+    fleet = Fleet(
+        _engine_of(arguments, state, runtime),
+        one_template=arguments.engine == "vllm",
+        require_proof=arguments.require_proof,
+        drain_seconds=arguments.drain_seconds,
+    )
+    try:
+        await fleet.start(sources)
+        if arguments.check:
+            for name, model in fleet.models.items():
+                print(f"{name}: {model.proof}", flush=True)
+            return EXIT_DONE
+        await _serve(arguments, state, fleet)
+    except EngineDown as error:
+        raise ServeFailed(str(error)) from error
+    finally:
+        await fleet.stop()
+    return EXIT_DONE
+
+
+async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> None:
+    import uvicorn
+
+    from dstune.serve.gateway.app import Gateway
+    from dstune.serve.gateway.recording import Recorder
+    from dstune.serve.gateway.routes import ROUTES
+    from dstune.serve.server import Server, drained
+
+    database = opened_database(state, arguments.store, create=True)
+    recorder = Recorder(database, _request_log(arguments, state))
+    gateway = Gateway(fleet, database, _settings(arguments), recorder, ROUTES)
+    listening = _listen(arguments.host, arguments.port)
+    port = listening.getsockname()[1]
+    first_keys(gateway.keys, state)
+    config = uvicorn.Config(
+        gateway,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=arguments.drain_seconds,
+        h11_max_incomplete_event_size=65536,
+        ws="none",
+    )
+    recorder.start()
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print(f"http://{host}:{port}/v1  serves {', '.join(fleet.models)}", flush=True)
+    print(f"keys: {state / 'key'}, {state / 'admin-key'}; the chat page: http://{host}:{port}/", flush=True)
+    try:
+        await drained(Server(config), gateway, arguments.drain_delay, [listening])
+    finally:
+        await recorder.stop()
+        database.close()
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from dstune.serve.gateway.settings import Settings
+
+    return Settings(
+        hosts=Settings.hosts | {name.lower() for name in arguments.allow_host},
+        origins=frozenset(origin.lower().rstrip("/") for origin in arguments.allow_origin),
+        concurrent=arguments.max_concurrent,
+        queue=arguments.max_queue,
+        adapter_roots=tuple(arguments.adapter_root),
+    )
+
+
+def _request_log(arguments: argparse.Namespace, state: Path) -> Any:
+    if not arguments.log_requests:
+        return None
+    from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
+    from dstune.serve.gateway.request_log import RequestLog
+
+    check_personal_data()  # the extra `clean` is there
+
+    def redact(text: str) -> str:
+        masked = mask(text, find_secrets(text))
+        return mask(masked, find_personal_data(masked))
+
+    return RequestLog(state / "requests", redact, arguments.log_days)
+
+
+def first_keys(keys: Keys, state: Path) -> None:
+    """A key of a client and an admin's where there are none, printed once and kept in files of this user alone."""
+    names = {row.name for row in keys.all()}
+    for name, file, admin in (("default", "key", False), ("admin", "admin-key", True)):
+        if name in names or (admin and any(row.admin for row in keys.all())) or (not admin and names):
+            continue
+        key = keys.add(name, admin=admin)
+        path = state / file
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(f"{key}\n")
+        print(f"{'admin key' if admin else 'key'}: {key}", flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises UserError where the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            Problem("--port", f"cannot listen there: {error.strerror}", "--port N", f"{host}:{port}")
+        ) from None
+    listening.listen(2048)
+    listening.set_inheritable(False)
+    return listening

@@ -1,0 +1,1 @@
+"""What answers requests: processes behind one small interface (`base.py`)."""

@@ -1,0 +1,278 @@
+"""What the gateway asks of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx2
+
+from dstune.core.errors import DstuneError, Problem, UserError, from_json
+from dstune.serve.source import Source
+
+log = logging.getLogger("dstune.serve")
+
+TIMEOUT = httpx2.Timeout(None, connect=5.0, pool=5.0)
+"""Between two chunks there is none: a first token may take minutes, and a client that goes ends the request."""
+
+LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
+
+
+class EngineDown(Exception):
+    """The engine does not run, or does not answer."""
+
+
+class Unprovable(Exception):
+    """The engine has no route for what parity needs; the text says which."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """How an engine's process is started."""
+
+    argv: list[str]
+    env: Mapping[str, str]
+    url: str
+    """Of its HTTP side."""
+    socket: str | None = None
+    stdin: bytes = b""
+
+
+@dataclass
+class Limits:
+    """Of an engine; those that its kind knows nothing of are its own business."""
+
+    max_sequences: int = 16
+    max_waiting: int = 64
+    max_cached_tokens: int = 65536
+    threads: int = 0
+    drain_seconds: int = 20
+    start_seconds: float = 600.0
+
+
+@dataclass
+class Engine:
+    """One base model (or one model) with its adapters. Subclasses say how its process starts and what its routes take."""
+
+    name: ClassVar[str]
+    starts_process: ClassVar[bool] = True
+    parses_special: ClassVar[bool] = False
+    """Whether text that reads like a special token becomes one."""
+    one_template: ClassVar[bool] = False
+    """Whether all adapters are asked through one chat template."""
+
+    source: Source
+    """What it serves: the base, or a model that is its own base."""
+    base: str
+    """Name under which the base is served."""
+    state_dir: Path
+    """Where logs go: a folder of this user alone."""
+    runtime_dir: Path
+    """Where sockets are, mode 0700: their paths have to be short."""
+    limits: Limits
+    client: httpx2.AsyncClient | None = None
+    process: subprocess.Popen[bytes] | None = None
+    dtype: str = ""
+    context: int = 0
+    starts: int = 0
+    _folder: Path | None = field(default=None, repr=False)
+
+    # -- what subclasses say
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        """Paths that it serves, with the fields that it acts on."""
+        raise NotImplementedError
+
+    def command(self, folder: Path) -> Command:
+        """folder: an empty one of this start."""
+        raise NotImplementedError
+
+    def expect(self, adapter: Source) -> None:
+        """An adapter that will be loaded; called before the start."""
+
+    health: ClassVar[str] = "/health"
+
+    async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
+        """The tokens of the prompt that `row` holds as `messages` (with `tools`, `arguments`) or `text`.
+
+        Raises Unprovable, EngineDown.
+        """
+        if "messages" not in row:
+            body = {"model": model, "prompt": row["text"]}
+        else:
+            body = {"model": model, "messages": row["messages"], "add_generation_prompt": True}
+            if row.get("tools"):
+                body["tools"] = row["tools"]
+            if row.get("arguments"):
+                body["chat_template_kwargs"] = row["arguments"]
+        found = await self.ask("POST", "/tokenize", body)
+        ids: list[int] = found["tokens"]
+        return ids
+
+    async def logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
+        """The log-probability of each token but the first. Raises Unprovable, EngineDown."""
+        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        found = await self.ask("POST", "/v1/completions", body)
+        told = found["choices"][0].get("prompt_logprobs")
+        if not told:
+            raise Unprovable("the engine tells no log-probabilities of a prompt")
+        return [float(one[str(token)]["logprob"]) for one, token in zip(told[1:], ids[1:], strict=True)]
+
+    async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Tokens and answers of an encoder's rows. Raises Unprovable."""
+        raise Unprovable(f"{self.name} does not show the tokens of an encoder")
+
+    def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A request that was checked, as the engine is sent it. Raises ApiError where it must not see it."""
+        return body
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        await self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    async def unload_adapter(self, name: str) -> None:
+        await self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    # -- the process
+
+    async def start(self) -> None:
+        """Raises EngineDown where it does not become healthy, UserError where it says what is wrong."""
+        self._folder = self.runtime_dir / secrets.token_hex(6)
+        self._folder.mkdir(mode=0o700)
+        command = self.command(self._folder)
+        self.starts += 1
+        transport = httpx2.AsyncHTTPTransport(uds=command.socket, limits=LIMITS)
+        self.client = httpx2.AsyncClient(
+            transport=transport, base_url=command.url, timeout=TIMEOUT, headers=self.headers, trust_env=False
+        )
+        if self.starts_process:
+            self._spawn(command)
+        deadline = time.monotonic() + self.limits.start_seconds
+        while not await self._healthy():
+            if self.process is not None and self.process.poll() is not None:
+                raise self._failure()
+            if time.monotonic() > deadline:
+                await self.stop(0)
+                raise EngineDown(f"{self.name} did not become ready in {self.limits.start_seconds:g} s; see {self.log}")
+            await asyncio.sleep(0.1)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def log(self) -> Path:
+        return self.state_dir / "logs" / f"{self.name}.log"
+
+    @property
+    def status(self) -> Path:
+        """Where its process writes why it could not start."""
+        assert self._folder is not None
+        return self._folder / "error.json"
+
+    def _spawn(self, command: Command) -> None:
+        self.log.parent.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as out:
+            self.process = subprocess.Popen(
+                command.argv,
+                env=dict(command.env),
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(command.stdin)
+            self.process.stdin.flush()
+
+    async def _healthy(self) -> bool:
+        try:
+            found = await self.ask("GET", self.health, None)
+        except (EngineDown, Unprovable):
+            return False
+        self.dtype = str(found.get("dtype", self.dtype))
+        self.context = int(found.get("context", self.context))
+        return True
+
+    def _failure(self) -> DstuneError | EngineDown:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return from_json(self.status.read_text(encoding="utf-8"))
+        assert self.process is not None
+        tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        text = "\n    ".join(
+            [f"{self.name} ended with {self.process.returncode}; the last lines of {self.log}:", *tail]
+        )
+        return EngineDown(text)
+
+    def alive(self) -> bool:
+        return not self.starts_process or (self.process is not None and self.process.poll() is None)
+
+    async def ended(self) -> None:
+        """Returns when the process has ended."""
+        while self.alive():
+            await asyncio.sleep(0.1)
+
+    async def stop(self, patience: float) -> None:
+        """SIGTERM, then SIGKILL for the whole session after `patience` seconds."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            deadline = time.monotonic() + patience
+            while self.process.poll() is None and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            if self.process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self.process.stdin.close()
+            self.process = None
+        if self.client is not None:
+            await self.client.aclose()
+            self.client = None
+
+    # -- HTTP
+
+    async def ask(self, method: str, path: str, body: Any) -> dict[str, Any]:
+        """The JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400."""
+        if self.client is None:
+            raise EngineDown(f"{self.name} is not running")
+        try:
+            answer = await self.client.request(method, path, json=body, timeout=httpx2.Timeout(600.0, connect=5.0))
+        except httpx2.HTTPError as error:
+            raise EngineDown(f"{self.name} does not answer: {error or type(error).__name__}") from error
+        if answer.status_code in (404, 405, 501):
+            raise Unprovable(f"{self.name} has no {method} {path}")
+        if 400 <= answer.status_code < 500:
+            raise UserError(Problem(self.name, f"refuses {path}: {_message(answer)}"))
+        if answer.status_code != 200:
+            raise EngineDown(f"{self.name} answers {path} with {answer.status_code}")
+        try:
+            found = answer.json() if answer.content else {}
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def _message(answer: httpx2.Response) -> str:
+    try:
+        value = answer.json()
+        error = value.get("error", value)
+        return str(error.get("message", error.get("detail", error)))[:500]
+    except (ValueError, AttributeError):
+        return answer.text[:500]
+
+
+EngineFactory = Callable[..., Engine]

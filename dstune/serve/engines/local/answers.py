@@ -1,0 +1,364 @@
+"""`/v1/chat/completions` and `/v1/completions` of the local engine: a request to sequences, their pieces to answers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstune.data.chat.template import RenderError
+from dstune.data.messages import conversation_of
+from dstune.data.problems import RowError
+from dstune.serve.asgi import event
+from dstune.serve.engines.local.batch import QueueFull, Scheduler, Sequence
+from dstune.serve.engines.local.model import LocalModel
+from dstune.serve.engines.local.sampling import Chosen, Sampling
+from dstune.serve.engines.local.text import Piece, TextStream
+from dstune.serve.engines.local.tools import Call, ToolForm, ToolText, form_of
+from dstune.serve.errors import ApiError, error_body
+
+DEFAULT_MAX_TOKENS = 1024
+"""Longest answer to a request that does not say, where the context has room for it."""
+
+
+@dataclass
+class Choice:
+    """One answer while it is written."""
+
+    index: int
+    prompt: list[int]
+    tools: ToolText | None = None
+    names: frozenset[str] = frozenset()
+    text: str = ""
+    tokens: list[Chosen] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    finish: str | None = None
+    count: int = 0
+
+    def take(self, piece: Piece) -> Piece:
+        """`piece` with what can be shown of its text."""
+        if self.tools is not None:
+            piece.text = self.tools.push(piece.text)
+            if piece.finish:
+                rest, calls = self.tools.finish()
+                if calls and all(call["function"]["name"] in self.names for call in calls):
+                    self.calls = calls
+                    piece.finish = "tool_calls" if piece.finish == "stop" else piece.finish
+                else:
+                    piece.text += rest or self.tools.unread
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.finish = piece.finish
+        return piece
+
+
+class Answers:
+    """What both routes share: sequences of all prompts and choices of a request, and what they emit."""
+
+    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
+        self.model, self.scheduler, self.body = model, scheduler, body
+        self.name = str(body["model"])
+        self.stream = bool(body.get("stream"))
+        self.n = int(body.get("n", 1))
+        self.created = int(time.time())
+        self._queue: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
+        self._sequences: list[Sequence] = []
+        self.choices: list[Choice] = []
+
+    def sampling(self, length: int, index: int, most: int | None) -> Sampling:
+        """Of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no room."""
+        body, limit = self.body, self.model.limit
+        if length + (most or 1) > limit:
+            raise ApiError(
+                400,
+                f"This model takes {limit} tokens, prompt and answer together; the prompt has {length} and "
+                f"{most or 1} are asked for.",
+                param="messages" if "messages" in body else "prompt",
+                code="context_length_exceeded",
+            )
+        given = dict(self.model.defaults()) | {name: body[name] for name in _SAMPLING if name in body}
+        stop = body.get("stop") or ()
+        seed = body.get("seed")
+        given["top_k"] = max(int(given.get("top_k", 0)), 0)
+        return Sampling(
+            max_tokens=most or min(DEFAULT_MAX_TOKENS, limit - length),
+            seed=secrets.randbits(63) if seed is None else (int(seed) + index) % 2**63,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logit_bias=self._bias(body.get("logit_bias") or {}),
+            logprobs=self.logprobs(),
+            **given,
+        )
+
+    def logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def _bias(self, given: Mapping[str, float]) -> dict[int, float]:
+        bias = {int(token): float(value) for token, value in given.items()}
+        if unknown := [token for token in bias if token >= self.model.vocabulary]:
+            raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
+        return bias
+
+    def submit(self, prompt: list[int], samplings: list[Sampling], choices: list[Choice]) -> None:
+        """Raises ApiError where the queue is full, or the engine can never hold them."""
+        loop = asyncio.get_running_loop()
+        sequences = []
+        for sampling, choice in zip(samplings, choices, strict=True):
+            stream = TextStream(
+                lambda ids: self.model.decode(self.name, ids),
+                self.model.ends(self.name),
+                sampling.stop,
+                sampling.max_tokens,
+            )
+
+            def emit(piece: Piece, choice: Choice = choice, stream: TextStream = stream) -> None:
+                choice.count = stream.count
+                if piece.finish:
+                    choice.ids = stream.ids
+                loop.call_soon_threadsafe(self._queue.put_nowait, (choice, piece))
+
+            sequences.append(Sequence(prompt, sampling, stream, emit, self.name))
+        try:
+            self.scheduler.submit(sequences)
+        except QueueFull:
+            self.cancel()
+            raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
+        except ValueError as error:
+            self.cancel()
+            raise ApiError(400, f"The request is too large: {error}.", code="context_length_exceeded") from None
+        self._sequences += sequences
+        self.choices += choices
+
+    def cancel(self) -> None:
+        for sequence in self._sequences:
+            sequence.cancelled = True
+
+    async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
+        """Raises ApiError where the engine fails."""
+        open_choices = len(self.choices)
+        while open_choices:
+            choice, piece = await self._queue.get()
+            if piece.finish == "error":
+                raise ApiError(500, f"The engine failed: {piece.error}.", code="engine_error")
+            piece = choice.take(piece)
+            open_choices -= piece.finish is not None
+            if piece.text or piece.tokens or piece.finish:
+                yield choice, piece
+
+    def usage(self) -> dict[str, int]:
+        prompts = {id(choice.prompt): len(choice.prompt) for choice in self.choices}
+        read, written = sum(prompts.values()), sum(choice.count for choice in self.choices)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The lines of a stream."""
+        with_usage = bool((self.body.get("stream_options") or {}).get("include_usage"))
+        extra = {"usage": None} if with_usage else {}
+        try:
+            for first in self.first_chunks():
+                yield event(first | extra)
+            async for choice, piece in self.pieces():
+                for chunk in self.chunks(choice, piece):
+                    yield event(chunk | extra)
+        except ApiError as error:
+            yield b"data: " + error_body(error.status, str(error), error.param, error.code) + b"\n\n"
+            return
+        finally:
+            self.cancel()
+        if with_usage:
+            yield event({**self.head(chunk=True), "choices": [], "usage": self.usage()})
+        yield b"data: [DONE]\n\n"
+
+    async def answer(self) -> dict[str, Any]:
+        try:
+            async for _ in self.pieces():
+                pass
+        finally:
+            self.cancel()
+        choices = [self.final(choice) for choice in self.choices]
+        return {**self.head(chunk=False), "choices": choices, "usage": self.usage()}
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def final(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def token_text(self, token: int) -> str:
+        return self.model.decode(self.name, [token], special=True)
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+class ChatAnswers(Answers):
+    """An answer to a conversation."""
+
+    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
+        """Raises ApiError."""
+        super().__init__(model, scheduler, body)
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        if not model.chats(self.name):
+            raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
+        tools = body.get("tools") or None
+        form = self._form(tools)
+        if body.get("tool_choice") == "none":
+            tools = form = None
+        self.prompt = self._prompt(tools)
+        names = frozenset(tool["function"]["name"] for tool in tools or ())
+        most = body.get("max_completion_tokens") or body.get("max_tokens")
+        samplings = [self.sampling(len(self.prompt), index, most) for index in range(self.n)]
+        choices = [Choice(index, self.prompt, ToolText(form) if form else None, names) for index in range(self.n)]
+        self.submit(self.prompt, samplings, choices)
+
+    def _form(self, tools: Any) -> ToolForm | None:
+        if not tools:
+            return None
+        template = self.model.template(self.name)
+        form = form_of(template) if template is not None else None
+        if form is None:
+            reason = "The chat template of this model shows no tools, or calls in a form that is not known here."
+            raise ApiError(400, reason, param="tools", code="unsupported_parameter")
+        return form
+
+    def _prompt(self, tools: Any) -> list[int]:
+        return chat_prompt(self.model, self.name, self.body["messages"], tools, self.body.get("chat_template_kwargs"))
+
+    def logprobs(self) -> int | None:
+        if not self.body.get("logprobs"):
+            if self.body.get("top_logprobs"):
+                raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+            return None
+        return int(self.body.get("top_logprobs", 0))
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if chunk else "chat.completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        return [self._chunk(choice.index, {"role": "assistant", "content": ""}) for choice in self.choices]
+
+    def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        found = []
+        logprobs = None if self.logprobs() is None else {"content": self._content(piece.tokens), "refusal": None}
+        if piece.text or piece.tokens:
+            found.append(self._chunk(choice.index, {"content": piece.text}, logprobs))
+        if choice.calls:
+            calls = [{"index": number, **call} for number, call in enumerate(choice.calls)]
+            found.append(self._chunk(choice.index, {"tool_calls": calls}))
+        if piece.finish:
+            last = self._chunk(choice.index, {}, finish=piece.finish)
+            if self.body.get("return_token_ids"):
+                last["choices"][0]["token_ids"] = choice.ids
+            found.append(last)
+        return found
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**self.head(chunk=True), "choices": [choice]}
+
+    def final(self, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+            message["content"] = choice.text.strip() or None
+        logprobs = None if self.logprobs() is None else {"content": self._content(choice.tokens), "refusal": None}
+        found = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
+        return found | ({"token_ids": choice.ids} if self.body.get("return_token_ids") else {})
+
+    async def answer(self) -> dict[str, Any]:
+        found = await super().answer()
+        return found | ({"prompt_token_ids": self.prompt} if self.body.get("return_token_ids") else {})
+
+    def _content(self, tokens: list[Chosen]) -> list[dict[str, Any]]:
+        return [
+            self._token(one.token, one.logprob) | {"top_logprobs": [self._token(*other) for other in one.top]}
+            for one in tokens
+        ]
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.token_text(token)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def chat_prompt(
+    model: LocalModel, name: str, messages: Any, tools: Any, arguments: Mapping[str, Any] | None
+) -> list[int]:
+    """The prompt's tokens of messages as clients write them. Raises ApiError where the template refuses them."""
+    try:
+        conversation = conversation_of(messages, "messages")
+        return model.conversation_ids(name, conversation, tools, arguments or {})
+    except (RowError, RenderError) as error:
+        raise ApiError(400, f"Invalid messages: {error}.", param="messages", code="invalid_value") from None
+
+
+class TextAnswers(Answers):
+    """What follows texts, or token ids."""
+
+    def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
+        """Raises ApiError."""
+        super().__init__(model, scheduler, body)
+        self.id = f"cmpl-{secrets.token_hex(12)}"
+        prompts = [self._ids(one) for one in prompts_of(body["prompt"])]
+        most = body.get("max_tokens", 16)
+        for number, prompt in enumerate(prompts):
+            samplings = [self.sampling(len(prompt), index, most) for index in range(self.n)]
+            choices = [Choice(number * self.n + index, prompt) for index in range(self.n)]
+            self.submit(prompt, samplings, choices)
+
+    def _ids(self, prompt: Any) -> list[int]:
+        ids: list[int] = self.model.text_ids(self.name, prompt) if isinstance(prompt, str) else prompt
+        if not ids or max(ids) >= self.model.vocabulary:
+            raise ApiError(400, "Invalid prompt: it holds no tokens, or some that the model lacks.", param="prompt")
+        return ids
+
+    def logprobs(self) -> int | None:
+        found: int | None = self.body.get("logprobs")
+        return found
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.name}
+
+    def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        start = len(choice.text) - len(piece.text)
+        one = self._choice(choice, piece.text, piece.tokens, start, piece.finish)
+        return [{**self.head(chunk=True), "choices": [one]}]
+
+    def final(self, choice: Choice) -> dict[str, Any]:
+        one = self._choice(choice, choice.text, choice.tokens, 0, choice.finish)
+        if self.body.get("return_token_ids"):
+            one |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt}
+        return one
+
+    def _choice(
+        self, choice: Choice, text: str, tokens: list[Chosen], start: int, finish: str | None
+    ) -> dict[str, Any]:
+        logprobs: dict[str, Any] | None = None
+        if self.logprobs() is not None:
+            texts = [self.token_text(one.token) for one in tokens]
+            offsets = [start + sum(map(len, texts[:number])) for number in range(len(texts))]
+            logprobs = {
+                "tokens": texts,
+                "token_logprobs": [max(one.logprob, -9999.0) for one in tokens],
+                "top_logprobs": [{self.token_text(t): max(v, -9999.0) for t, v in one.top} for one in tokens],
+                "text_offset": offsets,
+            }
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def prompts_of(prompt: Any) -> list[Any]:
+    """Each prompt of a completion request: text or token ids."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return list(prompt)

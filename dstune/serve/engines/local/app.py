@@ -1,0 +1,154 @@
+"""The local engine's HTTP side: routes as vLLM has them, so that the gateway speaks to both alike."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import UserError
+from dstune.serve.asgi import (
+    EVENTS,
+    ClientGone,
+    Receive,
+    Scope,
+    Send,
+    dumps,
+    gone,
+    read_body,
+    respond,
+    while_connected,
+)
+from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers, chat_prompt, prompts_of
+from dstune.serve.engines.local.batch import Scheduler
+from dstune.serve.engines.local.model import LocalModel
+from dstune.serve.errors import ApiError
+
+MOST_BYTES = 64 << 20
+
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class EngineApp:
+    """ASGI application of an engine process: JSON in, JSON out. Subclasses add routes."""
+
+    def __init__(self) -> None:
+        self.routes: dict[tuple[str, str], Handler] = {("GET", "/health"): self.health}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return
+        try:
+            handler = self.routes.get((scope["method"], scope["path"]))
+            if handler is None:
+                raise ApiError(404, "There is no such route.")
+            body = await read_body(receive, MOST_BYTES)
+            await self.handle(handler, json.loads(body or b"{}"), receive, send)
+        except ApiError as error:
+            headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+            await respond(send, error.status, error.body(), headers)
+        except ClientGone:
+            return
+
+    async def handle(self, handler: Handler, body: dict[str, Any], receive: Receive, send: Send) -> None:
+        await respond(send, 200, dumps(await while_connected(receive, handler(body))))
+
+    async def health(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+class LanguageApp(EngineApp):
+    """A language model and its adapters."""
+
+    def __init__(self, model: LocalModel, scheduler: Scheduler):
+        super().__init__()
+        self.model, self.scheduler = model, scheduler
+        self.routes |= {
+            ("GET", "/health"): self.health,
+            ("GET", "/v1/models"): self.models,
+            ("POST", "/v1/chat/completions"): self.chat,
+            ("POST", "/v1/completions"): self.complete,
+            ("POST", "/tokenize"): self.tokenize,
+            ("POST", "/v1/load_lora_adapter"): self.load,
+            ("POST", "/v1/unload_lora_adapter"): self.unload,
+        }
+
+    async def handle(self, handler: Handler, body: dict[str, Any], receive: Receive, send: Send) -> None:
+        if not body.get("stream"):
+            await super().handle(handler, body, receive, send)
+            return
+        answers = self._answers(handler, body)
+        leaving = asyncio.ensure_future(gone(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+            lines = answers.events()
+            async for line in lines:
+                if leaving.done():
+                    await lines.aclose()
+                    return
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            answers.cancel()
+            leaving.cancel()
+
+    def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
+        self._known(body)
+        kind = ChatAnswers if handler == self.chat else TextAnswers
+        return kind(self.model, self.scheduler, body)
+
+    def _known(self, body: dict[str, Any]) -> str:
+        name = body.get("model")
+        if name not in self.model.names:
+            raise ApiError(404, f"There is no model {str(name)[:80]!r}.", param="model", code="model_not_found")
+        return str(name)
+
+    async def health(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"dtype": self.model.dtype, "context": self.model.limit, **self.scheduler.state()}
+
+    async def models(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model"} for name in self.model.names]}
+
+    async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._answers(self.chat, body).answer()
+
+    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "prompt_logprobs" in body:
+            return await self._scored(body)
+        return await self._answers(self.complete, body).answer()
+
+    async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The log-probability of each token of a prompt, as vLLM tells them."""
+        name = self._known(body)
+        (ids,) = prompts_of(body["prompt"])
+        if isinstance(ids, str):
+            ids = self.model.text_ids(name, ids)
+        found = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids)))
+        told = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], found, strict=True))]
+        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": told, "prompt_token_ids": ids}]}
+
+    async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = self._known(body)
+        if "messages" in body:
+            arguments = body.get("chat_template_kwargs")
+            ids = chat_prompt(self.model, name, body["messages"], body.get("tools"), arguments)
+        else:
+            ids = self.model.text_ids(name, body["prompt"])
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.model.limit}
+
+    async def load(self, body: dict[str, Any]) -> dict[str, Any]:
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        if name in self.model.names:
+            raise ApiError(400, f"The name {name!r} is taken.", param="lora_name")
+        try:
+            await asyncio.wrap_future(self.scheduler.call(lambda: self.model.load(name, folder)))
+        except UserError as error:
+            raise ApiError(400, str(error), param="lora_path") from None
+        return {}
+
+    async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = self._known({"model": body["lora_name"]})
+        await asyncio.wrap_future(self.scheduler.call(lambda: self.model.unload(name)))
+        return {}

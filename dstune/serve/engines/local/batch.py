@@ -1,0 +1,345 @@
+"""One thread that computes: sequences join and leave a batch between two tokens.
+
+A forward pass has one adapter, so every adapter has a batch of its own, and the thread takes a step of each in turn. New
+prompts are read in chunks between the steps, so that a long one does not stop the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstune.serve.engines.local.sampling import Sampler, Sampling
+from dstune.serve.engines.local.text import Piece, TextStream
+
+log = logging.getLogger("dstune.serve")
+
+
+class QueueFull(Exception):
+    """As many prompts wait as may."""
+
+
+class Sequence:
+    """One answer in the making."""
+
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, stream: TextStream, emit: Callable[[Piece], None], adapter: str
+    ):
+        """emit: called by the computing thread with each piece."""
+        self.prompt, self.stream, self.emit, self.adapter = prompt, stream, emit, adapter
+        self.sampler = Sampler(sampling, prompt)
+        self.last = prompt[-1]
+        self.cancelled = False
+
+    @property
+    def done(self) -> bool:
+        return self.cancelled or self.stream.finished
+
+    def take(self, logits: Tensor) -> None:
+        """Choose a token by `logits`, float [vocabulary], and hand out what it completes."""
+        chosen = self.sampler.choose(logits)
+        self.last = chosen.token
+        piece = self.stream.push(chosen)
+        if piece.text or piece.tokens or piece.finish:
+            self.emit(piece)
+
+    def fail(self, reason: str) -> None:
+        if not self.done:
+            self.stream.finished = True
+            self.emit(Piece(finish="error", error=reason))
+
+
+@dataclass
+class _Prompt:
+    """A prompt that is being read, for one or more answers."""
+
+    sequences: list[Sequence]
+    cache: Any = None
+    read: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.sequences[0].prompt
+
+    @property
+    def tokens(self) -> int:
+        """Most that these answers will take in the cache."""
+        return sum(len(self.ids) + one.sampler.sampling.max_tokens for one in self.sequences)
+
+
+class _Batch:
+    """Sequences of one adapter that are written together, padded on the left."""
+
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.cache: Any = None
+        self.mask = torch.empty(0, 0, dtype=torch.long)
+
+    def join(self, sequence: Sequence, cache: Any, length: int) -> None:
+        mask = torch.ones(1, length, dtype=torch.long)
+        if not self.sequences:
+            self.cache, self.mask = cache, mask
+        else:
+            width = max(length, self.mask.shape[1])
+            self.cache = _joined(_widened(self.cache, width), _widened(cache, width))
+            pad = torch.nn.functional.pad
+            rows = [pad(one, (width - one.shape[1], 0)) for one in (self.mask, mask)]
+            self.mask = torch.cat(rows)
+        self.sequences.append(sequence)
+
+    def leave(self) -> None:
+        """Without the sequences that are done."""
+        kept = [number for number, sequence in enumerate(self.sequences) if not sequence.done]
+        if len(kept) == len(self.sequences):
+            return
+        self.sequences = [self.sequences[number] for number in kept]
+        if not kept:
+            self.cache = None
+            return
+        rows = torch.tensor(kept)
+        self.mask = self.mask[rows]
+        first = int(self.mask.argmax(-1).min())  # columns that are padding for all
+        self.mask = self.mask[:, first:]
+        self.cache = _map(self.cache, lambda tensor: tensor[rows.to(tensor.device), :, first:])
+
+
+class Scheduler:
+    """The computing thread. Every method may be called by any thread."""
+
+    def __init__(
+        self,
+        model: Any,
+        speaking: Callable[[str], AbstractContextManager[Any]],
+        *,
+        max_sequences: int = 16,
+        max_waiting: int = 64,
+        max_cached_tokens: int = 65536,
+        chunk: int = 512,
+    ):
+        """speaking: context in which the model is that adapter. max_cached_tokens: of all sequences together, the length
+        that they may reach included."""
+        self._model, self._speaking = model, speaking
+        self._max_sequences, self._max_waiting = max_sequences, max_waiting
+        self._max_cached_tokens, self._chunk = max_cached_tokens, chunk
+        self._joinable = _joinable(model)
+        # transformers 5.24 names it anew; both are taken until 5.40.
+        self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._waiting: deque[_Prompt] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._reading: _Prompt | None = None
+        self._batches: dict[tuple[str, int], _Batch] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+        self.tokens = 0
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Answers to one prompt. Raises QueueFull, ValueError where they can never be held."""
+        prompt = _Prompt(sequences)
+        if prompt.tokens > self._max_cached_tokens or len(sequences) > self._max_sequences:
+            raise ValueError(
+                f"prompt and answers may take {prompt.tokens} tokens together; this engine holds "
+                f"{self._max_cached_tokens} in {self._max_sequences} answers"
+            )
+        with self._changed:
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFull
+            self._waiting.append(prompt)
+            self._changed.notify()
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """The result of `function`, which the computing thread runs between two steps."""
+        future: Future[Any] = Future()
+        with self._changed:
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def state(self) -> dict[str, int]:
+        with self._changed:
+            running = sum(len(batch.sequences) for batch in self._batches.values())
+            return {"waiting": len(self._waiting), "running": running, "tokens": self.tokens}
+
+    def stop(self) -> None:
+        """Ends the thread after the current step. Sequences that are not done fail."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait():
+                self._run_calls()
+                self._read_prompt()
+                for key in list(self._batches):
+                    self._step(key)
+        for sequence in self._all():
+            sequence.fail("the engine is stopping")
+
+    def _all(self) -> list[Sequence]:
+        prompts = [*self._waiting, *([self._reading] if self._reading else [])]
+        of_batches = [sequence for batch in self._batches.values() for sequence in batch.sequences]
+        return [sequence for prompt in prompts for sequence in prompt.sequences] + of_batches
+
+    def _wait(self) -> bool:
+        with self._changed:
+            while not (self._stopped or self._calls or self._waiting or self._reading or self._batches):
+                self._changed.wait()
+            return not self._stopped
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _held(self) -> tuple[int, int]:
+        """Sequences and tokens that are, or may come to be, in the caches."""
+        running = [sequence for batch in self._batches.values() for sequence in batch.sequences]
+        return len(running), sum(len(one.prompt) + one.sampler.sampling.max_tokens for one in running)
+
+    def _read_prompt(self) -> None:
+        """One chunk of the prompt that is being read, or the first of the next one that there is room for."""
+        if self._reading is None:
+            with self._changed:
+                while self._waiting and all(one.done for one in self._waiting[0].sequences):
+                    self._waiting.popleft()
+                if not self._waiting:
+                    return
+                count, tokens = self._held()
+                first = self._waiting[0]
+                if count and (
+                    count + len(first.sequences) > self._max_sequences
+                    or tokens + first.tokens > self._max_cached_tokens
+                ):
+                    return
+                self._reading = self._waiting.popleft()
+        prompt = self._reading
+        if all(one.done for one in prompt.sequences):
+            self._reading = None
+            return
+        try:
+            if prompt.cache is None:
+                prompt.cache = _new_cache(self._model, plain=self._joinable)
+            chunk = prompt.ids[prompt.read : prompt.read + self._chunk]
+            logits = self._forward(prompt.sequences[0].adapter, torch.tensor([chunk]), None, prompt.cache)[0]
+            prompt.read += len(chunk)
+            if prompt.read < len(prompt.ids):
+                return
+            self._reading = None
+            self._begin(prompt, logits)
+        except Exception as error:
+            log.exception("a prompt could not be read")
+            self._reading = None
+            for sequence in prompt.sequences:
+                sequence.fail(_first_line(error))
+
+    def _begin(self, prompt: _Prompt, logits: Tensor) -> None:
+        """The first token of each answer, which then joins its batch."""
+        for number, sequence in enumerate(prompt.sequences):
+            if sequence.done:
+                continue
+            sequence.take(logits)
+            self.tokens += 1
+            if sequence.done:
+                continue
+            last = number == len(prompt.sequences) - 1
+            cache = prompt.cache if last else _copied(prompt.cache)
+            # A cache that cannot be joined (sliding windows, recurrent states) is written alone.
+            key = (sequence.adapter, 0 if self._joinable else id(sequence))
+            self._batches.setdefault(key, _Batch()).join(sequence, cache, len(prompt.ids))
+
+    def _step(self, key: tuple[str, int]) -> None:
+        """One token of each sequence of a batch."""
+        batch = self._batches[key]
+        batch.leave()
+        if not batch.sequences:
+            del self._batches[key]
+            return
+        try:
+            ids = torch.tensor([[sequence.last] for sequence in batch.sequences])
+            batch.mask = torch.nn.functional.pad(batch.mask, (0, 1), value=1)
+            logits = self._forward(key[0], ids, batch.mask, batch.cache)
+            for sequence, row in zip(batch.sequences, logits, strict=True):
+                if not sequence.done:
+                    sequence.take(row)
+                    self.tokens += 1
+        except Exception as error:
+            log.exception("a step failed")
+            for sequence in batch.sequences:
+                sequence.fail(_first_line(error))
+        batch.leave()
+        if not batch.sequences:
+            del self._batches[key]
+
+    def _forward(self, adapter: str, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]."""
+        device = next(self._model.parameters()).device
+        given: dict[str, Any] = {self._cache: cache}
+        if mask is not None:
+            given["attention_mask"] = mask.to(device)
+            given["position_ids"] = (mask.sum(-1, keepdim=True) - 1).to(device)
+        with self._speaking(adapter):
+            output = self._model(input_ids=ids.to(device), use_cache=True, **given)
+        return output.logits[:, -1].float().cpu()
+
+
+def _joinable(model: Any) -> bool:
+    """Whether the keys and values of a sequence are all that the model remembers."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _new_cache(model: Any, *, plain: bool) -> Any:
+    """An empty cache; `plain` keeps every position, also where a layer looks at the last ones only."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache() if plain else DynamicCache(config=model.config)
+
+
+def _map(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    for layer in cache.layers:
+        if layer.is_initialized and layer.keys is not None:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return cache
+
+
+def _widened(cache: Any, width: int) -> Any:
+    pad = torch.nn.functional.pad
+    return _map(cache, lambda tensor: pad(tensor, (0, 0, width - tensor.shape[2], 0)))
+
+
+def _joined(first: Any, second: Any) -> Any:
+    for layer, other in zip(first.layers, second.layers, strict=True):
+        if layer.is_initialized and layer.keys is not None:
+            layer.keys = torch.cat([layer.keys, other.keys])
+            layer.values = torch.cat([layer.values, other.values])
+    return first
+
+
+def _copied(cache: Any) -> Any:
+    from copy import deepcopy
+
+    return deepcopy(cache)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,253 @@
+"""Classifiers, taggers, rerankers and embedders: dstune's own predictor behind HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import queue
+import re
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from dstune.data.problems import RowError
+from dstune.inference.predictor import Answer, Predictor
+from dstune.inference.rows import Query, Question
+from dstune.protocols import task_of
+from dstune.serve.engines.local.app import EngineApp
+from dstune.serve.errors import ApiError
+
+MOST_ROWS = 512
+"""Rows of several requests that are computed together."""
+
+
+class Batcher:
+    """One thread that answers the rows of all requests that wait, together."""
+
+    def __init__(self, predictor: Predictor, batch_size: int = 32, max_waiting: int = 256):
+        self._predictor, self._batch_size = predictor, batch_size
+        self._jobs: queue.Queue[tuple[list[Query], Future[list[Answer]]]] = queue.Queue(max_waiting)
+        threading.Thread(target=self._run, name="compute", daemon=True).start()
+
+    async def answers(self, rows: list[Query]) -> list[Answer]:
+        """Raises ApiError where as many requests wait as may."""
+        future: Future[list[Answer]] = Future()
+        try:
+            self._jobs.put_nowait((rows, future))
+        except queue.Full:
+            raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
+        return await asyncio.wrap_future(future)
+
+    def _run(self) -> None:
+        while True:
+            jobs = [self._jobs.get()]
+            while sum(len(rows) for rows, _ in jobs) < MOST_ROWS and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
+            rows = [row for of_job, _ in jobs for row in of_job]
+            if not rows:
+                continue
+            try:
+                found = iter(self._predictor.answers(rows, self._batch_size, all_labels=True))
+            except Exception as error:
+                for _, future in jobs:
+                    future.set_exception(ApiError(500, f"The engine failed: {error}.", code="engine_error"))
+                continue
+            for of_job, future in jobs:
+                future.set_result([next(found) for _ in of_job])
+
+
+class EncoderApp(EngineApp):
+    """Routes that the model's task has an answer for (`Task.serves`)."""
+
+    def __init__(self, name: str, predictor: Predictor):
+        super().__init__()
+        self.name, self.predictor = name, predictor
+        self._batcher = Batcher(predictor)
+        task = task_of(predictor.config.task)
+        self._question: Question = task.question(predictor.labels, predictor.config.data)
+        self.routes |= {("GET", "/v1/models"): self.models, ("POST", "/parity"): self.parity}
+        for kind in task.serves:
+            self.routes |= {
+                "embed": {
+                    ("POST", "/v1/embeddings"): self.embed,
+                    ("POST", "/rerank"): self.rerank,
+                    ("POST", "/score"): self.score,
+                },
+                "classify": {("POST", "/classify"): self.classify, ("POST", "/v1/moderations"): self.moderate},
+                "rank": {("POST", "/rerank"): self.rerank, ("POST", "/score"): self.score},
+                "tag": {("POST", "/tags"): self.tag},
+            }[kind]
+        self._embeds = "embed" in task.serves
+
+    async def health(self, body: dict[str, Any]) -> dict[str, Any]:
+        dtype = str(next(self.predictor.model.parameters()).dtype).removeprefix("torch.")
+        return {"dtype": dtype, "context": self.predictor.longest}
+
+    async def models(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": self.name, "object": "model"}]}
+
+    async def _answers(self, rows: Sequence[Mapping[str, Any]], param: str) -> list[Answer]:
+        """Raises ApiError for the first row without an answer."""
+        queries = []
+        for number, row in enumerate(rows):
+            try:
+                queries.append(self._question.of(row, f"{param}[{number}]"))
+            except RowError as error:
+                raise ApiError(400, f"Invalid {param}[{number}]: {error}.", param=param) from None
+        found = await self._batcher.answers(queries)
+        for number, answer in enumerate(found):
+            if "problem" in answer:
+                raise ApiError(400, f"Invalid {param}[{number}]: {answer['problem']}.", param=param)
+        return found
+
+    def _texts(self, value: Any) -> list[dict[str, Any]]:
+        column = self._question.text_column or "text"
+        return [{column: text} for text in ([value] if isinstance(value, str) else value)]
+
+    def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens that the model reads for these rows."""
+        queries = [self._question.of(row, "") for row in rows]
+        return sum(len(sample.input_ids) for sample in self.predictor.samples(queries))
+
+    async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Tokens and answers of rows as in training."""
+        queries = [self._question.of(row, str(number)) for number, row in enumerate(body["rows"])]
+        samples = self.predictor.samples(queries)
+        ids: list[list[int]] = [[] for _ in queries]
+        for sample in samples:
+            ids[sample.row] += sample.input_ids.tolist()
+        return {"ids": ids, "answers": await self._batcher.answers(queries)}
+
+    async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
+        rows = self._texts(body["input"])
+        vectors = [answer["vector"] for answer in await self._answers(rows, "input")]
+        if body.get("encoding_format") == "base64":
+            data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
+        else:
+            data = vectors
+        items = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(data)]
+        tokens = self._tokens(rows)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": items, "model": self.name, "usage": usage}
+
+    async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
+        rows = self._texts(body["input"])
+        items = []
+        for number, answer in enumerate(await self._answers(rows, "input")):
+            item = {"index": number, "label": answer["predicted"]}
+            if "probabilities" in answer:
+                item |= {"probs": list(answer["probabilities"].values()), "num_classes": len(self.predictor.labels)}
+                item["labels"] = list(answer["probabilities"])
+            items.append(item)
+        tokens = self._tokens(rows)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+        return {
+            "id": f"classify-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": self.name,
+            "data": items,
+            "usage": usage,
+        }
+
+    async def moderate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The labels of a classifier as categories. Those that are predicted are flagged, except a neutral one."""
+        found = await self._answers(self._texts(body["input"]), "input")
+        results = []
+        for answer in found:
+            if "probabilities" not in answer:
+                raise ApiError(400, "A regression has no categories.", param="model")
+            predicted = answer["predicted"] if isinstance(answer["predicted"], list) else [answer["predicted"]]
+            flags = {label: label in predicted and label not in NEUTRAL_LABELS for label in answer["probabilities"]}
+            results.append(
+                {"flagged": any(flags.values()), "categories": flags, "category_scores": answer["probabilities"]}
+            )
+        return {"id": f"modr-{secrets.token_hex(12)}", "model": self.name, "results": results}
+
+    async def tag(self, body: dict[str, Any]) -> dict[str, Any]:
+        given = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        places = [_words(row) if isinstance(row, str) else [(word, None, None) for word in row] for row in given]
+        column = self._question.text_column or "tokens"
+        found = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
+        items = []
+        for number, (answer, words) in enumerate(zip(found, places, strict=True)):
+            entities = []
+            for one in answer.get("entities", []):
+                start, end = words[one["start"]][1], words[one["end"] - 1][2]
+                entities.append(one | ({} if start is None else {"start_character": start, "end_character": end}))
+            tagged = [{"word": word, "tag": tag} for (word, _, _), tag in zip(words, answer["predicted"], strict=True)]
+            items.append({"index": number, "words": tagged, "entities": entities})
+        return {"object": "list", "model": self.name, "data": items}
+
+    async def score(self, body: dict[str, Any]) -> dict[str, Any]:
+        first, second = ([one] if isinstance(one, str) else one for one in (body["text_1"], body["text_2"]))
+        if len(first) == 1:
+            first = first * len(second)
+        if len(first) != len(second):
+            raise ApiError(400, "text_1 must be one text, or as many as text_2.", param="text_1")
+        scores = await self._scores(first, second)
+        items = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
+        return {
+            "id": f"score-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": self.name,
+            "data": items,
+            "usage": {},
+        }
+
+    async def rerank(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The shape of vLLM (`documents`), or of text-embeddings-inference (`texts`)."""
+        if ("documents" in body) == ("texts" in body):
+            raise ApiError(400, "Give documents, or texts.", param="documents")
+        texts = body.get("documents", body.get("texts"))
+        texts = [texts] if isinstance(texts, str) else texts
+        scores = await self._scores([body["query"]] * len(texts), texts)
+        order = sorted(range(len(texts)), key=lambda number: -scores[number])
+        if "texts" in body:
+            shown = [
+                {"index": n, "score": scores[n]} | ({"text": texts[n]} if body.get("return_text") else {})
+                for n in order
+            ]
+            return {"items": shown[: body.get("top_n")]}
+        found = [
+            {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number]}
+            for number in order
+        ]
+        return {"id": f"rerank-{secrets.token_hex(12)}", "model": self.name, "results": found[: body.get("top_n")]}
+
+    async def _scores(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """How well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last of
+        two labels."""
+        if self._embeds:
+            answers = await self._answers([*self._texts([*first, *second])], "text_1")
+            vectors = [answer["vector"] for answer in answers]
+            return [_cosine(one, other) for one, other in zip(vectors, vectors[len(first) :], strict=False)]
+        column = self._question.mapping.get("text_pair", "text_pair")
+        text = self._question.text_column or "text"
+        rows = [{text: one, column: other} for one, other in zip(first, second, strict=True)]
+        answers = await self._answers(rows, "text_1")
+        if answers and "probabilities" in answers[0]:
+            if len(self.predictor.labels) != 2 or isinstance(answers[0]["predicted"], list):
+                raise ApiError(400, "This classifier has no score: it has more than two labels.", param="model")
+            return [list(answer["probabilities"].values())[-1] for answer in answers]
+        return [answer["predicted"] for answer in answers]
+
+
+NEUTRAL_LABELS = frozenset({"OK", "ok", "neutral", "none", "safe", "benign", "not toxic", "non-toxic", "not_flagged"})
+
+
+def _words(text: str) -> list[tuple[str, int | None, int | None]]:
+    """The words of a text with their first character and the one behind them."""
+    return [(found.group(), found.start(), found.end()) for found in re.finditer(r"\S+", text)]
+
+
+def _cosine(first: Sequence[float], second: Sequence[float]) -> float:
+    product = sum(a * b for a, b in zip(first, second, strict=True))
+    size = sum(a * a for a in first) * sum(b * b for b in second)
+    return product / size**0.5 if size else 0.0

@@ -1,0 +1,78 @@
+"""The local engine, seen from the gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dstune.serve.engines.base import Command, Engine
+
+_SAMPLING = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+    | {"logit_bias", "stop", "n", "stream", "stream_options", "user", "max_tokens", "logprobs", "return_token_ids"}
+)
+CHAT = _SAMPLING | {"model", "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
+CHAT |= {"chat_template_kwargs", "safety_identifier"}
+COMPLETION = _SAMPLING | {"model", "prompt"}
+OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
+    "embed": {
+        "/v1/embeddings": frozenset({"model", "input", "encoding_format", "user"}),
+        "/rerank": frozenset({"model", "query", "documents", "texts", "top_n", "return_text", "user"}),
+        "/score": frozenset({"model", "text_1", "text_2", "user"}),
+    },
+    "classify": {
+        "/classify": frozenset({"model", "input", "user"}),
+        "/v1/moderations": frozenset({"model", "input"}),
+    },
+    "rank": {
+        "/rerank": frozenset({"model", "query", "documents", "texts", "top_n", "return_text", "user"}),
+        "/score": frozenset({"model", "text_1", "text_2", "user"}),
+    },
+    "tag": {"/tags": frozenset({"model", "input", "user"})},
+}
+
+
+@dataclass
+class LocalEngine(Engine):
+    name: ClassVar[str] = "local"
+    number_format: str = ""
+    """`float32` or `bfloat16`; empty for what the machine computes fast."""
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        if self.source.generates:
+            return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
+        return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
+
+    def command(self, folder: Path) -> Command:
+        scratch = folder / "scratch"
+        scratch.mkdir(mode=0o700)
+        source = self.source
+        settings: dict[str, Any] = {
+            "socket": str(folder / "http"),
+            "status": str(self.status),
+            "scratch": str(scratch),
+            "folder": source.load_from,
+            "revision": source.load_revision,
+            "trust_remote_code": source.trust_remote_code,
+            "generates": source.generates,
+            "base": self.base,
+            "adapter": None,
+            "dtype": self.number_format,
+            "drain_seconds": self.limits.drain_seconds,
+            "max_sequences": self.limits.max_sequences,
+            "max_waiting": self.limits.max_waiting,
+            "max_cached_tokens": self.limits.max_cached_tokens,
+            "threads": self.limits.threads,
+        }
+        argv = [sys.executable, "-m", "dstune.serve.engines.local.process"]
+        url, stdin = "http://engine", json.dumps(settings).encode() + b"\n"
+        return Command(argv, os.environ, url, str(folder / "http"), stdin)
+
+    async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return await self.ask("POST", "/parity", {"rows": list(rows)})

@@ -1,0 +1,184 @@
+"""The language model of the local engine, with its adapters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstune.core.errors import Problem, UserError
+from dstune.data.chat.template import ChatTemplate
+from dstune.data.control import ControlTokens
+from dstune.data.stopping import stop_token_ids
+from dstune.inference.voices import BASE, OWN, Speaker, Voice, voice_of
+from dstune.models.generation import end_tokens
+
+
+@dataclass(frozen=True)
+class _Tongue:
+    """A voice with what renders and reads for it."""
+
+    voice: Voice
+    control: ControlTokens
+    template: ChatTemplate | None
+    ends: frozenset[int]
+
+
+class LocalModel:
+    """A decoder of transformers. Only the computing thread may call what changes adapters."""
+
+    def __init__(self, speaker: Speaker, own: str, trained: str | None):
+        """own: name under which the model is served. trained: name of the adapter that its own folder is, if it is one."""
+        import peft
+
+        model = speaker.model
+        self._peft = model if isinstance(model, peft.PeftModel) else None
+        self.model = model.get_base_model() if self._peft is not None else model
+        if self.model.config.is_encoder_decoder:
+            reason = "is an encoder-decoder, which the local engine does not serve"
+            raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts", own))
+        self._loaded: dict[str, str] = {}  # name to peft's name
+        self._tongues: dict[str, _Tongue] = {}
+        self._base = speaker.voices[BASE].tokenizer
+        for name, voice in speaker.voices.items():
+            if name == OWN and trained is not None:
+                self._know(trained, voice, OWN)
+            elif name == BASE:
+                self._know(own, voice, None)
+        self._refuse_prompts()
+        self._active: str | None = ""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tongues)
+
+    @property
+    def dtype(self) -> str:
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    def defaults(self) -> Mapping[str, Any]:
+        """What the model's own generation settings say about sampling."""
+        own = self.model.generation_config
+        if not own.do_sample:
+            return {}
+        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        return {name: value for name in names if (value := getattr(own, name, None)) is not None}
+
+    # -- adapters
+
+    def load(self, name: str, folder: Path) -> None:
+        """Raises UserError where the adapter does not fit."""
+        import peft
+
+        voice = voice_of(folder, self._base)
+        if len(voice.tokenizer) > self.vocabulary:
+            reason = "its tokenizer has more tokens than the model that is served"
+            raise UserError(Problem(name, reason, "serve it merged: dstune export RUN --merge", str(folder)))
+        inner = f"adapter_{len(self._loaded)}_{abs(hash(name))}"
+        try:
+            if self._peft is None:
+                self._peft = peft.PeftModel.from_pretrained(self.model, folder, adapter_name=inner)
+            else:
+                self._peft.load_adapter(folder, adapter_name=inner)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = f"does not fit the model: {str(error).splitlines()[0]}"
+            raise UserError(Problem(name, reason, value=str(folder))) from error
+        self.model.eval()
+        self._active = ""
+        self._know(name, voice, inner)
+
+    def unload(self, name: str) -> None:
+        inner = self._loaded.pop(name, None)
+        self._tongues.pop(name, None)
+        self._active = ""
+        if inner is not None and self._peft is not None:
+            self._peft.delete_adapter(inner)
+
+    @contextmanager
+    def speaking(self, name: str) -> Iterator[None]:
+        """The model is that adapter, or none."""
+        inner = self._loaded.get(name)
+        if name not in self._tongues:
+            raise ValueError(f"the model {name} is gone")
+        if self._peft is not None and self._active != inner:
+            if inner is None:
+                self._peft.base_model.disable_adapter_layers()
+            else:
+                self._peft.base_model.enable_adapter_layers()
+                self._peft.set_adapter(inner)
+            self._active = inner
+        yield
+
+    def _know(self, name: str, voice: Voice, inner: str | None) -> None:
+        tokenizer = voice.tokenizer
+        template = ChatTemplate(tokenizer, voice.date) if voice.chat else None
+        ends = frozenset(end_tokens(self.model, stop_token_ids(tokenizer)))
+        self._tongues[name] = _Tongue(voice, ControlTokens(tokenizer), template, ends)
+        if inner is not None:
+            self._loaded[name] = inner
+
+    def _refuse_prompts(self) -> None:
+        if self._peft is not None and getattr(self._peft.active_peft_config, "num_virtual_tokens", None):
+            reason = "what was trained stands in front of each row, which the local engine does not serve"
+            raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts"))
+
+    # -- text and tokens
+
+    def chats(self, name: str) -> bool:
+        return self._tongues[name].template is not None
+
+    def template(self, name: str) -> ChatTemplate | None:
+        return self._tongues[name].template
+
+    def ends(self, name: str) -> frozenset[int]:
+        return self._tongues[name].ends
+
+    def conversation_ids(
+        self, name: str, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any]
+    ) -> list[int]:
+        """The prompt's tokens, as in training: what somebody wrote stays text, even if it reads like the end of a turn.
+        Raises RenderError."""
+        tongue = self._tongues[name]
+        assert tongue.template is not None, "only a model with a template is asked with messages"
+        defused = tongue.control.defuse({"messages": messages, "tools": tools})
+        text = tongue.template.text(
+            defused.value["messages"], tools=defused.value["tools"], arguments=arguments, prompt=True
+        )
+        return tongue.control.encode(*defused.restore(text))[0]
+
+    def text_ids(self, name: str, text: str) -> list[int]:
+        """Tokens of a text that the model is to continue."""
+        from dstune.data.special_tokens import first_special_tokens
+
+        tongue = self._tongues[name]
+        ids = tongue.control.ids(text)
+        prefix = first_special_tokens(tongue.voice.tokenizer)
+        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+    def decode(self, name: str, ids: Sequence[int], *, special: bool = False) -> str:
+        tokenizer = self._tongues[name].voice.tokenizer
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def logprobs(self, name: str, ids: Sequence[int]) -> list[float]:
+        """The log-probability of each token but the first, given those before it. For the computing thread."""
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(), self.speaking(name):
+            logits = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+        found = logits[:-1].float().log_softmax(-1)
+        targets = torch.tensor(list(ids[1:]), device=found.device)
+        values: list[float] = found.gather(1, targets[:, None])[:, 0].tolist()
+        return values

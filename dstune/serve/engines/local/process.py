@@ -1,0 +1,119 @@
+"""The process of the local engine: `python -m dstune.serve.engines.local.process`, with its settings on standard input.
+
+It ends when standard input does, so that it never outlives the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import DstuneError, to_json
+
+
+def main() -> int:
+    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    # A failed load must not look like a crash: the gateway reads why from the status file.
+    try:
+        with ExitStack() as stack:
+            app = _language(stack, settings) if settings["generates"] else _encoder(settings)
+            return asyncio.run(_serve(app, settings))
+    except DstuneError as error:
+        Path(settings["status"]).write_text(to_json(error), encoding="utf-8")
+        print(f"dstune: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(10)
+    os._exit(1)
+
+
+def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
+    from dstune.config.schema import ModelConfig
+    from dstune.inference.voices import opened
+    from dstune.serve.engines.local.app import LanguageApp
+    from dstune.serve.engines.local.batch import Scheduler
+    from dstune.serve.engines.local.model import LocalModel
+
+    _set_threads(settings)
+    needed = ModelConfig(
+        path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
+    )
+    speaker = stack.enter_context(opened(needed, "last", {}))
+    if settings["dtype"]:
+        import torch
+
+        speaker.model.to(getattr(torch, settings["dtype"]))
+    model = LocalModel(speaker, settings["base"], settings["adapter"])
+    scheduler = Scheduler(
+        model.model,
+        model.speaking,
+        max_sequences=settings["max_sequences"],
+        max_waiting=settings["max_waiting"],
+        max_cached_tokens=settings["max_cached_tokens"],
+    )
+    stack.callback(scheduler.stop)
+    return LanguageApp(model, scheduler)
+
+
+def _encoder(settings: dict[str, Any]) -> Any:
+    from dstune.config.schema import ModelConfig
+    from dstune.inference.load import find, load
+    from dstune.serve.engines.local.encoders import EncoderApp
+
+    _set_threads(settings)
+    named = ModelConfig(
+        path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
+    )
+    expected = find(named, "last", [])
+    return EncoderApp(settings["base"], load(expected, Path(settings["scratch"])))
+
+
+def _set_threads(settings: dict[str, Any]) -> None:
+    """Threads that spin starve each other: beside the gateway one fewer than cores computes."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(settings["threads"] or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(cores - 1, 1))
+
+
+async def _serve(app: Any, settings: dict[str, Any]) -> int:
+    import uvicorn
+
+    from dstune.serve.server import Server
+
+    config = uvicorn.Config(
+        app,
+        uds=settings["socket"],
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings["drain_seconds"],
+        timeout_keep_alive=3600,
+    )
+    os.umask(0o077)
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+    await server.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,100 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request may say about its tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """How many alternatives are reported beside each token; None for no log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    token: int
+    logprob: float = 0.0
+    """Of the model itself: before temperature, penalties and bias."""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one answer. Equal seeds choose equal tokens, whatever is computed beside them."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]):
+        self.sampling = sampling
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._prompt = torch.tensor(sorted(set(prompt)), dtype=torch.long)
+        self._counts: dict[int, int] = {}
+
+    def choose(self, logits: Tensor) -> Chosen:
+        """logits: float [vocabulary] of the next token, on the CPU."""
+        sampling = self.sampling
+        changed = self._changed(logits)
+        if not sampling.temperature:
+            token = int(changed.argmax())
+        else:
+            probabilities = _filtered(changed / sampling.temperature, sampling).softmax(-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if sampling.logprobs is None:
+            return Chosen(token)
+        logprobs = logits.log_softmax(-1)
+        top: tuple[tuple[int, float], ...] = ()
+        if sampling.logprobs:
+            values, indices = logprobs.topk(min(sampling.logprobs, len(logprobs)))
+            top = tuple(zip(indices.tolist(), values.tolist(), strict=True))
+        return Chosen(token, float(logprobs[token]), top)
+
+    def _changed(self, logits: Tensor) -> Tensor:
+        """`logits` with penalties and bias."""
+        sampling = self.sampling
+        written = torch.tensor(list(self._counts), dtype=torch.long)
+        if sampling.repetition_penalty != 1.0:  # Keskar et al. 2019
+            seen = torch.cat([self._prompt, written]).unique()
+            logits = logits.clone()
+            values = logits[seen]
+            penalty = sampling.repetition_penalty
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and len(written):
+            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+            logits = logits.clone()
+            logits[written] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if sampling.logit_bias:
+            logits = logits.clone()
+            tokens = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+            logits[tokens] += torch.tensor(list(sampling.logit_bias.values()), dtype=logits.dtype)
+        return logits
+
+
+def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`logits` with minus infinity where top-k, top-p and min-p leave nothing; the most probable token always stays."""
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.index_fill(0, order[before >= sampling.top_p], -torch.inf)
+    return logits

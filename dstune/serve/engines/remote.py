@@ -1,0 +1,67 @@
+"""A server elsewhere that speaks OpenAI's API, by an address that the operator allows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from dstune.core.errors import Problem, UserError
+from dstune.serve import fields
+from dstune.serve.engines.base import Command, Engine, Unprovable
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class RemoteEngine(Engine):
+    """The model's path is its name there."""
+
+    name: ClassVar[str] = "remote"
+    starts_process: ClassVar[bool] = False
+    health: ClassVar[str] = "/v1/models"
+    address: str = ""
+    key: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        return {
+            "/v1/chat/completions": frozenset(fields.CHAT),
+            "/v1/completions": frozenset(fields.COMPLETION),
+            "/v1/embeddings": frozenset(fields.EMBEDDING),
+        }
+
+    def command(self, folder: Path) -> Command:
+        return Command([], {}, self.address.rstrip("/").removesuffix("/v1"))
+
+    def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return body | {"model": self.source.path}
+
+    async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
+        raise Unprovable("a server elsewhere does not show the tokens of a prompt")
+
+    async def logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
+        raise Unprovable("a server elsewhere does not tell log-probabilities of a prompt")
+
+
+def check_address(address: str, allowed: Collection[str]) -> None:
+    """Raises UserError where the address is not one of those that the operator allows, or goes in the clear."""
+    parts = urlsplit(address)
+    host = (parts.hostname or "").lower()
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
+        raise UserError(Problem("--engine-url", "is no address of a server", "https://HOST[:PORT]/v1", address))
+    if parts.scheme == "http" and host not in LOOPBACK:
+        raise UserError(Problem("--engine-url", "keys and prompts would go in the clear", "https://...", address))
+    if host not in LOOPBACK and host not in allowed and f"{host}:{port}" not in allowed:
+        fix = f"--allow-engine {host}"
+        raise UserError(Problem("--engine-url", "is not a server that --allow-engine names", fix, address))

@@ -1,0 +1,157 @@
+"""vLLM in an environment of its own: started by its command line, or running already; spoken to by HTTP alone.
+
+What it does with adapters, templates and dates is in docs/serving.md; its modules move between releases, so none is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dstune.core.errors import Problem, UserError
+from dstune.data.template_date import freeze_date
+from dstune.serve.engines.base import Command, Engine
+from dstune.serve.engines.special import SpecialTexts
+from dstune.serve.source import Source
+
+_SAMPLING = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+    | {"logit_bias", "stop", "n", "stream", "stream_options", "user", "max_tokens", "logprobs", "return_token_ids"}
+    | {"response_format"}
+)
+CHAT = _SAMPLING | {"model", "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+CHAT |= {"safety_identifier"}
+TOOLS = frozenset({"tools", "tool_choice"})
+COMPLETION = _SAMPLING | {"model", "prompt", "echo"}
+OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
+    "embed": {
+        "/v1/embeddings": frozenset({"model", "input", "encoding_format", "dimensions", "user"}),
+        "/rerank": frozenset({"model", "query", "documents", "top_n", "user"}),
+        "/score": frozenset({"model", "text_1", "text_2", "user"}),
+    },
+    "classify": {"/classify": frozenset({"model", "input", "user"})},
+    "rank": {
+        "/rerank": frozenset({"model", "query", "documents", "top_n", "user"}),
+        "/score": frozenset({"model", "text_1", "text_2", "user"}),
+    },
+    "tag": {},
+}
+PARSERS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json"))
+"""What a template prints in front of a call, and vLLM's name of what reads it."""
+
+LEAST_RANK = 16
+_KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Of dstune's own environment, not of vLLM's."""
+
+
+@dataclass
+class VllmEngine(Engine):
+    name: ClassVar[str] = "vllm"
+    parses_special: ClassVar[bool] = True
+    one_template: ClassVar[bool] = True
+    python: str | None = None
+    """Of vLLM's environment; None where it runs at `address`."""
+    address: str | None = None
+    key: str = ""
+    arguments: list[str] = field(default_factory=list)
+    """Of the user, behind all others."""
+    number_format: str = ""
+    max_rank: int = 0
+
+    def __post_init__(self) -> None:
+        self.starts_process = self.address is None  # type: ignore[misc]
+        self._special = SpecialTexts(self.source)
+        self.dtype = self._given("--dtype") or self.number_format or self._stored_dtype()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    @property
+    def parser(self) -> str:
+        """The name of what reads tool calls; empty where the template shows none."""
+        if given := self._given("--tool-call-parser"):
+            return given
+        template = self.source.template or ""
+        return next((name for mark, name in PARSERS if mark in template and "tools" in template), "")
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        if self.source.generates:
+            return {"/v1/chat/completions": CHAT | (TOOLS if self.parser else set()), "/v1/completions": COMPLETION}
+        return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
+
+    def expect(self, adapter: Source) -> None:
+        self.max_rank = max(self.max_rank, _rank(adapter.folder), LEAST_RANK)
+
+    def command(self, folder: Path) -> Command:
+        if self.address is not None:
+            return Command([], {}, self.address.removesuffix("/").removesuffix("/v1"))
+        assert self.python is not None
+        program = Path(self.python).parent / "vllm"
+        if not program.is_file():
+            fix = "name the Python of an environment in which `pip install vllm` was run"
+            raise UserError(Problem("--engine-python", "there is no program `vllm` beside it", fix, self.python))
+        source = self.source
+        own = ["serve", source.load_from, "--uds", str(folder / "http"), "--served-model-name", self.base]
+        if source.load_revision:
+            own += ["--revision", source.load_revision]
+        if source.asked_as is not None:
+            own += ["--tokenizer", str(source.asked_as)]
+        template = source.template
+        if template is not None and source.generates:
+            file = folder / "chat_template.jinja"
+            file.write_text(freeze_date(template, source.template_date), encoding="utf-8")
+            own += ["--chat-template", str(file)]
+        if self.number_format:
+            own += ["--dtype", self.number_format]
+        if self.max_rank:
+            own += ["--enable-lora", "--max-lora-rank", str(self.max_rank)]
+        if self.parser and "--tool-call-parser" not in self.arguments:
+            own += ["--enable-auto-tool-choice", "--tool-call-parser", self.parser]
+        if source.trust_remote_code:
+            own.append("--trust-remote-code")
+        own += ["--shutdown-timeout", str(self.limits.drain_seconds)]
+        environment = {name: value for name, value in os.environ.items() if name not in _KEPT_ENVIRONMENT}
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+        argv = [str(program), *own, *self.arguments]
+        return Command(argv, environment, "http://engine", str(folder / "http"))
+
+    def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self._special.refuse(body)
+        return {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        if self.address is None and (rank := _rank(folder)) > self.max_rank:
+            reason = f"its rank is {rank}, the engine was started for at most {self.max_rank}"
+            raise UserError(Problem(name, reason, f"start it with `-- --enable-lora --max-lora-rank {rank}`"))
+        await super().load_adapter(name, folder)
+
+    def _given(self, flag: str) -> str:
+        """The value of an argument of the user's."""
+        for number, word in enumerate(self.arguments):
+            if word == flag and number + 1 < len(self.arguments):
+                return self.arguments[number + 1]
+            if word.startswith(f"{flag}="):
+                return word.partition("=")[2]
+        return ""
+
+    def _stored_dtype(self) -> str:
+        """vLLM computes in the stored number format, and in bf16 where that is fp32."""
+        folder = Path(self.source.load_from)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        return "bfloat16" if stored == "float32" else stored
+
+
+def _rank(folder: Path | None) -> int:
+    assert folder is not None
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])

@@ -1,0 +1,244 @@
+"""All engines and the models that they serve: started, proven, watched, restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.serve import adapters
+from dstune.serve.engines.base import Engine, EngineDown
+from dstune.serve.parity import Proof, Refused, prove
+from dstune.serve.source import NAME, Source, base_source
+
+log = logging.getLogger("dstune.serve")
+
+LONGEST_PAUSE = 30.0
+"""Seconds between two starts of an engine that does not stay up."""
+
+EngineOf = Callable[[Source, str], Engine]
+"""The engine of a base model that is served under a name."""
+
+
+@dataclass
+class Model:
+    """A model by its public name."""
+
+    source: Source
+    engine: Engine
+    proof: Proof
+    parent: str | None = None
+    """Of an adapter, the name of its base."""
+    ready: bool = True
+    """False while its engine is started again, until it is proven again."""
+    version: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.version = self.source.version
+
+
+@dataclass
+class _Group:
+    """The models of one engine."""
+
+    engine: Engine
+    base: str
+    named: bool
+    """Whether the base is served for its own sake."""
+    adapters: dict[str, Source] = field(default_factory=dict)
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Fleet:
+    """Engines by the models that they serve."""
+
+    def __init__(
+        self,
+        engine_of: EngineOf,
+        *,
+        one_template: bool = False,
+        require_proof: bool = False,
+        drain_seconds: float = 20.0,
+    ):
+        """one_template: engines ask all adapters through one chat template. require_proof: refuse a model without a
+        reference, or on an engine that cannot be compared."""
+        self._engine_of, self._require_proof, self._drain = engine_of, require_proof, drain_seconds
+        self._one_template = one_template
+        self.models: dict[str, Model] = {}
+        self._groups: list[_Group] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    # -- start and end
+
+    async def start(self, sources: Sequence[Source]) -> None:
+        """Raises UserError, Refused and EngineDown; what was started is stopped then."""
+        try:
+            for group in self._grouped(sources):
+                log.info("starting the engine %s for %s", group.engine.name, group.base)
+                self._groups.append(group)
+                await group.engine.start()
+                await self._publish(group)
+        except BaseException:
+            await self.stop()
+            raise
+        self._watchers = [asyncio.create_task(self._watch(group)) for group in self._groups]
+
+    def _grouped(self, sources: Sequence[Source]) -> list[_Group]:
+        """Adapters of one base share an engine. Raises UserError for two models of one name, and adapters that do not fit."""
+        names = [source.name for source in sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(
+                Problem("MODEL", "two models have this name", "NAME=PATH names one", name) for name in twice
+            )
+        groups: list[_Group] = []
+        by_base: dict[tuple[str, ...], _Group] = {}
+        for source in sorted(sources, key=lambda one: one.adapter):  # whole models first: one may be a base
+            shared = source.adapter and source.generates
+            asked = source.digest("chat_template.jinja") if self._one_template else ""
+            place = source.base if shared else str(source.folder or source.path)
+            key = (place, source.base_revision or "", asked)
+            group = by_base.get(key) if shared else None
+            if group is None:
+                base = source
+                if shared:
+                    name = self._base_name(source.base, [*names, *(one.base for one in groups)])
+                    base = base_source(source, name, one_template=self._one_template)
+                group = _Group(self._engine_of(base, base.name), base.name, named=not shared)
+                groups.append(group)
+                by_base.setdefault(key, group)
+            if shared:
+                adapters.check(source, group.engine.source, one_template=self._one_template)
+                group.adapters[source.name] = source
+                group.engine.expect(source)
+        return groups
+
+    @staticmethod
+    def _base_name(path: str, taken: Sequence[str]) -> str:
+        name = Path(path).name if Path(path).is_dir() else path.removeprefix("sample://")
+        name = re.sub(r"[^A-Za-z0-9._:/@-]", "-", name).lstrip("._:/@-")[:100] or "base"
+        while name in taken:
+            name = f"{name}-base"
+        return name
+
+    async def stop(self) -> None:
+        self._stopping = True
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self.models = {}
+        await asyncio.gather(*(group.engine.stop(self._drain) for group in self._groups))
+
+    # -- models
+
+    async def _publish(self, group: _Group) -> None:
+        """List the models of an engine that has just started. Raises Refused, UserError, EngineDown."""
+        engine, source = group.engine, group.engine.source
+        proof = Proof("base", dtype=engine.dtype)
+        if group.named:
+            proof = self._accepted(group.base, await prove(engine, group.base, source))
+        self._list(Model(source, engine, proof))
+        for name, adapter in group.adapters.items():
+            await self._load(group, name, adapter)
+
+    async def _load(self, group: _Group, name: str, source: Source) -> None:
+        assert source.folder is not None
+        await group.engine.load_adapter(name, source.folder)
+        try:
+            proof = self._accepted(name, await prove(group.engine, name, source, group.base))
+        except BaseException:
+            with contextlib.suppress(DstuneError, EngineDown):
+                await group.engine.unload_adapter(name)
+            raise
+        self._list(Model(source, group.engine, proof, parent=group.base))
+
+    def _accepted(self, name: str, proof: Proof) -> Proof:
+        if proof.status == "unproven":
+            if self._require_proof:
+                raise Refused(f"{name} is {proof}")
+            log.warning("%s is served unproven: %s", name, proof.detail)
+        else:
+            log.info("%s is %s", name, proof)
+        return proof
+
+    def _list(self, model: Model) -> None:
+        before = self.models.get(model.source.name)
+        if before is not None:
+            model.created = before.created
+        self.models[model.source.name] = model
+
+    async def add(self, source: Source) -> Model:
+        """Serve one more adapter while requests run. Raises UserError, Refused, EngineDown."""
+        if not NAME.fullmatch(source.name):
+            raise UserError(Problem("name", "is no name for a model", value=source.name))
+        if not (source.adapter and source.generates):
+            raise UserError(Problem("path", "is no adapter of a language model", "start a server for it", source.path))
+        problems: list[Problem] = []
+        for group in self._groups:
+            try:
+                adapters.check(source, group.engine.source, one_template=self._one_template)
+            except UserError as error:
+                problems += error.problems
+                continue
+            async with group.busy:
+                if source.name in self.models or any(source.name in other.adapters for other in self._groups):
+                    raise UserError(Problem("name", "a model has this name already", value=source.name))
+                await self._load(group, source.name, source)
+                group.adapters[source.name] = source
+            return self.models[source.name]
+        raise UserError(problems or [Problem("path", "no engine serves its base", value=source.base)])
+
+    async def remove(self, name: str) -> None:
+        """Raises UserError where it is no adapter."""
+        for group in self._groups:
+            if name in group.adapters:
+                async with group.busy:
+                    self.models.pop(name, None)
+                    group.adapters.pop(name, None)
+                    await group.engine.unload_adapter(name)
+                return
+        raise UserError(Problem("name", "is no adapter that is served", value=name))
+
+    # -- watching
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.models) and not self._stopping and all(model.ready for model in self.models.values())
+
+    async def _watch(self, group: _Group) -> None:
+        """Start an engine again when it ends, and list its models when they are proven again."""
+        pause, engine = 1.0, group.engine
+        while True:
+            began = time.monotonic()
+            await engine.ended()
+            self._unready(engine)
+            if time.monotonic() - began > 60:
+                pause = 1.0
+            log.error("the engine %s of %s has ended; it is started again in %g s", engine.name, group.base, pause)
+            await engine.stop(0)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            try:
+                async with group.busy:
+                    await engine.start()
+                    await self._publish(group)
+            except (DstuneError, EngineDown) as error:
+                log.error("%s", error)  # its models stay unlisted; the next turn tries again
+                await engine.stop(0)
+                continue
+            log.info("the engine %s of %s is back", engine.name, group.base)
+
+    def _unready(self, engine: Engine) -> None:
+        for name, model in self.models.items():
+            if model.engine is engine:
+                self.models[name] = replace(model, ready=False)
+
+    def restarts(self) -> Mapping[str, int]:
+        return {group.base: max(group.engine.starts - 1, 0) for group in self._groups}

@@ -1,0 +1,200 @@
+"""The gateway: one table of routes, and what every request has to pass before one of them sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from dstune.core.errors import DstuneError, UserError
+from dstune.core.text import visible
+from dstune.serve.asgi import ClientGone, Receive, Scope, Send
+from dstune.serve.engines.base import EngineDown
+from dstune.serve.errors import ApiError
+from dstune.serve.fleet import Fleet
+from dstune.serve.gateway.admission import Admission
+from dstune.serve.gateway.inference import Inference
+from dstune.serve.gateway.metrics import Metrics
+from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.request import Request, SlowReader
+from dstune.serve.gateway.settings import Settings
+from dstune.serve.store.database import Database
+from dstune.serve.store.keys import Keys
+
+log = logging.getLogger("dstune.serve")
+
+Handler = Callable[["Gateway", Request], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A path that is let through."""
+
+    method: str
+    path: str
+    """`{name}` stands for one part of a path, `{name+}` for the rest of it."""
+    handler: Handler
+    scope: str = "key"
+    """Who may call it: `public`, any `key`, or an `admin`'s."""
+    any_host: bool = False
+    """Whether it is called by addresses too (probes of Kubernetes)."""
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        named = re.sub(r"\\{(\w+)\\\+\\}", r"(?P<\1>.+)", re.escape(self.path))
+        return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", named))
+
+
+class Gateway:
+    """ASGI application."""
+
+    def __init__(self, fleet: Fleet, database: Database, settings: Settings, recorder: Recorder, routes: list[Route]):
+        self.fleet, self.database, self.settings, self.recorder = fleet, database, settings, recorder
+        self.keys = Keys(database)
+        self.metrics = Metrics()
+        self.admission = Admission(settings, self.metrics)
+        self.inference = Inference(fleet, self.admission, self.metrics, recorder)
+        recorder.written = self._written
+        self.routes = routes
+        self._patterns = [(route.pattern, route) for route in routes]
+        self._plain = {(route.method, route.path): route for route in routes if "{" not in route.path}
+        self.draining = False
+        self.open = 0
+        """Requests that are not answered yet."""
+
+    @property
+    def ready(self) -> bool:
+        return self.fleet.ready and not self.draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":  # a websocket is refused by closing it
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        request = Request(scope, receive, send, self.settings)
+        label, self.open = "none", self.open + 1
+        try:
+            route = self._route(request)
+            label = route.path
+            await self._handle(route, request)
+        except ApiError as error:
+            await self._fail(request, error)
+        except (ClientGone, SlowReader, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            request.status = request.status or 499
+            if isinstance(error, SlowReader):
+                raise ConnectionError("the answer was cut") from None  # uvicorn closes the connection
+        except UserError as error:
+            await self._fail(request, ApiError(400, "; ".join(_told(error))))
+        except (DstuneError, EngineDown) as error:
+            await self._fail(request, ApiError(409, visible(str(error))))
+        except Exception:
+            log.exception("%s: a request failed", request.id)
+            await self._fail(request, ApiError(500, "The server failed to answer this request.", code="server_error"))
+        finally:
+            self.open -= 1
+            self._count(request, label)
+
+    @staticmethod
+    async def _fail(request: Request, error: ApiError) -> None:
+        try:
+            await request.fail(error)
+        except SlowReader:
+            request.status = 499
+
+    def _count(self, request: Request, label: str) -> None:
+        seconds = time.monotonic() - request.began
+        self.metrics.requests.labels(label, request.model, str(request.status)).inc()
+        self.metrics.seconds.labels(label, request.model).observe(seconds)
+        if request.first_byte is not None:
+            self.metrics.first_byte.labels(label, request.model).observe(request.first_byte)
+        caller = request.caller.name if request.caller is not None else "-"
+        log.info(
+            "%s %s %s %s key=%s model=%s %.3f s %d bytes",
+            request.id, request.method, label, request.status, caller, request.model or "-", seconds, request.sent,
+        )  # fmt: skip
+
+    def _written(self, request: Request, tokens: int) -> None:
+        self.metrics.tokens.labels(request.model).inc(tokens)
+        if request.caller is not None:
+            self.admission.charge(request.caller, tokens)
+
+    # -- what every request passes
+
+    def _route(self, request: Request) -> Route:
+        """Raises ApiError where there is none."""
+        found = self._plain.get((request.method, request.path))
+        if found is not None:
+            return found
+        others = set()
+        for pattern, route in self._patterns:
+            match = pattern.fullmatch(request.path)
+            if match is None:
+                continue
+            if route.method == request.method:
+                request.parameters = match.groupdict()
+                return route
+            others.add(route.method)
+        if others:
+            raise ApiError(405, "This route has another method.", headers={"allow": ", ".join(sorted(others))})
+        raise ApiError(404, "There is no such route.", code="unknown_url")
+
+    async def _handle(self, route: Route, request: Request) -> None:
+        if not route.any_host:
+            self._check_host(request)
+        self._check_origin(request)
+        if route.scope != "public":
+            await self._authenticate(route, request)
+        await route.handler(self, request)
+
+    def _check_host(self, request: Request) -> None:
+        host = request.header("host").lower()
+        name = host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        if "*" not in self.settings.hosts and name not in self.settings.hosts:
+            raise ApiError(421, "The server does not answer under this host name.", code="unknown_host")
+
+    def _check_origin(self, request: Request) -> None:
+        """A page of another site may not ask, whatever key it has."""
+        origin = request.header("origin").lower()
+        if not origin and request.header("sec-fetch-site") in ("", "same-origin", "none"):
+            return
+        parts = urlsplit(origin)
+        own = parts.scheme in ("http", "https") and parts.netloc == request.header("host").lower()
+        if not own and origin not in self.settings.origins:
+            raise ApiError(403, "Pages of this origin may not call the server.", code="origin_not_allowed")
+
+    async def _authenticate(self, route: Route, request: Request) -> None:
+        kind, _, key = request.header("authorization").partition(" ")
+        if kind.lower() != "bearer" or not key.strip():
+            raise ApiError(
+                401, "The header Authorization: Bearer KEY is missing.", code="missing_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        key = key.strip()
+        caller = self.keys.remembered(key) or await asyncio.to_thread(self.keys.find, key)
+        if caller is None:
+            raise ApiError(401, "There is no such key.", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        request.caller = caller
+        if route.scope == "admin" and not caller.admin:
+            raise ApiError(403, "This route needs an admin's key.", code="admin_only")
+        if route.scope == "key":
+            self.admission.check_rate(caller)
+
+
+def _told(error: UserError) -> list[str]:
+    return [f"{problem.where}: {problem.reason}" for problem in error.problems]
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return

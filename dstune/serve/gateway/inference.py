@@ -1,0 +1,144 @@
+"""Requests that an engine answers: checked, admitted, passed on, cancelled when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from dstune.serve.asgi import ClientGone, dumps, gone
+from dstune.serve.errors import ApiError
+from dstune.serve.fields import Check, checked
+from dstune.serve.fleet import Fleet, Model
+from dstune.serve.gateway.admission import Admission
+from dstune.serve.gateway.metrics import Metrics
+from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.request import Request, SlowReader
+
+MOST_ANSWER_BYTES = 256 << 20
+
+
+@dataclass
+class Inference:
+    """What requests to engines need."""
+
+    fleet: Fleet
+    admission: Admission
+    metrics: Metrics
+    recorder: Recorder
+
+    async def __call__(self, request: Request, path: str, known: Mapping[str, Check]) -> None:
+        """Raises ApiError, ClientGone, SlowReader."""
+        body = await request.json()
+        model = self.model_of(request, body.get("model"))
+        acts = model.engine.routes.get(path)
+        if acts is None:
+            raise ApiError(404, f"The model {model.source.name!r} does not serve {path}.", param="model")
+        request.model, request.version = model.source.name, model.version
+        body = checked(body, known, acts)
+        self._check_size(request, body)
+        user = body.get("user") or body.get("safety_identifier")
+        request.user = user if isinstance(user, str) else None
+        assert request.caller is not None
+        async with self.admission.place(request.caller):
+            # Its engine may have been started again while the request waited.
+            model = self.model_of(request, model.source.name)
+            with self.recorder.answer(request, body) as record:
+                await self._forward(request, model, path, body, record)
+
+    def model_of(self, request: Request, name: Any) -> Model:
+        """Raises ApiError for a name that is none, or none for this caller."""
+        if not isinstance(name, str) or not name:
+            raise ApiError(400, "Missing required field: 'model'.", param="model", code="missing_required_parameter")
+        model = self.fleet.models.get(name)
+        if model is None or request.caller is None or not request.caller.may_use(name):
+            raise ApiError(404, f"The model {name[:128]!r} does not exist.", param="model", code="model_not_found")
+        if not model.ready:
+            raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
+        return model
+
+    @staticmethod
+    def _check_size(request: Request, body: Mapping[str, Any]) -> None:
+        most = request.settings.max_output_tokens
+        prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) and body["prompt"] else 1
+        if prompts > 1 and isinstance(body["prompt"][0], int):
+            prompts = 1
+        asked = body.get("max_completion_tokens") or body.get("max_tokens") or 1
+        if body.get("n", 1) * prompts * asked > most:
+            raise ApiError(400, f"n times max_tokens is more than {most}.", param="max_tokens", code="too_many_tokens")
+        if body.get("n", 1) * prompts > 512:
+            raise ApiError(400, "The request asks for more than 512 answers.", param="n", code="too_many_answers")
+
+    async def _forward(self, request: Request, model: Model, path: str, body: dict[str, Any], record: Any) -> None:
+        client = model.engine.client
+        if client is None:
+            raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
+        sent = model.engine.outgoing(path, body)
+        upstream = client.build_request("POST", path, content=dumps(sent), headers={"content-type": "application/json"})
+        working = asyncio.ensure_future(self._pass(request, client, upstream, record))
+        leaving = asyncio.ensure_future(gone(request.receive))
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientGone
+            working.result()
+        except (httpx2.HTTPError, OSError) as error:
+            if request.status:  # the answer has begun: it is cut, so that nobody takes it for complete
+                raise SlowReader from error
+            raise ApiError(503, "The engine has ended.", code="engine_down", headers={"retry-after": "5"}) from None
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
+
+    async def _pass(self, request: Request, client: httpx2.AsyncClient, upstream: httpx2.Request, record: Any) -> None:
+        """The engine's answer as it comes: raw bytes, as fast as the client takes them."""
+        answer = await client.send(upstream, stream=True)
+        try:
+            if answer.status_code != 200:
+                raise await _refusal(answer)
+            kind = answer.headers.get("content-type", "application/json")
+            if not kind.startswith("text/event-stream"):
+                content = await _bounded(answer)
+                record.take(content)
+                await request.respond(200, content, [(b"content-type", kind.encode("latin-1"))])
+                return
+            headers = [(b"content-type", kind.encode("latin-1"))]
+            await request.send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for chunk in answer.aiter_raw():
+                record.take(chunk)
+                await request.send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await request.send({"type": "http.response.body", "body": b""})
+        finally:
+            await answer.aclose()
+
+
+async def _bounded(answer: httpx2.Response) -> bytes:
+    parts, size = [], 0
+    async for chunk in answer.aiter_raw():
+        size += len(chunk)
+        if size > MOST_ANSWER_BYTES:
+            raise ApiError(502, "The engine's answer is too large.", code="engine_error")
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+async def _refusal(answer: httpx2.Response) -> ApiError:
+    """What an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
+    content = await _bounded(answer)
+    try:
+        error = json.loads(content).get("error", {})
+    except (ValueError, AttributeError):
+        error = {}
+    status = answer.status_code
+    if status in (429, 503):
+        headers = {"retry-after": answer.headers.get("retry-after", "1")}
+        return ApiError(status, "The engine is busy.", code="overloaded", headers=headers)
+    if status >= 500 or not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        status = 502 if status >= 500 else status
+        return ApiError(status, "The engine could not answer this request.", code="engine_error")
+    return ApiError(status, error["message"][:2000], param=error.get("param"), code=error.get("code"))

@@ -1,0 +1,44 @@
+"""What `/metrics` shows. Labels are names that the server knows, never what a client wrote."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from dstune.serve.fleet import Fleet
+
+SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        own = {"registry": self._registry}
+        self.requests = Counter("dstune_requests", "Requests", ["route", "model", "status"], **own)
+        self.seconds = Histogram(
+            "dstune_request_seconds", "Until the last byte", ["route", "model"], buckets=SECONDS, **own
+        )
+        self.first_byte = Histogram(
+            "dstune_first_byte_seconds", "Until the first byte", ["route", "model"], buckets=SECONDS, **own
+        )
+        self.tokens = Counter("dstune_tokens", "Tokens written, chunks of streams", ["model"], **own)
+        self.active = Gauge("dstune_active_requests", "Requests that engines work on", **own)
+        self.queued = Gauge("dstune_queued_requests", "Requests that wait for a place", **own)
+        self._proven = Gauge(
+            "dstune_model_proven", "1: held against its training; 0: not, see status", ["model", "status"], **own
+        )
+        self._difference = Gauge("dstune_model_difference", "Largest difference from the reference", ["model"], **own)
+        self._ready = Gauge("dstune_model_ready", "1: its engine runs", ["model"], **own)
+        self._restarts = Gauge("dstune_engine_restarts", "Since the start", ["model"], **own)
+
+    def text(self, fleet: Fleet) -> bytes:
+        for gauge in (self._proven, self._difference, self._ready, self._restarts):
+            gauge.clear()
+        for name, model in fleet.models.items():
+            proof = model.proof
+            self._proven.labels(name, proof.status).set(proof.status == "proven")
+            self._ready.labels(name).set(model.ready)
+            if proof.difference is not None:
+                self._difference.labels(name).set(proof.difference)
+        for base, count in fleet.restarts().items():
+            self._restarts.labels(base).set(count)
+        return generate_latest(self._registry)

@@ -1,0 +1,183 @@
+"""The routes. What is not here is not reachable, whatever an engine has."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import or_, select
+
+from dstune.core.errors import Problem, UserError
+from dstune.serve import fields, source
+from dstune.serve.errors import ApiError
+from dstune.serve.fields import Check
+from dstune.serve.fleet import Model
+from dstune.serve.gateway import page
+from dstune.serve.gateway.app import Gateway, Handler, Route
+from dstune.serve.gateway.request import Request
+from dstune.serve.store.database import now
+from dstune.serve.store.tables import AnswerRow, Feedback
+
+INFERENCE: dict[str, Mapping[str, Check]] = {
+    "/v1/chat/completions": fields.CHAT,
+    "/v1/completions": fields.COMPLETION,
+    "/v1/embeddings": fields.EMBEDDING,
+    "/v1/moderations": fields.MODERATION,
+    "/classify": fields.CLASSIFY,
+    "/rerank": fields.RERANK,
+    "/score": fields.SCORE,
+    "/tags": fields.TAG,
+}
+"""Routes that engines answer, with all fields that any of them may act on."""
+
+
+def _inference(path: str, known: Mapping[str, Check]) -> Handler:
+    async def handler(gateway: Gateway, request: Request) -> None:
+        await gateway.inference(request, path, known)
+
+    return handler
+
+
+async def health(gateway: Gateway, request: Request) -> None:
+    await request.answer({"status": "ok"})
+
+
+async def readiness(gateway: Gateway, request: Request) -> None:
+    if gateway.ready:
+        await request.answer({"status": "ready"})
+        return
+    status = "draining" if gateway.draining else "starting"
+    await request.respond(503, b'{"status":"%s"}' % status.encode(), [(b"retry-after", b"5")])
+
+
+async def models(gateway: Gateway, request: Request) -> None:
+    assert request.caller is not None
+    visible = [describe(model) for name, model in gateway.fleet.models.items() if request.caller.may_use(name)]
+    await request.answer({"object": "list", "data": visible})
+
+
+async def one_model(gateway: Gateway, request: Request) -> None:
+    name = request.parameters["model"]
+    model = gateway.fleet.models.get(name)
+    assert request.caller is not None
+    if model is None or not request.caller.may_use(name):
+        raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")
+    await request.answer(describe(model))
+
+
+def describe(model: Model) -> dict[str, Any]:
+    proof = model.proof
+    parity: dict[str, Any] = {"status": proof.status}
+    if proof.detail:
+        parity["detail"] = proof.detail
+    if proof.difference is not None:
+        parity |= {"rows": proof.rows, "difference": proof.difference, "bound": proof.bound, "dtype": proof.dtype}
+    return {
+        "id": model.source.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "dstune",
+        "parent": model.parent,
+        "task": model.source.task,
+        "version": model.version,
+        "ready": model.ready,
+        "parity": parity,
+    }
+
+
+async def metrics(gateway: Gateway, request: Request) -> None:
+    text = gateway.metrics.text(gateway.fleet)
+    await request.respond(200, text, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
+
+
+FEEDBACK = ("id", "rating", "label", "correction")
+
+
+async def feedback(gateway: Gateway, request: Request) -> None:
+    """What a client says of an answer that its own key was given."""
+    body = await request.json()
+    if unknown := sorted(set(body) - set(FEEDBACK)):
+        raise ApiError(400, f"Unknown field: {unknown[0][:80]!r}.", param=unknown[0][:80], code="unknown_parameter")
+    given, rating = body.get("id"), body.get("rating")
+    if not isinstance(given, str) or not 0 < len(given) <= 128:
+        raise ApiError(400, "Missing required field: 'id', of an answer or its request.", param="id")
+    number = isinstance(rating, int | float) and not isinstance(rating, bool)
+    if rating is not None and not (number and -1 <= rating <= 1):
+        raise ApiError(400, "Invalid rating: must be a number from -1 to 1.", param="rating")
+    for name, most in (("label", 256), ("correction", 1_000_000)):
+        value = body.get(name)
+        if value is not None and not (isinstance(value, str) and 0 < len(value) <= most):
+            raise ApiError(400, f"Invalid {name}: must be a text of at most {most} characters.", param=name)
+    if all(body.get(name) is None for name in FEEDBACK[1:]):
+        raise ApiError(400, "Give a rating, a label or a correction.", param="rating")
+    await gateway.recorder.flush()
+    row = await asyncio.to_thread(_store_feedback, gateway, request, body)
+    await request.answer({"id": row.id, "object": "feedback", "answer": row.answer})
+
+
+def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback:
+    assert request.caller is not None
+    with gateway.database.session.begin() as session:
+        own = AnswerRow.key == request.caller.id
+        named = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
+        answer = session.scalar(select(AnswerRow).where(own, named))
+        if answer is None:
+            raise ApiError(404, "There is no such answer.", param="id", code="answer_not_found")
+        values = {name: body.get(name) for name in FEEDBACK[1:]}
+        row = Feedback(
+            id=f"fb_{secrets.token_hex(12)}", answer=answer.id, key=request.caller.id, created=now(), **values
+        )
+        session.add(row)
+        return row
+
+
+async def add_model(gateway: Gateway, request: Request) -> None:
+    """Serve one more adapter, a run or an export below the folders that the operator allows."""
+    body = await request.json()
+    name, path = body.get("name"), body.get("path")
+    if set(body) != {"name", "path"} or not isinstance(name, str) or not isinstance(path, str):
+        raise ApiError(400, "Give name and path.", param="name")
+    folder = await asyncio.to_thread(_allowed, path, gateway.settings.adapter_roots)
+    found = await asyncio.to_thread(source.resolve, name, str(folder))
+    model = await gateway.fleet.add(found)
+    await request.answer(describe(model))
+
+
+def _allowed(path: str, roots: tuple[str, ...]) -> Path:
+    """The folder with its links resolved. Raises UserError where it is not below one of `roots`."""
+    try:
+        folder = Path(path).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):
+        folder = None
+    if folder is None or not folder.is_dir() or not any(folder.is_relative_to(Path(root).resolve()) for root in roots):
+        raise UserError(Problem("path", "is no folder below those that --adapter-root names"))
+    if source.is_run(str(folder)) and source.current_export(folder) is None:
+        raise UserError(Problem("path", "the run has no export of its newest checkpoint: run `dstune export`"))
+    return folder
+
+
+async def remove_model(gateway: Gateway, request: Request) -> None:
+    name = request.parameters["model"]
+    await gateway.fleet.remove(name)
+    await request.answer({"id": name, "object": "model", "deleted": True})
+
+
+async def chat_page(gateway: Gateway, request: Request) -> None:
+    await request.respond(200, page.html(), page.HEADERS)
+
+
+ROUTES = [
+    Route("GET", "/healthz", health, scope="public", any_host=True),
+    Route("GET", "/readyz", readiness, scope="public", any_host=True),
+    Route("GET", "/", chat_page, scope="public"),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/models/{model+}", one_model),
+    *(Route("POST", path, _inference(path, known)) for path, known in INFERENCE.items()),
+    Route("POST", "/v1/feedback", feedback),
+    Route("GET", "/metrics", metrics, scope="admin"),
+    Route("POST", "/admin/models", add_model, scope="admin"),
+    Route("DELETE", "/admin/models/{model+}", remove_model, scope="admin"),
+]

@@ -1,0 +1,81 @@
+"""The verb `dstune serve-keys`: keys of clients, made, listed and revoked while the server runs or not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.serve import extra
+from dstune.serve.state import STATE, opened_database
+
+
+def main(argv: list[str]) -> int:
+    """Raises UserError; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    extra.require()
+    from dstune.serve.store.keys import Keys, Limit
+
+    if arguments.action != "list" and not arguments.name:
+        raise UserError(Problem("NAME", "this is missing", f"dstune serve-keys {arguments.action} NAME"))
+    database = opened_database(arguments.state, arguments.store, create=arguments.action == "add")
+    keys = Keys(database)
+    if arguments.action == "add":
+        limit = Limit(arguments.requests_per_minute, arguments.tokens_per_day, arguments.concurrent)
+        models = arguments.models.split(",") if arguments.models else None
+        key = keys.add(arguments.name, admin=arguments.admin, models=models, limit=limit)
+        print(json.dumps({"name": arguments.name, "key": key}) if arguments.json else key)
+    elif arguments.action == "revoke":
+        keys.revoke(arguments.name)
+        print(json.dumps({"revoked": arguments.name}) if arguments.json else f"{arguments.name} is revoked")
+    else:
+        _list(keys.all(), as_json=arguments.json)
+    database.close()
+    return EXIT_DONE
+
+
+def _list(rows: list, *, as_json: bool) -> None:  # type: ignore[type-arg]
+    for row in rows:
+        values = {
+            "name": row.name,
+            "id": row.id,
+            "admin": row.admin,
+            "models": row.models,
+            "requests_per_minute": row.requests_per_minute,
+            "tokens_per_day": row.tokens_per_day,
+            "concurrent": row.concurrent,
+            "created": row.created.isoformat(timespec="seconds"),
+            "revoked": row.revoked is not None,
+        }
+        if as_json:
+            print(json.dumps(values))
+        else:
+            told = [
+                f"{name}={value}" for name, value in values.items() if name != "name" and value not in (None, False)
+            ]
+            print(f"{row.name:<24} {' '.join(told)}")
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(prog="dstune serve-keys", description="Keys of clients of `dstune serve`.")
+    parser.add_argument("action", choices=("add", "list", "revoke"), metavar="add|list|revoke")
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("--admin", action="store_true", help="may see metrics and change models too")
+    parser.add_argument("--models", metavar="NAME[,NAME...]", help="models that it may use (default: all)")
+    parser.add_argument("--requests-per-minute", type=_positive, metavar="N")
+    parser.add_argument("--tokens-per-day", type=_positive, metavar="N")
+    parser.add_argument("--concurrent", type=_positive, metavar="N", help="requests at once")
+    parser.add_argument(
+        "--state", type=Path, default=Path(STATE), metavar="DIR", help=f"of the server (default {STATE})"
+    )
+    parser.add_argument("--store", metavar="URL", help="of the database, where it is not the server's SQLite file")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError("must be a whole number of at least 1")
+    return int(text)

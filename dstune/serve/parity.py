@@ -1,0 +1,179 @@
+"""Whether an engine answers as the model that was trained.
+
+An export holds a reference (`dstune.inference.reference`): held-out rows with the tokens that training saw, and the
+log-probabilities of their targets. The engine renders the same rows and scores the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import DstuneError
+from dstune.serve.engines.base import Engine, Unprovable
+from dstune.serve.source import Source
+
+FILE = "reference.json"
+MOST_BYTES = 64 << 20
+
+BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
+"""How far log-probabilities may be from the reference, which is in fp32: of fp32 the largest difference of a token, of the
+others the mean over a row's targets (single tokens of a bf16 model differed by 0.5, their mean by 0.03)."""
+
+EFFECT = 10
+"""An adapter has to change one row at least by so many times the bound."""
+
+
+class Refused(DstuneError):
+    """The engine does not answer as the model that was trained."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known of a served model."""
+
+    status: str
+    """`proven`, `unproven`, or `base`: the untuned model beneath an adapter, of which there is nothing to prove."""
+    detail: str = ""
+    rows: int = 0
+    difference: float | None = None
+    """The largest found, as `BOUNDS` measures it."""
+    bound: float | None = None
+    effect: float | None = None
+    """Of an adapter, the largest difference from its base."""
+    dtype: str = ""
+
+    def __str__(self) -> str:
+        if self.status != "proven":
+            return f"{self.status}: {self.detail}" if self.detail else self.status
+        effect = "" if self.effect is None else f", {self.effect:.2g} from its base"
+        return f"proven: {self.rows} rows, tokens equal, {self.difference:.2g} of at most {self.bound:g} apart{effect}"
+
+
+def read_reference(folder: Path | None) -> dict[str, Any] | None:
+    """None where there is none. Raises Refused where the file is none."""
+    path = None if folder is None else folder / FILE
+    if path is None or not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError("is too large")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != 1 or not found["rows"]:
+            raise ValueError("has another format, or no rows")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} cannot be read: {error}; `dstune export` writes a new one") from None
+    return dict(found)
+
+
+async def prove(engine: Engine, name: str, source: Source, base: str | None = None) -> Proof:
+    """Hold what the engine says as the model `name` against the reference of `source`. base: of an adapter, the name under
+    which its base answers.
+
+    Raises Refused where it answers as another model, EngineDown.
+    """
+    reference = read_reference(source.folder)
+    if reference is None:
+        return Proof("unproven", "the model has no reference: `dstune export` stores one", dtype=engine.dtype)
+    if engine.dtype not in BOUNDS:
+        return Proof("unproven", f"no bound is known for weights in {engine.dtype or 'an unknown number format'}")
+    rows = reference["rows"]
+    try:
+        if source.generates:
+            return await _language(engine, name, rows, base)
+        return await _encoder(engine, name, rows)
+    except Unprovable as error:
+        return Proof("unproven", str(error), dtype=engine.dtype)
+
+
+async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:
+    bound = BOUNDS[engine.dtype]
+    largest, effect = 0.0, 0.0
+    for number, row in enumerate(rows, 1):  # tokens first: some engines tell nothing else
+        if not row.get("ids_only"):
+            _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
+    for number, row in enumerate(rows, 1):
+        targets = list(row["target_ids"])
+        ids = [*row["prompt_ids"], *targets]
+        found = (await engine.logprobs(name, ids))[-len(targets) :]
+        different = _difference(found, row["logprobs"], engine.dtype)
+        if not different <= bound:
+            raise Refused(
+                f"{name} is not the model that was trained: the log-probabilities of row {number} of its reference are "
+                f"{different:.3g} apart, {engine.dtype} allows {bound:g}. Another base, revision, adapter or number format "
+                "is loaded."
+            )
+        largest = max(largest, different)
+        if base is not None and effect < EFFECT * bound:
+            plain = (await engine.logprobs(base, ids))[-len(targets) :]
+            effect = max(effect, _difference(found, plain, engine.dtype))
+    if base is not None and effect < EFFECT * bound:
+        raise Refused(
+            f"{name} has no effect: in {len(rows)} rows it is at most {effect:.3g} from its base, less than {EFFECT} times "
+            f"the bound of {bound:g}. Its weights are zeros, or their names are not those of the model."
+        )
+    measured = None if base is None else effect
+    return Proof("proven", "", len(rows), largest, bound, measured, engine.dtype)
+
+
+async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]) -> Proof:
+    bound = BOUNDS[engine.dtype]
+    found = await engine.answers([row["row"] for row in rows])
+    largest = 0.0
+    for number, (row, ids, answer) in enumerate(zip(rows, found["ids"], found["answers"], strict=True), 1):
+        _refuse_other_ids(name, number, ids, row["ids"])
+        numbers, expected = _numbers(answer), _numbers(row["answer"])
+        if len(numbers) != len(expected):
+            raise Refused(f"{name} gives {len(numbers)} numbers for row {number} of its reference, not {len(expected)}")
+        different = _difference(numbers, expected, engine.dtype)
+        if not different <= bound or _words(answer) != _words(row["answer"]):
+            raise Refused(
+                f"{name} is not the model that was trained: its answer to row {number} of its reference is {different:.3g} "
+                f"apart, {engine.dtype} allows {bound:g}"
+            )
+        largest = max(largest, different)
+    return Proof("proven", "", len(rows), largest, bound, None, engine.dtype)
+
+
+def _numbers(answer: Mapping[str, Any]) -> list[float]:
+    """All that an answer measures."""
+    if "vector" in answer:
+        return list(answer["vector"])
+    if "probabilities" in answer:
+        return [math.log(max(value, 1e-12)) for value in answer["probabilities"].values()]
+    return [answer["predicted"]] if isinstance(answer.get("predicted"), float) else []
+
+
+def _words(answer: Mapping[str, Any]) -> Any:
+    """Tags, where there is nothing to measure."""
+    return answer.get("predicted") if "tokens" in answer else None
+
+
+def _difference(found: Sequence[float], expected: Sequence[float], dtype: str) -> float:
+    """NaN where any number is none."""
+    differences = [abs(one - other) for one, other in zip(found, expected, strict=True)]
+    if any(math.isnan(value) for value in differences):
+        return math.nan
+    if not differences:
+        return 0.0
+    return max(differences) if dtype == "float32" else sum(differences) / len(differences)
+
+
+def _refuse_other_ids(name: str, row: int, found: Sequence[int], expected: Sequence[int]) -> None:
+    if list(found) == list(expected):
+        return
+    pairs = zip(found, expected, strict=False)
+    at = next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(found), len(expected)))
+    raise Refused(
+        f"{name} is asked with another prompt than in training: row {row} of its reference has {len(expected)} tokens, the "
+        f"engine makes {len(found)}, and they differ from token {at} on ({_around(found, at)}, in training "
+        f"{_around(expected, at)}). Another chat template or tokenizer is loaded."
+    )
+
+
+def _around(ids: Sequence[int], at: int) -> str:
+    return f"... {' '.join(map(str, ids[at : at + 4]))} ..." if at < len(ids) else "the end"

@@ -1,0 +1,52 @@
+"""The export of a run's newest checkpoint with its reference, made in a process of its own: it needs torch, the gateway not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from dstune.core.errors import DstuneError, from_json, to_json
+
+
+def prepare(run: Path, state: Path) -> Path:
+    """The folder to serve. Raises UserError where the run has nothing that can be exported."""
+    print(f"dstune: exporting {run} with a reference to hold the engine against", file=sys.stderr, flush=True)
+    scratch = state / "exports"
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    told = (
+        json.loads(lines[-1]) if lines else {"error": json.dumps({"type": "", "message": "it ended", "problems": []})}
+    )
+    if "error" in told:
+        raise from_json(told["error"])
+    return Path(told["folder"])
+
+
+def main(run: Path, scratch: Path) -> int:
+    from dstune.checkpoint.export import current_export, export_checkpoint, find_checkpoint, refuse_damaged
+    from dstune.inference.reference import add_reference
+
+    try:
+        folder = current_export(run)
+        if folder is None:
+            checkpoint = find_checkpoint(run, "last")
+            refuse_damaged(run, checkpoint)
+            folder = scratch / f"{run.resolve().parent.name}-{run.resolve().name}-{checkpoint.name}"
+            if not folder.is_dir():
+                export_checkpoint(run, checkpoint, folder)
+        note = add_reference(folder, run)
+        if note:
+            print(f"dstune: {note}", file=sys.stderr, flush=True)
+    except DstuneError as error:
+        print(json.dumps({"error": to_json(error)}))
+        return error.exit_code
+    print(json.dumps({"folder": str(folder)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,184 @@
+"""What the command line names, and what of it an engine loads. Read from files alone: nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstune.checkpoint.export import current_export
+from dstune.checkpoint.record import read_record, task_of_head
+from dstune.config.compose import read_run
+from dstune.core.errors import Problem, UserError
+from dstune.protocols import TASKS
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+"""Of a model. Names are never part of a path."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be served: an export, a folder or a hub id."""
+
+    name: str
+    folder: Path | None
+    """Of the export; None where it is a model of the hub."""
+    path: str
+    """As the user named it."""
+    task: str
+    generates: bool
+    serves: tuple[str, ...]
+    adapter: bool
+    base: str
+    """Of an adapter the model that it stands on; else `path`."""
+    base_revision: str | None = None
+    trust_remote_code: bool = False
+    template_date: str | None = None
+    asked_as: Path | None = None
+    """Of a base, the folder of the adapter whose tokenizer and template it is asked with, by engines that have one only."""
+
+    @property
+    def load_from(self) -> str:
+        """What the engine loads first: of an adapter its base."""
+        if self.adapter and self.generates:
+            return self.base
+        return str(self.folder or self.path)
+
+    @property
+    def load_revision(self) -> str | None:
+        return self.base_revision if self.adapter or self.folder is None else None
+
+    @property
+    def version(self) -> str:
+        """Changes with the weights."""
+        if self.folder is None:
+            return f"{self.path}@{self.base_revision or 'main'}"
+        parts = [
+            f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+            for file in sorted(self.folder.glob("*"))
+            if file.suffix in (".safetensors", ".gguf", ".json", ".jinja")
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def digest(self, file: str) -> str:
+        """Of a file beside the tokenizer; empty where there is none."""
+        folder = self.asked_as or self.folder
+        if folder is None or not (folder / file).is_file():
+            return ""
+        return hashlib.sha256((folder / file).read_bytes()).hexdigest()
+
+    @property
+    def template(self) -> str | None:
+        """The chat template's text; None where there is none."""
+        folder = self.asked_as or self.folder
+        if folder is None:
+            return None
+        own = folder / "chat_template.jinja"
+        if own.is_file():
+            return own.read_text(encoding="utf-8")
+        found = _json(folder / "tokenizer_config.json").get("chat_template")
+        return found if isinstance(found, str) else None
+
+
+def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and path of each `PATH` or `NAME=PATH`. Raises UserError with all that is wrong."""
+    problems, found = [], []
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or "/" in name:
+            name, path = "", word
+        if not path:
+            problems.append(Problem("MODEL", "there is no path behind the name", "NAME=RUN", word))
+        elif name and not NAME.fullmatch(name):
+            problems.append(Problem("MODEL", "is no name for a model", "letters, digits, and . _ : - within", name))
+        found.append((name, path))
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def is_run(path: str) -> bool:
+    return (Path(path) / "run.yaml").is_file()
+
+
+def needs_preparation(path: str) -> bool:
+    """Whether a run has no export of its newest checkpoint, or none with a reference."""
+    if not is_run(path):
+        return False
+    found = current_export(Path(path))
+    return found is None or not (found / "reference.json").is_file()
+
+
+def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_code: bool = False) -> Source:
+    """folder: the export of a run, where it is not the run's own. Raises UserError where the model cannot be served."""
+    record: dict[str, Any] = {}
+    if is_run(path):
+        config = read_run(Path(path) / "run.yaml").config
+        folder = folder or current_export(Path(path))
+        assert folder is not None, "a run is exported before it is served"
+        name = name or config.run.name
+        trust_remote_code = trust_remote_code or config.model.trust_remote_code
+    elif Path(path).is_dir():
+        folder = Path(path)
+        name = name or folder.resolve().name
+    elif Path(path).is_absolute() or path.startswith((".", "~")):
+        raise UserError(Problem("MODEL", "there is no such folder", "give a run, an export or a hub id", path))
+    else:
+        name = name or path.removeprefix("sample://")
+    if not NAME.fullmatch(name):
+        raise UserError(Problem("MODEL", "this name cannot be served", "give it another one: NAME=PATH", name))
+    if folder is None:
+        return Source(name, None, path, "chat", True, (), adapter=False, base=path, trust_remote_code=trust_remote_code)
+    record = read_record(folder)
+    task = str((record.get("task") or {}).get("name") or task_of_head(folder) or _embeds(folder) or "chat")
+    kind = TASKS.classes().get(task)
+    if kind is None:
+        raise UserError(Problem("MODEL", f"was trained for task={task}, which is not known here", value=path))
+    if not kind.generates and not kind.serves:
+        reason = f"is a model for task={task}, which has no route"
+        raise UserError(Problem("MODEL", reason, "dstune predict answers files of rows", path))
+    adapter = _json(folder / "adapter_config.json")
+    date = (record.get("task") or {}).get("template_date")
+    made = Source(
+        name, folder.resolve(), path, task, kind.generates, kind.serves, bool(adapter), base=str(folder.resolve()),
+        trust_remote_code=trust_remote_code, template_date=date,
+    )  # fmt: skip
+    if adapter:
+        base = adapter.get("base_model_name_or_path")
+        if not isinstance(base, str):
+            fix = "write the hub id or the folder of its base into base_model_name_or_path"
+            raise UserError(Problem(str(folder / "adapter_config.json"), "does not name its base", fix))
+        made = replace(made, base=base, base_revision=adapter.get("revision"))
+    return made
+
+
+def base_source(source: Source, name: str, *, one_template: bool) -> Source:
+    """The base of an adapter as a model of its own. one_template: asked as the adapter is."""
+    folder = Path(source.base)
+    return replace(
+        source,
+        name=name,
+        folder=folder.resolve() if folder.is_dir() else None,
+        path=source.base,
+        adapter=False,
+        template_date=source.template_date if one_template else None,
+        asked_as=source.folder if one_template else None,
+    )
+
+
+def _embeds(folder: Path) -> str:
+    """The task of a folder without a record that has sentence-transformers files."""
+    found = next((name for name, kind in TASKS.classes().items() if kind.overrides_from(folder)), "")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

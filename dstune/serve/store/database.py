@@ -1,0 +1,81 @@
+"""The database, brought to the newest migration when it is opened."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from dstune.core.errors import Problem, UserError
+
+DATABASE = "store.sqlite"
+LOCK = 0x6473_7475
+"""Of PostgreSQL's advisory lock around a migration."""
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+class Database:
+    """Sessions of one database. Raises UserError where it cannot be opened."""
+
+    def __init__(self, url: str):
+        """url: of SQLAlchemy, `sqlite:///FILE` or `postgresql://...`."""
+        if url.startswith("postgresql://"):
+            url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        try:
+            self.engine: Engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+            if self.engine.dialect.name == "sqlite":
+                event.listen(self.engine, "connect", _tune)
+                event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+            self._migrate()
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+            fix = "sqlite:///FILE, or postgresql://USER@HOST/NAME with `pip install 'psycopg[binary]'`"
+            raise UserError(Problem("--store", f"cannot be used: {str(error).splitlines()[0]}", fix)) from error
+        except OperationalError as error:
+            raise UserError(Problem("--store", f"cannot be opened: {str(error.orig).splitlines()[0]}")) from error
+        self.session = sessionmaker(self.engine, expire_on_commit=False)
+
+    @staticmethod
+    def of_folder(folder: Path) -> Database:
+        """The SQLite file of a server's folder, which only this user may read."""
+        file = folder / DATABASE
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        os.fchmod(descriptor, 0o600)
+        os.close(descriptor)
+        with FileLock(folder / f"{DATABASE}.lock", mode=0o600):  # two processes that migrate at once
+            return Database(f"sqlite:///{file}")
+
+    def _migrate(self) -> None:
+        from alembic import command
+        from alembic.config import Config
+
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.engine.begin() as connection:
+            if self.engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _tune(connection: Any, record: Any) -> None:
+    """Readers and one writer at a time; what is committed survives a crash of the process."""
+    connection.isolation_level = None  # transactions are begun by SQLAlchemy's event, not by the driver's guess
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+__all__ = ["Database", "Session", "now"]

@@ -1,0 +1,134 @@
+"""Keys of clients: made, found, revoked."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
+from dstune.core.errors import Problem, UserError
+from dstune.serve.store.database import Database, now
+from dstune.serve.store.tables import Key
+
+PREFIX = "sk-dstune"
+REMEMBERED_SECONDS = 2.0
+"""How long a key that was found is not looked up again; a revoked one works no longer than that."""
+_FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})")
+_NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Of a key; None for none."""
+
+    requests_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    concurrent: int | None = None
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a request is from."""
+
+    id: str
+    name: str
+    admin: bool
+    models: frozenset[str] | None
+    limit: Limit
+
+    def may_use(self, model: str) -> bool:
+        return self.admin or self.models is None or model in self.models
+
+
+class Keys:
+    """The keys of a database."""
+
+    def __init__(self, database: Database):
+        self._database = database
+        self._remembered: dict[str, tuple[float, Caller]] = {}
+
+    def add(
+        self,
+        name: str,
+        *,
+        admin: bool = False,
+        models: Sequence[str] | None = None,
+        limit: Limit = Limit(),
+    ) -> str:
+        """A new key, which is told here only. Raises UserError where the name is taken."""
+        if not re.fullmatch(r"[\w.@ -]{1,128}", name):
+            raise UserError(Problem("NAME", "must be 1 to 128 letters, digits, spaces and . _ @ -", value=name))
+        own, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+        key = f"{PREFIX}-{own}-{secret}"
+        row = Key(
+            id=own,
+            name=name,
+            hash=_hash(key),
+            admin=admin,
+            models=None if models is None else list(models),
+            requests_per_minute=limit.requests_per_minute,
+            tokens_per_day=limit.tokens_per_day,
+            concurrent=limit.concurrent,
+            created=now(),
+        )
+        try:
+            with self._database.session.begin() as session:
+                session.add(row)
+        except IntegrityError as error:
+            raise UserError(Problem("NAME", "a key has this name already", "revoke it first", name)) from error
+        return key
+
+    def find(self, key: str) -> Caller | None:
+        """The caller of a key; None where there is no such key, or it is revoked."""
+        if (known := self.remembered(key)) is not None:
+            return known
+        found = self._found(key, digest := _hash(key))
+        if len(self._remembered) > 4096:
+            self._remembered.clear()
+        if found is not None:
+            self._remembered[digest] = (time.monotonic(), found)
+        return found
+
+    def remembered(self, key: str) -> Caller | None:
+        """The caller of a key that was found a moment ago, without asking the database."""
+        known = self._remembered.get(_hash(key))
+        return known[1] if known is not None and time.monotonic() - known[0] < REMEMBERED_SECONDS else None
+
+    def _found(self, key: str, digest: str) -> Caller | None:
+        form = _FORM.fullmatch(key)
+        row = None
+        if form is not None:
+            with self._database.session() as session:
+                row = session.get(Key, form[1])
+        # Compared in constant time, with a hash that nothing has where there is no such key.
+        same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
+        if row is None or not same or row.revoked is not None:
+            return None
+        models = None if row.models is None else frozenset(row.models)
+        limit = Limit(row.requests_per_minute, row.tokens_per_day, row.concurrent)
+        return Caller(row.id, row.name, row.admin, models, limit)
+
+    def all(self) -> list[Key]:
+        with self._database.session() as session:
+            return list(session.scalars(select(Key).order_by(Key.created)))
+
+    def revoke(self, name: str) -> None:
+        """Raises UserError where there is no such key."""
+        with self._database.session.begin() as session:
+            row = session.scalar(select(Key).where(Key.name == name, Key.revoked.is_(None)))
+            if row is None:
+                raise UserError(Problem("NAME", "there is no such key", "`dstune serve-keys list` shows them", name))
+            row.revoked = now()
+            row.name = f"{row.name} revoked {row.id}"[:128]
+        self._remembered.clear()
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

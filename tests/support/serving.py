@@ -1,0 +1,209 @@
+"""A gateway over stub engines, in one event loop, for tests that need no model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx2
+import uvicorn
+
+from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
+from dstune.serve.engines.base import LIMITS, TIMEOUT, Engine, EngineDown
+from dstune.serve.engines.base import Limits as EngineLimits
+from dstune.serve.engines.local.engine import CHAT, COMPLETION, OF_TASK
+from dstune.serve.fleet import Fleet
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.request_log import RequestLog
+from dstune.serve.gateway.routes import ROUTES
+from dstune.serve.gateway.settings import Settings
+from dstune.serve.server import Server
+from dstune.serve.source import Source
+from dstune.serve.store.database import Database
+
+
+class StubApp:
+    """An engine that answers every request with the words of its last message, one a chunk."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.running = 0
+        self.cancelled = 0
+        self.finished = 0
+        self.chunks = 0
+        self.loaded: dict[str, str] = {}
+        self.filler = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body = json.loads(await read_body(receive, 1 << 30) or b"{}")
+        self.seen.append((scope["path"], body))
+        if scope["path"] == "/v1/load_lora_adapter":
+            self.loaded[body["lora_name"]] = body["lora_path"]
+            await respond(send, 200, b"{}")
+            return
+        if scope["path"] == "/fail":
+            await respond(send, 500, b"Traceback: /etc/passwd")
+            return
+        self.running += 1
+        gone = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._answer(body, send, gone)), None)
+            self.finished += 1
+        except ConnectionError:
+            self.cancelled += 1
+        finally:
+            self.running -= 1
+            gone.cancel()
+
+    async def _answer(self, body: dict[str, Any], send: Any, gone: asyncio.Future[Any]) -> None:
+        words = str((body.get("messages") or [{"content": body.get("prompt", "")}])[-1]["content"]).split()
+        head = {"id": f"chatcmpl-{len(self.seen)}", "object": "chat.completion", "created": 1, "model": body.get("model")}
+        if not body.get("stream"):
+            for _ in words:
+                await self._pause(gone)
+            text = " ".join(words)
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
+            await respond(send, 200, dumps(head | {"choices": [choice], "usage": usage}))
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        for word in words:
+            await self._pause(gone)
+            delta = {"index": 0, "delta": {"content": word + self.filler}, "finish_reason": None}
+            await send({"type": "http.response.body", "body": event(head | {"choices": [delta]}), "more_body": True})
+            self.chunks += 1
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _pause(self, gone: asyncio.Future[Any]) -> None:
+        await asyncio.wait({gone}, timeout=self.seconds or 0.0)
+        if gone.done():
+            raise ConnectionError
+
+
+@asynccontextmanager
+async def listening(app: Any, uds: Path | None = None) -> AsyncIterator[str]:
+    """`app` behind uvicorn; the URL, or nothing where it listens on a Unix socket."""
+    own = socket.socket(socket.AF_UNIX if uds else socket.AF_INET, socket.SOCK_STREAM)
+    own.bind(str(uds) if uds else ("127.0.0.1", 0))
+    own.listen(2048)
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
+    )
+    server = Server(config)
+    task = asyncio.create_task(server.serve([own]))
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield "" if uds else f"http://127.0.0.1:{own.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+        own.close()
+
+
+@dataclass
+class StubEngine(Engine):
+    """Speaks to an application in this process."""
+
+    name: ClassVar[str] = "stub"
+    starts_process: ClassVar[bool] = False
+    url: str = ""
+    uds: str | None = None
+    own_routes: Mapping[str, frozenset[str]] | None = None
+    down: bool = False
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        encoders = {path: fields for kind in OF_TASK.values() for path, fields in kind.items()}
+        return self.own_routes or {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, **encoders}
+
+    async def start(self) -> None:
+        if self.down:
+            raise EngineDown("the stub is down")
+        self.starts += 1
+        self.dtype = "float32"
+        transport = httpx2.AsyncHTTPTransport(uds=self.uds, limits=LIMITS)
+        self.client = httpx2.AsyncClient(transport=transport, base_url=self.url, timeout=TIMEOUT, trust_env=False)
+
+    def alive(self) -> bool:
+        return not self.down
+
+    async def unload_adapter(self, name: str) -> None:
+        return
+
+
+def stub_source(name: str, **changes: Any) -> Source:
+    given: dict[str, Any] = {"folder": None, "path": name, "task": "chat", "generates": True, "serves": ()}
+    return Source(**{"name": name, "adapter": False, "base": name, **given, **changes})
+
+
+@dataclass
+class Served:
+    """A gateway that listens, and what stands behind it."""
+
+    url: str
+    gateway: Gateway
+    app: StubApp
+    fleet: Fleet
+    admin: str
+    key: str
+    other: str
+    """Of another tenant, for whom there is the model `second` only."""
+    folder: Path
+    clients: list[httpx2.AsyncClient] = field(default_factory=list)
+
+    def client(self, key: str | None = None, **headers: str) -> httpx2.AsyncClient:
+        given = {"authorization": f"Bearer {self.key if key is None else key}"} | headers
+        made = httpx2.AsyncClient(base_url=self.url, headers=given, timeout=30, trust_env=False)
+        self.clients.append(made)
+        return made
+
+
+@asynccontextmanager
+async def served(
+    folder: Path,
+    *,
+    names: Sequence[str] = ("first", "second"),
+    seconds: float = 0.0,
+    log: RequestLog | None = None,
+    routes: Mapping[str, frozenset[str]] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Served]:
+    os.chmod(folder, 0o700)
+    app, database = StubApp(seconds), Database.of_folder(folder)
+    async with listening(app) as engine_url:
+        engine = lambda source, base: StubEngine(  # noqa: E731
+            source, base, folder, folder, EngineLimits(), url=engine_url, own_routes=routes
+        )
+        fleet = Fleet(engine)
+        await fleet.start([stub_source(name) for name in names])
+        recorder = Recorder(database, log)
+        gateway = Gateway(fleet, database, Settings(**settings), recorder, ROUTES)
+        admin = gateway.keys.add("admin", admin=True)
+        key, other = gateway.keys.add("one"), gateway.keys.add("two", models=["second"])
+        recorder.start()
+        async with listening(gateway) as url:
+            found = Served(url, gateway, app, fleet, admin, key, other, folder)
+            try:
+                yield found
+            finally:
+                for client in found.clients:
+                    await client.aclose()
+        await recorder.stop()
+        await fleet.stop()
+        database.close()
+
+
+def chat(text: str = "hello there", **changes: Any) -> dict[str, Any]:
+    return {"model": "first", "messages": [{"role": "user", "content": text}], **changes}
