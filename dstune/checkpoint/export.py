@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a plain Hugging Face folder, and the verb `dstune export`.
+"""A checkpoint of a run as a plain Hugging Face folder (`dstune.inference.export_command` is the verb).
 
 The folder is made aside and renamed when it is whole. What is in it: weights, configuration and tokenizer
 (`model_folder.py`), a model card (`card.py`), and what `dstune evaluate` needs to know of the run (`record.py`).
@@ -7,10 +7,8 @@ The folder is made aside and renamed when it is whole. What is in it: weights, c
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -20,10 +18,8 @@ from pathlib import Path
 from dstune.checkpoint import store
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
-from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
-from dstune.core.arguments import VerbParser
-from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.core.errors import Problem, UserError
 from dstune.protocols import method_of
 from dstune.protocols.method import MethodConfig
 
@@ -167,40 +163,7 @@ def check_free(out: Path, force: bool) -> None:
         raise UserError(Problem("--out", "is no former export, so it is not replaced", "give another folder", str(out)))
 
 
-# -- the verb ---------------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str]) -> int:
-    """`dstune export RUN`. Raises UserError; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    run_dir = run_directory(arguments.run)
-    checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
-    method = read_run(run_dir / "run.yaml").config.method
-    for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
-        refuse_unmergeable(flag, method)
-    if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
-        raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
-    refuse_damaged(run_dir, checkpoint)
-    if arguments.gguf:
-        out = arguments.out or run_dir / "export-gguf"
-        written = export_gguf(run_dir, checkpoint, out, arguments.gguf, force=arguments.force)
-        kind, problems = "gguf", []
-    else:
-        out = arguments.out or run_dir / ("export-merged" if arguments.merge else "export")
-        size = arguments.max_shard_size
-        written = export_checkpoint(
-            run_dir, checkpoint, out, merge=arguments.merge, force=arguments.force, max_shard_size=size
-        )
-        kind = "adapter" if (out / "adapter_config.json").exists() else "model"
-        problems = vllm_problems(out)
-    if arguments.json:
-        result = {"export": str(written), "kind": kind, "checkpoint": str(checkpoint), "vllm_problems": problems}
-        print(json.dumps(result))
-        return EXIT_DONE
-    print(f"{checkpoint.name} -> {written}")
-    if kind == "adapter" and problems:
-        print(f"vLLM does not serve this adapter ({'; '.join(problems)}): --merge gives a model that it serves")
-    return EXIT_DONE
+# -- what is asked for ----------------------------------------------------------------------------------------------
 
 
 def refuse_unmergeable(flag: str, config: MethodConfig) -> None:
@@ -214,23 +177,6 @@ def refuse_unmergeable(flag: str, config: MethodConfig) -> None:
         )
         raise UserError(Problem(flag, reason, f"leave out {flag}: the export is an adapter that peft loads"))
     raise UserError(Problem(flag, f"the run trained with method={method.name}: there is nothing to merge"))
-
-
-def _parser() -> VerbParser:
-    parser = VerbParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
-    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
-    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
-    parser.add_argument(
-        "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
-    )
-    parser.add_argument(
-        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of weight files (default 5GB)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a former export")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
 
 
 def run_directory(path: Path) -> Path:

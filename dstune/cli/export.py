@@ -9,7 +9,7 @@ from dstune.cli.verb import Verb, verb
 class Export(Verb):
     name = "export"
     summary = "a checkpoint as a plain Hugging Face folder"
-    action = "dstune.checkpoint.export:main"
+    action = "dstune.inference.export_command:main"
     other_names = (
         (("merge",), "`dstune export RUN --merge`"),
         (("convert",), "`dstune export RUN`"),

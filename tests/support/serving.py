@@ -68,7 +68,12 @@ class StubApp:
 
     async def _answer(self, body: dict[str, Any], send: Any, gone: asyncio.Future[Any]) -> None:
         words = str((body.get("messages") or [{"content": body.get("prompt", "")}])[-1]["content"]).split()
-        head = {"id": f"chatcmpl-{len(self.seen)}", "object": "chat.completion", "created": 1, "model": body.get("model")}
+        head = {
+            "id": f"chatcmpl-{len(self.seen)}",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body.get("model"),
+        }
         if not body.get("stream"):
             for _ in words:
                 await self._pause(gone)

@@ -15,6 +15,7 @@ from dstune.checkpoint import export, store
 from dstune.checkpoint.shards import Weights, cut
 from dstune.config.compose import compose, write_run
 from dstune.core.errors import UserError
+from dstune.inference import export_command
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled
 
@@ -474,9 +475,15 @@ def test_what_vllm_asks_for(shelf, tmp_path):
 
 def test_the_verb_exports_a_named_step(shelf, tmp_path, capsys):
     run_dir, out = shelf.run("full-3"), tmp_path / "out"
-    assert export.main([str(run_dir), "--checkpoint", "2", "--out", str(out), "--json"]) == 0
+    assert export_command.main([str(run_dir), "--checkpoint", "2", "--out", str(out), "--json"]) == 0
     checkpoint = run_dir / "checkpoints" / "step-00000002"
-    expected = {"export": str(out), "kind": "model", "checkpoint": str(checkpoint), "vllm_problems": []}
+    expected = {
+        "export": str(out),
+        "kind": "model",
+        "checkpoint": str(checkpoint),
+        "vllm_problems": [],
+        "reference": True,
+    }
     assert json.loads(capsys.readouterr().out) == expected
     whole = shelf.whole("full-3", step=2)
     assert all(torch.equal(weight, whole[key]) for key, weight in load(out).named_parameters())
@@ -485,7 +492,7 @@ def test_the_verb_exports_a_named_step(shelf, tmp_path, capsys):
 def test_the_verb_merges_beside_the_adapter(shelf, capsys):
     run_dir = shelf.run("lora-1")
     try:
-        assert export.main([str(run_dir), "--merge"]) == 0
+        assert export_command.main([str(run_dir), "--merge"]) == 0
         assert (run_dir / "export-merged" / "config.json").exists()
         assert (run_dir / "export" / "adapter_config.json").exists()
         assert str(run_dir / "export-merged") in capsys.readouterr().out
@@ -495,7 +502,7 @@ def test_the_verb_merges_beside_the_adapter(shelf, capsys):
 
 def refusal(arguments: list[str]) -> str:
     with pytest.raises(UserError) as caught:
-        export.main(arguments)
+        export_command.main(arguments)
     return str(caught.value)
 
 
@@ -522,7 +529,7 @@ def test_force_replaces_a_former_export(shelf, tmp_path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "leftover.safetensors").write_text("")
-    assert export.main([str(run_dir), "--out", str(out), "--force"]) == 0
+    assert export_command.main([str(run_dir), "--out", str(out), "--force"]) == 0
     assert not (out / "leftover.safetensors").exists()
     load(out)
 

@@ -113,10 +113,11 @@ def test_a_run_without_export_is_answered_from_its_checkpoint(decoder, tmp_path,
 
 def test_an_export_of_another_checkpoint_is_not_what_was_requested(decoder, tmp_path, capsys):
     from dstune.checkpoint import export
+    from dstune.inference import export_command
 
     run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
     newer = save_step(run_dir, decoder, 5, factor=-1)
-    assert export.main([str(run_dir), "--checkpoint", "3"]) == 0  # after step 5 was saved
+    assert export_command.main([str(run_dir), "--checkpoint", "3"]) == 0  # after step 5 was saved
     last = export.export_checkpoint(run_dir, newer, tmp_path / "last")
     capsys.readouterr()
     requested = ["--prompt", "w5", "--max-new-tokens", 8]
@@ -140,13 +141,13 @@ def damage(checkpoint: Path) -> str:
 
 
 def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(decoder, tmp_path, capsys):
-    from dstune.checkpoint import export
+    from dstune.inference import export_command
 
     run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
     for step in (4, 5):
         name = damage(save_step(run_dir, decoder, step, factor=-1))
     with pytest.raises(UserError) as caught:
-        export.main([str(run_dir)])
+        export_command.main([str(run_dir)])
     (problem,) = caught.value.problems
     assert problem.where.endswith("step-00000005") and name in problem.reason
     assert not (run_dir / "export").exists()
@@ -155,7 +156,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(decoder, tmp_path
     # The fix works as it stands: the newest whole one is step 3.
     program, verb, *arguments = problem.fix.split()
     assert (program, verb) == ("dstune", "export") and arguments[:3] == [str(run_dir), "--checkpoint", "3"]
-    assert export.main(arguments) == 0
+    assert export_command.main(arguments) == 0
     damage(store.folder(run_dir) / "step-00000003")
     assert "no other checkpoint" in refusal(run_dir, "--prompt", "w1", "--checkpoint", 3)
 

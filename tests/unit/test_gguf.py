@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstune.checkpoint import export, store
+from dstune.checkpoint import store
 from dstune.checkpoint.gguf_file import check_architecture, write_gguf
 from dstune.checkpoint.gguf_vocabulary import read_vocabulary
 from dstune.config.compose import compose, write_run
 from dstune.core.errors import UserError
+from dstune.inference import export_command
 from tests.support.tiny import CHATML, save_decoder
 
 TEXT = "Numbers like 1234 and words, don't they?  <|im_start|>user\nhi<|im_end|>\n"
@@ -269,7 +270,7 @@ def saved_run(folder: Path, model: Path) -> Path:
 
 def test_the_verb_writes_one_file(models, tmp_path, capsys):
     run_dir = saved_run(tmp_path, models["llama"])
-    assert export.main([str(run_dir), "--gguf", "q8_0", "--json"]) == 0
+    assert export_command.main([str(run_dir), "--gguf", "q8_0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     file = run_dir / "export-gguf" / "run-q8_0.gguf"
     assert (result["export"], result["kind"]) == (str(file), "gguf")
@@ -279,13 +280,13 @@ def test_the_verb_writes_one_file(models, tmp_path, capsys):
         parameter.data *= 2
     assert_within_rounding(found, twice, "q8_0")
     with pytest.raises(UserError, match="exists already"):
-        export.main([str(run_dir), "--gguf"])
-    assert export.main([str(run_dir), "--gguf", "--force"]) == 0
+        export_command.main([str(run_dir), "--gguf"])
+    assert export_command.main([str(run_dir), "--gguf", "--force"]) == 0
     assert (run_dir / "export-gguf" / "run-f16.gguf").is_file() and not file.exists()
 
 
 def test_the_verb_refuses_before_any_work(tmp_path):
     run_dir = saved_run(tmp_path, save_decoder(tmp_path / "words"))
     with pytest.raises(UserError, match="WordLevel"):
-        export.main([str(run_dir), "--gguf"])
+        export_command.main([str(run_dir), "--gguf"])
     assert not list(run_dir.glob("export*"))

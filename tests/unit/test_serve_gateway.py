@@ -155,7 +155,14 @@ def test_limits_of_a_key(tmp_path):
 def test_routes_of_engines_that_are_not_on_the_list_are_not_reachable(tmp_path):
     async def test(found):
         client = found.client(found.admin)
-        for path in ("/v1/load_lora_adapter", "/tokenize", "/load_model", "/reset", "/v1/chat/completions/", "/v1//models"):
+        for path in (
+            "/v1/load_lora_adapter",
+            "/tokenize",
+            "/load_model",
+            "/reset",
+            "/v1/chat/completions/",
+            "/v1//models",
+        ):
             assert (await client.post(path, json={})).status_code == 404, path
         assert (await client.get("/v1/chat/completions")).status_code == 405
         assert not found.app.seen
@@ -176,7 +183,10 @@ def test_routes_of_engines_that_are_not_on_the_list_are_not_reachable(tmp_path):
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "root", "content": "a"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+            "messages",
+        ),
         ({"messages": [{"role": "user", "content": "a", "cache": 1}]}, "messages"),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"tools": "x"}}, "chat_template_kwargs"),
@@ -200,7 +210,13 @@ def test_what_would_be_ignored_is_refused_by_name(tmp_path, changes, param):
 
 def test_what_asks_for_nothing_is_left_out(tmp_path):
     async def test(found):
-        neutral = {"store": False, "metadata": {}, "service_tier": "auto", "response_format": {"type": "text"}, "user": None}
+        neutral = {
+            "store": False,
+            "metadata": {},
+            "service_tier": "auto",
+            "response_format": {"type": "text"},
+            "user": None,
+        }
         answer = await found.client().post("/v1/chat/completions", json=chat() | neutral)
         assert answer.status_code == 200
         (_, body), *_ = found.app.seen

@@ -80,7 +80,7 @@ class Answers:
                 param="messages" if "messages" in body else "prompt",
                 code="context_length_exceeded",
             )
-        given = dict(self.model.defaults()) | {name: body[name] for name in _SAMPLING if name in body}
+        given = dict(self.model.defaults()) | {name: body[name] for name in SAMPLING if name in body}
         stop = body.get("stop") or ()
         seed = body.get("seed")
         given["top_k"] = max(int(given.get("top_k", 0)), 0)
@@ -197,7 +197,7 @@ class Answers:
         return self.model.decode(self.name, [token], special=True)
 
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class ChatAnswers(Answers):
@@ -362,3 +362,11 @@ def prompts_of(prompt: Any) -> list[Any]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     return list(prompt)
+
+
+_BOTH = frozenset({*SAMPLING, "model", "seed", "logit_bias", "stop", "n", "stream", "stream_options", "max_tokens"})
+_BOTH |= {"logprobs", "return_token_ids", "user"}
+CHAT_FIELDS = _BOTH | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "safety_identifier"}
+CHAT_FIELDS |= {"chat_template_kwargs"}
+"""What the routes act on; `user` and `safety_identifier` are what the gateway records."""
+TEXT_FIELDS = _BOTH | {"prompt"}

@@ -1,0 +1,88 @@
+"""The verb `dstune export`: a checkpoint as a folder, with a reference to hold servers against."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from dstune.checkpoint.export import (
+    GGUF_TYPES,
+    MAX_SHARD_SIZE,
+    export_checkpoint,
+    export_gguf,
+    find_checkpoint,
+    refuse_damaged,
+    refuse_unmergeable,
+    run_directory,
+)
+from dstune.checkpoint.serving import vllm_problems
+from dstune.config.compose import read_run
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
+
+
+def main(argv: list[str]) -> int:
+    """`dstune export RUN`. Raises UserError; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    run_dir = run_directory(arguments.run)
+    checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
+    method = read_run(run_dir / "run.yaml").config.method
+    for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
+        refuse_unmergeable(flag, method)
+    if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
+        raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
+    refuse_damaged(run_dir, checkpoint)
+    if arguments.gguf:
+        out = arguments.out or run_dir / "export-gguf"
+        written = export_gguf(run_dir, checkpoint, out, arguments.gguf, force=arguments.force)
+        kind, problems = "gguf", []
+    else:
+        out = arguments.out or run_dir / ("export-merged" if arguments.merge else "export")
+        size = arguments.max_shard_size
+        written = export_checkpoint(
+            run_dir, checkpoint, out, merge=arguments.merge, force=arguments.force, max_shard_size=size
+        )
+        kind = "adapter" if (out / "adapter_config.json").exists() else "model"
+        problems = vllm_problems(out)
+    note = "" if arguments.no_reference else _reference(written if written.is_dir() else written.parent, run_dir)
+    if arguments.json:
+        result = {"export": str(written), "kind": kind, "checkpoint": str(checkpoint), "vllm_problems": problems}
+        result["reference"] = not note and not arguments.no_reference
+        print(json.dumps(result))
+        return EXIT_DONE
+    print(f"{checkpoint.name} -> {written}")
+    if kind == "adapter" and problems:
+        print(f"vLLM does not serve this adapter ({'; '.join(problems)}): --merge gives a model that it serves")
+    return EXIT_DONE
+
+
+def _reference(folder: Path, run_dir: Path) -> str:
+    """Why the export gets no reference; empty where it has one."""
+    from dstune.inference.reference import add_reference
+
+    note = add_reference(folder, run_dir)
+    if note:
+        print(f"dstune: {note}; `dstune serve` will call it unproven", file=sys.stderr)
+    return note
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
+    parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
+    parser.add_argument(
+        "--gguf", nargs="?", const="f16", choices=GGUF_TYPES, help="one file for llama.cpp, merged; f16 if not said"
+    )
+    parser.add_argument(
+        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of weight files (default 5GB)"
+    )
+    parser.add_argument(
+        "--no-reference", action="store_true", help="keep no held-out rows to hold a server against (docs/serving.md)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a former export")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser

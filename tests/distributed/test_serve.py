@@ -1,0 +1,319 @@
+"""`dstune serve` with real models in real processes: proven against the training, or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from dstune.core.errors import DstuneError
+from dstune.serve.engines.base import EngineDown, Limits
+from dstune.serve.engines.local.engine import LocalEngine
+from dstune.serve.engines.vllm import VllmEngine
+from dstune.serve.fleet import Fleet
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.routes import ROUTES
+from dstune.serve.gateway.settings import Settings
+from dstune.serve.prepare import main as prepared
+from dstune.serve.source import resolve
+from dstune.serve.store.database import Database
+from tests.support import vllm_double
+from tests.support.served_runs import save_run
+from tests.support.serving import listening
+from tests.support.tiny import (
+    save_decoder,
+    save_encoder,
+    write_contrastive,
+    write_dialogues,
+    write_labelled,
+    write_tagged,
+)
+
+LORA = ("task=chat", "method=lora", "method.rank=4")
+
+
+class Shelf:
+    """Exports with their references, each made when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.base = save_decoder(folder / "base")
+        self.encoder = save_encoder(folder / "encoder")
+        self.chat = write_dialogues(folder / "chat.jsonl", 60)
+        self.made: dict[str, Path] = {}
+
+    def run(self, name: str) -> Path:
+        if name not in self.made:
+            self.made[name] = self._make(name)
+        return self.made[name]
+
+    def _make(self, name: str) -> Path:
+        folder = self.folder / "runs" / name
+        if name.startswith("lora"):
+            made = save_run(folder, self.base, self.chat, *LORA, seed=len(name) + ord(name[-1]))
+        elif name == "full":
+            made = save_run(folder, self.base, self.chat, "task=chat", "method=full", scale=0.02)
+        elif name == "classifier":
+            data = write_labelled(self.folder / "labels.jsonl", 60)
+            made = save_run(folder, self.encoder, data, "task=classification", "method=full", labels=("left", "right"))
+        elif name == "tagger":
+            data = write_tagged(self.folder / "tags.jsonl", 60)
+            labels = ("O", "B-X", "I-X", "B-Y", "I-Y")
+            made = save_run(folder, self.encoder, data, "task=token_classification", "method=full", labels=labels)
+        else:
+            data = write_contrastive(self.folder / "pairs.jsonl", 60)
+            made = save_run(folder, self.encoder, data, "task=embedding", "method=full", scale=0.02)
+        assert prepared(made, folder / "exports") == 0
+        (export,) = (folder / "exports").iterdir()
+        assert (export / "reference.json").stat().st_mode & 0o077 == 0
+        return export
+
+    def copy(self, name: str, target: Path) -> Path:
+        return Path(shutil.copytree(self.run(name), target))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+def engines(folder: Path, kind=LocalEngine, **given):
+    folder.chmod(0o700)
+    short = Path(os.environ.get("TMPDIR", "/tmp")) / f"dstune-test-{os.getpid()}-{abs(hash(str(folder))) % 10**8}"
+    short.mkdir(mode=0o700, exist_ok=True)
+    limits = Limits(threads=1, start_seconds=240)
+    return lambda source, base: kind(source, base, folder, short, limits, **given)
+
+
+def vllm(folder: Path):
+    python = vllm_double.install(folder / "venv")
+    return engines(folder, VllmEngine, python=str(python), number_format="float32")
+
+
+def started(fleet: Fleet, *sources, then=None):
+    """What `then(fleet)` returns, of a fleet that serves these."""
+
+    async def main():
+        await fleet.start(list(sources))
+        try:
+            return (
+                await then(fleet) if then is not None else {name: model.proof for name, model in fleet.models.items()}
+            )
+        finally:
+            await fleet.stop()
+
+    return asyncio.run(main())
+
+
+def refusal(fleet: Fleet, *sources) -> str:
+    with pytest.raises((DstuneError, EngineDown)) as caught:
+        started(fleet, *sources)
+    return str(caught.value)
+
+
+# -- the same model ---------------------------------------------------------------------------------------------------
+
+
+def test_two_adapters_of_one_base_and_a_third_one_while_requests_run(shelf, tmp_path):
+    """With the official client over a real socket, and an engine that is killed."""
+    import openai
+
+    async def use(fleet: Fleet):
+        database = Database.of_folder(tmp_path)
+        recorder = Recorder(database)
+        gateway = Gateway(fleet, database, Settings(adapter_roots=(str(shelf.folder),)), recorder, ROUTES)
+        key, admin = gateway.keys.add("one"), gateway.keys.add("root", admin=True)
+        recorder.start()
+        async with listening(gateway) as url:
+            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+            ask = {"messages": [{"role": "user", "content": "w1 w2 w3"}], "temperature": 0, "max_tokens": 6}
+
+            async def says(model: str) -> str:
+                answer = await client.chat.completions.create(model=model, **ask)
+                return answer.choices[0].message.content
+
+            listed = {model.id: model.model_extra["parity"]["status"] async for model in client.models.list()}
+            assert listed == {"base": "base", "a": "proven", "b": "proven"}
+            texts = {name: await says(name) for name in listed}
+            assert len(set(texts.values())) == 3
+
+            running = [asyncio.create_task(says(name)) for name in ("a", "b", "base") * 6]
+            async with openai.AsyncOpenAI(base_url=url, api_key=admin, max_retries=0) as root:
+                body = {"name": "c", "path": str(shelf.run("lora-c"))}
+                added = await root.post("/admin/models", body=body, cast_to=dict)
+                assert added["parity"]["status"] == "proven"
+                answers = await asyncio.gather(*running)
+                assert answers == [texts[name] for name in ("a", "b", "base") * 6]
+                texts["c"] = await says("c")
+                assert texts["c"] not in (texts["a"], texts["b"], texts["base"])
+
+                for path in (shelf.folder.parent, "/etc", f"{shelf.folder}/../..", str(shelf.run("full"))):
+                    with pytest.raises(openai.BadRequestError):
+                        await root.post("/admin/models", body={"name": "d", "path": str(path)}, cast_to=dict)
+
+                # Killed under load: no answer comes from another model, and all come back proven.
+                engine = fleet.models["a"].engine
+                running = [asyncio.create_task(says(name)) for name in ("a", "b", "c") * 8]
+                await asyncio.sleep(0.05)
+                os.killpg(engine.process.pid, signal.SIGKILL)
+                for name, done in zip(
+                    ("a", "b", "c") * 8, await asyncio.gather(*running, return_exceptions=True), strict=True
+                ):
+                    assert done == texts[name] or isinstance(
+                        done, openai.InternalServerError | openai.APIConnectionError
+                    )
+                for _ in range(600):
+                    if fleet.ready and engine.starts == 2:
+                        break
+                    await asyncio.sleep(0.2)
+                assert {name: await says(name) for name in texts} == texts
+                assert fleet.models["c"].proof.status == "proven"
+
+                await root.delete("/admin/models/c", cast_to=dict)
+                with pytest.raises(openai.NotFoundError):
+                    await says("c")
+            await client.close()
+        await recorder.stop()
+        database.close()
+
+    sources = [resolve(name, str(shelf.run(f"lora-{name}"))) for name in ("a", "b")]
+    started(Fleet(engines(tmp_path)), *sources, then=use)
+
+
+def test_full_models_and_merged_ones(shelf, tmp_path):
+    from dstune.checkpoint.export import export_checkpoint
+    from dstune.checkpoint.store import newest
+    from dstune.inference.reference import add_reference
+
+    run = shelf.run("lora-a").parent.parent
+    merged = export_checkpoint(run, newest(run), tmp_path / "merged", merge=True)
+    assert add_reference(merged, run) == ""
+    (tmp_path / "state").mkdir()
+    proofs = started(
+        Fleet(engines(tmp_path / "state")), resolve("full", str(shelf.run("full"))), resolve("merged", str(merged))
+    )
+    assert {name: proof.status for name, proof in proofs.items()} == {"full": "proven", "merged": "proven"}
+    assert all(proof.rows >= 10 and proof.difference < 1e-4 for proof in proofs.values())
+
+
+def test_classifier_tagger_and_embedder(shelf, tmp_path):
+    import httpx2
+
+    async def use(fleet: Fleet):
+        def ask(name: str, path: str, body: dict):
+            client: httpx2.AsyncClient = fleet.models[name].engine.client
+            return client.post(path, json={"model": name, **body})
+
+        vectors = (await ask("embedder", "/v1/embeddings", {"input": ["w1 w2", "w3"]})).json()["data"]
+        close = (await ask("embedder", "/rerank", {"query": "w1 w2", "documents": ["w3", "w1 w2"]})).json()["results"]
+        labels = (await ask("classifier", "/classify", {"input": "w1 w2"})).json()["data"][0]
+        flags = (await ask("classifier", "/v1/moderations", {"input": "w1 w2"})).json()["results"][0]
+        tags = (await ask("tagger", "/tags", {"input": "w1  w40 w80"})).json()["data"][0]
+        return {name: model.proof for name, model in fleet.models.items()}, vectors, close, labels, flags, tags
+
+    names = ("classifier", "tagger", "embedder")
+    proofs, vectors, close, labels, flags, tags = started(
+        Fleet(engines(tmp_path)), *(resolve(name, str(shelf.run(name))) for name in names), then=use
+    )
+    assert {proof.status for proof in proofs.values()} == {"proven"}
+    assert len(vectors) == 2 and len(vectors[0]["embedding"]) == 32
+    assert [one["index"] for one in close] == [1, 0]
+    assert labels["label"] in ("left", "right") and sum(labels["probs"]) == pytest.approx(1)
+    assert flags["categories"].keys() == {"left", "right"} and flags["flagged"]
+    assert [word["word"] for word in tags["words"]] == ["w1", "w40", "w80"]
+
+
+# -- another model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["local", "vllm"])
+def test_what_is_not_the_trained_model_is_refused(shelf, tmp_path, kind):
+    """A changed template, tensors under another prefix, another base, zeros, a base that was changed: each by its reason."""
+    from safetensors.torch import load_file, save_file
+
+    fleet_of = lambda name: Fleet(  # noqa: E731
+        (engines if kind == "local" else vllm)(state(tmp_path / name)), one_template=kind == "vllm"
+    )
+
+    template = shelf.copy("lora-a", tmp_path / "template")
+    file = template / "chat_template.jinja"
+    file.write_text(file.read_text().replace("assistant\n", "assistant"))
+    assert "another prompt than in training" in refusal(fleet_of("1"), resolve("x", str(template)))
+
+    def changed(name: str, change) -> Path:
+        folder = shelf.copy("lora-a", tmp_path / name)
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file(change(weights), folder / "adapter_model.safetensors", {"format": "pt"})
+        return folder
+
+    renamed = changed("renamed", lambda w: {key.replace("base_model.model.", "base_model."): v for key, v in w.items()})
+    assert "names that peft does not load" in refusal(fleet_of("2"), resolve("x", str(renamed)))
+
+    zeros = changed("zeros", lambda w: {key: value * 0 for key, value in w.items()})
+    told = refusal(fleet_of("3"), resolve("x", str(zeros)))
+    assert "not the model that was trained" in told or "no effect" in told
+
+    other = save_decoder(tmp_path / "other", seed=9)
+    settings = json.loads((template / "adapter_config.json").read_text())
+    moved = shelf.copy("lora-a", tmp_path / "moved")
+    (moved / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
+    assert "not the model that was trained" in refusal(fleet_of("4"), resolve("x", str(moved)))
+
+    small = save_decoder(tmp_path / "small", hidden_size=16)
+    (moved / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(small)}))
+    assert "has the shape" in refusal(fleet_of("5"), resolve("x", str(moved)))
+
+
+def test_an_adapter_of_zeros_has_no_effect_even_if_its_reference_agrees(shelf, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    zeros = shelf.copy("lora-a", tmp_path / "zeros")
+    weights = load_file(zeros / "adapter_model.safetensors")
+    save_file({key: value * 0 for key, value in weights.items()}, zeros / "adapter_model.safetensors", {"format": "pt"})
+    from transformers import AutoModelForCausalLM
+
+    from dstune.inference.reference import _scored
+
+    model = AutoModelForCausalLM.from_pretrained(shelf.base).eval()
+    reference = json.loads((zeros / "reference.json").read_text())
+    reference["rows"] = [_scored(row, model) for row in reference["rows"]]
+    (zeros / "reference.json").write_text(json.dumps(reference))
+    assert "has no effect" in refusal(Fleet(engines(state(tmp_path / "s"))), resolve("x", str(zeros)))
+
+
+def test_vllm_by_its_command_line(shelf, tmp_path):
+    async def use(fleet: Fleet):
+        added = await fleet.add(resolve("b", str(shelf.run("lora-b"))))
+        engine = fleet.models["a"].engine
+        body = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 6}
+        texts = [
+            (await engine.ask("POST", "/v1/chat/completions", {"model": m, **body}))["choices"] for m in ("a", "b")
+        ]
+        return {name: model.proof for name, model in fleet.models.items()}, added, texts
+
+    proofs, added, texts = started(
+        Fleet(vllm(tmp_path), one_template=True), resolve("a", str(shelf.run("lora-a"))), then=use
+    )
+    assert (proofs["a"].status, added.proof.status) == ("proven", "proven")
+    assert proofs["a"].difference < 1e-4 and proofs["a"].effect > 1e-3
+    assert texts[0] != texts[1]
+
+
+def test_a_model_without_a_reference_is_served_unproven_and_said_to_be(shelf, tmp_path):
+    plain = shelf.copy("full", tmp_path / "plain")
+    (plain / "reference.json").unlink()
+    proofs = started(Fleet(engines(state(tmp_path / "1"))), resolve("x", str(plain)))
+    assert proofs["x"].status == "unproven"
+    told = refusal(Fleet(engines(state(tmp_path / "2")), require_proof=True), resolve("x", str(plain)))
+    assert "unproven" in told
+
+
+def state(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
