@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from dstune.checkpoint import store
@@ -20,7 +21,7 @@ from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.config.compose import read_run
 from dstune.core.errors import Problem, UserError
-from dstune.protocols import method_of
+from dstune.protocols import method_of, task_of
 from dstune.protocols.method import MethodConfig
 
 MAX_SHARD_SIZE = "5GB"
@@ -74,6 +75,8 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
     with _quiet():
         from dstune.checkpoint.gguf_file import check_architecture, write_gguf
         from dstune.checkpoint.gguf_vocabulary import read_vocabulary
+        from dstune.checkpoint.ollama import modelfile
+        from dstune.data.stopping import stop_token_ids
         from dstune.models.load import load_config, load_tokenizer
 
         architecture = load_config(config.model)
@@ -83,8 +86,14 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=method_of(config.method).merges)
         name = f"{config.run.name}-{kind}.gguf"
         write_gguf(whole, folder / name, kind, config.run.name)
-        for kept in (RECORD, "README.md"):
-            (whole / kept).rename(folder / kept)
+        # What a server needs beside the file: the tokenizer's control tokens, the template, and Ollama's settings.
+        tokenizer = load_tokenizer(replace(config.model, path=str(whole), revision=None, chat_template=None))
+        date = task_of(config.task).template_date
+        text = modelfile(name, tokenizer, stop_token_ids(tokenizer), date)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        for kept in (RECORD, "README.md", "tokenizer.json", "chat_template.jinja"):
+            if (whole / kept).is_file():
+                (whole / kept).rename(folder / kept)
         shutil.rmtree(whole)
     return out / name
 

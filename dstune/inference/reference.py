@@ -22,7 +22,7 @@ from dstune.config.schema import Attention, RunConfig
 from dstune.core import files
 from dstune.core.errors import UserError
 from dstune.core.paths import cache_root
-from dstune.core.rank_env import ALONE
+from dstune.core.rank_env import RankEnv
 from dstune.data import sources
 from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
@@ -36,6 +36,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of, task_of
 
 NAME = "reference.json"
+ALONE = RankEnv(0, 1, 0, 1, "alone")
 ROWS = 32
 MOST_TOKENS = 1024
 """Of a row; longer ones are passed over, so that a reference takes seconds."""

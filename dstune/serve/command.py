@@ -87,8 +87,13 @@ def _parser() -> VerbParser:
     parser.add_argument("--engine-url", metavar="URL", help="of a server that runs already (engines vllm and remote)")
     parser.add_argument("--engine-key-env", metavar="NAME", help="environment variable with the key of that server")
     parser.add_argument(
-        "--allow-engine", action="append", default=[], metavar="HOST[:PORT]", help="server that --engine-url may name"
+        "--allow-engine",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="server that --engine-url may name; http://HOST:PORT one without TLS",
     )
+    parser.add_argument("--base-name", default="", metavar="NAME", help="under which the base of adapters is served")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format to compute in")
     parser.add_argument("--check", action="store_true", help="hold the models against their training, and end")
     parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
@@ -204,6 +209,7 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
         _engine_of(arguments, state, runtime),
         one_template=arguments.engine == "vllm",
         require_proof=arguments.require_proof,
+        base_name=arguments.base_name,
         drain_seconds=arguments.drain_seconds,
     )
     try:

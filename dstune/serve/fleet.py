@@ -66,11 +66,12 @@ class Fleet:
         one_template: bool = False,
         require_proof: bool = False,
         drain_seconds: float = 20.0,
+        base_name: str = "",
     ):
         """one_template: engines ask all adapters through one chat template. require_proof: refuse a model without a
-        reference, or on an engine that cannot be compared."""
+        reference, or on an engine that cannot be compared. base_name: of the base of adapters."""
         self._engine_of, self._require_proof, self._drain = engine_of, require_proof, drain_seconds
-        self._one_template = one_template
+        self._one_template, self._named_base = one_template, base_name
         self.models: dict[str, Model] = {}
         self._groups: list[_Group] = []
         self._watchers: list[asyncio.Task[None]] = []
@@ -109,7 +110,10 @@ class Fleet:
             if group is None:
                 base = source
                 if shared:
-                    name = self._base_name(source.base, [*names, *(one.base for one in groups)])
+                    taken = [*names, *(one.base for one in groups)]
+                    if self._named_base in taken:
+                        raise UserError(Problem("--base-name", "the name is taken", value=self._named_base))
+                    name = self._named_base or self._base_name(source.base, taken)
                     base = base_source(source, name, one_template=self._one_template)
                 group = _Group(self._engine_of(base, base.name), base.name, named=not shared)
                 groups.append(group)

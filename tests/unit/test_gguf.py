@@ -274,7 +274,9 @@ def test_the_verb_writes_one_file(models, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     file = run_dir / "export-gguf" / "run-q8_0.gguf"
     assert (result["export"], result["kind"]) == (str(file), "gguf")
-    assert sorted(path.name for path in file.parent.iterdir()) == ["README.md", "dstune.json", file.name]
+    assert sorted(path.name for path in file.parent.iterdir()) == sorted(
+        ["Modelfile", "README.md", "chat_template.jinja", "dstune.json", "tokenizer.json", file.name]
+    )
     found, twice = read_back(file)[0], original(models["llama"])
     for parameter in twice.parameters():
         parameter.data *= 2

@@ -60,8 +60,11 @@ def check_address(address: str, allowed: Collection[str]) -> None:
         port = None
     if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
         raise UserError(Problem("--engine-url", "is no address of a server", "https://HOST[:PORT]/v1", address))
-    if parts.scheme == "http" and host not in LOOPBACK:
-        raise UserError(Problem("--engine-url", "keys and prompts would go in the clear", "https://...", address))
-    if host not in LOOPBACK and host not in allowed and f"{host}:{port}" not in allowed:
+    if host in LOOPBACK:
+        return
+    if parts.scheme == "http" and f"http://{parts.netloc}".lower() not in allowed:
+        fix = f"https://..., or --allow-engine http://{parts.netloc} where nobody else can listen"
+        raise UserError(Problem("--engine-url", "keys and prompts would go in the clear", fix, address))
+    if parts.scheme == "https" and host not in allowed and f"{host}:{port}" not in allowed:
         fix = f"--allow-engine {host}"
         raise UserError(Problem("--engine-url", "is not a server that --allow-engine names", fix, address))

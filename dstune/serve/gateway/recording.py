@@ -60,6 +60,7 @@ class Recorder:
         self._database, self._log = database, request_log
         self._rows: list[AnswerRow] = []
         self._task: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
         self.written: Any = lambda request, tokens: None
 
     def start(self) -> None:
@@ -103,9 +104,10 @@ class Recorder:
 
     async def flush(self) -> None:
         """What was answered until now is in the database."""
-        rows, self._rows = self._rows, []
-        if rows:
-            await asyncio.to_thread(self._write, rows)
+        async with self._writing:
+            rows, self._rows = self._rows, []
+            if rows:
+                await asyncio.to_thread(self._write, rows)
 
     def _write(self, rows: list[AnswerRow]) -> None:
         with self._database.session.begin() as session:

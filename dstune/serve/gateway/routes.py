@@ -113,19 +113,26 @@ async def feedback(gateway: Gateway, request: Request) -> None:
             raise ApiError(400, f"Invalid {name}: must be a text of at most {most} characters.", param=name)
     if all(body.get(name) is None for name in FEEDBACK[1:]):
         raise ApiError(400, "Give a rating, a label or a correction.", param="rating")
-    await gateway.recorder.flush()
-    row = await asyncio.to_thread(_store_feedback, gateway, request, body)
+    for pause in (0.0, 0.2):  # an answer that has just been sent is recorded a moment later
+        await asyncio.sleep(pause)
+        await gateway.recorder.flush()
+        row = await asyncio.to_thread(_store_feedback, gateway, request, body)
+        if row is not None:
+            break
+    else:
+        raise ApiError(404, "There is no such answer.", param="id", code="answer_not_found")
     await request.answer({"id": row.id, "object": "feedback", "answer": row.answer})
 
 
-def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback:
+def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback | None:
+    """None where the caller was given no such answer."""
     assert request.caller is not None
     with gateway.database.session.begin() as session:
         own = AnswerRow.key == request.caller.id
         named = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
         answer = session.scalar(select(AnswerRow).where(own, named))
         if answer is None:
-            raise ApiError(404, "There is no such answer.", param="id", code="answer_not_found")
+            return None
         values = {name: body.get(name) for name in FEEDBACK[1:]}
         row = Feedback(
             id=f"fb_{secrets.token_hex(12)}", answer=answer.id, key=request.caller.id, created=now(), **values

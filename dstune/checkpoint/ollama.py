@@ -1,0 +1,75 @@
+"""The `Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`.
+
+Ollama renders with a template of its own, in Go's language. It is derived from the model's chat template by rendering made-up
+conversations; one whose turns do not all look alike gets none, and Ollama's guess is not the template of the training then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstune.data.template_date import freeze_date
+
+_SYSTEM, _USER, _ANSWER, _AGAIN = "zqsystem", "zquser", "zqanswer", "zqagain"
+
+
+def modelfile(gguf: str, tokenizer: Any, stops: list[int], date: str | None) -> str:
+    """stops: tokens that end an answer. date: what the template takes for today."""
+    lines = [f"FROM ./{gguf}"]
+    template = go_template(tokenizer, date) if tokenizer.chat_template else None
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    else:
+        lines.append(
+            "# The chat template is not one that Ollama's language can say turn by turn, so Ollama guesses one."
+        )
+    lines += [f"PARAMETER stop {_quoted(tokenizer.decode([token]))}" for token in stops]
+    return "\n".join([*lines, ""])
+
+
+def go_template(tokenizer: Any, date: str | None) -> str | None:
+    """None where the turns do not all look alike."""
+    source = freeze_date(tokenizer.get_chat_template(), date)
+
+    def render(*turns: tuple[str, str], prompt: bool = False) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=prompt
+        )
+        return text
+
+    user, answer, again, system = ("user", _USER), ("assistant", _ANSWER), ("user", _AGAIN), ("system", _SYSTEM)
+    try:
+        whole = render(user, answer, again)
+        asked, waiting = render(user), render(user, prompt=True)
+        instructed = render(system, user)
+        before_answer = waiting.removeprefix(asked) if waiting.startswith(asked) else ""
+        after_user = asked.partition(_USER)[2]
+        after_answer = render(user, answer).partition(_ANSWER)[2]
+        between = whole.partition(_ANSWER)[2].partition(_AGAIN)[0]
+        before_user = between.removeprefix(after_answer)
+        head = asked.partition(_USER)[0].removesuffix(before_user)
+        before_system, _, rest = instructed.partition(_SYSTEM)
+        after_system = rest.partition(_USER)[0].removesuffix(before_user)
+    except Exception:  # a template is a program; it may refuse any of these
+        return None
+    bos = tokenizer.bos_token or ""
+    first = head.removeprefix(bos) if bos else head  # llama.cpp puts it there itself
+    begin = bos if bos and asked.startswith(bos) else ""
+    said = f"{begin}{first}{before_user}{_USER}{after_user}{before_answer}{_ANSWER}{after_answer}{before_user}{_AGAIN}{after_user}"
+    told = f"{before_system}{_SYSTEM}{after_system}{before_user}{_USER}{after_user}"
+    if said != whole or told != instructed or not before_user or any("{{" in part for part in (said, told)):
+        return None
+    system_start = before_system.removeprefix(bos) if bos else before_system
+    default = f"{{{{ else }}}}{first}" if first else ""
+    return (
+        f"{{{{ if .System }}}}{system_start}{{{{ .System }}}}{after_system}{default}{{{{ end }}}}"
+        "{{- range .Messages }}"
+        f'{{{{- if eq .Role "user" }}}}{before_user}{{{{ .Content }}}}{after_user}'
+        f'{{{{- else if eq .Role "assistant" }}}}{before_answer}{{{{ .Content }}}}{after_answer}{{{{- end }}}}'
+        f"{{{{- end }}}}{before_answer}"
+    )
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

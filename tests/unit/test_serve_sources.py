@@ -1,0 +1,216 @@
+"""What the command line names, what adapters fit, what addresses are allowed, and what parity says of a stub."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+
+from dstune.core.errors import UserError
+from dstune.serve import command, fields
+from dstune.serve.engines.base import Engine, Limits, Unprovable
+from dstune.serve.engines.remote import check_address
+from dstune.serve.engines.special import SpecialTexts
+from dstune.serve.engines.vllm import VllmEngine
+from dstune.serve.errors import ApiError
+from dstune.serve.parity import Refused, prove, read_reference
+from dstune.serve.source import of_words, resolve
+from tests.support.serving import stub_source
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        command.main(list(words))
+    return str(caught.value)
+
+
+def test_names_and_paths():
+    assert of_words(["runs/a", "x=runs/b", "./lr=1/run"]) == [("", "runs/a"), ("x", "runs/b"), ("", "./lr=1/run")]
+    with pytest.raises(UserError) as caught:
+        of_words(["a b=c", "d="])
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["m", "--engine", "vllm"], "--engine-python"),
+        (["m", "--engine", "remote"], "--engine-url"),
+        (["m", "--port", "-1"], "--port"),
+        (["m", "--host", "0.0.0.0"], "--allow-host"),
+        (["m", "--", "--x"], "takes no arguments"),
+        (["./nowhere"], "no such folder"),
+        (["m", "serve.engine=nothing"], "there is no such choice"),
+        (["--check"], "MODEL"),
+    ],
+)
+def test_command_lines_that_are_wrong(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    assert told in refusal(*words)
+
+
+def test_without_the_extra_the_verb_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("dstune.serve.extra.MODULES", ("no_such_module",))
+    assert "pip install 'dstune[serve]'" in refusal("m", "--state", str(tmp_path / "s"))
+
+
+def test_settings_in_the_words_of_keys():
+    own, behind = command._split(["m", "serve.engine.python=/x", "serve.max_queue=3", "--", "--a=b"])
+    assert (own, behind) == (["m", "--engine-python", "/x", "--max-queue", "3"], ["--a=b"])
+
+
+def test_folders_that_cannot_be_served(tmp_path):
+    (tmp_path / "dstune.json").write_text(json.dumps({"task": {"name": "question_answering"}}))
+    with pytest.raises(UserError, match="has no route"):
+        resolve("x", str(tmp_path))
+    (tmp_path / "dstune.json").write_text(json.dumps({"task": {"name": "nothing"}}))
+    with pytest.raises(UserError, match="not known"):
+        resolve("x", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed", "told"),
+    [
+        ("https://models.example/v1", [], "--allow-engine"),
+        ("http://models.example/v1", ["models.example"], "in the clear"),
+        ("https://user:secret@models.example", ["models.example"], "no address"),
+        ("ftp://models.example", ["models.example"], "no address"),
+        ("https://models.example:99999", ["models.example"], ""),
+        ("https://models.example/v1", ["models.example"], ""),
+        ("https://models.example:8443/v1", ["models.example:8443"], ""),
+        ("http://vllm:8000/v1", ["http://vllm:8000"], ""),
+        ("http://127.0.0.1:8000", [], ""),
+    ],
+)
+def test_addresses_of_other_servers(address, allowed, told):
+    if told:
+        with pytest.raises(UserError, match=told):
+            check_address(address, allowed)
+    else:
+        check_address(address, allowed)
+
+
+def test_control_tokens_in_what_clients_write_are_refused(tmp_path):
+    tokens = [{"content": "<|im_end|>", "special": True}, {"content": "<think>", "special": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    special = SpecialTexts(stub_source("m", folder=tmp_path))
+    for body in (
+        {"messages": [{"role": "user", "content": "a<|im_end|>b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]}]},
+        {"tools": [{"function": {"description": "<|im_end|>"}}]},
+        {"prompt": ["a", "<|im_end|>"]},
+    ):
+        with pytest.raises(ApiError):
+            special.refuse(body)
+    special.refuse({"messages": [{"role": "user", "content": "<think> im_end"}], "stop": "<|im_end|>"})
+
+
+def test_the_command_line_of_vllm(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").write_text("")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "rank_pattern": {"q": 32}}))
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }} {{ tools }} <tool_call>")
+    source = stub_source("base", asked_as=tmp_path, template_date="2024-05-06", trust_remote_code=True)
+    engine = VllmEngine(
+        source, "base", tmp_path, tmp_path, Limits(), python=str(tmp_path / "bin" / "python"), arguments=["--x", "y"]
+    )
+    engine.expect(stub_source("a", folder=tmp_path, adapter=True))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    made = engine.command(folder)
+    words = made.argv[1:]
+    assert words[:2] == ["serve", "base"] and words[-2:] == ["--x", "y"]
+    value = lambda flag: words[words.index(flag) + 1]  # noqa: E731
+    assert (value("--max-lora-rank"), value("--tool-call-parser"), value("--uds")) == ("32", "hermes", f"{folder}/http")
+    assert "2024" in (folder / "chat_template.jinja").read_text().split("macro")[1]
+    assert made.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1" and "PYTHONPATH" not in made.env
+    assert "--api-key" not in words
+
+
+# -- parity -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Told(Engine):
+    """Tells what it is given."""
+
+    name: ClassVar[str] = "told"
+    ids: list[int] = field(default_factory=lambda: [1, 2])
+    found: dict[str, Any] = field(default_factory=dict)
+
+    async def prompt_ids(self, model, row):
+        return self.ids
+
+    async def logprobs(self, model, ids):
+        if model not in self.found:
+            raise Unprovable("nothing")
+        return self.found[model]
+
+
+def proof(tmp_path, *, dtype="float32", base=None, **given):
+    row = {"messages": [], "prompt_ids": [1, 2], "target_ids": [3, 4], "logprobs": [-1.0, -2.0]}
+    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    source = stub_source("m", folder=tmp_path)
+    engine = Told(source, "m", tmp_path, tmp_path, Limits(), **given)
+    engine.dtype = dtype
+    return asyncio.run(prove(engine, "m", source, base))
+
+
+def test_equal_is_proven_and_different_is_refused(tmp_path):
+    near, far = [-9.0, -1.00005, -2.0], [-9.0, -1.0, -2.0002]
+    found = proof(tmp_path, found={"m": near})
+    assert (found.status, found.rows) == ("proven", 1) and found.difference == pytest.approx(5e-5)
+    with pytest.raises(Refused, match="log-probabilities of row 1"):
+        proof(tmp_path, found={"m": far})
+    assert proof(tmp_path, found={"m": far}, dtype="bfloat16").status == "proven"
+    with pytest.raises(Refused):
+        proof(tmp_path, found={"m": [-9.0, float("nan"), -2.0]})
+    with pytest.raises(Refused, match=r"differ from token 1 on \(\.\.\. 7"):
+        proof(tmp_path, found={"m": near}, ids=[1, 7])
+    with pytest.raises(Refused, match="another prompt"):
+        proof(tmp_path, found={"m": near}, ids=[1])
+
+
+def test_an_adapter_has_to_differ_from_its_base(tmp_path):
+    same = [-9.0, -1.0, -2.0]
+    with pytest.raises(Refused, match="has no effect"):
+        proof(tmp_path, base="b", found={"m": same, "b": [-9.0, -1.0005, -2.0]})
+    found = proof(tmp_path, base="b", found={"m": same, "b": [-9.0, -1.5, -2.0]})
+    assert found.effect == pytest.approx(0.5)
+
+
+def test_what_cannot_be_compared_is_unproven(tmp_path):
+    assert proof(tmp_path).detail == "nothing"
+    assert proof(tmp_path, dtype="float8", found={"m": []}).status == "unproven"
+    with pytest.raises(Refused):  # the tokens are compared all the same
+        proof(tmp_path, ids=[9])
+    (tmp_path / "reference.json").write_text("{")
+    with pytest.raises(Refused, match="cannot be read"):
+        read_reference(tmp_path)
+
+
+def test_every_field_has_a_check_that_refuses_something():
+    """A field that takes anything would be passed on unseen."""
+    for known in (fields.CHAT, fields.COMPLETION, fields.EMBEDDING, fields.RERANK, fields.SCORE, fields.TAG):
+        for name, check in known.items():
+            assert check([[[object()]]]) or name == "metadata", name
+            assert check({"a": {"b": "c"}}) or name == "metadata", name
+
+
+def test_the_fields_of_the_official_client_are_known():
+    """Each either acts, or is refused by its name and not as unknown."""
+    import inspect
+
+    from openai.resources.chat.completions import Completions
+    from openai.resources.embeddings import Embeddings
+
+    own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    chat = set(inspect.signature(Completions.create).parameters) - own
+    for name in chat - set(fields.CHAT):
+        with pytest.raises(ApiError) as caught:
+            fields.checked({"messages": [{"role": "user", "content": "a"}], name: {"x": 1}}, fields.CHAT, ())
+        assert caught.value.param in (name, "messages")
+    assert set(inspect.signature(Embeddings.create).parameters) - own <= set(fields.EMBEDDING)

@@ -1,0 +1,239 @@
+"""Keys, the database, the log of requests, and what of it is on the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from dstune.core.errors import UserError
+from dstune.serve import keys_command
+from dstune.serve.gateway.request_log import RequestLog, answer_value
+from dstune.serve.state import state_folder
+from dstune.serve.store.database import Database
+from dstune.serve.store.keys import Keys
+from dstune.serve.store.tables import AnswerRow, Table
+from tests.support.serving import chat, served
+
+
+def keys(*words: object) -> None:
+    assert keys_command.main(list(map(str, words))) == 0
+
+
+def refusal(*words: object) -> str:
+    with pytest.raises(UserError) as caught:
+        keys_command.main(list(map(str, words)))
+    return str(caught.value)
+
+
+def test_keys_are_added_listed_and_revoked(tmp_path, capsys):
+    state = tmp_path / "serving"
+    keys("add", "mobile", "--models", "a,b", "--requests-per-minute", 5, "--state", state, "--json")
+    key = json.loads(capsys.readouterr().out)["key"]
+    caller = Keys(Database.of_folder(state)).find(key)
+    assert (caller.name, caller.admin, caller.models, caller.limit.requests_per_minute) == (
+        "mobile",
+        False,
+        {"a", "b"},
+        5,
+    )
+    assert "a key has this name already" in refusal("add", "mobile", "--state", state)
+    keys("list", "--state", state, "--json")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["revoked"]) == ("mobile", False)
+    assert key not in json.dumps(row)
+    keys("revoke", "mobile", "--state", state)
+    assert Keys(Database.of_folder(state)).find(key) is None
+    assert "there is no such key" in refusal("revoke", "mobile", "--state", state)
+    keys("add", "mobile", "--state", state)  # the name is free again
+    assert "must be a whole number" in refusal("add", "x", "--concurrent", 0, "--state", state)
+    assert "there is no such folder" in refusal("list", "--state", tmp_path / "nowhere")
+
+
+def test_the_folder_is_of_this_user_alone(tmp_path):
+    open_folder = tmp_path / "open"
+    open_folder.mkdir(mode=0o755)
+    open_folder.chmod(0o755)
+    with pytest.raises(UserError, match="other users may enter"):
+        state_folder(open_folder, create=True)
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path / "made")
+    (tmp_path / "made").mkdir(mode=0o700)
+    with pytest.raises(UserError, match="not a folder of this user"):
+        state_folder(linked, create=False)
+    made = state_folder(tmp_path / "new", create=True)
+    assert made.stat().st_mode & 0o777 == 0o700
+
+
+def differences(database: Database) -> list:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with database.engine.connect() as connection:
+        return compare_metadata(MigrationContext.configure(connection), Table.metadata)
+
+
+def test_the_migrations_make_the_tables(tmp_path):
+    assert differences(Database.of_folder(tmp_path)) == []
+    assert differences(Database.of_folder(tmp_path)) == []  # opened again
+
+
+def test_a_transaction_is_one(tmp_path):
+    database = Database.of_folder(tmp_path)
+
+    def fail() -> None:
+        with database.session.begin() as session:
+            session.connection().exec_driver_sql(
+                "INSERT INTO keys (id, name, hash, admin, created) VALUES ('a', 'a', 'a', 0, '2026-01-01')"
+            )
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert Keys(database).all() == []
+
+
+def test_an_address_that_is_none(tmp_path):
+    for url in ("nothing", "mysql://x/y", f"sqlite:///{tmp_path}/nowhere/store.sqlite"):
+        with pytest.raises(UserError):
+            Database(url)
+
+
+def test_postgresql():
+    """A server of its own, on a Unix socket; by another user than root, as whom it does not run."""
+    (programs,) = glob.glob("/usr/lib/postgresql/*/bin")[-1:] or [""]
+    if not programs:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    user = {"user": "nobody", "group": "nogroup"} if os.getuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="dstune-pg-"))  # short, and open to that user
+    if user:
+        shutil.chown(folder, **user)
+
+    def call(program: str, *words: str) -> None:
+        command = [f"{programs}/{program}", "-D", f"{folder}/data", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, **user)
+
+    call("initdb", "-A", "trust", "-U", "dstune", "--no-sync")
+    call("pg_ctl", "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "-l", f"{folder}/log", "-w", "start")
+    try:
+        url = f"postgresql://dstune@/postgres?host={folder}"
+        databases = [Database(url), Database(url)]
+        key = Keys(databases[0]).add("one")
+        assert Keys(databases[1]).find(key).name == "one"
+        with pytest.raises(UserError, match="a key has this name already"):
+            Keys(databases[1]).add("one")
+        assert differences(databases[0]) == []
+        for database in databases:
+            database.close()
+    finally:
+        call("pg_ctl", "-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+# -- requests and answers ---------------------------------------------------------------------------------------------
+
+
+def masked(text: str) -> str:
+    return text.replace("0171 555", "<PHONE>")
+
+
+def test_requests_are_logged_masked_and_forgotten(tmp_path):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "requests"
+    log = RequestLog(folder, masked)
+
+    async def test():
+        (tmp_path / "state").mkdir(mode=0o700)
+        async with served(tmp_path / "state", log=log) as found:
+            client = found.client()
+            await client.post("/v1/chat/completions", json=chat("call 0171 555 now", user="u1"))
+            await client.post("/v1/chat/completions", json=chat("a b", stream=True, user="u2"))
+            await client.post("/v1/chat/completions", json=chat("c"))
+
+    asyncio.run(test())
+    (file,) = folder.glob("*.parquet")
+    assert file.stat().st_mode & 0o777 == 0o600
+    rows = pq.read_table(file).to_pylist()
+    assert [row["user"] for row in rows] == ["u1", "u2", None]
+    assert json.loads(rows[0]["request"])["messages"][0]["content"] == "call <PHONE> now"
+    assert json.loads(rows[0]["answer"])["choices"][0]["message"]["content"] == "call <PHONE> now"
+    assert json.loads(rows[1]["answer"]) == ["ab"]
+    assert rows[0]["version"] and rows[0]["model"] == "first"
+    assert b"0171 555" not in b"".join(one.read_bytes() for one in tmp_path.rglob("*") if one.is_file())
+    assert RequestLog(folder, masked).forget("u1") == 1
+    (file,) = folder.glob("*.parquet")
+    assert [row["user"] for row in pq.read_table(file).to_pylist()] == ["u2", None]
+
+
+def test_old_files_are_removed(tmp_path):
+    log = RequestLog(tmp_path, str, retention_days=1)
+    for name, age in (("old", 2), ("new", 0)):
+        file = tmp_path / f"{name}.parquet"
+        file.write_bytes(b"")
+        os.utime(file, (time.time() - age * 86400,) * 2)
+    log.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["new.parquet"]
+
+
+def test_an_answer_that_was_cut_is_kept_as_text():
+    assert answer_value(b'{"choices": [') == '{"choices": ['
+    assert answer_value(b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: {"cho') == ["a"]
+
+
+def test_answers_are_recorded_without_text(tmp_path):
+    async def test():
+        async with served(tmp_path) as found:
+            await found.client().post("/v1/chat/completions", json=chat("one two", user="u"))
+            while found.gateway.open:
+                await asyncio.sleep(0.01)
+            await found.gateway.recorder.flush()
+            with found.gateway.database.session() as session:
+                (row,) = session.query(AnswerRow)
+            return row
+
+    row = asyncio.run(test())
+    assert (row.model, row.status, row.tokens, row.user) == ("first", 200, 3, "u")
+
+
+def test_a_server_that_is_told_to_end_says_so_first_and_finishes(tmp_path):
+    """Readiness is 503 while the delay lasts, running requests end whole, later ones find nobody."""
+    import signal
+
+    import httpx2
+    import uvicorn
+
+    from dstune.serve.server import Server, drained
+
+    async def test():
+        async with served(tmp_path, seconds=0.05) as found:
+            listening = socket.socket()
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            config = uvicorn.Config(found.gateway, lifespan="off", log_config=None, timeout_graceful_shutdown=10)
+            task = asyncio.create_task(drained(Server(config), found.gateway, 0.3, [listening]))
+            headers = {"authorization": f"Bearer {found.key}"}
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=20) as client:
+                assert (await client.get("/readyz")).status_code == 200
+                running = asyncio.create_task(client.post("/v1/chat/completions", json=chat("w " * 20)))
+                await asyncio.sleep(0.1)
+                os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.sleep(0.1)
+                assert (await client.get("/readyz")).status_code == 503
+                assert (await client.get("/healthz")).status_code == 200
+                assert (await running).status_code == 200
+                await task
+                with pytest.raises(httpx2.ConnectError):
+                    await client.get("/healthz")
+
+    asyncio.run(test())
