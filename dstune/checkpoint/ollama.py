@@ -41,24 +41,43 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
     user, answer, again, system = ("user", _USER), ("assistant", _ANSWER), ("user", _AGAIN), ("system", _SYSTEM)
     try:
         whole = render(user, answer, again)
-        asked, waiting = render(user), render(user, prompt=True)
+        requested, waiting = render(user), render(user, prompt=True)
         instructed = render(system, user)
-        before_answer = waiting.removeprefix(asked) if waiting.startswith(asked) else ""
-        after_user = asked.partition(_USER)[2]
+        before_answer = waiting.removeprefix(requested) if waiting.startswith(requested) else ""
+        after_user = requested.partition(_USER)[2]
         after_answer = render(user, answer).partition(_ANSWER)[2]
         between = whole.partition(_ANSWER)[2].partition(_AGAIN)[0]
         before_user = between.removeprefix(after_answer)
-        head = asked.partition(_USER)[0].removesuffix(before_user)
+        head = requested.partition(_USER)[0].removesuffix(before_user)
         before_system, _, rest = instructed.partition(_SYSTEM)
         after_system = rest.partition(_USER)[0].removesuffix(before_user)
     except Exception:  # a template is a program; it may refuse any of these
         return None
     bos = tokenizer.bos_token or ""
     first = head.removeprefix(bos) if bos else head  # llama.cpp puts it there itself
-    begin = bos if bos and asked.startswith(bos) else ""
-    said = f"{begin}{first}{before_user}{_USER}{after_user}{before_answer}{_ANSWER}{after_answer}{before_user}{_AGAIN}{after_user}"
-    told = f"{before_system}{_SYSTEM}{after_system}{before_user}{_USER}{after_user}"
-    if said != whole or told != instructed or not before_user or any("{{" in part for part in (said, told)):
+    begin = bos if bos and requested.startswith(bos) else ""
+    written = "".join(
+        (
+            begin,
+            first,
+            before_user,
+            _USER,
+            after_user,
+            before_answer,
+            _ANSWER,
+            after_answer,
+            before_user,
+            _AGAIN,
+            after_user,
+        )
+    )
+    reported = f"{before_system}{_SYSTEM}{after_system}{before_user}{_USER}{after_user}"
+    if (
+        written != whole
+        or reported != instructed
+        or not before_user
+        or any("{{" in part for part in (written, reported))
+    ):
         return None
     system_start = before_system.removeprefix(bos) if bos else before_system
     default = f"{{{{ else }}}}{first}" if first else ""

@@ -163,14 +163,14 @@ def _language_row(
     start, end = int(answer[0]), int(answer[-1]) + 1
     if trained[: start + 1] != ids[: start + 1]:
         return None
-    asked: dict[str, Any] = {"messages": messages[:first]}
+    requested: dict[str, Any] = {"messages": messages[:first]}
     if "tools" in kept:
-        asked["tools"] = kept["tools"]
+        requested["tools"] = kept["tools"]
     if "chat_template_kwargs" in kept:
-        asked["arguments"] = kept["chat_template_kwargs"]
+        requested["arguments"] = kept["chat_template_kwargs"]
     if not tokenizer.chat_template:
-        asked = {"text": row["prompt"]} if "prompt" in row else {"ids_only": True}
-    return {**asked, "prompt_ids": ids[:start], "target_ids": ids[start:end]}
+        requested = {"text": row["prompt"]} if "prompt" in row else {"ids_only": True}
+    return {**requested, "prompt_ids": ids[:start], "target_ids": ids[start:end]}
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def _other_template(adapter: Source, base: Source) -> Iterator[tuple[str, str, s
 
 
 def _added(source: Source) -> set[str]:
-    folder = source.asked_as or source.folder
+    folder = source.prompted_as or source.folder
     assert folder is not None
     try:
         found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -52,10 +52,10 @@ def _list(rows: list, *, as_json: bool) -> None:  # type: ignore[type-arg]
         if as_json:
             print(json.dumps(values))
         else:
-            told = [
+            reported = [
                 f"{name}={value}" for name, value in values.items() if name != "name" and value not in (None, False)
             ]
-            print(f"{row.name:<24} {' '.join(told)}")
+            print(f"{row.name:<24} {' '.join(reported)}")
 
 
 def _parser() -> VerbParser:

@@ -18,12 +18,12 @@ def prepare(run: Path, state: Path) -> Path:
     command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    told = (
+    reported = (
         json.loads(lines[-1]) if lines else {"error": json.dumps({"type": "", "message": "it ended", "problems": []})}
     )
-    if "error" in told:
-        raise from_json(told["error"])
-    return Path(told["folder"])
+    if "error" in reported:
+        raise from_json(reported["error"])
+    return Path(reported["folder"])
 
 
 def main(run: Path, scratch: Path) -> int:

@@ -38,7 +38,7 @@ class Source:
     base_revision: str | None = None
     trust_remote_code: bool = False
     template_date: str | None = None
-    asked_as: Path | None = None
+    prompted_as: Path | None = None
     """Of a base, the folder of the adapter whose tokenizer and template it is asked with, by engines that have one only."""
 
     @property
@@ -66,7 +66,7 @@ class Source:
 
     def digest(self, file: str) -> str:
         """Of a file beside the tokenizer; empty where there is none."""
-        folder = self.asked_as or self.folder
+        folder = self.prompted_as or self.folder
         if folder is None or not (folder / file).is_file():
             return ""
         return hashlib.sha256((folder / file).read_bytes()).hexdigest()
@@ -74,7 +74,7 @@ class Source:
     @property
     def template(self) -> str | None:
         """The chat template's text; None where there is none."""
-        folder = self.asked_as or self.folder
+        folder = self.prompted_as or self.folder
         if folder is None:
             return None
         own = folder / "chat_template.jinja"
@@ -166,7 +166,7 @@ def base_source(source: Source, name: str, *, one_template: bool) -> Source:
         path=source.base,
         adapter=False,
         template_date=source.template_date if one_template else None,
-        asked_as=source.folder if one_template else None,
+        prompted_as=source.folder if one_template else None,
     )
 
 

@@ -113,7 +113,7 @@ def test_the_command_line_of_vllm(tmp_path):
     (tmp_path / "bin" / "vllm").write_text("")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "rank_pattern": {"q": 32}}))
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }} {{ tools }} <tool_call>")
-    source = stub_source("base", asked_as=tmp_path, template_date="2024-05-06", trust_remote_code=True)
+    source = stub_source("base", prompted_as=tmp_path, template_date="2024-05-06", trust_remote_code=True)
     engine = VllmEngine(
         source, "base", tmp_path, tmp_path, Limits(), python=str(tmp_path / "bin" / "python"), arguments=["--x", "y"]
     )

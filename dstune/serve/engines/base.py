@@ -124,10 +124,10 @@ class Engine:
         """The log-probability of each token but the first. Raises Unprovable, EngineDown."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         found = await self.ask("POST", "/v1/completions", body)
-        told = found["choices"][0].get("prompt_logprobs")
-        if not told:
+        reported = found["choices"][0].get("prompt_logprobs")
+        if not reported:
             raise Unprovable("the engine tells no log-probabilities of a prompt")
-        return [float(one[str(token)]["logprob"]) for one, token in zip(told[1:], ids[1:], strict=True)]
+        return [float(one[str(token)]["logprob"]) for one, token in zip(reported[1:], ids[1:], strict=True)]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Tokens and answers of an encoder's rows. Raises Unprovable."""

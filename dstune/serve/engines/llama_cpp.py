@@ -78,8 +78,8 @@ class LlamaCppEngine(Engine):
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         text = row.get("text")
         if text is None:
-            asked = {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
-            text = (await self.ask("POST", "/apply-template", asked))["prompt"]
+            requested = {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
+            text = (await self.ask("POST", "/apply-template", requested))["prompt"]
         body = {"content": text, "add_special": "messages" not in row, "parse_special": True}
         ids: list[int] = (await self.ask("POST", "/tokenize", body))["tokens"]
         return ids

@@ -20,7 +20,7 @@ WRITTEN = ("messages", "tools", "prompt", "suffix")
 
 class SpecialTexts:
     def __init__(self, source: Source):
-        folder = source.asked_as or source.folder
+        folder = source.prompted_as or source.folder
         texts = _special(folder) if folder is not None else []
         self._pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 

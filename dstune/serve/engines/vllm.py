@@ -100,8 +100,8 @@ class VllmEngine(Engine):
         own = ["serve", source.load_from, "--uds", str(folder / "http"), "--served-model-name", self.base]
         if source.load_revision:
             own += ["--revision", source.load_revision]
-        if source.asked_as is not None:
-            own += ["--tokenizer", str(source.asked_as)]
+        if source.prompted_as is not None:
+            own += ["--tokenizer", str(source.prompted_as)]
         template = source.template
         if template is not None and source.generates:
             file = folder / "chat_template.jinja"

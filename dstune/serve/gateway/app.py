@@ -92,7 +92,7 @@ class Gateway:
             if isinstance(error, SlowReader):
                 raise ConnectionError("the answer was cut") from None  # uvicorn closes the connection
         except UserError as error:
-            await self._fail(request, ApiError(400, "; ".join(_told(error))))
+            await self._fail(request, ApiError(400, "; ".join(_messages_of(error))))
         except (DstuneError, EngineDown) as error:
             await self._fail(request, ApiError(409, visible(str(error))))
         except Exception:
@@ -188,7 +188,7 @@ class Gateway:
             self.admission.check_rate(caller)
 
 
-def _told(error: UserError) -> list[str]:
+def _messages_of(error: UserError) -> list[str]:
     return [f"{problem.where}: {problem.reason}" for problem in error.problems]
 
 

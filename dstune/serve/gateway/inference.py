@@ -67,8 +67,8 @@ class Inference:
         prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) and body["prompt"] else 1
         if prompts > 1 and isinstance(body["prompt"][0], int):
             prompts = 1
-        asked = body.get("max_completion_tokens") or body.get("max_tokens") or 1
-        if body.get("n", 1) * prompts * asked > most:
+        requested = body.get("max_completion_tokens") or body.get("max_tokens") or 1
+        if body.get("n", 1) * prompts * requested > most:
             raise ApiError(400, f"n times max_tokens is more than {most}.", param="max_tokens", code="too_many_tokens")
         if body.get("n", 1) * prompts > 512:
             raise ApiError(400, "The request asks for more than 512 answers.", param="n", code="too_many_answers")

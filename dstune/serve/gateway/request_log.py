@@ -140,8 +140,8 @@ def answer_value(raw: bytes) -> Any:
             continue
         for choice in chunk.get("choices", []):
             delta = choice.get("delta", {})
-            said = choice.get("text") or delta.get("content") or ""
+            written = choice.get("text") or delta.get("content") or ""
             if delta.get("tool_calls"):
-                said += json.dumps(delta["tool_calls"], ensure_ascii=False)
-            choices[choice["index"]] = choices.get(choice["index"], "") + said
+                written += json.dumps(delta["tool_calls"], ensure_ascii=False)
+            choices[choice["index"]] = choices.get(choice["index"], "") + written
     return [choices[index] for index in sorted(choices)]

@@ -126,8 +126,8 @@ class LanguageApp(EngineApp):
         if isinstance(ids, str):
             ids = self.model.text_ids(name, ids)
         found = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids)))
-        told = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], found, strict=True))]
-        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": told, "prompt_token_ids": ids}]}
+        reported = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], found, strict=True))]
+        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": reported, "prompt_token_ids": ids}]}
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._known(body)

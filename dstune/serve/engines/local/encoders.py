@@ -210,11 +210,11 @@ class EncoderApp(EngineApp):
         scores = await self._scores([body["query"]] * len(texts), texts)
         order = sorted(range(len(texts)), key=lambda number: -scores[number])
         if "texts" in body:
-            shown = [
+            visible = [
                 {"index": n, "score": scores[n]} | ({"text": texts[n]} if body.get("return_text") else {})
                 for n in order
             ]
-            return {"items": shown[: body.get("top_n")]}
+            return {"items": visible[: body.get("top_n")]}
         found = [
             {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number]}
             for number in order

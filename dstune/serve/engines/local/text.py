@@ -27,7 +27,7 @@ class TextStream:
         """ends: tokens that end an answer. limit: most tokens of an answer."""
         self._decode, self._ends, self._stop, self._limit = decode, ends, stop, limit
         self._ids: list[int] = []
-        self._start = self._shown = 0  # tokens: from where the last text was decoded, and up to where it was
+        self._start = self._decoded = 0  # tokens: from where the last text was decoded, and up to where it was
         self._held = ""
         self._waiting: list[tuple[Chosen, int]] = []  # with the characters in `_held` in front of each
         self.count = 0
@@ -73,11 +73,11 @@ class TextStream:
         return Piece(self._held, [token for token, _ in self._waiting], finish)
 
     def _new_text(self, *, last: bool = False) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
+        before = self._decode(self._ids[self._start : self._decoded])
         now = self._decode(self._ids[self._start :])
         if not last and (len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}")):
             return ""
-        self._start, self._shown = self._shown, len(self._ids)
+        self._start, self._decoded = self._decoded, len(self._ids)
         return now[len(before) :]
 
     def _overlap(self) -> int:

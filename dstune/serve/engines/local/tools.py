@@ -39,13 +39,13 @@ def form_of(template: ChatTemplate) -> ToolForm | None:
     user = {"role": "user", "content": "q"}
     calls = [{"type": "function", "id": "123456789", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}]
     try:
-        told = template.text([user], tools=[_TOOL], prompt=True)
+        reported = template.text([user], tools=[_TOOL], prompt=True)
         before = template.text([user])
         both = template.text([user, {"role": "assistant", "content": "", "tool_calls": calls}])
     except RenderError:
         return None
     written = both[len(before) :] if both.startswith(before) else both
-    if _NAME not in told or _NAME not in written:
+    if _NAME not in reported or _NAME not in written:
         return None
     return next((form for form in FORMS if form.opening in written and form.parse(_part(written, form))), None)
 
@@ -114,13 +114,13 @@ class ToolText:
         opening = self._form.opening
         if (at := self._held.find(opening)) >= 0:
             self._calling = True
-            shown, self._held = self._held[:at], self._held[at:]
-            return shown
+            visible, self._held = self._held[:at], self._held[at:]
+            return visible
         size = next(
             (n for n in range(min(len(opening) - 1, len(self._held)), 0, -1) if self._held.endswith(opening[:n])), 0
         )
-        shown, self._held = self._held[: len(self._held) - size], self._held[len(self._held) - size :]
-        return shown
+        visible, self._held = self._held[: len(self._held) - size], self._held[len(self._held) - size :]
+        return visible
 
     def finish(self) -> tuple[str, list[Call]]:
         """The rest of the text, and the calls. What cannot be read as calls is text."""
