@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
     runtime = Path(tempfile.mkdtemp(prefix="dstune-serve-"))
     try:
         return asyncio.run(_run(arguments, state, runtime, sources))
+    except asyncio.CancelledError:  # SIGTERM while the engines were starting
+        return EXIT_DONE
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
 
@@ -212,6 +215,10 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
         base_name=arguments.base_name,
         drain_seconds=arguments.drain_seconds,
     )
+    starting = asyncio.current_task()
+    assert starting is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, starting.cancel)
     try:
         await fleet.start(sources)
         if arguments.check:
