@@ -52,7 +52,7 @@ class StubApp:
             self.loaded[body["lora_name"]] = body["lora_path"]
             await respond(send, 200, b"{}")
             return
-        if scope["path"] == "/fail":
+        if "explode" in json.dumps(body):
             await respond(send, 500, b"Traceback: /etc/passwd")
             return
         self.running += 1
