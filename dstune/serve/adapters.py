@@ -124,7 +124,7 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
 
 def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
     """The shape of the weight of a module; files of some bases lack the model's outermost name."""
-    for candidate in (name, name.partition(".")[2], f"model.{name}"):
+    for candidate in (name, name.partition(".")[2]):
         if candidate in ends:
             return ends[candidate]
     return None
