@@ -150,6 +150,7 @@ def test_two_adapters_of_one_base_and_a_third_one_while_requests_run(shelf, tmp_
             assert (await root.delete("/admin/models/base")).status_code == 400
 
     sources = [resolve(name, str(shelf.run(f"lora-{name}"))) for name in ("a", "b")]
+    shelf.run("lora-c")  # now: it would hold up the loop
     started(Fleet(engines(tmp_path)), *sources, then=use)
 
 
