@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dstune.core.errors import Problem, UserError
+from dstune.data.chat.template import ChatTemplate, RenderError
 
 _FIRST_STAND_IN = 0x100000
 """Private Use Area B. Area A holds the marks of `render`."""
@@ -204,8 +205,8 @@ def _rendered(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return ""
     try:
-        return tokenizer.apply_chat_template(_MADE_UP, tokenize=False)
-    except Exception:  # a template is a program; one that refuses this conversation is refused elsewhere, by name
+        return ChatTemplate(tokenizer, None).text(_MADE_UP)
+    except (RenderError, UserError):  # one that refuses this conversation is refused elsewhere, by name
         return ""
 
 

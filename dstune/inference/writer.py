@@ -14,6 +14,7 @@ from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.protocols import task_of
 
 if TYPE_CHECKING:
+    from dstune.data.chat.template import ChatTemplate
     from dstune.data.control import ControlTokens
     from dstune.data.tokenize.sample import SourcePrompts
     from dstune.protocols.task import TaskConfig
@@ -51,7 +52,7 @@ class Writer:
         """plain: go on with the text as it is, without the chat template. system: first message of conversations."""
         self._model, self._voices = speaker.model, speaker.voices
         self._sampling, self._plain, self._system = sampling, plain, system
-        self._templates: dict[str, str] = {}
+        self._templates: dict[str, ChatTemplate] = {}
         self._controls: dict[str, ControlTokens] = {}
         self._asking: dict[str, SourcePrompts] = {}
         self.active = next(iter(speaker.voices))
@@ -66,10 +67,9 @@ class Writer:
 
     def prompt_ids(self, request: Request) -> list[int]:
         """The tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
-        import jinja2
+        from dstune.data.chat.template import RenderError
 
         name = request.adapter or self.active
-        tokenizer = self._voices[name].tokenizer
         task = self._voices[name].task
         if task is not None and not self._plain:
             if request.messages is not None or self._system:
@@ -90,11 +90,9 @@ class Writer:
         control = self._control(name)
         defused = control.defuse(messages)
         try:
-            text = tokenizer.apply_chat_template(
-                defused.value, chat_template=self._template(name), add_generation_prompt=True, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(Problem(request.where, f"the chat template refuses this conversation: {error}")) from error
+            text = self._template(name).text(defused.value, prompt=True)
+        except RenderError as error:
+            raise UserError(Problem(request.where, str(error))) from error
         # The template prints the special tokens itself; the tokenizer would double the first one. What somebody wrote
         # stays text, even if it reads like the end of a turn.
         return control.encode(*defused.restore(text))[0]
@@ -232,12 +230,12 @@ class Writer:
             self._asking[name] = sources
         return self._asking[name]
 
-    def _template(self, name: str) -> str:
-        from dstune.data.template_date import freeze_date
+    def _template(self, name: str) -> ChatTemplate:
+        from dstune.data.chat.template import ChatTemplate
 
         if name not in self._templates:
             voice = self._voices[name]
-            self._templates[name] = freeze_date(voice.tokenizer.get_chat_template(), voice.date)
+            self._templates[name] = ChatTemplate(voice.tokenizer, voice.date)
         return self._templates[name]
 
     def _room(self, length: int, request: Request) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from dstune import samples
 from dstune.config.augment_schema import AugmentConfig
 from dstune.core.errors import Problem, UserError
+from dstune.data.chat.template import ChatTemplate
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,8 @@ def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
     tokenizer.padding_side = "left"
     special = True
     if tokenizer.chat_template:
-        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        template = ChatTemplate(tokenizer, None)
+        prompts = [template.text([{"role": "user", "content": prompt}], prompt=True) for prompt in prompts]
         special = False
     given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
     return given, given["input_ids"].shape[1]

@@ -11,11 +11,15 @@ from typing import Any
 
 import jinja2
 
+from dstune.core.errors import Problem, UserError
+from dstune.core.limits import TooMuch, limited
 from dstune.data.chat.probe import Facts
 from dstune.data.collate import NO_TARGET
 from dstune.data.template_date import freeze_date
 
 SHOWN_TOKENS = 12
+PROOF_SECONDS = 5.0
+"""Processor time for a conversation that was rendered in less to make its samples."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,20 @@ class Server:
         return {self.facts.switch: any(str(text or "").strip() for text in (*fields, inline))}
 
     def _rendered(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], *, prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            chat_template=freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date),
-            add_generation_prompt=prompt,
-            tokenize=False,
-            **arguments,
-        )
+        source = freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date)
+        try:
+            with limited(PROOF_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools or None,
+                    chat_template=source,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **arguments,
+                )
+        except TooMuch as error:
+            reason = f"to print a conversation of {len(messages)} messages the chat template {error}"
+            raise UserError(Problem("model.chat_template", reason, "another template")) from None
         return str(text)
 
     def _ids(self, text: str) -> list[int]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import jinja2
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dstune.core.errors import Problem, UserError
+from dstune.core.limits import TooMuch, in_child, limited
 from dstune.data.chat.rule import Span
 from dstune.data.template_date import freeze_date
 
@@ -18,13 +20,28 @@ Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+RENDER_SECONDS = 1.5
+"""Processor time for a conversation: one of 1,000 messages takes some 50 ms."""
+TRIAL_SECONDS = 1.9
+"""For the conversations of `_TRIED` together, which take some 100 ms."""
+MAX_SLOW_ROWS = 10
+"""So many conversations may take too long and be bad rows; then the template is refused."""
 
 _compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
 """What transformers compiles templates with, where this version has it under that name."""
 
 UNSEEN = frozenset({"weight"})
 """Keys of a message that are for the loss and that no template gets to see."""
+
+
+_USER, _ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+_TRIED: list[tuple[Messages, bool]] = [
+    ([_USER], True),
+    ([_USER, _ASSISTANT], False),
+    ([{"role": "system", "content": "c"}, _USER, _ASSISTANT, _USER, _ASSISTANT, _USER], True),
+]
+_tame: set[str] = set()
+"""Templates that were tried in this process."""
 
 
 class RenderError(ValueError):
@@ -42,12 +59,15 @@ class ChatTemplate:
         self.arguments = dict(arguments or {})
         self.date = date
         self._sources: dict[bool, str] = {}
+        self._slow_rows = 0
 
     def source(self, tools: Tools | None) -> str:
         """The Jinja text; a tokenizer may have one of its own for conversations with tools."""
         has_tools = bool(tools)
         if has_tools not in self._sources:
-            self._sources[has_tools] = freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date)
+            source = freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date)
+            self._try(source)
+            self._sources[has_tools] = source
         return self._sources[has_tools]
 
     def has_marks(self, tools: Tools | None) -> bool:
@@ -66,18 +86,59 @@ class ChatTemplate:
 
         arguments: beside those of the run, which they replace.
         """
-        try:
+        source = self.source(tools)
+        with self._as_row_error():
             rendered = self.tokenizer.apply_chat_template(
                 seen(messages),
                 tools=tools or None,
-                chat_template=self.source(tools),
+                chat_template=source,
                 add_generation_prompt=prompt,
                 tokenize=False,
                 **(self.arguments | dict(arguments or {})),
             )
-        except _ERRORS as error:
-            raise RenderError(f"the chat template refuses this conversation: {_first_line(error)}") from None
         return str(rendered)
+
+    def _try(self, source: str) -> None:
+        """Render made-up conversations in a process that can be killed. Raises UserError where it has to be.
+
+        A template is a program: `{{ 10**(10**9) }}` would hold this process, and no signal could end it.
+        """
+        if source in _tame:
+            return
+
+        def render() -> None:
+            for messages, prompt in _TRIED:
+                try:
+                    self.tokenizer.apply_chat_template(
+                        messages, chat_template=source, add_generation_prompt=prompt, tokenize=False, **self.arguments
+                    )
+                except MemoryError:
+                    raise
+                except Exception:  # it refuses this conversation, which may be what it is for
+                    continue
+
+        try:
+            in_child(render, TRIAL_SECONDS)
+        except TooMuch as error:
+            raise UserError(_untamed(f"to print a conversation of three messages {error}")) from None
+        _tame.add(source)
+
+    @contextmanager
+    def _as_row_error(self) -> Iterator[None]:
+        """A rendering within limits. Raises RenderError, whatever the template does."""
+        try:
+            with limited(RENDER_SECONDS):
+                yield
+        except TooMuch as error:
+            self._slow_rows += 1
+            if self._slow_rows >= MAX_SLOW_ROWS:
+                reason = f"to print each of {MAX_SLOW_ROWS} conversations {error}"
+                raise UserError(_untamed(reason)) from None
+            raise RenderError(f"to print this conversation the chat template {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program of somebody else: it may raise anything
+            raise RenderError(f"the chat template refuses this conversation: {_first_line(error)}") from None
 
     def direct(
         self,
@@ -94,13 +155,12 @@ class ChatTemplate:
         if _compiled is None:
             return self.text(messages, tools=tools, arguments=arguments, prompt=prompt)
         given = self.tokenizer.special_tokens_map | self.arguments | dict(arguments or {})
-        try:
-            template = _compiled(self.source(tools))
+        source = self.source(tools)
+        with self._as_row_error():
+            template = _compiled(source)
             rendered = template.render(
                 messages=seen(messages), tools=tools or None, documents=None, add_generation_prompt=prompt, **given
             )
-        except _ERRORS as error:
-            raise RenderError(f"the chat template refuses this conversation: {_first_line(error)}") from None
         return str(rendered)
 
     def agrees(self, messages: Messages, *, tools: Tools | None, arguments: Mapping[str, Any] | None) -> bool:
@@ -116,22 +176,26 @@ class ChatTemplate:
     ) -> list[Span]:
         """What the template marks with `{% generation %}`: characters of `text`. Raises RenderError."""
         given = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
-        try:
+        source = self.source(tools)
+        with self._as_row_error():
             _, indices = render_jinja_template(
                 conversations=[seen(messages)],
                 tools=tools or None,
-                chat_template=self.source(tools),
+                chat_template=source,
                 return_assistant_tokens_mask=True,
                 **given,
             )
-        except _ERRORS as error:
-            raise RenderError(f"the chat template refuses this conversation: {_first_line(error)}") from None
         return sorted((start, end) for start, end in indices[0])
 
 
 def seen(messages: Messages) -> Messages:
     """What a template gets to see of `messages`."""
     return [{key: value for key, value in message.items() if key not in UNSEEN} for message in messages]
+
+
+def _untamed(reason: str) -> Problem:
+    fix = "set model.chat_template to a template that you trust, for example one of those in docs/chat-templates.md"
+    return Problem("model.chat_template", f"the chat template is refused: {reason}", fix)
 
 
 def _first_line(error: Exception) -> str:

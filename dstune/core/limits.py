@@ -1,0 +1,161 @@
+"""Foreign work within limits of time and memory: chat templates and patterns that somebody else wrote.
+
+`limited` is for what is done many times, in this process: two timers of processor time, and a limit of its memory. The
+first timer raises; the second, for an operation inside the interpreter that looks for no signals, ends the process.
+`in_child` is for what is done once, before anything of it is used here: a forked process that can be killed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+MEMORY_BYTES = 2**30
+"""What foreign work may take beside what the process has."""
+_MEASURED_EVERY = 100
+"""Uses of `limited` between two looks at how much memory the process has."""
+_HARD = 5.0
+"""Times the seconds after which the process is ended."""
+
+
+class TooMuch(Exception):
+    """Foreign work took more time or memory than it may; the text says which."""
+
+
+class _State:
+    """Of this process."""
+
+    active = False
+    uses = 0
+    has_bytes = 0
+    pid = 0
+    """Of the process that `has_bytes` is of: a fork has less."""
+    registered = False
+
+
+@contextmanager
+def limited(seconds: float, memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
+    """Within it, this process may compute for so long and take so much more memory; inside another one it does nothing.
+
+    Outside of the main thread, which alone gets signals, only memory is limited.
+    Raises TooMuch.
+    """
+    if _State.active:
+        yield
+        return
+    timed = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    _State.active = True
+    try:
+        _limit_memory(soft, hard, memory_bytes)
+        if timed:
+            if not _State.registered:
+                _State.registered = True
+                signal.signal(signal.SIGVTALRM, _raise)
+                # Where the process is ended, its last words are what it was doing.
+                faulthandler.register(signal.SIGPROF, file=sys.__stderr__ or 2, chain=True)
+            signal.setitimer(signal.ITIMER_PROF, seconds * _HARD)
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            yield
+        finally:
+            if timed:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+    except MemoryError:
+        raise TooMuch(f"takes more than {memory_bytes / 2**30:g} GiB of memory") from None
+    except _Expired:
+        raise TooMuch(f"takes more than {seconds:g} s") from None
+    finally:
+        _State.active = False
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+class _Expired(BaseException):
+    """No Exception, which foreign work may catch."""
+
+
+def _raise(number: int, frame: Any) -> None:
+    if _State.active:  # else it came when the work was done
+        raise _Expired
+
+
+def _limit_memory(soft: int, hard: int, memory_bytes: int) -> None:
+    if _State.uses % _MEASURED_EVERY == 0 or _State.pid != os.getpid():
+        _State.has_bytes, _State.pid = _data_bytes(), os.getpid()
+    _State.uses += 1
+    limits = [_State.has_bytes + memory_bytes, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+
+
+def _data_bytes() -> int:
+    """Memory of this process that RLIMIT_DATA counts."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
+
+
+def in_child(work: Callable[[], object], seconds: float, memory_bytes: int = MEMORY_BYTES) -> None:
+    """Do `work` in a fork of this process and forget what it did; it may raise what it likes.
+
+    Raises TooMuch where it does not end in time, needs more memory, or ends the process.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads, whose locks the fork would wait for: it does nothing but `work`.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _child(work, writer, seconds, memory_bytes)
+    os.close(writer)
+    try:
+        answer = _answer(reader, child, seconds)
+    finally:
+        os.close(reader)
+    if answer == b"memory":
+        raise TooMuch(f"takes more than {memory_bytes / 2**30:g} GiB of memory")
+    if answer != b"done":
+        raise TooMuch(f"takes more than {seconds:g} s, or ends the process")
+
+
+def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes: int) -> NoReturn:
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel ends it, whatever it is in
+        _limit_memory(*resource.getrlimit(resource.RLIMIT_DATA), memory_bytes)
+        try:
+            work()
+            answer = b"done"
+        except MemoryError:
+            answer = b"memory"
+        except TooMuch as error:
+            answer = b"memory" if "memory" in str(error) else b"time"
+        except Exception:
+            answer = b"done"
+        os.write(writer, answer)
+    finally:
+        os._exit(0)
+
+
+def _answer(reader: int, child: int, seconds: float) -> bytes:
+    """What the child wrote; nothing where it took too long. It is gone afterwards."""
+    # Its processor time is limited; the wall clock is for one that sleeps, on a machine that has other things to do.
+    deadline = time.monotonic() + 20 * seconds
+    ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+    answer = os.read(reader, 16) if ready else b""
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return answer

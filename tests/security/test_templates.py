@@ -1,0 +1,114 @@
+"""Chat templates of a stranger: one without end, or that takes all memory, is refused; a row that makes it so is a bad row."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from unit.data_helpers import CHATML, byte_tokenizer, exchange
+
+from dstune.core.errors import UserError
+from dstune.core.limits import TooMuch, in_child, limited
+from dstune.data.chat import template as chat_template
+from dstune.data.chat.template import ChatTemplate, RenderError
+from dstune.data.render import ChatRenderer
+
+SPACE = "{% set ns = namespace(x=[1], y=[1]) %}{% for _ in range(60) %}"
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "power": "{{ 10**(10**9) }}",
+    "power_of_a_field": "{{ (messages|length + 9)**(10**9) }}",
+    "doubled_text": "{% set ns = namespace(t='aaaaaaaa') %}{% for _ in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+    "repeated_text": "{{ 'a' * 10**11 }}",
+    "centred": "{{ 'a'|center(10**11) }}",
+    "format": "{{ '%099999999999d'|format(1) }}",
+    # Comparing these takes 2**60 steps in C, where no signal is looked for.
+    "comparison": SPACE + "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+    "printed_sharing": SPACE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_refused(name):
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"chat template is refused: .* takes more than"):
+        ChatRenderer(byte_tokenizer(CHATML + ENDLESS[name]), "2025-03-09")
+    assert time.process_time() - start < 2.0, "the work is done in a child"
+
+
+FAULTY = {
+    "endless_macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "division": "{{ 1 / 0 }}",
+    "overflow": "{{ 10.0**400 }}",
+    "recursion": "{{ " + "(" * 500 + "1" + ")" * 500 + " }}",
+    "raised": "{{ raise_exception('no') }}",
+    "syntax": "{% if %}",
+    "digits": "{{ ('9' * 5000)|int }}{{ 9**5000 }}",
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_template_is_a_message(name):
+    with pytest.raises(UserError):
+        ChatRenderer(byte_tokenizer(FAULTY[name] + CHATML), "2025-03-09")
+
+
+def of_row(attack: str) -> str:
+    return CHATML + "{% if 'attack' in messages[0]['content'] %}" + attack + "{% endif %}"
+
+
+@pytest.mark.parametrize("name", ["loops", "power_of_a_field", "doubled_text", "repeated_text", "format"])
+def test_a_row_that_makes_a_template_endless_is_a_bad_row(name):
+    renderer = ChatRenderer(byte_tokenizer(of_row(ENDLESS[name])), "2025-03-09")
+    assert renderer.passages(exchange("Hi", "Yes")["messages"])
+    start = time.process_time()
+    with pytest.raises(RenderError, match="the chat template takes more than"):
+        renderer.passages(exchange("attack", "Yes")["messages"])
+    assert time.process_time() - start < 5 * chat_template.RENDER_SECONDS
+    assert renderer.passages(exchange("Hi", "Yes")["messages"]), "rows after it are as good as before"
+
+
+def test_a_template_that_is_slow_for_many_rows_is_refused(monkeypatch):
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.02)
+    template = ChatTemplate(byte_tokenizer(of_row(ENDLESS["loops"])), None)
+    for _ in range(chat_template.MAX_SLOW_ROWS - 1):
+        with pytest.raises(RenderError):
+            template.text(exchange("attack", "Yes")["messages"])
+    with pytest.raises(UserError, match="chat template is refused"):
+        template.text(exchange("attack", "Yes")["messages"])
+
+
+HELD = """
+import time
+from dstune.core.limits import limited
+a, b = [1], [1]
+for _ in range(60):
+    a, b = [a, a], [b, b]
+with limited(0.1):
+    a == b
+"""
+
+
+def test_what_no_signal_reaches_ends_the_process():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert done.returncode < 0
+    assert "most recent call first" in done.stderr, "its last words say where it was"
+
+
+def test_the_memory_of_a_child_is_limited_and_its_faults_are_its_own():
+    with pytest.raises(TooMuch, match="GiB"):
+        in_child(lambda: bytearray(2**31), 5, memory_bytes=2**29)
+    in_child(lambda: 1 / 0, 5)
+    with pytest.raises(TooMuch):
+        in_child(lambda: os._exit(1), 5)
+    with pytest.raises(TooMuch):
+        in_child(lambda: os.kill(os.getpid(), 9), 5)
+
+
+def test_limits_leave_nothing_behind():
+    with limited(1.0, 2**28), pytest.raises(MemoryError):
+        bytearray(2**30)
+    assert len(bytearray(2**30)) == 2**30
