@@ -41,7 +41,10 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record in `folder`; empty where there is none that can be read."""
-    return read_object(folder / NAME) or {}
+    record = read_object(folder / NAME) or {}
+    task, data = record.get("task"), record.get("data")
+    whole = isinstance(task, dict) and isinstance(task.get("name"), str) and isinstance(data, dict) and "format" in data
+    return record if whole else {}
 
 
 def recorded_overrides(folder: Path, given: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -44,6 +46,28 @@ def row_limit(values: Mapping[str, Any]) -> int | None:
     key, usual, before = POSITIONS[kind]
     found = values.get(key, usual)
     return found - before if isinstance(found, int) and found > before else None
+
+
+MAX_LAYERS = 10_000
+"""Of a model, and of experts in a layer."""
+MAX_SIZE = 2**31
+"""Of a dimension, in elements."""
+_SIZE = re.compile(r".*(_size|_dim|_heads|_embd|_ff|_model|_inner)")
+
+
+def size_problems(values: Mapping[str, Any], where: str = "model.path", value: str = "") -> list[Problem]:
+    """The numbers of a `config.json` that no model has: building what it describes, or planning it, would never end."""
+    problems = []
+    for key, number in values.items():
+        if isinstance(number, dict):
+            problems += size_problems(number, where, value)
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        limit = MAX_SIZE if _SIZE.fullmatch(key) else MAX_LAYERS if "layer" in key or "expert" in key else math.inf
+        if number > limit:
+            reason = f"its config.json has {key} = {str(number)[:30]}, and no model has more than {limit:,}"
+            problems.append(Problem(where, reason, "a model whose config.json is right", value))
+    return problems
 
 
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:

@@ -58,6 +58,14 @@ def read(path: Path) -> Content:
         UserError: the file cannot be read or is neither kind of configuration; its other mistakes are in `problems`.
     """
     raw = _parse(path)
+    try:
+        return _content(raw, path)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = f"it has a value of another kind than DeepSpeed's: {error}"
+        raise UserError(Problem("zero.path", reason, "give a file that DeepSpeed reads", str(path))) from None
+
+
+def _content(raw: Mapping[str, Any], path: Path) -> Content:
     if "deepspeed_config" in raw or "distributed_type" in raw:
         return _of_accelerate(raw, path)
     if not any(key.split(".", 1)[0] in raw for table in (OWN_KEYS, TRANSLATED, PASSED) for key in table):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
+from dstune.core.parsing import parse_json
 from dstune.core.secrets import redact
 from dstune.core.text import visible
 
@@ -89,9 +90,12 @@ def to_json(error: DstuneError) -> str:
 
 
 def from_json(text: str) -> DstuneError:
-    """The inverse of `to_json`; an unknown type becomes a plain `DstuneError`."""
-    fields = json.loads(text)
-    if fields["problems"]:
-        return UserError(Problem(**problem) for problem in fields["problems"])
-    kinds = {kind.__name__: kind for kind in (Preempted, TrainingFailed, Stalled, WaitedInVain)}
-    return kinds.get(fields["type"], DstuneError)(fields["message"])
+    """The inverse of `to_json`; an unknown type becomes a plain `DstuneError`. Raises ValueError for what it did not write."""
+    fields = parse_json(text)
+    try:
+        if fields["problems"]:
+            return UserError([Problem(**problem) for problem in fields["problems"]])
+        kinds = {kind.__name__: kind for kind in (Preempted, TrainingFailed, Stalled, WaitedInVain)}
+        return kinds.get(fields["type"], DstuneError)(str(fields["message"]))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("no error of a rank") from None

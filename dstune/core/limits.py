@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import resource
 import select
 import signal
@@ -16,9 +17,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
+
+from dstune.core.errors import Problem, UserError
 
 MEMORY_BYTES = 2**30
 """What foreign work may take beside what the process has."""
@@ -125,6 +128,41 @@ def in_child(work: Callable[[], object], seconds: float, memory_bytes: int = MEM
         raise TooMuch(f"takes more than {memory_bytes / 2**30:g} GiB of memory")
     if answer != b"done":
         raise TooMuch(f"takes more than {seconds:g} s, or ends the process")
+
+
+PATTERN_SECONDS = 1.9
+
+
+def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: str, value: str = "") -> None:
+    """Match the patterns of an adapter's settings with the names of a model's modules, as peft will.
+
+    settings: of `adapter_config.json`. where, value: what problems name. Raises UserError where one takes for ever.
+    """
+    found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    found += [[*settings[key]] for key in ("rank_pattern", "alpha_pattern") if isinstance(settings.get(key), dict)]
+    patterns = [one for each in found for one in (each if isinstance(each, list) else [each]) if isinstance(one, str)]
+    patterns = [pattern for pattern in dict.fromkeys(patterns) if _SPECIAL.search(pattern)]
+    if not patterns:
+        return
+
+    def match() -> None:
+        for pattern in patterns:
+            with suppress(re.error):
+                for form in (re.compile(pattern), re.compile(rf"(.*\.)?({pattern})$")):
+                    for name in names:
+                        form.match(name)
+                        form.fullmatch(name)
+
+    try:
+        in_child(match, PATTERN_SECONDS)
+    except TooMuch as error:
+        shown = ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
+        reason = f"to match its patterns ({shown}) with the names of the model's modules {error}"
+        raise UserError(Problem(where, reason, "an adapter whose patterns are plain names", value)) from None
+
+
+_SPECIAL = re.compile(r"[*+?{(|\[]")
+"""What a pattern needs to take long."""
 
 
 def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes: int) -> NoReturn:

@@ -113,7 +113,7 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> s
             raise RowError(f"message {number} ({role}) holds {of_media}; {media.UNREAD}")
         holds = PARTS.get(kind, "")
         if holds != "call" and not (holds and isinstance(value, str)):
-            raise RowError(f"message {number} ({role}) has a part of type {kind!r}; only text is trained on")
+            raise RowError(f"message {number} ({role}) has a part of type {kind!r:.60}; only text is trained on")
         if holds != "text" and role != "assistant":
             raise RowError(f"message {number} ({role}) has a part of type {kind!r}, which only the assistant has")
         if ORDER.index(holds) < last:

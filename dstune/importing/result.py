@@ -125,7 +125,10 @@ def apply(table: Mapping[str, Rule], found: Import) -> None:
             continue
         found.current = key
         if rule := table.get(key):
-            rule(found, value)
+            try:
+                rule(found, value)
+            except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+                found.drop("its value is none that the tool takes")
         else:
             similar = nearest(key, table)
             found.drop("this import does not know the key" + (f" (did you mean {similar}?)" if similar else ""))

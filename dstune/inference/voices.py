@@ -15,6 +15,7 @@ from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.limits import check_patterns
 from dstune.inference.resolve_model import (
     adapter_settings,
     base_of,
@@ -164,6 +165,8 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     if longest > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(longest, mean_resizing=False)
     for name, folder in folders.items():
+        modules = [module for module, _ in model.named_modules()]
+        check_patterns(adapter_settings(folder), modules, f"--adapter {name}", str(folder))
         try:
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(folder, adapter_name=name)

@@ -16,6 +16,7 @@ from typing import Any
 
 import dstune
 from dstune.core.errors import Problem
+from dstune.core.parsing import parse_json
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "numpy")
 CONNECT_SECONDS = 10
@@ -203,6 +204,10 @@ def _facts(output: str) -> dict[str, Any] | None:
     """The line of the probe among what login scripts print."""
     for line in output.splitlines():
         if line.startswith("DSTUNE_PROBE "):
-            facts: dict[str, Any] = json.loads(line.removeprefix("DSTUNE_PROBE "))
-            return facts
+            try:
+                facts = parse_json(line.removeprefix("DSTUNE_PROBE "))
+            except ValueError:
+                continue
+            if isinstance(facts, dict):
+                return facts
     return None

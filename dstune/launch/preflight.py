@@ -20,6 +20,7 @@ from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import (
     encoder_decoder_problem,
     packed_encoder_decoder_problem,
+    size_problems,
 )
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
@@ -265,7 +266,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     architecture = read_object(folder / "config.json")
     if architecture is None:
         return [_no_config(folder, config)]
-    problems = []
+    problems = size_problems(architecture | config.config_overrides, value=config.path)
     kind = str(architecture.get("model_type"))
     if run is not None and architecture.get("is_encoder_decoder"):
         if not all(task_of(task).encoder_decoder for task in (run.task, *tasks_of(run).values())):

@@ -21,6 +21,7 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_object
 from dstune.core.secrets import redacted
+from dstune.report.run_files import is_row, shaped_result
 
 LOCK = ".lock"
 JOB = re.compile(r"\d+(_\d+)?")
@@ -117,7 +118,8 @@ def result_path(run_dir: Path) -> Path:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    return read_json(result_path(run_dir))
+    result = read_json(result_path(run_dir))
+    return None if result is None else shaped_result(result)
 
 
 def write_result(run_dir: Path, status: str, reason: str, world_size: int) -> None:
@@ -177,7 +179,7 @@ def read_metrics(run_dir: Path) -> Logged:
                     row = parse_json(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict):
+                if is_row(row):
                     _note(logged, row)
     except OSError:
         pass

@@ -11,11 +11,15 @@ from typing import Any
 
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.core.text import one_line
 from dstune.launch import records
 from dstune.launch.manage import status_of
 from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
 from dstune.tracking.trials import Record, better_first, is_sweep, objectives_of, ranked, read_records
+
+MAX_SECONDS = 1e11
+"""The year 5138."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,17 @@ def listed(folder: Path) -> list[Listed]:
     """The runs below `folder`, the newest first; of a sweep all trials, the best first. Raises UserError."""
     if is_sweep(folder):
         return [_of_trial(folder, record) for record in ranked(read_records(folder), objectives_of(folder)[0])]
-    lines = [_of_run(path) for path in find_runs([folder])]
+    lines = [_of_any(path) for path in find_runs([folder])]
     return sorted(lines, key=lambda line: -(line.began or 0.0))
+
+
+def _of_any(path: Path, record: Record | None = None) -> Listed:
+    """One directory that cannot be read, which somebody else may have made, takes no other run from the list."""
+    try:
+        return _of_run(path, record)
+    except (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        reason = f"its files cannot be read: {one_line(str(error) or type(error).__name__)}"
+        return Listed(str(path), "unreadable", reason, 0, {}, None, None, None, dict(record.values) if record else {})
 
 
 def _of_run(path: Path, record: Record | None = None) -> Listed:
@@ -91,16 +104,22 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
         step=status.step,
         metrics=metrics,
         measured=measured,
-        seconds=result.get("seconds"),
-        began=status.launcher.started if status.launcher else None,
+        seconds=_seconds(result.get("seconds")),
+        began=_seconds(status.launcher.started) if status.launcher else None,
         values=dict(record.values) if record else {},
     )
+
+
+def _seconds(value: Any) -> float | None:
+    """A number of seconds that a clock can show."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 <= value < MAX_SECONDS else None
 
 
 def _of_trial(sweep: Path, record: Record) -> Listed:
     path = sweep / record.name
     if (path / RUN_FILE).is_file():
-        return _of_run(path, record)
+        return _of_any(path, record)
     return Listed(str(path), record.status, record.reason, 0, {}, None, record.seconds, None, dict(record.values))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ SHOWN_CHARACTERS = 600
 def summary(run_dir: Path) -> str:
     """What a finished run achieved, one answered prompt, and where everything is."""
     result = records.read_result(run_dir) or {}
-    lines = ["", *_losses(_of_the_weights(run_dir, result)), *_cost(result)]
-    if result.get("reason"):
-        lines.append(_entry("stopped", str(result["reason"])))
-    lines += _answers(run_dir)
-    lines += ["", *_paths(run_dir, result)]
-    return "\n".join(lines)
+    lines = [""]
+    for section in (
+        lambda: _losses(_of_the_weights(run_dir, result)),
+        lambda: _cost(result),
+        lambda: [_entry("stopped", str(result["reason"]))] if result.get("reason") else [],
+        lambda: _answers(run_dir),
+    ):
+        # What an earlier owner of the directory left in its files costs a section, not the end of the command.
+        with suppress(TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+            lines += section()
+    return "\n".join([*lines, "", *_paths(run_dir, result)])
 
 
 def _of_the_weights(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,11 @@ from dstune.config.architectures import (
     mark_encoder_decoder,
     mark_stops,
     packed_encoder_decoder_problem,
+    size_problems,
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_file, read_object
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
@@ -65,13 +67,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     with _named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path), **_source(config))
-        architecture = AutoConfig.from_pretrained(local_path(config.path), **_source(config))
+        architecture = _architecture(config)
         if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
         mark_stops(tokenizer, _stops(config, architecture))
     if config.chat_template:
         try:
-            tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_file(template_path(config.chat_template)).decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(
+                Problem("model.chat_template", "is not UTF-8", "a Jinja file", config.chat_template)
+            ) from None
         except OSError as error:
             raise UserError(
                 Problem(
@@ -108,13 +114,21 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _architecture(config: ModelConfig) -> PretrainedConfig:
+    """Its `config.json` as transformers reads it. Raises UserError where that would never end."""
+    path = local_path(config.path)
+    if problems := size_problems(read_object(Path(path) / "config.json") or {}, value=config.path):
+        raise UserError(problems)
+    return AutoConfig.from_pretrained(path, **_source(config))
+
+
 def load_config(config: ModelConfig) -> PretrainedConfig:
     """The model's architecture with `model.config_overrides` applied.
 
     Raises UserError for a value that the architecture does not have.
     """
     with _named_errors(config):
-        architecture = AutoConfig.from_pretrained(local_path(config.path), **_source(config))
+        architecture = _architecture(config)
     unknown = [key for key in config.config_overrides if not hasattr(architecture, key)]
     if unknown:
         raise UserError(

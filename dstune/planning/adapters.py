@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from dstune.core.limits import check_patterns
 from dstune.planning.architecture import Architecture, Tensor
 
 
@@ -35,7 +36,9 @@ def low_rank(
     and experts. ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.
     experts: whether the adapter can be on stacked weights.
     """
-    for module, (outputs, inputs), layer in linear_modules(model, targets):
+    modules = list(linear_modules(model, targets))
+    check_patterns({"rank_pattern": ranks}, [module for module, _, _ in modules], "method.rank_pattern")
+    for module, (outputs, inputs), layer in modules:
         own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
         yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=layer, used=1.0)
         yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=layer, used=1.0)

@@ -12,6 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from dstune.config.architectures import size_problems
 from dstune.config.parallel_rules import INWARD, OUTWARD
 from dstune.core.errors import Problem, UserError
 
@@ -173,12 +174,15 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
         reason = f"the planner does not know the architecture {kind or '(config.json names none)'}"
         raise UserError(Problem("model.path", reason, f"it knows {known}"))
     values = dict(DEFAULTS[kind]) | {key: value for key, value in config.items() if value is not None}
+    if problems := size_problems(values):
+        raise UserError(problems)
     try:
         return _BUILDERS[kind](values, head, labels)
     except KeyError as missing:
-        raise UserError(
-            Problem("model.path", f"its config.json has no {missing.args[0]}", "give a whole config.json")
-        ) from None
+        reason = f"its config.json has no {missing.args[0]}"
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"its config.json has a value of another kind than a model's: {error}"
+    raise UserError(Problem("model.path", reason, "give a whole config.json"))
 
 
 def sliced(model: Architecture, parts: int) -> Architecture:

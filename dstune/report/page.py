@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from dstune import __version__
 from dstune.core import files
+from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import redact
 from dstune.report import configuration, curves, data_section, numbers, samples
 from dstune.report.details import Table, details
@@ -49,8 +52,17 @@ def write(runs: Sequence[Path], target: Path) -> None:
         UserError: a `run.yaml` that cannot be read.
         OSError: `target` cannot be written.
     """
-    html = redact(report([read(path) for path in runs]))
+    html = redact(of_foreign(lambda: report([read(path) for path in runs]), ", ".join(map(str, runs))))
     files.write(target, html)
+
+
+def of_foreign(make: Callable[[], str], where: str) -> str:
+    """A page of files that somebody else may have written. Raises UserError where they hold what dstune does not write."""
+    try:
+        return make()
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
+        reason = f"its files hold what dstune does not write: {type(error).__name__}: {str(error)[:200]}"
+        raise UserError(Problem(where, reason, "give another run")) from error
 
 
 def report(runs: Sequence[RunFiles]) -> str:

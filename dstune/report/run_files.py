@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,12 +139,47 @@ def read(path: Path) -> RunFiles:
         version=str(stored.get("dstune_version") or ""),
         metrics=_rows(path / "metrics.jsonl"),
         samples=_rows(path / "samples.jsonl"),
-        result=_object(path / "result.json"),
+        result=shaped_result(_object(path / "result.json")),
         environment=_object(path / "environment.json"),
         data=_object(path / "data_report.json"),
         launch=_object(path / "launch.json"),
         checkpoints=_checkpoints(path),
     )
+
+
+_NUMBER: tuple[type, ...] = (int, float)
+_RESULT: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("status", "reason", "checkpoint", "export"), (str,)),
+    **dict.fromkeys(("steps", "world_size", "tokens", "seconds", "tokens_per_second", "peak_memory_gib"), _NUMBER),
+    **dict.fromkeys(("nonfinite_steps", "overflow_steps", "weights_step"), _NUMBER),
+    **dict.fromkeys(
+        ("eval_initial", "eval_final", "best", "test", "overfitting", "counterfactual", "micro_batch"), (dict,)
+    ),
+}
+"""What a key of `result.json` holds. Somebody else's file may have anything there."""
+_MEASURED = ("eval_initial", "eval_final", "test")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def shaped_result(result: Row) -> Row:
+    """`result.json` without values that dstune does not write under their keys."""
+    shaped = {}
+    for key, value in result.items():
+        kinds = _RESULT.get(key)
+        if kinds is None or value is None or (is_number(value) if kinds is _NUMBER else isinstance(value, kinds)):
+            shaped[key] = value
+    for key in _MEASURED:
+        if shaped.get(key):
+            shaped[key] = {name: number for name, number in shaped[key].items() if number is None or not is_odd(number)}
+    return shaped
+
+
+def is_odd(value: Any) -> bool:
+    """Whether a metric of this value is none: a list, a text, a number that no calculation survives."""
+    return not (isinstance(value, dict) or is_number(value) or (isinstance(value, float) and not math.isfinite(value)))
 
 
 def _object(path: Path) -> Row:
@@ -162,9 +198,22 @@ def _rows(path: Path) -> list[Row]:
             row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if is_row(row):
             rows.append(row)
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether this is a row of `metrics.jsonl` or `samples.jsonl`: a step, and under the keys of training numbers."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
+        return False
+    if not isinstance(row.get("skipped", ""), str) or any(
+        not isinstance(row.get(key, ""), str) for key in ("prompt", "answer")
+    ):
+        return False
+    return all(
+        value is None or not is_odd(value) for key, value in row.items() if key == "loss" or key.startswith("eval/")
+    )
 
 
 def _checkpoints(path: Path) -> list[store.CheckpointInfo]:

@@ -18,6 +18,7 @@ from dstune.report.curves import COLOURS, TITLES
 from dstune.report.effects import are_numbers, is_logarithmic, shares
 from dstune.report.html import render
 from dstune.report.numbers import duration, log_ticks, number, percent, short, tick_label, ticks
+from dstune.report.page import of_foreign
 from dstune.report.results import NAMES, Figure
 from dstune.report.run_files import RUN_FILE, RunFiles, read, section
 from dstune.report.series import Series, collect, smoothed, smoothing_span
@@ -127,7 +128,7 @@ def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float],
 
 def write(sweep: Path, target: Path) -> None:
     """Write the page of the sweep at `sweep` to `target`, whole or not at all. Raises OSError, UserError."""
-    html = redact(page(sweep))
+    html = redact(of_foreign(lambda: page(sweep), str(sweep)))
     files.write(target, html)
 
 

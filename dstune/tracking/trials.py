@@ -60,9 +60,29 @@ def read_record(path: Path) -> Record | None:
     known = {one.name for one in fields(Record)}
     try:
         content = parse_json(read_file(path))
-        return Record(**{name: value for name, value in content.items() if name in known})
+        found = Record(**{name: value for name, value in content.items() if name in known})
+        return found if _is_record(found) else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def _is_record(found: Record) -> bool:
+    """Whether its values are of the kinds that a sweep writes."""
+    texts = (found.name, found.status, found.reason, found.place)
+    numbers = (
+        found.number,
+        found.seconds,
+        found.starts,
+        *(found.objective.values() if isinstance(found.objective, dict) else ()),
+    )
+    return (
+        all(isinstance(value, str) for value in texts)
+        and "/" not in found.name
+        and found.name not in ("", ".", "..")
+        and isinstance(found.values, dict)
+        and isinstance(found.objective, dict)
+        and all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in numbers)
+    )
 
 
 def read_records(sweep: Path) -> list[Record]:
@@ -75,7 +95,7 @@ def objectives_of(sweep: Path) -> list[str]:
     """What `sweep.yaml` says that trials are compared by."""
     try:
         content = parse_yaml(read_file(sweep / SWEEP_FILE).decode())
-        return [str(name) for name in content["objective"]]
+        return [str(name) for name in content["objective"]] or ["loss"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         return ["loss"]
 

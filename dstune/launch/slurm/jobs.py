@@ -76,7 +76,12 @@ def submit(script: Path, env: Mapping[str, str], after: str | None = None) -> st
         )
         fix = f"change the keys of launch, or look at {script}"
         raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {message}", fix))
-    return done.stdout.strip().split(";")[0]
+    number = done.stdout.strip().split(";")[0]
+    if not records.JOB.fullmatch(number):
+        raise UserError(
+            Problem("launch=slurm", f"sbatch answers with no number of a job: {number[:80]}", f"sbatch {script}")
+        )
+    return number
 
 
 def ask(ids: Sequence[str]) -> list[Job]:
@@ -98,7 +103,10 @@ def ask(ids: Sequence[str]) -> list[Job]:
         # have the array's for the latter, which the last one keeps.
         named, numbered = [], []
         for line in done.stdout.splitlines():
-            own, raw, state, reason, nodes = line.split("|")
+            if line.count("|") < 4:
+                continue  # a notice of the site's own
+            own, raw, state, rest = line.split("|", 3)
+            reason, _, nodes = rest.rpartition("|")
             job = Job(number, state, reason if state in WAITING else nodes or reason)
             named += [job] if own == number else []
             numbered += [job] if raw == number else []

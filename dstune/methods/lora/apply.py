@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
+from dstune.core.limits import check_patterns
 from dstune.methods._peft.apply import adapt, common_settings
 from dstune.methods.lora.beneath import put_beneath
 from dstune.methods.lora.config import LoraConfig, LoraInit
@@ -31,6 +32,8 @@ def add_lora(
     on_meta = model.device.type == "meta"  # an export, which takes all weights from the checkpoint
     if lora.frozen_adapters and not on_meta:
         put_beneath(model, lora.frozen_adapters)
+    patterns = {"rank_pattern": dict(lora.rank_pattern), "alpha_pattern": dict(lora.alpha_pattern)}
+    check_patterns(patterns, [name for name, _ in model.named_modules()], "method.rank_pattern", lora.adapter or "")
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=_number(lora.alpha),

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.limits import check_patterns
 from dstune.methods._peft.files import read_settings, tensors_of
 from dstune.methods.lora.start import shift
 
@@ -48,6 +49,8 @@ def _products(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         )
         fix = f"dstune export RUN --merge, and model.path with what it writes, instead of {folder}"
         raise UserError(Problem("method.frozen_adapters", reason, fix, str(folder)))
+    names = [module.removeprefix(PREFIX) for module in modules]
+    check_patterns(settings, names, "method.frozen_adapters", str(folder))
     for module in modules:
         name = module.removeprefix(PREFIX)
         a, b = tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float()
