@@ -273,12 +273,20 @@ PREEMPTION_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGA
 """What clusters send before they kill; other signals mean something else to the process that gets them."""
 
 
+class DirectoryMode(Enum):
+    umask = None
+    group = 0o750
+    private = 0o700
+
+
 @dataclass(frozen=True)
 class RunSection:
     name: str = "run"
     """First part of the run directory's path and the name in W&B."""
     dir: str | None = None
     """Run directory; `runs/NAME/DATE_TIME` when not given. One that holds a run is continued (see `resume`)."""
+    mode: DirectoryMode = DirectoryMode.umask
+    """Who may look into the run directory: as the `umask` says, the user's `group`, or nobody else (`private`)."""
     resume: str = "auto"
     """`auto` continues a run found in `dir`, `never` refuses to, a path starts from that run's newest checkpoint."""
     export: Export = Export.last

@@ -26,6 +26,7 @@ from dstune.config.schema import (
     Selective,
     SpikeAction,
 )
+from dstune.config.secret_rules import check_secrets
 from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, tasks_of
 from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
@@ -89,7 +90,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_tracking,
         lambda reader: check_sweep(reader, metrics_of_run(reader)),
     )
-    problems = list(check_ranges(config))
+    problems = [*check_ranges(config), *check_secrets(config)]
     for rule in rules:
         seen, reader = watched(config, doubtful)
         problems += [problem for problem in rule(reader) if not seen.doubt]

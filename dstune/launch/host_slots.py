@@ -11,7 +11,9 @@ from pathlib import Path
 
 from dstune.core.errors import Problem, UserError
 
-LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})\s*(#.*)?")
+HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
+"""What may stand on a command line of ssh, pdsh and mpirun: `-oProxyCommand=...` would be an option, `a[1-9]` nine hosts."""
 
 
 def read(path: str) -> dict[str, int]:
@@ -34,6 +36,8 @@ def read(path: str) -> dict[str, int]:
         place, match = f"{path}:{number}", LINE.fullmatch(text.strip())
         if match is None:
             problems.append(Problem(place, "this is not `HOST slots=N`", "node1 slots=8", text.strip()))
+        elif not HOST.fullmatch(match[1]):
+            problems.append(Problem(place, "this is no name or address of a host", "node1 slots=8", match[1]))
         elif match[1] in hosts:
             problems.append(Problem(place, "this host stands here twice", "one line for each host", match[1]))
         elif int(match[2]) < 1:
@@ -60,7 +64,7 @@ def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> d
     named: dict[str, list[int]] = {}
     problems = []
     for part in text.split("@"):
-        match = re.fullmatch(r"([^:@\s]+)(?::(\d+(?:,\d+)*))?", part)
+        match = re.fullmatch(r"([^:@\s]+)(?::(\d{1,6}(?:,\d{1,6})*))?", part)
         if match is None:
             problems.append(Problem(key, "this is not HOST or HOST:SLOT,SLOT", "node1@node2:0,1", part))
             continue

@@ -45,7 +45,7 @@ class Ssh:
         return words + (["-l", self.user] if self.user else [])
 
     def command(self, host: str, words: Sequence[str]) -> list[str]:
-        return ["ssh", *self.options(), host, shlex.join(words)]
+        return ["ssh", *self.options(), "--", host, shlex.join(words)]
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,8 @@ def prepare(composed: Composed, before: Before | None = None) -> Prepared:
     path = before.path
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if config.run.mode.value is not None:
+            path.chmod(config.run.mode.value)
         lock = records.acquire_lock(path)
     except OSError as error:
         reason = f"cannot be created or written: {error.strerror}"

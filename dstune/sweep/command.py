@@ -170,6 +170,8 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
     path = sweep.path
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if sweep.base.run.mode.value is not None:
+            path.chmod(sweep.base.run.mode.value)
     except OSError as error:
         reason = f"cannot be created: {error.strerror}"
         raise UserError(Problem("sweep.dir", reason, "give a folder of yours", str(path))) from None
