@@ -40,11 +40,14 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record in `folder`; empty where there is none that can be read."""
+    """The record in `folder`, as far as it is of the kind that is written; empty where there is none that can be read."""
     record = read_object(folder / NAME) or {}
     task, data = record.get("task"), record.get("data")
-    whole = isinstance(task, dict) and isinstance(task.get("name"), str) and isinstance(data, dict) and "format" in data
-    return record if whole else {}
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+        record.pop("task", None)
+    if not isinstance(data, dict) or not isinstance(data.get("format"), str):
+        record.pop("data", None)
+    return record
 
 
 def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
@@ -54,7 +57,7 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     """
     chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
     record = read_record(folder)
-    if not record:
+    if "task" not in record:
         if chosen is None and (found := task_of_head(folder)):
             return [f"task={found}"]
         for name in TASKS if chosen is None else [chosen]:
@@ -66,8 +69,8 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     overrides = [] if chosen else [f"task={name}"]
     if chosen in (None, name):
         overrides += [f"task.{key}={_value(value)}" for key, value in task.items()]
-    data = dict(record["data"])
-    if data["format"] == AUTOMATIC:
+    data = dict(record.get("data", {}))
+    if data.get("format") == AUTOMATIC:
         del data["format"]
     return overrides + [f"data.{key}={_value(value)}" for key, value in data.items()]
 
