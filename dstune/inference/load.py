@@ -86,7 +86,7 @@ def _of_run(run: Path, which: str, overrides: Sequence[str]) -> ModelRequest:
 
 def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
     base = base_of(folder, model)
-    if not read_record(folder) and not _names_task(overrides):
+    if "task" not in read_record(folder) and not _names_task(overrides):
         reason = "is an adapter of which nothing tells its task"
         raise UserError(Problem("MODEL", reason, "task=NAME, and its labels: task.labels=[NAME,NAME]", str(folder)))
     given = [f"model.path={quoted(base.path)}", *recorded_overrides(folder, list(overrides)), *overrides]
