@@ -156,8 +156,8 @@ def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: s
     try:
         in_child(match, PATTERN_SECONDS)
     except TooMuch as error:
-        shown = ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
-        reason = f"to match its patterns ({shown}) with the names of the model's modules {error}"
+        examples = ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
+        reason = f"to match its patterns ({examples}) with the names of the model's modules {error}"
         raise UserError(Problem(where, reason, "an adapter whose patterns are plain names", value)) from None
 
 

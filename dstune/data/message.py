@@ -108,11 +108,11 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> s
     last = 0
     for part in parts:
         kind = _type(part)
-        value = part if isinstance(part, str) else part.get(kind, part.get("value", part.get("text")))
+        value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else part
         if of_media := media.PARTS.get(kind):
             raise RowError(f"message {number} ({role}) holds {of_media}; {media.UNREAD}")
         holds = PARTS.get(kind, "")
-        if holds != "call" and not (holds and isinstance(value, str)):
+        if not isinstance(part, str | dict) or (holds != "call" and not (holds and isinstance(value, str))):
             raise RowError(f"message {number} ({role}) has a part of type {kind!r:.60}; only text is trained on")
         if holds != "text" and role != "assistant":
             raise RowError(f"message {number} ({role}) has a part of type {kind!r}, which only the assistant has")
