@@ -1,15 +1,25 @@
 """Real chat templates x dialogues: is what dstune trains what a server would make the model write?
 
-    python benchmarks/templates.py [--markdown FILE] [--only NAME] [--show DIALOGUE] [--marked]
+    python benchmarks/templates.py [--folder FOLDER] [--markdown FILE] [--only NAME] [--show DIALOGUE] [--marked]
+    python benchmarks/templates.py --families [--folder FOLDER]
 
-Templates are read from installed packages (TRL ships those of 40 models) and from dstune; none of them is part of
-this repository. The tokenizer is made up, with the template's own control tokens in it: what is compared is which tokens
+Templates are read from installed packages (TRL ships those of 40 models), from dstune, and with `--folder` from the
+`.jinja` files of a folder; none of them but dstune's is part of this repository. The source package of llama-cpp-python
+has 25 more (`vendor/llama.cpp/models/templates`):
+
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.16
+    tar xzf llama_cpp_python-0.3.16.tar.gz --wildcards '*/models/templates/*.jinja'
+
+The tokenizer is made up, with the template's own control tokens in it: what is compared is which tokens
 are context and which are trained, not a vocabulary. Each cell is one of
 
 - `=`   each trained turn is, token by token, what transformers' own rendering asks for and writes, each one once;
 - `n=`  so in n samples, since the template rewrites the history;
 - a number of a refusal, which is listed below the table;
 - `WRONG` otherwise, and the program ends with 1.
+
+With `--families` dstune's own templates are compared with those of the families that they are for, turn by turn: whether the
+context and the answer are the same, token by token. A turn that one of the two does not print is counted apart.
 
 With `--marked` the templates are those in which TRL marks what is to be trained (`{% generation %}`), and their marks are
 compared with the rule (`task.turns=all`): `=`, or how many tokens only the marks and only the rule train.
@@ -36,6 +46,7 @@ from dstune.data.chat.proof import Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import check_conversation, conversation_of, tools_of
 from dstune.data.problems import RowError
+from dstune.data.render import ChatRenderer, RenderError
 from dstune.data.stopping import stop_token_ids
 from dstune.data.tokenize import RowTokenizer
 from dstune.tasks.chat.config import ChatConfig, Turns
@@ -53,13 +64,29 @@ ENDS: dict[str, tuple[str, ...]] = {
     "gpt_oss": ("<|return|>", "<|endoftext|>", "<|call|>"),
     "idefics3": ("<end_of_utterance>",),
     "smolvlm": ("<end_of_utterance>",),
+    "granite": ("<|end_of_text|>",),
     "llama3": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
     "llava": ("<|im_end|>",),
     "mistral": ("</s>",),
+    "rwkv": ("<s>",),
     "phi3": ("<|endoftext|>", "<|assistant|>", "<|end|>"),
     "phi4": ("<|endoftext|>", "<|im_end|>"),
 }
 """End tokens of the generation settings of a family's models, the tokenizer's own first; of the others `<|im_end|>`."""
+
+FAMILIES = {
+    "command-r": "cohere",
+    "deepseek": "deepseek",
+    "gemma-2": "gemma",
+    "gpt-oss": "gptoss",
+    "granite": "granite",
+    "llama-3": "llama3",
+    "functionary": "llama3",
+    "mistral": "mistral",
+    "phi-3": "phi3",
+    "rwkv": "rwkv",
+}
+"""Of a file in `--folder`: the family, by a part of its name. Hermes ends turns with `<|im_end|>` as most others do."""
 
 SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|<\|?/?[a-z_]+\|?>|\[/?[A-Z_]+\]|<bos>|</?s>")  # noqa: RUF001
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -111,8 +138,19 @@ def tokenizer_for(name: str, template: str) -> Any:
     return tokenizer
 
 
-def templates(*, marked: bool = False) -> dict[str, str]:
-    """Templates by name: of TRL (without those that it changed for training, or these alone), and dstune's own."""
+def family_of(name: str) -> str:
+    """The name under which ENDS has the family of a template."""
+    known = name.removeprefix("dstune/").lower()
+    if "hermes" in known:
+        return "hermes"
+    return next((family for part, family in FAMILIES.items() if part in known), known)
+
+
+def templates(folder: Path | None = None, *, marked: bool = False) -> dict[str, str]:
+    """Templates by name: those in `folder`, else of TRL (without those that it changed for training, or these alone) and
+    dstune's own."""
+    if folder is not None:
+        return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.rglob("*.jinja"))}
     found = {}
     spec = importlib.util.find_spec("trl")
     assert spec is not None and spec.origin is not None, "pip install trl"
@@ -282,23 +320,94 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
     )
 
 
+OWN = {
+    "qwen3_instruct_2507": "chatml",
+    "deepseek_r1_distill": "deepseek_r1",
+    "gemma3": "gemma",
+    "gptoss": "gpt_oss",
+    "llama3": "llama3",
+    "llama3_1": "llama3",
+    "mistral_v2v3": "mistral",
+    "mistralai-Mistral-Nemo-Instruct-2407": "mistral_tekken",
+    "phi_4": "phi4",
+}
+"""The template of a family, by the name of its file, and dstune's own."""
+
+
+def compare_families(folder: Path | None) -> None:
+    """Print a row for each family's template that is there."""
+    there = templates() | (templates(folder) if folder else {})
+    print("| template | family | turns | context and answer equal | context equal | different | not printed by one |")
+    print("| --- " * 7 + "|")
+    for family, name in OWN.items():
+        if family not in there:
+            continue
+        theirs = re.sub(r"{%-? *(end)?generation *-?%}", "", there[family])
+        both = [there[f"dstune/{name}"], theirs]
+        kinds: dict[str, list[str]] = {"equal": [], "context": [], "different": [], "dropped": []}
+        for dialogue, given in DIALOGUES.items():
+            row = prepared(given)
+            last = len(row["messages"])
+            for number in (at for at in range(1, last) if row["messages"][at]["role"] == "assistant"):
+                pieces = [_turn_of(family_of(family), text, "".join(both), row, number) for text in both]
+                kinds[_kind_of(pieces)].append(f"{dialogue} [{number + 1}]")
+        counts = [len(of) for of in kinds.values()]
+        print(f"| {name} | {family} | {sum(counts)} | {' | '.join(map(str, counts))} |")
+        for kind in ("context", "different"):
+            if kinds[kind]:
+                print(f"    {kind}: {', '.join(kinds[kind])}")
+
+
+def _turn_of(
+    family: str, template: str, tokens: str, row: dict[str, Any], number: int
+) -> tuple[str, str | None] | None:
+    """Context and answer of a turn: no answer where the conversation does not begin with the context, nothing where the
+    template drops a part of them."""
+    tokenizer = tokenizer_for(family, tokens)
+    tokenizer.chat_template = template
+    try:
+        renderer = ChatRenderer(tokenizer, DATE)
+        *context, answer = row["messages"][: number + 1]
+        given = {"tools": row.get("tools"), "arguments": renderer.arguments_for(answer)}
+        prompt = renderer.text(context, add_generation_prompt=True, **given)
+        silent = [{**message, "weight": 0} for message in context]
+        (found,) = renderer.passages([*silent, {**answer, "weight": 1}], tools=row.get("tools"))
+    except (RenderError, UserError) as error:
+        return (prompt, None) if "than a server would prompt with" in str(error) else None
+    return prompt, found.text[found.places[-1].start : found.places[-1].end]
+
+
+def _kind_of(pieces: list[tuple[str, str | None] | None]) -> str:
+    if None in pieces:
+        return "dropped"
+    (own, answer), (theirs, their_answer) = (piece for piece in pieces if piece is not None)
+    if own != theirs:
+        return "different"
+    return "equal" if answer == their_answer else "context"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="read the .jinja files of this folder instead")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--only", help="templates whose names contain this")
     parser.add_argument("--show", help="print what is trained of this dialogue")
     parser.add_argument("--marked", action="store_true", help="compare TRL's marked templates with the rule")
+    parser.add_argument("--families", action="store_true", help="compare dstune's templates with those of the families")
     options = parser.parse_args()
+    if options.families:
+        compare_families(options.folder)
+        return 0
     names = list(DIALOGUES)
     lines = ["| template | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     reasons: dict[str, int] = {}
     wrong, counts = [], Counter()
-    for name, template in templates(marked=options.marked).items():
+    for name, template in templates(options.folder, marked=options.marked).items():
         if options.only and options.only not in name:
             continue
         cells = []
         for dialogue in names:
-            tokenizer = tokenizer_for(name.removeprefix("dstune/"), template)
+            tokenizer = tokenizer_for(family_of(name), template)
             if options.marked:
                 formatted, reason = marked_cell(tokenizer, DIALOGUES[dialogue])
                 if reason and formatted != "refused":

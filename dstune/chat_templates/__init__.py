@@ -1,7 +1,10 @@
 """Chat templates for base models that have none: `model.chat_template=chatml` instead of the path of a Jinja file.
 
 Each is the format that the tuned models of a family speak, so its markers are tokens of the family's base models too.
-A system message stands where that format has a place for it, else in front of the first message of the user.
+A system message stands where that format has a place for it, else in front of the first message of the user. What a
+format has no tokens for (reasoning; tools in Gemma and Phi-4) is written as text.
+
+Prompts are templates without control tokens (`model.prompt_template=alpaca`).
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
+PROMPTS = ("alpaca", "llama2", "vicuna")
+NAMES = tuple(sorted({path.stem for path in FOLDER.glob("*.jinja")} - {*PROMPTS}))
 
 
 def template_path(value: str) -> Path:
@@ -17,10 +21,18 @@ def template_path(value: str) -> Path:
     return FOLDER / f"{value}.jinja" if value in NAMES else Path(value)
 
 
+def prompt_path(name: str) -> Path:
+    """The file of `model.prompt_template`, one of PROMPTS."""
+    return FOLDER / f"{name}.jinja"
+
+
 CONTROL_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "deepseek_r1": ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "gpt_oss": ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
 }
 """What a template prints around turns and each vocabulary must have as single tokens."""
 

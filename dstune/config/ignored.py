@@ -80,6 +80,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "zero.param_persistence_threshold", (f"zero.stage is {zero.stage}", "zero=stage3")
     if config.model.chat_template is not None and not task_of(config.task).conversational:
         yield "model.chat_template", (f"task={config.task.name} renders no conversations", "task=chat")
+    if config.model.prompt_template is not None and not task_of(config.task).conversational:
+        yield "model.prompt_template", (f"task={config.task.name} renders no conversations", "task=chat")
     if not any(task_of(task).generation_metrics for task in (config.task, *tasks_of(config).values())):
         yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", "task=seq2seq")
     if not config.evaluate.samples:

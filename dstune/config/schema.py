@@ -100,7 +100,10 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
-    """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `gemma`, `llama3`, `mistral`, `mistral_tekken`."""
+    """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `deepseek_r1`, `gemma`, `gpt_oss`, `llama3`,
+    `mistral`, `mistral_tekken`, `phi4`."""
+    prompt_template: str | None = None
+    """Plain text around questions and answers, for a base model without a chat template: `alpaca`, `llama2` or `vicuna`."""
     add_tokens: list[str] = setting([])
     """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
     config_overrides: dict[str, Any] = setting({})

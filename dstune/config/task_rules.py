@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Sequence
 
+from dstune.chat_templates import PROMPTS
 from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
@@ -25,6 +26,13 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
                 "write it as YYYY-MM-DD, or leave it out",
                 format_value(task.template_date),
             )
+    if (name := config.model.prompt_template) is not None:
+        one = f"one of {', '.join(PROMPTS)}"
+        if name not in PROMPTS:
+            yield Problem("model.prompt_template", f"expected {one}", "model.prompt_template=alpaca", name)
+        if config.model.chat_template is not None:
+            reason = "model.chat_template says already how conversations are written"
+            yield Problem("model.prompt_template", reason, "leave one of the two out", name)
     yield from task.check(config)
     if task.whole_batch_loss:
         yield from _check_scores(config)

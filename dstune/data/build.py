@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,16 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
         several=several,
         sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
     )
-    return evidence.prove(tokenizer, encode, data.train.table, data.evidence)
+    found = evidence.prove(tokenizer, encode, data.train.table, data.evidence)
+    counts = data.report.get("train", {})
+    conversations, samples = counts.get("conversations", 0), counts.get("samples", 0)
+    if not task_of(config.task).splits_conversations or samples <= conversations:
+        return found
+    grown = (
+        f"{conversations:,} conversations make {samples:,} samples with {counts['tokens'] / counts['tokens_once']:.1f} times the "
+        "tokens, since the chat template rewrites earlier turns (docs/chat-templates.md; task.turns=last trains one of each)"
+    )
+    return replace(found, note="; ".join(filter(None, [found.note, grown])))
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ def _fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         ],
         "task": task.row_key(),
+        "prompt_template": config.model.prompt_template,
         "data": [
             data.format,
             data.columns,
@@ -288,7 +298,8 @@ class Builder:
         work = folder / "work"
         work.mkdir()
         config = self._config
-        bad = BadRows(config.data.on_bad_row)
+        template = config.model.chat_template or f"that of {config.model.path}"
+        bad = BadRows(config.data.on_bad_row, template)
         read = {part: self._read(part, work, bad) for part in self._inputs}
         bad.raise_if_any()
         if self._held_out is None:
@@ -324,6 +335,7 @@ class Builder:
         report: dict[str, Any] = {}
         with _no_progress_bars():
             for part, rows in chosen.items():
+                known = len(bad.first())
                 counts = write_samples(
                     rows.table,
                     rows.indices,
@@ -335,7 +347,7 @@ class Builder:
                     workers=config.data.workers,
                     with_texts=part != "train" and _metrics_read_rows(config),
                 )
-                report[part] = _report(rows, counts, read.get(part, read["train"]))
+                report[part] = _report(rows, counts, read.get(part, read["train"]), bad.first(known))
                 if unread := _unread(read.get(part, {})):
                     report[part]["unread_columns"] = unread
                 if by_label := rows_by_label(rows, config, labels):
@@ -472,8 +484,11 @@ def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) ->
     raise UserError(Problem(where=f"data.{part}", reason=reason, fix="data.on_bad_row=error shows what is wrong"))
 
 
-def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table]) -> dict[str, Any]:
-    """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file."""
+def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table], more: list[dict[str, str]]) -> dict[str, Any]:
+    """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file.
+
+    more: the first rows in which tokenization found a fault.
+    """
     bad_rows = rows.table.bad_rows + rows.bad_rows + counts.bad_rows
     counted = asdict(counts)
     by_source = counted.pop("by_source")
@@ -490,7 +505,7 @@ def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table]) -> dict[st
             }
             for number, (name, table) in enumerate(read.items())
         }
-    if skipped := [example for table in read.values() for example in table.bad_examples]:
+    if skipped := [*(example for table in read.values() for example in table.bad_examples), *more]:
         report["examples"] = {"bad_rows": skipped}
     return report
 

@@ -17,6 +17,7 @@ from dstune.config.data_schema import AUTOMATIC, OnBadRow
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
+from dstune.data.problems import unprinted_in
 from dstune.data.rows import RowError, canonical, check_task, labels_of, normalise, recognise
 from dstune.data.split import content_hash
 from dstune.data.swaps import slice_values
@@ -45,13 +46,18 @@ ROW_SCHEMA = pa.schema(
 class BadRows:
     """Rows that cannot be used: collected to be listed together, or only counted (`data.on_bad_row=skip`)."""
 
-    def __init__(self, policy: OnBadRow):
-        self._policy = policy
+    def __init__(self, policy: OnBadRow, template: str = ""):
+        """template: what `model.chat_template` is, for a message."""
+        self._policy, self._template = policy, template
         self._problems: list[Problem] = []
+        self._unprinted: dict[tuple[str, str], tuple[str, int]] = {}
         self.count = 0
 
     def add(self, place: str, reason: str) -> None:
         self.count += 1
+        if fields := unprinted_in(reason):
+            first, count = self._unprinted.get(fields, (place, 0))
+            self._unprinted[fields] = first, count + 1
         if len(self._problems) < SHOWN_BAD_ROWS:
             self._problems.append(Problem(where=place, reason=reason))
 
@@ -63,6 +69,19 @@ class BadRows:
         """Raises UserError with the first bad rows and the number of the others, unless they are to be skipped."""
         if not self.count or self._policy is OnBadRow.skip:
             return
+        if self._unprinted:  # one word about the template instead of one about each row
+            raise UserError(
+                [
+                    Problem(
+                        "model.chat_template",
+                        f"this template does not print {fields}, which {count:,} row{'s have' if count > 1 else ' has'} (the "
+                        f"first is {place}): what is not printed is not trained",
+                        f"{fix}; data.on_bad_row=skip leaves these rows out",
+                        self._template,
+                    )
+                    for (fields, fix), (place, count) in self._unprinted.items()
+                ]
+            )
         *problems, last = self._problems
         others = self.count - len(self._problems)
         more = f" (and {others} more bad row{'s' if others > 1 else ''})" if others else ""
@@ -193,6 +212,7 @@ class _Reader:
         self._data = config.data
         self._task, self._bound = config.task, task_of(config.task)
         self._slices = config.evaluate.slices
+        self._input_apart = config.model.prompt_template == "alpaca"
         self._bad = bad
         self.format: str | None = None
         self.unread: Unread | None = None
@@ -228,7 +248,7 @@ class _Reader:
             self.unread = Unread(self.format, mapping, self._slices)
         check_task(self.format, raw.fields, mapping, named, self._task, raw.place)
         self.unread.add(raw.fields)
-        row = normalise(raw.fields, self.format, mapping, self._task)
+        row = normalise(raw.fields, self.format, mapping, self._task, input_apart=self._input_apart)
         self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
         label = None
         if self._bound.has_labels:

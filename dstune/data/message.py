@@ -81,6 +81,11 @@ def message_of(number: int, message: Any) -> Message:
         content = message.pop("refusal", None)
     if name not in NAMES_OF_CALLS and not (calls and content is None):
         result["content"] = _text(number, role, content)
+    if message.pop("prefix", None):
+        raise RowError(
+            f"message {number} ({role}) is a prefix that the answer continues (continue_final_message); give the message as a "
+            "whole"
+        )
     for key in REASONING_KEYS if role == "assistant" else ():
         if not isinstance(message.get(key, ""), str):
             raise RowError(f"message {number} ({role}): {key} must be text, it is {format_value(message[key])}")

@@ -54,11 +54,13 @@ def exchange(prompt: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def alpaca(fields: Mapping[str, Any]) -> list[Message]:
+def alpaca(fields: Mapping[str, Any], *, input_apart: bool = False) -> list[Message]:
     """The messages of an Alpaca row (Taori et al. 2023): `instruction` with `input` on the line below, `output`,
-    and optionally `history`. Raises RowError."""
-    question = with_input(fields["instruction"], fields.get("input"))
-    return [*history_of(fields.get("history")), *exchange(question, fields["output"])]
+    and optionally `history`. input_apart: the input is a key of the question's message instead. Raises RowError."""
+    given = text_or_nothing(fields.get("input"), "input") if input_apart else ""
+    question = fields["instruction"] if given else with_input(fields["instruction"], fields.get("input"))
+    requested, answered = exchange(question, fields["output"])
+    return [*history_of(fields.get("history")), {**requested, "input": given} if given else requested, answered]
 
 
 def with_input(question: Any, value: Any) -> Any:
@@ -102,8 +104,18 @@ def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
     answered = (
         exchange("", completion)[1:] if isinstance(completion, str) else conversation_of(completion, "completion")
     )
+    refuse_continued(requested, answered)
     kept = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in requested]
     return [*kept, *answered]
+
+
+def refuse_continued(requested: list[Message], answered: list[Message]) -> None:
+    """Raises RowError for an answer that goes on inside of a message of the prompt."""
+    if requested[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":
+        raise RowError(
+            "the prompt ends inside a message of the assistant, which a server is asked to continue by "
+            "continue_final_message alone; give the prompt without it, and the message as a whole as the answer"
+        )
 
 
 def with_system(messages: list[Message], system: Any) -> list[Message]:
@@ -157,12 +169,12 @@ def conversation_row(
     row: dict[str, Any] = {"messages": messages}
     if tools:
         row["tools"] = tools
-    if arguments := _template_arguments(fields.get("chat_template_kwargs")):
+    if arguments := template_arguments(fields.get("chat_template_kwargs")):
         row["chat_template_kwargs"] = arguments
     return row
 
 
-def _template_arguments(value: Any) -> dict[str, Any]:
+def template_arguments(value: Any) -> dict[str, Any]:
     """The arguments that a row gives to the chat template. Raises RowError."""
     if isinstance(value, str):
         value = from_json(value, "chat_template_kwargs is text but not JSON")

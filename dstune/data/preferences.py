@@ -19,6 +19,8 @@ from dstune.data.messages import (
     check_conversation,
     conversation_of,
     exchange,
+    refuse_continued,
+    template_arguments,
     text_or_nothing,
     tools_of,
     with_input,
@@ -34,12 +36,14 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def pair_row(fields: Mapping[str, Any]) -> Row:
-    """A normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools` and `margin` where given.
+    """A normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools`, `chat_template_kwargs` and
+    `margin` where given.
 
     `input` and `history` belong to a prompt that is a text, as in Alpaca rows. Raises RowError.
     """
     margin = _margin(fields.get("margin"))
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
+    arguments = template_arguments(fields.get("chat_template_kwargs"))
     system = text_or_nothing(fields.get("system"), "system")
     prompt = _prompt(fields.get("prompt"))
     answers = {name: _answer(fields[name], name) for name in ANSWERS}
@@ -57,13 +61,15 @@ def pair_row(fields: Mapping[str, Any]) -> Row:
     if (
         isinstance(prompt, str)
         and all(isinstance(answer, str) for answer in answers.values())
-        and not (tools or system)
+        and not (tools or system or arguments)
     ):
         row = {"prompt": prompt, **answers}
     else:
         row = _conversations(prompt, answers, system)
         if tools:
             row["tools"] = tools
+        if arguments:
+            row["chat_template_kwargs"] = arguments
     if row["chosen"] == row["rejected"]:
         raise RowError("chosen and rejected are the same")
     return row if margin is None else {**row, "margin": margin}
@@ -113,8 +119,8 @@ def as_chat(row: Row, answer: str) -> Row:
     says in the prompt is no target."""
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "completion": row[answer]}
-    tools = {"tools": row["tools"]} if "tools" in row else {}
-    return {"messages": [*_untrained(row["prompt"]), *row[answer]], **tools}
+    beside = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+    return {"messages": [*_untrained(row["prompt"]), *row[answer]], **beside}
 
 
 def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
@@ -147,6 +153,7 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
                 f"chosen and rejected differ before the assistant answers: message {len(requested) + 1} of {name} has the "
                 f"role {messages[0]['role']}"
             )
+        refuse_continued(requested, messages)
         check_conversation([*_untrained(requested), *messages], needs_answer=True)
         if name == "chosen":  # the other one may teach the model not to be silent
             check_answers([*_untrained(requested), *messages])

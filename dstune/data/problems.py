@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -19,3 +20,17 @@ def listing(columns: Collection[str]) -> str:
     """Column names for a message, the first twelve of them."""
     found = [repr(column) for column in list(columns)[:12]]
     return ", ".join(found) + (", ..." if len(columns) > 12 else "")
+
+
+def unprinted(fields: str, fix: str) -> str:
+    """What is said of a row with fields that the chat template never prints."""
+    return f"the chat template does not print {fields}, which this row has; {fix}"
+
+
+_UNPRINTED = re.compile(r"the chat template does not print (.+?), which this row has; (.+)", re.DOTALL)
+
+
+def unprinted_in(reason: str) -> tuple[str, str] | None:
+    """The fields and the fix in a text of `unprinted`: no fault of the row, but of the template."""
+    found = _UNPRINTED.fullmatch(reason)
+    return (found.group(1), found.group(2)) if found else None

@@ -43,7 +43,9 @@ def sample_prompts(
 
 def _from_source(sources: SourcePrompts, row: dict[str, Any]) -> SamplePrompt | None:
     try:
-        return SamplePrompt(sources.prompt_ids(row["source"]), row["source"], row["target"])
+        return SamplePrompt(
+            sources.prompt_ids(row["source"], row.get("chat_template_kwargs")), row["source"], row["target"]
+        )
     except RenderError:
         return None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
-from dstune.data.chat.probe import Facts, facts_of, learn_stops, reasoning_of
+from dstune.data.chat.probe import SWITCHES, Facts, facts_of, learn_stops, reasoning_of, takes_parts
 from dstune.data.chat.rule import (
     Passage,
     Place,
@@ -34,11 +34,14 @@ from dstune.data.chat.rule import (
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.control import ControlTokens
 from dstune.data.message import REASONING_KEYS
+from dstune.data.problems import unprinted
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
 
 Render = Callable[..., str]
 """`ChatTemplate.text` or `ChatTemplate.direct`."""
+
+_UNDEFINED = re.compile(r"'(\w+)' is undefined")
 
 _THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 
@@ -140,15 +143,17 @@ class ChatRenderer:
         try:
             return learn_stops(self._template, self.facts, known_stops(self._tokenizer))
         except (RuleError, RenderError) as error:
-            raise UserError(
-                Problem(
-                    where="model.chat_template",
-                    reason=str(error),
-                    fix="print the end-of-turn token after each assistant message, for example {{ eos_token }}"
-                    if "learn to stop" in str(error)
-                    else "set model.chat_template to a template for conversations of user and assistant",
-                )
-            ) from None
+            reason, fix = (
+                str(error),
+                "set model.chat_template to a template for conversations of user and assistant",
+            )
+            if "learn to stop" in reason:
+                fix = "print the end-of-turn token after each assistant message, for example {{ eos_token }}"
+            elif argument := _UNDEFINED.search(reason):
+                fix = f"task.chat_template_kwargs='{{{argument.group(1)}: ...}}', or {fix}"
+            elif takes_parts(self._template):
+                reason = "the template reads contents in parts, as models of images do, and no task reads images yet"
+            raise UserError(Problem("model.chat_template", reason, fix)) from None
 
     def text(
         self,
@@ -271,9 +276,34 @@ class ChatRenderer:
         try:
             turn = turn_of(number, prompt, answered, self.stops, calls=calls)
         except RuleError as error:
-            raise RenderError(f"message {number + 1} (assistant): {error}") from None
+            mended = self._mended(adapted[: number + 1], tools, arguments, prompt)
+            raise RenderError(f"message {number + 1} (assistant): {error}{mended}") from None
         _refuse_unprinted(turn, message)
         return turn
+
+    def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
+        """What makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
+        found = []
+        if prompt.rstrip().endswith("<think>") and not _thinks(messages[-1]):
+            found.append("the prompt asks for reasoning, which this turn does not have")
+        tried = {
+            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} mends it": (messages, {name: value})
+            for name in SWITCHES
+            for value in (True, False)
+            if name in self._template.source(tools)
+        }
+        tried["task.reasoning=drop mends it"] = ([_without_reasoning(message) for message in messages], {})
+        for fix, (changed, given) in tried.items():
+            try:
+                begin, whole = (
+                    self._template.text(of, tools=tools, arguments={**arguments, **given}, prompt=asks)
+                    for of, asks in ((changed[:-1], True), (changed, False))
+                )
+            except RenderError:
+                continue
+            if whole.startswith(begin):
+                found.append(fix)
+        return "".join(f"; {text}" for text in found)
 
     def _scored(
         self, adapted: Messages, tools: Tools | None, row: Mapping[str, Any] | None, trained: list[int]
@@ -294,23 +324,33 @@ class ChatRenderer:
     def _refuse_dropped(self, messages: Messages, tools: Tools | None, trained: Iterable[int]) -> None:
         """Raises RenderError where the row has what the template never prints."""
         facts = self.facts
-        another = "set model.chat_template to one that does"
         calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
         dropped = {
             "system messages": not facts.prints_system and messages[0]["role"] == "system",
             "tools that may be called": not facts.prints_tools and bool(tools),
+            "what tools do (description, parameters)": facts.prints_tools
+            and not facts.prints_schemas
+            and any(map(_is_described, tools or [])),
             "tool calls": not facts.prints_calls and bool(calls),
-            "more than one tool call of a message": not facts.prints_several_calls and any(len(of) > 1 for of in calls),
+            "more than one tool call of a message": facts.prints_calls
+            and not facts.prints_several_calls
+            and any(len(of) > 1 for of in calls),
             "results of tools": not facts.prints_results and any(message["role"] == "tool" for message in messages),
         }
-        for what, is_dropped in dropped.items():
-            if is_dropped:
-                raise RenderError(f"the chat template does not print {what}, which this row has; {another}")
+        fields = [what for what, is_dropped in dropped.items() if is_dropped]
+        fix = "set model.chat_template to one that does"
         if facts.reasoning_key is None and any(reasoning_of(messages[number]) for number in trained):
-            raise RenderError(
-                f"the chat template does not print reasoning ({', '.join(REASONING_KEYS)}), which this row has; "
-                f"task.reasoning=drop trains without it, or {another}"
-            )
+            fix = f"task.reasoning=drop trains without it, or {fix}" if not fields else fix
+            fields.append(f"reasoning ({', '.join(REASONING_KEYS)})")
+        if fields:
+            raise RenderError(unprinted(" and ".join(filter(None, [", ".join(fields[:-1]), fields[-1]])), fix))
+
+
+def _is_described(tool: Mapping[str, Any]) -> bool:
+    """Whether a schema says what its tool does or takes."""
+    function = tool.get("function", tool)
+    parameters = function.get("parameters") or {}
+    return bool(function.get("description") or parameters.get("properties"))
 
 
 def known_stops(tokenizer: Any) -> frozenset[str]:

@@ -16,7 +16,12 @@ __all__ = ["RowError", "canonical", "check_columns", "check_task", "labels_of", 
 
 
 def normalise(
-    fields: Mapping[str, Any], fmt: str, mapping: Mapping[str, str], task: TaskConfig | None = None
+    fields: Mapping[str, Any],
+    fmt: str,
+    mapping: Mapping[str, str],
+    task: TaskConfig | None = None,
+    *,
+    input_apart: bool = False,
 ) -> dict[str, Any]:
     """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
@@ -24,10 +29,12 @@ def normalise(
     `text_pair` where it has one and `label` (a string, in a regression a number) or `labels` (of a multi-label task: sorted
     strings, perhaps none), or `tokens` and `tags` (as many strings), or `question`, `context` and `answers` (each with `text` and
     `start`). Pairs of answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true
-    or false). task: what its settings allow, for example an assistant that says nothing.
+    or false). task: what its settings allow, for example an assistant that says nothing. input_apart: an Alpaca row's
+    `input` stays a key of its own beside the instruction, for a template that has a place for it.
     Raises RowError.
     """
     form = ROW_FORMATS[fmt]()
+    form.input_apart = input_apart
     own = None if task is None else task_of(task)
     found: dict[str, Any] = {}
     fields = form.expand(fields)

@@ -40,6 +40,10 @@ class Counts:
     shortest: int = 0
     """Tokens of the shortest row before it was cut."""
     longest: int = 0
+    conversations: int = 0
+    """Rows of samples that a chat template rendered; a row may be several where it rewrites the history."""
+    tokens_once: int = 0
+    """Tokens if each conversation were one sample: those of its longest one."""
     lengths: dict[int, int] = field(default_factory=dict)
     """Rows by their length before it was cut (`statistics.histogram`)."""
 
@@ -73,6 +77,11 @@ def write_samples(
         doing=f"tokenizing {part} rows",
     )
     counts, numbers, truncated = _keep_good(mapped, encode, table, folder / part, bad)
+    if encode.has_conversations and len(numbers):
+        sizes = np.load(folder / f"{part}.lengths.npy")
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        counts.conversations = len(starts)
+        counts.tokens_once = int(np.maximum.reduceat(sizes, starts).sum())
     if part == "train" and encode.has_conversations:
         evidence.keep(chosen, numbers, truncated, table.sources, folder / evidence.FILE)
     if part != "train":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
@@ -19,6 +20,7 @@ from dstune.core.arguments import is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import machine, rundir
 from dstune.launch.calibrate import calibrate
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
 from dstune.planning import architecture, hardware, source
 from dstune.planning.calibration import speeds
@@ -27,7 +29,10 @@ from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
-from dstune.protocols import launcher_of, method_of, parallelism_of
+from dstune.protocols import launcher_of, method_of, parallelism_of, task_of
+
+if TYPE_CHECKING:
+    from dstune.data.chat.factor import Growth
 
 HELP = """\
 usage: dstune plan [RUN] [key=value ...] [hardware=8xH100-80G] [nodes=4] [price=2.5] [--json]
@@ -76,7 +81,7 @@ def main(argv: list[str]) -> int:
                 Problem("--calibrate", "this machine is measured, so none can be named", "leave hardware= out")
             )
         calibrate(config, Console(sys.stderr if arguments.json else sys.stdout))
-    found = plan_of(config, arguments)
+    found = replace(plan_of(config, arguments), growth=growth(config))
     if arguments.json:
         print(json.dumps(as_json(found, arguments.price, config), indent=1))
     else:
@@ -166,6 +171,27 @@ class Planned:
     """Of them, or of adapters on them."""
     calibrated: bool = False
     """Whether the speeds were measured on this machine."""
+    growth: Growth | None = None
+    """What the chat template makes of the conversations, where some become several samples."""
+
+
+def growth(config: RunConfig) -> Growth | None:
+    """How many samples and tokens the run's conversations become, where model and rows are on this machine and a chat template
+    makes several samples of some."""
+    if not task_of(config.task).splits_conversations or not (config.data.train or config.data.mixture):
+        return None
+    if not Path(config.model.path).is_dir():
+        return None
+    os.environ.update(NO_TELEMETRY | OFFLINE)
+    from dstune.data.chat.factor import growth_of
+    from dstune.models.load import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(config.model)
+        found = growth_of(config, tokenizer) if tokenizer.chat_template else None
+    except (UserError, OSError, ValueError):
+        return None  # a plan needs no rows; a run tells what is wrong with them
+    return found if found and found.samples > found.conversations else None
 
 
 def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
@@ -241,6 +267,7 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
             "nodes": found.cluster.nodes,
             "memory_gib": round(found.cluster.device.memory_gib, 2),
         },
+        "conversations": found.growth and {**asdict(found.growth), "token_factor": round(found.growth.factor, 3)},
         "warnings": list(fillers(config, found.cluster.ranks)),
         "calibrated": found.calibrated,
         "model": {
@@ -296,6 +323,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         "",
         f"as configured ({_configured(found)}):",
         *_parts(found.plan.configured),
+        *_growth(found.growth),
         *(f"  warning: {warning}" for warning in fillers(config, cluster.ranks)),
         "",
         (
@@ -319,6 +347,16 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
     )
     lines.append(f"{margin}; {_source_of_times(found)}")
     return "\n".join(lines)
+
+
+def _growth(growth: Growth | None) -> list[str]:
+    if growth is None:
+        return []
+    text = (
+        f"  the chat template rewrites earlier turns: the first {growth.conversations:,} conversations make {growth.samples:,} "
+        f"samples with {growth.factor:.1f} times their tokens, and so many steps (task.turns=last: one of each)"
+    )
+    return [text]
 
 
 def _configured(found: Planned) -> str:

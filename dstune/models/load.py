@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from dstune import samples
-from dstune.chat_templates import control_tokens, template_path
+from dstune.chat_templates import control_tokens, prompt_path, template_path
 from dstune.config.architectures import (
     encoder_decoder_problem,
     mark_encoder_decoder,
@@ -71,6 +71,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
         mark_stops(tokenizer, _stops(config, architecture))
+    if config.prompt_template:
+        tokenizer.chat_template = prompt_path(config.prompt_template).read_text(encoding="utf-8")
     if config.chat_template:
         try:
             tokenizer.chat_template = read_file(template_path(config.chat_template)).decode("utf-8")

@@ -38,6 +38,9 @@ class RowFormat:
     checks: ClassVar[Mapping[str, Check]] = {}
     """By role; values of other roles are taken as they are."""
 
+    input_apart: bool = False
+    """Whether `input` is to stay apart from the instruction (`model.prompt_template=alpaca`)."""
+
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """The columns of a row, with those beside them that a column holds inside."""
         return fields

@@ -91,6 +91,8 @@ class Task:
     """Each micro-batch goes through a decoder once, and with it through every layer."""
     countable_flops: ClassVar[bool] = True
     """The operations of a step follow from the lengths of its rows (`dstune.planning.flops`)."""
+    splits_conversations: ClassVar[bool] = False
+    """A row may be several samples, where a chat template rewrites its history; metrics count the row."""
     chunked: ClassVar[bool] = False
     """The samples that a long row becomes are measured together, as one row."""
     encoder_decoder: ClassVar[bool] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,10 @@ def describe(
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in run.data.splits}
+    told = [f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()]
     packed = f" packed into rows of {config.data.max_length:,} tokens" if config.data.packing else ""
     run.log.message(
-        f"{', '.join(f'{count:,} {name} rows' for name, count in rows.items())}{packed}; "
+        f"{', '.join(told)}{packed}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} {'of these ' * bool(packed)}rows each"
     )
     if labels := run.data.report.get("train", {}).get("labels"):
@@ -86,6 +87,15 @@ def describe(
         left_out = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in augment.get("left_out", {}).items())
         without = f", left out: {left_out}" if left_out else ""
         run.log.message(f"{augment['copies']:,} copies of training rows added{without} (data_report.json)")
+
+
+def conversations_of(counts: Mapping[str, Any]) -> str:
+    """Of how many conversations the samples of a part are, where a chat template makes several of some, and with how many times
+    their tokens."""
+    once, conversations = counts.get("tokens_once"), counts.get("conversations")
+    if not once or not conversations or counts["samples"] <= conversations:
+        return ""
+    return f" of {conversations:,} conversations ({counts['tokens'] / once:.1f} times their tokens)"
 
 
 def label_counts(counts: dict[str, int]) -> str:

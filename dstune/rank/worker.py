@@ -128,7 +128,9 @@ class Setup:
         config, world = self.config, self.world
         self.tokenizer = load_tokenizer(config.model)
         self.data = prepare(config, self.tokenizer, world.env, cache_root())
+        self.startup.mark("data")
         self.served = prove(config, self.tokenizer, self.data)
+        self.startup.mark("proof")
         if self.served.note:
             self.message(self.served.note)
         self.blocks: Blocks | None = None

@@ -97,6 +97,12 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
     if counts.get("dropped"):
         add("dropped, no target left", counts["dropped"], _of(counts["dropped"], rows))
     add("samples", samples)
+    if (once := counts.get("tokens_once")) and isinstance(samples, int) and samples > counts["conversations"]:
+        add(
+            "conversations of these",
+            counts["conversations"],
+            f"{tokens / once:.1f} times the tokens: earlier turns are rewritten",
+        )
     add("tokens", tokens)
     if tokens and targets is not None and targets != samples:  # a row of a classifier is one target
         add("targets", targets, f"{percent(targets / tokens)} of the tokens" if targets <= tokens else "")

@@ -25,7 +25,7 @@ from dstune.data.inputs import of_training
 from dstune.data.statistics import longer_than, with_packing
 from dstune.models.load import load_tokenizer
 from dstune.protocols import task_of
-from dstune.show.segments import Segment, segments
+from dstune.show.segments import Segment, Turn, segments, turns
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")
 COMPARED_SAMPLES = 1_000_000
@@ -49,10 +49,21 @@ class Row:
     segments: list[Segment]
     rejected: list[Segment] = field(default_factory=list)
     """Of a pair, the worse answer from where it differs from the better one."""
+    conversation: bool = False
 
     @property
     def rejected_targets(self) -> int:
         return sum(segment.tokens for segment in self.rejected if segment.trained)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Where it is a conversation, what the model reads and what it has to write, one after the other."""
+        return turns(self.segments)[0] if self.conversation else []
+
+    @property
+    def rest(self) -> list[Segment]:
+        """What stands behind the last turn."""
+        return turns(self.segments)[1]
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,12 @@ class Preview:
     def to_json(self) -> dict[str, Any]:
         counted = {int(bound): rows for bound, rows in (self.report.get("lengths") or {}).items()}
         powers = [2**exponent for exponent in range(4, 41) if counted and 2**exponent < 2 * max(counted)]
-        return {**asdict(self), "longer_than": {str(length): longer_than(counted, length) for length in powers}}
+        rows = [{**asdict(row), "turns": [turn.to_json() for turn in row.turns]} for row in self.rows]
+        return {
+            **asdict(self),
+            "rows": rows,
+            "longer_than": {str(length): longer_than(counted, length) for length in powers},
+        }
 
 
 def show(config: RunConfig, split: str, count: int) -> Preview:
@@ -199,6 +215,7 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
             data.labels if task_of(config.task).per_token else (),
         ),
         rejected=_rejected(sample, tokenizer),
+        conversation=task_of(config.task).conversational and trained is not None,
     )
 
 

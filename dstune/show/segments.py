@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from dstune.data.collate import NO_TARGET
@@ -25,6 +26,34 @@ class Segment:
     """Whether they are a special token of the model (such a segment is one token)."""
     tag: str = ""
     """What kind of entity they are, or which part of speech; nothing where no tag says so."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A target, and what the model reads since the one before it."""
+
+    context: list[Segment]
+    target: list[Segment]
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, pieces in (("context", self.context), ("target", self.target)):
+            found[name] = "".join(piece.text for piece in pieces)
+            found[f"{name}_tokens"] = sum(piece.tokens for piece in pieces)
+        return found
+
+
+def turns(pieces: Sequence[Segment]) -> tuple[list[Turn], list[Segment]]:
+    """The turns of a sample, and what stands behind the last target."""
+    found: list[Turn] = []
+    context: list[Segment] = []
+    for trained, group in groupby(pieces, key=lambda piece: piece.trained):
+        if trained:
+            found.append(Turn(context, list(group)))
+            context = []
+        else:
+            context = list(group)
+    return found, context
 
 
 def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Sequence[str] = ()) -> list[Segment]:

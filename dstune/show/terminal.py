@@ -70,7 +70,7 @@ def text(formatted: Preview, style: Style) -> str:
     elif any(segment.trained for row in formatted.rows for segment in row.segments):
         lines.append(f"tokens that count in the loss are {key}")
     for row in formatted.rows:
-        lines += ["", _heading(row, formatted, style), _text(row.segments, style, tags)]
+        lines += ["", _heading(row, formatted, style), *_turns(row, style, tags)]
         if row.rejected:
             trained = f", {row.rejected_targets:,} trained" if row.rejected_targets else ""
             lines += [style.paint(f"rejected{trained}:", QUIET), _text(row.rejected, style, tags)]
@@ -94,6 +94,20 @@ def _heading(row: Row, formatted: Preview, style: Style) -> str:
     if row.source is not None:
         facts.append(f"from {visible(row.source)}")
     return style.paint(f"--- {', '.join(facts)} ---", QUIET)
+
+
+def _turns(row: Row, style: Style, tags: list[str]) -> list[str]:
+    """The sample; of a conversation with several targets each one under the context that it adds."""
+    if len(row.turns) < 2:
+        return [_text(row.segments, style, tags)]
+    lines = []
+    for number, turn in enumerate(row.turns, start=1):
+        for what, pieces in (("context", turn.context), ("target", turn.target)):
+            count = sum(piece.tokens for piece in pieces)
+            lines += [style.paint(f"turn {number}, {what} of {count:,} tokens:", QUIET), _text(pieces, style, tags)]
+    if row.rest:
+        lines += [style.paint("behind it:", QUIET), _text(row.rest, style, tags)]
+    return lines
 
 
 def _tag_colour(tag: str, tags: list[str]) -> str:

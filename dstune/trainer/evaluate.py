@@ -27,7 +27,7 @@ from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.generation import Generated, speaking
-from dstune.trainer.measure import Evaluation, Totals, count_rows, with_registered
+from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
 from dstune.trainer.subgroups import measure_slices
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
@@ -42,7 +42,7 @@ def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
     if max_rows is None or total <= max_rows:
         return split
     chosen = np.linspace(0, total - 1, max_rows).round().astype(int)
-    if split.origins is not None and task_of(task).chunked:
+    if split.origins is not None and whole_rows(split, task):
         chosen = np.flatnonzero(np.isin(split.origins, np.unique(split.origins)[chosen]))
     return split.select(chosen)
 

@@ -64,8 +64,14 @@ class Totals:
 
 
 def count_rows(split: Split, task: TaskConfig) -> int:
-    """Rows that are evaluated: of tasks with chunks whole rows, else samples."""
-    return len(np.unique(split.origins)) if split.origins is not None and task_of(task).chunked else len(split.lengths)
+    """Rows that are evaluated: of tasks with chunks and of conversations whole rows, else samples."""
+    return len(np.unique(split.origins)) if whole_rows(split, task) else len(split.lengths)
+
+
+def whole_rows(split: Split, task: TaskConfig) -> bool:
+    """Whether what counts is a row with all its samples."""
+    own = task_of(task)
+    return split.origins is not None and (own.chunked or own.splits_conversations)
 
 
 def without_loss(metrics: dict[str, float]) -> dict[str, float]:

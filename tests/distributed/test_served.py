@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from support.command import Commands
 from support.tiny import save_decoder
 from unit.data_helpers import byte_tokenizer, write_jsonl
 from unit.templates import QWEN3
+
+from dstune.data.collate import NO_TARGET
 
 SWITCHED = QWEN3.replace(
     "{{- '<|im_start|>assistant\n' }}{%- endif %}",
@@ -23,7 +25,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 def reasoning(number: int) -> list[dict[str, Any]]:
     return [
         {"role": "user", "content": f"What is {number} and two?"},
-        {"role": "assistant", "content": f"The answer is {number + 2}.", "reasoning_content": "Hm."},
+        {"role": "assistant", "content": "It is more.", "reasoning_content": "Hm."},
     ]
 
 
@@ -32,13 +34,16 @@ def calling(number: int) -> list[dict[str, Any]]:
         {"role": "user", "content": f"The weather in {number} days?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "sunny"},
-        {"role": "assistant", "content": f"It is sunny in {number} days."},
+        {"role": "assistant", "content": "It is sunny."},
     ]
 
 
 @pytest.mark.parametrize(("rows", "thinks"), [(reasoning, True), (calling, False)], ids=["reasoning", "calls"])
 def test_an_export_serves_what_was_trained(tmp_path: Path, rows: Any, thinks: bool) -> None:
-    from transformers import AutoTokenizer, GenerationConfig
+    """The prompt that plain transformers renders is the trained context, token by token, and what it generates from there is
+    the trained answer up to the token at which training stopped."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = byte_tokenizer(SWITCHED)
     model = save_decoder(
@@ -55,9 +60,11 @@ def test_an_export_serves_what_was_trained(tmp_path: Path, rows: Any, thinks: bo
         "data.max_length=256",
         "data.split.validation=0",
         "data.packing=false",
-        "trainer.max_steps=1",
-        "trainer.micro_batch_size=2",
-        "trainer.global_batch_size=2",
+        "optimizer.lr=0.01",
+        "trainer.max_steps=60",
+        "trainer.micro_batch_size=8",
+        "trainer.global_batch_size=8",
+        "trainer.precision=fp32",
         "launch.processes=1",
         "tracking.wandb.mode=disabled",
         f"run.dir={run}",
@@ -66,24 +73,24 @@ def test_an_export_serves_what_was_trained(tmp_path: Path, rows: Any, thinks: bo
     exported = commands.run("export", str(run), "--out", str(tmp_path / "export"))
     assert exported.returncode == 0, exported.stderr
     served = AutoTokenizer.from_pretrained(tmp_path / "export")
-    stops = GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id
-    formatted = json.loads(commands.run("data", "show", str(run), "--rows", "16", "--json").stdout)
-    trained = {tuple(text_of(row)) for row in formatted["rows"]}
-    for number in range(8):
-        messages = rows(number)
-        requested = served.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-        assert requested.endswith("assistant\n" if thinks else "assistant\n<think>\n\n</think>\n\n")
-        answers = {answer for context, answer in trained if context == requested}
-        assert len(answers) == 1
-        (answer,) = answers
-        last = served(answer, add_special_tokens=False)["input_ids"][-1]
-        assert last in np.atleast_1d(stops)
-
-
-def text_of(row: dict[str, Any]) -> tuple[str, str]:
-    """The context of the first trained turn, and the turn."""
-    kinds = [segment["trained"] for segment in row["segments"]]
-    first = kinds.index(True)
-    last = next((at for at in range(first, len(kinds)) if not kinds[at]), len(kinds))
-    texts = [segment["text"] for segment in row["segments"]]
-    return "".join(texts[:first]), "".join(texts[first:last])
+    answering = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    stops = np.atleast_1d(answering.generation_config.eos_token_id).tolist()
+    (table,) = (tmp_path / "cache" / "data").glob("*/train.arrow")
+    samples = datasets.Dataset.from_file(str(table))
+    trained = [(sample["input_ids"], sample["labels"]) for sample in samples]
+    messages = rows(3)
+    for number in (at for at, message in enumerate(messages) if message["role"] == "assistant"):
+        context = served.apply_chat_template(messages[:number], add_generation_prompt=True, return_dict=False)
+        assert served.decode(context).endswith("assistant\n" if thinks else "assistant\n<think>\n\n</think>\n\n")
+        (labels,) = (
+            labels[len(context) :]
+            for ids, labels in trained
+            if ids[: len(context)] == context and labels[len(context)] != NO_TARGET
+        )
+        answer = labels[: next((at for at, label in enumerate(labels) if label == NO_TARGET), len(labels))]
+        assert answer[-1] in stops
+        assert not set(answer[:-1]) & set(stops)
+        with torch.no_grad():
+            written = answering.generate(torch.tensor([context]), max_new_tokens=200, do_sample=False)
+        assert served.decode(written[0, len(context) :]) == served.decode(answer)
+        assert written[0, len(context) :].tolist() == answer

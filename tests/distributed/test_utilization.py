@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_while_it_is_profiled_leaves_its_profile(workplace
 def test_where_the_time_to_the_first_step_went(plain: Path) -> None:
     seconds = result(plain)["start_seconds"]
     assert list(seconds) == [
-        *("command", "imports", "data", "model", "engine", "checks", "evaluation", "first rows", "first step")
+        *("command", "imports", "data", "proof", "model", "engine", "checks", "evaluation", "first rows", "first step")
     ]
     assert all(part >= 0.0 for part in seconds.values())
     assert seconds["command"] > 0.1 and seconds["imports"] > 1.0  # Hydra; torch and DeepSpeed

@@ -206,6 +206,11 @@ ROWS: list[Case] = [
         CHAT,
         chat(USER, output("assistant", train=False)),
     ),
+    (
+        "message … (…) is a prefix that the answer continues (continue_final_message); give the message as a whole",
+        CHAT,
+        chat(USER, output("assistant", prefix=True)),
+    ),
     ("no trainable token: the conversation has no assistant message", CHAT, chat(USER)),
     ("no trainable token: every assistant message has the weight 0", CHAT, chat(USER, output("assistant", weight=0))),
     (
@@ -259,6 +264,17 @@ ROWS: list[Case] = [
         [
             {"conversations": GOOD["messages"], "system": "s"},
             {"conversations": [output("system"), USER, ANSWER], "system": "s"},
+        ],
+    ),
+    (
+        (
+            "the prompt ends inside a message of the assistant, which a server is asked to continue by "
+            "continue_final_message alone; give the prompt without it, and the message as a whole as the answer"
+        ),
+        CHAT,
+        [
+            {"prompt": [USER], "completion": [ANSWER]},
+            {"prompt": [USER, ANSWER], "completion": [ANSWER]},
         ],
     ),
     (
@@ -463,7 +479,29 @@ def problems_of(folder: Path, message: str, task: TaskConfig, given: Any, **data
     return caught.value.problems
 
 
-@pytest.mark.parametrize(("message", "task", "given"), ROWS, ids=[case[0] for case in ROWS])
+def unprinted(case: Any) -> bool:
+    """No fault of the row: the template prints none of such a field."""
+    return ", which this row has; " in case[0]
+
+
+OF_ROWS, OF_TEMPLATE = [case for case in ROWS if not unprinted(case)], [case for case in ROWS if unprinted(case)]
+
+
+@pytest.mark.parametrize(("message", "task", "given"), OF_TEMPLATE, ids=[case[0] for case in OF_TEMPLATE])
+def test_a_row_with_a_field_that_the_template_drops_has_the_documented_message_where_it_is_skipped(
+    tmp_path, message, task, given
+):
+    (problem,) = problems_of(tmp_path, message, task, given)
+    assert problem.where == "model.chat_template"
+    config = data_run(tmp_path / "rows.jsonl", task=task, split=NOTHING_HELD_OUT, on_bad_row=OnBadRow.skip)
+    report = prepared(config, tokenizer_of(message), tmp_path / "cache").report["train"]
+    assert report["bad_rows"] == 1
+    (example,) = report["examples"]["bad_rows"]
+    assert pattern(message).fullmatch(example["text"]), example
+    assert example["place"] == f"{tmp_path / 'rows.jsonl'}:2"
+
+
+@pytest.mark.parametrize(("message", "task", "given"), OF_ROWS, ids=[case[0] for case in OF_ROWS])
 def test_a_bad_row_has_the_documented_message(tmp_path, message, task, given):
     problem = problems_of(tmp_path, message, task, given)[0]
     assert pattern(message).fullmatch(problem.reason), problem.reason

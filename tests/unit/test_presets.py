@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 from support.configs import run_config
+from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
-from dstune.chat_templates import NAMES, template_path
-from dstune.config.data_schema import DataConfig
+from dstune.chat_templates import NAMES, PROMPTS, prompt_path, template_path
+from dstune.config.data_schema import DataConfig, SplitConfig
 from dstune.config.schema import ModelConfig
+from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
+from dstune.data.build import prove
+from dstune.data.collate import NO_TARGET
 from dstune.launch.preflight import description_problems, resolve_run
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 
@@ -39,6 +43,18 @@ RENDERED = {
     "<start_of_turn>user\nAnd?<end_of_turn>\n<start_of_turn>model\nNo.<end_of_turn>\n",
     "mistral": "<s>[INST] Be brief.\n\nHi[/INST] Yes.</s>[INST] And?[/INST] No.</s>",
     "mistral_tekken": "<s>[INST]Be brief.\n\nHi[/INST]Yes.</s>[INST]And?[/INST]No.</s>",
+    "phi4": "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant"
+    "<|im_sep|>Yes.<|im_end|><|im_start|>user<|im_sep|>And?<|im_end|><|im_start|>assistant<|im_sep|>No.<|im_end|>",
+    "deepseek_r1": "<s>Be brief.<｜User｜>Hi<｜Assistant｜>Yes.<｜end▁of▁sentence｜>"  # noqa: RUF001
+    "<｜User｜>And?<｜Assistant｜><think>\n\n</think>\n\nNo.<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "gpt_oss": "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+    "Current date: 2026-01-15\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included "
+    "for every message.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>Hi<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>Yes.<|end|><|start|>user<|message|>And?<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>No.<|return|>",
+    "alpaca": "<s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYes.</s>\n\n### Instruction:\nAnd?\n\n### Response:\nNo.</s>",
+    "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes. </s><s>[INST] And? [/INST] No. </s>",
+    "vicuna": "<s>Be brief. USER: Hi ASSISTANT: Yes.</s>USER: And? ASSISTANT: No.</s>",
 }
 MARKERS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -46,6 +62,12 @@ MARKERS = {
     "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
     "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
     "mistral_tekken": ("<s>", "</s>", "[INST]", "[/INST]"),
+    "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+    "alpaca": ("<s>", "</s>"),
+    "llama2": ("<s>", "</s>"),
+    "vicuna": ("<s>", "</s>"),
+    "deepseek_r1": ("<s>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
+    "gpt_oss": ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
 }
 
 
@@ -57,39 +79,74 @@ def tokenizer(name: str):
     inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=list(MARKERS[name]))
-    wrapped.chat_template = template_path(name).read_text()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=inner, additional_special_tokens=list(MARKERS[name]), bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.chat_template = (prompt_path(name) if name in PROMPTS else template_path(name)).read_text()
     return wrapped
 
 
 def test_every_packaged_template_is_in_the_table():
-    assert set(NAMES) == set(RENDERED)
+    assert {*NAMES, *PROMPTS} == set(RENDERED)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*RENDERED} - {"deepseek_r1", "gpt_oss"}))
 def test_a_template_renders_its_family_s_format_and_trains_the_assistant_s_turns(name):
     from dstune.data.render import ChatRenderer
 
     renderer = ChatRenderer(tokenizer(name), None)
     (passage,) = renderer.passages(MESSAGES)
     assert passage.text == RENDERED[name]
-    end = MARKERS[name][1] if name.startswith("mistral") else MARKERS[name][-1]
+    end = "</s>" if name in ("mistral", "mistral_tekken", *PROMPTS) else MARKERS[name][-1]
+    end = f" {end}" if name == "llama2" else end
     trained = [passage.text[place.start : place.end].strip() for place in passage.places]
     assert trained == [f"Yes.{end}", f"No.{end}"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_deepseek_r1_closes_the_reasoning_that_the_prompt_opens():
+    from dstune.data.render import ChatRenderer
+
+    asked = {"role": "user", "content": "Hi"}
+    messages = [asked, {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}, *MESSAGES[3:]]
+    end = MARKERS["deepseek_r1"][-1]
+    trained = [
+        passage.text[place.start : place.end]
+        for passage in ChatRenderer(tokenizer("deepseek_r1"), None).passages(messages)
+        for place in passage.places
+    ]
+    assert trained == [f"Hm.\n</think>\n\nYes.{end}", f"\n</think>\n\nNo.{end}"]
+
+
+def test_gpt_oss_ends_with_the_token_that_a_server_waits_for():
+    """`<|return|>`, also where the history has `<|end|>`; and a call with its reasoning is not rewritten by its answer."""
+    from dstune.data.render import ChatRenderer
+
+    renderer = ChatRenderer(tokenizer("gpt_oss"), "2026-01-15")
+    (passage,) = renderer.passages(MESSAGES)
+    assert passage.text == RENDERED["gpt_oss"]
+    assert [place.label and place.label[1] for place in passage.places] == ["<|return|>", None]
+    call = {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "Hm."}
+    (passage,) = renderer.passages([MESSAGES[1], call, *WITH_TOOLS[3:]], tools=TOOLS)
+    trained = [passage.text[place.start : place.end] for place in passage.places]
+    called = "<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>"
+    assert trained == [
+        f'<|channel|>analysis<|message|>Hm.<|end|>{called}{{"city": "Paris"}}<|call|>',
+        "<|channel|>final<|message|>It is sunny.<|return|>",
+    ]
+
+
+@pytest.mark.parametrize("name", RENDERED)
 def test_a_prompt_is_the_beginning_of_the_conversation(name):
     from dstune.data.render import ChatRenderer
 
-    prompt = ChatRenderer(tokenizer(name), None).text(MESSAGES[:-1], add_generation_prompt=True)
+    prompt = ChatRenderer(tokenizer(name), "2026-01-15").text(MESSAGES[:-1], add_generation_prompt=True)
     assert RENDERED[name].startswith(prompt)
 
 
 def test_model_files_name_each_path_once_and_only_packaged_templates():
     paths = [values["path"] for values in MODELS.values()]
     assert len(set(paths)) == len(paths) >= 45
-    assert {values["chat_template"] for values in MODELS.values() if "chat_template" in values} == set(NAMES)
+    assert {values["chat_template"] for values in MODELS.values() if "chat_template" in values} <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -128,7 +185,7 @@ def test_a_template_that_is_neither_a_name_nor_a_file_is_refused(tmp_path):
         resolve_run(run_config(model=model, data=DataConfig(train=str(rows))))
 
     resolved("llama3")
-    with pytest.raises(UserError, match="chatml, gemma, llama3"):
+    with pytest.raises(UserError, match="chatml, deepseek_r1, gemma, gpt_oss, llama3"):
         resolved("lama3")
 
 
@@ -169,6 +226,9 @@ REASONED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
         ("llama3", "llama3", MESSAGES, None),
         ("llama3", "llama3_1", WITH_TOOLS, TOOLS),
         ("gemma", "gemma3", MESSAGES, None),
+        ("gpt_oss", "gptoss", MESSAGES, None),
+        ("gpt_oss", "gptoss", WITH_TOOLS, TOOLS),
+        ("gpt_oss", "gptoss", REASONED, None),
     ],
 )
 def test_a_packaged_template_is_the_family_s_own(name, family, messages, tools):
@@ -188,3 +248,51 @@ def test_a_packaged_template_is_the_family_s_own(name, family, messages, tools):
         found = ours.apply_chat_template(formatted, add_generation_prompt=prompt, return_dict=False, tools=tools)
         assert ours.decode(found) == ours.decode(expected)
         assert found == expected
+
+
+def test_a_family_that_shows_the_prompt_alone_has_the_context_of_ours():
+    """DeepSeek R1's own template drops the reasoning of every turn; what it prompts with is what ours trains behind."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    ours = tokenizer("deepseek_r1")
+    theirs = (folder / "deepseek_r1_distill.jinja").read_text(encoding="utf-8")
+    requested = [MESSAGES[0], REASONED[0], REASONED[1], MESSAGES[3]]
+    found, expected = (
+        ours.apply_chat_template(requested, chat_template=of, add_generation_prompt=True, return_dict=False)
+        for of in (None, theirs)
+    )
+    assert found == expected
+
+
+def test_a_base_model_speaks_by_prompts(tmp_path):
+    """The answer is the target, the end of the text included; Alpaca's input has its own heading."""
+    config = data_run(
+        write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}]),
+        split=SplitConfig(validation=0.0),
+    )
+    config = replace(config, model=ModelConfig(path="x", prompt_template="alpaca"))
+    tokens = byte_tokenizer(prompt_path("alpaca").read_text(), eos="</s>")
+    data = prepared(config, tokens, tmp_path / "cache")
+    (sample,) = data.train.table
+    text = tokens.decode([token for token, label in zip(*sample_of(sample), strict=True) if label == NO_TARGET])
+    assert text.endswith(
+        "paired with an input that provides further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    assert tokens.decode([label for label in sample["labels"] if label != NO_TARGET]) == "3</s>"
+    assert prove(config, tokens, data).turns == 2  # the row, which is the longest one too
+
+
+def sample_of(sample):
+    return sample["input_ids"], sample["labels"]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (ModelConfig(path="x", prompt_template="alpacca"), "expected one of alpaca, llama2, vicuna"),
+        (ModelConfig(path="x", prompt_template="vicuna", chat_template="chatml"), "leave one of the two out"),
+    ],
+)
+def test_prompts_that_are_not_known_or_have_no_place_are_refused(model, reason):
+    problems = [str(problem) for problem in find_problems(run_config(model=model, data=DataConfig(train="x")))]
+    assert any("model.prompt_template" in text and reason in text for text in problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ LONGEST_ROW = 100_000
 KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"system"', '"tool"', '"weight"')
 """Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
 
+
+_OPENED = re.compile(r'"messages":\[\{"content":"(?:[^"\\]|\\.)*","role":"assistant"')
+"""A conversation that the assistant begins, in a row (JSON text)."""
 
 REASONING = ('"reasoning', '"thinking"', "</think>")
 
@@ -61,7 +65,10 @@ def keep(
     """
     cut = set(truncated.tolist())
     kept: dict[str, dict[str, Any]] = {}
-    thinking = sum(_with_reasoning(batch["row"]) for batch in rows.iter(batch_size=ROWS_LOOKED_AT))
+    thinking = opened = 0
+    for batch in rows.iter(batch_size=ROWS_LOOKED_AT):
+        thinking += _with_reasoning(batch["row"])
+        opened += sum(_OPENED.search(text) is not None for text in batch["row"])
     looked = rows[: min(len(rows), ROWS_LOOKED_AT)]
     longest = ""
     for text, number in zip(looked["row"], looked["number"], strict=True):
@@ -73,7 +80,9 @@ def keep(
         if len(longest) < len(text) <= LONGEST_ROW:
             longest, kept["longest"] = text, _entry(text, number, numbers, sources)
     found = [entry for entry in kept.values() if entry["samples"]]
-    target.write_text(json.dumps({"rows": found, "thinking": thinking, "of": len(rows)}), encoding="utf-8")
+    target.write_text(
+        json.dumps({"rows": found, "thinking": thinking, "opened": opened, "of": len(rows)}), encoding="utf-8"
+    )
 
 
 def _with_reasoning(texts: Sequence[str]) -> int:
@@ -102,6 +111,11 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     notes: dict[str, None] = {}
     stops = frozenset(stop_token_ids(tokenizer))
     compared = 0
+    if kept["opened"]:
+        notes[
+            f"{kept['opened']:,} of {kept['of']:,} conversations begin with the assistant: what it says there answers nothing "
+            "and is context"
+        ] = None
     for entry in kept["rows"]:
         own = encode.of_source(entry["source"])
         renderer = own.renderer
@@ -120,11 +134,6 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         exchanges = own.exchanges(entry["row"])
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
             continue  # one of them teaches nothing and is left out
-        if exchanges[0].sample is None and len(table) > kept["of"]:
-            notes[
-                f"{kept['of']:,} conversations make {len(table):,} samples, since the chat template rewrites earlier turns "
-                "(docs/chat-templates.md; task.turns=last trains one of each)"
-            ] = None
         for exchange in exchanges:
             if renderer.holds_control_tokens(exchange.row):
                 continue  # transformers would make control tokens of what somebody wrote

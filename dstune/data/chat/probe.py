@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from dstune.data.chat.rule import RuleError, Stops, alternatives, in_common
@@ -45,12 +46,15 @@ class Facts:
     """What a template makes of the fields that a conversation may have."""
 
     reasoning_key: str | None
-    """The name under which it reads reasoning, if it prints any."""
+    """The name under which it reads reasoning, if it prints any; `content` where it opens `<think>` in the prompt and
+    reads no field, so that reasoning has to begin the content."""
     switch: str | None
     """The argument that tells it whether the model is to think."""
     prints_system: bool
     prints_tools: bool
     """Names of the tools that may be called."""
+    prints_schemas: bool
+    """What these tools do and take."""
     prints_calls: bool
     """Names and arguments of a call."""
     prints_several_calls: bool
@@ -69,7 +73,10 @@ class Facts:
         if split and (inline := _INLINE.match(message.get("content") or "")):
             changed = {**message, "reasoning_content": inline.group(1).strip(), "content": inline.group(2)}
         reasoning = reasoning_of(changed)
-        if reasoning is not None:  # under every name, as newer versions of transformers do by themselves
+        if reasoning is not None and self.reasoning_key == "content":
+            changed = {key: value for key, value in changed.items() if key not in REASONING_KEYS}
+            changed["content"] = _inline(reasoning, message.get("content") or "")
+        elif reasoning is not None:  # under every name, as newer versions of transformers do by themselves
             changed = {"thinking": reasoning, "reasoning": reasoning, **changed, "reasoning_content": reasoning}
         calls = message.get("tool_calls")
         if calls and not changed.get("content"):  # absent, null and empty say the same; transformers leaves null out
@@ -87,6 +94,10 @@ def reasoning_of(message: Mapping[str, Any]) -> str | None:
     return found if found.strip() else None
 
 
+def _inline(reasoning: str, content: str) -> str:
+    return f"<think>\n{reasoning.strip()}\n</think>\n" + (f"\n{content}" if content else "")
+
+
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call whose arguments are JSON text."""
     function = call["function"]
@@ -98,7 +109,7 @@ def facts_of(template: ChatTemplate) -> Facts:
     switch = _switch(template)
     thinking = {} if switch is None else {switch: True}
     as_text, empty, printed = _calls(template)
-    facts = Facts(None, switch, True, True, printed, True, True, as_text, empty)
+    facts = Facts(None, switch, True, True, True, printed, True, True, as_text, empty)
     requested = facts.adapted(
         {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
     )
@@ -122,6 +133,8 @@ def facts_of(template: ChatTemplate) -> Facts:
         ),
         None,
     )
+    if reasoning_key is None and _opens_thinking(template, thinking):
+        reasoning_key = "content"
     return Facts(
         reasoning_key=reasoning_key,
         switch=switch,
@@ -129,19 +142,33 @@ def facts_of(template: ChatTemplate) -> Facts:
             template, [{"role": "system", "content": "qzsystem"}, _QUESTION], "qzsystem", prompt=True
         ),
         prints_tools=_prints(template, [_QUESTION], "qzfirst", tools=_TOOLS, prompt=True),
+        prints_schemas=all(
+            _prints(template, [_QUESTION], marker, tools=_TOOLS, prompt=True) for marker in ("qzschema", "qzkey")
+        ),
         prints_calls=printed,
         prints_several_calls=printed and _prints(template, [_QUESTION, both], "qzother", tools=_TOOLS),
         prints_results=_prints(template, [_QUESTION, requested, _RESULT], "qzresult", tools=_TOOLS, prompt=True),
         arguments_as_text=as_text,
         empty_content=empty,
-        splits_reasoning=reasoning_key is None or _splits(template, thinking),
+        splits_reasoning=reasoning_key in (None, "content") or _splits(template, thinking),
     )
+
+
+def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
+    """Whether the prompt ends with `<think>`, and an answer that begins with its reasoning goes on from there (QwQ)."""
+    answer = {**_ANSWER, "content": _inline("qzreasoning", "qzanswer")}
+    try:
+        prompt = template.text([_QUESTION], arguments=thinking, prompt=True)
+        answered = template.text([_QUESTION, answer], arguments=thinking)
+    except RenderError:
+        return False
+    return prompt.rstrip().endswith("<think>") and answered.startswith(prompt) and "qzreasoning" in answered
 
 
 def _splits(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
     """Whether reasoning inside of the content is printed as reasoning in a field of its own is."""
     apart = {**_ANSWER, "reasoning_content": "qzreasoning"}
-    inline = {**_ANSWER, "content": f"<think>\nqzreasoning\n</think>\n\n{_ANSWER['content']}"}
+    inline = {**_ANSWER, "content": _inline("qzreasoning", "qzanswer")}
     try:
         first, second = (template.text([_QUESTION, answer], arguments=thinking) for answer in (apart, inline))
     except RenderError:
@@ -185,9 +212,11 @@ def _switch(template: ChatTemplate) -> str | None:
 
 
 def _calls(template: ChatTemplate) -> tuple[bool, bool, bool]:
-    """(arguments are to be text, a content is needed, calls are printed whole): the first way in which they are."""
+    """(arguments are to be text, a content is needed, calls are printed whole): the first way in which they are, in a
+    conversation that goes on if there is one."""
     refused = False
-    for as_text, empty in ((False, False), (False, True), (True, False), (True, True)):
+    ways = ((False, False), (False, True), (True, False), (True, True))
+    for goes_on, (as_text, empty) in product((True, False), ways):
         given: Any = '{"qzkey": "qzvalue"}' if as_text else {"qzkey": "qzvalue"}
         message: dict[str, Any] = {"role": "assistant", "tool_calls": [_call("qzfirst", given, "qzcall001")]}
         if empty:
@@ -195,6 +224,8 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool]:
         try:
             text = template.text([_QUESTION, message], tools=_TOOLS)
             prompt = template.text([_QUESTION], tools=_TOOLS, prompt=True)
+            if goes_on:
+                template.text([_QUESTION, message, _RESULT, _ANSWER], tools=_TOOLS)
         except RenderError:
             refused = True
             continue
@@ -207,13 +238,24 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool]:
     return False, False, refused
 
 
+def takes_parts(template: ChatTemplate) -> bool:
+    """Whether it prints contents that are lists of parts."""
+    messages = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} for message in (_QUESTION, _ANSWER)
+    ]
+    return _prints(template, messages, "qzanswer", refused=False)
+
+
 def learn_stops(template: ChatTemplate, facts: Facts, known: frozenset[str]) -> Stops:
     """What ends a turn: `known` tokens (of the tokenizer and the generation settings), and what the template prints.
 
     Raises RuleError where nothing does, RenderError where the template refuses a question and its answer.
     """
     special = alternatives(token.content for token in template.tokenizer.added_tokens_decoder.values())
-    final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION])
+    try:
+        final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION])
+    except RenderError:  # a template for conversations with tools alone
+        final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION], tools=_TOOLS)
     tokens, supplied, plain = set(known), {}, ""
     if not alternatives(known).search(final):
         if learnt := _last(final, special):

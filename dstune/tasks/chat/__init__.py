@@ -19,6 +19,7 @@ class Chat(LanguageTask):
     config: ChatConfig
 
     conversational = True
+    splits_conversations = True
     prefix_positions_ok = True
     tensor_parallel = True
     one_pass = True

@@ -86,4 +86,4 @@ class Alpaca(ConversationFormat):
     checks: ClassVar[dict[str, Check]] = {"instruction": text, "output": text}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        return alpaca(found)
+        return alpaca(found, input_apart=self.input_apart)

@@ -80,10 +80,11 @@ class Preference(WritingTask):
         return rules.caches_reference(run, self.config)
 
     def row_key(self) -> dict[str, Any]:
-        return {
+        return {  # what the loss makes of them does not change the samples
             "name": self.name,
             "single": self.config.single,
-        }  # what the loss makes of them does not change the samples
+            "chat_template_kwargs": self.config.chat_template_kwargs,
+        }
 
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
@@ -92,7 +93,8 @@ class Preference(WritingTask):
         from dstune.tasks.preference.encode import JudgedEncoder
 
         encoder = JudgedEncoder if self.config.single else PairEncoder
-        return encoder(tokenizer, self.config.template_date, fmt, max_length)
+        arguments = self.config.chat_template_kwargs
+        return encoder(tokenizer, self.config.template_date, fmt, max_length, arguments=arguments)
 
     def collate(
         self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool

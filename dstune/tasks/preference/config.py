@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from dstune.config.fields import setting
 from dstune.protocols.task import TaskConfig
@@ -47,6 +48,8 @@ class PreferenceConfig(TaskConfig):
     """Branch, tag or commit of `reference_model` on the hub; resolved to a commit before the ranks start."""
     template_date: str | None = None
     """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    chat_template_kwargs: dict[str, Any] = setting({})
+    """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""
 
     @property
     def single(self) -> bool:

@@ -19,7 +19,7 @@ class PreferenceFormat(RowFormat):
     name = "preference"
     conversational = True
     required = ("chosen", "rejected")
-    optional = ("prompt", "input", "history", "margin", "system", "tools")
+    optional = ("prompt", "input", "history", "margin", *BESIDE)
     other_names: ClassVar = {
         "prompt": ("instruction", "query", "conversations", "conversation", "messages"),
         "chosen": ("chosen_messages",),

@@ -91,7 +91,8 @@ class Reward(Task):
     ) -> Encoder:
         from dstune.tasks.reward.encode import RewardEncoder
 
-        return RewardEncoder(tokenizer, self.config.template_date, fmt, max_length)
+        arguments = self.config.chat_template_kwargs
+        return RewardEncoder(tokenizer, self.config.template_date, fmt, max_length, arguments=arguments)
 
     def collate(
         self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool

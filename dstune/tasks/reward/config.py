@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from dstune.config.fields import setting
 from dstune.protocols.task import TaskConfig
 
 
@@ -14,3 +16,5 @@ class RewardConfig(TaskConfig):
     name: str = "reward"
     template_date: str | None = None
     """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    chat_template_kwargs: dict[str, Any] = setting({})
+    """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""

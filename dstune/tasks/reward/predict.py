@@ -38,7 +38,9 @@ class RewardPredictor(Predictor):
         task: Any = self.config.task
         rows = [one.row for one in requested]
         fmt = "messages" if any("messages" in row for row in rows) else "preference"
-        encode = RewardEncoder(self.tokenizer, task.template_date, fmt, self.longest)
+        encode = RewardEncoder(
+            self.tokenizer, task.template_date, fmt, self.longest, arguments=task.chat_template_kwargs
+        )
         samples = encode.of_answers(rows, list(range(len(rows))))
         for sample in samples:
             if not sample.problem and not sample.weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dstune.config.fields import setting
 from dstune.protocols.task import TaskConfig
@@ -21,6 +22,8 @@ class Seq2SeqConfig(TaskConfig):
     """Between prompt and target where a decoder is asked without a chat template."""
     template_date: str | None = None
     """The date that a chat template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    chat_template_kwargs: dict[str, Any] = setting({})
+    """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""
     max_target_length: int | None = setting(None, at_least=2)
     """Longest target in tokens, its end included; `data.max_length` when not given. Longer ones are cut."""
     max_new_tokens: int | None = setting(None, at_least=1)

@@ -48,7 +48,9 @@ class TranslationEncoder(Encoder):
             target, whole = self.sources.target_ids(row["target"], self._most[1])
             columns = {"target_ids": np.array(target, dtype=np.int32), **{name: row[name] for name in TEXTS}}
             cut = length > len(source) or whole > len(target)
-            samples.append(Sample(number, np.array(source, np.int32), columns, len(target), cut, length=length + whole))
+            problem = "chat_template_kwargs are for decoders with a chat template" * ("chat_template_kwargs" in row)
+            ids = np.array(source, np.int32)
+            samples.append(Sample(number, ids, columns, len(target), cut, problem, length + whole))
         return samples
 
 
@@ -71,13 +73,13 @@ class ReplyEncoder(ChatEncoder):
         return {**super().columns, **_TEXT_COLUMNS}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        samples = self._requests([(row["source"], row["target"]) for row in rows], numbers)
+        samples = self._requests([(row["source"], row) for row in rows], numbers)
         for place, row in enumerate(rows):
             sample, source = samples[place], row["source"]
             length = sample.length
             while sample.length > self._max_length and source:
                 source = self.sources.shortened(source, sample.length - self._max_length)
-                (sample,) = self._requests([(source, row["target"])], [numbers[place]])
+                (sample,) = self._requests([(source, row)], [numbers[place]])
             if not source:  # the target alone is too long
                 sample = samples[place]
             sample.truncated, sample.length = length > self._max_length, length
@@ -87,10 +89,13 @@ class ReplyEncoder(ChatEncoder):
         return samples
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        return [self._exchange(self.sources.conversation(row["source"], row["target"]))]
+        return [self._exchange(self._conversation(row["source"], row))]
 
-    def _requests(self, pairs: list[tuple[str, str]], numbers: list[int]) -> list[Sample]:
-        return super().__call__([self.sources.conversation(source, target) for source, target in pairs], numbers)
+    def _conversation(self, source: str, row: dict[str, Any]) -> dict[str, Any]:
+        return self.sources.conversation(source, row["target"], row.get("chat_template_kwargs"))
+
+    def _requests(self, pairs: list[tuple[str, dict[str, Any]]], numbers: list[int]) -> list[Sample]:
+        return super().__call__([self._conversation(source, row) for source, row in pairs], numbers)
 
     def _cut_target(self, sample: Sample) -> None:
         if self._most is not None and sample.weight > self._most:

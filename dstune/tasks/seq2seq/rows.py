@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from dstune.data.messages import template_arguments
 from dstune.data.values import text
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
+from dstune.protocols.task import Task
 
 
 @row_format
 class SourceTarget(RowFormat):
     name = "source_target"
     required = ("source", "target")
+    optional = ("chat_template_kwargs",)
     other_names: ClassVar = {
         "source": ("document", "article", "dialogue"),
         "target": ("summary", "highlights", "abstract"),
     }
     checks: ClassVar[dict[str, Check]] = {"source": text, "target": text}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        arguments = template_arguments(found.pop("chat_template_kwargs", None))
+        return {**found, "chat_template_kwargs": arguments} if arguments else found
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """A column `translation` may hold a text for each language (`{"en": ..., "es": ...}`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from dstune.data.control import ControlTokens
@@ -30,27 +31,31 @@ class Sources:
         self._tokenizer, self._task, self.encoder_decoder = tokenizer, task, encoder_decoder
         self._control = ControlTokens(tokenizer)
         requested = task.chat and bool(tokenizer.chat_template) and not encoder_decoder
-        self.renderer = ChatRenderer(tokenizer, task.template_date) if requested else None
+        self.renderer = ChatRenderer(tokenizer, task.template_date, task.chat_template_kwargs) if requested else None
         self._end = end_of_target(tokenizer)
 
-    def conversation(self, source: str, target: str) -> dict[str, Any]:
-        """A row of `task=chat` in which a decoder answers the source with the target."""
+    def conversation(self, source: str, target: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A row of `task=chat` in which a decoder answers the source with the target.
+
+        arguments: those that the row gives to the chat template.
+        """
         prompt = self.requested(source)
         if self.renderer is None:
             return {"prompt": prompt + self._task.separator, "completion": target}
-        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
+        return {"messages": messages, **({"chat_template_kwargs": arguments} if arguments else {})}
 
     def requested(self, source: str) -> str:
         """The prompt of the task with the source in it."""
         return prompt_of(self._task, source)
 
-    def prompt_ids(self, source: str) -> list[int]:
+    def prompt_ids(self, source: str, arguments: Mapping[str, Any] | None = None) -> list[int]:
         """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
         prompt = self.requested(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
         if self.renderer is not None:
-            return self.renderer.prompt_ids([{"role": "user", "content": prompt}])
+            return self.renderer.prompt_ids([{"role": "user", "content": prompt}], arguments=arguments)
         text = prompt + self._task.separator
         ids = self._control.ids(text)
         first = first_special_tokens(self._tokenizer)
