@@ -19,7 +19,17 @@ ONLY_IN_CI = (
     *(
         f"distributed/test_{name}"
         for name in (
-            *("baseline", "catalogue_probe", "chain", "evaluate", "faults", "hub_data", "loading", "old_runs"),
+            *(
+                "baseline",
+                "catalogue_probe",
+                "chain",
+                "evaluate",
+                "faults",
+                "few_rows",
+                "hub_data",
+                "loading",
+                "old_runs",
+            ),
             *("secrets", "several_tasks", "sources", "streaming", "sweep", "tracking"),
             *("utilization", "watch", "zero_file"),
         )

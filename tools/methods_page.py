@@ -45,6 +45,8 @@ def methods_page(root: Path) -> str:
             "",
             *_paragraphs(cls),
             _command(root / "conf" / "method" / f"{name}.yaml", name),
+            f"Where `optimizer.lr` is not given: {METHODS.classes()[name].learning_rate:g}.",
+            "",
         ]
         if row := measured.get("rows", {}).get(name):
             parts += [_sentence(row), ""]

@@ -44,7 +44,7 @@ EXAMPLES = """\
 examples:
   dstune train                                           the quickstart: a small chat model on the packaged dialogues
   dstune train experiment=sentiment trainer.epochs=2     a prepared experiment with a changed value
-  dstune train model.path=OWNER/NAME data.train=my.jsonl method=lora optimizer.lr=2e-4
+  dstune train model.path=OWNER/NAME data.train=my.jsonl method=lora
   dstune train --cfg job experiment=sentiment            show the configuration instead of training
   dstune train runs/NAME/DATE_TIME trainer.max_steps=80  continue a run, longer
   dstune generate runs/NAME/DATE_TIME --prompt "Hello"

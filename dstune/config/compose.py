@@ -10,11 +10,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstune import __version__
+from dstune.config import by_method
 from dstune.config import overrides as user_overrides
 from dstune.config.convert import (
     ENVIRONMENT,
@@ -56,6 +58,7 @@ __all__ = [
     "compose",
     "continue_run",
     "from_yaml",
+    "kept_origins",
     "read_run",
     "to_dict",
     "to_yaml",
@@ -64,6 +67,8 @@ __all__ = [
 ]
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
+REPLACES_QUICKSTART = ("experiment", "model", "model.path", "data", "data.train", "data.mixture")
+"""What names an experiment, a model or training rows; a file of `model` or `data` has the path of one, and a mixture has rows."""
 
 Result = TypeVar("Result")
 
@@ -76,12 +81,14 @@ class Composed:
     plugins: tuple[Plugin, ...] = ()
     config_dirs: tuple[str, ...] = ()
     """Folders of the user's own groups."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where values come from that nobody gave and no default has, by key."""
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Composed:
     """The configuration for these overrides; not validated yet (`validate.validate`).
 
-    Without an experiment, model or data among the overrides this is `experiment=quickstart`. A chat template's date is
+    Without an experiment, model or training rows among the overrides this is `experiment=quickstart`. A chat template's date is
     frozen to today, `run.dir` may stay None.
 
     Raises:
@@ -90,14 +97,15 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
     given = with_default_experiment(overrides)
     activate_requested(given, config_dirs)
     with session(config_dirs) as hydra:
-        raw = _plain(run_hydra(hydra, given, lambda texts: compose_dict_config(hydra, texts)))
-        config = _typed(raw, "the composed configuration")
+        composed, origins = run_hydra(hydra, given, lambda texts: _compose(hydra, texts))
+        config = _typed(_plain(composed), "the composed configuration")
         if overruled := list(_overruled(hydra, given, config)):
             raise UserError(overruled)
         if config.zero.path is not None:
-            config = with_file(config, given_by(hydra, given))
+            before, config = config, with_file(config, given_by(hydra, given))
+            origins = {key: origin for key, origin in origins.items() if before.optimizer == config.optimizer}
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
-    return Composed(config, given, plugins.used_by(config), tuple(map(str, config_dirs)))
+    return Composed(config, given, plugins.used_by(config), tuple(map(str, config_dirs)), origins)
 
 
 def frozen_at_start() -> tuple[str, ...]:
@@ -131,17 +139,23 @@ def _typed(raw: Any, where: str) -> RunConfig:
 
 
 def with_default_experiment(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with `experiment=quickstart` in front if they name no experiment, model or data."""
+    """The overrides, with `experiment=quickstart` in front if they name no experiment, model or training rows."""
     keys = [user_overrides.key_of(text) for text in overrides]
-    named = any(key in ("experiment", "model", "model.path", "data") or key.startswith("data.") for key in keys)
+    named = any(key in REPLACES_QUICKSTART or key.startswith("data.mixture.") for key in keys)
     return list(overrides) if named else [DEFAULT_EXPERIMENT, *overrides]
 
 
 def compose_dict_config(hydra: Hydra, overrides: list[str]) -> DictConfig:
-    """Hydra's composition, its own `hydra` section included."""
+    """Hydra's composition, its own `hydra` section included, with the defaults of the method."""
+    return _compose(hydra, overrides)[0]
+
+
+def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """The same, and where these defaults come from."""
     from hydra.types import RunMode
 
-    return hydra.compose_config(ROOT_CONFIG, overrides, RunMode.RUN)
+    composed = hydra.compose_config(ROOT_CONFIG, overrides, RunMode.RUN)
+    return composed, by_method.fill(composed)
 
 
 def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str]], Result]) -> Result:
@@ -368,8 +382,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, delete: bool) -> Non
 # ---- run.yaml ----
 
 
-RUN_FORMAT = 2
-"""Of `run.yaml`. A file of format 1 does not say so."""
+RUN_FORMAT = 3
+"""Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now."""
 
 
 def write_run(path: Path, composed: Composed) -> None:
@@ -379,6 +393,7 @@ def write_run(path: Path, composed: Composed) -> None:
         "dstune_version": __version__,
         "overrides": list(composed.overrides),
         **({"plugins": plugins.to_dicts(composed.plugins)} if composed.plugins else {}),
+        **({"origins": dict(composed.origins)} if composed.origins else {}),
         "config": to_dict(composed.config),
     }
     plugins.install(composed.plugins, path.parent)
@@ -421,7 +436,8 @@ def plugins_of(path: Path) -> tuple[Plugin, ...]:
 
 def _composed(content: dict[str, Any], path: Path, active: tuple[Plugin, ...]) -> Composed:
     overrides = [str(text) for text in content.get("overrides") or []]
-    return Composed(from_dict(content["config"], str(path)), overrides, active)
+    origins = {str(key): str(origin) for key, origin in (content.get("origins") or {}).items()}
+    return Composed(from_dict(content["config"], str(path)), overrides, active, origins=origins)
 
 
 def read_run_content(path: Path) -> dict[str, Any]:
@@ -439,6 +455,9 @@ def read_run_content(path: Path) -> dict[str, Any]:
         reason = f"this version of dstune reads the formats 1 to {RUN_FORMAT} of run.yaml"
         fix = f"use dstune {content.get('dstune_version')}, which wrote it, or a later version"
         raise UserError(Problem(f"{path}: format", reason, fix, str(written)))
+    method = content["config"].get("method")
+    if written < 3 and isinstance(method, dict) and method.get("init") == "olora":
+        method["init"] = "qr"
     return content
 
 
@@ -455,6 +474,12 @@ def continue_run(old: Composed, new: Composed) -> RunConfig:
     config = from_dict(tree, "the composed configuration")
     check_resume(old.config, config)
     return config
+
+
+def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
+    """Of a run that goes on as `config`: where its values come from, those that have not changed."""
+    same = {key: attrgetter(key) for key in stored.origins}
+    return {key: stored.origins[key] for key, value in same.items() if value(config) == value(stored.config)}
 
 
 OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")

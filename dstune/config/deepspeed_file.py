@@ -32,6 +32,8 @@ class Value:
     value: Any
     source: str
     """Where the file says so."""
+    implied: bool = False
+    """The file does not name it: it is what DeepSpeed takes then, and gives way to a given value."""
 
 
 @dataclass
@@ -267,7 +269,12 @@ def _optimizer(section: Any, content: Content, where: str) -> None:
         return
     if choice is not None:
         content.values.append(Value("optimizer", choice, "optimizer.type"))
-    for name, value in (section.get("params") or {}).items():
+    params = section.get("params") or {}
+    if choice == "adamw" and isinstance(params, Mapping) and "weight_decay" not in params:
+        # Its own Adam decays nothing then; torch's, which `torch_adam` chooses, has a default.
+        decay = 0.01 if params.get("torch_adam") and str(kind).lower() == "adamw" else 0.0
+        content.values.append(Value("optimizer.weight_decay", decay, "optimizer.params.weight_decay, absent", True))
+    for name, value in params.items():
         source = f"optimizer.params.{name}"
         if value == AUTO or name in ("torch_adam", "fused", "foreach"):
             continue

@@ -18,6 +18,8 @@ class MemberName(str):
 
 DOC = "doc"
 """In the metadata of a field that stands in no source: its line of documentation."""
+BY_METHOD = "by_method"
+"""There of one whose default is the method's."""
 
 
 def options_of(hint: Any) -> tuple[str, ...]:
@@ -36,10 +38,16 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    by_method: bool = False,
 ) -> Any:
-    """A field with a default and the range that `ranges.check_ranges` enforces (None is always allowed)."""
+    """A field with a default and the range that `ranges.check_ranges` enforces (None is always allowed).
+
+    by_method: where nobody gives a value, a composed configuration has the method's (`config.by_method`) in place of `default`.
+    """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
+    if by_method:
+        metadata[BY_METHOD] = True
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

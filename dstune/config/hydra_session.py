@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import dstune
 from dstune.config.convert import is_optional
-from dstune.config.fields import MemberName
+from dstune.config.fields import BY_METHOD, MemberName
 from dstune.config.names import ROOT_KEYS, classes_of, entry_class, nearest, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.core.errors import Problem, UserError
@@ -40,6 +40,8 @@ def mutable_twin(cls: type) -> type:
         if dataclasses.is_dataclass(hint):
             hint = mutable_twin(hint)  # type: ignore[arg-type]
             twins.append((field.name, hint, dataclasses.field(default_factory=hint)))
+        elif BY_METHOD in field.metadata:
+            twins.append((field.name, Any, dataclasses.field(default=None)))  # `by_method.fill` replaces it
         elif entry_class(hint):
             # Untyped: OmegaConf would stop at the first wrong key; `from_dict` checks all of them and names the nearest.
             twins.append((field.name, dict[str, Any], dataclasses.field(default_factory=dict)))

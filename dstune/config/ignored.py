@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, stage_of
 from dstune.config.several_tasks import tasks_of
 from dstune.config.sweep_schema import Pruner, Sampler
 from dstune.core.errors import Problem
@@ -72,11 +72,12 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "data.augment.seed", ("no copies are made", "data.augment.copies=1")
     if data.packing:
         yield "trainer.length_grouping", ("packed rows all have one length", "data.packing=false")
-    if zero.stage == 0:
+    stage = stage_of(zero)
+    if stage == 0:
         yield "zero.reduce_bucket_size", ("zero.stage is 0", "zero=stage1")
-    if zero.stage < 2:
+    if stage < 2:
         yield "zero.overlap_comm", (f"zero.stage is {zero.stage}", "zero=stage2")
-    if zero.stage < 3:
+    if stage < 3:
         yield "zero.param_persistence_threshold", (f"zero.stage is {zero.stage}", "zero=stage3")
     if config.model.chat_template is not None and not task_of(config.task).conversational:
         yield "model.chat_template", (f"task={config.task.name} renders no conversations", "task=chat")

@@ -13,6 +13,7 @@ from dstune.config.schema import (
     OptimizerOffload,
     Precision,
     RunConfig,
+    stage_of,
 )
 from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem
@@ -62,7 +63,7 @@ def check_tensor(config: RunConfig) -> Iterator[Problem]:
         reason = f"shared weights are held against a reference under chat and causal_lm, not task={', '.join(others)}"
         yield Problem("parallel", reason, f"{OFF}, or task=chat|causal_lm", "tensor")
     yield from method_of(config.method).check_sharded_weights(config)
-    if config.zero.stage == 3:
+    if stage_of(config.zero) == 3:
         reason = (
             "ZeRO-3 partitions every weight already, and gathers whole ones for each layer: slices are for ZeRO 0 to 2"
         )

@@ -33,8 +33,8 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
                     yield from check_ranges(entry, f"{key}.{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             yield Problem(key, "must be a finite number", _default(key, field), format_value(value))
-        elif field.metadata and value is not None and not isinstance(value, Enum):
-            bounds = [(TESTS[kind], bound) for kind, bound in field.metadata.items() if kind in TESTS]
+        elif field.metadata and value is not None and not isinstance(value, (str, Enum)):
+            bounds = [(test, field.metadata[kind]) for kind, test in TESTS.items() if kind in field.metadata]
             if not all(holds(value, bound) for (holds, _), bound in bounds):
                 allowed = " and ".join(f"{words} {bound:g}" for (_, words), bound in bounds)
                 yield Problem(key, f"must be {allowed}", _default(key, field), format_value(value))

@@ -95,8 +95,8 @@ class ModelConfig:
     weights: InitialWeights = InitialWeights.pretrained
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
     attention: Attention = Attention.auto
-    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa; on a CPU the samples
-    of a language model's rows attend one by one."""
+    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa, or eager for an
+    architecture without it; on a CPU the samples of a language model's rows attend one by one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
@@ -114,8 +114,9 @@ class ModelConfig:
 class ZeroConfig:
     """What DeepSpeed ZeRO partitions over the ranks (Rajbhandari et al. 2020, arXiv:1910.02054)."""
 
-    stage: int = setting(3, at_least=0, at_most=3)
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    stage: int | Automatic = setting(Automatic.auto, at_least=0, at_most=3)
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters; `auto` takes the fastest one that fits, by the plan, when a
+    run begins."""
     offload_optimizer: OptimizerOffload = OptimizerOffload.none
     """Keep optimizer states and fp32 weights in host memory (`cpu`, stages 1 to 3) or on a disk (`nvme`, stage 3)."""
     offload_param: Offload = Offload.none
@@ -132,6 +133,16 @@ class ZeroConfig:
     """With `zero=file`: an existing DeepSpeed configuration (JSON) or one of accelerate (YAML), read when a run is composed."""
     settings: dict[str, Any] = setting({})
     """DeepSpeed's settings that dstune has no key for, as in its JSON: `{zero_optimization: {sub_group_size: 1000000}}`."""
+
+
+STAGES = (0, 1, 2, 3)
+LEAST_MEMORY = 3
+"""The stage that a run takes where nothing is known of what fits."""
+
+
+def stage_of(zero: ZeroConfig) -> int:
+    """The stage; `LEAST_MEMORY` as long as none is chosen (`launch.stages`)."""
+    return LEAST_MEMORY if isinstance(zero.stage, Automatic) else zero.stage
 
 
 @dataclass(frozen=True)
@@ -209,8 +220,9 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = setting(0, at_least=0)
-    """Optimizer steps between saves; 0 saves at the end (and when preempted) only."""
+    every: int | str = setting("25%", at_least=0)
+    """How often to save: a number of optimizer steps, passes over the rows (`1 epoch`) or a share of the run (`25%`); 0 saves at
+    the end (and when preempted) only."""
     keep: int = setting(2, at_least=1)
     """Newest checkpoints that are kept; the best one is kept beside them."""
     weights_only: bool = False
@@ -221,8 +233,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    every: int = setting(0, at_least=0)
-    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    every: int | str = setting("25%", at_least=0)
+    """How often to evaluate: a number of optimizer steps, passes over the rows (`1 epoch`) or a share of the run (`25%`); 0
+    evaluates at the end only."""
     at_start: bool = True
     """Evaluate before the first step."""
     max_rows: int | None = setting(None, at_least=1)

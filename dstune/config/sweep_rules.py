@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from dstune.config.cadence import first_evaluation
 from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
@@ -71,10 +72,10 @@ def _check_optuna(config: RunConfig, sweep: OptunaConfig, metrics: Collection[st
             yield Problem("sweep.pruner", reason, f"sweep.objective=[{next(iter(metrics))}]", sweep.pruner.name)
         if config.evaluate.every == 0:
             reason = "trials are compared by their evaluations during training, and there are none"
-            fix = "evaluate.every=N with N optimizer steps between evaluations"
+            fix = "evaluate.every=25%, or a number of optimizer steps"
             yield Problem("sweep.pruner", reason, fix, sweep.pruner.name)
-        first = sweep.min_steps or config.evaluate.every
-        if config.trainer.max_steps is not None and first >= config.trainer.max_steps:
+        first = sweep.min_steps or first_evaluation(config)
+        if first is not None and config.trainer.max_steps is not None and first >= config.trainer.max_steps:
             key = "sweep.min_steps" if sweep.min_steps else "evaluate.every"
             reason = f"no trial could be ended before its own end (trainer.max_steps={config.trainer.max_steps})"
             yield Problem(key, reason, f"{key}={max(1, config.trainer.max_steps // 4)}", str(first))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from dstune.config.augment_rules import check_augment
+from dstune.config.cadence import check_cadences
 from dstune.config.callbacks import check_callbacks
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, format_value
 from dstune.config.forgetting_rules import check_forgetting
@@ -17,9 +19,11 @@ from dstune.config.parallel_rules import check_parallel
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
+    STAGES,
     UNTIMED_STEPS,
     Attention,
     Automatic,
+    EvaluateConfig,
     Export,
     Precision,
     RunConfig,
@@ -61,8 +65,18 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
     """Everything that is wrong with `config`.
 
     doubtful: keys, or sections, whose values are not those that the user meant, because what was written for them is
-    wrong in itself. A rule's finding counts only if the rule has looked at none of them before.
+    wrong in itself. A rule's finding counts only if the rule has looked at none of them before. Of `zero.stage=auto` the
+    rules see a stage that they allow, and where they allow none the one that least is wrong with.
     """
+    if isinstance(config.zero.stage, Automatic):
+        least = None
+        for stage in reversed(STAGES):
+            found = find_problems(at_stage(config, stage), doubtful)
+            if least is None or len(found) < len(least):
+                least = found
+            if not least:
+                break
+        return least or []
     rules = (
         check_data,
         check_token_ids,
@@ -83,6 +97,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_zero,
         check_parallel,
         check_evaluation,
+        check_cadences,
         check_launch,
         check_spikes,
         check_saves,
@@ -95,6 +110,15 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         seen, reader = watched(config, doubtful)
         problems += [problem for problem in rule(reader) if not seen.doubt]
     return problems
+
+
+def at_stage(config: RunConfig, stage: int) -> RunConfig:
+    return replace(config, zero=replace(config.zero, stage=stage))
+
+
+def allowed_stages(config: RunConfig) -> list[int]:
+    """The stages that nothing else in `config` speaks against."""
+    return [stage for stage in STAGES if not find_problems(at_stage(config, stage))]
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
@@ -299,12 +323,12 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", format_value(evaluate.slice_metric)
         )
-    every = "evaluate.every=N with N optimizer steps between evaluations"
+    every = "evaluate.every=25%, or a number of optimizer steps"
     wishes = (
         ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
         ("trainer.early_stopping.max_gap", stopping.max_gap is not None, "the gap to", stopping.max_gap, True),
         ("run.export", config.run.export is Export.best, "exporting the best weights", config.run.export, True),
-        ("evaluate.every", evaluate.every > 0, "evaluating", evaluate.every, False),
+        ("evaluate.every", evaluate.every not in (0, EvaluateConfig.every), "evaluating", evaluate.every, False),
         ("evaluate.samples", evaluate.samples > 0, "answering held-out prompts", evaluate.samples, False),
         ("evaluate.slices", bool(evaluate.slices), "measuring slices", evaluate.slices, False),
         ("evaluate.counterfactual", bool(evaluate.counterfactual), "swapping terms", evaluate.counterfactual, False),
@@ -383,7 +407,7 @@ def check_spikes(config: RunConfig) -> Iterator[Problem]:
         yield Problem("trainer.spike.action", reason, "trainer.spike.action=skip", "rollback")
     if config.trainer.spike.action is SpikeAction.rollback and not config.checkpoint.every:
         reason = "there is nothing to go back to: checkpoint.every=0 saves at the end only"
-        yield Problem("trainer.spike.action", reason, "checkpoint.every=N, or trainer.spike.action=skip", "rollback")
+        yield Problem("trainer.spike.action", reason, "checkpoint.every=25%, or trainer.spike.action=skip", "rollback")
 
 
 def check_run(config: RunConfig) -> Iterator[Problem]:

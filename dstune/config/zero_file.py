@@ -73,6 +73,8 @@ class _Merge:
             self._length(value)
         else:
             now, who = self.tree[section][name], self.given(value.key)
+            if who and value.implied:
+                return
             if who and now != value.value:
                 self._contradiction(value, now, who)
             self.tree[section][name] = value.value

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dstune.config.convert import format_value
 from dstune.config.deepspeed_file import settings_problems
-from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode
+from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode, stage_of
 from dstune.core.errors import Problem
 from dstune.protocols import method_of
 
@@ -22,7 +22,7 @@ STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, d
 
 def check_zero(config: RunConfig) -> Iterator[Problem]:
     zero, precision = config.zero, config.trainer.precision
-    if zero.stage == 0 and precision in (Precision.bf16, Precision.fp16):
+    if stage_of(zero) == 0 and precision in (Precision.bf16, Precision.fp16):
         yield Problem(
             "zero.stage",
             f"DeepSpeed's stage 0 with {precision.name} makes a step with zero gradients before the first real one",
@@ -32,8 +32,8 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
     swaps = zero.offload_optimizer is OptimizerOffload.nvme
     for name, lowest in (("offload_optimizer", 3 if swaps else 1), ("offload_param", 3)):
         value = getattr(zero, name)
-        if value.name != "none" and zero.stage < lowest:
-            reason = f"this needs stage {lowest}{'' if lowest == 3 else ' or more'}, and zero.stage is {zero.stage}"
+        if value.name != "none" and stage_of(zero) < lowest:
+            reason = f"this needs stage {lowest}{'' if lowest == 3 else ' or more'}, and zero.stage is {stage_of(zero)}"
             preset = "stage3_nvme" if value is OptimizerOffload.nvme else "stage3_offload"
             yield Problem(f"zero.{name}", reason, f"zero={preset}, or zero.{name}=none", value.name)
     if swaps:

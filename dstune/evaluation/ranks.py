@@ -22,7 +22,7 @@ from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.own_labels import with_labels
 from dstune.config.compose import read_run
 from dstune.config.convert import format_value
-from dstune.config.schema import OptimizerOffload, RunConfig
+from dstune.config.schema import OptimizerOffload, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
@@ -73,7 +73,7 @@ def evaluate(
     precision = world.broadcast(resolve(config))
     if checkpoint is None and shots is None:
         config = with_labels(config)
-    stage = 3 if config.zero.stage == 3 else 0
+    stage = 3 if stage_of(config.zero) == 3 else 0
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     tokenizer = load_tokenizer(config.model)

@@ -196,8 +196,6 @@ def flag_of_attention(name: str) -> Rule:
     return rule
 
 
-EPOCHS = "it counts by epochs; {}=N counts optimizer steps"
-
 TABLE: dict[str, Rule] = {
     **HUGGING_FACE,
     "base_model": same("model.path"),
@@ -271,8 +269,8 @@ TABLE: dict[str, Rule] = {
     "bf16": precision,
     "bfloat16": missing("bf16 and fp16 keep fp32 weights in the optimizer"),
     "float16": missing("bf16 and fp16 keep fp32 weights in the optimizer"),
-    "saves_per_epoch": missing(EPOCHS.format("checkpoint.every")),
-    "evals_per_epoch": missing(EPOCHS.format("evaluate.every")),
+    "saves_per_epoch": common.times_an_epoch("checkpoint.every"),
+    "evals_per_epoch": common.times_an_epoch("evaluate.every"),
     "save_first_step": missing("set checkpoint.every"),
     "early_stopping_patience": same("trainer.early_stopping.patience"),
     "loss_watchdog_threshold": missing("non-finite losses stop a run (trainer.max_nonfinite_steps), high ones do not"),

@@ -251,25 +251,37 @@ def fsdp(found: Import, value: Any) -> None:
 # ---- saving, evaluation, tracking ----
 
 
-def steps_between(key: str, what: str) -> Rule:
+def steps_between(key: str, strategy: str) -> Rule:
+    """Optimizer steps, or below 1 a share of the run, unless the key `strategy` says otherwise."""
+
     def rule(found: Import, value: Any) -> None:
-        if isinstance(value, (int, float)) and float(value) >= 1:
-            found.put(key, int(value))
+        if found.get(strategy) not in (None, "steps"):
+            found.drop(f"{strategy}={found.get(strategy)} decides", MEANINGLESS)
+        elif isinstance(value, (int, float)) and value >= 0:
+            found.put(key, int(value) if value >= 1 or not value else f"{100 * value:g}%")
         else:
-            found.drop(f"a share of the run; {key}=N counts optimizer steps between {what}")
+            found.drop(f"give {key}: optimizer steps, passes over the rows or a share of the run")
 
     return rule
 
 
-def strategy(key: str, what: str) -> Rule:
-    """`no`, `steps` or `epoch`."""
+def strategy(key: str) -> Rule:
+    """`no`, `steps` or `epoch`; `best` saves are those of `run.export=best`."""
 
     def rule(found: Import, value: Any) -> None:
+        words: dict[str, int | str] = {"no": 0, "epoch": "1 epoch"}
         word = "no" if value is False else str(value)
-        if word in ("no", "steps"):
-            found.note(key)
+        if word in words:
+            found.put(key, words[word])
         else:
-            found.drop(f"{key}=N counts optimizer steps; without it {what} at the end", DIFFERENT)
+            found.note(key)
+
+    return rule
+
+
+def times_an_epoch(key: str) -> Rule:
+    def rule(found: Import, value: Any) -> None:
+        found.put(key, f"{1 / float(value):g} epoch" if value else 0)
 
     return rule
 
@@ -348,15 +360,15 @@ HUGGING_FACE: dict[str, Rule] = {
     "fsdp_config": own_way("ZeRO partitions instead"),
     "seed": same("trainer.seed"),
     "data_seed": missing("the order of rows follows trainer.seed"),
-    "save_steps": steps_between("checkpoint.every", "saves"),
-    "save_strategy": strategy("checkpoint.every", "a checkpoint is saved"),
+    "save_steps": steps_between("checkpoint.every", "save_strategy"),
+    "save_strategy": strategy("checkpoint.every"),
     "save_total_limit": lambda found, value: found.put("checkpoint.keep", max(1, int(value))),
     "save_only_model": missing("checkpoints are whole, so that a run can be continued"),
     "load_best_model_at_end": best_at_the_end,
     "metric_for_best_model": missing("set trainer.early_stopping.metric"),
     "greater_is_better": own_way("known from the metric"),
-    "eval_steps": steps_between("evaluate.every", "evaluations"),
-    "eval_strategy": strategy("evaluate.every", "an evaluation is made"),
+    "eval_steps": steps_between("evaluate.every", "eval_strategy"),
+    "eval_strategy": strategy("evaluate.every"),
     "do_train": own_way("`dstune train` trains"),
     "do_eval": own_way("evaluated where there are validation rows"),
     "do_predict": own_way("`dstune evaluate` and `dstune generate` do it"),

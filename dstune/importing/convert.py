@@ -17,7 +17,7 @@ from dstune.core.text import one_line
 from dstune.importing.files import TOOLS
 from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import, apply
 
-USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "stage3"}
+USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "auto"}
 """What `conf/train.yaml` chooses by itself."""
 
 
@@ -82,11 +82,11 @@ def _finish(found: Import) -> None:
             if key in values:
                 del values[key]
                 _undo(found, key, "no rows are held out for an evaluation (data.validation, data.split.validation)")
-    if not values.get("evaluate.every"):
+    if values.get("evaluate.every") == 0:
         for key in ("trainer.early_stopping.patience", "run.export"):
             if key in values:
                 del values[key]
-                _undo(found, key, "it needs evaluate.every=N, in optimizer steps")
+                _undo(found, key, "it needs evaluations during training (evaluate.every)")
     for section in ("task", "method", "optimizer", "schedule"):
         choice = found.choices.get(section, USUAL[section])
         for key in [key for key in values if key.startswith(f"{section}.")]:

@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.flags import hydra_flags, show
-from dstune.config.parallel_rules import ranks_problem
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective
-from dstune.config.validate import TILED, find_problems, tiles_problem
+from dstune.config.validate import find_problems
 from dstune.core.arguments import is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.launch import machine, rundir
 from dstune.launch.calibrate import calibrate
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
-from dstune.planning import architecture, hardware, source
+from dstune.launch.stages import all_speeds, choose_on, is_open, setup_on
+from dstune.planning import hardware
 from dstune.planning.calibration import speeds
 from dstune.planning.fillers import fillers
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
-from dstune.planning.setup import Setup, head_of, labels_of, setup
-from dstune.planning.time import Speed, speed_of
-from dstune.protocols import launcher_of, method_of, parallelism_of, task_of
+from dstune.planning.setup import Setup
+from dstune.planning.time import Speed
+from dstune.protocols import launcher_of, method_of, task_of
 
 if TYPE_CHECKING:
     from dstune.data.chat.factor import Growth
@@ -171,6 +171,8 @@ class Planned:
     """Of them, or of adapters on them."""
     calibrated: bool = False
     """Whether the speeds were measured on this machine."""
+    stage_origin: str | None = None
+    """Why the stage is the configured one, where that was left to the plan."""
     growth: Growth | None = None
     """What the chat template makes of the conversations, where some become several samples."""
 
@@ -214,40 +216,14 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     """measured: speeds by the bytes of a weight, in place of the hardware table's.
 
     Raises UserError where the model's architecture is not known."""
-    values = source.config_json(config.model)
-    model = architecture.architecture(values, head_of(config), labels_of(config))
-    parallel = parallelism_of(config.parallel)
-    problems = parallel.architecture_problems(model, architecture.DEFAULTS.get(model.kind, {}) | values)
-    if problem := ranks_problem(cluster.ranks, parallel.size):
-        problems.append(problem)
-    if problems:
-        raise UserError(problems)
-    if config.trainer.mlp_tiles > 1 and not any(TILED[0] in tensor.name for tensor in model.tensors):
-        raise UserError(tiles_problem(model.kind, config.trainer.mlp_tiles))
-    precision = resolved_precision(config, on_gpu=cluster.device.gpu)
-    configured = setup(
-        config,
-        model,
-        ranks=cluster.ranks,
-        ranks_per_node=cluster.per_node,
-        on_gpu=cluster.device.gpu,
-        precision=precision,
-        values=values,
-    )
-    by_size = {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
+    origin = None
+    if is_open(config):
+        config, origin = choose_on(config, cluster, measured)
+    configured, precision, model = setup_on(config, cluster)
     any_rows = config.trainer.micro_batch_size is Automatic.auto
-    choices = plan(configured, cluster, by_size, any_rows=any_rows)
+    choices = plan(configured, cluster, all_speeds(cluster, measured), any_rows=any_rows)
     count = sum(tensor.count for tensor in method_of(config.method).trained(model)[0])
-    return Planned(choices, cluster, configured, precision, model.parameters, count, bool(measured))
-
-
-def resolved_precision(config: RunConfig, *, on_gpu: bool) -> Precision:
-    """What `auto` becomes (`dstune.zero.precision.resolve`)."""
-    requested = config.trainer.precision
-    if requested is not Precision.auto:
-        return requested
-    fast = on_gpu or machine.fast_bf16()
-    return Precision.bf16 if config.zero.stage > 0 and fast else Precision.fp32
+    return Planned(choices, cluster, configured, precision, model.parameters, count, bool(measured), origin)
 
 
 # ---- what is shown ----
@@ -261,6 +237,7 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
         "recommended": best.overrides(found.setup) if best else {},
         "fits": best is not None,
         "configured": row(found.plan.configured, found, price, config),
+        "stage_origin": found.stage_origin,
         "hardware": {
             "device": found.cluster.device.name,
             "per_node": found.cluster.per_node,
@@ -322,6 +299,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
         "",
         f"as configured ({_configured(found)}):",
+        *([f"  zero.stage=auto: {found.stage_origin}"] if found.stage_origin else []),
         *_parts(found.plan.configured),
         *_growth(found.growth),
         *(f"  warning: {warning}" for warning in fillers(config, cluster.ranks)),

@@ -24,8 +24,9 @@ from dstune.config.architectures import (
 )
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
-from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig
+from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
 from dstune.config.several_tasks import tasks_of
+from dstune.config.validate import at_stage
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.data import inputs, sources
@@ -36,6 +37,7 @@ from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, task_problems
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
+from dstune.launch.stages import choose, is_open
 from dstune.planning.source import config_json
 from dstune.protocols import TRACKERS, method_of, parallelism_of, task_of
 from dstune.protocols.task import TaskConfig
@@ -53,11 +55,18 @@ TOKENIZER_FILES = (
 )
 
 
-def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: bool = True) -> RunConfig:
+def resolve_run(
+    config: RunConfig,
+    stage: Stage = lambda text: None,
+    *,
+    trains: bool = True,
+    origins: dict[str, str] | None = None,
+) -> RunConfig:
     """`config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and
-    downloaded; model folder, the first rows of the data files and the hardware checked.
+    downloaded; model folder, the first rows of the data files and the hardware checked; a ZeRO stage in place of `auto`.
 
-    stage: told what is being done where it may take long. trains: whether there has to be memory to train.
+    stage: told what is being done where it may take long. trains: whether there has to be memory to train. origins: gets where
+    a value comes from that is chosen here, by key.
 
     Raises:
         UserError: everything that is missing or cannot be had, listed together.
@@ -109,6 +118,12 @@ def resolve_run(config: RunConfig, stage: Stage = lambda text: None, *, trains: 
     _refuse(problems)
     config = replace(config, model=model)
     config = within_positions(config, stage)
+    if is_open(config) and trains:
+        config, why = choose(config)
+        stage(f"zero.stage={config.zero.stage}: {why}")
+        if origins is not None:
+            origins["zero.stage"] = why
+    config = at_stage(config, stage_of(config.zero))
     if trains:
         _refuse(memory_problems(config))
     return config

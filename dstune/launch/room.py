@@ -6,20 +6,17 @@ every step holds whatever the rows are, and of the activations only where the ro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import replace
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.core.rank_env import from_environment
 from dstune.data import inputs, sources
-from dstune.launch import machine
 from dstune.launch.plan import Planned, planned
+from dstune.launch.stages import free_cluster
 from dstune.planning.hardware import GIB
 from dstune.planning.memory import Memory
 from dstune.planning.setup import Setup
-from dstune.protocols import launcher_of, task_of
+from dstune.protocols import task_of
 
 CERTAIN = 0.9
 """Share of the bound that has to be there: the planner's worst error is below 10% (docs/planning.md)."""
@@ -35,30 +32,25 @@ def memory_problems(config: RunConfig, env: Mapping[str, str] | None = None) -> 
     """What keeps `config` from fitting on this machine; nothing where the planner does not know the model."""
     if config.run.force:
         return []
-    launch = from_environment(os.environ if env is None else env)
-    if launch is None and not launcher_of(config.launch).here:
-        return []  # the ranks' machines are others
     try:
-        found = machine.here(config, env, launch.local_size if launch else None)
-        cluster = found.cluster
-        if launch is not None:  # somebody else's launch: as many ranks, this node's devices
-            nodes = max(1, launch.world_size // launch.local_size)
-            cluster = replace(cluster, per_node=launch.local_size, nodes=nodes)
-        free = replace(cluster, device=replace(cluster.device, memory_gib=found.free_gib))
-        plan = planned(config, free)
+        cluster = free_cluster(config, env)
+        if cluster is None:
+            return []  # the ranks' machines are others
+        plan = planned(config, cluster)
     except UserError:  # an architecture that the planner does not know, processes that others refuse
         return []
+    free_gib = cluster.device.memory_gib
     configured = plan.plan.configured
     needed = CERTAIN * least(configured.setup, configured.memory, full=rows_are_full(config), config=config) / GIB
-    if needed <= found.free_gib:
+    if needed <= free_gib:
         return []
     place = (
         "GPU memory"
         if cluster.device.gpu
-        else f"memory ({cluster.per_node} ranks share {found.free_gib * cluster.per_node:.1f})"
+        else f"memory ({cluster.per_node} ranks share {free_gib * cluster.per_node:.1f})"
     )
     reason = (
-        f"a rank takes at least {needed:.1f} GiB, about {configured.memory_gib:.1f} at its peak, and {found.free_gib:.1f} GiB "
+        f"a rank takes at least {needed:.1f} GiB, about {configured.memory_gib:.1f} at its peak, and {free_gib:.1f} GiB "
         f"of {place} are free"
     )
     return [Problem("trainer.micro_batch_size", reason, _fix(plan), str(config.trainer.micro_batch_size))]

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dstune.checkpoint import store
-from dstune.config.compose import Composed, continue_run, plugins_of, read_run_beside, write_run
+from dstune.config.compose import Composed, continue_run, kept_origins, plugins_of, read_run_beside, write_run
 from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
@@ -131,18 +131,17 @@ def choose(
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
         requested = run is None or any(key_of(text) == "run.resume" for text in given)
-        config = _continued(composed, path, may_refuse=requested)
+        composed = _continued(composed, path, may_refuse=requested)
     elif path.exists() and (not path.is_dir() or _foreign(path)):
         reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
         raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():
-            config = _going_on(_stored(Path(resume_from), composed), composed)
+            composed = _going_on(_stored(Path(resume_from), composed), composed)
     # A change is accepted once, not by every later start.
-    return replace(
-        composed, config=replace(config, run=replace(config.run, dir=str(path), accept_plugin_changes=False))
-    )
+    run_section = replace(composed.config.run, dir=str(path), accept_plugin_changes=False)
+    return replace(composed, config=replace(composed.config, run=run_section))
 
 
 def new_directory(config: RunConfig, now: datetime | None = None) -> Path:
@@ -260,7 +259,7 @@ def run_directory(path: Path) -> Path:
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 
 
-def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
+def _continued(composed: Composed, path: Path, may_refuse: bool) -> Composed:
     """The configuration with which the run at `path` goes on.
 
     A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
@@ -275,9 +274,12 @@ def _continued(composed: Composed, path: Path, may_refuse: bool) -> RunConfig:
         reason = f"{path} holds a run that did not begin from there"
         fix = "give another run.dir, or run.resume=auto to continue it"
         raise UserError(Problem("run.resume", reason, fix, resume))
-    config = composed.config if store.resumable(path) is None else _going_on(stored, composed)
+    composed = composed if store.resumable(path) is None else _going_on(stored, composed)
+    if resume not in KEYWORDS:
+        return composed
     # A run that began from another one and has saved nothing yet begins from there again.
-    return replace(config, run=replace(config.run, resume=stored.config.run.resume)) if resume in KEYWORDS else config
+    run_section = replace(composed.config.run, resume=stored.config.run.resume)
+    return replace(composed, config=replace(composed.config, run=run_section))
 
 
 def _stored(path: Path, composed: Composed) -> Composed:
@@ -288,8 +290,9 @@ def _stored(path: Path, composed: Composed) -> Composed:
     return read_run_beside(file)
 
 
-def _going_on(stored: Composed, composed: Composed) -> RunConfig:
-    return continue_run(stored, replace(composed, config=cut_as_before(stored.config, composed.config)))
+def _going_on(stored: Composed, composed: Composed) -> Composed:
+    config = continue_run(stored, replace(composed, config=cut_as_before(stored.config, composed.config)))
+    return replace(composed, config=config, origins=kept_origins(stored, config))
 
 
 def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:

@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.compose import Composed, apply_overrides, compose, plugins_of, read_run, to_yaml
+from dstune.config.compose import Composed, apply_overrides, compose, kept_origins, plugins_of, read_run, to_yaml
+from dstune.config.convert import format_value
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
@@ -135,14 +137,17 @@ def prepare(command: Command, console: Console, write_rows: WriteRows | None = N
         console.message(f"dstune: warning: {warning}")
     composed = rundir.choose(composed, command.run, given=command.flags.overrides)
     before = rundir.before_launch(composed)
+    origins = dict(composed.origins)
+    for key, why in composed.origins.items():
+        console.stage(f"{key}={format_value(attrgetter(key)(composed.config))}: {why}")
     try:
         if write_rows is not None:
             write_rows(before.path)
-        config = preflight.resolve_run(composed.config, console.stage)
+        config = preflight.resolve_run(composed.config, console.stage, origins=origins)
     except BaseException:
         before.restore()
         raise
-    prepared = rundir.prepare(replace(composed, config=config), before)
+    prepared = rundir.prepare(replace(composed, config=config, origins=origins), before)
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"
         console.stage(f"run {prepared.run_dir} {start}")
@@ -158,7 +163,8 @@ def configuration(command: Command) -> Composed:
     if not accepts_changes(command.flags.overrides):
         refuse_changes(plugins_of(file), stored.plugins)
     config = apply_overrides(stored.config, command.flags.overrides)
-    return Composed(config, [*stored.overrides, *command.flags.overrides], stored.plugins)
+    overrides = [*stored.overrides, *command.flags.overrides]
+    return Composed(config, overrides, stored.plugins, origins=kept_origins(stored, config))
 
 
 def _as_rank(argv: list[str], env: RankEnv) -> int:

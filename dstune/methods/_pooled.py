@@ -22,6 +22,7 @@ class PooledHead(Method):
     config: Any
     """Has `pooling`, `layers` and `dropout`."""
 
+    learning_rate = 1e-2
     why_not_shared_rows = "it reads one vector of the whole row"
 
     @property

@@ -49,6 +49,8 @@ class Ia3(ModuleAdapter):
     Config = Ia3Config
     config: Ia3Config
 
+    learning_rate = 1e-2
+
     peft_type = "IA3"
 
     def check(self, run: RunConfig) -> Iterator[Problem]:

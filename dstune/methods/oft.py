@@ -37,6 +37,8 @@ class Oft(ModuleAdapter):
     Config = OftConfig
     config: OftConfig
 
+    learning_rate = 2e-4
+
     peft_type = "OFT"
     renamed: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "dropout": "module_dropout"}
     ours_alone = ("exact",)

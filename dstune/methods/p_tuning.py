@@ -46,6 +46,8 @@ class PTuning(TrainedPrompt):
     Config = PTuningConfig
     config: PTuningConfig
 
+    learning_rate = 1e-3
+
     peft_type = "P_TUNING"
     renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
 

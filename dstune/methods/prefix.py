@@ -37,6 +37,8 @@ class Prefix(TrainedPrompt):
     Config = PrefixConfig
     config: PrefixConfig
 
+    learning_rate = 1e-2
+
     peft_type = "PREFIX_TUNING"
     renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
 

@@ -35,6 +35,8 @@ class Prompt(TrainedPrompt):
     Config = PromptConfig
     config: PromptConfig
 
+    learning_rate = 1e-2
+
     peft_type = "PROMPT_TUNING"
     renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
     ours_alone = ("init_text",)

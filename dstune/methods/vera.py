@@ -38,6 +38,8 @@ class Vera(ModuleAdapter):
     Config = VeraConfig
     config: VeraConfig
 
+    learning_rate = 1e-2
+
     peft_type = "VERA"
     renamed: ClassVar[dict[str, str]] = {
         "rank": "r",

@@ -332,12 +332,13 @@ def complete_generation(generation: GenerationConfig, architecture: PretrainedCo
             setattr(generation, key, getattr(architecture, key, None))
 
 
-def _attention(config: RunConfig, dtype: torch.dtype) -> str:
+def _attention(config: RunConfig, dtype: torch.dtype) -> str | None:
+    """What transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba)."""
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     # transformers tells packed rows apart for flash attention in batches of one row only; sdpa does so in any batch.
     flash = importlib.util.find_spec("flash_attn") is not None and accelerator.present()
-    return "flash_attention_2" if flash and dtype is not torch.float32 and not config.data.packing else "sdpa"
+    return "flash_attention_2" if flash and dtype is not torch.float32 and not config.data.packing else None
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

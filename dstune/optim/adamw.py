@@ -21,8 +21,8 @@ class AdamWConfig(OptimizerConfig):
     """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
     name: str = "adamw"
-    lr: float = setting(2e-5, at_least=0.0)
-    """Peak learning rate."""
+    lr: float = setting(2e-5, at_least=0.0, by_method=True)
+    """Peak learning rate; the method's own where it is not given (docs/methods.md), for task=preference a tenth of that."""
     weight_decay: float = setting(0.01, at_least=0.0)
     """Weight decay; never applied to norms and biases."""
     betas: tuple[float, float] = (0.9, 0.999)

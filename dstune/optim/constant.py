@@ -15,7 +15,8 @@ class ConstantConfig(WarmupConfig):
 
     name: str = "constant"
     warmup_ratio: float = setting(0.0, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    """Share of the optimizer steps over which the rate rises linearly: step s of w, from 0, has (s + 1) / w of the peak, so that
+    no step is spent at a rate of 0 (transformers: s / w)."""
 
 
 @schedule

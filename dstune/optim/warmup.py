@@ -17,9 +17,10 @@ from dstune.protocols.optimizer import ScheduleConfig
 @dataclass(frozen=True)
 class WarmupConfig(ScheduleConfig):
     warmup_ratio: float = setting(0.03, at_least=0.0, at_most=1.0)
-    """Share of the optimizer steps over which the rate rises linearly from 0."""
+    """Share of the optimizer steps over which the rate rises linearly: step s of w, from 0, has (s + 1) / w of the peak, so that
+    no step is spent at a rate of 0 (transformers: s / w)."""
     warmup_steps: int | None = setting(None, at_least=0)
-    """Warm-up in optimizer steps; replaces `warmup_ratio` when given."""
+    """Warm-up in optimizer steps, as `warmup_ratio`, which it replaces when given."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dstune.config.schema import Selective
@@ -83,13 +83,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
     """
 
     def choice(setup: Setup, zero: str, offload: str) -> Choice:
-        held = memory(setup)
-        caution = 1.0 if setup.on_gpu else CPU_CAUTION
-        fits = held.total * caution <= cluster.device.memory_gib * GIB
-        if cluster.host_gib is not None:
-            fits = fits and held.host * setup.ranks_per_node <= cluster.host_gib * GIB
-        time = step_time(setup, speeds[setup.weight_bytes])
-        return Choice(zero, offload, setup.checkpointing, setup, held, time, fits)
+        return _choice(setup, cluster, speeds, zero, offload)
 
     def largest(setup: Setup, zero: str, offload: str) -> Choice:
         """The largest micro-batch that fits, or a row of 1."""
@@ -107,21 +101,48 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
             if setup is not None:
                 yield largest(setup, zero, offload)
 
-    zero = f"stage{configured.stage}"
-    offload = "+".join(
-        name for name, on in (("optimizer", configured.offload_optimizer), ("param", configured.offload_param)) if on
-    )
-    as_configured = (largest if any_rows else choice)(configured, zero, offload or "none")
+    as_configured = (largest if any_rows else choice)(configured, f"stage{configured.stage}", _offload(configured))
     choices = list(variants(configured.checkpointing))
     for more in (Selective.selective, True):
         if configured.tiles > 1 and isinstance(more, Selective):
             continue  # not trained beside feed-forward layers in pieces
         if effort(more) > effort(configured.checkpointing) and not _plainly_fits(choices):
             choices += variants(more)
+    return Plan(as_configured, tuple(choices), _best(choices, cluster))
+
+
+def cheapest_stage(
+    configured: Setup, cluster: Cluster, speeds: dict[int, Speed], stages: Iterable[int]
+) -> tuple[Choice, list[Choice]]:
+    """The run at the stage to take, all else as configured, and at each of `stages` that it can be trained at. Where none
+    fits it is the one that takes the least memory."""
+    offload = _offload(configured)
+    found = []
+    for stage in stages:
+        setup = variant(configured, f"stage{stage}", offload)
+        # In another precision the numbers of the run would depend on what fits.
+        if setup is not None and setup.weight_bytes == configured.weight_bytes:
+            found.append(_choice(setup, cluster, speeds, f"stage{stage}", offload))
+    if not found:
+        found = [_choice(configured, cluster, speeds, f"stage{configured.stage}", offload)]
+    return _best(found, cluster) or min(found, key=lambda choice: choice.memory.total), found
+
+
+def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str, offload: str) -> Choice:
+    held = memory(setup)
+    caution = 1.0 if setup.on_gpu else CPU_CAUTION
+    fits = held.total * caution <= cluster.device.memory_gib * GIB
+    if cluster.host_gib is not None:
+        fits = fits and held.host * setup.ranks_per_node <= cluster.host_gib * GIB
+    time = step_time(setup, speeds[setup.weight_bytes])
+    return Choice(zero, offload, setup.checkpointing, setup, held, time, fits)
+
+
+def _best(choices: Iterable[Choice], cluster: Cluster) -> Choice | None:
+    """The fastest that fits: a plain choice before one that offloads, among those about as fast one that leaves room."""
     fitting = [row for row in choices if row.fits]
     roomy = ROOMY * cluster.device.memory_gib
-    # A plain choice before one that offloads; among those about as fast one that leaves room, then the fastest.
-    recommended = min(
+    return min(
         fitting,
         key=lambda row: (
             round(row.time.seconds / _fastest(fitting), 1),
@@ -132,7 +153,12 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
         ),
         default=None,
     )
-    return Plan(as_configured, tuple(choices), recommended)
+
+
+def _offload(setup: Setup) -> str:
+    """What of a run is in host memory, as `CANDIDATES` call it."""
+    held = (("optimizer", setup.offload_optimizer), ("param", setup.offload_param))
+    return "+".join(name for name, on in held if on) or "none"
 
 
 def _plainly_fits(rows: list[Choice]) -> bool:

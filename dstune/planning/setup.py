@@ -14,6 +14,7 @@ from dstune.config.schema import (
     Precision,
     RunConfig,
     Selective,
+    stage_of,
 )
 from dstune.config.zero_rules import SWAPPED_AT_ONCE
 from dstune.core.errors import UserError
@@ -155,11 +156,11 @@ def setup(
         model=model,
         trained=trained,
         frozen=frozen,
-        stage=zero.stage,
-        offload_optimizer=zero.offload_optimizer is not OptimizerOffload.none and zero.stage > 0,
-        swaps=zero.offload_optimizer is OptimizerOffload.nvme and zero.stage == 3,
+        stage=stage_of(zero),
+        offload_optimizer=zero.offload_optimizer is not OptimizerOffload.none and stage_of(zero) > 0,
+        swaps=zero.offload_optimizer is OptimizerOffload.nvme and stage_of(zero) == 3,
         swapped_at_once=zero.settings.get("zero_optimization", {}).get("sub_group_size", SWAPPED_AT_ONCE),
-        offload_param=zero.offload_param is not Offload.none and zero.stage == 3,
+        offload_param=zero.offload_param is not Offload.none and stage_of(zero) == 3,
         weight_bytes=weight_bytes,
         frozen_bits=method.frozen_bits(weight_bytes),
         moments=optimizer_of(config.optimizer).states_per_parameter,

@@ -105,6 +105,10 @@ class Step(Protocol):
     """What has been asked for so far, over all ranks; from `on_step_agreed` on."""
 
     @property
+    def epoch(self) -> float:
+        """Passes over the training rows that are done with it."""
+
+    @property
     def weight(self) -> float:
         """Targets of its global batch."""
 

@@ -94,6 +94,8 @@ class Method:
     scores_gradients: ClassVar[bool] = False
     same_parameters_throughout: ClassVar[bool] = False
 
+    learning_rate: ClassVar[float] = 2e-5
+    """The peak rate where `optimizer.lr` is not given: of AdamW, for a language model of usual size."""
     choice_settings: ClassVar[Mapping[str, Any]] = {}
     """Of a plugin: what choosing the method sets in other sections, such as `{"optimizer": {"lr": 1e-3}}`."""
     why_not_shared_rows: ClassVar[str] = ""

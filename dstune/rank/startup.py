@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dstune.config.cadence import cadence
 from dstune.config.convert import format_value
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
@@ -30,6 +31,8 @@ from dstune.zero.parts import full_count
 
 FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
+FEW_STEPS = 20
+"""Optimizer steps below which a run is told to be short: adapters at their usual rate hardly move in fewer."""
 LABELS_TOLD = 12
 
 
@@ -64,7 +67,7 @@ def describe(
     files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))
     run.log.message(
         f"{format_value(config.model.path)}: {total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained ({config.method.name}), "
-        f"ZeRO-{config.zero.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
+        f"ZeRO-{run.engine.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in run.data.splits}
@@ -114,8 +117,32 @@ def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
         yield f"{more:,} more labels look like a slip (data_report.json has all labels)"
 
 
+def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
+    """From rows to optimizer steps, where there are few of these, and what gives more."""
+    trainer, rows, total = config.trainer, run.data_loader.rows(), run.total_steps
+    if run.state.step or total >= FEW_STEPS:
+        return
+    only = f"this run has only {total} optimizer step{'s' * (total != 1)}"
+    if rows is None:
+        yield f"{only} (trainer.max_steps={trainer.max_steps}): a larger trainer.max_steps trains longer"
+        return
+    each, samples = run.data_loader.steps(1), len(run.data.train.lengths)
+    packed = f" -> {rows:,} packed rows of {config.data.max_length:,} tokens" if config.data.packing else ""
+    way = f"{samples:,} rows{packed} -> {each} step{'s' * (each != 1)} of {trainer.global_batch_size} rows in a pass"
+    if trainer.max_steps is not None:
+        yield f"{only} (trainer.max_steps={trainer.max_steps}; {way}): a larger trainer.max_steps trains longer"
+        return
+    needed = -(-FEW_STEPS // trainer.epochs)
+    batch = (rows - 1) // (needed - 1) if needed > 1 else 0
+    smaller = f", trainer.global_batch_size={batch}" if 1 <= batch < trainer.global_batch_size else ""
+    passes = "" if trainer.epochs == 1 else f", {trainer.epochs} passes"
+    fix = f"trainer.epochs={-(-FEW_STEPS // each)}{smaller} or more rows give {FEW_STEPS}"
+    yield f"{only} ({way}{passes}), in which a model learns little: {fix}"
+
+
 def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     """What is allowed, and probably not meant."""
+    yield from few_steps(config, run)
     yield from unlikely_labels(run.data.report.get("train", {}).get("labels", {}))
     for part, counts in run.data.report.items():
         if (bad := counts.get("bad_rows")) and (part == "train" or getattr(config.data, part, None)):
@@ -138,7 +165,7 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
         reason = f"{left} step{'s' * (left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"
         yield f"trainer.profile_steps={config.trainer.profile_steps} has no effect: {reason}"
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
-    if stopping and run.data.validation is not None and not 0 < every < run.total_steps:
+    if stopping and run.data.validation is not None and cadence(every).times(run.total_steps, run.epochs) == 1:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
     parallel = parallelism_of(config.parallel)
     if run.world.local_size % parallel.size:

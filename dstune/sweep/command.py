@@ -137,7 +137,8 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
         console.message(f"dstune: warning: {warning}")
     ranks = sorted({launcher_of(config.launch).ranks for config in configs}, key=str)
     devices.slots(base, devices.here(), ranks)
-    resolved = preflight.resolve_run(base, console.stage)
+    # Each trial chooses its stage itself, when it starts.
+    resolved = replace(preflight.resolve_run(base, console.stage), zero=base.zero)
     overrides = [text for text in flags.overrides if key_of(text) != "sweep.dir"]
     sweep = Sweep(directory.sweep_path(base, found.axes), resolved, overrides, folders, found.axes)
     publish(str(sweep.path))

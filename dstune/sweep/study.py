@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from dstune.config.cadence import first_evaluation
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.sweep_space import Assignment, Axis, grid
@@ -295,7 +296,7 @@ def _sampler(optuna: Any, settings: OptunaConfig, seed: int) -> Any:
 
 
 def _pruner(optuna: Any, settings: OptunaConfig, config: RunConfig) -> Any:
-    pruners, first = optuna.pruners, settings.min_steps or max(config.evaluate.every, 1)
+    pruners, first = optuna.pruners, settings.min_steps or first_evaluation(config) or 1
     match settings.pruner:
         case Pruner.none:
             return pruners.NopPruner()

@@ -36,6 +36,9 @@ class DataLoader(Protocol):
     def steps(self, epochs: int) -> int:
         """Optimizer steps in `epochs` passes over the rows."""
 
+    def rows(self) -> int | None:
+        """Rows of the first pass as the model sees them, several samples each where they are packed; None for a stream."""
+
     def load(self, step: int) -> StepBatch:
         """The global batch of `step`; requested in rising order, by one thread."""
 
@@ -93,6 +96,9 @@ class PreparedLoader:
 
     def steps(self, epochs: int) -> int:
         return self._order.steps(epochs)
+
+    def rows(self) -> int:
+        return len(self._order.rows(0)[1]) - 1
 
     def load(self, step: int) -> StepBatch:
         epoch, index = self._order.locate(step)
@@ -161,6 +167,9 @@ class StreamingLoader:
 
     def steps(self, epochs: int) -> int:
         raise AssertionError("a stream's length is trainer.max_steps")
+
+    def rows(self) -> None:
+        return None
 
     def load(self, step: int) -> StepBatch:
         last = self._segments[-1]

@@ -76,6 +76,13 @@ class Training:
     step_timer: StepTimer = field(default_factory=StepTimer)
     callbacks: CallbackList = field(default_factory=lambda: CallbackList([]))
 
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the training rows in the whole run; None for a stream."""
+        if self.data_loader.rows() is None:
+            return None
+        return self.total_steps / self.data_loader.steps(1) if self.config.trainer.max_steps else self.config.trainer.epochs
+
     def around(self, phase: str) -> AbstractContextManager[None]:
         return self.callbacks.around(phase)
 
@@ -100,6 +107,10 @@ class Step:
     """Of the head: this rank's, then those of all ranks."""
     seconds: float = 0.0
     request: Request = CONTINUE
+
+    @property
+    def epoch(self) -> float:
+        return self.batch.epoch
 
     @property
     def weight(self) -> float:
@@ -260,7 +271,7 @@ def report_step(run: Training, step: Step) -> None:
     if run.log is None:
         return
     metrics: dict[str, float | int | str] = {
-        "epoch": step.batch.epoch,
+        "epoch": step.epoch,
         "loss": step.loss,
         "lr": learning_rate(run, step),
         "grad_norm": step.update.grad_norm,

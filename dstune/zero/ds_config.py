@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig
+from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
 from dstune.protocols import parallelism_of
 
@@ -25,25 +25,25 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
     per_rank = micro_batches_per_rank(config, world_size)
     # Ranks that share weights are one to DeepSpeed's arithmetic, those that share rows are not.
     replicas = world_size // parallelism_of(config.parallel).weight_ranks
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.stage > 0:
+    zero: dict[str, Any] = {"stage": stage_of(config.zero)}
+    if stage_of(config.zero) > 0:
         zero |= {
             "reduce_bucket_size": config.zero.reduce_bucket_size,
-            "overlap_comm": config.zero.overlap_comm and on_gpu and config.zero.stage >= 2,
+            "overlap_comm": config.zero.overlap_comm and on_gpu and stage_of(config.zero) >= 2,
             # Gradients stay where backward puts them: 0.14 s of a 8.7 s step on a CPU; a GPU's allocator fragments
             # without the contiguous buffer.
             "contiguous_gradients": on_gpu,
         }
-    if config.zero.stage == 3:
+    if stage_of(config.zero) == 3:
         zero |= {
             "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
         if config.zero.offload_param is Offload.cpu:
             zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    if config.zero.stage > 0 and config.zero.offload_optimizer is OptimizerOffload.cpu:
+    if stage_of(config.zero) > 0 and config.zero.offload_optimizer is OptimizerOffload.cpu:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    if config.zero.stage == 3 and config.zero.offload_optimizer is OptimizerOffload.nvme:
+    if stage_of(config.zero) == 3 and config.zero.offload_optimizer is OptimizerOffload.nvme:
         zero["offload_optimizer"] = {
             "device": "nvme",
             "nvme_path": config.zero.nvme_path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dstune.config.schema import Precision, RunConfig
+from dstune.config.schema import Precision, RunConfig, stage_of
 from dstune.core.errors import Problem, UserError
 from dstune.zero import accelerator
 
@@ -30,7 +30,7 @@ def resolve(config: RunConfig) -> Precision:
     requested = config.trainer.precision
     if requested is Precision.auto:
         # DeepSpeed's stage 0 makes an optimizer step with zero gradients at initialisation in bf16, so it stays in fp32.
-        return Precision.bf16 if config.zero.stage > 0 and fast_bf16() else Precision.fp32
+        return Precision.bf16 if stage_of(config.zero) > 0 and fast_bf16() else Precision.fp32
     if requested is Precision.fp16 and not accelerator.present():
         raise UserError(
             Problem(

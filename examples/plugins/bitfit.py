@@ -1,13 +1,13 @@
 """method=bitfit: only biases and the task's own head are trained (Ben Zaken et al. 2022, arXiv:2106.10199).
 
-dstune train plugins=[examples/plugins/bitfit.py] method=bitfit optimizer.lr=1e-3 ...
+dstune train plugins=[examples/plugins/bitfit.py] method=bitfit ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import dstune
 from dstune.protocols.method import MethodConfig
@@ -30,7 +30,7 @@ class BitFit(dstune.Method):
     Config = BitFitConfig
     config: BitFitConfig
 
-    choice_settings: ClassVar = {"optimizer": {"lr": 1e-3}}
+    learning_rate = 1e-3
     moves_weights = True
     same_parameters_throughout = True
 

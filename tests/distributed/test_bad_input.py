@@ -44,7 +44,15 @@ def workplace(tmp_path_factory) -> Commands:
     return Commands(folder)
 
 
-BASE = ["model.path=model", "data.train=good.jsonl", "data.max_length=64", "launch.processes=1", "trainer.max_steps=1"]
+BASE = [
+    "model.path=model",
+    "data.train=good.jsonl",
+    "data.max_length=64",
+    "evaluate.every=0",
+    "checkpoint.every=0",
+    "launch.processes=1",
+    "trainer.max_steps=1",
+]
 CLASSES = ["task=classification", "data.packing=false", "data.train=labelled.jsonl"]
 
 CASES = {

@@ -17,6 +17,8 @@ from support.tiny import save_decoder, write_dialogues, write_preferences
 COMMON = [
     "model.path=model",
     "data.max_length=48",
+    "evaluate.every=0",
+    "checkpoint.every=0",
     "data.packing=false",
     "data.split.validation=0.2",
     "trainer.precision=fp32",

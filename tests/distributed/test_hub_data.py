@@ -17,7 +17,15 @@ from support.sources import CHATS
 from support.tiny import save_decoder
 
 FIRST, SECOND = "a" * 40, "b" * 40
-BASE = ["model.path=model", "data.max_length=64", "launch.processes=1", "run.export=none", "evaluate.at_start=false"]
+BASE = [
+    "model.path=model",
+    "data.max_length=64",
+    "evaluate.every=0",
+    "checkpoint.every=0",
+    "launch.processes=1",
+    "run.export=none",
+    "evaluate.at_start=false",
+]
 
 
 @pytest.fixture

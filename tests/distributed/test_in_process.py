@@ -51,7 +51,14 @@ def train(
             f"model.path={folder / 'model'}",
             f"data.train={folder / 'rows.jsonl'}",
         ),
-        *("data=files", "data.max_length=64", "trainer.max_steps=3", "trainer.micro_batch_size=2"),
+        *(
+            "data=files",
+            "data.max_length=64",
+            "evaluate.every=0",
+            "checkpoint.every=0",
+            "trainer.max_steps=3",
+            "trainer.micro_batch_size=2",
+        ),
         *("trainer.global_batch_size=4", f"run.dir={folder / name}", "run.export=none", "launch.processes=1"),
         *("plugins=[./own.py]", "trainer.callbacks=[stops]", *overrides),
     ]

@@ -26,7 +26,13 @@ def test_from_training_to_the_export(tmp_path):
     write_jsonl(tmp_path / "held.jsonl", rows[45:])
     run = ["model.path=model", "task=classification", "task.multi_label=true", "data.packing=false", "run.dir=run"]
     fp32 = "trainer.precision=fp32"  # to be compared to 1e-5
-    data = ["data.train=train.jsonl", "data.validation=held.jsonl", "data.max_length=64"]
+    data = [
+        "data.train=train.jsonl",
+        "data.validation=held.jsonl",
+        "data.max_length=64",
+        "evaluate.every=0",
+        "checkpoint.every=0",
+    ]
     more = ["trainer.max_steps=12", "trainer.global_batch_size=6", "trainer.micro_batch_size=2", "optimizer.lr=3e-3"]
     done = commands.run("train", *run, *data, *more, fp32, "launch.processes=2")
     assert done.returncode == 0, done.stderr + done.stdout

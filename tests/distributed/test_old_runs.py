@@ -16,6 +16,8 @@ from types import ModuleType
 
 import pytest
 
+from dstune.config.compose import RUN_FORMAT
+
 ROOT = Path(__file__).parents[2]
 ARCHIVES = sorted((ROOT / "tests" / "data").glob("old-runs-*.tar.xz"))
 NAMES = [f"task-{path.stem}" for path in sorted((ROOT / "conf" / "task").glob("*.yaml"))]
@@ -64,7 +66,7 @@ def test_an_old_run_goes_on(shelf: Shelf, name: str) -> None:
     if name.startswith("task-"):  # those of methods are read as they are
         upgraded = shelf.call(name, "upgrade", run)
         assert upgraded.exit_code == 0, upgraded.log
-        assert "format: 2" in (shelf.folder / run / "run.yaml").read_text()
+        assert f"format: {RUN_FORMAT}\n" in (shelf.folder / run / "run.yaml").read_text()
     done = shelf.call(name, "train", run, ranks=1)
     assert done.exit_code == 0, (done.log, done.problems)
     expected = shelf.expected[name]

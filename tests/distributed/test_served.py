@@ -58,6 +58,8 @@ def test_an_export_serves_what_was_trained(tmp_path: Path, rows: Any, thinks: bo
         f"model.path={model}",
         f"data.train={data}",
         "data.max_length=256",
+        "evaluate.every=0",
+        "checkpoint.every=0",
         "data.split.validation=0",
         "data.packing=false",
         "optimizer.lr=0.01",

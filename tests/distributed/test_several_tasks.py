@@ -28,7 +28,15 @@ TASKS = {
 }
 DATE = "task.template_date=2026-01-01"
 SEVERAL = [
-    *("task=chat", DATE, "model.path=model", "data.max_length=64", "trainer.precision=fp32"),
+    *(
+        "task=chat",
+        DATE,
+        "model.path=model",
+        "data.max_length=64",
+        "evaluate.every=0",
+        "checkpoint.every=0",
+        "trainer.precision=fp32",
+    ),
     "data.mixture.talk.path=talk.jsonl",
     *("data.mixture.books.path=books.jsonl", "data.mixture.books.task=causal_lm", "data.mixture.books.weight=2"),
     *("data.mixture.turn.path=pairs.jsonl", "data.mixture.turn.task=seq2seq"),

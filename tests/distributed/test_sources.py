@@ -30,6 +30,8 @@ PROGRAM = Path(__file__).parents[1] / "parity" / "train_cases.py"
 
 BASE = [
     "data.max_length=64",
+    "evaluate.every=0",
+    "checkpoint.every=0",
     "data.packing=false",
     "data.split.validation=0",
     "trainer.micro_batch_size=4",

@@ -48,7 +48,14 @@ def runs(tmp_path_factory) -> dict[int, tuple[dict, list[dict]]]:
         run_dir.mkdir()
         file = folder / f"stage{stage}.json"
         file.write_text(json.dumps(content(stage)))
-        values = ["trainer.max_steps=2", "trainer.global_batch_size=8", "data.max_length=64", "data.packing=false"]
+        values = [
+            "trainer.max_steps=2",
+            "trainer.global_batch_size=8",
+            "data.max_length=64",
+            "evaluate.every=0",
+            "checkpoint.every=0",
+            "data.packing=false",
+        ]
         composed = compose(
             [
                 f"model.path={model}",

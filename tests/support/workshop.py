@@ -27,14 +27,17 @@ VOLATILE = {
 """What of a row of metrics is another number in every run."""
 
 
+AT_THE_END = ("evaluate.every=0", "checkpoint.every=0")
+
+
 class Workshop:
-    """base: overrides of every run."""
+    """base: overrides of every run, which evaluates and saves at its end unless they say otherwise."""
 
     def __init__(self, folder: Path, base: Sequence[str]):
         self.folder, self._base = folder, base
 
     def config(self, *overrides: str) -> Composed:
-        return compose([*self._base, *overrides])
+        return compose([*AT_THE_END, *self._base, *overrides])
 
     def case(self, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
         """A case of `parity/train_cases.py`."""

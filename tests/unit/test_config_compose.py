@@ -47,7 +47,10 @@ def config() -> RunConfig:
         (["model=minilm"], False),
         (["model.path=some/model"], False),
         (["data=chitchat"], False),
-        (["data.max_length=64"], False),
+        (["data.max_length=64"], True),
+        (["data.max_rows=64", "data.validation=v.jsonl"], True),
+        (["data.mixture={a: {path: x.jsonl}}"], False),
+        (["data.mixture.a.path=x.jsonl"], False),
         (["++data.train=x.jsonl"], False),
     ],
 )

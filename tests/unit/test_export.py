@@ -108,6 +108,7 @@ class Shelf:
                 "trainer.max_steps=3",
                 "zero.param_persistence_threshold=0",
                 "checkpoint.every=2",
+                "evaluate.every=0",
                 "evaluate.at_start=false",
                 "tracking.wandb.mode=disabled",
                 *overrides,

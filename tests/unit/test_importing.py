@@ -35,27 +35,24 @@ HANDBOOK = {
     "overwrite_output_dir",
 }
 AXOLOTL = {"tf32", "logging_steps", "special_tokens"}
-EPOCHS = {"evals_per_epoch", "saves_per_epoch"}
 WATCHDOG = {"loss_watchdog_threshold", "loss_watchdog_patience"}
 
 NOT_CARRIED: dict[str, dict[str, set[str]]] = {
     "axolotl/llama3_instruct_lora.yaml": {
-        NOT_SUPPORTED: {"load_in_8bit", *EPOCHS},
+        NOT_SUPPORTED: {"load_in_8bit"},
         DIFFERENT: {"optimizer"},
         MEANINGLESS: {"model_type", "tokenizer_type", *AXOLOTL},
     },
     "axolotl/llama3_full.yaml": {
-        NOT_SUPPORTED: EPOCHS,
         DIFFERENT: {"optimizer", "attn_implementation"},
         MEANINGLESS: {"dataset_prepared_path", "gradient_checkpointing_kwargs", *AXOLOTL},
     },
     "axolotl/llama3_qlora_1b.yaml": {
-        NOT_SUPPORTED: {*WATCHDOG, *EPOCHS},
+        NOT_SUPPORTED: WATCHDOG,
         DIFFERENT: {"optimizer", "attn_implementation"},
         MEANINGLESS: {"dataset_prepared_path", "eval_sample_packing", *AXOLOTL},
     },
     "axolotl/tiny_llama_pretrain.yaml": {
-        NOT_SUPPORTED: {"saves_per_epoch"},
         DIFFERENT: {"optimizer", "attn_implementation"},
         MEANINGLESS: {"model_type", "tokenizer_type", "num_epochs", "tf32", "logging_steps"},
     },
@@ -70,12 +67,11 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
     "trl/sft_lora.sh": {NOT_SUPPORTED: {"push_to_hub"}, MEANINGLESS: {"eos_token"}},
     "trl/smollm2_sft.yaml": {
         NOT_SUPPORTED: {"push_to_hub", "chat_template"},
-        DIFFERENT: {"eval_strategy"},
         MEANINGLESS: {"remove_unused_columns", *HANDBOOK},
     },
     "trl/zephyr_qlora.yaml": {
         NOT_SUPPORTED: {"push_to_hub"},
-        DIFFERENT: {"eval_strategy", "dataset_mixture"},
+        DIFFERENT: {"dataset_mixture"},
         MEANINGLESS: HANDBOOK,
     },
 }
@@ -313,6 +309,10 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
             {"early_stopping_patience": 3, "val_set_size": 0.1, "eval_steps": 20},
             {"evaluate": {"every": 20}, "trainer": {"early_stopping": {"patience": 3}}},
         ),
+        ("axolotl", {"eval_steps": 0.1, "val_set_size": 0.1}, {"evaluate": {"every": "10%"}}),
+        ("axolotl", {"evals_per_epoch": 4, "val_set_size": 0.1}, {"evaluate": {"every": "0.25 epoch"}}),
+        ("axolotl", {"eval_strategy": "epoch", "val_set_size": 0.1}, {"evaluate": {"every": "1 epoch"}}),
+        ("axolotl", {"saves_per_epoch": 1, "eval_strategy": "no", "val_set_size": 0.1}, {"evaluate": {"every": 0}}),
         (
             "llama-factory",
             {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj", "use_rslora": True},
@@ -403,7 +403,7 @@ def test_values(tool, keys, expected):
         ("axolotl", {"deepspeed": {"zero_optimization": {}}}, "deepspeed", NOT_SUPPORTED),
         ("axolotl", {"fsdp": ["full_shard"]}, "fsdp", DIFFERENT),
         ("axolotl", {"eval_steps": 50}, "eval_steps", MEANINGLESS),
-        ("axolotl", {"eval_steps": 0.1, "val_set_size": 0.1}, "eval_steps", NOT_SUPPORTED),
+        ("axolotl", {"eval_steps": 50, "eval_strategy": "epoch", "val_set_size": 0.1}, "eval_steps", MEANINGLESS),
         ("axolotl", {"load_best_model_at_end": True, "val_set_size": 0.1}, "load_best_model_at_end", MEANINGLESS),
         ("axolotl", {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio", MEANINGLESS),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type", NOT_SUPPORTED),

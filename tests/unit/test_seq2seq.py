@@ -33,7 +33,7 @@ from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from dstune.tasks.seq2seq.metrics import generation_metrics
 from dstune.trainer.baseline import draw
-from dstune.trainer.callbacks.evaluation_cost import EvaluationCost, fraction
+from dstune.trainer.callbacks.evaluation_cost import EvaluationCost, evaluations, fraction
 from dstune.trainer.evaluate import InContext
 from dstune.trainer.generation import Generated
 
@@ -162,13 +162,13 @@ def test_metrics_of_equal_texts_are_perfect_and_of_others_not():
 
 def test_the_share_of_evaluation_is_reported_once_with_a_warning_where_it_is_much():
     often = run_config(evaluate=EvaluateConfig(every=50))
-    assert fraction(often, 100, 5.0, 1.0) == pytest.approx(15 / 115)
-    cost = EvaluationCost(often, 100)
+    assert fraction(evaluations(often, 100, 1.0), 100, 5.0, 1.0) == pytest.approx(15 / 115)
+    cost = EvaluationCost(often, 100, 1.0)
     assert cost.evaluated(5.0) is None
     message = [cost.stepped(1.0) for _ in range(4)]
     assert message[:2] == [None, None] and message[3] is None
     assert message[2] is not None and message[2].startswith("warning: 3 evaluations of 5.0 s: about 13%")
-    once = EvaluationCost(run_config(evaluate=EvaluateConfig(at_start=False)), 100)
+    once = EvaluationCost(run_config(evaluate=EvaluateConfig(every=0, at_start=False)), 100, 1.0)
     assert [once.stepped(1.0) for _ in range(5)] == [None] * 5
     line = once.evaluated(5.0)
     assert line is not None and line.startswith("the evaluation of 5.0 s: about 5%")

@@ -51,7 +51,7 @@ def at(step: int = 0, **state) -> SimpleNamespace:
 
 def done(number: int, update: Update = FINE) -> SimpleNamespace:
     """A step that has updated."""
-    return SimpleNamespace(number=number, update=update)
+    return SimpleNamespace(number=number, update=update, epoch=number / 10)
 
 
 def after_steps(callback: Callback, *updates: Update) -> list[Action]:

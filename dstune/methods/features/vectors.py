@@ -24,7 +24,7 @@ import transformers
 import xxhash
 from transformers import PreTrainedModel
 
-from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig
+from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
@@ -144,7 +144,7 @@ def _compute(
     config: RunConfig, data: PreparedData, tokenizer: Any, precision: Precision, world: World, folder: Path
 ) -> None:
     """Run the body over every row once, as evaluation does, and write `folder`."""
-    stage = 3 if config.zero.stage == 3 else 0  # there is no optimizer whose states could be partitioned
+    stage = 3 if stage_of(config.zero) == 3 else 0  # there is no optimizer whose states could be partitioned
     alone = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     settings = deepspeed_config(alone, world.size, precision, on_gpu=accelerator.present())
     with partitioned_loading(settings):

@@ -32,6 +32,8 @@ class Lora(ModuleAdapter):
     Config = LoraConfig
     config: LoraConfig
 
+    learning_rate = 2e-4
+
     same_parameters_throughout = True
     trains_tokens = True
     peft_type = "LORA"
@@ -123,7 +125,7 @@ class Lora(ModuleAdapter):
         if lr <= SLOW_FOR_ADAPTERS and not low:
             yield (
                 f"optimizer.lr={lr:g} is a rate for all weights; adapters usually learn at 1e-4 to 5e-4 "
-                "(experiment=chat_lora has 2e-4)"
+                f"(without optimizer.lr: {self.learning_rate:g})"
             )
         every_layer = self.config.target_modules == ["all-linear"]
         if every_layer and (share := experts_without_adapters(run.engine.module)):

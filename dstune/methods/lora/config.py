@@ -14,6 +14,7 @@ class LoraInit(Enum):
     gaussian = "gaussian"
     pissa = "pissa"
     olora = "olora"
+    qr = "qr"
     loftq = "loftq"
 
 
@@ -43,7 +44,8 @@ class LoraConfig(ModuleAdapterConfig):
     init: LoraInit = LoraInit.default
     """First values: `default` and `gaussian` (B is zero), `pissa` (arXiv:2404.02948) and `olora` (arXiv:2406.01775), which
     split each weight into the adapter and a frozen rest, and with qlora `loftq` (arXiv:2310.08659), which makes up for what
-    rounding took."""
+    rounding took. `olora` has peft's first values, whose product is scaled; `qr` shares the scale out between both factors, so
+    that the adapter begins as that part of the weight itself."""
     init_iterations: int | None = setting(None, at_least=1)
     """With `init=pissa`: subspace iterations of a randomised SVD, for large models; the exact SVD when not given."""
     lr_ratio: float = setting(1.0, above=0.0)

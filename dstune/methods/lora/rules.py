@@ -40,7 +40,7 @@ def check_lora(config: LoraConfig) -> Iterator[Problem]:
 
 def splits(config: LoraConfig) -> bool:
     """Whether each weight is split into the adapter and a frozen rest."""
-    return config.init in (LoraInit.pissa, LoraInit.olora)
+    return config.init in (LoraInit.pissa, LoraInit.olora, LoraInit.qr)
 
 
 def check_sharded_weights(config: LoraConfig) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""What LoRA adapters begin from: a split of the weights (PiSSA, OLoRA), and finished adapters beneath the new one.
+"""What LoRA adapters begin from: a split of the weights (PiSSA, OLoRA, QR), and finished adapters beneath the new one.
 
 Each of them adds a fixed matrix of low rank to a frozen weight: minus the adapter's first product, plus the product of a
 finished adapter. Its factors stay beside the weight as buffers (`shift_A` [rank, in], `shift_B` [out, rank]), so checkpoints
@@ -31,7 +31,7 @@ def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
     """Give every adapter of `adapted` (a PeftModel) the first values of `config.init`. Every rank must call it."""
     if config.init is LoraInit.loftq:
         _make_up_for_rounding(adapted, originals)
-    if config.init not in (LoraInit.pissa, LoraInit.olora):
+    if config.init not in (LoraInit.pissa, LoraInit.olora, LoraInit.qr):
         return
     for name, layer in lora_layers(adapted):
         base: Any = layer.get_base_layer()
@@ -49,9 +49,10 @@ def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
                 raise UserError(Problem("method.rank", reason, f"at most {min(weight.shape)}", str(rank)))
             first, second = _split(weight, rank, config)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        share = 1.0 if config.init is LoraInit.olora else scale**0.5  # peft leaves the factors of OLoRA as they are
         with torch.no_grad():  # rounded to the adapter's dtype before the rest is computed from them
-            a.copy_(first / scale**0.5)
-            b.copy_(second / scale**0.5)
+            a.copy_(first / share)
+            b.copy_(second / share)
             shift(base, a.float(), -scale * b.float())
 
 
@@ -74,7 +75,7 @@ def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
 
 def _split(weight: Tensor, rank: int, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """Factors [rank, in] and [out, rank] of the part of `weight` [out, in] that the adapter takes over."""
-    if config.init is LoraInit.olora:
+    if config.init in (LoraInit.olora, LoraInit.qr):
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
     if config.init_iterations is None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.config.convert import format_value
-from dstune.config.schema import InitialWeights, RunConfig
+from dstune.config.schema import InitialWeights, RunConfig, stage_of
 from dstune.core.errors import Problem
 from dstune.methods.lora import Lora
 from dstune.methods.lora.rules import splits
@@ -54,7 +54,7 @@ class Qlora(Lora):
             yield Problem("method.frozen_adapters", reason, fix, format_value(self.config.frozen_adapters))
 
     def check_cpu(self, run: RunConfig) -> Iterator[Problem]:
-        if run.zero.stage == 3:
+        if stage_of(run.zero) == 3:
             yield Problem("zero.stage", STAGE_3_ON_CPU, "zero=stage2, or method=lora", "3")
 
     def check_sharded_weights(self, run: RunConfig) -> Iterator[Problem]:
@@ -77,7 +77,7 @@ class Qlora(Lora):
     def load_options(self, run: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         from dstune.methods.qlora.quantize import quantization
 
-        return quantization(self.config, run.zero.stage, dtype)
+        return quantization(self.config, stage_of(run.zero), dtype)
 
     def after_load(self, model: PreTrainedModel) -> None:
         from dstune.methods.qlora.quantize import refuse_experts

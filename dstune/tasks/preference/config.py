@@ -29,11 +29,14 @@ class PreferenceConfig(TaskConfig):
 
     name: str = "preference"
     loss: PreferenceLoss = PreferenceLoss.dpo
-    """`dpo`, `ipo`, `kto` (against a reference model), `orpo` or `simpo` (without one)."""
+    """`dpo`, `ipo`, `kto` (against a reference model), `orpo` or `simpo` (without one). The supervised term of `orpo` is the mean
+    over the answer's tokens (TRL: over the prompt's too); the rewards and margins of `ipo` in the metrics are beta times the mean
+    log-probability ratio of a token, as its loss has it, not the sum over the answer."""
     beta: float | None = setting(None, above=0.0)
     """Weight of the log-probability ratios, of the odds ratio with `orpo`; 0.1, and 2 with `simpo`, when not given."""
     label_smoothing: float = setting(0.0, at_least=0.0, below=0.5)
-    """Share of pairs taken to be the wrong way round (`dpo` only)."""
+    """Share of pairs taken to be the wrong way round (`dpo` only): the conservative loss, a weighted mean of both directions (TRL's
+    `sigmoid`; its `robust` is another one)."""
     gamma: float = setting(1.0, at_least=0.0)
     """By how much the better answer has to win (`simpo` only), on the scale of beta times the log-probability."""
     desirable_weight: float = setting(1.0, above=0.0)

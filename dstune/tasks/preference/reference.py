@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig
+from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
@@ -93,7 +93,7 @@ def _other_model(config: RunConfig) -> RunConfig | None:
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
-    zero = replace(config.zero, stage=3 if config.zero.stage == 3 else 0, offload_optimizer=OptimizerOffload.none)
+    zero = replace(config.zero, stage=3 if stage_of(config.zero) == 3 else 0, offload_optimizer=OptimizerOffload.none)
     return replace(config, model=model, method=METHODS.default(), zero=zero)
 
 

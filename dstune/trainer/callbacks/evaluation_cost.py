@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dstune.config.cadence import cadence
 from dstune.config.schema import RunConfig
 from dstune.protocols import callback, task_of
 from dstune.protocols.callback import CONTINUE, Callback, Evaluation, Request, Run, Step
@@ -12,26 +13,27 @@ MUCH = 0.1
 """A fraction of the time above which the console suggests to evaluate less."""
 
 
-def evaluations(config: RunConfig, total_steps: int) -> int:
-    """Evaluations of a whole run of so many steps, the one before the first step and the one at the end included."""
-    at_start = int(config.evaluate.at_start)
-    every = config.evaluate.every
-    return at_start + (-(-total_steps // every) if every else 1)
+def evaluations(config: RunConfig, total_steps: int, epochs: float | None) -> int:
+    """Evaluations of a whole run of so many steps and passes over the rows, the one before the first step and the one at the
+    end included."""
+    return int(config.evaluate.at_start) + (cadence(config.evaluate.every).times(total_steps, epochs) or 1)
 
 
-def fraction(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
-    """Fraction of the time of the whole run that its evaluations take. Saving and start-up are left out.
+def fraction(count: int, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
+    """Fraction of the time of the whole run that its `count` evaluations take. Saving and start-up are left out.
 
-    Example: 100 steps of 1 s, an evaluation of 5 s every 50 steps and one at the start: 15 / 115 = 0.13.
+    Example: 100 steps of 1 s, an evaluation of 5 s every 50 steps and one at the start, 3 in all: 15 / 115 = 0.13.
     """
-    evaluating = evaluations(config, total_steps) * evaluation_seconds
+    evaluating = count * evaluation_seconds
     return evaluating / (evaluating + total_steps * step_seconds)
 
 
-def described(config: RunConfig, total_steps: int, evaluation_seconds: float, step_seconds: float) -> str:
+def described(
+    config: RunConfig, total_steps: int, epochs: float | None, evaluation_seconds: float, step_seconds: float
+) -> str:
     """One line about it, with what to do where it is much."""
-    found = fraction(config, total_steps, evaluation_seconds, step_seconds)
-    count = evaluations(config, total_steps)
+    count = evaluations(config, total_steps, epochs)
+    found = fraction(count, total_steps, evaluation_seconds, step_seconds)
     several = f"{count} evaluations" if count > 1 else "the evaluation"
     several = f"{several} of {evaluation_seconds:.1f} s"
     line = f"{several}: about {100 * found:.0f}% of the run's time ({total_steps:,} steps of {step_seconds:.2f} s)"
@@ -56,15 +58,15 @@ class EvaluationCost(Callback):
     STEPS = 3
     """Timed steps that it takes to know what a step takes."""
 
-    def __init__(self, config: RunConfig, total_steps: int):
-        self._config, self._total_steps = config, total_steps
+    def __init__(self, config: RunConfig, total_steps: int, epochs: float | None):
+        self._config, self._total_steps, self._epochs = config, total_steps, epochs
         self._evaluation_seconds: float | None = None
         self._step_seconds: list[float] = []
         self._reported = False
 
     @classmethod
     def for_run(cls, run: Any) -> EvaluationCost:
-        return cls(run.config, run.total_steps)
+        return cls(run.config, run.total_steps, run.epochs)
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
         if step.timed and run.log and (line := self.stepped(step.seconds)):
@@ -92,4 +94,4 @@ class EvaluationCost(Callback):
             return None
         self._reported = True
         step_seconds = sum(self._step_seconds) / len(self._step_seconds)
-        return described(self._config, self._total_steps, self._evaluation_seconds, step_seconds)
+        return described(self._config, self._total_steps, self._epochs, self._evaluation_seconds, step_seconds)

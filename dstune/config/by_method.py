@@ -1,0 +1,31 @@
+"""Keys whose default is the method's: `optimizer.lr` of an optimizer that has no rate of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dstune.config.convert import format_value
+from dstune.protocols import METHODS, TASKS, Method
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+RATE = "optimizer.lr"
+
+
+def fill(composed: DictConfig) -> dict[str, str]:
+    """Put the method's learning rate where nobody gave one. Returns where each value that was put comes from, by key.
+
+    A method or task that does not exist is refused where the configuration is typed.
+    """
+    optimizer = composed.get("optimizer")
+    if optimizer is None or "lr" not in optimizer or optimizer.lr is not None:
+        return {}
+    method, task = (composed[section].get("name") for section in ("method", "task"))
+    rate, origin = Method.learning_rate, ""
+    if method in METHODS:
+        rate, origin = METHODS.classes()[method].learning_rate, f"the default of method={method}"
+    if task in TASKS and TASKS.classes()[task].low_learning_rate:
+        rate, origin = rate / 10, f"a tenth of {format_value(rate)}, {origin}, for task={task}"
+    optimizer.lr = float(f"{rate:g}")
+    return {RATE: origin}

@@ -1,0 +1,95 @@
+"""How often something happens in a run (`evaluate.every`, `checkpoint.every`): in optimizer steps, in passes over the training rows
+(`1 epoch`), or as a share of the run (`25%`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from math import ceil
+
+from dstune.config.convert import format_value
+from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem
+
+KEYS = ("evaluate.every", "checkpoint.every")
+PATTERN = re.compile(r"(\d+(?:\.\d+)?) *(%|epochs?)")
+ROUNDING = 1e-9
+"""Far above the error of `epoch + step / steps`, far below a step's share of an epoch."""
+
+
+class Unit(Enum):
+    steps = "steps"
+    epochs = "epochs"
+    run = "run"
+
+
+@dataclass(frozen=True)
+class Cadence:
+    amount: Fraction
+    unit: Unit
+
+    def due(self, step: int, total_steps: int, epoch_before: float | None, epoch: float) -> bool:
+        """Whether it happens after optimizer step `step` (the first is 1) of `total_steps`.
+
+        epoch_before, epoch: passes over the rows that are done before and after the step; None where that is not known.
+        """
+        if not self.amount:
+            return False
+        if self.unit is Unit.epochs:
+            passes = float(self.amount)
+            before = None if epoch_before is None else epoch_before / passes
+            now = epoch / passes
+            if before is None:
+                return abs(now - round(now)) < ROUNDING
+            return int(now + ROUNDING) > int(before + ROUNDING)
+        period = self.amount * total_steps if self.unit is Unit.run else self.amount
+        return step // period > (step - 1) // period
+
+    def times(self, total_steps: int, epochs: float | None) -> int | None:
+        """How often it happens in a run of so many steps, the end included. epochs: passes over the rows in them, None where
+        that is not known; then nor is this, if it counts passes."""
+        if not self.amount:
+            return 1
+        if epochs is None and self.unit is Unit.epochs:
+            return None
+        length = {Unit.steps: total_steps, Unit.epochs: epochs or 0.0, Unit.run: 1}[self.unit]
+        return max(1, min(total_steps, ceil(length / self.amount)))
+
+    def first_step(self, total_steps: int | None) -> int | None:
+        """The optimizer step after which it happens first, where that is known: None for passes over the rows."""
+        if self.unit is Unit.steps:
+            return int(self.amount)
+        return ceil(self.amount * total_steps) if self.unit is Unit.run and total_steps is not None else None
+
+
+def cadence(every: int | str) -> Cadence:
+    """What a value of `KEYS` means. Raises ValueError for words that mean nothing."""
+    if isinstance(every, int):
+        return Cadence(Fraction(every), Unit.steps)
+    found = PATTERN.fullmatch(every.strip())
+    amount = Fraction(found[1]).limit_denominator(1000) if found else Fraction(0)  # 0.333333 is a third
+    if found is None or not amount or (found[2] == "%" and amount > 100):
+        raise ValueError(every)
+    return Cadence(amount / 100, Unit.run) if found[2] == "%" else Cadence(amount, Unit.epochs)
+
+
+def first_evaluation(config: RunConfig) -> int | None:
+    """The optimizer step after which a run evaluates first, where its configuration says so."""
+    with suppress(ValueError):
+        return cadence(config.evaluate.every).first_step(config.trainer.max_steps)
+    return None
+
+
+def check_cadences(config: RunConfig) -> Iterator[Problem]:
+    for key, every in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
+        try:
+            cadence(every)
+        except ValueError:
+            reason = (
+                "expected optimizer steps (0: at the end only), passes over the rows, or a share of the run up to 100%"
+            )
+            yield Problem(key, reason, f'{key}=50, {key}="1 epoch" or {key}=25%', format_value(every))
