@@ -81,7 +81,11 @@ class Training:
         """Passes over the training rows in the whole run; None for a stream."""
         if self.data_loader.rows() is None:
             return None
-        return self.total_steps / self.data_loader.steps(1) if self.config.trainer.max_steps else self.config.trainer.epochs
+        return (
+            self.total_steps / self.data_loader.steps(1)
+            if self.config.trainer.max_steps
+            else self.config.trainer.epochs
+        )
 
     def around(self, phase: str) -> AbstractContextManager[None]:
         return self.callbacks.around(phase)
