@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.tiny import save_decoder
+from support.tiny import SPECIAL, WORDS, save_decoder, save_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstune.config.compose import compose
+from dstune.config.schema import Attention
 from dstune.core.errors import UserError
 from dstune.models import attention, cpu_attention
 from dstune.models.attention import SamplesApart, attend
+from dstune.models.load import load_model, load_tokenizer
 from dstune.models.spans import SPANS as SPANS_KEYWORD
 from dstune.models.spans import refuse_unknown, spans_of
 from dstune.planning import activations
@@ -257,3 +261,29 @@ def test_positions_that_models_would_make_of_a_mask_are_reported(tmp_path):
         head = task_of(ChatConfig()).head(model, SamplesApart(model) if apart else None)
         losses.append(head(model, batches()["padded"]).loss_sum.detach())
     torch.testing.assert_close(losses[1], losses[0])
+
+
+SIZES = {
+    "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8},
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_auto_loads_architectures_without_sdpa(kind, tmp_path):
+    size = {"vocab_size": len(SPECIAL) + len(WORDS), "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 2}
+    architecture = AutoConfig.for_model(kind, **size, **SIZES[kind])
+    AutoModelForCausalLM.from_config(architecture).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    config = compose([f"model.path={tmp_path}", "data=chitchat", "data.packing=false"]).config
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config, tokenizer, (), torch.float32)
+    assert model.config._attn_implementation == "eager"
+    assert model(input_ids=torch.tensor([[1, 9, 10]])).logits.shape[-1] == size["vocab_size"]
+    with pytest.raises(UserError, match="scaled_dot_product_attention"):
+        load_model(replace(config, model=replace(config.model, attention=Attention.sdpa)), tokenizer, (), torch.float32)
+
+
+def test_auto_takes_sdpa_where_there_is_one(tmp_path):
+    config = compose([f"model.path={save_decoder(tmp_path)}", "data=chitchat"]).config
+    assert load_model(config, load_tokenizer(config.model), (), torch.float32).config._attn_implementation == "sdpa"

@@ -404,7 +404,12 @@ def test_values(tool, keys, expected):
         ("axolotl", {"fsdp": ["full_shard"]}, "fsdp", DIFFERENT),
         ("axolotl", {"eval_steps": 50}, "eval_steps", MEANINGLESS),
         ("axolotl", {"eval_steps": 50, "eval_strategy": "epoch", "val_set_size": 0.1}, "eval_steps", MEANINGLESS),
-        ("axolotl", {"load_best_model_at_end": True, "eval_strategy": "no", "val_set_size": 0.1}, "load_best_model_at_end", MEANINGLESS),
+        (
+            "axolotl",
+            {"load_best_model_at_end": True, "eval_strategy": "no", "val_set_size": 0.1},
+            "load_best_model_at_end",
+            MEANINGLESS,
+        ),
         ("axolotl", {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio", MEANINGLESS),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type", NOT_SUPPORTED),
         ("llama-factory", {"quantization_bit": 8}, "quantization_bit", NOT_SUPPORTED),
