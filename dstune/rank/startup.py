@@ -128,7 +128,9 @@ def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
         return
     each, samples = run.data_loader.steps(1), len(run.data.train.lengths)
     packed = f" -> {rows:,} packed rows of {config.data.max_length:,} tokens" if config.data.packing else ""
-    way = f"{samples:,} rows{packed} -> {each} step{'s' * (each != 1)} of {trainer.global_batch_size} rows in a pass"
+    read = run.data.report.get("train", {}).get("rows", samples)
+    made = f" -> {samples:,} samples" if samples != read else ""
+    way = f"{read:,} rows{made}{packed} -> {each} step{'s' * (each != 1)} of {trainer.global_batch_size} rows in a pass"
     if trainer.max_steps is not None:
         yield f"{only} (trainer.max_steps={trainer.max_steps}; {way}): a larger trainer.max_steps trains longer"
         return

@@ -208,7 +208,7 @@ def test_whole_numbers_stay_numbers(tmp_path: Path) -> None:
 
 
 def told(
-    rows: int | None, samples: int, each: int, *, step: int = 0, packing: bool = False, **trainer: int
+    rows: int | None, samples: int, each: int, *, step: int = 0, packing: bool = False, cut: int = 0, **trainer: int
 ) -> list[str]:
     settings = TrainerConfig(**trainer)
     data = DataConfig(train="x.jsonl", packing=packing, max_length=1024)
@@ -217,7 +217,7 @@ def told(
         state=SimpleNamespace(step=step),
         data_loader=SimpleNamespace(rows=lambda: rows, steps=lambda epochs: each * epochs),
         total_steps=total,
-        data=SimpleNamespace(train=SimpleNamespace(lengths=[8] * samples)),
+        data=SimpleNamespace(train=SimpleNamespace(lengths=[8] * samples), report={"train": {"rows": samples - cut}}),
     )
     return list(few_steps(run_config(trainer=settings, data=data), run))
 
@@ -231,6 +231,8 @@ def test_few_steps_are_told_with_the_way_from_rows_to_them_and_what_to_change() 
     (line,) = told(rows=100, samples=100, each=7, epochs=2)
     assert "14 optimizer steps (100 rows -> 7 steps of 16 rows in a pass, 2 passes)" in line
     assert "trainer.epochs=3, trainer.global_batch_size=11 or more rows give 20" in line
+    (line,) = told(rows=30, samples=30, each=2, cut=10)
+    assert "(20 rows -> 30 samples -> 2 steps of 16 rows in a pass)" in line
     (line,) = told(rows=100, samples=100, each=7, max_steps=10)
     assert "trainer.max_steps=10" in line
     (line,) = told(rows=None, samples=0, each=1, max_steps=10)
