@@ -171,6 +171,11 @@ OF_PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"prompt": [U2, A2, U], "chosen": [A], "rejected": [NO]},
     ),
     (
+        "a question under a system text",
+        {"system": "Be brief.", "question": "Hi", "chosen": "Yes", "rejected": "No"},
+        {"prompt": [S, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
         "hh-rlhf",
         {
             "chosen": "\n\nHuman: And now?\n\nAssistant: Still yes\n\nHuman: Hi\n\nAssistant: Yes",
@@ -250,6 +255,9 @@ def test_messages_as_python_writes_them_are_no_text(row, task):
         ({"messages": [{"role": "user", "content": parts(("image_url", "a.jpg"))}, A]}, "holds an image"),
         ({"messages": [{"role": "user", "content": [{"image": "a.jpg"}, {"text": "Who?"}]}, A]}, "holds an image"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, A]}, "holds a video"),
+        ({"messages": [{"role": "user", "content": [5]}, A]}, "has a part of type 'int'; only text is trained on"),
+        ({"messages": [{"role": "user", "content": [{"type": 7}]}, A]}, "has a part of type '7'; only text"),
+        ({"messages": [{"role": "user", "content": [None]}, A]}, "has a part of type 'NoneType'; only text"),
         ({"prompt": [U], "completion": [A], "history": [["a", "b"]]}, "'history' stands beside a prompt"),
         ({"messages": [S, U, A], "system": "Be long."}, "a system text stands in the column 'system' and"),
     ],

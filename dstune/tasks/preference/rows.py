@@ -21,7 +21,7 @@ class PreferenceFormat(RowFormat):
     required = ("chosen", "rejected")
     optional = ("prompt", "input", "history", "margin", *BESIDE)
     other_names: ClassVar = {
-        "prompt": ("instruction", "query", "conversations", "conversation", "messages"),
+        "prompt": ("instruction", "query", "question", "conversations", "conversation", "messages"),
         "chosen": ("chosen_messages",),
         "rejected": ("rejected_messages",),
         "tools": ("functions",),
