@@ -171,9 +171,11 @@ def activate_stored(plugins: Sequence[Plugin], run_dir: Path, overrides: Sequenc
         if source.is_file and not plugin.is_file:  # in this folder, which a stranger's run must not look into
             fix = "install the package that has it"
             problems.append(Problem(KEY, "there is no such module of an installed package", fix, plugin.name))
-        elif not accepted and source.sha256 != plugin.sha256:
+            continue
+        if not accepted and source.sha256 != plugin.sha256:
             problems.append(_changed(plugin, source.file))
-        sources.append(source)
+        if plugin.is_file or plugin.name not in _installed:  # which are active already
+            sources.append(source)
     if problems and overrides is None:
         problems = [replace(one, fix=one.fix.removesuffix(_OR_ACCEPT)) for one in problems]
     if problems:

@@ -324,6 +324,11 @@ def test_an_installed_package_is_there_always(folder):
         from types import SimpleNamespace as N
         print(complete("dstune train optimizer=l", {"train": lambda given: N(words=[], overrides=True, files=False)}))
         compose(["data=chitchat", "plugins=[mylion]", "optimizer=lion"])
+        from pathlib import Path
+        from dstune.core import plugins
+        (installed,) = plugins.used_by(compose(["data=chitchat", "optimizer=lion"]).config)
+        before = plugins.Plugin("mylion", installed.file, installed.sha256, is_file=False)  # when it had no entry point
+        plugins.activate_stored([before], Path("."))
         print(compose(["data=chitchat", "optimizer=lion"]).config.optimizer.name)
         """
     assert in_a_process(folder, program) == "['optimizer=lion']\nlion\n"
