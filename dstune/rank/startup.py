@@ -71,10 +71,10 @@ def describe(
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in run.data.splits}
-    told = [f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()]
+    counted = [f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()]
     packed = f" packed into rows of {config.data.max_length:,} tokens" if config.data.packing else ""
     run.log.message(
-        f"{', '.join(told)}{packed}; "
+        f"{', '.join(counted)}{packed}; "
         f"steps {run.state.step + 1} to {run.total_steps}, {config.trainer.global_batch_size} {'of these ' * bool(packed)}rows each"
     )
     if labels := run.data.report.get("train", {}).get("labels"):

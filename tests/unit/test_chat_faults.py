@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.tiny import save_decoder
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 from unit.templates import QWEN3, THINKING_PROMPT
 from unit.test_data_render import assistant, call, encoded, refusal, tool, trained, user
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
+from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
 from dstune.data.build import prove
 from dstune.data.chat.factor import growth_of
 from dstune.data.collate import NO_TARGET
+from dstune.launch.plan import growth
 from dstune.rank.startup import conversations_of
 from dstune.show.segments import segments, turns
 from dstune.tasks.chat.config import ChatConfig, Turns
@@ -186,6 +190,19 @@ def test_a_rewritten_history_becomes_samples_of_which_each_has_its_target_once(t
     last = ChatConfig(template_date=DATE, turns=Turns.last)
     (tmp_path / "last").mkdir()
     assert conversations_of(data_of(tmp_path / "last", QWEN3, [{"messages": REASONED}], last)[2].report["train"]) == ""
+
+
+def test_a_plan_counts_samples_and_tokens(tmp_path):
+    model = save_decoder(tmp_path / "model")
+    byte_tokenizer(QWEN3).save_pretrained(model)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": REASONED}, {"messages": REASONED[:2]}])
+    config = replace(data_run(rows, task=ChatConfig(template_date=DATE)), model=ModelConfig(path=str(model)))
+    found = growth(config)
+    assert found is not None
+    assert (found.conversations, found.samples) == (2, 3)
+    assert found.factor > 1.0
+    once = replace(config, task=ChatConfig(template_date=DATE, turns=Turns.last))
+    assert growth(once) is None
 
 
 def test_metrics_count_conversations(tmp_path):
