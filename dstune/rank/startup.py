@@ -71,7 +71,9 @@ def describe(
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
     rows = {split.name: len(split.lengths) for split in run.data.splits}
-    counted = [f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()]
+    counted = [
+        f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()
+    ]
     packed = f" packed into rows of {config.data.max_length:,} tokens" if config.data.packing else ""
     run.log.message(
         f"{', '.join(counted)}{packed}; "
