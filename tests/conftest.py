@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,9 @@ one method, task or launcher. The ladder, accumulation, resuming, signals and su
 
 # A shell that starts `make test` in the background has it ignore Ctrl-C, and every command under test would with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Runs are signed with a key of the tests, not with that of whoever runs them.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dstune-tests-")
 
 # Hydra closes all handlers of logging, and that of absl (of rouge-score) closes its stream, unless it is sys.stderr: within a
 # test of `capsys` that is another one, and pytest's own would be closed under all tests that follow.

@@ -35,14 +35,12 @@ def resume(run: Path, *overrides: str, progress: bool = True) -> Path:
 def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progress: bool) -> Path:
     from dstune.core.rank_env import from_environment
     from dstune.launch.summary import summary
-    from dstune.launch.train import NothingToDo, as_rank, launched
+    from dstune.launch.train import as_rank, launched
     from dstune.report.command import leave_behind
 
     env = from_environment(os.environ)
     if env is not None:
         outcome = as_rank(env, requested, prints=False)
-        if isinstance(outcome.error, NothingToDo):
-            return outcome.error.run_dir
         if outcome.error is not None:
             raise outcome.error
         if outcome.run_dir is None or outcome.code != EXIT_DONE:

@@ -102,10 +102,11 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
         run_directory,
     )
     from dstune.config.compose import read_run
+    from dstune.config.trust import Use
 
     folder = run_directory(Path(os.fspath(run)))
     if merge:
-        refuse_unmergeable("merge", read_run(folder / "run.yaml").config.method)
+        refuse_unmergeable("merge", read_run(folder / "run.yaml", use=Use.weights).config.method)
     found = find_checkpoint(folder, checkpoint)
     refuse_damaged(folder, found)
     return export_checkpoint(folder, found, Path(path), merge=merge, force=force)

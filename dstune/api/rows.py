@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dstune.core import files
 from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def _write_lines(rows: Any, file: Path, key: str) -> int:
         raise UserError(Problem(key, f"expected rows, not {kind}", fix))
     count = 0
     problems: list[Problem] = []
-    with file.open("w", encoding="utf-8") as stream:
+    with io.TextIOWrapper(files.create_or_truncate(file), encoding="utf-8") as stream:
         for number, row in enumerate(rows, 1):
             try:
                 stream.write(json.dumps(plain_row(row), ensure_ascii=False) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,18 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else ""
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, *, trust: Sequence[str] = ()) -> Run:
     """The run in the directory `path`, whoever started it: `dstune.load_run("runs/sentiment/2026-01-31_10-00-00")`.
+
+    trust: keys of its `run.yaml` that run code or reach out, and are believed although you have not signed them, such as
+        `["model.trust_remote_code"]` (docs/security.md).
 
     Raises:
         UserError: there is no run.
     """
-    return Run(path)
+    run = Run(path)
+    if trust:
+        from dstune.config.trust import believe
+
+        believe(trust, run.dir)
+    return run

@@ -17,9 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dstune.checkpoint import store
+from dstune.checkpoint.model_code import is_of_base
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.config.compose import read_run
+from dstune.config.schema import RunConfig
+from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import method_of, task_of
 from dstune.protocols.method import MethodConfig
@@ -33,11 +36,14 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
+    config: RunConfig | None = None,
     merge: bool = False,
     force: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write the weights of `checkpoint`, one of the run's, to `out`, in the model's storage dtype. Needs one process.
+
+    config: of the run; read from its `run.yaml` where it is not given.
 
     Full and head runs give a whole model, LoRA runs an adapter on the hub id or folder of the base (with `merge`, or
     where the base has random weights and so exists nowhere else, a whole model too). Tokenizer, chat template and model
@@ -49,7 +55,7 @@ def export_checkpoint(
     Raises UserError where `out` exists, or the base model is no longer to be found.
     """
     check_free(out, force)
-    config = read_run(run_dir / "run.yaml").config
+    config = config or read_run(run_dir / "run.yaml", use=Use.weights).config
     with _temporary_folder(out) as folder, _quiet():
         from dstune.checkpoint.card import write_card
         from dstune.checkpoint.model_folder import write_model
@@ -58,7 +64,7 @@ def export_checkpoint(
         state = store.read_state(checkpoint)
         with whole_loading():
             write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
-        write_record(folder, config, state, checkpoint.name)
+        write_record(folder, config, state, checkpoint.name, run_dir)
         write_card(folder, run_dir, config, state, adapter=(folder / "adapter_config.json").is_file())
     return out
 
@@ -71,7 +77,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
     Raises UserError where `out` exists, or architecture or tokenizer have no GGUF form: before any work.
     """
     check_free(out, force)
-    config = read_run(run_dir / "run.yaml").config
+    config = read_run(run_dir / "run.yaml", use=Use.weights).config
     with _quiet():
         from dstune.checkpoint.gguf_file import check_architecture, write_gguf
         from dstune.checkpoint.gguf_vocabulary import read_vocabulary
@@ -83,7 +89,9 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         check_architecture(architecture)
         read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
     with _temporary_folder(out) as folder:
-        whole = export_checkpoint(run_dir, checkpoint, folder / "whole", merge=method_of(config.method).merges)
+        whole = export_checkpoint(
+            run_dir, checkpoint, folder / "whole", config=config, merge=method_of(config.method).merges
+        )
         name = f"{config.run.name}-{kind}.gguf"
         write_gguf(whole, folder / name, kind, config.run.name)
         # What a server needs beside the file: the tokenizer's control tokens, the template, and Ollama's settings.
@@ -100,8 +108,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
 
 def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
     """The folder with what a run has learnt up to a checkpoint, `which`: a step, `best` or `last`. It is the run's `export/`
-    if that was made of this very checkpoint, else an export of it into `scratch`. With `merge` it is a whole model, never
-    an adapter.
+    if that can be used (`current_export`), else an export of it into `scratch`. With `merge` it is a whole model, never an adapter.
 
     Raises UserError where the run has saved no such checkpoint, or its files are damaged.
     """
@@ -114,16 +121,22 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
 
 
 def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -> Path | None:
-    """The run's `export/`, if it was made of that very checkpoint or is all that was kept. Raises UserError as `exported`."""
+    """The run's `export/`, if it was made of that very checkpoint, or is all that was kept, and carries no code but that of the
+    base model. Raises UserError as `exported`."""
     folder = run_dir / "export"
+    config = read_run(run_dir / "run.yaml", use=Use.weights).config
+    foreign = config.model.trust_remote_code and not is_of_base(folder, config.model)
     description = folder / "config.json"
     if not description.is_file() and not merge:
         description = folder / "adapter_config.json"
     there = description.is_file()
     if there and which == "last" and store.newest(run_dir) is None:  # the export is all that was kept
+        if foreign:
+            reason = "it carries code that is not known to be that of its base model, which alone the run trusts"
+            raise UserError(Problem(str(folder), reason, f"read it; then give {folder} with --trust-remote-code"))
         return folder
     checkpoint = find_checkpoint(run_dir, which)
-    if there and read_record(folder).get("checkpoint") == checkpoint.name:
+    if there and not foreign and read_record(folder).get("checkpoint") == checkpoint.name:
         # The same step may have been saved again since, by a run that went on from an earlier one.
         saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
         if description.stat().st_mtime_ns >= saved:

@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
+from dstune.config.compose import read_run_content
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import AUTOMATIC
-from dstune.config.overrides import quoted
+from dstune.config.overrides import key_of, quoted
 from dstune.config.schema import RunConfig
+from dstune.config.trust import SIGNATURE
+from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.protocols import TASKS, method_of, task_of
 
 NAME = "dstune.json"
+RECORDED = ("format", "max_length", "packing")
+"""Keys of `data` in it."""
 
 
-def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str) -> None:
-    """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step."""
+def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str, run_dir: Path) -> None:
+    """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step; and where that name refers
+    to the environment, the signature of the run, so that it may do so."""
     task = to_dict(config)["task"]
     for key in task_of(config.task).unrecorded:
         del task[key]
@@ -28,7 +34,7 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
     record = {
         "dstune": __version__,
         "task": task,
-        "data": {"format": data.format, "max_length": data.max_length, "packing": data.packing},
+        "data": {name: getattr(data, name) for name in RECORDED},
         "base_model": public_name(config.model.path),
         "revision": config.model.revision,
         "method": config.method.name,
@@ -36,6 +42,8 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
         "step": state["step"],
         "checkpoint": checkpoint,
     }
+    if isinstance(config.model.path, EnvironmentText):
+        record[SIGNATURE] = read_run_content(run_dir / "run.yaml").get(SIGNATURE)
     (folder / NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -65,14 +73,25 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
                 return overrides if chosen is None else overrides[1:]
         return []
     task = dict(record["task"])
+    data = {name: value for name, value in record.get("data", {}).items() if name in RECORDED}
+    recorded = {f"task.{key}": value for key, value in task.items()} | {f"data.{key}": data[key] for key in data}
+    _refuse_references(folder, recorded, given)
     name = task.pop("name")
     overrides = [] if chosen else [f"task={name}"]
     if chosen in (None, name):
         overrides += [f"task.{key}={_value(value)}" for key, value in task.items()]
-    data = dict(record.get("data", {}))
     if data.get("format") == AUTOMATIC:
         del data["format"]
     return overrides + [f"data.{key}={_value(value)}" for key, value in data.items()]
+
+
+def _refuse_references(folder: Path, recorded: dict[str, Any], given: list[str]) -> None:
+    """Raises UserError where composing the overrides would resolve what somebody has written into the record."""
+    words = {key_of(text) for text in given}
+    for key, value in recorded.items():
+        if "${" in json.dumps(value) and key not in words:
+            reason = "refers to something outside the export, which anybody may have written"
+            raise UserError(Problem(f"{folder / NAME}: {key}", reason, f"give it yourself: {key}=VALUE", str(value)))
 
 
 def public_name(path: str) -> str:

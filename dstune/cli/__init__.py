@@ -49,6 +49,7 @@ examples:
   dstune train runs/NAME/DATE_TIME trainer.max_steps=80  continue a run, longer
   dstune generate runs/NAME/DATE_TIME --prompt "Hello"
 
+--trust KEY believes a key of a run that you have not signed (docs/security.md).
 `dstune VERB --help` explains a verb; `dstune train --help` lists groups and keys.
 exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune train RUN` continues), 1 anything else
 """
@@ -97,12 +98,19 @@ def run(arguments: list[str]) -> int:
         return complete(arguments)
     if verb not in VERBS:
         raise UserError(unknown_verb(verb))
-    return VERBS[verb]().run(rest)
+    if not any(word.partition("=")[0] == "--trust" for word in rest):
+        return VERBS[verb]().run(rest)
+    from dstune.config import trust
+
+    with trust.from_flags(rest) as words:
+        return VERBS[verb]().run(words)
 
 
 def help_text() -> str:
     rows = [f"  {name:<12} {own.summary}" for name, own in VERBS.classes().items()]
-    usage = "usage: dstune VERB [PATH] [key=value ...] [--json] [Hydra flags]\n       dstune --version"
+    usage = (
+        "usage: dstune VERB [PATH] [key=value ...] [--json] [--trust KEY,...] [Hydra flags]\n       dstune --version"
+    )
     return "\n".join([usage, "", "Fine-tune language models with DeepSpeed ZeRO.", "", "verbs:", *rows, "", EXAMPLES])
 
 

@@ -38,9 +38,10 @@ from dstune.config.names import all_keys, default_classes, sections
 from dstune.config.plugins import activate_requested, load_built_ins
 from dstune.config.resume import check_resume
 from dstune.config.schema import CHOICES, RunConfig
+from dstune.config.trust import SIGNATURE, Use, cleared, cleared_beside, statement
 from dstune.config.validate import find_problems
 from dstune.config.zero_file import given_by, keys_of_own_files, with_file
-from dstune.core import files, plugins
+from dstune.core import files, plugins, signing
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_file
 from dstune.core.plugins import Plugin
@@ -59,6 +60,7 @@ __all__ = [
     "continue_run",
     "from_yaml",
     "kept_origins",
+    "read_decided",
     "read_run",
     "to_dict",
     "to_yaml",
@@ -386,10 +388,13 @@ RUN_FORMAT = 3
 """Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now."""
 
 
-def write_run(path: Path, composed: Composed) -> None:
-    """Write `run.yaml`: the version, the overrides given, the plugins (their files are copied beside it) and the resolved
-    configuration, secrets by reference only."""
-    content = {
+def write_run(path: Path, composed: Composed, *, signature_of: Path | None = None) -> None:
+    """Write `run.yaml`: the version, the overrides given, the plugins (their files are copied beside it), the resolved
+    configuration, secrets by reference only, and the signature of this user.
+
+    signature_of: in a rank, which signs nothing: the `run.yaml` that this one is derived from.
+    """
+    content: dict[str, Any] = {
         "dstune_version": __version__,
         "overrides": list(composed.overrides),
         **({"plugins": plugins.to_dicts(composed.plugins)} if composed.plugins else {}),
@@ -397,35 +402,65 @@ def write_run(path: Path, composed: Composed) -> None:
         "config": to_dict(composed.config),
     }
     plugins.install(composed.plugins, path.parent)
-    write_run_content(path, content)
+    if signature_of is None:
+        write_signed(path, content)
+    else:
+        above = read_run_content(signature_of) if signature_of.is_file() else {}
+        _write_content(path, content, above.get(SIGNATURE))
 
 
-def write_run_content(path: Path, content: Mapping[str, Any]) -> None:
-    files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT}))
+def write_signed(path: Path, content: Mapping[str, Any]) -> bool:
+    """Write the content of a `run.yaml` with the signature of this user; whether there is a key to sign with."""
+    signature = signing.sign(statement(content))
+    _write_content(path, content, signature)
+    return signature is not None
 
 
-def read_run(path: Path, overrides: Sequence[str] | None = None) -> Composed:
+def _write_content(path: Path, content: Mapping[str, Any], signature: Any) -> None:
+    signed = {} if signature is None else {SIGNATURE: signature}
+    files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT, **signed}))
+
+
+def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = Use.everything) -> Composed:
     """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment. The run's
     plugins become the active ones.
 
-    overrides: of the command, where it takes any; only `run.accept_plugin_changes=true` is looked for, the others are for
-    `apply_overrides`.
+    overrides: of the command, where it takes any, for `apply_overrides`: what they repeat needs no signature. use: what the verb
+    does with the run.
 
     Raises:
         UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set, a plugin that is
-            missing or has changed.
+            missing or has changed, and what `trust.cleared` refuses.
     """
-    content = read_run_content(path)
     load_built_ins()
-    stored = plugins.from_dicts(content.get(plugins.KEY), str(path))
-    plugins.activate_stored(stored, path.parent, overrides)
+    content = cleared(read_run_content(path), path, use, overrides or ())
+    if _activate(content, path, overrides):  # whose classes know more keys
+        content = cleared(content, path, use, overrides or ())
     composed = _composed(content, path, ())
     return replace(composed, plugins=plugins.used_by(composed.config))
 
 
-def read_run_beside(path: Path) -> Composed:
-    """As `read_run`, of a run that `plugins.active()` is to continue: the active plugins stay, those of the run are listed."""
+def read_decided(path: Path) -> Composed:
+    """As `read_run`, in a rank: the launching process has decided what is believed, and has written the file."""
+    load_built_ins()
     content = read_run_content(path)
+    _activate(content, path, None)
+    composed = _composed(content, path, ())
+    return replace(composed, plugins=plugins.used_by(composed.config))
+
+
+def _activate(content: Mapping[str, Any], path: Path, overrides: Sequence[str] | None) -> tuple[Plugin, ...]:
+    stored = plugins.from_dicts(content.get(plugins.KEY), str(path))
+    plugins.activate_stored(stored, path.parent, overrides)
+    return stored
+
+
+def read_run_beside(path: Path, config: RunConfig, given: Sequence[str] = (), *, decided: bool = False) -> Composed:
+    """As `read_run`, of a run that `plugins.active()` is to continue: the active plugins stay, those of the run are listed.
+
+    config, given, decided: see `trust.cleared_beside`.
+    """
+    content = cleared_beside(read_run_content(path), path, config, given, decided=decided)
     return _composed(content, path, plugins.from_dicts(content.get(plugins.KEY), str(path)))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
 from enum import Enum
 from typing import Any
+
+SIGNED = "signed"
+"""In the metadata of a field: whether, or with which values, it runs code or reaches out."""
 
 
 class MemberName(str):
@@ -39,15 +43,20 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     by_method: bool = False,
+    signed: bool | Callable[[Any], bool] = False,
 ) -> Any:
     """A field with a default and the range that `ranges.check_ranges` enforces (None is always allowed).
 
     by_method: where nobody gives a value, a composed configuration has the method's (`config.by_method`) in place of `default`.
+    signed: it runs code or reaches out with any other value than the default, or with those that the function says: a stored
+    run is believed in it only with a signature (`config/trust.py`). For values and lists, not for mappings.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
     if by_method:
         metadata[BY_METHOD] = True
+    if signed:
+        metadata[SIGNED] = signed
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

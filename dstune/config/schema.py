@@ -97,7 +97,7 @@ class ModelConfig:
     attention: Attention = Attention.auto
     """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa, or eager for an
     architecture without it; on a CPU the samples of a language model's rows attend one by one."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, signed=True)
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `deepseek_r1`, `gemma`, `gpt_oss`, `llama3`,
@@ -174,6 +174,12 @@ UNTIMED_STEPS = 2
 """First steps of a launch that do not count for throughput, nor are profiled: allocators and caches fill up."""
 
 
+def _by_module(callbacks: list[Any]) -> bool:
+    """Whether any of them is imported: a registered one is a name."""
+    names = [str(name) for one in callbacks for name in (one if isinstance(one, Mapping) else [one])]
+    return any(":" in name or "." in name for name in names)
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int | None = setting(None, at_least=1)
@@ -208,7 +214,7 @@ class TrainerConfig:
     """Record so many steps of each launch, after its first two, with torch's profiler into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
-    callbacks: list[Any] = setting([])
+    callbacks: list[Any] = setting([], signed=_by_module)
     """Callbacks beside the built-in ones: names of registered ones, `module:Class` of installed packages, or NAME: {ARGUMENT:
     VALUE}."""
 

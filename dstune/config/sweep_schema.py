@@ -67,7 +67,7 @@ class OptunaConfig(GridConfig):
     """Trials that `median` lets finish before it ends any, and that tpe, gp and cmaes draw at random first."""
     reduction_factor: int = setting(3, at_least=2)
     """`asha` and `hyperband` let the best 1/N of the trials go on from each rung to the next, N times as long."""
-    storage: str | None = None
+    storage: str | None = setting(None, signed=True)
     """Where the study is kept: a database's URL, `journal:FILE` or `redis://HOST`, which several machines may share; a
     SQLite file in the sweep's directory when not given."""
     study: str | None = None

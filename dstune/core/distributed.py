@@ -11,12 +11,13 @@ import os
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as torch_dist
 
+from dstune.core import messages
 from dstune.core.errors import TrainingFailed
 from dstune.core.rank_env import GROUP_SECRET, RankEnv
 
@@ -73,26 +74,22 @@ class World:
         return bool(self.gather_numbers([float(flag)]).any())
 
     def gather(self, value: T) -> list[T]:
-        """One picklable value of every rank, in rank order, on every rank."""
-        values: list[Any] = [None] * self.size
-        torch_dist.all_gather_object(values, value, group=self._control)
-        return values
+        """One value of every rank, of what `messages.encode` takes, in rank order, on every rank."""
+        return messages.gather(value, self._control)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's picklable value on every rank."""
-        box = [value]
-        torch_dist.broadcast_object_list(box, src=0, group=self._control)
-        return box[0]
+        """Rank 0's value, of what `messages.encode` takes, on every rank."""
+        return cast(T, messages.broadcast(value, self._control))
 
     def barrier(self) -> None:
         torch_dist.barrier(group=self._control)
 
 
 def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
-    """Let all ranks of a new group prove to each other that they are of the same launch, before the first object is sent.
+    """Let all ranks of a new group prove to each other that they are of the same launch, before anything else is sent.
 
-    Objects travel as pickles, which run code where they are read: a stranger who takes a rank's place on the network would
-    run code in the others. Each rank sends a random number, then HMAC-SHA256(secret, name | all numbers | rank). Does
+    Libraries send objects as pickles, which run code where they are read: a stranger who takes a rank's place on the network
+    would run code in the others. Each rank sends a random number, then HMAC-SHA256(secret, name | all numbers | rank). Does
     nothing where the launcher, somebody else's, gave no secret. What it does not stop is a stranger who passes on
     everything between two real ranks.
 
@@ -102,8 +99,7 @@ def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
     secret = os.environ.get(GROUP_SECRET)
     if not secret or len(ranks) < 2:
         return
-    on_cpu = torch_dist.get_backend(group) == "gloo"
-    device = torch.device("cpu") if on_cpu else torch.empty(0, device=torch.accelerator.current_accelerator()).device
+    device = messages.device_of(group)
 
     def exchange(mine: bytes) -> list[bytes]:
         tensor = torch.tensor(list(mine), dtype=torch.uint8, device=device)

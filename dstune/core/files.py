@@ -66,6 +66,12 @@ def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
     return descriptor
 
 
+def read_plain(path: Path) -> bytes:
+    """The content of the plain file `path`. Raises as `open_plain`."""
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as stream:
+        return stream.read()
+
+
 def _refused(path: Path) -> UserError:
     reason = "this is a link or no plain file, and writing to it could change a file elsewhere"
     return UserError(Problem(str(path), reason, f"look where it leads, then remove it: rm {path.name}"))

@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
-import subprocess
+import tempfile
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from zlib import crc32
 
 from dstune.core import files
-from dstune.core.errors import Problem, UserError
-from dstune.core.rank_env import GROUP_SECRET, RankEnv
+from dstune.core.errors import Problem, TrainingFailed, UserError
+from dstune.core.paths import cache_root
+from dstune.core.rank_env import GROUP_SECRET, STORE, RankEnv
 
-FIRST_PORT, PORTS = 20_000, 10_000
-"""Ports are derived from the identity of the job below the range that kernels hand out (32768 and up on Linux)."""
 SECRET_FILE = Path("launch") / "secret"
 MEETING_SECONDS = 300.0
 """How long ranks wait for rank 0's address: nodes of a job do not start at the same time."""
 
 
 def set_address(env: RankEnv, variables: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher left them out. What it set is kept.
+    """Set where the ranks of somebody else's launch meet, if its launcher left that out. What it set is kept.
 
-    Every rank must come to the same answer without talking to the others, so the port follows from the job's identity.
+    Rank 0 tells the others through a file that this user alone can read, in a folder of this user that they see as well, since
+    they know no run directory yet: a folder of this machine where all ranks are on it, else its address and a random port;
+    and what they prove to each other that they are of this launch.
 
     Raises:
-        UserError: the launcher gives no address and the ranks are on several nodes.
+        UserError: the launcher gives no address and the ranks are on several nodes; the same on all ranks.
+        TrainingFailed: rank 0 said nothing.
     """
     if variables.get("MASTER_ADDR") and variables.get("MASTER_PORT"):
         return
-    if env.source == "slurm":
-        address = _first_host(variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"])
-        identity = f"{variables.get('SLURM_JOB_ID')}.{variables.get('SLURM_STEP_ID')}"
-    elif env.local_size == env.world_size:
-        address = "127.0.0.1"
-        names = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID", "HYDRA_JOB_ID")
-        identity = next((variables[name] for name in names if variables.get(name)), "job")
-    elif over_mpi(env, variables):
-        return
-    else:
+    if env.world_size == 1:
+        variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif env.source == "slurm" or env.local_size == env.world_size:
+        _meet_in_private(env, variables)
+        choose_interface(env, variables)
+    elif not over_mpi(env, variables):
         raise UserError(
             Problem(
                 "MASTER_ADDR",
@@ -52,9 +51,72 @@ def set_address(env: RankEnv, variables: MutableMapping[str, str]) -> None:
                 "example mpirun -x MASTER_ADDR",
             )
         )
-    variables.setdefault("MASTER_ADDR", address)
-    variables.setdefault("MASTER_PORT", str(FIRST_PORT + crc32(identity.encode()) % PORTS))
-    choose_interface(env, variables)
+
+
+def _meet_in_private(env: RankEnv, variables: MutableMapping[str, str], seconds: float = MEETING_SECONDS) -> None:
+    identity = _identity(env, variables)
+    name = hashlib.sha256(f"{env.source} {identity}".encode()).hexdigest()[:32]
+    places = [folder / f".dstune-meeting-{name}.json" for folder in (cache_root(), Path.cwd())]
+    if env.rank == 0:
+        given = {GROUP_SECRET: secrets.token_hex(32)}
+        if env.local_size == env.world_size:
+            given[STORE] = str(Path(tempfile.mkdtemp(prefix="dstune-")) / "store")
+        else:
+            own = own_address(variables.get("GLOO_SOCKET_IFNAME"))
+            given |= {"MASTER_ADDR": own, "MASTER_PORT": str(free_port())}
+        for place in places:
+            with contextlib.suppress(OSError):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                content = {"identity": identity, "place": _place(), "pid": os.getpid(), "given": given}
+                files.write(place, json.dumps(content), mode=0o600)
+    else:
+        given = _private_meeting(places, identity, seconds)
+    variables.update(given)
+
+
+def _private_meeting(places: Sequence[Path], identity: str, seconds: float) -> dict[str, str]:
+    import psutil
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for place in places:
+            try:
+                found = json.loads(files.read_own(place))
+                # What an earlier launch left is of a process that has ended.
+                gone = found["place"] == _place() and not psutil.pid_exists(found["pid"])
+                if found["identity"] == identity and not gone:
+                    return dict(found["given"])
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+        time.sleep(0.05)
+    raise TrainingFailed(
+        f"rank 0 did not say within {seconds:g} s where it is, neither in {places[0].parent} nor in {places[1].parent}: start in "
+        "a folder that all nodes see, or export MASTER_ADDR (host of rank 0) and MASTER_PORT to all ranks"
+    )
+
+
+def _place() -> str:
+    """Where numbers of processes mean the same: a machine, or a container on it."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def have_met(env: RankEnv, variables: Mapping[str, str]) -> None:
+    """Once all ranks have joined the process group: nobody needs what rank 0 has left for them."""
+    if env.rank == 0 and variables.get(GROUP_SECRET):
+        for folder in (cache_root(), Path.cwd()):
+            for place in folder.glob(".dstune-meeting-*.json"):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    if json.loads(files.read_own(place))["given"][GROUP_SECRET] == variables[GROUP_SECRET]:
+                        place.unlink()
+
+
+def leave_store(env: RankEnv, variables: MutableMapping[str, str]) -> None:
+    """At the end of a launch that met through `set_address`: remove the folder that its ranks met in."""
+    store = variables.pop(STORE, None)
+    if store is not None and env.rank == 0:
+        shutil.rmtree(Path(store).parent, ignore_errors=True)
 
 
 def over_mpi(env: RankEnv, variables: MutableMapping[str, str]) -> bool:
@@ -214,9 +276,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _first_host(nodes: str) -> str:
-    """`n[3-4,7]` -> `n3`, by SLURM's own tool, which knows all of its notations."""
-    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return names.stdout.split()[0]

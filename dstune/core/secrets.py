@@ -33,6 +33,7 @@ CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]+@", re.IGNORECASE)
 _known: dict[str, str] = {}
 """What stands for a value, by value."""
 _public: set[str] = set()
+_references: set[str] = set()
 
 
 def is_secret(name: str, value: str = "") -> bool:
@@ -44,9 +45,15 @@ def is_secret(name: str, value: str = "") -> bool:
 def remember(value: str, reference: str) -> None:
     """From now on `redact` writes `reference`, a text with `${oc.env:KEY}` in it, for `value`; and `${oc.env:KEY}` for
     the value of that variable alone, which other texts may be made of."""
+    _references.add(reference)
     _add(value, reference)
     for found in REFERENCE.finditer(reference):
         _add(os.environ.get(found[1], ""), f"${{oc.env:{found[1]}}}")
+
+
+def was_resolved(reference: str) -> bool:
+    """Whether this process has resolved a text with exactly these references already."""
+    return reference in _references
 
 
 def publish(path: str) -> None:

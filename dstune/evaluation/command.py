@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from dstune.config.forgetting import measured_alone
 from dstune.config.overrides import quoted
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, tracking_class
 from dstune.config.several_tasks import is_of_several
+from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
 from dstune.core.arguments import VerbParser, is_path
@@ -84,9 +85,8 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
         raise UserError(Problem("--shots", "the harness asks with one number of examples", "--shots 5", str(shots)))
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         if _is_run(arguments.target):
-            config = apply_overrides(
-                _with_rows(read_run(path / "run.yaml", arguments.overrides).config, path), arguments.overrides
-            )
+            stored = _read(path, arguments.overrides)
+            config = apply_overrides(_with_rows(stored, path), arguments.overrides)
             folder = str(exported(path, Path(scratch), which=arguments.checkpoint, merge=True))
             config = replace(config, model=replace(config.model, revision=None))
         else:
@@ -167,7 +167,7 @@ def _configuration(
         rundir.run_directory(path)  # raises: among runs, so none that is on the hub
     stored = None
     if (path / "run.yaml").is_file():
-        stored = _with_rows(measured_alone(read_run(path / "run.yaml", arguments.overrides).config), path)
+        stored = _with_rows(measured_alone(_read(path, arguments.overrides)), path)
     if stored is not None and arguments.shots is not None:
         return _prompted(apply_overrides(stored, arguments.overrides), arguments, stage), None
     method = None if stored is None else method_of(stored.method)
@@ -213,6 +213,10 @@ def _configuration(
     )
     validate(config)
     return preflight.resolve_run(config, stage, trains=False), checkpoint
+
+
+def _read(run: Path, overrides: Sequence[str]) -> RunConfig:
+    return read_run(run / "run.yaml", overrides, use=Use.rows).config
 
 
 def _with_rows(config: RunConfig, run: Path) -> RunConfig:

@@ -20,9 +20,9 @@ import numpy as np
 
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.own_labels import with_labels
-from dstune.config.compose import read_run
+from dstune.config.compose import read_decided
 from dstune.config.convert import format_value
-from dstune.config.schema import OptimizerOffload, RunConfig, stage_of
+from dstune.config.schema import OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
@@ -70,7 +70,7 @@ def evaluate(
     console = Console() if world.is_main else None
     if console:
         show_activities(console)
-    precision = world.broadcast(resolve(config))
+    precision = Precision[world.broadcast(resolve(config).name)]
     if checkpoint is None and shots is None:
         config = with_labels(config)
     stage = 3 if stage_of(config.zero) == 3 else 0
@@ -157,7 +157,7 @@ def _in_files(row: dict[str, Any]) -> tuple[str, int]:
 
 
 def run(directory: Path, env: RankEnv, options: str) -> None:
-    config, world = read_run(directory / "run.yaml").config, start_process_group(env)
+    config, world = read_decided(directory / "run.yaml").config, start_process_group(env)
     requested = json.loads(options)
     checkpoint = None if requested["checkpoint"] is None else Path(requested["checkpoint"])
     shots, with_rows = requested["shots"], requested["rows"]

@@ -19,6 +19,8 @@ from dstune.checkpoint.export import (
 )
 from dstune.checkpoint.serving import vllm_problems
 from dstune.config.compose import read_run
+from dstune.config.run_links import refuse_links
+from dstune.config.trust import Use
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 
@@ -27,8 +29,10 @@ def main(argv: list[str]) -> int:
     """`dstune export RUN`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     run_dir = run_directory(arguments.run)
+    if arguments.out is None:
+        refuse_links(run_dir)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
-    method = read_run(run_dir / "run.yaml").config.method
+    method = read_run(run_dir / "run.yaml", use=Use.weights).config.method
     for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
         refuse_unmergeable(flag, method)
     if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):

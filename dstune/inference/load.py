@@ -13,6 +13,7 @@ from dstune.checkpoint.record import read_record, recorded_overrides
 from dstune.config.compose import apply_overrides, compose, read_run
 from dstune.config.overrides import quoted
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
+from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
 from dstune.core.limits import check_patterns
@@ -70,7 +71,8 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelReque
 
 
 def _of_run(run: Path, which: str, overrides: Sequence[str]) -> ModelRequest:
-    config = _checked(apply_overrides(read_run(run / "run.yaml", overrides).config, list(overrides)), str(run))
+    stored = read_run(run / "run.yaml", overrides, use=Use.weights).config
+    config = _checked(apply_overrides(stored, list(overrides)), str(run))
     export = run / "export"
     if which == "last" and store.newest(run) is None and export.is_dir():  # all that was kept
         if (export / "adapter_config.json").is_file():

@@ -19,6 +19,7 @@ from dstune.checkpoint.export import find_checkpoint
 from dstune.checkpoint.record import read_record
 from dstune.config.compose import read_run
 from dstune.config.schema import Attention, RunConfig
+from dstune.config.trust import Use
 from dstune.core import files
 from dstune.core.errors import UserError
 from dstune.core.paths import cache_root
@@ -49,7 +50,7 @@ def add_reference(folder: Path, run_dir: Path) -> str:
 
     Loads the model in fp32. Raises UserError where the run's data or model are gone.
     """
-    config = read_run(run_dir / "run.yaml").config
+    config = read_run(run_dir / "run.yaml", use=Use.rows).config
     if (folder / NAME).is_file():
         return ""
     record = read_record(folder)

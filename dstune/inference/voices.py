@@ -105,13 +105,14 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
 def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.checkpoint.export import exported
     from dstune.config.compose import read_run
+    from dstune.config.trust import Use
 
     path = Path(needed.path)
     if is_checkpoint(path):
         path, which = run_and_step(path, key)
     if not (path / "run.yaml").is_file():
         return _from_record(needed, key)
-    config = read_run(path / "run.yaml").config
+    config = read_run(path / "run.yaml", use=Use.weights).config
     _refuse_no_writer(config.task.name, key, str(path))
     folder = exported(path, scratch, which=which)
     trust = needed.trust_remote_code or config.model.trust_remote_code

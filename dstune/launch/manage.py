@@ -220,6 +220,9 @@ def checkpoints(argv: list[str]) -> int:
     if arguments.prune is not None:
         if arguments.prune < 1:
             raise UserError(Problem("--prune", "at least one has to stay", "--prune 1", str(arguments.prune)))
+        from dstune.config.run_links import refuse_links
+
+        refuse_links(run_dir)
         lock = records.acquire_lock(run_dir)  # a running launch saves and prunes by itself
         try:
             removed = store.prune(run_dir, arguments.prune)

@@ -197,7 +197,7 @@ class RemoteLaunch:
     def _obey(self, received: Sequence[str]) -> None:
         if received and self.stop_signal is None:
             self.stop_signal = received[0]
-            (self.run_dir / STOP_FILE).touch()
+            files.write(self.run_dir / STOP_FILE, "")
             self.console.message(
                 f"dstune: received {self.stop_signal}: saving at the end of this step; again to stop at once without saving"
             )

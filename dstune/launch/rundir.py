@@ -14,10 +14,11 @@ from dstune.checkpoint import store
 from dstune.config.compose import Composed, continue_run, kept_origins, plugins_of, read_run_beside, write_run
 from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
+from dstune.config.run_links import refuse_links
 from dstune.config.schema import RunConfig
 from dstune.core import plugins
 from dstune.core.errors import Problem, UserError
-from dstune.core.files import INCOMPLETE
+from dstune.core.files import INCOMPLETE, write
 from dstune.core.secrets import publish
 from dstune.launch import records
 from dstune.launch.positions import cut_as_before
@@ -68,7 +69,7 @@ class Before:
             if content is None:
                 (self.path / name).unlink(missing_ok=True)
             elif content != _content(self.path / name):
-                (self.path / name).write_bytes(content)
+                write(self.path / name, content)
         for error in (self.path / "logs").glob("rank-*.error"):
             error.unlink()
         return True
@@ -131,14 +132,14 @@ def choose(
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
         requested = run is None or any(key_of(text) == "run.resume" for text in given)
-        composed = _continued(composed, path, may_refuse=requested)
+        composed = _continued(composed, path, given, may_refuse=requested)
     elif path.exists() and (not path.is_dir() or _foreign(path)):
         reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
         raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():
-            composed = _going_on(_stored(Path(resume_from), composed), composed)
+            composed = _going_on(_stored(Path(resume_from), composed, given), composed)
     # A change is accepted once, not by every later start.
     run_section = replace(composed.config.run, dir=str(path), accept_plugin_changes=False)
     return replace(composed, config=replace(composed.config, run=run_section))
@@ -177,9 +178,10 @@ def prepare(composed: Composed, before: Before | None = None) -> Prepared:
         unless_it_runs.callback(os.close, lock)
         unless_it_runs.callback(before.restore)
         _refuse_running_job(path)
+        refuse_links(path)
         run_file = path / RUN_FILE
         if run_file.is_file():
-            stored = read_run_beside(run_file).config
+            stored = read_run_beside(run_file, config, decided=True).config
             if store.resumable(path) is not None:
                 check_resume(stored, config)
             if _is_done(path, stored, config):
@@ -259,13 +261,13 @@ def run_directory(path: Path) -> Path:
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 
 
-def _continued(composed: Composed, path: Path, may_refuse: bool) -> Composed:
+def _continued(composed: Composed, path: Path, given: Sequence[str], may_refuse: bool) -> Composed:
     """The configuration with which the run at `path` goes on.
 
     A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
     """
     resume = composed.config.run.resume
-    stored = _stored(path, composed)
+    stored = _stored(path, composed, given)
     if resume == "never" and may_refuse and (path / "metrics.jsonl").exists():
         fix = "run.resume=auto continues it; another run.dir begins anew"
         raise UserError(Problem("run.resume", f"{path} holds a run already", fix, "never"))
@@ -282,12 +284,12 @@ def _continued(composed: Composed, path: Path, may_refuse: bool) -> Composed:
     return replace(composed, config=replace(composed.config, run=run_section))
 
 
-def _stored(path: Path, composed: Composed) -> Composed:
+def _stored(path: Path, composed: Composed, given: Sequence[str]) -> Composed:
     """What the run at `path` began with. Raises UserError where a saved run would go on with other plugins."""
     file = path / RUN_FILE
     if store.resumable(path) is not None and not composed.config.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(file), composed.plugins)
-    return read_run_beside(file)
+    return read_run_beside(file, composed.config, given)
 
 
 def _going_on(stored: Composed, composed: Composed) -> Composed:

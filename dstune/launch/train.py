@@ -18,10 +18,11 @@ from dstune.config.convert import format_value
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
 from dstune.config.schema import RunConfig
+from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.config.words import meaning
 from dstune.core.arguments import is_path
-from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, DstuneError, Problem, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Problem, UserError
 from dstune.core.plugins import accepts_changes, refuse_changes
 from dstune.core.rank_env import RankEnv, from_environment
 from dstune.launch import records, rundir
@@ -49,17 +50,8 @@ WriteRows = Callable[[Path], None]
 """Writes the rows of a run into its directory (`dstune.train(train=rows)`)."""
 
 
-class NothingToDo(DstuneError):
-    """The run was completed before, and no more steps are asked for."""
-
-    exit_code = EXIT_DONE
-
-    def __init__(self, run_dir: Path):
-        super().__init__(f"{run_dir} was completed already; trainer.max_steps or trainer.epochs prolongs it")
-        self.run_dir = run_dir
-
-    def __reduce__(self) -> tuple[type[NothingToDo], tuple[Path]]:
-        return type(self), (self.run_dir,)
+def nothing_to_do(run_dir: Path) -> str:
+    return f"{run_dir} was completed already; trainer.max_steps or trainer.epochs prolongs it"
 
 
 def train(argv: list[str]) -> int:
@@ -88,7 +80,7 @@ def launched(command: Command, console: Console, write_rows: WriteRows | None = 
     """
     prepared = prepare(command, console, write_rows)
     if prepared.nothing_to_do:
-        console.message(str(NothingToDo(prepared.run_dir)))
+        console.message(nothing_to_do(prepared.run_dir))
         return prepared.run_dir, EXIT_DONE, False
     try:
         code = start(prepared, console)
@@ -154,12 +146,12 @@ def prepare(command: Command, console: Console, write_rows: WriteRows | None = N
     return prepared
 
 
-def configuration(command: Command) -> Composed:
-    """What the command asks for, not validated yet. Raises UserError."""
+def configuration(command: Command, use: Use = Use.everything) -> Composed:
+    """What the command asks for, not validated yet. use: what it does with a stored run. Raises UserError."""
     if command.run is None:
         return compose(command.flags.overrides, command.flags.config_dirs)
     file = command.run / rundir.RUN_FILE
-    stored = read_run(file, command.flags.overrides)
+    stored = read_run(file, command.flags.overrides, use=use)
     if not accepts_changes(command.flags.overrides):
         refuse_changes(plugins_of(file), stored.plugins)
     config = apply_overrides(stored.config, command.flags.overrides)
@@ -187,11 +179,13 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
     """
     started: list[tuple[Command, Prepared]] = []
 
-    def prepare_run() -> tuple[RunConfig, Path]:
+    def prepare_run() -> tuple[RunConfig | None, Path]:
         command, write_rows = requested()
         prepared = prepare(command, Console(), write_rows)
         if prepared.nothing_to_do:
-            raise NothingToDo(prepared.run_dir)
+            if prints:
+                print(f"dstune: {nothing_to_do(prepared.run_dir)}", file=sys.stderr, flush=True)
+            return None, prepared.run_dir
         started.append((command, prepared))
         records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
         return prepared.config, prepared.run_dir

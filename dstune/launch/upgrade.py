@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dstune.checkpoint import store
-from dstune.config.compose import RUN_FORMAT, read_run, read_run_content, write_run_content
+from dstune.config.compose import RUN_FORMAT, read_run, read_run_content, write_signed
+from dstune.config.run_links import refuse_links
+from dstune.config.trust import SIGNATURE
+from dstune.core import signing
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE
 from dstune.launch import records
@@ -31,6 +34,7 @@ def main(argv: list[str]) -> int:
         stages = [
             file.parent for file in (run_dir / RUN_FILE, *sorted(run_dir.glob(f"*/{RUN_FILE}"))) if file.is_file()
         ]
+        refuse_links(run_dir)
         for folder in stages:
             read_run(folder / RUN_FILE)  # refused as a whole before anything is written
         upgraded = [line for folder in stages for line in upgrade(folder, run_dir)]
@@ -55,6 +59,11 @@ def upgrade(folder: Path, run_dir: Path) -> Iterator[str]:
         if former := store.upgrade(info.path):
             yield f"{(info.path / store.STATE).relative_to(run_dir)}: format {former} -> {FORMAT}"
     content = read_run_content(folder / RUN_FILE)
+    name = (folder / RUN_FILE).relative_to(run_dir)
+    unsigned = not signing.signed_by(content.get(SIGNATURE))[1]
+    if unsigned or content.get("format") != RUN_FORMAT:
+        unsigned = write_signed(folder / RUN_FILE, content) and unsigned
     if (written := content.get("format", 1)) != RUN_FORMAT:
-        write_run_content(folder / RUN_FILE, content)
-        yield f"{(folder / RUN_FILE).relative_to(run_dir)}: format {written} -> {RUN_FORMAT}"
+        yield f"{name}: format {written} -> {RUN_FORMAT}"
+    if unsigned:
+        yield f"{name}: signed with your key"

@@ -132,7 +132,7 @@ def export(run_dir: Path, config: RunConfig) -> Path:
     if config.run.export is Export.best:
         checkpoint = store.best(run_dir) or checkpoint
     assert checkpoint is not None, "the final save comes before the export"
-    return export_checkpoint(run_dir, checkpoint, run_dir / "export", force=True)
+    return export_checkpoint(run_dir, checkpoint, run_dir / "export", config=config, force=True)
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:

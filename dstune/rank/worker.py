@@ -18,16 +18,16 @@ import torch
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
-from dstune.config.compose import Composed, read_run, write_run
+from dstune.config.compose import Composed, read_decided, write_run
 from dstune.config.convert import format_value
-from dstune.config.schema import RunConfig
-from dstune.core import environment, handoff, plugins, rendezvous
+from dstune.config.schema import Precision, RunConfig
+from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World
-from dstune.core.errors import DstuneError, Preempted, Problem, UserError
+from dstune.core.errors import EXIT_DONE, DstuneError, Preempted, Problem, UserError, from_json, to_json
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import tell_launcher, tell_once
-from dstune.core.secrets import publish, redact_output
+from dstune.core.secrets import REFERENCE, publish, redact_output
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
 from dstune.models.attention import SamplesApart
@@ -114,7 +114,7 @@ class Setup:
         publish(str(self.run_dir))
         if world.is_main:
             show_activities(self.console)
-        self.precision = world.broadcast(resolve(config))
+        self.precision = Precision[world.broadcast(resolve(config).name)]
         parallel = parallelism_of(config.parallel)
         self.cut = SequenceCut.of(parallel.row_ranks, world)
         self.shards = Slices.of(parallel.weight_ranks, world)
@@ -308,13 +308,14 @@ def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: Worl
         return
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_run(folder / "run.yaml", Composed(stage, [], plugins.used_by(stage)))
+        above = run_dir / "run.yaml"
+        write_run(folder / "run.yaml", Composed(stage, [], plugins.used_by(stage)), signature_of=above)
     world.barrier()
     try:
         train_stage(stage, folder, world, preemption)
     except Preempted:
         if world.is_main:  # the whole run is preempted; the next launch goes on with this stage
-            shutil.copyfile(folder / "result.json", run_dir / "result.json")
+            files.write(run_dir / "result.json", (folder / "result.json").read_bytes())
         raise
 
 
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     redact_output()
 
     def work() -> None:
-        config = read_run(run_dir / "run.yaml").config
+        config = read_decided(run_dir / "run.yaml").config
         rendezvous.meet(env, run_dir, os.environ)
         record_collectives(run_dir, os.environ)
         train(config, run_dir, start_process_group(env))
@@ -347,12 +348,23 @@ class Outcome:
     error: DstuneError | None = None
 
 
-def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]], *, prints: bool = True) -> Outcome:
-    """A rank inside somebody else's launch: rank 0 alone prepares the run, all get it, or its error and exit code.
+def main_inside(
+    env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path]], *, prints: bool = True
+) -> Outcome:
+    """A rank inside somebody else's launch: rank 0 alone prepares the run, all read what it has written, or get its error and
+    exit code.
 
+    prepare_run: the configuration (None where nothing is left to do) and the run directory with its `run.yaml`.
     prints: whether errors go to stderr; they are in the outcome too.
     """
 
+    try:
+        return _inside(env, prepare_run, prints)
+    finally:
+        rendezvous.leave_store(env, os.environ)
+
+
+def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path]], prints: bool) -> Outcome:
     def report(text: str) -> None:
         if prints:
             print(f"dstune: {text}", file=sys.stderr, flush=True)
@@ -361,32 +373,45 @@ def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]],
     answer_with_stacks()
     try:
         rendezvous.set_address(env, os.environ)
-    except DstuneError as error:  # every rank comes to the same answer
-        if env.rank == 0:
+    except DstuneError as error:  # of the user's, every rank comes to the same answer
+        if env.rank == 0 or not isinstance(error, UserError):
             report(str(error))
         return Outcome(error.exit_code, error=error)
     try:
         world = start_process_group(env)
+        rendezvous.have_met(env, os.environ)
     except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
         report(f"rank {env.rank}: {error}")
         return Outcome(error.exit_code, error=error)
-    prepared: tuple[RunConfig, Path] | DstuneError | None = None
+    config, given = None, None
     if world.is_main:
         try:
-            prepared = prepare_run()
+            config, run_dir = prepare_run()
+            # Files refer to variables of rank 0's environment, which the launcher may have kept from the others.
+            names = set(REFERENCE.findall((run_dir / "run.yaml").read_text(encoding="utf-8"))) & os.environ.keys()
+            given = {
+                "run": run_dir,
+                "to do": config is not None,
+                "variables": {name: os.environ[name] for name in names},
+            }
         except DstuneError as error:
-            prepared = error
+            given = {"error": to_json(error)}
         except Exception as error:  # the other ranks wait for an answer whatever happens here
             traceback.print_exc()
-            prepared = DstuneError(f"{type(error).__name__}: {error}")
-    prepared = world.broadcast(prepared)
-    assert prepared is not None
-    if isinstance(prepared, DstuneError):
+            given = {"error": to_json(DstuneError(f"{type(error).__name__}: {error}"))}
+    given = world.broadcast(given)
+    assert given is not None
+    if "error" in given:
+        refusal = from_json(given["error"])
         if world.is_main:
-            report(str(prepared))
+            report(str(refusal))
         world.barrier()
-        return Outcome(prepared.exit_code, error=prepared)
-    config, run_dir = prepared
+        return Outcome(refusal.exit_code, error=refusal)
+    run_dir = given["run"]
+    if not given["to do"]:
+        world.barrier()
+        return Outcome(EXIT_DONE, run_dir)
+    os.environ.update(given["variables"])
     errors: list[DstuneError] = []
 
     def leave_word(error: DstuneError) -> None:
@@ -395,7 +420,7 @@ def main_inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig, Path]],
 
     def work() -> None:
         refuse_unshared(world, run_dir)
-        train(config, run_dir, world)
+        train(config or read_decided(run_dir / "run.yaml").config, run_dir, world)
 
     code = guarded(work, leave_word)
     return Outcome(code, run_dir, errors[0] if errors else None)

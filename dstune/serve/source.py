@@ -13,6 +13,7 @@ from typing import Any
 from dstune.checkpoint.export import current_export
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.compose import read_run
+from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import TASKS
 
@@ -117,7 +118,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     """folder: the export of a run, where it is not the run's own. Raises UserError where the model cannot be served."""
     record: dict[str, Any] = {}
     if is_run(path):
-        config = read_run(Path(path) / "run.yaml").config
+        config = read_run(Path(path) / "run.yaml", use=Use.weights).config
         folder = folder or current_export(Path(path))
         assert folder is not None, "a run is exported before it is served"
         name = name or config.run.name

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.config.schema import InitialWeights, RunConfig
+from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     command = train.parse(rest)
     if command.flags.shows:
         return train.show_configuration(command)
-    config = train.configuration(command).config
+    config = train.configuration(command, Use.rows).config
     validate(config)
     console = Console(sys.stderr)
     config = located(config, console)

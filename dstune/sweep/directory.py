@@ -16,7 +16,8 @@ from dstune.config.convert import dump, format_value, from_dict, load, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
-from dstune.core import files, plugins
+from dstune.config.trust import OVERRIDES, SIGNATURE, check_overrides, statement
+from dstune.core import files, plugins, signing
 from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import redacted
 from dstune.launch import records
@@ -99,7 +100,9 @@ def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
         plugins.KEY: plugins.to_dicts(plugins.used_by(sweep.base)),
         "config": to_dict(sweep.base),
     }
-    files.write(sweep.path / SWEEP_FILE, dump(redacted(content)))
+    content = redacted(content)
+    of = statement(content) | {OVERRIDES: signing.digest([content["overrides"], content["config_dirs"]])}
+    files.write(sweep.path / SWEEP_FILE, dump(content | {SIGNATURE: signing.sign(of)}))
 
 
 def _interval(axis: Axis) -> str:
@@ -112,7 +115,9 @@ def given_before(path: Path) -> tuple[list[str], list[str]]:
     content = load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path / SWEEP_FILE))
     if not isinstance(content, dict):
         raise UserError(Problem(str(path / SWEEP_FILE), "this is no sweep.yaml", "give the directory of a sweep"))
-    return [str(text) for text in content.get("overrides") or []], [str(f) for f in content.get("config_dirs") or []]
+    texts, folders = ([str(one) for one in content.get(name) or []] for name in ("overrides", "config_dirs"))
+    check_overrides(texts, folders, content.get(SIGNATURE), path / SWEEP_FILE)
+    return texts, folders
 
 
 def continued(sweep: Sweep) -> tuple[Sweep, bool]:
@@ -132,7 +137,7 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
         return sweep, False
     if not sweep.base.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(path / SWEEP_FILE), plugins.used_by(sweep.base))
-    old = read_run_beside(path / SWEEP_FILE)
+    old = read_run_beside(path / SWEEP_FILE, sweep.base, decided=True)
     before = set(load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path)).get("axes") or {})
     now = {axis.key for axis in sweep.axes}
     if before != now:

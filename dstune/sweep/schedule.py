@@ -140,8 +140,8 @@ class Schedule:
         env = {**os.environ, **slot.env, "PYTHONSAFEPATH": "1"}
         if path := python_path(env.get("PYTHONPATH", "")):
             env["PYTHONPATH"] = path
-        with log.open("ab") as output:
-            start = output.tell()
+        with files.append(log) as output:
+            start = output.seek(0, os.SEEK_END)
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )

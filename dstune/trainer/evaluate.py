@@ -32,6 +32,9 @@ from dstune.trainer.subgroups import measure_slices
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
 
+Column = np.ndarray | list[np.ndarray]
+"""A value of each row of a batch; a list where rows have different lengths."""
+
 
 def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
     """The same `max_rows` rows of a split every time: evenly spaced, so that no part of it is left out.
@@ -170,7 +173,7 @@ class Evaluator:
         )
         mine = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
         sums: dict[str, float] = defaultdict(float)
-        rows: list[tuple[int, dict[str, Any]]] = []
+        rows: list[tuple[list[int], dict[str, Column]]] = []
         each = each or not task_of(self.config.task).language
         self.engine.train(False)
         shares = None
@@ -184,13 +187,18 @@ class Evaluator:
             for name, value in sums_of(output).items():
                 sums[name] += float(value) if self.world.counts else 0.0
             if each and output.rows and self.world.counts and not micro_batch.filler:
-                rows += zip(batch["index"].tolist(), _by_row(output.rows), strict=True)
+                rows.append((batch["index"].tolist(), _columns(output.rows)))
             if progress:
                 progress(number + 1, len(mine))
         self.engine.train(True)
         totals = Totals.of(dict(zip(sums, self.world.sum(list(sums.values())), strict=True)))
-        everyone = sorted((row for part in self.world.gather(rows) for row in part), key=itemgetter(0))
-        return totals, [kept for _, kept in everyone]
+        everyone = [
+            row
+            for of_rank in self.world.gather(rows)
+            for numbers, columns in of_rank
+            for row in zip(numbers, _by_row(columns), strict=True)
+        ]
+        return totals, [kept for _, kept in sorted(everyone, key=itemgetter(0))]
 
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
         """each: with the numbers of the samples, for the head to tell single rows."""
@@ -199,13 +207,17 @@ class Evaluator:
         return {key: value.to(self.engine.device) for key, value in batch.items()}
 
 
-def _by_row(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> list[dict[str, np.ndarray]]:
-    """Columns of a batch as one dictionary a row, on the CPU."""
-    arrays = {
+def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> dict[str, Column]:
+    """Columns of a batch on the CPU."""
+    return {
         name: column.cpu().numpy() if isinstance(column, torch.Tensor) else [part.cpu().numpy() for part in column]
         for name, column in columns.items()
     }
-    return [dict(zip(arrays, values, strict=True)) for values in zip(*arrays.values(), strict=True)]
+
+
+def _by_row(columns: Mapping[str, Column]) -> list[dict[str, np.ndarray]]:
+    """One dictionary a row."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def answer_prompts(

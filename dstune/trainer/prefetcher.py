@@ -12,7 +12,7 @@ import torch
 
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
-from dstune.core.errors import DstuneError
+from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData
 from dstune.data.sampler import GlobalBatch, MicroBatch, TrainingOrder, share
@@ -92,7 +92,8 @@ def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:
     error = item if isinstance(item, DstuneError) else None
     waiting, failed = world.sum([item is None, error is not None])
     if failed:
-        raise next(error for error in world.gather(error) if error is not None)
+        texts = world.gather(None if error is None else to_json(error))
+        raise next(from_json(text) for text in texts if text is not None)
     return not waiting
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dstune.core import messages
+
 
 @contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
@@ -45,9 +47,7 @@ def partitioning() -> bool:
 
 def all_ranks_hold(contents: str | None) -> bool:
     """Whether every rank has the same files, by a digest of them that is None where they cannot be used. A collective."""
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, contents)
-    return contents is not None and set(everyone) == {contents}
+    return contents is not None and set(messages.gather(contents)) == {contents}
 
 
 def keep_parts(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,9 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
 
 def _agree(problem: Problem | None, world: World) -> None:
     """Raises UserError on all ranks with the first problem of any."""
-    found = [one for one in world.gather(problem) if one is not None]
+    found = [one for one in world.gather(problem and asdict(problem)) if one is not None]
     if found:
-        raise UserError(found[0])
+        raise UserError(Problem(**found[0]))
 
 
 def _prefix() -> str:

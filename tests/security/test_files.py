@@ -99,7 +99,7 @@ def test_handoff_files_are_this_users_own(fault: str, tmp_path: Path, monkeypatc
 def test_a_node_does_not_write_through_a_link(tmp_path: Path, victim: Path) -> None:
     code = (
         "import sys, pathlib; from dstune.launch import node; "
-        f"node.handed_file = lambda name: pathlib.Path({str(tmp_path)!r}) / name; node.main('no-such-launch')"
+        f"node.handoff_file = lambda name: pathlib.Path({str(tmp_path)!r}) / name; node.main('no-such-launch')"
     )
     (tmp_path / "guessed").symlink_to(victim)
     given = json.dumps({"all": {"A": "1"}, "file": {"name": "guessed"}})

@@ -255,7 +255,7 @@ def test_run_yaml_holds_version_overrides_and_configuration(tmp_path: Path):
     path = tmp_path / "run.yaml"
     write_run(path, composed)
     content = yaml.safe_load(path.read_text())
-    assert list(content) == ["format", "dstune_version", "overrides", "config"]
+    assert list(content) == ["format", "dstune_version", "overrides", "config", "signature"]
     assert content["dstune_version"] == __version__
     assert content["overrides"] == ["experiment=quickstart", "trainer.max_steps=3"]
     assert read_run(path) == composed

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
 
 from dstune.core import rendezvous
-from dstune.core.errors import UserError
+from dstune.core.errors import TrainingFailed, UserError
 from dstune.core.rank_env import RankEnv
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
@@ -43,6 +44,58 @@ def test_ranks_find_rank_0_of_their_own_start(tmp_path):
     with socket.socket() as server:
         server.bind(("", int(first["MASTER_PORT"])))
     assert old["identity"] == "7 0 0"
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ranks_of_another_launcher_meet_in_private(nodes, tmp_path, monkeypatch):
+    """In a folder of this user on one machine, at a random port on several; never where the job's number leads."""
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    first, second = dict(JOB), dict(JOB)
+    waiting = threading.Thread(target=rendezvous.set_address, args=(of_slurm(1, nodes), second))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    rendezvous.set_address(of_slurm(0, nodes), first)
+    left = [*tmp_path.glob(".dstune-*"), *(tmp_path / "cache").iterdir()]
+    assert [oct(file.stat().st_mode & 0o777) for file in left] == ["0o600"] * 2
+    waiting.join(5)
+    assert (
+        first[rendezvous.GROUP_SECRET] == second[rendezvous.GROUP_SECRET] and len(first[rendezvous.GROUP_SECRET]) == 64
+    )
+    if nodes == 1:
+        folder = Path(first[rendezvous.STORE]).parent
+        assert first[rendezvous.STORE] == second[rendezvous.STORE] and oct(folder.stat().st_mode & 0o777) == "0o700"
+        assert "MASTER_PORT" not in first
+    else:
+        assert first["MASTER_PORT"] == second["MASTER_PORT"]
+        again = dict(JOB)
+        rendezvous.set_address(of_slurm(0, nodes), again)
+        assert again["MASTER_PORT"] != first["MASTER_PORT"]
+        first = again
+    rendezvous.have_met(of_slurm(0, nodes), first)
+    assert not [*tmp_path.glob(".dstune-*"), *(tmp_path / "cache").iterdir()]
+    rendezvous.leave_store(of_slurm(0, nodes), first)
+    if nodes == 1:
+        assert not folder.exists()
+
+
+def test_what_another_user_or_an_ended_launch_left_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rendezvous.set_address(of_slurm(0), dict(JOB))
+    places = [*tmp_path.glob(".dstune-*"), *(tmp_path / "cache").iterdir()]
+    identity = json.loads(places[0].read_text())["identity"]
+    assert rendezvous._private_meeting(places, identity, 0.2)
+    for place in places:
+        place.chmod(0o644)
+    with pytest.raises(TrainingFailed, match="rank 0 did not say"):
+        rendezvous._private_meeting(places, identity, 0.2)
+    for place in places:
+        place.chmod(0o600)
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"pid": 2**22 + 1}))
+    with pytest.raises(TrainingFailed, match="rank 0 did not say"):
+        rendezvous._private_meeting(places, identity, 0.2)
 
 
 def test_two_runs_of_one_rank_do_not_share_a_port(tmp_path):

@@ -15,15 +15,15 @@ class OpenMpiConfig(OnHostsConfig):
     name: str = "openmpi"
     processes: int | None = setting(None, at_least=1)
     """Ranks on this machine; every GPU when not given, else two. With a hostfile its slots are the ranks."""
-    hostfile: str | None = None
+    hostfile: str | None = setting(None, signed=True)
     """File with one `HOST slots=N` a line; this machine alone when not given."""
-    user: str | None = None
+    user: str | None = setting(None, signed=True)
     """Name to log in with."""
     interface: str | None = None
     """Network interface that mpirun and the ranks talk over, such as ib0."""
-    mpirun: str = "mpirun"
+    mpirun: str = setting("mpirun", signed=True)
     """The program, where it is not the first of that name."""
-    mpirun_options: list[str] = setting([])
+    mpirun_options: list[str] = setting([], signed=True)
     """Further options of mpirun."""
     grace_seconds: float = setting(10.0, above=0.0)
     """How long the ranks may take to end after one of them died; then they are killed."""

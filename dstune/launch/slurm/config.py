@@ -45,19 +45,19 @@ class SlurmConfig(LaunchConfig):
     """Put a job that ran out of time back into the queue to continue; SLURM does so itself when a node fails."""
     chain: int = setting(1, at_least=1)
     """Jobs submitted at once, each of which waits for the one before and continues: for clusters that forbid requeueing."""
-    container: str | None = None
+    container: str | None = setting(None, signed=True)
     """Image in which the ranks run."""
     container_runtime: ContainerRuntime = ContainerRuntime.pyxis
     """`pyxis` (Enroot, through srun) or `apptainer`."""
-    container_mounts: list[str] = setting([])
+    container_mounts: list[str] = setting([], signed=True)
     """Folders that the container sees beside the run directory, as FOLDER or FOLDER:THERE."""
-    container_python: str = "python3"
+    container_python: str = setting("python3", signed=True)
     """The interpreter inside the container that has dstune."""
-    directives: list[str] = setting([])
+    directives: list[str] = setting([], signed=True)
     """Further options of sbatch, such as [--exclusive, --mail-type=END]."""
-    setup: list[str] = setting([])
+    setup: list[str] = setting([], signed=True)
     """Shell lines before the ranks start, such as [module load cuda]."""
-    srun_options: list[str] = setting([])
+    srun_options: list[str] = setting([], signed=True)
     """Further options of srun, such as [--cpu-bind=cores]."""
     interface: str | None = None
     """Network interface that the ranks talk over, such as ib0; the one of the node's name when not given."""

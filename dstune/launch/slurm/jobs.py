@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import STOP_FILE, STOP_REASON
 from dstune.launch import records
@@ -137,7 +138,7 @@ def ask_to_stop(jobs: Sequence[str], run_dir: Path) -> None:
         if job.is_waiting:
             cancel([job.id])
         elif not (run_dir / STOP_FILE).exists() and STOP_REASON not in _reason(run_dir):
-            (run_dir / STOP_FILE).touch()
+            files.write(run_dir / STOP_FILE, "")
 
 
 def _reason(run_dir: Path) -> str:

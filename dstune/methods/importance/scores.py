@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from dstune.config.schema import Precision, RunConfig
@@ -91,9 +90,9 @@ def choose(
         with probing(config, data, tokenizer, precision, world) as probe:
             _score_and_choose(config, method, probe, run_dir)
         world.barrier()
-    selected = world.broadcast(_read(run_dir) if world.is_main else None)
-    assert selected is not None
-    return Choice(data, selected)
+    mine = _read(run_dir) if world.is_main else None
+    names, masks = world.broadcast(None if mine is None else (sorted(mine.tensors), mine.masks)) or ([], {})
+    return Choice(data, Selected(frozenset(names), masks))
 
 
 def take_over(source: Path, run_dir: Path) -> None:
@@ -103,8 +102,7 @@ def take_over(source: Path, run_dir: Path) -> None:
         return
     for name in (MASKS, REPORT):  # the report last: it says that all is there
         if (source / name).is_file():
-            shutil.copyfile(source / name, run_dir / f"{name}.incomplete")
-            (run_dir / f"{name}.incomplete").replace(run_dir / name)
+            files.write(run_dir / name, (source / name).read_bytes())
 
 
 def _read(run_dir: Path) -> Selected:
@@ -209,7 +207,7 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
         "tensors": rows,
     }
     if masks:
-        save_file(masks, run_dir / MASKS)
+        files.write(run_dir / MASKS, save(masks))
     files.write(run_dir / REPORT, json.dumps(report, indent=1))
 
 

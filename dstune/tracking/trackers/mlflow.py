@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import format_value, to_dict
+from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
+from dstune.core import files
 from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.tracker import Row, TrackingConfig
@@ -29,7 +31,7 @@ STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "p
 
 @dataclass(frozen=True)
 class MlflowConfig:
-    uri: str | None = None
+    uri: str | None = setting(None, signed=True)
     """Where MLflow keeps runs: a folder, `http://HOST:PORT`, `databricks` or a database; off when not given."""
 
 
@@ -81,7 +83,7 @@ class Mlflow(Tracker):
 
         self._client = MlflowClient(tracking_uri=str(Path(uri).absolute()) if "://" not in uri else str(uri))
         self._run = self._known() or self._create()
-        self._id.write_text(self._run)
+        files.write(self._id, self._run)
         for row in past:
             self.write(row)
 
@@ -112,7 +114,7 @@ class Mlflow(Tracker):
         if not self._id.exists():
             return None
         try:
-            run = self._client.get_run(self._id.read_text().strip())
+            run = self._client.get_run(files.read_plain(self._id).decode().strip())
             if self._fresh:  # it has steps of the attempt that is started over
                 self._client.delete_run(run.info.run_id)
                 return None

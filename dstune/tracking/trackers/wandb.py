@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import to_dict
+from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
+from dstune.core import files
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.launcher import PASS, SKIP, Check
 from dstune.protocols.tracker import Row, TrackingConfig
@@ -43,9 +45,9 @@ class WandbMode(Enum):
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: WandbMode = WandbMode.disabled
+    mode: WandbMode = setting(WandbMode.disabled, signed=lambda mode: mode == WandbMode.online.name)
     """`online` falls back to `offline` where no key is found; never prompts."""
-    entity: str | None = None
+    entity: str | None = setting(None, signed=True)
     """Account or team."""
 
 
@@ -204,8 +206,8 @@ class Wandb(Tracker):
 
     def _run_id(self) -> str:
         if not self._id.exists():
-            self._id.write_text(secrets.token_hex(8))
-        return self._id.read_text().strip()
+            files.write(self._id, secrets.token_hex(8))
+        return files.read_plain(self._id).decode().strip()
 
     def _remove_older(self) -> None:
         for folder in self._older:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.schema import UNTIMED_STEPS
+from dstune.core import files
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Callback, Request, Run, Step
 
@@ -120,12 +122,12 @@ class StepProfiler(Callback):
         first, last = self._steps[0], self._steps[-1]
         self._folder.mkdir(exist_ok=True)
         name = f"steps-{first}-{last}.rank-{self._rank}"
-        temporary = self._folder / f"incomplete.{name}.json.gz"
+        temporary = self._folder / f"incomplete.{name}.{secrets.token_hex(8)}.json.gz"
         recorded.export_chrome_trace(str(temporary))
         temporary.replace(self._folder / f"{name}.json.gz")
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
         table = as_table(recorded.key_averages(), f"{steps} of rank {self._rank}", on_gpu=self._on_gpu)
-        (self._folder / f"{name}.txt").write_text(table)
+        files.write(self._folder / f"{name}.txt", table)
         if self._rank == 0:
             self._message(f"profile of {steps}: {self._folder} (tables, and traces for https://ui.perfetto.dev)")
 

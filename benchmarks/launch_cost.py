@@ -1,0 +1,130 @@
+"""What the measures of docs/security.md cost: a local launch in seconds, a step in microseconds, each part on its own.
+
+`python benchmarks/launch_cost.py` starts two ranks on this machine (gloo) and prints a table; medians of several rounds.
+The parts of a start add up: a start as a whole differs from one to the next by more than all of them together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROUNDS = 7
+STEPS = 200
+
+
+def seconds(action: Callable[[], object], times: int = 1) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        action()
+    return (time.perf_counter() - began) / times
+
+
+def median(measure: Callable[[], float], rounds: int = ROUNDS) -> float:
+    return statistics.median(measure() for _ in range(rounds))
+
+
+def of_signing() -> dict[str, float]:
+    """Seconds of a launch: the key when there is none yet, what is signed, and the look at a stored run."""
+    from dstune.config import trust
+    from dstune.config.compose import compose, read_run_content, write_run
+    from dstune.core import signing
+
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def first_key() -> float:
+            os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(dir=folder)
+            return seconds(lambda: signing.sign({}))
+
+        found["the first key of a user, once"] = median(first_key)
+        run = Path(folder) / "run.yaml"
+        words = ["experiment=quickstart", "tracking.mlflow.uri=http://x", "model.trust_remote_code=true"]
+        write_run(run, compose(words))
+        content = read_run_content(run)
+        found["signature of a run"] = median(lambda: seconds(lambda: signing.sign(trust.statement(content))))
+        found["look at the signature of a stored run"] = median(lambda: seconds(lambda: trust.cleared(content, run)))
+    return found
+
+
+def rank(number: int, folder: str, kind: str) -> None:
+    """Prints what this rank measures, as JSON: one process forms one group."""
+    import torch
+    import torch.distributed as torch_dist
+
+    from dstune.core import distributed, messages
+    from dstune.core.rank_env import GROUP_SECRET
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    place = f"file://{folder}/store" if kind == "file" else f"tcp://127.0.0.1:{kind}"
+    store = seconds(lambda: torch_dist.init_process_group("gloo", init_method=place, rank=number, world_size=2))
+    control = torch_dist.new_group(backend="gloo")
+    os.environ[GROUP_SECRET] = "0" * 64
+    torch_dist.barrier(control)
+    proof = median(lambda: seconds(lambda: distributed.prove(control, range(2), number, "control")))
+    everyone = [torch.zeros(8, dtype=torch.float64) for _ in range(2)]
+
+    def numbers() -> None:
+        torch_dist.all_gather(everyone, torch.zeros(8, dtype=torch.float64), group=control)
+
+    sent = [{"vectors": torch.randn(16, 384), "index": torch.arange(16)} for _ in range(2)]
+
+    def pickles() -> None:
+        torch_dist.all_gather_object([None, None], sent, group=control)
+
+    found = {"group": store, "proof": proof, "numbers": seconds(numbers, STEPS)}
+    found |= {"pickles": seconds(pickles, STEPS), "json": seconds(lambda: messages.gather(sent, control), STEPS)}
+    print(json.dumps(found))
+
+
+def of_ranks(kind: str) -> dict[str, float]:
+    """The slower rank's figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--rank"]
+        ranks = [
+            subprocess.Popen([*command, str(n), folder, kind], stdout=subprocess.PIPE, text=True) for n in range(2)
+        ]
+        outputs = [json.loads(one.communicate(timeout=300)[0]) for one in ranks]
+    return {name: max(one[name] for one in outputs) for name in outputs[0]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--rank"]:
+        rank(int(sys.argv[2]), sys.argv[3], sys.argv[4])
+        return
+    from dstune.launch.commands import free_port
+
+    rows = of_signing()
+    files = [of_ranks("file") for _ in range(3)]
+    ports = [of_ranks(str(free_port())) for _ in range(3)]
+
+    def middle(runs: list[dict[str, float]], name: str) -> float:
+        return statistics.median(one[name] for one in runs)
+
+    rows["a group that meets in a folder, beside one that meets at a port"] = middle(files, "group") - middle(
+        ports, "group"
+    )
+    rows["proof that ranks are of one launch, for each of the two groups"] = middle(files, "proof")
+    print("| a launch starts later by | ms |\n| --- | ---: |")
+    for name, value in rows.items():
+        print(f"| {name} | {1e3 * value:.1f} |")
+    print(f"| all of it | {1e3 * (sum(rows.values()) + middle(files, 'proof')):.1f} |")
+    print("\n| a message of ranks | us |\n| --- | ---: |")
+    names = {
+        "numbers": "the gather of every step",
+        "pickles": "2 x 16 vectors of 384 as a pickle",
+        "json": "the same as JSON",
+    }
+    for name, text in names.items():
+        print(f"| {text} | {1e6 * middle(files, name):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Python code that an export carries: that of its base model, or dstune's own head; anything else somebody has put there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dstune.config.schema import ModelConfig
+from dstune.core.errors import UserError
+
+
+def is_of_base(folder: Path, base: ModelConfig) -> bool:
+    """Whether the model in `folder` would run no other code than its base, which must be on this machine, and dstune's own.
+
+    `model.trust_remote_code` of a run consents to the code of its base model alone.
+    """
+    from dstune.models import pooled
+    from dstune.models.load import model_folder
+
+    carried = [file.read_bytes() for file in folder.rglob("*.py")]
+    places = {name.partition("--")[0] for file in folder.glob("*.json") for name in _maps(file) if "--" in name}
+    if not carried and places <= {base.path}:
+        return True
+    own = Path(pooled.__file__).read_bytes()
+    try:
+        known = [file.read_bytes() for file in model_folder(base).rglob("*.py")]
+    except (OSError, AssertionError, UserError):
+        return False
+    return places <= {base.path} and all(code in known or code == own for code in carried)
+
+
+def _maps(file: Path) -> Iterator[str]:
+    """What a `config.json` or `tokenizer_config.json` names as classes of its own: `module.Class` or `OWNER/NAME--module.Class`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    yield from _texts_below(content, within=False)
+
+
+def _texts_below(value: Any, within: bool) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _texts_below(part, within or key in ("auto_map", "custom_pipelines"))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts_below(part, within)
+    elif within and isinstance(value, str):
+        yield value

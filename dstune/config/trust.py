@@ -1,0 +1,292 @@
+"""Whether a stored run may do what its `run.yaml` says: a run directory may come from somebody else.
+
+What runs code or reaches out is signed (`core/signing.py`) when a launching process writes `run.yaml`: keys whose field is
+declared `setting(..., signed=...)`, plugins, and every text that resolves a variable of the environment. All other keys may be
+edited. Where the signature does not fit, `--trust KEY` names what is believed all the same, or the command repeats the key.
+The launching process decides: ranks read what it has written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from dstune.config.convert import ENVIRONMENT, chosen_class, format_value, to_dict
+from dstune.config.fields import SIGNED
+from dstune.config.names import all_keys, classes_of, sections, type_hints
+from dstune.config.overrides import key_of
+from dstune.core import plugins, signing
+from dstune.core.errors import Problem, UserError
+from dstune.core.secrets import was_resolved
+
+SIGNATURE = "signature"
+"""Of `run.yaml`, beside `config`."""
+FLAG = "--trust"
+MODEL, CODE = "model.path", "model.trust_remote_code"
+CODE_OF = (
+    *("model.path", "model.revision", "model.weights", "model.config_overrides"),
+    *("task.reference_model", "task.reference_revision", "method.adapter", "method.frozen_adapters"),
+)
+"""Whose code `model.trust_remote_code` consents to: signed together with it."""
+
+
+class Use(Enum):
+    """What a verb does with a stored run: of keys that it has no use for, those that are not signed are left out."""
+
+    everything = ()
+    rows = ("launch", "tracking", "sweep", "trainer.callbacks")
+    weights = (*rows, "data", "evaluate", "forgetting", "run")
+
+
+# ---- what a command trusts by name ----
+
+_named: dict[str, set[str]] = {}
+"""Keys by the run that they are believed of; those of the whole command under the empty name."""
+
+
+def believe(keys: Sequence[str], run: Path) -> None:
+    """From now on these keys of `run` count as if they were signed."""
+    _named.setdefault(str(run.resolve()), set()).update(keys)
+
+
+@contextmanager
+def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
+    """The words of a command line without `--trust KEY[,KEY...]`, whose keys are believed meanwhile. Raises UserError."""
+    rest, given = [], iter(words)
+    keys: list[str] = []
+    for word in given:
+        name, equals, value = word.partition("=")
+        if name != FLAG:
+            rest.append(word)
+            continue
+        value = value if equals else next(given, "")
+        if not re.fullmatch(r"[\w.\"-]+(,[\w.\"-]+)*", named := value.strip("[]")) or value.startswith("-"):
+            fix = f"{FLAG} {CODE}, or what the refusal of the run names"
+            raise UserError(Problem(FLAG, "the keys are missing that are to be believed", fix, value))
+        keys += named.split(",")
+    before = _named.get("", set())
+    _named[""] = before | set(keys)
+    try:
+        yield rest
+    finally:
+        _named[""] = before
+
+
+def believed(run: Path) -> set[str]:
+    return _named.get("", set()) | _named.get(str(run.resolve()), set())
+
+
+# ---- what is signed ----
+
+
+def statement(content: Mapping[str, Any]) -> dict[str, str]:
+    """What the signature of a `run.yaml` with this content vouches for: digests by key."""
+    return {name: signing.digest(value) for name, value in consequential(content).items()}
+
+
+def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What in the content of a `run.yaml` runs code or reaches out, by key."""
+    found: dict[str, Any] = {}
+    # Plugins of packages that the user has installed are there with or without the run.
+    stored = [one for one in plugins.from_dicts(content.get(plugins.KEY), plugins.KEY) if not one.distribution]
+    if stored:
+        found[plugins.KEY] = [[one.name, one.sha256, one.is_file] for one in stored]
+    everything: dict[str, list[Any]] = {}
+    for name, value, field in _leaves(content["config"]):
+        # Two keys that are written alike (1 and "1" in a mapping) count as one with both values.
+        everything.setdefault(name, []).append(value)
+        if _refers(value) or (field is not None and _speaks(field, value)):
+            found[name] = everything[name]
+    if CODE in found:
+        found[CODE] = [found[CODE], {key: _at(content["config"], key) for key in CODE_OF}]
+    return found
+
+
+def _leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Field[Any] | None]]:
+    """Every value that is no section with its dotted key and, where it is known, its field."""
+    for section, values in tree.items():
+        cls = None
+        if section in sections():
+            with suppress(UserError):  # a plugin's, which is not loaded yet
+                cls = chosen_class(section, values, "")
+        yield from _below(cls, values, _name(section), None)
+
+
+def _below(
+    cls: type | None, value: Any, name: str, field: Field[Any] | None
+) -> Iterator[tuple[str, Any, Field[Any] | None]]:
+    if not isinstance(value, Mapping):
+        yield name, value, field
+        return
+    own = {one.name: one for one in fields(cls)} if cls is not None else {}
+    hints = type_hints(cls) if cls is not None else {}
+    for key, part in value.items():
+        inner = hints.get(key)
+        yield from _below(inner if is_dataclass(inner) else None, part, f"{name}.{_name(key)}", own.get(key))  # type: ignore[arg-type]
+
+
+def _name(key: Any) -> str:
+    text = str(key)
+    return text if re.fullmatch(r"[\w-]+", text) else json.dumps(text)
+
+
+def _refers(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_refers, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_refers, value))
+    return isinstance(value, str) and ENVIRONMENT in value
+
+
+def _speaks(field: Field[Any], value: Any) -> bool:
+    """Whether the field runs code or reaches out with this value."""
+    signed = field.metadata.get(SIGNED)
+    if signed is None or value in (None, False, [], ""):
+        return False
+    return bool(signed(value)) if callable(signed) else bool(value != to_dict(field.default))
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def check_reference(text: str, signature: Any, folder: Path) -> None:
+    """Raises UserError where the export in `folder` names its base by variables of the environment that this process has not
+    resolved before, and not with the signature of the run that it is of."""
+    of, _, why = signing.signed_by(signature)
+    if was_resolved(text) or MODEL in believed(folder) or of.get(MODEL) == signing.digest([text]):
+        return
+    raise UserError(_refusal(MODEL, [text], folder, why or "it was changed after it was signed", repeatable=False))
+
+
+def signed_keys() -> set[str]:
+    """Keys of any choice that can run code or reach out."""
+
+    def below(cls: type, prefix: str) -> Iterator[str]:
+        for field in fields(cls):
+            hint = type_hints(cls)[field.name]
+            if is_dataclass(hint):
+                yield from below(hint, f"{prefix}.{field.name}")  # type: ignore[arg-type]
+            elif SIGNED in field.metadata:
+                yield f"{prefix}.{field.name}"
+
+    return {key for section in sections() for cls in classes_of(section).values() for key in below(cls, section)}
+
+
+def check_overrides(stored: Sequence[str], folders: Sequence[str], signature: Any, path: Path) -> None:
+    """Raises UserError where stored words of a command line, with its folders of groups, are neither signed nor harmless."""
+    of, _, why = signing.signed_by(signature)
+    if of.get(OVERRIDES) == signing.digest([list(stored), list(folders)]) or OVERRIDES in believed(path.parent):
+        return
+    signed = signed_keys()
+    doubtful = [text for text in stored if not _is_harmless(text, signed)]
+    if doubtful or folders:
+        reason = f"this may run code or reach out, and it is not known to be yours: {why or 'it was changed'}"
+        fix = f"repeat the whole command; or read {path} and add {FLAG} {OVERRIDES}"
+        raise UserError(Problem(OVERRIDES, reason, fix, text) for text in [*doubtful, *folders])
+
+
+OVERRIDES = "sweep.overrides"
+"""Name under which the words of a sweep's command are signed."""
+
+
+def _is_harmless(text: str, signed: set[str]) -> bool:
+    key, _, value = text.partition("=")
+    if key in sections() or key == "experiment":
+        return re.fullmatch(r"[\w,-]+", value) is not None
+    known = any(
+        key == one or (typing.get_origin(hint) is dict and key.startswith(f"{one}."))
+        for one, hint in all_keys().items()
+    )
+    return known and key != plugins.KEY and key not in signed and "${" not in value
+
+
+# ---- what is believed ----
+
+
+def cleared(
+    content: dict[str, Any], path: Path, use: Use = Use.everything, given: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`content` of the `run.yaml` at `path`, without unsigned values that the command repeats (`given`, its overrides) or has no
+    use for.
+
+    Raises:
+        UserError: each key that runs code or reaches out, and that nobody vouches for.
+    """
+    doubtful, why = _doubtful(content, path)
+    repeated = {key_of(text) for text in given}
+    left_out = [key for key in doubtful if key in repeated or _is_within(key, use.value)]
+    if problems := [_refusal(key, value, path, why) for key, value in doubtful.items() if key not in left_out]:
+        raise UserError(problems)
+    return _with(content, dict.fromkeys(left_out, _NOTHING))
+
+
+def cleared_beside(
+    content: dict[str, Any], path: Path, config: Any, given: Sequence[str] = (), *, decided: bool = False
+) -> dict[str, Any]:
+    """As `cleared`, for a command that continues the run: where it repeats an unsigned key, or chooses the section anew, it has
+    its value from `config`, that of the command, and what both say alike needs no signature. decided: all that is unsigned is
+    as in `config`, which was put together with `given` before.
+
+    Raises: as `cleared`.
+    """
+    tree = to_dict(config)
+    own = consequential({"config": tree})
+    doubtful, why = _doubtful(content, path)
+    doubtful = {key: value for key, value in doubtful.items() if key != plugins.KEY and own.get(key) != value}
+    repeated = tuple(key_of(text) for text in given)
+    replaced = [key for key in doubtful if decided or _is_within(key, repeated)]
+    if problems := [_refusal(key, value, path, why) for key, value in doubtful.items() if key not in replaced]:
+        raise UserError(problems)
+    return _with(content, {key: _at(tree, key) for key in replaced})
+
+
+def _doubtful(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+    """What runs code or reaches out and nobody vouches for, by key, and why it does not count as signed."""
+    found = consequential(content)
+    if not found:
+        return {}, ""
+    of, _, why = signing.signed_by(content.get(SIGNATURE))
+    named = believed(path.parent)
+    unsigned = {key: one for key, one in found.items() if key not in named and of.get(key) != signing.digest(one)}
+    return unsigned, why or "it was changed after it was signed"
+
+
+def _is_within(key: str, places: Sequence[str]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)
+
+
+def _refusal(key: str, value: Any, path: Path, why: str, *, repeatable: bool = True) -> Problem:
+    text = ", ".join(one[0] for one in value) if key == plugins.KEY else format_value(value[0])
+    if key == CODE:
+        text = "true"
+    does = "resolves a variable of your environment" if _refers(value) else "runs code or reaches out"
+    repeat = f", or repeat it: {key}=VALUE" if repeatable and key != plugins.KEY else ""
+    fix = f"read {path}; if you believe it, add {FLAG} {key}{repeat}"
+    return Problem(key, f"it {does}, and this run is not known to be yours: {why}", fix, text)
+
+
+_NOTHING = object()
+
+
+def _with(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with other values of these keys of its configuration; those of `_NOTHING` go."""
+
+    def changed(tree: Any, name: str) -> Any:
+        if name in values:
+            return values[name]
+        if not isinstance(tree, Mapping):
+            return tree
+        parts = {key: changed(part, f"{name}.{_name(key)}" if name else _name(key)) for key, part in tree.items()}
+        return {key: part for key, part in parts.items() if part is not _NOTHING}
+
+    return {**content, "config": changed(content["config"], "")} if values else content
