@@ -65,6 +65,11 @@ class Shelf:
         elif name == "classifier":
             data = write_labelled(self.folder / "labels.jsonl", 60)
             made = save_run(folder, self.encoder, data, "task=classification", "method=full", labels=("left", "right"))
+        elif name == "reranker":
+            data = self.folder / "text_pairs.jsonl"
+            rows = [{"text": f"w{n}", "text_pair": f"w{n + n % 2}", "label": ["no", "yes"][n % 2]} for n in range(60)]
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            made = save_run(folder, self.encoder, data, "task=classification", "method=full", labels=("no", "yes"))
         elif name == "tagger":
             data = write_tagged(self.folder / "tags.jsonl", 60)
             labels = ("O", "B-X", "I-X", "B-Y", "I-Y")
@@ -224,29 +229,42 @@ def test_full_models_and_merged_ones(shelf, tmp_path):
     assert all(proof.rows >= 10 and proof.difference < 1e-4 for proof in proofs.values())
 
 
-def test_classifier_tagger_and_embedder(shelf, tmp_path):
+def test_classifier_tagger_reranker_and_embedder(shelf, tmp_path):
+    """Through the gateway; embeddings by the official client, which asks for base64."""
+
     async def use(fleet: Fleet):
-        def ask(name: str, path: str, body: dict):
-            client: httpx2.AsyncClient = fleet.models[name].engine.client
-            return client.post(path, json={"model": name, **body})
+        assert {model.proof.status for model in fleet.models.values()} == {"proven"}
+        async with open_gateway(fleet, tmp_path, shelf) as (client, root):
+            embedded = await client.embeddings.create(model="embedder", input=["w1 w2", "w3"])
+            plain = await client.embeddings.create(model="embedder", input="w1 w2", encoding_format="float")
+            assert len(embedded.data) == 2 and len(plain.data[0].embedding) == 32
+            assert embedded.data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-6)
+            flags = (await client.moderations.create(model="classifier", input="w1 w2")).results[0]
+            assert flags.flagged and set(flags.categories.model_extra) == {"left", "right"}
+            with pytest.raises(openai.NotFoundError):
+                await client.embeddings.create(model="classifier", input="w1")
+            with pytest.raises(openai.BadRequestError):
+                await client.embeddings.create(model="embedder", input="w1", dimensions=8)
 
-        vectors = (await ask("embedder", "/v1/embeddings", {"input": ["w1 w2", "w3"]})).json()["data"]
-        close = (await ask("embedder", "/rerank", {"query": "w1 w2", "documents": ["w3", "w1 w2"]})).json()["results"]
-        labels = (await ask("classifier", "/classify", {"input": "w1 w2"})).json()["data"][0]
-        flags = (await ask("classifier", "/v1/moderations", {"input": "w1 w2"})).json()["results"][0]
-        tags = (await ask("tagger", "/tags", {"input": "w1  w40 w80"})).json()["data"][0]
-        return {name: model.proof for name, model in fleet.models.items()}, vectors, close, labels, flags, tags
+            async def ask(name: str, path: str, **body):
+                answer = await root.post(path, json={"model": name, **body})
+                assert answer.status_code == 200, answer.text
+                return answer.json()
 
-    names = ("classifier", "tagger", "embedder")
-    proofs, vectors, close, labels, flags, tags = started(
-        Fleet(engines(tmp_path)), *(resolve(name, str(shelf.run(name))) for name in names), then=use
-    )
-    assert {proof.status for proof in proofs.values()} == {"proven"}
-    assert len(vectors) == 2 and len(vectors[0]["embedding"]) == 32
-    assert [one["index"] for one in close] == [1, 0]
-    assert labels["label"] in ("left", "right") and sum(labels["probs"]) == pytest.approx(1)
-    assert flags["categories"].keys() == {"left", "right"} and flags["flagged"]
-    assert [word["word"] for word in tags["words"]] == ["w1", "w40", "w80"]
+            close = (await ask("embedder", "/rerank", query="w1 w2", documents=["w3", "w1 w2"]))["results"]
+            assert [one["index"] for one in close] == [1, 0]
+            assert close[0]["relevance_score"] == pytest.approx(1)
+            pairs = (await ask("reranker", "/rerank", query="w1 w2", texts=["w3", "w1 w2", "w5"], top_n=2))["items"]
+            scores = (await ask("reranker", "/score", text_1="w1 w2", text_2=["w3", "w1 w2", "w5"]))["data"]
+            best = sorted(scores, key=lambda one: -one["score"])[:2]
+            assert [one["index"] for one in pairs] == [one["index"] for one in best]
+            labels = (await ask("classifier", "/classify", input="w1 w2"))["data"][0]
+            assert labels["label"] in ("left", "right") and sum(labels["probs"]) == pytest.approx(1)
+            tags = (await ask("tagger", "/tags", input="w1  w40 w80"))["data"][0]
+            assert [word["word"] for word in tags["words"]] == ["w1", "w40", "w80"]
+
+    names = ("classifier", "tagger", "embedder", "reranker")
+    started(Fleet(engines(tmp_path)), *(resolve(name, str(shelf.run(name))) for name in names), then=use)
 
 
 # -- another model ----------------------------------------------------------------------------------------------------
@@ -323,6 +341,17 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
     assert (proofs["a"].status, added.proof.status) == ("proven", "proven")
     assert proofs["a"].difference < 1e-4 and proofs["a"].effect > 1e-3
     assert texts[0] != texts[1]
+
+
+@pytest.mark.slow
+def test_the_real_vllm(shelf, tmp_path):
+    python = os.environ.get("DSTUNE_VLLM_PYTHON", "")
+    if not Path(python).is_file():
+        pytest.skip("needs vLLM in an environment of its own: DSTUNE_VLLM_PYTHON=/path/to/its/bin/python")
+    words = ["--enforce-eager", "--max-model-len", "256"]
+    of = engines(tmp_path, VllmEngine, python=python, number_format="float32", arguments=words)
+    proofs = started(Fleet(of, one_template=True), resolve("a", str(shelf.run("lora-a"))))
+    assert proofs["a"].status == "proven"
 
 
 def test_a_model_without_a_reference_is_served_unproven_and_said_to_be(shelf, tmp_path):

@@ -21,7 +21,7 @@ from dstune.serve.gateway.request_log import RequestLog, answer_value
 from dstune.serve.state import state_folder
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
-from dstune.serve.store.tables import AnswerRow, Table
+from dstune.serve.store.tables import AnswerRow, Feedback, Table
 from tests.support.serving import chat, served
 
 
@@ -170,9 +170,33 @@ def test_requests_are_logged_masked_and_forgotten(tmp_path):
     assert json.loads(rows[1]["answer"]) == ["ab"]
     assert rows[0]["version"] and rows[0]["model"] == "first"
     assert b"0171 555" not in b"".join(one.read_bytes() for one in tmp_path.rglob("*") if one.is_file())
-    assert RequestLog(folder, masked).forget("u1") == 1
+
+
+def test_a_user_is_forgotten(tmp_path):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "requests"
+
+    async def test():
+        (tmp_path / "state").mkdir(mode=0o700)
+        async with served(tmp_path / "state", log=RequestLog(folder, masked)) as found:
+            client, admin = found.client(), found.client(found.admin)
+            answers = [
+                await client.post("/v1/chat/completions", json=chat("a", user=user)) for user in ("u1", "u2", "u1")
+            ]
+            for answer in answers:
+                assert (
+                    await client.post("/v1/feedback", json={"id": answer.headers["x-request-id"], "rating": 1})
+                ).is_success
+            assert (await client.delete("/admin/users/u1")).status_code == 403
+            assert (await admin.delete("/admin/users/u1")).json()["answers"] == 2
+            assert (await admin.delete("/admin/users/u1")).json()["answers"] == 0
+            with found.gateway.database.session() as session:
+                return [row.user for row in session.query(AnswerRow)], session.query(Feedback).count()
+
+    assert asyncio.run(test()) == (["u2"], 1)
     (file,) = folder.glob("*.parquet")
-    assert [row["user"] for row in pq.read_table(file).to_pylist()] == ["u2", None]
+    assert [row["user"] for row in pq.read_table(file).to_pylist()] == ["u2"]
 
 
 def test_old_files_are_removed(tmp_path):

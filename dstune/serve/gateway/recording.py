@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from sqlalchemy import delete, select
+
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.serve.store.database import Database, now
-from dstune.serve.store.tables import AnswerRow
+from dstune.serve.store.tables import AnswerRow, Feedback
 
 log = logging.getLogger("dstune.serve")
 
@@ -101,6 +103,22 @@ class Recorder:
         self._rows.append(row)
         if self._log is not None:
             self._log.add(row, request.path, body, bytes(record.text))
+
+    async def forget(self, user: str) -> int:
+        """Remove what is kept of a user: answers, what was said of them, and their text. Returns how many there were."""
+        await self.flush()
+        removed = await asyncio.to_thread(self._remove, user)
+        if self._log is not None:
+            await asyncio.to_thread(self._log.forget, user)
+        return removed
+
+    def _remove(self, user: str) -> int:
+        with self._database.session.begin() as session:
+            found = list(session.scalars(select(AnswerRow).where(AnswerRow.user == user)))
+            session.execute(delete(Feedback).where(Feedback.answer.in_([row.id for row in found])))
+            for row in found:
+                session.delete(row)
+            return len(found)
 
     async def flush(self) -> None:
         """What was answered until now is in the database."""

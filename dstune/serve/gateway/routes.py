@@ -172,6 +172,12 @@ async def remove_model(gateway: Gateway, request: Request) -> None:
     await request.answer({"id": name, "object": "model", "deleted": True})
 
 
+async def forget_user(gateway: Gateway, request: Request) -> None:
+    """Remove what is kept of the requests that named this `user`."""
+    removed = await gateway.recorder.forget(request.parameters["user"])
+    await request.answer({"object": "user", "deleted": True, "answers": removed})
+
+
 async def chat_page(gateway: Gateway, request: Request) -> None:
     await request.respond(200, page.html(), page.HEADERS)
 
@@ -187,4 +193,5 @@ ROUTES = [
     Route("GET", "/metrics", metrics, scope="admin"),
     Route("POST", "/admin/models", add_model, scope="admin"),
     Route("DELETE", "/admin/models/{model+}", remove_model, scope="admin"),
+    Route("DELETE", "/admin/users/{user+}", forget_user, scope="admin"),
 ]
