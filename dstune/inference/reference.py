@@ -81,7 +81,10 @@ def add_reference(folder: Path, run_dir: Path) -> str:
         "step": record.get("step"),
         "rows": described,
     }
-    files.write(folder / NAME, json.dumps(reference, ensure_ascii=False) + "\n", mode=0o600)
+    try:
+        files.write(folder / NAME, json.dumps(reference, ensure_ascii=False) + "\n", mode=0o600)
+    except OSError as error:
+        return f"{folder} gets no reference: {error.strerror}"
     return ""
 
 

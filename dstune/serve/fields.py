@@ -224,6 +224,37 @@ def _prompt(value: Any) -> str:
     return "" if good else "must be text, token ids, or a list of these"
 
 
+def _response_input(value: Any) -> str:
+    """Of `/v1/responses`: a text, or messages."""
+    if isinstance(value, str):
+        return "" if value and _encodable(value) else "must not be empty"
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
+        return f"must be a text, or a list of 1 to {MOST_MESSAGES} messages"
+    for number, item in enumerate(value):
+        if not isinstance(item, dict) or item.get("type", "message") != "message":
+            return f"[{number}] must be a message; only text is served"
+        if set(item) - {"type", "role", "content"} or item.get("role") not in (
+            "system",
+            "developer",
+            "user",
+            "assistant",
+        ):
+            return f"[{number}] must have a role and content, and nothing else"
+        content = item.get("content")
+        parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+        for part in parts if isinstance(parts, list) else [None]:
+            good = isinstance(part, dict) and set(part) <= {"type", "text", "annotations"}
+            if (
+                not good
+                or part.get("type") not in ("input_text", "output_text")
+                or not isinstance(part.get("text"), str)
+            ):
+                return f"[{number}] has content that is no text"
+            if not _encodable(part["text"]):
+                return f"[{number}] content must be UTF-8 text"
+    return ""
+
+
 def _inputs(value: Any) -> str:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not 0 < len(texts) <= MOST_INPUTS:
@@ -294,6 +325,24 @@ COMPLETION: dict[str, Check] = {
     "best_of": _number(1, 128, whole=True),
     "suffix": _text(100_000),
 }
+RESPONSE: dict[str, Check] = {
+    "model": _LABEL,
+    "input": _response_input,
+    "instructions": _text(1_000_000),
+    "max_output_tokens": _number(1, 10_000_000, whole=True),
+    "temperature": _number(0, 2),
+    "top_p": _number(1e-6, 1),
+    "stream": _flag,
+    "store": _flag,
+    "user": _LABEL,
+    "safety_identifier": _LABEL,
+    "metadata": _object(),
+    "parallel_tool_calls": _flag,
+    "service_tier": _LABEL,
+    "truncation": _one_of("auto", "disabled"),
+    "background": _flag,
+}
+"""Without what refers to answers that a server keeps: none is kept."""
 EMBEDDING: dict[str, Check] = {
     "model": _LABEL,
     "input": _inputs,
@@ -348,6 +397,8 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "store": lambda value: value is False,
     "metadata": lambda value: not value,
     "service_tier": lambda value: value in ("auto", "default"),
+    "truncation": lambda value: value == "disabled",
+    "background": lambda value: value is False,
     "verbosity": lambda value: value == "medium",
     "reasoning_effort": lambda value: value == "none",
     "return_token_ids": lambda value: value is False,

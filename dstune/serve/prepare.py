@@ -27,7 +27,9 @@ def prepare(run: Path, state: Path) -> Path:
 
 
 def main(run: Path, scratch: Path) -> int:
+    from dstune.checkpoint import store
     from dstune.checkpoint.export import current_export, export_checkpoint, find_checkpoint, refuse_damaged
+    from dstune.checkpoint.record import NAME as RECORD
     from dstune.inference.reference import add_reference
 
     try:
@@ -36,8 +38,10 @@ def main(run: Path, scratch: Path) -> int:
             checkpoint = find_checkpoint(run, "last")
             refuse_damaged(run, checkpoint)
             folder = scratch / f"{run.resolve().parent.name}-{run.resolve().name}-{checkpoint.name}"
-            if not folder.is_dir():
-                export_checkpoint(run, checkpoint, folder)
+            made, saved = folder / RECORD, checkpoint / store.COMMITTED
+            # The same step may have been saved again since, by a run that went on from an earlier one.
+            if not made.is_file() or made.stat().st_mtime_ns < saved.stat().st_mtime_ns:
+                export_checkpoint(run, checkpoint, folder, force=True)
         note = add_reference(folder, run)
         if note:
             print(f"dstune: {note}", file=sys.stderr, flush=True)

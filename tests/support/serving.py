@@ -19,6 +19,7 @@ from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
 from dstune.serve.engines.base import LIMITS, TIMEOUT, Engine, EngineDown
 from dstune.serve.engines.base import Limits as EngineLimits
 from dstune.serve.engines.local.engine import CHAT, COMPLETION, OF_TASK
+from dstune.serve.engines.vllm import RESPONSE
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.recording import Recorder
@@ -131,7 +132,8 @@ class StubEngine(Engine):
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
         encoders = {path: fields for kind in OF_TASK.values() for path, fields in kind.items()}
-        return self.own_routes or {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, **encoders}
+        language = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
+        return self.own_routes or language | encoders
 
     async def start(self) -> None:
         if self.down:

@@ -27,6 +27,7 @@ def run(test, tmp_path, **settings):
 EXAMPLES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/completions": {"prompt": "a"},
+    "/v1/responses": {"input": "a"},
     "/v1/embeddings": {"input": "a"},
     "/v1/moderations": {"input": "a"},
     "/classify": {"input": "a"},
@@ -221,6 +222,28 @@ def test_what_asks_for_nothing_is_left_out(tmp_path):
         assert answer.status_code == 200
         (_, body), *_ = found.app.seen
         assert set(body) == {"model", "messages"}
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"previous_response_id": "resp_1"},
+        {"store": True},
+        {"background": True},
+        {"input": [{"type": "item_reference", "id": "x"}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]},
+    ],
+)
+def test_responses_refer_to_nothing_that_is_kept(tmp_path, changes):
+    async def test(found):
+        client = found.client()
+        good = {"model": "first", "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}
+        assert (await client.post("/v1/responses", json=good)).status_code == 200
+        assert (await client.post("/v1/responses", json=good | changes)).status_code == 400
+        for method, path in (("GET", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel")):
+            assert (await client.request(method, path)).status_code == 404
 
     run(test, tmp_path)
 

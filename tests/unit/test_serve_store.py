@@ -19,7 +19,7 @@ from dstune.core.errors import UserError
 from dstune.serve import keys_command
 from dstune.serve.gateway.request_log import RequestLog, answer_value
 from dstune.serve.state import state_folder
-from dstune.serve.store.database import Database
+from dstune.serve.store.database import Database, now
 from dstune.serve.store.keys import Keys
 from dstune.serve.store.tables import AnswerRow, Feedback, Table
 from tests.support.serving import chat, served
@@ -131,6 +131,12 @@ def test_postgresql():
         assert Keys(databases[1]).find(key).name == "one"
         with pytest.raises(UserError, match="a key has this name already"):
             Keys(databases[1]).add("one")
+        row = AnswerRow(id="req_1", key=Keys(databases[0]).find(key).id, model="m", version="v", user="u", status=200)
+        row.created = now()
+        with databases[0].session.begin() as session:
+            session.add(row)
+        with databases[1].session() as session:
+            assert session.query(AnswerRow).one().user == "u"
         assert differences(databases[0]) == []
         for database in databases:
             database.close()

@@ -34,6 +34,7 @@ class RemoteEngine(Engine):
         return {
             "/v1/chat/completions": frozenset(fields.CHAT),
             "/v1/completions": frozenset(fields.COMPLETION),
+            "/v1/responses": frozenset(fields.RESPONSE),
             "/v1/embeddings": frozenset(fields.EMBEDDING),
         }
 

@@ -15,7 +15,7 @@ from typing import Any
 from dstune.serve.errors import ApiError
 from dstune.serve.source import Source
 
-WRITTEN = ("messages", "tools", "prompt", "suffix")
+WRITTEN = ("messages", "tools", "prompt", "suffix", "input", "instructions")
 
 
 class SpecialTexts:

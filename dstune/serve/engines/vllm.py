@@ -27,6 +27,8 @@ CHAT = _SAMPLING | {"model", "messages", "max_completion_tokens", "top_logprobs"
 CHAT |= {"safety_identifier"}
 TOOLS = frozenset({"tools", "tool_choice"})
 COMPLETION = _SAMPLING | {"model", "prompt", "echo"}
+RESPONSE = frozenset({"model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "user"})
+RESPONSE |= {"safety_identifier"}
 OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
     "embed": {
         "/v1/embeddings": frozenset({"model", "input", "encoding_format", "dimensions", "user"}),
@@ -82,7 +84,8 @@ class VllmEngine(Engine):
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
         if self.source.generates:
-            return {"/v1/chat/completions": CHAT | (TOOLS if self.parser else set()), "/v1/completions": COMPLETION}
+            chat = CHAT | (TOOLS if self.parser else set())
+            return {"/v1/chat/completions": chat, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
         return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
 
     def expect(self, adapter: Source) -> None:
@@ -123,7 +126,9 @@ class VllmEngine(Engine):
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         self._special.refuse(body)
-        return {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        # vLLM would keep an answer under an id that any client may ask for.
+        return kept | ({"store": False} if path == "/v1/responses" else {})
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         if self.address is None and (rank := _rank(folder)) > self.max_rank:

@@ -67,7 +67,7 @@ class Inference:
         prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) and body["prompt"] else 1
         if prompts > 1 and isinstance(body["prompt"][0], int):
             prompts = 1
-        requested = body.get("max_completion_tokens") or body.get("max_tokens") or 1
+        requested = max((body.get(name) or 1) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
         if body.get("n", 1) * prompts * requested > most:
             raise ApiError(400, f"n times max_tokens is more than {most}.", param="max_tokens", code="too_many_tokens")
         if body.get("n", 1) * prompts > 512:

@@ -24,6 +24,7 @@ from dstune.serve.store.tables import AnswerRow, Feedback
 INFERENCE: dict[str, Mapping[str, Check]] = {
     "/v1/chat/completions": fields.CHAT,
     "/v1/completions": fields.COMPLETION,
+    "/v1/responses": fields.RESPONSE,
     "/v1/embeddings": fields.EMBEDDING,
     "/v1/moderations": fields.MODERATION,
     "/classify": fields.CLASSIFY,
