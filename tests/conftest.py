@@ -31,7 +31,7 @@ ONLY_IN_CI = (
                 "loading",
                 "old_runs",
             ),
-            *("secrets", "several_tasks", "sources", "streaming", "sweep", "tracking"),
+            *("secrets", "serve", "several_tasks", "sources", "streaming", "sweep", "tracking"),
             *("utilization", "watch", "zero_file"),
         )
     ),

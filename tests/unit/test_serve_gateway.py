@@ -8,7 +8,6 @@ import re
 
 import pytest
 
-from dstune.serve.gateway.app import Route
 from dstune.serve.gateway.routes import INFERENCE, ROUTES
 from dstune.serve.store.keys import Keys, Limit
 from tests.support.serving import chat, served
@@ -40,21 +39,22 @@ EXAMPLES = {
 # -- who is let in ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_every_route_asks_for_a_key_but_the_public_ones(tmp_path, route: Route):
+def test_every_route_asks_for_a_key_but_the_public_ones(tmp_path):
     async def test(found):
-        path = re.sub(r"\{.*?\}", "first", route.path)
-        for headers in ({}, {"authorization": "Bearer nothing"}, {"authorization": f"Basic {found.key}"}):
-            client = found.client("")
-            client.headers.clear()
-            answer = await client.request(route.method, path, headers={"content-type": "application/json", **headers})
-            if route.scope == "public":
-                assert answer.status_code == 200
-            else:
-                assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
-        if route.scope == "admin":
-            answer = await found.client().request(route.method, path, json={})
-            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_only")
+        stranger = found.client("")
+        stranger.headers.clear()
+        for route in ROUTES:
+            path = re.sub(r"\{.*?\}", "first", route.path)
+            for headers in ({}, {"authorization": "Bearer nothing"}, {"authorization": f"Basic {found.key}"}):
+                given = {"content-type": "application/json", **headers}
+                answer = await stranger.request(route.method, path, headers=given)
+                if route.scope == "public":
+                    assert answer.status_code == 200, route
+                else:
+                    assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error"), route
+            if route.scope == "admin":
+                answer = await found.client().request(route.method, path, json={})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_only"), route
 
     run(test, tmp_path)
 
@@ -171,39 +171,39 @@ def test_routes_of_engines_that_are_not_on_the_list_are_not_reachable(tmp_path):
     run(test, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "param"),
-    [
-        ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs"),
-        ({"temperature": -1}, "temperature"),
-        ({"temperature": True}, "temperature"),
-        ({"n": 0}, "n"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "root", "content": "a"}]}, "messages"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
-            "messages",
-        ),
-        ({"messages": [{"role": "user", "content": "a", "cache": 1}]}, "messages"),
-        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"tools": "x"}}, "chat_template_kwargs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"store": True}, "store"),
-        ({"metadata": {"a": "b"}}, "metadata"),
-        ({"service_tier": "flex"}, "service_tier"),
-        ({"n": 100, "max_tokens": 10000}, "max_tokens"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
-    ],
-)
-def test_what_would_be_ignored_is_refused_by_name(tmp_path, changes, param):
+IGNORED = [
+    ({"chat_template": "{{ x }}"}, "chat_template"),
+    ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"n": 0}, "n"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "root", "content": "a"}]}, "messages"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+        "messages",
+    ),
+    ({"messages": [{"role": "user", "content": "a", "cache": 1}]}, "messages"),
+    ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tools": "x"}}, "chat_template_kwargs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"store": True}, "store"),
+    ({"metadata": {"a": "b"}}, "metadata"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"n": 100, "max_tokens": 10000}, "max_tokens"),
+    ({"tools": [{"type": "web_search"}]}, "tools"),
+]
+
+
+def test_what_would_be_ignored_is_refused_by_name(tmp_path):
     async def test(found):
-        answer = await found.client().post("/v1/chat/completions", json=chat() | changes)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        for changes, param in IGNORED:
+            answer = await found.client().post("/v1/chat/completions", json=chat() | changes)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), changes
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert not found.app.seen
 
     run(test, tmp_path)
@@ -226,22 +226,22 @@ def test_what_asks_for_nothing_is_left_out(tmp_path):
     run(test, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"previous_response_id": "resp_1"},
-        {"store": True},
-        {"background": True},
-        {"input": [{"type": "item_reference", "id": "x"}]},
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]},
-    ],
-)
-def test_responses_refer_to_nothing_that_is_kept(tmp_path, changes):
+REFERRING = [
+    {"previous_response_id": "resp_1"},
+    {"store": True},
+    {"background": True},
+    {"input": [{"type": "item_reference", "id": "x"}]},
+    {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]},
+]
+
+
+def test_responses_refer_to_nothing_that_is_kept(tmp_path):
     async def test(found):
         client = found.client()
         good = {"model": "first", "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}
         assert (await client.post("/v1/responses", json=good)).status_code == 200
-        assert (await client.post("/v1/responses", json=good | changes)).status_code == 400
+        for changes in REFERRING:
+            assert (await client.post("/v1/responses", json=good | changes)).status_code == 400, changes
         for method, path in (("GET", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel")):
             assert (await client.request(method, path)).status_code == 404
 
@@ -274,7 +274,7 @@ def test_a_slow_body_is_given_up(tmp_path):
     async def test(found):
         async def slow():
             yield b"{"
-            await asyncio.sleep(5)
+            await asyncio.sleep(1)
             yield b"}"
 
         headers = {"content-type": "application/json"}

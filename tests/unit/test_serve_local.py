@@ -147,6 +147,25 @@ def test_models_whose_layers_look_at_the_last_tokens_only(tmp_path):
     sliding.close()
 
 
+def test_what_goes_wrong_with_one_answer_ends_it_alone(engine, monkeypatch):
+    choose = Sampler.choose
+
+    def fails(self, logits):
+        if self.sampling.seed == 13:
+            raise RuntimeError("no such luck")
+        return choose(self, logits)
+
+    monkeypatch.setattr(Sampler, "choose", fails)
+
+    async def test(client):
+        post = lambda seed: client.post("/v1/chat/completions", json=body(seed=seed, max_tokens=12))  # noqa: E731
+        return await asyncio.gather(*(post(seed) for seed in (1, 13, 2)))
+
+    codes = [answer.status_code for answer in engine.run(test)]
+    assert codes == [200, 500, 200]
+    assert engine.says() == engine.says()
+
+
 def test_what_does_not_fit_is_refused_and_others_go_on(folder):
     small = Engine(folder, max_cached_tokens=64, max_sequences=2, max_waiting=1)
 
@@ -240,6 +259,7 @@ def test_bias_and_penalties(engine):
 def test_narrow_sampling_is_greedy(engine):
     greedy = engine.says()
     for fields in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert engine.says(temperature=1e-300) == greedy
         assert engine.says(temperature=2, seed=5, **fields) == greedy, fields
     assert engine.says(temperature=2, seed=5) != greedy
 

@@ -46,10 +46,16 @@ class Sequence:
         return self.cancelled or self.stream.finished
 
     def take(self, logits: Tensor) -> None:
-        """Choose a token by `logits`, float [vocabulary], and hand out what it completes."""
-        chosen = self.sampler.choose(logits)
+        """Choose a token by `logits`, float [vocabulary], and hand out what it completes. What goes wrong with it ends this
+        answer alone."""
+        try:
+            chosen = self.sampler.choose(logits)
+            piece = self.stream.push(chosen)
+        except Exception as error:
+            log.exception("a token could not be chosen")
+            self.fail(_first_line(error))
+            return
         self.last = chosen.token
-        piece = self.stream.push(chosen)
         if piece.text or piece.tokens or piece.finish:
             self.emit(piece)
 

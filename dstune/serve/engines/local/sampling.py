@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+COLDEST = 1e-4
+"""Below this temperature the most probable token is taken: divided by less, logits leave the range of fp32."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -50,7 +53,7 @@ class Sampler:
         """logits: float [vocabulary] of the next token, on the CPU."""
         sampling = self.sampling
         changed = self._changed(logits)
-        if not sampling.temperature:
+        if sampling.temperature < COLDEST:
             token = int(changed.argmax())
         else:
             probabilities = _filtered(changed / sampling.temperature, sampling).softmax(-1)
