@@ -31,10 +31,11 @@ from dstune.data.inputs import of_training
 from dstune.data.prepared import PreparedData
 from dstune.data.problems import RowError
 from dstune.data.rows import normalise, recognise
+from dstune.data.special_tokens import decoder_prompt
 from dstune.data.tokenize import RowTokenizer, conversation
 from dstune.inference.rows import Query
 from dstune.models.load import load_model, load_tokenizer
-from dstune.protocols import method_of, task_of
+from dstune.protocols import TASKS, method_of, task_of
 
 NAME = "reference.json"
 ALONE = RankEnv(0, 1, 0, 1, "alone")
@@ -153,13 +154,18 @@ def _language_row(
             return None
         cut = max(1, len(trained) // 2)
         return {"text": row["text"], "ids_only": True, "prompt_ids": trained[:cut], "target_ids": trained[cut:][:256]}
+    if not row.keys() & {"messages", "prompt", "chosen"}:  # a source and its target
+        start = len(decoder_prompt(sample, NO_TARGET))
+        return {"ids_only": True, "prompt_ids": trained[:start], "target_ids": trained[start:]} if start else None
     messages = conversation(row)
     first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first:
         return None
     kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
     one_turn = {"messages": [{**message, "weight": 1} for message in messages[: first + 1]], **kept}
-    encode = RowTokenizer(tokenizer, config.task, "messages", MOST_TOKENS)
+    # Pairs of answers are not what a server is asked; the better one is a conversation.
+    chats = TASKS["chat"].for_source(config.task, None)
+    encode = RowTokenizer(tokenizer, chats, "messages", MOST_TOKENS)
     samples = encode.samples([one_turn], [0])
     if len(samples) != 1 or samples[0].problem or samples[0].truncated:
         return None

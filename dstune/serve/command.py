@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
     _check(arguments)
     extra.require()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx2", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     state = state_folder(arguments.state, create=True)
     sources = _sources(arguments, state)
     runtime = Path(tempfile.mkdtemp(prefix="dstune-serve-"))
