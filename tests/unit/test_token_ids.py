@@ -23,11 +23,11 @@ def run(path, **data):
 
 
 def test_ids_are_trained_as_they_are(tmp_path):
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "attention_mask": [1, 1]}]
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8, 9], "attention_mask": [1, 1]}]
     data = prepared(run(write_jsonl(tmp_path / "rows.jsonl", rows)), byte_tokenizer(), tmp_path / "cache")
     assert data.train.table["input_ids"][:] == [[5, 6, 7], [8, 9]]
-    assert data.train.table["labels"][:] == [[NO_TARGET, 6, 7], [NO_TARGET, 9]]
-    assert data.train.weights.tolist() == [2, 1]
+    assert data.train.table["labels"][:] == [[NO_TARGET, NO_TARGET, 7], [NO_TARGET, 9]]
+    assert data.train.weights.tolist() == [1, 1]
 
 
 def test_long_rows_become_pieces_and_no_target_is_lost(tmp_path):
