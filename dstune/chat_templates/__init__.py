@@ -9,6 +9,7 @@ Prompts are templates without control tokens (`model.prompt_template=alpaca`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -35,6 +36,12 @@ CONTROL_TOKENS = {
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
 }
 """What a template prints around turns and each vocabulary must have as single tokens."""
+
+
+def packaged_for(template: str, vocabulary: Collection[str]) -> str | None:
+    """The packaged template that speaks in the control tokens of `template`, if the vocabulary has all of its own."""
+    fitting = [name for name, own in CONTROL_TOKENS.items() if {*own} <= {*vocabulary} and own[0] in template]
+    return max(fitting, key=lambda name: len(CONTROL_TOKENS[name]), default=None)
 
 
 def control_tokens(value: str | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dstune.chat_templates import packaged_for
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.probe import SWITCHES, Facts, facts_of, learn_stops, reasoning_of, takes_parts
@@ -42,6 +43,8 @@ Render = Callable[..., str]
 """`ChatTemplate.text` or `ChatTemplate.direct`."""
 
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
+
+_SEVERAL = "more than one tool call of a message"
 
 _THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 
@@ -115,6 +118,9 @@ class ChatRenderer:
         self._template = ChatTemplate(tokenizer, template_date, arguments)
         # White space can be an added token (Gemma), but it ends no turn.
         self._special = alternatives(token.content for token in tokenizer.added_tokens_decoder.values())
+        self._packaged = packaged_for(
+            self._template.source(None), [token.content for token in tokenizer.added_tokens_decoder.values()]
+        )
         self.facts: Facts = facts_of(self._template)
         if not self.choice.whole:
             _ = self.stops  # so that a template without ends is refused at once
@@ -332,13 +338,13 @@ class ChatRenderer:
             and not facts.prints_schemas
             and any(map(_is_described, tools or [])),
             "tool calls": not facts.prints_calls and bool(calls),
-            "more than one tool call of a message": facts.prints_calls
-            and not facts.prints_several_calls
-            and any(len(of) > 1 for of in calls),
+            _SEVERAL: facts.prints_calls and not facts.prints_several_calls and any(len(of) > 1 for of in calls),
             "results of tools": not facts.prints_results and any(message["role"] == "tool" for message in messages),
         }
         fields = [what for what, is_dropped in dropped.items() if is_dropped]
         fix = "set model.chat_template to one that does"
+        if self._packaged is not None and not dropped[_SEVERAL]:
+            fix += f" (the packaged {self._packaged} does)"
         if facts.reasoning_key is None and any(reasoning_of(messages[number]) for number in trained):
             fix = f"task.reasoning=drop trains without it, or {fix}" if not fields else fix
             fields.append(f"reasoning ({', '.join(REASONING_KEYS)})")

@@ -402,7 +402,7 @@ ROWS: list[Case] = [
         chat(USER, output("assistant", "No, and no again")),
     ),
     (
-        "the chat template does not print …, which this row has; set model.chat_template to one that does",
+        "the chat template does not print …, which this row has; set model.chat_template to one that does…",
         CHAT,
         chat(USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
     ),
