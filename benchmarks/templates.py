@@ -418,9 +418,8 @@ def main() -> int:
             if formatted == "WRONG":
                 wrong.append(f"{name} x {dialogue}: {reason}")
             if formatted == "refused":
-                general = re.sub(
-                    r"the prompt goes on .*", "…", re.sub(r"message \d+ ", "message … ", reason), flags=re.S
-                )
+                general = re.sub(r"the prompt goes on .*| \(the packaged \w+ does\)", "", reason, flags=re.S)
+                general = re.sub(r"message \d+ ", "message … ", general)
                 formatted = f"r{reasons.setdefault(general, len(reasons) + 1)}"
             cells.append(formatted)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

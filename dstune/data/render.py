@@ -392,7 +392,11 @@ def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
         "reasoning": reasoning_of(message) or (inline.group(1) if inline else ""),
         "content": content.rsplit("</think>", 1)[-1],
     }
-    output |= {f"call of {name}": name for name in _called(message)}
+    for function in (call["function"] for call in message.get("tool_calls") or []):
+        name, arguments = function["name"], function["arguments"]
+        output[f"call of {name}"] = name
+        if isinstance(arguments, dict):  # as text they are printed as they are, or not at all
+            output |= {f"argument {key} of {name}": key for key in arguments if key.isidentifier()}
     for what, text in output.items():
         if text.strip() not in turn.body:
             fix = "; task.reasoning=drop trains without it" if what == "reasoning" else ""
@@ -400,7 +404,3 @@ def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
                 f"message {turn.number + 1} (assistant): the chat template does not print its {what}, "
                 f"so it would not be trained{fix}"
             )
-
-
-def _called(message: Mapping[str, Any]) -> list[str]:
-    return [call["function"]["name"] for call in message.get("tool_calls") or []]

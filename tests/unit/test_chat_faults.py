@@ -384,12 +384,16 @@ def test_rows_with_dropped_fields_can_be_skipped(tmp_path):
     assert (data.report["train"]["samples"], data.report["train"]["bad_rows"]) == (1, 1)
 
 
-def test_a_call_of_a_function_whose_name_is_not_written_is_refused():
+def test_a_call_of_which_the_name_or_an_argument_is_not_written_is_refused():
     unnamed = CHATML.replace(
         "message['content']",
         "(message.content or '') + (message.tool_calls | tojson | replace('weather', '') if message.tool_calls else '')",
     )
     assert "does not print its call of weather" in refusal(byte_tokenizer(unnamed), CALLING)
+    early = byte_tokenizer(
+        CHATML.replace("message['content']", f"(message.content or '') + {CALLS} | replace('city', '</s>')")
+    )
+    assert "does not print its argument city of weather" in refusal(early, CALLING)
 
 
 def test_arguments_are_given_as_the_template_concatenates_them():
