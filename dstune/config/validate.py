@@ -117,8 +117,9 @@ def at_stage(config: RunConfig, stage: int) -> RunConfig:
 
 
 def allowed_stages(config: RunConfig) -> list[int]:
-    """The stages that nothing else in `config` speaks against."""
-    return [stage for stage in STAGES if not find_problems(at_stage(config, stage))]
+    """The stages that nothing else in `config` speaks against; what is wrong at every stage does not count."""
+    found = {stage: len(find_problems(at_stage(config, stage))) for stage in STAGES}
+    return [stage for stage, problems in found.items() if problems == min(found.values())]
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:

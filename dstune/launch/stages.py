@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.parallel_rules import ranks_problem
-from dstune.config.schema import LEAST_MEMORY, Automatic, Precision, RunConfig, stage_of
+from dstune.config.schema import Automatic, Precision, RunConfig, stage_of
 from dstune.config.validate import TILED, allowed_stages, at_stage, tiles_problem
 from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
@@ -32,13 +32,13 @@ def choose(config: RunConfig, env: Mapping[str, str] | None = None) -> tuple[Run
         why = "the machines of the ranks are not known here"
     except UserError:  # an architecture that the planner does not know, processes that others refuse
         why = "the plan does not know this model"
-    stage = max(allowed_stages(config), default=LEAST_MEMORY)
+    stage = max(allowed_stages(config))
     return at_stage(config, stage), f"{why}, and of the stages that are allowed this takes the least memory"
 
 
 def choose_on(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> tuple[RunConfig, str]:
     """The same on `cluster`. measured: as for `plan.planned`. Raises UserError where the plan does not know the model."""
-    stages = allowed_stages(config) or [LEAST_MEMORY]
+    stages = allowed_stages(config)
     if len(stages) == 1:
         return at_stage(config, stages[0]), "other settings allow no other stage"
     configured, _, _ = setup_on(at_stage(config, stages[-1]), cluster)

@@ -95,6 +95,8 @@ def test_auto_is_the_default_and_rules_see_a_stage_that_they_allow() -> None:
     assert allowed_stages(compose(["data=chitchat", "trainer.precision=bf16"]).config) == [1, 2, 3]
     sliced = compose(["data=chitchat", "parallel=tensor", "parallel.size=2"]).config
     assert allowed_stages(sliced) == [0, 1, 2] and find_problems(sliced) == []
+    without_rows = compose(["model=llama3_8b", "data=files"]).config  # as `dstune plan` takes it
+    assert find_problems(without_rows) != [] and allowed_stages(without_rows) == [0, 1, 2, 3]
     impossible = compose(["data=chitchat", "parallel=tensor", "parallel.size=2", "zero.offload_param=cpu"]).config
     assert find_problems(impossible) != []
 
