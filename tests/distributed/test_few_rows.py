@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from support.tiny import SPECIAL, WORDS, save_decoder, save_tokenizer
 
 
 def write_chats(path: Path, rows: int) -> None:
-    """Answers that repeat the last word of the question, which a model of two layers can learn."""
+    """Different ones, whose answers repeat the last word of the question."""
+    draw = random.Random(0)
     with path.open("w") as file:
         for number in range(rows):
-            words = [WORDS[(number * step + step) % 12] for step in (1, 5, 7)]
+            words = [WORDS[20 + number // 20], WORDS[40 + number % 20], draw.choice(WORDS[:8])]
             turns = [("user", " ".join(words)), ("assistant", " ".join(words[-1:] * 3))]
             messages = [{"role": role, "content": text} for role, text in turns]
             file.write(json.dumps({"messages": messages}) + "\n")
@@ -45,7 +47,8 @@ def test_the_first_command_on_300_chats_learns_saves_evaluates_and_says_what_it_
     assert len(evaluated) == 1 + min(4, found["steps"]) and evaluated[-1] == found["steps"]
     assert (run / "checkpoints").is_dir() and any((run / "checkpoints").glob("*/COMMITTED"))
     assert (run / "export" / "adapter_config.json").is_file()
-    assert found["eval_final"]["loss"] < 0.8 * found["eval_initial"]["loss"]
+    assert found["eval_final"]["loss"] < 0.9 * found["eval_initial"]["loss"]
+    assert found["best"]["value"] <= found["eval_final"]["loss"]
     content = yaml.safe_load((run / "run.yaml").read_text())
     assert content["config"]["zero"]["stage"] == 2  # of the experiment
 
