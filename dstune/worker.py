@@ -2,7 +2,8 @@
 
 import sys
 
-from dstune.rank.worker import leave, main
+from dstune.rank.process import leave
+from dstune.rank.worker import main
 
 if __name__ == "__main__":
     leave(main(sys.argv[1:]))

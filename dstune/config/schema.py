@@ -278,7 +278,7 @@ def _with_trackers(own: tuple[tuple[str, type, str], ...]) -> type[TrackingConfi
     ]
     made = make_dataclass("TrackingConfig", keys, bases=(TrackingConfig,), frozen=True)
     made.__module__ = TrackingConfig.__module__
-    made.__reduce__ = _reduce_tracking  # type: ignore[method-assign]
+    made.__reduce__ = _reduce_tracking  # type: ignore[assignment]
     return made
 
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.core import files, plugin_files, registry
 from dstune.core.errors import Problem, UserError
-from dstune.core.plugin_files import KEY, Source
+from dstune.core.plugin_files import KEY as KEY
+from dstune.core.plugin_files import Source
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -166,7 +166,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
         if command.flags.shows:
             return show_configuration(command) if env.rank == 0 else EXIT_DONE
     outcome = as_rank(env, lambda: (parse(argv), None))
-    from dstune.rank.worker import leave
+    from dstune.rank.process import leave
 
     leave(outcome.code)
     return outcome.code
