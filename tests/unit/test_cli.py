@@ -28,7 +28,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(preflight, "resolve_run", lambda config, stage: config)
+    monkeypatch.setattr(preflight, "resolve_run", lambda config, stage, origins=(): config)
 
 
 @pytest.fixture
@@ -233,8 +233,8 @@ def inside(monkeypatch):
     def leave(code):
         noted.append(code)
 
-    stand_in = SimpleNamespace(main_inside=main_inside, leave=leave)
-    monkeypatch.setitem(sys.modules, "dstune.rank.worker", stand_in)
+    monkeypatch.setitem(sys.modules, "dstune.rank.worker", SimpleNamespace(main_inside=main_inside))
+    monkeypatch.setattr("dstune.rank.process.leave", leave)
     for name in (*train.NO_TELEMETRY, *train.OFFLINE):
         monkeypatch.setenv(name, "0")
     return noted
