@@ -190,7 +190,7 @@ def test_train_with_the_path_of_a_run_continues_it(launched, capsys):
 
 
 def test_nothing_is_left_of_a_run_that_cannot_start(monkeypatch):
-    def refuse(config, stage):
+    def refuse(config, stage, origins=()):
         raise UserError(Problem("model.path", "absent"))
 
     monkeypatch.setattr(preflight, "resolve_run", refuse)
