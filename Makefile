@@ -13,7 +13,7 @@ PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test-fast test test-ci test-all golden test-gpu lint format clean debian
+.PHONY: help quickstart install test-fast test test-ci test-all golden test-gpu gpu-report lint format clean debian
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (under 60 minutes on 2 cores)"
 	@echo "make test-all    these too: real models, soak, faults, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
+	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most nine minutes, as a report to paste (PART=5 GPUS=8: several)"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite the code"
@@ -59,6 +60,12 @@ test-gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "test-gpu: PyTorch finds no GPU here (python -c 'import torch; print(torch.version.cuda)' names its CUDA build)"; exit 1; }
 	$(TEST_ENV) $(PYTEST) -m gpu
+
+# No internet once the environment is there. SIMULATE=--simulate rehearses it on a machine without a GPU.
+PART ?= 1
+GPUS ?= 1
+gpu-report: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python benchmarks/gpu_report.py $(PART) --gpus $(GPUS) $(SIMULATE)
 
 lint: $(VENV)/.installed-dev debian
 	$(BIN)/ruff check .

@@ -50,6 +50,11 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class GradientDtype(Enum):
+    fp32 = "fp32"
+    model = "model"
+
+
 class Automatic(Enum):
     auto = "auto"
 
@@ -95,8 +100,10 @@ class ModelConfig:
     weights: InitialWeights = InitialWeights.pretrained
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
     attention: Attention = Attention.auto
-    """Attention implementation; `auto` picks flash attention 2 where it is installed on a GPU, else sdpa, or eager for an
-    architecture without it; on a CPU the samples of a language model's rows attend one by one."""
+    """Attention implementation; for a language model's rows `auto` takes a GPU's kernel for packed rows, and on a CPU lets samples
+    attend one by one; else flash attention 2 where it is installed, sdpa, or eager for an architecture without it."""
+    fused_norms: bool = True
+    """On a GPU in half precision, compute RMS norms by torch's kernel where it is at least as exact as the model's own."""
     trust_remote_code: bool = setting(False, signed=True)
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
@@ -127,6 +134,8 @@ class ZeroConfig:
     """Elements reduced at a time; a larger bucket communicates better and takes more memory."""
     overlap_comm: bool = True
     """Reduce gradients while the backward pass runs (stages 2 and 3 on GPUs)."""
+    gradient_dtype: GradientDtype = GradientDtype.fp32
+    """Gradients of a step's micro-batches are summed in `fp32`, or in the `model`'s own format: half the memory, less exact."""
     param_persistence_threshold: int = setting(100_000, at_least=0)
     """Stage 3 does not partition parameters with fewer elements."""
     path: str | None = None
@@ -192,6 +201,8 @@ class TrainerConfig:
     """Rows in one optimizer step over all ranks; does not change with the number of ranks."""
     precision: Precision = Precision.auto
     """`auto` is bf16 where the hardware computes it fast, else fp32."""
+    tf32: bool = False
+    """Let GPUs round the factors of fp32 matrix products to 10 bits of mantissa: several times as fast."""
     grad_clip: float = setting(1.0, at_least=0.0)
     """Largest norm of the gradient; 0 is off."""
     activation_checkpointing: bool | Selective = False

@@ -229,13 +229,6 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
             "trainer.precision=bf16, or model.attention=sdpa",
             model.attention.name,
         )
-    if model.attention is Attention.flash_attention_2 and config.data.packing:
-        yield Problem(
-            "model.attention",
-            "with flash attention packed samples see each other: transformers tells them apart in batches of one row only",
-            "model.attention=sdpa, or data.packing=false",
-            model.attention.name,
-        )
 
 
 def check_optimizer(config: RunConfig) -> Iterator[Problem]:

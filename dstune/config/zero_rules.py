@@ -26,7 +26,7 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "zero.stage",
             f"DeepSpeed's stage 0 with {precision.name} makes a step with zero gradients before the first real one",
-            "zero=stage1, or trainer.precision=fp32",
+            "zero=stage1 (the same memory on one rank), or trainer.precision=fp32",
             "0",
         )
     swaps = zero.offload_optimizer is OptimizerOffload.nvme

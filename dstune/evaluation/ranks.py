@@ -96,7 +96,7 @@ def evaluate(
         load_trained(module, checkpoint)
     # As in training, so that its numbers are the same.
     apart = SamplesApart.of(loaded, model)
-    use_lean_norms(module)
+    use_lean_norms(module, fused=config.model.fused_norms)
     use_joint_sums(module)
     head = task_of(loaded.task).head(model, apart)
     engine = Engine(module, None, settings, world)

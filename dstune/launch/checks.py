@@ -32,13 +32,14 @@ import json, sys
 found = {}
 try:
     import torch
-    found |= {"cuda_build": torch.version.cuda or torch.version.hip, "gpus": []}
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        found["gpus"].append([torch.cuda.get_device_name(number), free, total])
+    from dstune.zero import accelerator
+    found |= {"cuda_build": torch.version.cuda or torch.version.hip, "gpus": [], "kind": accelerator.kind()}
+    for number in range(accelerator.count()):
+        free, total = accelerator.memory(torch.device(accelerator.kind(), number))
+        found["gpus"].append([accelerator.name(number), free, total])
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    found["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    found["rocm"] = bool(torch.version.hip)
 except Exception as error:
     found["torch_error"] = f"{type(error).__name__}: {error}"
 try:
@@ -50,6 +51,11 @@ try:
         found["ops"] = {name: bool(builder.is_compatible(verbose=False)) for name, builder in ALL_OPS.items() if builder}
 except Exception as error:
     found["deepspeed_error"] = f"{type(error).__name__}: {error}"
+try:
+    from dstune.models import kernels
+    found["kernels"] = kernels.of_machine()
+except Exception as error:
+    found["kernels_error"] = f"{type(error).__name__}: {error}"
 print("FOUND " + json.dumps(found))
 """
 """Run in a process of its own: importing torch and DeepSpeed takes seconds, and may crash."""
@@ -71,6 +77,10 @@ def software() -> Iterator[Check]:
     found = json.loads(line.removeprefix("FOUND "))
     yield from _torch(found)
     yield from _operators(found)
+    if "kernels" in found:
+        yield Check("kernels", PASS, "; ".join(f"{name}: {kernel}" for name, kernel in found["kernels"].items()))
+    elif "kernels_error" in found:
+        yield Check("kernels", FAIL, found["kernels_error"], "reinstall torch and transformers")
 
 
 def _packages() -> Iterator[Check]:
@@ -119,6 +129,14 @@ def _torch(found: dict) -> Iterator[Check]:
         taken = [name for name, free, total in gpus if free < 0.9 * total]
         fix = "nvidia-smi shows who uses them" if taken else ""
         yield Check("accelerators", WARN if taken else PASS, free, fix)
+        if (kind := found.get("kind", "cuda")) != "cuda" or found.get("rocm"):
+            maker = "ROCm" if kind == "cuda" else kind
+            yield Check(
+                "tests",
+                WARN,
+                f"no test of dstune has run on {maker}",
+                "make gpu-report PART=1 shows whether it computes",
+            )
     elif shutil.which("nvidia-smi") and not found["cuda_build"]:
         yield Check(
             "accelerators",

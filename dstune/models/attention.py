@@ -33,6 +33,12 @@ class SpanAttention:
 
     NAME: ClassVar[str]
     """Of the function in transformers' registry."""
+    whole: ClassVar[bool] = True
+    """Whether a rank has all positions of its rows."""
+
+    def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int] | None:
+        """Where samples begin, for an attention that is told so by tensors."""
+        return None
 
     def install(self, model: PreTrainedModel) -> None:
         """Let `model` attend so."""
@@ -47,6 +53,20 @@ class SpanAttention:
         self._model.set_attn_implementation(self._before)
         yield
         self._model.set_attn_implementation(self.NAME)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spans: Any,
+        *,
+        dropout: float,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `attend`. spans: what the forward pass was told."""
+        return attend(query, key, value, spans, dropout=dropout, scale=scale, window=window)
 
     def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value [rows, heads, positions, size] as this rank attends with them."""
@@ -76,7 +96,7 @@ class SpanAttention:
         query, key, value = self.redistribute_inputs(query, key, value)
         dropout = dropout if module.training else 0.0
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
+        attended = self.attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
         return self.redistribute_outputs(attended).transpose(1, 2), None
 
 
@@ -89,7 +109,7 @@ class SamplesApart(SpanAttention):
     def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
         """Where `model.attention=auto` computes samples one by one, else None: on a CPU, for models and methods that it fits.
 
-        GPUs have kernels of their own for packed rows, and would wait for the launch of one after the other here.
+        GPUs have kernels for packed rows (`models.varlen`), and would wait for the launch of one after the other here.
         """
         expected = config.model.attention is Attention.auto and not accelerator.present()
         language = task_of(config.task).language
@@ -103,8 +123,10 @@ class SamplesApart(SpanAttention):
     def __init__(self, model: PreTrainedModel):
         self.install(model)
 
-    def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-        """The model's inputs and the labels. See `spans_of`."""
+    def own(
+        self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The model's inputs and the labels. See `spans_of`; boundaries are of another attention."""
         report = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans_of(inputs)}
         if "position_ids" not in inputs:  # some models would make them of the mask
             rows, width = labels.shape

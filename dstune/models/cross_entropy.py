@@ -9,6 +9,7 @@ gradients for hidden states and weight are made chunk by chunk and only scaled l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from dstune.zero.parts import full_shape, is_partitioned
 CHUNK_BYTES = 2**27
 """Logits in memory at a time. Every further chunk has to be added to the weight's gradient: 1,024 targets of SmolLM2 took
 1.07 s on one core as one chunk, 1.40 s as two, and 1.53 s the plain way."""
+ACCELERATOR_CHUNK_BYTES = 2**29
+"""The same on an accelerator, whose logits are in fp32: a product of few rows leaves it idle. Arithmetic, not measured."""
+TILE_ROWS = 256
+"""Rows of a chunk there are a multiple of this: what a block of a matrix product computes at most."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Logits that become probabilities at a time, in fp32: a CPU keeps them in its cache."""
 SCALED_ROWS = 4096
@@ -46,7 +51,7 @@ def projected_cross_entropy(
     hidden: [targets, hidden size]; targets: [targets], none of them ignored.
     """
     linear = type(projection) is nn.Linear and projection.bias is None
-    rows = max(1, CHUNK_BYTES // (hidden.element_size() * vocabulary_size(projection)))
+    rows = chunk_rows(hidden, vocabulary_size(projection))
     if not linear and any(is_partitioned(weight) for weight in projection.parameters()):
         # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
         rows = max(1, len(hidden))
@@ -63,6 +68,26 @@ def projected_cross_entropy(
             loss, hits = _evaluated(project(some), expected)
             loss_sum, correct = loss_sum + loss, correct + hits
     return CrossEntropy(loss_sum, correct)
+
+
+def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
+    """Targets whose logits are made at a time."""
+    if hidden.is_cpu:
+        return max(1, CHUNK_BYTES // (hidden.element_size() * vocabulary))
+    return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES // (4 * vocabulary) // TILE_ROWS * TILE_ROWS)
+
+
+@cache
+def wide_products(device: str, dtype: torch.dtype) -> bool:
+    """Whether a product of matrices in half precision can be had in fp32, as it was summed: torch 2.8 and newer on CUDA. Its
+    operation has no derivative, and a CPU no kernel for it."""
+    if device == "cpu" or dtype is torch.float32:
+        return False
+    some = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return torch.mm(some, some, out_dtype=torch.float32).dtype is torch.float32
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
 
 
 def _plain(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -103,17 +128,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         # One buffer for all chunks: two of them never exist at once, and the system maps its pages once.
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        wide = wide_products(hidden.device.type, hidden.dtype)
         product: torch.Tensor | None = None
         start = 0
         for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = torch.mm(some, weight.t(), out=buffer[: len(some)])
+            logits = buffer[: len(some)]
+            exact = torch.mm(some, weight.t(), **({"out_dtype": torch.float32} if wide else {"out": logits}))
             block = _block_rows(logits)
-            for part, of_part in zip(logits.split(block), expected.split(block), strict=True):
+            blocks = zip(exact.split(block), logits.split(block), expected.split(block), strict=True)
+            for part, to, of_part in blocks:
                 probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
                 at_target = of_part[:, None]
                 loss_sum -= probabilities.gather(1, at_target).sum()
                 probabilities.exp_().scatter_add_(1, at_target, probabilities.new_full(at_target.shape, -1.0))
-                part.copy_(probabilities)  # the gradient takes the place of the logits
+                to.copy_(probabilities)  # the gradient takes the place of the logits
             if hidden_gradient is not None:
                 torch.mm(logits, weight, out=hidden_gradient[start : start + len(some)])
                 start += len(some)

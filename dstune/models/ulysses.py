@@ -29,6 +29,7 @@ class SequenceCut(SpanAttention):
     """This rank's part of every row, and the ranks that have the others."""
 
     NAME = "dstune_ulysses"
+    whole = False
 
     def __init__(self, world: World, parts: int):
         """parts: ranks that share a row; neighbours, so that they are on one node. Every rank must call it.
@@ -53,7 +54,9 @@ class SequenceCut(SpanAttention):
         refuse(model, self.parts)
         super().install(model)
 
-    def own(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    def own(
+        self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels of this rank's positions.
 
         inputs: input_ids [rows, positions] with position_ids of packed rows or attention_mask (padding behind the tokens).

@@ -192,7 +192,7 @@ class HeadActivations:
     """At most, while the loss is computed and differentiated; includes `saved`."""
 
 
-CHUNK_BYTES = 2**27
+CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES, TILE_ROWS = 2**27, 2**29, 256
 """Logits that the chunked cross entropy makes at a time (`dstune/models/cross_entropy.py`)."""
 BLOCK_ELEMENTS = {False: 2**18, True: 2**24}
 """Logits that become probabilities in fp32 at a time, on a CPU and on a GPU."""
@@ -215,7 +215,8 @@ def head(s: Setup) -> HeadActivations:
     weight = m.vocabulary * m.hidden if trains_projection(s) else 0
     # Gradients are made in the forward pass: in fp32 for the weight where several chunks are summed.
     kept = hidden + targets * m.hidden * p + weight * (4 if many else p)
-    chunk = rows * m.vocabulary * p + max(BLOCK_ELEMENTS[s.on_gpu], m.vocabulary) * 8
+    # On a GPU logits are in fp32, beside their gradient.
+    chunk = rows * m.vocabulary * (4 + p if s.on_gpu and p < 4 else p) + max(BLOCK_ELEMENTS[s.on_gpu], m.vocabulary) * 8
     # In half precision a chunk's product is made beside the sum; in fp32 it is added in place.
     forward = kept + chunk + (weight * p if many and p < 4 else 0)
     backward = kept + weight * p + targets * m.hidden * 4
@@ -224,6 +225,8 @@ def head(s: Setup) -> HeadActivations:
 
 def chunk_rows(s: Setup) -> int:
     """Targets whose logits are made at a time."""
+    if s.on_gpu:
+        return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES // (4 * s.model.vocabulary) // TILE_ROWS * TILE_ROWS)
     return max(1, CHUNK_BYTES // (s.weight_bytes * s.model.vocabulary))
 
 

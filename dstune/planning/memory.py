@@ -193,6 +193,8 @@ def _gradient_store(s: Setup) -> int:
     """Gradients of a whole step that are held beside those of the running backward pass."""
     trained, share = s.trained_count, -(-s.trained_count // s.ranks)
     mixed = s.weight_bytes == 2
+    if s.own_sums:
+        return s.weight_bytes * share if s.stage >= 2 else 0
     if s.stage == 1 and mixed:
         return 4 * trained  # BF16_Optimizer: fp32 sums of all of them
     if s.stage == 2:  # in fp32 they are the gradients of this rank's tensors themselves
@@ -205,6 +207,8 @@ def _gradient_store(s: Setup) -> int:
 def _running_gradients(s: Setup, done: int) -> int:
     """Gradients of the running backward pass when those of `done` weights are computed."""
     p = s.weight_bytes
+    if s.stage == 1 and p == 2 and s.on_gpu and not s.own_sums:  # added to their sums at once
+        return p * min(done, s.model.layer_parameters)
     if s.stage < 2:
         kept = p == 4 and s.micro_batches > 1  # from the second micro-batch on they are all there
         return p * (s.trained_count if kept else done)
@@ -305,7 +309,7 @@ def _at_the_step(s: Setup, resident: Parts) -> Parts:
     if s.offload_optimizer:
         return dict(resident)
     if s.stage == 1 and mixed:  # the running gradients are freed after it
-        return resident | {"gradients": s.weight_bytes * trained}
+        return resident | {"gradients": _running_gradients(s, trained)}
     flat = 0 if s.stage == 2 and mixed else 4 * share
     # The norm is taken in fp64, one tensor's share at a time.
     norm = 8 * (largest // s.ranks if s.stage == 3 else min(largest, share))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dstune.config.architectures import row_limit
 from dstune.config.schema import (
     Attention,
+    GradientDtype,
     Offload,
     OptimizerOffload,
     Precision,
@@ -66,7 +68,7 @@ class Setup:
     global_batch_size: int
     packing: bool
     attention: str
-    """`sdpa`, `eager`, `flash_attention_2`, or `samples`: each on its own (`dstune/models/attention.py`)."""
+    """`sdpa`, `eager`, `flash_attention_2` (any kernel without a mask), or `samples`: each on its own."""
     checkpointing: bool | Selective
     tiles: int
     """Pieces in which feed-forward layers are computed, each again in the backward pass."""
@@ -86,6 +88,8 @@ class Setup:
     """Ranks that share the positions of a row."""
     slices: int = 1
     """Ranks that share the weights of each layer; `model` and `trained` are one's own."""
+    own_sums: bool = False
+    """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
 
     @property
     def trained_count(self) -> int:
@@ -172,7 +176,7 @@ def setup(
         length=length,
         global_batch_size=config.trainer.global_batch_size,
         packing=config.data.packing,
-        attention=_attention(config, model, values, on_gpu=on_gpu),
+        attention=_attention(config, model, values, on_gpu=on_gpu, half=weight_bytes == 2),
         checkpointing=config.trainer.activation_checkpointing,
         tiles=config.trainer.mlp_tiles,
         adapter=method.adapter,
@@ -182,13 +186,33 @@ def setup(
         reduce_bucket=zero.reduce_bucket_size,
         persistence=zero.param_persistence_threshold,
         # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements.
-        prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", 50_000_000),
-        max_live=_number(more, "stage3_max_live_parameters", 1_000_000_000),
+        prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", prefetch(model)[0] if on_gpu else PREFETCH),
+        max_live=_number(more, "stage3_max_live_parameters", prefetch(model)[1] if on_gpu else LIVE),
         max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
         sharing=parallelism_of(config.parallel).row_ranks,
         slices=slices,
+        own_sums=weight_bytes == 2 and zero.gradient_dtype is GradientDtype.model,
     )
+
+
+PREFETCH, LIVE = 50_000_000, 1_000_000_000
+"""Elements that DeepSpeed gathers ahead, and holds at most, at stage 3 unless told otherwise (deepspeed/runtime/zero/config.py)."""
+
+
+def prefetch(model: Architecture) -> tuple[int, int]:
+    """The same by the model's size: at least a layer ahead, and room for three layers beside the embeddings. A layer of 8B has
+    218M elements: with DeepSpeed's 50M it would be waited for."""
+    layers: dict[int, int] = {}
+    outside = 0
+    for tensor in model.tensors:
+        size = math.prod(tensor.shape)
+        if tensor.layer is None:
+            outside += size
+        else:
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + size
+    largest = max(layers.values(), default=0)
+    return max(PREFETCH, largest), max(LIVE, 3 * largest + outside)
 
 
 def _number(settings: dict[str, Any], key: str, default: int) -> int:
@@ -196,8 +220,8 @@ def _number(settings: dict[str, Any], key: str, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) else default
 
 
-def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *, on_gpu: bool) -> str:
-    """As `dstune.models.attention` chooses."""
+def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *, on_gpu: bool, half: bool) -> str:
+    """As `dstune.models.attention` and `dstune.models.varlen` choose, of a GPU that has a kernel for packed rows."""
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     dropout = values.get("attention_dropout")
@@ -205,4 +229,8 @@ def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *
         method_of(config.method).in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout
     )
     language = task_of(config.task).language
-    return "samples" if language and known and not on_gpu else "sdpa"
+    if not (language and known):
+        return "sdpa"
+    if on_gpu:
+        return "flash_attention_2" if half else "sdpa"
+    return "samples"

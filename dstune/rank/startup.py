@@ -19,6 +19,7 @@ from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.label_names import suspicious
 from dstune.data.statistics import with_packing
+from dstune.models import kernels
 from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
 from dstune.protocols.method import Preparation
@@ -41,6 +42,7 @@ def describe(
     run_dir: Path,
     run: Training,
     module: torch.nn.Module,
+    base: Any,
     prepared: Preparation,
 ) -> None:
     """Write `environment.json` and say on the console what is about to be trained."""
@@ -62,6 +64,7 @@ def describe(
         "trained": trained,
     }
     facts = environment.describe(hosts, accelerator.names(), run.data.fingerprint, model)
+    facts["kernels"] = kernels.of_run(module, base, run.head, run.engine.inner_optimizer)
     facts["launches"] = environment.launches(run_dir / "environment.json", run.state.step, run.world.size)
     files.write(run_dir / "environment.json", json.dumps(redacted(facts), indent=1))
     files.write(run_dir / "data_report.json", json.dumps(redacted(data_report(config, run.data)), indent=1))

@@ -31,11 +31,12 @@ from dstune.core.secrets import REFERENCE, publish, redact_output
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
 from dstune.models.attention import SamplesApart
-from dstune.models.load import load_model, load_tokenizer, new_weights
+from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
+from dstune.models.varlen import PackedAttention
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.rank.finalize import finish
@@ -54,8 +55,9 @@ from dstune.trainer.forgetting import Penalties, general_fisher
 from dstune.trainer.loop import Training, fit
 from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
+from dstune.trainer.out_of_memory import advice, explained
 from dstune.trainer.sanity_checks import content_digest, examine, refuse_different_rows, samples_digest, verify_rows
-from dstune.trainer.utilization import utilization_of
+from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator, swap
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -89,12 +91,13 @@ def train_stage(
     setup = Setup(config, run_dir, world, preemption, startup or StartupTimer())
     setup.configure_rank()
     setup.load_data()
-    setup.prepare_method()
-    setup.build_model()
-    setup.build_engine()
-    setup.check_arithmetic()
-    setup.load_checkpoint()
-    run_training(setup, setup.build_training())
+    with explained(setup.doing, setup.less_memory):
+        setup.prepare_method()
+        setup.build_model()
+        setup.build_engine()
+        setup.check_arithmetic()
+        setup.load_checkpoint()
+        run_training(setup, setup.build_training())
 
 
 class Setup:
@@ -118,11 +121,22 @@ class Setup:
         parallel = parallelism_of(config.parallel)
         self.cut = SequenceCut.of(parallel.row_ranks, world)
         self.shards = Slices.of(parallel.weight_ranks, world)
-        self.deepspeed = deepspeed_config(config, world.size, self.precision, on_gpu=self.on_gpu)
+        prefetch = prefetch_of(config) if self.on_gpu and config.zero.stage == 3 else None
+        self.deepspeed = deepspeed_config(config, world.size, self.precision, on_gpu=self.on_gpu, prefetch=prefetch)
+        if config.trainer.tf32 and self.on_gpu:
+            torch.set_float32_matmul_precision("high")
         if config.trainer.deterministic:
             # cuBLAS is deterministic with a fixed workspace only.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+
+    def doing(self) -> str:
+        """What memory ran out in."""
+        return "training" if hasattr(self, "state") else "setting up the model and the optimizer"
+
+    def less_memory(self) -> list[str]:
+        values = load_config(self.config.model).get_text_config().to_dict()
+        return advice(self.config, values, self.precision, self.world.size, self.world.local_size)
 
     def load_data(self) -> None:
         config, world = self.config, self.world
@@ -163,11 +177,11 @@ class Setup:
         self.model = model
         if self.cut is not None:
             self.cut.install(model)
-        self.rows = self.cut or SamplesApart.of(config, model)
+        self.rows = self.cut or PackedAttention.of(config, model) or SamplesApart.of(config, model)
         self.module = self.method.apply(model, config)
         if self.shards is not None:
             slice_model(self.module, model, self.shards)
-        use_lean_norms(self.module)
+        use_lean_norms(self.module, fused=config.model.fused_norms)
         use_joint_sums(self.module)
         self.startup.mark("model")
         self.head = self.task.head(model, self.rows)  # after the method: an adapter may wrap the projection
@@ -261,7 +275,7 @@ def run_training(setup: Setup, run: Training) -> None:
     """From the first lines on the console to `result.json`."""
     run_dir, tokenizer = setup.run_dir, setup.tokenizer
     try:
-        describe(run.config, run_dir, run, setup.module, setup.prepared)
+        describe(run.config, run_dir, run, setup.module, setup.model, setup.prepared)
         run.state.planned_steps = run.total_steps
         show_samples(run, tokenizer, before=True)
         ask_untuned(run, run_dir, setup.module, tokenizer)

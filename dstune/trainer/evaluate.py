@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import itemgetter
@@ -22,7 +21,8 @@ from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.metrics.language import language_model_metrics
 from dstune.models.generation import generate_answers
-from dstune.models.heads import GlobalBatchHead, Head, sums_of
+from dstune.models.heads import GlobalBatchHead, Head, numbers, on_device, sums_of
+from dstune.models.heads.language import indexed
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.trainer.counterfactual import compare
@@ -172,7 +172,7 @@ class Evaluator:
             packing=packing,
         )
         mine = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
-        sums: dict[str, float] = defaultdict(float)
+        sums: dict[str, torch.Tensor] = {}
         rows: list[tuple[list[int], dict[str, Column]]] = []
         each = each or not task_of(self.config.task).language
         self.engine.train(False)
@@ -185,18 +185,21 @@ class Evaluator:
             batch = self._batch(split, micro_batch, packing, each)
             output = self.engine.evaluate(self.head, batch | (shares[number] if shares else {}))
             for name, value in sums_of(output).items():
-                sums[name] += float(value) if self.world.counts else 0.0
+                sums[name] = sums.get(name, 0.0) + value.double()
             if each and output.rows and self.world.counts and not micro_batch.filler:
                 rows.append((batch["index"].tolist(), _columns(output.rows)))
             if progress:
                 progress(number + 1, len(mine))
         self.engine.train(True)
-        totals = Totals.of(dict(zip(sums, self.world.sum(list(sums.values())), strict=True)))
+        read = numbers(sums).values()
+        totals = Totals.of(
+            dict(zip(sums, self.world.sum([value if self.world.counts else 0.0 for value in read]), strict=True))
+        )
         everyone = [
             row
             for of_rank in self.world.gather(rows)
-            for numbers, columns in of_rank
-            for row in zip(numbers, _by_row(columns), strict=True)
+            for indices, columns in of_rank
+            for row in zip(indices, _by_row(columns), strict=True)
         ]
         return totals, [kept for _, kept in sorted(everyone, key=itemgetter(0))]
 
@@ -204,7 +207,7 @@ class Evaluator:
         """each: with the numbers of the samples, for the head to tell single rows."""
         config = replace(self.config, data=replace(self.config.data, packing=packing))
         batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=each)
-        return {key: value.to(self.engine.device) for key, value in batch.items()}
+        return on_device(indexed(self.head, batch), self.engine.device)
 
 
 def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> dict[str, Column]:

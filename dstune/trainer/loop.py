@@ -16,7 +16,7 @@ from dstune.config.schema import UNTIMED_STEPS, RunConfig, SpikeAction
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.data.build import PreparedData
-from dstune.models.heads import Batch, Forward, Head, HeadOutput, sums_of
+from dstune.models.heads import Batch, Forward, Head, HeadOutput, numbers, on_device, sums_of
 from dstune.protocols import schedule_of, task_of
 from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Request, merge
 from dstune.trainer.callback_list import CallbackList
@@ -171,7 +171,9 @@ def steps(run: Training) -> Iterator[Step | None]:
     end = sys.maxsize if endless else run.total_steps + state.left_out_batches
     numbers = range(state.next_batch, end if first < run.total_steps else state.next_batch)
     run.step_timer.start()
-    for batch in prefetched_steps(run.config, run.data, run.data_loader, run.world, run.pad_token_id, numbers):
+    for batch in prefetched_steps(
+        run.config, run.data, run.data_loader, run.world, run.pad_token_id, numbers, run.head
+    ):
         if batch is None:
             yield None
             continue
@@ -189,7 +191,7 @@ def train_step(run: Training, step: Step) -> None:
     """One optimizer step: accumulate this rank's micro-batches, then update."""
     run.engine.set_learning_rate(learning_rate(run, step))
     seeds = dropout_seeds(run, step)
-    batches = on_device(step.batch, run.engine.device)
+    batches = [on_device(batch, run.engine.device) for _, batch in step.batch.batches]
     run.step_timer.begin()
     whole_batch_inputs = joined(run.head, run.engine, batches, run.world, seeds)
     sums: dict[str, torch.Tensor] = {}
@@ -221,7 +223,7 @@ def train_step(run: Training, step: Step) -> None:
         run.step_timer.mark("backward")
     step.update = run.engine.update()
     run.step_timer.mark("update")
-    step.sums = {name: float(value) if run.world.counts else 0.0 for name, value in sums.items()}
+    step.sums = numbers(sums) if run.world.counts else dict.fromkeys(sums, 0.0)
 
 
 def learning_rate(run: Training, step: Step) -> float:
@@ -233,10 +235,6 @@ def dropout_seeds(run: Training, step: Step) -> list[int]:
     # Ranks that share a row have other numbers for other positions of it.
     seed, place = run.config.trainer.seed, run.world.place_in_group
     return [dropout_seed(seed, step.number - 1, part.index, place) for part, _ in step.batch.batches]
-
-
-def on_device(batch: RankBatch, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    return [{key: value.to(device, non_blocking=True) for key, value in part.items()} for _, part in batch.batches]
 
 
 def synchronize_step(run: Training, step: Step) -> None:

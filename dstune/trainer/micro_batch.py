@@ -7,6 +7,7 @@ before took, so none runs out of memory to find out that it does.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,8 @@ from dstune.core.distributed import World
 from dstune.data.batches import batch_of
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch, Row
-from dstune.models.heads import Head
+from dstune.models.heads import Head, on_device
+from dstune.models.heads.language import indexed
 from dstune.planning.host import available_bytes
 from dstune.protocols import task_of
 from dstune.trainer.data_loader import order_of
@@ -59,12 +61,15 @@ class Choice:
     """Why no larger size was tried or taken."""
 
 
-def choose(trial: Callable[[int], Trial], share: int, held_gib: float, room_gib: float) -> Choice:
+def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, room_gib: float) -> Choice:
     """The fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
 
-    held_gib: what a micro-batch finds in memory when it begins. room_gib: what a rank may take at most.
+    trial: None for a size that ran out of memory. held_gib: what a micro-batch finds in memory when it begins. room_gib: what
+    a rank may take at most.
     """
-    best = last = trial(1)
+    first = trial(1)
+    assert first is not None, "one row's own error is raised"
+    best = last = first
     trials, size, without_gain = [best], 1, 0
     while True:
         if size >= share:
@@ -74,7 +79,11 @@ def choose(trial: Callable[[int], Trial], share: int, held_gib: float, room_gib:
         if (expected := at_most(last, size, held_gib)) > room_gib:
             ended = f"{size} might take {expected:.1f} GiB"
             break
-        last = trial(size)
+        tried = trial(size)
+        if tried is None:
+            ended = f"{size} run out of memory, though {expected:.1f} GiB were expected"
+            break
+        last = tried
         trials.append(last)
         if last.gib > room_gib:
             ended = f"{size} take {last.gib:.1f} GiB"
@@ -133,7 +142,7 @@ class Trials:
             return self.config, None
         if known is None:
             room = float(self.world.gather_numbers([room_gib(self.engine.device, self.world, self.memory)]).min())
-            choice = choose(self.run, self.share, self.held_gib(), room)
+            choice = choose(self.run_or_none, self.share, self.held_gib(), room)
             known = {
                 "rows": choice.rows,
                 "world_size": self.world.size,
@@ -164,6 +173,22 @@ class Trials:
             self._timed_step([light, light], after_first=lambda: held.append(self.memory.now_gib))
         return float(self.world.gather_numbers([held[0] + self.engine.states_to_come / GIB]).max())
 
+    def run_or_none(self, rows: int) -> Trial | None:
+        """As `run`; None where memory ran out. Several ranks would wait in a collective for the one that ran out, and at stage 3
+        weights are gathered half way: there it ends the run, with what to do."""
+        try:
+            return self.run(rows)
+        except Exception as error:
+            if rows == 1 or self.world.size > 1 or self.engine.stage == 3 or not accelerator.out_of_memory(error):
+                raise
+        # Outside of the handler, whose traceback holds the tensors.
+        self.engine.forget_micro_batch()
+        self._timed_step([self._batch([self.lightest])])
+        gc.collect()
+        if accelerator.present():
+            accelerator.module().empty_cache()
+        return None
+
     def run(self, rows: int) -> Trial:
         # Round and round where the data has fewer rows.
         heavy = self._batch([self.heaviest[place % len(self.heaviest)] for place in range(rows)])
@@ -186,7 +211,7 @@ class Trials:
             # Computed later, with the size that is found.
             split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
         batch = batch_of(self.config, split, MicroBatch(0, tuple(rows)), self.pad_token_id)
-        return {key: value.to(self.engine.device) for key, value in batch.items()}
+        return on_device(indexed(self.head, batch), self.engine.device)
 
     def _timed_step(
         self, batches: Sequence[dict[str, torch.Tensor]], after_first: Callable[[], None] | None = None

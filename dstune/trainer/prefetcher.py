@@ -16,6 +16,8 @@ from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
 from dstune.data.build import PreparedData
 from dstune.data.sampler import GlobalBatch, MicroBatch, TrainingOrder, share
+from dstune.models.heads import Head
+from dstune.models.heads.language import indexed
 from dstune.trainer.data_loader import DataLoader, order_of
 from dstune.trainer.utilization import Counted, counted
 from dstune.zero import accelerator
@@ -54,7 +56,13 @@ class RankBatch:
 
 
 def prefetched_steps(
-    config: RunConfig, data: PreparedData, data_loader: DataLoader, world: World, pad_token_id: int, steps: range
+    config: RunConfig,
+    data: PreparedData,
+    data_loader: DataLoader,
+    world: World,
+    pad_token_id: int,
+    steps: range,
+    head: Head,
 ) -> Iterator[RankBatch | None]:
     """The steps of `steps` in order, two steps ahead of their use.
 
@@ -67,7 +75,7 @@ def prefetched_steps(
         pinned = accelerator.present()
         batches = []
         for micro_batch in share(loaded.global_batch.micro_batches, world.data_parallel_rank, world.data_parallel_size):
-            batch = batch_of(config, loaded.split, micro_batch, pad_token_id)
+            batch = indexed(head, batch_of(config, loaded.split, micro_batch, pad_token_id))
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return RankBatch(loaded.global_batch, loaded.epoch, tuple(batches), counted(config, loaded.split, batches))
 

@@ -13,7 +13,7 @@ from torch import nn
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.distributed import World
 from dstune.data.prepared import PreparedData
-from dstune.models.heads import Head
+from dstune.models.heads import Head, on_device
 from dstune.models.load import NewWeights, load_model, new_weights
 from dstune.models.norms import use_lean_norms
 from dstune.optim.groups import method_groups
@@ -50,14 +50,16 @@ class Probe:
         self.engine.set_learning_rate(rate)
         data_loader = data_loader_of(self.config, self.data, None, None)
         for step, feed in enumerate(
-            prefetched_steps(self.config, self.data, data_loader, self.world, self.tokenizer.pad_token_id, range(steps))
+            prefetched_steps(
+                self.config, self.data, data_loader, self.world, self.tokenizer.pad_token_id, range(steps), self.head
+            )
         ):
             assert feed is not None, "whole data is always there"
             for position, (micro_batch, batch) in enumerate(feed.batches):
                 torch.manual_seed(dropout_seed(self.config.trainer.seed, step, micro_batch.index))
                 self.engine.accumulate(
                     self.head,
-                    {key: value.to(self.engine.device) for key, value in batch.items()},
+                    on_device(batch, self.engine.device),
                     batch_weight=feed.global_batch.weight,
                     last=position == len(feed.batches) - 1,
                 )
@@ -82,7 +84,7 @@ def probing(
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     new = new_weights(model)
     module = method_of(config.method).apply(model, config)
-    use_lean_norms(module)
+    use_lean_norms(module, fused=config.model.fused_norms)
     head = task_of(config.task).head(model)
     if restrict is not None:
         restrict(module, new)

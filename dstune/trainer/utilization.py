@@ -15,12 +15,13 @@ from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
+from dstune.models.load import load_config
 from dstune.parallel.none import NoParallelConfig
 from dstune.planning import calibration
 from dstune.planning.architecture import LANGUAGE_MODEL, architecture
 from dstune.planning.flops import Work, step_flops, work_of
 from dstune.planning.hardware import known_device
-from dstune.planning.setup import Setup, head_of, labels_of, setup
+from dstune.planning.setup import Setup, head_of, labels_of, prefetch, setup
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
 
@@ -139,6 +140,16 @@ def utilization_of(
         needs = None
     peak = world.broadcast(peak_flops(precision, world.local_size, on_gpu=on_gpu))
     return Utilization(needs, peak, world.size)
+
+
+def prefetch_of(config: RunConfig) -> tuple[int, int] | None:
+    """What stage 3 gathers ahead and holds of this run's model (`planning.setup.prefetch`); None for an architecture that the
+    planner does not know."""
+    try:
+        values = load_config(config.model).get_text_config().to_dict()
+        return prefetch(architecture(values, head_of(config), labels_of(config)))
+    except (UserError, AttributeError, LookupError, TypeError, ValueError):
+        return None
 
 
 def _needs(

@@ -83,6 +83,12 @@ def has_bf16() -> bool:
     return supported is None or bool(supported())
 
 
+def capability() -> tuple[int, int] | None:
+    """CUDA's compute capability, (9, 0) of an H100; None of others, ROCm's among them."""
+    found = module().get_device_capability() if present() and not torch.version.hip else None
+    return found if isinstance(found, tuple) else None
+
+
 def moment() -> Any:
     """An event in the stream, recorded now; `earlier.elapsed_time(later)` gives milliseconds."""
     event = module().Event(enable_timing=True)

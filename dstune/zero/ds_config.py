@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig, stage_of
+from dstune.config.schema import GradientDtype, Offload, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
 from dstune.protocols import parallelism_of
 
@@ -15,8 +15,11 @@ def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
     return -(-micro_batches // max(1, world_size // parallelism_of(config.parallel).size))
 
 
-def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one run on `world_size` ranks.
+def deepspeed_config(
+    config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool, prefetch: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for one run on `world_size` ranks. prefetch: of `planning.setup.prefetch`, where the
+    model is known.
 
     `precision` is resolved (never `auto`). Every default that DeepSpeed has changed over time is written out:
     `gradient_clipping` is 1.0 when absent since 0.19, `overlap_comm` depends on the stage.
@@ -39,6 +42,8 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
             "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+        if prefetch is not None and on_gpu:
+            zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"] = prefetch
         if config.zero.offload_param is Offload.cpu:
             zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     if stage_of(config.zero) > 0 and config.zero.offload_optimizer is OptimizerOffload.cpu:
@@ -61,14 +66,24 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: Precision, *
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
-        "bf16": {"enabled": precision is Precision.bf16},
+        "bf16": {"enabled": precision is Precision.bf16} | _immediate(config, precision, on_gpu=on_gpu),
         # The scale starts where a pretrained model survives the first steps and grows from there.
         "fp16": {"enabled": precision is Precision.fp16, "loss_scale": 0, "initial_scale_power": 12},
     }
     if precision is not Precision.fp32:
-        # bf16 sums of many micro-batches lose the small gradients: 8 bits of mantissa.
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # bf16 sums of many micro-batches lose the small gradients: 8 bits of mantissa (`benchmarks/gradient_dtype.py`).
+        own = config.zero.gradient_dtype is GradientDtype.model
+        settings["data_types"] = {"grad_accum_dtype": precision.value if own else "fp32"}
     return _with(settings, config.zero.settings)
+
+
+def _immediate(config: RunConfig, precision: Precision, *, on_gpu: bool) -> dict[str, bool]:
+    """At stage 1 in bf16 with sums in fp32, DeepSpeed adds a gradient to its sum as soon as it is there: else those of the
+    whole model are held in bf16 beside their sums until the backward pass ends."""
+    summed = (
+        stage_of(config.zero) == 1 and precision is Precision.bf16 and config.zero.gradient_dtype is GradientDtype.fp32
+    )
+    return {"immediate_grad_update": True} if summed and on_gpu else {}
 
 
 def _with(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

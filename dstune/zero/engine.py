@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 
 from dstune.core.distributed import World
 from dstune.protocols import Optimizer
-from dstune.zero import swap
+from dstune.zero import fewer_reads, swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
 from dstune.zero.parts import full_count, full_shape, gathered
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
@@ -155,6 +156,7 @@ class Engine:
         ]
         swap.check_room(settings, shares, self._moments, world)
         built = None if optimizer is None else optimizer.build(groups or [])
+        fewer_reads.install()
         deepspeed.utils.groups.mpu = None  # of an engine before this one
         with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=slices)
@@ -238,27 +240,29 @@ class Engine:
         self._files.wait_for_copies()
         vetoed, self._vetoed = self._vetoed, False
         if self.stage == 0:
-            norm = self._unpartitioned_norm()
-            if not torch.isfinite(norm):
+            norm = float(self._unpartitioned_norm())
+            if not math.isfinite(norm):
                 self._engine.zero_grad()
-                return Update(float(norm), applied=False, vetoed=vetoed)
+                return Update(norm, applied=False, vetoed=vetoed)
             self._engine.step()
-            return Update(float(norm), applied=True)
+            return Update(norm, applied=True)
         if self._gradients is not None and not vetoed:
             self._gradients.check(self._world)
             self._gradients = None
         loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
+        fewer_reads.reads.begin_step()
         with _no_word_of_overflow() if vetoed else nullcontext():
             self._engine.step()
         if scaler:  # a veto is no overflow that the scale should fall for
             vars(self._engine.optimizer.loss_scaler).update(scaler)
-        norm = self._engine.get_global_grad_norm()
         applied = self._engine.was_step_applied()
+        norm = None if self._fp16 or not applied else fewer_reads.reads.last  # a loss scale is divided out
+        norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         if applied and not self._written:
             swap.check_written(self._engine.optimizer, self._world)
             self._written = True
-        return Update(float(norm), applied=applied, loss_scale=loss_scale, vetoed=vetoed)
+        return Update(norm, applied=applied, loss_scale=loss_scale, vetoed=vetoed)
 
     def _unpartitioned_norm(self) -> torch.Tensor:
         # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.
@@ -266,6 +270,13 @@ class Engine:
             return self.slices.norm(self._trained)
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    def forget_micro_batch(self) -> None:
+        """After an error within one, below stage 3 on a single rank: finish what its backward pass has begun to reduce, so that the
+        next one can begin. The step has to be left out."""
+        wrapper = self._engine.optimizer
+        if any(bucket.elements for bucket in getattr(wrapper, "ipg_buckets", {}).values()):
+            wrapper.independent_gradient_partition_epilogue()
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next update; a parameter group with a factor of its own (`rate`) gets that share of it."""
@@ -344,6 +355,11 @@ class Engine:
         """What this rank updates."""
         assert not self.swaps, "states on a disk are in memory one after the other"
         return partitions_of(self._engine, self.stage, self._replica)
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The one that computes updates, below what partitions its states."""
+        return self._inner
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dstune.config.schema import Precision, RunConfig, stage_of
+from dstune.config.zero_rules import check_zero
 from dstune.core.errors import Problem, UserError
 from dstune.zero import accelerator
 
@@ -17,9 +20,16 @@ def fast_bf16() -> bool:
     A CPU without AMX or AVX512-BF16 emulates them: 1.2 against 86 GFLOP/s per core on a Zen CPU with AVX2.
     """
     if accelerator.present():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return accelerator.has_bf16()
     features = torch.cpu.get_capabilities()
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def wants_fp16(config: RunConfig) -> bool:
+    """Whether `auto` is fp16: on Volta and Turing, whose tensor cores know no other format, where the run can train in it."""
+    capability = accelerator.capability()
+    fits = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
+    return capability is not None and (7, 0) <= capability < (8, 0) and not [*check_zero(fits)]
 
 
 def resolve(config: RunConfig) -> Precision:
@@ -30,7 +40,11 @@ def resolve(config: RunConfig) -> Precision:
     requested = config.trainer.precision
     if requested is Precision.auto:
         # DeepSpeed's stage 0 makes an optimizer step with zero gradients at initialisation in bf16, so it stays in fp32.
-        return Precision.bf16 if stage_of(config.zero) > 0 and fast_bf16() else Precision.fp32
+        if stage_of(config.zero) == 0:
+            return Precision.fp32
+        if fast_bf16():
+            return Precision.bf16
+        return Precision.fp16 if wants_fp16(config) else Precision.fp32
     if requested is Precision.fp16 and not accelerator.present():
         raise UserError(
             Problem(
@@ -40,12 +54,12 @@ def resolve(config: RunConfig) -> Precision:
                 fix="trainer.precision=fp32 (or bf16)",
             )
         )
-    if requested is Precision.bf16 and accelerator.present() and not torch.cuda.is_bf16_supported():
+    if requested is Precision.bf16 and accelerator.present() and not accelerator.has_bf16():
         raise UserError(
             Problem(
                 "trainer.precision",
                 value="bf16",
-                reason=f"{torch.cuda.get_device_name()} has no bf16",
+                reason=f"{accelerator.name()} has no bf16",
                 fix="trainer.precision=fp16 or fp32",
             )
         )

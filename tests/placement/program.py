@@ -31,7 +31,14 @@ def _read(loss_sum: Any, torch: Any) -> Any:
     return loss_sum + 0.0 * loss_sum.item()
 
 
-PLANTED = {"mix": _mix, "read": _read}
+def _full(loss_sum: Any, torch: Any) -> Any:
+    """There is room for two rows."""
+    if _full.rows > 2:  # type: ignore[attr-defined]
+        raise torch.OutOfMemoryError("simulated: out of memory. Tried to allocate 1 GiB.")
+    return loss_sum
+
+
+PLANTED = {"mix": _mix, "read": _read, "full": _full}
 """Faults that a test asks for: what becomes of the loss of a micro-batch."""
 
 
@@ -44,6 +51,7 @@ def plant(name: str) -> None:
     fault = PLANTED[name]
 
     def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _full.rows = len(args[1]["input_ids"])  # type: ignore[attr-defined]
         output = loss(self, *args, **kwargs)
         return replace(output, loss_sum=fault(output.loss_sum, torch)) if torch.is_grad_enabled() else output
 
@@ -70,10 +78,12 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     if fault:
         plant(fault)
     from dstune.core.rank_env import RankEnv
+    from dstune.models import kernels
     from dstune.protocols import method_of
     from dstune.rank import worker
     from dstune.trainer import loop
     from dstune.trainer.callbacks.preemption import Preemption
+    from dstune.trainer.out_of_memory import explained
     from dstune.zero.start import start_process_group
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DSTUNE_STORE=str(run_dir / "store"))
@@ -93,6 +103,8 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     run = setup.build_training()
     found: dict[str, Any] = {"losses": [], "norms": [], "micro_batches": [], "waits": []}
     found["groups"] = len(run.engine._engine.optimizer.param_groups)
+    found["kernels"] = kernels.of_run(setup.module, setup.model, run.head, run.engine.inner_optimizer)
+    found["rows"] = run.config.trainer.micro_batch_size
     found["device"] = str(run.engine.device)
     train_step, report_step = loop.train_step, loop.report_step
 
@@ -110,7 +122,8 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
             found["waits"].append([[*where, count] for where, count in sorted(simulated_device.waits.items())])
 
     loop.train_step, loop.report_step = counted, reported
-    loop.fit(run)
+    with explained(setup.doing, setup.less_memory):
+        loop.fit(run)
     loop.train_step, loop.report_step = train_step, report_step
     run.callbacks.close()
     return found

@@ -56,6 +56,10 @@ class SimulatedTensor(torch.Tensor):
     def __repr__(self, **unused: Any) -> str:
         return f"simulated {self.inner!r}"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file holds the values."""
+        return self.inner.__reduce_ex__(protocol)
+
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(operation, args, kwargs or {})
@@ -77,6 +81,8 @@ def _run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         waits[name, _caller()] += 1
     if name in INSTEAD:
         operation = INSTEAD[name]
+    if name == "mm" and operation._overloadname == "dtype":
+        operation = _wide_product
     inner_args, inner_kwargs = pytree.tree_map_only(SimulatedTensor, lambda tensor: tensor.inner, (args, kwargs))
     output = operation(*inner_args, **inner_kwargs)
     on_device = bool(simulated) if target is None else target == NAME
@@ -168,58 +174,61 @@ def _caller() -> str:
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     """`torch_attn::_varlen_attn` by a loop over the sequences."""
-    starts, of_keys, _, _, causal, scale, window = (*rest, *(None,) * 7)[:7]
+    starts, _, _, _, causal, scale, window = (*rest, *(None,) * 7)[:7]
     output = torch.empty_like(query)
-    for begin, end, key_begin, key_end in _sequences(starts, of_keys):
-        q, k, v = query[begin:end], key[key_begin:key_end], value[key_begin:key_end]
-        output[begin:end] = _attend(q, k, v, causal, scale, window)
-    sums = torch.zeros(query.shape[1], query.shape[0])
-    return output, sums, torch.zeros(2, dtype=torch.uint64)
+    for place in _sequences(starts):
+        shares, _, v = _shares(query[place], key[place], value[place], causal, scale, window)
+        output[place] = (shares @ v).transpose(0, 1).to(query.dtype)
+    return output, torch.zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
 
 
 def _varlen_backward(
     gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: Any, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    _, starts, of_keys, _, _, causal, _, scale, window = (*rest, *(None,) * 9)[:9]
+    """By hand: below the dispatcher there is no autograd."""
+    _, starts, _, _, _, causal, _, scale, window = (*rest, *(None,) * 9)[:9]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     found = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-    for begin, end, key_begin, key_end in _sequences(starts, of_keys):
-        places = slice(begin, end), slice(key_begin, key_end), slice(key_begin, key_end)
-        with torch.enable_grad():
-            parts = [
-                tensor[place].detach().requires_grad_()
-                for tensor, place in zip((query, key, value), places, strict=True)
-            ]
-            attended = _attend(*parts, causal, scale, window)
-        for to, place, one in zip(
-            found, places, torch.autograd.grad(attended, parts, gradient[begin:end]), strict=True
+    groups = query.shape[1] // key.shape[1]
+    for place in _sequences(starts):
+        shares, k, v = _shares(query[place], key[place], value[place], causal, scale, window)
+        outward = gradient[place].float().transpose(0, 1)
+        of_shares = outward @ v.transpose(1, 2)
+        scores = shares * (of_shares - (of_shares * shares).sum(-1, keepdim=True)) * scale
+        found[0][place] = (scores @ k).transpose(0, 1).to(query.dtype)
+        for to, states in (
+            (1, scores.transpose(1, 2) @ query[place].float().transpose(0, 1)),
+            (2, shares.mT @ outward),
         ):
-            to[place] += one
+            found[to][place] = states.unflatten(0, (-1, groups)).sum(1).transpose(0, 1).to(query.dtype)
     return tuple(found)
 
 
-def _sequences(starts: torch.Tensor, of_keys: torch.Tensor | None) -> list[tuple[int, int, int, int]]:
-    queries = starts.tolist()
-    keys = queries if of_keys is None else of_keys.tolist()
-    return [(*ends, *others) for ends, others in zip(pairwise(queries), pairwise(keys), strict=True)]
+def _sequences(starts: torch.Tensor) -> list[slice]:
+    return [slice(begin, end) for begin, end in pairwise(starts.tolist())]
 
 
-def _attend(
+def _shares(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float | None, window: Any
-) -> torch.Tensor:
-    """query [positions, heads, size], key and value with heads that divide them."""
+) -> tuple[torch.Tensor, ...]:
+    """Probabilities, keys and values in fp32 [heads, positions, ...] of one sequence, [positions, heads, size]."""
     left, right = window or (-1, -1)
     right = 0 if causal else right
-    places = torch.arange(len(query))[:, None] + len(key) - len(query), torch.arange(len(key))
-    seen = torch.ones(len(query), len(key), dtype=torch.bool)
+    behind = torch.arange(len(query))[:, None] - torch.arange(len(key))
+    hidden = torch.zeros_like(behind, dtype=torch.bool)
     if right >= 0:
-        seen &= places[1] <= places[0] + right
+        hidden |= behind < -right
     if left >= 0:
-        seen &= places[1] >= places[0] - left
-    states = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *states, attn_mask=seen, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return attended[0].transpose(0, 1)
+        hidden |= behind > left
+    groups = query.shape[1] // key.shape[1]
+    q = query.float().transpose(0, 1)
+    k, v = (part.float().transpose(0, 1).repeat_interleave(groups, dim=0) for part in (key, value))
+    scores = q @ k.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1), k, v
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return left.to(dtype) @ right.to(dtype)
 
 
 INSTEAD: dict[str, Callable[..., Any]] = {
@@ -380,7 +389,13 @@ def _patch_torch() -> None:
         waits["tolist", _caller()] += 1
         return to_list(values.inner)
 
+    def new_tensor(
+        like: torch.Tensor, values: Any, *, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        return tensor(values, device=like.device if device is None else device, dtype=dtype or like.dtype, **kwargs)
+
     torch.tensor = tensor
+    torch.Tensor.new_tensor = new_tensor  # type: ignore[method-assign, assignment]
     torch.Tensor.tolist = tolist  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda tensor, *unused: tensor  # type: ignore[method-assign, assignment]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.placement.cells import GROUP, MICRO_BATCH, STAGES, STEP, Cell, Found, Server, cells
+from tests.placement.cells import MICRO_BATCH, STAGES, STEP, Cell, Found, Server, cells
 from tools import side_by_side
 
 WITHOUT_KERNEL = {"qlora": "bitsandbytes has no kernels for a device that it does not know"}
@@ -121,6 +121,53 @@ def test_a_mix_of_devices_and_a_read_are_seen(server: Server) -> None:
 
 @pytest.mark.ci
 def test_how_often_a_step_waits(server: Server) -> None:
-    found = server.run(Cell("waits", cell(server, "chat-full-2").argv))
-    assert found.total(MICRO_BATCH) <= 4
-    assert found.total(STEP) <= 8, (GROUP, found.waits)
+    """In bf16, whose packed rows have a kernel: nothing in a micro-batch, once for the norm and once for the sums of a step."""
+    for stage in (1, 2, 3):
+        # Without an evaluation, after which stage 3 looks at the order of its fetches anew.
+        longer = ("evaluate.at_start=false", "evaluate.every=100", "trainer.max_steps=3")
+        words = [
+            word
+            for word in cell(server, f"bf16-{stage}").argv
+            if not word.startswith(("evaluate.every", "trainer.max"))
+        ]
+        found = server.run(Cell(f"waits-{stage}", (*words, *longer)))
+        assert found.kernels["attention"].endswith("varlen"), found.kernels
+        assert not found.not_allowed()
+        assert found.total(MICRO_BATCH) <= 1, found.waits[-1]
+        assert found.total(STEP) <= 4, found.waits[-1]
+
+
+@pytest.mark.ci
+def test_packed_rows_in_one_kernel_learn_what_they_learn_on_the_cpu(server: Server) -> None:
+    packed = cell(server, "bf16-2")
+    found, expected = server.run(Cell("packed", packed.argv)), server.run(Cell("packed", packed.argv), simulated=False)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-2)
+    assert found.norms == pytest.approx(expected.norms, rel=3e-2)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_size_that_runs_out_of_memory_is_left(server: Server, stage: int) -> None:
+    """With room for two rows the run takes no more, and goes on as if no other size had been tried."""
+    full = cell(server, f"chat-full-{stage}").argv
+    words = [word for word in full if not word.startswith("trainer.micro_batch_size=")]
+    automatic = Cell(f"auto-{stage}", (*words, "trainer.micro_batch_size=auto", "data.packing=false"))
+    found = server.run(automatic, plant="full")
+    assert not found.error and found.rows in (1, 2)  # whichever is faster
+    fixed = Cell(f"fixed-{stage}", (*words, f"trainer.micro_batch_size={found.rows}", "data.packing=false"))
+    expected = server.run(fixed)
+    assert (found.losses, found.norms) == (expected.losses, expected.norms)
+
+
+@pytest.mark.ci
+def test_out_of_memory_is_told_with_what_frees_most(server: Server) -> None:
+    rows = [word for word in cell(server, "chat-full-2").argv if not word.startswith("trainer.micro_batch_size=")]
+    found = server.run(Cell("oom", (*rows, "trainer.micro_batch_size=4")), plant="full")
+    assert found.error.startswith("TrainingFailed: out of memory in training (simulated: out of memory.")
+    for words in (
+        "trainer.micro_batch_size=2",
+        "trainer.activation_checkpointing=true",
+        "zero=stage3",
+        "data.max_length=",
+    ):
+        assert words in found.error

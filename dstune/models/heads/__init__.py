@@ -6,6 +6,16 @@ the weight of a global batch is known to the trainer only.
 
 from __future__ import annotations
 
-from dstune.models.heads.base import Batch, Forward, GlobalBatchHead, Head, HeadOutput, Rows, sums_of
+from dstune.models.heads.base import (
+    Batch,
+    Forward,
+    GlobalBatchHead,
+    Head,
+    HeadOutput,
+    Rows,
+    numbers,
+    on_device,
+    sums_of,
+)
 
-__all__ = ["Batch", "Forward", "GlobalBatchHead", "Head", "HeadOutput", "Rows", "sums_of"]
+__all__ = ["Batch", "Forward", "GlobalBatchHead", "Head", "HeadOutput", "Rows", "numbers", "on_device", "sums_of"]

@@ -46,8 +46,16 @@ class Head(Protocol):
 class Rows(Protocol):
     """How the rows of a language model are handed to it, where not as they are."""
 
-    def own(self, inputs: Batch, labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-        """What this rank's model gets of `inputs`, and the labels of its positions."""
+    whole: bool
+    """Whether this rank has all positions of its rows."""
+
+    def own(
+        self, inputs: Batch, labels: torch.Tensor, boundaries: tuple[torch.Tensor, int] | None = None
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """What this rank's model gets of `inputs`, and the labels of its positions. boundaries: as `boundaries` found them."""
+
+    def boundaries(self, inputs: Batch) -> tuple[torch.Tensor, int] | None:
+        """Where samples begin, where the model is told so by tensors."""
 
     def temporary(self) -> AbstractContextManager[None]:
         """Within, the model takes rows as they are."""
@@ -74,6 +82,20 @@ class GlobalBatchHead(Protocol):
 
     def join(self, parts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """parts: of all micro-batches of all ranks, in the step's order, fillers last."""
+
+
+def numbers(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The values of scalars, exact. Those on a device are read at once: each read waits for all that was started there."""
+    there = [name for name, value in sums.items() if not value.is_cpu]
+    read = torch.stack([sums[name].double() for name in there]).tolist() if there else []
+    values = dict(zip(there, read, strict=True))
+    return {name: values[name] if name in values else float(value) for name, value in sums.items()}
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a batch where the model computes; without waiting for the copies of those in pinned memory. Single numbers
+    are for the host and stay there."""
+    return {name: value.to(device, non_blocking=True) if value.dim() else value for name, value in batch.items()}
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor]:

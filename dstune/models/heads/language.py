@@ -11,7 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, vocabulary_size
-from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, Rows, inputs_of
+from dstune.models.heads.base import IGNORED, Batch, Forward, Head, HeadOutput, Rows, inputs_of
+
+KEPT, TARGETS, STARTS, LONGEST = "kept", "targets", "starts", "longest"
+"""What `CausalLmHead.indexed` adds to a batch."""
+
+
+def indexed(head: Head, batch: Batch) -> dict[str, torch.Tensor]:
+    """See `CausalLmHead.indexed`; batches of other heads stay as they are."""
+    return head.indexed(batch) if isinstance(head, CausalLmHead) else dict(batch)
 
 
 class CausalLmHead:
@@ -29,7 +37,8 @@ class CausalLmHead:
         projection = model.get_output_embeddings()
         assert isinstance(projection, nn.Module), f"{type(model).__name__} has no vocabulary projection"
         self._projection, self._project = projection, projection.forward
-        self._kept: torch.Tensor | None = None
+        self._kept: tuple[torch.Tensor, int] | None = None
+        """Which positions of the rows, end to end, are projected; and how many a row has."""
         self._targets: torch.Tensor | None = None
         self._found: CrossEntropy | None = None
         self._examined = False
@@ -49,9 +58,14 @@ class CausalLmHead:
             self._probe = None
         return self._examined
 
+    @property
+    def examined(self) -> bool:
+        """Whether the loss is computed without whole logits."""
+        return self._examined
+
     def logits(self, forward: Forward, inputs: Mapping[str, Any], kept: torch.Tensor) -> torch.Tensor:
         """Logits of some positions, [positions, vocabulary], in the order of rows. kept: which, bool [rows, sequence]."""
-        self._kept = kept
+        self._kept = _indices(kept).to(inputs["input_ids"].device), kept.shape[1]
         try:
             found: torch.Tensor = forward(**inputs, use_cache=False).logits
         finally:
@@ -67,8 +81,10 @@ class CausalLmHead:
             return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
         if self._kept is None:
             return self._project(hidden)
-        # A trained prompt stands in front of the row; none of its positions has a target.
-        hidden = hidden[functional.pad(self._kept, (hidden.shape[1] - self._kept.shape[1], 0))]
+        kept, width = self._kept
+        if in_front := hidden.shape[1] - width:  # a trained prompt; none of its positions has a target
+            kept = kept + (kept // width + 1) * in_front
+        hidden = hidden.flatten(0, 1).index_select(0, kept)
         if self._targets is None:
             return self._project(hidden)
         self._found = projected_cross_entropy(self._projection, self._project, hidden, self._targets)
@@ -77,18 +93,35 @@ class CausalLmHead:
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows. With `index`
         (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
-        # The label of the next position is the target of this one; the last position has none.
-        labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        inputs = inputs_of(batch)
+        labels, inputs = self.labels_of(batch), inputs_of(batch)
         if self.rows is not None:
-            inputs, labels = self.rows.own(inputs, labels)
-        return self._loss(forward, inputs, labels, by_row="index" in batch)
+            boundaries = (batch[STARTS], int(batch[LONGEST])) if STARTS in batch else None
+            inputs, labels = self.rows.own(inputs, labels, boundaries)
+        return self._loss(forward, inputs, labels, batch)
 
-    def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, *, by_row: bool) -> HeadOutput:
+    def labels_of(self, batch: Batch) -> torch.Tensor:
+        """What each position is to predict: the label of the next one; the last position predicts nothing."""
+        return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+
+    def indexed(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """A batch in host memory with what a device would have to be waited for: which positions have a target, and where
+        samples begin."""
+        if self.rows is not None and not self.rows.whole:
+            return dict(batch)
+        labels = self.labels_of(batch)
+        kept = _kept(labels)
+        more = {KEPT: kept, TARGETS: labels.flatten().index_select(0, kept)}
+        if self.rows is not None and (boundaries := self.rows.boundaries(inputs_of(batch))):
+            starts, longest = boundaries
+            more |= {STARTS: starts, LONGEST: torch.tensor(longest)}
+        return dict(batch) | more
+
+    def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, batch: Batch) -> HeadOutput:
         """labels: what each position of the projected sequence is to predict, [batch, sequence]."""
-        self._kept = labels != IGNORED
-        targets = labels[self._kept]
-        kept, by_row = self._kept, by_row and not torch.is_grad_enabled()
+        kept = batch[KEPT] if KEPT in batch else _kept(labels)
+        targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, kept)
+        by_row = "index" in batch and not torch.is_grad_enabled()
+        self._kept = kept, labels.shape[1]
         self._targets = targets if self._examined and not by_row else None
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
@@ -103,17 +136,25 @@ class CausalLmHead:
         else:
             # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
             loss_sum, correct = output.float(), found.correct
-        rows = _by_row(kept, output, targets) if by_row else {}
+        rows = _by_row(kept // labels.shape[1], len(labels), output, targets) if by_row else {}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
 
 
-def _by_row(kept: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Loss, weight and hits of each row, [batch]. kept: which positions the targets are of, bool [batch, sequence]."""
+def _kept(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions have a target, of all rows end to end."""
+    return _indices(labels != IGNORED)
+
+
+def _indices(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _by_row(row: torch.Tensor, rows: int, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Loss, weight and hits of each row, [rows]. row: which one each target is of."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
     values = {"loss": losses, "weight": torch.ones_like(losses), "correct": logits.argmax(dim=-1) == targets}
-    row = kept.nonzero()[:, 0]
     return {
-        name: torch.zeros(len(kept), device=losses.device).index_add_(0, row, value.float())
+        name: torch.zeros(rows, device=losses.device).index_add_(0, row, value.float())
         for name, value in values.items()
     }
 
@@ -138,4 +179,7 @@ class EncoderDecoderHead(CausalLmHead):
         """batch: input_ids, attention_mask [batch, source], labels [batch, target]."""
         # Padding follows the target, and no position attends to a later one.
         decoder = {"decoder_input_ids": self._shifted(labels=batch["labels"])}
-        return self._loss(forward, inputs_of(batch) | decoder, batch["labels"], by_row="index" in batch)
+        return self._loss(forward, inputs_of(batch) | decoder, batch["labels"], batch)
+
+    def labels_of(self, batch: Batch) -> torch.Tensor:
+        return batch["labels"]

@@ -1,0 +1,284 @@
+"""Attention of rows whose samples lie one behind the other, in one kernel for all of them: what a GPU has in place of a mask of
+all positions with all others.
+
+A kernel gets the rows end to end as one sequence and where each sample begins in it. Which kernel is found out by its
+signature, not by versions: torch's own (2.10 and newer), flash-attn 2 to 4 where installed, else flex attention.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from transformers import PreTrainedModel
+
+from dstune.config.schema import Attention, RunConfig
+from dstune.core.errors import Problem, UserError
+from dstune.models.attention import SpanAttention
+from dstune.models.spans import SPANS, attention_problem, no_mask
+from dstune.protocols import method_of, task_of
+from dstune.zero import accelerator
+
+
+class Boundaries(NamedTuple):
+    """Of samples in rows that are laid end to end; padding between them counts as a sample."""
+
+    starts: torch.Tensor
+    """int32 [samples + 1]: where each begins, and the end of the last."""
+    longest: int
+    """Positions of the longest one."""
+
+
+def boundaries_of(inputs: Mapping[str, torch.Tensor]) -> Boundaries:
+    """inputs: as in `spans.spans_of`. Waits for the device that they are on; the loader calls it while they are on the host."""
+    rows, width = inputs["input_ids"].shape
+    if "position_ids" in inputs:
+        begins = inputs["position_ids"] == 0
+    else:
+        mask = inputs["attention_mask"]
+        begins = torch.zeros(rows, width, dtype=torch.bool, device=mask.device)
+        begins[:, 1:] = mask[:, 1:] != mask[:, :-1]  # padding is behind the tokens
+    begins[:, 0] = True
+    starts = functional.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=rows * width).to(torch.int32)
+    return Boundaries(starts, int(starts.diff().max()))
+
+
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Boundaries, float, "int | None"], torch.Tensor]
+"""(query [positions, heads, size], key, value with heads that divide those of queries, boundaries, scale, window)
+-> [positions, heads, size], causal within each sample."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    """For `environment.json` and `dstune doctor`."""
+    compute: Compute
+
+
+def torch_varlen() -> Kernel | None:
+    """`torch.nn.attention.varlen`, whose arguments have changed with each version since 2.10."""
+    try:
+        varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    known = inspect.signature(varlen_attn).parameters
+
+    def compute(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        boundaries: Boundaries,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        more: dict[str, Any] = {}
+        if "scale" in known:
+            more["scale"] = scale
+        else:
+            query = query * (scale * query.shape[-1] ** 0.5)
+        if "window_size" in known:
+            more["window_size"] = (-1 if window is None else window - 1, 0)
+        else:
+            more["is_causal"] = True
+        if "enable_gqa" in known:
+            more["enable_gqa"] = query.shape[1] != key.shape[1]
+        elif query.shape[1] != key.shape[1]:
+            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        starts, longest = boundaries
+        output: torch.Tensor = varlen_attn(query, key, value, starts, starts, longest, longest, **more)
+        return output
+
+    needs_window = "window_size" not in known
+    return Kernel(f"torch {torch.__version__.partition('+')[0]} varlen", _refuses_windows(compute, needs_window))
+
+
+FLASH = (
+    ("flash-attn 4", "flash_attn.cute"),
+    ("flash-attn 3", "flash_attn_interface"),
+    ("flash-attn 2", "flash_attn"),
+)
+
+
+def flash_attn() -> Kernel | None:
+    """The newest flash-attn that is installed and fits this device."""
+    major = (accelerator.capability() or (0, 0))[0]
+    for name, module in FLASH:
+        if (module == "flash_attn_interface" and major != 9) or (module == "flash_attn.cute" and major < 9):
+            continue
+        try:
+            function = importlib.import_module(module).flash_attn_varlen_func
+        except Exception:  # one that is built for another torch raises whatever it likes
+            continue
+        return Kernel(name, _flash(function))
+    return None
+
+
+def _flash(function: Callable[..., Any]) -> Compute:
+    known = inspect.signature(function).parameters
+    unlimited = None if "None" in str(getattr(known.get("window_size"), "default", "")) else -1
+
+    def compute(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        boundaries: Boundaries,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        more: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+        if window is not None:
+            more["window_size"] = (window - 1, 0)
+        elif "window_size" in known:
+            more["window_size"] = (unlimited, unlimited)
+        if "deterministic" in known:
+            more["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        starts, longest = boundaries
+        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        lengths = {name: value for name, value in lengths.items() if name in known}
+        output = function(query, key, value, **lengths, **more)
+        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    return _refuses_windows(compute, "window_size" not in known)
+
+
+def flex() -> Kernel | None:
+    """Flex attention, compiled where there is a compiler for the device; its mask is made anew for each micro-batch."""
+    try:
+        module = importlib.import_module("torch.nn.attention.flex_attention")
+        attention, make_mask = module.flex_attention, module.create_block_mask
+    except (ImportError, AttributeError):
+        return None
+    if accelerator.present():
+        attention, make_mask = torch.compile(attention, dynamic=True), torch.compile(make_mask, dynamic=True)
+    made: dict[Any, Any] = {}
+
+    def compute(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        boundaries: Boundaries,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        length = len(query)
+        known = made.get(window)
+        if known is None or known[0] is not boundaries.starts:
+            places = torch.arange(length, device=query.device)
+            sample = torch.bucketize(places, boundaries.starts, right=True)
+
+            def seen(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+                inside = (sample[q] == sample[k]) & (k <= q)
+                return inside if window is None else inside & (q - k < window)
+
+            mask = make_mask(seen, None, None, length, length, device=str(query.device))
+            known = made[window] = (boundaries.starts, mask)
+        states = (part.transpose(0, 1)[None] for part in (query, key, value))
+        groups = query.shape[1] != key.shape[1]
+        output: torch.Tensor = attention(*states, block_mask=known[1], scale=scale, enable_gqa=groups)
+        return output[0].transpose(0, 1)
+
+    return Kernel("flex attention", compute)
+
+
+def _refuses_windows(compute: Compute, refuses: bool) -> Compute:
+    def checked(*args: Any) -> torch.Tensor:
+        if refuses and args[5] is not None:
+            reason = "the kernel for packed rows that is installed here knows no sliding window"
+            raise UserError(Problem("model.attention", reason, "a newer torch, or model.attention=sdpa"))
+        return compute(*args)
+
+    return checked
+
+
+def kernels() -> Iterator[Kernel]:
+    """Those that this machine can run, best first. Flash kernels want the tensor cores of Ampere and newer."""
+    capability = accelerator.capability()
+    if capability is not None and capability >= (8, 0):
+        yield from filter(None, (torch_varlen(), flash_attn()))
+    if accelerator.present():
+        yield from filter(None, (flex(),))
+
+
+SIZES = 8
+"""Flash kernels take heads whose size is a multiple of this; others are filled up with zeros."""
+
+
+class PackedAttention(SpanAttention):
+    """What the head of a language model tells its attention of the samples in a row, for one kernel."""
+
+    NAME = "dstune_packed"
+
+    def __init__(self, model: PreTrainedModel, kernel: Kernel, requested: str = Attention.auto.value):
+        self.kernel, self._requested = kernel, requested
+        self.install(model)
+
+    @classmethod
+    def of(cls, config: RunConfig, model: PreTrainedModel) -> PackedAttention | None:
+        """Where an accelerator has a kernel for the rows of this run, else None."""
+        requested = config.model.attention
+        if requested not in (Attention.auto, Attention.flash_attention_2) or not accelerator.present():
+            return None
+        if not task_of(config.task).language or model.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+        if dropout or method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model):
+            return None
+        found = flash_attn() if requested is Attention.flash_attention_2 else None
+        found = found or next(kernels(), None)
+        return None if found is None else cls(model, found, requested.value)
+
+    def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> Boundaries:
+        return boundaries_of(inputs)
+
+    def own(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        boundaries: tuple[torch.Tensor, int] | None = None,
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The model's inputs and the labels. boundaries: as the loader has made them."""
+        spans = boundaries_of(inputs) if boundaries is None else Boundaries(*boundaries)
+        own = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
+        if "position_ids" not in inputs:
+            rows, width = labels.shape
+            own["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
+        return own, labels
+
+    def refuse(self, reason: str) -> str:
+        """Let the model attend as it was loaded from now on; what to tell of it."""
+        self._model.set_attn_implementation(self._before)
+        return (
+            f"model.attention={self._requested}: {self._before}, since rows have other logits than their samples alone by"
+            f" {self.kernel.name} ({reason})"
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spans: Any,
+        *,
+        dropout: float,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        rows, _, positions, size = query.shape
+        of_value = value.shape[-1]
+        states = [_flat(states, max(size, of_value)) for states in (query, key, value)]
+        states = [part.to(self._model.dtype) for part in states]  # peft may leave norms in fp32
+        output = self.kernel.compute(*states, spans, scale, window)[..., :of_value].to(query.dtype)
+        return output.view(rows, positions, -1, of_value).transpose(1, 2)
+
+
+def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
+    """[rows, heads, positions, size] -> [rows * positions, heads, size rounded up]."""
+    flat = states.transpose(1, 2).flatten(0, 1)
+    missing = -(-size // SIZES) * SIZES - states.shape[-1]
+    return functional.pad(flat, (0, missing)) if missing else flat

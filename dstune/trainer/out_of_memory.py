@@ -1,0 +1,70 @@
+"""A device that has no room left: a message that names what frees most, in place of torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from dstune.config.schema import Automatic, Offload, OptimizerOffload, RunConfig, stage_of
+from dstune.core.errors import TrainingFailed, UserError
+from dstune.planning.architecture import architecture
+from dstune.planning.hardware import GIB
+from dstune.planning.memory import memory
+from dstune.planning.setup import head_of, labels_of, setup
+from dstune.protocols import method_of
+from dstune.zero import accelerator
+
+
+def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """What of a run can be changed to take less memory, as overrides, and the run with it."""
+    trainer, zero, rows = config.trainer, config.zero, config.trainer.rows
+    if rows > 1:
+        half = replace(trainer, micro_batch_size=rows // 2)
+        yield f"trainer.micro_batch_size={rows // 2}", replace(config, trainer=half)
+    if not trainer.activation_checkpointing:
+        again = replace(trainer, activation_checkpointing=True)
+        yield "trainer.activation_checkpointing=true", replace(config, trainer=again)
+    if (stage := stage_of(zero)) < 3:
+        yield f"zero=stage{stage + 1}", replace(config, zero=replace(zero, stage=stage + 1))
+    elif zero.offload_optimizer is OptimizerOffload.none:
+        moved = replace(zero, offload_optimizer=OptimizerOffload.cpu, offload_param=Offload.cpu)
+        yield "zero=stage3_offload", replace(config, zero=moved)
+    shorter = config.data.max_length // 2
+    yield f"data.max_length={shorter}", replace(config, data=replace(config.data, max_length=shorter))
+
+
+def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int, ranks_per_node: int) -> list[str]:
+    """Overrides in the order of what they free by the plan; empty where the planner does not know the model. values: its
+    `config.json`."""
+
+    def total(run: RunConfig) -> float:
+        model = architecture(values, head_of(run), labels_of(run))
+        more = {"ranks": ranks, "ranks_per_node": ranks_per_node, "on_gpu": accelerator.present()}
+        return memory(setup(run, model, precision=precision, values=values, **more)).total / GIB
+
+    try:
+        now = total(config)
+        freed = [(now - total(run), words) for words, run in alternatives(config)]
+    except (UserError, AttributeError, LookupError, TypeError, ValueError):
+        return []
+    if not method_of(config.method).adapter:
+        freed.append((0.0, "method=lora"))
+    freed.sort(key=lambda one: -one[0])
+    return [f"{words} ({gib:.1f} GiB less)" if gib > 0.05 else words for gib, words in freed if gib >= 0]
+
+
+@contextmanager
+def explained(place: Callable[[], str], advise: Callable[[], list[str]]) -> Iterator[None]:
+    """Raises TrainingFailed in place of what torch raises where memory ran out within. place: what was going on."""
+    try:
+        yield
+    except Exception as error:
+        if not accelerator.out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fixes = advise()
+        fix = ", ".join(fixes) or "a smaller trainer.micro_batch_size or data.max_length, or a higher zero.stage"
+        report = f"out of memory in {place()} ({first}). By the plan, most first: {fix}"
+        raise TrainingFailed(f"{report}. `trainer.micro_batch_size={Automatic.auto.value}` finds what fits.") from error

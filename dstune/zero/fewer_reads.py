@@ -1,0 +1,73 @@
+"""DeepSpeed reads the norm of a step's gradient again for every group of the optimizer, and the host waits for the device each
+time. Here it is read once a step, and what says "not a number" is written without a copy from the host.
+
+What is computed is the same to the bit. The functions are replaced in DeepSpeed's modules where they are called; a version that
+has other ones is left as it is, and waits more often (`tests/placement` counts).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MODULES = ("zero.stage_1_and_2", "zero.stage3", "bf16_optimizer", "utils")
+
+
+class NormReads:
+    """The norm that was read last, in this step."""
+
+    def __init__(self) -> None:
+        self._of: torch.Tensor | None = None
+        self._version = 0
+        self._value: float | None = None
+
+    def begin_step(self) -> None:
+        self._of = self._value = None
+
+    def value(self, norm: torch.Tensor) -> float:
+        if self._of is not norm or self._version != norm._version:
+            self._of, self._version, self._value = norm, norm._version, float(norm)
+        assert self._value is not None
+        return self._value
+
+    @property
+    def last(self) -> float | None:
+        """What was read since `begin_step`, if anything."""
+        return self._value
+
+
+reads = NormReads()
+
+
+def install() -> None:
+    """Replace both functions wherever DeepSpeed looks them up. Does nothing the second time."""
+    from deepspeed.runtime import utils
+
+    theirs = {name: getattr(utils, name, None) for name in OWN}
+    if None in theirs.values() or theirs["is_invalid_grad_norm"] is is_invalid_grad_norm:
+        return
+    for path in MODULES:
+        module = importlib.import_module(f"deepspeed.runtime.{path}")
+        for name, function in OWN.items():
+            if getattr(module, name, None) is theirs[name]:
+                setattr(module, name, function)
+
+
+def is_invalid_grad_norm(norm: Any) -> bool:
+    if isinstance(norm, torch.Tensor) and norm.dim():
+        return bool((~torch.isfinite(norm) | (norm < 0)).any())
+    value = reads.value(norm) if isinstance(norm, torch.Tensor) else float(norm)
+    return not math.isfinite(value) or value < 0
+
+
+def mask_nan_or_inf_with_val_inplace(input: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    input.masked_fill_(~torch.isfinite(input), -1.0)
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    one.__name__: one for one in (is_invalid_grad_norm, mask_nan_or_inf_with_val_inplace)
+}

@@ -1,0 +1,64 @@
+"""`make gpu-report` rehearsed: every part runs through on the simulated device and leaves a report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_cases, gpu_report
+
+ROOT = Path(__file__).parents[2]
+NEEDS_A_DEVICE = {"half", "resume", "offload", "qlora", "trl", "nccl", "ranks", "ulysses", "tensor"}
+"""Cases that say on a simulated device why they measure nothing."""
+
+
+def test_every_case_is_in_one_part() -> None:
+    named = [name for part in gpu_report.PARTS.values() for name in part]
+    assert sorted(named) == sorted(set(named)) == sorted(gpu_cases.CASES)
+    assert all(sum(part.values()) <= 540 for part in gpu_report.PARTS.values())
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("part", gpu_report.PARTS)
+def test_a_part_on_the_simulated_device(tmp_path: Path, part: int) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_report.py"), str(part), "--simulate", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    lines = [json.loads(line) for line in (tmp_path / "out" / f"part-{part}.jsonl").read_text().splitlines()]
+    assert [line["case"] for line in lines] == list(gpu_report.PARTS[part])
+    wrong = [(line["case"], line["outcome"], line.get("last_lines")) for line in lines if line["outcome"] != "ok"]
+    assert not wrong and done.returncode == 0, (wrong, done.stderr[-2000:])
+    for line in lines:
+        rows = line["rows"][1:]
+        assert rows, line["case"]
+        failed = [row["failed"] for row in rows if "failed" in row and row.get("way") is None]
+        assert bool(failed) == (line["case"] in NEEDS_A_DEVICE) or line["case"] == "out_of_memory", (
+            line["case"],
+            failed,
+        )
+    report = (tmp_path / "out" / f"part-{part}.md").read_text()
+    assert report.startswith(f"### dstune on a GPU, part {part}: simulated accelerator (8 GiB) (a rehearsal)")
+    assert all(f"**{name}**: ok" in report for name in gpu_report.PARTS[part])
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second case of a part is over its limit: the first one stays, and is not run again."""
+    ran: list[str] = []
+
+    def run_case(name: str, seconds: float, out: Path, options: object) -> dict[str, object]:
+        ran.append(name)
+        outcome = "ok" if name != "attention" else "over its 1 s"
+        rows = [{"machine": "H100"}, {"ms": 1.25}] if name == "losses" else []
+        return {"case": name, "seconds": 1, "outcome": outcome, "rows": rows, "versions": gpu_report.versions()}
+
+    monkeypatch.setattr(gpu_report, "run_case", run_case)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "1", "--out", str(tmp_path)])
+    assert gpu_report.main() == 1
+    assert ran == list(gpu_report.PARTS[1])
+    assert gpu_report.main() == 1
+    assert ran[3:] == ["attention"]
+    report = (tmp_path / "part-1.md").read_text()
+    assert "part 1: H100" in report and "| 1.25 |" in report and "**attention**: over its 1 s" in report

@@ -1,0 +1,184 @@
+"""What is asked of the accelerator: precision, the device of a rank, memory; on stand-ins for devices that are not here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.configs import run_config
+
+from dstune.config.schema import GradientDtype, Precision, TrainerConfig, ZeroConfig
+from dstune.core.errors import TrainingFailed, UserError
+from dstune.core.rank_env import RankEnv
+from dstune.planning.architecture import architecture
+from dstune.planning.setup import LIVE, PREFETCH, prefetch
+from dstune.trainer import out_of_memory
+from dstune.zero import accelerator, fewer_reads, precision, start
+from dstune.zero.ds_config import deepspeed_config
+
+
+def device(monkeypatch, *, bf16: bool, capability: tuple[int, int] | None, count: int = 1) -> None:
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    monkeypatch.setattr(accelerator, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(accelerator, "capability", lambda: capability)
+    monkeypatch.setattr(accelerator, "count", lambda: count)
+    monkeypatch.setattr(accelerator, "name", lambda index=None: "Tesla V100")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capability", "stage", "expected"),
+    [
+        (True, (9, 0), 2, Precision.bf16),
+        (True, (9, 0), 0, Precision.fp32),
+        (False, (7, 0), 2, Precision.fp16),
+        (False, (7, 5), 3, Precision.fp16),
+        (False, (7, 5), 0, Precision.fp32),
+        (False, (6, 1), 2, Precision.fp32),
+        (True, None, 1, Precision.bf16),
+    ],
+)
+def test_auto_is_what_the_tensor_cores_know(monkeypatch, bf16, capability, stage, expected):
+    device(monkeypatch, bf16=bf16, capability=capability)
+    assert precision.resolve(run_config(zero=ZeroConfig(stage=stage))) is expected
+
+
+def test_bf16_is_refused_where_it_is_emulated(monkeypatch):
+    device(monkeypatch, bf16=False, capability=(7, 0))
+    config = run_config(trainer=TrainerConfig(precision=Precision.bf16))
+    with pytest.raises(UserError, match="Tesla V100 has no bf16"):
+        precision.resolve(config)
+
+
+@pytest.mark.parametrize(("visible", "rank", "expected"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (2, 3, None)])
+def test_a_rank_takes_its_own_device_or_the_only_one_that_it_is_shown(monkeypatch, visible, rank, expected):
+    device(monkeypatch, bf16=True, capability=(9, 0), count=visible)
+    env = RankEnv(rank, 4, rank, 4, "openmpi")
+    if expected is None:
+        with pytest.raises(UserError, match=r"shows 2 GPU\(s\)"):
+            start._device_of(env)
+    else:
+        assert start._device_of(env) == expected
+
+
+def test_ranks_that_share_a_device_are_refused():
+    def world(identities):
+        return SimpleNamespace(gather=lambda mine: identities, local_size=2)
+
+    start.refuse_shared_devices(world([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")]), "GPU-1")
+    start.refuse_shared_devices(world([("a", ""), ("a", "")]), "")
+    with pytest.raises(UserError, match=r"ranks 0, 1 of a see one GPU, MIG-7"):
+        start.refuse_shared_devices(world([("a", "MIG-7"), ("a", "MIG-7")]), "MIG-7")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "expected"),
+    [
+        ({}, "cuda", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "cuda", {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "cuda", {}),
+        ({}, "xpu", {}),
+    ],
+)
+def test_the_allocator_grows_its_segments_unless_the_user_has_set_it(monkeypatch, given, kind, expected):
+    monkeypatch.setattr(accelerator, "kind", lambda: kind)
+    variables = dict(given)
+    start.use_expandable_segments(variables)
+    assert variables == given | expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "on_gpu", "dtype", "accumulates", "immediate"),
+    [
+        (1, True, GradientDtype.fp32, "fp32", True),
+        (1, False, GradientDtype.fp32, "fp32", None),
+        (2, True, GradientDtype.fp32, "fp32", None),
+        (1, True, GradientDtype.model, "bf16", None),
+        (2, True, GradientDtype.model, "bf16", None),
+    ],
+)
+def test_where_gradients_are_summed(stage, on_gpu, dtype, accumulates, immediate):
+    config = run_config(zero=ZeroConfig(stage=stage, gradient_dtype=dtype))
+    settings = deepspeed_config(config, 2, Precision.bf16, on_gpu=on_gpu)
+    assert settings["data_types"]["grad_accum_dtype"] == accumulates
+    assert settings["bf16"].get("immediate_grad_update") is immediate
+
+
+LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
+SIZES = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "layer", "embeddings"),
+    [
+        ("1B", 60_821_504, 525_338_624),
+        ("8B", 218_112_000, 1_050_677_248),
+        ("70B", 855_654_400, 2_101_354_496),
+    ],
+)
+def test_stage_3_gathers_a_layer_ahead_and_holds_three(size, layer, embeddings):
+    """Elements of a layer (attention, feed-forward, two norms) and outside of layers, by hand."""
+    found = prefetch(architecture(LLAMA | SIZES[size]))
+    assert found == (max(PREFETCH, layer), max(LIVE, 3 * layer + embeddings))
+    config = run_config(zero=ZeroConfig(stage=3))
+    zero = deepspeed_config(config, 8, Precision.bf16, on_gpu=True, prefetch=found)["zero_optimization"]
+    assert (zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]) == found
+    for other in (
+        deepspeed_config(config, 8, Precision.bf16, on_gpu=False, prefetch=found),
+        deepspeed_config(replace(config, zero=ZeroConfig(stage=2)), 8, Precision.bf16, on_gpu=True, prefetch=found),
+    ):
+        assert "stage3_prefetch_bucket_size" not in other["zero_optimization"]
+
+
+def test_memory_that_runs_out_names_keys_in_the_order_of_what_they_free(monkeypatch):
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    config = run_config(trainer=TrainerConfig(micro_batch_size=8, global_batch_size=16), zero=ZeroConfig(stage=2))
+    found = out_of_memory.advice(config, LLAMA | SIZES["1B"], Precision.bf16, 8, 8)
+    freed = [float(text.partition("(")[2].partition(" ")[0]) for text in found if "(" in text]
+    assert len(found) == 5 and freed == sorted(freed, reverse=True) and freed[0] > 1
+    assert {text.partition("=")[0] for text in found} == {
+        "trainer.micro_batch_size", "trainer.activation_checkpointing", "zero", "data.max_length", "method",
+    }  # fmt: skip
+    with (
+        pytest.raises(TrainingFailed, match=r"out of memory in training \(CUDA out of memory.*most first: a, b\."),
+        out_of_memory.explained(lambda: "training", lambda: ["a", "b"]),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory.explained(lambda: "", list):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_a_norm_is_read_once(monkeypatch):
+    reads = fewer_reads.NormReads()
+    monkeypatch.setattr(fewer_reads, "reads", reads)
+    norm = torch.tensor(3.0)
+    assert not fewer_reads.is_invalid_grad_norm(norm) and reads.last == 3.0
+    reads._value = 4.0  # what was read is remembered ...
+    assert not fewer_reads.is_invalid_grad_norm(norm) and reads.last == 4.0
+    norm.fill_(-1.0)  # ... until the norm is another
+    assert fewer_reads.is_invalid_grad_norm(norm) and reads.last == -1.0
+    reads.begin_step()
+    assert reads.last is None
+    for value in (float("inf"), float("nan"), -1.0):
+        assert fewer_reads.is_invalid_grad_norm(torch.tensor(value)) and fewer_reads.is_invalid_grad_norm(value)
+        masked = torch.tensor(value)
+        fewer_reads.mask_nan_or_inf_with_val_inplace(masked)
+        assert float(masked) == -1.0
+    assert fewer_reads.is_invalid_grad_norm(torch.tensor([1.0, -1.0]))
+
+
+def test_deepspeed_looks_both_functions_up_where_they_are_replaced():
+    """Also a warning of a version that has moved them: every step would wait more often."""
+    fewer_reads.install()
+    for name in fewer_reads.MODULES:
+        module = sys.modules[f"deepspeed.runtime.{name}"]
+        assert module.is_invalid_grad_norm is fewer_reads.is_invalid_grad_norm, name
+    assert sys.modules["deepspeed.runtime.zero.stage_1_and_2"].mask_nan_or_inf_with_val_inplace is (
+        fewer_reads.mask_nan_or_inf_with_val_inplace
+    )
