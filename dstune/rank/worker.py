@@ -20,7 +20,7 @@ from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.compose import Composed, read_decided, write_run
 from dstune.config.convert import format_value
-from dstune.config.schema import Precision, RunConfig
+from dstune.config.schema import Precision, RunConfig, stage_of
 from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World
 from dstune.core.errors import EXIT_DONE, DstuneError, Preempted, Problem, UserError, from_json, to_json
@@ -121,7 +121,7 @@ class Setup:
         parallel = parallelism_of(config.parallel)
         self.cut = SequenceCut.of(parallel.row_ranks, world)
         self.shards = Slices.of(parallel.weight_ranks, world)
-        prefetch = prefetch_of(config) if self.on_gpu and config.zero.stage == 3 else None
+        prefetch = prefetch_of(config) if self.on_gpu and stage_of(config.zero) == 3 else None
         self.deepspeed = deepspeed_config(config, world.size, self.precision, on_gpu=self.on_gpu, prefetch=prefetch)
         if config.trainer.tf32 and self.on_gpu:
             torch.set_float32_matmul_precision("high")

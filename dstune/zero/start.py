@@ -93,8 +93,8 @@ def _device_of(env: RankEnv) -> int:
 def refuse_shared_devices(world: World, identity: str) -> None:
     """Raises UserError on all ranks where two of a node are on the same device, which NCCL does not take."""
     places: dict[tuple[str, str], list[int]] = {}
-    for rank, place in enumerate(world.gather((environment.host(), identity))):
-        places.setdefault(place, []).append(rank)
+    for rank, (host, device) in enumerate(world.gather([environment.host(), identity])):
+        places.setdefault((host, device), []).append(rank)
     shared = [(place, ranks) for place, ranks in places.items() if place[1] and len(ranks) > 1]
     if shared:
         (host, device), ranks = shared[0]
