@@ -394,7 +394,14 @@ def _patch_torch() -> None:
     ) -> torch.Tensor:
         return tensor(values, device=like.device if device is None else device, dtype=dtype or like.dtype, **kwargs)
 
-    torch.tensor = tensor
+    make_eye = torch.eye
+
+    def eye(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        """torch makes an empty one and lets it grow, which a wrapper cannot."""
+        made = make_eye(*args, **kwargs)
+        return made if device is None or torch.device(device).type != NAME else SimulatedTensor(made)
+
+    torch.tensor, torch.eye = tensor, eye
     torch.Tensor.new_tensor = new_tensor  # type: ignore[method-assign, assignment]
     torch.Tensor.tolist = tolist  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda tensor, *unused: tensor  # type: ignore[method-assign, assignment]
@@ -442,3 +449,8 @@ def _tell_deepspeed() -> None:
         LongTensor = property(lambda self: self._of(torch.int64))
 
     set_accelerator(Accelerator())
+    # What `zero.Init` puts back when it is left.
+    from deepspeed.runtime.zero import partition_parameters
+
+    partition_parameters._orig_torch_tensor = torch.tensor
+    partition_parameters._orig_torch_eye = torch.eye
