@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dstune.chat_templates import packaged_for
+from dstune.chat_templates import packaged_for, template_path
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.probe import SWITCHES, Facts, facts_of, learn_stops, reasoning_of, takes_parts
@@ -292,17 +292,24 @@ class ChatRenderer:
         found = []
         if prompt.rstrip().endswith("<think>") and not _thinks(messages[-1]):
             found.append("the prompt asks for reasoning, which this turn does not have")
+        own = self._template
         tried = {
-            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} mends it": (messages, {name: value})
+            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} mends it": (own, messages, {name: value})
             for name in SWITCHES
             for value in (True, False)
-            if name in self._template.source(tools)
+            if name in own.source(tools)
         }
-        tried["task.reasoning=drop mends it"] = ([_without_reasoning(message) for message in messages], {})
-        for fix, (changed, given) in tried.items():
+        if any(map(_thinks, messages)):
+            dropped = [_without_reasoning(message) for message in messages]
+            tried["task.reasoning=drop mends it"] = (own, dropped, {})
+        if self._packaged is not None:
+            text = template_path(self._packaged).read_text(encoding="utf-8")
+            packaged = ChatTemplate(self._tokenizer, self.date, own.arguments, text)
+            tried[f"model.chat_template={self._packaged} mends it"] = (packaged, messages, {})
+        for fix, (template, changed, given) in tried.items():
             try:
                 begin, whole = (
-                    self._template.text(of, tools=tools, arguments={**arguments, **given}, prompt=asks)
+                    template.text(of, tools=tools, arguments={**arguments, **given}, prompt=asks)
                     for of, asks in ((changed[:-1], True), (changed, False))
                 )
             except RenderError:

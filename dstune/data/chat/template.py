@@ -52,13 +52,16 @@ class ChatTemplate:
     """The template of a tokenizer (of transformers); picklable.
 
     date: what the template takes for today. arguments: of the run, given to the template with every conversation.
+    text: another template than the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Any, date: str | None, arguments: Mapping[str, Any] | None = None):
+    def __init__(
+        self, tokenizer: Any, date: str | None, arguments: Mapping[str, Any] | None = None, text: str | None = None
+    ):
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self.date = date
-        self._sources: dict[bool, str] = {}
+        self._sources = {} if text is None else dict.fromkeys((False, True), freeze_date(text, date))
         self._slow_rows = 0
 
     def source(self, tools: Tools | None) -> str:
