@@ -324,6 +324,7 @@ OWN = {
     "qwen3_instruct_2507": "chatml",
     "deepseek_r1_distill": "deepseek_r1",
     "gemma3": "gemma",
+    "gemma4_v5": "gemma4",
     "gptoss": "gpt_oss",
     "llama3": "llama3",
     "llama3_1": "llama3",

@@ -31,6 +31,7 @@ CONTROL_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "deepseek_r1": ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "gemma4": ("<|turn>", "<turn|>", "<|tool_response>"),
     "gpt_oss": ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),

@@ -107,8 +107,8 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, signed=True)
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
-    """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `deepseek_r1`, `gemma`, `gpt_oss`, `llama3`,
-    `mistral`, `mistral_tekken`, `phi4`."""
+    """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `deepseek_r1`, `gemma`, `gemma4`, `gpt_oss`,
+    `llama3`, `mistral`, `mistral_tekken`, `phi4`."""
     prompt_template: str | None = None
     """Plain text around questions and answers, for a base model without a chat template: `alpaca`, `llama2` or `vicuna`."""
     add_tokens: list[str] = setting([])

@@ -52,6 +52,8 @@ RENDERED = {
     "for every message.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>Hi<|end|>"
     "<|start|>assistant<|channel|>final<|message|>Yes.<|end|><|start|>user<|message|>And?<|end|>"
     "<|start|>assistant<|channel|>final<|message|>No.<|return|>",
+    "gemma4": "<s><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nYes.<turn|>\n"
+    "<|turn>user\nAnd?<turn|>\n<|turn>model\nNo.<turn|>\n",
     "alpaca": "<s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYes.</s>\n\n### Instruction:\nAnd?\n\n### Response:\nNo.</s>",
     "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes. </s><s>[INST] And? [/INST] No. </s>",
     "vicuna": "<s>Be brief. USER: Hi ASSISTANT: Yes.</s>USER: And? ASSISTANT: No.</s>",
@@ -63,6 +65,7 @@ MARKERS = {
     "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
     "mistral_tekken": ("<s>", "</s>", "[INST]", "[/INST]"),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+    "gemma4": ("<|tool_response>", "<|turn>", "<turn|>"),
     "alpaca": ("<s>", "</s>"),
     "llama2": ("<s>", "</s>"),
     "vicuna": ("<s>", "</s>"),
@@ -185,7 +188,7 @@ def test_a_template_that_is_neither_a_name_nor_a_file_is_refused(tmp_path):
         resolve_run(run_config(model=model, data=DataConfig(train=str(rows))))
 
     resolved("llama3")
-    with pytest.raises(UserError, match="chatml, deepseek_r1, gemma, gpt_oss, llama3"):
+    with pytest.raises(UserError, match="chatml, deepseek_r1, gemma, gemma4, gpt_oss, llama3"):
         resolved("lama3")
 
 
@@ -226,6 +229,9 @@ REASONED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
         ("llama3", "llama3", MESSAGES, None),
         ("llama3", "llama3_1", WITH_TOOLS, TOOLS),
         ("gemma", "gemma3", MESSAGES, None),
+        ("gemma4", "gemma4_v5", MESSAGES, None),
+        ("gemma4", "gemma4_v5", WITH_TOOLS, TOOLS),
+        ("gemma4", "gemma4_v5", REASONED, None),
         ("gpt_oss", "gptoss", MESSAGES, None),
         ("gpt_oss", "gptoss", WITH_TOOLS, TOOLS),
         ("gpt_oss", "gptoss", REASONED, None),
