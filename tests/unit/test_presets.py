@@ -256,6 +256,42 @@ def test_a_packaged_template_is_the_family_s_own(name, family, messages, tools):
         assert found == expected
 
 
+NESTED = {
+    "type": "object",
+    "properties": {
+        "tags": {"type": "array", "items": {"type": "string"}, "description": "some"},
+        "any": {"type": "array"},
+        "unit": {"type": "string", "enum": ["C", "F"], "description": "which"},
+        "place": {
+            "type": "object",
+            "properties": {"x": {"type": "number"}, "y": {"type": "boolean"}},
+            "required": ["x"],
+        },
+        "days": {"type": "integer", "default": 3},
+    },
+    "required": ["unit"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("gpt_oss", "gptoss"), ("gemma4", "gemma4_v5"), ("chatml", "qwen3_instruct_2507"), ("llama3", "llama3_1")],
+)
+def test_what_tools_take_is_written_as_the_family_writes_it(name, family):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    ours = tokenizer(name)
+    given = {"bos_token": "<|begin_of_text|>"} if name == "llama3" else {}
+    tools = [{"type": "function", "function": {"name": "f", "description": "Does", "parameters": NESTED}}, *TOOLS]
+    found, expected = (
+        ours.apply_chat_template(
+            MESSAGES[1:2], chat_template=of, tools=tools, add_generation_prompt=True, return_dict=False, **given
+        )
+        for of in (None, (folder / f"{family}.jinja").read_text(encoding="utf-8"))
+    )
+    assert ours.decode(found) == ours.decode(expected)
+    assert found == expected
+
+
 def test_a_family_that_shows_the_prompt_alone_has_the_context_of_ours():
     """DeepSeek R1's own template drops the reasoning of every turn; what it prompts with is what ours trains behind."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
