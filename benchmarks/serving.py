@@ -74,7 +74,13 @@ async def run_gateway(folder: Path) -> None:
     listening.bind(("127.0.0.1", 0))
     listening.listen(2048)
     config = uvicorn.Config(
-        gateway, lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=10
+        gateway,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=10,
     )
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     (folder / "gateway.json").write_text(json.dumps({"url": address, "key": key}))

@@ -254,6 +254,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=arguments.drain_seconds,
         h11_max_incomplete_event_size=65536,
