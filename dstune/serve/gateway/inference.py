@@ -86,7 +86,12 @@ class Inference:
             if not working.done():
                 raise ClientGone
             working.result()
-        except (httpx2.HTTPError, OSError) as error:
+        except (ApiError, ClientGone, SlowReader):
+            raise
+        except Exception as error:
+            # The engine's connections may be closed at any moment, since it is being stopped.
+            if not (isinstance(error, httpx2.HTTPError | OSError) or client.is_closed):
+                raise
             if request.status:  # the answer has begun: it is cut, so that nobody takes it for complete
                 raise SlowReader from error
             raise ApiError(503, "The engine has ended.", code="engine_down", headers={"retry-after": "5"}) from None
