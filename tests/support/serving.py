@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ import httpx2
 import uvicorn
 
 from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
-from dstune.serve.engines.base import LIMITS, TIMEOUT, Engine, EngineDown
+from dstune.serve.engines.base import LIMITS, TIMEOUT, Command, Engine, EngineDown
 from dstune.serve.engines.base import Limits as EngineLimits
 from dstune.serve.engines.local.engine import CHAT, COMPLETION, OF_TASK
 from dstune.serve.engines.vllm import RESPONSE
@@ -150,6 +153,28 @@ class StubEngine(Engine):
         return
 
 
+@dataclass
+class ProcessEngine(StubEngine):
+    """The same in a process of its own, started and watched as a real engine is."""
+
+    starts_process: ClassVar[bool] = True
+    seconds: float = 0.0
+
+    def command(self, folder: Path) -> Command:
+        argv = [sys.executable, "-m", "tests.support.stub_process", str(folder / "http"), str(self.seconds)]
+        return Command(argv, os.environ, "http://engine", str(folder / "http"))
+
+    async def start(self) -> None:
+        await Engine.start(self)
+        self.dtype = "float32"
+
+    def alive(self) -> bool:
+        return Engine.alive(self)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        await Engine.load_adapter(self, name, folder)
+
+
 def stub_source(name: str, **changes: Any) -> Source:
     given: dict[str, Any] = {"folder": None, "path": name, "task": "chat", "generates": True, "serves": ()}
     return Source(**{"name": name, "adapter": False, "base": name, **given, **changes})
@@ -185,14 +210,20 @@ async def served(
     seconds: float = 0.0,
     log: RequestLog | None = None,
     routes: Mapping[str, frozenset[str]] | None = None,
+    process: bool = False,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     os.chmod(folder, 0o700)
     app, database = StubApp(seconds), Database.of_folder(folder)
     async with listening(app) as engine_url:
-        engine = lambda source, base: StubEngine(  # noqa: E731
-            source, base, folder, folder, EngineLimits(), url=engine_url, own_routes=routes
-        )
+        short = Path(tempfile.mkdtemp(prefix="dstune-test-"))
+
+        def engine(source: Source, base: str) -> StubEngine:
+            place = (source, base, folder, short, EngineLimits(start_seconds=60))
+            if process:
+                return ProcessEngine(*place, own_routes=routes, seconds=seconds)
+            return StubEngine(*place, url=engine_url, own_routes=routes)
+
         fleet = Fleet(engine)
         await fleet.start([stub_source(name) for name in names])
         recorder = Recorder(database, log)
@@ -210,6 +241,7 @@ async def served(
         await recorder.stop()
         await fleet.stop()
         database.close()
+        shutil.rmtree(short)
 
 
 def chat(text: str = "hello there", **changes: Any) -> dict[str, Any]:
