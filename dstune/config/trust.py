@@ -79,6 +79,12 @@ def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
         _named[""] = before
 
 
+def flags_for(run: Path) -> list[str]:
+    """The words with which a further process believes the same of `run`."""
+    keys = believed(run)
+    return [FLAG, ",".join(sorted(keys))] if keys else []
+
+
 def believed(run: Path) -> set[str]:
     return _named.get("", set()) | _named.get(str(run.resolve()), set())
 

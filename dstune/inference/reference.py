@@ -51,9 +51,12 @@ def add_reference(folder: Path, run_dir: Path) -> str:
 
     Loads the model in fp32. Raises UserError where the run's data or model are gone.
     """
-    config = read_run(run_dir / "run.yaml", use=Use.rows).config
     if (folder / NAME).is_file():
         return ""
+    try:
+        config = read_run(run_dir / "run.yaml", use=Use.rows).config
+    except UserError as error:  # rows that are not known to be the user's
+        return f"{folder} gets no reference: {error.problems[0].where}: {error.problems[0].reason}"
     record = read_record(folder)
     if store.newest(run_dir) is None:
         return f"{folder} gets no reference: the run kept no checkpoint"

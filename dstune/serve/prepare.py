@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dstune.config.trust import flags_for, from_flags
 from dstune.core.errors import DstuneError, from_json, to_json
 
 
@@ -15,7 +16,7 @@ def prepare(run: Path, state: Path) -> Path:
     print(f"dstune: exporting {run} with a reference to hold the engine against", file=sys.stderr, flush=True)
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)
-    command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch)]
+    command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch), *flags_for(run)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     reported = (
@@ -53,4 +54,5 @@ def main(run: Path, scratch: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    with from_flags(sys.argv[1:]) as (_run, _scratch):
+        sys.exit(main(Path(_run), Path(_scratch)))

@@ -37,6 +37,7 @@ VERBS: dict[str, list[str]] = {
     "evaluate": ["evaluate", "RUN"],
     "export": ["export", "RUN", "--out", "OUT"],
     "upgrade": ["upgrade", "RUN"],
+    "serve": ["serve", "RUN", "--port", "0"],
 }
 EVIL_CODE = """
 import os, pathlib
@@ -432,6 +433,11 @@ def test_what_is_named_or_repeated_is_believed(stranger: Stranger, capsys: pytes
     assert stranger.attack("train --cfg", *named) == 0
     shown = capsys.readouterr().out
     assert "trust_remote_code: true" in shown and "notes: mine" in shown
+    from dstune.config import trust
+
+    with trust.from_flags(["a", "--trust", "plugins,model.path"]) as words:
+        assert words == ["a"] and trust.flags_for(stranger.run) == ["--trust", "model.path,plugins"]
+    assert trust.flags_for(stranger.run) == []
     assert stranger.attack("train --cfg") == 2, "no command believes what another one named"
     assert "4 problems" not in capsys.readouterr().err
     assert stranger.attack("train --cfg", "--trust") == 2
