@@ -83,10 +83,10 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
     default = f"{{{{ else }}}}{first}" if first else ""
     return (
         f"{{{{ if .System }}}}{system_start}{{{{ .System }}}}{after_system}{default}{{{{ end }}}}"
-        "{{- range .Messages }}"
-        f'{{{{- if eq .Role "user" }}}}{before_user}{{{{ .Content }}}}{after_user}'
-        f'{{{{- else if eq .Role "assistant" }}}}{before_answer}{{{{ .Content }}}}{after_answer}{{{{- end }}}}'
-        f"{{{{- end }}}}{before_answer}"
+        "{{ range .Messages }}"
+        f'{{{{ if eq .Role "user" }}}}{before_user}{{{{ .Content }}}}{after_user}'
+        f'{{{{ else if eq .Role "assistant" }}}}{before_answer}{{{{ .Content }}}}{after_answer}{{{{ end }}}}'
+        f"{{{{ end }}}}{before_answer}"
     )
 
 

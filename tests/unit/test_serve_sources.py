@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+from dstune.checkpoint.ollama import go_template, modelfile
 from dstune.core.errors import UserError
 from dstune.serve import command, fields
 from dstune.serve.engines.base import Engine, Limits, Unprovable
-from dstune.serve.engines.remote import check_address
+from dstune.serve.engines.llama_cpp import LlamaCppEngine
+from dstune.serve.engines.remote import RemoteEngine, check_address
 from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
@@ -214,3 +216,93 @@ def test_the_fields_of_the_official_client_are_known():
             fields.checked({"messages": [{"role": "user", "content": "a"}], name: {"x": 1}}, fields.CHAT, ())
         assert caught.value.param in (name, "messages")
     assert set(inspect.signature(Embeddings.create).parameters) - own <= set(fields.EMBEDDING)
+
+
+def answered(engine: Engine, routes: dict[str, Any]) -> list[tuple[str, dict, str]]:
+    """Let `engine` speak to these routes; what it asked, with its key."""
+    import httpx2
+
+    seen: list[tuple[str, dict, str]] = []
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        body = json.loads(request.content or b"{}")
+        seen.append((request.url.path, body, request.headers.get("authorization", "")))
+        found = routes.get(request.url.path)
+        return httpx2.Response(404) if found is None else httpx2.Response(200, json=found)
+
+    engine.client = httpx2.AsyncClient(
+        transport=httpx2.MockTransport(handle), base_url="http://engine", headers=engine.headers
+    )
+    return seen
+
+
+def test_llama_cpp_is_compared_by_tokens_alone(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}], "prompt_ids": [1, 2], "target_ids": [3], "logprobs": [-1.0]}
+    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    engine = LlamaCppEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
+    seen = answered(engine, {"/apply-template": {"prompt": "<s>a"}, "/tokenize": {"tokens": [1, 2]}})
+    found = asyncio.run(prove(engine, "m", engine.source))
+    assert found.status == "unproven" and "tokens are those of the training" in found.detail
+    assert seen[1][1] == {"content": "<s>a", "add_special": False, "parse_special": True}
+    assert seen[0][2] == f"Bearer {engine._key}"
+    answered(engine, {"/apply-template": {"prompt": "<s>a"}, "/tokenize": {"tokens": [1, 5]}})
+    with pytest.raises(Refused, match="another prompt"):
+        asyncio.run(prove(engine, "m", engine.source))
+    answered(engine, {})
+    assert "has no POST /apply-template" in asyncio.run(prove(engine, "m", engine.source)).detail
+
+
+def test_a_server_elsewhere_is_asked_for_its_own_name_and_is_unproven(tmp_path):
+    source = stub_source("ours", path="theirs")
+    engine = RemoteEngine(source, "ours", tmp_path, tmp_path, Limits(), address="https://models.example/v1", key="k")
+    assert engine.command(tmp_path).url == "https://models.example"
+    assert engine.outgoing("/v1/chat/completions", {"model": "ours", "n": 1}) == {"model": "theirs", "n": 1}
+    seen = answered(engine, {"/v1/models": {"data": []}})
+    assert asyncio.run(engine._healthy())
+    assert seen[0][2] == "Bearer k"
+    assert asyncio.run(prove(engine, "ours", source)).status == "unproven"
+
+
+# -- Ollama -----------------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Tokenizer:
+    bos_token = "<s>"
+
+    def __init__(self, template: str):
+        self.chat_template = template
+
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
+    def apply_chat_template(self, messages, *, chat_template, tokenize, add_generation_prompt):
+        import jinja2
+
+        return jinja2.Template(chat_template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self.bos_token
+        )
+
+    def decode(self, ids):
+        return "<|im_end|>"
+
+
+def test_a_template_in_ollamas_language():
+    text = modelfile("m.gguf", Tokenizer(CHATML), [4], None)
+    assert text.splitlines()[0] == "FROM ./m.gguf"
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    template = go_template(Tokenizer(CHATML), None)
+    assert template == (
+        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ else }}<|im_start|>system\nBe kind<|im_end|>\n"
+        '{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n{{ end }}{{ end }}'
+        "<|im_start|>assistant\n"
+    )
+    numbered = "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}"
+    assert go_template(Tokenizer(numbered), None) is None
+    assert "Ollama guesses one" in modelfile("m.gguf", Tokenizer(numbered), [], None)
