@@ -45,6 +45,25 @@ def test_the_nodes_of_the_compose_file_are_those_of_its_hostfile() -> None:
     assert (ROOT / "docker" / content["services"]["node1"]["build"]["dockerfile"].split("/")[-1]).is_file()
 
 
+def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_verb_takes() -> None:
+    from dstune.serve import command
+    from dstune.serve.engines.remote import check_address
+
+    compose = yaml.safe_load((DOCKER / "serve" / "compose.yaml").read_text())
+    pod = next(yaml.safe_load_all((DOCKER / "serve" / "kubernetes.yaml").read_text()))["spec"]["template"]["spec"]
+    (container,) = [one for one in pod["containers"] if one["name"] == "gateway"]
+    for words in (compose["services"]["gateway"]["command"], container["args"]):
+        verb, *rest = (word.replace("${RUN}", "/runs/mine") for word in words)
+        own, behind = command._split(rest)
+        arguments = command._parser().parse_args(own)
+        arguments.engine_arguments = behind
+        command._check(arguments)
+        check_address(arguments.engine_url, arguments.allow_engine)
+        assert (verb, arguments.engine) == ("serve", "vllm")
+    assert "ports" not in compose["services"]["vllm"]  # reached by the gateway alone
+    assert compose["networks"]["engine"] == {"internal": True}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_cpu_image_trains_on_two_ranks(tmp_path: Path) -> None:
