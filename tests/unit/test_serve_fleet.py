@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 
 from dstune.core.errors import UserError
 from dstune.serve.engines.base import EngineDown, Limits
 from dstune.serve.fleet import Fleet
+from dstune.serve.parity import Refused
 from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
 
 
@@ -97,3 +101,65 @@ def test_a_process_that_ends_at_once_shows_its_last_lines(tmp_path, monkeypatch)
     engine = ProcessEngine(stub_source("a"), "a", tmp_path, tmp_path, Limits(), seconds="not a number")
     with pytest.raises(EngineDown, match="could not convert string to float"):
         asyncio.run(engine.start())
+
+
+@dataclass
+class Scoring(StubEngine):
+    """Tells log-probabilities: those of `scores`, by the name of the model."""
+
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    loaded: list[str] = field(default_factory=list)
+    seen_while_loading: list[list[str]] = field(default_factory=list)
+    listed: Callable[[], list[str]] = list
+
+    async def load_adapter(self, name, folder):
+        self.loaded.append(name)
+
+    async def unload_adapter(self, name):
+        self.loaded.remove(name)
+
+    async def prompt_ids(self, model, row):
+        return row["prompt_ids"]
+
+    async def logprobs(self, model, ids):
+        self.seen_while_loading.append(self.listed())
+        return self.scores[model]
+
+
+def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tmp_path):
+    row = {"messages": [], "prompt_ids": [1], "target_ids": [2], "logprobs": [-1.0]}
+    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    adapter = lambda name: stub_source(name, folder=tmp_path, adapter=True, base="base")  # noqa: E731
+    scores = {"base": [-3.0], "good": [-1.0], "zeros": [-3.0], "other": [-2.0]}
+    made: list[Scoring] = []
+
+    def engine(source, base):
+        made.append(Scoring(source, base, tmp_path, tmp_path, Limits(), scores=scores))
+        return made[-1]
+
+    async def test():
+        fleet = Fleet(engine)
+        await fleet.start([stub_source("base")])
+        made[0].listed = lambda: list(fleet.models)
+        await fleet.add(adapter("good"))
+        for name in ("zeros", "other"):
+            with pytest.raises(Refused, match="not the model that was trained"):
+                await fleet.add(adapter(name))
+            assert list(fleet.models) == ["base", "good"]
+        assert made[0].loaded == ["good"]  # what was refused is taken out again
+        assert all("zeros" not in seen and "other" not in seen for seen in made[0].seen_while_loading)
+        assert made[0].seen_while_loading[0] == ["base"]
+        with pytest.raises(UserError, match="a model has this name already"):
+            await fleet.add(adapter("good"))
+        with pytest.raises(UserError, match="was trained on elsewhere"):
+            await fleet.add(stub_source("new", folder=tmp_path, adapter=True, base="elsewhere"))
+        with pytest.raises(UserError, match="is no adapter"):
+            await fleet.add(stub_source("new"))
+        await fleet.remove("good")
+        assert (list(fleet.models), made[0].loaded) == (["base"], [])
+        with pytest.raises(UserError):
+            await fleet.remove("base")
+        await fleet.stop()
+
+    asyncio.run(test())
