@@ -1,16 +1,16 @@
-"""Inputs of `fuzz.py`: valid examples of all that dstune parses, and hypothesis strategies that change and damage them."""
+"""Inputs of `fuzz.py`: valid examples of all that dstune parses, and what changes and damages them."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import yaml
-from hypothesis import strategies as st
 
 HOSTILE = [
     "",
@@ -79,11 +79,42 @@ NUMBERS = [
     False,
 ]
 
-texts = st.sampled_from(HOSTILE) | st.text(max_size=12)
-leaves = st.none() | st.sampled_from(NUMBERS) | texts
-values = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=8
-)
+Make = Callable[[Random], Any]
+"""What makes an input, from random numbers."""
+
+
+def text(random: Random) -> str:
+    if random.random() < 0.5:
+        return random.choice(HOSTILE)
+    return "".join(
+        chr(random.choice((random.randrange(32, 127), random.randrange(0x110000)))) for _ in range(random.randrange(12))
+    )
+
+
+def value(random: Random, left: int = 3) -> Any:
+    """A value of JSON of any shape, `left` deep at most."""
+    kind = random.random()
+    if left and kind < 0.2:
+        return [value(random, left - 1) for _ in range(random.randrange(4))]
+    if left and kind < 0.4:
+        return {text(random): value(random, left - 1) for _ in range(random.randrange(4))}
+    return None if kind < 0.5 else random.choice(NUMBERS) if kind < 0.75 else text(random)
+
+
+def one_of(*makes: Make) -> Make:
+    return lambda random: random.choice(makes)(random)
+
+
+def lists(make: Make, most: int) -> Make:
+    return lambda random: [make(random) for _ in range(random.randrange(most + 1))]
+
+
+def fixed(makes: Mapping[str, Make]) -> Make:
+    return lambda random: {name: make(random) for name, make in makes.items()}
+
+
+def mapped(make: Make, change: Callable[[Any], Any]) -> Make:
+    return lambda random: change(make(random))
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -108,21 +139,23 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any, how: str) -> Any:
     return copy
 
 
-@st.composite
-def like(draw: Any, example: Any) -> Any:
+def like(example: Any) -> Make:
     """`example` with one to four changes."""
-    value = example
-    for _ in range(draw(st.integers(1, 4))):
-        path = draw(st.sampled_from(list(places_in(value))))
-        value = replaced(
-            value, path, draw(values), draw(st.sampled_from(["replace", "replace", "remove", "wrap", "beside"]))
-        )
-    return value
+
+    def make(random: Random) -> Any:
+        changed = example
+        for _ in range(random.randrange(1, 5)):
+            path = random.choice(list(places_in(changed)))
+            how = random.choice(("replace", "replace", "remove", "wrap", "beside"))
+            changed = replaced(changed, path, value(random), how)
+        return changed
+
+    return make
 
 
-def as_json(value: Any) -> str:
+def as_json(given: Any) -> str:
     with digits():
-        return json.dumps(value, default=str)
+        return json.dumps(given, default=str)
 
 
 @contextmanager
@@ -136,47 +169,54 @@ def digits() -> Iterator[None]:
         sys.set_int_max_str_digits(before)
 
 
-@st.composite
-def damaged(draw: Any, content: bytes) -> bytes:
+def damaged(content: bytes) -> Make:
     """`content` with bytes replaced, cut out, doubled or put in."""
-    data = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(data)))
-        more = draw(st.sampled_from([one.encode("utf-8", "surrogatepass") for one in HOSTILE]) | st.binary(max_size=8))
-        match draw(st.sampled_from(["put", "cut", "over", "end", "double"])):
-            case "put":
-                data[at:at] = more
-            case "cut":
-                del data[at : at + draw(st.integers(1, 60))]
-            case "over":
-                data[at : at + len(more)] = more
-            case "end":
-                del data[at:]
-            case _:
-                data[at:at] = data[: draw(st.integers(0, 200))]
-    return bytes(data)
+
+    def make(random: Random) -> bytes:
+        data = bytearray(content)
+        for _ in range(random.randrange(1, 5)):
+            at = random.randrange(len(data) + 1)
+            more = (
+                text(random).encode("utf-8", "surrogatepass")
+                if random.random() < 0.5
+                else random.randbytes(random.randrange(8))
+            )
+            match random.choice(("put", "cut", "over", "end", "double")):
+                case "put":
+                    data[at:at] = more
+                case "cut":
+                    del data[at : at + random.randrange(1, 60)]
+                case "over":
+                    data[at : at + len(more)] = more
+                case "end":
+                    del data[at:]
+                case _:
+                    data[at:at] = data[: random.randrange(200)]
+        return bytes(data)
+
+    return make
 
 
-def json_file(example: Any) -> st.SearchStrategy[bytes]:
+def json_bytes(given: Any) -> bytes:
+    return as_json(given).encode("utf-8", "surrogatepass")
+
+
+def json_file(example: Any) -> Make:
     """A file of JSON like `example`: changed as a value, or damaged as text."""
-    text = json.dumps(example).encode()
-    return (
-        like(example).map(lambda value: as_json(value).encode("utf-8", "surrogatepass"))
-        | damaged(text)
-        | values.map(lambda value: as_json(value).encode("utf-8", "surrogatepass"))
-    )
+    return one_of(mapped(like(example), json_bytes), damaged(json.dumps(example).encode()), mapped(value, json_bytes))
 
 
-def yaml_text(value: Any) -> bytes:
+def yaml_text(given: Any) -> bytes:
     with digits():
         try:
-            return yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
+            return yaml.safe_dump(given, allow_unicode=True).encode("utf-8", "surrogatepass")
         except yaml.YAMLError:
-            return as_json(value).encode("utf-8", "surrogatepass")
+            return json_bytes(given)
 
 
-def yaml_file(example: Any) -> st.SearchStrategy[bytes]:
-    return like(example).map(yaml_text) | damaged(yaml_text(example)) | values.map(yaml_text)
+def yaml_file(example: Any) -> Make:
+    content = yaml_text(example)
+    return one_of(mapped(like(example), yaml_text), damaged(content), mapped(value, yaml_text))
 
 
 # ---- examples ----

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
 import yaml
-from hypothesis import strategies as st
 
 from benchmarks.fuzz_inputs import (
     ACCELERATE,
@@ -38,11 +38,16 @@ from benchmarks.fuzz_inputs import (
     STATE,
     TRIAL,
     TRL,
+    Make,
     as_json,
     damaged,
+    fixed,
     json_file,
     like,
-    texts,
+    lists,
+    mapped,
+    one_of,
+    text,
     yaml_file,
     yaml_text,
 )
@@ -52,7 +57,7 @@ from dstune.core.errors import UserError
 @dataclass(frozen=True)
 class Parser:
     name: str
-    inputs: st.SearchStrategy[Any]
+    inputs: Make
     parse: Callable[[Any, Path], object]
     """Gets an input and an empty folder."""
     allowed: tuple[type[BaseException], ...] = (UserError,)
@@ -150,10 +155,14 @@ def tables() -> dict[str, bytes]:
     return found
 
 
-def table_files(kind: str) -> st.SearchStrategy[bytes]:
-    return st.deferred(
-        lambda: st.one_of([damaged(content) for name, content in tables().items() if name.startswith(kind)])
-    )
+def later(make: Callable[[], Make]) -> Make:
+    """Of an example that takes long to make."""
+    made = cache(make)
+    return lambda random: made()(random)
+
+
+def table_files(kind: str) -> Make:
+    return later(lambda: one_of(*(damaged(content) for name, content in tables().items() if name.startswith(kind))))
 
 
 def zipped(content: bytes, folder: Path) -> None:
@@ -203,14 +212,19 @@ def template(text: str, folder: Path) -> None:
         return
 
 
-def templates() -> st.SearchStrategy[str]:
-    def good() -> str:
-        return str(tokenizer().chat_template)
+def templates() -> Make:
+    def pieces(random: Random) -> str:
+        return "".join(random.choice((random.choice(PIECES), text(random))) for _ in range(random.randrange(1, 9)))
 
-    pieces = st.lists(st.sampled_from(PIECES) | texts, min_size=1, max_size=8).map("".join)
-    changed = st.deferred(lambda: damaged(good().encode()).map(lambda raw: raw.decode("utf-8", "replace")))
-    beside = st.deferred(lambda: st.builds(lambda before, after: f"{before}{good()}{after}", pieces, pieces))
-    return pieces | changed | beside
+    def beside(random: Random) -> str:
+        return f"{pieces(random)}{tokenizer().chat_template}{pieces(random)}"
+
+    changed = later(lambda: damaged(str(tokenizer().chat_template).encode()))
+    return one_of(pieces, mapped(changed, decoded), beside)
+
+
+def decoded(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
 
 
 def imported(content: bytes, folder: Path) -> None:
@@ -260,16 +274,23 @@ def run_yaml() -> dict[str, Any]:
     return {"format": 2, "dstune_version": "0.1", "overrides": ["a=b"], "config": to_dict(configuration())}
 
 
-run_files = st.fixed_dictionaries(
+run_yaml_file = later(lambda: yaml_file(run_yaml()))
+
+
+@cache
+def good_run_yaml() -> bytes:
+    return yaml_text(run_yaml())
+
+
+run_files = fixed(
     {
         "launch.json": json_file(LAUNCH),
         "result.json": json_file(RESULT),
-        "metrics.jsonl": st.lists(like(METRICS[1]) | like(METRICS[2]) | like(METRICS[0]), max_size=4).map(jsonl)
-        | damaged(jsonl(METRICS)),
-        "samples.jsonl": st.lists(like(SAMPLES[0]), max_size=3).map(jsonl),
+        "metrics.jsonl": one_of(mapped(lists(one_of(*map(like, METRICS)), 4), jsonl), damaged(jsonl(METRICS))),
+        "samples.jsonl": mapped(lists(like(SAMPLES[0]), 3), jsonl),
         "environment.json": json_file(ENVIRONMENT),
         "data_report.json": json_file(DATA_REPORT),
-        "run.yaml": st.deferred(lambda: yaml_file(run_yaml())) | st.deferred(lambda: st.just(yaml_text(run_yaml()))),
+        "run.yaml": one_of(run_yaml_file, lambda random: good_run_yaml()),
     }
 )
 
@@ -460,32 +481,56 @@ def error_of(text: str) -> bytes:
     ).encode()
 
 
+def prepare() -> None:
+    """What takes seconds once, so that no round pays for it: heavy imports, and examples that are made."""
+    import datasets  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import transformers  # noqa: F401
+
+    import dstune.data.render
+    import dstune.importing.convert
+    import dstune.launch.preflight
+    import dstune.report.sweep_page  # noqa: F401
+    from dstune.protocols import METHODS, TASKS
+
+    TASKS.classes(), METHODS.classes()
+    configuration(), run_yaml(), tokenizer(), tables(), safetensors_bytes()
+
+
 def parsers() -> dict[str, Parser]:
     lines = [json.dumps(CHAT), json.dumps({"messages": CHAT["messages"][1:3]})]
-    cells = st.lists(st.lists(texts | st.sampled_from(['"a"', '"a\nb"', '"', "messages"]), max_size=5), max_size=5)
+    cells = lists(lists(one_of(text, lambda random: random.choice(('"a"', '"a\nb"', '"', "messages"))), 5), 5)
     found = [
-        Parser("row", st.one_of([like(row) for row in ROWS.values()]), one_row, weight=3),
+        Parser("row", one_of(*map(like, ROWS.values())), one_row, weight=3),
         Parser(
             "rows.jsonl",
-            st.lists(like(CHAT), max_size=3).map(jsonl) | damaged("\n".join(lines).encode()),
+            one_of(mapped(lists(like(CHAT), 3), jsonl), damaged("\n".join(lines).encode())),
             rows_of_file("rows.jsonl"),
             weight=2,
         ),
         Parser(
             "rows.json",
-            json_file([CHAT, CHAT]) | damaged("\n".join(lines).encode()),
+            one_of(json_file([CHAT, CHAT]), damaged("\n".join(lines).encode())),
             rows_of_file("rows.json"),
             weight=2,
         ),
-        Parser("rows.csv", cells.map(csv_text) | damaged(b'text,label\n"a ""b""",x\nc,y\n'), rows_of_file("rows.csv")),
-        Parser("rows.txt", damaged(b"one\n\ntwo three\n") | st.binary(max_size=60), rows_of_file("rows.md")),
+        Parser(
+            "rows.csv",
+            one_of(mapped(cells, csv_text), damaged(b'text,label\n"a ""b""",x\nc,y\n')),
+            rows_of_file("rows.csv"),
+        ),
+        Parser(
+            "rows.txt",
+            one_of(damaged(b"one\n\ntwo three\n"), lambda random: random.randbytes(60)),
+            rows_of_file("rows.md"),
+        ),
         Parser(
             "rows.conllu",
             damaged(b"# x\n1\tA\ta\tDET\t_\t_\t0\troot\t_\t_\n\n1-2\tAB\n" * 2),
             rows_of_file("rows.conllu"),
         ),
         Parser("rows.parquet", table_files("parquet"), rows_of_file("rows.parquet")),
-        Parser("rows.arrow", table_files("arrow") | table_files("stream"), rows_of_file("rows.arrow")),
+        Parser("rows.arrow", one_of(table_files("arrow"), table_files("stream")), rows_of_file("rows.arrow")),
         Parser("rows.jsonl.gz", table_files("gzip"), rows_of_file("rows.jsonl.gz"), weight=0.5),
         Parser("rows.zip", table_files("zip"), zipped, weight=0.5),
         Parser(
@@ -493,7 +538,7 @@ def parsers() -> dict[str, Parser]:
         ),
         Parser(
             "prompts",
-            json_file({"prompt": "p", "adapter": "a"}) | json_file({"messages": CHAT["messages"][:2]}),
+            one_of(json_file({"prompt": "p", "adapter": "a"}), json_file({"messages": CHAT["messages"][:2]})),
             prompts_file,
         ),
         Parser("template", templates(), template, weight=0.1),
@@ -509,8 +554,10 @@ def parsers() -> dict[str, Parser]:
         Parser("accelerate", yaml_file(ACCELERATE), deepspeed("ds.yaml")),
         Parser(
             "hostfile",
-            damaged(b"node1 slots=4\n# x\nnode2 slots=2 # y\n")
-            | texts.map(lambda text: text.encode("utf-8", "surrogatepass")),
+            one_of(
+                damaged(b"node1 slots=4\n# x\nnode2 slots=2 # y\n"),
+                lambda random: text(random).encode("utf-8", "surrogatepass"),
+            ),
             hostfile,
         ),
         Parser("records", run_files, records_of_run, weight=0.5),
@@ -519,38 +566,29 @@ def parsers() -> dict[str, Parser]:
         Parser("summary", run_files, summary_of, weight=0.5),
         Parser(
             "sweep",
-            st.fixed_dictionaries(
-                {"sweep.yaml": yaml_file({"objective": ["loss"]}), "trials": st.lists(json_file(TRIAL), max_size=3)}
-            ),
+            fixed({"sweep.yaml": yaml_file({"objective": ["loss"]}), "trials": lists(json_file(TRIAL), 3)}),
             sweep,
             weight=0.5,
         ),
-        Parser("run.yaml", st.deferred(lambda: yaml_file(run_yaml())), stored_run, weight=0.3),
+        Parser("run.yaml", run_yaml_file, stored_run, weight=0.3),
         Parser(
             "checkpoint",
-            st.fixed_dictionaries({"state.json": json_file(STATE), "COMMITTED": json_file(COMMITTED)}),
+            fixed({"state.json": json_file(STATE), "COMMITTED": json_file(COMMITTED)}),
             checkpoint,
         ),
-        Parser("config.json", st.one_of([json_file(LLAMA | {"model_type": kind}) for kind in KINDS]), model_folder),
+        Parser("config.json", one_of(*(json_file(LLAMA | {"model_type": kind}) for kind in KINDS)), model_folder),
         Parser("adapter_config.json", json_file(ADAPTER), adapter, weight=0.5),
         Parser("dstune.json", json_file(RECORD), record),
         Parser("rank error", json_file(json.loads(error_of("UserError"))), rank_error),
         Parser(
             "slurm",
-            (
-                texts
-                | damaged(b"12|12|RUNNING|None|node1\n12_3|15|PENDING|(Priority)|\n").map(
-                    lambda raw: raw.decode("utf-8", "replace")
-                )
-            ),
+            one_of(text, mapped(damaged(b"12|12|RUNNING|None|node1\n12_3|15|PENDING|(Priority)|\n"), decoded)),
             slurm,
         ),
-        Parser(
-            "probe", json_file({"time": 1.0}).map(lambda raw: "DSTUNE_PROBE " + raw.decode("utf-8", "replace")), probed
-        ),
+        Parser("probe", mapped(json_file({"time": 1.0}), lambda raw: f"DSTUNE_PROBE {decoded(raw)}"), probed),
         Parser(
             "safetensors",
-            st.deferred(lambda: damaged(safetensors_bytes())) | json_file({"weight_map": {"a": "b"}}),
+            one_of(later(lambda: damaged(safetensors_bytes())), json_file({"weight_map": {"a": "b"}})),
             weights,
         ),
     ]

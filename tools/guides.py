@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the tables of README.md, docs/configuration.md, docs/methods.md and docs/presets.md from the schema and `conf/`.
+"""Write the tables of README.md, docs/configuration.md, docs/methods.md and docs/presets.md from the schema and `conf/`, and
+that of docs/security.md from benchmarks/attacks.py.
 
 usage: python tools/guides.py
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # as a script it finds its own folder only
 
+from benchmarks.attacks import table as attacks_table  # noqa: E402
 from dstune.config.documentation import merged  # noqa: E402
 from tools.method_matrix import matrix_table  # noqa: E402
 from tools.methods_page import methods_page  # noqa: E402
@@ -22,6 +24,8 @@ GROUPS_START = "<!-- groups: made by `python tools/guides.py` -->"
 GROUPS_END = "<!-- /groups -->"
 METHODS_START = "<!-- methods: made by `python tools/guides.py` -->"
 METHODS_END = "<!-- /methods -->"
+ATTACKS_START = "<!-- attacks: made by `python tools/guides.py` -->"
+ATTACKS_END = "<!-- /attacks -->"
 CONFIGURATION_HEAD = """\
 # Configuration
 
@@ -71,7 +75,7 @@ def _between(text: str, start: str, table: str, end: str) -> str:
 
 
 def write_guides(root: Path) -> None:
-    """Put the current tables into README.md, docs/configuration.md, docs/methods.md and docs/presets.md below `root`."""
+    """Put the current tables into README.md and the pages of docs/ below `root`."""
     from dstune.config.hydra_session import group_options, session
 
     with session() as hydra:
@@ -81,6 +85,9 @@ def write_guides(root: Path) -> None:
     readme.write_text(_between(text, METHODS_START, matrix_table(), METHODS_END), encoding="utf-8")
     (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
     (root / "docs" / "methods.md").write_text(methods_page(root), encoding="utf-8")
+    security = root / "docs" / "security.md"
+    page = _between(security.read_text(encoding="utf-8"), ATTACKS_START, attacks_table(), ATTACKS_END)
+    security.write_text(page, encoding="utf-8")
     (root / "docs" / "presets.md").write_text(presets_page(root / "conf"), encoding="utf-8")
 
 

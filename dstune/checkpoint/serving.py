@@ -48,8 +48,8 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
         problems.append(f"adapters of the type {config.get('peft_type')} are not served")
     if not isinstance(config.get("r"), int) or not 1 <= config["r"] <= MAX_RANK:
         problems.append(f"the rank {config.get('r')} is not between 1 and {MAX_RANK}")
-    if config.get("modules_to_save"):
-        problems.append(f"modules trained as a whole are not served: {', '.join(config['modules_to_save'])}")
+    if isinstance(config.get("modules_to_save"), list) and config["modules_to_save"]:
+        problems.append(f"modules trained as a whole are not served: {', '.join(map(str, config['modules_to_save']))}")
     if config.get("target_parameters"):
         problems.append("adapters of stacked experts are not served")
     if config.get("use_dora"):

@@ -177,7 +177,10 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
     if problems := size_problems(values):
         raise UserError(problems)
     try:
-        return _BUILDERS[kind](values, head, labels)
+        found = _BUILDERS[kind](values, head, labels)
+        if all(isinstance(length, int) for tensor in found.tensors for length in tensor.shape):
+            return found
+        reason = "its config.json has a size that is no whole number"
     except KeyError as missing:
         reason = f"its config.json has no {missing.args[0]}"
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -1,0 +1,427 @@
+#!/usr/bin/env python3
+"""The attacks that tests/security replays: what each is, where it strikes, and how it is held.
+
+usage: python benchmarks/attacks.py [--run]
+
+Prints the table of docs/security.md (`python tools/guides.py` puts it there). `--run` replays all of them with pytest first
+and prints how many were held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests" / "security"
+
+
+@dataclass(frozen=True)
+class Attack:
+    what: str
+    where: str
+    held: str
+    test: str
+    """File and function in tests/security, as `files.test_name`."""
+
+
+ATTACKS = (
+    # Ranks and processes.
+    Attack(
+        "a stranger takes the place of a rank",
+        "process groups",
+        "HMAC of the launch's secret before the first message",
+        "groups.test_a_stranger_in_the_place_of_a_rank_is_refused_before_the_first_object",
+    ),
+    Attack(
+        "a stranger connects to the port of a local launch",
+        "rendezvous",
+        "ranks meet in a folder of mode 0700",
+        "groups.test_a_local_launch_meets_in_a_folder_of_its_own",
+    ),
+    Attack(
+        "the secret of a SLURM job is read by another user",
+        "script of the job",
+        "a file of mode 0600",
+        "groups.test_the_secret_of_a_slurm_job_is_for_this_user_alone",
+    ),
+    Attack(
+        "`PATH` of remote ranks comes from a file that another user made",
+        "/dev/shm",
+        "owner, mode and kind are checked",
+        "files.test_handoff_files_are_this_users_own",
+    ),
+    Attack(
+        "a node's log is a link", "remote ranks", "never followed", "files.test_a_node_does_not_write_through_a_link"
+    ),
+    Attack(
+        "secrets for a launcher are read by another user",
+        "files of a launch",
+        "mode 0600",
+        "files.test_what_a_launcher_reads_is_for_this_user_alone",
+    ),
+    Attack(
+        "`launch.json` names a process that is no launch",
+        "`dstune cancel`",
+        "it has to hold the lock of the run",
+        "manage.test_cancel_leaves_processes_alone_that_are_no_launch",
+    ),
+    Attack(
+        "`launch.json` names jobs that are options or other numbers",
+        "`dstune cancel`",
+        "a record that is none counts for nothing",
+        "manage.test_a_record_that_is_none_counts_for_nothing",
+    ),
+    Attack(
+        "a value begins a line of the job's script, or an option",
+        "`run.dir`, `launch.partition`, ...",
+        "refused before a script is made",
+        "manage.test_no_value_begins_a_line_or_an_option_of_the_script",
+    ),
+    Attack(
+        "the same past validation", "job script", "quoted once more", "manage.test_a_script_is_one_even_past_validation"
+    ),
+    Attack(
+        "a host is an option of ssh (`-oProxyCommand=...`), a list or a command",
+        "hostfile",
+        "a host is a name or an address",
+        "leaks.test_a_host_is_no_option_and_no_list",
+    ),
+    Attack(
+        "the same past the hostfile", "ssh", "`--` before the host", "leaks.test_options_of_ssh_end_before_the_host"
+    ),
+    # Code.
+    Attack(
+        "a callback's name is a module of the working directory",
+        "`trainer.callbacks`",
+        "not imported from there",
+        "plugins.test_a_callback_of_the_working_directory_is_not_imported",
+    ),
+    Attack(
+        "a stored run names such a callback",
+        "`run.yaml`",
+        "not imported from there",
+        "plugins.test_a_stored_run_imports_none_either",
+    ),
+    Attack(
+        "a plugin is a module in a package of the working directory",
+        "`plugins`",
+        "refused",
+        "plugins.test_a_module_in_a_package_of_the_working_directory_is_no_plugin",
+    ),
+    Attack(
+        "a stored run names a module of the working directory",
+        "`run.yaml`",
+        "refused",
+        "plugins.test_a_stored_run_names_no_module_of_the_working_directory",
+    ),
+    Attack(
+        "a file of the working directory has the name of a module",
+        "the command",
+        "the working directory is no place of modules",
+        "plugins.test_the_command_finds_no_module_beside_it",
+    ),
+    Attack(
+        "a configuration of another tool trusts a model's code",
+        "`dstune import`",
+        "not carried over, and told",
+        "import.test_the_code_of_a_model_is_not_trusted_by_somebodys_file",
+    ),
+    Attack(
+        "a key with a line break becomes a key of the experiment",
+        "`dstune import`",
+        "names are escaped in comments",
+        "import.test_no_key_or_value_leaves_its_place",
+    ),
+    Attack("the file's name does", "`dstune import`", "escaped", "import.test_a_file_name_stays_in_its_comment"),
+    Attack(
+        "`${oc.env:HF_TOKEN}` in a configuration of another tool",
+        "`dstune import`",
+        "not carried over, and told",
+        "import.test_references_are_not_carried_over",
+    ),
+    # Runs of others.
+    Attack(
+        "code of a model in a stranger's run",
+        "every verb",
+        "signed, named or repeated",
+        "runs_of_others.test_code_of_a_model_does_not_run",
+    ),
+    Attack("a plugin in one", "every verb", "signed, named or repeated", "runs_of_others.test_a_plugin_does_not_run"),
+    Attack(
+        "a module of callbacks in one",
+        "every verb",
+        "signed, named or repeated",
+        "runs_of_others.test_a_module_of_callbacks_is_not_imported",
+    ),
+    Attack(
+        "`${oc.env:HF_TOKEN}` in one",
+        "every verb",
+        "unsigned runs resolve no variable",
+        "runs_of_others.test_no_variable_is_resolved",
+    ),
+    Attack(
+        "lines of a job's script in one",
+        "`launch.setup`, `directives`, ...",
+        "signed, named or repeated",
+        "runs_of_others.test_a_job_of_others_is_not_submitted",
+    ),
+    Attack(
+        "a program or options for `mpirun` in one",
+        "`launch.mpirun`",
+        "signed, named or repeated",
+        "runs_of_others.test_a_program_of_others_does_not_start_ranks",
+    ),
+    Attack(
+        "a hostfile in one",
+        "`launch.hostfile`",
+        "signed, named or repeated",
+        "runs_of_others.test_ranks_are_not_started_on_hosts_of_others",
+    ),
+    Attack(
+        "a tracker's address in one",
+        "`tracking`",
+        "signed, named or repeated",
+        "runs_of_others.test_metrics_do_not_go_to_others",
+    ),
+    Attack(
+        "overrides of a stranger's sweep",
+        "`sweep.yaml`",
+        "signed, named or repeated",
+        "runs_of_others.test_words_of_a_sweep_of_others_are_not_repeated",
+    ),
+    Attack(
+        "a base model that is named by a variable",
+        "exports",
+        "resolved in your own alone",
+        "runs_of_others.test_an_export_of_others_resolves_no_variable",
+    ),
+    Attack(
+        "code put into a run that was lent",
+        "exports",
+        "its files have to be those of the base model",
+        "runs_of_others.test_code_that_somebody_put_into_an_own_run_does_not_run",
+    ),
+    Attack(
+        "a signature is taken to another value or key",
+        "`run.yaml`",
+        "a digest of each",
+        "runs_of_others.test_the_signature_fits_no_other_value",
+    ),
+    Attack(
+        "a key that others can read",
+        "`trust.key`",
+        "signs nothing",
+        "runs_of_others.test_a_key_that_others_can_read_signs_nothing",
+    ),
+    Attack(
+        "folders of a stranger's run are links",
+        "run directory",
+        "followed in signed runs alone",
+        "runs_of_others.test_folders_of_a_strangers_run_lead_nowhere",
+    ),
+    Attack(
+        "a pickle in the place of a message",
+        "ranks",
+        "messages are JSON and tensors",
+        "messages.test_what_others_send_runs_nothing",
+    ),
+    Attack(
+        "a second user beside a running launch",
+        "one machine",
+        "no run, secret, port or cache",
+        "two_users.test_the_second_user_gets_nothing_of_a_running_launch",
+    ),
+    Attack(
+        "a second user who was there first",
+        "one machine",
+        "names that nobody can guess",
+        "two_users.test_the_second_user_redirects_nothing_by_being_first",
+    ),
+    # Files.
+    Attack(
+        "`launch.json` or `result.json` is a link to a file of the user",
+        "run directory",
+        "the link is replaced",
+        "files.test_records_replace_links_and_do_not_follow_them",
+    ),
+    Attack("`metrics.jsonl` is one", "run directory", "refused", "files.test_rows_are_not_appended_through_a_link"),
+    Attack("a log is a link or a pipe", "run directory", "refused", "files.test_logs_are_plain_files"),
+    Attack("the lock is a link", "run directory", "refused", "files.test_the_lock_is_no_link"),
+    Attack(
+        "a checkpoint is a link to another run's",
+        "`dstune checkpoints --prune`",
+        "left alone",
+        "files.test_pruning_leaves_the_checkpoint_behind_a_link",
+    ),
+    Attack(
+        "`COMMITTED` names files outside of its checkpoint",
+        "checkpoints",
+        "no checkpoint",
+        "files.test_names_in_a_marker_stay_in_their_checkpoint",
+    ),
+    Attack(
+        "`state.json` of a saved data set names a file elsewhere",
+        "`data.train`",
+        "refused",
+        "leaks.test_a_saved_data_set_reads_no_file_outside_its_folder",
+    ),
+    Attack(
+        "`dataset_dict.json` names a split that is a path", "`data.train`", "refused", "leaks.test_a_split_is_a_name"
+    ),
+    Attack(
+        "a password or a key is written out in an override",
+        "`run.yaml`, report, trackers",
+        "refused, not repeated",
+        "leaks.test_a_password_that_is_written_out_is_refused_and_not_repeated",
+    ),
+    Attack(
+        "others read a run directory",
+        "shared file system",
+        "`run.mode=private`",
+        "leaks.test_a_run_directory_can_be_closed_to_others",
+    ),
+    # Terminals.
+    Attack(
+        "terminal escapes and bidirectional text",
+        "messages, labels, tags",
+        "written as their codes",
+        "terminal.test_text_of_others_is_made_visible",
+    ),
+    Attack(
+        "the same in `result.json`",
+        "`dstune status`, `dstune runs`",
+        "written as their codes",
+        "terminal.test_status_and_runs_show_a_prepared_result",
+    ),
+    Attack(
+        "the same on the command line",
+        "errors",
+        "written as their codes",
+        "terminal.test_the_command_line_itself_is_repeated_harmlessly",
+    ),
+    Attack(
+        "the same from a library's warning",
+        "output of a rank",
+        "written as their codes",
+        "terminal.test_what_a_package_below_reports_passes_through_the_command",
+    ),
+    # Hangs and memory.
+    Attack(
+        "a chat template that never ends (loops, `10**(10**9)`, doubled text)",
+        "`model.chat_template`, a model's own",
+        "tried in a child that is killed after 2 s",
+        "templates.test_a_template_without_end_is_refused",
+    ),
+    Attack(
+        "a template that recurs, divides by zero, overflows",
+        "the same",
+        "a message",
+        "templates.test_a_faulty_template_is_a_message",
+    ),
+    Attack(
+        "a row that makes a template endless",
+        "rows",
+        "1.5 s and 1 GiB for a conversation: a bad row",
+        "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row",
+    ),
+    Attack(
+        "many such rows",
+        "rows",
+        "after 10 the template is refused",
+        "templates.test_a_template_that_is_slow_for_many_rows_is_refused",
+    ),
+    Attack(
+        "an operation that looks for no signals (comparing 2**60 values)",
+        "template and row",
+        "the process is ended, with its place in the log",
+        "templates.test_what_no_signal_reaches_ends_the_process",
+    ),
+    Attack(
+        "a pattern that backtracks without end",
+        "`adapter_config.json`",
+        "tried in a child that is killed after 2 s",
+        "hangs.test_a_pattern_that_backtracks",
+    ),
+    Attack(
+        "settings of an adapter that are a list, or too deep",
+        "`adapter_config.json`",
+        "refused",
+        "hangs.test_settings_of_an_adapter_that_are_none",
+    ),
+    Attack(
+        "YAML whose aliases make a billion values, or hold themselves",
+        "`run.yaml`, `dstune import`",
+        "1,000,000 values, 100 levels",
+        "hangs.test_yaml_that_grows_or_never_ends",
+    ),
+    Attack(
+        "JSON 200,000 deep; an integer of 5,000 digits",
+        "every JSON file",
+        "100 levels, 4,300 digits",
+        "hangs.test_json_that_is_too_deep_or_too_long",
+    ),
+    Attack(
+        "the same in one row", "rows", "a bad row; those after it are read", "hangs.test_rows_around_a_bad_one_are_read"
+    ),
+    Attack(
+        "a line or field of 1 GiB",
+        "JSON Lines, CSV, text, CoNLL",
+        "64 MiB: a bad row",
+        "hangs.test_a_field_without_end_is_one_bad_row",
+    ),
+    Attack(
+        "the same in a table",
+        "Parquet, Arrow",
+        "64 MiB: a bad row",
+        "hangs.test_a_field_of_a_table_without_end_is_one_bad_row",
+    ),
+    Attack(
+        "`num_hidden_layers` of 100 million",
+        "`config.json`",
+        "10,000 layers, sizes below 2**31",
+        "hangs.test_a_model_of_impossible_size",
+    ),
+    Attack(
+        "nested or odd `result.json`, `metrics.jsonl`, `launch.json`",
+        "`dstune runs FOLDER`",
+        "the others are listed",
+        "hangs.test_one_bad_directory_takes_no_other_run_from_the_list",
+    ),
+    Attack(
+        "a pipe or `/dev/zero` in the place of a record",
+        "run directory",
+        "only plain files are read",
+        "hangs.test_a_pipe_or_a_device_is_not_read_for_ever",
+    ),
+    Attack("a record of 1 TiB", "run directory", "64 MiB", "hangs.test_a_file_without_end_is_not_read_whole"),
+)
+
+
+def table() -> str:
+    """The attacks as a Markdown table."""
+    lines = ["| attack | where | how it is held | test |", "| --- | --- | --- | --- |"]
+    for one in ATTACKS:
+        file, _, name = one.test.partition(".")
+        cells = (one.what, one.where, one.held, f"`{name}` in `tests/security/test_{file}.py`")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--run", action="store_true", help="replay them first")
+    code = 0
+    if arguments.parse_args(argv).run:
+        tests = sorted({f"{TESTS}/test_{one.test.replace('.', '.py::', 1)}" for one in ATTACKS})
+        code = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
+        print(f"{len(ATTACKS)} attacks, {'all of them held' if code == 0 else 'not all of them held'}\n")
+    print(table(), end="")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Every parser of foreign text with made-up and damaged inputs (benchmarks/fuzz.py), and what that has found before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.fuzz import fuzz
+from benchmarks.fuzz_inputs import (
+    AXOLOTL,
+    CHAT,
+    DEEPSPEED,
+    ENVIRONMENT,
+    LLAMA_FACTORY,
+    METRICS,
+    RESULT,
+    TRL,
+    as_json,
+    yaml_text,
+)
+from benchmarks.fuzz_parsers import parsers, prepare
+
+INPUTS = {"template": 12, "run.yaml": 40, "adapter_config.json": 40}
+PARSERS = parsers()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared() -> None:
+    prepare()
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_made_up_inputs(name: str, tmp_path: Path) -> None:
+    found = fuzz(PARSERS[name], INPUTS.get(name, 100), 12_345, tmp_path)
+    assert not found["findings"]
+    assert found["inputs"] >= 10
+
+
+def content_of(content: Any) -> bytes:
+    return json.dumps(CHAT | {"messages": [{"role": "user", "content": content}, CHAT["messages"][4]]}).encode()
+
+
+def run_with(**files: bytes) -> dict[str, bytes]:
+    return {".".join(name.rsplit("_", 1)): content for name, content in files.items()}
+
+
+KEPT: list[tuple[str, Any]] = [
+    ("rows.jsonl", content_of([{"type": {"x": 1}, "text": "a"}])),
+    ("rows.jsonl", content_of([None])),
+    ("rows.jsonl", content_of([["a"]])),
+    ("axolotl", yaml_text(AXOLOTL | {"val_set_size": {"x": 1}})),
+    ("axolotl", yaml_text(AXOLOTL | {"learning_rate": {"=1+1": [None]}})),
+    ("axolotl", yaml_text(AXOLOTL | {"datasets": [None]})),
+    ("llama-factory", yaml_text(LLAMA_FACTORY | {"num_train_epochs": {"x": 1}})),
+    ("trl", yaml_text(TRL | {"gradient_accumulation_steps": [8]})),
+    ("trl", yaml_text(TRL | {"warmup_steps": {"x": 1}})),
+    ("deepspeed", as_json(DEEPSPEED | {"scheduler": {"type": "WarmupLR", "params": [1]}}).encode()),
+    ("records", run_with(metrics_jsonl=as_json(METRICS[1] | {"step": [1]}).encode())),
+    ("report", run_with(run_yaml=b"config: {}", data_report_json=b'{"train": {"rows": 3, "truncated": [1]}}')),
+    (
+        "report",
+        run_with(run_yaml=b"config: {}", environment_json=as_json(ENVIRONMENT | {"launches": {"x": [None]}}).encode()),
+    ),
+    ("report", run_with(run_yaml=b"config: {}", result_json=as_json(RESULT | {"eval_final": {"loss": []}}).encode())),
+    ("summary", run_with(samples_jsonl=b'{"step": 1}\n{"step": 2, "prompt": [1]}')),
+    (
+        "sweep",
+        {
+            "sweep.yaml": b"objective: [loss]",
+            "trials": [b'{"name": "a", "number": 1, "values": {}, "objective": [{}]}'],
+        },
+    ),
+    ("sweep", {"sweep.yaml": b"objective: []", "trials": [b'{"name": "../a", "number": 1, "values": {}}']}),
+    ("dstune.json", b'{"x": 1}'),
+    ("adapter_config.json", b'{"peft_type": "LORA", "r": 8, "modules_to_save": [null]}'),
+    ("slurm", "12|12|RUNNING\na notice of the site\n"),
+    ("probe", "DSTUNE_PROBE [1"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(KEPT)), ids=lambda case: f"{case} {KEPT[case][0]}")
+def test_what_was_found_before(case: int, tmp_path: Path) -> None:
+    name, given = KEPT[case]
+    parser = PARSERS[name]
+    with contextlib.suppress(parser.allowed):
+        parser.parse(given, tmp_path)
+
+
+def test_an_arrow_file_that_leads_out_of_itself_ends_no_process(tmp_path: Path) -> None:
+    """Arrow itself believes offsets: reading the rows crashed."""
+    found = fuzz(PARSERS["rows.arrow"], 200, 1, tmp_path)
+    assert not found["findings"]

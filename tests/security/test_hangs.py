@@ -1,0 +1,220 @@
+"""What is too deep, too long or too large is refused with a message: in files, rows, models and adapters of strangers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dstune.config.convert import load
+from dstune.core.errors import UserError
+from dstune.core.limits import check_patterns
+from dstune.core.parsing import parse_json, parse_yaml, read_file
+from dstune.data import read_text, sources
+from dstune.data.files import DataFile
+from dstune.launch import records
+from dstune.launch.runs import as_text, listed
+from dstune.methods._peft.files import read_settings
+from dstune.planning.architecture import architecture
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "tie_word_embeddings": True,
+}
+
+
+def bomb(lines: int = 12) -> str:
+    """Nine lines make a billion values."""
+    first = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+    return first + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, lines))
+
+
+def merges() -> str:
+    return "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text", [bomb(), merges(), "&a [*a]", "a: &a {b: *a}", "[" * 5000, "- " * 5000, "9" * 5000, "2024-13-45"]
+)
+def test_yaml_that_grows_or_never_ends(text: str) -> None:
+    start = time.process_time()
+    with pytest.raises(UserError, match="this is no YAML"):
+        load(text, "run.yaml")
+    assert time.process_time() - start < 2.0
+
+
+def test_aliases_of_ordinary_size_stay() -> None:
+    assert parse_yaml("a: &a {k: [1, 2]}\nb: *a\nc: {<<: *a, l: 3}") == {
+        "a": {"k": [1, 2]},
+        "b": {"k": [1, 2]},
+        "c": {"k": [1, 2], "l": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000 + "]" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000, "[" * 101 + "]" * 101, "1" * 5000]
+)
+def test_json_that_is_too_deep_or_too_long(text: str) -> None:
+    with pytest.raises(ValueError, match=r"nested more than|digits"):
+        parse_json(text)
+
+
+def test_brackets_inside_of_text_are_no_levels() -> None:
+    assert parse_json(json.dumps(["[{" * 1000])) == ["[{" * 1000]
+
+
+@pytest.mark.parametrize("bad", ["[" * 200_000 + "]" * 200_000, "1" * 5_000])
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_rows_around_a_bad_one_are_read(bad: str, ending: str, tmp_path: Path) -> None:
+    rows = ['{"text": "a"}', f'{{"text": {bad}}}', '{"text": "b"}']
+    file = tmp_path / f"rows.{ending}"
+    file.write_text("[" + ",\n".join(rows) + "]" if ending == "json" else "\n".join(rows))
+    found = list(sources.read(DataFile(file)))
+    assert [row.fields for row in found] == [{"text": "a"}, None, {"text": "b"}]
+    assert found[1].line == 2
+    assert "nested more than" in found[1].error or "digits" in found[1].error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.jsonl", '{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}', 3),
+        ("rows.csv", "text,n\na,1\n{long},2\nb,3", 3),
+        ("rows.csv", 'text,n\na,1\n"{long}",2\nb,3', 3),
+        ("rows.txt", "a\n{long}\nb", 3),
+        ("rows.conllu", "1\ta\n\n1\t{long}\n\n1\tb\n", 3),
+    ],
+)
+def test_a_field_without_end_is_one_bad_row(
+    name: str, content: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_text, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("dstune.data.read_tagged.MAX_ROW_BYTES", 1000)
+    file = tmp_path / name
+    file.write_text(content.format(long="x" * 5000))
+    found = list(sources.read(DataFile(file)))
+    assert len(found) == expected
+    assert [row.fields is None for row in found] == [False, True, False]
+    assert "more than" in found[1].error
+
+
+def test_a_field_of_a_table_without_end_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("dstune.data.read_tables.MAX_ROW_BYTES", 1000)
+    pq.write_table(pa.table({"text": ["a", "x" * 5000, "b"]}), tmp_path / "rows.parquet")
+    found = list(sources.read(DataFile(tmp_path / "rows.parquet")))
+    assert [row.fields and row.fields["text"] for row in found] == ["a", None, "b"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**8},
+        {"num_hidden_layers": 1e8},
+        {"hidden_size": 2**40},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": "2"},
+        {"vocab_size": []},
+        {"hidden_size": 10**400},
+    ],
+)
+def test_a_model_of_impossible_size(change: dict[str, Any]) -> None:
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"its config\.json"):
+        architecture(LLAMA | change)
+    assert time.process_time() - start < 1.0
+
+
+MODULES = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(4) for name in "qkvo"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r"(model\.)?(([a-z_.0-9]+)+)+!"},
+        {"rank_pattern": {r"(([a-z_.0-9]+)+)+!": 4}},
+        {"alpha_pattern": {r"(([a-z_.0-9]+)+)+!": 4}},
+        {"exclude_modules": r"([a-z._0-9]|[a-z._]|.)+!"},
+    ],
+)
+def test_a_pattern_that_backtracks(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"to match its patterns .* takes more than"):
+        check_patterns(settings, MODULES, "method.adapter")
+
+
+def test_ordinary_patterns_pass() -> None:
+    check_patterns(
+        {"target_modules": r".*\.(q|v)_proj", "rank_pattern": {r"layers\.[0-3]\..*": 4, "(": 1}},
+        MODULES,
+        "method.adapter",
+    )
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 200_000, "1" * 5000])
+def test_settings_of_an_adapter_that_are_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        read_settings(tmp_path, "method.adapter")
+
+
+def run_in(folder: Path, name: str, **files: str) -> Path:
+    run = folder / name
+    run.mkdir()
+    (run / "run.yaml").write_text(yaml.safe_dump({"format": 2, "config": {}}))
+    for file, content in files.items():
+        (run / file.replace("_", ".")).write_text(content)
+    return run
+
+
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
+ODD_RUNS = {
+    "deep result": {"result_json": DEEP},
+    "result of lists": {"result_json": '{"status": [], "seconds": "x", "eval_final": [1], "best": 3}'},
+    "huge numbers": {"result_json": '{"seconds": 1e308, "steps": ' + "9" * 4000 + "}"},
+    "deep metrics": {"metrics_jsonl": DEEP + "\n"},
+    "odd metrics": {
+        "metrics_jsonl": '{"step": "x"}\n{"step": 1, "loss": []}\n[]\nnull\n{"step": 1e400, "loss": {}}\n{"step": 2}\n'
+    },
+    "huge launch": {"launch_json": '{"id": 1, "pid": ' + "9" * 40 + ', "started": 1e300, "host": "h", "processes": 1}'},
+}
+
+
+@pytest.mark.parametrize("name", ODD_RUNS)
+def test_one_bad_directory_takes_no_other_run_from_the_list(name: str, tmp_path: Path) -> None:
+    run_in(tmp_path, "bad", **ODD_RUNS[name])
+    run_in(tmp_path, "good", result_json='{"status": "completed", "eval_final": {"loss": 1.5}}')
+    found = {Path(line.run).name: line for line in listed(tmp_path)}
+    assert set(found) == {"bad", "good"}
+    assert found["good"].status == "completed"
+    assert "good" in as_text(list(found.values()), [tmp_path])
+
+
+def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
+    run = run_in(tmp_path, "run")
+    os.mkfifo(run / "result.json")
+    (run / "launch.json").symlink_to("/dev/zero")
+    assert records.read_result(run) is None
+    assert records.read_launch(run) is None
+    with pytest.raises(OSError, match="no plain file"):
+        read_file(Path("/dev/zero"))
+
+
+def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    with file.open("wb") as stream:
+        stream.truncate(2**40)  # of zeros, and without a block on the disk
+    with pytest.raises(OSError, match="has more than"):
+        read_file(file)
+    assert records.read_json(file) is None
