@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def test_an_export_serves_what_was_trained(tmp_path: Path, rows: Any, thinks: bo
         f"run.dir={run}",
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    seconds = json.loads((run / "result.json").read_text())["start_seconds"]
+    assert 0.0 < seconds["proof"] < 0.02 * sum(seconds.values()), "the proof takes under 2% of the start"
     exported = commands.run("export", str(run), "--out", str(tmp_path / "export"))
     assert exported.returncode == 0, exported.stderr
     served = AutoTokenizer.from_pretrained(tmp_path / "export")
