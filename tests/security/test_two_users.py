@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -50,15 +51,17 @@ class First(Commands):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.env |= {"HOME": str(folder), "USER": "first", **PLANTED}
+        self.started: list[subprocess.Popen] = []
         for name in ("XDG_CONFIG_HOME", "DSTUNE_CACHE", "DSTUNE_TRUST_KEY"):
             self.env.pop(name, None)
 
     def start(self, *arguments: str) -> subprocess.Popen:
         log = (self.folder / "command.log").open("w")
         command = as_user(FIRST, "-m", "dstune", *arguments)
-        return subprocess.Popen(
-            command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT, umask=0o022
+        self.started.append(
+            subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT, umask=0o022)
         )
+        return self.started[-1]
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +79,25 @@ def first() -> Iterator[First]:
         write_dialogues(folder / "dialogues.jsonl", 200)
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, FIRST, FIRST)
-        yield First(folder)
+        commands = First(folder)
+        yield commands
+        for command in commands.started:  # a test that failed meanwhile
+            command.kill()
+            command.wait()
+        wait_until(lambda: not [one for one in psutil.process_iter(["uids"]) if one.info["uids"].real == FIRST])
         for path in found_of(FIRST):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path != folder:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def found_of(user: int) -> list[Path]:
     """What the user owns in folders that all users share."""
     shared = [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(tempfile.gettempdir())]
-    return [path for folder in {*shared} if folder.is_dir() for path in folder.iterdir() if path.lstat().st_uid == user]
+    found = []
+    for path in [path for folder in {*shared} if folder.is_dir() for path in folder.iterdir()]:
+        with suppress(OSError):  # others come and go
+            found += [path] if path.lstat().st_uid == user else []
+    return found
 
 
 def test_the_second_user_gets_nothing_of_a_running_launch(first: First) -> None:
