@@ -84,7 +84,7 @@ def first() -> Iterator[First]:
         for command in commands.started:  # a test that failed meanwhile
             command.kill()
             command.wait()
-        wait_until(lambda: not [one for one in psutil.process_iter(["uids"]) if one.info["uids"].real == FIRST])
+        wait_until(lambda: not [one for one in psutil.process_iter(["uids"]) if (one.info["uids"] or (0,))[0] == FIRST])
         for path in found_of(FIRST):
             if path != folder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
