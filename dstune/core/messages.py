@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,4 +140,4 @@ def device_of(group: Any) -> torch.device:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return cast(bytes, tensor.cpu().numpy().tobytes())
+    return tensor.cpu().numpy().tobytes()

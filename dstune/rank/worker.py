@@ -397,7 +397,8 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
         report(f"rank {env.rank}: {error}")
         return Outcome(error.exit_code, error=error)
-    config, given = None, None
+    config: RunConfig | None = None
+    given: dict[str, Any] | None = None
     if world.is_main:
         try:
             config, run_dir = prepare_run()

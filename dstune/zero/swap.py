@@ -86,7 +86,7 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
 
 def _agree(problem: Problem | None, world: World) -> None:
     """Raises UserError on all ranks with the first problem of any."""
-    found = [one for one in world.gather(problem and asdict(problem)) if one is not None]
+    found = [one for one in world.gather(None if problem is None else asdict(problem)) if one is not None]
     if found:
         raise UserError(Problem(**found[0]))
 
