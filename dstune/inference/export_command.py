@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from dstune.checkpoint.export import (
     GGUF_TYPES,
@@ -52,7 +53,12 @@ def main(argv: list[str]) -> int:
         problems = vllm_problems(out)
     note = "" if arguments.no_reference else _reference(written if written.is_dir() else written.parent, run_dir)
     if arguments.json:
-        result = {"export": str(written), "kind": kind, "checkpoint": str(checkpoint), "vllm_problems": problems}
+        result: dict[str, Any] = {
+            "export": str(written),
+            "kind": kind,
+            "checkpoint": str(checkpoint),
+            "vllm_problems": problems,
+        }
         result["reference"] = not note and not arguments.no_reference
         print(json.dumps(result))
         return EXIT_DONE

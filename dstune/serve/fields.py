@@ -242,15 +242,13 @@ def _response_input(value: Any) -> str:
             return f"[{number}] must have a role and content, and nothing else"
         content = item.get("content")
         parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-        for part in parts if isinstance(parts, list) else [None]:
-            good = isinstance(part, dict) and set(part) <= {"type", "text", "annotations"}
-            if (
-                not good
-                or part.get("type") not in ("input_text", "output_text")
-                or not isinstance(part.get("text"), str)
-            ):
+        for part in parts if isinstance(parts, list) else [content]:
+            if not isinstance(part, dict) or set(part) - {"type", "text", "annotations"}:
                 return f"[{number}] has content that is no text"
-            if not _encodable(part["text"]):
+            text = part.get("text")
+            if part.get("type") not in ("input_text", "output_text") or not isinstance(text, str):
+                return f"[{number}] has content that is no text"
+            if not _encodable(text):
                 return f"[{number}] content must be UTF-8 text"
     return ""
 

@@ -45,19 +45,20 @@ class Sequence:
     def done(self) -> bool:
         return self.cancelled or self.stream.finished
 
-    def take(self, logits: Tensor) -> None:
-        """Choose a token by `logits`, float [vocabulary], and hand out what it completes. What goes wrong with it ends this
-        answer alone."""
+    def take(self, logits: Tensor) -> bool:
+        """Choose a token by `logits`, float [vocabulary], and hand out what it completes. Returns whether the answer goes on.
+        What goes wrong with it ends this answer alone."""
         try:
             chosen = self.sampler.choose(logits)
             piece = self.stream.push(chosen)
         except Exception as error:
             log.exception("a token could not be chosen")
             self.fail(_first_line(error))
-            return
+            return False
         self.last = chosen.token
         if piece.text or piece.tokens or piece.finish:
             self.emit(piece)
+        return not self.done
 
     def fail(self, reason: str) -> None:
         if not self.done:
@@ -261,9 +262,8 @@ class Scheduler:
         for number, sequence in enumerate(prompt.sequences):
             if sequence.done:
                 continue
-            sequence.take(logits)
             self.tokens += 1
-            if sequence.done:
+            if not sequence.take(logits):
                 continue
             last = number == len(prompt.sequences) - 1
             cache = prompt.cache if last else _copied(prompt.cache)

@@ -205,7 +205,7 @@ class EncoderApp(EngineApp):
         """The shape of vLLM (`documents`), or of text-embeddings-inference (`texts`)."""
         if ("documents" in body) == ("texts" in body):
             raise ApiError(400, "Give documents, or texts.", param="documents")
-        texts = body.get("documents", body.get("texts"))
+        texts = body["documents"] if "documents" in body else body["texts"]
         texts = [texts] if isinstance(texts, str) else texts
         scores = await self._scores([body["query"]] * len(texts), texts)
         order = sorted(range(len(texts)), key=lambda number: -scores[number])
