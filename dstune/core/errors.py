@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
-from dstune.core.parsing import parse_json
 from dstune.core.secrets import redact
 from dstune.core.text import visible
 
@@ -91,6 +90,8 @@ def to_json(error: DstuneError) -> str:
 
 def from_json(text: str) -> DstuneError:
     """The inverse of `to_json`; an unknown type becomes a plain `DstuneError`. Raises ValueError for what it did not write."""
+    from dstune.core.parsing import parse_json  # brings yaml, which `dstune --help` can do without
+
     fields = parse_json(text)
     try:
         if fields["problems"]:

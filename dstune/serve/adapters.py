@@ -5,17 +5,17 @@ vLLM took an adapter of another model without a word, and answered with the base
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dstune.checkpoint.record import public_name
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_object
 from dstune.serve.source import Source
 
+MOST_HEADER_BYTES = 100 << 20
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
 
 
@@ -78,17 +78,14 @@ def _other_template(adapter: Source, base: Source) -> Iterator[tuple[str, str, s
 def _added(source: Source) -> set[str]:
     folder = source.prompted_as or source.folder
     assert folder is not None
-    try:
-        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
+    found = read_object(folder / "tokenizer.json") or {}
     return {str(token.get("content")) for token in found.get("added_tokens", [])}
 
 
 def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
     """Modules that the base lacks, or has in another shape."""
     shapes = {name: shape for file in sorted(base.glob("*.safetensors")) for name, shape in tensor_shapes(file).items()}
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_object(adapter / "adapter_config.json") or {}
     if not shapes or settings.get("peft_type") != "LORA" or settings.get("target_parameters"):
         return
     ends = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
@@ -131,10 +128,13 @@ def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """By the header of a safetensors file."""
-    with file.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        if size > 100 << 20:
-            raise UserError(Problem(str(file), "is no safetensors file"))
-        header: dict[str, Any] = json.loads(stream.read(size))
-    return {name: value["shape"] for name, value in header.items() if name != "__metadata__"}
+    """By the header of a safetensors file. Raises UserError where it is none."""
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > MOST_HEADER_BYTES:
+                raise ValueError
+            header = parse_json(stream.read(size))
+        return {name: list(map(int, value["shape"])) for name, value in header.items() if name != "__metadata__"}
+    except (OSError, struct.error, ValueError, TypeError, AttributeError, LookupError):
+        raise UserError(Problem(str(file), "is no safetensors file", "dstune export RUN")) from None

@@ -6,7 +6,6 @@ log-probabilities of their targets. The engine renders the same rows and scores 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import DstuneError
+from dstune.core.parsing import parse_json, read_file
 from dstune.serve.engines.base import Engine, Unprovable
 from dstune.serve.source import Source
 
@@ -60,9 +60,7 @@ def read_reference(folder: Path | None) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError("is too large")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_file(path, MOST_BYTES))
         if found["format"] != 1 or not found["rows"]:
             raise ValueError("has another format, or no rows")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.compose import read_run
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_object
 from dstune.protocols import TASKS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
@@ -81,7 +81,7 @@ class Source:
         own = folder / "chat_template.jinja"
         if own.is_file():
             return own.read_text(encoding="utf-8")
-        found = _json(folder / "tokenizer_config.json").get("chat_template")
+        found = _object(folder / "tokenizer_config.json").get("chat_template")
         return found if isinstance(found, str) else None
 
 
@@ -142,7 +142,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     if not kind.generates and not kind.serves:
         reason = f"is a model for task={task}, which has no route"
         raise UserError(Problem("MODEL", reason, "dstune predict answers files of rows", path))
-    adapter = _json(folder / "adapter_config.json")
+    adapter = _object(folder / "adapter_config.json")
     date = (record.get("task") or {}).get("template_date")
     made = Source(
         name, folder.resolve(), path, task, kind.generates, kind.serves, bool(adapter), base=str(folder.resolve()),
@@ -177,9 +177,5 @@ def _embeds(folder: Path) -> str:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(path) or {}

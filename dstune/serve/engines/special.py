@@ -6,12 +6,12 @@ renders it so. Other engines parse it: a user's message could close its turn and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dstune.core.parsing import read_object
 from dstune.serve.errors import ApiError
 from dstune.serve.source import Source
 
@@ -36,10 +36,7 @@ class SpecialTexts:
 
 
 def _special(folder: Path) -> list[str]:
-    try:
-        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
+    found = read_object(folder / "tokenizer.json") or {}
     tokens = [token for token in found.get("added_tokens", []) if token.get("special")]
     return [str(token["content"]) for token in tokens if str(token.get("content", "")).strip()]
 

@@ -5,7 +5,6 @@ What it does with adapters, templates and dates is in docs/serving.md; its modul
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_object
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import Command, Engine
 from dstune.serve.engines.special import SpecialTexts
@@ -148,9 +148,8 @@ class VllmEngine(Engine):
     def _stored_dtype(self) -> str:
         """vLLM computes in the stored number format, and in bf16 where that is fp32."""
         folder = Path(self.source.load_from)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        config = read_object(folder / "config.json")
+        if config is None:
             return ""
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         return "bfloat16" if stored == "float32" else stored
@@ -158,5 +157,5 @@ class VllmEngine(Engine):
 
 def _rank(folder: Path | None) -> int:
     assert folder is not None
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_object(folder / "adapter_config.json") or {}
     return max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])
