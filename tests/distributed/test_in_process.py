@@ -79,6 +79,7 @@ def train(
     return process, output, json.loads((folder / name / "result.json").read_text()), exact
 
 
+@pytest.mark.timeout(1200)
 def test_the_rank_is_the_started_process_and_stops_at_breakpoints(tmp_path: Path):
     save_decoder(tmp_path / "model")
     write_dialogues(tmp_path / "rows.jsonl", 20)
