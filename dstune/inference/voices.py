@@ -166,6 +166,7 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     if longest > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(longest, mean_resizing=False)
     for name, folder in folders.items():
+        assert folder is not None
         modules = [module for module, _ in model.named_modules()]
         check_patterns(adapter_settings(folder), modules, f"--adapter {name}", str(folder))
         try:

@@ -161,7 +161,7 @@ _MEASURED = ("eval_initial", "eval_final", "test")
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def shaped_result(result: Row) -> Row:

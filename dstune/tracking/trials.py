@@ -66,23 +66,15 @@ def read_record(path: Path) -> Record | None:
         return None
 
 
-def _is_record(found: Record) -> bool:
-    """Whether its values are of the kinds that a sweep writes."""
+def _is_record(found: Any) -> bool:
+    """Whether the values of a Record are of the kinds that a sweep writes."""
     texts = (found.name, found.status, found.reason, found.place)
-    numbers = (
-        found.number,
-        found.seconds,
-        found.starts,
-        *(found.objective.values() if isinstance(found.objective, dict) else ()),
-    )
-    return (
-        all(isinstance(value, str) for value in texts)
-        and "/" not in found.name
-        and found.name not in ("", ".", "..")
-        and isinstance(found.values, dict)
-        and isinstance(found.objective, dict)
-        and all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in numbers)
-    )
+    if not all(isinstance(value, str) for value in texts) or "/" in found.name or found.name in ("", ".", ".."):
+        return False
+    if not isinstance(found.values, dict) or not isinstance(found.objective, dict):
+        return False
+    numbers = (found.number, found.seconds, found.starts, *found.objective.values())
+    return all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in numbers)
 
 
 def read_records(sweep: Path) -> list[Record]:
