@@ -94,7 +94,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # Masks of rows without a kernel for packed ones, in fp32: where they restart, whether padding hides anything.
     "transformers/masking_utils.py:find_packed_sequence_indices": (1, MICRO_BATCH),
     "transformers/masking_utils.py:_ignore_causal_mask_sdpa": (4, MICRO_BATCH),
-    "transformers/masking_utils.py:_ignore_bidirectional_mask_sdpa": (1, MICRO_BATCH),
+    "transformers/masking_utils.py:_ignore_bidirectional_mask_sdpa": (2, MICRO_BATCH),
     # Trained prompts and prefixes are copied in front of each row.
     "peft/peft_model.py:forward": (1, MICRO_BATCH),
     "peft/peft_model.py:get_prompt": (1, MICRO_BATCH),
@@ -103,6 +103,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "dstune/tasks/preference/head.py:__call__": (2, MICRO_BATCH),
     "dstune/tasks/preference/head.py:_keep_targets": (1, MICRO_BATCH),
     "main": (1, MICRO_BATCH),
+    # A loss of the whole global batch: vectors of every micro-batch go through the host to all ranks.
+    "dstune/trainer/whole_batch.py:<dictcomp>": (5, MICRO_BATCH),
+    "dstune/tasks/embedding/head.py:<listcomp>": (1, MICRO_BATCH),
 }
 """By the place that waits: how often, and in what."""
 

@@ -328,6 +328,8 @@ class Device(backend_registration._DummyBackendModule):
         torch.set_rng_state(state)
 
 
+GROWING = ("arange", "eye", "randperm")
+
 _library: list[torch.library.Library] = []
 
 
@@ -394,14 +396,18 @@ def _patch_torch() -> None:
     ) -> torch.Tensor:
         return tensor(values, device=like.device if device is None else device, dtype=dtype or like.dtype, **kwargs)
 
-    make_eye = torch.eye
+    def growing(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """torch makes an empty tensor on the device and lets it grow, which a wrapper cannot."""
 
-    def eye(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        """torch makes an empty one and lets it grow, which a wrapper cannot."""
-        made = make_eye(*args, **kwargs)
-        return made if device is None or torch.device(device).type != NAME else SimulatedTensor(made)
+        def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            on_device = device is not None and torch.device(device).type == NAME
+            return SimulatedTensor(make(*args, **kwargs)) if on_device else make(*args, device=device, **kwargs)
 
-    torch.tensor, torch.eye = tensor, eye
+        return made
+
+    torch.tensor = tensor
+    for name in GROWING:
+        setattr(torch, name, growing(getattr(torch, name)))
     torch.Tensor.new_tensor = new_tensor  # type: ignore[method-assign, assignment]
     torch.Tensor.tolist = tolist  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda tensor, *unused: tensor  # type: ignore[method-assign, assignment]
@@ -452,5 +458,5 @@ def _tell_deepspeed() -> None:
     # What `zero.Init` puts back when it is left.
     from deepspeed.runtime.zero import partition_parameters
 
-    partition_parameters._orig_torch_tensor = torch.tensor
-    partition_parameters._orig_torch_eye = torch.eye
+    for name in ("tensor", *GROWING):
+        setattr(partition_parameters, f"_orig_torch_{name}", getattr(torch, name))
