@@ -16,7 +16,7 @@ LONG_FIRST = ("distributed", "cluster", "parity", "packaging", "unit")
 """Folders by how long a file of theirs takes: workers that take whole files end together when the short ones come last."""
 
 ONLY_IN_CI = (
-    *("cluster", "packaging/test_distribution", "security/test_fuzz"),
+    *("cluster", "packaging/test_distribution", "security/test_fuzz", "security/test_two_users"),
     *(
         f"distributed/test_{name}"
         for name in (
