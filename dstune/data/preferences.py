@@ -119,7 +119,7 @@ def as_chat(row: Row, answer: str) -> Row:
     says in the prompt is no target."""
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "completion": row[answer]}
-    beside = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+    beside: Row = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
     return {"messages": [*_untrained(row["prompt"]), *row[answer]], **beside}
 
 
