@@ -33,7 +33,7 @@ class SpanAttention:
 
     NAME: ClassVar[str]
     """Of the function in transformers' registry."""
-    whole: ClassVar[bool] = True
+    whole: bool = True
     """Whether a rank has all positions of its rows."""
 
     def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int] | None:

@@ -271,9 +271,9 @@ class PackedAttention(SpanAttention):
     ) -> torch.Tensor:
         rows, _, positions, size = query.shape
         of_value = value.shape[-1]
-        states = [_flat(states, max(size, of_value)) for states in (query, key, value)]
-        states = [part.to(self._model.dtype) for part in states]  # peft may leave norms in fp32
-        output = self.kernel.compute(*states, spans, scale, window)[..., :of_value].to(query.dtype)
+        width, dtype = max(size, of_value), self._model.dtype  # peft may leave norms in fp32
+        q, k, v = (_flat(states, width).to(dtype) for states in (query, key, value))
+        output = self.kernel.compute(q, k, v, spans, scale, window)[..., :of_value].to(query.dtype)
         return output.view(rows, positions, -1, of_value).transpose(1, 2)
 
 

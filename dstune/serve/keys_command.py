@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _list(rows: list, *, as_json: bool) -> None:  # type: ignore[type-arg]
+def _list(rows: list, *, as_json: bool) -> None:
     for row in rows:
         values = {
             "name": row.name,

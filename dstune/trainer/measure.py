@@ -65,7 +65,9 @@ class Totals:
 
 def count_rows(split: Split, task: TaskConfig) -> int:
     """Rows that are evaluated: of tasks with chunks and of conversations whole rows, else samples."""
-    return len(np.unique(split.origins)) if whole_rows(split, task) else len(split.lengths)
+    if split.origins is not None and whole_rows(split, task):
+        return len(np.unique(split.origins))
+    return len(split.lengths)
 
 
 def whole_rows(split: Split, task: TaskConfig) -> bool:

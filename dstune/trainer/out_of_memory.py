@@ -41,8 +41,16 @@ def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int
 
     def total(run: RunConfig) -> float:
         model = architecture(values, head_of(run), labels_of(run))
-        more = {"ranks": ranks, "ranks_per_node": ranks_per_node, "on_gpu": accelerator.present()}
-        return memory(setup(run, model, precision=precision, values=values, **more)).total / GIB
+        planned = setup(
+            run,
+            model,
+            precision=precision,
+            values=values,
+            ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            on_gpu=accelerator.present(),
+        )
+        return memory(planned).total / GIB
 
     try:
         now = total(config)

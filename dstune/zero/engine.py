@@ -257,8 +257,8 @@ class Engine:
         if scaler:  # a veto is no overflow that the scale should fall for
             vars(self._engine.optimizer.loss_scaler).update(scaler)
         applied = self._engine.was_step_applied()
-        norm = None if self._fp16 or not applied else fewer_reads.reads.last  # a loss scale is divided out
-        norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        read = None if self._fp16 or not applied else fewer_reads.reads.last  # a loss scale is divided out
+        norm = float(self._engine.get_global_grad_norm()) if read is None else read
         if applied and not self._written:
             swap.check_written(self._engine.optimizer, self._world)
             self._written = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from dstune.serve.fleet import Fleet
@@ -12,7 +14,7 @@ SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
+        own: dict[str, Any] = {"registry": self._registry}
         self.requests = Counter("dstune_requests", "Requests", ["route", "model", "status"], **own)
         self.seconds = Histogram(
             "dstune_request_seconds", "Until the last byte", ["route", "model"], buckets=SECONDS, **own

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import or_, select
 
+from dstune.checkpoint.export import current_export
 from dstune.core.errors import Problem, UserError
 from dstune.serve import fields, source
 from dstune.serve.errors import ApiError
@@ -162,7 +163,7 @@ def _allowed(path: str, roots: tuple[str, ...]) -> Path:
         folder = None
     if folder is None or not folder.is_dir() or not any(folder.is_relative_to(Path(root).resolve()) for root in roots):
         raise UserError(Problem("path", "is no folder below those that --adapter-root names"))
-    if source.is_run(str(folder)) and source.current_export(folder) is None:
+    if source.is_run(str(folder)) and current_export(folder) is None:
         raise UserError(Problem("path", "the run has no export of its newest checkpoint: run `dstune export`"))
     return folder
 
