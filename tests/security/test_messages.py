@@ -80,7 +80,11 @@ class Evil:
         return (RAN.append, (1,))
 
 
-@pytest.mark.parametrize("value", [Evil(), {1, 2}, np.array([Evil()], dtype=object), object, len], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [Evil(), {1, 2}, np.array([Evil()], dtype=object), object, len],
+    ids=["reduced", "set", "array of objects", "class", "function"],
+)
 def test_objects_are_not_sent(value: Any) -> None:
     with pytest.raises(TypeError, match="ranks send no"):
         encode([value])

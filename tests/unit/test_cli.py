@@ -73,7 +73,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dstune {dstune.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_every_verb_exists_and_explains_itself(verb, capsys):
     try:
         code = cli.main([verb, "--help"])
