@@ -69,12 +69,6 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
         ("trainer.precision=fp32",),
         ("trainer.precision=bf16",),
     ),
-    (
-        "model.attention",
-        (*CHAT, "model.attention=flash_attention_2", "trainer.precision=bf16"),
-        ("data.packing=true",),
-        ("data.packing=false",),
-    ),
     ("method", CHAT, ("method=head",), ("method=lora",)),
     ("method", TEXT, ("method=head",), ("method=full",)),
     ("method.target_modules", LORA, ("method.target_modules=[]",), ("method.target_modules=[q_proj]",)),
