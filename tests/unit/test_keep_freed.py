@@ -15,7 +15,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     calls: list[tuple[int, int]] = []
     libc = SimpleNamespace(mallopt=lambda option, value: calls.append((option, value)), malloc_trim=lambda pad: 1)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory.accelerator, "present", lambda: False)
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -39,7 +39,7 @@ def test_what_the_user_has_set_stays(
 
 
 def test_on_a_gpu_nothing_is_changed(report: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory.accelerator, "present", lambda: True)
     memory.keep_freed()
     assert report == []
 

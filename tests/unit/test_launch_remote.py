@@ -162,4 +162,4 @@ def test_ssh_never_asks():
     words = Ssh("me", 2222).command("n1", ["echo", "a b"])
     assert words[0] == "ssh"
     assert "BatchMode=yes" in words
-    assert words[-5:] == ["2222", "-l", "me", "n1", "echo 'a b'"]
+    assert words[-6:] == ["2222", "-l", "me", "--", "n1", "echo 'a b'"]

@@ -59,13 +59,13 @@ def test_fp32_at_stage_0_is_16_bytes_a_weight_and_the_copy_that_is_reduced() -> 
     assert step["communication"] == 4 * 500_000_000
 
 
-def test_a_layer_keeps_44_times_its_positions_and_width() -> None:
+def test_a_layer_keeps_41_times_its_positions_and_width() -> None:
     # Of a layer of Llama 8B, in units of positions x 4096 bytes: the inputs of two norms 2 x 2, inputs of the
-    # projections 2 x 2, four tensors of the feed-forward layer 4 x 2 x 3.5, query and repeated keys and values 3 x 2, output 2.
+    # projections 2 x 2, four tensors of the feed-forward layer 4 x 2 x 3.5, query, keys and values 1.5 x 2, output 2.
     s = llama("data.max_length=1024", "trainer.micro_batch_size=1")
-    expected = (2 * 2 + 4 + 28 + 6 + 2) * 1024 * 4096
-    sums, mask, scales = 4 * 32 * 1024, 2 * 1024 * 1024, 2 * 4 * 1024
-    assert activations.layer(s).saved == expected + sums + mask + scales
+    expected = (2 * 2 + 4 + 28 + 3 + 2) * 1024 * 4096
+    sums, scales = 4 * 32 * 1024, 2 * 4 * 1024
+    assert activations.layer(s).saved == expected + sums + scales
 
 
 def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:
