@@ -88,11 +88,10 @@ def test_every_command_is_one_that_exists():
 
 
 def test_flags_of_export_and_generate_exist():
-    from dstune.checkpoint import export
-    from dstune.inference import generate, predict
+    from dstune.inference import export_command, generate, predict
 
     read = {
-        "export": export._parser().parse_args,
+        "export": export_command._parser().parse_args,
         "generate": generate._parser().parse_args,
         "predict": predict._parse,
     }
