@@ -13,13 +13,14 @@ PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test-fast test test-ci test-all golden test-gpu gpu-report lint format clean debian
+.PHONY: help quickstart install test-fast test test-again test-ci test-all golden test-gpu gpu-report lint format clean debian
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
 	@echo "make install     only make $(VENV) and install dstune into it"
 	@echo "make test-fast   configuration, launcher and planner without ranks, while you edit (under 2 minutes)"
 	@echo "make test        before you push: unit tests, the ladder of exactness, runs and signals (under 12 minutes on 2 cores)"
+	@echo "make test-again  what failed in the run before, one test at a time"
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (under 60 minutes on 2 cores)"
 	@echo "make test-all    these too: real models, soak, faults, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
@@ -45,6 +46,10 @@ test-fast: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not ci and not gpu"
+
+# What failed in the run before, once more and one at a time: exits with an error where that was nothing.
+test-again: $(VENV)/.installed-test
+	$(TEST_ENV) $(PYTEST) --last-failed --last-failed-no-failures none -m "not slow and not gpu"
 
 test-ci: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not gpu"

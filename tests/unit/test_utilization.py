@@ -40,6 +40,7 @@ from dstune.tasks.preference.config import PreferenceConfig
 from dstune.trainer import utilization
 from dstune.trainer.callbacks.throughput import FLOPS, POSITIONS, TARGETS, Throughput, rates
 from dstune.trainer.utilization import Counted, Utilization, counted, peak_flops, utilization_of
+from dstune.zero import accelerator
 
 VOCABULARY, HIDDEN, LAYERS = 105, 32, 2
 LLAMA: dict[str, Any] = {
@@ -259,7 +260,7 @@ def test_the_peak_of_a_gpu_that_was_not_measured_is_the_published_one(
 ) -> None:
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
     name = "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(accelerator, "name", lambda: name)
     assert peak_flops(Precision.bf16, 8, on_gpu=True) == 989e12
     assert peak_flops(Precision.fp32, 8, on_gpu=True) is None, "published is that of 16 bits"
     remember(tmp_path, name, 1, ranks=8)
