@@ -43,7 +43,7 @@ FAULTY = {
     "endless_macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "division": "{{ 1 / 0 }}",
     "overflow": "{{ 10.0**400 }}",
-    "recursion": "{{ " + "(" * 500 + "1" + ")" * 500 + " }}",
+    "recursion": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "raised": "{{ raise_exception('no') }}",
     "syntax": "{% if %}",
     "digits": "{{ ('9' * 5000)|int }}{{ 9**5000 }}",
