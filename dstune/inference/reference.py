@@ -69,7 +69,12 @@ def add_reference(folder: Path, run_dir: Path) -> str:
     rows = list(_held_out(config, data, tokenizer))
     if not rows:
         return f"{folder} gets no reference: the run held out no rows that can be asked again"
-    module, body = _as_trained(config, checkpoint, tokenizer)
+    try:
+        module, body = _as_trained(config, checkpoint, tokenizer)
+    except KeyError as error:  # features and importance save what they train, beside the model's own weights
+        return f"{folder} gets no reference: the checkpoint does not hold {error.args[0]}, which the run kept as it was"
+    if body.config.is_encoder_decoder:
+        return f"{folder} gets no reference: no engine of dstune serve takes an encoder-decoder"
     task = task_of(config.task)
     if task.generates:
         described = [_scored(row, body if module is None else module) for row in rows]
