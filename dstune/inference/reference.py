@@ -6,7 +6,8 @@ The model is built as in training, from the checkpoint: not from the exported fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator
     if split is None or split.places is None:
         return
     places = json.loads(split.places.read_text(encoding="utf-8"))[:MOST_PLACES]
-    raw = dict(_fields(config, split.name, set(places)))
+    raw = _fields(config, split.name, places)
     origins = np.arange(len(split.lengths)) if split.origins is None else split.origins
     found = 0
     for sample, origin in enumerate(origins.tolist()):
@@ -125,20 +126,31 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator
             yield row
 
 
-def _fields(
-    config: RunConfig, part: str, places: set[str]
-) -> Iterator[tuple[str, tuple[Mapping[str, Any], RunConfig]]]:
-    """The columns of the rows at these places, with the configuration of their source."""
+def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tuple[Mapping[str, Any], RunConfig]]:
+    """The columns of the rows at these places, with the configuration of their source.
+
+    Prepared rows are found again by their content, so their places may be those of files that have moved since: files are
+    compared by their names where these differ.
+    """
     own_part = getattr(config.data, part) is not None
     given = [(f"data.{part}", config)] if own_part else list(of_training(config).values())
-    for key, own in given:
-        for file in sources.of_part(own.data, part if own_part else "train", key):
-            for raw in sources.read(file):
-                if raw.fields is not None and raw.place in places:
-                    yield raw.place, (raw.fields, own)
-                    places.discard(raw.place)
-                    if not places:
-                        return
+    files = [
+        (file, own) for key, own in given for file in sources.of_part(own.data, part if own_part else "train", key)
+    ]
+    by_name = len({os.path.basename(str(file)) for file, _ in files}) == len(files)
+
+    def key_of(place: str) -> str:
+        return os.path.basename(place) if by_name else place
+
+    missing = {key_of(place): place for place in places}
+    found: dict[str, tuple[Mapping[str, Any], RunConfig]] = {}
+    for file, own in files:
+        for raw in sources.read(file):
+            if not missing:
+                return found
+            if raw.fields is not None and (place := missing.pop(key_of(raw.place), None)):
+                found[place] = raw.fields, own
+    return found
 
 
 def _row(

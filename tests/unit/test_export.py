@@ -485,7 +485,8 @@ def test_the_verb_exports_a_named_step(shelf, tmp_path, capsys):
         "vllm_problems": [],
         "reference": True,
     }
-    assert json.loads(capsys.readouterr().out) == expected
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == expected, printed.err
     whole = shelf.whole("full-3", step=2)
     assert all(torch.equal(weight, whole[key]) for key, weight in load(out).named_parameters())
 
