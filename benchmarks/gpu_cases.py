@@ -139,7 +139,7 @@ class Bench:
             raise RuntimeError("\n".join((done.stdout + done.stderr).splitlines()[-8:]))
         return self.result(self.folder / name)
 
-    def told(self, name: str, *words: str, steps: int = 4, **more: Any) -> dict[str, Any]:
+    def reported(self, name: str, *words: str, steps: int = 4, **more: Any) -> dict[str, Any]:
         """A row of a run: what it reached, or why it failed."""
         try:
             found = self.child(name, *words, steps=steps)
@@ -177,13 +177,13 @@ def losses(bench: Bench) -> None:
     words = (f"model.path={model}", "trainer.precision=fp32", "optimizer.lr=1e-3")
     expected = on_cpu(bench, *words, "zero=stage2")
     for name, more in {"stage2": ["zero=stage2"], "stage3": ["zero=stage3"], "stage1": ["zero=stage1"]}.items():
-        found = bench.told(f"{name}-fp32", *words, *more)
+        found = bench.reported(f"{name}-fp32", *words, *more)
         if found:
             apart = [abs(a / b - 1) for a, b in zip(found["losses"], expected["losses"], strict=True)]
             norms = [abs(a / b - 1) for a, b in zip(found["norms"], expected["norms"], strict=True)]
             bench.row(run=f"{name}-fp32 against the CPU", loss_apart=max(apart), norm_apart=max(norms))
     for name in ("stage2", "stage3"):
-        bench.told(f"{name}-bf16", f"model.path={model}", "trainer.precision=bf16", f"zero={name}")
+        bench.reported(f"{name}-bf16", f"model.path={model}", "trainer.precision=bf16", f"zero={name}")
 
 
 @case
@@ -261,7 +261,7 @@ def packed_step(bench: Bench) -> None:
     """Steps of packed rows of 4k, with what waited for the device (`torch.cuda.set_sync_debug_mode`)."""
     words = packed_words(bench, ONE_AND_A_HALF | {"num_hidden_layers": 8}, "eight-layers")
     os.environ["GPU_CASES_WAITS"] = "1"
-    bench.told("packed", *words, "zero=stage2", "trainer.profile_steps=2", steps=6)
+    bench.reported("packed", *words, "zero=stage2", "trainer.profile_steps=2", steps=6)
     waits = bench.folder / "waits.json"
     if waits.exists():
         for place, count in json.loads(waits.read_text()).items():
@@ -368,7 +368,7 @@ def plan(bench: Bench) -> None:
     words = packed_words(bench, ONE_AND_A_HALF, "one-and-a-half")
     for stage in ("stage2", "stage3"):
         run = [*words, f"zero={stage}", "trainer.micro_batch_size=1", "trainer.global_batch_size=2"]
-        found = bench.told(f"plan-{stage}", *run)
+        found = bench.reported(f"plan-{stage}", *run)
         config = compose(["data=files", "data.train=rows.jsonl", *run]).config
         values = json.loads((bench.folder / "one-and-a-half" / "config.json").read_text())
         model = architecture(values, head_of(config))
@@ -383,19 +383,19 @@ def plan(bench: Bench) -> None:
 def out_of_memory(bench: Bench) -> None:
     """`trainer.micro_batch_size=auto`, and what a run says that does not fit."""
     words = packed_words(bench, ONE_AND_A_HALF | {"num_hidden_layers": 8}, "eight-layers")
-    bench.told("auto", *words, "zero=stage2", "trainer.micro_batch_size=auto", "trainer.global_batch_size=64", steps=2)
+    bench.reported("auto", *words, "zero=stage2", "trainer.micro_batch_size=auto", "trainer.global_batch_size=64", steps=2)
     if bench.simulate:
         bench.row(run="forced", failed="a simulated device is never full")
         return
     large = ["trainer.micro_batch_size=512", "trainer.global_batch_size=512", "trainer.activation_checkpointing=false"]
     own = {word.partition("=")[0] for word in large}
-    bench.told("forced", *[word for word in words if word.partition("=")[0] not in own], *large, "zero=stage2", steps=1)
+    bench.reported("forced", *[word for word in words if word.partition("=")[0] not in own], *large, "zero=stage2", steps=1)
 
 
 @case
 def importance(bench: Bench) -> None:
     model, _ = bench.inputs()
-    bench.told("importance", f"model.path={model}", "method=importance", "method.score_steps=2", "zero=stage2")
+    bench.reported("importance", f"model.path={model}", "method=importance", "method.score_steps=2", "zero=stage2")
 
 
 @case
@@ -404,7 +404,7 @@ def preference(bench: Bench) -> None:
 
     model, _ = bench.inputs()
     data = write_preferences(bench.folder / "pairs.jsonl", 60)
-    bench.told("dpo", f"model.path={model}", "task=preference", f"data.train={data}", "zero=stage2", "method=lora")
+    bench.reported("dpo", f"model.path={model}", "task=preference", f"data.train={data}", "zero=stage2", "method=lora")
 
 
 @case
@@ -412,7 +412,7 @@ def classification(bench: Bench) -> None:
     from tests.support.tiny import save_encoder, write_labelled
 
     model, data = save_encoder(bench.folder / "encoder"), write_labelled(bench.folder / "labels.jsonl", 60)
-    bench.told("classifier", f"model.path={model}", "task=classification", f"data.train={data}", "zero=stage3")
+    bench.reported("classifier", f"model.path={model}", "task=classification", f"data.train={data}", "zero=stage3")
 
 
 @case
@@ -421,8 +421,8 @@ def half(bench: Bench) -> None:
     if bench.simulate:
         bench.row(run="fp16", failed="a CPU has no kernels of fp16 for several layers")
         return
-    bench.told("fp16", f"model.path={model}", "trainer.precision=fp16", "zero=stage2")
-    bench.told("tf32", f"model.path={model}", "trainer.precision=fp32", "trainer.tf32=true", "zero=stage2")
+    bench.reported("fp16", f"model.path={model}", "trainer.precision=fp16", "zero=stage2")
+    bench.reported("tf32", f"model.path={model}", "trainer.precision=fp32", "trainer.tf32=true", "zero=stage2")
 
 
 @case
@@ -430,7 +430,7 @@ def deterministic(bench: Bench) -> None:
     """Two runs of the same words, and whether they are equal to the bit."""
     model, _ = bench.inputs()
     words = (f"model.path={model}", "trainer.precision=bf16", "trainer.deterministic=true", "zero=stage2")
-    first, second = bench.told("first", *words), bench.told("second", *words)
+    first, second = bench.reported("first", *words), bench.reported("second", *words)
     if first and second:
         bench.row(run="equal to the bit", value=first["losses"] == second["losses"])
 
@@ -449,9 +449,9 @@ def resume(bench: Bench) -> None:
     if bench.simulate:
         bench.row(run="resume", failed="the simulated device has no memory of its own that a checkpoint could copy")
         return
-    whole = bench.told("whole", *words, "checkpoint.every=2", steps=4)
-    bench.told("halves", *words, "checkpoint.every=2", steps=2)
-    resumed = bench.told("halves", *words, "checkpoint.every=2", steps=4)
+    whole = bench.reported("whole", *words, "checkpoint.every=2", steps=4)
+    bench.reported("halves", *words, "checkpoint.every=2", steps=2)
+    resumed = bench.reported("halves", *words, "checkpoint.every=2", steps=4)
     if whole and resumed:
         bench.row(run="resumed to the bit", value=whole["losses"][2:] == resumed["losses"][-2:])
 
@@ -462,7 +462,7 @@ def offload(bench: Bench) -> None:
     if bench.simulate:
         bench.row(run="offload", failed="the simulated device has no memory of its own to move states from")
         return
-    bench.told("offload", f"model.path={model}", "zero=stage3_offload", "trainer.precision=bf16")
+    bench.reported("offload", f"model.path={model}", "zero=stage3_offload", "trainer.precision=bf16")
 
 
 @case
@@ -472,20 +472,20 @@ def qlora(bench: Bench) -> None:
         return
     model = bench.shape("wide", hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4)
     for stage in ("stage2", "stage3"):
-        bench.told(f"qlora-{stage}", f"model.path={model}", "method=qlora", f"zero={stage}", "trainer.precision=bf16")
+        bench.reported(f"qlora-{stage}", f"model.path={model}", "method=qlora", f"zero={stage}", "trainer.precision=bf16")
 
 
 @case
 def full_1_5b(bench: Bench) -> None:
     words = packed_words(bench, ONE_AND_A_HALF, "one-and-a-half")
-    bench.told("full 1.5B", *words, "zero=stage2", "trainer.micro_batch_size=2", "trainer.global_batch_size=8", steps=6)
+    bench.reported("full 1.5B", *words, "zero=stage2", "trainer.micro_batch_size=2", "trainer.global_batch_size=8", steps=6)
 
 
 @case
 def lora_8b(bench: Bench) -> None:
     words = packed_words(bench, EIGHT, "eight")
     lora = ("method=lora", "zero=stage2", "trainer.micro_batch_size=2", "trainer.global_batch_size=8")
-    bench.told("LoRA 8B", *words, *lora, steps=6)
+    bench.reported("LoRA 8B", *words, *lora, steps=6)
 
 
 @case

@@ -53,7 +53,7 @@ def test_the_first_command_on_300_chats_learns_saves_evaluates_and_says_what_it_
     assert content["config"]["zero"]["stage"] == 2  # of the experiment
 
 
-def test_what_is_left_out_is_chosen_told_and_kept(workplace: Commands) -> None:
+def test_what_is_left_out_is_chosen_reported_and_kept(workplace: Commands) -> None:
     few = ["model.path=model", "data.train=chats.jsonl", "method=lora", "trainer.max_steps=2", "data.max_rows=40"]
     done = workplace.run("train", *few, "run.dir=runs/chosen", "launch.processes=1", "evaluate.at_start=false")
     assert done.returncode == 0, done.stderr

@@ -354,7 +354,7 @@ def test_the_real_vllm(shelf, tmp_path):
     assert proofs["a"].status == "proven"
 
 
-def test_a_model_without_a_reference_is_served_unproven_and_said_to_be(shelf, tmp_path):
+def test_a_model_without_a_reference_is_served_and_listed_as_unproven(shelf, tmp_path):
     plain = shelf.copy("full", tmp_path / "plain")
     (plain / "reference.json").unlink()
     proofs = started(Fleet(engines(state(tmp_path / "1"))), resolve("x", str(plain)))

@@ -160,7 +160,7 @@ def test_a_size_that_runs_out_of_memory_is_left(server: Server, stage: int) -> N
 
 
 @pytest.mark.ci
-def test_out_of_memory_is_told_with_what_frees_most(server: Server) -> None:
+def test_out_of_memory_names_what_frees_most(server: Server) -> None:
     rows = [word for word in cell(server, "chat-full-2").argv if not word.startswith("trainer.micro_batch_size=")]
     found = server.run(Cell("oom", (*rows, "trainer.micro_batch_size=4")), plant="full")
     assert found.error.startswith("TrainingFailed: out of memory in training (simulated: out of memory.")

@@ -209,7 +209,7 @@ def test_whole_numbers_stay_numbers(tmp_path: Path) -> None:
 # ---- few steps ----
 
 
-def told(
+def reported(
     rows: int | None, samples: int, each: int, *, step: int = 0, packing: bool = False, cut: int = 0, **trainer: int
 ) -> list[str]:
     settings = TrainerConfig(**trainer)
@@ -225,31 +225,31 @@ def told(
 
 
 def test_few_steps_are_told_with_the_way_from_rows_to_them_and_what_to_change() -> None:
-    (line,) = told(rows=29, samples=285, each=2, packing=True)
+    (line,) = reported(rows=29, samples=285, each=2, packing=True)
     assert line == (
         "this run has only 2 optimizer steps (285 rows -> 29 packed rows of 1,024 tokens -> 2 steps of 16 rows in a pass), in "
         "which a model learns little: trainer.epochs=10, trainer.global_batch_size=1 or more rows give 20"
     )
-    (line,) = told(rows=100, samples=100, each=7, epochs=2)
+    (line,) = reported(rows=100, samples=100, each=7, epochs=2)
     assert "14 optimizer steps (100 rows -> 7 steps of 16 rows in a pass, 2 passes)" in line
     assert "trainer.epochs=3, trainer.global_batch_size=11 or more rows give 20" in line
-    (line,) = told(rows=30, samples=30, each=2, cut=10)
+    (line,) = reported(rows=30, samples=30, each=2, cut=10)
     assert "(20 rows -> 30 samples -> 2 steps of 16 rows in a pass)" in line
-    (line,) = told(rows=100, samples=100, each=7, max_steps=10)
+    (line,) = reported(rows=100, samples=100, each=7, max_steps=10)
     assert "trainer.max_steps=10" in line
-    (line,) = told(rows=None, samples=0, each=1, max_steps=10)
+    (line,) = reported(rows=None, samples=0, each=1, max_steps=10)
     assert line.startswith("this run has only 10 optimizer steps (trainer.max_steps=10)")
 
 
 def test_runs_of_twenty_steps_and_continued_ones_say_nothing() -> None:
-    assert told(rows=320, samples=320, each=20) == []
-    assert told(rows=32, samples=32, each=2, step=1) == []
+    assert reported(rows=320, samples=320, each=20) == []
+    assert reported(rows=32, samples=32, each=2, step=1) == []
 
 
 def test_what_is_advised_gives_twenty_steps() -> None:
     for rows, epochs in product([5, 20, 41, 100, 300], [1, 2, 3, 7]):
         each = -(-rows // 16)
-        for line in told(rows=rows, samples=rows, each=each, epochs=epochs):
+        for line in reported(rows=rows, samples=rows, each=each, epochs=epochs):
             words = dict(word.rstrip(",").split("=") for word in line.split() if word.startswith("trainer."))
             assert int(words["trainer.epochs"]) * each >= 20
             if batch := words.get("trainer.global_batch_size"):

@@ -85,7 +85,7 @@ def test_a_kernel_that_lets_samples_see_each_other_is_given_up(tmp_path):
     )
 
 
-def told(known: list[str], output=None):
+def recording_kernel(known: list[str], output=None):
     """A function with these arguments, and what it was called with."""
     calls = []
 
@@ -108,12 +108,12 @@ BOUNDARIES = Boundaries(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
 def test_torchs_kernel_is_told_by_what_its_signature_has(monkeypatch):
     module = ModuleType("torch.nn.attention.varlen")
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    module.varlen_attn, calls = told(["scale", "window_size", "enable_gqa"])
+    module.varlen_attn, calls = recording_kernel(["scale", "window_size", "enable_gqa"])
     varlen.torch_varlen().compute(*STATES, BOUNDARIES, 0.7, 4)
     ((given, more),) = calls
     assert [tuple(state.shape) for state in given[:3]] == [(12, 4, 8), (12, 2, 8), (12, 2, 8)]
     assert given[5:] == (7, 7) and more == {"scale": 0.7, "window_size": (3, 0), "enable_gqa": True}
-    module.varlen_attn, calls = told(["is_causal"])  # as in torch 2.10
+    module.varlen_attn, calls = recording_kernel(["is_causal"])  # as in torch 2.10
     varlen.torch_varlen().compute(*STATES, BOUNDARIES, 0.7, None)
     ((given, more),) = calls
     assert torch.allclose(given[0], STATES[0] * 0.7 * 8**0.5) and given[1].shape == (12, 4, 8)
@@ -139,7 +139,7 @@ def test_flash_attn_by_what_is_installed_and_the_device(monkeypatch, capability,
         module = ModuleType(name)
         if name in installed:
             known = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "softmax_scale", "causal", "window_size"]
-            module.flash_attn_varlen_func, _ = told([*known, "deterministic"] if name == "flash_attn" else known)
+            module.flash_attn_varlen_func, _ = recording_kernel([*known, "deterministic"] if name == "flash_attn" else known)
         monkeypatch.setitem(sys.modules, name, module if name in installed else None)
     found = varlen.flash_attn()
     assert (found and found.name) == chosen
