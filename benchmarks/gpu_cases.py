@@ -383,13 +383,17 @@ def plan(bench: Bench) -> None:
 def out_of_memory(bench: Bench) -> None:
     """`trainer.micro_batch_size=auto`, and what a run says that does not fit."""
     words = packed_words(bench, ONE_AND_A_HALF | {"num_hidden_layers": 8}, "eight-layers")
-    bench.reported("auto", *words, "zero=stage2", "trainer.micro_batch_size=auto", "trainer.global_batch_size=64", steps=2)
+    bench.reported(
+        "auto", *words, "zero=stage2", "trainer.micro_batch_size=auto", "trainer.global_batch_size=64", steps=2
+    )
     if bench.simulate:
         bench.row(run="forced", failed="a simulated device is never full")
         return
     large = ["trainer.micro_batch_size=512", "trainer.global_batch_size=512", "trainer.activation_checkpointing=false"]
     own = {word.partition("=")[0] for word in large}
-    bench.reported("forced", *[word for word in words if word.partition("=")[0] not in own], *large, "zero=stage2", steps=1)
+    bench.reported(
+        "forced", *[word for word in words if word.partition("=")[0] not in own], *large, "zero=stage2", steps=1
+    )
 
 
 @case
@@ -472,13 +476,17 @@ def qlora(bench: Bench) -> None:
         return
     model = bench.shape("wide", hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4)
     for stage in ("stage2", "stage3"):
-        bench.reported(f"qlora-{stage}", f"model.path={model}", "method=qlora", f"zero={stage}", "trainer.precision=bf16")
+        bench.reported(
+            f"qlora-{stage}", f"model.path={model}", "method=qlora", f"zero={stage}", "trainer.precision=bf16"
+        )
 
 
 @case
 def full_1_5b(bench: Bench) -> None:
     words = packed_words(bench, ONE_AND_A_HALF, "one-and-a-half")
-    bench.reported("full 1.5B", *words, "zero=stage2", "trainer.micro_batch_size=2", "trainer.global_batch_size=8", steps=6)
+    bench.reported(
+        "full 1.5B", *words, "zero=stage2", "trainer.micro_batch_size=2", "trainer.global_batch_size=8", steps=6
+    )
 
 
 @case

@@ -139,7 +139,9 @@ def test_flash_attn_by_what_is_installed_and_the_device(monkeypatch, capability,
         module = ModuleType(name)
         if name in installed:
             known = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "softmax_scale", "causal", "window_size"]
-            module.flash_attn_varlen_func, _ = recording_kernel([*known, "deterministic"] if name == "flash_attn" else known)
+            module.flash_attn_varlen_func, _ = recording_kernel(
+                [*known, "deterministic"] if name == "flash_attn" else known
+            )
         monkeypatch.setitem(sys.modules, name, module if name in installed else None)
     found = varlen.flash_attn()
     assert (found and found.name) == chosen
