@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dstune.checkpoint import store
+from dstune.core.errors import Problem, UserError
 from dstune.zero.engine import BUFFER, PARAMETER_GROUPS, weights_file
 from dstune.zero.restore import WEIGHT
 from dstune.zero.safe_load import load
@@ -56,6 +57,9 @@ class Shards:
             self._layout = _joined(slices, slices[0].cuts)
             return
         model_files = _by_rank(checkpoint, "*_model_states.pt")
+        if not model_files:
+            reason = "it holds no weights: neither *_model_states.pt nor those of a save with weights alone"
+            raise UserError(Problem("checkpoint", reason, "give another checkpoint of the run", str(checkpoint)))
         optim_files = _by_rank(checkpoint, "*_optim_states.pt")
         first = _load(model_files[0][0])
         all_optims = [[_load(path)["optimizer_state_dict"] for path in of_slice] for of_slice in optim_files]

@@ -15,7 +15,9 @@ from support.configs import run_config
 
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
+from dstune.checkpoint.shards import Shards
 from dstune.config.schema import CheckpointConfig, SaveMode
+from dstune.core.errors import UserError
 from dstune.trainer.state import TrainState
 from dstune.zero import shard_files
 from dstune.zero.safe_load import load
@@ -46,6 +48,11 @@ def test_a_full_disk_is_named_as_such():
 class Harmful:
     def __reduce__(self):
         return (print, ("run while loading",))
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match="it holds no weights"):
+        Shards(tmp_path)
 
 
 def test_what_is_in_a_file_does_not_run(tmp_path, capsys):
