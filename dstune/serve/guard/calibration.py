@@ -1,0 +1,184 @@
+"""Which score means which rate of false alarms: `guard.json` beside an export.
+
+A level is a rate of false alarms on held-out benign texts, not a probability. It depends on where a text comes from and on
+how many windows were scored: the highest of thirty scores is higher than one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_object
+
+NAME = "guard.json"
+FORMAT = 1
+DIRECTIONS = ("input", "output", "tool_result")
+LEVELS: Mapping[str, float] = {
+    "l1_confident": 0.001,
+    "l2_very_likely": 0.005,
+    "l3_likely": 0.01,
+    "l4_less_likely": 0.05,
+}
+"""The rate of false alarms that each level stands for, most certain first."""
+UNLIKELY = "l5_unlikely"
+TRAINS = "dstune train experiment=guard"
+"""What makes a calibrated model."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Thresholds of texts of about one length."""
+
+    up_to: int | None
+    """Windows of the text and all its variants together; None in the last bucket for any number."""
+    thresholds: Mapping[float, float]
+    """By rate of false alarms. A score that is at least as high is an alarm."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    model_digest: str
+    """Of the export that was calibrated (`digest_of`)."""
+    directions: Mapping[str, tuple[Bucket, ...]]
+    calibrated_on: Mapping[str, Any]
+    """By direction the number of benign rows and their digest."""
+    window_tokens: int = 128
+    """Of a window, with its special tokens."""
+    stride: int = 96
+    """Tokens from the start of a window to the start of the next."""
+    label: str = "attack"
+    """The model's label whose probability is the score."""
+
+    def threshold(self, direction: str, windows: int, level: str) -> float:
+        """The lowest score that has this level or a more certain one."""
+        buckets = self.directions[direction]
+        bucket = next((one for one in buckets if one.up_to is None or windows <= one.up_to), buckets[-1])
+        return bucket.thresholds[LEVELS[level]]
+
+    def level(self, direction: str, windows: int, score: float) -> str:
+        """The most certain level that `score` reaches."""
+        return next((name for name in LEVELS if score >= self.threshold(direction, windows, name)), UNLIKELY)
+
+    def save(self, folder: Path) -> Path:
+        """Write `guard.json`. Raises UserError where the values make no calibration."""
+        value = {
+            "format": FORMAT,
+            "model_digest": self.model_digest,
+            "directions": {
+                name: {"by_windows": [_written(bucket) for bucket in buckets]}
+                for name, buckets in self.directions.items()
+            },
+            "calibrated_on": dict(self.calibrated_on),
+            "window_tokens": self.window_tokens,
+            "stride": self.stride,
+            "label": self.label,
+        }
+        _read(value, str(folder / NAME))
+        unfinished = folder / f".{NAME}.incomplete"
+        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / NAME)
+        return folder / NAME
+
+    @staticmethod
+    def load(folder: Path) -> Calibration | None:
+        """None where the export was not calibrated. Raises UserError for a file that is damaged, or of other weights."""
+        file = folder / NAME
+        if not file.is_file():
+            return None
+        value = read_object(file)
+        if value is None:
+            raise UserError(Problem(str(file), "is no JSON object", f"calibrate the model again: {TRAINS}"))
+        calibration = _read(value, str(file))
+        if calibration.model_digest != digest_of(folder):
+            reason = "was made for other weights or another tokenizer than those beside it"
+            raise UserError(Problem(str(file), reason, f"calibrate the model again: {TRAINS}"))
+        return calibration
+
+
+def _written(bucket: Bucket) -> dict[str, Any]:
+    return {"up_to": bucket.up_to, "thresholds": {f"{rate:g}": value for rate, value in bucket.thresholds.items()}}
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of what decides the scores of an export: weights, configuration, tokenizer."""
+    digest = hashlib.sha256()
+    names = ("*.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "spm.model")
+    for file in sorted({file for pattern in names for file in folder.glob(pattern)}):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class _Wrong(Exception):
+    """Key, and what is wrong with its value."""
+
+
+def _read(value: Mapping[str, Any], where: str) -> Calibration:
+    try:
+        return _calibration(value)
+    except _Wrong as error:
+        key, reason = error.args
+        raise UserError(Problem(f"{where}: {key}", reason, f"calibrate the model again: {TRAINS}")) from None
+
+
+def _calibration(value: Mapping[str, Any]) -> Calibration:
+    if value.get("format") != FORMAT:
+        raise _Wrong("format", f"must be {FORMAT}, is {value.get('format')!r}")
+    for key in ("model_digest", "label"):
+        if not isinstance(value.get(key), str) or not value[key]:
+            raise _Wrong(key, "must be a text")
+    window, stride = value.get("window_tokens"), value.get("stride")
+    if type(window) is not int or not 16 <= window <= 8192:
+        raise _Wrong("window_tokens", f"must be a whole number from 16 to 8192, is {window!r}")
+    if type(stride) is not int or not 1 <= stride <= window - 2:
+        raise _Wrong("stride", f"must be a whole number from 1 to window_tokens - 2, is {stride!r}")
+    if not isinstance(value.get("calibrated_on"), dict) or not value["calibrated_on"]:
+        raise _Wrong("calibrated_on", "must say which rows the thresholds come from")
+    given = value.get("directions")
+    if not isinstance(given, dict) or set(given) != set(DIRECTIONS):
+        raise _Wrong("directions", f"must be {', '.join(DIRECTIONS)}")
+    directions = {name: _buckets(given[name], f"directions.{name}") for name in DIRECTIONS}
+    return Calibration(value["model_digest"], directions, value["calibrated_on"], window, stride, value["label"])
+
+
+def _buckets(given: Any, key: str) -> tuple[Bucket, ...]:
+    rows = given.get("by_windows") if isinstance(given, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise _Wrong(f"{key}.by_windows", "must be a list with at least one entry")
+    buckets = tuple(_bucket(row, f"{key}.by_windows[{number}]") for number, row in enumerate(rows))
+    if any(one.up_to is None for one in buckets[:-1]):
+        raise _Wrong(f"{key}.by_windows", "only the last up_to may be null")
+    if any(later.up_to is not None and later.up_to <= (one.up_to or 0) for one, later in pairwise(buckets)):
+        raise _Wrong(f"{key}.by_windows", "up_to must rise")
+    return buckets
+
+
+def _bucket(row: Any, key: str) -> Bucket:
+    if not isinstance(row, dict) or not isinstance(row.get("thresholds"), dict):
+        raise _Wrong(key, "must have up_to and thresholds")
+    up_to = row.get("up_to")
+    if up_to is not None and (type(up_to) is not int or up_to < 1):
+        raise _Wrong(f"{key}.up_to", f"must be a whole number of at least 1, or null, is {up_to!r}")
+    expected = {f"{rate:g}": rate for rate in LEVELS.values()}
+    if set(row["thresholds"]) != set(expected):
+        raise _Wrong(f"{key}.thresholds", f"must have the rates {', '.join(expected)}")
+    found: dict[float, float] = {}
+    for text, rate in expected.items():
+        number = row["thresholds"][text]
+        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+            raise _Wrong(f"{key}.thresholds.{text}", f"must be a number, is {number!r}")
+        found[rate] = float(number)
+    if any(one < later for one, later in pairwise(found.values())):
+        raise _Wrong(f"{key}.thresholds", "a lower rate of false alarms must have a threshold that is not lower")
+    return Bucket(up_to, found)

@@ -1,0 +1,158 @@
+"""An encoder that scores windows of a text: an export of dstune, or any classifier in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.serve.guard.calibration import Calibration, digest_of
+from dstune.serve.guard.variants import Variant
+
+if TYPE_CHECKING:
+    from dstune.inference.predictor import Predictor
+
+WINDOW, STRIDE = 128, 96
+"""Of a model that is not calibrated."""
+BATCH = 16
+"""Windows that are computed together."""
+
+Window = list[int]
+"""Token ids, special tokens included."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a text: the highest of its windows and those of its variants."""
+
+    value: float
+    windows: int
+    """All that were scored: what the thresholds depend on."""
+    variant: str = "plain"
+    """The reading with the highest window."""
+
+
+@dataclass
+class GuardModel:
+    """A classifier of which the probability of one label is the score."""
+
+    predictor: Predictor
+    index: int
+    label: str
+    digest: str
+    calibration: Calibration | None
+    """None where the folder has no `guard.json`: such a model may flag, never block."""
+    window_tokens: int
+    stride: int
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        *,
+        label: str | None = None,
+        window_tokens: int | None = None,
+        stride: int | None = None,
+        calibrated: bool = True,
+    ) -> GuardModel:
+        """The model in a folder, with what its `guard.json` says of label and windows unless it is given here.
+
+        calibrated: whether to read `guard.json`; a model is loaded without it to be calibrated anew.
+        Raises UserError where there is no classifier, or its `guard.json` is damaged or of other weights.
+        """
+        import tempfile
+
+        from dstune.config.schema import ModelConfig
+        from dstune.inference.load import find, load
+
+        folder = Path(path)
+        if not folder.is_dir():
+            reason = "there is no such folder; a guard's model is an export or a folder of a classifier"
+            raise UserError(Problem("guard.model", reason, "dstune train experiment=guard makes one", str(path)))
+        calibration = Calibration.load(folder) if calibrated else None
+        expected = find(ModelConfig(path=str(folder)), "last", [])
+        with tempfile.TemporaryDirectory(prefix="dstune-guard-") as scratch:
+            predictor = load(expected, Path(scratch))
+        window = window_tokens or (calibration.window_tokens if calibration else WINDOW)
+        step = stride or (calibration.stride if calibration else min(STRIDE, window * 3 // 4))
+        name = label or (calibration.label if calibration else _label_of(predictor.labels, folder))
+        if name not in predictor.labels:
+            reason = f"has no label {name!r}; its labels are {', '.join(predictor.labels) or 'none'}"
+            raise UserError(Problem("guard.model", reason, value=str(folder)))
+        # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
+        predictor.tokenizer.model_max_length = int(1e9)
+        return GuardModel(predictor, predictor.labels.index(name), name, digest_of(folder), calibration, window, step)
+
+    def windows(self, text: str) -> list[Window]:
+        """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
+
+        A special token that somebody wrote is tokens of its characters.
+        """
+        tokenizer: Any = self.predictor.tokenizer
+        content = self.window_tokens - tokenizer.num_special_tokens_to_add(pair=False)
+        found = tokenizer(
+            text,
+            truncation=True,
+            max_length=self.window_tokens,
+            stride=max(content - self.stride, 0),
+            return_overflowing_tokens=True,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        special = self.window_tokens - content
+        return [ids for ids in found if len(ids) > special]
+
+    def score_windows(self, windows: Sequence[Window]) -> list[float]:
+        """The probability of the label in each window."""
+        import torch
+
+        order = sorted(range(len(windows)), key=lambda number: len(windows[number]))
+        scores = [0.0] * len(windows)
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            longest = len(windows[chosen[-1]])
+            padding = int(self.predictor.tokenizer.pad_token_id or 0)
+            ids = torch.full((len(chosen), longest), padding)
+            mask = torch.zeros((len(chosen), longest), dtype=torch.long)
+            for row, number in enumerate(chosen):
+                ids[row, : len(windows[number])] = torch.tensor(windows[number])
+                mask[row, : len(windows[number])] = 1
+            device = next(self.predictor.model.parameters()).device
+            with torch.inference_mode():
+                logits = self.predictor.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+            multi_label = getattr(self.predictor.config.task, "multi_label", False)
+            found = logits.sigmoid() if multi_label else logits.softmax(dim=-1)
+            for number, value in zip(chosen, found[:, self.index].tolist(), strict=True):
+                scores[number] = value
+        return scores
+
+    def scores(self, texts: Sequence[str]) -> list[list[float]]:
+        """The score of each window of each text, as the texts are: neither normalised nor decoded."""
+        windows = [self.windows(text) for text in texts]
+        flat = iter(self.score_windows([window for of_text in windows for window in of_text]))
+        return [[next(flat) for _ in of_text] for of_text in windows]
+
+    def score(self, readings: Sequence[Variant]) -> Score:
+        """Of a text by its readings (`variants(text)`)."""
+        return highest(readings, self.scores([one.text for one in readings]))
+
+
+def highest(readings: Sequence[Variant], scores: Sequence[Sequence[float]]) -> Score:
+    """The score of a text from those of the windows of its readings."""
+    found = Score(0.0, sum(map(len, scores)))
+    for reading, values in zip(readings, scores, strict=True):
+        if values and max(values) > found.value:
+            found = Score(max(values), found.windows, reading.name)
+    return found
+
+
+def _label_of(labels: Sequence[str], folder: Path) -> str:
+    """Of a model that is not calibrated: `attack`, or the second of two labels."""
+    if "attack" in labels:
+        return "attack"
+    if len(labels) == 2:
+        return labels[1]
+    reason = f"which of its labels means an attack is not known: {', '.join(labels) or 'it has none'}"
+    raise UserError(Problem("guard.model", reason, "calibrate it with the label that counts", str(folder)))
