@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dstune.serve.store.keys import Keys
 
 ENGINES = ("local", "vllm", "llama.cpp", "remote")
+log = logging.getLogger("dstune.serve")
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX = "serve."
 
@@ -44,6 +46,8 @@ def main(argv: list[str]) -> int:
     arguments.engine_arguments = engine_arguments
     _check(arguments)
     extra.require()
+    if arguments.no_inference:
+        extra.require_api()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     for name in ("httpx2", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -78,9 +82,12 @@ def _parser() -> VerbParser:
     )
     parser.add_argument(
         "models",
-        nargs="+",
+        nargs="*",
         metavar="MODEL|NAME=MODEL",
         help="runs, exports, folders or hub ids; adapters share their base",
+    )
+    parser.add_argument(
+        "--no-inference", action="store_true", help="serve the fine-tuning API alone; no MODEL is named then"
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     parser.add_argument(
@@ -139,6 +146,12 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < bound:
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
+    if arguments.no_inference:
+        if arguments.models:
+            reason = "no model is served with --no-inference"
+            problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
+    elif not arguments.models:
+        problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, or --no-inference"))
     if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
         reason = "vLLM cannot be installed beside dstune; name the Python of its own environment, or a running server"
         problems.append(Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL"))
@@ -215,6 +228,7 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
         require_proof=arguments.require_proof,
         base_name=arguments.base_name,
         drain_seconds=arguments.drain_seconds,
+        may_be_empty=arguments.no_inference,
     )
     starting = asyncio.current_task()
     assert starting is not None
@@ -239,12 +253,21 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
 
     from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.recording import Recorder
-    from dstune.serve.gateway.routes import ROUTES
+    from dstune.serve.gateway.routes import COMMON, ROUTES
     from dstune.serve.server import Server, drained
 
     database = opened_database(state, arguments.store, create=True)
     recorder = Recorder(database, _request_log(arguments, state))
-    gateway = Gateway(fleet, database, _settings(arguments), recorder, ROUTES)
+    routes, api = list(COMMON if arguments.no_inference else ROUTES), None
+    if extra.has_api():
+        from dstune.serve.finetuning.routes import routes as routes_of
+        from dstune.serve.finetuning.service import FineTuning
+
+        api = FineTuning(database, state)
+        routes = [*routes_of(api), *routes]
+    else:
+        log.info("the fine-tuning API is off: pip install 'dstune[api]'")
+    gateway = Gateway(fleet, database, _settings(arguments), recorder, routes)
     listening = _listen(arguments.host, arguments.port)
     port = listening.getsockname()[1]
     first_keys(gateway.keys, state)
@@ -261,12 +284,18 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
         ws="none",
     )
     recorder.start()
+    if api is not None:
+        api.start()
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"http://{host}:{port}/v1  serves {', '.join(fleet.models)}", flush=True)
-    print(f"keys: {state / 'key'}, {state / 'admin-key'}; the chat page: http://{host}:{port}/", flush=True)
+    served = [*fleet.models, *(["the fine-tuning API"] if api is not None else [])]
+    print(f"http://{host}:{port}/v1  serves {', '.join(served)}", flush=True)
+    page = "" if arguments.no_inference else f"; the chat page: http://{host}:{port}/"
+    print(f"keys: {state / 'key'}, {state / 'admin-key'}{page}", flush=True)
     try:
         await drained(Server(config), gateway, arguments.drain_delay, [listening])
     finally:
+        if api is not None:
+            await api.stop()
         await recorder.stop()
         database.close()
 

@@ -1,4 +1,4 @@
-"""Whether `dstune[serve]` is installed."""
+"""Whether `dstune[serve]` and `dstune[api]` are installed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ import importlib.util
 from dstune.core.errors import Problem, UserError
 
 MODULES = ("alembic", "httpx2", "limits", "prometheus_client", "sqlalchemy", "uvicorn")
+API_MODULES = ("cryptography", "nltk", "python_multipart", "rapidfuzz", "rouge_score")
 
 
 def require() -> None:
     """Raises UserError that names what is missing."""
-    absent = [name for name in MODULES if importlib.util.find_spec(name) is None]
-    if absent:
-        reason = f"needs the extra `serve`; {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
-        raise UserError(Problem("dstune serve", reason, "pip install 'dstune[serve]'"))
+    _require("serve", MODULES)
+
+
+def require_api() -> None:
+    """The same for the fine-tuning API."""
+    _require("api", API_MODULES)
+
+
+def has_api() -> bool:
+    return not _absent(API_MODULES)
+
+
+def _absent(modules: tuple[str, ...]) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def _require(extra: str, modules: tuple[str, ...]) -> None:
+    if absent := _absent(modules):
+        reason = f"needs the extra `{extra}`; {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
+        raise UserError(Problem("dstune serve", reason, f"pip install 'dstune[{extra}]'"))

@@ -67,9 +67,12 @@ class Fleet:
         require_proof: bool = False,
         drain_seconds: float = 20.0,
         base_name: str = "",
+        may_be_empty: bool = False,
     ):
         """one_template: engines ask all adapters through one chat template. require_proof: refuse a model without a
-        reference, or on an engine that cannot be compared. base_name: of the base of adapters."""
+        reference, or on an engine that cannot be compared. base_name: of the base of adapters.
+        may_be_empty: whether it is ready without a model."""
+        self._may_be_empty = may_be_empty
         self._engine_of, self._require_proof, self._drain = engine_of, require_proof, drain_seconds
         self._one_template, self._named_base = one_template, base_name
         self.models: dict[str, Model] = {}
@@ -214,7 +217,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        return bool(self.models) and not self._stopping and all(model.ready for model in self.models.values())
+        there = bool(self.models) or self._may_be_empty
+        return there and not self._stopping and all(model.ready for model in self.models.values())
 
     async def _watch(self, group: _Group) -> None:
         """Start an engine again when it ends, and list its models when they are proven again."""

@@ -23,7 +23,7 @@ from dstune.serve.gateway.recording import Recorder
 from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.database import Database
-from dstune.serve.store.keys import Keys
+from dstune.serve.store.keys import ROLES, Caller, Keys
 
 log = logging.getLogger("dstune.serve")
 
@@ -39,7 +39,7 @@ class Route:
     """`{name}` stands for one part of a path, `{name+}` for the rest of it."""
     handler: Handler
     scope: str = "key"
-    """Who may call it: `public`, any `key`, or an `admin`'s."""
+    """Who may call it: `public`, any `key`, one that is at least `member` or `owner` of its project, or an `admin`'s."""
     any_host: bool = False
     """Whether it is called by addresses too (probes of Kubernetes)."""
 
@@ -184,8 +184,24 @@ class Gateway:
         request.caller = caller
         if route.scope == "admin" and not caller.admin:
             raise ApiError(403, "This route needs an admin's key.", code="admin_only")
-        if route.scope == "key":
+        if route.scope in ROLES and not caller.has_role(route.scope):
+            raise ApiError(403, f"This needs a key with the role {route.scope}; yours is {caller.role}.", code="role")
+        _check_tenant(request, caller)
+        if route.scope != "admin":
             self.admission.check_rate(caller)
+
+
+def _check_tenant(request: Request, caller: Caller) -> None:
+    """A client may say whom it asks for; a key is of one project, so that it can only agree."""
+    for header, own, word in (
+        ("openai-organization", caller.organization, "organization"),
+        ("openai-project", caller.project, "project"),
+    ):
+        given = request.header(header)
+        if given and given != own:
+            raise ApiError(
+                403, f"This key is of another {word} than the header {header} names.", code=f"{word}_mismatch"
+            )
 
 
 def _messages_of(error: UserError) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
+from collections.abc import AsyncIterator, Collection
 from typing import Any
+from urllib.parse import parse_qsl
 
-from dstune.serve.asgi import Headers, Message, Receive, Scope, Send, dumps, read_body, respond
+from dstune.serve.asgi import ClientGone, Headers, Message, Receive, Scope, Send, dumps, read_body, respond
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.keys import Caller
@@ -31,6 +34,7 @@ class Request:
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings):
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self._query: bytes = scope.get("query_string", b"")
         self.settings = settings
         self.receive, self._send = receive, send
         self.id = f"req_{secrets.token_hex(16)}"
@@ -44,6 +48,10 @@ class Request:
         self.user: str | None = None
         self.parameters: dict[str, str] = {}
         """What stands in the place of `{name}` in the route's path."""
+        self.digest = ""
+        """SHA-256 of a JSON body that was read."""
+        self.repeatable = True
+        """Whether the client may send it again by itself after a failure of the server."""
         self._headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             self._headers.setdefault(name.lower(), []).append(value)
@@ -55,7 +63,48 @@ class Request:
             raise ApiError(400, f"The header {name} is there more than once.")
         return found[0].decode("latin-1") if found else ""
 
+    def query(self, known: Collection[str], *, families: Collection[str] = ()) -> dict[str, str]:
+        """The parameters behind `?`, of the names in `known` and, for families, of the form `NAME[...]`. Raises ApiError
+        for others, and for one that comes twice."""
+        try:
+            pairs = parse_qsl(self._query.decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
+        except ValueError:
+            raise ApiError(400, "The query is not valid.") from None
+        found: dict[str, str] = {}
+        for name, value in pairs:
+            family = name.partition("[")[0] if name.endswith("]") else None
+            if name not in known and family not in families:
+                raise ApiError(400, f"Unknown parameter: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
+            if name in found:
+                raise ApiError(400, f"The parameter {name[:80]!r} is there twice.", param=name[:80])
+            found[name] = value
+        return found
+
     # -- body
+
+    async def chunks(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises ApiError for one that has more than `limit` bytes or stops coming, ClientGone."""
+        too_large = ApiError(413, f"The body has more than {limit} bytes.", code="request_too_large")
+        length = self.header("content-length")
+        if length and (not length.isdigit() or len(length) > 18 or int(length) > limit):
+            raise too_large
+        size = 0
+        while True:
+            try:
+                async with asyncio.timeout(self.settings.body_seconds):
+                    message = await self.receive()
+            except TimeoutError:
+                raise ApiError(408, f"Nothing came for {self.settings.body_seconds:g} s.") from None
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise too_large
+            if part:
+                yield part
+            if not message.get("more_body"):
+                return
 
     async def json(self) -> dict[str, Any]:
         """The body. Raises ApiError for one that is too large, too slow, too deep, or no JSON object; ClientGone."""
@@ -76,6 +125,7 @@ class Request:
             raise too_large from None
         except TimeoutError:
             raise ApiError(408, f"The body was not there after {self.settings.body_seconds:g} s.") from None
+        self.digest = hashlib.sha256(body).hexdigest()
         try:
             value = json.loads(body.decode(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
@@ -92,7 +142,7 @@ class Request:
         """Raises SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(b"x-request-id", self.id.encode()), *SECURITY]
+            own = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
             message = {**message, "headers": [*message["headers"], *own]}
         elif self.first_byte is None and message.get("body"):
             self.first_byte = time.monotonic() - self.began
@@ -102,6 +152,13 @@ class Request:
         except TimeoutError:
             raise SlowReader from None
         self.sent += len(message.get("body", b""))
+
+    def _service(self) -> Headers:
+        milliseconds = round(1000 * (time.monotonic() - self.began))
+        yield b"openai-processing-ms", str(milliseconds).encode()
+        yield b"openai-version", b"2020-10-01"
+        if self.caller is not None:
+            yield b"openai-organization", self.caller.organization.encode()
 
     async def respond(self, status: int, body: bytes, headers: Headers = ()) -> None:
         await respond(self.send, status, body, headers)
@@ -113,6 +170,9 @@ class Request:
         """Nothing where the response has begun."""
         if not self.status:
             headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+            # Clients send 409 and 5xx again unless they are told not to.
+            if error.status == 409 or (error.status >= 500 and not self.repeatable):
+                headers.append((b"x-should-retry", b"false"))
             await self.respond(error.status, error.body(), headers)
 
 

@@ -184,15 +184,20 @@ async def chat_page(gateway: Gateway, request: Request) -> None:
     await request.respond(200, page.html(), page.HEADERS)
 
 
-ROUTES = [
+COMMON = [
     Route("GET", "/healthz", health, scope="public", any_host=True),
     Route("GET", "/readyz", readiness, scope="public", any_host=True),
-    Route("GET", "/", chat_page, scope="public"),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{model+}", one_model),
-    *(Route("POST", path, _inference(path, known)) for path, known in INFERENCE.items()),
-    Route("POST", "/v1/feedback", feedback),
     Route("GET", "/metrics", metrics, scope="admin"),
+]
+"""What there is without a model too."""
+
+ROUTES = [
+    *COMMON,
+    Route("GET", "/", chat_page, scope="public"),
+    *(Route("POST", path, _inference(path, known), scope="member") for path, known in INFERENCE.items()),
+    Route("POST", "/v1/feedback", feedback, scope="member"),
     Route("POST", "/admin/models", add_model, scope="admin"),
     Route("DELETE", "/admin/models/{model+}", remove_model, scope="admin"),
     Route("DELETE", "/admin/users/{user+}", forget_user, scope="admin"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -35,7 +35,7 @@ class Database:
             self.engine: Engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
             if self.engine.dialect.name == "sqlite":
                 event.listen(self.engine, "connect", _tune)
-                event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+                event.listen(self.engine, "begin", _begin)
             self._migrate()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             fix = "sqlite:///FILE, or postgresql://USER@HOST/NAME with `pip install 'psycopg[binary]'`"
@@ -43,6 +43,8 @@ class Database:
         except OperationalError as error:
             raise UserError(Problem("--store", f"cannot be opened: {str(error.orig).splitlines()[0]}")) from error
         self.session = sessionmaker(self.engine, expire_on_commit=False)
+        self.writing = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
+        """For transactions that write what they have read: SQLite lets one of them in at a time, from its start."""
 
     @staticmethod
     def of_folder(folder: Path) -> Database:
@@ -67,8 +69,18 @@ class Database:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
+    def exclusive(self, session: Session, name: str) -> None:
+        """Nobody else is behind this call with that name until the transaction ends. SQLite has one writer anyway."""
+        if self.engine.dialect.name == "postgresql":
+            session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _begin(connection: Any) -> None:
+    kind = "BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN"
+    connection.exec_driver_sql(kind)
 
 
 def _tune(connection: Any, record: Any) -> None:

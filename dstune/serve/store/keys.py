@@ -15,9 +15,12 @@ from sqlalchemy.exc import IntegrityError
 
 from dstune.core.errors import Problem, UserError
 from dstune.serve.store.database import Database, now
-from dstune.serve.store.tables import Key
+from dstune.serve.store.tables import DEFAULT_PROJECT, Key, Project
 
 PREFIX = "sk-dstune"
+ROLES = ("read_only", "member", "owner")
+"""What a key may do in its project, each more than the one before: read; create and run; also delete models, share them, and
+see the usage and the log of the organization."""
 REMEMBERED_SECONDS = 2.0
 """How long a key that was found is not looked up again; a revoked one works no longer than that."""
 _FORM = re.compile(rf"{PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})")
@@ -42,6 +45,13 @@ class Caller:
     admin: bool
     models: frozenset[str] | None
     limit: Limit
+    organization: str = ""
+    project: str = DEFAULT_PROJECT
+    role: str = "member"
+
+    def has_role(self, role: str) -> bool:
+        """Whether it may do what `role` may."""
+        return ROLES.index(self.role) >= ROLES.index(role)
 
     def may_use(self, model: str) -> bool:
         return self.admin or self.models is None or model in self.models
@@ -61,8 +71,11 @@ class Keys:
         admin: bool = False,
         models: Sequence[str] | None = None,
         limit: Limit = Limit(),
+        project: str = DEFAULT_PROJECT,
+        role: str = "member",
     ) -> str:
-        """A new key, which is told here only. Raises UserError where the name is taken."""
+        """A new key, which is told here only. project: its id. Raises UserError where the name is taken."""
+        assert role in ROLES
         if not re.fullmatch(r"[\w.@ -]{1,128}", name):
             raise UserError(Problem("NAME", "must be 1 to 128 letters, digits, spaces and . _ @ -", value=name))
         own, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
@@ -76,6 +89,8 @@ class Keys:
             requests_per_minute=limit.requests_per_minute,
             tokens_per_day=limit.tokens_per_day,
             concurrent=limit.concurrent,
+            project=project,
+            role="owner" if admin else role,
             created=now(),
         )
         try:
@@ -103,17 +118,18 @@ class Keys:
 
     def _found(self, key: str, digest: str) -> Caller | None:
         form = _FORM.fullmatch(key)
-        row = None
+        row = project = None
         if form is not None:
             with self._database.session() as session:
                 row = session.get(Key, form[1])
+                project = None if row is None else session.get(Project, row.project)
         # Compared in constant time, with a hash that nothing has where there is no such key.
         same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
-        if row is None or not same or row.revoked is not None:
+        if row is None or not same or row.revoked is not None or project is None:
             return None
         models = None if row.models is None else frozenset(row.models)
         limit = Limit(row.requests_per_minute, row.tokens_per_day, row.concurrent)
-        return Caller(row.id, row.name, row.admin, models, limit)
+        return Caller(row.id, row.name, row.admin, models, limit, project.organization, project.id, row.role)
 
     def all(self) -> list[Key]:
         with self._database.session() as session:

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import datetime
 
-from sqlalchemy import JSON, DateTime, Float, ForeignKey, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+DEFAULT_ORGANIZATION, DEFAULT_PROJECT = "org-default", "proj_default"
+"""Of keys that name no other: made by a migration."""
 
 
 class Table(DeclarativeBase):
     pass
+
+
+class Organization(Table):
+    """Who owns projects, models and usage."""
+
+    __tablename__ = "organizations"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), unique=True)
+    created_at: Mapped[int] = mapped_column(BigInteger)
+
+
+class Project(Table):
+    """What keys share: files, jobs and their results. Nothing of it is seen from another one."""
+
+    __tablename__ = "projects"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    organization: Mapped[str] = mapped_column(ForeignKey("organizations.id"), index=True)
+    name: Mapped[str] = mapped_column(String(128))
+    created_at: Mapped[int] = mapped_column(BigInteger)
+    __table_args__ = (UniqueConstraint("organization", "name", name="projects_name"),)
 
 
 class Key(Table):
@@ -20,6 +43,9 @@ class Key(Table):
     name: Mapped[str] = mapped_column(String(128), unique=True)
     hash: Mapped[str] = mapped_column(String(64))
     admin: Mapped[bool] = mapped_column(default=False)
+    project: Mapped[str] = mapped_column(String(64), default=DEFAULT_PROJECT, server_default=DEFAULT_PROJECT)
+    role: Mapped[str] = mapped_column(String(16), default="member", server_default="member")
+    """`owner`, `member` or `read_only`."""
     models: Mapped[list[str] | None] = mapped_column(JSON, default=None)
     """Names that it may use; None for all."""
     requests_per_minute: Mapped[int | None] = mapped_column(Integer, default=None)

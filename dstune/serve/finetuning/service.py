@@ -1,0 +1,57 @@
+"""What the routes of the fine-tuning API share, and what runs behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from dstune.serve.finetuning import creations
+from dstune.serve.finetuning.blobs import Blobs
+from dstune.serve.finetuning.files import Files
+from dstune.serve.finetuning.settings import ApiSettings
+from dstune.serve.store.database import Database
+
+log = logging.getLogger("dstune.serve")
+
+Loop = Callable[[], Coroutine[Any, Any, None]]
+
+
+class FineTuning:
+    """folder: of the server, in which it makes `finetuning`."""
+
+    def __init__(self, database: Database, folder: Path, settings: ApiSettings | None = None):
+        self.database, self.settings = database, settings or ApiSettings()
+        self.folder = folder / "finetuning"
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.blobs = Blobs(self.folder)
+        self.files = Files(database, self.blobs, self.settings)
+        self.loops: list[Loop] = [self._sweep]
+        """What runs until the server ends."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(loop()) for loop in self.loops]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self.files.sweep_disk)
+        while True:
+            try:
+                await asyncio.to_thread(self._sweep_once)
+            except Exception:
+                log.exception("expired files could not be removed; it is tried again")
+            await asyncio.sleep(self.settings.sweep_seconds)
+
+    def _sweep_once(self) -> None:
+        self.files.sweep()
+        with self.database.writing.begin() as session:
+            creations.forget(session)

@@ -1,0 +1,18 @@
+"""What the fine-tuning API allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    file_bytes: int = 512_000_000
+    """Of a file that is uploaded at once."""
+    upload_bytes: int = 8_000_000_000
+    """Of one that comes in parts."""
+    part_bytes: int = 67_108_864
+    project_bytes: int = 2_500_000_000_000
+    """Of all files of a project, equal ones counted once."""
+    sweep_seconds: float = 60.0
+    """Between two looks for what has expired."""

@@ -1,0 +1,85 @@
+"""The fine-tuning API on a gateway, in one event loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+
+from dstune.serve.finetuning.routes import routes
+from dstune.serve.finetuning.service import FineTuning
+from dstune.serve.finetuning.settings import ApiSettings
+from dstune.serve.fleet import Fleet
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.routes import COMMON
+from dstune.serve.gateway.settings import Settings
+from dstune.serve.store.database import Database
+from dstune.serve.store.tables import Organization, Project
+from tests.support.serving import StubEngine, listening, stub_source
+
+
+@dataclass
+class Cloud:
+    """A server that has the fine-tuning API alone, and keys of two tenants."""
+
+    url: str
+    gateway: Gateway
+    api: FineTuning
+    key: str
+    owner: str
+    reader: str
+    admin: str
+    other: str
+    """Of another organization, an owner there."""
+    folder: Path
+    open_clients: list[Any] = field(default_factory=list)
+
+    def openai(self, key: str | None = None, **options: Any) -> openai.AsyncOpenAI:
+        given = {"max_retries": 0, "base_url": f"{self.url}/v1", **options}
+        made = openai.AsyncOpenAI(api_key=self.key if key is None else key, **given)
+        self.open_clients.append(made)
+        return made
+
+    def http(self, key: str | None = None, **headers: str) -> httpx2.AsyncClient:
+        given = {"authorization": f"Bearer {self.key if key is None else key}"} | headers
+        made = httpx2.AsyncClient(base_url=self.url, headers=given, timeout=30, trust_env=False)
+        self.open_clients.append(made)
+        return made
+
+
+@asynccontextmanager
+async def cloud(
+    folder: Path, *, database: Database | None = None, api: Any = None, **settings: Any
+) -> AsyncIterator[Cloud]:
+    """api: changes of its settings."""
+    folder.chmod(0o700)
+    database = database or Database.of_folder(folder)
+    service = FineTuning(database, folder, ApiSettings(**(api or {})))
+    fleet = Fleet(lambda source, name: StubEngine(stub_source("none"), name, folder, folder), may_be_empty=True)
+    recorder = Recorder(database, None)
+    gateway = Gateway(fleet, database, Settings(**settings), recorder, [*routes(service), *COMMON])
+    with database.writing.begin() as session:
+        session.add(Organization(id="org-other", name="other", created_at=1))
+        session.flush()
+        session.add(Project(id="proj_other", organization="org-other", name="other", created_at=1))
+    keys = gateway.keys
+    own = {role: keys.add(role, role=role) for role in ("member", "owner", "read_only")}
+    admin, other = keys.add("admin", admin=True), keys.add("other", project="proj_other", role="owner")
+    recorder.start()
+    service.start()
+    async with listening(gateway) as url:
+        found = Cloud(url, gateway, service, own["member"], own["owner"], own["read_only"], admin, other, folder)
+        try:
+            yield found
+        finally:
+            for client in found.open_clients:
+                await (client.close() if isinstance(client, openai.AsyncOpenAI) else client.aclose())
+    await service.stop()
+    await recorder.stop()
+    database.close()
