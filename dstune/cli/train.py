@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from dstune.cli.verb import Verb, verb
+from dstune.core.arguments import is_path
 
 
 @verb
@@ -24,11 +25,18 @@ class Train(Verb):
     further_words = ("--json", "--multirun")
 
     def run(self, arguments: list[str]) -> int:
-        if not is_sweep(arguments):
-            return super().run(arguments)
-        from dstune.sweep.command import main
+        if is_sweep(arguments):
+            from dstune.sweep.command import main
 
-        return main(arguments)
+            return main(arguments)
+        if arguments and not is_path(arguments[0]):
+            from dstune.config.flags import hydra_flags, show
+
+            # Here, not only in `action`: what launches runs takes a tenth of a second to import.
+            flags = hydra_flags([word for word in arguments if word != "--json"])
+            if flags.shows:
+                return show(flags)
+        return super().run(arguments)
 
     def parser(self) -> None:
         return None

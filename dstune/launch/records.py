@@ -12,9 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint import store
 from dstune.core import files
@@ -22,6 +20,9 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_object
 from dstune.core.secrets import redacted
 from dstune.report.run_files import is_row, shaped_result
+
+if TYPE_CHECKING:
+    import psutil
 
 LOCK = ".lock"
 JOB = re.compile(r"\d+(_\d+)?")
@@ -56,6 +57,8 @@ class LaunchRecord:
         """
         if not self.is_here:
             return None
+        import psutil  # not at the top: 10 ms of every command
+
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started) < 1.0
@@ -76,6 +79,8 @@ def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (
 
 def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()) -> None:
     """Write `launch.json` for this process."""
+    import psutil
+
     me = psutil.Process()
     record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes, list(jobs))
     write_json(run_dir / "launch.json", asdict(record))
@@ -103,6 +108,8 @@ def read_launch(run_dir: Path) -> LaunchRecord | None:
 
 def _holds(process: psutil.Process, lock: Path) -> bool:
     """Whether the process has this file open. Raises psutil.Error where it is another user's."""
+    import psutil
+
     try:
         expected = lock.stat()
         held = [os.stat(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]

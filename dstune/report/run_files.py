@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from dstune.checkpoint import store
@@ -227,6 +226,8 @@ def _is_alive(launch: Row) -> bool:
     """Whether the process of launch.json lives on this machine (and is not a later one with the same number)."""
     if launch.get("host") != socket.gethostname():
         return False
+    import psutil  # not at the top: 10 ms of every command
+
     try:
         process = psutil.Process(launch["pid"])
         return abs(process.create_time() - launch["started"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE

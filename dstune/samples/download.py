@@ -16,10 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 from dstune.core.errors import Problem, UserError
@@ -58,6 +55,8 @@ def fetch(package: Package, folder: Path, label: str) -> Path:
     Raises:
         UserError: offline, no such file on the index, another file than the pinned one, or the disk is full.
     """
+    from http.client import HTTPException
+
     target = folder / package.filename
     if target.exists():
         if sha256(target) == package.sha256:
@@ -134,6 +133,9 @@ def _address(package: Package) -> str:
 
 
 def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+
     part = folder / f"{package.filename}.part"
     if part.exists() and part.stat().st_size >= package.bytes:
         if sha256(part) == package.sha256:
@@ -145,7 +147,7 @@ def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
     while fruitless < ATTEMPTS:
         try:
             _append_rest(url, part, progress)
-        except urllib.error.HTTPError:
+        except HTTPError:
             raise  # refused: the same request would be refused again, and pip may hold the password
         except (OSError, HTTPException) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -166,9 +168,11 @@ def _read_in_ranges(package: Package, folder: Path, label: str) -> Path:
 
 def _append_rest(url: str, part: Path, progress: Progress) -> None:
     """Append what `part` still lacks; a server that ignores the range sends everything, which replaces it."""
+    from urllib.request import Request, urlopen  # not at the top: 20 ms of every command
+
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         resumed = have > 0 and response.status == 206
         done = have if resumed else 0
         progress.resume(done)
