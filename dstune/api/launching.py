@@ -36,7 +36,6 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
     from dstune.core.rank_env import from_environment
     from dstune.launch.summary import summary
     from dstune.launch.train import as_rank, launched
-    from dstune.report.command import leave_behind
 
     env = from_environment(os.environ)
     if env is not None:
@@ -49,8 +48,6 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
     command, write_rows = requested()
     formatted = console(progress)
     run_dir, code, pending = launched(command, formatted, write_rows)
-    if not pending:
-        leave_behind(run_dir, formatted.message)
     if progress and not pending and code == EXIT_DONE:
         formatted.message(summary(run_dir))
     return _ended(run_dir, code)

@@ -94,7 +94,9 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
     Raises:
         UserError: no such checkpoint, damaged files, or `path` exists.
     """
+    from dstune.checkpoint.copied import folder_for
     from dstune.checkpoint.export import (
+        check_free,
         export_checkpoint,
         find_checkpoint,
         refuse_damaged,
@@ -109,7 +111,10 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
         refuse_unmergeable("merge", read_run(folder / "run.yaml", use=Use.weights).config.method)
     found = find_checkpoint(folder, checkpoint)
     refuse_damaged(folder, found)
-    return export_checkpoint(folder, found, Path(path), merge=merge, force=force)
+    check_free(Path(path), force)
+    with folder_for(Path(path)) as out:
+        export_checkpoint(folder, found, out, merge=merge, force=force)
+    return Path(path)
 
 
 class Plan(dict[str, Any]):

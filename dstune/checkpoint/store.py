@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -173,9 +174,10 @@ def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str
 
 
 def hold(checkpoint: Path) -> TextIO:
-    """Keep `checkpoint` from being pruned by another process until the returned file is closed."""
+    """Keep `checkpoint` from being pruned by another process until the returned file is closed, where files can be locked."""
     marker = (checkpoint / COMMITTED).open()
-    fcntl.flock(marker, fcntl.LOCK_SH)
+    with suppress(OSError):
+        fcntl.flock(marker, fcntl.LOCK_SH)
     return marker
 
 

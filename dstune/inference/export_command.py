@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint.copied import folder_for
 from dstune.checkpoint.export import (
     GGUF_TYPES,
     MAX_SHARD_SIZE,
+    check_free,
     export_checkpoint,
     export_gguf,
     find_checkpoint,
@@ -39,19 +41,22 @@ def main(argv: list[str]) -> int:
     if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
         raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
     refuse_damaged(run_dir, checkpoint)
-    if arguments.gguf:
-        out = arguments.out or run_dir / "export-gguf"
-        written = export_gguf(run_dir, checkpoint, out, arguments.gguf, force=arguments.force)
-        kind, problems = "gguf", []
-    else:
-        out = arguments.out or run_dir / ("export-merged" if arguments.merge else "export")
-        size = arguments.max_shard_size
-        written = export_checkpoint(
-            run_dir, checkpoint, out, merge=arguments.merge, force=arguments.force, max_shard_size=size
-        )
-        kind = "adapter" if (out / "adapter_config.json").exists() else "model"
-        problems = vllm_problems(out)
-    note = "" if arguments.no_reference else _reference(written if written.is_dir() else written.parent, run_dir)
+    name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
+    out = arguments.out or run_dir / name
+    check_free(out, arguments.force)
+    with folder_for(out) as folder:
+        if arguments.gguf:
+            written = export_gguf(run_dir, checkpoint, folder, arguments.gguf, force=arguments.force)
+            kind, problems = "gguf", []
+        else:
+            size = arguments.max_shard_size
+            written = export_checkpoint(
+                run_dir, checkpoint, folder, merge=arguments.merge, force=arguments.force, max_shard_size=size
+            )
+            kind = "adapter" if (folder / "adapter_config.json").exists() else "model"
+            problems = vllm_problems(folder)
+        note = "" if arguments.no_reference else _reference(folder, run_dir)
+        written = out / written.relative_to(folder)
     if arguments.json:
         result: dict[str, Any] = {
             "export": str(written),

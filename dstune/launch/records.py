@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from dstune.checkpoint import store
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_object
+from dstune.core.paths import cache_root
 from dstune.core.secrets import redacted
 from dstune.report.run_files import is_row, shaped_result
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     import psutil
 
 LOCK = ".lock"
+LEASE = "lease.json"
+"""Who works on a run in a place without locks (`dstune.launch.mirror`)."""
 JOB = re.compile(r"\d+(_\d+)?")
 """A number of a SLURM job, or of one of an array: what may stand on a command line of `scancel`."""
 TAKEOVER_SECONDS = 15.0
@@ -63,9 +67,15 @@ class LaunchRecord:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started) < 1.0
             alive = same and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive and _holds(process, run_dir / LOCK) else None
+            locks = (run_dir / LOCK, working_folder(run_dir) / LOCK)
+            return process if alive and any(_holds(process, lock) for lock in locks if lock.exists()) else None
         except psutil.Error:
             return None
+
+
+def working_folder(place: Path) -> Path:
+    """Where a run whose directory `place` cannot be worked in works on this machine (`dstune.launch.mirror`)."""
+    return cache_root() / "runs" / hashlib.sha256(str(place.absolute()).encode()).hexdigest()[:16]
 
 
 def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()) -> None:
@@ -235,11 +245,12 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
             orphaned = record is not None and record.is_here and record.process(run_dir) is None
             if not orphaned or time.monotonic() > deadline:
                 os.close(descriptor)
-                raise UserError(_in_use(run_dir, record)) from None
+                raise UserError(in_use(run_dir, record)) from None
         time.sleep(0.1)
 
 
-def _in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:
+def in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:
+    """What is wrong where another launch uses the directory."""
     who = f"process {record.pid} on {record.host}" if record else "another process"
     fix = f"wait for it, stop it with `dstune cancel {run_dir}`, or give another run.dir"
     return Problem("run.dir", f"{who} is running here", fix, str(run_dir))

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dstune.checkpoint import store
 from dstune.config.compose import Composed, continue_run, kept_origins, plugins_of, read_run_beside, write_run
@@ -25,6 +26,9 @@ from dstune.launch.positions import cut_as_before
 from dstune.launch.queues import queue_of
 from dstune.protocols.launcher import Unreachable
 from dstune.tracking.trials import is_sweep
+
+if TYPE_CHECKING:
+    from dstune.launch.mirror import Mirror
 
 RUN_FILE = "run.yaml"
 REPLACED = (RUN_FILE, "result.json", "launch.json")
@@ -108,15 +112,42 @@ class Prepared:
     """The checkpoint that the ranks start from; None for a start at step 0."""
     nothing_to_do: bool = False
     """The directory holds a run that was completed, and the configuration asks for no more steps."""
+    mirror: Mirror | None = None
+    """Where the run's own place cannot be worked in: what copies `run_dir` there."""
+
+    @property
+    def place(self) -> Path:
+        """The directory that the user knows the run by."""
+        return self.run_dir if self.mirror is None else self.mirror.place
+
+
+def path_of(config: RunConfig, run: Path | None = None, now: datetime | None = None) -> Path:
+    """The directory of a run: the one named on the command line, `run.dir`, or a new one.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    path = run or (Path(config.run.dir) if config.run.dir else None) or new_directory(config, now)
+    if not (path / RUN_FILE).is_file() and path.exists() and (not path.is_dir() or _foreign(path)):
+        reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
+        raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
+    return path
 
 
 def choose(
-    composed: Composed, run: Path | None = None, now: datetime | None = None, given: Sequence[str] = ()
+    composed: Composed,
+    run: Path | None = None,
+    now: datetime | None = None,
+    given: Sequence[str] = (),
+    *,
+    place: Path | None = None,
+    work: Path | None = None,
 ) -> Composed:
     """The configuration for the directory that it will run in, before anything is written.
 
     run: directory of an existing run that was named on the command line (its `run.yaml` is part of `composed`).
     given: the overrides of this command; those of `composed` hold the ones of the run's earlier starts too.
+    place: the directory, where it is known (`path_of`). work: where its files are, if elsewhere (`dstune.launch.mirror`).
     The result has `run.dir` set, and what the first start of a continued run froze.
 
     Raises:
@@ -125,23 +156,19 @@ def choose(
     """
     config = composed.config
     resume_from = config.run.resume
-    path = run or (Path(config.run.dir) if config.run.dir else None)
-    if path is None:
-        path = new_directory(config, now)
-    publish(str(path))
+    place = place or path_of(config, run, now)
+    path = work or place
+    publish(str(place))
     if (path / RUN_FILE).is_file():
         # What `run.resume` said when the named run began does not keep it from being continued now.
         requested = run is None or any(key_of(text) == "run.resume" for text in given)
         composed = _continued(composed, path, given, may_refuse=requested)
-    elif path.exists() and (not path.is_dir() or _foreign(path)):
-        reason = "this is not a run, and not empty" if path.is_dir() else "this is a file"
-        raise UserError(Problem("run.dir", reason, "give a new or empty folder, or one that holds a run", str(path)))
     elif resume_from not in KEYWORDS:
         checkpoint_of(resume_from)
         if (Path(resume_from) / RUN_FILE).is_file():
             composed = _going_on(_stored(Path(resume_from), composed, given), composed)
     # A change is accepted once, not by every later start.
-    run_section = replace(composed.config.run, dir=str(path), accept_plugin_changes=False)
+    run_section = replace(composed.config.run, dir=str(place), accept_plugin_changes=False)
     return replace(composed, config=replace(composed.config, run=run_section))
 
 
@@ -150,8 +177,10 @@ def new_directory(config: RunConfig, now: datetime | None = None) -> Path:
     return _fresh(Path("runs") / config.run.name, now or datetime.now())
 
 
-def before_launch(composed: Composed) -> Before:
-    """The chosen run directory as it is now."""
+def before_launch(composed: Composed, work: Path | None = None) -> Before:
+    """The chosen run directory as it is now. work: see `choose`."""
+    if work is not None:
+        return Before.of(work)
     assert composed.config.run.dir is not None, "choose() sets it"
     return Before.of(Path(composed.config.run.dir))
 
@@ -305,6 +334,8 @@ def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:
 
 def _foreign(path: Path) -> bool:
     """Whether the folder holds anything but traces of a launch that ended before it wrote its `run.yaml`."""
+    if (path / records.LEASE).exists():
+        return False
     return any(entry.name != records.LOCK and not entry.name.endswith(INCOMPLETE) for entry in path.iterdir())
 
 

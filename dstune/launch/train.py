@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -22,13 +23,14 @@ from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.config.words import meaning
 from dstune.core.arguments import is_path
-from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Problem, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, Problem, UserError
 from dstune.core.plugins import accepts_changes, refuse_changes
 from dstune.core.rank_env import RankEnv, from_environment
 from dstune.launch import records, rundir
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
 from dstune.launch.manage import status_of
+from dstune.launch.mirror import Mirror, open_mirror
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.protocols import launcher_of
@@ -79,18 +81,34 @@ def launched(command: Command, console: Console, write_rows: WriteRows | None = 
         UserError: whatever is wrong with the configuration or the data.
     """
     prepared = prepare(command, console, write_rows)
-    if prepared.nothing_to_do:
-        console.message(nothing_to_do(prepared.run_dir))
-        return prepared.run_dir, EXIT_DONE, False
+    place, mirror = prepared.place, prepared.mirror
+    pending = not prepared.nothing_to_do and not launcher_of(prepared.config.launch).waits
+    code, copied = EXIT_DONE, True
     try:
-        code = start(prepared, console)
+        if prepared.nothing_to_do:
+            console.message(nothing_to_do(place))
+        else:
+            if mirror is not None:
+                mirror.start()
+            code = start(prepared, console)
+            if not pending:
+                leave_behind(prepared.run_dir, console.message)
     except UserError:
         prepared.before.restore()
         raise
     finally:
         if prepared.lock is not None:  # this process may go on: a notebook
             os.close(prepared.lock)
-    return prepared.run_dir, code, not launcher_of(prepared.config.launch).waits
+        if mirror is not None:
+            copied = mirror.close()
+    return place, code if copied or code else EXIT_FAILED, pending
+
+
+def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:
+    """The report of a run that has ended."""
+    from dstune.report.command import leave_behind
+
+    leave_behind(run_dir, message)
 
 
 def start(prepared: Prepared, console: Console) -> int:
@@ -113,36 +131,74 @@ def parse(argv: list[str]) -> Command:
     return Command(run, hydra_flags(words), json=len(words) + (run is not None) < len(argv))
 
 
-def prepare(command: Command, console: Console, write_rows: WriteRows | None = None) -> Prepared:
+def prepare(command: Command, console: Console, write_rows: WriteRows | None = None, nodes: int = 1) -> Prepared:
     """Compose, validate, choose the run directory, fetch what is needed, and write `run.yaml`.
 
-    write_rows: writes data files into the chosen run directory, before anything reads them.
+    write_rows: writes data files into the chosen run directory, before anything reads them. nodes: of the launch that this
+    process is a part of.
 
     Raises:
         UserError: whatever keeps the run from starting; nothing is left behind then.
     """
+    with ExitStack() as unless_it_runs:
+
+        def opened(place: Path) -> Mirror | None:
+            mirror = open_mirror(place, console.message)
+            if mirror is not None:
+                unless_it_runs.callback(mirror.close)
+            return mirror
+
+        # Before its `run.yaml` is read, which may have been cut short where the run is.
+        mirror = None if command.run is None else opened(command.run)
+        composed = configuration(command if mirror is None else replace(command, run=mirror.work))
+        validate(composed.config)
+        place = rundir.path_of(composed.config, command.run)
+        if command.run is None:
+            mirror = opened(place)
+        prepared = _prepare(command, composed, place, mirror, console, write_rows, nodes)
+        unless_it_runs.pop_all()
+    return prepared
+
+
+def _prepare(
+    command: Command,
+    composed: Composed,
+    place: Path,
+    mirror: Mirror | None,
+    console: Console,
+    write_rows: WriteRows | None,
+    nodes: int,
+) -> Prepared:
     from dstune.launch import preflight  # not at the top: half a second of imports that `--cfg` and `--help` do without
 
-    composed = configuration(command)
-    validate(composed.config)
     for warning in ignored_settings(composed.config, command.flags.overrides):
         console.message(f"dstune: warning: {warning}")
-    composed = rundir.choose(composed, command.run, given=command.flags.overrides)
-    before = rundir.before_launch(composed)
+    work = None
+    if mirror is not None:
+        work, mirror.keep = mirror.work, composed.config.checkpoint.keep
+        if nodes > 1:
+            mirror.require_one_machine(f"a launch of {nodes} nodes")
+        if not launcher_of(composed.config.launch).here:
+            mirror.require_one_machine(f"launch={composed.config.launch.name}")
+    composed = rundir.choose(composed, command.run, given=command.flags.overrides, place=place, work=work)
+    before = rundir.before_launch(composed, work)
     origins = dict(composed.origins)
     for key, why in composed.origins.items():
         console.stage(f"{key}={format_value(attrgetter(key)(composed.config))}: {why}")
     try:
         if write_rows is not None:
             write_rows(before.path)
+            if mirror is not None:
+                mirror.copy_rows()
         config = preflight.resolve_run(composed.config, console.stage, origins=origins)
     except BaseException:
         before.restore()
         raise
     prepared = rundir.prepare(replace(composed, config=config, origins=origins), before)
+    prepared = replace(prepared, mirror=mirror)
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"
-        console.stage(f"run {prepared.run_dir} {start}")
+        console.stage(f"run {prepared.place} {start}")
     return prepared
 
 
@@ -181,12 +237,16 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
 
     def prepare_run() -> tuple[RunConfig | None, Path]:
         command, write_rows = requested()
-        prepared = prepare(command, Console(), write_rows)
+        prepared = prepare(command, Console(), write_rows, math.ceil(env.world_size / env.local_world_size))
         if prepared.nothing_to_do:
             if prints:
-                print(f"dstune: {nothing_to_do(prepared.run_dir)}", file=sys.stderr, flush=True)
-            return None, prepared.run_dir
+                print(f"dstune: {nothing_to_do(prepared.place)}", file=sys.stderr, flush=True)
+            if prepared.mirror is not None:
+                prepared.mirror.close()
+            return None, prepared.place
         started.append((command, prepared))
+        if prepared.mirror is not None:
+            prepared.mirror.start()
         records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
         return prepared.config, prepared.run_dir
 
@@ -201,15 +261,17 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
         if code and not refused and records.read_result(run_dir) is None:
             records.write_result(run_dir, "failed", f"a rank ended with exit code {code}", env.world_size)
         if not refused:
-            conclude(command, run_dir, code, Console())
+            leave_behind(run_dir, Console().message)
+        if prepared.mirror is not None:
+            copied = prepared.mirror.close()
+            outcome = replace(outcome, run_dir=prepared.place, code=code if copied or code else EXIT_FAILED)
+        if not refused:
+            conclude(command, prepared.place, outcome.code, Console())
     return outcome
 
 
 def conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
-    """The report, and the last words of the command: what was achieved, or how to go on."""
-    from dstune.report.command import leave_behind
-
-    leave_behind(run_dir, console.message)
+    """The last words of the command: what was achieved, or how to go on."""
     result = records.read_result(run_dir) or {}
     if command.json:
         print(json.dumps(result))

@@ -1,0 +1,320 @@
+"""A run in a place that cannot append, lock or rename (Volumes, mounts of object stores): it works in a folder on this
+machine's disk, and is copied to the place after each checkpoint and at its end.
+
+What is at the place is the run. Who works on it says so in `lease.json` there, and shows by a number that grows that it is
+alive. A folder on this machine is gone on with only if nobody has worked on the run since; else it is made anew from the place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dstune.checkpoint import copied, store
+from dstune.core import files
+from dstune.core.errors import Problem, UserError
+from dstune.core.limited_places import refused_operations
+from dstune.core.parsing import read_object
+from dstune.core.paths import SAVE_FILE, STOP_FILE
+from dstune.core.secrets import publish
+from dstune.launch import records
+
+POLL_SECONDS = 1.0
+BEAT_SECONDS = 10.0
+ALIVE_SECONDS = 30.0
+"""A lease that has not changed for so long is that of a launch that died."""
+FILES_SECONDS = 30.0
+"""Between copies of logs and metrics where no checkpoint comes."""
+BEGUN = "environment.json"
+"""What the ranks write when nothing keeps the training from beginning any more."""
+WITH_PATHS = ("result.json", "report.html")
+"""Files that name others of the run by their path."""
+
+
+class Mirror:
+    """The working folder `work` of the run at `place`, from before it is looked at to the last copy.
+
+    refused: what cannot be done at the place, with the reasons. message: shows a line to the user.
+    """
+
+    def __init__(self, place: Path, refused: dict[str, str], message: Callable[[str], None]):
+        self.place, self.refused, self._message = place, refused, message
+        self.work = records.working_folder(place)
+        self.keep = 1
+        """Checkpoints that stay at the place (`checkpoint.keep`)."""
+        self._id = uuid.uuid4().hex
+        self._own = self.work.with_name(f"{self.work.name}.json")
+        self._known: dict[str, tuple[int, int]] = {}
+        """Size and time of each file when it was copied."""
+        self._markers: dict[Path, bytes] = {}
+        self._created = [folder for folder in (place, *place.absolute().parents) if not folder.exists()]
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._beat, self._beaten, self._copied_at = 0, 0.0, 0.0
+        self._told = ""
+        self._lost = False
+        """Whether somebody else works on the run by now."""
+        self._lock = self._take()
+
+    def _take(self) -> int:
+        """Keep others out, on this machine by a lock and elsewhere by the lease, and make the working folder ready."""
+        root = self.work.parent
+        root.mkdir(parents=True, exist_ok=True)
+        if here := refused_operations(root):
+            reason = f"a run works here, since its own place cannot {', '.join(self.refused)}; this one cannot {', '.join(here)}"
+            raise UserError(Problem("DSTUNE_CACHE", reason, "export DSTUNE_CACHE=FOLDER on a local disk", str(root)))
+        lock = os.open(self.work.with_name(f"{self.work.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(records.in_use(self.place, records.read_launch(self.work))) from None
+            if self.work.is_dir():  # until the guard of a launcher that was killed has ended the ranks
+                os.close(records.acquire_lock(self.work))
+            lease, own = self._read_lease(), read_object(self._own)
+            if lease and own and lease.get("id") == own.get("id") and (self.work / "run.yaml").is_file():
+                self._message(f"dstune: goes on with {self.work}: what it holds was not copied to {self.place} before")
+                store.mend(self.work)
+            else:
+                self._watch(lease)
+                self._fetch()
+            self._write_lease()
+            files.write(self._own, json.dumps({"id": self._id, "place": str(self.place.absolute())}))
+        except BaseException:
+            os.close(lock)
+            raise
+        publish(str(self.work))
+        return lock
+
+    def _watch(self, lease: dict[str, Any] | None) -> None:
+        """Raises UserError where the lease at the place belongs to a launch that is alive."""
+        if lease is None:
+            return
+        host = lease.get("host", "another machine")
+        self._message(
+            f"dstune: a launch on {host} did not say that it ended: {ALIVE_SECONDS:.0f} s to see whether it lives"
+        )
+        deadline = time.monotonic() + ALIVE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            lease = lease or self._read_lease() or {}  # it was being written
+            now = self._read_lease()
+            if now is None:
+                return
+            if now and lease and now != lease:
+                fix = f"wait for it, stop it (create {self.place / STOP_FILE}), or give another run.dir"
+                raise UserError(Problem("run.dir", f"a launch on {host} is running here", fix, str(self.place)))
+
+    def _read_lease(self) -> dict[str, Any] | None:
+        """None where there is none; empty while it is being written."""
+        return read_object(self.place / records.LEASE) or ({} if (self.place / records.LEASE).exists() else None)
+
+    def _fetch(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        if (self.place / "run.yaml").exists() or any(self.place.glob(f".run.yaml{copied.SPARE}")):
+            try:
+                copied.fetch(self.place, self.work)
+            except OSError as error:
+                reason = f"the run cannot be brought to {self.work}: {error}"
+                raise UserError(
+                    Problem("run.dir", reason, "free some space, or look at the place", str(self.place))
+                ) from None
+            self._known = {name: _version(self.work / name) for name in copied.names_in(self.work)}
+
+    @property
+    def why(self) -> str:
+        """What the place refuses."""
+        return "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+
+    def require_one_machine(self, launcher: str) -> None:
+        """Raises UserError: ranks elsewhere would not see the working folder. launcher: what starts them there."""
+        reason = (
+            f"what a run does is refused there ({self.why}), so it would work on this machine's disk and be copied; "
+        )
+        reason += f"{launcher} has ranks on other machines, which do not see that disk"
+        fix = "give a run.dir that all nodes share and that takes it (NFS, Lustre), or train on one machine"
+        raise UserError(Problem("run.dir", reason, fix, str(self.place)))
+
+    # -- while the run goes on ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Copy from now on, in a thread."""
+        self._thread = threading.Thread(target=self._work_off, name="copies of the run", daemon=True)
+        self._thread.start()
+
+    def copy_rows(self) -> None:
+        """Bring rows from memory to the place now: `data.train` names them there. Raises OSError."""
+        for file in (self.work / "data").glob("*"):
+            copied.copy(file, self.place / "data" / file.name)
+
+    def _work_off(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            try:
+                self._pass_on_requests()
+                if time.monotonic() - self._beaten > BEAT_SECONDS:
+                    self._renew_lease()
+                due = time.monotonic() - self._copied_at > FILES_SECONDS or self._new_checkpoints()
+                if due and (self.work / BEGUN).exists():
+                    self._copy()
+                self._told = ""
+            except OSError as error:  # the place may come back, and everything is here meanwhile
+                if str(error) != self._told:
+                    self._message(f"dstune: {self.place} cannot be written now, tried again: {error}")
+                self._told = str(error)
+
+    def _pass_on_requests(self) -> None:
+        for name in (STOP_FILE, SAVE_FILE):
+            if (self.place / name).exists():
+                (self.place / name).unlink()
+                files.write(self.work / name, "")
+
+    def _renew_lease(self) -> None:
+        found = read_object(self.place / records.LEASE)
+        if found is not None and found.get("id") not in (self._id, None):
+            self._message(
+                f"dstune: {found.get('host')} has taken the run over: it is stopped here, and not copied any more"
+            )
+            files.write(self.work / STOP_FILE, "")
+            self._stop.set()
+            self._lost = True
+            return
+        self._write_lease()
+
+    def _write_lease(self) -> None:
+        """Raises UserError where nothing can be written."""
+        self._beat += 1
+        lease = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat}
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+            (self.place / records.LEASE).write_text(json.dumps(lease))
+        except OSError as error:
+            if self._beat > 1:
+                raise
+            reason = f"cannot be created or written: {error.strerror}"
+            raise UserError(Problem("run.dir", reason, "give a folder of yours", str(self.place))) from None
+        self._beaten = time.monotonic()
+
+    def _new_checkpoints(self) -> list[Path]:
+        """Checkpoints here, by all stages, that are not at the place as they are."""
+        whole = [info.path for run in copied.runs_in(self.work) for info in store.listing(run) if info.committed]
+        return [path for path in whole if (path / store.COMMITTED).read_bytes() != self._markers.get(path)]
+
+    def _copy(self) -> None:
+        """Bring the place up to date: files first, since a checkpoint stands on the metrics before it. Raises OSError."""
+        self._copy_files()
+        for checkpoint in self._new_checkpoints():
+            with store.hold(checkpoint):
+                marker = (checkpoint / store.COMMITTED).read_bytes()
+                copied.copy_checkpoint(checkpoint, self.place / checkpoint.relative_to(self.work))
+            self._markers[checkpoint] = marker
+            run = self.place / checkpoint.parents[1].relative_to(self.work)
+            store.prune(run, self.keep)
+        self._copied_at = time.monotonic()
+
+    def _copy_files(self) -> None:
+        here = {name: _version(self.work / name) for name in copied.names_in(self.work)}
+        changed = [name for name, version in here.items() if self._known.get(name) != version]
+        exports = {Path(name).parent for name in changed if Path(name).parent.name == "export"}
+        for folder in exports:  # without its description an export is none
+            for description in copied.DESCRIPTIONS:
+                (self.place / folder / description).unlink(missing_ok=True)
+                if (name := (folder / description).as_posix()) in here and name not in changed:
+                    changed.append(name)
+        for name in sorted(
+            changed, key=lambda name: (Path(name).parent in exports, Path(name).name in copied.DESCRIPTIONS)
+        ):
+            try:
+                self._copy_file(name, Path(name).parent in exports)
+            except FileNotFoundError:  # gone meanwhile
+                if (self.work / name).exists():
+                    raise
+                continue
+            self._known[name] = here[name]
+        for name in self._known.keys() - here.keys():
+            (self.place / name).unlink(missing_ok=True)
+            del self._known[name]
+
+    def _copy_file(self, name: str, in_export: bool) -> None:
+        source, target = self.work / name, self.place / name
+        if in_export:
+            copied.copy(source, target)
+            return
+        if name in WITH_PATHS:
+            text = source.read_bytes().replace(os.fsencode(self.work), os.fsencode(self.place.absolute()))
+            source = self.work.with_name(f"{self.work.name}.text")
+            source.write_bytes(text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copied.copy_twice(source, target)
+
+    # -- at the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> bool:
+        """Copy what is left, and give the place free. Returns False where it could not be copied: it stays here then."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            return self._close()
+        finally:
+            os.close(self._lock)
+
+    def _close(self) -> bool:
+        if self._lost:
+            return False
+        if not self.work.is_dir():  # refused: nothing was left here, and nothing is left there
+            self._leave_no_trace()
+            return True
+        try:
+            if self._known or (self.work / "run.yaml").exists():
+                self._copy()
+            (self.place / records.LEASE).unlink(missing_ok=True)
+        except OSError as error:
+            again = f"`dstune train {self.place}` on {socket.gethostname()} tries again"
+            self._message(f"dstune: the run is in {self.work}, and cannot be copied to {self.place}: {error}; {again}")
+            return False
+        shutil.rmtree(self.work, ignore_errors=True)
+        for ending in ("json", "text"):
+            self.work.with_name(f"{self.work.name}.{ending}").unlink(missing_ok=True)
+        return True
+
+    def _leave_no_trace(self) -> None:
+        self._own.unlink(missing_ok=True)
+        (self.place / records.LEASE).unlink(missing_ok=True)
+        if not self._created:
+            return
+        shutil.rmtree(self.place / "data", ignore_errors=True)
+        for folder in self._created:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+
+
+def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
+    """The mirror of a run whose directory cannot be worked in; None where it can.
+
+    Raises:
+        UserError: somebody works on the run, or it cannot be brought here.
+    """
+    refused = refused_operations(place)
+    if not refused:
+        return None
+    mirror = Mirror(place, refused, message)
+    message(
+        f"dstune: {place} refuses what a run does ({mirror.why}): it works in {mirror.work}, and is copied after each save"
+    )
+    return mirror
+
+
+def _version(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,109 @@
+"""Whole runs in places that refuse what a run does: a file system double is preloaded into every process."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed.test_runs import overrides, undisturbed, workplace  # noqa: F401 (fixtures)
+from support.command import Commands, exact, ranks_of, result
+
+from dstune.checkpoint import store
+from dstune.core.parsing import read_object
+
+pytestmark = pytest.mark.slow
+
+OPERATIONS = ("append", "lock", "rename-file", "rename-folder", "chmod", "sync")
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler for the file system double (Debian: apt-get install gcc libc6-dev)")
+    library = tmp_path_factory.mktemp("double") / "limited_place.so"
+    source = Path(__file__).parents[1] / "support" / "limited_place.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture
+def limited(workplace: Commands, double: Path) -> Iterator[Commands]:  # noqa: F811
+    """Commands under which `volume/` of the folder refuses everything."""
+    (workplace.folder / "volume").mkdir()
+    before = dict(workplace.env)
+    workplace.env |= {
+        "LD_PRELOAD": str(double),
+        "DSTUNE_LIMITED_ROOT": str(workplace.folder / "volume"),
+        "DSTUNE_LIMITED_REFUSE": ",".join(OPERATIONS),
+    }
+    yield workplace
+    workplace.env = before
+    shutil.rmtree(workplace.folder / "volume")
+
+
+def forget_this_machine(workplace: Commands) -> None:  # noqa: F811
+    shutil.rmtree(workplace.folder / "cache" / "runs")
+
+
+def test_a_run_where_nothing_but_writing_whole_files_works(limited, undisturbed):  # noqa: F811
+    run_dir = limited.folder / "volume" / "run"
+    done = limited.run("train", *overrides("volume/run", "run.export=last"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "refuses what a run does (append: Operation not supported; lock:" in done.stderr
+    assert exact(run_dir) == undisturbed
+    assert result(run_dir)["checkpoint"] == str(store.newest(run_dir))
+    assert not any(store.damaged_files(info.path) for info in store.listing(run_dir))
+    assert (run_dir / "export" / "model.safetensors").is_file()
+    assert (run_dir / "report.html").is_file()
+    again = limited.run("train", "volume/run")
+    assert "was completed already" in again.stderr
+    status = limited.run("status", "volume/run")
+    assert "completed" in status.stdout, status.stderr
+    exported = limited.run("export", "volume/run", "--out", "volume/exported")
+    assert exported.returncode == 0, exported.stderr
+    assert (limited.folder / "volume" / "exported" / "config.json").is_file()
+    longer = limited.run("train", "volume/run", "trainer.max_steps=42")
+    assert longer.returncode == 0, longer.stdout + longer.stderr
+    assert "continues from" in longer.stderr
+    assert result(run_dir)["steps"] == 42
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_run_where_one_operation_is_refused(limited, operation):
+    limited.env["DSTUNE_LIMITED_REFUSE"] = operation
+    done = limited.run("train", *overrides("volume/one", "trainer.max_steps=3", "run.export=last", "evaluate.every=0"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("Operation not supported") == 1, done.stderr
+    assert result(limited.folder / "volume" / "one")["steps"] == 3
+
+
+def test_killed_while_copying_at_ten_places_it_goes_on_from_the_copy(limited, undisturbed):  # noqa: F811
+    """Each time on another machine: nothing is left but the place."""
+    run_dir = limited.folder / "volume" / "killed"
+    begun = 0
+    for place in (9, 14, 19, 23, 27, 30, 33, 36, 39, 42):
+        limited.env["DSTUNE_LIMITED_KILL_AT"] = str(place)
+        done = limited.run("train", *overrides("volume/killed", "checkpoint.keep=1"))
+        assert done.returncode == -9, done.stdout + done.stderr
+        assert not ranks_of(run_dir)
+        forget_this_machine(limited)
+        newest = store.newest(run_dir)
+        step = int(newest.name.removeprefix("step-")) if newest else 0
+        assert step >= begun
+        begun = step
+    del limited.env["DSTUNE_LIMITED_KILL_AT"]
+    done = limited.run("train", *overrides("volume/killed", "checkpoint.keep=1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert exact(run_dir) == undisturbed
+    assert read_object(run_dir / "result.json")["status"] == "completed"
+
+
+def test_several_machines_without_a_shared_folder_are_refused(limited):
+    done = limited.run("train", *overrides("volume/several"), "launch=slurm", "launch.nodes=2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "launch=slurm has ranks on other machines" in done.stderr
+    assert not (limited.folder / "volume" / "several").exists()
