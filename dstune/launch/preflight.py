@@ -252,7 +252,7 @@ def fetch_sample(key: str, uri: str, kind: str, stage: Stage) -> None:
     Raises:
         UserError: there is no such sample, it is not of this `kind` (`model` or `data`), or it cannot be fetched.
     """
-    info = next((info for info in samples.available() if info.uri == uri), None)
+    info = next((info for info in samples.available() if info.uri == samples.without_split(uri)), None)
     if info is not None and info.kind != kind:
         fitting = ", ".join(info.uri for info in samples.available() if info.kind == kind)
         raise UserError(Problem(key, f"this sample is no {kind}", f"the {kind} samples are {fitting}", uri))

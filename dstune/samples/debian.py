@@ -22,6 +22,9 @@ class DebianPackage(Package):
     def requirement(self) -> str:
         return f"{self.name}={self.version}"
 
+    def fetch(self, folder: Path, label: str) -> Path:
+        return fetch_debian(self, folder, label)
+
 
 def fetch_debian(package: DebianPackage, folder: Path, label: str) -> Path:
     """Path of `package`'s file in `folder`, fetched unless a whole and right one is there.

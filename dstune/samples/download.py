@@ -41,6 +41,10 @@ class Package:
     def requirement(self) -> str:
         return f"{self.name}=={self.version}"
 
+    def fetch(self, folder: Path, label: str) -> Path:
+        """Its file in `folder`, fetched unless it is there. Raises UserError."""
+        return fetch(self, folder, label)
+
 
 class AddressUnknown(Exception):
     """pip could not say where the file is, or the address cannot be read directly."""

@@ -21,6 +21,7 @@ from dstune import samples
 from dstune.core.errors import UserError
 from dstune.core.paths import cache_root
 from dstune.samples import convert, download
+from dstune.samples.chats import dialogue
 from dstune.samples.download import Package
 
 
@@ -337,7 +338,7 @@ def message(sender: str, *texts: str) -> list[dict[str, str]]:
     ],
 )
 def test_dialogue(groups: list[list[dict[str, str]]], expected: list[tuple[str, str]]) -> None:
-    assert [(turn["role"], turn["content"]) for turn in convert.dialogue(groups)] == expected
+    assert [(turn["role"], turn["content"]) for turn in dialogue(groups)] == expected
 
 
 def test_sentiment_rows(tmp_path: Path) -> None:

