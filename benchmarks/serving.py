@@ -4,9 +4,11 @@
     python benchmarks/serving.py soak [--requests 10000]
     python benchmarks/serving.py engine RUN [--streams 1,4,8]      tokens/s and first token of the local engine
 
-The stub writes tokens at a fixed rate and runs in a process of its own, as the gateway does. `overhead` asks stub and gateway in
-turn, in one run. `soak` mixes requests that are good, dropped, read slowly, sent slowly, too large, and wrong, and reads memory
-and open sockets of the gateway's process while it goes on.
+The stub writes tokens at a fixed rate and runs in a process of its own, as the gateway does. `overhead` asks the stub, a relay
+(a process that copies bytes between two sockets, the least that anything in between costs) and the gateway in turn, in one run.
+A loaded machine delays each process that has to wake up; what is left of the difference between gateway and relay is the
+gateway's own, and so is its CPU time. `soak` mixes requests that are good, dropped, read slowly, sent slowly, too large, and
+wrong, and reads memory and open sockets of the gateway's process while it goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +49,50 @@ async def run_stub(folder: Path) -> None:
         await asyncio.Event().wait()
 
 
+class Relay(asyncio.Protocol):
+    """One side of a connection that copies bytes to the other."""
+
+    def __init__(self, other: Relay | None = None):
+        self.other = other
+        self.waiting: list[bytes] = []
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        if self.other is None:
+            asyncio.get_running_loop().create_task(self._connect())
+        else:
+            self.other.other = self
+            for data in self.other.waiting:
+                transport.write(data)
+
+    async def _connect(self) -> None:
+        host, port = Relay.stub.removeprefix("http://").split(":")
+        await asyncio.get_running_loop().create_connection(lambda: Relay(self), host, int(port))
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is None or self.other.transport is None:
+            self.waiting.append(data)
+        else:
+            self.other.transport.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.close()
+
+    stub = ""
+
+
+async def run_relay(folder: Path) -> None:
+    Relay.stub = json.loads((folder / "stub.json").read_text())["url"]
+    server = await asyncio.get_running_loop().create_server(Relay, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    (folder / "relay.json").write_text(json.dumps({"url": f"http://127.0.0.1:{port}"}))
+    await server.serve_forever()
+
+
 async def run_gateway(folder: Path) -> None:
     import socket
-
-    import uvicorn
 
     from dstune.serve.engines.base import Limits
     from dstune.serve.fleet import Fleet
@@ -57,7 +100,7 @@ async def run_gateway(folder: Path) -> None:
     from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.routes import ROUTES
     from dstune.serve.gateway.settings import Settings
-    from dstune.serve.server import Server, drained
+    from dstune.serve.server import Server, configured, drained
     from dstune.serve.store.database import Database
     from tests.support.serving import StubEngine, stub_source
 
@@ -73,15 +116,7 @@ async def run_gateway(folder: Path) -> None:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(2048)
-    config = uvicorn.Config(
-        gateway,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=10,
-    )
+    config = configured(gateway, timeout_graceful_shutdown=10)
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     (folder / "gateway.json").write_text(json.dumps({"url": address, "key": key}))
     await drained(Server(config), gateway, 0.0, [listening])
@@ -90,34 +125,45 @@ async def run_gateway(folder: Path) -> None:
 
 
 class Processes:
-    def __init__(self) -> None:
+    def __init__(self, *roles: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dstune-serving-"))
         self.folder.chmod(0o700)
-        self.stub = self._start("stub")
-        self.gateway = self._start("gateway")
+        self.running = {role: self._start(role) for role in roles}
 
     def _start(self, role: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-        process = subprocess.Popen([sys.executable, __file__, role, str(self.folder)])
-        told = self.folder / f"{role}.json"
-        while not told.exists() or not told.read_text():
+        process = subprocess.Popen([sys.executable, __file__, role, str(self.folder)], stderr=subprocess.DEVNULL)
+        written = self.folder / f"{role}.json"
+        while not written.exists() or not written.read_text():
             assert process.poll() is None, f"the {role} ended"
             time.sleep(0.05)
-        return process, json.loads(told.read_text())
+        return process, json.loads(written.read_text())
 
-    def client(self, name: str, **given: Any) -> httpx2.AsyncClient:
-        told = (self.stub if name == "stub" else self.gateway)[1]
-        headers = {"authorization": f"Bearer {told.get('key', 'none')}"}
+    def url(self, role: str) -> str:
+        return str(self.running[role][1]["url"])
+
+    def of(self, role: str) -> psutil.Process:
+        return psutil.Process(self.running[role][0].pid)
+
+    def client(self, role: str, **given: Any) -> httpx2.AsyncClient:
+        headers = {"authorization": f"Bearer {self.running[role][1].get('key', 'none')}"}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx2.Timeout(120)
         return httpx2.AsyncClient(
-            base_url=told["url"], headers=headers, limits=limits, timeout=timeout, trust_env=False, **given
+            base_url=self.url(role), headers=headers, limits=limits, timeout=timeout, trust_env=False, **given
         )
 
+    def cpu_seconds(self, role: str) -> float:
+        times = self.of(role).cpu_times()
+        return float(times.user + times.system)
+
     def stop(self) -> int:
-        self.gateway[0].send_signal(signal.SIGTERM)
-        code = self.gateway[0].wait(30)
-        self.stub[0].kill()
-        self.stub[0].wait()
+        """The exit code of the gateway."""
+        gateway = self.running.pop("gateway")[0]
+        gateway.send_signal(signal.SIGTERM)
+        code = gateway.wait(30)
+        for process, _ in self.running.values():
+            process.kill()
+            process.wait()
         return code
 
 
@@ -129,49 +175,64 @@ def body(words: int = TOKENS, **changes: Any) -> dict[str, Any]:
 # -- what the gateway adds --------------------------------------------------------------------------------------------
 
 
-async def overhead(streams: int, requests: int) -> dict[str, Any]:
-    processes = Processes()
-    seconds: dict[str, list[float]] = {"stub": [], "gateway": []}
-    rates: dict[str, list[float]] = {"stub": [], "gateway": []}
+ROLES = ("stub", "relay", "gateway")
+
+
+async def overhead(streams: int, requests: int, rounds: int = 4) -> dict[str, Any]:
+    processes = Processes(*ROLES)
+    seconds: dict[str, list[float]] = {role: [] for role in ROLES}
+    rates: dict[str, list[float]] = {role: [] for role in ROLES}
+    cpu = {role: {"request": 0.0, "token of a stream": 0.0} for role in ROLES}
     try:
-        async with processes.client("stub") as stub, processes.client("gateway") as gateway:
-            clients = {"stub": stub, "gateway": gateway}
-            for round_number in range(2 + requests):  # one after the other, a word: what a request costs
-                for name in ("stub", "gateway") if round_number % 2 else ("gateway", "stub"):
-                    began = time.perf_counter()
-                    answer = await clients[name].post("/v1/chat/completions", json=body(1))
-                    assert answer.status_code == 200
-                    if round_number >= 2:
-                        seconds[name].append(time.perf_counter() - began)
-            used = [_cpu_seconds(processes)]
-            for _ in range(requests):
-                await gateway.post("/v1/chat/completions", json=body(1))
-            used.append(_cpu_seconds(processes))
-            for _ in range(4):
-                for name, client in clients.items():
-                    rates[name].append(await _throughput(client, streams))
-            used.append(_cpu_seconds(processes))
+        async with AsyncExitStack() as stack:
+            clients = {role: await stack.enter_async_context(processes.client(role)) for role in ROLES}
+            for role in ROLES:
+                await _seconds(clients[role])
+            order = list(ROLES)
+            for _ in range(requests):  # one after the other, a word: what a request costs
+                random.shuffle(order)
+                for role in order:
+                    seconds[role].append(await _seconds(clients[role]))
+            for role in ROLES[1:]:  # by themselves: the relay's requests are the stub's too
+                used = [processes.cpu_seconds(one) for one in ("stub", role)]
+                for _ in range(requests):
+                    await _seconds(clients[role])
+                for one, before in zip(("stub", role), used, strict=True):
+                    cpu[one]["request"] = 1000 * (processes.cpu_seconds(one) - before) / requests
+            for _ in range(rounds):
+                for role in ROLES:
+                    used = [processes.cpu_seconds(role)]
+                    rates[role].append(await _throughput(clients[role], streams))
+                    used.append(processes.cpu_seconds(role))
+                    cpu[role]["token of a stream"] += 1000 * (used[1] - used[0]) / (rounds * streams * TOKENS)
     finally:
         processes.stop()
-    added = [one - other for one, other in zip(seconds["gateway"], seconds["stub"], strict=True)]
-    direct, through = statistics.median(rates["stub"]), statistics.median(rates["gateway"])
+
+    def added(role: str, other: str) -> dict[str, float]:
+        found = [1000 * (one - two) for one, two in zip(seconds[role], seconds[other], strict=True)]
+        return {"median": statistics.median(found), "p95": statistics.quantiles(found, n=20)[-1]}
+
+    throughput = {role: statistics.median(values) for role, values in rates.items()}
     return {
-        "added_ms": {"median": 1000 * statistics.median(added), "p95": 1000 * statistics.quantiles(added, n=20)[-1]},
-        "request_ms": {name: 1000 * statistics.median(values) for name, values in seconds.items()},
-        "gateway_cpu_ms": {
-            "request": 1000 * (used[1] - used[0]) / requests,
-            "token of a stream": 1000 * (used[2] - used[1]) / (4 * streams * TOKENS),
-        },
         "load": os.getloadavg()[0],
+        "request_ms": {role: 1000 * statistics.median(values) for role, values in seconds.items()},
+        "added_ms": {
+            "relay to stub": added("relay", "stub"),
+            "gateway to stub": added("gateway", "stub"),
+            "gateway to relay": added("gateway", "relay"),
+        },
+        "cpu_ms": cpu,
         "streams": streams,
-        "tokens_per_second": {"stub": direct, "gateway": through},
-        "throughput_lost": 1 - through / direct,
+        "tokens_per_second": throughput,
+        "throughput_lost": {role: 1 - throughput[role] / throughput["stub"] for role in ROLES[1:]},
     }
 
 
-def _cpu_seconds(processes: Processes) -> float:
-    times = psutil.Process(processes.gateway[0].pid).cpu_times()
-    return float(times.user + times.system)
+async def _seconds(client: httpx2.AsyncClient) -> float:
+    began = time.perf_counter()
+    answer = await client.post("/v1/chat/completions", json=body(1))
+    assert answer.status_code == 200
+    return time.perf_counter() - began
 
 
 async def _throughput(client: httpx2.AsyncClient, streams: int) -> float:
@@ -192,8 +253,8 @@ async def _throughput(client: httpx2.AsyncClient, streams: int) -> float:
 
 
 async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
-    processes, choose = Processes(), random.Random(seed)
-    gateway = psutil.Process(processes.gateway[0].pid)
+    processes, choose = Processes("stub", "gateway"), random.Random(seed)
+    gateway = processes.of("gateway")
     found: dict[str, int] = {}
     memory: list[tuple[int, float]] = []
     places = asyncio.Semaphore(48)
@@ -284,7 +345,7 @@ async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
             await client.aclose()
             await asyncio.sleep(0.5)
             sockets = [one for one in gateway.net_connections() if one.status == psutil.CONN_ESTABLISHED]
-            stub_port = int(processes.stub[1]["url"].rpartition(":")[2])
+            stub_port = int(processes.url("stub").rpartition(":")[2])
             of_clients = [one for one in sockets if one.raddr and one.raddr.port != stub_port]
         finally:
             code = processes.stop()
@@ -340,13 +401,15 @@ async def engine(model: str, streams: list[int], tokens: int = 48) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "soak", "engine", "stub", "gateway"))
+    parser.add_argument("what", choices=("overhead", "soak", "engine", *ROLES))
     parser.add_argument("path", nargs="?")
     parser.add_argument("--streams", default="16")
     parser.add_argument("--requests", type=int)
     arguments = parser.parse_args()
-    if arguments.what in ("stub", "gateway"):
-        asyncio.run((run_stub if arguments.what == "stub" else run_gateway)(Path(arguments.path)))
+    if arguments.what in ROLES:
+        from dstune.serve.server import run
+
+        run({"stub": run_stub, "relay": run_relay, "gateway": run_gateway}[arguments.what](Path(arguments.path)))
         return
     if arguments.what == "overhead":
         result = asyncio.run(overhead(int(arguments.streams), arguments.requests or 400))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -15,8 +16,6 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
-
-T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -47,18 +46,29 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. Raises ClientGone then."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """What stands in it is cancelled when the client goes. Raises ClientGone then."""
+    working = asyncio.current_task()
+    assert working is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        await gone(receive)
+        left = True
+        working.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        yield
+    except BaseException as error:
+        # Whatever came of being cancelled; a second request to cancel the task stands.
+        if left and working.uncancel() == 0:
+            raise ClientGone from error
+        raise
     finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        watching.cancel()
 
 
 async def read_body(receive: Receive, limit: int) -> bytes:

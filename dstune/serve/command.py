@@ -48,14 +48,15 @@ def main(argv: list[str]) -> int:
     extra.require()
     if arguments.no_inference:
         extra.require_api()
+    from dstune.serve.server import run
+
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in ("httpx2", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     state = state_folder(arguments.state, create=True)
     sources = _sources(arguments, state)
     runtime = Path(tempfile.mkdtemp(prefix="dstune-serve-"))
     try:
-        return asyncio.run(_run(arguments, state, runtime, sources))
+        return run(_run(arguments, state, runtime, sources))
     except asyncio.CancelledError:  # SIGTERM while the engines were starting
         return EXIT_DONE
     finally:
@@ -249,12 +250,10 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
 
 
 async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> None:
-    import uvicorn
-
     from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.routes import COMMON, ROUTES
-    from dstune.serve.server import Server, drained
+    from dstune.serve.server import Server, configured, drained
 
     database = opened_database(state, arguments.store, create=True)
     recorder = Recorder(database, _request_log(arguments, state))
@@ -271,18 +270,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
     listening = _listen(arguments.host, arguments.port)
     port = listening.getsockname()[1]
     first_keys(gateway.keys, state)
-    config = uvicorn.Config(
-        gateway,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=arguments.drain_seconds,
-        h11_max_incomplete_event_size=65536,
-        ws="none",
-    )
+    config = configured(gateway, timeout_keep_alive=75, timeout_graceful_shutdown=arguments.drain_seconds)
     recorder.start()
     if api is not None:
         api.start()

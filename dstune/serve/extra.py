@@ -6,7 +6,7 @@ import importlib.util
 
 from dstune.core.errors import Problem, UserError
 
-MODULES = ("alembic", "httpx2", "limits", "prometheus_client", "sqlalchemy", "uvicorn")
+MODULES = ("aiohttp", "alembic", "httptools", "limits", "prometheus_client", "sqlalchemy", "uvicorn", "uvloop")
 API_MODULES = ("cryptography", "nltk", "python_multipart", "rapidfuzz", "rouge_score")
 
 

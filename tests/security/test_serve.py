@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.serve import server
 from dstune.serve.command import first_keys
 from dstune.serve.engines.base import Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
@@ -31,6 +32,10 @@ def run(test, folder, **settings):
     return asyncio.run(main())
 
 
+CUT = b"<cut>"
+"""What stands for a connection that the server has closed."""
+
+
 def raw(url: str, text: str) -> bytes:
     """What the server sends back before it closes, or within a second."""
     port = int(url.rpartition(":")[2])
@@ -40,9 +45,11 @@ def raw(url: str, text: str) -> bytes:
             own.sendall(text.encode("latin-1"))
             while part := own.recv(65536):
                 found += part
-        except (TimeoutError, ConnectionError):
+        except TimeoutError:
+            return found
+        except ConnectionError:
             pass
-        return found
+        return found + CUT
 
 
 def test_requests_that_two_parsers_read_differently(tmp_path):
@@ -64,7 +71,7 @@ def test_requests_that_two_parsers_read_differently(tmp_path):
         ]
         for attack in attacks:
             answer = await asyncio.to_thread(raw, found.url, attack)
-            assert answer.startswith((b"HTTP/1.1 4", b"")), attack
+            assert answer.startswith(b"HTTP/1.1 4") or answer in (b"", CUT), attack
             assert b" 200 " not in answer.split(b"\r\n")[0], attack
         assert not found.app.seen
 
@@ -73,12 +80,34 @@ def test_requests_that_two_parsers_read_differently(tmp_path):
 
 def test_headers_without_end(tmp_path):
     async def test(found):
-        endless = "GET /v1/models HTTP/1.1\r\n" + "".join(f"X-{n}: {'y' * 1000}\r\n" for n in range(500))
-        answer = await asyncio.to_thread(raw, found.url, endless)
-        assert answer.startswith((b"HTTP/1.1 4", b"")) and b" 200 " not in answer[:20]
+        many = "".join(f"X-{n}: {'y' * 1000}\r\n" for n in range(500))
+        for endless in (many, f"X: {'y' * 500_000}", f"X: y\r\n{many}\r\n"):
+            answer = await asyncio.to_thread(raw, found.url, f"GET /v1/models HTTP/1.1\r\n{endless}")
+            assert answer.startswith(b"HTTP/1.1 400") or answer == CUT, answer[:100]
+        answer = await asyncio.to_thread(raw, found.url, f"GET /{'y' * 500_000}")
+        assert answer.startswith(b"HTTP/1.1 400") or answer == CUT, answer[:100]
         assert (await found.client().get("/v1/models")).status_code == 200
 
     run(test, tmp_path)
+
+
+def test_heads_that_do_not_come(tmp_path, monkeypatch):
+    """A connection without a request, half a head, and half of a second one."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+
+    async def test(found):
+        health = f"GET /healthz HTTP/1.1\r\nHost: {found.url.removeprefix('http://')}\r\n"
+        for text in ("", health, f"{health}\r\n{health}"):
+            answer = await asyncio.to_thread(raw, found.url, text)
+            assert answer.endswith(CUT), text
+            assert (b" 200 " in answer) == ("\r\n\r\n" in text)
+        # What takes its time for the body, or between two requests, is not cut by this.
+        async with found.client() as client:
+            for pause in (0.5, 0.0):
+                assert (await client.post("/v1/chat/completions", json=chat("a b c d e f"))).status_code == 200
+                await asyncio.sleep(pause)
+
+    run(test, tmp_path, seconds=0.1)
 
 
 def test_names_never_become_paths(tmp_path):

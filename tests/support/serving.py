@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx2
-import uvicorn
 
 from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
-from dstune.serve.engines.base import LIMITS, TIMEOUT, Command, Engine, EngineDown
+from dstune.serve.engines.base import Command, Engine, EngineDown
 from dstune.serve.engines.base import Limits as EngineLimits
+from dstune.serve.engines.http import Upstream
 from dstune.serve.engines.local.engine import CHAT, COMPLETION, OF_TASK
 from dstune.serve.engines.vllm import RESPONSE
 from dstune.serve.fleet import Fleet
@@ -29,7 +29,7 @@ from dstune.serve.gateway.recording import Recorder
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.serve.gateway.routes import ROUTES
 from dstune.serve.gateway.settings import Settings
-from dstune.serve.server import Server
+from dstune.serve.server import Server, configured
 from dstune.serve.source import Source
 from dstune.serve.store.database import Database
 
@@ -106,9 +106,7 @@ async def listening(app: Any, uds: Path | None = None) -> AsyncIterator[str]:
     own = socket.socket(socket.AF_UNIX if uds else socket.AF_INET, socket.SOCK_STREAM)
     own.bind(str(uds) if uds else ("127.0.0.1", 0))
     own.listen(2048)
-    config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
-    )
+    config = configured(app, timeout_graceful_shutdown=5)
     server = Server(config)
     task = asyncio.create_task(server.serve([own]))
     while not server.started:
@@ -143,8 +141,7 @@ class StubEngine(Engine):
             raise EngineDown("the stub is down")
         self.starts += 1
         self.dtype = "float32"
-        transport = httpx2.AsyncHTTPTransport(uds=self.uds, limits=LIMITS)
-        self.client = httpx2.AsyncClient(transport=transport, base_url=self.url, timeout=TIMEOUT, trust_env=False)
+        self.client = Upstream(self.url, self.uds)
 
     def alive(self) -> bool:
         return not self.down

@@ -336,7 +336,7 @@ def test_an_engine_that_is_gone_is_a_503_and_its_models_are_not_ready(tmp_path):
         assert (await client.get("/readyz")).status_code == 200
         model = found.fleet.models["first"]
         engine = model.engine
-        await engine.client.aclose()
+        await engine.client.close()
         engine.client = None
         answer = await client.post("/v1/chat/completions", json=chat())
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")

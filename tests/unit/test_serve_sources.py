@@ -218,21 +218,17 @@ def test_the_fields_of_the_official_client_are_known():
     assert set(inspect.signature(Embeddings.create).parameters) - own <= set(fields.EMBEDDING)
 
 
-def answered(engine: Engine, routes: dict[str, Any]) -> list[tuple[str, dict, str]]:
-    """Let `engine` speak to these routes; what it asked, with its key."""
-    import httpx2
+def answered(engine: Engine, routes: dict[str, Any]) -> list[tuple[str, dict]]:
+    """Let `engine` speak to these routes; what it asked."""
+    seen: list[tuple[str, dict]] = []
 
-    seen: list[tuple[str, dict, str]] = []
+    class Answers:
+        async def ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+            seen.append((path, json.loads(body or b"{}")))
+            found = routes.get(path)
+            return (404, b"") if found is None else (200, json.dumps(found).encode())
 
-    def handle(request: httpx2.Request) -> httpx2.Response:
-        body = json.loads(request.content or b"{}")
-        seen.append((request.url.path, body, request.headers.get("authorization", "")))
-        found = routes.get(request.url.path)
-        return httpx2.Response(404) if found is None else httpx2.Response(200, json=found)
-
-    engine.client = httpx2.AsyncClient(
-        transport=httpx2.MockTransport(handle), base_url="http://engine", headers=engine.headers
-    )
+    engine.client = Answers()
     return seen
 
 
@@ -244,7 +240,7 @@ def test_llama_cpp_is_compared_by_tokens_alone(tmp_path):
     found = asyncio.run(prove(engine, "m", engine.source))
     assert found.status == "unproven" and "tokens are those of the training" in found.detail
     assert seen[1][1] == {"content": "<s>a", "add_special": False, "parse_special": True}
-    assert seen[0][2] == f"Bearer {engine._key}"
+    assert engine.headers == {"authorization": f"Bearer {engine._key}"}
     answered(engine, {"/apply-template": {"prompt": "<s>a"}, "/tokenize": {"tokens": [1, 5]}})
     with pytest.raises(Refused, match="another prompt"):
         asyncio.run(prove(engine, "m", engine.source))
@@ -259,7 +255,7 @@ def test_a_server_elsewhere_is_asked_for_its_own_name_and_is_unproven(tmp_path):
     assert engine.outgoing("/v1/chat/completions", {"model": "ours", "n": 1}) == {"model": "theirs", "n": 1}
     seen = answered(engine, {"/v1/models": {"data": []}})
     assert asyncio.run(engine._healthy())
-    assert seen[0][2] == "Bearer k"
+    assert seen == [("/v1/models", {})] and engine.headers == {"authorization": "Bearer k"}
     assert asyncio.run(prove(engine, "ours", source)).status == "unproven"
 
 

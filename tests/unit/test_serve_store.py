@@ -240,16 +240,15 @@ def test_a_server_that_is_told_to_end_says_so_first_and_finishes(tmp_path):
     import signal
 
     import httpx2
-    import uvicorn
 
-    from dstune.serve.server import Server, drained
+    from dstune.serve.server import Server, configured, drained
 
     async def test():
         async with served(tmp_path, seconds=0.05) as found:
             listening = socket.socket()
             listening.bind(("127.0.0.1", 0))
             listening.listen()
-            config = uvicorn.Config(found.gateway, lifespan="off", log_config=None, timeout_graceful_shutdown=10)
+            config = configured(found.gateway, timeout_graceful_shutdown=10)
             task = asyncio.create_task(drained(Server(config), found.gateway, 0.3, [listening]))
             headers = {"authorization": f"Bearer {found.key}"}
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"

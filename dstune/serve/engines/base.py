@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -15,17 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx2
-
 from dstune.core.errors import DstuneError, Problem, UserError, from_json
+from dstune.serve.asgi import dumps
+from dstune.serve.engines.http import FAILURES, Upstream
 from dstune.serve.source import Source
 
 log = logging.getLogger("dstune.serve")
 
-TIMEOUT = httpx2.Timeout(None, connect=5.0, pool=5.0)
-"""Between two chunks there is none: a first token may take minutes, and a client that goes ends the request."""
-
-LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
+ASK_SECONDS = 600.0
+"""For what the gateway itself asks an engine."""
 
 
 class EngineDown(Exception):
@@ -80,7 +79,7 @@ class Engine:
     runtime_dir: Path
     """Where sockets are, mode 0700: their paths have to be short."""
     limits: Limits
-    client: httpx2.AsyncClient | None = None
+    client: Upstream | None = None
     process: subprocess.Popen[bytes] | None = None
     dtype: str = ""
     context: int = 0
@@ -151,10 +150,7 @@ class Engine:
         self._folder.mkdir(mode=0o700)
         command = self.command(self._folder)
         self.starts += 1
-        transport = httpx2.AsyncHTTPTransport(uds=command.socket, limits=LIMITS)
-        self.client = httpx2.AsyncClient(
-            transport=transport, base_url=command.url, timeout=TIMEOUT, headers=self.headers, trust_env=False
-        )
+        self.client = Upstream(command.url, command.socket, self.headers)
         if self.starts_process:
             self._spawn(command)
         deadline = time.monotonic() + self.limits.start_seconds
@@ -240,7 +236,7 @@ class Engine:
                     self.process.stdin.close()
             self.process = None
         if self.client is not None:
-            await self.client.aclose()
+            await self.client.close()
             self.client = None
 
     # -- HTTP
@@ -250,29 +246,34 @@ class Engine:
         if self.client is None:
             raise EngineDown(f"{self.name} is not running")
         try:
-            answer = await self.client.request(method, path, json=body, timeout=httpx2.Timeout(600.0, connect=5.0))
-        except httpx2.HTTPError as error:
+            async with asyncio.timeout(ASK_SECONDS):
+                status, content = await self.client.ask(method, path, None if body is None else dumps(body))
+        except FAILURES as error:
             raise EngineDown(f"{self.name} does not answer: {error or type(error).__name__}") from error
-        if answer.status_code in (404, 405, 501):
+        if status in (404, 405, 501):
             raise Unprovable(f"{self.name} has no {method} {path}")
-        if 400 <= answer.status_code < 500:
-            raise UserError(Problem(self.name, f"refuses {path}: {_message(answer)}"))
-        if answer.status_code != 200:
-            raise EngineDown(f"{self.name} answers {path} with {answer.status_code}")
-        try:
-            found = answer.json() if answer.content else {}
-        except ValueError:
-            return {}
+        if 400 <= status < 500:
+            raise UserError(Problem(self.name, f"refuses {path}: {_message(content)}"))
+        if status != 200:
+            raise EngineDown(f"{self.name} answers {path} with {status}")
+        found = _value(content)
         return found if isinstance(found, dict) else {}
 
 
-def _message(answer: httpx2.Response) -> str:
+def _value(content: bytes) -> Any:
+    """None where it is no JSON."""
     try:
-        value = answer.json()
-        error = value.get("error", value)
-        return str(error.get("message", error.get("detail", error)))[:500]
-    except (ValueError, AttributeError):
-        return answer.text[:500]
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def _message(content: bytes) -> str:
+    value = _value(content)
+    if not isinstance(value, dict):
+        return content.decode("utf-8", "replace")[:500]
+    error = value.get("error", value)
+    return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)[:500]
 
 
 EngineFactory = Callable[..., Engine]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx2
+import aiohttp
 
-from dstune.serve.asgi import ClientGone, dumps, gone
+from dstune.serve.asgi import ClientGone, dumps, while_connected
+from dstune.serve.engines.http import FAILURES, Upstream
 from dstune.serve.errors import ApiError
 from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
 from dstune.serve.gateway.admission import Admission
 from dstune.serve.gateway.metrics import Metrics
-from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request import Request, SlowReader
 
 MOST_ANSWER_BYTES = 256 << 20
@@ -73,58 +73,51 @@ class Inference:
         if body.get("n", 1) * prompts > 512:
             raise ApiError(400, "The request asks for more than 512 answers.", param="n", code="too_many_answers")
 
-    async def _forward(self, request: Request, model: Model, path: str, body: dict[str, Any], record: Any) -> None:
+    async def _forward(self, request: Request, model: Model, path: str, body: dict[str, Any], record: Record) -> None:
         client = model.engine.client
         if client is None:
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
-        sent = model.engine.outgoing(path, body)
-        upstream = client.build_request("POST", path, content=dumps(sent), headers={"content-type": "application/json"})
-        working = asyncio.ensure_future(self._pass(request, client, upstream, record))
-        leaving = asyncio.ensure_future(gone(request.receive))
+        content = dumps(model.engine.outgoing(path, body))
         try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientGone
-            working.result()
+            async with while_connected(request.receive):
+                await self._pass(request, client, path, content, record)
         except (ApiError, ClientGone, SlowReader):
             raise
         except Exception as error:
             # The engine's connections may be closed at any moment, since it is being stopped.
-            if not (isinstance(error, httpx2.HTTPError | OSError) or client.is_closed):
+            if not (isinstance(error, FAILURES) or client.closed):
                 raise
             if request.status:  # the answer has begun: it is cut, so that nobody takes it for complete
                 raise SlowReader from error
             raise ApiError(503, "The engine has ended.", code="engine_down", headers={"retry-after": "5"}) from None
-        finally:
-            for task in (working, leaving):
-                task.cancel()
-            await asyncio.gather(working, leaving, return_exceptions=True)
 
-    async def _pass(self, request: Request, client: httpx2.AsyncClient, upstream: httpx2.Request, record: Any) -> None:
+    async def _pass(self, request: Request, client: Upstream, path: str, content: bytes, record: Record) -> None:
         """The engine's answer as it comes: raw bytes, as fast as the client takes them."""
-        answer = await client.send(upstream, stream=True)
+        answer = await client.send("POST", path, content)
         try:
-            if answer.status_code != 200:
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise ApiError(502, "The engine compresses its answers.", code="engine_error")
+            if answer.status != 200:
                 raise await _refusal(answer)
             kind = answer.headers.get("content-type", "application/json")
+            headers = [(b"content-type", kind.encode("latin-1"))]
             if not kind.startswith("text/event-stream"):
                 content = await _bounded(answer)
                 record.take(content)
-                await request.respond(200, content, [(b"content-type", kind.encode("latin-1"))])
+                await request.respond(200, content, headers)
                 return
-            headers = [(b"content-type", kind.encode("latin-1"))]
             await request.send({"type": "http.response.start", "status": 200, "headers": headers})
-            async for chunk in answer.aiter_raw():
+            async for chunk in answer.content.iter_any():
                 record.take(chunk)
                 await request.send({"type": "http.response.body", "body": chunk, "more_body": True})
             await request.send({"type": "http.response.body", "body": b""})
         finally:
-            await answer.aclose()
+            answer.close()
 
 
-async def _bounded(answer: httpx2.Response) -> bytes:
+async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
     parts, size = [], 0
-    async for chunk in answer.aiter_raw():
+    async for chunk in answer.content.iter_any():
         size += len(chunk)
         if size > MOST_ANSWER_BYTES:
             raise ApiError(502, "The engine's answer is too large.", code="engine_error")
@@ -132,14 +125,14 @@ async def _bounded(answer: httpx2.Response) -> bytes:
     return b"".join(parts)
 
 
-async def _refusal(answer: httpx2.Response) -> ApiError:
+async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
     """What an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
     content = await _bounded(answer)
     try:
         error = json.loads(content).get("error", {})
     except (ValueError, AttributeError):
         error = {}
-    status = answer.status_code
+    status = answer.status
     if status in (429, 503):
         headers = {"retry-after": answer.headers.get("retry-after", "1")}
         return ApiError(status, "The engine is busy.", code="overloaded", headers=headers)

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dstune.serve.store.tables import AnswerRow
-
 ROWS = 2000
 SECONDS = 300.0
 COLUMNS = ("id", "response", "created", "key", "user", "model", "version", "route", "status", "request", "answer")
@@ -32,20 +30,9 @@ class RequestLog:
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
-    def add(self, row: AnswerRow, route: str, body: Mapping[str, Any], answer: bytes) -> None:
-        record = {
-            "id": row.id,
-            "response": row.response,
-            "created": row.created,
-            "key": row.key,
-            "user": row.user,
-            "model": row.model,
-            "version": row.version,
-            "route": route,
-            "status": row.status,
-            "request": body,
-            "answer": answer,
-        }
+    def add(self, row: Mapping[str, Any], route: str, body: Mapping[str, Any], answer: bytes) -> None:
+        """row: of the table of answers."""
+        record = {**row, "route": route, "request": body, "answer": answer}
         with self._lock:
             self._rows.append(record)
 

@@ -53,7 +53,9 @@ class EngineApp:
             return
 
     async def handle(self, handler: Handler, body: dict[str, Any], receive: Receive, send: Send) -> None:
-        await respond(send, 200, dumps(await while_connected(receive, handler(body))))
+        async with while_connected(receive):
+            answer = dumps(await handler(body))
+        await respond(send, 200, answer)
 
     async def health(self, body: dict[str, Any]) -> dict[str, Any]:
         return {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import DstuneError, to_json
+from dstune.serve.server import Server, configured, run
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             app = _language(stack, settings) if settings["generates"] else _encoder(settings)
-            return asyncio.run(_serve(app, settings))
+            return run(_serve(app, settings))
     except DstuneError as error:
         Path(settings["status"]).write_text(to_json(error), encoding="utf-8")
         print(f"dstune: {error}", file=sys.stderr, flush=True)
@@ -91,16 +92,9 @@ def _set_threads(settings: dict[str, Any]) -> None:
 
 
 async def _serve(app: Any, settings: dict[str, Any]) -> int:
-    import uvicorn
-
-    from dstune.serve.server import Server
-
-    config = uvicorn.Config(
+    config = configured(
         app,
         uds=settings["socket"],
-        lifespan="off",
-        log_config=None,
-        access_log=False,
         timeout_graceful_shutdown=settings["drain_seconds"],
         timeout_keep_alive=3600,
     )
