@@ -7,7 +7,7 @@ import importlib.util
 from dstune.core.errors import Problem, UserError
 
 MODULES = ("aiohttp", "alembic", "httptools", "limits", "prometheus_client", "sqlalchemy", "uvicorn", "uvloop")
-API_MODULES = ("cryptography", "nltk", "python_multipart", "rapidfuzz", "rouge_score")
+API_MODULES = ("cryptography", "python_multipart", "rapidfuzz")
 
 
 def require() -> None:

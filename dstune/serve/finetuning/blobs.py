@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -31,12 +32,15 @@ class Staged:
         self._hash.update(chunk)
         self._md5.update(chunk)
         self.size += len(chunk)
-        view = memoryview(chunk)
         try:
-            while view:
-                view = view[self._file.write(view) :]
+            self._write(chunk)
         except OSError as error:
             raise _no_space(error) from error
+
+    def _write(self, chunk: bytes) -> None:
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) :]
 
     def close(self) -> None:
         """All of it is on the disk after this."""
@@ -99,12 +103,15 @@ class Blobs:
             shutil.copyfile(self._path(blob), target)
 
     def sweep(self, known: Iterable[str]) -> int:
-        """Remove what no row of the database names, as a crash leaves it; the number of files."""
-        kept, removed, now = set(known), 0, time.time()
-        stale = [path for path in self._scratch.iterdir() if now - path.stat().st_mtime > STALE_SECONDS]
-        for path in (*stale, *(path for path in self.folder.glob("*/*") if path.name not in kept)):
-            path.unlink(missing_ok=True)
-            removed += 1
+        """Remove what no row of the database names, as a crash leaves it, when it is old enough that nobody is about to name
+        it; the number of files."""
+        kept, removed = set(known), 0
+        unnamed = (path for path in self.folder.glob("*/*") if path.name not in kept)
+        for path in (*self._scratch.iterdir(), *unnamed):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
+                    removed += 1
         return removed
 
     def _path(self, blob: str) -> Path:

@@ -1,4 +1,4 @@
-"""`/v1/files`: kept once for each content and project, told by ids of their own, gone when nobody names them any more."""
+"""`/v1/files`: kept once for each content and project, ids of their own, gone when nobody names them any more."""
 
 from __future__ import annotations
 
@@ -147,10 +147,10 @@ class Files:
                 unused += self._drop(session, row)
         self._remove(unused)
 
-    def sweep_disk(self) -> int:
+    def known(self) -> list[str]:
+        """What of the disk belongs to files."""
         with self._database.session() as session:
-            known = list(session.scalars(select(Blob.id)))
-        return self._blobs.sweep(known)
+            return list(session.scalars(select(Blob.id)))
 
     # -- inside
 
@@ -171,9 +171,9 @@ class Files:
         return row
 
     def _list(self, caller: Caller, page: pages.Page, purpose: str | None) -> dict[str, Any]:
-        shown = _alive() if purpose is None else [*_alive(), File.purpose == purpose]
+        listed = _alive() if purpose is None else [*_alive(), File.purpose == purpose]
         with self._database.session() as session:
-            rows, more = pages.rows_of(session, File, page, [File.project == caller.project], *shown)
+            rows, more = pages.rows_of(session, File, page, [File.project == caller.project], *listed)
         return pages.listing([described_file(row) for row in rows], more)
 
     def _read(self, request: Request) -> File:
@@ -232,8 +232,8 @@ def checked_purpose(purpose: object) -> str:
     if purpose is None:
         raise ApiError(400, "Missing required field: 'purpose'.", param="purpose", code="missing_required_parameter")
     if purpose not in PURPOSES:
-        shown = purpose[:80] if isinstance(purpose, str) else "it"
-        message = f"Invalid purpose: {shown!r} is not one of {', '.join(PURPOSES)}."
+        excerpt = purpose[:80] if isinstance(purpose, str) else "it"
+        message = f"Invalid purpose: {excerpt!r} is not one of {', '.join(PURPOSES)}."
         raise ApiError(400, message, param="purpose", code="invalid_purpose")
     return str(purpose)
 

@@ -106,7 +106,7 @@ class _Reader:
         self._name = _text(options.get(b"name", b""))
         if kind != b"form-data" or not self._name:
             raise ApiError(400, "A part of the body has no name.")
-        shown = self._name[:80]
+        excerpt = self._name[:80]
         if self._name == self.file:
             if self.staged is not None:
                 raise ApiError(400, f"{self.file!r} is there twice.", param=self.file)
@@ -115,9 +115,9 @@ class _Reader:
             self.filename, self.staged, self._in_file = _label(options[b"filename"]), self.blobs.stage(), True
             return
         if self._name not in self.known:
-            raise ApiError(400, f"Unknown field: {shown!r}.", param=shown, code="unknown_parameter")
+            raise ApiError(400, f"Unknown field: {excerpt!r}.", param=excerpt, code="unknown_parameter")
         if self._name in self.fields:
-            raise ApiError(400, f"{shown!r} is there twice.", param=shown)
+            raise ApiError(400, f"{excerpt!r} is there twice.", param=excerpt)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         length = end - start

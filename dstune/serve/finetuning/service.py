@@ -13,6 +13,7 @@ from dstune.serve.finetuning import creations
 from dstune.serve.finetuning.blobs import Blobs
 from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.settings import ApiSettings
+from dstune.serve.finetuning.uploads import Uploads
 from dstune.serve.store.database import Database
 
 log = logging.getLogger("dstune.serve")
@@ -29,6 +30,7 @@ class FineTuning:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.blobs = Blobs(self.folder)
         self.files = Files(database, self.blobs, self.settings)
+        self.uploads = Uploads(database, self.blobs, self.files, self.settings)
         self.loops: list[Loop] = [self._sweep]
         """What runs until the server ends."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -43,7 +45,7 @@ class FineTuning:
 
     async def _sweep(self) -> None:
         with contextlib.suppress(OSError):
-            await asyncio.to_thread(self.files.sweep_disk)
+            await asyncio.to_thread(self._sweep_disk)
         while True:
             try:
                 await asyncio.to_thread(self._sweep_once)
@@ -51,7 +53,13 @@ class FineTuning:
                 log.exception("expired files could not be removed; it is tried again")
             await asyncio.sleep(self.settings.sweep_seconds)
 
+    def _sweep_disk(self) -> None:
+        removed = self.blobs.sweep([*self.files.known(), *self.uploads.known()])
+        if removed:
+            log.info("removed %d files that nothing names", removed)
+
     def _sweep_once(self) -> None:
         self.files.sweep()
+        self.uploads.sweep()
         with self.database.writing.begin() as session:
             creations.forget(session)

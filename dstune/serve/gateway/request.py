@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Collection
 from typing import Any
 from urllib.parse import parse_qsl
 
-from dstune.serve.asgi import ClientGone, Headers, Message, Receive, Scope, Send, dumps, read_body, respond
+from dstune.serve.asgi import JSON, ClientGone, Headers, Message, Receive, Scope, Send, dumps, read_body, respond
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.keys import Caller
@@ -22,6 +22,13 @@ SECURITY = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
 )
+
+
+UNREAD_BYTES = 786_432
+"""Of a body that is refused: no more of it is read."""
+
+
+LINGER_SECONDS = 0.5
 
 
 class SlowReader(Exception):
@@ -36,7 +43,8 @@ class Request:
         self.path: str = scope["path"]
         self._query: bytes = scope.get("query_string", b"")
         self.settings = settings
-        self.receive, self._send = receive, send
+        self._receive, self._send = receive, send
+        self._body_ended = False
         self.id = f"req_{secrets.token_hex(16)}"
         self.began = time.monotonic()
         self.first_byte: float | None = None
@@ -81,6 +89,26 @@ class Request:
         return found
 
     # -- body
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            self._body_ended = True
+        return message
+
+    async def _leave_body(self) -> bool:
+        """Whether the client still sends what nobody reads: the connection is closed then. A small body is read, so that
+        the client sees the answer and keeps the connection."""
+        lengths, left = self._headers.get(b"content-length", [b""]), UNREAD_BYTES
+        if b"expect" in self._headers or any(len(one) > 12 or (one.isdigit() and int(one) > left) for one in lengths):
+            return not self._body_ended
+        try:
+            async with asyncio.timeout(1.0):
+                while not self._body_ended and left > 0:
+                    left -= len((await self.receive()).get("body", b""))
+        except TimeoutError:
+            pass
+        return not self._body_ended
 
     async def chunks(self, limit: int) -> AsyncIterator[bytes]:
         """The body as it comes. Raises ApiError for one that has more than `limit` bytes or stops coming, ClientGone."""
@@ -166,6 +194,16 @@ class Request:
     async def answer(self, value: Any) -> None:
         await self.respond(200, dumps(value))
 
+    async def _answer_and_close(self, error: ApiError, headers: list[tuple[bytes, bytes]]) -> None:
+        """The connection stays open a moment longer than the answer takes: one that is closed while its client writes may
+        lose the client what was answered."""
+        body = error.body()
+        fixed = [JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": [*headers, *fixed]})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        await asyncio.sleep(LINGER_SECONDS)
+        await self.send({"type": "http.response.body", "body": b""})
+
     async def fail(self, error: ApiError) -> None:
         """Nothing where the response has begun."""
         if not self.status:
@@ -173,7 +211,10 @@ class Request:
             # Clients send 409 and 5xx again unless they are told not to.
             if error.status == 409 or (error.status >= 500 and not self.repeatable):
                 headers.append((b"x-should-retry", b"false"))
-            await self.respond(error.status, error.body(), headers)
+            if await self._leave_body():
+                await self._answer_and_close(error, headers)
+            else:
+                await self.respond(error.status, error.body(), headers)
 
 
 def _refuse_constant(name: str) -> None:

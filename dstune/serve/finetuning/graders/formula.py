@@ -1,0 +1,164 @@
+"""Formulas over the names of graders: numbers, `+ - * / ^`, parentheses and eight functions.
+
+A parser of its own, which knows nothing else: there is no name, attribute or call in it that could reach Python.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+MOST_CHARACTERS = 2000
+MOST_DEPTH = 50
+
+_TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|([-+*/^(),]))", re.ASCII)
+
+_FUNCTIONS: dict[str, tuple[Callable[..., float], int | None]] = {
+    "min": (min, None),
+    "max": (max, None),
+    "abs": (abs, 1),
+    "floor": (math.floor, 1),
+    "ceil": (math.ceil, 1),
+    "exp": (math.exp, 1),
+    "sqrt": (math.sqrt, 1),
+    "log": (math.log, 1),
+}
+"""Each with the number of its arguments; None for one or more."""
+
+Node = Callable[[Mapping[str, float]], float]
+
+
+class FormulaError(ValueError):
+    """This is no formula, or its value is no number."""
+
+
+@dataclass
+class Formula:
+    """Raises FormulaError where `text` is none over these names."""
+
+    text: str
+    names: Collection[str]
+    used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MOST_CHARACTERS:
+            raise FormulaError(f"has more than {MOST_CHARACTERS} characters")
+        self._tokens, self._at, self._depth = list(_tokens(self.text)), 0, 0
+        self._value = self._sum()
+        if self._at < len(self._tokens):
+            raise FormulaError(f"{self._tokens[self._at]!r} is not expected here")
+
+    def __call__(self, values: Mapping[str, float]) -> float:
+        """Raises FormulaError where it has no value, or one that is no number."""
+        try:
+            value = float(self._value(values))
+        except (ArithmeticError, ValueError):
+            raise FormulaError("has no value for these scores") from None
+        if not math.isfinite(value):
+            raise FormulaError("has no finite value for these scores")
+        return value
+
+    # -- one method a rule of the grammar
+
+    def _sum(self) -> Node:
+        left = self._product()
+        while (sign := self._take("+", "-")) is not None:
+            left = _operation(sign, left, self._product())
+        return left
+
+    def _product(self) -> Node:
+        left = self._signed()
+        while (sign := self._take("*", "/")) is not None:
+            left = _operation(sign, left, self._signed())
+        return left
+
+    def _signed(self) -> Node:
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise FormulaError(f"is nested more than {MOST_DEPTH} deep")
+        sign = self._take("-", "+")
+        if sign is None:
+            value = self._power()
+        else:
+            inner = self._signed()
+            value = (lambda values: -inner(values)) if sign == "-" else inner
+        self._depth -= 1
+        return value
+
+    def _power(self) -> Node:
+        """Binds closer than a sign before it, and to the right."""
+        base = self._atom()
+        if self._take("^") is None:
+            return base
+        exponent = self._signed()
+        return lambda values: math.pow(base(values), exponent(values))
+
+    def _atom(self) -> Node:
+        if self._at == len(self._tokens):
+            raise FormulaError("ends too early")
+        token = self._tokens[self._at]
+        self._at += 1
+        if token == "(":
+            inner = self._sum()
+            self._expect(")")
+            return inner
+        if token[0].isdigit() or token[0] == ".":
+            number = float(token)
+            return lambda values: number
+        if not (token[0].isalpha() or token[0] == "_"):
+            raise FormulaError(f"{token!r} is not expected here")
+        if self._take("(") is not None:
+            return self._call(token)
+        if token not in self.names:
+            raise FormulaError(f"{token[:60]!r} is no grader; there are {', '.join(sorted(self.names))}")
+        self.used.add(token)
+        return lambda values: values[token]
+
+    def _call(self, name: str) -> Node:
+        if name not in _FUNCTIONS:
+            raise FormulaError(f"{name[:60]!r} is no function; there are {', '.join(_FUNCTIONS)}")
+        function, count = _FUNCTIONS[name]
+        arguments = [self._sum()]
+        while self._take(",") is not None:
+            arguments.append(self._sum())
+        self._expect(")")
+        if count is not None and len(arguments) != count:
+            raise FormulaError(f"{name} takes {count} argument(s)")
+        if count is None and len(arguments) == 1:
+            return arguments[0]
+        return lambda values: function(*(argument(values) for argument in arguments))
+
+    def _take(self, *expected: str) -> str | None:
+        if self._at < len(self._tokens) and self._tokens[self._at] in expected:
+            self._at += 1
+            return self._tokens[self._at - 1]
+        return None
+
+    def _expect(self, token: str) -> None:
+        if self._take(token) is None:
+            raise FormulaError(f"{token!r} is missing")
+
+
+def _tokens(text: str) -> list[str]:
+    found, at = [], 0
+    while at < len(text.rstrip()):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise FormulaError(f"{text[at:].strip()[:1]!r} is not expected here")
+        found.append(match[1] or match[2] or match[3])
+        at = match.end()
+    return found
+
+
+def _operation(sign: str, left: Node, right: Node) -> Node:
+    match sign:
+        case "+":
+            return lambda values: left(values) + right(values)
+        case "-":
+            return lambda values: left(values) - right(values)
+        case "*":
+            return lambda values: left(values) * right(values)
+        case _:
+            return lambda values: left(values) / right(values)

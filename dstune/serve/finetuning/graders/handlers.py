@@ -1,0 +1,37 @@
+"""`/v1/fine_tuning/alpha/graders/run` and `validate`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.graders.grader import Sample, check_grader, run_grader
+from dstune.serve.finetuning.uploads import only_keys
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.request import Request
+
+MOST_SAMPLE = 1_000_000
+
+
+async def validate(gateway: Gateway, request: Request) -> None:
+    request.query(())
+    body = await request.json()
+    only_keys(body, ("grader",))
+    check_grader(body.get("grader"))
+    await request.answer({"grader": body["grader"]})
+
+
+async def run(gateway: Gateway, request: Request) -> None:
+    request.query(())
+    body = await request.json()
+    only_keys(body, ("grader", "model_sample", "item"))
+    check_grader(body.get("grader"))
+    text, item = body.get("model_sample"), body.get("item")
+    if not isinstance(text, str) or len(text) > MOST_SAMPLE:
+        raise ApiError(
+            400, f"Invalid model_sample: must be a text of at most {MOST_SAMPLE} characters.", param="model_sample"
+        )
+    if item is not None and not isinstance(item, dict):
+        raise ApiError(400, "Invalid item: must be an object.", param="item")
+    graded = await asyncio.to_thread(run_grader, body["grader"], Sample(text, item or {}))
+    await request.answer(graded)

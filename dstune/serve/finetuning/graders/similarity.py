@@ -1,0 +1,107 @@
+"""How alike two texts are, from 0 to 1.
+
+ROUGE (Lin 2004) counts the lower-cased ASCII words that the package rouge-score counts; BLEU (Papineni et al. 2002) and GLEU
+(Wu et al. 2016) the words between spaces, as NLTK's sentence measures.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+MOST_CHARACTERS = 20_000
+"""Of a text: what is compared grows with the product of both lengths."""
+
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+def fuzzy_match(text: str, reference: str) -> float:
+    from rapidfuzz.fuzz import WRatio
+
+    return WRatio(text, reference) / 100
+
+
+def bleu(text: str, reference: str) -> float:
+    """Of up to four words at a time, as many as the shorter text has; a precision of 0 counts as 0.1 matches."""
+    words, expected = text.split(), reference.split()
+    longest = min(4, len(words), len(expected))
+    if not longest or not _overlap(words, expected, 1):
+        return 0.0
+    logarithms = 0.0
+    for size in range(1, longest + 1):
+        matched = _overlap(words, expected, size) or 0.1
+        logarithms += math.log(matched / (len(words) - size + 1)) / longest
+    brevity = 1.0 if len(words) > len(expected) else math.exp(1 - len(expected) / len(words))
+    return brevity * math.exp(logarithms)
+
+
+def gleu(text: str, reference: str) -> float:
+    """The smaller one of precision and recall over one to four words at a time."""
+    words, expected = text.split(), reference.split()
+    matched = sum(_overlap(words, expected, size) for size in range(1, 5))
+    total = max(sum(max(len(one) - size + 1, 0) for size in range(1, 5)) for one in (words, expected))
+    return matched / total if total else 0.0
+
+
+def rouge(size: int) -> Callable[[str, str], float]:
+    """F1 of so many words at a time."""
+
+    def measure(text: str, reference: str) -> float:
+        words, expected = _words(text), _words(reference)
+        matched = _overlap(words, expected, size)
+        return _f1(matched, len(words) - size + 1, len(expected) - size + 1)
+
+    return measure
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """F1 of the longest common subsequence."""
+    words, expected = _words(text), _words(reference)
+    return _f1(_common_subsequence(words, expected), len(words), len(expected))
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "fuzzy_match": fuzzy_match,
+    "bleu": bleu,
+    "gleu": gleu,
+    **{f"rouge_{size}": rouge(size) for size in range(1, 6)},
+    "rouge_l": rouge_l,
+}
+REFUSED = {
+    "cosine": "it compares vectors of a model, and graders need none here",
+    "meteor": "it needs a dictionary of synonyms, which the server has not",
+}
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _overlap(words: Sequence[str], expected: Sequence[str], size: int) -> int:
+    """How many runs of `size` words the two have in common."""
+
+    def runs(of: Sequence[str]) -> Counter[tuple[str, ...]]:
+        return Counter(tuple(of[at : at + size]) for at in range(len(of) - size + 1))
+
+    return (runs(words) & runs(expected)).total()
+
+
+def _f1(matched: int, given: int, expected: int) -> float:
+    if matched == 0:
+        return 0.0
+    precision, recall = matched / given, matched / expected
+    return 2 * precision * recall / (precision + recall)
+
+
+def _common_subsequence(words: Sequence[str], expected: Sequence[str]) -> int:
+    """Its length, with a bit for each word (Hyyrö 2004): a row of the usual table is one number."""
+    places: dict[str, int] = {}
+    for at, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << at
+    row = full = (1 << len(words)) - 1
+    for word in expected:
+        kept = row & places.get(word, 0)
+        row = ((row + kept) | (row - kept)) & full
+    return len(words) - row.bit_count()

@@ -1,0 +1,324 @@
+"""Training files, judged row by row as the job will read them, and written down as dstune reads them.
+
+A row first has to have the shape that OpenAI's documents ask for, key by key; then dstune's own reader takes it. What either
+refuses is a problem with its line and field.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstune.core.parsing import parse_json
+from dstune.core.text import visible
+from dstune.data.messages import conversation_of, conversation_row
+from dstune.data.preferences import pair_row
+from dstune.data.problems import RowError, format_value
+
+LEAST_ROWS = 10
+LINE_BYTES = 16 << 20
+MOST_PROBLEMS = 20
+"""After which a file is not read on."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call", "refusal")
+TOOL_KEYS = ("tools", "parallel_tool_calls", "functions")
+_NUMBER = re.compile(r"\bmessage (\d+)\b")
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """One thing that is wrong with a file."""
+
+    line: int
+    """From 1; 0 for the file as a whole."""
+    field: str
+    """`messages[1].role`; empty for the row as a whole."""
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line else ""
+        return f"{where}{self.field}: {self.reason}" if self.field else f"{where}{self.reason}"
+
+
+class FieldError(ValueError):
+    """A field of a row is not what it must be."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(reason)
+        self.name = name
+
+
+@dataclass
+class Checked:
+    """What a file holds."""
+
+    rows: int = 0
+    bytes: int = 0
+    problems: list[RowProblem] = field(default_factory=list)
+
+    def error(self, file: str, param: str) -> dict[str, Any] | None:
+        """The `error` of a job; None where the file is good. file: its id; param: `training_file` or `validation_file`."""
+        if not self.problems:
+            return None
+        first = self.problems[0]
+        if first.line == 0:
+            return {"code": "invalid_n_examples", "message": first.reason, "param": param}
+        message = "; ".join(str(problem) for problem in self.problems[:5])
+        more = len(self.problems) - 5
+        message += f"; and {more} more" if more > 0 else ""
+        return {"code": f"invalid_{param}", "message": f"Invalid file {file}: {message}", "param": param}
+
+
+def check_file(path: Path, method: str, *, least: int = LEAST_ROWS, title: str = "Training") -> Checked:
+    """Read all of a file. method: `supervised` or `dpo`; title: what the message about too few rows calls it."""
+    found = Checked()
+    for _, problem in _read(path, method, found):
+        if problem is not None:
+            found.problems.append(problem)
+            if len(found.problems) >= MOST_PROBLEMS:
+                break
+        else:
+            found.rows += 1
+    if not found.problems and found.rows < least:
+        reason = f"{title} file has {found.rows} example(s), but must have at least {least} examples"
+        found.problems.append(RowProblem(0, "", reason))
+    return found
+
+
+def write_rows(path: Path, target: Path, method: str) -> int:
+    """The rows of a good file as dstune reads them, one a line, so that line numbers stay; their number. Raises ValueError
+    where the file is not good."""
+    count = 0
+    with target.open("w", encoding="utf-8", newline="\n") as written:
+        for row, problem in _read(path, method, Checked()):
+            if problem is not None:
+                raise ValueError(str(problem))
+            written.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _read(path: Path, method: str, found: Checked) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
+    shape = _SHAPES[method]
+    blank = 0
+    for number, line in enumerate(_lines(path), start=1):
+        found.bytes += len(line)
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            yield {}, RowProblem(blank, "", "the line is empty")
+            blank = 0
+        try:
+            yield shape(_object(line)), None
+        except FieldError as error:
+            yield {}, RowProblem(number, error.name, visible(str(error)))
+        except RowError as error:
+            yield {}, RowProblem(number, _field_of(str(error)), visible(str(error)))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines, of which one that is too long comes cut and so is no JSON."""
+    with path.open("rb") as file:
+        while line := file.readline(LINE_BYTES + 1):
+            if len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield b"\0"
+            else:
+                yield line
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    if line == b"\0":
+        raise FieldError("", f"the line has more than {LINE_BYTES} bytes")
+    try:
+        value = parse_json(line.decode())
+    except UnicodeDecodeError as error:
+        raise FieldError("", f"is not UTF-8, at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise FieldError("", f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except ValueError as error:
+        raise FieldError("", f"cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise FieldError("", f"must be a JSON object, it is {format_value(value)}")
+    return value
+
+
+# -- the shapes of rows
+
+
+def _supervised(row: dict[str, Any]) -> dict[str, Any]:
+    if "messages" not in row and {"prompt", "completion"} & row.keys():
+        _only(row, ("prompt", "completion"), "")
+        for name in ("prompt", "completion"):
+            value = _required(row, name)
+            if not isinstance(value, str) or not value.strip():
+                raise FieldError(name, f"must be a text that is not empty, it is {format_value(value)}")
+        return row
+    _only(row, ("messages", *TOOL_KEYS), "")
+    messages = _messages(_required(row, "messages"), "messages")
+    _check_calls(messages, _tools(row, ""), "messages")
+    _check_by_reader(row)
+    return row
+
+
+def _check_by_reader(row: Mapping[str, Any]) -> None:
+    fields = {name: row[name] for name in ("tools", "parallel_tool_calls") if name in row}
+    if row.get("functions"):
+        fields["tools"] = row["functions"]
+    read = conversation_row(conversation_of(row["messages"], "messages"), fields, needs_answer=True)
+    if not any(_says(message) for message in read["messages"]):
+        raise FieldError("messages", "no message says anything")
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    return bool(str(message.get("content") or "").strip()) or bool(message.get("tool_calls"))
+
+
+def _dpo(row: dict[str, Any]) -> dict[str, Any]:
+    _only(row, ("input", "preferred_output", "non_preferred_output"), "")
+    given = _required(row, "input")
+    if not isinstance(given, dict):
+        raise FieldError("input", f"must be an object with messages, it is {format_value(given)}")
+    _only(given, ("messages", "tools", "parallel_tool_calls"), "input.")
+    messages = _messages(_required(given, "messages", "input."), "input.messages")
+    tools = _tools(given, "input.")
+    _check_calls(messages, tools, "input.messages")
+    if messages[-1]["role"] == "assistant":
+        raise FieldError(
+            f"input.messages[{len(messages) - 1}].role", "the outputs answer it, so it is not the assistant's"
+        )
+    answers = {}
+    for name in ("preferred_output", "non_preferred_output"):
+        output = _messages(_required(row, name), name)
+        if len(output) != 1 or output[0]["role"] != "assistant":
+            raise FieldError(name, "must be one message of the assistant")
+        _check_calls(output, tools, name)
+        answers[name] = output
+    made: dict[str, Any] = {
+        "prompt": messages,
+        "chosen": answers["preferred_output"],
+        "rejected": answers["non_preferred_output"],
+    }
+    if given.get("tools"):
+        made["tools"] = given["tools"]
+    pair_row(made)
+    return made
+
+
+_SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"supervised": _supervised, "dpo": _dpo}
+
+
+def _required(row: Mapping[str, Any], name: str, before: str = "") -> Any:
+    if name not in row:
+        raise FieldError(f"{before}{name}", "is missing")
+    return row[name]
+
+
+def _only(row: Mapping[str, Any], known: Collection[str], before: str) -> None:
+    if unknown := [name for name in row if name not in known]:
+        raise FieldError(f"{before}{unknown[0][:60]}", f"is no key of this kind of row; known are {', '.join(known)}")
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise FieldError(name, f"must be a list of messages that is not empty, it is {format_value(value)}")
+    for number, message in enumerate(value):
+        at = f"{name}[{number}]"
+        if not isinstance(message, dict):
+            raise FieldError(at, f"must be an object with role and content, it is {format_value(message)}")
+        _only(message, MESSAGE_KEYS, f"{at}.")
+        role = _required(message, "role", f"{at}.")
+        if role not in ROLES:
+            raise FieldError(f"{at}.role", f"must be one of {', '.join(ROLES)}, it is {format_value(role)}")
+        _message(message, at)
+    return value
+
+
+def _message(message: Mapping[str, Any], at: str) -> None:
+    role = message["role"]
+    called = message.get("tool_calls") or message.get("function_call") or message.get("refusal")
+    if message.get("content") is None and not (role == "assistant" and called):
+        raise FieldError(f"{at}.content", "is missing" if "content" not in message else "must be text, it is null")
+    if not isinstance(message.get("content", ""), str | list | None):
+        raise FieldError(f"{at}.content", f"must be text, it is {format_value(message['content'])}")
+    weight = message.get("weight")
+    if weight is not None:
+        if role != "assistant":
+            raise FieldError(f"{at}.weight", "only messages of the assistant have one")
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise FieldError(f"{at}.weight", f"must be 0 or 1, it is {format_value(weight)}")
+    if role != "assistant":
+        for key in ("tool_calls", "function_call", "refusal"):
+            if message.get(key) is not None:
+                raise FieldError(f"{at}.{key}", "only messages of the assistant have it")
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        raise FieldError(f"{at}.tool_call_id", "must name the call that is answered")
+    for key in ("name", "refusal"):
+        if not isinstance(message.get(key, ""), str | None):
+            raise FieldError(f"{at}.{key}", f"must be text, it is {format_value(message[key])}")
+    if not isinstance(message.get("tool_calls", []), list | None):
+        raise FieldError(f"{at}.tool_calls", f"must be a list, it is {format_value(message['tool_calls'])}")
+
+
+def _tools(row: Mapping[str, Any], before: str) -> frozenset[str]:
+    """The names of a row's tools."""
+    if row.get("tools") and row.get("functions"):
+        raise FieldError(f"{before}functions", "stands beside tools, which say the same")
+    names = set()
+    for key in ("tools", "functions"):
+        value = row.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, list):
+            raise FieldError(f"{before}{key}", f"must be a list, it is {format_value(value)}")
+        for number, tool in enumerate(value):
+            at = f"{before}{key}[{number}]"
+            function = tool.get("function") if isinstance(tool, dict) and key == "tools" else tool
+            if key == "tools" and (not isinstance(tool, dict) or tool.get("type") != "function"):
+                raise FieldError(f"{at}.type", "must be 'function'")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+                raise FieldError(f"{at}.function.name" if key == "tools" else f"{at}.name", "must be a text")
+            if not isinstance(function.get("parameters", {}), dict | None):
+                raise FieldError(f"{at}.function.parameters", "must be a JSON schema, which is an object")
+            names.add(function["name"])
+    if not isinstance(row.get("parallel_tool_calls", True), bool | None):
+        raise FieldError(f"{before}parallel_tool_calls", "must be true or false")
+    return frozenset(names)
+
+
+def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: str) -> None:
+    """Calls name tools of the row, and answers name calls."""
+    called: set[str] = set()
+    for number, message in enumerate(messages):
+        at = f"{name}[{number}]"
+        for index, call in enumerate(message.get("tool_calls") or ()):
+            place = f"{at}.tool_calls[{index}]"
+            function = call.get("function") if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise FieldError(f"{place}.function.name", "must be a text")
+            if function["name"] not in tools:
+                raise FieldError(
+                    f"{place}.function.name", f"{function['name']!r:.60} is not among the tools of the row"
+                )
+            if not isinstance(function.get("arguments"), str):
+                raise FieldError(f"{place}.function.arguments", "must be JSON as a text")
+            if isinstance(call.get("id"), str):
+                called.add(call["id"])
+        if message["role"] == "tool" and message["tool_call_id"] not in called:
+            raise FieldError(f"{at}.tool_call_id", "no call before it has this id")
+
+
+def _field_of(reason: str) -> str:
+    """The field that dstune's reader speaks of, which counts messages from 1."""
+    number = _NUMBER.search(reason)
+    return f"messages[{int(number[1]) - 1}]" if number else ""

@@ -1,0 +1,179 @@
+"""Training files as the job reads them: group 10 of the demands on the API, rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dstune.serve.finetuning.rows import check_file, write_rows
+
+ASKED = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+CALLED = {"role": "assistant", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "c"}
+GOOD = {"messages": [ASKED, ANSWER]}
+PAIR = {
+    "input": {"messages": [ASKED]},
+    "preferred_output": [ANSWER],
+    "non_preferred_output": [{**ANSWER, "content": "c"}],
+}
+
+
+def chat(*messages, **beside):
+    return {"messages": list(messages), **beside}
+
+
+def checked(tmp_path, row, method="supervised", good=None, count=9):
+    path = tmp_path / "rows.jsonl"
+    good = good or {"supervised": GOOD, "dpo": PAIR}[method]
+    lines = [json.dumps(good)] * count
+    lines.insert(4, row if isinstance(row, str) else json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+    return check_file(path, method)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat({"role": "developer", "content": "s"}, ASKED, ANSWER),
+        chat({"role": "system", "content": "s"}, ASKED, {**ANSWER, "weight": 0}, ASKED, {**ANSWER, "weight": 1}),
+        chat(ASKED, {**CALLED, "content": None}, RESULT, ANSWER, tools=[TOOL], parallel_tool_calls=False),
+        chat(ASKED, ANSWER, functions=[{"name": "look"}]),
+        chat({"role": "user", "content": [{"type": "text", "text": "a"}], "name": "ann"}, ANSWER),
+        {"prompt": "a", "completion": "b"},
+    ],
+)
+def test_group_10_good_rows(tmp_path, row):
+    assert checked(tmp_path, row).problems == []
+
+
+BAD = [
+    ("[]", "", "JSON object"),
+    ("{", "", "not JSON"),
+    ("[" * 200, "", ""),
+    (chat(), "messages", "not empty"),
+    ({"messages": "x"}, "messages", "list of messages"),
+    ({}, "messages", "missing"),
+    (chat(ASKED, ANSWER, extra=1), "extra", "no key"),
+    (chat(ASKED, {**ANSWER, "extra": 1}), "messages[1].extra", "no key"),
+    (chat(ASKED, {"role": "human", "content": "a"}), "messages[1].role", "one of"),
+    (chat(ASKED, {"role": "assistant"}), "messages[1].content", "missing"),
+    (chat({"role": "user", "content": None}, ANSWER), "messages[0].content", "null"),
+    (chat(ASKED, {**ANSWER, "weight": 0.5}), "messages[1].weight", "0 or 1"),
+    (chat(ASKED, {**ANSWER, "weight": True}), "messages[1].weight", "0 or 1"),
+    (chat({**ASKED, "weight": 1}, ANSWER), "messages[0].weight", "assistant"),
+    (chat(ASKED, {**ANSWER, "weight": 0}), "", "no trainable token"),
+    (chat(ASKED), "", "no assistant message"),
+    (chat(ASKED, ASKED, ANSWER), "messages[1]", "after user"),
+    (chat(ASKED, {**ANSWER, "content": ""}), "messages[1]", "is empty"),
+    (chat({**ASKED, "content": ""}, {**ANSWER, "content": " "}), "messages", "says anything"),
+    (chat(ASKED, CALLED, RESULT, ANSWER), "messages[1].tool_calls[0].function.name", "not among the tools"),
+    (chat(ASKED, {**CALLED, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": {}}}]}, tools=[TOOL]),
+     "messages[1].tool_calls[0].function.arguments", "as a text"),
+    (chat(ASKED, {**CALLED, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": "{"}}]}, tools=[TOOL]),
+     "messages[1]", "not JSON"),
+    (chat(ASKED, CALLED, {**RESULT, "tool_call_id": "x"}, ANSWER, tools=[TOOL]), "messages[2].tool_call_id", "no call"),
+    (chat(ASKED, {**CALLED, "tool_calls": [CALL, {**CALL, "id": "2"}]}, RESULT, ANSWER, tools=[TOOL],
+          parallel_tool_calls=False), "messages[1]", "calls 2 tools"),
+    (chat(ASKED, ANSWER, tools=[{"name": "look"}]), "tools[0].type", "function"),
+    (chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER), "messages[0]", "image"),
+    ({"prompt": "a"}, "completion", "missing"),
+    ({"prompt": "", "completion": "b"}, "prompt", "not empty"),
+    (PAIR, "input", "no key"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "field", "reason"), BAD)
+def test_group_10_a_bad_row_is_named(tmp_path, row, field, reason):
+    found = checked(tmp_path, row)
+    (problem,) = found.problems
+    assert (problem.line, problem.field) == (5, field), problem
+    assert reason in problem.reason, problem
+    error = found.error("file-abc", "training_file")
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert error["message"].startswith("Invalid file file-abc: line 5: ")
+    assert str(tmp_path) not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "reason"),
+    [
+        (GOOD, "messages", "no key"),
+        ({**PAIR, "preferred_completion": []}, "preferred_completion", "no key"),
+        ({**PAIR, "input": {"messages": [ASKED, ANSWER]}}, "input.messages[1].role", "answer it"),
+        ({**PAIR, "preferred_output": [ANSWER, ANSWER]}, "preferred_output", "one message"),
+        ({**PAIR, "preferred_output": [ASKED]}, "preferred_output", "one message"),
+        ({**PAIR, "non_preferred_output": [ANSWER]}, "", "the same"),
+        ({"input": {"messages": [ASKED]}, "preferred_output": [ANSWER]}, "non_preferred_output", "missing"),
+        ({**PAIR, "input": [ASKED]}, "input", "object"),
+    ],
+)
+def test_group_10_bad_pairs(tmp_path, row, field, reason):
+    (problem,) = checked(tmp_path, row, "dpo").problems
+    assert (problem.line, problem.field) == (5, field), problem
+    assert reason in problem.reason
+
+
+def test_group_10_nine_rows_are_too_few(tmp_path):
+    assert checked(tmp_path, GOOD, count=9).problems == []
+    error = checked(tmp_path, GOOD, count=8).error("file-a", "training_file")
+    assert error == {
+        "code": "invalid_n_examples",
+        "message": "Training file has 9 example(s), but must have at least 10 examples",
+        "param": "training_file",
+    }
+    path = tmp_path / "empty"
+    path.write_text("\n")
+    assert check_file(path, "supervised").error("file-a", "training_file")["code"] == "invalid_n_examples"
+
+
+def test_group_10_marks_line_ends_and_what_is_no_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps(GOOD).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([line] * 10) + b"\r\n\r\n")
+    assert (check_file(path, "supervised").rows, check_file(path, "supervised").problems) == (10, [])
+    written = tmp_path / "written.jsonl"
+    assert write_rows(path, written, "supervised") == 10
+    assert [json.loads(one) for one in written.read_text().splitlines()] == [GOOD] * 10
+    path.write_bytes(b"\n".join([line, b"", line, b"\xff", *[line] * 8]))
+    problems = check_file(path, "supervised").problems
+    assert [(one.line, one.reason) for one in problems] == [(2, "the line is empty"), (4, "is not UTF-8, at byte 1")]
+    path.write_bytes(b"{\n" * 100)
+    assert len(check_file(path, "supervised").problems) == 20
+    assert "; and 15 more" in check_file(path, "supervised").error("file-a", "training_file")["message"]
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("dstune.serve.finetuning.rows.LINE_BYTES", 1000)
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps(GOOD).encode()
+    path.write_bytes(b"\n".join([line] * 5 + [b"x" * 5000] + [line] * 5))
+    (problem,) = check_file(path, "supervised").problems
+    assert (problem.line, problem.reason) == (6, "the line has more than 1000 bytes")
+
+
+def test_pairs_as_dstune_reads_them(tmp_path):
+    path, written = tmp_path / "pairs.jsonl", tmp_path / "written.jsonl"
+    row = {**PAIR, "input": {"messages": [ASKED], "tools": [TOOL]}}
+    path.write_text(json.dumps(row) + "\n")
+    assert write_rows(path, written, "dpo") == 1
+    assert json.loads(written.read_text()) == {
+        "prompt": [ASKED], "chosen": PAIR["preferred_output"], "rejected": PAIR["non_preferred_output"], "tools": [TOOL],
+    }  # fmt: skip
+
+
+def test_dstune_reads_what_is_written(tmp_path):
+    """The rows that this lets through are those that the job's own reader takes, values and all."""
+    from dstune.data.messages import conversation_of, conversation_row
+
+    row = chat(ASKED, {**CALLED, "content": None}, RESULT, {**ANSWER, "weight": 0}, ASKED, ANSWER, tools=[TOOL])
+    path, written = tmp_path / "rows.jsonl", tmp_path / "written.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    write_rows(path, written, "supervised")
+    read = json.loads(written.read_text())
+    made = conversation_row(conversation_of(read["messages"], "messages"), read, needs_answer=True)
+    assert made["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"at": 1}
+    assert made["messages"][3]["weight"] == 0
