@@ -23,6 +23,7 @@ from dstune.serve.state import STATE, opened_database, state_folder
 
 if TYPE_CHECKING:
     from dstune.serve.engines.base import Engine
+    from dstune.serve.finetuning.jobs.build import Parts
     from dstune.serve.fleet import Fleet
     from dstune.serve.gateway.settings import Settings
     from dstune.serve.source import Source
@@ -46,13 +47,15 @@ def main(argv: list[str]) -> int:
     arguments.engine_arguments = engine_arguments
     _check(arguments)
     extra.require()
-    if arguments.no_inference:
+    if arguments.no_inference or arguments.jobs == "only":
         extra.require_api()
     from dstune.serve.server import run
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     state = state_folder(arguments.state, create=True)
+    if arguments.jobs == "only":
+        return _run_jobs(arguments, state)
     sources = _sources(arguments, state)
     runtime = Path(tempfile.mkdtemp(prefix="dstune-serve-"))
     try:
@@ -89,6 +92,15 @@ def _parser() -> VerbParser:
     )
     parser.add_argument(
         "--no-inference", action="store_true", help="serve the fine-tuning API alone; no MODEL is named then"
+    )
+    parser.add_argument(
+        "--presets", type=Path, metavar="FILE", help="models that may be fine-tuned (default: models.yaml in --state)"
+    )
+    parser.add_argument(
+        "--jobs",
+        choices=("here", "elsewhere", "only"),
+        default="here",
+        help="run fine-tuning jobs beside the server (default), leave them to another process, or do nothing else",
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     parser.add_argument(
@@ -147,9 +159,9 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < bound:
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
-    if arguments.no_inference:
+    if arguments.no_inference or arguments.jobs == "only":
         if arguments.models:
-            reason = "no model is served with --no-inference"
+            reason = "no model is served with --no-inference or --jobs only"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
     elif not arguments.models:
         problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, or --no-inference"))
@@ -262,11 +274,13 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
         from dstune.serve.finetuning.routes import routes as routes_of
         from dstune.serve.finetuning.service import FineTuning
 
-        api = FineTuning(database, state)
+        api = FineTuning(database, state, parts=_parts(arguments, state))
         routes = [*routes_of(api), *routes]
     else:
         log.info("the fine-tuning API is off: pip install 'dstune[api]'")
     gateway = Gateway(fleet, database, _settings(arguments), recorder, routes)
+    if api is not None:
+        api.attach(gateway)
     listening = _listen(arguments.host, arguments.port)
     port = listening.getsockname()[1]
     first_keys(gateway.keys, state)
@@ -286,6 +300,29 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
             await api.stop()
         await recorder.stop()
         database.close()
+
+
+def _parts(arguments: argparse.Namespace, state: Path) -> Parts:
+    """Raises UserError where `--presets` names no file."""
+    from dstune.serve.finetuning.jobs.build import Parts
+    from dstune.serve.finetuning.jobs.presets import FILE
+
+    presets = arguments.presets or (state / FILE if (state / FILE).is_file() else None)
+    return Parts(presets, runs=arguments.jobs != "elsewhere")
+
+
+def _run_jobs(arguments: argparse.Namespace, state: Path) -> int:
+    """`--jobs only`: look after jobs until SIGTERM; they go on without this process."""
+    from dstune.serve.finetuning.service import FineTuning
+
+    database = opened_database(state, arguments.store, create=True)
+    api = FineTuning(database, state, parts=_parts(arguments, state))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: api.jobs.end())
+    print("looking after fine-tuning jobs", flush=True)
+    api.jobs.run()
+    database.close()
+    return EXIT_DONE
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

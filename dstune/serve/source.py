@@ -17,7 +17,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.protocols import TASKS
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
 """Of a model. Names are never part of a path."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import openai
 
+from dstune.serve.finetuning.jobs.build import Parts
 from dstune.serve.finetuning.routes import routes
 from dstune.serve.finetuning.service import FineTuning
 from dstune.serve.finetuning.settings import ApiSettings
@@ -55,12 +56,12 @@ class Cloud:
 
 @asynccontextmanager
 async def cloud(
-    folder: Path, *, database: Database | None = None, api: Any = None, **settings: Any
+    folder: Path, *, database: Database | None = None, api: Any = None, parts: Parts | None = None, **settings: Any
 ) -> AsyncIterator[Cloud]:
     """api: changes of its settings."""
     folder.chmod(0o700)
     database = database or Database.of_folder(folder)
-    service = FineTuning(database, folder, ApiSettings(**(api or {})))
+    service = FineTuning(database, folder, ApiSettings(**(api or {})), parts)
     fleet = Fleet(lambda source, name: StubEngine(stub_source("none"), name, folder, folder), may_be_empty=True)
     recorder = Recorder(database, None)
     gateway = Gateway(fleet, database, Settings(**settings), recorder, [*routes(service), *COMMON])

@@ -20,4 +20,32 @@ def routes(api: FineTuning) -> list[Route]:
         Route("POST", "/v1/uploads/{upload}/cancel", api.uploads.cancel, scope="member"),
         Route("POST", "/v1/fine_tuning/alpha/graders/run", graders.run, scope="member"),
         Route("POST", "/v1/fine_tuning/alpha/graders/validate", graders.validate, scope="member"),
+        *_jobs(api),
+        *_models(api),
+    ]
+
+
+def _jobs(api: FineTuning) -> list[Route]:
+    jobs, path = api.jobs, "/v1/fine_tuning/jobs"
+    return [
+        Route("POST", path, jobs.create, scope="member"),
+        Route("GET", path, jobs.listed),
+        Route("GET", path + "/{job}", jobs.retrieve),
+        Route("POST", path + "/{job}/cancel", jobs.cancel, scope="member"),
+        Route("POST", path + "/{job}/pause", jobs.pause, scope="member"),
+        Route("POST", path + "/{job}/resume", jobs.resume, scope="member"),
+        Route("GET", path + "/{job}/events", jobs.events),
+        Route("GET", path + "/{job}/checkpoints", jobs.checkpoints),
+    ]
+
+
+def _models(api: FineTuning) -> list[Route]:
+    models, path = api.models, "/v1/fine_tuning/checkpoints/{model+}/permissions"
+    return [
+        Route("GET", "/v1/models", models.listed),
+        Route("GET", "/v1/models/{model+}", models.retrieve),
+        Route("DELETE", "/v1/models/{model+}", models.delete, scope="owner"),
+        Route("POST", path, models.share, scope="owner"),
+        Route("GET", path, models.permissions),
+        Route("DELETE", path + "/{permission}", models.unshare, scope="owner"),
     ]

@@ -12,8 +12,11 @@ from typing import Any
 from dstune.serve.finetuning import creations
 from dstune.serve.finetuning.blobs import Blobs
 from dstune.serve.finetuning.files import Files
+from dstune.serve.finetuning.jobs.build import Parts, build
+from dstune.serve.finetuning.models.serving import Serving
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.finetuning.uploads import Uploads
+from dstune.serve.gateway.app import Gateway
 from dstune.serve.store.database import Database
 
 log = logging.getLogger("dstune.serve")
@@ -24,16 +27,25 @@ Loop = Callable[[], Coroutine[Any, Any, None]]
 class FineTuning:
     """folder: of the server, in which it makes `finetuning`."""
 
-    def __init__(self, database: Database, folder: Path, settings: ApiSettings | None = None):
+    def __init__(
+        self, database: Database, folder: Path, settings: ApiSettings | None = None, parts: Parts | None = None
+    ):
         self.database, self.settings = database, settings or ApiSettings()
         self.folder = folder / "finetuning"
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.blobs = Blobs(self.folder)
         self.files = Files(database, self.blobs, self.settings)
         self.uploads = Uploads(database, self.blobs, self.files, self.settings)
-        self.loops: list[Loop] = [self._sweep]
+        given = parts or Parts()
+        self.job_store, self.jobs, self.models = build(database, self.files, self.folder, given)
+        self.loops: list[Loop] = [self._sweep, self.models.loop, *([self.jobs.loop] if given.runs else [])]
         """What runs until the server ends."""
         self._tasks: list[asyncio.Task[None]] = []
+
+    def attach(self, gateway: Gateway) -> None:
+        """Let the gateway's engines serve what jobs make."""
+        self.models.serving = Serving(gateway.fleet, self.models.store)
+        gateway.inference.admits = self.models.serving.ensure
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(loop()) for loop in self.loops]

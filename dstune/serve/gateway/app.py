@@ -61,7 +61,7 @@ class Gateway:
         recorder.written = self._written
         self.routes = routes
         self._patterns = [(route.pattern, route) for route in routes]
-        self._plain = {(route.method, route.path): route for route in routes if "{" not in route.path}
+        self._plain = {(route.method, route.path): route for route in reversed(routes) if "{" not in route.path}
         self.draining = False
         self.open = 0
         """Requests that are not answered yet."""

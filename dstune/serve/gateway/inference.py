@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from dstune.serve.gateway.admission import Admission
 from dstune.serve.gateway.metrics import Metrics
 from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request import Request, SlowReader
+from dstune.serve.store.keys import Caller
 
 MOST_ANSWER_BYTES = 256 << 20
 
@@ -30,11 +31,16 @@ class Inference:
     admission: Admission
     metrics: Metrics
     recorder: Recorder
+    admits: Callable[[Caller, str], Awaitable[None]] | None = None
+    """Looks at a request's model first: loads one that is not on its engine yet, and refuses those of other tenants."""
 
     async def __call__(self, request: Request, path: str, known: Mapping[str, Check]) -> None:
         """Raises ApiError, ClientGone, SlowReader."""
         body = await request.json()
-        model = self.model_of(request, body.get("model"))
+        name = body.get("model")
+        if self.admits is not None and isinstance(name, str) and request.caller is not None:
+            await self.admits(request.caller, name)
+        model = self.model_of(request, name)
         acts = model.engine.routes.get(path)
         if acts is None:
             raise ApiError(404, f"The model {model.source.name!r} does not serve {path}.", param="model")

@@ -64,7 +64,7 @@ class AnswerRow(Table):
     response: Mapped[str | None] = mapped_column(String(128), index=True, default=None)
     """The id in the answer itself."""
     key: Mapped[str] = mapped_column(ForeignKey("keys.id"), index=True)
-    model: Mapped[str] = mapped_column(String(128))
+    model: Mapped[str] = mapped_column(String(256))
     version: Mapped[str] = mapped_column(String(128))
     user: Mapped[str | None] = mapped_column(String(256), default=None, index=True)
     status: Mapped[int] = mapped_column(Integer)

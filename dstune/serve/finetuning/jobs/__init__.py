@@ -1,0 +1,1 @@
+"""Fine-tuning jobs: created, queued, run in processes of their own, reconciled."""

@@ -1,0 +1,61 @@
+"""The parts of jobs and their models, put together for a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstune.serve.finetuning.files import Files
+from dstune.serve.finetuning.jobs.launcher import Launcher, ProcessLauncher
+from dstune.serve.finetuning.jobs.planner import Planner
+from dstune.serve.finetuning.jobs.preset_file import PresetFile
+from dstune.serve.finetuning.jobs.reconciler import Machine, Reconciler
+from dstune.serve.finetuning.jobs.results import Results
+from dstune.serve.finetuning.jobs.service import Jobs, Plans
+from dstune.serve.finetuning.jobs.store import JobStore
+from dstune.serve.finetuning.jobs.tables import Job
+from dstune.serve.finetuning.models.service import Models
+from dstune.serve.finetuning.models.store import ModelStore
+from dstune.serve.store.database import Database
+
+
+@dataclass
+class Parts:
+    """What a test, or a server without jobs, puts in the place of the usual parts."""
+
+    presets: Path | None = None
+    """`models.yaml`."""
+    launcher: Launcher | None = None
+    planner: Plans | None = None
+    machine: Machine | None = None
+    keys: Callable[[Job], Mapping[str, str]] = lambda job: {}
+    """The variables of a project's accounts (W&B)."""
+    has_wandb: Callable[[str], bool] = lambda project: False
+    runs: bool = True
+    """Whether jobs are looked after here, and not by another process."""
+
+
+def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple[JobStore, Jobs, Models]:
+    """folder: of the fine-tuning API. Raises UserError for a `models.yaml` that is wrong."""
+    jobs, scratch = folder / "jobs", folder / "plans"
+    for path in (jobs, scratch):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    presets = PresetFile(parts.presets)
+    store, models = JobStore(database), ModelStore(database, jobs)
+    served = Models(database, models, presets)
+    results = Results(database, files, jobs, presets)
+    results.published = served.published
+    launcher = parts.launcher or ProcessLauncher(presets().prefix)
+    machine = parts.machine or (machine_of(presets().queue.devices) if parts.presets else Machine(0))
+    reconciler = Reconciler(store, jobs, presets, launcher, results, machine, parts.keys)
+    planner = parts.planner or Planner(scratch)
+    return store, Jobs(store, files, models, jobs, presets, planner, reconciler, parts.has_wandb), served
+
+
+def machine_of(devices: int | None) -> Machine:
+    """The devices of this machine, or so many of them."""
+    from dstune.sweep.devices import here
+
+    gpus = here().gpus
+    return Machine(devices if devices is not None else max(1, len(gpus)), gpus)

@@ -1,0 +1,124 @@
+"""The configuration of a job's run, as data: a file that Hydra composes. Nothing of it goes through a command line.
+
+Values are numbers, ids that are made here, what the operator wrote into models.yaml, and texts that hold no reference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.hyperparameters import Value
+from dstune.serve.finetuning.jobs.presets import TASK_OF, Preset
+
+EXPERIMENT = "job"
+PLAIN = re.compile(r"[\w .:@/+=-]{1,128}")
+"""Text that may stand in a configuration: no reference begins in it."""
+RESTARTS = 5
+"""Of local ranks that fail; the same failure at the same step twice ends the job sooner."""
+KEPT_EPOCHS = 3
+"""Checkpoints of epochs that a client sees."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a job its configuration depends on."""
+
+    job: str
+    method: str
+    hyperparameters: Mapping[str, Value]
+    """Numbers alone."""
+    seed: int
+    validation: bool = False
+    start: str | None = None
+    """Folder of the adapter, or model, that training goes on from."""
+    wandb: Mapping[str, Any] | None = None
+
+
+def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
+    """The content of the job's experiment file."""
+    given = plan.hyperparameters
+    task: dict[str, Any] = {}
+    if plan.method == "dpo":
+        task = {"loss": "dpo", "beta": float(given["beta"])}
+    adaptation = {key: value for key, value in preset.adaptation.items() if key != "name"}
+    launch = {key: value for key, value in preset.launch.items() if key != "name"}
+    if preset.pool == "local":
+        launch.setdefault("processes", preset.devices)
+        launch.setdefault("restarts", RESTARTS)
+    elif preset.pool == "slurm":
+        launch["wait"] = False
+    model = {"path": preset.path, "revision": preset.revision, "trust_remote_code": False}
+    if plan.start is not None and (Path(plan.start) / "adapter_config.json").is_file():
+        adaptation["adapter"] = plan.start
+    elif plan.start is not None:
+        model = {"path": plan.start, "revision": None, "trust_remote_code": False}
+    rate = preset.base_rate(plan.method) * float(given["learning_rate_multiplier"])
+    own: dict[str, Any] = {
+        "model": model,
+        "method": adaptation,
+        "task": task,
+        "data": {
+            "train": str(folder.train),
+            "validation": str(folder.validation) if plan.validation else None,
+            "split": {"validation": 0.0, "test": 0.0, "seed": plan.seed},
+            "packing": False,
+            "max_length": preset.max_length,
+            "clean": {"duplicates": "keep", "leaks": False, "unicode": False},
+            "on_bad_row": "error",
+        },
+        "trainer": {
+            "epochs": int(given["n_epochs"]),
+            "global_batch_size": int(given["batch_size"]),
+            "seed": plan.seed,
+        },
+        "optimizer": {"lr": float(f"{rate:.12g}")},
+        "checkpoint": {"every": "1 epoch", "keep": KEPT_EPOCHS + 1},
+        "evaluate": {"every": "1 epoch" if plan.validation else 0, "at_start": False},
+        "launch": launch,
+        "tracking": _tracking(plan),
+        "run": {"name": plan.job, "dir": str(folder.run), "export": "none", "mode": "private"},
+    }
+    groups = {"task": TASK_OF[plan.method], "method": str(preset.adaptation["name"]), "launch": preset.pool}
+    defaults: list[Any] = [{f"override /{group}": choice} for group, choice in groups.items()]
+    defaults += [{"override /data": "files"}, "_self_"]
+    return {"defaults": defaults, **_merged(own, preset.settings)}
+
+
+def _tracking(plan: Plan) -> dict[str, Any]:
+    if plan.wandb is None:
+        return {"wandb": {"mode": "disabled"}}
+    tags = ["openai/finetune", plan.job, *(plan.wandb.get("tags") or [])]
+    return {
+        "project": plan.wandb["project"],
+        "tags": tags,
+        "wandb": {"mode": "online", "entity": plan.wandb.get("entity")},
+    }
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(below)
+    for key, value in above.items():
+        before = made.get(key)
+        made[key] = _merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return made
+
+
+def write(plan: Plan, preset: Preset, folder: JobFolder) -> None:
+    """Into the job's folder, where `arguments` finds it."""
+    file = folder.configuration / "experiment" / f"{EXPERIMENT}.yaml"
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    content = json.dumps(experiment(plan, preset, folder), indent=1)
+    assert "${" not in content, "texts with a reference are refused where they are read"
+    files.write(file, f"# @package _global_\n{content}\n", mode=0o600, sync=True)
+
+
+def arguments(folder: JobFolder) -> list[str]:
+    """What follows a verb of dstune to compose the job's configuration."""
+    return ["--config-dir", str(folder.configuration), f"experiment={EXPERIMENT}"]

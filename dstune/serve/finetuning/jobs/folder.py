@@ -1,0 +1,157 @@
+"""The folder of a job: what the server hands to its process, and what that leaves. The two never speak otherwise.
+
+```
+ftjob-.../
+  training_file validation_file  snapshots of the client's files
+  train.jsonl validation.jsonl   the same as dstune reads them, once they are validated
+  task.json                      what the process is to do: no text of the request but numbers, ids and names
+  lock                           held by the process, and by a training that outlives it
+  validated.json                 rows and tokens of the files, or the error that they have
+  configuration/experiment/job.yaml
+  run/                           the run directory of dstune
+  models/step-N/                 exports
+  stop                           `save` or `now`: the process is to end
+  ended.json                     what the newest attempt came to
+  log                            what the process printed
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.core.parsing import read_object
+
+JOB_ID = re.compile(r"ftjob-[A-Za-z0-9]{24}")
+SAVE, NOW = "save", "now"
+STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    path: Path
+
+    @classmethod
+    def of(cls, jobs: Path, job: str) -> JobFolder:
+        assert JOB_ID.fullmatch(job), "ids of jobs are made here, and are the only names of folders"
+        return cls(jobs / job)
+
+    @property
+    def train(self) -> Path:
+        return self.path / "train.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        return self.path / "validation.jsonl"
+
+    def snapshot(self, param: str) -> Path:
+        """param: `training_file` or `validation_file`."""
+        return self.path / param
+
+    def of_param(self, param: str) -> Path:
+        """What dstune reads in place of it."""
+        return self.train if param == "training_file" else self.validation
+
+    @property
+    def report(self) -> Path:
+        """What `dstune train --json` printed."""
+        return self.path / "report.json"
+
+    @property
+    def task(self) -> Path:
+        return self.path / "task.json"
+
+    @property
+    def validated(self) -> Path:
+        return self.path / "validated.json"
+
+    @property
+    def configuration(self) -> Path:
+        return self.path / "configuration"
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run"
+
+    @property
+    def models(self) -> Path:
+        return self.path / "models"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def ended(self) -> Path:
+        return self.path / "ended.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    # -- state
+
+    def create(self) -> None:
+        self.path.mkdir(mode=0o700, parents=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def acquire(self) -> int | None:
+        """The descriptor of the lock; None while a process of the job lives. Whoever inherits it keeps the lock held."""
+        descriptor = files.open_plain(self.lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def is_alive(self) -> bool:
+        """Whether a process of the job lives, one that was begun by an earlier server too."""
+        if not self.path.is_dir():
+            return False
+        descriptor = self.acquire()
+        if descriptor is None:
+            return True
+        os.close(descriptor)
+        return False
+
+    def exports(self) -> dict[int, Path]:
+        """Complete exports by step."""
+        found = {}
+        for folder in self.models.glob("step-*"):
+            if (match := STEP.fullmatch(folder.name)) and folder.is_dir() and not folder.is_symlink():
+                found[int(match[1])] = folder
+        return dict(sorted(found.items()))
+
+    def request_stop(self, how: str) -> None:
+        files.write(self.stop, how)
+
+    def stop_requested(self) -> str:
+        try:
+            found = self.stop.read_text()
+        except OSError:
+            return ""
+        return found if found in (SAVE, NOW) else ""
+
+
+def write(path: Path, value: Any) -> None:
+    """Complete or not at all, and there after a loss of power."""
+    files.write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", mode=0o600, sync=True)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    return read_object(path)

@@ -1,0 +1,146 @@
+"""What `metrics.jsonl` of a job's run says: its steps as events, checkpoints and the results file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstune.core.parsing import parse_json
+
+ROUNDING = 1e-9
+NAMES = {
+    "loss": "train_loss",
+    "reward_accuracy": "train_reward_accuracy",
+    "reward_margin": "train_reward_margin",
+    "eval/loss": "full_valid_loss",
+    "eval/token_accuracy": "full_valid_mean_token_accuracy",
+    "eval/reward_accuracy": "full_valid_reward_accuracy",
+    "eval/reward_margin": "full_valid_reward_margin",
+}
+"""Of a row's values, the names that clients know."""
+MOST_EVENTS = 5000
+"""Of a job's steps. Those of a longer one are thinned out; the results file has all."""
+COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+@dataclass
+class Step:
+    """One optimizer step, and the evaluation after it."""
+
+    number: int
+    epoch: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    """By the names of the API."""
+    tokens: int | None = None
+    seconds: float | None = None
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.epoch > 0 and abs(self.epoch - round(self.epoch)) < ROUNDING
+
+
+class Reader:
+    """Reads what was appended. A file that became shorter, since the run went on from a checkpoint, is read anew."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._at, self._inode, self._newest = 0, 0, 0
+        self.steps: dict[int, Step] = {}
+
+    def read(self) -> list[Step]:
+        """All steps in their order. A line that is not complete yet is left for the next time."""
+        try:
+            with self._file.open("rb") as stream:
+                found = os.fstat(stream.fileno())
+                if found.st_size < self._at or found.st_ino != self._inode:
+                    self._at, self._newest, self.steps = 0, 0, {}
+                self._inode = found.st_ino
+                stream.seek(self._at)
+                data = stream.read()
+        except OSError:
+            return []
+        complete = data[: data.rfind(b"\n") + 1]
+        self._at += len(complete)
+        for line in complete.splitlines():
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                self._note(row)
+        return [self.steps[number] for number in sorted(self.steps)]
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        number = row.get("step")
+        if not isinstance(number, int) or number < 1:
+            return
+        if "loss" in row and number <= self._newest:
+            # The run went on from a checkpoint before that: what an earlier attempt wrote behind it comes again.
+            self.steps = {known: step for known, step in self.steps.items() if known < number}
+        self._newest = max(number, self._newest) if "loss" not in row else number
+        step = self.steps.setdefault(number, Step(number))
+        for name, public in NAMES.items():
+            value = row.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                step.values[public] = float(value)
+        if "loss" in row:
+            step.epoch = float(row.get("epoch") or 0.0)
+            step.tokens = row.get("tokens")
+            step.seconds = row.get("step_seconds")
+
+
+def steps_of(run: Path) -> list[Step]:
+    return Reader(run / "metrics.jsonl").read()
+
+
+def epoch_ends(run: Path) -> list[int]:
+    return [step.number for step in steps_of(run) if step.ends_epoch]
+
+
+def steps_per_epoch(steps: Iterable[Step]) -> int | None:
+    """By the run itself: conversations of some templates become several samples, so that rows do not tell."""
+    for step in steps:
+        if step.epoch > 0:
+            return max(1, round(step.number / step.epoch))
+    return None
+
+
+def becomes_event(step: int, total: int, *, ends_epoch: bool) -> bool:
+    """Whether a step is told: every one, or of a long job every n-th and the ends of epochs."""
+    every = -(-total // MOST_EVENTS)
+    return every <= 1 or step % every == 0 or ends_epoch or step == total
+
+
+def message_of(step: Step, total: int) -> str:
+    """As published logs have it."""
+    text = f"Step {step.number}/{total}: training loss={step.values.get('train_loss', float('nan')):.2f}"
+    if "full_valid_loss" in step.values:
+        text += f", full validation loss={step.values['full_valid_loss']:.2f}"
+    return text
+
+
+def data_of(step: Step, total: int) -> dict[str, Any]:
+    return {"step": step.number, "total_steps": total, **step.values}
+
+
+def results_csv(steps: Iterable[Step]) -> bytes:
+    """One row a step; cells are empty where nothing was measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in _rows(steps):
+        writer.writerow(row)
+    return text.getvalue().encode()
+
+
+def _rows(steps: Iterable[Step]) -> Iterator[tuple[Any, ...]]:
+    for step in steps:
+        given = step.values
+        loss, accuracy = given.get("full_valid_loss", ""), given.get("full_valid_mean_token_accuracy", "")
+        yield step.number, given.get("train_loss", ""), "", loss, accuracy

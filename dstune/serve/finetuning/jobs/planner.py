@@ -1,0 +1,107 @@
+"""Whether jobs of a preset fit their hardware, and how long a step takes: `dstune plan`, asked once for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dstune.core.errors import EXIT_DONE
+from dstune.core.parsing import parse_json
+from dstune.serve.finetuning.jobs import configuration
+from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.launcher import environment
+from dstune.serve.finetuning.jobs.presets import Preset
+
+SECONDS = 300
+BATCH = 8
+"""Rows of the step that is planned; the time of others is taken to be proportional."""
+ANY_JOB = "ftjob-" + "0" * 24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    fits: bool
+    reason: str = ""
+    """Why it does not fit, in words of the planner."""
+    memory_gib: float | None = None
+    row_seconds: float | None = None
+    """Time of a step by the rows in it."""
+
+
+class Planner:
+    """folder: where configurations that are planned lie for a moment."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._known: dict[tuple[str, str], Estimate] = {}
+        self._busy = threading.Lock()
+
+    def known(self, preset: Preset, method: str) -> Estimate | None:
+        return self._known.get((preset.name, method))
+
+    def of(self, preset: Preset, method: str) -> Estimate:
+        """Asks the planner where nobody has; seconds then."""
+        key = (preset.name, method)
+        with self._busy:
+            if key not in self._known:
+                self._known[key] = self._asked(preset, method)
+        return self._known[key]
+
+    def _asked(self, preset: Preset, method: str) -> Estimate:
+        given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
+            folder = JobFolder(Path(name))
+            folder.train.touch()
+            configuration.write(configuration.Plan(ANY_JOB, method, given, seed=0), preset, folder)
+            command = [sys.executable, "-m", "dstune", "plan", *configuration.arguments(folder), "--json"]
+            env = environment(os.environ)
+            try:
+                done = subprocess.run(command, env=env, cwd=name, capture_output=True, text=True, timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                return Estimate(fits=True)  # nothing is known; the run itself refuses what cannot be
+        return read(done.returncode, done.stdout)
+
+
+def read(code: int, text: str) -> Estimate:
+    """What `dstune plan --json` printed. A plan that cannot be made for want of knowledge refuses nothing."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = _last_object(text)
+    if code != EXIT_DONE or not isinstance(found, dict) or "choices" not in found:
+        problems = ((found or {}).get("error") or {}).get("problems") or [] if isinstance(found, dict) else []
+        reasons = "; ".join(f"{one.get('where')}: {one.get('reason')}" for one in problems)
+        return Estimate(fits=False, reason=reasons) if reasons else Estimate(fits=True)
+    chosen = next((one for one in found["choices"] if one.get("fits")), None)
+    configured = found.get("configured") or {}
+    shown = configured if configured.get("fits") else chosen or configured
+    estimate = Estimate(
+        fits=bool(found.get("fits")) or bool(configured.get("fits")),
+        memory_gib=shown.get("memory_gib_per_rank"),
+        row_seconds=(shown["step_seconds"] / BATCH) if shown.get("step_seconds") else None,
+    )
+    if estimate.fits:
+        return estimate
+    hardware = found.get("hardware") or {}
+    reason = (
+        f"a rank needs {float(estimate.memory_gib or 0):.1f} GiB at least, and {hardware.get('device', 'the device')} has "
+        f"{float(hardware.get('memory_gib') or 0):.1f} GiB"
+    )
+    return replace(estimate, reason=reason)
+
+
+def _last_object(text: str) -> dict[str, object] | None:
+    for line in reversed(text.splitlines()):
+        try:
+            found = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return None

@@ -1,0 +1,188 @@
+"""The process of a job: `python -m dstune.serve.finetuning.jobs.process FOLDER LOCK` validates its files, or trains and exports.
+
+It lives in a session of its own and outlives the server. It reads `task.json` and leaves files: the server sees no more of it.
+LOCK is the descriptor of the folder's lock, which the server took before it started this; a training that outlives this
+process keeps it held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dstune.core.parsing import parse_json
+from dstune.launch import records
+from dstune.serve.finetuning.jobs import configuration
+from dstune.serve.finetuning.jobs.folder import NOW, JobFolder, read, write
+
+POLL_SECONDS = 0.1
+QUEUE_SECONDS = 5.0
+"""Between two questions to the queue of a cluster."""
+TWICE_SECONDS = 0.5
+"""Between two signals that shall count as two."""
+VALIDATE, TRAIN = "validate", "train"
+QUEUED_STATES = ("running", "pending", "elsewhere")
+
+
+def main(argv: list[str]) -> int:
+    folder, lock = JobFolder(Path(argv[0])), int(argv[1])
+    task = read(folder.task) or {}
+    if task.get("phase") == VALIDATE:
+        write(folder.validated, validate(folder, task))
+        return EXIT_DONE
+    ended = Training(folder, lock).run()
+    write(folder.ended, {"attempt": task.get("attempt"), **ended})
+    return EXIT_DONE
+
+
+# -- files
+
+
+def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
+    """The rows of the files, or the error of a failed job."""
+    from dstune.serve.finetuning import rows
+
+    method, most = str(task["method"]), int(task["most_rows"])
+    found: dict[str, Any] = {"warnings": []}
+    held_out: set[bytes] = set()
+    for param, title, least in (("validation_file", "Validation", 1), ("training_file", "Training", rows.LEAST_ROWS)):
+        if task.get(param) is None:
+            continue
+        source, target = folder.snapshot(param), folder.of_param(param)
+        checked = rows.check_file(source, method, least=least, title=title)
+        error = checked.error(str(task[param]), param)
+        if error is None and checked.rows > most:
+            message = f"{title} file has {checked.rows} example(s), this model takes {most} at most"
+            error = {"code": "exceeded_quota", "message": message, "param": param}
+        if error is not None:
+            return {"error": error}
+        rows.write_rows(source, target, method)
+        found[param] = {"rows": checked.rows}
+        if param == "validation_file":
+            held_out = set(_digests(target))
+        elif shared := sum(digest in held_out for digest in _digests(target)) if held_out else 0:
+            text = (
+                f"{shared} example(s) of the training file are in the validation file too, whose loss will be too low"
+            )
+            found["warnings"].append(text)
+    return found
+
+
+def _digests(file: Path) -> Iterator[bytes]:
+    """Of its lines."""
+    with file.open("rb") as stream:
+        for line in stream:
+            yield hashlib.sha256(line).digest()[:16]
+
+
+# -- training
+
+
+class Training:
+    """One attempt: `dstune train`, then the exports of what it has saved."""
+
+    def __init__(self, folder: JobFolder, lock: int):
+        self._folder, self._lock = folder, lock
+        self._asked = 0
+        """Signals that were passed on."""
+        self._asked_at = 0.0
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._signalled = True
+
+    def run(self) -> dict[str, Any]:
+        code, report = self._train()
+        result = records.read_result(self._folder.run) or {}
+        if code in (EXIT_DONE, EXIT_PREEMPTED) and self._folder.stop_requested() != NOW:
+            exported = self._export()
+            if exported != EXIT_DONE and code == EXIT_DONE:
+                code = exported
+        problems = (report.get("error") or {}).get("problems") or []
+        return {
+            "code": code,
+            "status": result.get("status"),
+            "reason": str(result.get("reason") or (report.get("error") or {}).get("message") or ""),
+            "problems": problems,
+            "tokens": result.get("tokens"),
+            "steps": result.get("steps"),
+        }
+
+    def _train(self) -> tuple[int, dict[str, Any]]:
+        if self._in_queue():
+            return self._wait_in_queue(), {}
+        command = [sys.executable, "-m", "dstune", "train", *configuration.arguments(self._folder), "--json"]
+        with self._folder.report.open("wb") as report, self._folder.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=report, stderr=log, pass_fds=(self._lock,)
+            )
+            while process.poll() is None:
+                self._pass_on(process)
+                time.sleep(POLL_SECONDS)
+        code = process.returncode
+        if code == EXIT_DONE and self._in_queue():
+            code = self._wait_in_queue()
+        return code, self._report()
+
+    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
+        """The wish to stop, as signals of the launching process: one lets it save, a second one does not."""
+        how = self._folder.stop_requested()
+        asked = 2 if how == NOW else 1 if how or self._signalled else 0
+        if asked > self._asked and time.monotonic() - self._asked_at > TWICE_SECONDS:
+            with contextlib.suppress(OSError):
+                process.send_signal((signal.SIGTERM, signal.SIGINT)[self._asked])
+            self._asked, self._asked_at = self._asked + 1, time.monotonic()
+
+    def _report(self) -> dict[str, Any]:
+        """The last object that was printed; {} where there is none."""
+        for line in reversed(self._folder.report.read_bytes().splitlines()):
+            with contextlib.suppress(ValueError):
+                found = parse_json(line)
+                if isinstance(found, dict):
+                    return found
+        return {}
+
+    # -- in the queue of a cluster, whose jobs need no process here
+
+    def _in_queue(self) -> bool:
+        launched = records.read_launch(self._folder.run)
+        return bool(launched and launched.jobs) and records.read_result(self._folder.run) is None
+
+    def _wait_in_queue(self) -> int:
+        from dstune.launch.manage import cancel, status_of
+
+        run, asked = self._folder.run, ""
+        while (status := status_of(run)).state in QUEUED_STATES:
+            how = self._folder.stop_requested()
+            if how and how != asked:
+                cancel([str(run), "--json", *(["--now"] if how == NOW else [])])
+                asked = how
+            time.sleep(QUEUE_SECONDS)
+        return {"completed": EXIT_DONE, "stopped": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(
+            status.state, EXIT_FAILED
+        )
+
+    def _export(self) -> int:
+        command = [sys.executable, "-m", "dstune.serve.finetuning.jobs.export", str(self._folder.path)]
+        with self._folder.log.open("ab") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            while process.poll() is None:
+                if self._folder.stop_requested() == NOW:
+                    process.kill()
+                time.sleep(POLL_SECONDS)
+        return process.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

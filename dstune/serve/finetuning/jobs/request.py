@@ -1,0 +1,189 @@
+"""The body of `POST /v1/fine_tuning/jobs`, checked field by field."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.jobs import hyperparameters
+from dstune.serve.finetuning.jobs.configuration import PLAIN
+from dstune.serve.finetuning.jobs.hyperparameters import Value
+
+FIELDS = (
+    "model", "training_file", "validation_file", "hyperparameters", "suffix", "seed", "integrations", "metadata", "method",
+)  # fmt: skip
+MOST_SEED = 2_147_483_647
+MOST_SUFFIX = 64
+MOST_PAIRS, MOST_KEY, MOST_VALUE = 16, 64, 512
+MOST_INTEGRATIONS = 5
+MOST_TAGS = 50
+UNBUILT = ("reinforcement",)
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    model: str
+    training_file: str
+    method: str
+    hyperparameters: Mapping[str, Value]
+    deprecated: bool
+    """Whether they came under the earlier name `hyperparameters` alone."""
+    validation_file: str | None
+    suffix: str | None
+    seed: int
+    integrations: list[dict[str, Any]] = field(default_factory=list)
+    metadata: dict[str, str] | None = None
+
+
+def read(body: Mapping[str, Any]) -> JobRequest:
+    """Raises ApiError for the first field that is wrong. Unknown fields beside these are passed over, as the public contract
+    has it."""
+    method, found, deprecated = _method(body)
+    return JobRequest(
+        model=_required(body, "model"),
+        training_file=_required(body, "training_file"),
+        method=method,
+        hyperparameters=found,
+        deprecated=deprecated,
+        validation_file=_text(body, "validation_file", 128),
+        suffix=_text(body, "suffix", MOST_SUFFIX),
+        seed=_seed(body.get("seed")),
+        integrations=_integrations(body.get("integrations")),
+        metadata=metadata_of(body.get("metadata")),
+    )
+
+
+def _required(body: Mapping[str, Any], name: str) -> str:
+    if body.get(name) is None:
+        message = f"Missing required parameter: '{name}'."
+        raise ApiError(400, message, param=name, code="missing_required_parameter")
+    found = _text(body, name, 512)
+    assert found is not None
+    return found
+
+
+def _text(body: Mapping[str, Any], name: str, most: int) -> str | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= most or not encodable(value):
+        raise _invalid(name, f"a text of 1 to {most} characters")
+    return value
+
+
+def encodable(text: str) -> bool:
+    """Half of a surrogate pair, and the zero that no database takes, are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def _invalid(param: str, expected: str) -> ApiError:
+    return ApiError(400, f"Invalid {param}: must be {expected}.", param=param, code="invalid_value")
+
+
+def _seed(value: Any) -> int:
+    if value is None:
+        return secrets.randbelow(MOST_SEED + 1)
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole or not 0 <= value <= MOST_SEED:
+        raise _invalid("seed", f"a whole number from 0 to {MOST_SEED}")
+    return int(value)
+
+
+def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value], bool]:
+    """The method's name, its hyperparameters, and whether they came under the earlier name."""
+    method, earlier = body.get("method"), body.get("hyperparameters")
+    if method is None:
+        return "supervised", hyperparameters.read("supervised", earlier, "hyperparameters"), earlier is not None
+    if not isinstance(method, Mapping):
+        raise _invalid("method", "an object with the key 'type'")
+    kind = method.get("type")
+    if kind in UNBUILT:
+        message = f"The method '{kind}' is not supported by this server; it has {', '.join(hyperparameters.METHODS)}."
+        raise ApiError(400, message, param="method.type", code="unsupported")
+    if not isinstance(kind, str) or kind not in hyperparameters.METHODS:
+        raise _invalid("method.type", f"one of {', '.join(hyperparameters.METHODS)}")
+    for name, value in method.items():
+        if name != "type" and name != kind and value is not None:
+            place = f"method.{str(name)[:80]}"
+            raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
+    own = method.get(kind)
+    if own is not None and not isinstance(own, Mapping):
+        raise _invalid(f"method.{kind}", "an object with the key 'hyperparameters'")
+    for name in own or {}:
+        if name != "hyperparameters":
+            place = f"method.{kind}.{str(name)[:80]}"
+            raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
+    found = hyperparameters.read(kind, (own or {}).get("hyperparameters"), f"method.{kind}.hyperparameters")
+    if earlier is not None and earlier != {}:
+        before = hyperparameters.read("supervised", earlier, "hyperparameters")
+        if kind != "supervised" or before != found:
+            message = (
+                "'hyperparameters' is an earlier name of 'method.supervised.hyperparameters', and says something else."
+            )
+            raise ApiError(400, message, param="hyperparameters", code="invalid_value")
+    return kind, found, False
+
+
+def metadata_of(given: Any) -> dict[str, str] | None:
+    """Raises ApiError."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or len(given) > MOST_PAIRS:
+        raise _invalid("metadata", f"an object of at most {MOST_PAIRS} pairs")
+    for name, value in given.items():
+        if not 0 < len(name) <= MOST_KEY or not encodable(name):
+            raise _invalid("metadata", f"pairs whose keys have 1 to {MOST_KEY} characters")
+        if not isinstance(value, str) or len(value) > MOST_VALUE or not encodable(value):
+            raise _invalid(f"metadata.{name}", f"a text of at most {MOST_VALUE} characters")
+    return dict(given)
+
+
+def _integrations(given: Any) -> list[dict[str, Any]]:
+    if given is None:
+        return []
+    if not isinstance(given, list) or len(given) > MOST_INTEGRATIONS:
+        raise _invalid("integrations", f"a list of at most {MOST_INTEGRATIONS}")
+    found = [_integration(one, f"integrations.{place}") for place, one in enumerate(given)]
+    if len(found) > 1:
+        raise _invalid("integrations", "a list of one: a run is sent to W&B once")
+    return found
+
+
+def _integration(one: Any, where: str) -> dict[str, Any]:
+    if not isinstance(one, Mapping) or one.get("type") != "wandb":
+        raise _invalid(f"{where}.type", "'wandb'")
+    given = one.get("wandb")
+    if not isinstance(given, Mapping):
+        raise _invalid(f"{where}.wandb", "an object with the key 'project'")
+    for name in given:
+        if name not in ("project", "name", "entity", "tags"):
+            place = f"{where}.wandb.{str(name)[:80]}"
+            raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
+    if given.get("project") is None:
+        place = f"{where}.wandb.project"
+        raise ApiError(400, f"Missing required parameter: '{place}'.", param=place, code="missing_required_parameter")
+    made: dict[str, Any] = {}
+    for name in ("project", "name", "entity"):
+        value = given.get(name)
+        if value is not None:
+            made[name] = _plain(value, f"{where}.wandb.{name}")
+    tags = given.get("tags")
+    if tags is not None:
+        if not isinstance(tags, list) or len(tags) > MOST_TAGS:
+            raise _invalid(f"{where}.wandb.tags", f"a list of at most {MOST_TAGS}")
+        made["tags"] = [_plain(tag, f"{where}.wandb.tags", most=64) for tag in tags]
+    return {"type": "wandb", "wandb": made}
+
+
+def _plain(value: Any, param: str, most: int = 128) -> str:
+    """Text that goes into a configuration: nothing in it may be read as a reference."""
+    if not isinstance(value, str) or len(value) > most or not PLAIN.fullmatch(value) or value != value.strip():
+        raise _invalid(param, f"1 to {most} letters, digits, spaces and . _ : @ / + = -")
+    return value

@@ -1,0 +1,23 @@
+"""Names of tuned models: `ft:BASE:ORG:SUFFIX:ID`, and `ft:BASE:ORG:SUFFIX:ID:ckpt-step-N` of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+
+LETTERS = string.ascii_letters + string.digits
+ID_LENGTH = 8
+PREFIX = "ft:"
+
+
+def part(text: str | None) -> str:
+    """Text as it stands in a name: lower case letters, digits and single hyphens; whatever else there is becomes one."""
+    return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")[:64]
+
+
+def new_name(base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
+    """A name that nothing has: its id is drawn from 62^8."""
+    own = "".join(secrets.choice(LETTERS) for _ in range(ID_LENGTH))
+    ending = "" if step is None else f":ckpt-step-{step}"
+    return f"{PREFIX}{base}:{part(organization)}:{part(suffix)}:{own}{ending}"

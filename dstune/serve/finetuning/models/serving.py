@@ -1,0 +1,96 @@
+"""Tuned models on the engines: loaded when a job has made them, or when somebody first asks; asked by those who may."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+
+from dstune.core.errors import DstuneError, UserError
+from dstune.serve import source
+from dstune.serve.engines.base import EngineDown
+from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.jobs.tables import TunedModel
+from dstune.serve.finetuning.models.names import PREFIX
+from dstune.serve.finetuning.models.store import ModelStore, missing
+from dstune.serve.fleet import Fleet
+from dstune.serve.parity import Refused
+from dstune.serve.store.keys import Caller
+
+log = logging.getLogger("dstune.serve")
+
+ALLOWED_SECONDS = 2.0
+"""How long an answer of the database to who may use a model counts, as that to a key does."""
+LOADED_AT_START = 64
+"""The newest models that are loaded before anybody asks."""
+
+
+class Serving:
+    """The tuned models of a fleet."""
+
+    def __init__(self, fleet: Fleet, store: ModelStore):
+        self._fleet, self._store = fleet, store
+        self._allowed: dict[tuple[str, str], tuple[float, TunedModel]] = {}
+        self._loading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def ensure(self, caller: Caller, name: str) -> None:
+        """Let a request for a model pass: nothing for one that is no tuned model. Raises ApiError where the caller may not
+        use it, or no engine can serve it."""
+        if not name.startswith(PREFIX):
+            return
+        model = await self._of(caller, name)
+        if name not in self._fleet.models:
+            await self._load(model)
+
+    async def _of(self, caller: Caller, name: str) -> TunedModel:
+        known = self._allowed.get((caller.project, name))
+        if known is not None and time.monotonic() - known[0] < ALLOWED_SECONDS:
+            return known[1]
+        model = await asyncio.to_thread(self._store.find, caller, name)
+        if model is None:
+            self._allowed.pop((caller.project, name), None)
+            raise missing(name)
+        if len(self._allowed) > 4096:
+            self._allowed.clear()
+        self._allowed[caller.project, name] = (time.monotonic(), model)
+        return model
+
+    async def _load(self, model: TunedModel) -> None:
+        async with self._loading[model.name]:
+            if model.name in self._fleet.models:
+                return
+            try:
+                found = await asyncio.to_thread(source.resolve, model.name, str(self._store.folder(model)))
+                await self._fleet.add(found)
+            except UserError as error:
+                reasons = "; ".join(problem.reason for problem in error.problems)
+                log.info("%s is not served: %s", model.name, error)
+                message = f"The model {model.name!r} is not served here: {reasons}."
+                raise ApiError(400, message[:500], param="model", code="model_not_served") from None
+            except (Refused, DstuneError, EngineDown) as error:
+                log.error("%s is not served: %s", model.name, error)
+                message = f"The model {model.name!r} cannot be served: it does not answer as it was trained."
+                raise ApiError(503, message, param="model", code="model_not_served") from None
+        self._loading.pop(model.name, None)
+
+    async def forget(self, name: str) -> None:
+        """Take a model that was deleted off its engine."""
+        for key in [key for key in self._allowed if key[1] == name]:
+            del self._allowed[key]
+        if name in self._fleet.models:
+            await self._fleet.remove(name)
+
+    def forget_permissions(self) -> None:
+        self._allowed.clear()
+
+    async def load_new(self) -> None:
+        """Load the newest models that are not loaded yet. What cannot be served is tried again when somebody asks for it."""
+        if not self._fleet.models:
+            return
+        for model in (await asyncio.to_thread(self._store.final))[:LOADED_AT_START]:
+            if model.name not in self._fleet.models:
+                try:
+                    await self._load(model)
+                except ApiError as error:
+                    log.info("%s", error)

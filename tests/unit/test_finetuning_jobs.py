@@ -1,0 +1,372 @@
+"""What stands around a job: its request, hyperparameters, rows, presets, configuration, and whose turn it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dstune.core.errors import UserError
+from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, request
+from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.launcher import ProcessLauncher, device_environment, environment
+from dstune.serve.finetuning.jobs.presets import Limits, Preset, QueueSettings
+from dstune.serve.finetuning.jobs.scheduler import Busy, Waiting, choose
+from dstune.serve.finetuning.models.names import new_name
+from dstune.serve.finetuning.pages import Page
+from tests.support.jobs import Bench
+
+ASK = {"model": "tiny", "training_file": "file-x"}
+MESSAGE = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def refusal(body: dict) -> tuple[str | None, str | None]:
+    with pytest.raises(ApiError) as caught:
+        request.read(ASK | body)
+    assert caught.value.status == 400
+    return caught.value.param, caught.value.code
+
+
+# -- request
+
+
+def test_what_a_request_may_leave_out():
+    found = request.read(
+        ASK | dict.fromkeys(("hyperparameters", "seed", "suffix", "validation_file", "method", "metadata"))
+    )
+    assert (found.method, found.suffix, found.metadata, found.integrations) == ("supervised", None, None, [])
+    assert set(found.hyperparameters.values()) == {"auto"}
+    assert 0 <= found.seed <= request.MOST_SEED
+    assert found.seed != request.read(ASK).seed
+    assert request.read(ASK | {"something": "else"}).model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"training_file": 3}, "training_file"),
+        ({"suffix": ""}, "suffix"),
+        ({"suffix": "x" * 65}, "suffix"),
+        ({"suffix": "\ud800"}, "suffix"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**31}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"batch_size": 1.5}}, "hyperparameters.batch_size"),
+        ({"hyperparameters": {"batch_size": 257}}, "hyperparameters.batch_size"),
+        ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters.learning_rate_multiplier"),
+        ({"hyperparameters": {"lr": 1}}, "hyperparameters.lr"),
+        ({"method": {}}, "method.type"),
+        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.1}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 2}}, "hyperparameters"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+        ({"metadata": {"a" * 65: ""}}, "metadata"),
+        ({"integrations": [{"type": "other"}]}, "integrations.0.type"),
+        ({"integrations": [{"type": "wandb", "wandb": {}}]}, "integrations.0.wandb.project"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "${oc.env:HOME}"}}]}, "integrations.0.wandb.project"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "a\nb"}}]}, "integrations.0.wandb.project"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["{a}"]}}]}, "integrations.0.wandb.tags"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_request_is_named(body, param):
+    assert refusal(body)[0] == param
+
+
+def test_reinforcement_is_refused_by_its_name():
+    with pytest.raises(ApiError, match="'reinforcement' is not supported") as caught:
+        request.read(ASK | {"method": {"type": "reinforcement"}})
+    assert caught.value.code == "unsupported"
+
+
+def test_whole_floats_are_whole_numbers():
+    found = request.read(ASK | {"hyperparameters": {"n_epochs": 2.0}, "seed": 3.0})
+    assert (found.hyperparameters["n_epochs"], found.seed) == (2, 3)
+    assert isinstance(found.hyperparameters["n_epochs"], int)
+
+
+# -- hyperparameters
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "batch"),
+    [
+        (10, 10, 1),
+        (3, 25, 1),
+        (33, 3, 1),
+        (34, 3, 1),
+        (8333, 3, 17),
+        (8334, 2, 17),
+        (30_000, 1, 60),
+        (1_000_000, 1, 256),
+    ],
+)
+def test_automatic_epochs_and_batches(count, epochs, batch):
+    assert (hyperparameters.epochs(count), hyperparameters.batch_size(count)) == (epochs, batch)
+
+
+def test_automatic_batches_fit_the_ranks():
+    assert hyperparameters.batch_size(12, 4) == 4
+    assert hyperparameters.batch_size(3, 4) == 1
+    assert hyperparameters.batch_size(10**6, 3) == 255
+    given = hyperparameters.read("dpo", {"n_epochs": 2}, "x")
+    resolved = hyperparameters.resolve(given, 10)
+    assert resolved == {"n_epochs": 2, "batch_size": 1, "learning_rate_multiplier": 1.0, "beta": 0.1}
+    assert hyperparameters.steps(10, {"n_epochs": 2, "batch_size": 3}) == (4, 8)
+
+
+def write(path: Path, lines: list[object]) -> Path:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+# -- presets
+
+
+def test_presets_are_read_and_refused_all_at_once(tmp_path):
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "models:\n  tiny:\n    path: base\n    learning_rate: {dpo: 2.0e-5}\nqueue:\n  organizations: {a: {weight: 2}}\n"
+    )
+    found = presets.read(file)
+    assert found.models["tiny"].base_rate("dpo") == 2e-5
+    assert found.models["tiny"].base_rate("supervised") == 2e-4
+    assert found.queue.of("a").weight == 2
+    assert Preset("x", "p", adaptation={"name": "full"}).base_rate("dpo") == 2e-6
+    file.write_text(
+        "models:\n  Big/Name: {path: base}\n  a: {}\n  b: {path: base, adaptation: {name: nothing}, rank: 3}\n"
+        "  c: {path: '${oc.env:HOME}', devices: 0}\n  d: {path: base, settings: {data: {packing: true}}}\n"
+        "queue: {key: 3}\nfurther: 1\n"
+    )
+    with pytest.raises(UserError) as caught:
+        presets.read(file)
+    places = " ".join(problem.where for problem in caught.value.problems)
+    for place in (
+        "Big/Name",
+        "models.a.path",
+        "models.b.rank",
+        "models.c.path",
+        "models.c.devices",
+        "d.settings",
+        "queue.key",
+        "further",
+    ):
+        assert place in places, place
+
+
+def test_the_configuration_holds_no_text_that_is_read_again(tmp_path):
+    folder = JobFolder(tmp_path)
+    plan = configuration.Plan("ftjob-1", "dpo", hyperparameters.resolve(hyperparameters.read("dpo", {}, ""), 10), 5)
+    configuration.write(plan, Preset("tiny", "base", settings={"trainer": {"micro_batch_size": 2}}), folder)
+    text = (tmp_path / "configuration" / "experiment" / "job.yaml").read_text()
+    assert text.startswith("# @package _global_\n")
+    found = json.loads(text.partition("\n")[2])
+    assert found["trainer"] == {"epochs": 10, "global_batch_size": 1, "seed": 5, "micro_batch_size": 2}
+    assert (found["task"], found["optimizer"]["lr"]) == ({"loss": "dpo", "beta": 0.1}, 2e-5)
+    assert configuration.arguments(folder) == ["--config-dir", str(tmp_path / "configuration"), "experiment=job"]
+    with pytest.raises(AssertionError):
+        configuration.write(plan, Preset("tiny", "${oc.env:HOME}"), folder)
+
+
+def test_names():
+    name = new_name("qwen3-4b", "Meine Org", "Größe 1! " + "x" * 80, 12)
+    assert name.startswith("ft:qwen3-4b:meine-org:gr-e-1-xxx")
+    assert name.endswith(":ckpt-step-12")
+    assert len(name) < 256
+    assert new_name("a", "b", None).startswith("ft:a:b::")
+    assert len({new_name("a", "b", None) for _ in range(100)}) == 100
+
+
+def test_plans_are_read():
+    fits = {
+        "choices": [{"fits": True}],
+        "fits": True,
+        "configured": {"fits": True, "memory_gib_per_rank": 3.0, "step_seconds": 0.8},
+    }
+    found = planner.read(0, json.dumps(fits, indent=1))
+    assert (found.fits, found.memory_gib, found.row_seconds) == (True, 3.0, 0.1)
+    no = {
+        "choices": [{"fits": False}],
+        "fits": False,
+        "configured": {"fits": False, "memory_gib_per_rank": 300.0},
+        "hardware": {"device": "H100", "memory_gib": 80.0},
+    }
+    assert planner.read(0, json.dumps(no)).reason == "a rank needs 300.0 GiB at least, and H100 has 80.0 GiB"
+    refused = {"error": {"problems": [{"where": "model.path", "reason": "there is no such model"}]}}
+    assert planner.read(2, json.dumps(refused)).reason == "model.path: there is no such model"
+    assert planner.read(1, "Traceback").fits
+
+
+# -- processes
+
+
+def test_a_process_gets_no_key_of_the_server():
+    given = {
+        "PATH": "/bin", "HOME": "/root", "WANDB_API_KEY": "k", "OPENAI_API_KEY": "k", "HF_TOKEN": "k", "DATABASE": "x",
+        "https_proxy": "http://user:password@proxy", "http_proxy": "http://proxy", "DSTUNE_SECRET": "k", "CUDA_HOME": "/cuda",
+    }  # fmt: skip
+    assert set(environment(given)) - {"PYTHONPATH", "PYTHONSAFEPATH"} == {"PATH", "HOME", "http_proxy", "CUDA_HOME"}
+    assert device_environment([2, 0], ["a", "b", "c"]) == {"CUDA_VISIBLE_DEVICES": "c,a"}
+    assert device_environment([0], []) == {}
+
+
+def test_a_lock_is_held_as_long_as_a_process_or_its_training_lives(tmp_path):
+    """Across the death of whoever started them."""
+    folder = JobFolder(tmp_path)
+    lock = folder.acquire()
+    assert lock is not None
+    program = (
+        "import subprocess, sys, time; subprocess.Popen(['sleep', '60'], pass_fds=(int(sys.argv[1]),)); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(lock)], pass_fds=(lock,), start_new_session=True)
+    os.close(lock)
+    assert folder.is_alive()
+    assert folder.acquire() is None
+    assert not ProcessLauncher().start(folder, {"phase": "train"}, {})
+    time.sleep(0.5)
+    child.kill()
+    child.wait()
+    assert folder.is_alive()  # the grandchild
+    os.killpg(child.pid, 9)
+    deadline = time.monotonic() + 10
+    while folder.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_process_validates_and_says_so(tmp_path):
+    folder = JobFolder(tmp_path)
+    write(folder.snapshot("training_file"), [MESSAGE] * 10)
+    write(folder.snapshot("validation_file"), [MESSAGE] * 2)
+    launcher = ProcessLauncher()
+    task = {"phase": "validate", "method": "supervised", "training_file": "a", "validation_file": "b", "most_rows": 100}
+    assert launcher.start(folder, task, {})
+    deadline = time.monotonic() + 60
+    while folder.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = json.loads(folder.validated.read_text())
+    assert (found["training_file"], found["validation_file"]) == ({"rows": 10}, {"rows": 2})
+    assert "10 example(s) of the training file are in the validation file too" in found["warnings"][0]
+    assert folder.train.read_bytes() == folder.snapshot("training_file").read_bytes()
+    launcher.reap()
+
+
+# -- metrics
+
+
+def test_a_file_that_goes_back_to_a_checkpoint_is_read_anew(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    line = '{{"step": {0}, "epoch": {1}, "loss": {0}.5}}\n'
+    file.write_text(
+        "".join(line.format(n, n / 4) for n in range(1, 7)) + '{"step": 6, "eval/loss": 9.0}\n' + '{"step": 7, "lo'
+    )
+    reader = metrics.Reader(file)
+    assert [step.number for step in reader.read()] == [1, 2, 3, 4, 5, 6]
+    assert reader.steps[6].values == {"train_loss": 6.5, "full_valid_loss": 9.0}
+    kept = "".join(line.format(n, n / 4) for n in range(1, 5))
+    file.write_text(kept)
+    assert [step.number for step in reader.read()] == [1, 2, 3, 4]
+    file.write_text(kept + line.format(5, 1.25))
+    assert [step.number for step in reader.read()] == [1, 2, 3, 4, 5]
+    assert [step.number for step in reader.read() if step.ends_epoch] == [4]
+    assert metrics.steps_per_epoch(reader.read()) == 4
+
+
+def test_long_jobs_tell_some_of_their_steps():
+    total = 1_250_000
+    told = [step for step in range(1, total + 1) if metrics.becomes_event(step, total, ends_epoch=step % 25_000 == 0)]
+    assert len(told) <= metrics.MOST_EVENTS + 50
+    assert told[-1] == total
+    assert all(metrics.becomes_event(step, 5000, ends_epoch=False) for step in range(1, 5001))
+
+
+# -- whose turn it is
+
+
+def waiting(number: int, organization: str, **changes: object) -> Waiting:
+    return Waiting(
+        **{
+            "id": str(number),
+            "number": number,
+            "organization": organization,
+            "key": organization,
+            "seconds": 10.0,
+            **changes,
+        }
+    )
+
+
+def test_priority_then_use_then_age():
+    queue = [waiting(1, "a"), waiting(2, "a"), waiting(3, "b"), waiting(4, "c", priority=1)]
+    chosen = choose(queue, [], {"a": 50.0}, QueueSettings(), 3)
+    assert [one.id for one, _ in chosen] == ["4", "3", "1"]
+    assert [taken for _, taken in chosen] == [[0], [1], [2]]
+    weights = QueueSettings(organizations={"a": Limits(weight=10)})
+    assert choose(queue, [], {"a": 50.0, "b": 6.0}, weights, 2)[1][0].id == "1"
+
+
+def test_limits_of_organizations_and_keys():
+    queue = [waiting(n, "a", key="k") for n in range(4)] + [waiting(9, "b")]
+    limited = QueueSettings(organization=Limits(running=2))
+    assert [one.id for one, _ in choose(queue, [], {}, limited, 9)] == ["0", "9", "1"]
+    by_key = QueueSettings(key=Limits(running=1))
+    busy = [Busy("a", "k", "local", [0], 5.0)]
+    assert [one.id for one, _ in choose(queue, busy, {}, by_key, 9)] == ["9"]
+
+
+def test_a_large_job_is_not_passed_for_ever():
+    queue = [waiting(1, "a", devices=4), waiting(2, "b"), waiting(3, "b", pool="slurm", devices=8)]
+    busy = [Busy("c", "c", "local", [0, 1], 5.0)]
+    assert [one.id for one, _ in choose(queue, busy, {}, QueueSettings(), 4)] == ["3"]
+    assert choose(queue, [], {}, QueueSettings(), 4)[0] == (queue[0], [0, 1, 2, 3])
+    assert [one.id for one, _ in choose(queue, busy, {}, QueueSettings(submitted=0), 4)] == []
+
+
+def test_a_thousand_jobs_of_five_organizations(tmp_path, monkeypatch):
+    """Listed within 50 ms, and started fairly: at any time each has what is its own, within 5% of all."""
+    bench = Bench(tmp_path, devices=10)
+    names = [bench.organization(name) for name in "abcde"]
+    with bench.database.writing.begin() as session:
+        for number in range(1000):
+            # They come in very different order: the first one has all of its jobs before the others.
+            row = bench.row(names[number // 200], state="queued", total_steps=8, rows=12)
+            JobFolder.of(bench.folder, row.id).create()
+            bench.store.add(session, row, [])
+    project = names[2].replace("org-", "proj_")
+    bench.store.page(project, Page(100), None)
+    began = time.perf_counter()
+    rows_found, more = bench.store.page(project, Page(100), None)
+    assert (len(rows_found), more) == (100, True)
+    assert time.perf_counter() - began < 0.05
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    started: Counter[str] = Counter()
+    of = {}
+    with bench.database.session() as session:
+        from dstune.serve.finetuning.jobs.tables import Job
+
+        of = dict(session.query(Job.id, Job.organization).all())
+    for turn in range(10):
+        bench.step()
+        for job in bench.launcher.trainings()[10 * turn :]:
+            started[of[job]] += 1
+            bench.train(job, 1, 8)
+            bench.end(job, 0, exports=(8,), tokens=80)
+        clock[0] += 30
+        if turn > 1:
+            even = sum(started.values()) / 5
+            assert all(abs(started[name] - even) <= 0.05 * sum(started.values()) for name in names), started
+    assert sum(started.values()) == 100

@@ -1,0 +1,371 @@
+"""`/v1/fine_tuning/jobs` and tuned models by the official client, over a launcher that starts nothing.
+
+Groups 1 to 4, 6, 7 and 8 of the API's contract, as far as jobs and models go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from dstune.serve.finetuning.jobs.build import Parts
+from dstune.serve.finetuning.jobs.check import inconsistencies
+from dstune.serve.finetuning.jobs.folder import JobFolder, write
+from dstune.serve.finetuning.jobs.planner import Estimate
+from dstune.serve.finetuning.jobs.reconciler import Machine
+from dstune.serve.store.tables import Project
+from tests.support.finetuning import Cloud, cloud
+from tests.support.jobs import StubLauncher, StubPlans
+
+ROWS = 12
+ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
+PRESETS = {
+    "models": {
+        "tiny": {"path": "base", "learning_rate": {"supervised": 0.001}},
+        "other": {"path": "b", "methods": ["dpo"]},
+    }
+}
+
+
+@dataclass
+class Office:
+    """A cloud whose jobs do what a test says."""
+
+    cloud: Cloud
+    launcher: StubLauncher
+    plans: StubPlans
+
+    async def file(self, client: openai.AsyncOpenAI, rows: int = ROWS) -> str:
+        return (await client.files.create(file=("rows.jsonl", (ROW * rows).encode()), purpose="fine-tune")).id
+
+    async def create(self, client: openai.AsyncOpenAI, **given: Any) -> Any:
+        training = given.pop("training_file", None) or await self.file(client)
+        return await client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": training, **given})
+
+    def folder(self, job: str) -> JobFolder:
+        return JobFolder.of(self.cloud.api.folder / "jobs", job)
+
+    async def reach(self, client: openai.AsyncOpenAI, job: str, *states: str) -> Any:
+        for _ in range(600):
+            found = await client.fine_tuning.jobs.retrieve(job)
+            if found.status in states:
+                return found
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{job} is {found.status}, not {states}")
+
+    def train(self, job: str, last: int) -> None:
+        run = self.folder(job).run
+        run.mkdir(exist_ok=True)
+        lines = [
+            json.dumps({"step": step, "epoch": step / 4, "loss": 1 / step, "tokens": 10 * step, "step_seconds": 0.5})
+            for step in range(1, last + 1)
+        ]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    def finish(self, job: str, code: int = 0, exports: tuple[int, ...] = (4, 8)) -> None:
+        folder = self.folder(job)
+        for step in exports:
+            (folder.models / f"step-{step}").mkdir(parents=True, exist_ok=True)
+        attempt = max(
+            task["attempt"] for name, task in self.launcher.started if name == job and task["phase"] == "train"
+        )
+        write(folder.ended, {"attempt": attempt, "code": code, "problems": [], "tokens": 80})
+        self.launcher.alive.discard(job)
+
+    async def succeeded(self, client: openai.AsyncOpenAI, **given: Any) -> Any:
+        job = await self.create(client, hyperparameters={"n_epochs": 2, "batch_size": 3}, **given)
+        await self.reach(client, job.id, "running")
+        self.train(job.id, 8)
+        self.finish(job.id)
+        return await self.reach(client, job.id, "succeeded")
+
+
+@asynccontextmanager
+async def office(folder: Path, devices: int = 2) -> AsyncIterator[Office]:
+    folder.mkdir(exist_ok=True)
+    presets = folder / "models.yaml"
+    presets.write_text(json.dumps(PRESETS))
+    launcher, plans = StubLauncher(), StubPlans()
+    async with cloud(folder, parts=Parts(presets, launcher=launcher, planner=plans, machine=Machine(devices))) as found:
+        yield Office(found, launcher, plans)
+
+
+def in_office(folder: Path, test: Any, **given: Any) -> None:
+    async def main() -> None:
+        async with office(folder, **given) as found:
+            await test(found)
+            with found.cloud.api.database.session() as session:
+                assert list(inconsistencies(session, found.cloud.api.folder)) == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
+def test_a_job_and_its_models(tmp_path, strict):
+    async def test(found: Office) -> None:
+        client = found.cloud.openai(found.cloud.owner, _strict_response_validation=strict)
+        job = await found.succeeded(client, suffix="x", metadata={"k": "v"}, seed=3)
+        assert (job.object, job.trained_tokens, job.seed, job.error) == ("fine_tuning.job", 80, 3, None)
+        assert (job.hyperparameters.n_epochs, job.hyperparameters.learning_rate_multiplier) == (2, 1.0)
+        assert job.method.supervised.hyperparameters.batch_size == 3
+        assert job.organization_id == "org-default"
+        assert job.finished_at >= job.created_at
+        assert job.estimated_finish is None
+        events = [event async for event in client.fine_tuning.jobs.list_events(job.id, limit=2)]
+        assert [event.data["step"] for event in events if event.type == "metrics"] == list(range(8, 0, -1))
+        checkpoints = [one async for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
+        assert [(one.step_number, one.metrics.train_loss) for one in checkpoints] == [(8, 0.125), (4, 0.25)]
+        content = await client.files.content(job.result_files[0])
+        assert content.read().decode().splitlines()[8] == "8,0.125,,,"
+        results = await client.files.retrieve(job.result_files[0])
+        assert results.filename == "step_metrics.csv"
+        name = job.fine_tuned_model
+        listed = [model.id async for model in client.models.list()]
+        assert listed == ["tiny", "other", checkpoints[1].fine_tuned_model_checkpoint, name]
+        assert (await client.models.retrieve(name)).owned_by == "org-default"
+        with pytest.raises(openai.PermissionDeniedError):
+            await client.models.delete("tiny")
+        with pytest.raises(openai.PermissionDeniedError):
+            await found.cloud.openai().models.delete(name)  # a member
+        assert (await client.models.delete(name)).deleted
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve(name)
+        assert [model.id async for model in client.models.list()] == listed[:3]
+
+    in_office(tmp_path, test)
+
+
+def test_who_may_see_and_share_a_model(tmp_path):
+    async def test(found: Office) -> None:
+        owner, other = found.cloud.openai(found.cloud.owner), found.cloud.openai(found.cloud.other)
+        with found.cloud.api.database.writing.begin() as session:
+            session.add(Project(id="proj_second", organization="org-default", name="second", created_at=1))
+        second = found.cloud.openai(found.cloud.gateway.keys.add("second", project="proj_second"))
+        job = await found.succeeded(owner)
+        name = job.fine_tuned_model
+        for foreign in (other, second):
+            for ask in (
+                lambda c: c.fine_tuning.jobs.retrieve(job.id),
+                lambda c: c.fine_tuning.jobs.cancel(job.id),
+                lambda c: c.fine_tuning.jobs.list_events(job.id),
+                lambda c: c.fine_tuning.jobs.checkpoints.list(job.id),
+                lambda c: c.models.retrieve(name),
+                lambda c: c.files.content(job.result_files[0]),
+            ):
+                with pytest.raises(openai.NotFoundError):
+                    await ask(foreign)
+            assert [one async for one in foreign.fine_tuning.jobs.list()] == []
+            assert name not in [model.id async for model in foreign.models.list()]
+        permissions = owner.fine_tuning.checkpoints.permissions
+        with pytest.raises(openai.BadRequestError, match="proj_other"):  # of another organization
+            await _first(permissions.create(name, project_ids=["proj_other"]))
+        made = await _first(permissions.create(name, project_ids=["proj_second"]))
+        assert made.project_id == "proj_second"
+        again = await _first(permissions.create(name, project_ids=["proj_second"]))
+        assert again.id == made.id
+        assert (await second.models.retrieve(name)).id == name
+        with pytest.raises(openai.PermissionDeniedError):
+            await second.models.delete(name)
+        listed = [one async for one in permissions.list(name)]
+        assert [one.id for one in listed] == [made.id]
+        assert (await permissions.delete(made.id, fine_tuned_model_checkpoint=name)).deleted
+        with pytest.raises(openai.NotFoundError):
+            await second.models.retrieve(name)
+
+    in_office(tmp_path, test)
+
+
+async def _first(pages: Any) -> Any:
+    async for one in pages:
+        return one
+    raise AssertionError("an empty list")
+
+
+def test_pages_of_jobs_and_events_while_new_ones_arrive(tmp_path):
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        file = await found.file(client)
+        made = [(await found.create(client, training_file=file, metadata={"a b": "ü&="})).id for _ in range(5)]
+        seen = []
+        async for job in client.fine_tuning.jobs.list(limit=2, metadata={"a b": "ü&="}):
+            seen.append(job.id)
+            if len(seen) == 2:
+                await found.create(client, training_file=file, metadata={"a b": "ü&="})
+        assert seen == made[::-1]
+        bare = await found.create(client, training_file=file)
+        plain = [job.id async for job in client.fine_tuning.jobs.list(extra_query={"metadata": "null"})]
+        assert plain == [bare.id]
+        for wrong in ({"limit": 0}, {"limit": 101}, {"after": "ftjob-x"}, {"extra_query": {"order": "asc"}}):
+            with pytest.raises(openai.BadRequestError):
+                await client.fine_tuning.jobs.list(**wrong)
+
+    in_office(tmp_path, test)
+
+
+def test_what_a_create_is_refused_for(tmp_path):
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        file = await found.file(client)
+        other = (await client.files.create(file=("a.jsonl", b"{}\n"), purpose="batch")).id
+        theirs = await found.file(found.cloud.openai(found.cloud.other))
+        for given, param, code in (
+            ({"model": "gpt-4o-mini"}, "model", "model_not_available"),
+            ({"model": "ft:tiny:other::abcdefgh"}, "model", "model_not_available"),
+            ({"model": "other"}, "method.type", "unsupported"),
+            ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method.type", "unsupported"),
+            ({"training_file": other}, "training_file", "invalid_file_purpose"),
+            ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "wandb_not_set_up"),
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await found.create(client, **{"training_file": file, **given})
+            assert (caught.value.param, caught.value.code) == (param, code)
+            assert caught.value.request_id.startswith("req_")
+        for missing in ("file-nothing", theirs, "../../etc/passwd"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await found.create(client, training_file=missing)
+            assert caught.value.param == "training_file"
+        found.plans.estimate = Estimate(fits=False, reason="a rank needs 300.0 GiB at least, and H100 has 80.0 GiB")
+        with pytest.raises(openai.BadRequestError, match=r"300.0 GiB") as caught:
+            await found.create(client, training_file=file)
+        assert caught.value.code == "job_does_not_fit"
+        reader = found.cloud.openai(found.cloud.reader)
+        with pytest.raises(openai.PermissionDeniedError):
+            await found.create(reader, training_file=file)
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.fine_tuning.jobs.retrieve("ftjob-x")
+        assert (caught.value.param, caught.value.code) == ("fine_tune_id", "fine_tune_not_found")
+        assert list((found.cloud.api.folder / "jobs").iterdir()) == []  # nothing is left of what was refused
+
+    in_office(tmp_path, test)
+
+
+HOSTILE = ("${oc.env:HOME}", "../../x", "a'\"\n; rm -rf /", "‮emoji 🎉", "{{ 7*7 }}")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_a_request_stays_text(tmp_path, text):
+    """It comes back as it was given, and is in no file and no argument of the job."""
+
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        job = await found.create(client, suffix=text, metadata={text: text})
+        assert (job.user_provided_suffix, job.metadata) == (text, {text: text})
+        await found.reach(client, job.id, "running")
+        for path in found.folder(job.id).path.rglob("*"):
+            if path.is_file():
+                assert text.encode() not in path.read_bytes()
+        assert text not in json.dumps(found.launcher.started, ensure_ascii=False)
+
+    in_office(tmp_path, test)
+
+
+def test_a_repeated_create_makes_one_job(tmp_path):
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        file = await found.file(client)
+        given = {"model": "tiny", "training_file": file}
+        key = {"Idempotency-Key": "one"}
+        first = await client.fine_tuning.jobs.create(**given, extra_headers=key)
+        assert (await client.fine_tuning.jobs.create(**given, extra_headers=key)).id == first.id
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.fine_tuning.jobs.create(**given, seed=1, extra_headers=key)
+        assert caught.value.code == "idempotency_key_reused"
+        wanted = [(await client.fine_tuning.jobs.create(**given)).id for _ in range(2)]
+        assert len({*wanted, first.id}) == 3  # on purpose
+        again = await client.fine_tuning.jobs.create(**given, extra_headers={"x-stainless-retry-count": "1"})
+        assert again.id == wanted[-1]
+        impatient = found.cloud.openai(max_retries=2, timeout=0.4)
+        slow, usual = [0], found.plans.of
+
+        def of(*asked: Any) -> Any:
+            import time
+
+            slow[0] += 1
+            time.sleep(1.0)
+            return usual(*asked)
+
+        found.plans.of = of  # type: ignore[method-assign]
+        with contextlib.suppress(openai.APITimeoutError):
+            await impatient.fine_tuning.jobs.create(**given, metadata={"slow": "yes"})
+        assert slow[0] > 1
+        await asyncio.sleep(1.5)
+        found.plans.of = usual  # type: ignore[method-assign]
+        assert len([job async for job in client.fine_tuning.jobs.list(metadata={"slow": "yes"})]) == 1
+
+    in_office(tmp_path, test)
+
+
+def test_cancel_pause_and_resume_in_every_state(tmp_path):
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        jobs = client.fine_tuning.jobs
+        first = await found.create(client)
+        second = await found.create(client)
+        await found.reach(client, first.id, "running")
+        await found.reach(client, second.id, "queued")
+        assert (await jobs.pause(second.id)).status == "paused"
+        assert (await jobs.pause(second.id)).status == "paused"
+        assert (await jobs.resume(second.id)).status == "queued"
+        with pytest.raises(openai.BadRequestError, match="queued"):
+            await jobs.resume(second.id)
+        repeated = await jobs.resume(second.id, extra_headers={"x-stainless-retry-count": "1"})
+        assert repeated.status == "queued"
+        found.train(first.id, 3)
+        assert (await jobs.pause(first.id)).status == "pausing"
+        with pytest.raises(openai.BadRequestError, match="pausing"):
+            await jobs.resume(first.id)
+        found.finish(first.id, 75, exports=(3,))
+        await found.reach(client, first.id, "paused")
+        assert [one.step_number async for one in jobs.checkpoints.list(first.id)] == [3]
+        await found.reach(client, second.id, "running")
+        assert (await jobs.cancel(second.id)).status == "cancelled"
+        assert (await jobs.cancel(second.id)).status == "cancelled"
+        found.launcher.alive.discard(second.id)
+        assert (await jobs.cancel(first.id)).status == "cancelled"
+        third = await found.create(client)
+        await jobs.cancel(third.id)
+        with pytest.raises(openai.BadRequestError, match="cancelled"):
+            await jobs.pause(third.id)
+        await found.reach(client, third.id, "cancelled")
+        fourth = await found.succeeded(client)
+        for ask in (jobs.cancel, jobs.pause, jobs.resume):
+            with pytest.raises(openai.BadRequestError, match="succeeded"):
+                await ask(fourth.id)
+
+    in_office(tmp_path, test, devices=1)
+
+
+def test_too_many_jobs_that_wait_are_refused(tmp_path):
+    async def test(found: Office) -> None:
+        presets = found.cloud.folder / "models.yaml"
+        presets.write_text(json.dumps({**PRESETS, "queue": {"key": {"waiting": 2}}}))
+        client = found.cloud.openai()
+        file = await found.file(client)
+        for _ in range(2):
+            await found.create(client, training_file=file)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await found.create(client, training_file=file)
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+    in_office(tmp_path, test, devices=0)
+
+
+def test_a_training_file_may_be_deleted_under_its_job(tmp_path):
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        file = await found.file(client)
+        job = await found.create(client, training_file=file)
+        await client.files.delete(file)
+        await found.reach(client, job.id, "running")
+        assert found.folder(job.id).snapshot("training_file").read_bytes() == (ROW * ROWS).encode()
+
+    in_office(tmp_path, test)
