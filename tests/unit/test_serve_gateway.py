@@ -379,8 +379,10 @@ def test_no_text_of_a_request_is_in_logs_or_files(tmp_path, caplog):
         await client.post("/zebrafish", json=chat())
 
     run(test, tmp_path)
-    assert caplog.text
-    assert "zebrafish" not in caplog.text
+    # httpx logs the addresses that the client of this test asks for, where an earlier test has set a level.
+    logged = [record.getMessage() for record in caplog.records if record.name != "httpx"]
+    assert logged
+    assert not [text for text in logged if "zebrafish" in text]
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert files
     assert not [file for file in files if b"zebrafish" in file.read_bytes()]
