@@ -237,7 +237,7 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
 
     def prepare_run() -> tuple[RunConfig | None, Path]:
         command, write_rows = requested()
-        prepared = prepare(command, Console(), write_rows, math.ceil(env.world_size / env.local_world_size))
+        prepared = prepare(command, Console(), write_rows, math.ceil(env.world_size / env.local_size))
         if prepared.nothing_to_do:
             if prints:
                 print(f"dstune: {nothing_to_do(prepared.place)}", file=sys.stderr, flush=True)
