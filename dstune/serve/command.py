@@ -24,6 +24,7 @@ from dstune.serve.state import STATE, opened_database, state_folder
 if TYPE_CHECKING:
     from dstune.serve.engines.base import Engine
     from dstune.serve.finetuning.jobs.build import Parts
+    from dstune.serve.finetuning.settings import ApiSettings
     from dstune.serve.fleet import Fleet
     from dstune.serve.gateway.settings import Settings
     from dstune.serve.source import Source
@@ -130,6 +131,17 @@ def _parser() -> VerbParser:
     parser.add_argument(
         "--adapter-root", action="append", default=[], metavar="DIR", help="adapters below it may be added by an admin"
     )
+    parser.add_argument(
+        "--allow-webhook",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="receiver of webhooks in the own network; http://HOST:PORT one without TLS",
+    )
+    parser.add_argument("--max-file-bytes", type=int, default=512_000_000, metavar="N", help="of an upload (512 MB)")
+    parser.add_argument(
+        "--max-project-bytes", type=int, default=2_500_000_000_000, metavar="N", help="of a project's files (2.5 TB)"
+    )
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
     parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
     parser.add_argument("--max-concurrent", type=int, default=64, metavar="N", help="requests at once (default 64)")
@@ -154,7 +166,15 @@ def _parser() -> VerbParser:
 def _check(arguments: argparse.Namespace) -> None:
     """Raises UserError with all that is wrong."""
     problems = []
-    least = {"max_concurrent": 1, "max_queue": 0, "max_sequences": 1, "max_cached_tokens": 64, "threads": 0}
+    least = {
+        "max_concurrent": 1,
+        "max_queue": 0,
+        "max_sequences": 1,
+        "max_cached_tokens": 64,
+        "threads": 0,
+        "max_file_bytes": 1,
+        "max_project_bytes": 1,
+    }
     for name, bound in (*least.items(), ("port", 0), ("drain_delay", 0), ("drain_seconds", 0), ("log_days", 0)):
         if getattr(arguments, name) < bound:
             flag = f"--{name.replace('_', '-')}"
@@ -274,7 +294,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
         from dstune.serve.finetuning.routes import routes as routes_of
         from dstune.serve.finetuning.service import FineTuning
 
-        api = FineTuning(database, state, parts=_parts(arguments, state))
+        api = FineTuning(database, state, _api_settings(arguments), _parts(arguments, state))
         routes = [*routes_of(api), *routes]
     else:
         log.info("the fine-tuning API is off: pip install 'dstune[api]'")
@@ -323,6 +343,16 @@ def _run_jobs(arguments: argparse.Namespace, state: Path) -> int:
     api.jobs.run()
     database.close()
     return EXIT_DONE
+
+
+def _api_settings(arguments: argparse.Namespace) -> ApiSettings:
+    from dstune.serve.finetuning.settings import ApiSettings
+
+    return ApiSettings(
+        file_bytes=arguments.max_file_bytes,
+        project_bytes=arguments.max_project_bytes,
+        webhook_hosts=frozenset(host.lower() for host in arguments.allow_webhook),
+    )
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

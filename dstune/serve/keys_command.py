@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
     if arguments.action == "add":
         limit = Limit(arguments.requests_per_minute, arguments.tokens_per_day, arguments.concurrent)
         models = arguments.models.split(",") if arguments.models else None
-        key = keys.add(arguments.name, admin=arguments.admin, models=models, limit=limit)
+        project = keys.project(arguments.organization, arguments.project)
+        role = "owner" if arguments.admin else arguments.role.replace("-", "_")
+        key = keys.add(arguments.name, admin=arguments.admin, models=models, limit=limit, project=project, role=role)
         print(json.dumps({"name": arguments.name, "key": key}) if arguments.json else key)
     elif arguments.action == "revoke":
         keys.revoke(arguments.name)
@@ -42,6 +44,8 @@ def _list(rows: list, *, as_json: bool) -> None:
             "name": row.name,
             "id": row.id,
             "admin": row.admin,
+            "project": row.project,
+            "role": row.role,
             "models": row.models,
             "requests_per_minute": row.requests_per_minute,
             "tokens_per_day": row.tokens_per_day,
@@ -63,6 +67,9 @@ def _parser() -> VerbParser:
     parser.add_argument("action", choices=("add", "list", "revoke"), metavar="add|list|revoke")
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("--admin", action="store_true", help="may see metrics and change models too")
+    parser.add_argument("--role", choices=("owner", "member", "read-only"), default="member", help="(default member)")
+    parser.add_argument("--project", default="default", metavar="NAME", help="whose files and jobs it shares")
+    parser.add_argument("--organization", default="default", metavar="NAME", help="of the project")
     parser.add_argument("--models", metavar="NAME[,NAME...]", help="models that it may use (default: all)")
     parser.add_argument("--requests-per-minute", type=_positive, metavar="N")
     parser.add_argument("--tokens-per-day", type=_positive, metavar="N")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,19 @@ from typing import Any
 import httpx2
 import openai
 
+from dstune.serve.engines.base import Limits as EngineLimits
 from dstune.serve.finetuning.jobs.build import Parts
 from dstune.serve.finetuning.routes import routes
 from dstune.serve.finetuning.service import FineTuning
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.fleet import Fleet
-from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.app import Gateway, Route
 from dstune.serve.gateway.recording import Recorder
-from dstune.serve.gateway.routes import COMMON
+from dstune.serve.gateway.routes import COMMON, ROUTES
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.database import Database
 from dstune.serve.store.tables import Organization, Project
-from tests.support.serving import StubEngine, listening, stub_source
+from tests.support.serving import StubApp, StubEngine, listening, stub_source
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Cloud:
     other: str
     """Of another organization, an owner there."""
     folder: Path
+    stub: StubApp | None = None
     open_clients: list[Any] = field(default_factory=list)
 
     def openai(self, key: str | None = None, **options: Any) -> openai.AsyncOpenAI:
@@ -56,15 +58,38 @@ class Cloud:
 
 @asynccontextmanager
 async def cloud(
-    folder: Path, *, database: Database | None = None, api: Any = None, parts: Parts | None = None, **settings: Any
+    folder: Path,
+    *,
+    database: Database | None = None,
+    api: Any = None,
+    parts: Parts | None = None,
+    models: Sequence[str] = (),
+    **settings: Any,
 ) -> AsyncIterator[Cloud]:
-    """api: changes of its settings."""
+    """api: changes of its settings; models: names that a stub answers to."""
     folder.chmod(0o700)
     database = database or Database.of_folder(folder)
     service = FineTuning(database, folder, ApiSettings(**(api or {})), parts)
-    fleet = Fleet(lambda source, name: StubEngine(stub_source("none"), name, folder, folder), may_be_empty=True)
+    stub = StubApp()
+    async with AsyncExitStack() as stack:
+        engine_url = await stack.enter_async_context(listening(stub)) if models else ""
+        fleet = Fleet(
+            lambda source, name: StubEngine(source, name, folder, folder, EngineLimits(), url=engine_url),
+            may_be_empty=not models,
+        )
+        await fleet.start([stub_source(name) for name in models])
+        async with _running(folder, database, service, fleet, ROUTES if models else COMMON, settings) as found:
+            found.stub = stub
+            yield found
+        await fleet.stop()
+
+
+@asynccontextmanager
+async def _running(
+    folder: Path, database: Database, service: FineTuning, fleet: Fleet, common: Sequence[Route], settings: Any
+) -> AsyncIterator[Cloud]:
     recorder = Recorder(database, None)
-    gateway = Gateway(fleet, database, Settings(**settings), recorder, [*routes(service), *COMMON])
+    gateway = Gateway(fleet, database, Settings(**settings), recorder, [*routes(service), *common])
     with database.writing.begin() as session:
         session.add(Organization(id="org-other", name="other", created_at=1))
         session.flush()
@@ -73,6 +98,7 @@ async def cloud(
     own = {role: keys.add(role, role=role) for role in ("member", "owner", "read_only")}
     admin, other = keys.add("admin", admin=True), keys.add("other", project="proj_other", role="owner")
     recorder.start()
+    service.attach(gateway)
     service.start()
     async with listening(gateway) as url:
         found = Cloud(url, gateway, service, own["member"], own["owner"], own["read_only"], admin, other, folder)

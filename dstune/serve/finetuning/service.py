@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from dstune.serve.finetuning import creations
+from dstune.serve.finetuning.batches.handlers import Batches
+from dstune.serve.finetuning.batches.worker import BatchWorker
 from dstune.serve.finetuning.blobs import Blobs
+from dstune.serve.finetuning.deliveries import Deliveries
 from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.jobs.build import Parts, build
 from dstune.serve.finetuning.models.serving import Serving
+from dstune.serve.finetuning.organization import Organizations
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.finetuning.uploads import Uploads
+from dstune.serve.finetuning.vault import Vault
+from dstune.serve.finetuning.webhooks import Webhooks
 from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.routes import INFERENCE
 from dstune.serve.store.database import Database
 
 log = logging.getLogger("dstune.serve")
@@ -36,16 +43,29 @@ class FineTuning:
         self.blobs = Blobs(self.folder)
         self.files = Files(database, self.blobs, self.settings)
         self.uploads = Uploads(database, self.blobs, self.files, self.settings)
+        self.vault = Vault(folder)
+        self.webhooks = Webhooks(database, self.vault, self.settings)
+        self.organizations = Organizations(database, self.vault)
+        self.batches = Batches(database, self.files)
+        deliveries = Deliveries(database, self.webhooks, self.settings.delivery_seconds)
         given = parts or Parts()
         self.job_store, self.jobs, self.models = build(database, self.files, self.folder, given)
-        self.loops: list[Loop] = [self._sweep, self.models.loop, *([self.jobs.loop] if given.runs else [])]
+        self.loops: list[Loop] = [
+            self._sweep,
+            deliveries.run,
+            self.models.loop,
+            *([self.jobs.loop] if given.runs else []),
+        ]
         """What runs until the server ends."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def attach(self, gateway: Gateway) -> None:
-        """Let the gateway's engines serve what jobs make."""
+        """Let the gateway's engines serve what jobs make, and answer batches."""
         self.models.serving = Serving(gateway.fleet, self.models.store)
         gateway.inference.admits = self.models.serving.ensure
+        if any(route.path in INFERENCE for route in gateway.routes):
+            batches = BatchWorker(self.database, self.folder / "batches", self.files, self.webhooks, gateway)
+            self.loops.append(batches.run)
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(loop()) for loop in self.loops]

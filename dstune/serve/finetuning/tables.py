@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
@@ -133,6 +134,58 @@ class AuditEntry(Numbered):
     object: Mapped[str] = mapped_column(Text)
     detail: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     __table_args__ = (Index("audit_page", "organization", "created_at", "number"),)
+
+
+class WebhookEndpoint(Numbered):
+    """Who is told of events."""
+
+    __tablename__ = "webhook_endpoints"
+    project: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str] = mapped_column(Text)
+    url: Mapped[str] = mapped_column(Text)
+    event_types: Mapped[list[str]] = mapped_column(JSON)
+    secret: Mapped[str] = mapped_column(Text)
+    """Encrypted, as the one before it."""
+    old_secret: Mapped[str | None] = mapped_column(Text, default=None)
+    old_until: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    hint: Mapped[str] = mapped_column(String(16))
+    updated_at: Mapped[int] = mapped_column(BigInteger)
+    deleted_at: Mapped[int | None] = mapped_column(BigInteger, default=None)
+
+
+class Delivery(Table):
+    """An event on its way to an endpoint."""
+
+    __tablename__ = "deliveries"
+    number: Mapped[int] = mapped_column(BIG, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64))
+    """Of the event."""
+    endpoint: Mapped[str] = mapped_column(String(64))
+    body: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16))
+    """`waiting`, `delivered`, `failed` or `dropped`."""
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    next_at: Mapped[float] = mapped_column(Float)
+    status: Mapped[int | None] = mapped_column(Integer, default=None)
+    created: Mapped[float] = mapped_column(Float, default=time.time)
+    __table_args__ = (Index("deliveries_due", "state", "next_at"),)
+
+
+class Batch(Numbered):
+    """Requests in a file, answered one after the other."""
+
+    __tablename__ = "batches"
+    project: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key: Mapped[str] = mapped_column(String(32))
+    endpoint: Mapped[str] = mapped_column(String(64))
+    input_file: Mapped[str] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(16), index=True)
+    details: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    """Metadata, counts, times and files, as the API shows them."""
+    output_seconds: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    lease_until: Mapped[float] = mapped_column(Float, default=0.0)
+    """Until when the server that works on it keeps it."""
+    __table_args__ = (Index("batches_page", "project", "created_at", "number"),)
 
 
 class Secret(Table):

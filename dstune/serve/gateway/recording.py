@@ -24,6 +24,7 @@ FLUSH_SECONDS = 0.5
 MOST_KEPT = 1 << 20
 """Bytes of an answer that are kept for the log."""
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,128})"')
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})')
 _TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 
 
@@ -34,6 +35,7 @@ class Record:
         self.response: str | None = None
         self.events = 0
         self.tokens = 0
+        self.input_tokens = 0
         self.text = bytearray()
         self._keeps_text = keeps_text
         self._first = True
@@ -46,6 +48,8 @@ class Record:
         self.events += chunk.count(b"data: ")
         if b'"total_tokens"' in chunk:
             self.tokens = int(_TOTAL.findall(chunk)[-1])
+            if prompts := _PROMPT.findall(chunk):
+                self.input_tokens = int(prompts[-1])
         if self._keeps_text and len(self.text) < MOST_KEPT:
             self.text += chunk[: MOST_KEPT - len(self.text)]
 
@@ -97,6 +101,7 @@ class Recorder:
             "user": request.user,
             "status": request.status,
             "tokens": record.used,
+            "input_tokens": record.input_tokens,
             "seconds": time.monotonic() - request.began,
             "created": now(),
         }

@@ -72,21 +72,29 @@ class Request:
         return found[0].decode("latin-1") if found else ""
 
     def query(self, known: Collection[str], *, families: Collection[str] = ()) -> dict[str, str]:
-        """The parameters behind `?`, of the names in `known` and, for families, of the form `NAME[...]`. Raises ApiError
-        for others, and for one that comes twice."""
-        try:
-            pairs = parse_qsl(self._query.decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
-        except ValueError:
-            raise ApiError(400, "The query is not valid.") from None
+        """The parameters behind `?`, of the names in `known` and, for families, of the form `NAME[KEY]`; those of the form
+        `NAME[]` are for `query_values`. Raises ApiError for others, and for one that comes twice."""
         found: dict[str, str] = {}
-        for name, value in pairs:
+        for name, value in self._parameters():
             family = name.partition("[")[0] if name.endswith("]") else None
             if name not in known and family not in families:
                 raise ApiError(400, f"Unknown parameter: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
+            if name.endswith("[]"):
+                continue
             if name in found:
                 raise ApiError(400, f"The parameter {name[:80]!r} is there twice.", param=name[:80])
             found[name] = value
         return found
+
+    def query_values(self, name: str) -> list[str]:
+        """The values of a parameter that may come several times."""
+        return [value for given, value in self._parameters() if given == name]
+
+    def _parameters(self) -> list[tuple[str, str]]:
+        try:
+            return parse_qsl(self._query.decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
+        except ValueError:
+            raise ApiError(400, "The query is not valid.") from None
 
     # -- body
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from dstune.core.errors import Problem, UserError
 from dstune.serve.store.database import Database, now
-from dstune.serve.store.tables import DEFAULT_PROJECT, Key, Project
+from dstune.serve.store.tables import DEFAULT_PROJECT, Key, Organization, Project
 
 PREFIX = "sk-dstune"
 ROLES = ("read_only", "member", "owner")
@@ -127,9 +127,31 @@ class Keys:
         same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
         if row is None or not same or row.revoked is not None or project is None:
             return None
-        models = None if row.models is None else frozenset(row.models)
-        limit = Limit(row.requests_per_minute, row.tokens_per_day, row.concurrent)
-        return Caller(row.id, row.name, row.admin, models, limit, project.organization, project.id, row.role)
+        return _caller(row, project)
+
+    def by_id(self, own: str) -> Caller | None:
+        """The caller whose key has this id; None where it was revoked."""
+        with self._database.session() as session:
+            row = session.get(Key, own)
+            project = None if row is None else session.get(Project, row.project)
+        return None if row is None or project is None or row.revoked is not None else _caller(row, project)
+
+    def project(self, organization: str, name: str) -> str:
+        """The id of a project by its names; it and its organization are made where they are not there."""
+        with self._database.writing.begin() as session:
+            self._database.exclusive(session, "projects")
+            owner = session.scalar(select(Organization).where(Organization.name == organization))
+            if owner is None:
+                owner = Organization(id=f"org-{secrets.token_hex(12)}", name=organization, created_at=int(time.time()))
+                session.add(owner)
+                session.flush()
+            named = (Project.organization == owner.id, Project.name == name)
+            found = session.scalar(select(Project).where(*named))
+            if found is None:
+                made = f"proj_{secrets.token_hex(12)}"
+                found = Project(id=made, organization=owner.id, name=name, created_at=int(time.time()))
+                session.add(found)
+            return found.id
 
     def all(self) -> list[Key]:
         with self._database.session() as session:
@@ -144,6 +166,12 @@ class Keys:
             row.revoked = now()
             row.name = f"{row.name} revoked {row.id}"[:128]
         self._remembered.clear()
+
+
+def _caller(row: Key, project: Project) -> Caller:
+    models = None if row.models is None else frozenset(row.models)
+    limit = Limit(row.requests_per_minute, row.tokens_per_day, row.concurrent)
+    return Caller(row.id, row.name, row.admin, models, limit, project.organization, project.id, row.role)
 
 
 def _hash(key: str) -> str:

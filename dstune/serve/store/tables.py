@@ -69,6 +69,8 @@ class AnswerRow(Table):
     user: Mapped[str | None] = mapped_column(String(256), default=None, index=True)
     status: Mapped[int] = mapped_column(Integer)
     tokens: Mapped[int] = mapped_column(Integer, default=0)
+    """Of the prompt and the answer."""
+    input_tokens: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     seconds: Mapped[float] = mapped_column(Float, default=0.0)
     created: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True), index=True)
 

@@ -46,6 +46,7 @@ def upgrade() -> None:
     op.bulk_insert(projects, [project])
     op.add_column("keys", sa.Column("project", sa.String(64), nullable=False, server_default="proj_default"))
     op.add_column("keys", sa.Column("role", sa.String(16), nullable=False, server_default="member"))
+    op.add_column("answers", sa.Column("input_tokens", sa.Integer, nullable=False, server_default="0"))
     op.execute("UPDATE keys SET role = 'owner' WHERE admin")
     _files()
     op.create_table(
@@ -89,6 +90,46 @@ def upgrade() -> None:
         sa.Column("detail", sa.JSON, nullable=False),
     )
     op.create_index("audit_page", "audit", ["organization", "created_at", "number"])
+    op.create_table(
+        "webhook_endpoints",
+        *_numbered(),
+        sa.Column("project", sa.String(64), sa.ForeignKey("projects.id"), nullable=False, index=True),
+        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("url", sa.Text, nullable=False),
+        sa.Column("event_types", sa.JSON, nullable=False),
+        sa.Column("secret", sa.Text, nullable=False),
+        sa.Column("old_secret", sa.Text),
+        sa.Column("old_until", sa.BigInteger),
+        sa.Column("hint", sa.String(16), nullable=False),
+        sa.Column("updated_at", sa.BigInteger, nullable=False),
+        sa.Column("deleted_at", sa.BigInteger),
+    )
+    op.create_table(
+        "deliveries",
+        sa.Column("number", BIG, primary_key=True, autoincrement=True),
+        sa.Column("id", sa.String(64), nullable=False),
+        sa.Column("endpoint", sa.String(64), nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("next_at", sa.Float, nullable=False),
+        sa.Column("status", sa.Integer),
+        sa.Column("created", sa.Float, nullable=False),
+    )
+    op.create_index("deliveries_due", "deliveries", ["state", "next_at"])
+    op.create_table(
+        "batches",
+        *_numbered(),
+        _project(),
+        sa.Column("key", sa.String(32), nullable=False),
+        sa.Column("endpoint", sa.String(64), nullable=False),
+        sa.Column("input_file", sa.String(64), nullable=False),
+        sa.Column("status", sa.String(16), nullable=False, index=True),
+        sa.Column("details", sa.JSON, nullable=False),
+        sa.Column("output_seconds", sa.BigInteger),
+        sa.Column("lease_until", sa.Float, nullable=False),
+    )
+    op.create_index("batches_page", "batches", ["project", "created_at", "number"])
     op.create_table(
         "secrets",
         sa.Column("project", sa.String(64), sa.ForeignKey("projects.id"), primary_key=True),
@@ -148,8 +189,10 @@ def _files() -> None:
 
 
 def downgrade() -> None:
-    for name in ("secrets", "audit", "usage", "creations", "parts", "uploads", "files", "blobs"):
+    made = ("secrets", "batches", "deliveries", "webhook_endpoints", "audit", "usage", "creations")
+    for name in (*made, "parts", "uploads", "files", "blobs"):
         op.drop_table(name)
+    op.drop_column("answers", "input_tokens")
     for name in ("role", "project"):
         op.drop_column("keys", name)
     for name in ("projects", "organizations"):

@@ -1,0 +1,119 @@
+"""Where the server may connect to when a client names the address: https, and nothing of the network that it stands in.
+
+The name is checked when it is given, and what it stands for at every connection: a name may stand for another address by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Collection
+from urllib.parse import SplitResult, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from dstune.serve.errors import ApiError
+
+MOST_CHARACTERS = 2048
+
+
+class Refused(OSError):
+    """The server does not connect there."""
+
+
+def checked_url(url: object, allowed: Collection[str]) -> str:
+    """allowed: `HOST[:PORT]` or `http://HOST:PORT` of the operator's own network. Raises ApiError."""
+    if not isinstance(url, str) or not 0 < len(url) <= MOST_CHARACTERS or not url.isprintable() or " " in url:
+        raise _refused(f"must be a URL of at most {MOST_CHARACTERS} characters")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise _refused("is no URL") from None
+    if parts.username is not None or parts.password is not None or parts.fragment or not parts.hostname:
+        raise _refused("must have a host, and neither a user nor a fragment")
+    if is_allowed(parts, allowed):
+        return url
+    if parts.scheme != "https":
+        raise _refused("must begin with https://")
+    if port == 0 or not parts.hostname.isascii():
+        raise _refused("must have a host name of ASCII characters and a port that can be reached")
+    host = parts.hostname
+    if (_address(host) is not None and not is_public(host)) or host == "localhost" or host.endswith(".localhost"):
+        raise _refused("must be an address of the internet")
+    return url
+
+
+def is_allowed(parts: SplitResult, allowed: Collection[str]) -> bool:
+    """Whether the operator names the host of a URL."""
+    host, netloc = (parts.hostname or "").lower(), parts.netloc.lower()
+    if parts.scheme == "https":
+        return host in allowed or netloc in allowed
+    return parts.scheme == "http" and f"http://{netloc}" in allowed
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, also inside of the forms that carry an IPv4 address."""
+    found = _address(address)
+    if found is None:
+        return False
+    if isinstance(found, ipaddress.IPv6Address):
+        for inner in (found.ipv4_mapped, found.sixtofour, (found.teredo or (None, None))[1]):
+            if inner is not None:
+                return is_public(str(inner))
+        if found in _TRANSLATED:
+            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+    return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
+
+
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+
+
+class PublicResolver(AbstractResolver):
+    """Addresses of host names, of the internet alone; one that is not refuses the name."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+        results: list[ResolveResult] = []
+        for kind, _, protocol, _, place in found:
+            if not is_public(str(place[0])):
+                raise Refused(f"{host} is in a network that is not public")
+            results.append(
+                ResolveResult(
+                    hostname=host, host=str(place[0]), port=port, family=kind, proto=protocol,
+                    flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                )
+            )  # fmt: skip
+        return results
+
+    async def close(self) -> None:
+        return
+
+
+def outward_session(*, allowed: bool, seconds: float) -> aiohttp.ClientSession:
+    """A client for one address that `checked_url` has let through. allowed: whether the operator names its host."""
+    connector = aiohttp.TCPConnector(
+        resolver=None if allowed else PublicResolver(), use_dns_cache=False, force_close=True, limit=1
+    )
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=seconds),
+        trust_env=False,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+def _refused(reason: str) -> ApiError:
+    return ApiError(400, f"Invalid url: {reason}.", param="url", code="invalid_url")

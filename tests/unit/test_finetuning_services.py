@@ -1,0 +1,401 @@
+"""Webhooks, batches, usage, costs, the audit log and secrets, with the official client where it knows them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+
+import openai
+import pytest
+
+from dstune.core.errors import DstuneError
+from dstune.serve import keys_command
+from dstune.serve.errors import ApiError
+from dstune.serve.finetuning import deliveries as deliveries_module
+from dstune.serve.finetuning.addresses import PublicResolver, checked_url, is_public
+from dstune.serve.finetuning.batches.lines import Answers
+from dstune.serve.finetuning.tables import Delivery, Secret, Usage
+from dstune.serve.finetuning.vault import Vault
+from dstune.serve.store.database import Database
+from dstune.serve.store.keys import Keys
+from tests.support.finetuning import cloud
+from tests.support.serving import listening
+
+
+def run(test, tmp_path, **options):
+    async def main():
+        async with cloud(tmp_path, **options) as found:
+            return await test(found)
+
+    return asyncio.run(main())
+
+
+class Receiver:
+    """What a webhook's receiver was sent, and what it says to that."""
+
+    def __init__(self, *statuses: int):
+        self.statuses, self.seen = list(statuses), []
+
+    async def __call__(self, scope, receive, send):
+        body = (await receive())["body"]
+        self.seen.append(({name.decode(): value.decode() for name, value in scope["headers"]}, body))
+        status = self.statuses.pop(0) if self.statuses else 200
+        headers = [(b"location", b"http://127.0.0.1:1/")] if status == 302 else []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x"})
+
+
+async def until(check, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it does not come"
+        await asyncio.sleep(0.02)
+
+
+# -- webhooks
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/", "ftp://example.org", "https://", "https://127.0.0.1/", "https://10.0.0.1/x", "https://[::1]/",
+        "https://169.254.169.254/latest/meta-data", "https://[::ffff:10.0.0.1]/", "https://[64:ff9b::a00:1]/",
+        "https://user:word@example.org/", "https://example.org/#x", "https://localhost/", "https://a.localhost/",
+        "https://exa mple.org/", "https://example.org:0/", "https://example.org:99999/", "https://bücher.example/", "x" * 3000,
+        "https://[::1", 5, None, "https://0.0.0.0/", "https://224.0.0.1/", "https://[fe80::1%25eth0]/",
+    ],
+)  # fmt: skip
+def test_addresses_that_no_webhook_may_have(url):
+    with pytest.raises(ApiError) as caught:
+        checked_url(url, frozenset())
+    assert (caught.value.status, caught.value.param) == (400, "url")
+
+
+def test_addresses_of_the_internet_and_of_the_operator():
+    assert checked_url("https://example.org:8443/a?b=c", frozenset())
+    assert checked_url("https://1.1.1.1/", frozenset())
+    allowed = frozenset({"hooks.internal", "http://127.0.0.1:9000"})
+    assert checked_url("https://hooks.internal/x", allowed)
+    assert checked_url("http://127.0.0.1:9000/x", allowed)
+    for url in ("http://127.0.0.1:9001/x", "http://hooks.internal/", "https://127.0.0.1:9000/"):
+        with pytest.raises(ApiError):
+            checked_url(url, allowed)
+    public = {
+        "1.1.1.1": True,
+        "192.168.1.1": False,
+        "100.64.0.1": False,
+        "2606:4700::1111": True,
+        "fd00::1": False,
+        "a": False,
+    }
+    assert {address: is_public(address) for address in public} == public
+
+
+def test_a_name_that_stands_for_a_private_address_is_refused_at_the_connection(monkeypatch):
+    answers = {"good.example": "1.1.1.1", "rebound.example": "127.0.0.1", "2130706433": "127.0.0.1"}
+
+    async def resolved(self, host, port, **options):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers[host], port))]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
+
+    async def test():
+        resolver = PublicResolver()
+        assert (await resolver.resolve("good.example", 443))[0]["host"] == "1.1.1.1"
+        for host in ("rebound.example", "2130706433"):
+            with pytest.raises(OSError, match="not public"):
+                await resolver.resolve(host, 443)
+
+    asyncio.run(test())
+
+
+def test_webhooks_as_the_client_verifies_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(deliveries_module, "PAUSES", (0.05,))
+
+    async def test():
+        receiver = Receiver(500, 302, 200)
+        async with listening(receiver) as url:
+            options = {"webhook_hosts": frozenset({url}), "delivery_seconds": 0.05}
+            async with cloud(tmp_path, api=options) as found:
+                client, other = found.openai(_strict_response_validation=True), found.openai(found.other)
+                kinds = ["fine_tuning.job.succeeded", "batch.completed"]
+                made = await client.webhooks.create(name="mine", url=f"{url}/hook", event_types=kinds)
+                assert made.signing_secret.startswith("whsec_")
+                await other.webhooks.create(name="theirs", url=f"{url}/hook", event_types=kinds)
+                with found.api.database.writing.begin() as session:
+                    found.api.webhooks.enqueue(session, "proj_default", "fine_tuning.job.succeeded", "ftjob-1")
+                    found.api.webhooks.enqueue(session, "proj_default", "fine_tuning.job.failed", "ftjob-2")
+                await until(lambda: len(receiver.seen) == 3)  # 500 and a redirect are not taken for an answer
+                await until(lambda: states(found) == ["delivered"])
+                assert len({headers["webhook-id"] for headers, _ in receiver.seen}) == 1
+                for headers, body in receiver.seen:
+                    event = client.webhooks.unwrap(body, headers, secret=made.signing_secret)
+                    assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", "ftjob-1")
+                    with pytest.raises(openai.InvalidWebhookSignatureError):
+                        client.webhooks.unwrap(body + b" ", headers, secret=made.signing_secret)
+                with found.api.database.session() as session:
+                    assert made.signing_secret not in str(session.query(Delivery).one().body)
+                kept = await client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+                tested = await client.webhooks.test(made.id, event_type="batch.completed")
+                assert tested.status_code == 200
+                headers, body = receiver.seen[-1]
+                for secret in (made.signing_secret, kept.signing_secret):
+                    assert client.webhooks.unwrap(body, headers, secret=secret).type == "batch.completed"
+                await client.webhooks.rotate_secret(made.id)
+                await client.webhooks.test(made.id, event_type="batch.completed")
+                with pytest.raises(openai.InvalidWebhookSignatureError):
+                    client.webhooks.unwrap(receiver.seen[-1][1], receiver.seen[-1][0], secret=kept.signing_secret)
+                updated = await client.webhooks.update(made.id, name="other")
+                assert (updated.name, updated.url) == ("other", f"{url}/hook")
+                assert [one.id async for one in client.webhooks.list()] == [made.id]
+                assert (await client.webhooks.retrieve(made.id)).signing_secret_hint.startswith("whsec_")
+                for call in (other.webhooks.retrieve, other.webhooks.delete, other.webhooks.rotate_secret):
+                    with pytest.raises(openai.NotFoundError):
+                        await call(made.id)
+                for given in (
+                    {"url": "http://127.0.0.1:1/"}, {"url": "https://10.1.1.1/"}, {"event_types": ["response.completed"]},
+                    {"event_types": []}, {"name": ""},
+                ):  # fmt: skip
+                    with pytest.raises(openai.BadRequestError):
+                        await client.webhooks.create(**{"name": "a", "url": f"{url}/", "event_types": kinds} | given)
+                assert (await client.webhooks.delete(made.id)).deleted
+                with pytest.raises(openai.NotFoundError):
+                    await client.webhooks.retrieve(made.id)
+
+    asyncio.run(test())
+
+
+def states(found) -> list[str]:
+    with found.api.database.session() as session:
+        return [row.state for row in session.query(Delivery)]
+
+
+def test_a_receiver_that_cannot_be_reached(tmp_path):
+    async def test(found):
+        client = found.openai()
+        made = await client.webhooks.create(name="a", url="https://nowhere.invalid/", event_types=["batch.completed"])
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.webhooks.test(made.id, event_type="batch.completed")
+        assert (caught.value.code, caught.value.message.count("nowhere")) == ("webhook_unreachable", 0)
+        assert "fine_tuning.job.succeeded" in (await client.webhooks.event_types.list()).data
+
+    run(test, tmp_path)
+
+
+# -- batches
+
+
+def requests(*bodies, url="/v1/chat/completions"):
+    lines = [
+        {"custom_id": f"r{number}", "method": "POST", "url": url, "body": body} for number, body in enumerate(bodies)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def chat(text, model="first"):
+    return {"model": model, "messages": [{"role": "user", "content": text}]}
+
+
+async def ended(client, batch):
+    for _ in range(400):
+        row = await client.batches.retrieve(batch)
+        if row.status in ("completed", "failed", "cancelled", "expired"):
+            return row
+        await asyncio.sleep(0.05)
+    raise AssertionError(row)
+
+
+def test_a_batch(tmp_path):
+    async def test(found):
+        client = found.openai(_strict_response_validation=True)
+        bodies = [chat(f"word {number}") for number in range(12)] + [chat("x", model="none"), chat("explode")]
+        file = await client.files.create(file=requests(*bodies), purpose="batch")
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file.id}
+        made = await client.batches.create(**given, metadata={"a": "b"})
+        assert (made.status, made.metadata) == ("validating", {"a": "b"})
+        again = {"x-stainless-retry-count": "1"}
+        assert (await client.batches.create(**given, metadata={"a": "b"}, extra_headers=again)).id == made.id
+        done = await ended(client, made.id)
+        assert (done.status, done.request_counts.total) == ("completed", 14), done
+        assert (done.request_counts.completed, done.request_counts.failed) == (12, 2)
+        content = (await client.files.content(done.output_file_id)).text.splitlines()
+        answers = {line["custom_id"]: line["response"] for line in map(json.loads, content)}
+        assert len(answers) == 12
+        assert answers["r3"]["body"]["choices"][0]["message"]["content"] == "word 3"
+        assert answers["r3"]["status_code"] == 200 and answers["r3"]["request_id"].startswith("req_")
+        errors = [json.loads(line) for line in (await client.files.content(done.error_file_id)).text.splitlines()]
+        assert {line["custom_id"]: line["response"]["status_code"] for line in errors} == {"r12": 404, "r13": 502}
+        assert errors[0]["response"]["body"]["error"].keys() == {"message", "type", "param", "code"}
+        assert (await client.files.retrieve(done.output_file_id)).purpose == "batch_output"
+        assert not list((tmp_path / "finetuning" / "batches").iterdir())
+        assert [one.id async for one in client.batches.list()] == [made.id]
+        with pytest.raises(openai.NotFoundError):
+            await found.openai(found.other).batches.retrieve(made.id)
+        with pytest.raises(openai.BadRequestError):
+            await client.batches.cancel(made.id)
+
+        bad = (
+            b'{"custom_id": "a"}\nnothing\n'
+            + requests(chat("a"), url="/v1/embeddings")
+            + requests({"stream": True}) * 2
+        )
+        file = await client.files.create(file=bad, purpose="batch")
+        failed = await ended(client, (await client.batches.create(**given | {"input_file_id": file.id})).id)
+        assert failed.status == "failed"
+        assert [(one.line, one.param, one.code) for one in failed.errors.data] == [
+            (1, "method", "invalid_request"), (2, None, "invalid_json_line"), (3, "url", "invalid_request"),
+            (4, "body.stream", "invalid_request"), (5, "body.stream", "invalid_request"),
+        ]  # fmt: skip
+        other = await client.files.create(file=requests(chat("a")), purpose="user_data")
+        for wrong, kind in (
+            ({"input_file_id": "file-none"}, openai.NotFoundError), ({"input_file_id": other.id}, openai.BadRequestError),
+            ({"endpoint": "/v1/images/edits"}, openai.BadRequestError), ({"completion_window": "1h"}, openai.BadRequestError),
+            ({"metadata": {"a" * 65: "b"}}, openai.BadRequestError),
+        ):  # fmt: skip
+            with pytest.raises(kind):
+                await client.batches.create(**given | wrong)
+        usage = found.openai(admin_api_key=found.owner, key=found.owner).admin.organization.usage
+        await found.gateway.recorder.flush()
+        page = await usage.completions(start_time=int(time.time()) - 3600, group_by=["model", "project_id"])
+        (used,) = [result for bucket in page.data for result in bucket.results]
+        assert (used.num_model_requests, used.input_tokens, used.output_tokens) == (12, 12, 24)
+        assert (used.model, used.project_id) == ("first", "proj_default")
+
+    run(test, tmp_path, models=["first"])
+
+
+def test_a_batch_is_cancelled(tmp_path):
+    async def test(found):
+        client = found.openai()
+        found.stub.seconds = 0.2
+        file = await client.files.create(file=requests(*[chat("a b c d e f")] * 40), purpose="batch")
+        made = await client.batches.create(
+            endpoint="/v1/chat/completions", completion_window="24h", input_file_id=file.id
+        )
+        await until(lambda: found.stub.finished >= 2)
+        assert (await client.batches.cancel(made.id)).status == "cancelling"
+        done = await ended(client, made.id)
+        assert done.status == "cancelled" and done.cancelled_at
+        assert (await client.batches.cancel(made.id)).status == "cancelled"
+        lines = (await client.files.content(done.output_file_id)).text.splitlines()
+        assert 2 <= len(lines) < 40
+        assert done.request_counts.completed == len(lines)
+
+    run(test, tmp_path, models=["first"])
+
+
+def test_a_batch_goes_on_behind_a_torn_line(tmp_path):
+    answers = Answers(tmp_path / "output.jsonl")
+    answers.add({"custom_id": "a"})
+    answers.add({"custom_id": "b"})
+    with answers.path.open("ab") as file:
+        file.write(b'{"custom_id": "c", "resp')
+    again = Answers(answers.path)
+    assert again.ids == {"a", "b"}
+    again.add({"custom_id": "c"})
+    assert [json.loads(line)["custom_id"] for line in answers.path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_no_batch_without_a_model(tmp_path):
+    async def test(found):
+        client = found.openai()
+        file = await client.files.create(file=requests(chat("a")), purpose="batch")
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.batches.create(endpoint="/v1/chat/completions", completion_window="24h", input_file_id=file.id)
+        assert caught.value.code == "no_models"
+
+    run(test, tmp_path)
+
+
+# -- the organization
+
+
+def test_usage_costs_and_the_audit_log_are_of_the_own_organization(tmp_path):
+    async def test(found):
+        now = int(time.time())
+        with found.api.database.writing.begin() as session:
+            for project, tokens in (("proj_default", 100), ("proj_default", 50), ("proj_other", 7)):
+                session.add(
+                    Usage(
+                        project=project, key="k", kind="training", object="ftjob-1", model="m", tokens=tokens,
+                        device_seconds=2.0, cost=0.25, created_at=now,
+                    )
+                )  # fmt: skip
+        owner = found.http(found.owner)
+        start = {"start_time": str(now - 86_400 * 2)}
+        page = (await owner.get("/v1/organization/usage/fine_tuning", params=start)).json()
+        assert [len(bucket["results"]) for bucket in page["data"]] == [0, 0, 1]
+        result = page["data"][2]["results"][0]
+        assert (result["trained_tokens"], result["device_seconds"], result["num_jobs"]) == (150, 4.0, 2)
+        first = (await owner.get("/v1/organization/usage/fine_tuning", params=start | {"limit": "1"})).json()
+        assert (len(first["data"]), first["has_more"]) == (1, True)
+        admin = found.openai(found.owner, admin_api_key=found.owner).admin.organization
+        costs = await admin.usage.costs(start_time=now - 10, group_by=["line_item"])
+        assert [(one.amount.value, one.line_item) for one in costs.data[0].results] == [(0.5, "training m")]
+        for bad in (
+            {},
+            {"start_time": "x"},
+            start | {"limit": "99"},
+            start | {"group_by[]": "user"},
+            start | {"end_time": "1"},
+        ):
+            assert (await owner.get("/v1/organization/costs", params=bad)).status_code == 400
+
+        client = found.openai()
+        file = await client.files.create(file=b"x", purpose="batch")
+        await found.openai(found.other).files.create(file=b"x", purpose="batch")
+        entries = [one async for one in admin.audit_logs.list(limit=1)]
+        assert [(one.type, one.project.id) for one in entries] == [("file.created", "proj_default")]
+        assert entries[0].model_extra["file.created"]["id"] == file.id
+        assert entries[0].actor.api_key.id
+        listed = await owner.get("/v1/organization/audit_logs", params={"event_types[]": "file.deleted"})
+        assert listed.json()["data"] == []
+        for path in ("audit_logs", "usage/completions", "costs", "usage/fine_tuning"):
+            answer = await found.http().get(f"/v1/organization/{path}", params=start)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "role")
+
+    run(test, tmp_path)
+
+
+def test_secrets_are_kept_encrypted(tmp_path):
+    async def test(found):
+        owner = found.http(found.owner)
+        value = "0123456789abcdef"
+        assert (await owner.post("/v1/secrets", json={"name": "wandb", "value": value})).status_code == 200
+        assert (await owner.post("/v1/secrets", json={"name": "wandb", "value": value[::-1]})).status_code == 200
+        listed = (await owner.get("/v1/secrets")).json()["data"]
+        assert [one["name"] for one in listed] == ["wandb"] and value not in json.dumps(listed)
+        assert (await found.http(found.other).get("/v1/secrets")).json()["data"] == []
+        with found.api.database.session() as session:
+            sealed = session.query(Secret).one().value
+            assert found.api.vault.read(session, "proj_default", "wandb") == value[::-1]
+            assert found.api.vault.read(session, "proj_other", "wandb") is None
+        assert value[::-1] not in sealed
+        assert (tmp_path / "vault-key").stat().st_mode & 0o077 == 0
+        (tmp_path / "other").mkdir()
+        with pytest.raises(DstuneError, match="another vault-key"):
+            Vault(tmp_path / "other").open(sealed)
+        assert (await owner.post("/v1/secrets", json={"name": "openai", "value": value})).status_code == 400
+        assert (await found.http().get("/v1/secrets")).status_code == 403
+        assert (await owner.delete("/v1/secrets/wandb")).json()["deleted"]
+        assert (await owner.delete("/v1/secrets/wandb")).status_code == 404
+
+    run(test, tmp_path)
+
+
+def test_keys_of_projects_and_roles(tmp_path, capsys):
+    state = tmp_path / "serving"
+    words = ["--organization", "acme", "--state", str(state), "--json"]
+
+    def added(*more: str):
+        assert keys_command.main(["add", *more, *words]) == 0
+        return Keys(Database.of_folder(state)).find(json.loads(capsys.readouterr().out)["key"])
+
+    one = added("one", "--project", "a", "--role", "read-only")
+    two, three = added("two", "--project", "a", "--role", "owner"), added("three", "--project", "b")
+    assert (one.role, two.role, three.role) == ("read_only", "owner", "member")
+    assert one.project == two.project != three.project
+    assert one.organization == two.organization == three.organization
+    assert [one.has_role(role) for role in ("read_only", "member", "owner")] == [True, False, False]
