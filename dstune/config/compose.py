@@ -513,8 +513,16 @@ def continue_run(old: Composed, new: Composed) -> RunConfig:
 
 def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
     """Of a run that goes on as `config`: where its values come from, those that have not changed."""
-    same = {key: attrgetter(key) for key in stored.origins}
-    return {key: stored.origins[key] for key, value in same.items() if value(config) == value(stored.config)}
+
+    def same(key: str) -> bool:
+        value = attrgetter(key)
+        try:
+            return bool(value(config) == value(stored.config))
+        except AttributeError:  # of another choice
+            return False
+
+    # Keys of a stranger's run.yaml may be any text.
+    return {key: origin for key, origin in stored.origins.items() if key in all_keys() and same(key)}
 
 
 OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")

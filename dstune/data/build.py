@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -103,20 +103,9 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
 
     Raises UserError with the first turn that is trained otherwise.
     """
-    if data.evidence is None or not tokenizer.chat_template:
+    if data.evidence is None:
         return Proof()
-    formats = ["messages"] * len(tasks_of(config))
-    several = list(zip(tasks_of(config).values(), formats, strict=True))
-    encode = RowTokenizer(
-        tokenizer,
-        config.task,
-        "messages",
-        config.data.max_length,
-        data.labels,
-        several=several,
-        sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
-    )
-    found = evidence.prove(tokenizer, encode, data.train.table, data.evidence)
+    found = _proven(config, tokenizer, data.labels, data.train.table, data.evidence)
     counts = data.report.get("train", {})
     conversations, samples = counts.get("conversations", 0), counts.get("samples", 0)
     if not task_of(config.task).splits_conversations or samples <= conversations:
@@ -126,6 +115,24 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
         "tokens, since the chat template rewrites earlier turns (docs/chat-templates.md; task.turns=last trains one of each)"
     )
     return replace(found, note="; ".join(filter(None, [found.note, grown])))
+
+
+def _proven(config: RunConfig, tokenizer: Any, labels: Sequence[str], table: datasets.Dataset, kept: Path) -> Proof:
+    """The proof of the samples in `table`, of which the rows in `kept` are some. Raises UserError."""
+    if not tokenizer.chat_template:
+        return Proof()
+    formats = ["messages"] * len(tasks_of(config))
+    several = list(zip(tasks_of(config).values(), formats, strict=True))
+    encode = RowTokenizer(
+        tokenizer,
+        config.task,
+        "messages",
+        config.data.max_length,
+        tuple(labels),
+        several=several,
+        sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
+    )
+    return evidence.prove(tokenizer, encode, table, kept)
 
 
 @dataclass(frozen=True)
@@ -379,6 +386,9 @@ class Builder:
             meta["stream"] = self._finish_block(folder, chosen)
         (folder / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(work)
+        kept = folder / evidence.FILE
+        if self._held_out is not None and kept.is_file():  # the ranks prove the first block, before their first step
+            _proven(config, self._tokenizer, labels, load_split(folder, "train").table, kept)
 
     def _read(self, part: str, work: Path, bad: BadRows) -> dict[str, Table]:
         read = {}

@@ -154,7 +154,7 @@ def members(archive: Path) -> list[str]:
     try:
         with zipfile.ZipFile(archive) as opened_archive:
             names = opened_archive.namelist()
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         reason = f"no whole .zip file: {first_line(error)}"
         raise UserError(Problem(where=str(archive), reason=reason, fix="copy or compress it again")) from None
     hidden = ("__MACOSX/", ".")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from dstune.core.parsing import parse_json
@@ -65,7 +66,7 @@ def message_of(number: int, message: Any) -> Message:
     """The message that is called `number`. Raises RowError."""
     if not isinstance(message, dict):
         raise RowError(f"message {number} must be an object with role and content")
-    message = without_none(message)
+    message = without_none(message, GIVEN)
     name = message.pop("role", None) or message.pop("from", None)
     role = ROLE_NAMES.get(name) if isinstance(name, str) else None
     if role is None:
@@ -217,10 +218,15 @@ def from_json(text: str, complaint: str) -> Any:
         raise RowError(f"{complaint}: {error}") from None
 
 
-def without_none(value: Any) -> Any:
-    """`value` without the keys whose value is None: Parquet gives every object the keys of all of them."""
+GIVEN = ("arguments", "parameters")
+"""Keys of a call with what its function is given, where null is a value like any other."""
+
+
+def without_none(value: Any, but: Collection[str] = ()) -> Any:
+    """`value` without the keys whose value is None, which say nothing. but: keys below which they do."""
     if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
+        kept = {key: item for key, item in value.items() if item is not None}
+        return {key: item if key in but else without_none(item, but) for key, item in kept.items()}
     if isinstance(value, list):
-        return [without_none(item) for item in value]
+        return [without_none(item, but) for item in value]
     return value

@@ -140,11 +140,44 @@ def text_or_nothing(value: Any, column: str) -> str:
 def tools_of(value: Any) -> list[dict[str, Any]]:
     """JSON schemas of the tools that a conversation may call, each as templates and servers take it:
     `{type: function, function: {name, description, parameters}}`, also where only the inner object is given. Raises RowError."""
-    if isinstance(value, str):
+    is_text = isinstance(value, str)
+    if is_text:
         value = from_json(value, "tools are not JSON")
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("tools must be a list of JSON schemas")
-    return [_tool(without_none(tool)) for tool in value]
+    # Objects that were in a table once have the keys of all of them; a text is what somebody wrote.
+    return [_tool(tool if is_text else without_none(tool)) for tool in value]
+
+
+def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    """`messages` without arguments that are null and that their function does not have, as far as `tools` say what it takes.
+
+    JSON that was a table once gives every call the arguments of all.
+    """
+    takes: dict[str, Any] = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        if isinstance(parameters := function.get("parameters"), dict) and isinstance(
+            parameters.get("properties"), dict
+        ):
+            takes[str(function.get("name"))] = parameters["properties"]
+    if not takes or not any(message.get("tool_calls") for message in messages):
+        return messages
+
+    def kept(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        known = takes.get(function["name"])
+        if known is None or None not in function["arguments"].values():
+            return call
+        arguments = {key: value for key, value in function["arguments"].items() if value is not None or key in known}
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    return [
+        {**message, "tool_calls": [kept(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +193,7 @@ def conversation_row(
     """A chat row of these messages, with the tools that the row gives. silence: an answer that says nothing may be learned
     from. Raises RowError."""
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
+    messages = without_strange_nulls(messages, tools)
     parallel = fields.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
         raise RowError(f"parallel_tool_calls must be true or false, it is {format_value(parallel)}")

@@ -25,6 +25,7 @@ from dstune.data.messages import (
     tools_of,
     with_input,
     with_system,
+    without_strange_nulls,
 )
 from dstune.data.problems import RowError, format_value
 from dstune.data.values import messages_in
@@ -66,6 +67,7 @@ def pair_row(fields: Mapping[str, Any]) -> Row:
         row = {"prompt": prompt, **answers}
     else:
         row = _conversations(prompt, answers, system)
+        row = {name: without_strange_nulls(messages, tools) for name, messages in row.items()}
         if tools:
             row["tools"] = tools
         if arguments:

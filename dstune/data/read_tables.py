@@ -79,6 +79,7 @@ def _broken(file: DataFile, kind: str, error: Exception) -> UserError:
 def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
     """The rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
     classes = _class_names(schema)
+    nested = [field.name for field in schema if _has_objects(field.type)]
     for batch in batches:
         for start in range(0, len(batch), ROWS_PER_BATCH):  # one batch may hold the whole file
             part = batch.slice(start, ROWS_PER_BATCH)
@@ -93,6 +94,8 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
                     continue
                 for column, names in classes.items() if fields else ():
                     fields[column] = _named(fields[column], names)
+                for column in nested if fields else ():
+                    fields[column] = _without_absent(fields[column])
                 yield RawRow(file, number, fields, fault)
 
 
@@ -143,6 +146,20 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
         if isinstance(feature, datasets.ClassLabel) and feature.names:
             found[column] = list(feature.names)
     return found
+
+
+def _has_objects(kind: Any) -> bool:
+    """Whether a type of Arrow is one of objects, or of lists of them."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_struct(kind)) or any(_has_objects(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _without_absent(value: Any) -> Any:
+    """`value` without the keys of objects that are null: a table gives each object the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_absent(item) for key, item in value.items() if item is not None}
+    return [_without_absent(item) for item in value] if isinstance(value, list) else value
 
 
 def _named(value: Any, names: list[str]) -> Any:

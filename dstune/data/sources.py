@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+from dstune import samples
 from dstune.config.data_schema import DataConfig, TextRows
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file, read_object
@@ -119,10 +120,15 @@ def expand(
     names none after a colon. subset, revision: of a data set on the hub, which has to be in the cache of `datasets`.
     Raises UserError if there is no such file, it is empty, or its ending names no known format.
     """
-    if spec.startswith("sample://"):
-        from dstune import samples
-
-        return [DataFile(samples.resolve(spec, fetch=False))]
+    if samples.is_sample(spec):
+        uri, named = samples.without_slice(spec)
+        file = DataFile(samples.resolve(uri, fetch=False))
+        files = []
+        for chosen in slices.parse(named, key, spec):
+            if chosen.name:
+                raise UserError(Problem(key, "a sample has no splits", f"a slice of it: '{uri}:[:20%]'", spec))
+            files += slices.apply(chosen, [file], count, key, spec)
+        return files
     if "://" in spec:
         reason = "only files of this machine and data sets of the hub are read"
         raise UserError(Problem(where=key, value=spec, reason=reason, fix="download it and give the path of the file"))

@@ -91,6 +91,6 @@ class Unread:
     def _of(self, fields: Mapping[str, Any]) -> list[str]:
         expanded = self._form().expand(fields)
         self.columns |= expanded.keys()
-        read = columns_read(self._form, self._mapping, expanded) | self._except_for
+        read = columns_read(self._form, self._mapping, expanded) | self._except_for | (fields.keys() - expanded.keys())
         looks = content_names() | set(self._mapping.values())
         return [column for column in fields if column in looks and column not in read]

@@ -80,7 +80,11 @@ def _described(found: Import) -> dict[str, Any]:
     here = Path(found.raw.get("_file", ".")).absolute().parent
     for base in (Path(), *[here, *here.parents][:4]):
         file = base / folder / "dataset_info.json"
-        if file.is_file():
+        try:
+            exists = file.is_file()
+        except OSError:  # a name that is too long for a file
+            exists = False
+        if exists:
             try:
                 content = parse_json(read_file(file))
             except (OSError, ValueError) as error:

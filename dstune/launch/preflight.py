@@ -139,8 +139,7 @@ def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:
     """
     given = getattr(config.data, part)
     if samples.is_sample(given):
-        fetch_sample(key, given, "data", stage)
-        return
+        fetch_sample(key, samples.without_slice(given)[0], "data", stage)
     try:
         sources.of_part(config.data, part, key)
     except UserError as error:
@@ -157,7 +156,7 @@ def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
     """
     given = getattr(data, part)
     if samples.is_sample(given):
-        fetch_sample(f"data.{part}", given, "data", stage)
+        fetch_sample(f"data.{part}", samples.without_slice(given)[0], "data", stage)
         return data
     return hub_data.resolve(data, stage) if hub_name(given) else replace(data, subset=None, revision=None)
 

@@ -211,6 +211,12 @@ def is_sample(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
+def without_slice(spec: str) -> tuple[str, str | None]:
+    """The URI of a data sample, and the slices of it that `spec` names behind a colon."""
+    name, colon, slices = spec.removeprefix(SCHEME).partition(":")
+    return SCHEME + name, slices if colon else None
+
+
 def resolve(uri: str, fetch: bool = True) -> Path:
     """What `uri` stands for: a folder in Hugging Face layout (model), or a JSONL file (data).
 

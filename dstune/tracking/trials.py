@@ -19,6 +19,8 @@ SWEEP_FILE = "sweep.yaml"
 RECORDS = "trials"
 FINISHED = ("completed", "stopped", "pruned")
 """Statuses of a trial that is not started again."""
+MAX_SECONDS = 1e11
+"""Three thousand years."""
 TRAINING_LOSS = "training_loss"
 """What trials without validation rows are compared by: the mean of the last tenth of the steps."""
 
@@ -74,7 +76,9 @@ def _is_record(found: Any) -> bool:
     if not isinstance(found.values, dict) or not isinstance(found.objective, dict):
         return False
     numbers = (found.number, found.seconds, found.starts, *found.objective.values())
-    return all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in numbers)
+    if not all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in numbers):
+        return False
+    return 0 <= found.seconds < MAX_SECONDS  # which NaN is not
 
 
 def read_records(sweep: Path) -> list[Record]:

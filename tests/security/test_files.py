@@ -15,6 +15,10 @@ from dstune.checkpoint import store
 from dstune.core import files, handoff
 from dstune.core.errors import UserError
 from dstune.launch import records
+from dstune.launch.console import Console
+from dstune.launch.hosts import Ssh
+from dstune.launch.remote import RemoteLaunch
+from dstune.launch.remote_commands import RemotePlan
 from dstune.rank.finalize import write_result
 from dstune.tracking.jsonl import JsonLines
 
@@ -137,6 +141,16 @@ def test_names_in_a_marker_stay_in_their_checkpoint(tmp_path: Path) -> None:
     assert not store.is_committed(whole)
 
 
-def test_what_a_launcher_reads_is_for_this_user_alone(tmp_path: Path) -> None:
-    files.write(tmp_path / ".deepspeed_env", "A=1\n", mode=0o600)
-    assert stat.S_IMODE((tmp_path / ".deepspeed_env").stat().st_mode) == 0o600
+def test_what_a_launcher_reads_is_for_this_user_alone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher takes variables from a file, with values of the user's environment in it."""
+
+    def nodes(self: RemoteLaunch) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(RemoteLaunch, "_open_nodes", nodes)
+    plan = RemotePlan(("true",), {}, {".deepspeed_env": "A=1\n"}, {}, {"node1": [0]})
+    with pytest.raises(InterruptedError):
+        RemoteLaunch(plan, Ssh(), run_dir, "no-such-launch", 1.0, Console()).run([])
+    written = run_dir / "launch" / ".deepspeed_env"
+    assert written.read_text() == "A=1\n"
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600

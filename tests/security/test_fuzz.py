@@ -75,8 +75,12 @@ KEPT: list[tuple[str, Any]] = [
         },
     ),
     ("sweep", {"sweep.yaml": b"objective: []", "trials": [b'{"name": "../a", "number": 1, "values": {}}']}),
+    ("sweep", {"sweep.yaml": b"", "trials": [b'{"name": "a", "number": 1, "values": {}, "seconds": NaN}']}),
+    ("llama-factory", yaml_text(LLAMA_FACTORY | {"dataset_dir": "x" * 300})),
     ("dstune.json", b'{"x": 1}'),
     ("adapter_config.json", b'{"peft_type": "LORA", "r": 8, "modules_to_save": [null]}'),
+    ("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "a", "target_modules": ["a", null]}'),
+    ("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "a", "target_modules": 1.5}'),
     ("slurm", "12|12|RUNNING\na notice of the site\n"),
     ("probe", "DSTUNE_PROBE [1"),
 ]

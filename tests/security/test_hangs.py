@@ -44,7 +44,9 @@ def merges() -> str:
 
 
 @pytest.mark.parametrize(
-    "text", [bomb(), merges(), "&a [*a]", "a: &a {b: *a}", "[" * 5000, "- " * 5000, "9" * 5000, "2024-13-45"]
+    "text",
+    [bomb(), merges(), "&a [*a]", "a: &a {b: *a}", "[" * 5000, "- " * 5000, "9" * 5000, "2024-13-45"],
+    ids=["bomb", "merges", "itself", "itself in a mapping", "brackets", "dashes", "digits", "no date"],
 )
 def test_yaml_that_grows_or_never_ends(text: str) -> None:
     start = time.process_time()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.configs import run_config
 
+from dstune.config import trust
 from dstune.config.callbacks import check_callbacks, chosen_callbacks
 from dstune.config.compose import Composed, compose, read_run, write_run
 from dstune.config.convert import dump, load
@@ -70,7 +71,7 @@ def test_a_stored_run_names_no_module_of_the_working_directory(hostile: Path) ->
         (hostile / "run.yaml").write_text(dump({**content, "plugins": [entry]}))
         with pytest.raises(UserError):
             read_run(hostile / "run.yaml")
-        with pytest.raises(UserError):
+        with trust.from_flags(["--trust", plugins.KEY]), pytest.raises(UserError, match="no such module"):
             read_run(hostile / "run.yaml", [plugins.ACCEPT])
     assert not list(hostile.rglob("owned"))
 

@@ -147,7 +147,10 @@ def test_a_plugin_does_not_run(verb: str, stranger: Stranger, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("verb", ["train", "train --cfg", "plan", "data show", "predict", "evaluate", "upgrade"])
-def test_a_module_of_callbacks_is_not_imported(verb: str, stranger: Stranger) -> None:
+def test_a_module_of_callbacks_is_not_imported(verb: str, stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if it were installed: what is not is refused whoever names it.
+    monkeypatch.syspath_prepend(stranger.folder)
+    monkeypatch.setenv("PYTHONPATH", str(stranger.folder), prepend=os.pathsep)
     (stranger.folder / "evil_callback.py").write_text(
         f"import pathlib; pathlib.Path({str(stranger.sentinel)!r}).write_text('ran')"
     )

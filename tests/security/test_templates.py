@@ -39,6 +39,20 @@ def test_a_template_without_end_is_refused(name):
     assert time.process_time() - start < 2.0, "the work is done in a child"
 
 
+def test_a_template_is_tried_once(monkeypatch):
+    tried = []
+
+    def without_end(work, seconds):
+        tried.append(seconds)
+        raise TooMuch("takes more than 1.9 s")
+
+    monkeypatch.setattr(chat_template, "in_child", without_end)
+    for _ in range(2):
+        with pytest.raises(UserError, match="chat template is refused"):
+            ChatRenderer(byte_tokenizer(CHATML + "{# tried once #}"), "2025-03-09")
+    assert len(tried) == 1
+
+
 FAULTY = {
     "endless_macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "division": "{{ 1 / 0 }}",

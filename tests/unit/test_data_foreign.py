@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, write_jsonl
 
 from dstune.config.data_schema import SourceConfig, SplitConfig
 from dstune.core.errors import UserError
 from dstune.core.rank_env import RankEnv
+from dstune.data import sources
 from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import check_task, recognise
@@ -159,6 +162,21 @@ OF_PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "LLaMA-Factory v1",
         {"chosen_messages": V1, "rejected_messages": [*V1[:2], {**V1[2], "content": parts(("text", "No"))}]},
         {"prompt": [S, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "ms-swift, messages",
+        {"messages": [S, U, A], "rejected_response": "No"},
+        {"prompt": [S, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "ms-swift, query and response",
+        {"query": "Hi", "response": "Yes", "rejected_response": "No", "history": [["And now?", "Still yes"]]},
+        {"prompt": [U2, A2, U], "chosen": [A], "rejected": [NO]},
+    ),
+    (
+        "ms-swift, two conversations",
+        {"messages": [U, A], "rejected_messages": [U, NO]},
+        {"prompt": [U], "chosen": [A], "rejected": [NO]},
     ),
     (
         "Alpaca ranking",
@@ -325,9 +343,57 @@ def test_a_class_beside_a_chat_is_no_verdict():
 
 def test_pairs_are_no_chats_unless_the_format_is_named():
     row = {"messages": [U, A], "chosen": [U, A], "rejected": [U, NO]}
-    with pytest.raises(UserError, match=r"(?s)of another task than chat.*task=preference or task=reward"):
-        read(row, CHAT)
+    for each in (row, {"messages": [U, A], "rejected_response": "No"}):
+        with pytest.raises(UserError, match=r"(?s)of another task than chat.*task=preference or task=reward"):
+            read(each, CHAT)
     check_task("messages", row, {}, "messages", CHAT, "rows.jsonl:1")
+
+
+def test_a_pair_of_ms_swift_is_read_whole(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [U, A], "rejected_response": "No"}] * 3)
+    config = data_run(path, task=PAIRS, split=NOTHING_HELD_OUT)
+    data = prepared(config, byte_tokenizer(), tmp_path / "cache")
+    assert data.report["train"].get("unread_columns", {}) == {}
+    tokenizer = byte_tokenizer()
+    for name, text in (("labels", "Yes<|im_end|>"), ("rejected_labels", "No<|im_end|>")):
+        assert tokenizer.decode([one for one in data.train.table[0][name] if one != NO_TARGET]) == text
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}, "y": {}}}}
+
+
+@pytest.mark.parametrize("task", [CHAT, PAIRS], ids=["chat", "pairs"])
+def test_an_argument_that_is_null_is_trained_where_the_function_has_it(tmp_path, task):
+    def called(arguments):
+        call = {"type": "function", "id": None, "function": {"name": "f", "arguments": arguments}}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+    def arguments_of(row):
+        row = normalise(row, recognise(row, {}, "auto", task, "x"), {}, task)
+        (call,) = (row["messages"] if "messages" in row else row["chosen"])[-1]["tool_calls"]
+        assert "id" not in call
+        return call["function"]["arguments"]
+
+    def row_of(arguments, **more):
+        if task is CHAT:
+            return {"messages": [U, called(arguments)], **more}
+        return {"prompt": [U], "chosen": [called(arguments)], "rejected": [called({"x": 9})], **more}
+
+    given = {"x": 1, "y": None, "of another function": None}
+    assert arguments_of(row_of(given)) == given
+    assert arguments_of(row_of(given, tools=[FUNCTION])) == {"x": 1, "y": None}
+    assert arguments_of(row_of(json.dumps(given))) == given
+    # A table gives each object the keys of all.
+    rows = [row_of({"x": 1, "y": None}), row_of({"x": None, "y": 2})]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (file,) = sources.expand(str(tmp_path / "rows.parquet"), "data.train")
+    assert [arguments_of(row.fields) for row in sources.read(file)] == [{"x": 1}, {"y": 2}]
+
+
+def test_schemas_that_are_text_are_given_as_they_are():
+    schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer", "default": None}}}}
+    (tool,) = read({"messages": [U, A], "tools": json.dumps([schema])}, CHAT)[1]["tools"]
+    assert tool["function"] == schema
 
 
 @pytest.mark.parametrize(

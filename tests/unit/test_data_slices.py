@@ -12,6 +12,7 @@ import pytest
 from datasets import ReadInstruction
 from unit.data_helpers import data_run, write_jsonl
 
+from dstune import samples
 from dstune.core.errors import UserError
 from dstune.data import slices, sources
 from dstune.data.hub import HubName, hub_name
@@ -110,6 +111,18 @@ def test_parts_of_one_split_are_trained_and_validated(folder):
 def test_what_is_no_slice(folder, split, reason):
     with pytest.raises(UserError, match=reason):
         read(f"{folder}:{split}")
+
+
+def test_slices_of_a_sample(monkeypatch, tmp_path):
+    rows = write_jsonl(tmp_path / "data.jsonl", texts("r", 10))
+    monkeypatch.setattr(samples, "resolve", lambda uri, fetch: {"sample://chitchat": rows}[uri])
+    assert read("sample://chitchat:[:20%]") == ["r0", "r1"]
+    assert read("sample://chitchat:[8:]+[:1]") == ["r8", "r9", "r0"]
+    assert len(read("sample://chitchat")) == 10
+    with pytest.raises(UserError, match="a sample has no splits"):
+        read("sample://chitchat:train[:5]")
+    with pytest.raises(UserError, match="is no slice of a split"):
+        read("sample://chitchat:[5]")
 
 
 def test_a_stream_takes_no_slice(folder):

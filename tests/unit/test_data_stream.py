@@ -26,6 +26,7 @@ from dstune.data.blocks import Blocks
 from dstune.data.build import block_builder
 from dstune.data.files import DataFile
 from dstune.data.stream import FileShard, Position, Stream
+from dstune.data.tokenize import conversations
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.trainer.data_loader import StreamingLoader
 
@@ -166,6 +167,16 @@ def test_rows_held_out_of_the_first_block_are_in_no_block(tmp_path):
     assert not held_out & set(samples)
     first = {tuple(data.train.sample(index)["input_ids"]) for index in range(len(data.train.lengths))}
     assert len(first | set(samples)) == 60 - len(held_out)
+
+
+def test_later_blocks_are_proven_too(tmp_path, monkeypatch):
+    config = streaming(tmp_path)
+    data = prepared(config, byte_tokenizer(), tmp_path / "cache")
+    begin, held_out = Position(**data.stream.end), np.load(data.stream.held_out)
+    monkeypatch.setattr(conversations, "target_mask", lambda offsets, spans: np.ones(len(offsets), dtype=bool))
+    (tmp_path / "block").mkdir()
+    with pytest.raises(UserError, match="not trained as a server would render it"):
+        block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards)(tmp_path / "block")
 
 
 def test_the_disk_holds_two_blocks_beside_the_first_and_a_cursor_finds_its_place(tmp_path, opened):

@@ -40,8 +40,8 @@ _TRIED: list[tuple[Messages, bool]] = [
     ([_USER, _ASSISTANT], False),
     ([{"role": "system", "content": "c"}, _USER, _ASSISTANT, _USER, _ASSISTANT, _USER], True),
 ]
-_tame: set[str] = set()
-"""Templates that were tried in this process."""
+_tried: dict[str, str] = {}
+"""Templates that were tried in this process, with why they are refused; empty where they are not."""
 
 
 class RenderError(ValueError):
@@ -106,8 +106,6 @@ class ChatTemplate:
 
         A template is a program: `{{ 10**(10**9) }}` would hold this process, and no signal could end it.
         """
-        if source in _tame:
-            return
 
         def render() -> None:
             for messages, prompt in _TRIED:
@@ -120,11 +118,14 @@ class ChatTemplate:
                 except Exception:  # it refuses this conversation, which may be what it is for
                     continue
 
-        try:
-            in_child(render, TRIAL_SECONDS)
-        except TooMuch as error:
-            raise UserError(_untamed(f"to print a conversation of three messages {error}")) from None
-        _tame.add(source)
+        if source not in _tried:
+            try:
+                in_child(render, TRIAL_SECONDS)
+                _tried[source] = ""
+            except TooMuch as error:
+                _tried[source] = f"to print a conversation of three messages {error}"
+        if reason := _tried[source]:
+            raise UserError(_untamed(reason))
 
     @contextmanager
     def _as_row_error(self) -> Iterator[None]:

@@ -110,14 +110,20 @@ def _refuse_other_kind(settings: dict[str, Any], expected: str, key: str, folder
 
 
 def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
-    """A setting of peft in the type that ours has; None where it says nothing."""
+    """A setting of peft in the type that ours has; None where it says nothing. Raises UserError where it has another one."""
     value = settings.get(name)
+    names = value if isinstance(value, list) else [] if value is None or isinstance(value, str) else [None]
+    if isinstance(ours, list) and not all(isinstance(one, str) for one in names):
+        problem = Problem(
+            "adapter_config.json", f"{name} is no list of names", "an adapter as peft saves it", str(value)
+        )
+        raise UserError(problem)
     if name == "modules_to_save":
         return sorted(set(value or []) - HEADS)
     if name == "target_modules" and isinstance(value, str) and value != "all-linear":
         return None
     if isinstance(ours, list):
-        return None if value is None else [value] if isinstance(value, str) else sorted(value)
+        return None if value is None else sorted([value] if isinstance(value, str) else value)
     return float(value) if isinstance(ours, float) and isinstance(value, int) else value
 
 

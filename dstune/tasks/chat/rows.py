@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from dstune.data.media import holds_something
 from dstune.data.messages import alpaca, conversation_of, conversation_row, plain_exchange, with_system
 from dstune.data.preferences import is_verdict
 from dstune.data.values import text, text_or_messages
@@ -38,7 +39,9 @@ class ConversationFormat(RowFormat):
         for column in (mapping.get("label", "label"), "kto_tag"):
             if column in fields and is_verdict(fields[column]):
                 return JUDGED
-        return COMPARED.format(self.name) if not named and {"chosen", "rejected"} <= fields.keys() else ""
+        worse = any(holds_something(fields.get(column)) for column in ("rejected_response", "rejected_messages"))
+        pair = worse or {"chosen", "rejected"} <= fields.keys()
+        return COMPARED.format(self.name) if pair and not named else ""
 
 
 @row_format

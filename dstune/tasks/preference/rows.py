@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dstune.data.messages import after_history, conversation_of, plain_exchange, with_input
@@ -27,8 +28,28 @@ class PreferenceFormat(RowFormat):
         "tools": ("functions",),
     }
 
+    def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As ms-swift has pairs: what was answered in `messages` or `response`, the worse answer in `rejected_response`, or the
+        conversation with it in `rejected_messages`."""
+        worse, messages = fields.get("rejected_response"), fields.get("messages")
+        if "rejected" in fields or "chosen" in fields:
+            return fields
+        if messages and fields.get("rejected_messages"):
+            return _instead(fields, ("messages",), chosen=messages)
+        if isinstance(worse, str) and isinstance(messages, list) and messages:
+            instead = [*messages[:-1], {"role": "assistant", "content": worse}]
+            return _instead(fields, ("messages", "rejected_response"), chosen=messages, rejected=instead)
+        if isinstance(worse, str) and "response" in fields:
+            return _instead(fields, ("response", "rejected_response"), chosen=fields["response"], rejected=worse)
+        return fields
+
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         return pair_row(found)
+
+
+def _instead(fields: Mapping[str, Any], of: Sequence[str], **columns: Any) -> dict[str, Any]:
+    """`fields` with other columns in the place of some."""
+    return {name: value for name, value in fields.items() if name not in of} | columns
 
 
 class Judged(RowFormat):

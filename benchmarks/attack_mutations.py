@@ -1,0 +1,236 @@
+"""What undoes each defence of docs/security.md, by the test that holds it (`mutations.py`)."""
+
+from __future__ import annotations
+
+from benchmarks.mutations import Mutation, undo
+
+_OWN = "if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:"
+_PLAIN = "flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)"
+_VISIBLE = "return _OBEYED.sub(written, text)"
+_PRINTED = "stdout, sys.stdout = sys.stdout, Filtered(sys.stdout, visible_but_colours)"
+_OF_BASE = "return places <= {base.path} and all(code in known or code == own for code in carried)"
+
+_BY_ATTACK: dict[str, Mutation] = {
+    # Ranks and processes.
+    "groups.test_a_stranger_in_the_place_of_a_rank_is_refused_before_the_first_object": undo(
+        "core/distributed.py", "if not hmac.compare_digest(given, proof(other)):", "if False:"
+    ),
+    "groups.test_a_local_launch_meets_in_a_folder_of_its_own": undo(
+        "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
+    ),
+    "groups.test_the_secret_of_a_slurm_job_is_for_this_user_alone": undo(
+        "core/rendezvous.py", "SECRET_FILE, secrets.token_hex(32), mode=0o600)", "SECRET_FILE, secrets.token_hex(32))"
+    ),
+    "files.test_handoff_files_are_this_users_own": undo("core/files.py", _OWN, "if False:"),
+    "files.test_a_node_does_not_write_through_a_link": undo(
+        "launch/node.py",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW",
+        "os.O_WRONLY | os.O_CREAT | os.O_TRUNC",
+    ),
+    "files.test_what_a_launcher_reads_is_for_this_user_alone": undo(
+        "launch/remote.py", "files.write(self.folder / name, text, mode=0o600)", "files.write(self.folder / name, text)"
+    ),
+    "manage.test_cancel_leaves_processes_alone_that_are_no_launch": undo(
+        "launch/records.py",
+        "return process if alive and _holds(process, run_dir / LOCK) else None",
+        "return process if alive else None",
+    ),
+    "manage.test_a_record_that_is_none_counts_for_nothing": undo(
+        "launch/records.py", "        if numbers\n        and jobs\n", "        if True\n"
+    ),
+    "manage.test_no_value_begins_a_line_or_an_option_of_the_script": undo(
+        "config/launch_rules.py", "if CONTROL.search(text):", "if False:"
+    ),
+    "manage.test_a_script_is_one_even_past_validation": undo(
+        "launch/slurm/script.py", "if not path.isprintable():", "if False:"
+    ),
+    "leaks.test_a_host_is_no_option_and_no_list": undo(
+        "launch/host_slots.py", "elif not HOST.fullmatch(match[1]):", "elif False:"
+    ),
+    "leaks.test_options_of_ssh_end_before_the_host": undo("launch/hosts.py", '"--", host, shlex', "host, shlex"),
+    # Code.
+    "plugins.test_a_callback_of_the_working_directory_is_not_imported": undo(
+        "config/callbacks.py", " or not plugin_files.is_installed(module):", ":"
+    ),
+    "plugins.test_a_stored_run_imports_none_either": undo(
+        "config/callbacks.py", " or not plugin_files.is_installed(module):", ":"
+    ),
+    "plugins.test_a_module_in_a_package_of_the_working_directory_is_no_plugin": undo(
+        "core/plugin_files.py", "if below and top is not None and not installed:", "if False:"
+    ),
+    "plugins.test_a_stored_run_names_no_module_of_the_working_directory": undo(
+        "core/plugins.py", "if source.is_file and not plugin.is_file:", "if False:"
+    ),
+    "plugins.test_the_command_finds_no_module_beside_it": undo(
+        "core/plugin_files.py",
+        'package, *below = name.split(".")',
+        'sys.path.insert(0, os.getcwd()); package, *below = name.split(".")',
+    ),
+    "import.test_the_code_of_a_model_is_not_trusted_by_somebodys_file": undo(
+        "importing/axolotl.py", '"trust_remote_code": own_code', '"trust_remote_code": same("model.trust_remote_code")'
+    ),
+    "import.test_no_key_or_value_leaves_its_place": undo(
+        "importing/convert.py", "{one_line(key)}: {one_line(dropped.reason)}", "{key}: {dropped.reason}"
+    ),
+    "import.test_a_file_name_stays_in_its_comment": undo(
+        "importing/convert.py", "{one_line(source.name)}", "{source.name}"
+    ),
+    "import.test_references_are_not_carried_over": undo(
+        "importing/convert.py", "    _without_references(found)\n    _finish(found)", "    _finish(found)"
+    ),
+    # Runs of others.
+    "runs_of_others.test_code_of_a_model_does_not_run": undo(
+        "config/schema.py",
+        "trust_remote_code: bool = setting(False, signed=True)",
+        "trust_remote_code: bool = setting(False)",
+    ),
+    "runs_of_others.test_a_plugin_does_not_run": undo("config/trust.py", "    if stored:\n", "    if False:\n"),
+    "runs_of_others.test_a_module_of_callbacks_is_not_imported": undo(
+        "config/schema.py", "setting([], signed=_by_module)", "setting([])"
+    ),
+    "runs_of_others.test_no_variable_is_resolved": undo("config/trust.py", "if _refers(value) or (", "if ("),
+    "runs_of_others.test_a_job_of_others_is_not_submitted": undo(
+        "launch/slurm/config.py", ", signed=True)", ")", count=6
+    ),
+    "runs_of_others.test_a_program_of_others_does_not_start_ranks": undo(
+        "launch/openmpi/config.py", ", signed=True)", ")", count=4
+    ),
+    "runs_of_others.test_ranks_are_not_started_on_hosts_of_others": undo(
+        "launch/openmpi/config.py",
+        "hostfile: str | None = setting(None, signed=True)",
+        "hostfile: str | None = setting(None)",
+    ),
+    "runs_of_others.test_metrics_do_not_go_to_others": undo(
+        "tracking/trackers/wandb.py",
+        ", signed=lambda mode: mode == WandbMode.online.name)",
+        ")",
+        ("tracking/trackers/mlflow.py", "setting(None, signed=True)", "setting(None)"),
+    ),
+    "runs_of_others.test_words_of_a_sweep_of_others_are_not_repeated": undo(
+        "config/trust.py", "if doubtful or folders:", "if False:"
+    ),
+    "runs_of_others.test_an_export_of_others_resolves_no_variable": undo(
+        "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
+    ),
+    "runs_of_others.test_code_that_somebody_put_into_an_own_run_does_not_run": undo(
+        "checkpoint/model_code.py", _OF_BASE, "return True"
+    ),
+    "runs_of_others.test_the_signature_fits_no_other_value": undo(
+        "config/trust.py", "of.get(key) != signing.digest(one)}", "key not in of}"
+    ),
+    "runs_of_others.test_a_key_that_others_can_read_signs_nothing": undo(
+        "core/files.py", " or found.st_mode & 0o077:", ":"
+    ),
+    "runs_of_others.test_folders_of_a_strangers_run_lead_nowhere": undo(
+        "config/run_links.py", 'if not (run / "run.yaml").is_file() or LINKS in believed(run):', "if True:"
+    ),
+    "messages.test_what_others_send_runs_nothing": undo(
+        "core/messages.py", "return unpacked(json.loads(message[8:end]))", 'return __import__("pickle").loads(message)'
+    ),
+    "two_users.test_the_second_user_gets_nothing_of_a_running_launch": undo(
+        "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
+    ),
+    "two_users.test_the_second_user_redirects_nothing_by_being_first": undo(
+        "core/rendezvous.py", "found = json.loads(files.read_own(place))", "found = json.loads(place.read_bytes())"
+    ),
+    # Files.
+    "files.test_records_replace_links_and_do_not_follow_them": undo(
+        "core/files.py",
+        "    temporary = path.with_name(",
+        "    return path.write_bytes(data) and None\n    temporary = path.with_name(",
+    ),
+    "files.test_rows_are_not_appended_through_a_link": undo(
+        "tracking/jsonl.py",
+        'files.write(path, b"".join(kept), sync=True)',
+        'path.write_bytes(b"".join(kept))',
+        ("core/files.py", _PLAIN, "flags, mode)"),
+    ),
+    "files.test_logs_are_plain_files": undo("core/files.py", _PLAIN, "flags | os.O_NONBLOCK, mode)"),
+    "files.test_the_lock_is_no_link": undo(
+        "launch/records.py", "files.open_plain(run_dir / LOCK", "os.open(run_dir / LOCK"
+    ),
+    "files.test_pruning_leaves_the_checkpoint_behind_a_link": undo(
+        "checkpoint/store.py", "doomed = [path for path in doomed if not path.is_symlink()]", "doomed = list(doomed)"
+    ),
+    "files.test_names_in_a_marker_stay_in_their_checkpoint": undo(
+        "checkpoint/store.py", "for name in sizes if not _is_inside(name)]", "for name in ()]"
+    ),
+    "leaks.test_a_saved_data_set_reads_no_file_outside_its_folder": undo(
+        "data/sources.py", "if strange := [name for name in names if not", "if strange := [name for name in () if not"
+    ),
+    "leaks.test_a_split_is_a_name": undo(
+        "data/sources.py",
+        "isinstance(name, str) and _is_name(name) for name in splits",
+        "isinstance(name, str) for name in splits",
+    ),
+    "leaks.test_a_password_that_is_written_out_is_refused_and_not_repeated": undo(
+        "config/secret_rules.py", "        if found:\n", "        if False:\n"
+    ),
+    "leaks.test_a_run_directory_can_be_closed_to_others": undo(
+        "launch/rundir.py", "path.chmod(config.run.mode.value)", "pass"
+    ),
+    # Terminals.
+    "terminal.test_text_of_others_is_made_visible": undo("core/text.py", _VISIBLE, "return text"),
+    "terminal.test_status_and_runs_show_a_prepared_result": undo("cli/__init__.py", _PRINTED, "stdout = sys.stdout"),
+    "terminal.test_the_command_line_itself_is_repeated_harmlessly": undo("core/text.py", _VISIBLE, "return text"),
+    "terminal.test_what_a_package_below_reports_passes_through_the_command": undo(
+        "cli/__init__.py", _PRINTED, "stdout = sys.stdout"
+    ),
+    # Hangs and memory.
+    "templates.test_a_template_without_end_is_refused": undo(
+        "data/chat/template.py", "            self._try(source)\n", "", case="loops"
+    ),
+    "templates.test_a_faulty_template_is_a_message": undo(
+        "data/chat/template.py",
+        "except Exception as error:  # a template is a program",
+        "except RenderError as error:  #",
+    ),
+    "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
+        "data/chat/template.py",
+        "        except TooMuch as error:\n            self._slow_rows += 1",
+        "        except RenderError as error:\n            self._slow_rows += 1",
+        case="loops",
+    ),
+    "templates.test_a_template_that_is_slow_for_many_rows_is_refused": undo(
+        "data/chat/template.py", "if self._slow_rows >= MAX_SLOW_ROWS:", "if False:"
+    ),
+    "templates.test_what_no_signal_reaches_ends_the_process": undo(
+        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, seconds * _HARD)\n", ""
+    ),
+    "hangs.test_a_pattern_that_backtracks": undo(
+        "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
+    ),
+    "hangs.test_settings_of_an_adapter_that_are_none": undo(
+        "methods/_peft/files.py", "    if not isinstance(settings, dict):\n", "    if False:\n"
+    ),
+    "hangs.test_yaml_that_grows_or_never_ends": undo(
+        "core/parsing.py", "if size > MAX_NODES:", "if False:", case="bomb"
+    ),
+    "hangs.test_json_that_is_too_deep_or_too_long": undo(
+        "core/parsing.py", "    check_depth(text)\n    return value", "    return value"
+    ),
+    "hangs.test_rows_around_a_bad_one_are_read": undo(
+        "data/read_text.py", 'after = end_of_json(text, start) if text[start] in "[{" else None', "after = None"
+    ),
+    "hangs.test_a_field_without_end_is_one_bad_row": undo(
+        "core/parsing.py",
+        "while line := stream.readline(limit + 1):",
+        "while line := stream.readline():",
+        ("core/parsing.py", "        if size <= limit:\n", "        if True:\n"),
+    ),
+    "hangs.test_a_field_of_a_table_without_end_is_one_bad_row": undo(
+        "data/read_tables.py", "if _bytes(part) <= MAX_ROW_BYTES:", "if True:"
+    ),
+    "hangs.test_a_model_of_impossible_size": undo(
+        "config/architectures.py", "if number > limit:", "if False:", case="change2"
+    ),
+    "hangs.test_one_bad_directory_takes_no_other_run_from_the_list": undo(
+        "report/run_files.py", "def shaped_result(", "def shaped_result(result):\n    return result\n\n\ndef _unused("
+    ),
+    "hangs.test_a_pipe_or_a_device_is_not_read_for_ever": undo(
+        "core/parsing.py", "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"
+    ),
+    "hangs.test_a_file_without_end_is_not_read_whole": undo("core/parsing.py", "if len(content) > limit:", "if False:"),
+}
+
+MUTATIONS = {f"tests/security/test_{test.replace('.', '.py::', 1)}": one for test, one in _BY_ATTACK.items()}
