@@ -115,6 +115,17 @@ _BY_ATTACK: dict[str, Mutation] = {
     "runs_of_others.test_code_that_somebody_put_into_an_own_run_does_not_run": undo(
         "checkpoint/model_code.py", _OF_BASE, "return True"
     ),
+    "runs_of_others.test_a_signed_run_is_served_without_what_somebody_put_into_its_export": undo(
+        "checkpoint/model_code.py", _OF_BASE, "return True"
+    ),
+    "runs_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names": undo(
+        "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
+    ),
+    "runs_of_others.test_origins_of_a_strangers_run_name_keys_alone": undo(
+        "config/compose.py",
+        "if key in all_keys() and same(key)}",
+        "if attrgetter(key)(config) == attrgetter(key)(stored.config)}",
+    ),
     "runs_of_others.test_the_signature_fits_no_other_value": undo(
         "config/trust.py", "of.get(key) != signing.digest(one)}", "key not in of}"
     ),

@@ -4,7 +4,8 @@
 usage: python benchmarks/attacks.py [--run]
 
 Prints the table of docs/security.md (`python tools/guides.py` puts it there). `--run` replays all of them with pytest first
-and prints how many were held.
+and prints how many were held. Each was seen to succeed: `python benchmarks/mutations.py attacks` takes its defence out of a copy
+of the tree, in the file of the last column, and sees its test fail.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder only
+
+from benchmarks.attack_mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests" / "security"
@@ -26,6 +31,11 @@ class Attack:
     held: str
     test: str
     """File and function in tests/security, as `files.test_name`."""
+
+    @property
+    def place(self) -> str:
+        """Of the test, as pytest is given it."""
+        return f"tests/security/test_{self.test.replace('.', '.py::', 1)}"
 
 
 ATTACKS = (
@@ -55,7 +65,10 @@ ATTACKS = (
         "files.test_handoff_files_are_this_users_own",
     ),
     Attack(
-        "a node's log is a link", "remote ranks", "never followed", "files.test_a_node_does_not_write_through_a_link"
+        "what a node is handed goes to a place that is a link",
+        "remote ranks",
+        "made anew, never followed",
+        "files.test_a_node_does_not_write_through_a_link",
     ),
     Attack(
         "secrets for a launcher are read by another user",
@@ -206,6 +219,24 @@ ATTACKS = (
         "runs_of_others.test_code_that_somebody_put_into_an_own_run_does_not_run",
     ),
     Attack(
+        "code put into the export of a signed run",
+        "`dstune serve`",
+        "that export is not served",
+        "runs_of_others.test_a_signed_run_is_served_without_what_somebody_put_into_its_export",
+    ),
+    Attack(
+        "the base of a stranger's adapter is named by a variable",
+        "`dstune serve`",
+        "resolved in your own alone",
+        "runs_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names",
+    ),
+    Attack(
+        "origins of values are names of attributes",
+        "`run.yaml`",
+        "keys alone are looked up",
+        "runs_of_others.test_origins_of_a_strangers_run_name_keys_alone",
+    ),
+    Attack(
         "a signature is taken to another value or key",
         "`run.yaml`",
         "a digest of each",
@@ -248,7 +279,12 @@ ATTACKS = (
         "the link is replaced",
         "files.test_records_replace_links_and_do_not_follow_them",
     ),
-    Attack("`metrics.jsonl` is one", "run directory", "refused", "files.test_rows_are_not_appended_through_a_link"),
+    Attack(
+        "`metrics.jsonl` is one",
+        "run directory",
+        "the link is replaced",
+        "files.test_rows_are_not_appended_through_a_link",
+    ),
     Attack("a log is a link or a pipe", "run directory", "refused", "files.test_logs_are_plain_files"),
     Attack("the lock is a link", "run directory", "refused", "files.test_the_lock_is_no_link"),
     Attack(
@@ -403,10 +439,11 @@ ATTACKS = (
 
 def table() -> str:
     """The attacks as a Markdown table."""
-    lines = ["| attack | where | how it is held | test |", "| --- | --- | --- | --- |"]
+    lines = ["| attack | where | how it is held | test | seen to succeed without |", "| --- | --- | --- | --- | --- |"]
     for one in ATTACKS:
         file, _, name = one.test.partition(".")
-        cells = (one.what, one.where, one.held, f"`{name}` in `tests/security/test_{file}.py`")
+        undone = ", ".join(f"`{place}`" for place in MUTATIONS[one.place].files)
+        cells = (one.what, one.where, one.held, f"`{name}` in `tests/security/test_{file}.py`", undone)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -416,7 +453,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--run", action="store_true", help="replay them first")
     code = 0
     if arguments.parse_args(argv).run:
-        tests = sorted({f"{TESTS}/test_{one.test.replace('.', '.py::', 1)}" for one in ATTACKS})
+        tests = sorted({one.place for one in ATTACKS})
         code = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
         print(f"{len(ATTACKS)} attacks, {'all of them held' if code == 0 else 'not all of them held'}\n")
     print(table(), end="")

@@ -9,16 +9,21 @@ from typing import Any
 
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
+from dstune.core.parsing import read_object
 
 
 def is_of_base(folder: Path, base: ModelConfig) -> bool:
     """Whether the model in `folder` would run no other code than its base, which must be on this machine, and dstune's own.
 
-    `model.trust_remote_code` of a run consents to the code of its base model alone.
+    `model.trust_remote_code` of a run consents to the code of its base model alone. An adapter names its base itself.
     """
+    from dstune.checkpoint.model_folder import base_name
     from dstune.models import pooled
     from dstune.models.load import model_folder
 
+    named = (read_object(folder / "adapter_config.json") or {}).get("base_model_name_or_path", base_name(base))
+    if named != base_name(base):
+        return False
     carried = [file.read_bytes() for file in folder.rglob("*.py")]
     places = {name.partition("--")[0] for file in folder.glob("*.json") for name in _maps(file) if "--" in name}
     if not carried and places <= {base.path}:

@@ -26,7 +26,7 @@ def read_parquet(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
                 group += 1
             batches = table.iter_batches(batch_size=ROWS_PER_BATCH, row_groups=range(group, table.num_row_groups))
             yield from _rows(file, table.schema_arrow, batches, before, skip)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(file, "Parquet", error) from None
 
 
@@ -38,7 +38,7 @@ def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
         with pa.memory_map(str(file.path)) as source:
             schema, batches = _batches(source)
             yield from _rows(file, schema, batches, skip=skip)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(file, "Arrow", error) from None
 
 
@@ -66,7 +66,7 @@ def count_rows(file: DataFile) -> int | None:
         if file.ending in (".arrow", ".feather"):
             with pa.memory_map(str(file.path)) as source:
                 return sum(len(batch) for batch in _batches(source)[1])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(file, file.ending[1:].capitalize(), error) from None
     return None
 
@@ -138,7 +138,12 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
     try:
         features = datasets.Features.from_arrow_schema(schema)
-    except (ValueError, TypeError, KeyError):  # types of a newer release, or of images: the columns as they are
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # types of a newer release, or of images: the columns as they are
         return {}
     found = {}
     for column, feature in features.items():

@@ -31,9 +31,11 @@ def main(run: Path, scratch: Path) -> int:
     from dstune.checkpoint import store
     from dstune.checkpoint.export import current_export, export_checkpoint, find_checkpoint, refuse_damaged
     from dstune.checkpoint.record import NAME as RECORD
+    from dstune.config.run_links import refuse_links
     from dstune.inference.reference import add_reference
 
     try:
+        refuse_links(run)  # a reference is written into the export
         folder = current_export(run)
         if folder is None:
             checkpoint = find_checkpoint(run, "last")

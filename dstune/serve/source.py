@@ -12,9 +12,11 @@ from typing import Any
 from dstune.checkpoint.export import current_export
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.compose import read_run
+from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
+from dstune.inference.resolve_model import base_of
 from dstune.protocols import TASKS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
@@ -142,18 +144,15 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     if not kind.generates and not kind.serves:
         reason = f"is a model for task={task}, which has no route"
         raise UserError(Problem("MODEL", reason, "dstune predict answers files of rows", path))
-    adapter = _object(folder / "adapter_config.json")
+    adapter = (folder / "adapter_config.json").is_file()
     date = (record.get("task") or {}).get("template_date")
     made = Source(
-        name, folder.resolve(), path, task, kind.generates, kind.serves, bool(adapter), base=str(folder.resolve()),
+        name, folder.resolve(), path, task, kind.generates, kind.serves, adapter, base=str(folder.resolve()),
         trust_remote_code=trust_remote_code, template_date=date,
     )  # fmt: skip
     if adapter:
-        base = adapter.get("base_model_name_or_path")
-        if not isinstance(base, str):
-            fix = "write the hub id or the folder of its base into base_model_name_or_path"
-            raise UserError(Problem(str(folder / "adapter_config.json"), "does not name its base", fix))
-        made = replace(made, base=base, base_revision=adapter.get("revision"))
+        base = base_of(folder, ModelConfig())
+        made = replace(made, base=base.path, base_revision=base.revision)
     return made
 
 

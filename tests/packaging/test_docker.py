@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from cluster import image
+from packaging.requirements import Requirement
 from support.tiny import save_decoder, write_dialogues
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,29 @@ def test_what_is_copied_into_the_images_is_there() -> None:
             for source in line.split()[:-1]:
                 assert (ROOT / source).exists(), f"{file.name}: {source}"
                 assert source.split("/")[0] not in ignored
+
+
+def test_the_images_are_installed_from_locked_versions_in_the_ranges_of_the_package() -> None:
+    lines = (DOCKER / "requirements.txt").read_text().splitlines()
+    locked = {}
+    for at, line in enumerate(lines):
+        if found := re.match(r"([a-z0-9-]+)==([^ ;]+)", line):
+            assert lines[at + 1].lstrip().startswith("--hash=sha256:"), line
+            locked[found[1]] = found[2]
+        else:
+            assert line.lstrip().startswith("--hash=sha256:"), line  # no index, no address
+    name, _, version = (DOCKER / "torch.txt").read_text().strip().partition("==")
+    assert name == "torch" and name not in locked
+    locked[name] = version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["mpi"], *extras["serve"]]:
+        needed = Requirement(text)
+        assert needed.specifier.contains(locked[needed.name.lower().replace("_", "-")]), text
+    for file in DOCKER.glob("Dockerfile.*"):
+        installed = re.findall(r"pip install ([^&\n]*)", file.read_text())
+        assert sum("--require-hashes -r docker/requirements.txt" in words for words in installed) == 1
+        assert any("--no-deps ." in words for words in installed)
 
 
 def test_the_nodes_of_the_compose_file_are_those_of_its_hostfile() -> None:

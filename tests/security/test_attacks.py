@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import fault_mutations
+from benchmarks.attack_mutations import MUTATIONS
 from benchmarks.attacks import ATTACKS, TESTS, table
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,14 @@ def test_there_are_at_least_forty_kinds() -> None:
 def test_each_attack_has_its_test(attack) -> None:
     file, _, name = attack.test.partition(".")
     assert name in names_in(TESTS / f"test_{file}.py")
+
+
+def test_each_attack_has_what_undoes_its_defence() -> None:
+    """And each change is of a text that the code has."""
+    assert {one.place for one in ATTACKS} <= MUTATIONS.keys()
+    for mutation in (*MUTATIONS.values(), *fault_mutations.MUTATIONS.values()):
+        for change in mutation.changes:
+            change.applied(ROOT)
 
 
 def test_the_page_has_the_table() -> None:

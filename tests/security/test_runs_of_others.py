@@ -292,7 +292,9 @@ def test_an_export_of_others_resolves_no_variable(stranger: Stranger) -> None:
     assert words == ["data.max_length=8", "data.packing=false"]
 
 
-@pytest.mark.parametrize("fault", ["other code", "further code", "code of another repository", "no checkpoint"])
+@pytest.mark.parametrize(
+    "fault", ["other code", "further code", "code of another repository", "another base", "no checkpoint"]
+)
 def test_code_that_somebody_put_into_an_own_run_does_not_run(fault: str, stranger: Stranger) -> None:
     """Of a run that was lent and came back: signed, and its base model is trusted."""
     from dstune.checkpoint.export import exported
@@ -303,10 +305,14 @@ def test_code_that_somebody_put_into_an_own_run_does_not_run(fault: str, strange
     export = stranger.run / "export"
     shutil.copytree(stranger.model, export)
     base = read(stranger).model
+    settings = {"base_model_name_or_path": str(stranger.model.resolve())}
+    (export / "adapter_config.json").write_text(json.dumps(settings))
     assert is_of_base(export, base)
     if fault == "code of another repository":
         maps = {"auto_map": {"AutoConfig": "evil/model--own_code.Evil"}}
         (export / "config.json").write_text(json.dumps(json.loads((export / "config.json").read_text()) | maps))
+    elif fault == "another base":  # with code of its own
+        (export / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/model"}))
     else:
         (export / ("own_code.py" if fault == "other code" else "evil.py")).write_text("evil()")
     assert not is_of_base(export, base)
@@ -314,6 +320,53 @@ def test_code_that_somebody_put_into_an_own_run_does_not_run(fault: str, strange
         shutil.rmtree(stranger.run / "checkpoints")
         with pytest.raises(UserError, match="--trust-remote-code"):
             exported(stranger.run, stranger.folder / "scratch")
+
+
+def test_a_signed_run_is_served_without_what_somebody_put_into_its_export(stranger: Stranger) -> None:
+    from dstune.serve import source
+
+    (stranger.model / "own_code.py").write_text("")
+    mine(stranger, "model.trust_remote_code=true")
+    export = stranger.run / "export"
+    shutil.copytree(stranger.model, export)
+    (export / "dstune.json").write_text(json.dumps({"task": {"name": "chat"}, "checkpoint": store.tag(2)}))
+    (export / "reference.json").write_text("{}")
+    os.utime(export / "config.json")
+    assert not source.needs_preparation(str(stranger.run))
+    served = source.resolve("", str(stranger.run))
+    assert served.trust_remote_code and served.folder == export.resolve()
+    stranger.user()
+    with pytest.raises(UserError, match=r"--trust model\.trust_remote_code"):
+        source.resolve("", str(stranger.run))
+    stranger.at_home()
+    (export / "evil.py").write_text(EVIL_CODE.format(sentinel=str(stranger.sentinel)))
+    assert source.needs_preparation(str(stranger.run)), "it is exported anew, from the checkpoint"
+    assert stranger.attack("serve", "--check", "--state", str(stranger.folder / "state")) != 0
+    assert not stranger.sentinel.exists()
+
+
+def test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names(
+    stranger: Stranger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = stranger.folder / "export"
+    export.mkdir()
+    settings = {"base_model_name_or_path": "${oc.env:HF_TOKEN}.evil/model"}
+    (export / "adapter_config.json").write_text(json.dumps(settings))
+    assert main(["serve", str(export), "--state", str(stranger.folder / "state")]) == 2
+    said = capsys.readouterr()
+    assert "--trust model.path" in said.err and TOKEN not in said.err + said.out
+
+
+@pytest.mark.parametrize("name", ["__class__.__init__.__globals__", "run.dir.nothing", "method.rank", "x"])
+def test_origins_of_a_strangers_run_name_keys_alone(name: str, stranger: Stranger) -> None:
+    """Where values come from, by key: what is no key is left out, and no attribute of that name is looked up."""
+    from dstune.config.compose import kept_origins, read_run
+
+    stranger.give()
+    stranger.edit(lambda content: content.update(origins={name: "evil", "optimizer.lr": "the default of method=full"}))
+    stored = read_run(stranger.run / "run.yaml")
+    assert kept_origins(stored, stored.config) == {"optimizer.lr": "the default of method=full"}
+    assert stranger.attack("train --cfg") == 0
 
 
 def test_an_own_export_finds_its_base_by_a_variable(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +561,7 @@ def test_launches_at_once_agree_on_one_key(stranger: Stranger) -> None:
 # ---- folders that are links ----
 
 
-@pytest.mark.parametrize("verb", ["train", "export", "upgrade", "prune"])
+@pytest.mark.parametrize("verb", ["train", "export", "upgrade", "prune", "serve"])
 def test_folders_of_a_strangers_run_lead_nowhere(
     verb: str, stranger: Stranger, capsys: pytest.CaptureFixture[str]
 ) -> None:
