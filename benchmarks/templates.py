@@ -2,6 +2,7 @@
 
     python benchmarks/templates.py [--folder FOLDER] [--markdown FILE] [--only NAME] [--show DIALOGUE] [--marked]
     python benchmarks/templates.py --families [--folder FOLDER]
+    python benchmarks/templates.py --factors
 
 Templates are read from installed packages (TRL ships those of 40 models), from dstune, and with `--folder` from the
 `.jinja` files of a folder; none of them but dstune's is part of this repository. The source package of llama-cpp-python
@@ -23,6 +24,9 @@ context and the answer are the same, token by token. A turn that one of the two 
 
 With `--marked` the templates are those in which TRL marks what is to be trained (`{% generation %}`), and their marks are
 compared with the rule (`task.turns=all`): `=`, or how many tokens only the marks and only the rule train.
+
+With `--factors` conversations of 3, 10 and 40 exchanges with reasoning in each are rendered with a template that drops it from
+the history, and the tokens of all samples divided by those of the longest.
 """
 
 from __future__ import annotations
@@ -387,6 +391,22 @@ def _kind_of(pieces: list[tuple[str, str | None] | None]) -> str:
     return "equal" if answer == their_answer else "context"
 
 
+def print_factors(name: str = "dstune/chatml") -> None:
+    tokenizer = tokenizer_for(family_of(name), templates()[name])
+    encode = RowTokenizer(tokenizer, ChatConfig(template_date=DATE), "messages", max_length=1_000_000)
+    for exchanges in (3, 10, 40):
+        messages = [
+            message
+            for number in range(exchanges)
+            for message in (
+                user(f"{number} {'question ' * 20}"),
+                says("answer " * 20, reasoning_content="thought " * 10),
+            )
+        ]
+        lengths = [len(sample.input_ids) for sample in encode.samples([prepared({"messages": messages})], [0])]
+        print(f"{exchanges} exchanges: {len(lengths)} samples, {sum(lengths) / max(lengths):.1f} times the tokens")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="read the .jinja files of this folder instead")
@@ -395,7 +415,11 @@ def main() -> int:
     parser.add_argument("--show", help="print what is trained of this dialogue")
     parser.add_argument("--marked", action="store_true", help="compare TRL's marked templates with the rule")
     parser.add_argument("--families", action="store_true", help="compare dstune's templates with those of the families")
+    parser.add_argument("--factors", action="store_true", help="tokens of conversations whose history is rewritten")
     options = parser.parse_args()
+    if options.factors:
+        print_factors()
+        return 0
     if options.families:
         compare_families(options.folder)
         return 0

@@ -305,6 +305,19 @@ def test_a_family_that_shows_the_prompt_alone_has_the_context_of_ours():
     assert found == expected
 
 
+@pytest.mark.parametrize("name", ["llama3", "gpt_oss"])
+def test_formats_of_one_call_refuse_several_by_that_reason(name):
+    """As their families do; a server could not write them either."""
+    from dstune.data.render import ChatRenderer, RenderError
+
+    one = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [one, one]}]
+    renderer = ChatRenderer(tokenizer(name), "2025-03-09")
+    assert renderer.passages([messages[0], {**messages[1], "tool_calls": [one]}])
+    with pytest.raises(RenderError, match="this format has one tool call in a message"):
+        renderer.passages(messages)
+
+
 def test_a_base_model_speaks_by_prompts(tmp_path):
     """The answer is the target, the end of the text included; Alpaca's input has its own heading."""
     config = data_run(
