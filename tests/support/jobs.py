@@ -34,6 +34,7 @@ class StubLauncher:
 
     alive: set[str] = field(default_factory=set)
     started: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    environments: list[Mapping[str, str]] = field(default_factory=list)
     validates: bool = True
     """Whether files are good at once."""
 
@@ -42,6 +43,7 @@ class StubLauncher:
         if job in self.alive:
             return False
         self.started.append((job, dict(task)))
+        self.environments.append(env)
         if task["phase"] == "validate" and self.validates:
             write(folder.validated, {"training_file": {"rows": ROWS}, "warnings": []})
             return True

@@ -16,11 +16,15 @@ from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import deliveries as deliveries_module
 from dstune.serve.finetuning.addresses import PublicResolver, checked_url, is_public
 from dstune.serve.finetuning.batches.lines import Answers
+from dstune.serve.finetuning.jobs.build import Parts
+from dstune.serve.finetuning.jobs.folder import JobFolder, write
+from dstune.serve.finetuning.jobs.reconciler import Machine
 from dstune.serve.finetuning.tables import Delivery, Secret, Usage
 from dstune.serve.finetuning.vault import Vault
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
 from tests.support.finetuning import cloud
+from tests.support.jobs import StubLauncher, StubPlans
 from tests.support.serving import listening
 
 
@@ -182,6 +186,49 @@ def test_a_receiver_that_cannot_be_reached(tmp_path):
         assert "fine_tuning.job.succeeded" in (await client.webhooks.event_types.list()).data
 
     run(test, tmp_path)
+
+
+def test_the_end_of_a_job_is_told_and_its_processes_get_the_projects_own_key(tmp_path):
+    presets = tmp_path / "models.yaml"
+    presets.write_text(json.dumps({"models": {"tiny": {"path": "base", "learning_rate": {"supervised": 0.001}}}}))
+    launcher = StubLauncher()
+    parts = Parts(presets, launcher=launcher, planner=StubPlans(), machine=Machine(1))
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+    async def test():
+        receiver = Receiver()
+        async with listening(receiver) as url:
+            options = {"webhook_hosts": frozenset({url}), "delivery_seconds": 0.05}
+            async with cloud(tmp_path, api=options, parts=parts) as found:
+                client = found.openai()
+                made = await client.webhooks.create(
+                    name="a", url=url, event_types=["fine_tuning.job.cancelled", "fine_tuning.job.failed"]
+                )
+                file = await client.files.create(file=(json.dumps(row) + "\n").encode() * 12, purpose="fine-tune")
+                given = {"model": "tiny", "training_file": file.id}
+                wandb = {"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}
+                with pytest.raises(openai.BadRequestError) as caught:
+                    await client.fine_tuning.jobs.create(**given, **wandb)
+                assert caught.value.code == "wandb_not_set_up"
+                secret = {"name": "wandb", "value": "0123456789abcdef"}
+                assert (await found.http(found.owner).post("/v1/secrets", json=secret)).status_code == 200
+                plain = await client.fine_tuning.jobs.create(**given)
+                await until(lambda: launcher.trainings() == [plain.id])
+                assert "WANDB_API_KEY" not in launcher.environments[-1]
+                await client.fine_tuning.jobs.cancel(plain.id)
+                launcher.alive.clear()
+                await until(lambda: len(receiver.seen) == 1)
+                headers, body = receiver.seen[0]
+                event = client.webhooks.unwrap(body, headers, secret=made.signing_secret)
+                assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", plain.id)
+                job = await client.fine_tuning.jobs.create(**given, **wandb)
+                write(
+                    JobFolder.of(found.api.folder / "jobs", plain.id).ended, {"attempt": 1, "code": 75, "problems": []}
+                )
+                await until(lambda: launcher.trainings()[-1] == job.id)
+                assert launcher.environments[-1]["WANDB_API_KEY"] == "0123456789abcdef"
+
+    asyncio.run(test())
 
 
 # -- batches

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from dstune.serve.finetuning import creations
 from dstune.serve.finetuning.batches.handlers import Batches
@@ -16,6 +19,7 @@ from dstune.serve.finetuning.blobs import Blobs
 from dstune.serve.finetuning.deliveries import Deliveries
 from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.jobs.build import Parts, build
+from dstune.serve.finetuning.jobs.tables import Job
 from dstune.serve.finetuning.models.serving import Serving
 from dstune.serve.finetuning.organization import Organizations
 from dstune.serve.finetuning.settings import ApiSettings
@@ -49,7 +53,9 @@ class FineTuning:
         self.batches = Batches(database, self.files)
         deliveries = Deliveries(database, self.webhooks, self.settings.delivery_seconds)
         given = parts or Parts()
+        given = replace(given, keys=given.keys or self._accounts, has_wandb=given.has_wandb or self._has_wandb)
         self.job_store, self.jobs, self.models = build(database, self.files, self.folder, given)
+        self.job_store.ended.append(self._job_ended)
         self.loops: list[Loop] = [
             self._sweep,
             deliveries.run,
@@ -74,6 +80,21 @@ class FineTuning:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _job_ended(self, session: Session, job: Job) -> None:
+        self.webhooks.enqueue(session, job.project, f"fine_tuning.job.{job.state}", job.id)
+
+    def _has_wandb(self, project: str) -> bool:
+        with self.database.session() as session:
+            return self.vault.read(session, project, "wandb") is not None
+
+    def _accounts(self, job: Job) -> dict[str, str]:
+        """Variables of the accounts that a job uses, for its processes alone."""
+        if not job.integrations:
+            return {}
+        with self.database.session() as session:
+            key = self.vault.read(session, job.project, "wandb")
+        return {} if key is None else {"WANDB_API_KEY": key}
 
     async def _sweep(self) -> None:
         with contextlib.suppress(OSError):

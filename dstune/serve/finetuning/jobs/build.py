@@ -29,9 +29,9 @@ class Parts:
     launcher: Launcher | None = None
     planner: Plans | None = None
     machine: Machine | None = None
-    keys: Callable[[Job], Mapping[str, str]] = lambda job: {}
+    keys: Callable[[Job], Mapping[str, str]] | None = None
     """The variables of a project's accounts (W&B)."""
-    has_wandb: Callable[[str], bool] = lambda project: False
+    has_wandb: Callable[[str], bool] | None = None
     runs: bool = True
     """Whether jobs are looked after here, and not by another process."""
 
@@ -48,9 +48,13 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
     results.published = served.published
     launcher = parts.launcher or ProcessLauncher(presets().prefix)
     machine = parts.machine or (machine_of(presets().queue.devices) if parts.presets else Machine(0))
-    reconciler = Reconciler(store, jobs, presets, launcher, results, machine, parts.keys)
+    reconciler = Reconciler(store, jobs, presets, launcher, results, machine, parts.keys or (lambda job: {}))
     planner = parts.planner or Planner(scratch)
-    return store, Jobs(store, files, models, jobs, presets, planner, reconciler, parts.has_wandb), served
+    return (
+        store,
+        Jobs(store, files, models, jobs, presets, planner, reconciler, parts.has_wandb or (lambda project: False)),
+        served,
+    )
 
 
 def machine_of(devices: int | None) -> Machine:
