@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from dstune.serve.finetuning.jobs.build import Parts
     from dstune.serve.finetuning.settings import ApiSettings
     from dstune.serve.fleet import Fleet
+    from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.settings import Settings
+    from dstune.serve.guard.audit import Audit
+    from dstune.serve.guard.engine import Guarding
     from dstune.serve.source import Source
     from dstune.serve.store.keys import Keys
 
@@ -46,6 +49,9 @@ def main(argv: list[str]) -> int:
     own, engine_arguments = _split(argv)
     arguments = _parser().parse_args(own)
     arguments.engine_arguments = engine_arguments
+    if arguments.guard_only:
+        arguments.guard = arguments.guard or "default"
+    arguments.without_models = arguments.no_inference or arguments.guard_only
     _check(arguments)
     extra.require()
     if arguments.no_inference or arguments.jobs == "only":
@@ -142,6 +148,9 @@ def _parser() -> VerbParser:
     parser.add_argument(
         "--max-project-bytes", type=int, default=2_500_000_000_000, metavar="N", help="of a project's files (2.5 TB)"
     )
+    parser.add_argument("--guard", metavar="FILE", help="policies to check requests and answers by; `default` has one")
+    parser.add_argument("--guard-model", metavar="DIR", help="calibrated export that finds prompt attacks")
+    parser.add_argument("--guard-only", action="store_true", help="serve /v2/guard alone; no MODEL is named then")
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
     parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
     parser.add_argument("--max-concurrent", type=int, default=64, metavar="N", help="requests at once (default 64)")
@@ -179,12 +188,14 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < bound:
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
-    if arguments.no_inference or arguments.jobs == "only":
+    if arguments.guard_model and not arguments.guard:
+        problems.append(Problem("--guard-model", "needs policies", "--guard default", arguments.guard_model))
+    if arguments.without_models or arguments.jobs == "only":
         if arguments.models:
-            reason = "no model is served with --no-inference or --jobs only"
+            reason = "no model is served with --no-inference, --guard-only or --jobs only"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
     elif not arguments.models:
-        problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, or --no-inference"))
+        problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))
     if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
         reason = "vLLM cannot be installed beside dstune; name the Python of its own environment, or a running server"
         problems.append(Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL"))
@@ -261,27 +272,57 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
         require_proof=arguments.require_proof,
         base_name=arguments.base_name,
         drain_seconds=arguments.drain_seconds,
-        may_be_empty=arguments.no_inference,
+        may_be_empty=arguments.without_models,
     )
     starting = asyncio.current_task()
     assert starting is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, starting.cancel)
+    guarding = _guarding(arguments, state, runtime)
     try:
+        if guarding is not None:  # first, since it may refuse
+            await guarding.start()
         await fleet.start(sources)
         if arguments.check:
             for name, model in fleet.models.items():
                 print(f"{name}: {model.proof}", flush=True)
             return EXIT_DONE
-        await _serve(arguments, state, fleet)
+        await _serve(arguments, state, fleet, guarding)
     except EngineDown as error:
         raise ServeFailed(str(error)) from error
     finally:
         await fleet.stop()
+        if guarding is not None:
+            await guarding.stop()
     return EXIT_DONE
 
 
-async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> None:
+def _guarding(arguments: argparse.Namespace, state: Path, runtime: Path) -> Guarding | None:
+    """Raises UserError where the policies are wrong."""
+    if not arguments.guard:
+        return None
+    from dstune.serve.engines.base import Limits
+    from dstune.serve.guard.engine import Guarding
+    from dstune.serve.guard.policy import read
+
+    limits = Limits(threads=arguments.threads, drain_seconds=5)
+    return Guarding(read(arguments.guard, arguments.guard_model), state, runtime, limits)
+
+
+def guard_gateway(gateway: Gateway, guarding: Guarding, state: Path, log_days: float) -> Audit:
+    """Put the guard in front of a gateway's engines, and its own routes among the gateway's."""
+    from dstune.serve.guard import lakera
+    from dstune.serve.guard.audit import Audit
+    from dstune.serve.guard.front import Guard
+
+    audit = Audit(state / "guard", log_days)
+    guard = Guard(guarding, audit, gateway.admission)
+    gateway.guard_with(guard)
+    gateway.add_routes(lakera.routes(guard))
+    return audit
+
+
+async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guarding: Guarding | None) -> None:
     from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.routes import COMMON, ROUTES
@@ -289,8 +330,10 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
 
     database = opened_database(state, arguments.store, create=True)
     recorder = Recorder(database, _request_log(arguments, state))
-    routes, api = list(COMMON if arguments.no_inference else ROUTES), None
-    if extra.has_api():
+    routes, api = list(COMMON if arguments.without_models else ROUTES), None
+    if arguments.guard_only:
+        log.info("the guard alone: no model, and no fine-tuning API")
+    elif extra.has_api():
         from dstune.serve.finetuning.routes import routes as routes_of
         from dstune.serve.finetuning.service import FineTuning
 
@@ -301,6 +344,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
     gateway = Gateway(fleet, database, _settings(arguments), recorder, routes)
     if api is not None:
         api.attach(gateway)
+    audit = guard_gateway(gateway, guarding, state, arguments.log_days) if guarding is not None else None
     listening = _listen(arguments.host, arguments.port)
     port = listening.getsockname()[1]
     first_keys(gateway.keys, state)
@@ -310,14 +354,17 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet) -> No
         api.start()
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     served = [*fleet.models, *(["the fine-tuning API"] if api is not None else [])]
+    served += ["the guard"] if guarding is not None else []
     print(f"http://{host}:{port}/v1  serves {', '.join(served)}", flush=True)
-    page = "" if arguments.no_inference else f"; the chat page: http://{host}:{port}/"
+    page = "" if arguments.without_models else f"; the chat page: http://{host}:{port}/"
     print(f"keys: {state / 'key'}, {state / 'admin-key'}{page}", flush=True)
     try:
         await drained(Server(config), gateway, arguments.drain_delay, [listening])
     finally:
         if api is not None:
             await api.stop()
+        if audit is not None:
+            audit.close()
         await recorder.stop()
         database.close()
 

@@ -36,6 +36,10 @@ class ApiError(Exception):
     def body(self) -> bytes:
         return error_body(self.status, str(self), self.param, self.code)
 
+    def plain(self) -> bytes:
+        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return json.dumps({"error": self.code or kind, "message": str(self)}).encode()
+
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -46,6 +46,8 @@ class StubApp:
         self.chunks = 0
         self.loaded: dict[str, str] = {}
         self.filler = ""
+        self.pieces: list[str] = []
+        """What it writes instead of the words, if any."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -81,13 +83,13 @@ class StubApp:
         if not body.get("stream"):
             for _ in words:
                 await self._pause(gone)
-            text = " ".join(words)
+            text = "".join(self.pieces) or " ".join(words)
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
             await respond(send, 200, dumps(head | {"choices": [choice], "usage": usage}))
             return
         await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
-        for word in words:
+        for word in self.pieces or words:
             await self._pause(gone)
             delta = {"index": 0, "delta": {"content": word + self.filler}, "finish_reason": None}
             await send({"type": "http.response.body", "body": event(head | {"choices": [delta]}), "more_body": True})

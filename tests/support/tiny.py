@@ -85,6 +85,19 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
+def save_classifier(folder: Path, *, labels: tuple[str, ...] = ("benign", "attack"), seed: int = 0) -> Path:
+    """The same with a head of random weights."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    save_encoder(folder, seed=seed)
+    names = dict(enumerate(labels))
+    config = BertConfig.from_pretrained(folder, id2label=names, label2id={name: index for index, name in names.items()})
+    torch.manual_seed(seed)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
 SEQ2SEQ_TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "decoder_start_token_id": 2}
 
 

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dstune.core.errors import DstuneError, UserError
@@ -24,6 +25,9 @@ from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import ROLES, Caller, Keys
+
+if TYPE_CHECKING:
+    from dstune.serve.guard.front import Guard
 
 log = logging.getLogger("dstune.serve")
 
@@ -58,17 +62,33 @@ class Gateway:
         self.metrics = Metrics()
         self.admission = Admission(settings, self.metrics)
         self.inference = Inference(fleet, self.admission, self.metrics, recorder)
+        self.guard: Guard | None = None
         recorder.written = self._written
-        self.routes = routes
-        self._patterns = [(route.pattern, route) for route in routes]
-        self._plain = {(route.method, route.path): route for route in reversed(routes) if "{" not in route.path}
+        self.routes: list[Route] = []
+        self._patterns: list[tuple[re.Pattern[str], Route]] = []
+        self._plain: dict[tuple[str, str], Route] = {}
+        self.add_routes(routes)
         self.draining = False
         self.open = 0
         """Requests that are not answered yet."""
 
     @property
     def ready(self) -> bool:
-        return self.fleet.ready and not self.draining
+        guarded = self.guard is None or self.guard.guarding.up
+        return self.fleet.ready and guarded and not self.draining
+
+    def add_routes(self, routes: Iterable[Route]) -> None:
+        """Of two routes of one method and path the first answers."""
+        for route in routes:
+            self.routes.append(route)
+            self._patterns.append((route.pattern, route))
+            if "{" not in route.path:
+                self._plain.setdefault((route.method, route.path), route)
+
+    def guard_with(self, guard: Guard) -> None:
+        """Let nothing pass that its policies stop."""
+        self.guard = self.inference.guard = guard
+        guard.counted = lambda what, decision: self.metrics.guarded.labels(what, decision).inc()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

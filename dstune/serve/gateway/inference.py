@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -20,6 +20,9 @@ from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.store.keys import Caller
 
+if TYPE_CHECKING:
+    from dstune.serve.guard.front import Guard, Guarded
+
 MOST_ANSWER_BYTES = 256 << 20
 
 
@@ -33,6 +36,7 @@ class Inference:
     recorder: Recorder
     admits: Callable[[Caller, str], Awaitable[None]] | None = None
     """Looks at a request's model first: loads one that is not on its engine yet, and refuses those of other tenants."""
+    guard: Guard | None = None
 
     async def __call__(self, request: Request, path: str, known: Mapping[str, Check]) -> None:
         """Raises ApiError, ClientGone, SlowReader."""
@@ -53,8 +57,13 @@ class Inference:
         async with self.admission.place(request.caller):
             # Its engine may have been started again while the request waited.
             model = self.model_of(request, model.source.name)
+            guarded = None
+            if self.guard is not None:
+                async with while_connected(request.receive):
+                    guarded = await self.guard.request(request, path, body)
+                body = guarded.body if guarded is not None else body
             with self.recorder.answer(request, body) as record:
-                await self._forward(request, model, path, body, record)
+                await self._forward(request, model, path, body, record, guarded)
 
     def model_of(self, request: Request, name: Any) -> Model:
         """Raises ApiError for a name that is none, or none for this caller."""
@@ -79,14 +88,17 @@ class Inference:
         if body.get("n", 1) * prompts > 512:
             raise ApiError(400, "The request asks for more than 512 answers.", param="n", code="too_many_answers")
 
-    async def _forward(self, request: Request, model: Model, path: str, body: dict[str, Any], record: Record) -> None:
+    async def _forward(
+        self, request: Request, model: Model, path: str, body: dict[str, Any], record: Record, guarded: Guarded | None
+    ) -> None:
         client = model.engine.client
         if client is None:
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
         content = dumps(model.engine.outgoing(path, body))
         try:
             async with while_connected(request.receive):
-                await self._pass(request, client, path, content, record)
+                answers = guarded if guarded is not None and guarded.looks_at_answers else None
+                await self._pass(request, client, path, content, record, answers)
         except (ApiError, ClientGone, SlowReader):
             raise
         except Exception as error:
@@ -97,8 +109,10 @@ class Inference:
                 raise SlowReader from error
             raise ApiError(503, "The engine has ended.", code="engine_down", headers={"retry-after": "5"}) from None
 
-    async def _pass(self, request: Request, client: Upstream, path: str, content: bytes, record: Record) -> None:
-        """The engine's answer as it comes: raw bytes, as fast as the client takes them."""
+    async def _pass(
+        self, request: Request, client: Upstream, path: str, content: bytes, record: Record, guarded: Guarded | None
+    ) -> None:
+        """The engine's answer as it comes: raw bytes, as fast as the client takes them. A guarded one when it was checked."""
         answer = await client.send("POST", path, content)
         try:
             if answer.headers.get("content-encoding", "identity") != "identity":
@@ -109,11 +123,16 @@ class Inference:
             headers = [(b"content-type", kind.encode("latin-1"))]
             if not kind.startswith("text/event-stream"):
                 content = await _bounded(answer)
+                if guarded is not None:
+                    content = await guarded.answer(content)
                 record.take(content)
                 await request.respond(200, content, headers)
                 return
             await request.send({"type": "http.response.start", "status": 200, "headers": headers})
-            async for chunk in answer.content.iter_any():
+            chunks: AsyncIterator[bytes] = answer.content.iter_any()
+            if guarded is not None:
+                chunks = guarded.stream(chunks)
+            async for chunk in chunks:
                 record.take(chunk)
                 await request.send({"type": "http.response.body", "body": chunk, "more_body": True})
             await request.send({"type": "http.response.body", "body": b""})

@@ -25,6 +25,7 @@ class Metrics:
         self.tokens = Counter("dstune_tokens", "Tokens written, chunks of streams", ["model"], **own)
         self.active = Gauge("dstune_active_requests", "Requests that engines work on", **own)
         self.queued = Gauge("dstune_queued_requests", "Requests that wait for a place", **own)
+        self.guarded = Counter("dstune_guard_decisions", "What the guard decided", ["what", "decision"], **own)
         self._proven = Gauge(
             "dstune_model_proven", "1: held against its training; 0: not, see status", ["model", "status"], **own
         )

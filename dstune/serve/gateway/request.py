@@ -54,6 +54,8 @@ class Request:
         self.model = ""
         self.version = ""
         self.user: str | None = None
+        self.notes: list[tuple[bytes, bytes]] = []
+        """Headers of the response beside those of its kind."""
         self.parameters: dict[str, str] = {}
         """What stands in the place of `{name}` in the route's path."""
         self.digest = ""
@@ -178,7 +180,7 @@ class Request:
         """Raises SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
+            own = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY, *self.notes]
             message = {**message, "headers": [*message["headers"], *own]}
         elif self.first_byte is None and message.get("body"):
             self.first_byte = time.monotonic() - self.began
@@ -205,7 +207,7 @@ class Request:
     async def _answer_and_close(self, error: ApiError, headers: list[tuple[bytes, bytes]]) -> None:
         """The connection stays open a moment longer than the answer takes: one that is closed while its client writes may
         lose the client what was answered."""
-        body = error.body()
+        body = self._told(error)
         fixed = [JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": error.status, "headers": [*headers, *fixed]})
         await self.send({"type": "http.response.body", "body": body, "more_body": True})
@@ -222,7 +224,11 @@ class Request:
             if await self._leave_body():
                 await self._answer_and_close(error, headers)
             else:
-                await self.respond(error.status, error.body(), headers)
+                await self.respond(error.status, self._told(error), headers)
+
+    def _told(self, error: ApiError) -> bytes:
+        """Clients of `/v2/guard` read the message beside the error, not within it."""
+        return error.plain() if "/v2/guard" in self.path else error.body()
 
 
 def _refuse_constant(name: str) -> None:

@@ -104,6 +104,12 @@ class GuardModel:
         special = self.window_tokens - content
         return [ids for ids in found if len(ids) > special]
 
+    def tail(self, text: str, tokens: int) -> str:
+        """The end of `text` that is so many tokens."""
+        text = text[-40 * tokens :]
+        places = self.predictor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text[places[-tokens][0] :] if len(places) > tokens else text
+
     def score_windows(self, windows: Sequence[Window]) -> list[float]:
         """The probability of the label in each window."""
         import torch

@@ -22,20 +22,21 @@ from dstune.serve.server import Server, configured, run
 
 def main() -> int:
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     # A failed load must not look like a crash: the gateway reads why from the status file.
     try:
         with ExitStack() as stack:
             app = _language(stack, settings) if settings["generates"] else _encoder(settings)
-            return run(_serve(app, settings))
+            return run(serve_socket(app, settings))
     except DstuneError as error:
         Path(settings["status"]).write_text(to_json(error), encoding="utf-8")
         print(f"dstune: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the end of standard input, and end the process."""
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(10)
@@ -49,7 +50,7 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
     from dstune.serve.engines.local.batch import Scheduler
     from dstune.serve.engines.local.model import LocalModel
 
-    _set_threads(settings)
+    set_threads(settings)
     needed = ModelConfig(
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
@@ -75,7 +76,7 @@ def _encoder(settings: dict[str, Any]) -> Any:
     from dstune.inference.load import find, load
     from dstune.serve.engines.local.encoders import EncoderApp
 
-    _set_threads(settings)
+    set_threads(settings)
     named = ModelConfig(
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
@@ -83,7 +84,7 @@ def _encoder(settings: dict[str, Any]) -> Any:
     return EncoderApp(settings["base"], load(expected, Path(settings["scratch"])))
 
 
-def _set_threads(settings: dict[str, Any]) -> None:
+def set_threads(settings: dict[str, Any]) -> None:
     """Threads that spin starve each other: beside the gateway one fewer than cores computes."""
     import torch
 
@@ -91,7 +92,8 @@ def _set_threads(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"] or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(cores - 1, 1))
 
 
-async def _serve(app: Any, settings: dict[str, Any]) -> int:
+async def serve_socket(app: Any, settings: dict[str, Any]) -> int:
+    """Serve on a Unix socket of this user alone until SIGTERM."""
     config = configured(
         app,
         uds=settings["socket"],

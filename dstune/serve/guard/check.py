@@ -1,0 +1,286 @@
+"""A conversation under a policy: which of its texts are looked at as what, and what follows from what was found."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from dstune.serve.guard.calibration import LEVELS, UNLIKELY
+from dstune.serve.guard.policy import BLOCK, CLOSED, EXACT, FLAG, MASK, SPANS, Policy, Watch, needs_model
+from dstune.serve.guard.scanner import Item, Result
+
+CONFIDENT = next(iter(LEVELS))
+NOT_RUN = "not_run"
+Scan = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
+"""Looks at texts; raises GuardDown where nothing can."""
+
+
+class GuardDown(Exception):
+    """Nothing looked at the texts."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A part of a conversation."""
+
+    text: str
+    role: str
+    message: int = 0
+    """Its number in the conversation."""
+
+    @property
+    def direction(self) -> str:
+        """Empty for the system's own words, which are trusted."""
+        return DIRECTION_OF.get(self.role, "input")
+
+
+DIRECTION_OF = {
+    "system": "",
+    "developer": "",
+    "assistant": "output",
+    "tool": "tool_result",
+    "function": "tool_result",
+    "user": "input",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a text that is named or masked."""
+
+    text: int
+    """Number of the text among those that were checked."""
+    start: int
+    end: int
+    detector: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One detector of the policy on one message."""
+
+    detector: str
+    message: int
+    action: str
+    detected: bool | None
+    """None where it did not run."""
+    level: str
+    """Of the find, `l5_unlikely` where there is none, `not_run`, or `uncalibrated`."""
+    label: str = ""
+
+
+@dataclass
+class Verdict:
+    policy: Policy
+    entries: list[Entry] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    """All that has a place, whatever its action."""
+    not_run: dict[str, str] = field(default_factory=dict)
+    """By detector, why it did not run somewhere."""
+    windows: int = 0
+    variants: int = 0
+
+    @property
+    def detected(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.detected]
+
+    @property
+    def blocked(self) -> list[str]:
+        """Detectors that stop the request, once each."""
+        return sorted({entry.detector for entry in self.detected if entry.action == BLOCK})
+
+    @property
+    def flagged(self) -> bool:
+        """Whether anything was found that is not merely reported."""
+        return any(entry.action != FLAG for entry in self.detected)
+
+    @property
+    def unchecked(self) -> list[str]:
+        """Detectors that should have stopped something and did not run."""
+        acting = {entry.detector for entry in self.entries if entry.detected is None and entry.action != FLAG}
+        return sorted(acting)
+
+    @property
+    def refused(self) -> bool:
+        """Whether nobody may take this for checked."""
+        return bool(self.unchecked) and self.policy.on_failure == CLOSED
+
+    def masks(self, text: int) -> list[Span]:
+        """What is masked in a text: in order and disjoint."""
+        masked = {entry.detector for entry in self.detected if entry.action == MASK}
+        own = sorted(
+            (span for span in self.spans if span.text == text and span.detector in masked),
+            key=lambda span: (span.start, -span.end),
+        )
+        kept: list[Span] = []
+        for span in own:
+            if not kept or span.start >= kept[-1].end:
+                kept.append(span)
+            elif span.end > kept[-1].end:  # a longer one that begins within: both are gone
+                kept[-1] = Span(text, kept[-1].start, span.end, kept[-1].detector)
+        return kept
+
+    def masked(self, number: int, text: str) -> str:
+        parts, end = [], 0
+        for span in self.masks(number):
+            parts += [text[end : max(span.start, 0)], tag(span.detector)]
+            end = span.end
+        return "".join([*parts, text[end:]])
+
+
+def tag(detector: str) -> str:
+    """What stands in the place of what was masked: `<EMAIL>`."""
+    return f"<{detector.rpartition('/')[2].upper()}>"
+
+
+@dataclass
+class Checker:
+    scan: Scan
+
+    async def __call__(self, policy: Policy, texts: Sequence[Text], *, everything: bool = False) -> Verdict:
+        """everything: ask all detectors, also after one has found enough to block.
+
+        Raises GuardDown.
+        """
+        verdict = Verdict(policy)
+        pieces = list(_pieces(policy, texts))
+        if sum(len(piece.item.text) for piece in pieces) > policy.limits.characters:
+            for piece in pieces:
+                self._unchecked(verdict, piece, f"more than {policy.limits.characters} characters")
+            return verdict
+        items = [replace(piece.item, decisive=frozenset()) if everything else piece.item for piece in pieces]
+        for piece, result in zip(pieces, await self.scanned(policy, items), strict=True):
+            self._add(verdict, piece, result)
+        return verdict
+
+    async def piece(self, policy: Policy, item: Item) -> Verdict:
+        """Of one piece of an answer."""
+        verdict = Verdict(policy)
+        if item.detectors:
+            (result,) = await self.scanned(policy, [item])
+            self._add(verdict, _Piece(item, policy.watches(item.direction), 0, 0), result)
+        return verdict
+
+    async def scanned(self, policy: Policy, items: Sequence[Item]) -> Sequence[Result]:
+        if not items:
+            return []
+        try:
+            async with asyncio.timeout(policy.limits.seconds):
+                return await self.scan(items)
+        except TimeoutError:
+            raise GuardDown(f"took more than {policy.limits.seconds:g} s") from None
+
+    @staticmethod
+    def _unchecked(verdict: Verdict, piece: _Piece, reason: str) -> None:
+        for watch in piece.watches:
+            verdict.not_run[watch.detector] = reason
+            verdict.entries.append(Entry(watch.detector, piece.message, watch.action, None, NOT_RUN))
+
+    @staticmethod
+    def _add(verdict: Verdict, piece: _Piece, result: Result) -> None:
+        verdict.windows += result.computed
+        verdict.variants += result.variants
+        verdict.not_run |= dict(result.not_run)
+        for watch in piece.watches:
+            verdict.entries.append(entry_of(watch, result, piece.message))
+        if piece.number is not None:
+            verdict.spans += [
+                Span(piece.number, found.start + piece.start, found.end + piece.start, found.detector)
+                for found in result.found
+                if found.detector in SPANS
+            ]
+
+
+def entry_of(watch: Watch, result: Result, message: int = 0) -> Entry:
+    """What a detector says of a text."""
+    if not needs_model(watch.detector):
+        found = next((one for one in result.found if one.detector == watch.detector), None)
+        level = CONFIDENT if found else UNLIKELY
+        return Entry(watch.detector, message, watch.action, found is not None, level, found.label if found else "")
+    scored = result.scores.get(watch.detector)
+    if scored is None:
+        return Entry(watch.detector, message, watch.action, None, NOT_RUN)
+    if scored.level is None:  # without calibration a score means nothing; half is where its training put the border
+        return Entry(watch.detector, message, watch.action, scored.score >= 0.5, "uncalibrated", scored.variant)
+    order = [*LEVELS, UNLIKELY]
+    detected = order.index(scored.level) <= order.index(watch.level)
+    return Entry(watch.detector, message, watch.action, detected, scored.level, scored.variant if detected else "")
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Piece:
+    item: Item
+    watches: tuple[Watch, ...]
+    message: int
+    number: int | None
+    """Of the text that it is of; None for several together, whose places are no places."""
+    start: int = 0
+    """Where it begins there."""
+
+
+def item_of(policy: Policy, text: str, direction: str, prompts: Iterable[str] = (), public: Iterable[str] = ()) -> Item:
+    watches = policy.watches(direction)
+    return Item(
+        text,
+        direction,
+        frozenset(watch.detector for watch in watches),
+        links=policy.links,
+        prompts=tuple(prompts),
+        public=tuple(public),
+        canaries=policy.canaries,
+        codes=policy.codes,
+        decisive=frozenset(watch.detector for watch in watches if watch.action == BLOCK and watch.detector in EXACT),
+        most_windows=policy.limits.windows,
+    )
+
+
+def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
+    prompts = [one.text for one in texts if not one.direction and one.text.strip()]
+    public = [one.text for one in texts if one.direction in ("input", "tool_result")]
+    for number, one in enumerate(texts):
+        for start, text, direction in _parts(policy, one):
+            if text.strip() and (watches := policy.watches(direction)):
+                yield _Piece(item_of(policy, text, direction, prompts, public), watches, one.message, number, start)
+    # What was cut into several messages is read in one.
+    for direction, group in itertools.groupby(texts, lambda one: one.direction):
+        run = [one for one in group if one.text.strip()]
+        watches = (
+            tuple(watch for watch in policy.watches(direction) if watch.detector not in SPANS) if direction else ()
+        )
+        if len(run) > 1 and watches:
+            joined = item_of(policy, " ".join(one.text for one in run), direction, prompts, public)
+            yield _Piece(joined, watches, run[-1].message, None)
+
+
+def _parts(policy: Policy, one: Text) -> Iterable[tuple[int, str, str]]:
+    """Where each part of a text begins, the part, and its direction: documents between markers are tools' results."""
+    if not one.direction:
+        return
+    place = 0
+    if one.direction == "input":
+        for start, end in _documents(one.text, policy.document_markers):
+            yield place, one.text[place:start], "input"
+            yield start, one.text[start:end], "tool_result"
+            place = end
+    yield place, one.text[place:], one.direction
+
+
+def _documents(text: str, markers: Sequence[tuple[str, str]]) -> Iterable[tuple[int, int]]:
+    """A document without its end marker goes to the end of the text."""
+    place = 0
+    while True:
+        opened = [(text.find(begin, place), begin, end) for begin, end in markers]
+        opened = [one for one in opened if one[0] >= 0]
+        if not opened:
+            return
+        start, begin, end = min(opened)
+        start += len(begin)
+        stop = text.find(end, start)
+        stop = len(text) if stop < 0 else stop
+        yield start, stop
+        place = stop

@@ -1,0 +1,131 @@
+"""The guard's process, seen from the gateway: started, watched, started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dstune.core.errors import DstuneError, UserError
+from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
+from dstune.serve.guard.check import GuardDown
+from dstune.serve.guard.policy import LINKS, PII, SECRETS, Policies
+from dstune.serve.guard.scanner import Item, Result
+from dstune.serve.guard.wire import item_to_json, result_from_json
+from dstune.serve.source import Source
+
+log = logging.getLogger("dstune.serve")
+
+LONGEST_PAUSE = 30.0
+
+
+def _source() -> Source:
+    return Source("guard", None, "guard", "classification", False, (), adapter=False, base="guard")
+
+
+@dataclass
+class GuardEngine(Engine):
+    """Answers `scan`, and no request of a client."""
+
+    name: ClassVar[str] = "guard"
+    models: Mapping[str, Path] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    calibrated: tuple[str, ...] = ()
+    window_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        return {}
+
+    def command(self, folder: Path) -> Command:
+        settings: dict[str, Any] = {
+            "socket": str(folder / "http"),
+            "status": str(self.status),
+            "models": {detector: str(Path(path).resolve()) for detector, path in self.models.items()},
+            "needs": list(self.needs),
+            "drain_seconds": self.limits.drain_seconds,
+            "threads": self.limits.threads,
+        }
+        argv = [sys.executable, "-m", "dstune.serve.guard.process"]
+        return Command(argv, os.environ, "http://guard", str(folder / "http"), json.dumps(settings).encode() + b"\n")
+
+
+class Guarding:
+    """Keeps the process running. While it does not, every scan raises GuardDown."""
+
+    def __init__(self, policies: Policies, state: Path, runtime: Path, limits: Limits | None = None):
+        self.policies = policies
+        detectors = {
+            watch.detector
+            for policy in policies.policies.values()
+            for watches in policy.directions.values()
+            for watch in watches
+        }
+        needs = []
+        if detectors & {SECRETS, *PII.values()}:
+            needs.append("sensitive")
+        if LINKS in detectors:
+            needs.append("links")
+        models = {detector: path for detector, path in policies.models.items() if detector in detectors}
+        self.engine = GuardEngine(
+            _source(), "guard", state, runtime, limits or Limits(), models=models, needs=tuple(needs)
+        )
+        self._watcher: asyncio.Task[None] | None = None
+        self.up = False
+
+    async def start(self) -> None:
+        """Raises UserError where a policy blocks by a model without calibration, EngineDown."""
+        await self._begin()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _begin(self) -> None:
+        await self.engine.start()
+        health = await self.engine.ask("GET", "/health", None)
+        try:
+            self.policies.check_models(health["calibrated"])
+        except UserError:
+            await self.engine.stop(0)
+            raise
+        self.engine.window_tokens = health["window_tokens"]
+        self.up = True
+
+    async def stop(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        self.up = False
+        await self.engine.stop(self.engine.limits.drain_seconds)
+
+    async def _watch(self) -> None:
+        pause = 1.0
+        while True:
+            await self.engine.ended()
+            self.up = False
+            log.error("the guard has ended; it is started again in %g s", pause)
+            await self.engine.stop(0)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            try:
+                await self._begin()
+            except (DstuneError, EngineDown) as error:
+                log.error("%s", error)
+                await self.engine.stop(0)
+                continue
+            pause = 1.0
+            log.info("the guard is back")
+
+    async def scan(self, items: Sequence[Item]) -> list[Result]:
+        """Raises GuardDown."""
+        try:
+            found = await self.engine.ask("POST", "/scan", {"items": [item_to_json(item) for item in items]})
+            return [result_from_json(one) for one in found["results"]]
+        except (EngineDown, DstuneError, KeyError, TypeError, RuntimeError) as error:
+            raise GuardDown(f"{type(error).__name__}: {error}"[:300]) from error

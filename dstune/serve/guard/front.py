@@ -1,0 +1,245 @@
+"""The guard in front of engines: requests before an engine sees them, answers before a client does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dstune.serve.asgi import dumps, event
+from dstune.serve.errors import ApiError, error_body
+from dstune.serve.guard.audit import Audit
+from dstune.serve.guard.bodies import ANSWERED_IN_TEXT, Placed, of_answer, of_request, put, withheld, without_telling
+from dstune.serve.guard.check import Checker, GuardDown, Text, Verdict, item_of
+from dstune.serve.guard.engine import Guarding
+from dstune.serve.guard.policy import CLOSED, Policy
+from dstune.serve.guard.streams import HeldBack, Stopped
+
+if TYPE_CHECKING:
+    from dstune.serve.gateway.admission import Admission
+    from dstune.serve.gateway.request import Request
+
+log = logging.getLogger("dstune.serve")
+
+FLAGGED, UNCHECKED = b"x-guard-flagged", b"x-guard-unchecked"
+FILTERED = "content_filter"
+
+
+def unavailable() -> ApiError:
+    message = "The guard could not check this, and its policy lets nothing pass unchecked."
+    return ApiError(503, message, code="guard_unavailable", headers={"retry-after": "5"})
+
+
+class Guard:
+    """Policies, the process that looks, and what is written down."""
+
+    def __init__(self, guarding: Guarding, audit: Audit, admission: Admission):
+        self.guarding, self.policies, self.audit = guarding, guarding.policies, audit
+        self.check = Checker(guarding.scan)
+        self._admission = admission
+        self.counted: Callable[[str, str], None] = lambda what, decision: None
+
+    def charge(self, request: Request, verdict: Verdict) -> None:
+        """Windows of texts and their variants, as tokens of the key."""
+        if request.caller is not None and verdict.windows:
+            most = max(self.guarding.engine.window_tokens.values(), default=0)
+            self._admission.charge(request.caller, verdict.windows * most)
+
+    def record(self, request: Request, policy: Policy, what: str, verdict: Verdict | None, reason: str = "") -> str:
+        """Write a decision down, and return it."""
+        decision = _decision(policy, verdict)
+        caller = request.caller.id if request.caller is not None else None
+        facts = {"request": request.id, "key": caller, "route": request.path, "model": request.model, "what": what}
+        if reason:
+            facts |= {"reason": reason, "policy": policy.name}
+        self.audit.add(decision, verdict, **facts)
+        self.counted(what, decision)
+        return decision
+
+    async def request(self, request: Request, route: str, body: dict[str, Any]) -> Guarded | None:
+        """The request as an engine may see it; None where no policy is for this route. Raises ApiError."""
+        policy = self.policies.of_route(route)
+        if policy is None:
+            return None
+        placed = of_request(route, body)
+        texts = [one.text for one in placed]
+        changed = await self._inspected(request, policy, "request", placed, body)
+        prompts = tuple(one.text for one in texts if not one.direction)
+        public = tuple(one.text for one in texts if one.direction in ("input", "tool_result"))
+        return Guarded(self, policy, request, route, changed, prompts, public)
+
+    async def _inspected(
+        self, request: Request, policy: Policy, what: str, placed: Sequence[Placed], body: dict[str, Any]
+    ) -> dict[str, Any]:
+        """`body` with its masks. Raises ApiError where it is stopped."""
+        try:
+            verdict = await self.check(policy, [one.text for one in placed])
+        except GuardDown as error:
+            log.error("%s: the guard could not check: %s", request.id, error)
+            self.record(request, policy, what, None, str(error))
+            if policy.on_failure == CLOSED:
+                raise unavailable() from None
+            request.notes.append((UNCHECKED, b"all"))
+            return body
+        self.charge(request, verdict)
+        self.record(request, policy, what, verdict)
+        note(request, verdict)
+        if verdict.blocked:
+            raise ApiError(400, f"The request was stopped by: {', '.join(verdict.blocked)}.", code=FILTERED)
+        if verdict.refused:
+            reasons = {verdict.not_run.get(one, "did not run") for one in verdict.unchecked}
+            if any(reason.startswith("more than") for reason in reasons):
+                message = f"The request is too long to be checked: {'; '.join(sorted(reasons))}."
+                raise ApiError(413, message, code="too_long_to_check")
+            raise unavailable()
+        return put(body, _masked(placed, verdict))
+
+
+def _masked(placed: Sequence[Placed], verdict: Verdict) -> dict[tuple[str | int, ...], str]:
+    return {
+        one.place: verdict.masked(number, one.text.text) for number, one in enumerate(placed) if verdict.masks(number)
+    }
+
+
+def _decision(policy: Policy, verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "refused" if policy.on_failure == CLOSED else "unchecked"
+    if verdict.blocked:
+        return "blocked"
+    if verdict.unchecked:
+        return "refused" if verdict.refused else "unchecked"
+    if verdict.flagged:
+        return "masked"
+    return "flagged" if verdict.detected else "passed"
+
+
+def note(request: Request, verdict: Verdict) -> None:
+    """Tell the client in headers what was found or not looked for, as long as there can be headers."""
+    if request.status:
+        return
+    found = sorted({entry.detector for entry in verdict.detected})
+    for name, detectors in ((FLAGGED, found), (UNCHECKED, sorted(verdict.not_run))):
+        if detectors:
+            request.notes.append((name, ", ".join(detectors).encode()))
+
+
+@dataclass
+class Guarded:
+    """A request that may go on, and its answer."""
+
+    guard: Guard
+    policy: Policy
+    request: Request
+    route: str
+    body: dict[str, Any]
+    prompts: tuple[str, ...]
+    """Of the system."""
+    public: tuple[str, ...]
+
+    @property
+    def looks_at_answers(self) -> bool:
+        return bool(self.policy.watches("output")) and self.route in ANSWERED_IN_TEXT
+
+    async def answer(self, content: bytes) -> bytes:
+        """An answer that is not a stream. Raises ApiError where it could not be checked."""
+        answer: dict[str, Any] = json.loads(content)
+        changed = answer
+        for number, placed in sorted(of_answer(answer).items()):
+            texts = [Text(prompt, "system") for prompt in self.prompts] + [Text(one, "user") for one in self.public]
+            try:
+                verdict = await self._verdict(texts, placed)
+            except GuardDown as error:
+                self._down(error)
+                continue
+            self.guard.charge(self.request, verdict)
+            self.guard.record(self.request, self.policy, "answer", verdict)
+            note(self.request, verdict)
+            if verdict.blocked:
+                changed = withheld(changed, number)
+                if not changed.get("choices"):
+                    break
+            elif verdict.refused:
+                raise unavailable()
+            elif masks := _masked(placed, verdict):
+                changed = put(without_telling(changed, number), masks)
+        return content if changed is answer else dumps(changed)
+
+    async def _verdict(self, beside: Sequence[Text], placed: Sequence[Placed]) -> Verdict:
+        """Of the texts of one choice."""
+        policy = replace(self.policy, directions={"output": self.policy.watches("output")})
+        verdict = await self.guard.check(policy, [*(one.text for one in placed), *beside])
+        return verdict
+
+    def _down(self, error: GuardDown) -> None:
+        """Raises ApiError where nothing may pass unchecked."""
+        log.error("%s: the guard could not check an answer: %s", self.request.id, error)
+        self.guard.record(self.request, self.policy, "answer", None, str(error))
+        if self.policy.on_failure == CLOSED:
+            raise unavailable() from None
+
+    async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The events of an answer, each when it was checked. It ends with `content_filter` where it is stopped, with an
+        error where it could not be checked."""
+        total = Verdict(self.policy)
+        try:
+            events = self._whole(chunks, total) if self.route == "/v1/responses" else self._held(chunks, total)
+            async for out in events:
+                yield out
+        except Stopped:
+            pass
+        except GuardDown as error:
+            log.error("%s: the guard could not check an answer: %s", self.request.id, error)
+            self.guard.record(self.request, self.policy, "answer", None, str(error))
+            yield b"data: " + error_body(503, str(unavailable()), code="guard_unavailable") + b"\n\n"
+            return
+        self.guard.record(self.request, self.policy, "answer", total)
+
+    def _held(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+        async def check(context: str, text: str, windows: int) -> Verdict:
+            return await self._piece(context, text, windows, total)
+
+        return HeldBack(check).stream(chunks)
+
+    async def _piece(self, context: str, text: str, windows: int, total: Verdict) -> Verdict:
+        """Raises GuardDown where nothing may pass unchecked."""
+        item = item_of(self.policy, text, "output", self.prompts, self.public)
+        item = replace(item, context=context, windows_before=windows)
+        try:
+            verdict = await self.guard.check.piece(self.policy, item)
+        except GuardDown as error:
+            if self.policy.on_failure == CLOSED:
+                raise
+            total.not_run |= {watch.detector: str(error) for watch in self.policy.watches("output")}
+            return Verdict(self.policy)
+        self.guard.charge(self.request, verdict)
+        total.entries += [entry for entry in verdict.entries if entry.detected is not False]
+        total.not_run |= verdict.not_run
+        total.windows += verdict.windows
+        total.variants += verdict.variants
+        if verdict.refused and not verdict.blocked:
+            raise GuardDown("; ".join(verdict.not_run.values()))
+        return verdict
+
+    async def _whole(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+        """A stream of `/v1/responses`: held back to its end, since its events repeat each other's text."""
+        kept = b"".join([chunk async for chunk in chunks])
+        text = "".join(_deltas(kept))
+        verdict = await self._piece("", text, 0, total) if text.strip() else Verdict(self.policy)
+        if verdict.blocked or verdict.masks(0):
+            stopped = verdict.blocked or sorted({span.detector for span in verdict.masks(0)})
+            error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(stopped)}.", "param": None}
+            yield b"event: error\n" + event({"type": "error", **error})
+            raise Stopped(stopped)
+        yield kept
+
+
+def _deltas(kept: bytes) -> list[str]:
+    found = []
+    for line in kept.splitlines():
+        if line.startswith(b"data: {"):
+            value: Mapping[str, Any] = json.loads(line[6:])
+            if str(value.get("type", "")).endswith(".delta") and isinstance(value.get("delta"), str):
+                found.append(value["delta"])
+    return found

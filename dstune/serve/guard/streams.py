@@ -1,0 +1,246 @@
+"""An answer that is being written: held back until it was checked, then passed on as the engine wrote it.
+
+Text waits for the end of a sentence or HELD characters (about 48 tokens), and its last KEPT characters wait for what follows,
+since a card number or a key may go on there. It is checked with what stands before it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dstune.serve.asgi import event
+from dstune.serve.guard.bodies import TELLING
+from dstune.serve.guard.check import Span, Verdict, tag
+
+HELD = 192
+KEPT = 64
+"""The longest card, IBAN or start of a key by which it is known."""
+LONGEST_WORD = 192
+"""An e-mail address is one word: it waits for its end, up to so many characters."""
+LONGEST_FIND = 8192
+"""What is found at the end of the text may go on; it waits no longer than this."""
+CONTEXT = 2000
+"""Characters before a piece that are searched with it."""
+_SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]\u201d\u2019]*\s+|\n\s*")
+
+Check = Callable[[str, str, int], Awaitable[Verdict]]
+"""Of context, text and the windows before: what is found. Raises GuardDown."""
+
+
+class Stopped(Exception):
+    """The answer ends here: its detectors."""
+
+    def __init__(self, detectors: list[str]):
+        super().__init__(", ".join(detectors))
+        self.detectors = detectors
+
+
+@dataclass
+class Channel:
+    """One text that is being written: a choice's content, its reasoning, a tool call's arguments."""
+
+    text: str = ""
+    released: int = 0
+    checked: int = 0
+    windows: int = 0
+    masks: list[Span] = field(default_factory=list)
+
+    def due(self) -> bool:
+        waiting = self.text[self.checked :]
+        return len(waiting) >= HELD or (len(waiting) >= 16 and _SENTENCE.search(waiting) is not None)
+
+    async def advance(self, check: Check, *, final: bool) -> None:
+        """Check what was written, and release what may go. Raises Stopped, GuardDown."""
+        if self.checked == len(self.text) and not (final and self.released < len(self.text)):
+            return
+        length = len(self.text)
+        if self.checked < length:
+            start = self.released
+            verdict = await check(self.text[max(0, start - CONTEXT) : start], self.text[start:], self.windows)
+            self.windows += verdict.windows
+            if verdict.blocked:
+                raise Stopped(verdict.blocked)
+            self.masks = [mask for mask in self.masks if mask.end <= start]
+            self.masks += [
+                replace(mask, start=max(mask.start, 0) + start, end=mask.end + start) for mask in verdict.masks(0)
+            ]
+            self.checked = length
+        self.released = length if final else max(self.released, self._free(length))
+
+    def _free(self, length: int) -> int:
+        """Up to where nothing can change any more."""
+        place = max(length - KEPT, 0)
+        word = place
+        while word > max(place - LONGEST_WORD, 0) and not self.text[word - 1].isspace():
+            word -= 1
+        free = word
+        for found in _SENTENCE.finditer(self.text, self.released):
+            if not any(one.isdigit() for one in self.text[max(found.start() - 24, 0) : found.end() + 2]):
+                free = max(free, found.end())
+        for mask in self.masks:
+            goes_on = mask.end == length and length - mask.start < LONGEST_FIND
+            if mask.start < free and (goes_on or free < mask.end):
+                free = mask.start
+        return free
+
+    def visible(self, start: int, end: int) -> str:
+        """What a reader gets of `text[start:end]`."""
+        parts, place = [], start
+        for mask in self.masks:
+            if mask.end <= start or mask.start >= end:
+                continue
+            parts.append(self.text[place : max(mask.start, place)])
+            if mask.start >= start:
+                parts.append(tag(mask.detector))
+            place = max(place, min(mask.end, end))
+        return "".join([*parts, self.text[place:end]])
+
+
+Part = tuple[str, int, int]
+"""The name of a channel, and the characters of it."""
+
+
+@dataclass
+class _Event:
+    value: dict[str, Any]
+    parts: list[tuple[Callable[[str], None], Part]]
+    """How to put another text in its place."""
+
+
+@dataclass
+class _Choice:
+    channels: dict[str, Channel] = field(default_factory=dict)
+    events: deque[_Event] = field(default_factory=deque)
+    last: str = ""
+    finished: bool = False
+    """Whether the engine has written its end; it may still wait."""
+    ended: bool = False
+    """Whether its end has gone out."""
+
+
+class HeldBack:
+    """The events of a chat or text completion."""
+
+    def __init__(self, check: Check):
+        self._check = check
+        self._choices: dict[int, _Choice] = {}
+        self._last: dict[str, Any] = {}
+        self._closing: list[bytes] = []
+        self.masked = False
+
+    async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Events as they may go out. A stop is an event with `content_filter`. Raises GuardDown."""
+        buffer = b""
+        try:
+            async for chunk in chunks:
+                buffer += chunk
+                while (found := _END.search(buffer)) is not None:
+                    line, buffer = buffer[: found.start()], buffer[found.end() :]
+                    async for out in self._event(line):
+                        yield out
+            async for out in self._finish(buffer):
+                yield out
+        except Stopped:
+            for number, own in sorted(self._choices.items()):
+                if not own.ended:
+                    yield event(self._stop(number))
+            yield b"data: [DONE]\n\n"
+            raise
+
+    def _stop(self, number: int) -> dict[str, Any]:
+        envelope = {key: value for key, value in self._last.items() if key not in ("choices", "usage")}
+        kind = {"text": ""} if self._last.get("object") == "text_completion" else {"delta": {}}
+        return envelope | {"choices": [{"index": number, **kind, "finish_reason": "content_filter"}]}
+
+    async def _event(self, line: bytes) -> AsyncIterator[bytes]:
+        data = b"\n".join(one[5:].lstrip() for one in line.splitlines() if one.startswith(b"data:"))
+        if not data:
+            return  # a comment that keeps the connection open
+        if data == b"[DONE]":
+            self._closing.append(b"data: [DONE]\n\n")
+            return
+        value = json.loads(data)
+        choices = value.get("choices")
+        if not choices:
+            self._closing.append(event(value))  # usage, or an error
+            return
+        self._last = value
+        for choice in choices:
+            async for out in self._of_choice(value | {"choices": [choice]}, choice):
+                yield out
+
+    async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
+        own = self._choices.setdefault(int(choice.get("index", 0)), _Choice())
+        parts = []
+        for name, text, change in _texts(choice):
+            if own.last and own.last != name:  # it is not written on, or rarely: what waits may go
+                await own.channels[own.last].advance(self._check, final=True)
+            own.last = name
+            channel = own.channels.setdefault(name, Channel())
+            parts.append((change, (name, len(channel.text), len(channel.text) + len(text))))
+            channel.text += text
+        own.events.append(_Event(value, parts))
+        own.finished = own.finished or choice.get("finish_reason") is not None
+        for channel in own.channels.values():
+            if own.finished or channel.due():
+                await channel.advance(self._check, final=own.finished)
+        for out in self._free(own):
+            yield out
+
+    def _free(self, own: _Choice) -> list[bytes]:
+        found = []
+        while own.events and all(end <= own.channels[name].released for _, (name, _, end) in own.events[0].parts):
+            found.append(self._written(own, own.events.popleft()))
+        return found
+
+    def _written(self, own: _Choice, one: _Event) -> bytes:
+        for change, (name, start, end) in one.parts:
+            channel = own.channels[name]
+            visible = channel.visible(start, end)
+            if visible != channel.text[start:end]:
+                self.masked = True
+                change(visible)
+                for telling in TELLING:
+                    one.value["choices"][0].pop(telling, None)
+        own.ended = own.ended or one.value["choices"][0].get("finish_reason") is not None
+        return event(one.value)
+
+    async def _finish(self, rest: bytes) -> AsyncIterator[bytes]:
+        if rest.strip():
+            async for out in self._event(rest):
+                yield out
+        for own in self._choices.values():
+            for channel in own.channels.values():
+                await channel.advance(self._check, final=True)
+            for out in self._free(own):
+                yield out
+        for out in self._closing:
+            yield out
+
+
+_END = re.compile(rb"\r?\n\r?\n")
+
+
+def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]]]:
+    """The texts of a piece of a choice: the name of its channel, the text, and how to change it."""
+    found: list[tuple[str, str, Callable[[str], None]]] = []
+
+    def add(name: str, holder: dict[str, Any], key: str) -> None:
+        if isinstance(holder.get(key), str) and holder[key]:
+            found.append((name, holder[key], lambda text: holder.__setitem__(key, text)))
+
+    add("text", choice, "text")
+    delta = choice.get("delta")
+    if isinstance(delta, dict):
+        for key in ("reasoning_content", "reasoning", "content", "refusal"):
+            add(key, delta, key)
+        for call in delta.get("tool_calls") or []:
+            function = call.get("function")
+            if isinstance(function, dict):
+                add(f"tool {call.get('index', 0)}", function, "arguments")
+    return found

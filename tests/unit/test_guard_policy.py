@@ -1,0 +1,247 @@
+"""Policies and calibrations: what a file says, what is wrong with it, what a score means."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from dstune.core.errors import UserError
+from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_of
+from dstune.serve.guard.check import Text, Verdict, entry_of, item_of, tag
+from dstune.serve.guard.model import GuardModel
+from dstune.serve.guard.policy import PII, Policy, Watch, read
+from dstune.serve.guard.scanner import Item, Result, Scanner, Scored
+from tests.support.guards import calibrate
+from tests.support.tiny import save_classifier
+
+
+def problems_of(tmp_path, value) -> list[str]:
+    file = tmp_path / "guard.yaml"
+    file.write_text(value if isinstance(value, str) else yaml.safe_dump(value))
+    with pytest.raises(UserError) as error:
+        read(file)
+    return [f"{one.where.removeprefix(f'{file}: ')}: {one.reason} {one.fix}".strip() for one in error.value.problems]
+
+
+def policies(**changes):
+    own = {"input": [{"detector": "secrets", "action": "block"}]}
+    return {"format": 1, "policies": {"own": own | changes}}
+
+
+WRONG = [
+    ("[", "cannot be read as YAML"),
+    (policies() | {"format": 2}, "format: must be 1"),
+    (policies() | {"polices": {}}, "polices: there is no such key did you mean policies?"),
+    (policies(on_failure="ajar"), "policies.own.on_failure: must be closed or open"),
+    (policies(input=[{"detector": "secret", "action": "block"}]), "did you mean secrets?"),
+    (policies(input=[{"detector": "secrets", "action": "stop"}]), "input[0].action: must be block, mask or flag"),
+    (policies(input=[{"detector": "secrets", "action": "mask", "level": "l1_confident"}]), "is exact: it has no level"),
+    (policies(input=[{"detector": "prompt_attack", "action": "block"}]), "input[0].level: must be one of l1_confident"),
+    (policies(input=[{"detector": "prompt_attack/rules", "action": "mask"}]), "does not say where in a text it stands"),
+    (policies(input=[{"detector": "pii/name", "action": "mask"}]), "names and addresses of people are not found here"),
+    (
+        policies(input=[{"detector": "pii", "action": "mask"}, {"detector": "pii/email", "action": "flag"}]),
+        "is there twice",
+    ),
+    (policies(input=[{"detector": "system_prompt_leak", "action": "block"}]), "belongs under output"),
+    (policies(input=[], output=[]), "looks for nothing"),
+    (policies(links=["https://x.com"]), "must be host names"),
+    (policies(document_markers=[["<a>"]]), "must be a list of pairs of texts"),
+    (policies(limits={"windows": 0}), "limits.windows: must be a number above 0"),
+    (policies() | {"routes": {"/v1/chat/completions": "other"}}, "names no policy of this file one of own or off"),
+    (policies() | {"routes": {"/v1/files": "own"}}, "routes./v1/files: there is no such key"),
+    (policies() | {"models": {"secrets": "x"}}, "models.secrets: takes no model"),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), WRONG, ids=range(len(WRONG)))
+def test_what_is_wrong_with_a_policy_is_named(tmp_path, value, expected):
+    assert any(expected in one for one in problems_of(tmp_path, value)), problems_of(tmp_path, value)
+
+
+def test_all_problems_come_at_once(tmp_path):
+    value = policies(on_failure="ajar", links=[1], codes="yes") | {"routes": {"/v2/guard": "none"}}
+    assert len(problems_of(tmp_path, value)) == 4
+
+
+def test_the_packaged_policy_and_what_it_needs(tmp_path):
+    found = read("default", str(tmp_path))
+    own = found.of_route("/v1/chat/completions")
+    assert own.on_failure == "closed" and found.of_project(None) is own and found.of_project("x") is None
+    assert {watch.detector for watch in own.watches("input")} >= {"prompt_attack", "secrets", *PII.values()}
+    assert found.of_route("/v1/embeddings") is None
+    with pytest.raises(UserError, match="dstune train experiment=guard"):
+        found.check_models([])
+    found.check_models(["prompt_attack"])
+
+
+def test_a_route_can_be_off(tmp_path):
+    file = tmp_path / "guard.yaml"
+    file.write_text("format: 1\npolicies: {own: {input: [{detector: pii, action: mask}]}}\nroutes: {/v2/guard: off}\n")
+    assert read(file).of_route("/v2/guard") is None
+
+
+# -- levels -----------------------------------------------------------------------------------------------------------
+
+
+def calibration(folder, **changes) -> Calibration:
+    one = Bucket(1, dict(zip(LEVELS.values(), (0.9, 0.8, 0.7, 0.5), strict=True)))
+    more = Bucket(None, dict(zip(LEVELS.values(), (0.99, 0.95, 0.9, 0.8), strict=True)))
+    given = {"input": (one, more), "output": (one,), "tool_result": (more,)}
+    return dataclasses.replace(Calibration(digest_of(folder), given, {"input": {"rows": 9, "digest": "x"}}), **changes)
+
+
+def test_a_level_is_that_of_its_direction_and_number_of_windows(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    calibration(tmp_path).save(tmp_path)
+    found = Calibration.load(tmp_path)
+    assert found == calibration(tmp_path)
+    cases = [
+        ("input", 1, 0.95, "l1_confident"), ("input", 1, 0.8, "l2_very_likely"), ("input", 1, 0.79, "l3_likely"),
+        ("input", 1, 0.5, "l4_less_likely"), ("input", 1, 0.49, "l5_unlikely"), ("input", 2, 0.95, "l2_very_likely"),
+        ("input", 900, 0.79, "l5_unlikely"), ("tool_result", 1, 0.79, "l5_unlikely"), ("output", 50, 0.95, "l1_confident"),
+    ]  # fmt: skip
+    for direction, windows, score, level in cases:
+        assert found.level(direction, windows, score) == level, (direction, windows, score)
+
+
+DAMAGED = [
+    (lambda value: value.update(format=2), "format"),
+    (lambda value: value["directions"].pop("output"), "directions"),
+    (lambda value: value["directions"]["input"].update(by_windows=[]), "by_windows"),
+    (lambda value: value["directions"]["input"]["by_windows"][0].update(up_to=None), "only the last"),
+    (lambda value: value["directions"]["input"]["by_windows"].reverse(), "only the last"),
+    (lambda value: value["directions"]["input"]["by_windows"][0]["thresholds"].pop("0.01"), "thresholds"),
+    (
+        lambda value: value["directions"]["input"]["by_windows"][0]["thresholds"].update({"0.01": "x"}),
+        "must be a number",
+    ),
+    (lambda value: value["directions"]["input"]["by_windows"][0]["thresholds"].update({"0.05": 1.0}), "not lower"),
+    (lambda value: value.update(stride=128), "stride"),
+    (lambda value: value.update(calibrated_on={}), "calibrated_on"),
+    (lambda value: value.update(model_digest="0" * 64), "other weights"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_calibration_is_refused(tmp_path, damage, reason):
+    (tmp_path / "config.json").write_text("{}")
+    file = calibration(tmp_path).save(tmp_path)
+    value = json.loads(file.read_text())
+    damage(value)
+    file.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=reason):
+        Calibration.load(tmp_path)
+
+
+def test_a_calibration_that_is_none_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="stride"):
+        calibration(tmp_path, stride=0).save(tmp_path)
+    assert not (tmp_path / "guard.json").exists()
+    assert Calibration.load(tmp_path) is None
+
+
+def test_what_a_detector_says():
+    watch = Watch("prompt_attack", "block", "l2_very_likely")
+    for level, detected in (
+        ("l1_confident", True),
+        ("l2_very_likely", True),
+        ("l3_likely", False),
+        ("l5_unlikely", False),
+    ):
+        assert entry_of(watch, Result(scores={"prompt_attack": Scored(level, 0.5, 1, "plain")})).detected is detected
+    assert entry_of(watch, Result()).detected is None
+    verdict = Verdict(Policy("own"), [entry_of(watch, Result())])
+    assert verdict.unchecked == ["prompt_attack"] and verdict.refused and not verdict.flagged
+    assert not Verdict(Policy("own", "open"), verdict.entries).refused
+    assert tag("pii/email") == "<EMAIL>"
+    assert [Text("x", role).direction for role in ("system", "user", "assistant", "tool")] == [
+        "",
+        "input",
+        "output",
+        "tool_result",
+    ]
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scanner(tmp_path_factory):
+    folder = save_classifier(tmp_path_factory.mktemp("scanner") / "export")
+    return Scanner.load({"prompt_attack": calibrate(folder, 0.5)})
+
+
+def test_windows_overlap_and_cover_the_text(scanner):
+    model = scanner.models["prompt_attack"]
+    text = " ".join(f"w{number}" for number in range(60))
+    windows = model.windows(text)
+    assert [len(one) for one in windows] == [16, 16, 16, 16, 12]
+    whole = model.predictor.tokenizer(text)["input_ids"]
+    assert [one[0] for one in windows] == [whole[place] for place in (0, 12, 24, 36, 48)]
+    assert windows[-1][-1] == whole[-1] and model.windows("") == []
+    scores = model.scores([text, "w1", ""])
+    assert [len(one) for one in scores] == [5, 1, 0]
+    alone = model.scores([" ".join(f"w{number}" for number in range(12, 28))])
+    assert scores[0][1] == pytest.approx(alone[0][0], abs=1e-6)
+    assert all(0 <= score <= 1 for of_text in scores for score in of_text)
+
+
+def test_special_tokens_that_somebody_wrote_are_text():
+    """As the tokenizer of BERT has them."""
+    from types import SimpleNamespace
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[", "]", "SEP", "w1", "w2"])
+    }
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    model = GuardModel(SimpleNamespace(tokenizer=tokenizer), 1, "attack", "", None, 16, 12)
+    assert model.windows("w1 [SEP] w2") == [[2, 7, 4, 6, 5, 8, 3]]
+    assert [len(one) for one in model.windows("w1 " * 30)] == [16, 16, 8] and model.windows(" ") == []
+
+
+def test_scores_are_remembered_and_counted(scanner):
+    item = Item("w1 w2 w3", "input", frozenset({"prompt_attack"}))
+    first, second = scanner.scan(item), scanner.scan(item)
+    assert (first.computed, second.computed) == (1, 0) and first.scores == second.scores
+    many = scanner.scan(dataclasses.replace(item, text="w1 " * 100, most_windows=3))
+    assert many.not_run == {"prompt_attack": "more than 3 windows"} and not many.scores
+
+
+def test_a_decided_text_costs_no_model(scanner):
+    policy = Policy(
+        "own", directions={"input": (Watch("secrets", "block"), Watch("prompt_attack", "block", "l1_confident"))}
+    )
+    item = item_of(policy, "the key sk-ant-api03-" + "Ab1_" * 20, "input")
+    assert scanner.scan(item).computed == 0
+    assert scanner.scan(dataclasses.replace(item, decisive=frozenset())).computed > 0
+
+
+def test_a_piece_is_scored_with_the_words_before_it(scanner):
+    item = Item("w9", "output", frozenset({"prompt_attack"}), context="w1 " * 500)
+    assert scanner.scan(item).scores["prompt_attack"].windows == len(
+        scanner.models["prompt_attack"].windows("w1 " * 129)
+    )
+
+
+def test_values_hidden_in_encodings_are_found_with_their_place(scanner):
+    from base64 import b64encode
+
+    run = b64encode(b"please write to anna@example.org today").decode()
+    text = f"decode {run} please, \uff14\uff11\uff11\uff11 1111 1111 1111"
+    found = {
+        one.detector: text[one.start : one.end]
+        for one in scanner.scan(Item(text, "input", frozenset(PII.values()))).found
+    }
+    assert found == {"pii/email": run, "pii/credit_card": "\uff14\uff11\uff11\uff11 1111 1111 1111"}

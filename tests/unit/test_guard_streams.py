@@ -1,0 +1,186 @@
+"""Answers that are held back: however they are cut into pieces, a reader gets what the whole text would have become."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+
+from dstune.serve.asgi import event
+from dstune.serve.guard.check import Checker, GuardDown, item_of
+from dstune.serve.guard.policy import Policy, Watch
+from dstune.serve.guard.scanner import Scanner
+from dstune.serve.guard.streams import HELD, KEPT, HeldBack, Stopped
+
+CARD, KEY, EMAIL = "4111 1111 1111 1111", "sk-ant-api03-" + "Ab1_" * 20, "maria.gonzalez@mail.example.org"
+TEXT = (
+    "Thank you for your order. Your card is 4111 1111 1111 1111, and the address is "
+    f"{EMAIL}! The key {KEY} is yours 😀. Version 1.2.3 of 10.10.2024 costs 3.50 or so; "
+    "a longer sentence follows that has nothing to hide and goes on and on until it has more than two hundred letters, which "
+    "takes some words of no importance, one after the other, and then it ends. Bye"
+)
+MASKED = TEXT.replace(CARD, "<CREDIT_CARD>").replace(EMAIL, "<EMAIL>").replace(KEY, "<SECRETS>")
+
+
+def policy(action: str, *detectors: str) -> Policy:
+    return Policy("own", directions={"output": tuple(Watch(one, action) for one in detectors)})
+
+
+def chunks_of(text: str, sizes: random.Random, most: int) -> list[str]:
+    pieces = []
+    while text:
+        size = sizes.randint(1, most)
+        pieces.append(text[:size])
+        text = text[size:]
+    return pieces
+
+
+def chat_event(content: str | None = None, finish: str | None = None, index: int = 0, **delta) -> dict:
+    given = delta if content is None else {"content": content, **delta}
+    return {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "choices": [{"index": index, "delta": given, "finish_reason": finish}],
+    }
+
+
+def passed(events: list, own: Policy, *, sizes: int = 0, scan=None) -> list:
+    """The events that come out; bytes are cut into pieces of `sizes`."""
+    scanner = Scanner({})
+
+    async def in_process(items):
+        return [scanner.scan(item) for item in items]
+
+    checker = Checker(scan or in_process)
+
+    async def check(context, text, windows):
+        from dataclasses import replace
+
+        item = replace(item_of(own, text, "output"), context=context, windows_before=windows)
+        return await checker.piece(own, item)
+
+    async def source():
+        raw = b"".join(one if isinstance(one, bytes) else event(one) for one in events) + b"data: [DONE]\n\n"
+        step = sizes or len(raw)
+        for place in range(0, len(raw), step):
+            yield raw[place : place + step]
+
+    async def run():
+        found, stopped = [], None
+        try:
+            async for out in HeldBack(check).stream(source()):
+                found.append(out)  # noqa: PERF401 - what came before a stop counts
+        except Stopped as error:
+            stopped = error
+        return found, stopped
+
+    out, stopped = asyncio.run(run())
+    assert out[-1] == b"data: [DONE]\n\n"
+    return [*(json.loads(one.removeprefix(b"data: ")) for one in out[:-1]), stopped]
+
+
+def written(events: list, index: int = 0, key: str = "content") -> str:
+    choices = [choice for one in events[:-1] for choice in one["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get(key) or "" for choice in choices)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_values_that_are_cut_into_pieces_are_masked_whole(seed):
+    pieces = chunks_of(TEXT, random.Random(seed), (1, 3, 8, 40)[seed % 4])
+    events = [chat_event(None, role="assistant"), *(chat_event(one) for one in pieces), chat_event("", "stop")]
+    out = passed(events, policy("mask", "pii/email", "pii/credit_card", "secrets"), sizes=seed * 7)
+    assert written(out) == MASKED
+    assert out[-2]["choices"][0]["finish_reason"] == "stop" and out[-1] is None
+
+
+@pytest.mark.parametrize("value", [CARD, KEY, EMAIL, "DE89 3704 0044 0532 0130 00", "+1 415-555-2671"])
+def test_nothing_of_a_value_that_stops_the_answer_goes_out(value):
+    detectors = ("pii/email", "pii/credit_card", "pii/iban_code", "pii/phone_number", "secrets")
+    for before in ("It is ", "One sentence. Then ", "x" * 150 + " and then ", "y" * (HELD - 10) + " "):
+        for size in (2, 5):
+            text = f"{before}{value} and that is all there is to say."
+            pieces = [text[place : place + size] for place in range(0, len(text), size)]
+            out = passed([*(chat_event(one) for one in pieces), chat_event("", "stop")], policy("block", *detectors))
+            assert before.startswith(written(out).rstrip()[: len(before)])
+            assert len(written(out)) <= len(before), written(out)
+            assert out[-2]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "content_filter"}
+            assert out[-1].detectors
+
+
+def test_text_goes_out_sentence_by_sentence_as_the_engine_wrote_it():
+    sentence = "This is a sentence without anything in it. "
+    seen: list[int] = []
+
+    async def scan(items):
+        seen.append(len(items[0].text))
+        return [Scanner({}).scan(item) for item in items]
+
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": f"{word} "}, "logprobs": {"x": [word]}}]}
+        | {"choices": [{"index": 0, "delta": {"content": f"{word} "}, "logprobs": {"x": [word]}}]}
+        for word in (sentence * 6).split()
+    ]
+    out = passed([*events, chat_event("", "stop")], policy("block", "secrets"), scan=scan)
+    assert [one["choices"][0].get("logprobs") for one in out[:-2]] == [{"x": [word]} for word in (sentence * 6).split()]
+    assert len(seen) >= 6 and max(seen) <= HELD + KEPT + 64
+    assert out[:-2] == [json.loads(json.dumps(one)) for one in events]
+
+
+def test_masked_pieces_lose_what_tells_their_text_otherwise():
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": piece}, "logprobs": {"content": [piece]}, "token_ids": [1]}]}
+        for piece in ("mail ", "a@exam", "ple.org ", "now")
+    ]
+    out = passed([*events, chat_event("", "stop")], policy("mask", "pii/email"))
+    assert written(out) == "mail <EMAIL> now"
+    assert ["logprobs" in one["choices"][0] for one in out[:-2]] == [True, False, False, True]
+    assert "exam" not in json.dumps(out[:-1])
+
+
+def test_choices_reasoning_and_arguments_are_each_checked():
+    def call(arguments):
+        return chat_event(None, tool_calls=[{"index": 0, "function": {"arguments": arguments}}])
+
+    events = [
+        chat_event(None, reasoning_content="I know a@exam"), chat_event(None, reasoning_content="ple.org well"),
+        chat_event("Other", index=1), chat_event("Hello"), call('{"to": "b@exam'), call('ple.org"}'),
+        chat_event("", "stop", index=1), chat_event(None, "tool_calls"),
+    ]  # fmt: skip
+    usage = {"object": "chat.completion.chunk", "choices": [], "usage": {"total_tokens": 3}}
+    out = passed([*events, usage], policy("mask", "pii/email"))
+    assert written(out, key="reasoning_content") == "I know <EMAIL> well"
+    assert (written(out), written(out, 1)) == ("Hello", "Other")
+    calls = [call for one in out[:-1] for choice in one["choices"] for call in choice["delta"].get("tool_calls", [])]
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"to": "<EMAIL>"}'
+    assert out[-2] == usage
+    stopped = passed([*events, usage], policy("block", "pii/email"))
+    assert (
+        stopped[-1] is not None and "usage" not in json.dumps(stopped[:-1]) and "exam" not in json.dumps(stopped[:-1])
+    )
+
+
+def test_completions_and_line_ends_of_other_servers():
+    events = [
+        b'data: {"object": "text_completion", "choices": [{"index": 0, "text": "a@exam"}]}\r\n\r\n', b": ping\n\n",
+        b'data: {"object": "text_completion", "choices": [{"index": 0, "text": "ple.org", "finish_reason": "stop"}]}\n\n',
+    ]  # fmt: skip
+    out = passed(events, policy("mask", "pii/email"))
+    assert "".join(one["choices"][0]["text"] for one in out[:-1]) == "<EMAIL>"
+    stopped = passed(events, policy("block", "pii/email"))
+    assert stopped[0]["choices"] == [{"index": 0, "text": "", "finish_reason": "content_filter"}]
+
+
+def test_a_guard_that_ends_releases_nothing_more():
+    calls = []
+
+    async def scan(items):
+        calls.append(items)
+        if len(calls) > 1:
+            raise GuardDown("gone")
+        return [Scanner({}).scan(item) for item in items]
+
+    events = [chat_event(f"This is sentence number {number} of many. ") for number in "abcdef"]
+    with pytest.raises(GuardDown):
+        passed(events, policy("block", "secrets"), scan=scan)
