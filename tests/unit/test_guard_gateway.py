@@ -17,6 +17,7 @@ from dstune.serve.command import guard_gateway
 from dstune.serve.engines.base import Limits as EngineLimits
 from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.policy import read
+from dstune.serve.guard.scanner import Scanner
 from dstune.serve.store.keys import Limit
 from tests.support.guards import calibrated_between, guarded, write_policies
 from tests.support.serving import chat, served
@@ -236,7 +237,7 @@ def test_a_model_stops_requests_and_is_charged_to_the_key(tmp_path, model):
         }
         again["messages"].append({"role": "user", "content": " ".join([low] * 10)})
         assert (await client.post("/v1/chat/completions", json=again)).status_code == 200
-        assert audit(tmp_path)[-1]["windows"] == 4
+        assert audit(tmp_path)[-1]["windows"] == 3
         answers = [await client.post("/v1/chat/completions", json=chat(f"{low} w1{n}")) for n in range(4)]
         assert answers[-1].status_code == 429
         long = await found.client().post("/v2/guard", json={"messages": [{"role": "user", "content": "w1 " * 400}]})
@@ -249,9 +250,11 @@ def test_blocking_needs_a_calibrated_model(tmp_path, model):
     bare = tmp_path / "bare"
     shutil.copytree(model, bare)
     (bare / "guard.json").unlink()
+    policies = read(write_policies(tmp_path, {"input": [ATTACKS]}))
     for models in ({}, {"prompt_attack": bare}):
         with pytest.raises(UserError, match=r"dstune train experiment=guard"):
-            run(None, tmp_path, {"input": [ATTACKS]}, models)
+            policies.check_models(Scanner.load(models).calibrated)
+    policies.check_models(Scanner.load({"prompt_attack": model}).calibrated)
 
     async def test(found, guard):
         answer = await found.client().post(
@@ -282,7 +285,7 @@ def test_the_guards_process_is_started_watched_and_fails_closed(tmp_path, model)
                 codes = {(await client.post("/v1/chat/completions", json=chat(low))).status_code for _ in range(3)}
                 assert codes == {503}
                 assert (await client.get("/readyz")).status_code == 503
-                for _ in range(600):
+                for _ in range(1800):
                     if guarding.up and guarding.engine.starts == 2:
                         break
                     await asyncio.sleep(0.1)

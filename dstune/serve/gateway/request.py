@@ -207,7 +207,7 @@ class Request:
     async def _answer_and_close(self, error: ApiError, headers: list[tuple[bytes, bytes]]) -> None:
         """The connection stays open a moment longer than the answer takes: one that is closed while its client writes may
         lose the client what was answered."""
-        body = self._told(error)
+        body = self._error_body(error)
         fixed = [JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": error.status, "headers": [*headers, *fixed]})
         await self.send({"type": "http.response.body", "body": body, "more_body": True})
@@ -224,9 +224,9 @@ class Request:
             if await self._leave_body():
                 await self._answer_and_close(error, headers)
             else:
-                await self.respond(error.status, self._told(error), headers)
+                await self.respond(error.status, self._error_body(error), headers)
 
-    def _told(self, error: ApiError) -> bytes:
+    def _error_body(self, error: ApiError) -> bytes:
         """Clients of `/v2/guard` read the message beside the error, not within it."""
         return error.plain() if "/v2/guard" in self.path else error.body()
 

@@ -43,14 +43,14 @@ def routes(guard: Guard) -> list[Route]:
 async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: bool, units: str) -> None:
     body = await request.json()
     placed = _placed(body)
-    asked = {name: _flag(body, name) for name in ("payload", "breakdown", "dev_info")}
+    requested = {name: _flag(body, name) for name in ("payload", "breakdown", "dev_info")}
     policy = _policy(guard, body.get("project_id"))
     units = units or _units(request)
     assert request.caller is not None
     try:
         async with gateway.admission.place(request.caller):
             verdict = await guard.check(
-                policy, [one.text for one in placed], everything=asked["breakdown"] or not decides
+                policy, [one.text for one in placed], everything=requested["breakdown"] or not decides
             )
     except GuardDown as error:
         guard.record(request, policy, "guard", None, str(error))
@@ -71,14 +71,14 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     if verdict.not_run:
         answer["not_run"] = dict(sorted(verdict.not_run.items()))
     if not decides:
-        answer["results"] = [_result(entry) for entry in _told(verdict, placed)]
+        answer["results"] = [_result(entry) for entry in _reported(verdict, placed)]
     else:
         answer["flagged"] = verdict.flagged
-        if asked["breakdown"]:
-            answer["breakdown"] = [_entry(policy, body.get("project_id"), one) for one in _told(verdict, placed)]
-    if asked["payload"]:
+        if requested["breakdown"]:
+            answer["breakdown"] = [_entry(policy, body.get("project_id"), one) for one in _reported(verdict, placed)]
+    if requested["payload"]:
         answer["payload"] = list(_payload(verdict, placed, units))
-    if asked["dev_info"]:
+    if requested["dev_info"]:
         answer["dev_info"] = {
             "version": __version__,
             "model_version": None,
@@ -151,7 +151,7 @@ def _nothing_ran(policy: Policy, placed: Iterable[Placed], reason: str) -> Verdi
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 
-def _told(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
+def _reported(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
     """For each detector the messages in which it found something, or one entry: its most certain one."""
     last = max((one.text.message for one in placed), default=0)
     order = [*LEVELS, "uncalibrated", UNLIKELY, NOT_RUN]
@@ -164,17 +164,17 @@ def _told(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
             order.index(before.level),
         ):
             own[entry.message] = entry
-    told: list[Entry] = []
+    reported: list[Entry] = []
     for own in by_detector.values():
         detected = [entry for entry in own.values() if entry.detected]
         unknown = [entry for entry in own.values() if entry.detected is None]
         # That a detector did not run somewhere counts more than that it found nothing elsewhere.
-        told += (
+        reported += (
             detected
             or unknown[:1]
             or [min(own.values(), key=lambda one: (order.index(one.level), abs(last - one.message)))]
         )
-    return told
+    return reported
 
 
 def _entry(policy: Policy, project: str | None, entry: Entry) -> dict[str, Any]:

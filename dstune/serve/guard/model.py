@@ -46,6 +46,8 @@ class GuardModel:
     """None where the folder has no `guard.json`: such a model may flag, never block."""
     window_tokens: int
     stride: int
+    several_labels: bool = False
+    """Whether each label has a probability of its own."""
 
     @staticmethod
     def load(
@@ -82,7 +84,9 @@ class GuardModel:
             raise UserError(Problem("guard.model", reason, value=str(folder)))
         # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
         predictor.tokenizer.model_max_length = int(1e9)
-        return GuardModel(predictor, predictor.labels.index(name), name, digest_of(folder), calibration, window, step)
+        several = predictor.model.config.problem_type == "multi_label_classification"
+        index = predictor.labels.index(name)
+        return GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, several)
 
     def windows(self, text: str) -> list[Window]:
         """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
@@ -128,8 +132,7 @@ class GuardModel:
             device = next(self.predictor.model.parameters()).device
             with torch.inference_mode():
                 logits = self.predictor.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
-            multi_label = getattr(self.predictor.config.task, "multi_label", False)
-            found = logits.sigmoid() if multi_label else logits.softmax(dim=-1)
+            found = logits.sigmoid() if self.several_labels else logits.softmax(dim=-1)
             for number, value in zip(chosen, found[:, self.index].tolist(), strict=True):
                 scores[number] = value
         return scores

@@ -127,16 +127,16 @@ class Scanner:
         not_run: dict[str, str] = {}
         windows: dict[str, list[list[Window]]] = {}
         remembered: dict[str, Score] = {}
-        wanted = [one for one in item.detectors if needs_model(one)]
+        by_model = [one for one in item.detectors if needs_model(one)]
         key = b""
-        if wanted and not item.decisive.intersection(one.detector for one in found):
+        if by_model and not item.decisive.intersection(one.detector for one in found):
             # A piece of a stream is scored with the last words before it, not with all that is searched.
             scored = readings
             if item.context:
                 tail = self._tail(item.context)
                 scored = variants_of(tail + item.text, normalised(tail + item.text))
             key = hashlib.sha256("\0".join(one.text for one in scored).encode("utf-8", "surrogatepass")).digest()
-            for detector in wanted:
+            for detector in by_model:
                 model = self.models.get(detector)
                 if model is None:
                     not_run[detector] = "no model"
