@@ -24,6 +24,7 @@ ORDER = (
     "export",
     "serve",
     "serve-keys",
+    "guard",
     "data",
     "report",
     "runs",

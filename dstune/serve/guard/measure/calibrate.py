@@ -1,0 +1,134 @@
+"""Thresholds from held-out benign texts, by direction and number of windows.
+
+The highest of thirty scores is higher than one, so each bucket of lengths has thresholds of its own: from texts of its length,
+and from runs of as many neighbouring windows within longer texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration
+from dstune.serve.guard.model import GuardModel
+from dstune.serve.guard.variants import variants
+
+BUCKETS = (1, 2, 4, 8, 16, 32, None)
+"""Most windows of each bucket."""
+LONG = 3
+"""From so many windows on, a text counts in every direction: users paste documents, and answers are some."""
+FEWEST = 20
+"""Texts that a direction needs at least."""
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a benign text: of its windows in order, then of those of its variants."""
+
+    direction: str
+    plain: tuple[float, ...]
+    variants: tuple[float, ...]
+
+    @property
+    def all(self) -> tuple[float, ...]:
+        return self.plain + self.variants
+
+
+def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
+    """rows: benign texts that the model was not trained on, with `text` and `direction`. source: what they are called.
+
+    Raises UserError where a direction has too few, or a row is an attack.
+    """
+    _check(rows, model.label, source)
+    return thresholds(list(_scores(model, rows)), model, rows, source)
+
+
+def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
+    directions, counts = {}, {}
+    for direction in DIRECTIONS:
+        own = [one for one in scored if one.direction == direction or len(one.plain) >= LONG]
+        directions[direction], used = _buckets(own)
+        texts = [row["text"] for row in rows if row["direction"] == direction]
+        counts[direction] = {
+            "texts": len(texts),
+            "digest": hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest(),
+            "by_windows": used,
+        }
+    calibrated_on: dict[str, Any] = {"rows": source, "directions": counts}
+    return Calibration(model.digest, directions, calibrated_on, model.window_tokens, model.stride, model.label)
+
+
+def _check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
+    problems = []
+    attacks = sum(row.get("label") == label for row in rows)
+    if attacks:
+        reason = f"{attacks} of its rows are attacks; thresholds are set from benign texts"
+        problems.append(Problem(source, reason, "take these rows out"))
+    for direction in DIRECTIONS:
+        count = sum(row.get("direction") == direction for row in rows)
+        if count < FEWEST:
+            reason = f"{count} texts have direction {direction}, and {FEWEST} are needed"
+            problems.append(Problem(source, reason, f'rows as {{"text": ..., "direction": "{direction}"}}'))
+    if problems:
+        raise UserError(problems)
+
+
+def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Scored]:
+    started = reported = time.monotonic()
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        readings = [variants(row["text"]) for row in chunk]
+        scores = iter(model.scores([one.text for of_row in readings for one in of_row]))
+        for row, of_row in zip(chunk, readings, strict=True):
+            plain, *others = [next(scores) for _ in of_row]
+            yield Scored(row["direction"], tuple(plain), tuple(value for own in others for value in own))
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            print(f"{start + len(chunk)} of {len(rows)} texts, {reported - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, int]]:
+    """The buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
+    where chance would have it otherwise."""
+    found: list[Bucket] = []
+    used: dict[str, int] = {}
+    floor = dict.fromkeys(LEVELS.values(), 0.0)
+    for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False):
+        highest = sorted(_maxima(scored, above or 0, up_to))
+        used[f"up_to_{up_to}" if up_to else "any"] = len(highest)
+        for rate in floor:
+            floor[rate] = max(floor[rate], threshold_at(highest, rate))
+        found.append(Bucket(up_to, dict(floor)))
+    return tuple(found), used
+
+
+def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator[float]:
+    """The highest scores of texts with more than `above` and at most `up_to` windows: of whole texts, and of runs of windows
+    within longer ones."""
+    length = up_to or 2 * above
+    for one in scored:
+        if above < len(one.all) <= (up_to or math.inf):
+            yield max(one.all)
+        elif len(one.plain) > length and above:  # of short texts there are enough, and a cut text is none
+            for start in range(0, len(one.plain) - length + 1, length):
+                yield max(one.plain[start : start + length])
+
+
+def threshold_at(highest: Sequence[float], rate: float) -> float:
+    """The lowest threshold at which at most `rate` of texts like these are alarms: the score after the k-th lowest of m with
+    k = ceil((m + 1) (1 - rate)), as in conformal prediction (arXiv:2107.07511). Where m is too small for that, the score
+    after the highest.
+
+    highest: in rising order.
+    """
+    if not highest:
+        return 0.0
+    place = min(math.ceil((len(highest) + 1) * (1 - rate)), len(highest))
+    return math.nextafter(highest[place - 1], math.inf)

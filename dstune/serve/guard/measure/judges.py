@@ -1,0 +1,163 @@
+"""What decides over texts: an export at one level, a policy as a server applies it, or a server by its URL."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.serve.guard.calibration import DIRECTIONS, TRAINS
+from dstune.serve.guard.check import entry_of, item_of
+from dstune.serve.guard.measure.report import Judged
+from dstune.serve.guard.policy import BLOCK, CLOSED, PROMPT_ATTACK, RULES, Limits, Policies, Policy, Watch, read
+from dstune.serve.guard.scanner import Scanner
+
+CHUNK = 64
+ROLES = {"input": "user", "output": "assistant", "tool_result": "tool"}
+KEY = "DSTUNE_API_KEY"
+"""Environment variable with the key of a server."""
+Judge = Callable[[Sequence[Mapping[str, Any]]], list[Judged]]
+
+
+@dataclass
+class LocalJudge:
+    """A policy in this process. A row is flagged where the policy would block it."""
+
+    policy: Policy
+    scanner: Scanner
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
+        return list(_progress(self._judged(rows), len(rows)))
+
+    def _judged(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Judged]:
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            items = [item_of(self.policy, row["text"], row.get("direction", "input")) for row in chunk]
+            prepared = [self.scanner.prepare(item) for item in items]
+            computed: dict[str, Iterator[float]] = {}
+            for detector, model in self.scanner.models.items():
+                windows = [w for one in prepared for reading in one.windows.get(detector, []) for w in reading]
+                computed[detector] = iter(model.score_windows(windows))
+            for row, one in zip(chunk, prepared, strict=True):
+                scores = {
+                    detector: [next(computed[detector]) for reading in pieces for _ in reading]
+                    for detector, pieces in one.windows.items()
+                }
+                result = self.scanner.finish(one, scores)
+                blocking = [watch for watch in self.policy.watches(one.item.direction) if watch.action == BLOCK]
+                entries = [entry_of(watch, result) for watch in blocking]
+                unchecked = any(entry.detected is None for entry in entries) and self.policy.on_failure == CLOSED
+                scored = result.scores.get(PROMPT_ATTACK)
+                flagged = unchecked or any(entry.detected for entry in entries)
+                yield Judged(row, flagged, scored.level if scored else None)
+
+
+@dataclass
+class ServerJudge:
+    """`POST /v2/guard` of a server. A row is flagged where the answer says so."""
+
+    url: str
+    key: str | None = None
+    seconds: float = 60.0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
+        return list(_progress(map(self._judged, rows), len(rows)))
+
+    def _judged(self, row: Mapping[str, Any]) -> Judged:
+        message = {"role": ROLES[row.get("direction", "input")], "content": row["text"]}
+        answer = self._ask({"messages": [message], "breakdown": True})
+        if not isinstance(answer.get("flagged"), bool):
+            raise DstuneError(f"{self.url}: the answer does not say whether the text is flagged")
+        levels = [
+            entry.get("result")
+            for entry in answer.get("breakdown") or []
+            if isinstance(entry, dict) and entry.get("detector_type") == PROMPT_ATTACK
+        ]
+        level = levels[0] if levels and isinstance(levels[0], str) else None
+        return Judged(row, answer["flagged"], level)
+
+    def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.seconds) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            said = error.read(500).decode("utf-8", "replace")
+            raise DstuneError(f"{self.url} answered {error.code}: {said}") from None
+        except (OSError, ValueError) as error:
+            raise DstuneError(f"{self.url} cannot be asked: {error}") from None
+        return answer if isinstance(answer, dict) else {}
+
+
+def _progress(judged: Iterator[Judged], rows: int) -> Iterator[Judged]:
+    started = reported = time.monotonic()
+    for number, one in enumerate(judged, 1):
+        yield one
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            print(f"{number} of {rows} texts, {reported - started:.0f} s", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Target:
+    judge: Judge
+    threshold: Mapping[str, Any]
+    """What decides, in words and values: the same for every suite."""
+
+
+def target_of(given: str, *, level: str, model: str | None, policy: str | None, rules: bool) -> Target:
+    """given: a URL, an export's folder, a file of policies, or `default`. level, rules: of an export. model, policy: of a file.
+
+    Raises UserError.
+    """
+    if given.startswith(("http://", "https://")):
+        url = given.rstrip("/")
+        url = url if url.endswith("/guard") else f"{url}/v2/guard"
+        return Target(ServerJudge(url, os.environ.get(KEY)), {"server": url, "rule": "flagged by the server's policy"})
+    if Path(given).is_dir():
+        return _export(Path(given), level, rules)
+    policies = read(given, model)
+    chosen = _policy(policies, policy, given)
+    scanner = Scanner.load(policies.models)
+    policies.check_models(scanner.calibrated)
+    levels = {
+        direction: {
+            watch.detector: watch.level or "exact" for watch in chosen.watches(direction) if watch.action == BLOCK
+        }
+        for direction in DIRECTIONS
+    }
+    return Target(LocalJudge(chosen, scanner), {"policy": chosen.name, "file": given, "blocks": levels})
+
+
+def _export(folder: Path, level: str, rules: bool) -> Target:
+    scanner = Scanner.load({PROMPT_ATTACK: folder})
+    calibration = scanner.models[PROMPT_ATTACK].calibration
+    if calibration is None:
+        reason = "this model has no guard.json, so a score of it has no meaning"
+        raise UserError(Problem(str(folder), reason, f"dstune guard calibrate {folder}; {TRAINS} makes such a model"))
+    watches = (Watch(PROMPT_ATTACK, BLOCK, level), *((Watch(RULES, BLOCK),) if rules else ()))
+    limits = Limits(characters=8_000_000, windows=100_000, seconds=600)
+    policy = Policy("export", directions=dict.fromkeys(DIRECTIONS, watches), limits=limits)
+    threshold = {"export": str(folder), "level": level, "rules": rules, "model_digest": calibration.model_digest}
+    return Target(LocalJudge(policy, scanner), threshold)
+
+
+def _policy(policies: Policies, name: str | None, file: str) -> Policy:
+    known = policies.policies
+    if name is None and len(known) == 1:
+        return next(iter(known.values()))
+    if name not in known:
+        reason = "names no policy of the file" if name else "the file has several policies"
+        raise UserError(Problem("--policy", reason, f"--policy with one of {', '.join(known)}", name or file))
+    return known[name]

@@ -1,0 +1,87 @@
+"""Shares with intervals, by family, package, language and length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LENGTHS = (
+    (100, "up to 100"),
+    (400, "101 to 400"),
+    (1600, "401 to 1,600"),
+    (6000, "1,601 to 6,000"),
+    (math.inf, "above 6,000"),
+)
+"""Characters of a text."""
+
+
+def wilson(found: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927): within [0, 1] for any count, and not empty at 0 or at all of them."""
+    if rows == 0:
+        return 0.0, 1.0
+    share, square = found / rows, z * z
+    centre = (share + square / (2 * rows)) / (1 + square / rows)
+    half = z / (1 + square / rows) * math.sqrt(share * (1 - share) / rows + square / (4 * rows * rows))
+    low, high = centre - half, centre + half
+    return (0.0 if found == 0 else max(low, 0.0)), (1.0 if found == rows else min(high, 1.0))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row of a suite and whether it was flagged."""
+
+    row: Mapping[str, Any]
+    flagged: bool
+    level: str | None = None
+    """The most certain level that it reached; None where the target does not say."""
+
+
+def cell(judged: Iterable[Judged]) -> dict[str, Any]:
+    rows = list(judged)
+    found = sum(one.flagged for one in rows)
+    low, high = wilson(found, len(rows))
+    return {
+        "flagged": found,
+        "rows": len(rows),
+        "rate": round(found / len(rows), 4) if rows else None,
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
+
+
+def length_of(row: Mapping[str, Any]) -> str:
+    return next(name for most, name in LENGTHS if len(row["text"]) <= most)
+
+
+KEYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "package": lambda row: str(row.get("package", "")),
+    "family": lambda row: str(row.get("family", "")),
+    "language": lambda row: str(row.get("language", "")),
+    "characters": length_of,
+}
+
+
+def breakdown(judged: list[Judged]) -> dict[str, Any]:
+    """All rows together, then by each key."""
+    found: dict[str, Any] = {"all": cell(judged)}
+    for key, value_of in KEYS.items():
+        groups: dict[str, list[Judged]] = {}
+        for one in judged:
+            groups.setdefault(value_of(one.row), []).append(one)
+        order = [name for _, name in LENGTHS if name in groups] if key == "characters" else sorted(groups)
+        found[f"by_{key}"] = {name: cell(groups[name]) for name in order}
+    return found
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def line(name: str, one: Mapping[str, Any]) -> str:
+    """A row of a table: name, share, interval, count."""
+    return (
+        f"  {name:<46} {percent(one['rate']):>7}  {percent(one['low']):>6} to {percent(one['high']):>6}  "
+        f"{one['flagged']}/{one['rows']}"
+    )
