@@ -183,6 +183,7 @@ CATALOGUE = {
             "MIT, Apache-2.0, BSD, Artistic-2.0: see docs/guard-model.md",
             attacks.SOURCES[0],
             16_000_000,
+            recipe=2,
             parts=attacks.SOURCES[1:],
             splits=("validation", "calibration", "test"),
         ),

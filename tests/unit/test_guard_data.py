@@ -94,7 +94,8 @@ def test_without_npm_or_network_it_says_what_to_do(
 
 def test_a_split_of_a_sample_is_named_after_a_colon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
-    folder = tmp_path / "samples" / f"attacks-{samples.CATALOGUE['attacks'].package.version}-1"
+    sample = samples.CATALOGUE["attacks"]
+    folder = tmp_path / "samples" / f"attacks-{sample.package.version}-{sample.recipe}"
     folder.mkdir(parents=True)
     assert samples.resolve("sample://attacks") == folder / "data.jsonl"
     assert samples.resolve("sample://attacks:train") == folder / "data.jsonl"

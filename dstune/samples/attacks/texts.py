@@ -11,8 +11,8 @@ from typing import Any
 ATTACK, BENIGN = "attack", "benign"
 RUN_WORDS = 8
 """Words of a run: texts that share many of them are near copies."""
-WINDOW_CHARACTERS = 440
-"""About 110 tokens of English, which fit into a window of 128 with some to spare."""
+WINDOW_CHARACTERS = 340
+"""About 80 tokens of English: also code and other languages are within a window of 128 tokens."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ COPIED = 0.3
 FIRST_CHAT = 3018
 """Conversations of the packaged dialogues before this one are neither trained on nor calibrated on."""
 HIDDEN_CHARACTERS = 4000
-PIECE = 360
+PIECE = 320
 """Characters of a part of a document for training: also in code they are within a window."""
 
 Archives = dict[str, Any]
@@ -83,11 +83,11 @@ class _Pool:
 
     def training(self) -> list[Text]:
         attacks, harmless = self._attacks(0.0, KNOWN[0]), self._harmless(*TRAIN)
-        pieces = self._pieces(*TRAIN, 600)
+        pieces = self._pieces(*TRAIN, 400)
         # Hidden attacks alone would teach that a break in a document is an attack: benign texts are hidden as well.
         short = [one for one in attacks if len(one.text) <= 250 and one.package != "prompt-armor"]
         plain = [one for one in harmless if len(one.text) <= 250 and one.family == "hard"]
-        hidden = [*_hide(chosen(short, 1000), pieces, PIECE), *_hide(chosen(plain, 500), pieces[::-1], PIECE)]
+        hidden = [*_hide(chosen(short, 800), pieces, PIECE), *_hide(chosen(plain, 400), pieces[::-1], PIECE)]
         parts = [one.cut() for one in (*attacks, *harmless)]
         return list(distinct([*parts, *hidden, *pieces]))
 
@@ -98,7 +98,7 @@ class _Pool:
 
     def _attacks(self, low: float, high: float) -> list[Text]:
         armor = list(_between(self.armor, low, high))
-        amounts = {"indirect": 700, "extraction": 600, "jailbreak": 350}
+        amounts = {"indirect": 500, "extraction": 400, "jailbreak": 300}
         return [
             *_between(self.rules, low, high),
             *(
@@ -107,7 +107,7 @@ class _Pool:
                 for one in chosen((x for x in armor if x.family == family), count)
             ),
             *_between(self.pyrit, low, high),
-            *(own.attacks(5) if low == 0.0 else own.attacks(2, held_out=True)),
+            *(own.attacks(8) if low == 0.0 else own.attacks(2, held_out=True)),
         ]
 
     def _harmless(self, low: float, high: float) -> list[Text]:
@@ -116,14 +116,14 @@ class _Pool:
             *_between(self.twins, low, high),
             *_between(self.sentences, low, high),
             *_between(self.notes, low, high),
-            *spread(_between(self.prompts, low, high), 8, int(1500 * scale)),
-            *spread(_between(self.chats, low, high), 4, int(900 * scale)),
+            *spread(_between(self.prompts, low, high), 6, int(1100 * scale)),
+            *spread(_between(self.chats, low, high), 4, int(700 * scale)),
         ]
 
     def _pieces(self, low: float, high: float, each: int) -> list[Text]:
         """Parts of documents: `each` of e-mails, examples of commands, prose."""
         kinds = (self.emails, self.commands, self.prose)
-        parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 80), each) for kind in kinds]
+        parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 40), each) for kind in kinds]
         return chosen((one for own_kind in parts for one in own_kind), 3 * each)
 
     # -- calibration: benign alone ------------------------------------------------------------------------------------
@@ -131,14 +131,15 @@ class _Pool:
     def calibration(self) -> list[Text]:
         low, high = CALIBRATION
         short = [
-            *spread(_between(self.prompts, low, high), 12, 1000),
-            *spread(_between(self.chats, low, high), 8, 900),
+            *spread(_between(self.prompts, low, high), 5, 1000),
+            *spread(_between(self.chats, low, high), 6, 1000),
             *chosen(_between(self.twins, low, high), 400),
             *_between(self.sentences, low, high),
             *_between(self.notes, low, high),
         ]
         documents = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
-        return [*short, *chosen(documents, 700), *_between(self.prose, low, high)]
+        prose = [replace(one, text=shorten(one.text, 6000)) for one in _between(self.prose, low, high)]
+        return [*short, *chosen(documents, 550), *prose]
 
     # -- test ---------------------------------------------------------------------------------------------------------
 
@@ -158,7 +159,11 @@ class _Pool:
         yield from (
             ("tool", one) for one in chosen((x for x in _between(self.commands, low, high) if x.family == "tool"), 100)
         )
-        documents = [*self.guides, *_between(self.prose, low, high), *chosen(_between(self.emails, low, high), 150)]
+        documents = [
+            *self.guides,
+            *chosen(_between(self.prose, low, high), 40),
+            *chosen(_between(self.emails, low, high), 100),
+        ]
         yield from (("document", one) for one in documents)
         # Within a document a copy would no longer be one by its runs of words.
         fresh = [one for one in attacks if not copies.copied(one)]
@@ -166,7 +171,7 @@ class _Pool:
         long = [one for one in documents if len(one.text) >= HIDDEN_CHARACTERS]
         few: list[Text] = []
         for name in dict.fromkeys(one.package for one in plain):
-            few += chosen((one for one in plain if one.package == name), 40)
+            few += chosen((one for one in plain if one.package == name), 20)
         yield from (("hidden", one) for one in _hide(few, long, HIDDEN_CHARACTERS))
 
     def _known(self) -> Iterator[Text]:
