@@ -180,7 +180,7 @@ CATALOGUE = {
             "attacks",
             "data",
             "attacks on language models and benign texts of 15 packages, to train and test a guard (task=classification)",
-            "MIT, Apache-2.0, BSD, Artistic-2.0: see docs/guard-model.md",
+            "see docs/guard-model.md",
             attacks.SOURCES[0],
             16_000_000,
             recipe=2,

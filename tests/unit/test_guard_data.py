@@ -16,7 +16,7 @@ import yaml
 from dstune import samples
 from dstune.core.errors import UserError
 from dstune.samples import npm
-from dstune.samples.attacks import own, packages
+from dstune.samples.attacks import SOURCES, own, packages
 from dstune.samples.attacks.texts import Text, language_of, place, runs
 from dstune.samples.attacks.write import FIRST_CHAT, HIDDEN_CHARACTERS, write
 from dstune.samples.npm import NpmArchive, NpmPackage
@@ -116,6 +116,16 @@ def test_every_everyday_sentence_holds_its_trigger_word() -> None:
     english = {one.group for one in sentences if one.language == "en"}
     assert len(english) >= 60
     assert len({one.text for one in sentences}) == len(sentences)
+
+
+def test_the_card_counts_what_is_ours() -> None:
+    card = (Path(__file__).parents[2] / "docs" / "guard-model.md").read_text(encoding="utf-8")
+    counts = {name: sum(1 for _ in own._lines(name)) for name in ("frames", "goals", "notes")}
+    words = len({one.group for one in own.not_inject() if one.language == "en"})
+    assert f"{counts['frames']} frames in seven languages with {counts['goals']} goals" in card
+    assert f"{counts['notes']} harmless notes" in card and f"for {words} words that attacks use" in card
+    for source in SOURCES:
+        assert f"{source.name} {source.version}" in card
 
 
 def test_goals_that_are_held_out_stand_in_no_attack_of_training() -> None:
