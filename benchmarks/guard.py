@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
-from dstune.serve.guard.measure.report import percent
+from dstune.serve.guard.measure.report import Judged, cell, percent
 
 FAMILIES = ("direct", "jailbreak", "extraction", "indirect", "obfuscated")
 
@@ -34,6 +34,7 @@ def main() -> None:
     window.add_argument("--windows", type=int, default=200)
     families = actions.add_parser("families")
     families.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    families.add_argument("--linear", action="store_true", help="TF-IDF and logistic regression (scikit-learn) instead")
     families.add_argument("--folder", help="where the runs are kept")
     families.add_argument("--override", action="append", default=[], help="of experiment=guard, for all runs")
     options = parser.parse_args()
@@ -41,6 +42,8 @@ def main() -> None:
         print_tables(json.loads(Path(options.report).read_text()))
     elif options.action == "window":
         print_window(options.export, options.windows)
+    elif options.linear:
+        print_linear(options.families)
     else:
         folder = Path(options.folder or tempfile.mkdtemp(prefix="dstune-guard-"))
         for family in options.families:
@@ -140,6 +143,45 @@ def _others(cells: Mapping[str, Any], family: str) -> dict[str, Any]:
     flagged, rows = sum(cell["flagged"] for cell in others), sum(cell["rows"] for cell in others)
     low, high = wilson(flagged, rows)
     return {"flagged": flagged, "rows": rows, "rate": flagged / rows, "low": low, "high": high}
+
+
+def print_linear(families: Sequence[str]) -> None:
+    """What is left when a family is left out, for a model of words: a lower bound that costs no training."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    def read(split: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in samples.resolve(f"sample://attacks{split}").read_text().splitlines()]
+
+    training, test = read(""), read(":test")
+    calibration = [one for one in read(":calibration") if one["direction"] == "input"]
+    print("| family | unseen packages, family in training | family left out | natural false alarms then |")
+    print("| --- | --- | --- | --- |")
+    found: dict[str, dict[str, Any]] = {}
+    for left_out in ("", *families):
+        rows = [one for one in training if one["label"] == "benign" or one["family"] != left_out]
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=80_000)
+        vectors = vectorizer.fit_transform(one["text"] for one in rows)
+        model = LogisticRegression(C=10, max_iter=200).fit(vectors, [one["label"] == "attack" for one in rows])
+
+        def scores(chosen: Sequence[Mapping[str, Any]], vectorizer: Any = vectorizer, model: Any = model) -> Any:
+            return model.predict_proba(vectorizer.transform(one["text"][:2000] for one in chosen))[:, 1]
+
+        threshold = np.quantile(scores(calibration), 0.99, method="higher")
+        for suite, family in [("natural", ""), *(("unseen", family) for family in families)]:
+            own = [one for one in test if one["suite"] == suite and (not family or one["family"] == family)]
+            flagged = scores(own) > threshold
+            found.setdefault(left_out, {})[family] = cell(
+                [Judged(one, bool(on)) for one, on in zip(own, flagged, strict=True)]
+            )
+    for family in families:
+        shown = (found[""][family], found[family][family], found[family][""])
+        values = (
+            f"{percent(one['rate'])} ({one['flagged']} of {one['rows']}; {percent(one['low'])} to {percent(one['high'])})"
+            for one in shown
+        )
+        print(f"| {family} | {' | '.join(values)} |")
 
 
 if __name__ == "__main__":
