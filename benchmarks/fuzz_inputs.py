@@ -426,6 +426,20 @@ METRICS = [
     {"step": 2, "loss": 1.5, "lr": 1e-3, "skipped": "nonfinite", "epoch": 0.5, "eval/loss": 1.2, "eval/accuracy": 0.5},
 ]
 
+FACTORS = {
+    f"base_model.model.a.lora_{which}.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 24]}
+    for which, shape in (("A", [2, 3]), ("B", [2, 2]))
+}
+REFERENCE = {
+    "format": 1,
+    "dtype": "float32",
+    "template_date": None,
+    "step": 3,
+    "rows": [
+        {"messages": CHAT["messages"][:2], "prompt_ids": [1, 2], "target_ids": [3], "logprobs": [-0.5]},
+        {"row": {"text": "a"}, "ids": [1, 2], "answer": {"vector": [0.5]}},
+    ],
+}
 SAMPLES = [{"step": 0, "prompt": "p", "answer": "a", "reference": "r"}, {"step": 2, "prompt": "p", "answer": "b"}]
 
 ENVIRONMENT = {

@@ -24,6 +24,7 @@ from benchmarks.fuzz_inputs import (
     DATA_REPORT,
     DEEPSPEED,
     ENVIRONMENT,
+    FACTORS,
     KINDS,
     LAUNCH,
     LLAMA,
@@ -32,6 +33,7 @@ from benchmarks.fuzz_inputs import (
     MODULES,
     PIECES,
     RECORD,
+    REFERENCE,
     RESULT,
     ROWS,
     SAMPLES,
@@ -467,6 +469,47 @@ def weights(content: bytes, folder: Path) -> None:
             continue
 
 
+def reference(content: bytes, folder: Path) -> None:
+    """The reference of an export, and an engine that answers."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from dstune.serve import parity
+
+    async def prompt_ids(name: str, row: Any) -> list[int]:
+        return [1, 2]
+
+    async def logprobs(name: str, ids: list[int]) -> list[float]:
+        return [-0.5 for _ in ids]
+
+    async def answers(rows: list[Any]) -> dict[str, Any]:
+        return {"ids": [[1, 2] for _ in rows], "answers": [{"vector": [0.5]} for _ in rows]}
+
+    (folder / "reference.json").write_bytes(content)
+    engine: Any = SimpleNamespace(dtype="float32", prompt_ids=prompt_ids, logprobs=logprobs, answers=answers)
+    for generates in (True, False):
+        source: Any = SimpleNamespace(folder=folder, generates=generates)
+        try:
+            asyncio.run(parity.prove(engine, "m", source, None))
+        except parity.Refused:
+            continue
+
+
+def served_adapter(files: dict[str, bytes], folder: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from dstune.serve import adapters, source
+
+    base, own = folder / "base", folder / "own"
+    base.mkdir(), own.mkdir()
+    save_file({"a.weight": np.zeros((2, 3), np.float32)}, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    for name, content in files.items():
+        (own / name).write_bytes(content)
+    adapters.check(source.resolve("m", str(own)), source.resolve("b", str(base)), one_template=True)
+
+
 @cache
 def safetensors_bytes() -> bytes:
     import numpy as np
@@ -579,6 +622,21 @@ def parsers() -> dict[str, Parser]:
         Parser("config.json", one_of(*(json_file(LLAMA | {"model_type": kind}) for kind in KINDS)), model_folder),
         Parser("adapter_config.json", json_file(ADAPTER), adapter, weight=0.5),
         Parser("dstune.json", json_file(RECORD), record),
+        Parser("reference.json", json_file(REFERENCE), reference, weight=0.5),
+        Parser(
+            "served adapter",
+            fixed(
+                {
+                    "adapter_config.json": one_of(lambda random: as_json(ADAPTER).encode(), json_file(ADAPTER)),
+                    "tokenizer.json": json_file({"added_tokens": [{"content": "x", "special": True}]}),
+                    "adapter_model.safetensors": mapped(
+                        json_file(FACTORS), lambda header: len(header).to_bytes(8, "little") + header
+                    ),
+                }
+            ),
+            served_adapter,
+            weight=0.5,
+        ),
         Parser("rank error", json_file(json.loads(error_of("UserError"))), rank_error),
         Parser(
             "slurm",

@@ -79,7 +79,8 @@ def _added(source: Source) -> set[str]:
     folder = source.prompted_as or source.folder
     assert folder is not None
     found = read_object(folder / "tokenizer.json") or {}
-    return {str(token.get("content")) for token in found.get("added_tokens", [])}
+    tokens = found.get("added_tokens")
+    return {str(one.get("content")) for one in (tokens if isinstance(tokens, list) else []) if isinstance(one, dict)}
 
 
 def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
@@ -112,8 +113,9 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
         weight = _weight_of(name, ends)
         if weight is None or set(pair) != {"A", "B"} or len(weight) != 2:
             continue
-        if pair["A"][1] != weight[1] or pair["B"][0] != weight[0]:
-            made = f"[{pair['B'][0]}, {pair['A'][1]}]"
+        first, second = pair["B"], pair["A"]
+        if len(first) != 2 or len(second) != 2 or [first[0], second[1]] != list(weight):
+            made = f"[{', '.join(map(str, [*first[:1], *second[1:]]))}]"
             reason = f"{name} has the shape {list(weight)} in the base, the adapter is for {made}"
             yield reason, "give the adapter's own base", ""
             return
@@ -136,5 +138,5 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
                 raise ValueError
             header = parse_json(stream.read(size))
         return {name: list(map(int, value["shape"])) for name, value in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, TypeError, AttributeError, LookupError):
+    except (OSError, struct.error, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         raise UserError(Problem(str(file), "is no safetensors file", "dstune export RUN")) from None

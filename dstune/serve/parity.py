@@ -61,7 +61,8 @@ def read_reference(folder: Path | None) -> dict[str, Any] | None:
         return None
     try:
         found = parse_json(read_file(path, MOST_BYTES))
-        if found["format"] != 1 or not found["rows"]:
+        rows = found["rows"]
+        if found["format"] != 1 or not rows or not all(isinstance(row, dict) for row in list(rows)):
             raise ValueError("has another format, or no rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} cannot be read: {error}; `dstune export` writes a new one") from None
@@ -86,6 +87,9 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
         return await _encoder(engine, name, rows)
     except Unprovable as error:
         return Proof("unproven", str(error), dtype=engine.dtype)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = f"what it answers cannot be compared with its {FILE} ({type(error).__name__}: {error})"
+        raise Refused(f"{name}: {reason}; `dstune export` writes a new one") from error
 
 
 async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:

@@ -11,12 +11,15 @@ import pytest
 
 from benchmarks.fuzz import fuzz
 from benchmarks.fuzz_inputs import (
+    ADAPTER,
     AXOLOTL,
     CHAT,
     DEEPSPEED,
     ENVIRONMENT,
+    FACTORS,
     LLAMA_FACTORY,
     METRICS,
+    REFERENCE,
     RESULT,
     TRL,
     as_json,
@@ -46,6 +49,11 @@ def content_of(content: Any) -> bytes:
 
 def run_with(**files: bytes) -> dict[str, bytes]:
     return {".".join(name.rsplit("_", 1)): content for name, content in files.items()}
+
+
+def header_of(change: dict[str, Any]) -> bytes:
+    header = as_json({name: factor | change for name, factor in FACTORS.items()}).encode()
+    return len(header).to_bytes(8, "little") + header
 
 
 KEPT: list[tuple[str, Any]] = [
@@ -81,6 +89,16 @@ KEPT: list[tuple[str, Any]] = [
     ("adapter_config.json", b'{"peft_type": "LORA", "r": 8, "modules_to_save": [null]}'),
     ("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "a", "target_modules": ["a", null]}'),
     ("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "a", "target_modules": 1.5}'),
+    ("reference.json", as_json(REFERENCE | {"rows": [{"messages": []}]}).encode()),
+    ("reference.json", b'{"format": 1, "rows": [[null]]}'),
+    (
+        "served adapter",
+        {"adapter_model.safetensors": header_of({"shape": [2]}), "adapter_config.json": as_json(ADAPTER).encode()},
+    ),
+    (
+        "served adapter",
+        {"adapter_model.safetensors": header_of({"shape": [1e999]}), "adapter_config.json": as_json(ADAPTER).encode()},
+    ),
     ("slurm", "12|12|RUNNING\na notice of the site\n"),
     ("probe", "DSTUNE_PROBE [1"),
 ]

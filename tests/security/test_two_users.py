@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,6 +100,20 @@ def found_of(user: int) -> list[Path]:
     return found
 
 
+def tried(given: dict[str, object], secrets: Sequence[str] = ()) -> str:
+    """What the second user could do."""
+    done = subprocess.run(
+        as_user(SECOND, str(STRANGER), json.dumps(given)),
+        input=json.dumps(secrets),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def test_the_second_user_gets_nothing_of_a_running_launch(first: First) -> None:
     run_dir, sentinel = first.folder / "run", Path(tempfile.gettempdir()) / f"sentinel-{os.getpid()}"
     command = first.start(
@@ -123,15 +137,7 @@ def test_the_second_user_gets_nothing_of_a_running_launch(first: First) -> None:
         "ports": sorted({address.port for address in listening}),
         "sentinel": str(sentinel),
     }
-    tried = subprocess.run(
-        as_user(SECOND, str(STRANGER), json.dumps(given)),
-        input=json.dumps([secret, *PLANTED.values(), key.read_text().strip()]),
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (tried.returncode, tried.stdout, tried.stderr) == (0, "", "")
+    assert tried(given, [secret, *PLANTED.values(), key.read_text().strip()]) == ""
     assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}, "a port that the network can reach"
     assert command.wait(timeout=400) == 0, first.log
     assert result(run_dir)["status"] == "completed" and len([row for row in metrics(run_dir) if "loss" in row]) == 40
@@ -142,6 +148,12 @@ def test_the_second_user_gets_nothing_of_a_running_launch(first: First) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     # Names in shared folders that somebody could have taken before are random, or this user's own.
     assert [path.name for path in shared if "dstune" in path.name and len(path.name) < len("dstune-") + 8] == []
+    # As the umask has it others may look into the run; run.mode closes it, also one that has ended.
+    kept = [str(run_dir), *map(str, run_dir.glob("*.json*")), str(run_dir / "checkpoints")]
+    looked = {"pids": [], "kept": kept, "public": [], "ports": [], "sentinel": str(sentinel)}
+    assert f"could read {run_dir / 'metrics.jsonl'}\n" in tried(looked)
+    assert first.start("train", "run", "run.mode=private").wait(timeout=200) == 0, first.log
+    assert tried(looked) == ""
 
 
 def test_the_second_user_redirects_nothing_by_being_first(first: First) -> None:
