@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it would print what clients send
     state = state_folder(arguments.state, create=True)
     if arguments.jobs == "only":
         return _run_jobs(arguments, state)

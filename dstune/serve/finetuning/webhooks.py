@@ -153,9 +153,10 @@ class Webhooks:
     # -- inside
 
     def _checked(self, body: Mapping[str, Any], *, complete: bool) -> dict[str, Any]:
-        values = {name: body[name] for name in ("name", "url", "event_types") if complete or body.get(name)}
-        if complete and (absent := [name for name in values if name not in body]):
+        names = ("name", "url", "event_types")
+        if complete and (absent := [name for name in names if body.get(name) is None]):
             raise _wrong(absent[0], "is missing")
+        values = {name: body[name] for name in names if body.get(name) is not None}
         if "name" in values and not (isinstance(values["name"], str) and 0 < len(values["name"]) <= 256):
             raise _wrong("name", "must be a text of 1 to 256 characters")
         if "url" in values:

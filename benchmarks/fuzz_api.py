@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Send made-up and damaged requests to every route of the fine-tuning API: each answer has to keep the contract.
+
+usage: python benchmarks/fuzz_api.py [--requests 20000] [--seed 0] [--folder DIR]
+
+The contract: an error is `{"error": {message, type, param, code}}`; nothing is a 422 or a 5xx; a 409 tells clients not to
+repeat it; every answer has `x-request-id`; none has a traceback, a path of the server or a key in it; bodies are JSON. Prints
+what was found, with the request, and how many answers of each status there were. Exit code 1: something was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+from urllib.parse import quote, unquote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder only
+
+from dstune.serve.gateway.app import Gateway, Route
+
+NASTY: list[Any] = [
+    None, True, False, 0, -1, 1, 1.5, 1e308, 2**63, 10**30, "", " ", "a", "auto", "null", "${oc.env:HOME}", "../../etc/passwd",
+    "a\0b", "a\r\nx: y", "😀" * 70, "\ud800", "x" * 5000, "'; DROP TABLE files; --", "%00", "%2F", "{{ item.x }}", [], {}, [None],
+    {"type": "dpo"}, {"a": {"b": {"c": []}}}, ["a"] * 200, {"": ""}, "file-none", "ft:a:b:c:d", {"type": "multi"},
+]  # fmt: skip
+QUERIES = (
+    "limit", "after", "order", "purpose", "metadata[a]", "metadata", "start_time", "group_by[]", "bucket_width", "page", "x",
+    "project_id", "end_time", "event_types[]",
+)  # fmt: skip
+GRADER = {"type": "string_check", "name": "a", "input": "{{ item.a }}", "reference": "b", "operation": "eq"}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/uploads": {"filename": "a", "purpose": "batch", "bytes": 3, "mime_type": "text/plain"},
+    "/v1/uploads/{upload}/complete": {"part_ids": ["part_a"], "md5": "0"},
+    "/v1/fine_tuning/alpha/graders/run": {"grader": GRADER, "model_sample": "a", "item": {"a": "b"}},
+    "/v1/fine_tuning/alpha/graders/validate": {
+        "grader": {"type": "multi", "name": "m", "graders": {"a": GRADER}, "calculate_output": "a ^ 2"}
+    },
+    "/v1/batches": {"input_file_id": "file-a", "endpoint": "/v1/embeddings", "completion_window": "24h", "metadata": {"a": "b"}},
+    "/v1/webhook_endpoints": {"name": "a", "url": "https://example.invalid/", "event_types": ["batch.completed"]},
+    "/v1/webhook_endpoints/{endpoint}": {"name": "a"},
+    "/v1/webhook_endpoints/{endpoint}/test": {"event_type": "batch.completed"},
+    "/v1/webhook_endpoints/{endpoint}/rotate_secret": {"keep_old_secret_active_for_24_hours": True},
+    "/v1/secrets": {"name": "wandb", "value": "0123456789abcdef"},
+    "/v1/fine_tuning/jobs": {
+        "model": "tiny", "training_file": "file-a", "validation_file": None, "suffix": "a", "seed": 1, "metadata": {"a": "b"},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+        "integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}],
+    },
+}  # fmt: skip
+PERMISSIONS = {"project_ids": ["proj_default"]}
+
+
+@dataclass
+class Sent:
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}?{self.query} {self.body[:600]!r}"
+
+
+@dataclass
+class Answered:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class Fuzzer:
+    """keys: of callers, some of which exist; ids: of objects that exist, since most paths end at the first lookup."""
+
+    def __init__(self, gateway: Gateway, keys: Sequence[str], folder: Path, seed: int):
+        self.gateway, self.keys, self.folder = gateway, keys, folder
+        self.random = Random(seed)
+        self.statuses: Counter[int] = Counter()
+        self.ids: list[str] = ["file-none"]
+        self.findings: list[str] = []
+
+    async def run(self, count: int) -> None:
+        routes = [route for route in self.gateway.routes if route.path.startswith("/v1/")]
+        for _ in range(count):
+            route = self.random.choice(routes)
+            sent = self.made(route)
+            answered = await self.ask(sent)
+            self.statuses[answered.status] += 1
+            self.findings += [
+                f"{fault}: {sent} -> {answered.status} {answered.body[:300]!r}" for fault in self.faults(answered)
+            ]
+            for found in re.findall(rb'"id":\s?"([\w:-]{6,80})"', answered.body)[:1]:
+                self.ids = [*self.ids[-200:], found.decode()]
+
+    # -- requests
+
+    def made(self, route: Route) -> Sent:
+        pick = self.random
+        path = re.sub(r"\{\w+\+?\}", lambda _: quote(self.segment(), safe=":"), route.path)
+        query = ""
+        if pick.random() < 0.4:
+            pairs = [(pick.choice(QUERIES), pick.choice(NASTY)) for _ in range(pick.randint(1, 3))]
+            query = "&".join(f"{quote(name)}={quote(str(value).encode('utf-8', 'replace'))}" for name, value in pairs)
+        headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {pick.choice(self.keys)}".encode())]
+        kind, body = b"application/json", b""
+        if route.method == "POST":
+            kind, body = self.content(route)
+            headers.append((b"content-type", kind))
+        headers.append((b"content-length", str(len(body)).encode()))
+        extra = (
+            (b"idempotency-key", b"a"), (b"idempotency-key", b"\xff"), (b"x-stainless-retry-count", b"1"),
+            (b"x-stainless-retry-count", b"\xb2"), (b"x-stainless-read-timeout", b"nan"), (b"openai-project", b"x"),
+            (b"content-encoding", b"gzip"), (b"expect", b"100-continue"), (b"content-length", b"5"), (b"host", b"evil.example"),
+        )  # fmt: skip
+        if pick.random() < 0.15:
+            headers.append(pick.choice(extra))
+        method = (
+            route.method if pick.random() < 0.95 else pick.choice(("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD"))
+        )
+        return Sent(method, path, query, headers, body)
+
+    def segment(self) -> str:
+        if self.random.random() < 0.6:
+            return self.random.choice(self.ids)
+        text = str(self.random.choice([one for one in NASTY if isinstance(one, str) and one] + ["a/b", "ft:x/y::z"]))
+        return text.encode("utf-8", "replace").decode()[:300]
+
+    def content(self, route: Route) -> tuple[bytes, bytes]:
+        pick = self.random
+        if route.path in ("/v1/files", "/v1/uploads/{upload}/parts"):
+            return self.form("file" if route.path == "/v1/files" else "data")
+        example = BODIES.get(route.path, PERMISSIONS if route.path.endswith("permissions") else {})
+        value: Any = self.changed(json.loads(json.dumps(example)))
+        body = json.dumps(value).encode()
+        chance = pick.random()
+        if chance < 0.05:
+            body = body[: pick.randrange(len(body) + 1)]
+        elif chance < 0.08:
+            body = bytes(pick.randrange(256) for _ in range(40))
+        elif chance < 0.1:
+            body = b"[" * 3000
+        elif chance < 0.12:
+            body = b""
+        return pick.choice((b"application/json",) * 9 + (b"text/plain", b"", b"application/json; charset=x")), body
+
+    def changed(self, value: Any) -> Any:
+        """The value with one or a few of its parts replaced, removed or added."""
+        for _ in range(self.random.choice((0, 1, 1, 1, 2, 4))):
+            value = self._changed(value)
+        return value
+
+    def _changed(self, value: Any) -> Any:
+        pick = self.random
+        if isinstance(value, dict) and value and pick.random() < 0.85:
+            name = pick.choice(list(value))
+            chance = pick.random()
+            if chance < 0.15:
+                del value[name]
+            elif chance < 0.3:
+                value[str(pick.choice(("x", "", "a\0", "😀", "model", "__class__")))] = deepcopy(pick.choice(NASTY))
+            elif chance < 0.4:
+                return {**value, name: self.ids[-1]}
+            else:
+                value[name] = self._changed(value[name])
+            return value
+        if isinstance(value, list) and value and pick.random() < 0.7:
+            value[pick.randrange(len(value))] = self._changed(value[0])
+            return value
+        return deepcopy(pick.choice(NASTY))
+
+    def form(self, file: str) -> tuple[bytes, bytes]:
+        pick = self.random
+        content = pick.choice((b"x" * 10, b"", b"--b--", b"\r\n--b\r\n", bytes(range(256)), b'{"messages": []}\n' * 20))
+        parts = [("purpose", pick.choice(("fine-tune", "batch", "batch", "vision", "", "\0")).encode(), None)]
+        parts.append((file, content, str(pick.choice([one for one in NASTY if isinstance(one, str)]))))
+        if pick.random() < 0.4:
+            names = ("expires_after[anchor]", "expires_after[seconds]", "purpose", file, "x", "")
+            parts.append(
+                (pick.choice(names), str(pick.choice(NASTY)).encode("utf-8", "replace"), pick.choice((None, "a")))
+            )
+        pick.shuffle(parts)
+        body = b""
+        for name, value, filename in parts:
+            given = f'; filename="{filename}"'.encode("utf-8", "replace") if filename is not None else b""
+            body += (
+                b'--b\r\nContent-Disposition: form-data; name="'
+                + name.encode()
+                + b'"'
+                + given
+                + b"\r\n\r\n"
+                + value
+                + b"\r\n"
+            )
+        body += b"--b--\r\n"
+        chance = pick.random()
+        if chance < 0.1:
+            body = body[: pick.randrange(len(body))]
+        elif chance < 0.15:
+            at = pick.randrange(len(body))
+            body = body[:at] + bytes([pick.randrange(256)]) + body[at + 1 :]
+        kinds = (b"multipart/form-data; boundary=b",) * 12 + (
+            b"multipart/form-data", b"multipart/form-data; boundary=" + b"c" * 300, b"application/json",
+            b'multipart/form-data; boundary="b', b"multipart/mixed; boundary=b",
+        )  # fmt: skip
+        return pick.choice(kinds), body
+
+    # -- answers
+
+    async def ask(self, sent: Sent) -> Answered:
+        answered, parts = Answered(), [sent.body]
+
+        async def receive() -> Any:
+            if parts:
+                return {"type": "http.request", "body": parts.pop(), "more_body": False}
+            return await asyncio.get_running_loop().create_future()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answered.status = message["status"]
+                answered.headers = {
+                    name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]
+                }
+            answered.body += message.get("body", b"")
+
+        scope = {
+            "type": "http", "method": sent.method, "path": unquote(sent.path), "query_string": sent.query.encode(),
+            "headers": sent.headers,
+        }  # fmt: skip
+        async with asyncio.timeout(20):
+            await self.gateway(scope, receive, send)
+        return answered
+
+    def faults(self, answered: Answered) -> list[str]:
+        found = []
+        if answered.status in (0, 422) or answered.status >= 500:
+            found.append("status")
+        if not answered.headers.get("x-request-id", "").startswith("req_"):
+            found.append("no x-request-id")
+        if answered.status == 409 and answered.headers.get("x-should-retry") != "false":
+            found.append("a 409 that is repeated")
+        if any("\n" in value or "\r" in value for value in answered.headers.values()):
+            found.append("a header of several lines")
+        text = answered.body.decode("utf-8", "replace")
+        if any(word in text for word in ("Traceback", str(self.folder), "site-packages", *self.keys)):
+            found.append("it tells what it must not")
+        if answered.headers.get("content-type", "").startswith("application/json"):
+            try:
+                value = json.loads(text)
+            except ValueError:
+                return [*found, "no JSON"]
+            if "detail" in value:
+                found.append("detail")
+            error = value.get("error") if answered.status >= 400 else None
+            if answered.status >= 400 and (
+                set(value) != {"error"} or set(error) != {"message", "type", "param", "code"} or not error["message"]
+            ):
+                found.append("the shape of an error")
+        elif answered.status >= 400:
+            found.append("an error that is no JSON")
+        return found
+
+
+async def main(count: int, seed: int, folder: Path) -> int:
+    from tests.support.finetuning import cloud
+
+    async with cloud(folder) as found:
+        keys = [found.key, found.owner, found.owner, found.admin, found.other, found.reader, "nothing"]
+        fuzzer = Fuzzer(found.gateway, keys, folder, seed)
+        await fuzzer.run(count)
+    for finding in fuzzer.findings[:50]:
+        print(finding)
+    print(
+        json.dumps({"requests": count, "seed": seed, "found": len(fuzzer.findings), "statuses": dict(fuzzer.statuses)})
+    )
+    return 1 if fuzzer.findings else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    place = arguments.folder or Path(tempfile.mkdtemp(prefix="dstune-fuzz-"))
+    place.mkdir(exist_ok=True)
+    sys.exit(asyncio.run(main(arguments.requests, arguments.seed, place)))
