@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,7 +79,15 @@ def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint:
     return result
 
 
-def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = False, force: bool = False) -> Path:
+def export(
+    run: Any,
+    path: Path_,
+    *,
+    checkpoint: str = "last",
+    merge: bool = False,
+    force: bool = False,
+    reference: bool = True,
+) -> Path:
     """Write a run's model as a plain Hugging Face folder: a whole model, or the adapter of an adapter method.
 
     Args:
@@ -87,6 +96,8 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
         checkpoint: a step, `best` or `last`.
         merge: merge an adapter into its base, so that the folder is a whole model.
         force: replace a former export.
+        reference: keep held-out rows beside the weights, against which `dstune serve` proves its answers. Loads the model once
+            more, in fp32; where there can be none, a warning says why.
 
     Returns:
         `path`.
@@ -105,6 +116,7 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
     )
     from dstune.config.compose import read_run
     from dstune.config.trust import Use
+    from dstune.inference.reference import add_reference
 
     folder = run_directory(Path(os.fspath(run)))
     if merge:
@@ -114,6 +126,8 @@ def export(run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = Fal
     check_free(Path(path), force)
     with folder_for(Path(path)) as out:
         export_checkpoint(folder, found, out, merge=merge, force=force)
+        if reference and (note := add_reference(out, folder)):
+            warnings.warn(f"{note}; `dstune serve` will call it unproven", stacklevel=2)
     return Path(path)
 
 

@@ -92,11 +92,11 @@ class Run:
 
         return evaluate(self.dir, *overrides, split=split, checkpoint=checkpoint)
 
-    def export(self, path: str | Path, *, checkpoint: str = "last", merge: bool = False, force: bool = False) -> Path:
-        """`dstune.export` with this run."""
+    def export(self, path: str | Path, **options: Any) -> Path:
+        """`dstune.export` with this run; `options` are those of `dstune.export`."""
         from dstune.api.models import export
 
-        return export(self.dir, path, checkpoint=checkpoint, merge=merge, force=force)
+        return export(self.dir, path, **options)
 
     def resume(self, *overrides: str, progress: bool = True) -> Run:
         """Continue the run from its newest checkpoint, for example longer: `run.resume("trainer.epochs=3")`.

@@ -109,7 +109,7 @@ class Checkpoints:
                     f"{path.name.removesuffix(store.INCOMPLETE)} was being saved when the run ended, and is not used"
                 )
             elif path.suffix == "" and not store.is_committed(path):
-                self._say(f"{path.name} is not whole and not used: {', '.join(store.incomplete_reasons(path))}")
+                self._say(f"skipping incomplete checkpoint {path.name}: {', '.join(store.incomplete_reasons(path))}")
 
     def rewind(self) -> TrainState | None:
         """Load the newest whole checkpoint that this run itself has; None, and nothing is changed, where it has none."""
@@ -133,7 +133,9 @@ class Checkpoints:
             if not damaged:
                 return checkpoint
             found.append(f"{checkpoint.name} ({', '.join(damaged)})")
-            self._say(f"{checkpoint.name} is damaged and not used: {', '.join(damaged)} differ from what was written")
+            self._say(
+                f"skipping damaged checkpoint {checkpoint.name}: {', '.join(damaged)} differ from what was written"
+            )
             if self._world.is_main and run_dir == self._run_dir:
                 store.quarantine(checkpoint)
             self._world.barrier()

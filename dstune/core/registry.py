@@ -99,12 +99,15 @@ class Registry(Generic[Member]):
             return
         self._loaded = True  # first: a room may ask for another one
         assert self._package is not None
-        package = importlib.import_module(self._package)
         _loading += 1
         try:
+            package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__):
                 if not module.name.startswith("_") and (module.ispkg or not self._folders_only):
                     importlib.import_module(f"{self._package}.{module.name}")
+        except BaseException:
+            self._loaded = False  # the next call tells the same, not that a member is missing
+            raise
         finally:
             _loading -= 1
         first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}

@@ -85,7 +85,7 @@ class BadRows:
         *problems, last = self._problems
         others = self.count - len(self._problems)
         more = f" (and {others} more bad row{'s' if others > 1 else ''})" if others else ""
-        fix = "mend the file, or set data.on_bad_row=skip to drop and count such rows"
+        fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
         if all(problem.reason.startswith("not UTF-8") for problem in self._problems):
             fix = f"if it is of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW; else {fix}"
         raise UserError([*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)])

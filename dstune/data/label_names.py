@@ -34,7 +34,7 @@ def suspicious(counts: Mapping[str, int]) -> list[str]:
 
 def refuse_suspicious(counts: Mapping[str, int]) -> None:
     """Raises UserError with every label that looks like a slip (`data.on_suspicious_labels=error`)."""
-    fix = "mend the rows, or data.on_suspicious_labels=list trains on them as they are"
+    fix = "fix the rows, or data.on_suspicious_labels=list trains on them as they are"
     if found := suspicious(counts):
         raise UserError([Problem("data.train", reason, fix) for reason in found])
 

@@ -294,18 +294,18 @@ class ChatRenderer:
             found.append("the prompt asks for reasoning, which this turn does not have")
         own = self._template
         tried = {
-            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} mends it": (own, messages, {name: value})
+            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} fixes it": (own, messages, {name: value})
             for name in SWITCHES
             for value in (True, False)
             if name in own.source(tools)
         }
         if any(map(_thinks, messages)):
             dropped = [_without_reasoning(message) for message in messages]
-            tried["task.reasoning=drop mends it"] = (own, dropped, {})
+            tried["task.reasoning=drop fixes it"] = (own, dropped, {})
         if self._packaged is not None:
             text = template_path(self._packaged).read_text(encoding="utf-8")
             packaged = ChatTemplate(self._tokenizer, self.date, own.arguments, text)
-            tried[f"model.chat_template={self._packaged} mends it"] = (packaged, messages, {})
+            tried[f"model.chat_template={self._packaged} fixes it"] = (packaged, messages, {})
         for fix, (template, changed, given) in tried.items():
             try:
                 begin, whole = (

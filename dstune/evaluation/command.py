@@ -163,8 +163,7 @@ def _configuration(
     """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
-    if is_path(arguments.target) and not path.exists() and path.parent.is_dir() and any(path.parent.glob("*/run.yaml")):
-        rundir.run_directory(path)  # raises: among runs, so none that is on the hub
+    rundir.refuse_missing(path)
     stored = None
     if (path / "run.yaml").is_file():
         stored = _with_rows(measured_alone(_read(path, arguments.overrides)), path)

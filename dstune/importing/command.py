@@ -70,7 +70,7 @@ def report(found: Experiment, output: Path | None) -> str:
     if found.assumed:
         lines += ["assumed:", *(f"  {text}" for text in found.assumed)]
     if found.problems:
-        lines += ["to be mended before it runs:"]
+        lines += ["to fix before it runs:"]
         lines += [f"  {problem}".replace("\n", "\n  ") for problem in found.problems]
     if output is not None:
         folder = output.parent.parent if output.parent.name == "experiment" else None

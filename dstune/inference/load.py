@@ -26,6 +26,7 @@ from dstune.inference.resolve_model import (
     resolved,
     run_and_step,
 )
+from dstune.launch import rundir
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, method_of, task_of
 
@@ -63,6 +64,7 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelReque
         if model.revision is not None:
             raise UserError(Problem("--revision", "a run has none", "leave it out, or --checkpoint", model.revision))
         return _of_run(path, which, overrides)
+    rundir.refuse_missing(path)
     if which != "last":
         raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", which))
     if (path / "adapter_config.json").is_file():

@@ -106,11 +106,13 @@ def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.checkpoint.export import exported
     from dstune.config.compose import read_run
     from dstune.config.trust import Use
+    from dstune.launch import rundir
 
     path = Path(needed.path)
     if is_checkpoint(path):
         path, which = run_and_step(path, key)
     if not (path / "run.yaml").is_file():
+        rundir.refuse_missing(path)
         return _from_record(needed, key)
     config = read_run(path / "run.yaml", use=Use.weights).config
     _refuse_no_writer(config.task.name, key, str(path))

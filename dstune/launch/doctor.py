@@ -93,7 +93,7 @@ def allreduce(config: RunConfig) -> Check:
             command = ("dstune.rank.doctor", str(folder))
             code = launcher.start(config, folder, console=quiet, command=command, saves=False)
         except DstuneError as error:
-            return Check("all-reduce", FAIL, str(error).splitlines()[0], "mend this first")
+            return Check("all-reduce", FAIL, str(error).splitlines()[0], "fix this first")
         result = records.read_result(folder) or {}
     if code != EXIT_DONE or "allreduce" not in result:
         return Check(

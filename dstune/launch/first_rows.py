@@ -80,5 +80,5 @@ def _check_row(config: RunConfig, row: sources.RawRow, format_of_part: str) -> N
         normalise(row.fields, format_of_part, config.data.columns, config.task)
     except RowError as error:
         if config.data.on_bad_row is OnBadRow.error:
-            fix = "mend the file, or set data.on_bad_row=skip to drop and count such rows"
+            fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
             raise UserError(Problem(row.place, str(error), fix)) from None

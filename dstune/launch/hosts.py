@@ -101,7 +101,7 @@ def explain(host: str, code: int, message: str) -> tuple[str, str]:
     text = message.lower()
     last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), f"exit code {code}")
     if "could not resolve" in text or "name or service not known" in text:
-        return "no machine has this name", "mend the name in the hostfile, or /etc/hosts"
+        return "no machine has this name", "fix the name in the hostfile, or /etc/hosts"
     if "permission denied" in text and code == 255:
         return (
             f"it refuses the key ({last})",

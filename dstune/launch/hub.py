@@ -104,7 +104,9 @@ def _cached(config: ModelConfig, why: str) -> Path:
 
     at = f" at revision {config.revision}" if config.revision else ""
     reason = f"{why}, and the cache does not hold this model{at}"
-    fix = f"run once with a connection, or download {page(config)} and give its folder as model.path"
+    if Path(config.path).parent != Path() and Path(config.path).parent.is_dir():
+        reason += f"; nor is there such a folder in {Path(config.path).parent}"
+    fix = f"run once with a connection, or download {page(config)} and give its folder"
     try:
         # Any file finds the snapshot; whether all that is needed is in it, its folder tells.
         found = snapshot_download(

@@ -290,6 +290,17 @@ def run_directory(path: Path) -> Path:
     raise UserError(Problem("RUN", reason, f"give {_similar(path)}", str(path)))
 
 
+def refuse_missing(path: Path) -> None:
+    """Refuse what is not there beside runs: `runs/nope` is a typing error, and no model of the hub.
+
+    Raises:
+        UserError: runs are in the folder that `path` would be in.
+    """
+    beside = path.parent
+    if beside != Path() and not path.exists() and any(any(beside.glob(f"{d}/{RUN_FILE}")) for d in ("*", "*/*")):
+        run_directory(path)
+
+
 def _continued(composed: Composed, path: Path, given: Sequence[str], may_refuse: bool) -> Composed:
     """The configuration with which the run at `path` goes on.
 

@@ -96,7 +96,7 @@ def _conclude(
     due = run.world.broadcast(unsaved or newest is None or newest.name != store.tag(state.step))
     if due and not save(run, now=True):
         reason = f"step {state.step} could not be saved: {run.saves.refusal}"
-        raise TrainingFailed(f"{reason}; continue the run when that is mended")
+        raise TrainingFailed(f"{reason}; fix it, then run `dstune train RUN`")
     result["weights_step"] = restore_best(run, checkpoints, run_dir)
     evaluate_monitored_sets(run, "after")
     if run.data.test is not None:

@@ -87,7 +87,9 @@ def describe(
     for warning in cautions(config, run):
         run.log.message(f"warning: {warning}")
     if run.unfreezing is not None and (waiting := run.unfreezing.waiting(run.total_steps)):
-        run.log.message(f"the lowest {waiting} layers never train: the run is over before (method.unfreeze_epochs)")
+        run.log.message(
+            f"the lowest {waiting} layers stay frozen: training ends before they unfreeze (method.unfreeze_epochs)"
+        )
     for part, counts in run.data.report.items():
         if cleaned := summary(counts.get("clean", {})):
             run.log.message(f"cleaning of the {part} rows: {cleaned} (data_report.json)")

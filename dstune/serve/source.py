@@ -17,6 +17,7 @@ from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.inference.resolve_model import base_of
+from dstune.launch import rundir
 from dstune.protocols import TASKS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
@@ -131,6 +132,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     elif Path(path).is_absolute() or path.startswith((".", "~")):
         raise UserError(Problem("MODEL", "there is no such folder", "give a run, an export or a hub id", path))
     else:
+        rundir.refuse_missing(Path(path))
         name = name or path.removeprefix("sample://")
     if not NAME.fullmatch(name):
         raise UserError(Problem("MODEL", "this name cannot be served", "give it another one: NAME=PATH", name))

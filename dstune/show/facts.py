@@ -191,7 +191,7 @@ def _fields(files: list[Any], line: int, place: str) -> dict[str, Any]:
     for raw in (raw for file in files for raw in sources.read(file)):
         if raw.line == line:
             if raw.fields is None:
-                raise UserError(Problem(place, raw.error, "mend the row"))
+                raise UserError(Problem(place, raw.error, "fix the row"))
             return raw.fields
     raise UserError(Problem("--row", "no row starts at this line", "give the first line of a row", place))
 

@@ -38,7 +38,7 @@ def test_files_named_save_and_stop_and_a_damaged_checkpoint(workplace, undisturb
     shard.write_bytes(data)
     again = workplace.run("train", "asked", "checkpoint.every=5")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{second.name} is damaged and not used: {shard.name}" in again.stdout
+    assert f"skipping damaged checkpoint {second.name}: {shard.name}" in again.stdout
     assert exact(run_dir) == undisturbed
 
 

@@ -106,7 +106,7 @@ def half_a_state(newest: Path) -> None:
 
 
 def damaged(name: str, what: str, damage: Callable[[Path], None]) -> Fault:
-    says = "is damaged and not used" if damage is flip_a_bit else "is not whole and not used"
+    says = "skipping damaged checkpoint" if damage is flip_a_bit else "skipping incomplete checkpoint"
     keep = ["checkpoint.keep=3"]
     terminate = to_command(signal.SIGTERM)
     return Fault(name, what, terminate, exit_code=75, says=says, damage=damage, overrides=keep)

@@ -166,14 +166,14 @@ def test_a_prompt_that_does_not_begin_the_conversation_is_refused_with_both_text
     assert "<think>" in text
     assert "the conversation" in text
     assert text.endswith(
-        "; the prompt asks for reasoning, which this turn does not have; model.chat_template=chatml mends it"
+        "; the prompt asks for reasoning, which this turn does not have; model.chat_template=chatml fixes it"
     )
     switched = CHATML.replace(
         PROMPT,
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('' if thinking is false else '<think>') }}{% endif %}",
     )
     given = {"chat_template_kwargs": {"thinking": True}}
-    assert "task.chat_template_kwargs={thinking: false} mends it" in refusal(
+    assert "task.chat_template_kwargs={thinking: false} fixes it" in refusal(
         byte_tokenizer(switched), [user("Hi"), assistant("Yes")], **given
     )
 

@@ -525,7 +525,7 @@ def test_the_verb_prints_the_experiment_and_what_has_to_be_mended(tmp_path, monk
     assert main(["import", "a.yaml"]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("# @package _global_\n")
-    assert "to be mended" in err
+    assert "to fix before it runs" in err
     assert "data.train" in err
 
 
