@@ -138,8 +138,8 @@ class _Pool:
             *_between(self.notes, low, high),
         ]
         documents = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
-        prose = [replace(one, text=shorten(one.text, 6000)) for one in _between(self.prose, low, high)]
-        return [*short, *chosen(documents, 550), *prose]
+        prose = [replace(one, text=shorten(one.text, 6000)) for one in chosen(_between(self.prose, low, high), 50)]
+        return [*short, *chosen(documents, 400), *prose]
 
     # -- test ---------------------------------------------------------------------------------------------------------
 
