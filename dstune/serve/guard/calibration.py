@@ -30,8 +30,9 @@ LEVELS: Mapping[str, float] = {
 }
 """The rate of false alarms that each level stands for, most certain first."""
 UNLIKELY = "l5_unlikely"
+CALIBRATES = "dstune guard calibrate"
 TRAINS = "dstune train experiment=guard"
-"""What makes a calibrated model."""
+"""What makes a model, which CALIBRATES then gives its thresholds."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ class Calibration:
             return None
         value = read_object(file)
         if value is None:
-            raise UserError(Problem(str(file), "is no JSON object", f"calibrate the model again: {TRAINS}"))
+            raise UserError(Problem(str(file), "is no JSON object", f"{CALIBRATES} EXPORT"))
         calibration = _read(value, str(file))
         if calibration.model_digest != digest_of(folder):
             reason = "was made for other weights or another tokenizer than those beside it"
-            raise UserError(Problem(str(file), reason, f"calibrate the model again: {TRAINS}"))
+            raise UserError(Problem(str(file), reason, f"{CALIBRATES} EXPORT"))
         return calibration
 
 
@@ -129,7 +130,7 @@ def _read(value: Mapping[str, Any], where: str) -> Calibration:
         return _calibration(value)
     except _Wrong as error:
         key, reason = error.args
-        raise UserError(Problem(f"{where}: {key}", reason, f"calibrate the model again: {TRAINS}")) from None
+        raise UserError(Problem(f"{where}: {key}", reason, f"{CALIBRATES} EXPORT")) from None
 
 
 def _calibration(value: Mapping[str, Any]) -> Calibration:

@@ -13,7 +13,7 @@ import yaml
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_yaml, read_file
-from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, TRAINS
+from dstune.serve.guard.calibration import CALIBRATES, DIRECTIONS, LEVELS, TRAINS
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 FORMAT = 1
@@ -124,7 +124,8 @@ class Policies:
                         if path
                         else "blocks, and has no model"
                     )
-                    fix = f"{TRAINS}, then models.{watch.detector}: RUN/export (or --guard-model); or action: flag"
+                    model = f"models.{watch.detector}: RUN/export (or --guard-model)"
+                    fix = f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or action: flag"
                     problems.append(Problem(where, reason, fix, watch.action))
         if problems:
             raise UserError(problems)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import DstuneError, Problem, UserError
-from dstune.serve.guard.calibration import DIRECTIONS, TRAINS
+from dstune.serve.guard.calibration import CALIBRATES, DIRECTIONS, TRAINS
 from dstune.serve.guard.check import entry_of, item_of
 from dstune.serve.guard.measure.report import Judged
 from dstune.serve.guard.policy import BLOCK, CLOSED, PROMPT_ATTACK, RULES, Limits, Policies, Policy, Watch, read
@@ -145,7 +145,7 @@ def _export(folder: Path, level: str, rules: bool) -> Target:
     calibration = scanner.models[PROMPT_ATTACK].calibration
     if calibration is None:
         reason = "this model has no guard.json, so a score of it has no meaning"
-        raise UserError(Problem(str(folder), reason, f"dstune guard calibrate {folder}; {TRAINS} makes such a model"))
+        raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder}; {TRAINS} makes such a model"))
     watches = (Watch(PROMPT_ATTACK, BLOCK, level), *((Watch(RULES, BLOCK),) if rules else ()))
     limits = Limits(characters=8_000_000, windows=100_000, seconds=600)
     policy = Policy("export", directions=dict.fromkeys(DIRECTIONS, watches), limits=limits)
