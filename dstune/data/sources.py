@@ -33,8 +33,21 @@ from dstune.data.files import (
 from dstune.data.read_tables import count_rows, read_arrow, read_parquet
 from dstune.data.read_tagged import read_tagged
 from dstune.data.read_text import Lines, lines_of, read_csv, read_json, read_jsonl, read_text
+from dstune.protocols import DATA_SOURCES
+from dstune.protocols.data_source import DataSource
 
-__all__ = ["DataFile", "Lines", "RawRow", "expand", "fingerprint", "has_lines", "of_part", "place", "read"]
+__all__ = [
+    "DataFile",
+    "Lines",
+    "RawRow",
+    "data_source_of",
+    "expand",
+    "fingerprint",
+    "has_lines",
+    "of_part",
+    "place",
+    "read",
+]
 
 KNOWN = (
     f"rows are read from {', '.join(ENDINGS)}; those of text also with {', '.join(COMPRESSIONS)} behind, or inside .zip"
@@ -129,8 +142,10 @@ def expand(
                 raise UserError(Problem(key, "a sample has no splits", f"a slice of it: '{uri}:[:20%]'", spec))
             files += slices.apply(chosen, [file], count, key, spec)
         return files
+    if (source := data_source_of(spec)) is not None:
+        return source.files(spec, key)
     if "://" in spec:
-        reason = "only files of this machine and data sets of the hub are read"
+        reason = f"only files of this machine, data sets of the hub and {', '.join(f'{name}://' for name in DATA_SOURCES)} are read"
         raise UserError(Problem(where=key, value=spec, reason=reason, fix="download it and give the path of the file"))
     name = hub.hub_name(spec)
     if name is not None:
@@ -151,6 +166,12 @@ def expand(
         of_split = [data_file for file in found for data_file in _files_in(file, text_rows)]
         files += slices.apply(chosen, of_split, count, key, spec)
     return files
+
+
+def data_source_of(spec: str | None) -> DataSource | None:
+    """The source whose scheme the address has; None where it is a path, or of none."""
+    scheme, colon, _ = (spec or "").partition("://")
+    return DATA_SOURCES[scheme]() if colon and scheme in DATA_SOURCES else None
 
 
 def _local(spec: str) -> tuple[Path, str | None]:

@@ -9,10 +9,17 @@ import argparse
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from dstune.core.errors import Problem, UserError
+from dstune.core.paths import cache_root
+from dstune.data.sources import data_source_of
+from dstune.protocols import DATA_SOURCES
+from dstune.protocols.data_source import DataSource
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
@@ -20,7 +27,10 @@ TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> None:
     """The flags of a command that answers rows. what: what is computed together."""
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="answers as JSON lines; killed and repeated, it goes on"
+        "--output",
+        type=_place,
+        metavar="FILE",
+        help="answers as JSON lines, or a table (delta://PATH); killed and repeated, it goes on",
     )
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument(
@@ -33,8 +43,29 @@ def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> No
     parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
 
 
+def _place(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
+def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, *, force: bool) -> AnswersFile:
+    """Of a file, or of a table. Raises UserError: see `AnswersFile`; no such table."""
+    if isinstance(place, Path):
+        return AnswersFile(place, requested, batch_size, force=force)
+    source = data_source_of(place)
+    if source is None:
+        known = ", ".join(f"{name}://" for name in DATA_SOURCES)
+        raise UserError(Problem("--output", "nothing is known to write there", f"a file, or {known}", place))
+    identity = xxhash.xxh3_128_hexdigest(json.dumps([place, requested], sort_keys=True).encode())
+    file = cache_root() / "answers" / f"{identity}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return AnswersTable(source, place, file, requested, batch_size, force=force)
+
+
 class AnswersFile:
     """Rows of JSON, appended batch by batch."""
+
+    written: str
+    """Where they are in the end."""
 
     def __init__(self, path: Path, requested: dict[str, Any], batch_size: int, *, force: bool = False):
         """asked: everything that the answers depend on; a part that was begun with something else is refused.
@@ -42,6 +73,7 @@ class AnswersFile:
         Raises UserError where `path` exists, or a part of other answers does; with `force` it starts over.
         """
         self.path, self._part = path, path.with_name(f"{path.name}.part")
+        self.written = str(path)
         head = json.dumps({"asked": requested, "batch_size": batch_size})
         if path.suffix.lower() in TABLES:
             fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
@@ -91,3 +123,31 @@ class AnswersFile:
             shutil.copyfileobj(source, target)
         whole.replace(self.path)
         self._part.unlink()
+
+
+class AnswersTable(AnswersFile):
+    """Rows of JSON, kept in the cache until all of them are there, then written to a table in one transaction."""
+
+    def __init__(
+        self,
+        source: DataSource,
+        place: str,
+        file: Path,
+        requested: dict[str, Any],
+        batch_size: int,
+        *,
+        force: bool = False,
+    ):
+        self._source, self._force = source, force
+        file.unlink(missing_ok=True)  # of a former time, when the table could not be written
+        super().__init__(file, requested, batch_size, force=force)
+        self.written = place
+
+    def finish(self) -> None:
+        super().finish()
+        try:
+            self.written = self._source.write(self.written, self.path, self.path.stem, replace=self._force)
+        except UserError as error:
+            problems = [replace(one, fix=f"{one.fix}; the answers are in {self.path}") for one in error.problems]
+            raise UserError(problems) from None
+        self.path.unlink()

@@ -12,7 +12,7 @@ from typing import Any
 from dstune.config.schema import ModelConfig
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
-from dstune.inference.answers_file import AnswersFile, add_flags
+from dstune.inference.answers_file import AnswersFile, add_flags, answers_file
 from dstune.inference.conversation import converse
 from dstune.inference.prompts import Request, check_adapters, read_file
 from dstune.inference.voices import BASE, OWN, opened
@@ -142,7 +142,7 @@ def _output(
         "sampling": {**asdict(sampling), "stop": list(sampling.stop)},
         "speech": [arguments.plain, arguments.system],
     }
-    return AnswersFile(arguments.output, requested, arguments.batch_size, force=arguments.force)
+    return answers_file(arguments.output, requested, arguments.batch_size, force=arguments.force)
 
 
 def _row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _write_all(writer: Writer, requests: list[Request], output: AnswersFile, bat
         output.append([_row(writer, request, answer) for request, answer in zip(batch, answers, strict=True)])
         print(f"dstune: {start + len(batch)} of {len(requests)} answers", file=sys.stderr, flush=True)
     output.finish()
-    print(output.path)
+    print(output.written)
 
 
 def _print_all(writer: Writer, requests: list[Request], batch_size: int, *, as_json: bool) -> None:

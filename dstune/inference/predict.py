@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.schema import ModelConfig
 from dstune.core.arguments import VerbParser, is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
-from dstune.inference.answers_file import AnswersFile, add_flags
+from dstune.inference.answers_file import AnswersFile, add_flags, answers_file
 
 if TYPE_CHECKING:
     from dstune.config.data_schema import DataConfig
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         _tell(f"{problems:,} rows have no answer; their `problem` says why")
     if output is not None:
         output.finish()
-        print(output.path)
+        print(output.written)
     return EXIT_DONE
 
 
@@ -171,7 +171,7 @@ def _output(
         "count": rows.count,
         "probabilities": arguments.probabilities,
     }
-    return AnswersFile(arguments.output, requested, BLOCK, force=arguments.force)
+    return answers_file(arguments.output, requested, BLOCK, force=arguments.force)
 
 
 def _row(one: Query, answer: Answer) -> dict[str, Any]:

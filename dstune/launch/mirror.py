@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dstune.checkpoint import copied, store
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
@@ -97,7 +99,7 @@ class Mirror:
 
     def _watch(self, lease: dict[str, Any] | None) -> None:
         """Raises UserError where the lease at the place belongs to a launch that is alive."""
-        if lease is None:
+        if lease is None or (lease.get("machine") == _machine() and not psutil.pid_exists(lease.get("pid", 0))):
             return
         host = lease.get("host", "another machine")
         self._message(
@@ -192,7 +194,13 @@ class Mirror:
     def _write_lease(self) -> None:
         """Raises UserError where nothing can be written."""
         self._beat += 1
-        lease = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat}
+        lease: dict[str, Any] = {
+            "id": self._id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": _machine(),
+        }
+        lease["beat"] = self._beat
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             (self.place / records.LEASE).write_text(json.dumps(lease))
@@ -313,6 +321,14 @@ def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
         f"dstune: {place} refuses what a run does ({mirror.why}): it works in {mirror.work}, and is copied after each save"
     )
     return mirror
+
+
+def _machine() -> str:
+    """What tells where a number of a process means the same: this start of a machine, and the container."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex  # no other: those who ask have to watch
 
 
 def _version(file: Path) -> tuple[int, int]:

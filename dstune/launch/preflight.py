@@ -32,7 +32,7 @@ from dstune.core.parsing import read_object
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
-from dstune.launch import hub, hub_data
+from dstune.launch import hub, hub_data, table_rows
 from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, task_problems
 from dstune.launch.positions import within_positions
@@ -88,9 +88,13 @@ def resolve_run(
     except UserError as error:
         problems += error.problems
         from_hub = False
+    config, refused = table_rows.resolve(config, stage)
+    problems += refused
     for key, part, own in inputs.given(config):
         if not from_hub and hub_name(getattr(own.data, part)):
             continue  # told above
+        if refused and sources.data_source_of(getattr(own.data, part)):
+            continue
         try:
             check_data(key, part, own, stage)
             found = first_row_problems(own, part, key, trains=trains)
@@ -158,6 +162,8 @@ def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
     if samples.is_sample(given):
         fetch_sample(f"data.{part}", samples.without_slice(given)[0], "data", stage)
         return data
+    if (source := sources.data_source_of(given)) is not None:
+        data = replace(data, **{part: source.resolve(given, f"data.{part}", stage)})
     return hub_data.resolve(data, stage) if hub_name(given) else replace(data, subset=None, revision=None)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dstune.core.registry import VERSION, Registry
 from dstune.protocols.callback import Action, Callback, Request
+from dstune.protocols.data_source import DataSource
 from dstune.protocols.launcher import Launcher
 from dstune.protocols.method import Method
 from dstune.protocols.metric import Metric
@@ -18,6 +19,7 @@ from dstune.protocols.tracker import Tracker
 
 __all__ = [
     "CALLBACKS",
+    "DATA_SOURCES",
     "LAUNCHERS",
     "METHODS",
     "METRICS",
@@ -30,6 +32,7 @@ __all__ = [
     "VERSION",
     "Action",
     "Callback",
+    "DataSource",
     "Launcher",
     "Method",
     "Metric",
@@ -41,6 +44,7 @@ __all__ = [
     "Task",
     "Tracker",
     "callback",
+    "data_source",
     "formats_for",
     "launcher",
     "launcher_of",
@@ -70,11 +74,13 @@ CALLBACKS: Registry[Callback] = Registry("callback", "dstune.trainer.callbacks")
 LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch", folders_only=True)
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
 TRACKERS: Registry[Tracker] = Registry("tracker", "dstune.tracking.trackers")
+DATA_SOURCES: Registry[DataSource] = Registry("data source", "dstune.data.lakehouse", plugins=False)
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add
 launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
 tracker, metric = TRACKERS.add, METRICS.add
+data_source = DATA_SOURCES.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
 launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of

@@ -15,9 +15,11 @@ from dstune.config.convert import format_value
 from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
 from dstune.core.secrets import redacted
+from dstune.data import inputs
 from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.label_names import suspicious
+from dstune.data.sources import data_source_of
 from dstune.data.statistics import with_packing
 from dstune.models import kernels
 from dstune.planning.fillers import fillers
@@ -202,10 +204,14 @@ def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """What happened to the rows, and how well they pack."""
+    """What happened to the rows, which tables they come from, and how well they pack."""
+    report = data.report
+    specs = {key: getattr(own.data, part) for key, part, own in inputs.given(config)}
+    if tables := {key: source.describe(spec) for key, spec in specs.items() if (source := data_source_of(spec))}:
+        report = report | {"tables": tables}
     if not config.data.packing:
-        return data.report
-    return with_packing(data.report, {part.name: part.lengths for part in data.splits}, config.data.max_length)
+        return report
+    return with_packing(report, {part.name: part.lengths for part in data.splits}, config.data.max_length)
 
 
 def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:

@@ -1,0 +1,77 @@
+"""`delta://PATH[@VERSION|@TIME][#ID][?columns=A,B&where=SQL]`, and the same after `uc://`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from dstune.core.errors import Problem, UserError
+
+_TIME = r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"
+_ADDRESS = re.compile(
+    rf"(?P<scheme>\w+)://(?P<location>.+?)(?:@(?:(?P<version>\d+)|(?P<time>{_TIME})))?(?:#(?P<id>[0-9a-fA-F-]{{8,64}}))?"
+    r"(?:\?(?P<query>.*))?",
+    re.DOTALL,
+)
+_QUERY = re.compile(r"(?:columns=(?P<columns>[^&]*))?(?:&|$)?(?:where=(?P<where>.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Address:
+    scheme: str
+    location: str
+    version: int | None = None
+    time: str = ""
+    """A time instead of a version: the newest version of then."""
+    table_id: str = ""
+    """Of the table; one that is made again at the same place has another."""
+    columns: tuple[str, ...] = ()
+    """The columns that are read; all when empty."""
+    where: str = ""
+    """An SQL predicate; only rows that fulfil it are read."""
+
+    def __str__(self) -> str:
+        version = f"@{self.version}" if self.version is not None else f"@{self.time}" if self.time else ""
+        table_id = f"#{self.table_id}" if self.table_id else ""
+        columns = f"columns={','.join(self.columns)}" if self.columns else ""
+        query = "&".join(filter(None, [columns, f"where={self.where}" if self.where else ""]))
+        return f"{self.scheme}://{self.location}{version}{table_id}{f'?{query}' if query else ''}"
+
+    @property
+    def is_resolved(self) -> bool:
+        return self.version is not None and bool(self.table_id)
+
+    @property
+    def moment(self) -> datetime:
+        """`time` with a zone, UTC where it names none. Raises ValueError."""
+        found = datetime.fromisoformat(self.time)
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def parse(spec: str, key: str) -> Address:
+    """Raises UserError."""
+    found = _ADDRESS.fullmatch(spec)
+    query = _QUERY.fullmatch((found and found["query"]) or "")
+    fix = "SCHEME://PLACE, then @VERSION or @TIME, then ?columns=A,B&where=SQL, such as delta:///data/reviews@7?where=stars > 3"
+    if found is None or query is None:
+        raise UserError(Problem(key, "cannot be read as the address of a table", fix, spec))
+    columns = tuple(name.strip() for name in (query["columns"] or "").split(",") if name.strip())
+    version = None if found["version"] is None else int(found["version"])
+    address = Address(
+        found["scheme"],
+        found["location"],
+        version,
+        found["time"] or "",
+        found["id"] or "",
+        columns,
+        (query["where"] or "").strip(),
+    )
+    if address.time:
+        try:
+            address.moment  # noqa: B018 (raises)
+        except ValueError as error:
+            raise UserError(
+                Problem(key, f"the time cannot be read: {error}", "such as @2026-03-04T05:06:07Z", spec)
+            ) from None
+    return address

@@ -1,0 +1,175 @@
+"""Rows in the order of their content, in memory that does not grow with them.
+
+The key of a row is a digest of its values, so equal rows have equal keys and the order is that of no file, writer or version.
+Pieces of `PIECE_BYTES` are sorted and written as files with a batch for each range of keys; then the ranges are merged one
+after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+PIECE_BYTES = 2**24
+RANGE_BYTES = 2**24
+MAX_RANGES = 4096
+ROWS_PER_GROUP = 2**16
+ORDER = "xxh3_128 of each row's values"
+
+
+@dataclass(frozen=True)
+class Written:
+    rows: int
+    digest: str
+    """Of the keys in order: equal for equal rows, whatever order they came in."""
+
+
+def write_ordered(batches: Iterable[Any], out: Path, scratch: Path, size: int) -> Written:
+    """Write the rows of `batches` (of pyarrow) to the Parquet file `out`. scratch: an empty folder. size: about how many bytes
+    the rows take."""
+    ranges = min(MAX_RANGES, 1 << max(0, (size // RANGE_BYTES).bit_length()))
+    pieces: list[Path] = []
+    waiting: list[Any] = []
+    schema: pa.Schema | None = None
+    for batch in batches:
+        schema = schema or plain_schema(batch.schema)
+        waiting.append(_plain(batch, schema))
+        if sum(one.nbytes for one in waiting) >= PIECE_BYTES:
+            pieces.append(_write_piece(waiting, scratch / f"{len(pieces)}.arrow", ranges))
+            waiting = []
+    if waiting:
+        pieces.append(_write_piece(waiting, scratch / f"{len(pieces)}.arrow", ranges))
+    if schema is None or not pieces:
+        return Written(0, xxhash.xxh3_128().hexdigest())
+    return _merge(pieces, schema, out, ranges)
+
+
+def _write_piece(batches: list[Any], file: Path, ranges: int) -> Path:
+    table = pa.Table.from_batches(batches).combine_chunks()
+    keys = row_keys(table)
+    order = _sorted(keys)
+    keys = keys[order]
+    table = table.take(pa.array(order)).append_column(KEY, _as_column(keys)).combine_chunks()
+    ends = np.searchsorted(_range_of(keys, ranges), np.arange(ranges), "right")
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        start = 0
+        for end in ends.tolist():
+            part = table.slice(start, end - start).combine_chunks()
+            writer.write_batch(
+                part.to_batches()[0] if end > start else pa.RecordBatch.from_pylist([], schema=table.schema)
+            )
+            start = end
+    return file
+
+
+def _merge(pieces: list[Path], schema: Any, out: Path, ranges: int) -> Written:
+    digest, rows = xxhash.xxh3_128(), 0
+    with pq.ParquetWriter(out, schema) as writer:
+        for number in range(ranges):
+            batches = []
+            for piece in pieces:
+                with pa.OSFile(str(piece), "rb") as source:
+                    batches.append(pa.ipc.open_file(source).get_batch(number))
+            table = pa.Table.from_batches(batches)
+            if not len(table):
+                continue
+            keys = _from_column(table[KEY])
+            order = _sorted(keys)
+            digest.update(keys[order].tobytes())
+            writer.write_table(table.drop_columns([KEY]).take(pa.array(order)), row_group_size=ROWS_PER_GROUP)
+            rows += len(table)
+    return Written(rows, digest.hexdigest())
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+KEY = "dstune row key"
+_KEYS = np.dtype([("high", ">u8"), ("low", ">u8")])
+
+
+def row_keys(table: Any) -> Any:
+    """A key for each row of a table: [rows] of two big-endian numbers."""
+    digests = b"".join(row_key(row) for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
+    return np.frombuffer(digests, _KEYS).astype([("high", np.uint64), ("low", np.uint64)])
+
+
+def row_key(row: Mapping[str, Any]) -> bytes:
+    """16 bytes that tell rows with different values apart. A column without a value counts as none, so that one which is
+    added to a table moves no row."""
+    values = {name: value for name, value in row.items() if value is not None}
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_other)
+    return xxhash.xxh3_128_digest(text.encode())
+
+
+def _other(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if hasattr(value, "isoformat"):
+        return {type(value).__name__: value.isoformat()}
+    return {type(value).__name__: str(value)}
+
+
+def _sorted(keys: Any) -> Any:
+    return np.lexsort((keys["low"], keys["high"]))
+
+
+def _range_of(keys: Any, ranges: int) -> Any:
+    """Which of `ranges`, a power of two, each key falls into: by its first bits."""
+    bits = ranges.bit_length() - 1
+    return keys["high"] >> np.uint64(64 - bits) if bits else np.zeros(len(keys), np.uint64)
+
+
+def _as_column(keys: Any) -> Any:
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(keys), [None, pa.py_buffer(keys.astype(_KEYS).tobytes())]
+    )
+
+
+def _from_column(column: Any) -> Any:
+    data = b"".join(value for value in column.to_pylist())
+    return np.frombuffer(data, _KEYS).astype([("high", np.uint64), ("low", np.uint64)])
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
+def plain_schema(schema: Any) -> Any:
+    """`schema` without views and dictionaries, which Parquet files do not keep."""
+    return pa.schema([pa.field(field.name, _plain_type(field.type), field.nullable) for field in schema])
+
+
+def _plain_type(of: Any) -> Any:
+    if pa.types.is_dictionary(of):
+        return _plain_type(of.value_type)
+    if pa.types.is_string_view(of):
+        return pa.large_string()
+    if pa.types.is_binary_view(of):
+        return pa.large_binary()
+    if (
+        pa.types.is_list(of)
+        or pa.types.is_large_list(of)
+        or pa.types.is_list_view(of)
+        or pa.types.is_large_list_view(of)
+    ):
+        return pa.large_list(_plain_type(of.value_type))
+    if pa.types.is_struct(of):
+        return pa.struct([pa.field(field.name, _plain_type(field.type), field.nullable) for field in of])
+    if pa.types.is_map(of):
+        return pa.map_(_plain_type(of.key_type), _plain_type(of.item_type))
+    return of
+
+
+def _plain(batch: Any, schema: Any) -> Any:
+    columns = [
+        column if column.type == field.type else column.cast(field.type)
+        for column, field in zip(batch.columns, schema, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

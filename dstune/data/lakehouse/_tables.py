@@ -1,0 +1,157 @@
+"""A Delta table at one version, opened and read; whatever keeps it from being read is named before training."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from dstune.core.errors import Problem, UserError
+from dstune.data.files import first_line
+from dstune.data.lakehouse._address import Address
+
+METADATA_VARIABLE = "DSTUNE_CLOUD_METADATA"
+CREDENTIALS = {
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    "s3a": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    "abfss": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID"),
+    "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID"),
+    "gs": ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
+}
+"""Variables of which one has to be set: without any, the libraries ask the machine's metadata service, and may hang."""
+
+
+def require_library(key: str, spec: str) -> None:
+    """Raises UserError where Delta tables cannot be read here."""
+    if importlib.util.find_spec("deltalake") is None:
+        fix = "pip install 'dstune[delta]'"
+        raise UserError(Problem(key, "reading Delta tables needs the package deltalake", fix, spec))
+
+
+def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
+    """Where the table of a `delta://` address is, as the library takes it. Raises UserError."""
+    location = address.location.removeprefix("file://")
+    scheme, colon, _ = location.partition(":")
+    if not colon or "/" in scheme:
+        path = Path(location).expanduser().absolute()
+        if not to_write and not (path / "_delta_log").is_dir():
+            reason = "there is no Delta table (no _delta_log)" if path.exists() else "there is no such folder"
+            raise UserError(Problem(key, reason, "give the folder of a Delta table", str(address)))
+        return str(path)
+    if scheme not in CREDENTIALS:
+        known = ", ".join(f"{name}://" for name in CREDENTIALS)
+        fix = f"a path (on Databricks /Volumes/...), uc://CATALOG.SCHEMA.TABLE, or an address after {known}"
+        raise UserError(Problem(key, f"tables at {scheme}: are not read", fix, str(address)))
+    if not any(os.environ.get(name) for name in (*CREDENTIALS[scheme], METADATA_VARIABLE)):
+        reason = f"there are no credentials for {scheme}://: none of {', '.join(CREDENTIALS[scheme])} is set"
+        fix = f"export them; {METADATA_VARIABLE}=1 asks the metadata service of a cloud machine"
+        raise UserError(Problem(key, reason, fix, str(address)))
+    return location
+
+
+def open_table(place: str, address: Address, key: str, options: Mapping[str, str] | None = None) -> tuple[Any, Address]:
+    """The table at the version that `address` names (the newest where it names none), and the resolved address.
+
+    Raises:
+        UserError: no table, no such version (any more), or another table than the one that is named.
+    """
+    from deltalake import DeltaTable
+
+    spec = str(address)
+    with _told(key, spec, "the table cannot be opened"):
+        table = DeltaTable(place, storage_options=dict(options) if options else None)
+        newest, table_id = table.version(), str(table.metadata().id)
+    if address.table_id and address.table_id != table_id:
+        reason = f"the table was made again since: it has the id {table_id} now, and its versions are others"
+        fix = "restore the table, or start another run with it as it is (another run.dir)"
+        raise UserError(Problem(key, reason, fix, spec))
+    version = address.version
+    if address.time:
+        version = _version_at(table, address, key)
+    if version is None:
+        version = newest
+    if version > newest:
+        raise UserError(Problem(key, f"the newest version is {newest}", f"@{newest}, or no version", spec))
+    if version != newest:
+        try:
+            table.load_as_version(version)
+        except Exception as error:
+            reason = (
+                f"version {version} cannot be opened any more: the log does not reach back to it ({first_line(error)})"
+            )
+            raise UserError(Problem(key, reason, f"a version that it still has, such as @{newest}", spec)) from None
+    return table, replace(address, version=version, time="", table_id=table_id)
+
+
+def _version_at(table: Any, address: Address, key: str) -> int:
+    """The newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
+    moment = address.moment
+    history = {int(entry["version"]): entry["timestamp"] / 1000 for entry in table.history() if "version" in entry}
+    if moment > datetime.now(UTC):
+        raise UserError(Problem(key, "this time is still to come", "leave it out for the newest version", str(address)))
+    before = [version for version, seconds in history.items() if seconds <= moment.timestamp()]
+    if not before:
+        oldest = datetime.fromtimestamp(min(history.values()), UTC) if history else None
+        reason = f"the log of the table begins at {oldest:%Y-%m-%dT%H:%M:%SZ}" if oldest else "the log holds no times"
+        raise UserError(Problem(key, reason, "a later time, or a version", str(address)))
+    return max(before)
+
+
+def files_of(table: Any) -> list[dict[str, Any]]:
+    """`path` and `size_bytes` of every data file of the version, as its log has them."""
+    import pyarrow as pa
+
+    found = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
+    return sorted(found, key=lambda file: str(file["path"]))
+
+
+def check_files(actions: list[dict[str, Any]], place: str, address: Address, key: str) -> int:
+    """Look at every data file (`files_of`) where it can be looked at without reading it; the bytes of all.
+
+    Raises:
+        UserError: files that are gone, or cut short.
+    """
+    if "://" not in place:
+        bad = []
+        for action in actions:
+            name = unquote(action["path"])
+            path = Path(name.removeprefix("file://")) if name.startswith(("/", "file://")) else Path(place, name)
+            size = path.stat().st_size if path.is_file() else None
+            if size != action["size_bytes"]:
+                bad.append(f"{name} is gone" if size is None else f"{name} has {size} of {action['size_bytes']} bytes")
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            which = f"{len(bad)} of {len(actions)} data files of version {address.version}"
+            reason = f"{which} are not whole: {'; '.join(bad[:3])}{more}"
+            raise UserError(
+                Problem(key, reason, "VACUUM removes them after a time: give a newer version", str(address))
+            )
+    return sum(action["size_bytes"] or 0 for action in actions)
+
+
+def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
+    """Batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
+    import pyarrow as pa
+
+    with _told(key, str(address), f"version {address.version} cannot be read"):
+        reader = table.scan(columns=list(address.columns) or None, predicate=address.where or None)
+        yield from pa.RecordBatchReader.from_stream(reader)
+
+
+@contextmanager
+def _told(key: str, spec: str, what: str) -> Iterator[None]:
+    """The library raises Exception, OSError, ArrowInvalid and classes of its own for the same causes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{what}: {first_line(error)}"
+        fix = "look at the table, the columns and the predicate; files that VACUUM has removed need a newer version"
+        raise UserError(Problem(key, reason, fix, spec)) from None

@@ -1,0 +1,149 @@
+"""`uc://CATALOG.SCHEMA.TABLE`: a Delta table that Unity Catalog knows by name.
+
+The catalog is asked for the table's place and for credentials that last some minutes, over its REST interface. They go to the
+reader alone: neither into the environment, nor into a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.data.files import DataFile
+from dstune.data.lakehouse import _copies
+from dstune.data.lakehouse._address import Address, parse
+from dstune.data.lakehouse._tables import require_library
+from dstune.protocols import data_source
+from dstune.protocols.data_source import DataSource
+
+NAME = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
+SECONDS = 30.0
+HOST, TOKEN, CLIENT, SECRET = "DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET"
+CATALOG = "api/2.1/unity-catalog"
+
+
+@data_source
+class UnityCatalog(DataSource):
+    name = "uc"
+
+    def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
+        address = parse(spec, key)
+        if _copies.is_here(address):
+            return spec
+        require_library(key, spec)
+        place, options = locate(address, key, "READ")
+        return str(_copies.resolve(place, address, key, stage, options))
+
+    def files(self, spec: str, key: str) -> list[DataFile]:
+        return _copies.files(parse(spec, key), key)
+
+    def describe(self, spec: str) -> dict[str, Any]:
+        return _copies.describe(parse(spec, "data"))
+
+    def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
+        from dstune.data.lakehouse._writing import write_rows
+
+        require_library("--output", spec)
+        address = parse(spec, "--output")
+        place, options = locate(address, "--output", "READ_WRITE")
+        return write_rows(place, address, rows, identity, replace=replace, options=options)
+
+
+def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, str]]:
+    """Where the table is, and what the reader needs to open it. Raises UserError."""
+    spec = str(replace(address, table_id=""))
+    if NAME.fullmatch(address.location) is None:
+        raise UserError(Problem(key, "a table has three names", "uc://CATALOG.SCHEMA.TABLE", spec))
+    host = os.environ.get(HOST, "").rstrip("/")
+    if not host:
+        fix = f"export {HOST}=https://... and {TOKEN}, or {CLIENT} and {SECRET}"
+        raise UserError(Problem(key, f"{HOST} is not set: which catalog is meant?", fix, spec))
+    host = host if "://" in host else f"https://{host}"
+    token = _token(host, key, spec)
+    table = _ask(f"{host}/{CATALOG}/tables/{urllib.parse.quote(address.location)}", token, key, spec)
+    kind = str(table.get("data_source_format", "")).upper()
+    if kind != "DELTA":
+        fix = "give a Delta table: views and other formats have no versions"
+        raise UserError(
+            Problem(key, f"is no Delta table but {kind or table.get('table_type', 'something else')}", fix, spec)
+        )
+    place = str(table.get("storage_location", ""))
+    if place.startswith("file:"):
+        return urllib.parse.unquote(urllib.parse.urlsplit(place).path), {}
+    body = {"table_id": table.get("table_id"), "operation": operation}
+    credentials = _ask(f"{host}/{CATALOG}/temporary-table-credentials", token, key, spec, body)
+    return place, _options(credentials, place, key, spec)
+
+
+def _token(host: str, key: str, spec: str) -> str:
+    """The user's token, or one for a service principal (OAuth, client id and secret). Raises UserError."""
+    if token := os.environ.get(TOKEN):
+        return token
+    client, secret = os.environ.get(CLIENT), os.environ.get(SECRET)
+    if not client or not secret:
+        fix = f"export {TOKEN}, or {CLIENT} and {SECRET}"
+        raise UserError(Problem(key, f"there are no credentials for {host}", fix, spec))
+    form = {"grant_type": "client_credentials", "scope": "all-apis", "client_id": client, "client_secret": secret}
+    answer = _ask(f"{host}/oidc/v1/token", "", key, spec, form, as_form=True)
+    return str(answer.get("access_token", ""))
+
+
+def _ask(
+    url: str, token: str, key: str, spec: str, body: Mapping[str, Any] | None = None, *, as_form: bool = False
+) -> dict[str, Any]:
+    data = None if body is None else (urllib.parse.urlencode(body) if as_form else json.dumps(body)).encode()
+    headers = {"Content-Type": "application/x-www-form-urlencoded" if as_form else "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=SECONDS) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise UserError(Problem(key, _refusal(error), _FIXES.get(error.code, "look at the catalog"), spec)) from None
+    except (OSError, ValueError) as error:
+        reason = f"the catalog does not answer: {getattr(error, 'reason', error)}"
+        raise UserError(Problem(key, reason, f"look at {HOST} and the network", spec)) from None
+    return found if isinstance(found, dict) else {}
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    try:
+        told = json.loads(error.read(4096))
+        message = f"{told.get('error_code', '')} {told.get('message', '')}".strip()
+    except (ValueError, OSError, AttributeError):
+        message = ""
+    return f"the catalog refuses it ({error.code}): {message or error.reason}"
+
+
+_FIXES = {
+    401: f"look at {TOKEN}",
+    403: "ask for EXTERNAL USE SCHEMA on the schema and SELECT on the table; external access must be on for the metastore",
+    404: "look at the three names: SHOW TABLES IN CATALOG.SCHEMA",
+}
+
+
+def _options(credentials: Mapping[str, Any], place: str, key: str, spec: str) -> dict[str, str]:
+    """The catalog's temporary credentials in the reader's terms. Raises UserError."""
+    if found := credentials.get("aws_temp_credentials"):
+        options = {
+            "aws_access_key_id": found["access_key_id"],
+            "aws_secret_access_key": found["secret_access_key"],
+            "aws_session_token": found["session_token"],
+        }
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return options | ({"aws_region": region} if region else {})
+    if found := credentials.get("azure_user_delegation_sas"):
+        return {"azure_storage_sas_token": found["sas_token"]}
+    if found := credentials.get("gcp_oauth_token"):
+        return {"google_bearer_token": found["oauth_token"]}
+    reason = f"the catalog gives no credentials that are known here for {place.partition('://')[0]}://"
+    raise UserError(Problem(key, reason, "ask for external access to the table", spec))

@@ -1,0 +1,345 @@
+"""Delta tables: read at a version, in an order of our own, and refused where they are not whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pytest
+from support.delta_tables import mapped_table, table_with_deletions
+
+from dstune.core.errors import UserError
+from dstune.data import sources
+
+deltalake = pytest.importorskip("deltalake", reason="pip install 'dstune[delta]'")
+pytestmark = pytest.mark.slow
+
+SEEN: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    SEEN.clear()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Versions 0, 1 and 2 with 10, 20 and 30 rows."""
+    place = tmp_path / "table"
+    for version in range(3):
+        rows = [
+            {"text": f"row {number}", "label": "ab"[number % 2], "n": number}
+            for number in range(10 * version, 10 * version + 10)
+        ]
+        deltalake.write_deltalake(place, pa.Table.from_pylist(rows), mode="append")
+    return place
+
+
+def resolve(spec: str) -> str:
+    return sources.data_source_of(spec).resolve(spec, "data.train", SEEN.append)
+
+
+def read(spec: str) -> list[dict]:
+    files = sources.expand(resolve(spec), "data.train")
+    return [row.fields for file in files for row in sources.read(file)]
+
+
+def digest(spec: str) -> str:
+    resolved = resolve(spec)
+    return sources.data_source_of(resolved).describe(resolved)["digest"]
+
+
+def numbers(rows: list[dict]) -> list[int]:
+    return sorted(row["n"] for row in rows)
+
+
+def test_versions_times_columns_and_predicates(table):
+    resolved = resolve(f"delta://{table}")
+    identity = deltalake.DeltaTable(table).metadata().id
+    assert resolved == f"delta://{table}@2#{identity}"
+    assert resolve(resolved) == resolved
+    described = sources.data_source_of(resolved).describe(resolved)
+    assert (described["version"], described["id"], described["rows"]) == (2, identity, 30)
+    assert numbers(read(f"delta://{table}@1")) == list(range(20))
+    assert numbers(read(f"delta://{table}?where=label = 'a' AND n > 10")) == list(range(12, 30, 2))
+    assert read(f"delta://{table}@0?columns=n")[0].keys() == {"n"}
+    time.sleep(1.1)
+    then = datetime.now(UTC).isoformat()
+    deltalake.write_deltalake(table, pa.table({"text": ["x"], "label": ["a"], "n": [99]}), mode="append")
+    assert len(read(f"delta://{table}@{then}")) == 30
+    assert len(read(f"delta://{table}")) == 31
+
+
+def test_maintenance_changes_neither_rows_nor_their_order(table):
+    before, rows = digest(f"delta://{table}"), read(f"delta://{table}")
+    opened = deltalake.DeltaTable(table)
+    opened.optimize.compact()
+    opened.optimize.z_order(["n"])
+    opened.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+    assert opened.version() > 2
+    assert digest(f"delta://{table}") == before
+    assert read(f"delta://{table}") == rows
+
+
+def test_column_mapping_and_deletion_vectors(tmp_path):
+    rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(10)]
+    by_text = sorted(rows, key=str)
+    assert sorted(read(f"delta://{mapped_table(tmp_path / 'mapped', rows)}"), key=str) == by_text
+    left = [row for number, row in enumerate(rows) if number not in (2, 7)]
+    assert sorted(read(f"delta://{table_with_deletions(tmp_path / 'deleted', rows, [2, 7])}"), key=str) == sorted(
+        left, key=str
+    )
+
+
+def test_partitions_and_a_changed_schema(tmp_path):
+    place = tmp_path / "parts"
+    first = pa.table({"text": ["a", "b c", "d"], "lang": ["de", "fr/x", None]})
+    deltalake.write_deltalake(place, first, partition_by=["lang"])
+    before = digest(f"delta://{place}")
+    more = pa.table({"text": ["e"], "lang": ["de"], "extra": [1]})
+    deltalake.write_deltalake(place, more, mode="append", schema_mode="merge")
+    assert sorted(row["text"] for row in read(f"delta://{place}?where=lang = 'de'")) == ["a", "e"]
+    assert {row["text"]: row["lang"] for row in read(f"delta://{place}@0")} == {"a": "de", "b c": "fr/x", "d": None}
+    assert len(read(f"delta://{place}")[0]) == 3
+    assert digest(f"delta://{place}@0") == before
+
+
+def refused(spec: str) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(spec)
+    return str(caught.value)
+
+
+def test_tables_that_are_not_as_they_were(table, tmp_path):
+    assert "the newest version is 2" in refused(f"delta://{table}@99")
+    assert "its log" in refused(f"delta://{table}@2000-01-01") or "log of the table begins" in refused(
+        f"delta://{table}@2000-01-01"
+    )
+    assert "still to come" in refused(f"delta://{table}@2199-01-01")
+    assert "no such folder" in refused(f"delta://{tmp_path}/none")
+    assert "no Delta table" in refused(f"delta://{tmp_path}")
+    assert "No field named nope" in refused(f"delta://{table}?where=nope = 1")
+    assert "no row fulfils" in refused(f"delta://{table}?where=n > 1000")
+
+    cut = tmp_path / "cut"
+    shutil.copytree(table, cut)
+    file = next(cut.glob("*.parquet"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "1 of 3 data files of version 2 are not whole" in refused(f"delta://{cut}")
+
+    vacuumed = tmp_path / "vacuumed"
+    shutil.copytree(table, vacuumed)
+    opened = deltalake.DeltaTable(vacuumed)
+    opened.optimize.compact()
+    opened.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+    assert "is gone" in refused(f"delta://{vacuumed}@2")
+
+    shortened = tmp_path / "shortened"
+    shutil.copytree(table, shortened)
+    opened = deltalake.DeltaTable(shortened)
+    opened.create_checkpoint()
+    for version in (0, 1):
+        (shortened / "_delta_log" / f"{version:020}.json").unlink()
+    assert "version 0 cannot be opened any more" in refused(f"delta://{shortened}@0")
+    assert len(read(f"delta://{shortened}")) == 30
+
+    identity = deltalake.DeltaTable(table).metadata().id
+    shutil.rmtree(table)
+    deltalake.write_deltalake(table, pa.table({"text": ["other"]}))
+    assert "was made again" in refused(f"delta://{table}@0#{identity}")
+
+
+def test_rows_in_the_cache_outlive_the_table(table):
+    resolved = resolve(f"delta://{table}")
+    rows = read(resolved)
+    shutil.rmtree(table)
+    assert read(resolved) == rows
+
+
+def test_a_copy_that_went_other_ways_is_never_taken_for_the_table(table, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(table, other)
+    for place, number in ((table, 1), (other, 2)):
+        deltalake.write_deltalake(place, pa.table({"text": ["x"], "label": ["a"], "n": [1000 + number]}), mode="append")
+    assert max(numbers(read(f"delta://{table}"))) == 1001
+    assert max(numbers(read(f"delta://{other}"))) == 1002
+    shutil.rmtree(table)
+    other.rename(table)
+    assert "has other files than when its rows were read" in refused(f"delta://{table}")
+
+
+def test_no_cloud_address_is_asked_without_credentials(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "DSTUNE_CLOUD_METADATA"):
+        monkeypatch.delenv(name, raising=False)
+    began = time.monotonic()
+    assert "there are no credentials for s3://" in refused("delta://s3://bucket/table")
+    assert "are not read" in refused("delta://dbfs:/table")
+    assert time.monotonic() - began < 1
+
+
+MILLION = """
+import resource, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, deltalake
+place, count = sys.argv[1], int(sys.argv[2])
+for start in range(0, count, 100_000):
+    numbers = np.arange(start, start + min(100_000, count - start))
+    text = [f"row {number} of a table that is larger than it looks, since each row has some text" for number in numbers]
+    deltalake.write_deltalake(place, pa.table({"text": text, "n": numbers}), mode="append")
+"""
+PEAK = """
+import resource, sys
+from dstune.data import sources
+spec = f"delta://{sys.argv[1]}"
+source = sources.data_source_of(spec)
+import deltalake, pyarrow.parquet, numpy, pyarrow.dataset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+resolved = source.resolve(spec, "data.train", lambda text: None)
+print(source.describe(resolved)["rows"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_a_million_rows_in_memory_that_does_not_grow(tmp_path):
+    peaks = {}
+    for count in (250_000, 1_000_000):
+        place = tmp_path / str(count)
+        subprocess.run([sys.executable, "-c", MILLION, str(place), str(count)], check=True)
+        done = subprocess.run([sys.executable, "-c", PEAK, str(place)], capture_output=True, text=True, check=True)
+        rows, peaks[count] = map(int, done.stdout.split())
+        assert rows == count
+    print("peak in MiB above the imports, by rows:", peaks)
+    assert peaks[1_000_000] < 1.3 * peaks[250_000] + 64
+    assert peaks[1_000_000] < 700
+
+
+def test_answers_are_written_once_in_one_transaction(tmp_path):
+    place, rows = tmp_path / "answers", tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"row": f"f:{n}", "predicted": "a", "vector": [0.5, n], "problem": None}) + "\n"
+            for n in range(2500)
+        )
+    )
+    source = sources.data_source_of(f"delta://{place}")
+    assert source.write(f"delta://{place}", rows, "one", replace=False) == f"delta://{place}@0"
+    assert "already" in source.write(f"delta://{place}", rows, "one", replace=False)
+    found = deltalake.DeltaTable(place)
+    assert (found.version(), found.count()) == (0, 2500)
+    assert source.write(f"delta://{place}", rows, "two", replace=False) == f"delta://{place}@1"
+    assert source.write(f"delta://{place}", rows, "three", replace=True) == f"delta://{place}@2"
+    assert deltalake.DeltaTable(place).count() == 2500
+    rows.write_text('{"other": 1}\n')
+    with pytest.raises(UserError, match="cannot be written"):
+        source.write(f"delta://{place}", rows, "four", replace=False)
+    assert deltalake.DeltaTable(place).version() == 2
+
+
+# -- Unity Catalog, by answers recorded from its documentation ---------------------------------------------------------
+
+
+@pytest.fixture
+def catalog(monkeypatch, table):
+    """A REST double; `answers` by path, `asked` what came."""
+    answers = {
+        "/api/2.1/unity-catalog/tables/main.reviews.films": (
+            200,
+            {
+                "name": "films",
+                "catalog_name": "main",
+                "schema_name": "reviews",
+                "table_type": "EXTERNAL",
+                "data_source_format": "DELTA",
+                "storage_location": f"file://{table}",
+                "table_id": "9d4c5a2e-6b1f-4b0e-9c55-2f5d6f7e8a90",
+            },
+        ),
+        "/oidc/v1/token": (200, {"access_token": "short-lived", "token_type": "Bearer", "expires_in": 3600}),
+    }
+    asked: list[tuple[str, str, bytes]] = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            asked.append((self.path, self.headers.get("Authorization", ""), body))
+            code, answer = answers.get(
+                self.path, (404, {"error_code": "TABLE_DOES_NOT_EXIST", "message": "no such table"})
+            )
+            data = json.dumps(answer).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = _answer
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("DATABRICKS_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("DATABRICKS_TOKEN", "planted-secret")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield answers, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_table_of_the_catalog(catalog, table, tmp_path):
+    _, asked = catalog
+    resolved = resolve("uc://main.reviews.films@1")
+    assert resolved == f"uc://main.reviews.films@1#{deltalake.DeltaTable(table).metadata().id}"
+    assert numbers(read(resolved)) == list(range(20))
+    assert asked == [("/api/2.1/unity-catalog/tables/main.reviews.films", "Bearer planted-secret", b"")]
+    for file in (tmp_path / "cache").rglob("*"):
+        assert not file.is_file() or b"planted-secret" not in file.read_bytes()
+
+
+def test_a_service_principal_and_refusals(catalog, monkeypatch):
+    answers, asked = catalog
+    monkeypatch.delenv("DATABRICKS_TOKEN")
+    assert "no credentials" in refused("uc://main.reviews.films")
+    monkeypatch.setenv("DATABRICKS_CLIENT_ID", "me")
+    monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", "planted-secret")
+    resolve("uc://main.reviews.films@0")
+    assert asked[-1][1] == "Bearer short-lived"
+    assert b"grant_type=client_credentials" in asked[-2][2]
+    assert "TABLE_DOES_NOT_EXIST" in refused("uc://main.reviews.none")
+    assert "three names" in refused("uc://films")
+    answers["/api/2.1/unity-catalog/tables/main.reviews.view"] = (200, {"table_type": "VIEW"})
+    assert "no Delta table but VIEW" in refused("uc://main.reviews.view")
+    answers["/api/2.1/unity-catalog/tables/main.reviews.closed"] = (
+        403,
+        {"error_code": "PERMISSION_DENIED", "message": "no"},
+    )
+    assert "EXTERNAL USE SCHEMA" in refused("uc://main.reviews.closed")
+    monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:1")
+    assert "does not answer" in refused("uc://main.reviews.films@2")
+
+
+def test_credentials_of_the_catalog_in_the_readers_terms(catalog):
+    from dstune.data.lakehouse import uc
+    from dstune.data.lakehouse._address import parse
+
+    answers, asked = catalog
+    table = {"data_source_format": "DELTA", "storage_location": "s3://bucket/films", "table_id": "9d4c"}
+    answers["/api/2.1/unity-catalog/tables/main.reviews.films"] = (200, table)
+    given = {"access_key_id": "key", "secret_access_key": "secret", "session_token": "session"}
+    answers["/api/2.1/unity-catalog/temporary-table-credentials"] = (
+        200,
+        {"aws_temp_credentials": given, "expiration_time": 1},
+    )
+    place, options = uc.locate(parse("uc://main.reviews.films", "data.train"), "data.train", "READ")
+    assert place == "s3://bucket/films"
+    assert options["aws_session_token"] == "session"
+    assert json.loads(asked[-1][2]) == {"table_id": "9d4c", "operation": "READ"}
+    answers["/api/2.1/unity-catalog/temporary-table-credentials"] = (200, {"expiration_time": 1})
+    with pytest.raises(UserError, match="no credentials that are known"):
+        uc.locate(parse("uc://main.reviews.films", "data.train"), "data.train", "READ")
