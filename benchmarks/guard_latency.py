@@ -1,0 +1,221 @@
+"""What the guard adds to requests and streamed answers, and whom it stops.
+
+    python benchmarks/guard_latency.py input [--model EXPORT] [--requests 60]      time that a request takes longer, by length
+    python benchmarks/guard_latency.py stream [--model EXPORT] [--streams 10]      first text and end of a streamed answer
+    python benchmarks/guard_latency.py conversations [--model EXPORT] [--rows 2000]  packaged conversations that a policy stops
+
+Gateway, stub engine and client share a process, the guard has its own, as in `dstune serve`; with and without the guard alternate
+in one run. Without --model an encoder of the size of MiniLM with random weights stands in: what it finds means nothing, what it
+takes is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+LENGTHS = (100, 400, 1600, 6400)
+"""Characters of a request."""
+TOKEN_SECONDS = 0.04
+"""Between two tokens of the stub: 25 tokens a second."""
+
+
+WORDS = "the a of house river light when they came over small and green to find it under"
+
+
+def stand_in(folder: Path) -> Path:
+    """MiniLM's architecture with random weights and thresholds that nothing reaches."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    from dstune import samples
+    from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration, digest_of
+
+    source = samples.resolve("sample://minilm")
+    labels = {0: "benign", 1: "attack"}
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(
+        source, id2label=labels, label2id={name: index for index, name in labels.items()}
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    buckets = (Bucket(None, dict.fromkeys(LEVELS.values(), 1.0)),)
+    Calibration(digest_of(folder), dict.fromkeys(DIRECTIONS, buckets), {"input": {"rows": 0, "digest": ""}}).save(
+        folder
+    )
+    return folder
+
+
+def everything() -> dict[str, Any]:
+    """A policy that looks for all that there is, in both directions."""
+    exact = [{"detector": one, "action": "flag"} for one in ("prompt_attack/rules", "pii", "secrets", "unknown_links")]
+    model = [{"detector": "prompt_attack", "level": "l2_very_likely", "action": "block"}]
+    leak = [{"detector": "system_prompt_leak", "action": "flag"}]
+    return {"input": exact + model, "tool_result": exact + model, "output": exact + model + leak}
+
+
+@asynccontextmanager
+async def behind_guard(model: Path, folder: Path):
+    """A gateway over a stub, and a switch that takes the guard away."""
+    from dstune.serve.command import guard_gateway
+    from dstune.serve.engines.base import Limits
+    from dstune.serve.guard.engine import Guarding
+    from dstune.serve.guard.policy import read
+    from tests.support.guards import write_policies
+    from tests.support.serving import served
+
+    async with served(folder) as found:
+        policies = read(write_policies(folder, everything(), models={"prompt_attack": str(model.resolve())}))
+        with tempfile.TemporaryDirectory(prefix="dstune-guard-") as runtime:
+            guarding = Guarding(policies, folder, Path(runtime), Limits(threads=1))
+            await guarding.start()
+            try:
+                guard_gateway(found.gateway, guarding, folder, 1.0)
+                guard = found.gateway.guard
+
+                def switch(on: bool) -> None:
+                    found.gateway.inference.guard = guard if on else None
+
+                yield found, switch
+            finally:
+                await guarding.stop()
+
+
+def prose(characters: int, seed: int) -> str:
+    """Words that no cache has seen."""
+    draw, words = random.Random(seed), WORDS.split()
+    text = ""
+    while len(text) < characters:
+        text += f"{' '.join(draw.choice(words) for _ in range(draw.randint(5, 14)))}. "
+    return text[:characters]
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    p95 = ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
+    return {"median_ms": round(1000 * statistics.median(ordered), 1), "p95_ms": round(1000 * p95, 1)}
+
+
+async def measure_input(model: Path, requests: int) -> None:
+    from tests.support.serving import chat
+
+    with tempfile.TemporaryDirectory() as name:
+        async with behind_guard(model, Path(name)) as (found, switch):
+            client = found.client()
+            for characters in LENGTHS:
+                taken: dict[bool, list[float]] = {True: [], False: []}
+                for number in range(requests):
+                    for on in (True, False):
+                        switch(on)
+                        found.app.pieces = ["fine"]
+                        body = chat(prose(characters, number * 7919 + characters))
+                        began = time.perf_counter()
+                        answer = await client.post("/v1/chat/completions", json=body)
+                        taken[on].append(time.perf_counter() - began)
+                        assert answer.status_code == 200, answer.text
+                added = [with_guard - without for with_guard, without in zip(taken[True], taken[False], strict=True)]
+                figures = {"characters": characters, "requests": requests, "added": spread(added)}
+                print(json.dumps(figures | {"load": round(os.getloadavg()[0], 1)}), flush=True)
+
+
+async def measure_stream(model: Path, streams: int) -> None:
+    from tests.support.serving import chat
+
+    with tempfile.TemporaryDirectory() as name:
+        async with behind_guard(model, Path(name)) as (found, switch):
+            client, figures = found.client(), {}
+            found.app.seconds = TOKEN_SECONDS
+            for on in (True, False):
+                first: list[float] = []
+                whole: list[float] = []
+                for number in range(streams):
+                    switch(on)
+                    found.app.pieces = [f"{word} " for word in prose(800, number).split()]
+                    began, seen = time.perf_counter(), False
+                    body = chat(f"question {number} {on}", stream=True)
+                    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                        async for line in answer.aiter_lines():
+                            if not seen and '"content"' in line:
+                                first.append(time.perf_counter() - began)
+                                seen = True
+                    whole.append(time.perf_counter() - began)
+                figures["with" if on else "without"] = {"first": spread(first), "end": spread(whole)}
+            print(
+                json.dumps(
+                    {"tokens_per_second": 1 / TOKEN_SECONDS, "streams": streams, **figures, "load": os.getloadavg()[0]}
+                )
+            )
+
+
+def conversations(rows: int) -> Iterator[list[dict[str, str]]]:
+    """The first ones of the packaged dialogues: the model's training reads none of them (docs/guard-model.md)."""
+    from dstune import samples
+
+    with samples.resolve("sample://chitchat").open(encoding="utf-8") as lines:
+        for _, line in zip(range(rows), lines, strict=False):
+            yield json.loads(line)["messages"]
+
+
+def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
+    from dstune.serve.guard.check import Checker, Text
+    from dstune.serve.guard.policy import read
+    from dstune.serve.guard.scanner import Scanner
+
+    policies = read(policy, str(model) if model else None)
+    scanner = Scanner.load(policies.models)
+    own = policies.of_route("/v1/chat/completions")
+    assert own is not None
+
+    async def scan(items):
+        return [scanner.scan(item) for item in items]
+
+    check = Checker(scan)
+    blocked, detectors, messages = 0, Counter(), 0
+    for turns in conversations(rows):
+        verdict = asyncio.run(
+            check(own, [Text(turn["content"], turn["role"], n) for n, turn in enumerate(turns)], everything=True)
+        )
+        blocked += bool(verdict.blocked)
+        messages += len(turns)
+        detectors.update({entry.detector for entry in verdict.detected})
+    found = {name: f"{100 * count / rows:.2f}%" for name, count in sorted(detectors.items())}
+    figures = {"conversations": rows, "messages": messages, "blocked": f"{100 * blocked / rows:.2f}%", "found": found}
+    print(json.dumps(figures | {"prompt_attack": "ran" if scanner.models else "did not run: no model"}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("input", "stream", "conversations"))
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--policy", default="default")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--streams", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=2000)
+    arguments = parser.parse_args()
+    if arguments.what == "conversations":
+        measure_conversations(arguments.policy, arguments.model, arguments.rows)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        model = arguments.model or stand_in(Path(name) / "export")
+        if arguments.what == "input":
+            asyncio.run(measure_input(model, arguments.requests))
+        else:
+            asyncio.run(measure_stream(model, arguments.streams))
+
+
+if __name__ == "__main__":
+    main()
