@@ -83,17 +83,22 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/schema.py",
         "trust_remote_code: bool = setting(False, signed=True)",
         "trust_remote_code: bool = setting(False)",
+        case="cfg or predict",
     ),
-    "runs_of_others.test_a_plugin_does_not_run": undo("config/trust.py", "    if stored:\n", "    if False:\n"),
+    "runs_of_others.test_a_plugin_does_not_run": undo(
+        "config/trust.py", "    if stored:\n", "    if False:\n", case="cfg or predict"
+    ),
     "runs_of_others.test_a_module_of_callbacks_is_not_imported": undo(
-        "config/schema.py", "setting([], signed=_by_module)", "setting([])"
+        "config/schema.py", "setting([], signed=_by_module)", "setting([])", case="cfg or plan"
     ),
-    "runs_of_others.test_no_variable_is_resolved": undo("config/trust.py", "if _refers(value) or (", "if ("),
+    "runs_of_others.test_no_variable_is_resolved": undo(
+        "config/trust.py", "if _refers(value) or (", "if (", case="cfg"
+    ),
     "runs_of_others.test_a_job_of_others_is_not_submitted": undo(
-        "launch/slurm/config.py", ", signed=True)", ")", count=6
+        "launch/slurm/config.py", ", signed=True)", ")", count=6, case="setup or mounts"
     ),
     "runs_of_others.test_a_program_of_others_does_not_start_ranks": undo(
-        "launch/openmpi/config.py", ", signed=True)", ")", count=4
+        "launch/openmpi/config.py", ", signed=True)", ")", count=4, case="train"
     ),
     "runs_of_others.test_ranks_are_not_started_on_hosts_of_others": undo(
         "launch/openmpi/config.py",
@@ -105,6 +110,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         ", signed=lambda mode: mode == WandbMode.online.name)",
         ")",
         ("tracking/trackers/mlflow.py", "setting(None, signed=True)", "setting(None)"),
+        case="mlflow",
     ),
     "runs_of_others.test_words_of_a_sweep_of_others_are_not_repeated": undo(
         "config/trust.py", "if doubtful or folders:", "if False:"
@@ -133,7 +139,10 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/files.py", " or found.st_mode & 0o077:", ":"
     ),
     "runs_of_others.test_folders_of_a_strangers_run_lead_nowhere": undo(
-        "config/run_links.py", 'if not (run / "run.yaml").is_file() or LINKS in believed(run):', "if True:"
+        "config/run_links.py",
+        'if not (run / "run.yaml").is_file() or LINKS in believed(run):',
+        "if True:",
+        case="upgrade or prune",
     ),
     "messages.test_what_others_send_runs_nothing": undo(
         "core/messages.py", "return unpacked(json.loads(message[8:end]))", 'return __import__("pickle").loads(message)'
