@@ -169,6 +169,7 @@ def main(argv: list[str]) -> int:
         importlib.import_module(package)
     with tempfile.TemporaryDirectory() as folder:
         root = copied(Path(folder))
+        root.chmod(0o755)  # for tests with other users
         for test, mutation in chosen.items():
             if test in done:
                 continue
@@ -177,7 +178,7 @@ def main(argv: list[str]) -> int:
             done[test] = {"test": test, "files": mutation.files, **found}
             with given.output.open("a") as output:
                 print(json.dumps(done[test]), file=output)
-            survived = "" if found["failed"] else "PASSED ALL THE SAME  "
+            survived = "" if found["failed"] else "PASSED ALL THE SAME  " if found["passed"] else "DID NOT RUN  "
             print(
                 f"{survived}{found['failed']} failed, {found['passed']} passed: {test}  {found['reason'][:160]}",
                 flush=True,
