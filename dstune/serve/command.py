@@ -145,6 +145,9 @@ def _parser() -> VerbParser:
         metavar="HOST[:PORT]",
         help="receiver of webhooks in the own network; http://HOST:PORT one without TLS",
     )
+    parser.add_argument(
+        "--files", metavar="URL", help="store of uploaded files, such as s3://BUCKET/FOLDER (default DIR)"
+    )
     parser.add_argument("--max-file-bytes", type=int, default=512_000_000, metavar="N", help="of an upload (512 MB)")
     parser.add_argument(
         "--max-project-bytes", type=int, default=2_500_000_000_000, metavar="N", help="of a project's files (2.5 TB)"
@@ -399,6 +402,7 @@ def _api_settings(arguments: argparse.Namespace) -> ApiSettings:
     return ApiSettings(
         file_bytes=arguments.max_file_bytes,
         project_bytes=arguments.max_project_bytes,
+        store=arguments.files or "",
         webhook_hosts=frozenset(host.lower() for host in arguments.allow_webhook),
     )
 

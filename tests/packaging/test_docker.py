@@ -53,8 +53,10 @@ def test_the_images_are_installed_from_locked_versions_in_the_ranges_of_the_pack
     locked[name] = version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["mpi"], *extras["serve"]]:
+    for text in [*project["dependencies"], *extras["mpi"], *extras["serve"], *extras["api"]]:
         needed = Requirement(text)
+        if needed.name == "dstune":
+            continue
         assert needed.specifier.contains(locked[needed.name.lower().replace("_", "-")]), text
     for file in DOCKER.glob("Dockerfile.*"):
         installed = re.findall(r"pip install ([^&\n]*)", file.read_text())
@@ -87,6 +89,23 @@ def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_ve
         assert (verb, arguments.engine) == ("serve", "vllm")
     assert "ports" not in compose["services"]["vllm"]  # reached by the gateway alone
     assert compose["networks"]["engine"] == {"internal": True}
+
+
+def test_the_api_and_the_runner_of_jobs_are_two_containers_of_one_state() -> None:
+    from dstune.serve import command
+
+    services = yaml.safe_load((DOCKER / "serve" / "finetuning.yaml").read_text())["services"]
+    jobs = {}
+    for name, service in services.items():
+        verb, *words = service["command"]
+        arguments = command._parser().parse_args(words)
+        arguments.engine_arguments = []
+        command._check(arguments)
+        assert verb == "serve"
+        jobs[name] = (arguments.jobs, str(arguments.state), str(arguments.presets))
+        assert (ROOT / "docker" / service["build"]["dockerfile"].split("/")[-1]).is_file()
+    assert jobs == {"api": ("elsewhere", "/state", "/models.yaml"), "runner": ("only", "/state", "/models.yaml")}
+    assert "ports" not in services["runner"]
 
 
 @pytest.mark.slow

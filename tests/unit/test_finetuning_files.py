@@ -13,6 +13,7 @@ import time
 import openai
 import pytest
 
+from dstune.core.errors import UserError
 from dstune.serve.finetuning import blobs as blobs_module
 from dstune.serve.finetuning.tables import AuditEntry, Blob, File, Part
 from tests.support.finetuning import cloud
@@ -504,3 +505,44 @@ def test_a_job_keeps_the_bytes_of_a_deleted_file(tmp_path):
         assert (tmp_path / "snapshot.jsonl").read_bytes() == ROW
 
     run(test, tmp_path)
+
+
+def test_files_in_a_store_elsewhere(tmp_path):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    root = f"memory://{tmp_path.name}/files"
+
+    def there() -> int:
+        return len(store.find(root))
+
+    async def test(found):
+        client = found.openai()
+        first = await client.files.create(file=ROW * 50_000, purpose="fine-tune")
+        second = await client.files.create(file=ROW * 50_000, purpose="evals")
+        assert (there(), contents(found)) == (1, [])
+        assert (await client.files.content(second.id)).content == ROW * 50_000
+        with found.api.database.session() as session:
+            found.api.files.snapshot(found.api.files.of(session, "proj_default", first.id), tmp_path / "snapshot")
+        assert (tmp_path / "snapshot").read_bytes() == ROW * 50_000
+        upload = await client.uploads.create(filename="a", purpose="batch", bytes=6, mime_type="text/plain")
+        parts = [(await client.uploads.parts.create(upload.id, data=data)).id for data in (b"abc", b"def")]
+        done = await client.uploads.complete(upload.id, part_ids=parts)
+        assert (await client.files.content(done.file.id)).content == b"abcdef"
+        assert there() == 2
+        for one in (first, second, done.file):
+            await client.files.delete(one.id)
+        assert there() == 0
+        assert not list((found.folder / "finetuning" / "tmp").iterdir())
+        staged = found.api.files.stage()
+        staged.write(b"x")
+        staged.close()
+        assert there() == 1  # a crash here leaves it
+        assert found.api.blobs.sweep([]) == 0
+
+    run(test, tmp_path, api={"store": root})
+
+
+def test_a_store_that_nobody_knows(tmp_path):
+    with pytest.raises(UserError, match="--files"):
+        blobs_module.RemoteBlobs(tmp_path, "nothing://a/b")

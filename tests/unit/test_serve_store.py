@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import glob
 import json
 import os
-import shutil
 import socket
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
@@ -22,6 +17,7 @@ from dstune.serve.state import state_folder
 from dstune.serve.store.database import Database, now
 from dstune.serve.store.keys import Keys
 from dstune.serve.store.tables import AnswerRow, Feedback, Table
+from tests.support.postgres import postgres
 from tests.support.serving import chat, served
 
 
@@ -109,23 +105,7 @@ def test_an_address_that_is_none(tmp_path):
 
 
 def test_postgresql():
-    """A server of its own, on a Unix socket; by another user than root, as whom it does not run."""
-    (programs,) = glob.glob("/usr/lib/postgresql/*/bin")[-1:] or [""]
-    if not programs:
-        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
-    user = {"user": "nobody", "group": "nogroup"} if os.getuid() == 0 else {}
-    folder = Path(tempfile.mkdtemp(prefix="dstune-pg-"))  # short, and open to that user
-    if user:
-        shutil.chown(folder, **user)
-
-    def call(program: str, *words: str) -> None:
-        command = [f"{programs}/{program}", "-D", f"{folder}/data", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, **user)
-
-    call("initdb", "-A", "trust", "-U", "dstune", "--no-sync")
-    call("pg_ctl", "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "-l", f"{folder}/log", "-w", "start")
-    try:
-        url = f"postgresql://dstune@/postgres?host={folder}"
+    with postgres() as url:
         databases = [Database(url), Database(url)]
         key = Keys(databases[0]).add("one")
         assert Keys(databases[1]).find(key).name == "one"
@@ -140,9 +120,6 @@ def test_postgresql():
         assert differences(databases[0]) == []
         for database in databases:
             database.close()
-    finally:
-        call("pg_ctl", "-m", "immediate", "stop")
-        shutil.rmtree(folder)
 
 
 # -- requests and answers ---------------------------------------------------------------------------------------------

@@ -123,12 +123,12 @@ class Files:
                 headers = {"x-should-retry": "false"}
                 raise ApiError(429, message, code="insufficient_quota", headers=headers)
             blob = Blob(
-                id=new_id("blob-"), project=project, sha256=staged.sha256, bytes=staged.size, references=0,
+                id=staged.id, project=project, sha256=staged.sha256, bytes=staged.size, references=0,
                 created_at=unix_time(),
             )  # fmt: skip
             session.add(blob)
             session.flush()
-            self._blobs.keep(staged, blob.id)
+            self._blobs.keep(staged)
         blob.references += 1
         now = unix_time()
         row = File(

@@ -28,8 +28,11 @@ class Form:
     """Complete and on the disk; whoever got it keeps or discards it."""
 
 
-async def read_form(request: Request, blobs: Blobs, *, file: str, fields: Collection[str], most: int) -> Form:
-    """The body of a request. file: the name of the part that is one; most: its bytes. Raises ApiError, ClientGone; the disk
+async def read_form(
+    request: Request, blobs: Blobs, *, file: str, fields: Collection[str], most: int, prefix: str = "blob-"
+) -> Form:
+    """The body of a request. file: the name of the part that is one; most: its bytes; prefix: of the id under which they are
+    stored. Raises ApiError, ClientGone; the disk
     is as before then."""
     kind, options = parse_options_header(request.header("content-type"))
     boundary = options.get(b"boundary", b"")
@@ -37,7 +40,7 @@ async def read_form(request: Request, blobs: Blobs, *, file: str, fields: Collec
         raise ApiError(400, "The body must be multipart/form-data with a boundary.")
     if request.header("content-encoding") not in ("", "identity"):
         raise ApiError(400, "The body must not be compressed.")
-    reader = _Reader(blobs, file, fields, most)
+    reader = _Reader(blobs, file, fields, most, prefix)
     try:
         parser = MultipartParser(boundary, reader.callbacks())
         async for chunk in request.chunks(most + AROUND_BYTES):
@@ -65,6 +68,7 @@ class _Reader:
     file: str
     known: Collection[str]
     most: int
+    prefix: str
     fields: dict[str, str] = field(default_factory=dict)
     filename: str = ""
     staged: Staged | None = None
@@ -112,7 +116,11 @@ class _Reader:
                 raise ApiError(400, f"{self.file!r} is there twice.", param=self.file)
             if b"filename" not in options:
                 raise ApiError(400, f"{self.file!r} must be a file, with a filename.", param=self.file)
-            self.filename, self.staged, self._in_file = _label(options[b"filename"]), self.blobs.stage(), True
+            self.filename, self.staged, self._in_file = (
+                _label(options[b"filename"]),
+                self.blobs.stage(self.prefix),
+                True,
+            )
             return
         if self._name not in self.known:
             raise ApiError(400, f"Unknown field: {excerpt!r}.", param=excerpt, code="unknown_parameter")

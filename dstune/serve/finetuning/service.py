@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from dstune.serve.finetuning import creations
 from dstune.serve.finetuning.batches.handlers import Batches
 from dstune.serve.finetuning.batches.worker import BatchWorker
-from dstune.serve.finetuning.blobs import Blobs
+from dstune.serve.finetuning.blobs import Blobs, RemoteBlobs
 from dstune.serve.finetuning.deliveries import Deliveries
 from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.jobs.build import Parts, build
@@ -44,7 +44,7 @@ class FineTuning:
         self.database, self.settings = database, settings or ApiSettings()
         self.folder = folder / "finetuning"
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.blobs = Blobs(self.folder)
+        self.blobs = RemoteBlobs(self.folder, self.settings.store) if self.settings.store else Blobs(self.folder)
         self.files = Files(database, self.blobs, self.settings)
         self.uploads = Uploads(database, self.blobs, self.files, self.settings)
         self.vault = Vault(folder)

@@ -16,6 +16,8 @@ class ApiSettings:
     """Of all files of a project, equal ones counted once."""
     sweep_seconds: float = 60.0
     """Between two looks for what has expired."""
+    store: str = ""
+    """Where the bytes of files lie, by a URL of fsspec; empty for the server's own folder."""
     webhook_hosts: frozenset[str] = frozenset()
     """`HOST[:PORT]` or `http://HOST:PORT` of the operator's own network that webhooks may name."""
     delivery_seconds: float = 1.0

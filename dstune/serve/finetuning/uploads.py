@@ -55,7 +55,9 @@ class Uploads:
         request.repeatable = False
         request.query(())
         await asyncio.to_thread(self._open, request)  # before its body is read
-        form = await read_form(request, self._blobs, file="data", fields=(), most=self._settings.part_bytes)
+        form = await read_form(
+            request, self._blobs, file="data", fields=(), most=self._settings.part_bytes, prefix="part_"
+        )
         try:
             part = await asyncio.to_thread(self._add_part, request, form.file)
         finally:
@@ -140,10 +142,10 @@ class Uploads:
             # Parts may be sent again, and then lie there twice until the list at the end names one.
             if count >= MOST_PARTS or size + staged.size > 2 * upload.bytes + self._settings.part_bytes:
                 raise ApiError(400, "The parts have more bytes than the upload.", param="data", code="upload_too_large")
-            part = Part(id=new_id("part_"), upload=upload.id, bytes=staged.size, created_at=unix_time())
+            part = Part(id=staged.id, upload=upload.id, bytes=staged.size, created_at=unix_time())
             session.add(part)
             session.flush()
-            self._blobs.keep(staged, part.id)
+            self._blobs.keep(staged)
         return part
 
     def _complete(self, request: Request, ids: Sequence[str], md5: str | None) -> tuple[Upload, File]:

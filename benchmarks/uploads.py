@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""A large upload to `dstune serve --no-inference`: its memory, its speed, and what the server reads of one without a key.
+
+usage: python benchmarks/uploads.py [--megabytes 1024]
+
+Prints a line of JSON: the largest memory of the server before and during the upload (MiB), seconds, the digest that the content
+has when it comes back, and the bytes that a client without a key could send before the server hung up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+CHUNK = 1 << 20
+
+
+def head(host: str, port: int, key: str, size: int) -> bytes:
+    return (
+        f"POST /v1/files HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n"
+        f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {size}\r\n\r\n"
+    ).encode()
+
+
+def upload(host: str, port: int, key: str, megabytes: int) -> tuple[bytes, int, str]:
+    """The answer, how many bytes of the file were sent, and their digest."""
+    before = (
+        b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    )
+    after = b"\r\n--x--\r\n"
+    digest, sent, answer = hashlib.sha256(), 0, b""
+    block = os.urandom(CHUNK)
+    with socket.create_connection((host, port)) as connection:
+        connection.settimeout(120)
+        try:
+            connection.sendall(head(host, port, key, len(before) + megabytes * CHUNK + len(after)) + before)
+            for number in range(megabytes):
+                piece = number.to_bytes(8, "big") + block[8:]
+                view = memoryview(piece)
+                while view:
+                    count = connection.send(view)
+                    sent += count
+                    view = view[count:]
+                digest.update(piece)
+            connection.sendall(after)
+        except ConnectionError:
+            pass
+        try:
+            while piece := connection.recv(65536):
+                answer += piece
+        except ConnectionError:
+            pass
+    return answer, sent, digest.hexdigest()
+
+
+def download(host: str, port: int, key: str, file: str) -> str:
+    request = f"GET /v1/files/{file}/content HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
+    digest, seen = hashlib.sha256(), b""
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(request.encode())
+        while b"\r\n\r\n" not in seen:
+            seen += connection.recv(65536)
+        digest.update(seen.split(b"\r\n\r\n", 1)[1])
+        while piece := connection.recv(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class Peak(threading.Thread):
+    """The largest resident memory of a process, in MiB."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self._process, self.largest = psutil.Process(pid), 0.0
+
+    def run(self) -> None:
+        while True:
+            try:
+                self.largest = max(self.largest, self._process.memory_info().rss / 2**20)
+            except psutil.Error:
+                return
+            time.sleep(0.02)
+
+
+def main(megabytes: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="dstune-uploads-") as folder:
+        state = Path(folder) / "state"
+        command = [
+            sys.executable, "-m", "dstune", "serve", "--no-inference", "--jobs", "elsewhere", "--port", "0", "--state",
+            str(state), "--max-file-bytes", str(2 * megabytes * CHUNK),
+        ]  # fmt: skip
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            lines = iter(server.stdout.readline, "")
+            found = next(match for line in lines if (match := re.match(r"http://([\d.]+):(\d+)/", line)))
+            host, port, key = found[1], int(found[2]), (state / "key").read_text().strip()
+            peak = Peak(server.pid)
+            peak.start()
+            upload(host, port, key, 8)  # what the first upload loads
+            time.sleep(0.2)
+            before = peak.largest
+            _, refused, _ = upload(host, port, "nothing", megabytes)
+            began = time.monotonic()
+            answer, _, digest = upload(host, port, key, megabytes)
+            seconds = time.monotonic() - began
+            file = json.loads(answer.split(b"\r\n\r\n", 1)[1])["id"]
+            returned = download(host, port, key, file)
+            result = {
+                "megabytes": megabytes, "seconds": round(seconds, 1), "memory_before": round(before, 1),
+                "memory_peak": round(peak.largest, 1), "same": returned == digest, "sent_without_a_key": refused,
+            }  # fmt: skip
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+    print(json.dumps(result))
+    return 0 if result["same"] else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1024)
+    sys.exit(main(parser.parse_args().megabytes))
