@@ -69,7 +69,8 @@ def upload(host: str, port: int, key: str, megabytes: int) -> tuple[bytes, int, 
 
 
 def download(host: str, port: int, key: str, file: str) -> str:
-    request = f"GET /v1/files/{file}/content HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
+    path = f"/v1/files/{file}/content"
+    request = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
     digest, seen = hashlib.sha256(), b""
     with socket.create_connection((host, port)) as connection:
         connection.sendall(request.encode())
