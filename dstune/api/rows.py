@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     import datasets
     import pandas
 
-Rows: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pandas.DataFrame"
+Rows: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pandas.DataFrame | Any"
+"""`Any`: a DataFrame of Spark."""
 
 FOLDER = "data"
 """Where rows from memory are, below the run directory."""
@@ -32,7 +35,7 @@ def is_file(rows: Any) -> bool:
 
 def file_name(rows: Any, split: str) -> str:
     """Below the run directory, where `rows` of the split are written."""
-    return f"{FOLDER}/{split}.{'jsonl' if _table(rows) is None else 'parquet'}"
+    return f"{FOLDER}/{split}.{'jsonl' if _table(rows) is None and not _of_spark(rows) else 'parquet'}"
 
 
 def write(rows: Any, target: Path, key: str) -> None:
@@ -46,7 +49,9 @@ def write(rows: Any, target: Path, key: str) -> None:
     incomplete = target.with_name(f"{target.name}{INCOMPLETE}")
     try:
         table = _table(rows)
-        if table is None:
+        if _of_spark(rows):
+            count = _write_spark(rows, incomplete)
+        elif table is None:
             count = _write_lines(rows, incomplete, key)
         else:
             import pyarrow.parquet
@@ -82,6 +87,29 @@ def _table(rows: Any) -> Any:
 
         return pyarrow.Table.from_pandas(rows, preserve_index=False)
     return None
+
+
+def _of_spark(rows: Any) -> bool:
+    """Whether `rows` is a DataFrame of Spark, which is not imported for the question."""
+    return type(rows).__module__.startswith("pyspark.sql.") and hasattr(rows, "toLocalIterator")
+
+
+def _write_spark(rows: Any, file: Path) -> int:
+    """Spark promises no order: the rows are written in that of their content, a part of them in memory at a time."""
+    import pyarrow
+    from pyspark.sql.pandas.types import to_arrow_schema
+
+    from dstune.data.lakehouse._ordered import write_ordered
+
+    schema = to_arrow_schema(rows.schema)
+
+    def batches() -> Iterator[Any]:
+        iterator = (row.asDict(recursive=True) for row in rows.toLocalIterator())
+        while block := list(itertools.islice(iterator, 1024)):
+            yield pyarrow.RecordBatch.from_pylist(block, schema=schema)
+
+    with tempfile.TemporaryDirectory(prefix="dstune-", dir=file.parent) as scratch:
+        return write_ordered(batches(), file, Path(scratch), 2**31).rows
 
 
 def _write_lines(rows: Any, file: Path, key: str) -> int:

@@ -28,6 +28,7 @@ def train(
     callbacks: Sequence[str | type] = (),
     plugins: Sequence[str | os.PathLike[str]] = (),
     config_dirs: Sequence[str | os.PathLike[str]] = (),
+    launch: str | None = None,
     progress: bool = True,
 ) -> Run:
     """Train a model and return its run. Blocks until the run has ended, and shows its progress.
@@ -39,14 +40,15 @@ def train(
 
     Args:
         overrides: `"KEY=VALUE"` or `"GROUP=CHOICE"`: `"experiment=sentiment"`, `"trainer.epochs=2"`, `"method=lora"`.
-        train: rows to train on: a list of mappings, a `datasets.Dataset` or a `pandas.DataFrame`, written into the run
-            directory; or files, as in `data.train`.
+        train: rows to train on: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame` or a DataFrame of Spark, written
+            into the run directory; or files or a table, as in `data.train`.
         validation: held-out rows, likewise.
         test: rows that are measured once at the end, likewise.
         callbacks: `"my_module:Printer"`, `"./printer.py:Printer"` or the class itself, registered with `@dstune.callback`. It has
             to be in a file or an installed package: what a notebook cell defines cannot reach the ranks.
         plugins: files and modules that register tasks, methods, metrics, ..., as the key `plugins`.
         config_dirs: folders with groups of your own, as `--config-dir`.
+        launch: where the ranks run, as the group `launch`: `"local"`, `"spark"` (the active session), ...
         progress: whether to show what happens; without it everything is in the run directory only.
 
     Returns:
@@ -68,6 +70,7 @@ def train(
     from dstune.launch.train import Command
 
     check_words(overrides)
+    overrides = (*overrides, *(() if launch is None else (f"launch={launch}",)))
     splits = {
         name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from dstune.checkpoint.export import (
     GGUF_TYPES,
     MAX_SHARD_SIZE,
     check_free,
+    current_export,
     export_checkpoint,
     export_gguf,
     find_checkpoint,
@@ -31,7 +34,15 @@ from dstune.core.errors import EXIT_DONE, Problem, UserError
 def main(argv: list[str]) -> int:
     """`dstune export RUN`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    if arguments.rollback:
+        return _roll_back(arguments)
     run_dir = run_directory(arguments.run)
+    if arguments.register is not None:
+        from dstune.inference.register import parse
+
+        parse(arguments.register)  # before any work
+        if arguments.gguf:
+            raise UserError(Problem("--register", "a GGUF file is no model of transformers", "leave out --gguf"))
     if arguments.out is None:
         refuse_links(run_dir)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
@@ -43,6 +54,8 @@ def main(argv: list[str]) -> int:
     refuse_damaged(run_dir, checkpoint)
     name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
     out = arguments.out or run_dir / name
+    if arguments.register is not None and not arguments.force and _is_current(arguments, run_dir, out):
+        return _registered(arguments, out, run_dir, checkpoint)
     check_free(out, arguments.force)
     with folder_for(out) as folder:
         if arguments.gguf:
@@ -57,6 +70,8 @@ def main(argv: list[str]) -> int:
             problems = vllm_problems(folder)
         note = "" if arguments.no_reference else _reference(folder, run_dir)
         written = out / written.relative_to(folder)
+    if arguments.register is not None:
+        return _registered(arguments, out, run_dir, checkpoint)
     if arguments.json:
         result: dict[str, Any] = {
             "export": str(written),
@@ -70,6 +85,37 @@ def main(argv: list[str]) -> int:
     print(f"{checkpoint.name} -> {written}")
     if kind == "adapter" and problems:
         print(f"vLLM does not serve this adapter ({'; '.join(problems)}): --merge gives a model that it serves")
+    return EXIT_DONE
+
+
+def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
+    """Whether the run's own export is that of the checkpoint already."""
+    if arguments.out is not None or arguments.merge:
+        return False
+    return current_export(run_dir, which=arguments.checkpoint) == out
+
+
+def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
+    from dstune.inference.register import register
+
+    config = read_run(run_dir / "run.yaml", use=Use.weights).config
+    done = register(arguments.register, out, run_dir, config, lambda text: print(f"dstune: {text}", file=sys.stderr))
+    if arguments.json:
+        print(json.dumps({"export": str(out), "checkpoint": str(checkpoint), **asdict(done)}))
+        return EXIT_DONE
+    moved = f", {done.alias} points to it" + (f" (before: {done.before})" if done.before else "") if done.alias else ""
+    print(f"{checkpoint.name} -> models:/{done.name}/{done.version}{moved}")
+    return EXIT_DONE
+
+
+def _roll_back(arguments: Namespace) -> int:
+    from dstune.inference.register import roll_back
+
+    done = roll_back(str(arguments.run))
+    if arguments.json:
+        print(json.dumps(asdict(done)))
+    else:
+        print(f"{done.alias} of {done.name} points to version {done.version} (before: {done.before})")
     return EXIT_DONE
 
 
@@ -99,5 +145,11 @@ def _parser() -> VerbParser:
         "--no-reference", action="store_true", help="keep no held-out rows to hold a server against (docs/serving.md)"
     )
     parser.add_argument("--force", action="store_true", help="replace a former export")
+    parser.add_argument(
+        "--register", metavar="models:/NAME[@ALIAS]", help="register the export in MLflow's registry (docs/registry.md)"
+    )
+    parser.add_argument(
+        "--rollback", action="store_true", help="RUN is models:/NAME@ALIAS: point the alias to where it pointed before"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

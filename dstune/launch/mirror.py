@@ -62,7 +62,7 @@ class Mirror:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._beat, self._beaten, self._copied_at = 0, 0.0, 0.0
-        self._told = ""
+        self._last_error = ""
         self._lost = False
         """Whether somebody else works on the run by now."""
         self._lock = self._take()
@@ -167,11 +167,11 @@ class Mirror:
                 due = time.monotonic() - self._copied_at > FILES_SECONDS or self._new_checkpoints()
                 if due and (self.work / BEGUN).exists():
                     self._copy()
-                self._told = ""
+                self._last_error = ""
             except OSError as error:  # the place may come back, and everything is here meanwhile
-                if str(error) != self._told:
+                if str(error) != self._last_error:
                     self._message(f"dstune: {self.place} cannot be written now, tried again: {error}")
-                self._told = str(error)
+                self._last_error = str(error)
 
     def _pass_on_requests(self) -> None:
         for name in (STOP_FILE, SAVE_FILE):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from dstune.config.schema import RunConfig
 from dstune.core.handoff import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
@@ -62,6 +63,15 @@ class RemotePlan:
         return sum(len(own) for own in self.slots.values())
 
 
+class HasInterface(Protocol):
+    """What is needed of the configuration of a launcher of several nodes."""
+
+    @property
+    def export_env(self) -> list[str]: ...
+    @property
+    def interface(self) -> str | None: ...
+
+
 def ssh_of(launch: OnHostsConfig) -> Ssh:
     return Ssh(launch.user, launch.port)
 
@@ -72,7 +82,7 @@ def path_of(parent: Mapping[str, str]) -> str:
 
 
 def variables_of(
-    config: RunConfig, launch: OnHostsConfig, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
+    config: RunConfig, launch: HasInterface, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
 ) -> tuple[dict, dict]:
     """What every rank gets, apart by how: (shown on command lines, handed over unseen). on_cpu: the nodes have no GPU.
 

@@ -105,6 +105,11 @@ class Launcher:
         return True
 
     @property
+    def on_this_machine(self) -> bool:
+        """Whether all ranks of this configuration run here, so that they see what is on this machine's disk."""
+        return self.here
+
+    @property
     def shared_folder(self) -> bool:
         """Whether other machines have to see the run directory."""
         return True

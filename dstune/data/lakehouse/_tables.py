@@ -64,7 +64,7 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
     from deltalake import DeltaTable
 
     spec = str(address)
-    with _told(key, spec, "the table cannot be opened"):
+    with _refusals_named(key, spec, "the table cannot be opened"):
         table = DeltaTable(place, storage_options=dict(options) if options else None)
         newest, table_id = table.version(), str(table.metadata().id)
     if address.table_id and address.table_id != table_id:
@@ -139,13 +139,13 @@ def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
     """Batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
     import pyarrow as pa
 
-    with _told(key, str(address), f"version {address.version} cannot be read"):
+    with _refusals_named(key, str(address), f"version {address.version} cannot be read"):
         reader = table.scan(columns=list(address.columns) or None, predicate=address.where or None)
         yield from pa.RecordBatchReader.from_stream(reader)
 
 
 @contextmanager
-def _told(key: str, spec: str, what: str) -> Iterator[None]:
+def _refusals_named(key: str, spec: str, what: str) -> Iterator[None]:
     """The library raises Exception, OSError, ArrowInvalid and classes of its own for the same causes."""
     try:
         yield

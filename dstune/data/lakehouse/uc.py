@@ -117,8 +117,8 @@ def _ask(
 
 def _refusal(error: urllib.error.HTTPError) -> str:
     try:
-        told = json.loads(error.read(4096))
-        message = f"{told.get('error_code', '')} {told.get('message', '')}".strip()
+        answer = json.loads(error.read(4096))
+        message = f"{answer.get('error_code', '')} {answer.get('message', '')}".strip()
     except (ValueError, OSError, AttributeError):
         message = ""
     return f"the catalog refuses it ({error.code}): {message or error.reason}"

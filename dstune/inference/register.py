@@ -1,0 +1,244 @@
+"""`dstune export --register models:/NAME[@ALIAS]`: an export in the model registry of MLflow, proven by loading it back.
+
+A version is what its export is: the same export again is the same version. An alias moves only to a version that another process
+has loaded from the registry with the logits of the export; where it pointed before gets the alias `ALIAS-previous`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dstune.checkpoint.record import read_record
+from dstune.config.schema import RunConfig
+from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.core.parsing import read_object
+from dstune.data.files import first_line
+
+KEY = "--register"
+PLACE = re.compile(r"models:/+(?P<name>[^@/:]+)(?:@(?P<alias>[\w-]+))?")
+PREVIOUS = "-previous"
+DIGEST, PROVEN = "dstune.digest", "dstune.proven"
+NOT_THE_MODEL = ("README.md", "dstune.json", "reference.json", "reference.jsonl")
+"""Files of an export that may differ for the same model: times, versions, held-out rows."""
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
+PROOF_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Registered:
+    name: str
+    version: str
+    created: bool
+    """Whether the version was made now; an equal export was registered before otherwise."""
+    alias: str | None
+    before: str | None
+    """The version that the alias pointed to."""
+
+
+def parse(place: str) -> tuple[str, str | None]:
+    """Name and alias of `models:/NAME[@ALIAS]`. Raises UserError."""
+    found = PLACE.fullmatch(place)
+    if found is None:
+        fix = "models:/NAME or models:/CATALOG.SCHEMA.NAME, with @ALIAS to move an alias there"
+        raise UserError(Problem(KEY, "is no place in a model registry", fix, place))
+    return found["name"], found["alias"]
+
+
+def client_for(name: str, config: RunConfig | None) -> Any:
+    """MLflow's client: of MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, else of the run's `tracking.mlflow.uri`.
+
+    Raises UserError where there is none.
+    """
+    if find_spec("mlflow") is None:
+        raise UserError(Problem(KEY, "the package mlflow is not installed", "pip install 'dstune[mlflow]'", name))
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    own = None if config is None else config.tracking.mlflow.uri
+    if not tracking and own:
+        tracking = str(own) if "://" in own or own == "databricks" else str(Path(own).absolute())
+    if not tracking:
+        fix = "export MLFLOW_TRACKING_URI=http://HOST:PORT (sqlite:///FILE, databricks)"
+        raise UserError(Problem(KEY, "no MLflow server is named", fix, name))
+    registry = os.environ.get("MLFLOW_REGISTRY_URI")
+    if not registry and name.count(".") == 2 and tracking.startswith("databricks"):
+        registry = "databricks-uc"
+    os.environ["MLFLOW_TRACKING_URI"] = tracking
+    if registry:
+        os.environ["MLFLOW_REGISTRY_URI"] = registry
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    mlflow.set_tracking_uri(tracking)
+    if registry:
+        mlflow.set_registry_uri(registry)
+    return MlflowClient()
+
+
+def register(
+    place: str, export: Path, run_dir: Path, config: RunConfig, message: Callable[[str], None] = lambda text: None
+) -> Registered:
+    """Register the folder `export` of the run, prove it, and move the alias where one is named. Raises UserError, and
+    DstuneError where what was registered is not the export: then no alias has moved."""
+    name, alias = parse(place)
+    client = client_for(name, config)
+    digest = digest_of(export)
+    try:
+        known = _version_with(client, name, digest)
+        number = known or _log(client, name, export, digest, _tags(export, run_dir, config))
+        message(f"{name} version {number}" + (" has this export already" if known else " is registered"))
+        if _tags_of(client, name, number).get(PROVEN) != digest:
+            message("loading it back in another process")
+            _prove(client, name, number, export)
+            client.set_model_version_tag(name, number, PROVEN, digest)
+        before = _move(client, name, alias, number) if alias else None
+    except (UserError, DstuneError):
+        raise
+    except Exception as error:  # MlflowException, and what requests, sqlalchemy and boto raise through it
+        reason = f"the registry refuses it: {first_line(error)}"
+        raise UserError(Problem(KEY, reason, "look at MLFLOW_TRACKING_URI and its credentials", place)) from None
+    return Registered(name, number, known is None, alias, before)
+
+
+def roll_back(place: str) -> Registered:
+    """Point an alias to where it pointed before it was moved last; again, and it points back. Raises UserError."""
+    name, alias = parse(place)
+    if alias is None:
+        raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
+    client = client_for(name, None)
+    now, before = _aliased(client, name, alias), _aliased(client, name, alias + PREVIOUS)
+    if before is None:
+        raise UserError(Problem(KEY, f"{alias} has not been moved: there is no {alias}{PREVIOUS}", "", place))
+    client.set_registered_model_alias(name, alias, before)
+    if now is not None:
+        client.set_registered_model_alias(name, alias + PREVIOUS, now)
+    return Registered(name, before, False, alias, now)
+
+
+def digest_of(export: Path) -> str:
+    """Of all files that make the model."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in export.rglob("*") if path.is_file() and path.name not in NOT_THE_MODEL):
+        digest.update(f"{file.relative_to(export).as_posix()}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _version_with(client: Any, name: str, digest: str) -> str | None:
+    """The version of an equal export. Its tags are read one by one: a registry lists them without."""
+    for found in client.search_model_versions(f"name='{name}'"):
+        if str(found.status) == "READY" and _tags_of(client, name, found.version).get(DIGEST) == digest:
+            return str(found.version)
+    return None
+
+
+def _tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
+    found: Mapping[str, str] = client.get_model_version(name, number).tags
+    return found
+
+
+def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, str]) -> str:
+    """Upload the export as a model of ours, and register it. Returns its version."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    code = Path(__file__).with_name("registered_model.py")
+    signature = ModelSignature(inputs=Schema([ColSpec("string", "text")]), outputs=Schema([ColSpec("string")]))
+    mlflow.set_experiment("dstune")
+    with mlflow.start_run(run_name=name) as run:
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(code),
+            artifacts={"export": str(export)},
+            signature=signature,
+            pip_requirements=["mlflow", *_requirements()],
+        )
+        example = json.dumps({"dataframe_split": {"columns": ["text"], "data": [["An example."]]}})
+        mlflow.log_text(example, "input_example.json")
+        mlflow.set_tags(dict(tags))
+        run_id = run.info.run_id
+    try:
+        client.create_registered_model(name)
+    except Exception as error:
+        if "ALREADY_EXISTS" not in str(getattr(error, "error_code", "")):
+            raise
+    made = client.create_model_version(
+        name, info.model_uri, run_id=run_id, tags={**tags, DIGEST: digest}, model_id=info.model_id
+    )
+    return str(made.version)
+
+
+def _requirements() -> list[str]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package}=={version(package).partition('+')[0]}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
+    """Where the model comes from: run, step, and the versions of its data."""
+    record = read_record(export)
+    tags = {"dstune.run": config.run.name, "dstune.step": str(record.get("step", "")), "dstune.task": config.task.name}
+    if config.data.train is not None:
+        tags["dstune.data.train"] = str(config.data.train)
+    facts = read_object(run_dir / "environment.json") or {}
+    if found := facts.get("data_fingerprint"):
+        tags["dstune.data.fingerprint"] = str(found)
+    for key, table in ((read_object(run_dir / "data_report.json") or {}).get("tables") or {}).items():
+        tags[f"dstune.table.{key}"] = (
+            f"{table.get('table')}@{table.get('version')}#{table.get('id')} {table.get('digest')}"
+        )
+    return {name: value[:500] for name, value in tags.items()}
+
+
+def _prove(client: Any, name: str, number: str, export: Path) -> None:
+    """Raises DstuneError where the registered model, loaded in another process, is not the export."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
+        loaded, direct = Path(scratch, "loaded.npy"), Path(scratch, "direct.npy")
+        for place, out in ((f"models:/{name}/{number}", loaded), (str(export), direct)):
+            words = [sys.executable, "-m", "dstune.inference.load_registered", place, str(out)]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=PROOF_SECONDS)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise DstuneError(f"{name} version {number} cannot be loaded back: {last}; no alias was moved")
+        if not np.array_equal(np.load(loaded), np.load(direct), equal_nan=True):
+            raise DstuneError(f"{name} version {number} answers otherwise than the export {export}; no alias was moved")
+
+
+def _move(client: Any, name: str, alias: str, number: str) -> str | None:
+    """Point `alias` to the version. Returns the version that it pointed to."""
+    before = _aliased(client, name, alias)
+    if before == number:
+        return before
+    if before is not None:
+        client.set_registered_model_alias(name, alias + PREVIOUS, before)
+    client.set_registered_model_alias(name, alias, number)
+    return before
+
+
+def _aliased(client: Any, name: str, alias: str) -> str | None:
+    try:
+        return str(client.get_model_version_by_alias(name, alias).version)
+    except Exception as error:
+        if getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise

@@ -1,0 +1,114 @@
+"""The model of an export as MLflow loads it: this file is stored with it, and needs neither dstune nor the export's place.
+
+MLflow's own flavour for transformers stores adapters under wrapped names, and fills what it then does not find with chance; this
+loads the export as transformers and peft do, and refuses weights that are not there.
+"""
+
+import json
+import os
+
+import mlflow.pyfunc
+from mlflow.models import set_model
+
+
+class ExportedModel(mlflow.pyfunc.PythonModel):
+    """`predict` takes a column `text`: classes with probabilities, or what a language model writes."""
+
+    def load_context(self, context):
+        self.tokenizer, self.model = load_export(context.artifacts["export"])
+
+    def predict(self, context, model_input, params=None):
+        import torch
+
+        params = params or {}
+        texts = [str(text) for text in (model_input["text"] if hasattr(model_input, "columns") else model_input)]
+        answers = []
+        for text in texts:
+            if hasattr(self.model.config, "id2label") and "Classification" in type(base_of(self.model)).__name__:
+                inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
+                with torch.inference_mode():
+                    shares = self.model(**inputs).logits[0].softmax(-1)
+                best = int(shares.reshape(-1, shares.shape[-1])[0].argmax())
+                answers.append(self.model.config.id2label[best])
+                continue
+            if getattr(self.tokenizer, "chat_template", None):
+                message = [{"role": "user", "content": text}]
+                inputs = self.tokenizer.apply_chat_template(
+                    message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            else:
+                inputs = self.tokenizer(text, return_tensors="pt")
+            with torch.inference_mode():
+                written = self.model.generate(
+                    **inputs, max_new_tokens=int(params.get("max_new_tokens", 64)), do_sample=False
+                )
+            start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+            answers.append(self.tokenizer.decode(written[0][start:], skip_special_tokens=True))
+        return answers
+
+
+def base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def load_export(folder):
+    """Tokenizer and model of an export; an adapter on its base. Raises ValueError where weights are missing."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        return tokenizer, _whole(folder, AutoConfig.from_pretrained(folder))
+    from peft import PeftModel
+
+    with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as stream:
+        settings = json.load(stream)
+    base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    config = AutoConfig.from_pretrained(base, revision=revision)
+    labels = []
+    record = os.path.join(folder, "dstune.json")
+    if os.path.exists(record):
+        with open(record, encoding="utf-8") as stream:
+            labels = (json.load(stream).get("task") or {}).get("labels") or []
+    if labels:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    model = _whole(base, config, settings.get("task_type"), revision=revision, adapted=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return tokenizer, PeftModel.from_pretrained(model, folder).eval()
+
+
+HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
+HEADS |= {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def _whole(folder, config, task_type=None, *, revision=None, adapted=False):
+    import transformers
+
+    name = HEADS.get(task_type) or (config.architectures or ["AutoModel"])[0]
+    cls = getattr(transformers, name, None) or transformers.AutoModel
+    model, found = cls.from_pretrained(folder, config=config, revision=revision, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing and not adapted:
+        raise ValueError(f"{folder} has no weights for {', '.join(missing[:3])}")
+    return model.eval()
+
+
+def probe(model):
+    """The model's first output for fixed tokens, as an array: equal for equal weights."""
+    import torch
+
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.tensor([[(7 * place + 3) % size for place in range(12)]])
+    more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **more)
+    return output[0].float().numpy()
+
+
+set_model(ExportedModel())

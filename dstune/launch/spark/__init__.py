@@ -1,0 +1,83 @@
+"""launch=spark: ranks in the tasks of a barrier stage, wherever Spark runs: local, standalone, Databricks.
+
+`stage.py` is the driver's side, `task.py` what each task runs. What a stage returns is not believed: the run directory says how
+the run ended, as with every launch elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dstune.core.errors import Problem, UserError
+from dstune.launch.spark.config import SparkConfig
+from dstune.protocols import Launcher, launcher
+from dstune.protocols.launcher import FAIL, PASS, SKIP, Check
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+    from dstune.launch.console import Console
+
+EXTRA = "pip install 'dstune[spark]' (and a Java runtime, 17 or 21)"
+
+
+@launcher
+class Spark(Launcher):
+    Config = SparkConfig
+    config: SparkConfig
+
+    @property
+    def ranks(self) -> int | None:
+        return self.config.processes
+
+    @property
+    def on_this_machine(self) -> bool:
+        master = self.config.master
+        if master is None and "pyspark" in sys.modules:
+            from pyspark.sql import SparkSession
+
+            active = SparkSession.getActiveSession()
+            master = None if active is None else active.conf.get("spark.master", None)
+        return (master or "").startswith("local")
+
+    @property
+    def shared_folder(self) -> bool:
+        return not self.on_this_machine
+
+    def start(
+        self,
+        run: RunConfig,
+        run_dir: Path,
+        *,
+        console: Console,
+        lock: int | None = None,
+        command: Sequence[str] | None = None,
+        saves: bool = True,
+    ) -> int:
+        if find_spec("pyspark") is None:
+            raise UserError(Problem("launch", "the package pyspark is not installed", EXTRA, "spark"))
+        from dstune.launch.spark import stage
+
+        return stage.run(run, run_dir, self.config, console, command)
+
+    @classmethod
+    def probe(cls, *, needed: bool) -> Iterator[Check]:
+        import shutil
+
+        absent = FAIL if needed else SKIP
+        if find_spec("pyspark") is None:
+            yield Check("spark", absent, "the package pyspark is not installed", EXTRA)
+        elif shutil.which("java") is None:
+            yield Check("spark", absent, "there is no Java runtime", "Debian: apt-get install openjdk-17-jre-headless")
+        else:
+            from importlib.metadata import version
+
+            yield Check(
+                "spark", PASS, f"pyspark {version('pyspark')}; never run on Databricks itself, see docs/databricks.md"
+            )
+
+    def to_measure(self) -> None:
+        return None

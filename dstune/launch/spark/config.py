@@ -1,0 +1,23 @@
+"""Keys of launch=spark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.config.fields import setting
+from dstune.protocols.launcher import LaunchConfig
+
+
+@dataclass(frozen=True)
+class SparkConfig(LaunchConfig):
+    """Ranks in the tasks of a barrier stage of Apache Spark."""
+
+    name: str = "spark"
+    processes: int | None = setting(None, at_least=1)
+    """Ranks, each a task; as many as Spark runs at once when not given."""
+    master: str | None = setting(None, signed=True)
+    """`local[N]`, `spark://HOST:PORT`, ...; the active session's, else spark-submit's, else this machine when not given."""
+    interface: str | None = None
+    """Network interface that the ranks talk over, such as ib0; the one that leads to rank 0 when not given."""
+    grace_seconds: float = setting(10.0, above=0.0, at_most=20.0)
+    """How long the other ranks may take to end after one of them died; then they are killed."""

@@ -1,0 +1,182 @@
+"""A task of the barrier stage: it starts one rank, and ends it when the driver says so or is gone.
+
+The task connects to the driver before anything else. Over this connection come the rank's variables, which so appear neither in
+Spark's configuration nor in its event log or UI; it tells each side that the other one lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+PING_SECONDS = 3.0
+SILENT_SECONDS = 20.0
+"""The other side is gone when nothing came from it for so long."""
+NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+NOT_INHERITED_PREFIXES = ("PYSPARK_", "SPARK_", "TORCHELASTIC_", "PYTHON_WORKER_", "PYTHON_UDF_")
+LIMIT = 2**24
+
+
+class Line:
+    """Messages over a connection, a JSON object a line."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection, self._rest = connection, b""
+        self._received_at = self._sent_at = time.monotonic()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.open = True
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._sent_at = time.monotonic()
+        try:
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.open = False
+
+    def receive(self, seconds: float) -> list[dict[str, Any]]:
+        """What came within `seconds`; `open` is false when the other side is gone."""
+        if self.open and time.monotonic() - self._sent_at > PING_SECONDS:
+            self.send({"ping": True})
+        found: list[dict[str, Any]] = []
+        try:
+            if self.open and select.select([self._connection], [], [], seconds)[0]:
+                data = self._connection.recv(2**16)
+                self._received_at = time.monotonic()
+                self.open = bool(data) and len(self._rest) < LIMIT
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                found = [message for line in lines if isinstance(message := json.loads(line), dict)]
+        except (OSError, ValueError):
+            self.open = False
+        if time.monotonic() - self._received_at > SILENT_SECONDS:
+            self.open = False
+        return [message for message in found if "ping" not in message]
+
+    def close(self) -> None:
+        self.open = False
+        with contextlib.suppress(OSError):
+            self._connection.close()
+
+
+def digest_of(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def run_task(batches: Iterable[Any], *, driver: str, port: int, token: str, run_dir: str) -> Iterator[Any]:
+    """What `mapInArrow` runs: one row for the rank that this task was, with its exit code."""
+    import pyarrow as pa
+    from pyspark import BarrierTaskContext
+
+    for _ in batches:
+        pass
+    context = BarrierTaskContext.get()
+    resources = context.resources().get("gpu")
+    rank = context.partitionId()
+    code = serve(rank, list(resources.addresses) if resources else [], (driver, port), token, Path(run_dir))
+    yield pa.RecordBatch.from_pylist([{"rank": rank, "code": code}])
+
+
+def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_dir: Path) -> int:
+    """Be the rank that the driver makes of this task; its exit code. A task that the driver does not want any more ends with 0:
+    what it was told is known to the driver."""
+    from dstune import __version__
+
+    line = Line(socket.create_connection(driver, timeout=SILENT_SECONDS))
+    address = line._connection.getsockname()[0]
+    hello = {
+        "token": token,
+        "rank": rank,
+        "host": socket.gethostname(),
+        "address": address,
+        "port": free_port(address),
+        "gpus": gpus,
+        "sees": digest_of(run_dir / "run.yaml"),
+        "dstune": __version__,
+        "python": sys.version.split()[0],
+    }
+    line.send(hello)
+    start: dict[str, Any] | None = None
+    while start is None and line.open:
+        for message in line.receive(1.0):
+            if "end" in message:
+                line.close()
+                return 0
+            start = message.get("start", start)
+    if start is None:
+        return 0
+    code = _supervise(line, start, rank, run_dir)
+    line.send({"ended": code})
+    while line.open and not any("end" in message for message in line.receive(1.0)):
+        pass  # the driver has read it
+    line.close()
+    return code
+
+
+def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> int:
+    """Start the rank, and wait for its end, which the driver may order."""
+    from dstune.core.rank_env import LAUNCHER_PID
+    from dstune.launch.processes import LAUNCH_ID, Guard, end_all
+
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in NOT_INHERITED and not name.startswith(NOT_INHERITED_PREFIXES)
+    }
+    mark = str(start["mark"])
+    environment = {**inherited, **start["env"], LAUNCH_ID: mark, LAUNCHER_PID: str(os.getpid())}
+    both = [*environment.get("PYTHONPATH", "").split(os.pathsep), *inherited.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, both)))
+    folder = start["folder"] if os.path.isdir(start["folder"]) else "/"
+    log_path = run_dir / "logs" / f"rank-{rank}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_path, "ab", buffering=0) as log, Guard(mark) as guard:
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        log.write(f"=== rank {rank} on {socket.gethostname()}, {started} ===\n".encode())
+        command = [sys.executable, "-u", "-m", *start["command"]]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        guard.watch(process.pid)
+        deadline: float | None = None
+        try:
+            while process.poll() is None:
+                ordered = any("end" in message for message in line.receive(0.1)) or not line.open
+                if ordered and deadline is None:
+                    process.send_signal(signal.SIGTERM)
+                    deadline = time.monotonic() + float(start["grace"])
+                if deadline is not None:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
+        finally:
+            end_all(mark, [process.pid])
+        return process.wait()

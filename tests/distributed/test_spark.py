@@ -1,0 +1,232 @@
+"""Ranks in the tasks of Spark: how a run ended is told as everywhere else, nothing is left behind, and no secret is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed.test_runs import at_step, overrides, undisturbed, workplace  # noqa: F401 (fixtures)
+from support.command import ROOT, Commands, exact, ranks_of, result, wait_until
+from support.configs import run_config
+
+from dstune.core.errors import UserError
+from dstune.core.rank_env import from_environment
+
+pyspark = pytest.importorskip("pyspark", reason="pip install 'dstune[spark]'")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SECRET = "planted-secret-7b1e"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def java():
+    if shutil.which("java") is None:
+        pytest.skip("there is no Java runtime (Debian: apt-get install openjdk-17-jre-headless)")
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Iterator[object]:
+    """A small session of this process, with an event log."""
+    from pyspark.sql import SparkSession
+
+    folder = tmp_path_factory.mktemp("spark")
+    (folder / "events").mkdir()
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "SPARK_LOCAL_IP", "PYSPARK_PYTHON")}
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    os.environ |= {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
+    builder = SparkSession.builder.master("local[2]").appName("tests").config("spark.ui.enabled", "false")
+    builder = builder.config("spark.driver.memory", "1g").config("spark.local.dir", str(folder / "local"))
+    builder = builder.config("spark.eventLog.enabled", "true").config(
+        "spark.eventLog.dir", f"file://{folder / 'events'}"
+    )
+    found = builder.config("spark.driver.host", "127.0.0.1").getOrCreate()
+    found.folder = folder
+    yield found
+    found.stop()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def launch(session, run_dir: Path, how: str) -> int:
+    from dstune.launch.console import Console
+    from dstune.launch.spark import stage
+    from dstune.launch.spark.config import SparkConfig
+
+    run_dir.mkdir()
+    (run_dir / "run.yaml").write_text("")
+    spark = SparkConfig(processes=2, grace_seconds=2.0, export_env=["PLANTED_TOKEN"])
+    os.environ["PLANTED_TOKEN"] = SECRET
+    config = run_config(launch=spark)
+    return stage.run(config, run_dir, spark, Console(), ["support.spark_rank", how, str(run_dir)])
+
+
+def test_how_a_run_ended(session, tmp_path, capfd):
+    assert launch(session, tmp_path / "completes", "completes") == 0
+    seen = [json.loads((tmp_path / "completes" / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    ranks = [from_environment(one) for one in seen]
+    assert [(one.rank, one.world_size, one.local_rank, one.local_size) for one in ranks] == [(0, 2, 0, 2), (1, 2, 1, 2)]
+    assert all(one["PLANTED_TOKEN"] == SECRET for one in seen)
+    assert "rank 0 of 2" in (tmp_path / "completes" / "logs" / "rank-0.log").read_text()
+    assert launch(session, tmp_path / "preempted", "preempted") == 75
+    with pytest.raises(UserError, match=r"data\.train.*is wrong"):
+        launch(session, tmp_path / "mistaken", "mistaken")
+    assert launch(session, tmp_path / "fails", "fails") == 1
+    assert "loss was not finite" in result(tmp_path / "fails")["reason"]
+    assert launch(session, tmp_path / "killed", "killed") == 1
+    assert "rank 1 was killed by SIGKILL" in result(tmp_path / "killed")["reason"]
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert launch(session, tmp_path / "stopped", "waits for STOP") == 75
+    assert not [one for one in psutil.process_iter(["cmdline"]) if "support.spark_rank" in (one.info["cmdline"] or [])]
+    hidden = [session.folder, *tmp_path.glob("*/logs"), *tmp_path.glob("*/launch*")]
+    for place in hidden:
+        for file in [place] if place.is_file() else place.rglob("*"):
+            assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+    assert SECRET not in str(session.sparkContext.getConf().getAll())
+
+
+def test_more_ranks_than_slots_and_an_unshared_folder_are_refused(session, tmp_path):
+    from dstune.launch.console import Console
+    from dstune.launch.spark import stage
+    from dstune.launch.spark.config import SparkConfig
+
+    (tmp_path / "run.yaml").write_text("")
+    spark = SparkConfig(processes=3)
+    with pytest.raises(UserError, match="fewer slots than ranks"):
+        stage.run(
+            run_config(launch=spark), tmp_path, spark, Console(), ["support.spark_rank", "completes", str(tmp_path)]
+        )
+    hello = {"host": "h", "sees": "other", "gpus": [], "dstune": "0.0", "address": "a", "port": 1}
+    made = stage.Stage(run_config(launch=spark), tmp_path, spark, Console(), 1, None)
+    with pytest.raises(UserError) as caught:
+        made._check({0: hello})
+    assert "the workers do not share this file system" in str(caught.value)
+    assert "the workers have dstune 0.0" in str(caught.value)
+
+
+def test_rows_of_a_data_frame_of_spark_from_a_notebook(session, tmp_path, workplace, monkeypatch):  # noqa: F811
+    import dstune
+
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    rows = [json.loads(line) for line in (workplace.folder / "dialogues.jsonl").read_text().splitlines()][:60]
+    frame = session.createDataFrame([{"text": json.dumps(row)} for row in rows])
+    words = [
+        word
+        for word in overrides("frame", "trainer.max_steps=2", "evaluate.every=0", "task=causal_lm")
+        if "data.train" not in word
+    ]
+    run = dstune.train(*words, train=frame, launch="spark", progress=False)
+    assert run.result["status"] == "completed"
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(workplace.folder / "frame" / "data" / "train.parquet")
+    assert sorted(table["text"].to_pylist()) == sorted(json.dumps(row) for row in rows)
+    session.range(3).count()  # it is still there
+
+
+# -- whole commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spark_place(workplace) -> Commands:  # noqa: F811
+    workplace.env |= {
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "PYSPARK_PYTHON": sys.executable,
+        "PLANTED_TOKEN": SECRET,
+        "PYSPARK_SUBMIT_ARGS": "--driver-memory 1g --conf spark.ui.enabled=false --conf spark.driver.host=127.0.0.1 pyspark-shell",
+    }
+    return workplace
+
+
+def spark_overrides(name: str, *further: str) -> list[str]:
+    return overrides(name, "launch=spark", "launch.master=local[2]", "launch.export_env=[PLANTED_TOKEN]", *further)
+
+
+def test_the_curve_is_that_of_local_ranks_and_a_killed_driver_leaves_nothing(spark_place, undisturbed):  # noqa: F811
+    run_dir = spark_place.folder / "spark"
+    command = spark_place.start("train", *spark_overrides("spark"))
+    wait_until(lambda: at_step(run_dir, 12), timeout=300)
+    ranks = ranks_of(run_dir)
+    assert len(ranks) == 2
+    command.kill()
+    killed = time.monotonic()
+    command.wait()
+    wait_until(
+        lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), timeout=60
+    )
+    print(f"no rank {time.monotonic() - killed:.1f} s after the driver was killed")
+    done = spark_place.run("train", *spark_overrides("spark"), timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continues from" in done.stderr
+    assert exact(run_dir) == undisturbed
+
+
+@pytest.fixture(scope="module")
+def cluster(spark_place, tmp_path_factory) -> Iterator[tuple[str, list[subprocess.Popen], Path]]:
+    """A standalone master and two workers of one core each."""
+    from dstune.core.rendezvous import free_port
+
+    home, folder = Path(pyspark.__file__).parent, tmp_path_factory.mktemp("standalone")
+    port = free_port()
+    env = {
+        **spark_place.env,
+        "SPARK_HOME": str(home),
+        "SPARK_WORKER_DIR": str(folder / "work"),
+        "SPARK_DAEMON_MEMORY": "512m",
+    }
+    env.pop("PLANTED_TOKEN")
+    spark_class = str(home / "bin" / "spark-class")
+    master = f"spark://127.0.0.1:{port}"
+    log = (folder / "daemons.log").open("wb")
+    words = ["org.apache.spark.deploy.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"]
+    processes = [subprocess.Popen([spark_class, *words], env=env, stdout=log, stderr=log, start_new_session=True)]
+    worker = [
+        "org.apache.spark.deploy.worker.Worker",
+        "--host",
+        "127.0.0.1",
+        "--cores",
+        "1",
+        "--memory",
+        "1g",
+        "--webui-port",
+        "0",
+    ]
+    time.sleep(5)
+    start = {"env": env, "stdout": log, "stderr": log, "start_new_session": True}
+    processes += [subprocess.Popen([spark_class, *worker, master], **start) for _ in range(2)]
+    wait_until(lambda: (folder / "daemons.log").read_text().count("Registering worker") >= 2, timeout=180)
+    yield master, processes, folder
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_standalone_cluster_with_a_lost_worker(spark_place, cluster, undisturbed):  # noqa: F811
+    """The stage starts again; the run goes on from its checkpoint, and its curve is that of one that was never disturbed."""
+    master, _, folder = cluster
+    run_dir = spark_place.folder / "standalone"
+    words = ["launch=spark", f"launch.master={master}", "launch.export_env=[PLANTED_TOKEN]", "launch.processes=2"]
+    command = spark_place.start("train", *overrides("standalone", *words))
+    wait_until(lambda: at_step(run_dir, 12), timeout=300)
+    victim = next(rank for rank in ranks_of(run_dir) if rank.environ()["RANK"] == "1")
+    executor = next(one for one in victim.parents() if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline()))
+    executor.kill()
+    assert command.wait(timeout=600) == 0, spark_place.log
+    assert "the task of rank 1 was lost" in spark_place.log
+    assert "Spark starts the stage again" in spark_place.log
+    assert exact(run_dir) == undisturbed
+    assert not ranks_of(run_dir)
+    for file in folder.rglob("*"):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file

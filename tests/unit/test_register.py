@@ -1,0 +1,126 @@
+"""What happens to versions and aliases, with a double of the registry."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from support.configs import run_config
+
+from dstune.core.errors import DstuneError, UserError
+from dstune.inference import register as registry
+
+
+class Missing(Exception):
+    error_code = "INVALID_PARAMETER_VALUE"
+
+
+class Registry:
+    """Versions with their tags, and aliases."""
+
+    def __init__(self):
+        self.tags: dict[str, dict[str, str]] = {}
+        self.aliases: dict[str, str] = {}
+
+    def search_model_versions(self, query):
+        return [SimpleNamespace(version=number, status="READY") for number in self.tags]
+
+    def get_model_version(self, name, number):
+        return SimpleNamespace(tags=self.tags[number])
+
+    def set_model_version_tag(self, name, number, key, value):
+        self.tags[number][key] = value
+
+    def get_model_version_by_alias(self, name, alias):
+        if alias not in self.aliases:
+            raise Missing
+        return SimpleNamespace(version=self.aliases[alias])
+
+    def set_registered_model_alias(self, name, alias, number):
+        self.aliases[alias] = number
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The registry; `proof` is what loading back does."""
+    client = Registry()
+    client.proof = lambda *arguments: None
+
+    def log(client, name, export, digest, tags):
+        number = str(len(client.tags) + 1)
+        client.tags[number] = {**tags, registry.DIGEST: digest}
+        return number
+
+    monkeypatch.setattr(registry, "client_for", lambda name, config: client)
+    monkeypatch.setattr(registry, "_log", log)
+    monkeypatch.setattr(registry, "_prove", lambda *arguments: client.proof(*arguments))
+    return client
+
+
+def export(folder, weights: str):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_text(weights)
+    (folder / "README.md").write_text(f"made at another time: {weights}")
+    return folder
+
+
+def register(place: str, folder):
+    return registry.register(place, folder, folder.parent, run_config())
+
+
+def test_an_equal_export_is_the_same_version_and_an_alias_moves_and_back(known, tmp_path):
+    first = register("models:/film@champion", export(tmp_path / "a", "1"))
+    assert (first.version, first.created, first.before) == ("1", True, None)
+    assert known.aliases == {"champion": "1"}
+    again = register("models:/film@champion", export(tmp_path / "b", "1"))
+    assert (again.version, again.created) == ("1", False)
+    (tmp_path / "b" / "README.md").write_text("other words")
+    assert not register("models:/film", tmp_path / "b").created
+    other = register("models:/film@champion", export(tmp_path / "b", "2"))
+    assert (other.version, other.created, other.before) == ("2", True, "1")
+    assert known.aliases == {"champion": "2", "champion-previous": "1"}
+    back = registry.roll_back("models:/film@champion")
+    assert (back.version, back.before) == ("1", "2")
+    assert known.aliases == {"champion": "1", "champion-previous": "2"}
+    assert registry.roll_back("models:/film@champion").version == "2"
+    assert known.tags["1"]["dstune.task"] == run_config().task.name
+
+
+def test_a_version_that_cannot_be_proven_gets_no_alias(known, tmp_path):
+    register("models:/film@champion", export(tmp_path / "a", "1"))
+
+    def differs(*arguments):
+        raise DstuneError("answers otherwise")
+
+    known.proof = differs
+    for _ in range(2):  # it is registered by now, and not proven still
+        with pytest.raises(DstuneError, match="answers otherwise"):
+            register("models:/film@champion", export(tmp_path / "b", "2"))
+        assert known.aliases == {"champion": "1"}
+    assert len(known.tags) == 2
+    known.proof = lambda *arguments: None
+    assert not register("models:/film@champion", tmp_path / "b").created
+    assert known.aliases["champion"] == "2"
+
+
+def test_what_the_registry_refuses_is_a_mistake_of_the_user(known, tmp_path):
+    def refuse(*arguments):
+        raise RuntimeError("PERMISSION_DENIED: no\nmore")
+
+    known.set_registered_model_alias = refuse
+    with pytest.raises(UserError, match="PERMISSION_DENIED: no"):
+        register("models:/film@champion", export(tmp_path / "a", "1"))
+
+
+@pytest.mark.parametrize("place", ["film", "models:/", "models:/film/3", "models:/film@a b"])
+def test_places_that_are_none(place):
+    with pytest.raises(UserError, match="no place in a model registry"):
+        registry.parse(place)
+
+
+def test_names_of_three_levels_and_rollback_without_an_alias(known):
+    assert registry.parse("models:/main.reviews.films@champion") == ("main.reviews.films", "champion")
+    with pytest.raises(UserError, match="names no alias"):
+        registry.roll_back("models:/film")
+    with pytest.raises(UserError, match="has not been moved"):
+        registry.roll_back("models:/film@champion")
