@@ -27,6 +27,7 @@ ONLY_IN_CI = (
                 "evaluate",
                 "faults",
                 "few_rows",
+                "finetuning_jobs",
                 "hub_data",
                 "loading",
                 "old_runs",

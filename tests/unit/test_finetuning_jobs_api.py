@@ -304,6 +304,76 @@ def test_a_repeated_create_makes_one_job(tmp_path):
     in_office(tmp_path, test)
 
 
+class Dropping:
+    """A proxy between client and server that passes requests on and drops the first answers to each."""
+
+    def __init__(self, url: str, drops: int):
+        self._target = url.removeprefix("http://").split(":")
+        self._drops, self.left = drops, 0
+        self.dropped = 0
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                (
+                    int(line.split(b":")[1])
+                    for line in head.lower().split(b"\r\n")
+                    if line.startswith(b"content-length")
+                ),
+                0,
+            )
+            body = await reader.readexactly(length)
+            behind, ahead = await asyncio.open_connection(self._target[0], int(self._target[1]))
+            ahead.write(head.replace(b"Connection: keep-alive", b"Connection: close") + body)
+            if head.startswith(b"POST") and self.left == 0 and b"retry-count: 0" in head:
+                self.left = self._drops
+            if head.startswith(b"POST") and self.left:
+                await behind.read(1)  # the server has done its work
+                self.left, self.dropped = self.left - 1, self.dropped + 1
+            else:
+                while chunk := await behind.read(65536):
+                    writer.write(chunk)
+            ahead.close()
+        finally:
+            writer.close()
+
+
+def test_answers_that_are_lost_make_nothing_twice(tmp_path):
+    """The client's own repetitions, through a proxy that drops two answers to each request: uploads, creates, changes."""
+
+    async def test(found: Office) -> None:
+        proxy = Dropping(found.cloud.url, drops=2)
+        async with proxy as url:
+            client = found.cloud.openai(base_url=f"{url}/v1", max_retries=2)
+            file = await found.file(client)
+            job = await found.create(client, training_file=file)
+            assert proxy.dropped == 4
+            assert [one.id async for one in client.fine_tuning.jobs.list()] == [job.id]
+            assert [one.id async for one in client.files.list()] == [file]
+            await found.reach(client, job.id, "running")
+            found.train(job.id, 3)
+            assert (await client.fine_tuning.jobs.pause(job.id)).status == "pausing"
+            found.finish(job.id, 75, exports=(3,))
+            await found.reach(client, job.id, "paused")
+            assert (await client.fine_tuning.jobs.resume(job.id)).status in ("queued", "running")
+            assert (await client.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+            events = [event.message async for event in client.fine_tuning.jobs.list_events(job.id)]
+            for once in ("The job is resumed", "The job was cancelled", "A pause was asked for"):
+                assert events.count(once) == 1
+            assert proxy.dropped == 10
+        found.launcher.alive.clear()
+
+    in_office(tmp_path, test)
+
+
 def test_cancel_pause_and_resume_in_every_state(tmp_path):
     async def test(found: Office) -> None:
         client = found.cloud.openai()

@@ -14,7 +14,7 @@ from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.metrics import epoch_ends
 
 
-def wanted(folder: JobFolder) -> list[Path]:
+def visible_checkpoints(folder: JobFolder) -> list[Path]:
     """Checkpoints that clients see: those of the last epochs, and the newest one: the end, or where a pause began."""
     complete = {info.step: info.path for info in store.listing(folder.run) if info.committed}
     if not complete:
@@ -30,7 +30,7 @@ def main(argv: Iterable[str]) -> int:
     folder = JobFolder(Path(next(iter(argv))))
     folder.models.mkdir(mode=0o700, exist_ok=True)
     try:
-        for checkpoint in wanted(folder):
+        for checkpoint in visible_checkpoints(folder):
             out = folder.models / f"step-{int(checkpoint.name.removeprefix('step-'))}"
             with store.hold(checkpoint):
                 if not out.is_dir():

@@ -50,10 +50,10 @@ class Planner:
         key = (preset.name, method)
         with self._busy:
             if key not in self._known:
-                self._known[key] = self._asked(preset, method)
+                self._known[key] = self._estimate(preset, method)
         return self._known[key]
 
-    def _asked(self, preset: Preset, method: str) -> Estimate:
+    def _estimate(self, preset: Preset, method: str) -> Estimate:
         given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))
@@ -80,11 +80,11 @@ def read(code: int, text: str) -> Estimate:
         return Estimate(fits=False, reason=reasons) if reasons else Estimate(fits=True)
     chosen = next((one for one in found["choices"] if one.get("fits")), None)
     configured = found.get("configured") or {}
-    shown = configured if configured.get("fits") else chosen or configured
+    choice = configured if configured.get("fits") else chosen or configured
     estimate = Estimate(
         fits=bool(found.get("fits")) or bool(configured.get("fits")),
-        memory_gib=shown.get("memory_gib_per_rank"),
-        row_seconds=(shown["step_seconds"] / BATCH) if shown.get("step_seconds") else None,
+        memory_gib=choice.get("memory_gib_per_rank"),
+        row_seconds=(choice["step_seconds"] / BATCH) if choice.get("step_seconds") else None,
     )
     if estimate.fits:
         return estimate

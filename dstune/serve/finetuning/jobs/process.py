@@ -91,9 +91,9 @@ class Training:
 
     def __init__(self, folder: JobFolder, lock: int):
         self._folder, self._lock = folder, lock
-        self._asked = 0
+        self._signals = 0
         """Signals that were passed on."""
-        self._asked_at = 0.0
+        self._signalled_at = 0.0
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
@@ -138,11 +138,11 @@ class Training:
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
         """The wish to stop, as signals of the launching process: one lets it save, a second one does not."""
         how = self._folder.stop_requested()
-        asked = 2 if how == NOW else 1 if how or self._signalled else 0
-        if asked > self._asked and time.monotonic() - self._asked_at > TWICE_SECONDS:
+        requested = 2 if how == NOW else 1 if how or self._signalled else 0
+        if requested > self._signals and time.monotonic() - self._signalled_at > TWICE_SECONDS:
             with contextlib.suppress(OSError):
-                process.send_signal((signal.SIGTERM, signal.SIGINT)[self._asked])
-            self._asked, self._asked_at = self._asked + 1, time.monotonic()
+                process.send_signal((signal.SIGTERM, signal.SIGINT)[self._signals])
+            self._signals, self._signalled_at = self._signals + 1, time.monotonic()
 
     def _report(self) -> dict[str, Any]:
         """The last object that was printed; {} where there is none."""
@@ -162,12 +162,12 @@ class Training:
     def _wait_in_queue(self) -> int:
         from dstune.launch.manage import cancel, status_of
 
-        run, asked = self._folder.run, ""
+        run, requested = self._folder.run, ""
         while (status := status_of(run)).state in QUEUED_STATES:
             how = self._folder.stop_requested()
-            if how and how != asked:
+            if how and how != requested:
                 cancel([str(run), "--json", *(["--now"] if how == NOW else [])])
-                asked = how
+                requested = how
             time.sleep(QUEUE_SECONDS)
         return {"completed": EXIT_DONE, "stopped": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(
             status.state, EXIT_FAILED

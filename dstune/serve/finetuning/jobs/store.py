@@ -108,14 +108,14 @@ class JobStore:
         self, project: str, page: pages.Page, metadata: Mapping[str, str] | None, *, bare: bool = False
     ) -> tuple[list[Job], bool]:
         """Jobs with all these pairs of metadata. bare: those without any."""
-        shown = []
+        filters = []
         for name, value in (metadata or {}).items():
             pair = select(JobMetadata.job).where(JobMetadata.name == name, JobMetadata.value == value)
-            shown.append(Job.id.in_(pair))
+            filters.append(Job.id.in_(pair))
         if bare:
-            shown.append(Job.id.not_in(select(JobMetadata.job)))
+            filters.append(Job.id.not_in(select(JobMetadata.job)))
         with self.database.session() as session:
-            return pages.rows_of(session, Job, page, [Job.project == project], *shown)
+            return pages.rows_of(session, Job, page, [Job.project == project], *filters)
 
     def events(self, project: str, job: str, page: pages.Page) -> tuple[list[JobEvent], bool]:
         with self.database.session() as session:

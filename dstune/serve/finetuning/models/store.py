@@ -80,8 +80,8 @@ class ModelStore:
         self, session: Session, caller: Caller, name: str, page: pages.Page, project: str | None
     ) -> tuple[list[ModelPermission], bool]:
         self._own(session, caller, name)
-        shown = [] if project is None else [ModelPermission.project == project]
-        return pages.rows_of(session, ModelPermission, page, [ModelPermission.model == name], *shown)
+        filters = [] if project is None else [ModelPermission.project == project]
+        return pages.rows_of(session, ModelPermission, page, [ModelPermission.model == name], *filters)
 
     def unshare(self, session: Session, caller: Caller, name: str, permission: str) -> None:
         self._own(session, caller, name)
