@@ -8,7 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from tests.support.cloud_server import Server, job_processes, wait_for
 from tests.support.command import Commands, exact, metrics
 from tests.support.tiny import save_decoder, write_dialogues, write_preferences
 
+FLOW = Path(__file__).parents[1] / "support" / "client_flow.py"
 SETTINGS = {"trainer": {"precision": "fp32", "micro_batch_size": 2}, "data": {"workers": 1}, "zero": {"stage": 0}}
 
 
@@ -121,6 +125,19 @@ def test_from_an_upload_to_an_answer_of_the_tuned_model(server, tmp_path):
             gone()
     again = client.fine_tuning.jobs.create(model=early, training_file=uploaded(client, data))
     assert client.fine_tuning.jobs.cancel(again.id).status == "cancelled"
+
+
+@pytest.mark.slow
+def test_the_last_client_of_version_1(server, tmp_path):
+    """`pip install --target FOLDER openai==1.109.1`, which needs another httpx than the newest one."""
+    folder = os.environ.get("DSTUNE_OPENAI_1", "")
+    if not (Path(folder) / "openai").is_dir():
+        pytest.skip("needs DSTUNE_OPENAI_1=FOLDER after `pip install --target FOLDER openai==1.109.1`")
+    files = [chat_rows(tmp_path / "rows.jsonl", 12), chat_rows(tmp_path / "held_out.jsonl", 4, seed=1)]
+    key = (server.state / "admin-key").read_text().strip()
+    command = [sys.executable, str(FLOW), server.url, key, *map(str, files), "chats"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
 
 
 def test_the_curve_is_that_of_dstune_train(server, base, tmp_path):

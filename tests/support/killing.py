@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,6 +70,29 @@ async def _serve(folder: Path, port: int) -> None:
     await uvicorn.Server(config).serve([listening])
 
 
+@contextmanager
+def stub_server(folder: Path) -> Iterator[tuple[str, str]]:
+    """The address and an owner's key of a server whose jobs are stubs."""
+    (folder / "models.yaml").write_text("models: {tiny: {path: base}}\n")
+    database = Database.of_folder(folder)
+    key = Keys(database).add("owner", role="owner")
+    database.close()
+    port = _free_port()
+    server = get_context("fork").Process(target=serve, args=(folder, port))
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}/v1", key
+    finally:
+        server.terminate()
+        server.join(10)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @dataclass
 class Report:
     kills: int
@@ -100,9 +125,7 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     database = Database.of_folder(folder)
     key = Keys(database).add("load")
     database.close()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     report, over = Report(kills), threading.Event()
     fork = get_context("fork")
     server = fork.Process(target=serve, args=(folder, port))
