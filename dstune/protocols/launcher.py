@@ -63,6 +63,11 @@ class Queue:
         """The jobs that wait or run. Raises Unreachable."""
         raise NotImplementedError
 
+    def named(self, name: str) -> Sequence[str]:
+        """The jobs of this user that wait or run under a name (`run.name`): whoever submitted one may have been killed before
+        its number came. Raises Unreachable."""
+        return []
+
     def cancel(self, ids: Sequence[str]) -> None:
         """End the jobs at once."""
         raise NotImplementedError

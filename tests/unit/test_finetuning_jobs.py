@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from dstune.core.errors import UserError
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, request
+from dstune.serve.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, process, request
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.launcher import ProcessLauncher, device_environment, environment
 from dstune.serve.finetuning.jobs.presets import Limits, Preset, QueueSettings
@@ -262,6 +263,41 @@ def test_a_process_validates_and_says_so(tmp_path):
     assert "10 example(s) of the training file are in the validation file too" in found["warnings"][0]
     assert folder.train.read_bytes() == folder.snapshot("training_file").read_bytes()
     launcher.reap()
+
+
+SQUEUE = """\
+#!/bin/sh
+case "$*" in
+  *--name=*) if [ -e {0}/down ]; then rm {0}/down; echo "no controller" >&2; exit 1; fi; [ -e {0}/over ] || echo 41 ;;
+  *) if [ -e {0}/over ]; then echo "Invalid job id" >&2; exit 1; fi; echo "41|41|RUNNING|None|node1" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("status", "code"), [("completed", 0), ("preempted", 75), ("failed", 1), ("", -1)])
+def test_a_submission_that_nobody_noted_is_found_by_its_name(tmp_path, monkeypatch, status, code):
+    """`sbatch` had worked, and whoever called it was killed: it is not called again, also while SLURM does not answer."""
+    (tmp_path / "squeue").write_text(SQUEUE.format(tmp_path))
+    (tmp_path / "squeue").chmod(0o755)
+    (tmp_path / "down").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(process, "QUEUE_SECONDS", 0.05)
+    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+    folder = JobFolder(tmp_path / f"ftjob-{'a' * 24}")
+    folder.create()
+
+    def end() -> None:
+        while not (folder.run / "launch.json").exists():
+            time.sleep(0.01)
+        if status:
+            (folder.run / "result.json").write_text(json.dumps({"status": status, "reason": ""}))
+        (tmp_path / "over").touch()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    assert process.Training(folder, 0, "slurm")._train() == (code, {})
+    ending.join()
+    assert not folder.report.exists()
 
 
 # -- metrics

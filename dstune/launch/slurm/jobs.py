@@ -121,6 +121,18 @@ def alive(ids: Sequence[str]) -> list[Job]:
     return [job for job in ask(ids) if not job.is_over]
 
 
+def named(name: str) -> list[str]:
+    """The numbers of this user's jobs of a name that are not over. Raises Unreachable."""
+    command = ["squeue", "--noheader", "--me", f"--name={name}", "--format=%A"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unreachable(f"squeue: {error}") from None
+    if done.returncode != 0:
+        raise Unreachable(done.stderr.strip())
+    return [number for number in done.stdout.split() if records.JOB.fullmatch(number)]
+
+
 def cancel(ids: Sequence[str]) -> None:
     subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=SECONDS)
 
@@ -173,6 +185,9 @@ class SlurmQueue(Queue):
 
     def alive(self, ids: Sequence[str]) -> list[Job]:
         return alive(ids)
+
+    def named(self, name: str) -> list[str]:
+        return named(name)
 
     def cancel(self, ids: Sequence[str]) -> None:
         cancel(ids)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dstune.core.parsing import parse_json
 from dstune.launch import records
+from dstune.protocols import LAUNCHERS
+from dstune.protocols.launcher import Unreachable
 from dstune.serve.finetuning.jobs import configuration
 from dstune.serve.finetuning.jobs.folder import NOW, JobFolder, read, write
 
@@ -28,8 +31,13 @@ QUEUE_SECONDS = 5.0
 """Between two questions to the queue of a cluster."""
 TWICE_SECONDS = 0.5
 """Between two signals that shall count as two."""
+EXIT_LOST = -1
+"""Of a job in a queue that ended without a result: it starts again from its newest checkpoint."""
 VALIDATE, TRAIN = "validate", "train"
 QUEUED_STATES = ("running", "pending", "elsewhere")
+ENDED = {"completed": EXIT_DONE, "stopped": EXIT_DONE, "preempted": EXIT_PREEMPTED, "failed": EXIT_FAILED}
+LOOKS = 3
+"""At a job that is gone without a result, before it counts as lost."""
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +46,7 @@ def main(argv: list[str]) -> int:
     if task.get("phase") == VALIDATE:
         write(folder.validated, validate(folder, task))
         return EXIT_DONE
-    ended = Training(folder, lock).run()
+    ended = Training(folder, lock, str(task["pool"])).run()
     write(folder.ended, {"attempt": task.get("attempt"), **ended})
     return EXIT_DONE
 
@@ -89,8 +97,8 @@ def _digests(file: Path) -> Iterator[bytes]:
 class Training:
     """One attempt: `dstune train`, then the exports of what it has saved."""
 
-    def __init__(self, folder: JobFolder, lock: int):
-        self._folder, self._lock = folder, lock
+    def __init__(self, folder: JobFolder, lock: int, pool: str):
+        self._folder, self._lock, self._pool = folder, lock, pool
         self._signals = 0
         """Signals that were passed on."""
         self._signalled_at = 0.0
@@ -131,7 +139,7 @@ class Training:
                 self._pass_on(process)
                 time.sleep(POLL_SECONDS)
         code = process.returncode
-        if code == EXIT_DONE and self._in_queue():
+        if code == EXIT_DONE and self._in_queue():  # it was submitted, which takes no process here
             code = self._wait_in_queue()
         return code, self._report()
 
@@ -156,22 +164,41 @@ class Training:
     # -- in the queue of a cluster, whose jobs need no process here
 
     def _in_queue(self) -> bool:
-        launched = records.read_launch(self._folder.run)
-        return bool(launched and launched.jobs) and records.read_result(self._folder.run) is None
+        """Whether a job of this run waits or runs, also one whose submission was killed before it was noted. Waits until the
+        queue answers: to submit without knowing would make two."""
+        queue, run = LAUNCHERS[self._pool].queue, self._folder.run
+        if queue is None:
+            return False
+        launched = records.read_launch(run)
+        if launched is not None and launched.jobs and records.read_result(run) is None:
+            return True
+        while True:
+            try:
+                lost = queue.named(self._folder.path.name)
+                break
+            except Unreachable as error:
+                print(f"{queue.name} does not answer: {error}", file=sys.stderr, flush=True)
+                time.sleep(QUEUE_SECONDS)
+        if lost:
+            run.mkdir(exist_ok=True)
+            records.note(run, uuid.uuid4().hex, launched.processes if launched else 1, lost)
+        return bool(lost)
 
     def _wait_in_queue(self) -> int:
         from dstune.launch.manage import cancel, status_of
 
-        run, requested = self._folder.run, ""
-        while (status := status_of(run)).state in QUEUED_STATES:
+        run, requested, unsure = self._folder.run, "", 0
+        # A result may be seen later than the end of the job, on a file system of several machines.
+        while (status := status_of(run)).state in QUEUED_STATES or unsure < LOOKS:
+            if status.state in ENDED:
+                break
+            unsure = 0 if status.state in QUEUED_STATES else unsure + 1
             how = self._folder.stop_requested()
             if how and how != requested:
                 cancel([str(run), "--json", *(["--now"] if how == NOW else [])])
                 requested = how
             time.sleep(QUEUE_SECONDS)
-        return {"completed": EXIT_DONE, "stopped": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(
-            status.state, EXIT_FAILED
-        )
+        return ENDED.get(status.state, EXIT_LOST)
 
     def _export(self) -> int:
         command = [sys.executable, "-m", "dstune.serve.finetuning.jobs.export", str(self._folder.path)]

@@ -334,7 +334,7 @@ class Reconciler:
                 active=True, taken=taken, attempt=job.attempt + 1, attempt_step=reached, started_at=time.time(),
                 estimated_finish=round(time.time() + seconds) if (seconds := _seconds_left(job)) else None,
             )  # fmt: skip
-        task = {"phase": TRAIN, "job": job.id, "attempt": job.attempt}
+        task = {"phase": TRAIN, "job": job.id, "attempt": job.attempt, "pool": job.pool}
         env = {**self._keys(job), **(device_environment(taken, self._machine.gpus) if job.pool == LOCAL else {})}
         self._launcher.start(self._of(job), task, env)
 
