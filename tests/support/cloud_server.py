@@ -16,7 +16,7 @@ import psutil
 
 from tests.support.command import clean_environment
 
-SUFFIXES = ("dstune.serve.finetuning.jobs.process", "dstune.worker")
+MODULES = ("dstune.serve.finetuning.jobs.process", "dstune.serve.finetuning.jobs.export", "dstune.worker")
 
 
 class Server:
@@ -93,12 +93,12 @@ def job_processes(state: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if any(word in words for word in (*SUFFIXES, "train")) and any(str(state) in word for word in words):
+        if any(word in words for word in (*MODULES, "train")) and any(str(state) in word for word in words):
             found.append(process)
     return found
 
 
-def wait_for(client: openai.OpenAI, job: str, *states: str, seconds: float = 300.0) -> Any:
+def wait_for(client: openai.OpenAI, job: str, *states: str, seconds: float = 1500.0) -> Any:
     """The job when it is in one of these states. Fails where it comes to another end."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -22,6 +22,7 @@ log = logging.getLogger("dstune.serve")
 
 ALLOWED_SECONDS = 2.0
 """How long an answer of the database to who may use a model counts, as that to a key does."""
+LATER = {"retry-after": "5"}
 LOADED_AT_START = 64
 """The newest models that are loaded before anybody asks."""
 
@@ -68,10 +69,15 @@ class Serving:
                 log.info("%s is not served: %s", model.name, error)
                 message = f"The model {model.name!r} is not served here: {reasons}."
                 raise ApiError(400, message[:500], param="model", code="model_not_served") from None
-            except (Refused, DstuneError, EngineDown) as error:
+            except Refused as error:
                 log.error("%s is not served: %s", model.name, error)
                 message = f"The model {model.name!r} cannot be served: it does not answer as it was trained."
-                raise ApiError(503, message, param="model", code="model_not_served") from None
+                raise ApiError(400, message, param="model", code="model_not_served") from None
+            except (DstuneError, EngineDown) as error:
+                log.error("%s is not served: %s", model.name, error)
+                raise ApiError(
+                    503, "The engine of the model does not answer.", code="starting", headers=LATER
+                ) from None
         self._loading.pop(model.name, None)
 
     async def forget(self, name: str) -> None:
