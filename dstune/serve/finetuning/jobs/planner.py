@@ -42,9 +42,6 @@ class Planner:
         self._known: dict[tuple[str, str], Estimate] = {}
         self._busy = threading.Lock()
 
-    def known(self, preset: Preset, method: str) -> Estimate | None:
-        return self._known.get((preset.name, method))
-
     def of(self, preset: Preset, method: str) -> Estimate:
         """Asks the planner where nobody has; seconds then."""
         key = (preset.name, method)

@@ -251,7 +251,7 @@ class Reconciler:
             return
         with self._results.staged(steps) as staged, self._store.database.writing.begin() as session:
             row = self._store.locked(session, job.id)
-            if row.state not in (State.RUNNING, State.PAUSING):
+            if row.state not in (State.RUNNING, State.PAUSING) or row.attempt != job.attempt:
                 return  # cancelled a moment ago
             self._account(row)
             result, model, messages = self._results.complete(session, row, staged, folder, steps)
@@ -365,7 +365,7 @@ class Reconciler:
         error = {"code": code, "message": message, "param": param}
         with self._store.database.writing.begin() as session:
             row = self._store.locked(session, job.id)
-            if row.state != job.state:
+            if row.state != job.state or row.attempt != job.attempt:
                 return
             self._account(row)
             self._store.change(session, row, Change.FAIL, [Message(message, "error")], error=error)

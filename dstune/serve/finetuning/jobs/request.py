@@ -29,8 +29,6 @@ class JobRequest:
     training_file: str
     method: str
     hyperparameters: Mapping[str, Value]
-    deprecated: bool
-    """Whether they came under the earlier name `hyperparameters` alone."""
     validation_file: str | None
     suffix: str | None
     seed: int
@@ -41,13 +39,12 @@ class JobRequest:
 def read(body: Mapping[str, Any]) -> JobRequest:
     """Raises ApiError for the first field that is wrong. Unknown fields beside these are passed over, as the public contract
     has it."""
-    method, found, deprecated = _method(body)
+    method, found = _method(body)
     return JobRequest(
         model=_required(body, "model"),
         training_file=_required(body, "training_file"),
         method=method,
         hyperparameters=found,
-        deprecated=deprecated,
         validation_file=_text(body, "validation_file", 128),
         suffix=_text(body, "suffix", MOST_SUFFIX),
         seed=_seed(body.get("seed")),
@@ -96,11 +93,11 @@ def _seed(value: Any) -> int:
     return int(value)
 
 
-def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value], bool]:
-    """The method's name, its hyperparameters, and whether they came under the earlier name."""
+def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
+    """The method's name and its hyperparameters, which may come under their earlier name."""
     method, earlier = body.get("method"), body.get("hyperparameters")
     if method is None:
-        return "supervised", hyperparameters.read("supervised", earlier, "hyperparameters"), earlier is not None
+        return "supervised", hyperparameters.read("supervised", earlier, "hyperparameters")
     if not isinstance(method, Mapping):
         raise _invalid("method", "an object with the key 'type'")
     kind = method.get("type")
@@ -128,7 +125,7 @@ def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value], bool]:
                 "'hyperparameters' is an earlier name of 'method.supervised.hyperparameters', and says something else."
             )
             raise ApiError(400, message, param="hyperparameters", code="invalid_value")
-    return kind, found, False
+    return kind, found
 
 
 def metadata_of(given: Any) -> dict[str, str] | None:

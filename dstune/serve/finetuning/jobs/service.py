@@ -218,7 +218,7 @@ class Jobs:
         return Job(
             id=new_id("ftjob-"), created_at=unix_time(), organization=caller.organization, project=caller.project,
             key=caller.id, model=given.model, preset=preset.name, start=start, method=given.method,
-            hyperparameters=dict(given.hyperparameters), deprecated=given.deprecated, training_file=given.training_file,
+            hyperparameters=dict(given.hyperparameters), training_file=given.training_file,
             validation_file=given.validation_file, suffix=given.suffix, seed=given.seed, integrations=given.integrations,
             meta=given.metadata, priority=preset.priority, state=State.VALIDATING, pool=preset.pool, devices=preset.devices,
             step_seconds=estimate.row_seconds, memory_gib=estimate.memory_gib,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,8 +200,3 @@ def metric(session: Session, job: Job, step: int, text: str, data: Mapping[str, 
             step=step,
         )
     )
-
-
-def steps_of(session: Session, job: str) -> Sequence[int]:
-    """Steps that are events."""
-    return list(session.scalars(select(JobEvent.step).where(JobEvent.job == job, JobEvent.step.is_not(None))))

@@ -34,6 +34,8 @@ class Serving:
         self._fleet, self._store = fleet, store
         self._allowed: dict[tuple[str, str], tuple[float, TunedModel]] = {}
         self._loading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._refused: set[str] = set()
+        """Not tried again until somebody asks for them."""
 
     async def ensure(self, caller: Caller, name: str) -> None:
         """Let a request for a model pass: nothing for one that is no tuned model. Raises ApiError where the caller may not
@@ -91,12 +93,13 @@ class Serving:
         self._allowed.clear()
 
     async def load_new(self) -> None:
-        """Load the newest models that are not loaded yet. What cannot be served is tried again when somebody asks for it."""
+        """Load the newest models that are not loaded yet."""
         if not self._fleet.models:
             return
         for model in (await asyncio.to_thread(self._store.final))[:LOADED_AT_START]:
-            if model.name not in self._fleet.models:
+            if model.name not in self._fleet.models and model.name not in self._refused:
                 try:
                     await self._load(model)
                 except ApiError as error:
+                    self._refused.add(model.name)
                     log.info("%s", error)

@@ -43,7 +43,6 @@ def upgrade() -> None:
         sa.Column("start", sa.Text),
         sa.Column("method", sa.String(32), nullable=False),
         sa.Column("hyperparameters", sa.JSON, nullable=False),
-        sa.Column("deprecated", sa.Boolean, nullable=False),
         sa.Column("training_file", sa.String(64), nullable=False),
         sa.Column("validation_file", sa.String(64)),
         sa.Column("suffix", sa.Text),
