@@ -255,6 +255,22 @@ def test_a_job_outlives_its_server_and_its_ranks(base, tmp_path):
         assert check.main([str(server.state), "--at-rest"]) == 0
 
 
+def test_the_api_and_its_jobs_are_two_processes(base, tmp_path):
+    """As two services, or two containers: the one that looks after jobs may be stopped and started alone."""
+    with Server(tmp_path, presets(base), "--no-inference", "--jobs", "elsewhere") as server:
+        client = server.client()
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client, chat_rows(tmp_path / "a", 9)))
+        time.sleep(3)
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+        command = [sys.executable, "-m", "dstune", "serve", "--jobs", "only", "--state", str(server.state)]
+        runner = subprocess.Popen([*command, "--presets", str(server.presets)], env=server.env, start_new_session=True)
+        try:
+            assert wait_for(client, job.id, "failed").error.code == "invalid_n_examples"
+        finally:
+            runner.terminate()
+            assert runner.wait(timeout=120) == 0
+
+
 def weights(server: Server, job: str) -> bytes:
     """Of the final model."""
     folders = sorted((server.job_folder(job) / "models").iterdir(), key=lambda one: int(one.name.removeprefix("step-")))
