@@ -88,7 +88,15 @@ class Bench:
     def another(self) -> Reconciler:
         """One more process that looks after the same jobs, as after a restart."""
         results = Results(self.database, self.files, self.folder, lambda: self.presets)
-        return Reconciler(self.store, self.folder, lambda: self.presets, self.launcher, results, Machine(self.devices))
+        return Reconciler(
+            self.store,
+            self.folder,
+            lambda: self.presets,
+            self.launcher,
+            results,
+            Machine(self.devices),
+            pause_seconds=0.0,
+        )
 
     def organization(self, name: str) -> str:
         with self.database.writing.begin() as session:

@@ -223,6 +223,27 @@ def test_another_process_takes_over_where_the_first_one_was_killed(bench):
     assert bench.launcher.trainings() == [job]  # it lives: nobody starts it twice
 
 
+def test_a_preset_or_a_model_that_is_gone_fails_the_job(bench):
+    withdrawn, deleted = bench.add(preset="gone"), bench.add(start="ft:tiny:default::abcdefgh")
+    bench.step(3)
+    for job, words in ((withdrawn, "not offered any more"), (deleted, "was deleted")):
+        row = bench.read(job)
+        assert (row.state, row.error["code"], row.error["param"]) == (State.FAILED, "model_not_available", "model")
+        assert words in row.error["message"]
+
+
+def test_a_start_that_brings_nothing_is_not_repeated_at_once(bench):
+    bench.reconciler._pause = 60.0
+    job = running(bench)
+    bench.kill(job)
+    bench.step(3)
+    row = bench.read(job)
+    assert (row.state, row.idle_attempts, row.attempt) == (State.QUEUED, 1, 1)
+    bench.reconciler._pause = 0.0
+    bench.step()
+    assert bench.state(job) == State.RUNNING
+
+
 def test_a_bad_row_that_only_the_run_finds_is_the_clients(bench):
     job = running(bench)
     place = f"{bench.of(job).train}:7"

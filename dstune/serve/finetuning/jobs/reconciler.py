@@ -34,12 +34,15 @@ VALIDATORS = 2
 """Validations at a time; each takes one core."""
 MOST_IDLE = 8
 """Starts in a row without a step beyond those before, after which a job has failed."""
+PAUSE_SECONDS = 2.0
+"""Before the second of such starts; each pause is twice the one before."""
+LONGEST_PAUSE = 300.0
 MOST_VALIDATIONS = 5
 SWEEP_SECONDS = 300.0
 ORPHAN_SECONDS = 3600.0
 """After which a folder without a row is what a request left that was cut short."""
 INTERNAL = "The job failed for an internal reason; the operator of the server finds it in the log of the job."
-DATA_KEYS = ("data.train", "data.validation")
+DATA_KEYS = {"training_file": "data.train", "validation_file": "data.validation"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,11 @@ class Reconciler:
         results: Results,
         machine: Machine,
         keys: Callable[[Job], Mapping[str, str]] = lambda job: {},
+        pause_seconds: float = PAUSE_SECONDS,
     ):
         self._store, self._folder, self._presets = store, folder, presets
         self._launcher, self._results, self._machine, self._keys = launcher, results, machine, keys
+        self._pause = pause_seconds
         self._owner = secrets.token_hex(8)
         self._readers: dict[str, Reader] = {}
         self._validations: Counter[str] = Counter()
@@ -129,6 +134,8 @@ class Reconciler:
             self._fail(job, "server_error", INTERNAL, None)
             return False
         preset = self._preset(job)
+        if preset is None:
+            return False
         task = {
             "phase": VALIDATE,
             "job": job.id,
@@ -146,6 +153,13 @@ class Reconciler:
             self._fail(job, str(error["code"]), str(error["message"]), error.get("param"))
             return
         preset = self._preset(job)
+        if preset is None:
+            return
+        try:
+            start = self._results.folder_of(job.start) if job.start else None
+        except LookupError:
+            self._fail(job, "model_not_available", f"The model {job.start} was deleted.", "model")
+            return
         rows = int(found["training_file"]["rows"])
         resolved = hyperparameters.resolve(job.hyperparameters, rows, preset.devices)
         if int(resolved["n_epochs"]) > preset.most_epochs:
@@ -156,7 +170,7 @@ class Reconciler:
             resolved,
             job.seed,
             validation=job.validation_file is not None,
-            start=self._results.folder_of(job.start) if job.start else None,
+            start=start,
             wandb=next((one["wandb"] for one in job.integrations), None),
         )
         configuration.write(plan, preset, folder)
@@ -272,7 +286,7 @@ class Reconciler:
         folder = self._of(job)
         for param in ("training_file", "validation_file"):
             file = str(folder.of_param(param))
-            if where.startswith(file) or where == DATA_KEYS[param == "validation_file"]:
+            if where.startswith(file) or where == DATA_KEYS[param]:
                 line = where.removeprefix(file).lstrip(":")
                 place = f" line {line}" if line.isdigit() else ""
                 reason = str(problems[0].get("reason", "")).replace(str(folder.path), "")
@@ -303,6 +317,7 @@ class Reconciler:
                 _seconds_left(job) or DEFAULT_SECONDS,
             )
             for job in self._store.queued()
+            if now - (job.started_at or 0.0) >= self._pause_of(job)
         ]  # fmt: skip
         if not waiting:
             return
@@ -386,6 +401,10 @@ class Reconciler:
         if not self._launcher.is_alive(folder):
             self._results.tidy(folder)
 
+    def _pause_of(self, job: Job) -> float:
+        """What broke its process may take a while to pass."""
+        return min(LONGEST_PAUSE, self._pause * 2 ** (job.idle_attempts - 1)) if job.idle_attempts else 0.0
+
     # -- helpers
 
     def _of(self, job: Job) -> JobFolder:
@@ -394,9 +413,12 @@ class Reconciler:
     def _reader(self, job: Job) -> Reader:
         return self._readers.setdefault(job.id, Reader(self._of(job).run / "metrics.jsonl"))
 
-    def _preset(self, job: Job) -> Preset:
-        """Raises KeyError where the operator has taken it away: the job waits until it is there again."""
-        return self._presets().models[job.preset]
+    def _preset(self, job: Job) -> Preset | None:
+        """None where the operator has taken it away; the job has failed then."""
+        found = self._presets().models.get(job.preset)
+        if found is None:
+            self._fail(job, "model_not_available", f"The model {job.preset} is not offered any more.", "model")
+        return found
 
 
 def _seconds_left(job: Job) -> float | None:
