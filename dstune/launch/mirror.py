@@ -34,7 +34,7 @@ POLL_SECONDS = 1.0
 BEAT_SECONDS = 10.0
 ALIVE_SECONDS = 30.0
 """A lease that has not changed for so long is that of a launch that died."""
-FILES_SECONDS = 30.0
+FILES_SECONDS = 10.0
 """Between copies of logs and metrics where no checkpoint comes."""
 BEGUN = "environment.json"
 """What the ranks write when nothing keeps the training from beginning any more."""
@@ -214,15 +214,20 @@ class Mirror:
     def _new_checkpoints(self) -> list[Path]:
         """Checkpoints here, by all stages, that are not at the place as they are."""
         whole = [info.path for run in copied.runs_in(self.work) for info in store.listing(run) if info.committed]
-        return [path for path in whole if (path / store.COMMITTED).read_bytes() != self._markers.get(path)]
+        return [path for path in whole if _marker(path) not in (b"", self._markers.get(path))]
 
     def _copy(self) -> None:
         """Bring the place up to date: files first, since a checkpoint stands on the metrics before it. Raises OSError."""
         self._copy_files()
         for checkpoint in self._new_checkpoints():
-            with store.hold(checkpoint):
-                marker = (checkpoint / store.COMMITTED).read_bytes()
-                copied.copy_checkpoint(checkpoint, self.place / checkpoint.relative_to(self.work))
+            try:
+                with store.hold(checkpoint):
+                    marker = _marker(checkpoint)
+                    copied.copy_checkpoint(checkpoint, self.place / checkpoint.relative_to(self.work))
+            except FileNotFoundError:
+                if _marker(checkpoint):
+                    raise
+                continue  # it was pruned meanwhile: there is a newer one
             self._markers[checkpoint] = marker
             run = self.place / checkpoint.parents[1].relative_to(self.work)
             store.prune(run, self.keep)
@@ -329,6 +334,14 @@ def _machine() -> str:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return uuid.uuid4().hex  # no other: those who ask have to watch
+
+
+def _marker(checkpoint: Path) -> bytes:
+    """What tells one save of a step from another; empty where the checkpoint is gone."""
+    try:
+        return (checkpoint / store.COMMITTED).read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _version(file: Path) -> tuple[int, int]:

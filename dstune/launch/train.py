@@ -235,7 +235,7 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
     """
     started: list[tuple[Command, Prepared]] = []
 
-    def prepare_run() -> tuple[RunConfig | None, Path]:
+    def prepare_run() -> tuple[RunConfig | None, Path, Path]:
         command, write_rows = requested()
         prepared = prepare(command, Console(), write_rows, math.ceil(env.world_size / env.local_size))
         if prepared.nothing_to_do:
@@ -243,12 +243,12 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
                 print(f"dstune: {nothing_to_do(prepared.place)}", file=sys.stderr, flush=True)
             if prepared.mirror is not None:
                 prepared.mirror.close()
-            return None, prepared.place
+            return None, prepared.place, prepared.place
         started.append((command, prepared))
         if prepared.mirror is not None:
             prepared.mirror.start()
         records.begin(prepared.run_dir, uuid.uuid4().hex, env.world_size)
-        return prepared.config, prepared.run_dir
+        return prepared.config, prepared.run_dir, prepared.place
 
     # Rank 0 alone may ask the hub, before any rank loads a model.
     os.environ.update(NO_TELEMETRY if env.rank == 0 else NO_TELEMETRY | OFFLINE)
@@ -264,7 +264,7 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
             leave_behind(run_dir, Console().message)
         if prepared.mirror is not None:
             copied = prepared.mirror.close()
-            outcome = replace(outcome, run_dir=prepared.place, code=code if copied or code else EXIT_FAILED)
+            outcome = replace(outcome, code=code if copied or code else EXIT_FAILED)
         if not refused:
             conclude(command, prepared.place, outcome.code, Console())
     return outcome

@@ -363,12 +363,13 @@ class Outcome:
 
 
 def main_inside(
-    env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path]], *, prints: bool = True
+    env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]], *, prints: bool = True
 ) -> Outcome:
     """A rank inside somebody else's launch: rank 0 alone prepares the run, all read what it has written, or get its error and
     exit code.
 
-    prepare_run: the configuration (None where nothing is left to do) and the run directory with its `run.yaml`.
+    prepare_run: the configuration (None where nothing is left to do), the folder of the run with its `run.yaml`, and the run
+    directory that the user knows, which is another one where that is only copied to (`dstune.launch.mirror`).
     prints: whether errors go to stderr; they are in the outcome too.
     """
 
@@ -378,7 +379,7 @@ def main_inside(
         rendezvous.leave_store(env, os.environ)
 
 
-def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path]], prints: bool) -> Outcome:
+def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]], prints: bool) -> Outcome:
     def report(text: str) -> None:
         if prints:
             print(f"dstune: {text}", file=sys.stderr, flush=True)
@@ -401,11 +402,12 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     given: dict[str, Any] | None = None
     if world.is_main:
         try:
-            config, run_dir = prepare_run()
+            config, run_dir, place = prepare_run()
             # Files refer to variables of rank 0's environment, which the launcher may have kept from the others.
             names = set(REFERENCE.findall((run_dir / "run.yaml").read_text(encoding="utf-8"))) & os.environ.keys()
             given = {
                 "run": run_dir,
+                "place": place,
                 "to do": config is not None,
                 "variables": {name: os.environ[name] for name in names},
             }
@@ -425,7 +427,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     run_dir = given["run"]
     if not given["to do"]:
         world.barrier()
-        return Outcome(EXIT_DONE, run_dir)
+        return Outcome(EXIT_DONE, given["place"])
     os.environ.update(given["variables"])
     errors: list[DstuneError] = []
 
@@ -438,7 +440,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
         train(config or read_decided(run_dir / "run.yaml").config, run_dir, world)
 
     code = guarded(work, leave_word)
-    return Outcome(code, run_dir, errors[0] if errors else None)
+    return Outcome(code, given["place"], errors[0] if errors else None)
 
 
 def refuse_unshared(world: World, run_dir: Path) -> None:

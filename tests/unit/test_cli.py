@@ -250,7 +250,8 @@ def test_rank_0_prepares_the_run(monkeypatch, inside, launched, capsys):
     env = as_rank(monkeypatch, 0)
     assert cli.main(["train", "trainer.max_steps=3", "run.dir=r"]) == 0
     assert inside[0] == env
-    config, run_dir = inside[1]
+    config, run_dir, place = inside[1]
+    assert place == run_dir
     assert (config.trainer.max_steps, run_dir) == (3, Path("r"))
     assert inside[2] == 0
     assert launched.calls == []

@@ -25,7 +25,7 @@ def run(config: RunConfig, run_dir: Path) -> int:
     from dstune.rank.worker import main_inside
 
     with _as_rank(config, run_dir):
-        code = main_inside(RANK, lambda: (config, run_dir)).code
+        code = main_inside(RANK, lambda: (config, run_dir, run_dir)).code
     if code != EXIT_DONE and records.read_result(run_dir) is None:
         records.write_result(run_dir, "failed", f"the rank ended with exit code {code}", 1)
     return code
