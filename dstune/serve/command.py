@@ -51,7 +51,6 @@ def main(argv: list[str]) -> int:
     arguments.engine_arguments = engine_arguments
     if arguments.guard_only:
         arguments.guard = arguments.guard or "default"
-    arguments.without_models = arguments.no_inference or arguments.guard_only
     _check(arguments)
     extra.require()
     if arguments.no_inference or arguments.jobs == "only":
@@ -176,6 +175,10 @@ def _parser() -> VerbParser:
     return parser
 
 
+def _without_models(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.no_inference or arguments.guard_only)
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Raises UserError with all that is wrong."""
     problems = []
@@ -194,7 +197,7 @@ def _check(arguments: argparse.Namespace) -> None:
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
     if arguments.guard_model and not arguments.guard:
         problems.append(Problem("--guard-model", "needs policies", "--guard default", arguments.guard_model))
-    if arguments.without_models or arguments.jobs == "only":
+    if _without_models(arguments) or arguments.jobs == "only":
         if arguments.models:
             reason = "no model is served with --no-inference, --guard-only or --jobs only"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
@@ -276,7 +279,7 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
         require_proof=arguments.require_proof,
         base_name=arguments.base_name,
         drain_seconds=arguments.drain_seconds,
-        may_be_empty=arguments.without_models,
+        may_be_empty=_without_models(arguments),
     )
     starting = asyncio.current_task()
     assert starting is not None
@@ -334,7 +337,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guard
 
     database = opened_database(state, arguments.store, create=True)
     recorder = Recorder(database, _request_log(arguments, state))
-    routes, api = list(COMMON if arguments.without_models else ROUTES), None
+    routes, api = list(COMMON if _without_models(arguments) else ROUTES), None
     if arguments.guard_only:
         log.info("the guard alone: no model, and no fine-tuning API")
     elif extra.has_api():
@@ -360,7 +363,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guard
     served = [*fleet.models, *(["the fine-tuning API"] if api is not None else [])]
     served += ["the guard"] if guarding is not None else []
     print(f"http://{host}:{port}/v1  serves {', '.join(served)}", flush=True)
-    page = "" if arguments.without_models else f"; the chat page: http://{host}:{port}/"
+    page = "" if _without_models(arguments) else f"; the chat page: http://{host}:{port}/"
     print(f"keys: {state / 'key'}, {state / 'admin-key'}{page}", flush=True)
     try:
         await drained(Server(config), gateway, arguments.drain_delay, [listening])
