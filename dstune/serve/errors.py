@@ -8,7 +8,7 @@ from typing import Any
 
 KINDS = {
     400: "invalid_request_error",
-    401: "authentication_error",
+    401: "invalid_request_error",
     403: "permission_error",
     404: "not_found_error",
     413: "invalid_request_error",

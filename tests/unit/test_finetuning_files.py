@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -546,3 +547,35 @@ def test_files_in_a_store_elsewhere(tmp_path):
 def test_a_store_that_nobody_knows(tmp_path):
     with pytest.raises(UserError, match="--files"):
         blobs_module.RemoteBlobs(tmp_path, "nothing://a/b")
+
+
+def test_a_body_that_trickles_and_too_many_at_once(tmp_path, monkeypatch):
+    async def trickle(found) -> bytes:
+        host, port = found.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = (
+            f"POST /v1/files HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {found.key}\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 5000000\r\n\r\n"
+            '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        )
+        writer.write(head.encode())
+        answer = asyncio.create_task(reader.read())
+        while not answer.done():
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"z")
+                await writer.drain()
+            await asyncio.sleep(0.05)
+        writer.close()
+        return await answer
+
+    async def test(found):
+        answer = await trickle(found)
+        assert b"408" in answer.split(b"\r\n")[0] and b"x-should-retry: false" in answer
+        assert not list((found.folder / "finetuning" / "tmp").iterdir())
+        monkeypatch.setattr("dstune.serve.finetuning.forms.MOST_AT_ONCE", 0)
+        with pytest.raises(openai.RateLimitError):
+            await found.openai().files.create(file=ROW, purpose="batch")
+        monkeypatch.undo()
+        await found.openai().files.create(file=ROW, purpose="batch")
+
+    run(test, tmp_path, body_seconds=1.0)

@@ -127,6 +127,9 @@ def test_webhooks_as_the_client_verifies_them(tmp_path, monkeypatch):
                 kinds = ["fine_tuning.job.succeeded", "batch.completed"]
                 made = await client.webhooks.create(name="mine", url=f"{url}/hook", event_types=kinds)
                 assert made.signing_secret.startswith("whsec_")
+                lost = {"x-stainless-retry-count": "1"}
+                same = {"name": "mine", "url": f"{url}/hook", "event_types": kinds, "extra_headers": lost}
+                assert (await client.webhooks.create(**same)).signing_secret == made.signing_secret
                 await other.webhooks.create(name="theirs", url=f"{url}/hook", event_types=kinds)
                 with found.api.database.writing.begin() as session:
                     found.api.webhooks.enqueue(session, "proj_default", "fine_tuning.job.succeeded", "ftjob-1")

@@ -51,7 +51,7 @@ def test_every_route_asks_for_a_key_but_the_public_ones(tmp_path):
                 if route.scope == "public":
                     assert answer.status_code == 200, route
                 else:
-                    assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error"), route
+                    assert (answer.status_code, answer.json()["error"]["type"]) == (401, "invalid_request_error"), route
             if route.scope == "admin":
                 answer = await found.client().request(route.method, path, json={})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_only"), route

@@ -78,6 +78,8 @@ class Blobs:
 
     def __init__(self, folder: Path):
         self.folder, self._scratch = folder / "blobs", folder / "tmp"
+        self.receiving = 0
+        """Requests that bring bytes now."""
         for path in (self.folder, self._scratch):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 

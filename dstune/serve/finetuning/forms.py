@@ -16,6 +16,8 @@ from dstune.serve.gateway.request import Request
 
 FIELD_BYTES = 65_536
 """Of all fields together."""
+MOST_AT_ONCE = 64
+"""Files that come in: each has a few MB in memory."""
 AROUND_BYTES = 262_144
 """What a body may have beside the file: fields, headers and boundaries."""
 
@@ -40,17 +42,14 @@ async def read_form(
         raise ApiError(400, "The body must be multipart/form-data with a boundary.")
     if request.header("content-encoding") not in ("", "identity"):
         raise ApiError(400, "The body must not be compressed.")
+    if blobs.receiving >= MOST_AT_ONCE:
+        raise ApiError(
+            429, "The server is receiving too many files.", code="rate_limit_exceeded", headers={"retry-after": "1"}
+        )
     reader = _Reader(blobs, file, fields, most, prefix)
+    blobs.receiving += 1
     try:
-        parser = MultipartParser(boundary, reader.callbacks())
-        async for chunk in request.chunks(most + AROUND_BYTES):
-            parser.write(chunk)
-            if reader.waiting >= CHUNK:
-                await asyncio.to_thread(reader.flush)
-        parser.finalize()
-        if not reader.ended:
-            raise ApiError(400, "The body ends in the middle.")
-        await asyncio.to_thread(reader.finish)
+        await _read(request, reader, boundary)
         return reader.form()
     except FormParserError:
         reader.discard()
@@ -58,6 +57,20 @@ async def read_form(
     except BaseException:
         reader.discard()
         raise
+    finally:
+        blobs.receiving -= 1
+
+
+async def _read(request: Request, reader: _Reader, boundary: bytes) -> None:
+    parser = MultipartParser(boundary, reader.callbacks())
+    async for chunk in request.chunks(reader.most + AROUND_BYTES):
+        parser.write(chunk)
+        if reader.waiting >= CHUNK:
+            await asyncio.to_thread(reader.flush)
+    parser.finalize()
+    if not reader.ended:
+        raise ApiError(400, "The body ends in the middle.")
+    await asyncio.to_thread(reader.finish)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.addresses import checked_url, is_allowed, outward_session
+from dstune.serve.finetuning.creations import Attempt
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.finetuning.tables import Delivery, WebhookEndpoint
@@ -52,7 +53,8 @@ class Webhooks:
         body = await request.json()
         only_keys(body, ("event_types", "name", "url"))
         values = self._checked(body, complete=True)
-        row, secret = await asyncio.to_thread(self._create, request, values)
+        attempt = Attempt.of(request, "webhook_endpoints", request.digest)
+        row, secret = await asyncio.to_thread(self._create, request, attempt, values)
         await request.answer(described_endpoint(row) | {"signing_secret": secret})
 
     async def listed(self, gateway: Gateway, request: Request) -> None:
@@ -170,10 +172,14 @@ class Webhooks:
             values["event_types"] = sorted(set(kinds))
         return values
 
-    def _create(self, request: Request, values: dict[str, Any]) -> tuple[WebhookEndpoint, str]:
+    def _create(self, request: Request, attempt: Attempt, values: dict[str, Any]) -> tuple[WebhookEndpoint, str]:
         assert request.caller is not None
         secret, now = new_secret(), unix_time()
         with self._database.writing.begin() as session:
+            self._database.exclusive(session, f"creations {request.caller.project}")
+            if before := attempt.found(session):
+                row = self._of(session, request.caller.project, before)
+                return row, self._vault.open(row.secret)
             mine = (WebhookEndpoint.project == request.caller.project, WebhookEndpoint.deleted_at.is_(None))
             if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MOST_ENDPOINTS:
                 raise ApiError(400, f"A project has at most {MOST_ENDPOINTS} webhook endpoints.", code="too_many")
@@ -182,13 +188,17 @@ class Webhooks:
                 secret=self._vault.seal(secret), hint=f"whsec_…{secret[-4:]}", **values,
             )  # fmt: skip
             session.add(row)
+            attempt.record(session, row.id)
             audit.note(session, request, "webhook.created", row.id, url=values["url"])
         return row, secret
 
-    def _of(self, session: Session, request: Request) -> WebhookEndpoint:
+    def _named(self, session: Session, request: Request) -> WebhookEndpoint:
         assert request.caller is not None
-        name = request.parameters["endpoint"]
-        mine = (WebhookEndpoint.project == request.caller.project, WebhookEndpoint.deleted_at.is_(None))
+        return self._of(session, request.caller.project, request.parameters["endpoint"])
+
+    @staticmethod
+    def _of(session: Session, project: str, name: str) -> WebhookEndpoint:
+        mine = (WebhookEndpoint.project == project, WebhookEndpoint.deleted_at.is_(None))
         row = session.scalar(select(WebhookEndpoint).where(*mine, WebhookEndpoint.id == name))
         if row is None:
             raise ApiError(404, f"No such webhook endpoint: {name[:128]}", param="id", code="webhook_not_found")
@@ -196,7 +206,7 @@ class Webhooks:
 
     def _read(self, request: Request) -> WebhookEndpoint:
         with self._database.session() as session:
-            return self._of(session, request)
+            return self._named(session, request)
 
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
         assert request.caller is not None
@@ -207,7 +217,7 @@ class Webhooks:
 
     def _update(self, request: Request, values: dict[str, Any]) -> WebhookEndpoint:
         with self._database.writing.begin() as session:
-            row = self._of(session, request)
+            row = self._named(session, request)
             if changed := {name: value for name, value in values.items() if getattr(row, name) != value}:
                 for name, value in changed.items():
                     setattr(row, name, value)
@@ -218,7 +228,7 @@ class Webhooks:
     def _rotate(self, request: Request, keep: bool) -> tuple[WebhookEndpoint, str]:
         secret = new_secret()
         with self._database.writing.begin() as session:
-            row = self._of(session, request)
+            row = self._named(session, request)
             row.old_secret, row.old_until = (row.secret, unix_time() + OLD_SECRET_SECONDS) if keep else (None, None)
             row.secret, row.hint, row.updated_at = self._vault.seal(secret), f"whsec_…{secret[-4:]}", unix_time()
             audit.note(session, request, "webhook.rotated", row.id)
@@ -226,7 +236,7 @@ class Webhooks:
 
     def _delete(self, request: Request) -> None:
         with self._database.writing.begin() as session:
-            row = self._of(session, request)
+            row = self._named(session, request)
             row.deleted_at, row.url, row.old_secret = unix_time(), "", None
             audit.note(session, request, "webhook.deleted", row.id)
 

@@ -29,6 +29,8 @@ UNREAD_BYTES = 786_432
 
 
 LINGER_SECONDS = 0.5
+LEAST_BYTES_A_SECOND = 1024
+"""Of a body that comes in pieces, after its first `body_seconds`."""
 
 
 class SlowReader(Exception):
@@ -126,13 +128,16 @@ class Request:
         length = self.header("content-length")
         if length and (not length.isdigit() or len(length) > 18 or int(length) > limit):
             raise too_large
-        size = 0
+        size, began = 0, time.monotonic()
         while True:
             try:
                 async with asyncio.timeout(self.settings.body_seconds):
                     message = await self.receive()
             except TimeoutError:
                 raise ApiError(408, f"Nothing came for {self.settings.body_seconds:g} s.") from None
+            seconds = time.monotonic() - began
+            if seconds > self.settings.body_seconds and size < seconds * LEAST_BYTES_A_SECOND:
+                raise ApiError(408, f"The body comes with less than {LEAST_BYTES_A_SECOND} bytes a second.")
             if message["type"] == "http.disconnect":
                 raise ClientGone
             part: bytes = message.get("body", b"")
@@ -218,8 +223,8 @@ class Request:
         """Nothing where the response has begun."""
         if not self.status:
             headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-            # Clients send 409 and 5xx again unless they are told not to.
-            if error.status == 409 or (error.status >= 500 and not self.repeatable):
+            # Clients send 408, 409 and 5xx again unless they are told not to.
+            if error.status == 409 or (not self.repeatable and (error.status >= 500 or error.status == 408)):
                 headers.append((b"x-should-retry", b"false"))
             if await self._leave_body():
                 await self._answer_and_close(error, headers)
