@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,11 @@ def test_the_configuration_holds_no_text_that_is_read_again(tmp_path):
     text = (tmp_path / "configuration" / "experiment" / "job.yaml").read_text()
     assert text.startswith("# @package _global_\n")
     found = json.loads(text.partition("\n")[2])
-    assert found["trainer"] == {"epochs": 10, "global_batch_size": 1, "seed": 5, "micro_batch_size": 2}
+    assert found["trainer"] == {"epochs": 10, "global_batch_size": 1, "seed": 5, "micro_batch_size": 1}
+    for settings, rows in (({}, 3), ({"micro_batch_size": 2}, 2), ({"micro_batch_size": "auto"}, "auto")):
+        three = replace(plan, hyperparameters={**plan.hyperparameters, "batch_size": 3})
+        made = configuration.experiment(three, Preset("tiny", "base", settings={"trainer": settings}), folder)
+        assert made["trainer"]["micro_batch_size"] == rows
     assert (found["task"], found["optimizer"]["lr"]) == ({"loss": "dpo", "beta": 0.1}, 2e-5)
     assert configuration.arguments(folder) == ["--config-dir", str(tmp_path / "configuration"), "experiment=job"]
     with pytest.raises(AssertionError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.config.schema import TrainerConfig
 from dstune.core import files
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.hyperparameters import Value
@@ -88,7 +89,12 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     groups = {"task": TASK_OF[plan.method], "method": str(preset.adaptation["name"]), "launch": preset.pool}
     defaults: list[Any] = [{f"override /{group}": choice} for group, choice in groups.items()]
     defaults += [{"override /data": "files"}, "_self_"]
-    return {"defaults": defaults, **_merged(own, preset.settings)}
+    merged = _merged(own, preset.settings)
+    trainer = merged["trainer"]
+    rows = trainer.get("micro_batch_size", TrainerConfig().micro_batch_size)
+    if isinstance(rows, int):  # a micro-batch has no more rows than the batch that the client chose
+        trainer["micro_batch_size"] = min(rows, int(given["batch_size"]))
+    return {"defaults": defaults, **merged}
 
 
 def _tracking(plan: Plan) -> dict[str, Any]:
