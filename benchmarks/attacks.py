@@ -231,6 +231,24 @@ ATTACKS = (
         "runs_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names",
     ),
     Attack(
+        "a file, upload or part of another tenant, by its id",
+        "the fine-tuning API",
+        "every query asks for the caller's project",
+        "finetuning_api.test_group_7_one_tenant_sees_nothing_of_another",
+    ),
+    Attack(
+        "a gigabyte from a client without a key",
+        "the fine-tuning API",
+        "refused before it is read, and cut off",
+        "finetuning_api.test_group_7_a_gigabyte_without_a_key_is_not_read",
+    ),
+    Attack(
+        "a webhook's name stands for an address of the server's network",
+        "the fine-tuning API",
+        "addresses are looked at at every connection",
+        "finetuning_api.test_a_name_that_stands_for_a_private_address_is_refused_at_the_connection",
+    ),
+    Attack(
         "origins of values are names of attributes",
         "`run.yaml`",
         "keys alone are looked up",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 
 import openai
@@ -14,7 +13,7 @@ from dstune.core.errors import DstuneError
 from dstune.serve import keys_command
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import deliveries as deliveries_module
-from dstune.serve.finetuning.addresses import PublicResolver, checked_url, is_public
+from dstune.serve.finetuning.addresses import checked_url, is_public
 from dstune.serve.finetuning.batches.lines import Answers
 from dstune.serve.finetuning.jobs.build import Parts
 from dstune.serve.finetuning.jobs.folder import JobFolder, write
@@ -95,24 +94,6 @@ def test_addresses_of_the_internet_and_of_the_operator():
         "a": False,
     }
     assert {address: is_public(address) for address in public} == public
-
-
-def test_a_name_that_stands_for_a_private_address_is_refused_at_the_connection(monkeypatch):
-    answers = {"good.example": "1.1.1.1", "rebound.example": "127.0.0.1", "2130706433": "127.0.0.1"}
-
-    async def resolved(self, host, port, **options):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers[host], port))]
-
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
-
-    async def test():
-        resolver = PublicResolver()
-        assert (await resolver.resolve("good.example", 443))[0]["host"] == "1.1.1.1"
-        for host in ("rebound.example", "2130706433"):
-            with pytest.raises(OSError, match="not public"):
-                await resolver.resolve(host, 443)
-
-    asyncio.run(test())
 
 
 def test_webhooks_as_the_client_verifies_them(tmp_path, monkeypatch):
