@@ -32,7 +32,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "manage.test_cancel_leaves_processes_alone_that_are_no_launch": undo(
         "launch/records.py",
-        "return process if alive and _holds(process, run_dir / LOCK) else None",
+        "return process if alive and any(_holds(process, lock) for lock in locks if lock.exists()) else None",
         "return process if alive else None",
     ),
     "manage.test_a_record_that_is_none_counts_for_nothing": undo(
