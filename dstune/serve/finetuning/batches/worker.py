@@ -188,8 +188,13 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 async def _until(watch: Work, workers: list[Work]) -> None:
     """Run all workers until they are done, or until `watch` ends; what they are at is dropped then."""
-    watching = asyncio.create_task(watch())
-    working = asyncio.gather(*(worker() for worker in workers))
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            for worker in workers:
+                group.create_task(worker())
+
+    watching, working = asyncio.create_task(watch()), asyncio.create_task(work())
     try:
         await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():

@@ -135,8 +135,8 @@ def render(template: str, sample: Sample) -> str:
 
 def _check_common(grader: Mapping[str, Any], at: str, keys: tuple[str, ...]) -> None:
     if unknown := sorted(set(grader) - {"type", "name", *keys}):
-        name = f"{at}.{unknown[0][:60]}"
-        raise ApiError(400, f"Unknown field: {name!r}.", param=name, code="unknown_parameter")
+        place = f"{at}.{unknown[0][:60]}"
+        raise ApiError(400, f"Unknown field: {place!r}.", param=place, code="unknown_parameter")
     name = grader.get("name")
     if not isinstance(name, str) or not 0 < len(name) <= 256:
         raise _wrong(f"{at}.name", "must be a text of 1 to 256 characters")
