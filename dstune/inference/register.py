@@ -7,7 +7,6 @@ has loaded from the registry with the logits of the export; where it pointed bef
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -64,6 +63,7 @@ def client_for(name: str, config: RunConfig | None) -> Any:
     if find_spec("mlflow") is None:
         raise UserError(Problem(KEY, "the package mlflow is not installed", "pip install 'dstune[mlflow]'", name))
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     own = None if config is None else config.tracking.mlflow.uri
     if not tracking and own:
@@ -152,6 +152,8 @@ def _tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
 
 def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, str]) -> str:
     """Upload the export as a model of ours, and register it. Returns its version."""
+    import warnings
+
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
@@ -159,16 +161,17 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
     code = Path(__file__).with_name("registered_model.py")
     signature = ModelSignature(inputs=Schema([ColSpec("string", "text")]), outputs=Schema([ColSpec("string")]))
     mlflow.set_experiment("dstune")
-    with mlflow.start_run(run_name=name) as run:
+    with mlflow.start_run(run_name=name) as run, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice on type hints and examples
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(code),
             artifacts={"export": str(export)},
             signature=signature,
+            # Not as `input_example`: MLflow would load the model here to try it.
+            metadata={"input_example": {"columns": ["text"], "data": [["An example."]]}, **tags},
             pip_requirements=["mlflow", *_requirements()],
         )
-        example = json.dumps({"dataframe_split": {"columns": ["text"], "data": [["An example."]]}})
-        mlflow.log_text(example, "input_example.json")
         mlflow.set_tags(dict(tags))
         run_id = run.info.run_id
     try:

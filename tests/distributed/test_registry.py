@@ -54,6 +54,10 @@ def client(place: Commands):
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def aliases(place: Commands) -> dict[str, str]:
+    return {name: str(number) for name, number in client(place).get_registered_model("film").aliases.items()}
+
+
 def register(place: Commands, *words: str) -> dict:
     done = place.run("export", *words, "--json", "--no-reference", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -110,12 +114,11 @@ def test_promotion_rollback_and_a_promotion_that_fails(place):
     register(place, "full", "--register", "models:/film@champion")
     other = register(place, "full", "--checkpoint", "1", "--out", "step-1", "--register", "models:/film@champion")
     assert (other["version"], other["before"]) == ("2", "1")
-    aliases = dict(client(place).get_registered_model("film").aliases)
-    assert aliases == {"champion": "2", "champion-previous": "1"}
+    assert aliases(place) == {"champion": "2", "champion-previous": "1"}
     back = place.run("export", "models:/film@champion", "--rollback", "--json")
     assert back.returncode == 0, back.stderr
     assert json.loads(back.stdout)["version"] == "1"
-    assert dict(client(place).get_registered_model("film").aliases) == {"champion": "1", "champion-previous": "2"}
+    assert aliases(place) == {"champion": "1", "champion-previous": "2"}
 
     # What is in the registry is not what was exported: its weights are those of another step.
     version = client(place).get_model_version("film", "2")
@@ -128,7 +131,7 @@ def test_promotion_rollback_and_a_promotion_that_fails(place):
     failed = place.run("export", "full", "--checkpoint", "1", "--out", "step-1b", "--register", "models:/film@champion")
     assert failed.returncode == 1, failed.stdout + failed.stderr
     assert "answers otherwise than the export" in failed.stderr
-    assert dict(client(place).get_registered_model("film").aliases)["champion"] == "1"
+    assert aliases(place)["champion"] == "1"
     wrong = place.run("export", "full", "--register", "film")
     assert wrong.returncode == 2
     assert "no place in a model registry" in wrong.stderr

@@ -343,3 +343,38 @@ def test_credentials_of_the_catalog_in_the_readers_terms(catalog):
     answers["/api/2.1/unity-catalog/temporary-table-credentials"] = (200, {"expiration_time": 1})
     with pytest.raises(UserError, match="no credentials that are known"):
         uc.locate(parse("uc://main.reviews.films", "data.train"), "data.train", "READ")
+
+
+def test_a_run_that_goes_on_keeps_its_version_and_mistakes_leave_nothing(table, tmp_path, monkeypatch):
+    """What the launching process does, without ranks."""
+    import os
+
+    from support.tiny import save_decoder
+
+    from dstune.checkpoint import store
+    from dstune.config.flags import Flags
+    from dstune.launch import train
+    from dstune.launch.console import Console
+
+    monkeypatch.chdir(tmp_path)
+    save_decoder(tmp_path / "model")
+    words = ["model.path=model", "task=causal_lm", "data.packing=false", "run.dir=run", "data.max_length=32"]
+
+    def prepared(*more: str) -> str:
+        found = train.prepare(train.Command(None, Flags([*words, *more]), False), Console())
+        os.close(found.lock)
+        return str(found.config.data.train)
+
+    first = prepared("data.train=delta://table")
+    identity = deltalake.DeltaTable(table).metadata().id
+    assert first == f"delta://{table}@2#{identity}"
+    assert first in (tmp_path / "run" / "run.yaml").read_text()
+    folder = tmp_path / "run" / "checkpoints" / f"{store.tag(3)}.incomplete"
+    folder.mkdir(parents=True)
+    store.commit(folder, {"step": 3})
+    deltalake.write_deltalake(table, pa.table({"text": ["x"], "label": ["a"], "n": [99]}), mode="append")
+    assert prepared("data.train=delta://table") == first
+    for spec in ("delta://table@99", "delta://none", "delta://table?where=nope = 1"):
+        with pytest.raises(UserError, match=r"data\.train"):
+            prepared(f'data.train="{spec}"', "run.dir=other")
+        assert not (tmp_path / "other").exists()
