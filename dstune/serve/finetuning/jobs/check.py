@@ -54,9 +54,9 @@ def _rows(session: Session, jobs: list[Job], *, at_rest: bool) -> Iterator[str]:
         taken.update(job.taken)
     yield from (f"device {device} is given to {count} jobs" for device, count in taken.items() if count > 1)
     made = Counter(session.scalars(select(Creation.object).where(Creation.route == "fine_tuning.jobs")))
-    yield from (f"{job}: was created {count} times" for job, count in made.items() if count > 1)
+    yield from (f"{name}: was created {count} times" for name, count in made.items() if count > 1)
     known = {job.id for job in jobs}
-    yield from (f"{job}: was answered to a client, and is not there" for job in made if job not in known)
+    yield from (f"{name}: was answered to a client, and is not there" for name in made if name not in known)
 
 
 def _events(session: Session, jobs: list[Job]) -> Iterator[str]:
@@ -68,9 +68,9 @@ def _events(session: Session, jobs: list[Job]) -> Iterator[str]:
             yield f"{job.id}: succeeded with {count} steps told, the newest {newest} of {job.total_steps}"
     ends = ("The job has successfully completed", "Fine-tuning job started")
     query_texts = select(JobEvent.job, JobEvent.message, func.count()).where(JobEvent.message.in_(ends))
-    for job, message, count in session.execute(query_texts.group_by(JobEvent.job, JobEvent.message)):
+    for name, message, count in session.execute(query_texts.group_by(JobEvent.job, JobEvent.message)):
         if count > 1:
-            yield f"{job}: {message!r} is told {count} times"
+            yield f"{name}: {message!r} is told {count} times"
 
 
 def _models(session: Session, jobs: list[Job], folder: Path) -> Iterator[str]:

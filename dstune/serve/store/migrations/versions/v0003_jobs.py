@@ -24,9 +24,9 @@ def _project() -> sa.Column:
     return sa.Column("project", sa.String(64), sa.ForeignKey("projects.id"), nullable=False)
 
 
-def _job(**given: object) -> sa.Column:
+def _job(*, is_key: bool = False) -> sa.Column:
     key = sa.ForeignKey("finetuning_jobs.id", ondelete="CASCADE")
-    return sa.Column("job", sa.String(64), key, nullable=False, **given)
+    return sa.Column("job", sa.String(64), key, nullable=False, primary_key=is_key)
 
 
 def upgrade() -> None:
@@ -80,7 +80,7 @@ def upgrade() -> None:
     op.create_index("finetuning_jobs_active", "finetuning_jobs", ["active"])
     op.create_table(
         "finetuning_metadata",
-        _job(primary_key=True),
+        _job(is_key=True),
         sa.Column("name", sa.String(64), primary_key=True),
         sa.Column("value", sa.String(512), nullable=False),
     )
