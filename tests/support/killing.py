@@ -137,7 +137,9 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     for thread in threads:
         thread.start()
     for _ in range(kills):
-        time.sleep(draw.uniform(0.05, 0.6))
+        if draw.random() < 0.8:
+            _answers(port)  # else it may be killed while it starts
+        time.sleep(draw.uniform(0.0, 0.8))
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
         server.join()
@@ -155,6 +157,18 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     _judge(report, database, folder)
     database.close()
     return report
+
+
+def _answers(port: int, seconds: float = 60.0) -> None:
+    """Returns when the server listens."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _load(report: Report, over: threading.Event, url: str, key: str, number: int, seed: int) -> None:
