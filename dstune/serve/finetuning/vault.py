@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from cryptography.fernet import Fernet, InvalidToken
@@ -21,13 +23,15 @@ class Vault:
 
     def __init__(self, folder: Path):
         path = folder / FILE
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except FileExistsError:
-            pass
-        else:
-            with os.fdopen(descriptor, "wb") as file:
+        if not path.exists():
+            made = folder / f"{FILE}-{secrets.token_hex(8)}"
+            with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(Fernet.generate_key())
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # of another process that started at the same moment
+                os.link(made, path)
+            made.unlink()
         self._fernet = Fernet(path.read_bytes())
 
     def seal(self, text: str) -> str:
