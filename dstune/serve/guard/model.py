@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ class GuardModel:
     stride: int
     several_labels: bool = False
     """Whether each label has a probability of its own."""
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """A tokenizer keeps how it cuts: two threads cannot use it at once."""
 
     @staticmethod
     def load(
@@ -82,6 +85,10 @@ class GuardModel:
         if name not in predictor.labels:
             reason = f"has no label {name!r}; its labels are {', '.join(predictor.labels) or 'none'}"
             raise UserError(Problem("guard.model", reason, value=str(folder)))
+        longest = getattr(predictor.model.config, "max_position_embeddings", None) or window
+        if window > longest:
+            reason = f"windows of {window} tokens are longer than the {longest} that the model takes"
+            raise UserError(Problem("guard.model", reason, "calibrate it with --window-tokens", str(folder)))
         # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
         predictor.tokenizer.model_max_length = int(1e9)
         several = predictor.model.config.problem_type == "multi_label_classification"
@@ -95,23 +102,26 @@ class GuardModel:
         """
         tokenizer: Any = self.predictor.tokenizer
         content = self.window_tokens - tokenizer.num_special_tokens_to_add(pair=False)
-        found = tokenizer(
-            text,
-            truncation=True,
-            max_length=self.window_tokens,
-            stride=max(content - self.stride, 0),
-            return_overflowing_tokens=True,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        with self._tokenizing:
+            found = tokenizer(
+                text,
+                truncation=True,
+                max_length=self.window_tokens,
+                stride=max(content - self.stride, 0),
+                return_overflowing_tokens=True,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
         special = self.window_tokens - content
         return [ids for ids in found if len(ids) > special]
 
     def tail(self, text: str, tokens: int) -> str:
         """The end of `text` that is so many tokens."""
         text = text[-40 * tokens :]
-        places = self.predictor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        tokenizer = self.predictor.tokenizer
+        with self._tokenizing:
+            places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text[places[-tokens][0] :] if len(places) > tokens else text
 
     def score_windows(self, windows: Sequence[Window]) -> list[float]:

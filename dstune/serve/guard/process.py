@@ -29,6 +29,8 @@ from dstune.serve.server import run
 log = logging.getLogger("dstune.serve.guard")
 
 MOST_BYTES = 64 << 20
+SEARCHES = 4
+"""Texts that are searched side by side: 200,000 characters of numbers take seconds, and others need not wait for them."""
 
 
 @dataclass
@@ -95,7 +97,7 @@ class GuardApp:
     def __init__(self, scanner: Scanner):
         self.scanner = scanner
         self._compute = Compute(scanner.models)
-        self._search = ThreadPoolExecutor(1, "search")
+        self._search = ThreadPoolExecutor(SEARCHES, "search")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,0 +1,91 @@
+"""Windows of several texts share the model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from dstune.serve.guard.model import BATCH
+from dstune.serve.guard.process import Compute
+
+
+class Recording:
+    """A model that notes what it is given together, and starts when it may."""
+
+    def __init__(self):
+        self.batches: list[list[int]] = []
+        self.may = threading.Event()
+
+    def score_windows(self, windows):
+        self.may.wait(10)
+        self.batches.append([window[0] for window in windows])
+        if any(window[0] < 0 for window in windows):
+            raise ValueError("no such token")
+        return [window[0] / 1000 for window in windows]
+
+
+def test_a_long_text_does_not_hold_up_a_short_one():
+    model = Recording()
+
+    async def run():
+        compute = Compute({"prompt_attack": model})
+        done: list[str] = []
+
+        async def score(name, windows):
+            scores = await compute.scores("prompt_attack", windows)
+            done.append(name)
+            return scores
+
+        tasks = [asyncio.create_task(score("long", [[number] for number in range(400)]))]
+        await asyncio.sleep(0.05)
+        tasks += [asyncio.create_task(score(f"short {number}", [[500 + number]])) for number in range(3)]
+        await asyncio.sleep(0.05)
+        model.may.set()
+        found = await asyncio.gather(*tasks)
+        assert await compute.scores("prompt_attack", []) == []
+        return done, found
+
+    done, found = asyncio.run(run())
+    assert done[-1] == "long" and set(done[:3]) == {"short 0", "short 1", "short 2"}
+    assert found[0] == [number / 1000 for number in range(400)] and found[2] == [0.501]
+    assert all(len(batch) <= BATCH for batch in model.batches) and len(model.batches) < 400 / BATCH + 3
+    assert sum(map(len, model.batches)) == 403
+
+
+def test_a_text_that_nobody_waits_for_is_dropped_and_a_fault_is_one_texts():
+    model = Recording()
+
+    async def run():
+        compute = Compute({"prompt_attack": model})
+        first = asyncio.create_task(compute.scores("prompt_attack", [[1]] * BATCH))
+        await asyncio.sleep(0.05)
+        left = asyncio.create_task(compute.scores("prompt_attack", [[2]] * 1000))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        model.may.set()
+        assert await first == [0.001] * BATCH
+        with pytest.raises(RuntimeError, match="no such token"):
+            await compute.scores("prompt_attack", [[-1]])
+        assert await compute.scores("prompt_attack", [[3]]) == [0.003]
+
+    asyncio.run(run())
+    assert sum(batch.count(2) for batch in model.batches) == 0
+
+
+def test_models_take_turns():
+    models = {name: Recording() for name in ("prompt_attack", "moderated_content/hate")}
+    for model in models.values():
+        model.may.set()
+
+    async def run():
+        compute = Compute(models)
+        windows = [[number] for number in range(100)]
+        began = time.monotonic()
+        await asyncio.gather(*(compute.scores(name, windows) for name in models for _ in range(3)))
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 10
+    assert {sum(map(len, model.batches)) for model in models.values()} == {300}
