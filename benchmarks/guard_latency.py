@@ -3,6 +3,7 @@
     python benchmarks/guard_latency.py input [--model EXPORT] [--requests 60]      time that a request takes longer, by length
     python benchmarks/guard_latency.py stream [--model EXPORT] [--streams 10]      first text and end of a streamed answer
     python benchmarks/guard_latency.py conversations [--model EXPORT] [--rows 2000]  packaged conversations that a policy stops
+    python benchmarks/guard_latency.py rules                                       what the rules find without a model
 
 Gateway, stub engine and client share a process, the guard has its own, as in `dstune serve`; with and without the guard alternate
 in one run. Without --model an encoder of the size of MiniLM with random weights stands in: what it finds means nothing, what it
@@ -197,9 +198,40 @@ def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
     print(json.dumps(figures | {"prompt_attack": "ran" if scanner.models else "did not run: no model"}))
 
 
+def measure_rules() -> None:
+    """On the packaged attacks' test and calibration (docs/guard-model.md): the rules were written without them."""
+    from dstune import samples
+    from dstune.serve.guard.rules import matching
+    from dstune.serve.guard.variants import variants
+
+    count, found, names = Counter(), Counter(), Counter()
+    for split in ("test", "calibration"):
+        with samples.resolve(f"sample://attacks:{split}").open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                readings = variants(row["text"])
+                tool = row["direction"] == "tool_result"
+                rules = {rule.name for one in readings for rule in matching(one.text, tool_result=tool)}
+                kind = (row["label"], row.get("suite", split))
+                count[kind] += 1
+                found[kind] += bool(rules)
+                names.update(rules if row["label"] == "benign" else ())
+    for kind in sorted(count):
+        print(
+            json.dumps(
+                {
+                    "label": kind[0],
+                    "suite": kind[1],
+                    "rows": count[kind],
+                    "found": f"{100 * found[kind] / count[kind]:.1f}%",
+                }
+            )
+        )
+    print(json.dumps({"false alarms": dict(names.most_common())}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("input", "stream", "conversations"))
+    parser.add_argument("what", choices=("input", "stream", "conversations", "rules"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--policy", default="default")
     parser.add_argument("--requests", type=int, default=60)
@@ -208,6 +240,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "conversations":
         measure_conversations(arguments.policy, arguments.model, arguments.rows)
+        return
+    if arguments.what == "rules":
+        measure_rules()
         return
     with tempfile.TemporaryDirectory() as name:
         model = arguments.model or stand_in(Path(name) / "export")

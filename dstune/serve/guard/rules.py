@@ -1,4 +1,4 @@
-"""Some thirty patterns of attacks that need no model. Each takes time linear in the text: gaps are bounded, nothing nests.
+"""Thirty patterns of attacks that need no model. Each takes time linear in the text: gaps are bounded, nothing nests.
 
 They find the plain wordings and nothing else; what they cost in false alarms is measured (docs/guard.md).
 """
@@ -191,16 +191,6 @@ RULES: tuple[Rule, ...] = (
         r"\b(?:send|forward|post|upload|exfiltrate|transmit|e-?mail)\b[^.!?\n]{0,40}?"
         r"\b(?:passwords?|secrets?|credentials?|api keys?|tokens?|conversation|history|files?|contents?|data|codes?)\b"
         r"[^.!?\n]{0,40}?(?:https?://|[\w.]{1,40}@[\w.]{2,40})",
-        tool_result_only=True,
-    ),
-    _rule(
-        "run_command",
-        r"\b(?:execute|run|eval(?:uate)?) (?:the following|this|these) (?:shell |bash |python )?(?:commands?|code|script)\b",
-        tool_result_only=True,
-    ),
-    _rule(
-        "pipe_to_shell",
-        r"\b(?:curl|wget)\b[^\n|]{1,200}\| ?(?:sudo )?(?:ba|z)?sh\b|\brm -rf [/~]",
         tool_result_only=True,
     ),
 )
