@@ -85,13 +85,14 @@ class GuardModel:
         if name not in predictor.labels:
             reason = f"has no label {name!r}; its labels are {', '.join(predictor.labels) or 'none'}"
             raise UserError(Problem("guard.model", reason, value=str(folder)))
-        longest = getattr(predictor.model.config, "max_position_embeddings", None) or window
+        own: Any = predictor.model.config
+        longest = getattr(own, "max_position_embeddings", None) or window
         if window > longest:
             reason = f"windows of {window} tokens are longer than the {longest} that the model takes"
             raise UserError(Problem("guard.model", reason, "calibrate it with --window-tokens", str(folder)))
         # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
         predictor.tokenizer.model_max_length = int(1e9)
-        several = predictor.model.config.problem_type == "multi_label_classification"
+        several = own.problem_type == "multi_label_classification"
         index = predictor.labels.index(name)
         return GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, several)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,14 +247,14 @@ class _Reader:
 
     def _limits(self, value: Any, key: str) -> Limits:
         given = self._object(value, key, ("characters", "windows", "seconds"))
-        found = Limits()
+        found: dict[str, Any] = asdict(Limits())
         for name, most in (("characters", 8_000_000), ("windows", 100_000), ("seconds", 600)):
-            number = given.get(name, getattr(found, name))
+            number = given.get(name, found[name])
             if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number <= most:
                 self._wrong(f"{key}.{name}", f"must be a number above 0 and at most {most}", value=number)
             elif name in given:
-                found = replace(found, **{name: float(number) if name == "seconds" else int(number)})
-        return found
+                found[name] = float(number) if name == "seconds" else int(number)
+        return Limits(**found)
 
     def _watches(self, value: Any, key: str) -> Iterator[Watch]:
         if not isinstance(value, list):

@@ -154,7 +154,7 @@ class HeldBack:
 
     def _stop(self, number: int) -> dict[str, Any]:
         envelope = {key: value for key, value in self._last.items() if key not in ("choices", "usage")}
-        kind = {"text": ""} if self._last.get("object") == "text_completion" else {"delta": {}}
+        kind: dict[str, Any] = {"text": ""} if self._last.get("object") == "text_completion" else {"delta": {}}
         return envelope | {"choices": [{"index": number, **kind, "finish_reason": "content_filter"}]}
 
     async def _event(self, line: bytes) -> AsyncIterator[bytes]:

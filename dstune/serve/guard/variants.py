@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import html
 import re
 import unicodedata
@@ -286,7 +285,9 @@ def _split_words(text: str) -> str:
     return " ".join([*words, loose] if loose else words)
 
 
-_ROT13 = codecs.getencoder("rot13")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_TURNED = _LETTERS[13:] + _LETTERS[:13]
+_ROT13 = str.maketrans(_LETTERS + _LETTERS.upper(), _TURNED + _TURNED.upper())
 
 
 def _by_segment(name: str, text: str, change: Callable[[str], str]) -> Iterator[Variant]:
@@ -321,7 +322,7 @@ _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
     _escaped,
     _binary,
     _spaced,
-    lambda text: _by_segment("rot13", text, lambda part: _ROT13(part)[0]),
+    lambda text: _by_segment("rot13", text, lambda part: part.translate(_ROT13)),
     lambda text: _by_segment("reversed", text, lambda part: part[::-1]),
     lambda text: _by_segment("leet", text, _unleet),
 )
