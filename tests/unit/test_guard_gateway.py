@@ -265,34 +265,49 @@ def test_blocking_needs_a_calibrated_model(tmp_path, model):
     run(test, tmp_path, {"input": [ATTACKS | {"action": "flag"}]}, {"prompt_attack": bare})
 
 
-def test_the_guards_process_is_started_watched_and_fails_closed(tmp_path, model):
-    """A real process, killed while it is needed."""
-    low, high = words()
+async def watched(found, guarding, allowed: list[str], stopped: list[str]) -> None:
+    """Ask through a process, kill it, and ask again once it is back."""
+    client = found.client()
+    bodies = [chat(text) for text in (*allowed, *stopped)]
+    expected = [200] * len(allowed) + [400] * len(stopped)
+    answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+    assert [answer.status_code for answer in answers] == expected
+    os.kill(guarding.engine.process.pid, signal.SIGKILL)
+    codes = {(await client.post("/v1/chat/completions", json=chat(allowed[0]))).status_code for _ in range(3)}
+    assert codes == {503}
+    assert (await client.get("/readyz")).status_code == 503
+    while not (guarding.up and guarding.engine.starts > 1):
+        await asyncio.sleep(0.1)
+    again = [(await client.post("/v1/chat/completions", json=body)).status_code for body in bodies]
+    assert again == expected
 
+
+def in_a_process(tmp_path, policy, allowed, stopped, **more):
     async def main():
         async with served(tmp_path) as found:
-            policies = read(write_policies(tmp_path, {"input": [ATTACKS, RULES]}, models={"prompt_attack": str(model)}))
+            policies = read(write_policies(tmp_path, policy, **more))
             short = Path(tempfile.mkdtemp(prefix="dstune-test-"))
-            guarding = Guarding(policies, tmp_path, short, EngineLimits(start_seconds=120, drain_seconds=2))
+            guarding = Guarding(policies, tmp_path, short, EngineLimits(start_seconds=600, drain_seconds=2))
             await guarding.start()
             try:
                 guard_gateway(found.gateway, guarding, tmp_path, 30.0)
-                client = found.client()
-                bodies = [chat(low), chat(high), chat(ATTACK), chat(" ".join([low] * 100))]
-                answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
-                assert [answer.status_code for answer in answers] == [200, 400, 400, 200]
-                os.kill(guarding.engine.process.pid, signal.SIGKILL)
-                codes = {(await client.post("/v1/chat/completions", json=chat(low))).status_code for _ in range(3)}
-                assert codes == {503}
-                assert (await client.get("/readyz")).status_code == 503
-                for _ in range(1800):
-                    if guarding.up and guarding.engine.starts == 2:
-                        break
-                    await asyncio.sleep(0.1)
-                assert (await client.post("/v1/chat/completions", json=chat(low))).status_code == 200
-                assert (await client.post("/v1/chat/completions", json=chat(high))).status_code == 400
+                await watched(found, guarding, allowed, stopped)
             finally:
                 await guarding.stop()
                 shutil.rmtree(short)
 
     asyncio.run(main())
+
+
+def test_the_guards_process_is_started_watched_and_fails_closed(tmp_path):
+    policy = {
+        "input": [RULES, {"detector": "secrets", "action": "block"}, {"detector": "unknown_links", "action": "block"}]
+    }
+    in_a_process(tmp_path, policy, ["w1 w2"], [ATTACK, f"key {KEY}", "see https://evil.example/x"])
+
+
+@pytest.mark.ci
+def test_a_model_runs_in_the_guards_process(tmp_path, model):
+    low, high = words()
+    policy = {"input": [ATTACKS, RULES]}
+    in_a_process(tmp_path, policy, [low, " ".join([low] * 100)], [high, ATTACK], models={"prompt_attack": str(model)})
