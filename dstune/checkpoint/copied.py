@@ -148,14 +148,14 @@ def fetch(place: Path, work: Path) -> None:
         if (place / name).exists() or is_whole((place / name).with_name(f".{Path(name).name}{SPARE}")):
             read_back(place / name, work / name)
     for run in runs_in(place):
-        kept = {store.newest(run), store.resumable(run), store.best(run)} - {None}
+        found = (store.newest(run), store.resumable(run), store.best(run))
+        kept = {checkpoint for checkpoint in found if checkpoint is not None}
         for path in store.folder(run).glob(f"step-*{store.INCOMPLETE}"):
             final = path.with_name(path.name.removesuffix(store.INCOMPLETE))
             if store.is_committed(path) and not store.is_committed(final):
                 kept.add(path)
         here = work / run.relative_to(place)
         for path in kept:
-            assert path is not None
             for file in path.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     copy(file, store.folder(here) / path.name / file.relative_to(path))

@@ -163,7 +163,8 @@ def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
         fetch_sample(f"data.{part}", samples.without_slice(given)[0], "data", stage)
         return data
     if (source := sources.data_source_of(given)) is not None:
-        data = replace(data, **{part: source.resolve(given, f"data.{part}", stage)})
+        pinned: dict[str, Any] = {part: source.resolve(given, f"data.{part}", stage)}
+        data = replace(data, **pinned)
     return hub_data.resolve(data, stage) if hub_name(given) else replace(data, subset=None, revision=None)
 
 

@@ -89,7 +89,7 @@ def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
     except Exception as error:  # of Java, py4j or pyspark
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            Problem("launch.master", f"Spark does not start: {first}", "look at its log above", launch.master)
+            Problem("launch.master", f"Spark does not start: {first}", "look at its log above", str(launch.master))
         ) from None
     try:
         yield session

@@ -6,6 +6,7 @@ aiohttp costs a quarter of httpx's CPU time per request here (benchmarks/serving
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -25,7 +26,7 @@ class Upstream:
 
     def __init__(self, url: str, socket: str | None = None, headers: Mapping[str, str] | None = None):
         """url: without a path's last `/`. socket: a Unix socket that it listens on."""
-        own = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
+        own: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
         connector = aiohttp.UnixConnector(socket, **own) if socket else aiohttp.TCPConnector(**own)
         # Bytes are passed on as they come, so none may be compressed.
         given = {"accept-encoding": "identity", **(headers or {})}

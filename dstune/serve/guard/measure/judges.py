@@ -157,7 +157,7 @@ def _policy(policies: Policies, name: str | None, file: str) -> Policy:
     known = policies.policies
     if name is None and len(known) == 1:
         return next(iter(known.values()))
-    if name not in known:
+    if name is None or name not in known:
         reason = "names no policy of the file" if name else "the file has several policies"
         raise UserError(Problem("--policy", reason, f"--policy with one of {', '.join(known)}", name or file))
     return known[name]
