@@ -232,13 +232,13 @@ def test_a_job_outlives_its_server_and_its_ranks(base, tmp_path):
     draw = random.Random(1)
     with Server(tmp_path, presets(base)) as server:
         client = server.client(max_retries=5)
-        data = uploaded(client, chat_rows(tmp_path / "rows.jsonl", 12))
-        given = {"model": "tiny", "training_file": data, "seed": 5, "method": supervised(n_epochs=10, batch_size=1)}
+        data = uploaded(client, chat_rows(tmp_path / "rows.jsonl", 30))
+        given = {"model": "tiny", "training_file": data, "seed": 5, "method": supervised(n_epochs=50, batch_size=1)}
         undisturbed = client.fine_tuning.jobs.create(**given)
         wait_for(client, undisturbed.id, "succeeded")
         job = client.fine_tuning.jobs.create(**given)
         for number in range(5):
-            at_step(client, server, job.id, 15 * number + 3)
+            at_step(client, server, job.id, 200 * number + 3)
             time.sleep(draw.random())
             server.kill()
             alive = job_processes(server.job_folder(job.id))
@@ -250,7 +250,7 @@ def test_a_job_outlives_its_server_and_its_ranks(base, tmp_path):
         wait_for(client, job.id, "succeeded")
         assert weights(server, job.id) == weights(server, undisturbed.id)
         told = [event.data["step"] for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.data]
-        assert told == list(range(120, 0, -1))
+        assert told == list(range(1500, 0, -1))
         server.stop()
         assert check.main([str(server.state), "--at-rest"]) == 0
 

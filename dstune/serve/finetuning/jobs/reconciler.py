@@ -4,7 +4,6 @@ again, the same after a start as later. Whoever is killed between two steps leav
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER
-from dstune.serve.finetuning.jobs import configuration, hyperparameters, metrics
+from dstune.serve.finetuning.jobs import configuration, hyperparameters, lease, metrics
 from dstune.serve.finetuning.jobs.configuration import Plan
 from dstune.serve.finetuning.jobs.folder import JOB_ID, NOW, SAVE, JobFolder, read
 from dstune.serve.finetuning.jobs.launcher import Launcher, ask_orphan, device_environment
@@ -70,7 +69,7 @@ class Reconciler:
         self._store, self._folder, self._presets = store, folder, presets
         self._launcher, self._results, self._machine, self._keys = launcher, results, machine, keys
         self._pause = pause_seconds
-        self._owner = secrets.token_hex(8)
+        self._owner = lease.owner()
         self._readers: dict[str, Reader] = {}
         self._validations: Counter[str] = Counter()
         self._swept = -SWEEP_SECONDS
@@ -79,7 +78,7 @@ class Reconciler:
     def step(self) -> None:
         """One look at everything that is not over."""
         self._launcher.reap()
-        self.leads = self._store.lease(LEASE, self._owner, LEASE_SECONDS)
+        self.leads = lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
         if not self.leads:
             return
         validating = 0
@@ -114,7 +113,7 @@ class Reconciler:
     def leave(self) -> None:
         """Let another process lead at once."""
         if self.leads:
-            self._store.release(LEASE, self._owner)
+            lease.release(self._store.database, LEASE, self._owner)
 
     # -- files
 

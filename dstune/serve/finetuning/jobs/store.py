@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import pages
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.jobs.states import TERMINAL, Change, State, after
-from dstune.serve.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent, JobMetadata, Lease
+from dstune.serve.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent, JobMetadata
 from dstune.serve.store.database import Database
 
 WAITING = (State.VALIDATING, State.QUEUED)
@@ -161,25 +160,6 @@ class JobStore:
         for name, value in of.items():
             query = query.where(getattr(Job, name) == value)
         return int(session.scalar(query) or 0)
-
-    def lease(self, name: str, owner: str, seconds: float) -> bool:
-        """Whether this process has the lease, for so many seconds from now."""
-        now = time.time()
-        with self.database.writing.begin() as session:
-            row = session.get(Lease, name, with_for_update=True)
-            if row is None:
-                session.add(Lease(name=name, owner=owner, until=now + seconds))
-                return True
-            if row.owner != owner and now < row.until:
-                return False
-            row.owner, row.until = owner, now + seconds
-        return True
-
-    def release(self, name: str, owner: str) -> None:
-        with self.database.writing.begin() as session:
-            row = session.get(Lease, name, with_for_update=True)
-            if row is not None and row.owner == owner:
-                row.until = 0.0
 
 
 def note(session: Session, job: Job, message: Message) -> None:
