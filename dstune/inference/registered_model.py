@@ -65,7 +65,8 @@ def load_export(folder):
     with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as stream:
         settings = json.load(stream)
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    config = AutoConfig.from_pretrained(base, revision=revision)
+    at = {"revision": revision} if revision else {}
+    config = AutoConfig.from_pretrained(base, **at)
     labels = []
     record = os.path.join(folder, "dstune.json")
     if os.path.exists(record):
@@ -75,7 +76,7 @@ def load_export(folder):
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
-    model = _whole(base, config, settings.get("task_type"), revision=revision, adapted=True)
+    model = _whole(base, config, settings.get("task_type"), adapted=True, **at)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return tokenizer, PeftModel.from_pretrained(model, folder).eval()
@@ -89,12 +90,12 @@ HEADS |= {
 }
 
 
-def _whole(folder, config, task_type=None, *, revision=None, adapted=False):
+def _whole(folder, config, task_type=None, *, adapted=False, **at):
     import transformers
 
     name = HEADS.get(task_type) or (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, None) or transformers.AutoModel
-    model, found = cls.from_pretrained(folder, config=config, revision=revision, output_loading_info=True)
+    model, found = cls.from_pretrained(folder, config=config, output_loading_info=True, **at)
     missing = sorted(found["missing_keys"])
     if missing and not adapted:
         raise ValueError(f"{folder} has no weights for {', '.join(missing[:3])}")

@@ -54,6 +54,9 @@ class Spark:
         self.given = dict(task.keywords)
         return self
 
+    def repartition(self, parts: int) -> Spark:
+        return self
+
     def collect(self) -> None:
         processes: list[subprocess.Popen] = []
         for _ in range(self.attempts):

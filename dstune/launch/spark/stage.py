@@ -220,7 +220,9 @@ class Stage:
         task = partial(run_task, driver=address[0], port=address[1], token=self._token, run_dir=str(self._run_dir))
         try:
             rows = session.range(0, self.size, 1, self.size)
-            rows.mapInArrow(task, "rank long, code long", barrier=True).collect()
+            ranks = rows.mapInArrow(task, "rank long, code long", barrier=True)
+            # Behind a shuffle: Spark starts a barrier stage again that lost a worker, but never the last stage of a job.
+            ranks.repartition(1).collect()
         except Exception as error:  # of Java, py4j or pyspark
             self._failure = _cause(str(error))
 
