@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
 from dstune.trainer.prefetcher import RankBatch, dropout_seed, prefetched_steps
 from dstune.trainer.state import TrainState
-from dstune.trainer.step_timer import StepTimer
+from dstune.trainer.step_timer import StepTimer, StepTimes
 from dstune.trainer.utilization import Utilization
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine, Update
@@ -75,6 +75,8 @@ class Training:
     """Time that earlier launches of this run took."""
     step_timer: StepTimer = field(default_factory=StepTimer)
     callbacks: CallbackList = field(default_factory=lambda: CallbackList([]))
+    unwritten: UnwrittenRow | None = None
+    """Of the step before, whose update the device may still be computing."""
 
     @property
     def epochs(self) -> float | None:
@@ -129,6 +131,17 @@ class Step:
         return self.loss_sum / self.weight
 
 
+@dataclass(frozen=True)
+class UnwrittenRow:
+    """A row of metrics.jsonl without the times of the step's parts."""
+
+    step: int
+    metrics: dict[str, float | int | str]
+    more: dict[str, float | int | str]
+    """Of callbacks and of the task, behind the times."""
+    times: StepTimes
+
+
 @dataclass
 class Evaluated:
     """See `protocols.callback.Evaluation`."""
@@ -147,6 +160,18 @@ def fit(run: Training) -> Request:
     if request.action & (Action.STOP | LEAVE):
         return request
     run.callbacks.on_train_begin(run)
+    try:
+        request = train(run)
+    except BaseException:
+        with suppress(Exception):  # the device may be what failed
+            write_row(run)
+        raise
+    write_row(run)
+    return request
+
+
+def train(run: Training) -> Request:
+    """The steps that are left; why they ended."""
     for step in steps(run):
         if step is None:  # rows of a stream are not ready on some rank
             request, _ = synchronize(run, run.callbacks.while_waiting(run))
@@ -221,9 +246,9 @@ def train_step(run: Training, step: Step) -> None:
         )
         run.callbacks.on_micro_batch_end(run, step, position)
         run.step_timer.mark("backward")
-    step.update = run.engine.update()
+    step.update = run.engine.update(sums if run.world.counts else None)
     run.step_timer.mark("update")
-    step.sums = numbers(sums) if run.world.counts else dict.fromkeys(sums, 0.0)
+    step.sums = numbers(sums, step.update.read) if run.world.counts else dict.fromkeys(sums, 0.0)
 
 
 def learning_rate(run: Training, step: Step) -> float:
@@ -269,7 +294,9 @@ def synchronize(
 
 
 def report_step(run: Training, step: Step) -> None:
-    """A row of metrics.jsonl."""
+    """A row of metrics.jsonl. While a device still computes the update, nobody waits for its time: the row is written after the
+    next step, or before whatever comes in between. What callbacks and the loop act on is there at once."""
+    write_row(run)
     if run.log is None:
         return
     metrics: dict[str, float | int | str] = {
@@ -279,12 +306,20 @@ def report_step(run: Training, step: Step) -> None:
         "grad_norm": step.update.grad_norm,
         "tokens": run.state.tokens,
         "step_seconds": step.seconds,
-        **run.step_timer.parts(),
-        **run.callbacks.metrics(run, step),
-        **task_of(run.config.task).measure_step(Totals.of(step.sums)),
     }
-    run.log.log(step.number, metrics)
-    run.log.progress(step.number, run.total_steps, metrics)
+    more = {**run.callbacks.metrics(run, step), **task_of(run.config.task).measure_step(Totals.of(step.sums))}
+    run.unwritten = UnwrittenRow(step.number, metrics, more, run.step_timer.times())
+    if run.unwritten.times.known:
+        write_row(run)
+
+
+def write_row(run: Training) -> None:
+    """The row that waits for the times of its step, if there is one."""
+    row, run.unwritten = run.unwritten, None
+    if row is not None and run.log is not None:
+        metrics = row.metrics | row.times.parts() | row.more
+        run.log.log(row.step, metrics)
+        run.log.progress(row.step, run.total_steps, metrics)
 
 
 def rewind_if_requested(run: Training, request: Request) -> Request:
@@ -297,6 +332,7 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
     """
     if not request.action & Action.REWIND:
         return request
+    write_row(run)
     if run.config.trainer.spike.action is not SpikeAction.rollback:  # the data would end before the last step
         reason = "a callback asks to go back to a checkpoint, for which nothing is prepared"
         raise UserError(Problem("trainer.callbacks", reason, "trainer.spike.action=rollback"))
@@ -339,6 +375,7 @@ def evaluate(run: Training) -> Request:
     validation, state = run.data.validation, run.state
     if validation is None:
         return CONTINUE
+    write_row(run)
     began = time.perf_counter()
 
     def progress(done: int, batches: int) -> None:
@@ -376,6 +413,7 @@ def save_if_requested(run: Training, request: Request) -> Request:
 
 def save(run: Training, *, now: bool, whole: bool = False) -> bool:
     """See `checkpoint.saves.Saves.save`."""
+    write_row(run)  # a run that goes on from here writes no row of this step
     run.state.callbacks |= run.callbacks.state_dict()
     with run.around("saving"):
         saved = run.saves.save(run.state, now=now, whole=whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from dstune.zero import accelerator
@@ -10,6 +11,30 @@ from dstune.zero import accelerator
 PARTS = ("forward", "backward", "update")
 """In this order within a step; forward and backward once for each micro-batch. At ZeRO 2 and 3 gradients are reduced inside the
 backward pass, and at ZeRO 3 weights are gathered inside both."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The parts of a step that is over on the host, on a GPU perhaps not yet on the device."""
+
+    waited: float
+    marks: list[tuple[str, Any]]
+    on_gpu: bool
+
+    @property
+    def known(self) -> bool:
+        """Whether nobody has to wait for them."""
+        return not self.on_gpu or not self.marks or bool(self.marks[-1][1].query())
+
+    def parts(self) -> dict[str, float]:
+        """As metrics. What comes before the first forward pass counts as part of it."""
+        found = {"data_seconds": self.waited} | {f"{part}_seconds": 0.0 for part in PARTS}
+        if not self.known:
+            self.marks[-1][1].synchronize()
+        for (_, began), (part, ended) in zip(self.marks, self.marks[1:], strict=False):
+            taken = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
+            found[f"{part}_seconds"] += taken
+        return found
 
 
 class StepTimer:
@@ -42,15 +67,9 @@ class StepTimer:
         """Since `start`."""
         return time.perf_counter() - self._started
 
-    def parts(self) -> dict[str, float]:
-        """Of the step that is over, as metrics. What comes before the first forward pass counts as part of it."""
-        found = {"data_seconds": self._waited} | {f"{part}_seconds": 0.0 for part in PARTS}
-        if self._on_gpu and self._marks:
-            self._marks[-1][1].synchronize()
-        for (_, began), (part, ended) in zip(self._marks, self._marks[1:], strict=False):
-            taken = began.elapsed_time(ended) / 1e3 if self._on_gpu else ended - began
-            found[f"{part}_seconds"] += taken
-        return found
+    def times(self) -> StepTimes:
+        """Of the step that is over."""
+        return StepTimes(self._waited, self._marks, self._on_gpu)
 
     def _moment(self) -> Any:
         if not self._on_gpu:

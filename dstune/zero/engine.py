@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,8 @@ class Update:
     loss_scale: float = 1.0
     vetoed: bool = False
     """Not applied because `accumulate` was told so."""
+    read: Mapping[str, float] = field(default_factory=dict)
+    """Of what `update` was to read, what came with the norm."""
 
 
 class Engine:
@@ -235,34 +237,38 @@ class Engine:
         self._engine.backward(loss_sum * (scale + 0.0 * loss_sum.detach()), scale_wrt_gas=False)
         return loss_sum.detach()
 
-    def update(self) -> Update:
-        """Update the weights; skipped on all ranks where the global gradient is not finite."""
+    def update(self, wanted: Mapping[str, torch.Tensor] | None = None) -> Update:
+        """Update the weights; skipped on all ranks where the global gradient is not finite.
+
+        wanted: scalars on the device to read with the norm, before the update is launched: later the host would wait for it.
+        """
         self._files.wait_for_copies()
         vetoed, self._vetoed = self._vetoed, False
+        reads = fewer_reads.reads
+        reads.begin_step(wanted)
         if self.stage == 0:
-            norm = float(self._unpartitioned_norm())
+            norm = reads.value(self._unpartitioned_norm())
             if not math.isfinite(norm):
                 self._engine.zero_grad()
-                return Update(norm, applied=False, vetoed=vetoed)
+                return Update(norm, applied=False, vetoed=vetoed, read=reads.beside)
             self._engine.step()
-            return Update(norm, applied=True)
+            return Update(norm, applied=True, read=reads.beside)
         if self._gradients is not None and not vetoed:
             self._gradients.check(self._world)
             self._gradients = None
         loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
-        fewer_reads.reads.begin_step()
         with _no_word_of_overflow() if vetoed else nullcontext():
             self._engine.step()
         if scaler:  # a veto is no overflow that the scale should fall for
             vars(self._engine.optimizer.loss_scaler).update(scaler)
         applied = self._engine.was_step_applied()
-        read = None if self._fp16 or not applied else fewer_reads.reads.last  # a loss scale is divided out
+        read = None if self._fp16 or not applied else reads.last  # a loss scale is divided out
         norm = float(self._engine.get_global_grad_norm()) if read is None else read
         if applied and not self._written:
             swap.check_written(self._engine.optimizer, self._world)
             self._written = True
-        return Update(norm, applied=applied, loss_scale=loss_scale, vetoed=vetoed)
+        return Update(norm, applied=applied, loss_scale=loss_scale, vetoed=vetoed, read=reads.beside)
 
     def _unpartitioned_norm(self) -> torch.Tensor:
         # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.

@@ -1,5 +1,6 @@
 """DeepSpeed reads the norm of a step's gradient again for every group of the optimizer, and the host waits for the device each
-time. Here it is read once a step, and what says "not a number" is written without a copy from the host.
+time. Here it is read once a step, together with whatever else is wanted of the step, and what says "not a number" is written
+without a copy from the host.
 
 What is computed is the same to the bit. The functions are replaced in DeepSpeed's modules where they are called; a version that
 has other ones is left as it is, and waits more often (`tests/placement` counts).
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,21 +19,35 @@ MODULES = ("zero.stage_1_and_2", "zero.stage3", "bf16_optimizer", "utils")
 
 
 class NormReads:
-    """The norm that was read last, in this step."""
+    """The norm that was read last, in this step, and what was read with it."""
 
     def __init__(self) -> None:
         self._of: torch.Tensor | None = None
         self._version = 0
         self._value: float | None = None
+        self._wanted: Mapping[str, torch.Tensor] = {}
+        self.beside: dict[str, float] = {}
+        """Values of the tensors that `begin_step` was given, as far as they lie where the norm does."""
 
-    def begin_step(self) -> None:
+    def begin_step(self, wanted: Mapping[str, torch.Tensor] | None = None) -> None:
+        """wanted: scalars to read with the norm, which waits for all that was computed so far anyway."""
         self._of = self._value = None
+        self._wanted, self.beside = wanted or {}, {}
 
     def value(self, norm: torch.Tensor) -> float:
         if self._of is not norm or self._version != norm._version:
-            self._of, self._version, self._value = norm, norm._version, float(norm)
+            self._of, self._version, self._value = norm, norm._version, self._read(norm)
         assert self._value is not None
         return self._value
+
+    def _read(self, norm: torch.Tensor) -> float:
+        wanted = {} if norm.is_cpu else {name: one for name, one in self._wanted.items() if one.device == norm.device}
+        self._wanted = {}
+        if not wanted:
+            return float(norm)
+        value, *others = torch.stack([norm.double(), *(one.double() for one in wanted.values())]).tolist()
+        self.beside = dict(zip(wanted, others, strict=True))
+        return float(value)
 
     @property
     def last(self) -> float | None:

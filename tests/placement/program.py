@@ -110,7 +110,7 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
 
     def counted(run: Any, step: Any) -> None:
         if simulated:
-            simulated_device.waits.clear()
+            simulated_device.forget()
         train_step(run, step)
 
     def reported(run: Any, step: Any) -> None:

@@ -29,7 +29,20 @@ Where = tuple[str, str]
 """(operation, file:function of whoever asked for it)."""
 
 waits: Counter[Where] = Counter()
-"""What made the host wait for the device so far."""
+"""What made the host wait for the device, since the last `forget`."""
+
+_forgotten = 0
+
+
+def waited() -> int:
+    """How often the host has waited for the device since the start."""
+    return _forgotten + waits.total()
+
+
+def forget() -> None:
+    global _forgotten
+    _forgotten = waited()
+    waits.clear()
 
 
 class MixedDevices(RuntimeError):
@@ -242,16 +255,22 @@ INSTEAD: dict[str, Callable[..., Any]] = {
 
 
 class _Event:
-    def __init__(self, **unused: Any) -> None: ...
+    """One that is timed is over when the host has waited for anything since."""
 
-    def record(self, stream: Any = None) -> None: ...
+    def __init__(self, enable_timing: bool = False, **unused: Any) -> None:
+        self._timed, self._after = enable_timing, 0
 
-    def synchronize(self) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self._after = waited()
+
+    def synchronize(self) -> None:
+        if not self.query():
+            waits["synchronize", _caller()] += 1
 
     def wait(self, stream: Any = None) -> None: ...
 
     def query(self) -> bool:
-        return True
+        return not self._timed or waited() > self._after
 
     def elapsed_time(self, end: Any) -> float:
         return 1.0

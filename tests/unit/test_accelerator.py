@@ -13,6 +13,7 @@ from support.configs import run_config
 from dstune.config.schema import GradientDtype, Precision, TrainerConfig, ZeroConfig
 from dstune.core.errors import TrainingFailed, UserError
 from dstune.core.rank_env import RankEnv
+from dstune.models.heads import numbers
 from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
 from dstune.trainer import out_of_memory
@@ -171,6 +172,33 @@ def test_a_norm_is_read_once(monkeypatch):
         fewer_reads.mask_nan_or_inf_with_val_inplace(masked)
         assert float(masked) == -1.0
     assert fewer_reads.is_invalid_grad_norm(torch.tensor([1.0, -1.0]))
+
+
+class OnDevice:
+    """A scalar of a device; reading it alone is not foreseen."""
+
+    is_cpu, _version = False, 0
+
+    def __init__(self, value: float, device: str = "sim:0"):
+        self.value, self.device = value, device
+
+    def double(self) -> torch.Tensor:
+        return torch.tensor(self.value, dtype=torch.float64)
+
+
+def test_what_else_is_wanted_of_a_step_is_read_with_the_norm():
+    reads = fewer_reads.NormReads()
+    third = float(torch.tensor(1 / 3))
+    reads.begin_step({"loss_sum": OnDevice(third), "weight": torch.tensor(7), "elsewhere": OnDevice(1.0, "sim:1")})
+    assert reads.beside == {}
+    assert reads.value(norm := OnDevice(2.5)) == 2.5 == reads.value(norm)
+    assert reads.beside == {"loss_sum": third}
+    reads.begin_step()
+    assert reads.value(OnDevice(3.5).double()) == 3.5 and reads.beside == {}
+    assert numbers({"loss_sum": torch.tensor(9.0), "weight": torch.tensor(7)}, {"loss_sum": third}) == {
+        "loss_sum": third,
+        "weight": 7.0,
+    }
 
 
 def test_deepspeed_looks_both_functions_up_where_they_are_replaced():

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,11 +22,11 @@ from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics.direction import improves
 from dstune.metrics.language import language_model_metrics
-from dstune.protocols.callback import Action, Callback, Request
+from dstune.protocols.callback import CONTINUE, Action, Callback, Request
 from dstune.rank import worker
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.classification.metrics import classification_metrics
-from dstune.trainer import step_timer
+from dstune.trainer import loop, step_timer
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.cadence import Cadence
 from dstune.trainer.callbacks.early_stopping import EarlyStopping
@@ -33,11 +34,11 @@ from dstune.trainer.callbacks.nonfinite import NonFinite
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.stragglers import OwnTime
 from dstune.trainer.data_loader import StepBatch
-from dstune.trainer.loop import evaluate
+from dstune.trainer.loop import UnwrittenRow, evaluate
 from dstune.trainer.measure import Evaluation
 from dstune.trainer.prefetcher import Prefetcher, dropout_seed, prefetched_steps
 from dstune.trainer.state import Best, TrainState
-from dstune.trainer.step_timer import StepTimer
+from dstune.trainer.step_timer import StepTimer, StepTimes
 from dstune.zero.engine import Update
 
 FINE = Update(1.0, applied=True)
@@ -160,6 +161,7 @@ def test_requests_after_an_evaluation_are_those_of_all_ranks():
         state=TrainState(step=4),
         evaluator=lambda split, progress: Evaluation({"loss": 1.0}),
         log=None,
+        unwritten=None,
         callbacks=CallbackList([Callback()]),  # nothing is asked for here
         world=TwoRanks(),
     )
@@ -176,8 +178,99 @@ def test_the_step_timer_adds_up_what_lies_between_its_marks(monkeypatch):
     for part in ("forward", "backward", "forward", "backward", "update"):
         times.mark(part)
     expected = {"data_seconds": 0.5, "forward_seconds": 4.0, "backward_seconds": 6.0, "update_seconds": 1.0}
-    assert times.parts() == expected
+    assert times.times().known and times.times().parts() == expected
     assert times.seconds() == 13.0
+
+
+class Event:
+    """Of a device that has not come to it until somebody waits."""
+
+    def __init__(self, failure: str = ""):
+        self.failure, self.over, self.waits = failure, False, 0
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        if self.failure:
+            raise RuntimeError(self.failure)
+        self.waits += 1
+        self.over = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.over
+        return 2000.0
+
+
+def unwritten(run, event: Event, step: int = 3) -> None:
+    times = StepTimes(0.5, [("", event), ("update", event)], on_gpu=True)
+    run.unwritten = UnwrittenRow(step, {"loss": 1.0}, {"more": 4.0}, times)
+
+
+def logging_run(**given):
+    rows: list[tuple[int, dict]] = []
+    log = SimpleNamespace(log=lambda step, metrics: rows.append((step, metrics)), progress=lambda *unused: None)
+    return rows, SimpleNamespace(log=log, unwritten=None, total_steps=9, **given)
+
+
+def test_a_row_whose_step_the_device_still_computes_is_written_before_whatever_comes_next(monkeypatch):
+    rows, run = logging_run(
+        data=SimpleNamespace(validation=object()),
+        state=TrainState(step=3),
+        evaluator=lambda split, progress: Evaluation({"loss": 1.0}),
+        world=TwoRanks(),
+        saves=SimpleNamespace(save=lambda *unused, **more: False),
+        around=lambda phase: nullcontext(),
+        callbacks=CallbackList([Callback()]),
+    )
+    parts = {"data_seconds": 0.5, "forward_seconds": 0.0, "backward_seconds": 0.0, "update_seconds": 2.0}
+    event = Event()
+    unwritten(run, event)
+    evaluate(run)
+    assert [(step, list(row)) for step, row in rows] == [
+        (3, ["loss", *parts, "more"]),
+        (3, ["eval/loss", "eval/seconds"]),
+    ]
+    assert rows[0][1] == {"loss": 1.0, **parts, "more": 4.0} and event.waits == 1
+    unwritten(run, Event(), 4)
+    loop.save(run, now=False)
+    assert rows[2][0] == 4
+
+    monkeypatch.setattr(loop, "evaluate_before_training", lambda run: CONTINUE)
+    monkeypatch.setattr(loop, "train", lambda run: unwritten(run, Event(), 5))
+    loop.fit(run)
+    assert rows[3][0] == 5 and run.unwritten is None
+
+    def fail(event: Event) -> None:
+        monkeypatch.setattr(loop, "train", lambda run: (unwritten(run, event, 6), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            loop.fit(run)
+
+    fail(Event())
+    assert rows[4][0] == 6
+    fail(Event("the device is lost"))  # says nothing of itself: the run has failed for another reason
+    assert len(rows) == 5
+
+
+def test_a_row_is_written_after_the_next_step(monkeypatch):
+    """Nobody waits for it: by then the next step's norm was read."""
+    rows, run = logging_run(config=None, callbacks=CallbackList([]), state=TrainState())
+    monkeypatch.setattr(loop, "learning_rate", lambda run, step: 0.1)
+    monkeypatch.setattr(loop, "task_of", lambda task: SimpleNamespace(measure_step=lambda totals: {}))
+    run.config = SimpleNamespace(task=None)
+    events, sums = [Event(), Event()], {"loss_sum": 1.0, "weight": 1.0, "correct": 0.0}
+    for number, event in enumerate(events, start=1):
+        times = StepTimes(0.0, [("", event), ("update", event)], on_gpu=True)
+        run.step_timer = SimpleNamespace(times=lambda times=times: times)
+        update = SimpleNamespace(grad_norm=1.0)
+        step = SimpleNamespace(number=number, epoch=0.0, loss=2.0, update=update, seconds=1.0, sums=sums)
+        loop.report_step(run, step)
+        assert [row[0] for row in rows] == list(range(1, number)) and run.unwritten.step == number
+        event.over = True
+    assert [event.waits for event in events] == [0, 0]
+    run.unwritten = None
+    loop.report_step(run, step)  # of a device that is done, and of a CPU, at once
+    assert rows[-1][0] == 2 and run.unwritten is None
 
 
 def test_own_time_under_activation_checkpointing():

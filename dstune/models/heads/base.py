@@ -84,11 +84,14 @@ class GlobalBatchHead(Protocol):
         """parts: of all micro-batches of all ranks, in the step's order, fillers last."""
 
 
-def numbers(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The values of scalars, exact. Those on a device are read at once: each read waits for all that was started there."""
-    there = [name for name, value in sums.items() if not value.is_cpu]
-    read = torch.stack([sums[name].double() for name in there]).tolist() if there else []
-    values = dict(zip(there, read, strict=True))
+def numbers(sums: Mapping[str, torch.Tensor], read: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The values of scalars, exact. Those on a device are read at once: each read waits for all that was started there.
+
+    read: those that are known already."""
+    read = read or {}
+    there = [name for name, value in sums.items() if not value.is_cpu and name not in read]
+    found = torch.stack([sums[name].double() for name in there]).tolist() if there else []
+    values = {**read, **dict(zip(there, found, strict=True))}
     return {name: values[name] if name in values else float(value) for name, value in sums.items()}
 
 
