@@ -162,7 +162,7 @@ def _row(
         fmt = recognise(fields, config.data.columns, config.data.format, config.task, "")
         row = normalise(fields, fmt, config.data.columns, config.task)
         if not task.generates:
-            return {"row": dict(fields), "ids": np.asarray(sample["input_ids"]).tolist()}
+            return {"row": task.as_query(fields, row), "ids": np.asarray(sample["input_ids"]).tolist()}
         return _language_row(row, config, fmt, sample, tokenizer)
     except (RowError, UserError):
         return None

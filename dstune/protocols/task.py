@@ -110,7 +110,7 @@ class Task:
     gives_probabilities: ClassVar[bool] = False
     """A prediction has a probability for each label."""
     serves: ClassVar[tuple[str, ...]] = ()
-    """What `dstune serve` has routes for, of a task that writes no text: `embed`, `classify`, `rank`, `tag`."""
+    """What `dstune serve` has routes for, of a task that writes no text: `embed`, `classify`, `rank`, `tag`, `answer`, `reward`."""
     predicts_from_text: ClassVar[bool] = True
     """A prediction needs a single text and nothing else."""
     metrics_read_rows: ClassVar[bool] = False
@@ -299,6 +299,10 @@ class Task:
     def question(self, labels: Sequence[str], data: DataConfig) -> Question:
         """What of a row is read to predict. labels: of the model, in their order. data: `columns` and `format` as in training."""
         raise NotImplementedError(f"task={self.name} predicts nothing")
+
+    def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a client would send of a row of the training, as `question` reads it. row: the same, normalised."""
+        return dict(fields)
 
     def predictor(self) -> type[Predictor]:
         """What turns rows into predictions, by a model in memory."""

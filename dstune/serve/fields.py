@@ -18,6 +18,7 @@ Check = Callable[[Any], str]
 
 MOST_MESSAGES = 2048
 MOST_INPUTS = 2048
+MOST_CONVERSATIONS = 64
 MOST_STOPS = 4
 TEMPLATE_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message"}
@@ -262,6 +263,15 @@ def _inputs(value: Any) -> str:
     return "" if all(text.strip() and _encodable(text) for text in texts) else "holds an empty text"
 
 
+def _conversations(value: Any) -> str:
+    """Messages, or a list of such lists."""
+    if not (isinstance(value, list) and value and all(isinstance(row, list) for row in value)):
+        return _messages(value)
+    if len(value) > MOST_CONVERSATIONS:
+        return f"must be at most {MOST_CONVERSATIONS} conversations"
+    return next((f"[{number}] {problem}" for number, row in enumerate(value) if (problem := _messages(row))), "")
+
+
 def _words(value: Any) -> str:
     rows = value if isinstance(value, list) else [value]
     if not rows or len(rows) > MOST_INPUTS:
@@ -362,16 +372,11 @@ RERANK: dict[str, Check] = {
     "raw_scores": _flag,
     "user": _LABEL,
 }
+ANSWER: dict[str, Check] = {"model": _LABEL, "question": _inputs, "context": _inputs, "user": _LABEL}
+REWARD: dict[str, Check] = {"model": _LABEL, "messages": _conversations, "user": _LABEL}
 SCORE: dict[str, Check] = {"model": _LABEL, "text_1": _inputs, "text_2": _inputs, "user": _LABEL}
 
-REQUIRED = {
-    "messages": "messages",
-    "prompt": "prompt",
-    "input": "input",
-    "query": "query",
-    "text_1": "text_1",
-    "text_2": "text_2",
-}
+REQUIRED = ("messages", "prompt", "input", "query", "text_1", "text_2", "question", "context")
 
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,

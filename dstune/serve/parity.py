@@ -147,12 +147,13 @@ def _numbers(answer: Mapping[str, Any]) -> list[float]:
         return list(answer["vector"])
     if "probabilities" in answer:
         return [math.log(max(value, 1e-12)) for value in answer["probabilities"].values()]
-    return [answer["predicted"]] if isinstance(answer.get("predicted"), float) else []
+    measured = (answer.get(name) for name in ("score", "no_answer", "predicted"))
+    return [value for value in measured if isinstance(value, float)]
 
 
 def _words(answer: Mapping[str, Any]) -> Any:
-    """Tags, where there is nothing to measure."""
-    return answer.get("predicted") if "tokens" in answer else None
+    """Tags and spans, where there is nothing to measure."""
+    return None if _numbers(answer) else answer.get("predicted")
 
 
 def _difference(found: Sequence[float], expected: Sequence[float], dtype: str) -> float:

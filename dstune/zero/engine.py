@@ -237,15 +237,15 @@ class Engine:
         self._engine.backward(loss_sum * (scale + 0.0 * loss_sum.detach()), scale_wrt_gas=False)
         return loss_sum.detach()
 
-    def update(self, wanted: Mapping[str, torch.Tensor] | None = None) -> Update:
+    def update(self, scalars: Mapping[str, torch.Tensor] | None = None) -> Update:
         """Update the weights; skipped on all ranks where the global gradient is not finite.
 
-        wanted: scalars on the device to read with the norm, before the update is launched: later the host would wait for it.
+        scalars: on the device, to read with the norm, before the update is launched: later the host would wait for it.
         """
         self._files.wait_for_copies()
         vetoed, self._vetoed = self._vetoed, False
         reads = fewer_reads.reads
-        reads.begin_step(wanted)
+        reads.begin_step(scalars)
         if self.stage == 0:
             norm = reads.value(self._unpartitioned_norm())
             if not math.isfinite(norm):

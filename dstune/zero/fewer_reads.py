@@ -1,5 +1,5 @@
 """DeepSpeed reads the norm of a step's gradient again for every group of the optimizer, and the host waits for the device each
-time. Here it is read once a step, together with whatever else is wanted of the step, and what says "not a number" is written
+time. Here it is read once a step, together with whatever else is needed of the step, and what says "not a number" is written
 without a copy from the host.
 
 What is computed is the same to the bit. The functions are replaced in DeepSpeed's modules where they are called; a version that
@@ -25,14 +25,14 @@ class NormReads:
         self._of: torch.Tensor | None = None
         self._version = 0
         self._value: float | None = None
-        self._wanted: Mapping[str, torch.Tensor] = {}
+        self._scalars: Mapping[str, torch.Tensor] = {}
         self.beside: dict[str, float] = {}
         """Values of the tensors that `begin_step` was given, as far as they lie where the norm does."""
 
-    def begin_step(self, wanted: Mapping[str, torch.Tensor] | None = None) -> None:
-        """wanted: scalars to read with the norm, which waits for all that was computed so far anyway."""
+    def begin_step(self, scalars: Mapping[str, torch.Tensor] | None = None) -> None:
+        """scalars: to read with the norm, which waits for all that was computed so far anyway."""
         self._of = self._value = None
-        self._wanted, self.beside = wanted or {}, {}
+        self._scalars, self.beside = scalars or {}, {}
 
     def value(self, norm: torch.Tensor) -> float:
         if self._of is not norm or self._version != norm._version:
@@ -41,12 +41,12 @@ class NormReads:
         return self._value
 
     def _read(self, norm: torch.Tensor) -> float:
-        wanted = {} if norm.is_cpu else {name: one for name, one in self._wanted.items() if one.device == norm.device}
-        self._wanted = {}
-        if not wanted:
+        scalars = {} if norm.is_cpu else {name: one for name, one in self._scalars.items() if one.device == norm.device}
+        self._scalars = {}
+        if not scalars:
             return float(norm)
-        value, *others = torch.stack([norm.double(), *(one.double() for one in wanted.values())]).tolist()
-        self.beside = dict(zip(wanted, others, strict=True))
+        value, *others = torch.stack([norm.double(), *(one.double() for one in scalars.values())]).tolist()
+        self.beside = dict(zip(scalars, others, strict=True))
         return float(value)
 
     @property

@@ -14,6 +14,7 @@ import httpx2
 import openai
 import pytest
 
+import dstune
 from dstune.core.errors import DstuneError
 from dstune.serve.engines.base import EngineDown, Limits
 from dstune.serve.engines.local.engine import LocalEngine
@@ -35,6 +36,8 @@ from tests.support.tiny import (
     write_contrastive,
     write_dialogues,
     write_labelled,
+    write_preferences,
+    write_questions,
     write_tagged,
 )
 
@@ -70,6 +73,12 @@ class Shelf:
             rows = [{"text": f"w{n}", "text_pair": f"w{n + n % 2}", "label": ["no", "yes"][n % 2]} for n in range(60)]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
             made = save_run(folder, self.encoder, data, "task=classification", "method=full", labels=("no", "yes"))
+        elif name == "reader":
+            data = write_questions(self.folder / "questions.jsonl", 60)
+            made = save_run(folder, self.encoder, data, "task=question_answering", "method=full", scale=0.02)
+        elif name == "judge":
+            data = write_preferences(self.folder / "preferences.jsonl", 60)
+            made = save_run(folder, self.base, data, "task=reward", "method=full", scale=0.02)
         elif name == "tagger":
             data = write_tagged(self.folder / "tags.jsonl", 60)
             labels = ("O", "B-X", "I-X", "B-Y", "I-Y")
@@ -265,6 +274,46 @@ def test_classifier_tagger_reranker_and_embedder(shelf, tmp_path):
 
     names = ("classifier", "tagger", "embedder", "reranker")
     started(Fleet(engines(tmp_path)), *(resolve(name, str(shelf.run(name))) for name in names), then=use)
+
+
+@pytest.mark.ci
+def test_a_reader_and_a_reward_model(shelf, tmp_path):
+    """Proven, and their routes say what `dstune predict` says."""
+
+    async def use(fleet: Fleet):
+        assert {model.proof.status for model in fleet.models.values()} == {"proven"}
+        async with open_gateway(fleet, tmp_path, shelf) as (_, root):
+
+            async def ask(name: str, path: str, **body):
+                answer = await root.post(path, json={"model": name, **body})
+                return answer.json() if answer.status_code == 200 else answer
+
+            context = "w1 w2 w3 w4 w5 w6"
+            read = (await ask("reader", "/answers", question=["w2", "w5"], context=context))["data"]
+            spans = [one["answer"] for one in read]
+            assert all(span and span in context for span in spans)
+            talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+            other = [*talk[:1], {"role": "assistant", "content": "w9"}]
+            rewards = (await ask("judge", "/rewards", messages=[talk, other]))["data"]
+            scores = [one["score"] for one in rewards]
+            assert scores[0] != scores[1]
+            assert (await ask("judge", "/rewards", messages=talk))["data"][0]["score"] == pytest.approx(
+                scores[0], abs=1e-4
+            )
+            assert (await ask("judge", "/rewards", messages=talk[:1])).status_code == 400
+            assert (await ask("judge", "/answers", question="w1", context="w2")).status_code == 404
+            assert (await ask("reader", "/answers", question=["w1"] * 2, context=["w2"] * 3)).status_code == 400
+        return spans, scores, talk, other
+
+    names = ("reader", "judge")
+    spans, scores, talk, other = started(
+        Fleet(engines(tmp_path)), *(resolve(name, str(shelf.run(name))) for name in names), then=use
+    )
+    reader, judge = (dstune.load_run(shelf.run(name).parent.parent) for name in names)
+    questions = [{"question": question, "context": "w1 w2 w3 w4 w5 w6"} for question in ("w2", "w5")]
+    assert [row["predicted"] for row in reader.predict(questions)] == spans
+    predicted = judge.predict([{"messages": talk}, {"messages": other}])
+    assert [row["score"] for row in predicted] == pytest.approx(scores, abs=1e-4)
 
 
 # -- another model ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,28 @@ EXAMPLES = {
     "/rerank": {"query": "a", "documents": ["b"]},
     "/score": {"text_1": "a", "text_2": "b"},
     "/tags": {"input": "a b"},
+    "/answers": {"question": "a", "context": "b"},
+    "/rewards": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
 }
+
+
+def test_the_guard_reads_every_route():
+    """And finds the texts of each, so that none goes past it."""
+    from dstune.serve.guard import bodies, policy
+
+    assert EXAMPLES.keys() == INFERENCE.keys() <= set(policy.ROUTES)
+    for route, body in EXAMPLES.items():
+        assert bodies.of_request(route, {"model": "m", **body}), route
+    talk = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [{"role": "user", "content": "c"}],
+    ]
+    found = bodies.of_request("/rewards", {"messages": talk})
+    assert [(one.place, one.text.text) for one in found] == [
+        (("messages", 0, 0, "content"), "a"),
+        (("messages", 0, 1, "content"), "b"),
+        (("messages", 1, 0, "content"), "c"),
+    ]
 
 
 # -- who is let in ----------------------------------------------------------------------------------------------------

@@ -58,6 +58,12 @@ class Engine:
 
         return self.run(one)
 
+    def raw(self, text="w1 w2", **fields) -> str:
+        async def one(client):
+            return (await client.post("/v1/chat/completions", json=body(text, **fields))).text
+
+        return self.run(one)
+
     def says(self, text="w1 w2", **fields) -> list[str]:
         return [choice["message"]["content"] for choice in self.chat(text, **fields)["choices"]]
 
@@ -304,6 +310,145 @@ def test_what_a_user_writes_stays_text(engine):
     ids = engine.chat(hostile, return_token_ids=True)["prompt_token_ids"]
     start = engine.model._tongues["base"].voice.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert ids.count(start) == 2  # the user's turn, and the answer's
+
+
+OF_THE_TRANSPORT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+RECORDED = {"user", "safety_identifier"}
+"""By the gateway (test_serve_store.py)."""
+
+
+def ids_of(engine, text="w1 w2", **fields) -> list[int]:
+    return engine.chat(text, return_token_ids=True, **fields)["choices"][0]["token_ids"]
+
+
+ACTS = {
+    "model": lambda e: e.chat(model="other")["error"]["code"] == "model_not_found",
+    "messages": lambda e: e.chat("w5")["usage"]["prompt_tokens"] < e.chat("w5 w6 w7")["usage"]["prompt_tokens"],
+    "temperature": lambda e: e.says(temperature=2, seed=5) != e.says(),
+    "top_p": lambda e: e.says(temperature=2, seed=5, top_p=1e-6) == e.says(),
+    "seed": lambda e: e.says(temperature=2, seed=5) != e.says(temperature=2, seed=6),
+    "presence_penalty": lambda e: ids_of(e, max_tokens=30, presence_penalty=2) != ids_of(e, max_tokens=30),
+    "frequency_penalty": lambda e: ids_of(e, max_tokens=30, frequency_penalty=2) != ids_of(e, max_tokens=30),
+    "logit_bias": lambda e: set(ids_of(e, logit_bias={"20": 100})) == {20},
+    "stop": lambda e: len(e.says(stop=" ".join(e.says()[0].split()[4:6]))[0].split()) == 4,
+    "n": lambda e: len(e.says(n=2)) == 2,
+    "stream": lambda e: "data: [DONE]" in e.raw(stream=True),
+    "stream_options": lambda e: (
+        '"usage":{' in e.raw(stream=True, stream_options={"include_usage": True})
+        and '"usage":{' not in e.raw(stream=True)
+    ),
+    "max_tokens": lambda e: e.chat(max_tokens=3)["usage"]["completion_tokens"] == 3,
+    "max_completion_tokens": lambda e: (
+        e.chat(max_tokens=None, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+        and e.chat(max_completion_tokens=3)["error"]["param"] == "max_tokens"
+    ),
+    "logprobs": lambda e: len(e.chat(logprobs=True)["choices"][0]["logprobs"]["content"]) == 8,
+    "top_logprobs": lambda e: (
+        len(e.chat(logprobs=True, top_logprobs=3)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 3
+        and e.chat(top_logprobs=3)["error"]["param"] == "top_logprobs"
+    ),
+    "tools": lambda e: e.chat(tools=TOOLS)["error"]["param"] == "tools",  # of this template; others: the tests below
+    "tool_choice": lambda e: e.chat(tool_choice="required")["error"]["param"] == "tool_choice",
+}
+"""What shows that a field acts."""
+REFUSED = {
+    "audio": {"voice": "alloy", "format": "wav"},
+    "function_call": "auto",
+    "functions": [{"name": "look"}],
+    "metadata": {"a": "b"},
+    "modalities": ["text", "audio"],
+    "parallel_tool_calls": False,
+    "prediction": {"type": "content", "content": "w1"},
+    "prompt_cache_key": "k",
+    "reasoning_effort": "high",
+    "response_format": {"type": "json_object"},
+    "service_tier": "flex",
+    "store": True,
+    "verbosity": "low",
+    "web_search_options": {},
+}
+"""A value that asks for something, of fields that do not act; new ones of the client get an object."""
+
+
+def test_every_field_of_the_clients_chat_call_acts_or_is_refused(engine):
+    """The fields are those of the client that is installed."""
+    import inspect
+
+    from openai.resources.chat.completions import Completions
+
+    from dstune.serve import fields
+    from dstune.serve.errors import ApiError
+
+    names = set(inspect.signature(Completions.create).parameters) - OF_THE_TRANSPORT
+    assert names & CHAT == ACTS.keys() | RECORDED
+    assert [name for name, acts in ACTS.items() if not acts(engine)] == []
+    for name in names - CHAT:
+        with pytest.raises(ApiError) as caught:
+            fields.checked({**body(), name: REFUSED.get(name, {"x": 1})}, fields.CHAT, CHAT)
+        assert (caught.value.status, caught.value.param) == (400, name)
+    assert engine.chat(stream_options={"include_usage": True})["error"]["param"] == "stream_options"
+
+
+@pytest.mark.ci
+def test_a_model_that_was_taught_to_call_calls(tmp_path):
+    """As the official client sees it, plain and streamed."""
+    import openai
+    from transformers import AutoModelForCausalLM
+    from unit.data_helpers import byte_tokenizer
+
+    tokenizer = byte_tokenizer(HERMES)
+    folder = save_decoder(
+        tmp_path / "m", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+        hidden_size=64, max_position_embeddings=1024,
+    )  # fmt: skip
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    asked = [{"role": "user", "content": "Look."}]
+    prompt = tokenizer.apply_chat_template(asked, tools=TOOLS, add_generation_prompt=True, return_dict=False)
+    called = 'Well.<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call>'
+    answer = [*tokenizer(called, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids, optimizer = torch.tensor([[*prompt, *answer]]), torch.optim.Adam(model.parameters(), lr=3e-3)
+    labels = torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)
+    for _ in range(500):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        if loss < 0.02:
+            break
+    assert loss < 0.02
+    model.save_pretrained(folder)
+    own = Engine(folder)
+
+    async def test(transport):
+        async with openai.AsyncOpenAI(
+            base_url="http://engine/v1", api_key="k", http_client=transport, max_retries=0
+        ) as client:
+            given = {"model": "base", "messages": asked, "tools": TOOLS, "temperature": 0, "max_tokens": 120}
+            plain = (await client.chat.completions.create(**given)).choices[0]
+            deltas = [chunk.choices[0] async for chunk in await client.chat.completions.create(**given, stream=True)]
+            calls = [call.model_dump() for call in plain.message.tool_calls]
+            turn = {"role": "assistant", "content": plain.message.content, "tool_calls": calls}
+            result = {"role": "tool", "tool_call_id": turn["tool_calls"][0]["id"], "content": "blue"}
+            second = await client.chat.completions.create(**given | {"messages": [*asked, turn, result]})
+            with pytest.raises(openai.BadRequestError):
+                await client.chat.completions.create(**given, tool_choice="required")
+            silent = (await client.chat.completions.create(**given, tool_choice="none")).choices[0]
+        return plain, deltas, second, silent
+
+    plain, deltas, second, silent = own.run(test)
+    own.close()
+    assert (plain.finish_reason, plain.message.content) == ("tool_calls", "Well.")
+    call = plain.message.tool_calls[0]
+    assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"at": "sea"})
+    assert "".join(one.delta.content or "" for one in deltas) == "Well."
+    streamed = [call for one in deltas for call in one.delta.tool_calls or []]
+    assert [(one.function.name, json.loads(one.function.arguments)) for one in streamed] == [("look", {"at": "sea"})]
+    assert deltas[-1].finish_reason == "tool_calls"
+    assert second.usage.prompt_tokens > len(prompt)
+    assert silent.message.tool_calls is None
 
 
 # -- text and tools ---------------------------------------------------------------------------------------------------

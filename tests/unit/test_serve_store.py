@@ -197,10 +197,11 @@ def test_an_answer_that_was_cut_is_kept_as_text():
     assert answer_value(b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: {"cho') == ["a"]
 
 
-def test_answers_are_recorded_without_text(tmp_path):
+@pytest.mark.parametrize("field", ["user", "safety_identifier"])
+def test_answers_are_recorded_without_text(tmp_path, field):
     async def test():
         async with served(tmp_path) as found:
-            await found.client().post("/v1/chat/completions", json=chat("one two", user="u"))
+            await found.client().post("/v1/chat/completions", json=chat("one two", **{field: "u"}))
             while found.gateway.open:
                 await asyncio.sleep(0.01)
             await found.gateway.recorder.flush()

@@ -41,6 +41,8 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
         "/score": frozenset({"model", "text_1", "text_2", "user"}),
     },
     "tag": {},
+    "answer": {},
+    "reward": {},
 }
 PARSERS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json"))
 """What a template prints in front of a call, and vLLM's name of what reads it."""

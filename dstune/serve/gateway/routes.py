@@ -32,6 +32,8 @@ INFERENCE: dict[str, Mapping[str, Check]] = {
     "/rerank": fields.RERANK,
     "/score": fields.SCORE,
     "/tags": fields.TAG,
+    "/answers": fields.ANSWER,
+    "/rewards": fields.REWARD,
 }
 """Routes that engines answer, with all fields that any of them may act on."""
 

@@ -113,11 +113,28 @@ def _words(body: Mapping[str, Any]) -> Iterator[Placed]:
         yield Placed(("input", number), Text(row if isinstance(row, str) else " ".join(row), "user", number))
 
 
+def _answers(body: Mapping[str, Any]) -> Iterator[Placed]:
+    yield from _texts(body["question"], "question")
+    yield from _texts(body["context"], "context", "tool")
+
+
+def _rewards(body: Mapping[str, Any]) -> Iterator[Placed]:
+    messages = body["messages"]
+    if not isinstance(messages[0], list):
+        yield from _chat(body)
+        return
+    for row, conversation in enumerate(messages):
+        for number, message in enumerate(conversation):
+            yield from of_message(message, number, ("messages", row, number))
+
+
 _OF_ROUTE = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _completion,
     "/v1/responses": _responses,
     "/tags": _words,
+    "/answers": _answers,
+    "/rewards": _rewards,
     **dict.fromkeys(("/v1/embeddings", "/v1/moderations", "/classify", "/rerank", "/score"), _inputs),
 }
 ANSWERED_IN_TEXT = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

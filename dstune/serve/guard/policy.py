@@ -40,7 +40,7 @@ EXACT = (*PII.values(), SECRETS, LINKS, LEAK, RULES)
 NOT_FOUND_HERE = ("pii/name", "pii/address")
 ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations"),
-    *("/classify", "/rerank", "/score", "/tags", "/v2/guard"),
+    *("/classify", "/rerank", "/score", "/tags", "/answers", "/rewards", "/v2/guard"),
 )
 
 

@@ -30,6 +30,7 @@ class QuestionAnswering(Task):
     Config = QuestionAnsweringConfig
     config: QuestionAnsweringConfig
 
+    serves = ("answer",)
     has_head = True
     head_classes = "ForQuestionAnswering"
     peft_type = "QUESTION_ANS"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstune.core.errors import Problem, UserError
@@ -30,6 +30,7 @@ class Reward(Task):
     Config = RewardConfig
     config: RewardConfig
 
+    serves = ("reward",)
     conversational = True
     has_head = True
     head_classes = "ForSequenceClassification"
@@ -105,6 +106,13 @@ class Reward(Task):
         from dstune.tasks.reward.predict import RewardQuestion
 
         return RewardQuestion(self.config, labels, data)
+
+    def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """The better answer of a pair."""
+        from dstune.data.tokenize import conversation
+
+        kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+        return {"messages": conversation(dict(row)), **kept}
 
     def predictor(self) -> type[Predictor]:
         from dstune.tasks.reward.predict import RewardPredictor

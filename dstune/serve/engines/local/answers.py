@@ -63,6 +63,8 @@ class Answers:
         self.model, self.scheduler, self.body = model, scheduler, body
         self.name = str(body["model"])
         self.stream = bool(body.get("stream"))
+        if body.get("stream_options") and not self.stream:
+            raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
         self.n = int(body.get("n", 1))
         self.created = int(time.time())
         self._queue: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
@@ -211,11 +213,16 @@ class ChatAnswers(Answers):
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
         tools = body.get("tools") or None
         form = self._form(tools)
+        if body.get("tool_choice", "auto") not in ("auto", "none"):
+            reason = "tool_choice may be 'auto' or 'none': nothing here can make a model call."
+            raise ApiError(400, reason, param="tool_choice", code="unsupported_parameter")
         if body.get("tool_choice") == "none":
             tools = form = None
         self.prompt = self._prompt(tools)
         names = frozenset(tool["function"]["name"] for tool in tools or ())
         most = body.get("max_completion_tokens") or body.get("max_tokens")
+        if (body.get("max_tokens") or most) != most:
+            raise ApiError(400, "max_tokens and max_completion_tokens differ.", param="max_tokens")
         samplings = [self.sampling(len(self.prompt), index, most) for index in range(self.n)]
         choices = [Choice(index, self.prompt, ToolText(form) if form else None, names) for index in range(self.n)]
         self.submit(self.prompt, samplings, choices)

@@ -1,4 +1,4 @@
-"""Classifiers, taggers, rerankers and embedders: dstune's own predictor behind HTTP."""
+"""Classifiers, taggers, rerankers, embedders, readers of texts and reward models: dstune's own predictor behind HTTP."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ class EncoderApp(EngineApp):
                 "classify": {("POST", "/classify"): self.classify, ("POST", "/v1/moderations"): self.moderate},
                 "rank": {("POST", "/rerank"): self.rerank, ("POST", "/score"): self.score},
                 "tag": {("POST", "/tags"): self.tag},
+                "answer": {("POST", "/answers"): self.answer},
+                "reward": {("POST", "/rewards"): self.reward},
             }[kind]
         self._embeds = "embed" in task.serves
 
@@ -184,13 +186,33 @@ class EncoderApp(EngineApp):
             items.append({"index": number, "words": tagged, "entities": entities})
         return {"object": "list", "model": self.name, "data": items}
 
+    async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Each answer as a part of its context; empty where a model that knows of questions without one finds none."""
+        columns = [self._question.mapping.get(role, role) for role in ("question", "context")]
+        pairs = zip(*_paired(body, "question", "context"), strict=True)
+        found = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
+        items = [
+            {"index": number, "answer": one["predicted"]} | {key: one[key] for key in ("no_answer",) if key in one}
+            for number, one in enumerate(found)
+        ]
+        return {"object": "list", "model": self.name, "data": items}
+
+    async def reward(self, body: dict[str, Any]) -> dict[str, Any]:
+        """How good the last turn of each conversation is."""
+        given = body["messages"] if isinstance(body["messages"][0], list) else [body["messages"]]
+        for number, messages in enumerate(given):
+            if messages[-1]["role"] != "assistant":
+                reason = (
+                    f"Invalid messages[{number}]: a reward is of an answer, so the last turn must be the assistant's."
+                )
+                raise ApiError(400, reason, param="messages")
+        column = self._question.mapping.get("messages", "messages")
+        found = await self._answers([{column: messages} for messages in given], "messages")
+        items = [{"index": number, "score": one["score"]} for number, one in enumerate(found)]
+        return {"object": "list", "model": self.name, "data": items}
+
     async def score(self, body: dict[str, Any]) -> dict[str, Any]:
-        first, second = ([one] if isinstance(one, str) else one for one in (body["text_1"], body["text_2"]))
-        if len(first) == 1:
-            first = first * len(second)
-        if len(first) != len(second):
-            raise ApiError(400, "text_1 must be one text, or as many as text_2.", param="text_1")
-        scores = await self._scores(first, second)
+        scores = await self._scores(*_paired(body, "text_1", "text_2"))
         items = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
         return {
             "id": f"score-{secrets.token_hex(12)}",
@@ -240,6 +262,15 @@ class EncoderApp(EngineApp):
 
 
 NEUTRAL_LABELS = frozenset({"OK", "ok", "neutral", "none", "safe", "benign", "not toxic", "non-toxic", "not_flagged"})
+
+
+def _paired(body: Mapping[str, Any], one: str, other: str) -> tuple[list[str], list[str]]:
+    """Two lists of texts of one length; a single text goes with all of the other list."""
+    first, second = ([value] if isinstance(value, str) else value for value in (body[one], body[other]))
+    if len(first) != len(second) and 1 not in (len(first), len(second)):
+        raise ApiError(400, f"{one} must be one text, or as many as {other}.", param=one)
+    longest = max(len(first), len(second))
+    return (first * longest if len(first) == 1 else first), (second * longest if len(second) == 1 else second)
 
 
 def _words(text: str) -> list[tuple[str, int | None, int | None]]:

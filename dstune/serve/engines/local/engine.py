@@ -34,6 +34,8 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
         "/score": frozenset({"model", "text_1", "text_2", "user"}),
     },
     "tag": {"/tags": frozenset({"model", "input", "user"})},
+    "answer": {"/answers": frozenset({"model", "question", "context", "user"})},
+    "reward": {"/rewards": frozenset({"model", "messages", "user"})},
 }
 
 
