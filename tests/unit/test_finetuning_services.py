@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import time
 
 import openai
 import pytest
 
-from dstune.core.errors import DstuneError
-from dstune.serve import keys_command
+from dstune.core.errors import DstuneError, UserError
+from dstune.serve import command, extra, keys_command
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import deliveries as deliveries_module
 from dstune.serve.finetuning.addresses import checked_url, is_public
@@ -317,6 +318,33 @@ def test_a_batch_is_cancelled(tmp_path):
     run(test, tmp_path, models=["first"])
 
 
+def test_a_batch_whose_day_is_over_and_one_whose_key_is_revoked(tmp_path, monkeypatch):
+    async def test(found):
+        client = found.openai()
+        found.stub.seconds = 0.2
+        file = await client.files.create(file=requests(*[chat("a b c d e f")] * 40), purpose="batch")
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file.id}
+        made = await client.batches.create(**given)
+        await until(lambda: found.stub.finished >= 2)
+        monkeypatch.setattr("dstune.serve.finetuning.batches.worker.unix_time", lambda: made.expires_at + 1)
+        done = await ended(client, made.id)
+        assert (done.status, done.expired_at) == ("expired", made.expires_at + 1)
+        lines = (await client.files.content(done.output_file_id)).text.splitlines()
+        assert 2 <= len(lines) < 40
+        monkeypatch.undo()
+        keys = found.gateway.keys
+        caller = keys.find(keys.add("short-lived"))
+        assert keys.by_id(caller.id) == caller
+        keys.revoke("short-lived")
+        assert keys.by_id(caller.id) is None
+        monkeypatch.setattr(Keys, "by_id", lambda self, own: None)
+        made = await client.batches.create(**given)
+        failed = await ended(client, made.id)
+        assert (failed.status, failed.errors.data[0].code) == ("failed", "invalid_api_key")
+
+    run(test, tmp_path, models=["first"])
+
+
 def test_a_batch_goes_on_behind_a_torn_line(tmp_path):
     answers = Answers(tmp_path / "output.jsonl")
     answers.add({"custom_id": "a"})
@@ -430,3 +458,23 @@ def test_keys_of_projects_and_roles(tmp_path, capsys):
     assert one.project == two.project != three.project
     assert one.organization == two.organization == three.organization
     assert [one.has_role(role) for role in ("read_only", "member", "owner")] == [True, False, False]
+
+
+def test_the_api_alone_and_the_extra_that_it_needs(monkeypatch):
+    def problems(*words: str) -> str:
+        own, behind = command._split(list(words))
+        arguments = command._parser().parse_args(own)
+        arguments.engine_arguments = behind
+        with pytest.raises(UserError) as caught:
+            command._check(arguments)
+        return str(caught.value)
+
+    assert "no model is served with --no-inference" in problems("--no-inference", "runs/a")
+    assert "--no-inference" in problems()
+    assert "--max-file-bytes" in problems("--no-inference", "--max-file-bytes", "0")
+    found = importlib.util.find_spec
+    absent = lambda name: None if name == "python_multipart" else found(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    assert not extra.has_api()
+    with pytest.raises(UserError, match=r"python_multipart is missing(.|\n)*dstune\[api\]"):
+        extra.require_api()
