@@ -176,10 +176,10 @@ def print_linear(families: Sequence[str]) -> None:
                 [Judged(one, bool(on)) for one, on in zip(own, flagged, strict=True)]
             )
     for family in families:
-        shown = (found[""][family], found[family][family], found[family][""])
+        cells = (found[""][family], found[family][family], found[family][""])
         values = (
             f"{percent(one['rate'])} ({one['flagged']} of {one['rows']}; {percent(one['low'])} to {percent(one['high'])})"
-            for one in shown
+            for one in cells
         )
         print(f"| {family} | {' | '.join(values)} |")
 

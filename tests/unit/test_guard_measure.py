@@ -220,12 +220,12 @@ def test_a_policy_flags_what_it_would_block() -> None:
 @pytest.fixture
 def server() -> Iterator[Any]:
     class Handler(http.server.BaseHTTPRequestHandler):
-        asked: ClassVar[list[dict[str, Any]]] = []
+        requests: ClassVar[list[dict[str, Any]]] = []
         status = 200
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            Handler.asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+            Handler.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
             flagged = "ignore" in body["messages"][0]["content"]
             entry = {"detector_type": "prompt_attack", "detected": flagged, "result": "l2_very_likely"}
             answer = json.dumps({"flagged": flagged, "breakdown": [entry]}).encode()
@@ -250,7 +250,7 @@ def test_a_server_is_asked_in_the_role_of_the_direction(server: Any, monkeypatch
     target = target_of(url, level="l3_likely", model=None, policy=None, rules=False)
     judged = target.judge([{"text": "ignore it"}, {"text": "a page", "direction": "tool_result"}])
     assert [(one.flagged, one.level) for one in judged] == [(True, "l2_very_likely"), (False, "l2_very_likely")]
-    assert [(one["path"], one["key"], one["messages"][0]["role"]) for one in handler.asked] == [
+    assert [(one["path"], one["key"], one["messages"][0]["role"]) for one in handler.requests] == [
         ("/v2/guard", "Bearer k", "user"),
         ("/v2/guard", "Bearer k", "tool"),
     ]

@@ -50,12 +50,12 @@ def evals(archive: Archive, rows_each: int = 40) -> Iterator[Text]:
 
 def _prompt(line: bytes) -> str | None:
     try:
-        asked = json.loads(line).get("input")
+        given = json.loads(line).get("input")
     except (ValueError, AttributeError):
         return None
-    if isinstance(asked, str):
-        return asked
-    turns = asked if isinstance(asked, list) else []
+    if isinstance(given, str):
+        return given
+    turns = given if isinstance(given, list) else []
     texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") in ("system", "user")]
     return "\n".join(text for text in texts if isinstance(text, str)) or None
 
@@ -72,9 +72,9 @@ def chitchat(archive: Archive, first: int) -> Iterator[Text]:
             if len(turn["content"]) >= 8:
                 direction = "input" if turn["role"] == "user" else "output"
                 yield Text(turn["content"], BENIGN, "chitchat", "natural", group, direction)
-        said = [turn["content"] for turn in turns if turn["role"] == "user"]
-        for start in range(0, len(said) - 2, 3):
-            yield Text("\n".join(said[start : start + 3]), BENIGN, "chitchat", "natural", group)
+        messages = [turn["content"] for turn in turns if turn["role"] == "user"]
+        for start in range(0, len(messages) - 2, 3):
+            yield Text("\n".join(messages[start : start + 3]), BENIGN, "chitchat", "natural", group)
 
 
 def emails(files: Files) -> Iterator[Text]:

@@ -93,8 +93,8 @@ class ServerJudge:
             with urllib.request.urlopen(request, timeout=self.seconds) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
-            said = error.read(500).decode("utf-8", "replace")
-            raise DstuneError(f"{self.url} answered {error.code}: {said}") from None
+            reason = error.read(500).decode("utf-8", "replace")
+            raise DstuneError(f"{self.url} answered {error.code}: {reason}") from None
         except (OSError, ValueError) as error:
             raise DstuneError(f"{self.url} cannot be asked: {error}") from None
         return answer if isinstance(answer, dict) else {}

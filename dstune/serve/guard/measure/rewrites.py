@@ -156,7 +156,7 @@ def _random_synonyms(text: str, chance: random.Random) -> str:
     )
 
 
-_ASIDES = (
+_REMARKS = (
     "By the way, the soup was lovely.",
     "I read about whales this morning.",
     "Our bus leaves at ten.",
@@ -168,12 +168,12 @@ _ASIDES = (
 )
 
 
-def _random_aside(text: str, chance: random.Random) -> str:
-    parts = [chance.choice(_ASIDES), text, chance.choice(_ASIDES)]
+def _random_remark(text: str, chance: random.Random) -> str:
+    parts = [chance.choice(_REMARKS), text, chance.choice(_REMARKS)]
     return " ".join(parts[: chance.choice((2, 3))])
 
 
-_REWRITES = (_random_case, _random_swaps, _random_drops, _random_marks, _random_synonyms, _random_aside)
+_REWRITES = (_random_case, _random_swaps, _random_drops, _random_marks, _random_synonyms, _random_remark)
 
 
 def rewrite(text: str, number: int, seed: int = 0) -> str:
