@@ -104,10 +104,14 @@ def print_window(export: str, count: int) -> None:
 # -- a family left out -------------------------------------------------------------------------------------------------
 
 
+def rows_of(uri: str) -> list[dict[str, Any]]:
+    with samples.resolve(uri).open(encoding="utf-8", newline="\n") as file:  # texts hold other line separators
+        return [json.loads(line) for line in file]
+
+
 def print_family(family: str, folder: Path, overrides: Sequence[str]) -> None:
     """Attacks of the family are in no row of the training, alone or hidden in documents."""
-    source = samples.resolve("sample://attacks")
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = rows_of("sample://attacks")
     kept = [one for one in rows if one["label"] == "benign" or one["family"] != family]
     data = folder / f"without-{family}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +155,8 @@ def print_linear(families: Sequence[str]) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    def read(split: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in samples.resolve(f"sample://attacks{split}").read_text().splitlines()]
-
-    training, test = read(""), read(":test")
-    calibration = [one for one in read(":calibration") if one["direction"] == "input"]
+    training, test = rows_of("sample://attacks"), rows_of("sample://attacks:test")
+    calibration = [one for one in rows_of("sample://attacks:calibration") if one["direction"] == "input"]
     print("| family | unseen packages, family in training | family left out | natural false alarms then |")
     print("| --- | --- | --- | --- |")
     found: dict[str, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _lines(files: Files, name: str) -> Iterator[dict[str, Any]]:
-    for line in files.read(name).decode("utf-8").splitlines():
+    for line in files.read(name).decode("utf-8").split("\n"):  # texts hold other line separators
         if line.strip():
             yield json.loads(line)
 
