@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from distributed.test_runs import overrides, undisturbed, workplace  # noqa: F401 (fixtures)
-from support.command import Commands, exact, ranks_of, result
+from support.command import ROOT, Commands, exact, ranks_of, result
 
-from dstune.checkpoint import store
+from dstune.checkpoint import copied, store
 from dstune.core.parsing import read_object
 
 pytestmark = pytest.mark.slow
@@ -79,6 +82,59 @@ def test_a_run_where_one_operation_is_refused(limited, operation):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("Operation not supported") == 1, done.stderr
     assert result(limited.folder / "volume" / "one")["steps"] == 3
+
+
+COPYING = """
+import sys
+from pathlib import Path
+from dstune.checkpoint import store
+from dstune.launch import mirror
+place, steps = Path(sys.argv[1]), map(int, sys.argv[2:])
+opened = mirror.open_mirror(place, print)
+assert opened.refused, "the double refuses nothing"
+found = store.newest(opened.work)
+print("from", found and found.name, (found / "weights").read_text() if found else "")
+opened.work.mkdir(exist_ok=True)
+for step in steps:
+    (opened.work / "run.yaml").write_text(f"step: {step}")
+    (opened.work / "metrics.jsonl").write_text("row\\n" * step)
+    folder = store.folder(opened.work) / f"{store.tag(step)}.incomplete"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(f"of {step}")
+    store.commit(folder, {"step": step, "train": {}, "best": None, "format": 2})
+    opened._copy()
+"""
+
+
+def test_a_process_that_copies_is_killed_at_ten_places(double, tmp_path):
+    """Checkpoints are copied one after the other: whatever was written last, another machine finds one that is whole."""
+    place, found = tmp_path / "volume" / "run", set()
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": str(double),
+        "DSTUNE_LIMITED_ROOT": str(tmp_path / "volume"),
+        "DSTUNE_LIMITED_REFUSE": ",".join(OPERATIONS),
+    }
+    for kill_at in range(17, 27):
+        shutil.rmtree(tmp_path / "volume", ignore_errors=True)
+        (tmp_path / "volume").mkdir()
+        env |= {"DSTUNE_CACHE": str(tmp_path / f"machine-{kill_at}"), "DSTUNE_LIMITED_KILL_AT": str(kill_at)}
+        words = [sys.executable, "-c", COPYING, str(place), "10", "20", "30"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (kill_at, done.stdout, done.stderr)
+        other = tmp_path / f"another-machine-{kill_at}"
+        other.mkdir()
+        copied.fetch(place, other)
+        newest = store.newest(other)
+        assert newest is not None, kill_at
+        assert not store.damaged_files(newest)
+        step = int(newest.name.removeprefix("step-"))
+        assert (newest / "weights").read_text() == f"of {step}"
+        assert (other / "run.yaml").read_text() in ("step: 10", "step: 20", "step: 30")
+        assert len((other / "metrics.jsonl").read_text().splitlines()) >= step
+        found.add(step)
+    assert {10, 20} <= found
 
 
 def test_killed_while_copying_at_ten_places_it_goes_on_from_the_copy(limited, undisturbed):  # noqa: F811
