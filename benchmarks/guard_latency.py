@@ -27,6 +27,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 LENGTHS = (100, 400, 1600, 6400)
@@ -91,7 +93,7 @@ async def behind_guard(model: Path, folder: Path):
                 def switch(on: bool) -> None:
                     found.gateway.inference.guard = guard if on else None
 
-                yield found, switch
+                yield found, switch, psutil.Process(guarding.engine.process.pid)
             finally:
                 await guarding.stop()
 
@@ -115,9 +117,10 @@ async def measure_input(model: Path, requests: int) -> None:
     from tests.support.serving import chat
 
     with tempfile.TemporaryDirectory() as name:
-        async with behind_guard(model, Path(name)) as (found, switch):
+        async with behind_guard(model, Path(name)) as (found, switch, process):
             client = found.client()
             for characters in LENGTHS:
+                spent = sum(process.cpu_times()[:2])
                 taken: dict[bool, list[float]] = {True: [], False: []}
                 for number in range(requests):
                     for on in (True, False):
@@ -130,6 +133,7 @@ async def measure_input(model: Path, requests: int) -> None:
                         assert answer.status_code == 200, answer.text
                 added = [with_guard - without for with_guard, without in zip(taken[True], taken[False], strict=True)]
                 figures = {"characters": characters, "requests": requests, "added": spread(added)}
+                figures["guard_cpu_ms"] = round(1000 * (sum(process.cpu_times()[:2]) - spent) / requests, 1)
                 print(json.dumps(figures | {"load": round(os.getloadavg()[0], 1)}), flush=True)
 
 
@@ -137,7 +141,7 @@ async def measure_stream(model: Path, streams: int) -> None:
     from tests.support.serving import chat
 
     with tempfile.TemporaryDirectory() as name:
-        async with behind_guard(model, Path(name)) as (found, switch):
+        async with behind_guard(model, Path(name)) as (found, switch, _):
             client, figures = found.client(), {}
             found.app.seconds = TOKEN_SECONDS
             for on in (True, False):
