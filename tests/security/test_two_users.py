@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def found_of(user: int) -> list[Path]:
     return found
 
 
-def tried(given: dict[str, object], secrets: Sequence[str] = ()) -> str:
+def tried(given: Mapping[str, object], secrets: Sequence[str] = ()) -> str:
     """What the second user could do."""
     done = subprocess.run(
         as_user(SECOND, str(STRANGER), json.dumps(given)),
