@@ -10,6 +10,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -185,15 +186,14 @@ def test_no_cloud_address_is_asked_without_credentials(monkeypatch):
     assert time.monotonic() - began < 1
 
 
-MILLION = """
-import resource, sys
-from pathlib import Path
+WRITE = """
+import sys
 import numpy as np, pyarrow as pa, deltalake
-place, count = sys.argv[1], int(sys.argv[2])
-for start in range(0, count, 100_000):
-    numbers = np.arange(start, start + min(100_000, count - start))
-    text = [f"row {number} of a table that is larger than it looks, since each row has some text" for number in numbers]
-    deltalake.write_deltalake(place, pa.table({"text": text, "n": numbers}), mode="append")
+place, count, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+random, step = np.random.default_rng(0), 10_000 if length > 1000 else 100_000
+for start in range(0, count, step):
+    text = [random.bytes(length // 2).hex() for _ in range(step)]
+    deltalake.write_deltalake(place, pa.table({"text": text, "n": np.arange(start, start + step)}), mode="append")
 """
 PEAK = """
 import resource, sys
@@ -207,17 +207,20 @@ print(source.describe(resolved)["rows"], (resource.getrusage(resource.RUSAGE_SEL
 """
 
 
-def test_a_million_rows_in_memory_that_does_not_grow(tmp_path):
-    peaks = {}
-    for count in (250_000, 1_000_000):
-        place = tmp_path / str(count)
-        subprocess.run([sys.executable, "-c", MILLION, str(place), str(count)], check=True)
-        done = subprocess.run([sys.executable, "-c", PEAK, str(place)], capture_output=True, text=True, check=True)
-        rows, peaks[count] = map(int, done.stdout.split())
-        assert rows == count
-    print("peak in MiB above the imports, by rows:", peaks)
-    assert peaks[1_000_000] < 1.3 * peaks[250_000] + 64
-    assert peaks[1_000_000] < 700
+def peak(place: Path, count: int, length: int) -> int:
+    """MiB above the imports while a table of `count` rows with `length` characters is brought to the cache."""
+    subprocess.run([sys.executable, "-c", WRITE, str(place), str(count), str(length)], check=True)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(place)], capture_output=True, text=True, check=True)
+    rows, found = map(int, done.stdout.split())
+    assert rows == count
+    print(f"{count:,} rows of {length} characters: {found} MiB above the imports")
+    return found
+
+
+def test_memory_does_not_grow_with_the_table(tmp_path):
+    smaller, larger = peak(tmp_path / "smaller", 80_000, 3000), peak(tmp_path / "larger", 200_000, 3000)
+    assert larger < 1.15 * smaller
+    assert peak(tmp_path / "million", 1_000_000, 80) < 500
 
 
 def test_answers_are_written_once_in_one_transaction(tmp_path):
