@@ -137,6 +137,27 @@ def test_a_process_that_copies_is_killed_at_ten_places(double, tmp_path):
     assert {10, 20} <= found
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_operation_that_is_refused_is_found_and_not_needed_for_copies(double, tmp_path, operation):
+    (tmp_path / "volume").mkdir()
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": str(double),
+        "DSTUNE_LIMITED_ROOT": str(tmp_path / "volume"),
+        "DSTUNE_LIMITED_REFUSE": operation,
+        "DSTUNE_CACHE": str(tmp_path / "cache"),
+    }
+    place = tmp_path / "volume" / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", COPYING, str(place), "10", "20"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Operation not supported") == 1
+    assert store.newest(place).name == store.tag(20)
+    assert (place / "run.yaml").read_text() == "step: 20"
+
+
 def test_killed_while_copying_at_ten_places_it_goes_on_from_the_copy(limited, undisturbed):  # noqa: F811
     """Each time on another machine: nothing is left but the place."""
     run_dir = limited.folder / "volume" / "killed"
