@@ -151,7 +151,7 @@ def spark_place(workplace) -> Commands:  # noqa: F811
 
 
 def spark_overrides(name: str, *further: str) -> list[str]:
-    return overrides(name, "launch=spark", "launch.master=local[2]", "launch.export_env=[PLANTED_TOKEN]", *further)
+    return overrides(name, "launch=spark", 'launch.master="local[2]"', "launch.export_env=[PLANTED_TOKEN]", *further)
 
 
 def test_the_curve_is_that_of_local_ranks_and_a_killed_driver_leaves_nothing(spark_place, undisturbed):  # noqa: F811
