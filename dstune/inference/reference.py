@@ -78,7 +78,13 @@ def add_reference(folder: Path, run_dir: Path) -> str:
         return f"{folder} gets no reference: no engine of dstune serve takes an encoder-decoder"
     task = task_of(config.task)
     if task.generates:
+        import peft
+
         described = [_scored(row, body if module is None else module) for row in rows]
+        if (folder / "adapter_config.json").is_file() and isinstance(module, peft.PeftModel):
+            with module.disable_adapter():  # what the adapter changes is what an engine has to show
+                plain = [_scored(row, module)["logprobs"] for row in rows]
+            described = [row | {"base_logprobs": own} for row, own in zip(described, plain, strict=True)]
     else:
         labels = tuple(store.read_state(checkpoint)["labels"])
         predictor = task.predictor()(config, module, task.head(body), tokenizer, labels)

@@ -51,9 +51,10 @@ def main(argv: list[str]) -> int:
     arguments.engine_arguments = engine_arguments
     if arguments.guard_only:
         arguments.guard = arguments.guard or "default"
+    arguments.fine_tuning = arguments.fine_tuning or arguments.no_inference
     _check(arguments)
     extra.require()
-    if arguments.no_inference or arguments.jobs == "only":
+    if arguments.fine_tuning or arguments.jobs == "only":
         extra.require_api()
     from dstune.serve.server import run
 
@@ -99,6 +100,9 @@ def _parser() -> VerbParser:
     )
     parser.add_argument(
         "--no-inference", action="store_true", help="serve the fine-tuning API alone; no MODEL is named then"
+    )
+    parser.add_argument(
+        "--fine-tuning", action="store_true", help="serve the fine-tuning API beside the models (files, jobs, batches)"
     )
     parser.add_argument(
         "--presets", type=Path, metavar="FILE", help="models that may be fine-tuned (default: models.yaml in --state)"
@@ -203,6 +207,11 @@ def _check(arguments: argparse.Namespace) -> None:
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
     elif not arguments.models:
         problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))
+    if arguments.presets and not (arguments.fine_tuning or arguments.jobs == "only"):
+        reason = "the fine-tuning API, which reads it, is not served"
+        problems.append(Problem("--presets", reason, "--fine-tuning", str(arguments.presets)))
+    if arguments.jobs == "elsewhere" and not arguments.fine_tuning:
+        problems.append(Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs))
     if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
         reason = "vLLM cannot be installed beside dstune; name the Python of its own environment, or a running server"
         problems.append(Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL"))
@@ -338,16 +347,12 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guard
     database = opened_database(state, arguments.store, create=True)
     recorder = Recorder(database, _request_log(arguments, state))
     routes, api = list(COMMON if _without_models(arguments) else ROUTES), None
-    if arguments.guard_only:
-        log.info("the guard alone: no model, and no fine-tuning API")
-    elif extra.has_api():
+    if arguments.fine_tuning:
         from dstune.serve.finetuning.routes import routes as routes_of
         from dstune.serve.finetuning.service import FineTuning
 
         api = FineTuning(database, state, _api_settings(arguments), _parts(arguments, state))
         routes = [*routes_of(api), *routes]
-    else:
-        log.info("the fine-tuning API is off: pip install 'dstune[api]'")
     gateway = Gateway(fleet, database, _settings(arguments), recorder, routes)
     if api is not None:
         api.attach(gateway)

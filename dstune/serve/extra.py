@@ -20,10 +20,6 @@ def require_api() -> None:
     _require("api", API_MODULES)
 
 
-def has_api() -> bool:
-    return not _absent(API_MODULES)
-
-
 def _absent(modules: tuple[str, ...]) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.serve import adapters
-from dstune.serve.engines.base import Engine, EngineDown
+from dstune.serve.engines.base import Engine, EngineDown, Unprovable
 from dstune.serve.parity import Proof, Refused, prove
 from dstune.serve.source import NAME, Source, base_source
 
 log = logging.getLogger("dstune.serve")
 
-LONGEST_PAUSE = 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two starts of an engine that does not stay up."""
 
 EngineOf = Callable[[Source, str], Engine]
@@ -37,6 +37,8 @@ class Model:
     """Of an adapter, the name of its base."""
     ready: bool = True
     """False while its engine is started again, until it is proven again."""
+    failed: str = ""
+    """Why an adapter is not served since its engine was started again; the other models of the engine are."""
     version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -145,15 +147,22 @@ class Fleet:
 
     # -- models
 
-    async def _publish(self, group: _Group) -> None:
-        """List the models of an engine that has just started. Raises Refused, UserError, EngineDown."""
+    async def _publish(self, group: _Group, *, again: bool = False) -> None:
+        """List the models of an engine that has just started. Raises Refused, UserError, EngineDown. again: an adapter that
+        was served before and is refused now stays out alone."""
         engine, source = group.engine, group.engine.source
         proof = Proof("base", dtype=engine.dtype)
         if group.named:
             proof = self._accepted(group.base, await prove(engine, group.base, source))
         self._list(Model(source, engine, proof))
         for name, adapter in group.adapters.items():
-            await self._load(group, name, adapter)
+            try:
+                await self._load(group, name, adapter)
+            except (DstuneError, EngineDown, Unprovable, OSError) as error:
+                if not (again and engine.alive()):
+                    raise
+                log.error("%s is not served until it is added again: %s", name, error)
+                self.models[name] = replace(self.models[name], ready=False, failed=str(error))
 
     async def _load(self, group: _Group, name: str, source: Source) -> None:
         assert source.folder is not None
@@ -161,7 +170,7 @@ class Fleet:
         try:
             proof = self._accepted(name, await prove(group.engine, name, source, group.base))
         except BaseException:
-            with contextlib.suppress(DstuneError, EngineDown):
+            with contextlib.suppress(DstuneError, EngineDown, Unprovable):
                 await group.engine.unload_adapter(name)
             raise
         self._list(Model(source, group.engine, proof, parent=group.base))
@@ -195,7 +204,9 @@ class Fleet:
                 problems += error.problems
                 continue
             async with group.busy:
-                if source.name in self.models or any(source.name in other.adapters for other in self._groups):
+                known = self.models.get(source.name)
+                again = known is not None and known.failed and source.name in group.adapters
+                if not again and (known or any(source.name in other.adapters for other in self._groups)):
                     raise UserError(Problem("name", "a model has this name already", value=source.name))
                 await self._load(group, source.name, source)
                 group.adapters[source.name] = source
@@ -207,9 +218,10 @@ class Fleet:
         for group in self._groups:
             if name in group.adapters:
                 async with group.busy:
-                    self.models.pop(name, None)
+                    model = self.models.pop(name, None)
                     group.adapters.pop(name, None)
-                    await group.engine.unload_adapter(name)
+                    if model is None or not model.failed:
+                        await group.engine.unload_adapter(name)
                 return
         raise UserError(Problem("name", "is no adapter that is served", value=name))
 
@@ -217,28 +229,31 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        there = bool(self.models) or self._may_be_empty
-        return there and not self._stopping and all(model.ready for model in self.models.values())
+        expected = [model for model in self.models.values() if not model.failed]
+        return bool(expected or self._may_be_empty) and not self._stopping and all(model.ready for model in expected)
 
     async def _watch(self, group: _Group) -> None:
         """Start an engine again when it ends, and list its models when they are proven again."""
-        pause, engine = 1.0, group.engine
+        pause, engine = FIRST_PAUSE, group.engine
         while True:
             began = time.monotonic()
             await engine.ended()
             self._unready(engine)
             if time.monotonic() - began > 60:
-                pause = 1.0
+                pause = FIRST_PAUSE
             log.error("the engine %s of %s has ended; it is started again in %g s", engine.name, group.base, pause)
-            await engine.stop(0)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
             try:
+                await engine.stop(0)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
                 async with group.busy:
                     await engine.start()
-                    await self._publish(group)
-            except (DstuneError, EngineDown) as error:
-                log.error("%s", error)  # its models stay unlisted; the next turn tries again
+                    await self._publish(group, again=True)
+            except Exception as error:  # its models stay unlisted; the next turn tries again
+                if isinstance(error, DstuneError | EngineDown):
+                    log.error("%s", error)
+                else:
+                    log.exception("the engine %s of %s could not be started again", engine.name, group.base)
                 await engine.stop(0)
                 continue
             log.info("the engine %s of %s is back", engine.name, group.base)
@@ -246,7 +261,7 @@ class Fleet:
     def _unready(self, engine: Engine) -> None:
         for name, model in self.models.items():
             if model.engine is engine:
-                self.models[name] = replace(model, ready=False)
+                self.models[name] = replace(model, ready=False, failed="")
 
     def restarts(self) -> Mapping[str, int]:
         return {group.base: max(group.engine.starts - 1, 0) for group in self._groups}

@@ -25,7 +25,12 @@ BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 others the mean over a row's targets (single tokens of a bf16 model differed by 0.5, their mean by 0.03)."""
 
 EFFECT = 10
-"""An adapter has to change one row at least by so many times the bound."""
+"""By so many times the bound an adapter has to change one row at least, where its reference does not tell what the base says."""
+
+SHARE = 0.5
+"""Of the change that training saw, what the engine has to show at least; one that loads nothing shows none of it."""
+ROWS_OF_EFFECT = 8
+"""The rows that training changed most are asked of the base too."""
 
 
 class Refused(DstuneError):
@@ -94,7 +99,7 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
 
 async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:
     bound = BOUNDS[engine.dtype]
-    largest, effect = 0.0, 0.0
+    largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
     for number, row in enumerate(rows, 1):  # tokens first: some engines tell nothing else
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
@@ -110,16 +115,61 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
                 "is loaded."
             )
         largest = max(largest, different)
-        if base is not None and effect < EFFECT * bound:
-            plain = (await engine.logprobs(base, ids))[-len(targets) :]
-            effect = max(effect, _difference(found, plain, engine.dtype))
-    if base is not None and effect < EFFECT * bound:
+        if effect is not None and base is not None and effect.needs(row):
+            effect.take(row, found, (await engine.logprobs(base, ids))[-len(targets) :])
+    if effect is not None and (reason := effect.problem()):
         raise Refused(
-            f"{name} has no effect: in {len(rows)} rows it is at most {effect:.3g} from its base, less than {EFFECT} times "
-            f"the bound of {bound:g}. Its weights are zeros, or their names are not those of the model."
+            f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
         )
-    measured = None if base is None else effect
+    measured = None if effect is None else effect.largest
     return Proof("proven", "", len(rows), largest, bound, measured, engine.dtype)
+
+
+class Effect:
+    """What an adapter changes of its base's log-probabilities, held against what it changed in training.
+
+    A small change is found among the noise of a number format, since the noise does not point its way: the engine's change
+    of each target is projected on the one of the training.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], dtype: str):
+        self._dtype, self.largest = dtype, 0.0
+        self._expected = all("base_logprobs" in row for row in rows)
+        self._along = self._length = 0.0
+        self._asked = rows
+        if self._expected:
+            self._asked = sorted(rows, key=_changed, reverse=True)[:ROWS_OF_EFFECT]
+
+    def needs(self, row: Mapping[str, Any]) -> bool:
+        if not self._expected:
+            return self.largest < EFFECT * BOUNDS[self._dtype]
+        return any(row is one for one in self._asked)
+
+    def take(self, row: Mapping[str, Any], found: Sequence[float], plain: Sequence[float]) -> None:
+        self.largest = max(self.largest, _difference(found, plain, self._dtype))
+        if self._expected:
+            expected = [one - other for one, other in zip(row["logprobs"], row["base_logprobs"], strict=True)]
+            self._length += sum(value * value for value in expected)
+            self._along += sum(value * (one - other) for value, one, other in zip(expected, found, plain, strict=True))
+
+    def problem(self) -> str:
+        """Empty where it has the effect that it had in training."""
+        if self._expected:
+            share = self._along / self._length if self._length else 0.0
+            if share >= SHARE:
+                return ""
+            seen = f"at most {self.largest:.3g} from its base"
+            return f"it shows {share:.0%} of what it changed in training, {seen}; {SHARE:.0%} is the least"
+        if self.largest >= EFFECT * BOUNDS[self._dtype]:
+            return ""
+        return (
+            f"in {len(self._asked)} rows it is at most {self.largest:.3g} from its base, less than {EFFECT} times the bound of "
+            f"{BOUNDS[self._dtype]:g} (`dstune export` stores what the base says, by which a smaller effect is proven)"
+        )
+
+
+def _changed(row: Mapping[str, Any]) -> float:
+    return sum((one - other) ** 2 for one, other in zip(row["logprobs"], row["base_logprobs"], strict=True))
 
 
 async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]) -> Proof:

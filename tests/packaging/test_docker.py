@@ -86,7 +86,19 @@ def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_ve
         arguments.engine_arguments = behind
         command._check(arguments)
         check_address(arguments.engine_url, arguments.allow_engine)
+        # The mount point of a volume is open to other users, so the server refuses it as its folder.
+        assert str(arguments.state) == "/state/serving"
         assert (verb, arguments.engine) == ("serve", "vllm")
+    for name in ("compose.yaml", "kubernetes.yaml"):
+        assert "cat /state/serving/key\n" in (DOCKER / "serve" / name).read_text()
+    # vLLM reaches no hub, so another service fills its cache before it starts; the gateway reads the same one.
+    services = compose["services"]
+    reaching = {one for one, network in compose["networks"].items() if not (network or {}).get("internal")}
+    assert not reaching & set(services["vllm"]["networks"]) and reaching & set(services["download"]["networks"])
+    assert services["vllm"]["depends_on"]["download"] == {"condition": "service_completed_successfully"}
+    assert services["download"]["volumes"][0] == services["vllm"]["volumes"][0]
+    assert services["vllm"]["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert f"models:{services['gateway']['environment']['HF_HOME']}:ro" in services["gateway"]["volumes"]
     assert "ports" not in compose["services"]["vllm"]  # reached by the gateway alone
     assert compose["networks"]["engine"] == {"internal": True}
 

@@ -33,7 +33,7 @@ class Server:
         self.env = clean_environment(folder)
 
     def start(self) -> None:
-        words = self._serves or ("--no-inference",)
+        words = (*self._serves, "--fine-tuning") if self._serves else ("--no-inference",)
         command = [
             sys.executable,
             "-m",

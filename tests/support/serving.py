@@ -94,6 +94,10 @@ class StubApp:
             delta = {"index": 0, "delta": {"content": word + self.filler}, "finish_reason": None}
             await send({"type": "http.response.body", "body": event(head | {"choices": [delta]}), "more_body": True})
             self.chunks += 1
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
+            told = event(head | {"choices": [], "usage": usage})
+            await send({"type": "http.response.body", "body": told, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _pause(self, gone: asyncio.Future[Any]) -> None:
@@ -157,6 +161,7 @@ class ProcessEngine(StubEngine):
     """The same in a process of its own, started and watched as a real engine is."""
 
     starts_process: ClassVar[bool] = True
+    ends_with_gateway: ClassVar[bool] = True
     seconds: float = 0.0
 
     def command(self, folder: Path) -> Command:

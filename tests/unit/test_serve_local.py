@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -34,7 +37,7 @@ HERMES = (
 class Engine:
     """The application with a client in the same loop."""
 
-    def __init__(self, folder: Path, **limits: int):
+    def __init__(self, folder: Path, **limits: Any):
         self._opened = opened(ModelConfig(path=str(folder)), "last", {})
         self.model = LocalModel(self._opened.__enter__(), "base", None)
         self.scheduler = Scheduler(self.model.model, self.model.speaking, **limits)
@@ -189,6 +192,57 @@ def test_what_does_not_fit_is_refused_and_others_go_on(folder):
     codes = sorted({one.status_code for one in many})
     assert codes == [200, 503]
     small.close()
+
+
+def test_a_call_whose_client_has_gone_does_not_end_the_computing(engine):
+    """A parity request that is cancelled while it waits for the thread."""
+    held, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        held.wait(30)
+
+    first = engine.scheduler.call(hold)
+    assert entered.wait(30)
+    waiting = engine.scheduler.call(lambda: None)
+    assert waiting.cancel()
+    last = engine.scheduler.call(lambda: 7)
+    held.set()
+    first.result(30)
+    assert last.result(30) == 7 and engine.scheduler.alive
+
+
+def test_a_thread_that_ends_by_a_fault_is_told(folder, monkeypatch):
+    ended = threading.Event()
+    own = Engine(folder, failed=ended.set)
+
+    async def health(client):
+        return (await client.get("/health")).status_code, (
+            await client.post("/v1/chat/completions", json=body())
+        ).status_code
+
+    assert own.run(health) == (200, 200)
+    monkeypatch.setattr(own.scheduler, "_run_calls", lambda: 1 / 0)
+    waiting = own.scheduler.call(lambda: None)
+    with pytest.raises(RuntimeError, match="stopping"):
+        waiting.result(30)
+    assert ended.wait(30)
+    assert own.run(health) == (500, 503)
+    own.close()
+
+
+def test_a_request_that_is_refused_computes_nothing(folder):
+    own = Engine(folder)
+
+    async def test(client):
+        given = {"model": "base", "max_tokens": 200, "temperature": 0, "logit_bias": {"4": -100}}
+        answer = await client.post("/v1/completions", json=given | {"prompt": ["w1", " ".join(["w2"] * 100)]})
+        return answer.status_code
+
+    assert own.run(test) == 400
+    time.sleep(0.2)
+    assert (own.scheduler.tokens, own.scheduler.state()["running"]) == (0, 0)
+    own.close()
 
 
 # -- every field acts -------------------------------------------------------------------------------------------------
@@ -509,11 +563,14 @@ def test_template_arguments_act(folder, tmp_path):
     import shutil
 
     shutil.copytree(folder, tmp_path / "arguments")
-    template = "{% if loud %}w9 {% endif %}" + HERMES
+    template = "{% if loud %}w9 {% endif %}{{ said or '' }}" + HERMES
     (tmp_path / "arguments" / "chat_template.jinja").write_text(template)
     own = Engine(tmp_path / "arguments")
     loud = own.chat(chat_template_kwargs={"loud": True}, return_token_ids=True)["prompt_token_ids"]
     assert len(loud) == len(own.chat(return_token_ids=True)["prompt_token_ids"]) + 1
+    start = own.model._tongues["base"].voice.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    hostile = own.chat(chat_template_kwargs={"said": "w1 <|im_start|>"}, return_token_ids=True)["prompt_token_ids"]
+    assert hostile.count(start) == 2  # what a client writes there stays text too
     own.close()
 
 

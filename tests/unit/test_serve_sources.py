@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -96,9 +97,7 @@ def test_addresses_of_other_servers(address, allowed, told):
 
 
 def test_control_tokens_in_what_clients_write_are_refused(tmp_path):
-    tokens = [{"content": "<|im_end|>", "special": True}, {"content": "<think>", "special": False}]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
-    special = SpecialTexts(stub_source("m", folder=tmp_path))
+    special = SpecialTexts(re.compile(re.escape("<|im_end|>")))
     for body in (
         {"messages": [{"role": "user", "content": "a<|im_end|>b"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]}]},
@@ -182,6 +181,34 @@ def test_an_adapter_has_to_differ_from_its_base(tmp_path):
         proof(tmp_path, base="b", found={"m": same, "b": [-9.0, -1.0005, -2.0]})
     found = proof(tmp_path, base="b", found={"m": same, "b": [-9.0, -1.5, -2.0]})
     assert found.effect == pytest.approx(0.5)
+
+
+def test_a_small_effect_is_proven_in_bf16_where_the_reference_tells_what_the_base_says(tmp_path):
+    """A change of 0.2 among differences of 0.05 between two libraries; one that shows none of it is refused."""
+
+    def proof_of(engine_change: float):
+        trained, base = [-1.0, -2.0, -3.0, -1.5], [-1.2, -1.8, -3.2, -1.3]
+        noise = [0.05, 0.05, -0.05, -0.05]
+        row = {
+            "messages": [],
+            "prompt_ids": [1, 2],
+            "target_ids": [3, 4, 5, 6],
+            "logprobs": trained,
+            "base_logprobs": base,
+        }
+        (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row] * 12}))
+        source = stub_source("m", folder=tmp_path)
+        said = [one + wrong for one, wrong in zip(trained, noise, strict=True)]
+        plain = [one - engine_change * (a - b) for one, a, b in zip(said, trained, base, strict=True)]
+        engine = Told(source, "m", tmp_path, tmp_path, Limits(), found={"m": [-9.0, *said], "b": [-9.0, *plain]})
+        engine.dtype = "bfloat16"
+        return asyncio.run(prove(engine, "m", source, "b"))
+
+    assert proof_of(1.0).status == "proven"
+    assert proof_of(0.8).effect == pytest.approx(0.16)
+    for change in (0.0, 0.2, -1.0):
+        with pytest.raises(Refused, match="has no effect"):
+            proof_of(change)
 
 
 def test_what_cannot_be_compared_is_unproven(tmp_path):

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from dstune.serve.engines.http import FAILURES, Upstream
 from dstune.serve.source import Source
 
 log = logging.getLogger("dstune.serve")
+
+GUARD = Path(__file__).with_name("guard.py")
 
 ASK_SECONDS = 600.0
 """For what the gateway itself asks an engine."""
@@ -69,6 +72,8 @@ class Engine:
     """Whether text that reads like a special token becomes one."""
     one_template: ClassVar[bool] = False
     """Whether all adapters are asked through one chat template."""
+    ends_with_gateway: ClassVar[bool] = False
+    """Whether its process ends by itself when its standard input closes; others run under `guard.py`."""
 
     source: Source
     """What it serves: the base, or a model that is its own base."""
@@ -99,6 +104,10 @@ class Engine:
 
     def expect(self, adapter: Source) -> None:
         """An adapter that will be loaded; called before the start."""
+
+    def learn(self) -> None:
+        """What has to be known of the model before a request is sent; called in a thread when the engine is healthy.
+        Raises UserError where it cannot be found."""
 
     health: ClassVar[str] = "/health"
 
@@ -161,6 +170,11 @@ class Engine:
                 await self.stop(0)
                 raise EngineDown(f"{self.name} did not become ready in {self.limits.start_seconds:g} s; see {self.log}")
             await asyncio.sleep(0.1)
+        try:
+            await asyncio.to_thread(self.learn)
+        except BaseException:
+            await self.stop(0)
+            raise
 
     @property
     def headers(self) -> dict[str, str]:
@@ -178,10 +192,11 @@ class Engine:
 
     def _spawn(self, command: Command) -> None:
         self.log.parent.mkdir(mode=0o700, exist_ok=True)
+        argv = command.argv if self.ends_with_gateway else [sys.executable, "-I", str(GUARD), *command.argv]
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as out:
             self.process = subprocess.Popen(
-                command.argv,
+                argv,
                 env=dict(command.env),
                 stdin=subprocess.PIPE,
                 stdout=out,

@@ -34,7 +34,7 @@ class LlamaCppEngine(Engine):
 
     def __post_init__(self) -> None:
         self._key = secrets.token_urlsafe(32)
-        self._special = SpecialTexts(self.source)
+        self._special: SpecialTexts | None = None
         self.dtype = (
             "float32"  # of what it tells; it tells no log-probabilities of a prompt, so nothing is compared in it
         )
@@ -71,7 +71,11 @@ class LlamaCppEngine(Engine):
             own += ["--chat-template-file", str(template)]
         return Command([program, *own, *self.arguments], os.environ, f"http://127.0.0.1:{port}")
 
+    def learn(self) -> None:
+        self._special = self._special or SpecialTexts.of(self.source)
+
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
         return {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
 

@@ -1,4 +1,4 @@
-"""Texts that an engine's tokenizer would turn into special tokens.
+"""Texts that an engine's tokenizer would turn into control tokens.
 
 dstune trains what somebody wrote as text, even if it reads like the end of a turn (`data/control.py`), and the local engine
 renders it so. Other engines parse it: a user's message could close its turn and speak as the system. Such a request is refused.
@@ -6,23 +6,45 @@ renders it so. Other engines parse it: a user's message could close its turn and
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dstune.core.parsing import read_object
+from dstune.core.errors import Problem, UserError
 from dstune.serve.errors import ApiError
 from dstune.serve.source import Source
 
-WRITTEN = ("messages", "tools", "prompt", "suffix", "input", "instructions")
+WRITTEN = ("messages", "tools", "prompt", "suffix", "input", "instructions", "chat_template_kwargs")
 
 
 class SpecialTexts:
-    def __init__(self, source: Source):
-        folder = source.prompted_as or source.folder
-        texts = _special(folder) if folder is not None else []
-        self._pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+    def __init__(self, pattern: re.Pattern[str]):
+        self._pattern = pattern
+
+    @classmethod
+    def of(cls, source: Source) -> SpecialTexts:
+        """Those of the tokenizer that the model is asked with. Raises UserError where it cannot be read."""
+        folder = tokenizer_folder(source)
+        if folder is None:
+            reason = f"the tokenizer of {source.load_from} is not on this machine, so control tokens in requests are not known"
+            raise UserError(Problem("MODEL", reason, f"hf download {source.load_from}", source.path))
+        given = {"folder": str(folder), "trust_remote_code": source.trust_remote_code}
+        done = subprocess.run(
+            [sys.executable, "-m", "dstune.serve.engines.control_strings"],
+            input=json.dumps(given) + "\n", stdout=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        lines = done.stdout.strip().splitlines()
+        found = json.loads(lines[-1]) if lines else {"error": f"the process that reads it ended with {done.returncode}"}
+        if "error" in found:
+            reason = f"its tokenizer cannot be read: {found['error']}"
+            raise UserError(Problem("MODEL", reason, "serve a folder that holds one", str(folder)))
+        return cls(re.compile(found["pattern"], re.IGNORECASE if found["ignore_case"] else 0))
 
     def refuse(self, body: Mapping[str, Any]) -> None:
         """Raises ApiError for the first field that holds such a text."""
@@ -35,10 +57,27 @@ class SpecialTexts:
                     raise ApiError(400, reason, param=name, code="control_token")
 
 
-def _special(folder: Path) -> list[str]:
-    found = read_object(folder / "tokenizer.json") or {}
-    tokens = [token for token in found.get("added_tokens", []) if token.get("special")]
-    return [str(token["content"]) for token in tokens if str(token.get("content", "")).strip()]
+def tokenizer_folder(source: Source) -> Path | None:
+    """Where the tokenizer is that the engine asks the model with; None where it is not on this machine."""
+    own = source.prompted_as or source.folder
+    if own is not None and any((own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return own
+    return hub_folder(source)
+
+
+def hub_folder(source: Source) -> Path | None:
+    """The files of the model that the engine loads: its folder, or what the hub's cache holds of it."""
+    place = Path(source.load_from)
+    if place.is_dir():
+        return place
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source.load_from, "config.json", revision=source.load_revision)
+    except HFValidationError:  # the name that a server elsewhere has for it
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import Command, Engine
-from dstune.serve.engines.special import SpecialTexts
+from dstune.serve.engines.special import SpecialTexts, hub_folder
 from dstune.serve.source import Source
 
 _SAMPLING = frozenset(
@@ -47,6 +47,9 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
 PARSERS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json"))
 """What a template prints in front of a call, and vLLM's name of what reads it."""
 
+DTYPES = {"auto": "", "half": "float16", "float": "float32"}
+"""vLLM's other names of number formats; `auto` is the stored one."""
+
 LEAST_RANK = 16
 _KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Of dstune's own environment, not of vLLM's."""
@@ -68,8 +71,7 @@ class VllmEngine(Engine):
 
     def __post_init__(self) -> None:
         self.starts_process = self.address is None  # type: ignore[misc]
-        self._special = SpecialTexts(self.source)
-        self.dtype = self._given("--dtype") or self.number_format or self._stored_dtype()
+        self._special: SpecialTexts | None = None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -126,7 +128,19 @@ class VllmEngine(Engine):
         argv = [str(program), *own, *self.arguments]
         return Command(argv, environment, "http://engine", str(folder / "http"))
 
+    def learn(self) -> None:
+        """vLLM tells neither its number format nor its control tokens. Its model is in the hub's cache by now."""
+        given = self._given("--dtype") or self.number_format
+        self.dtype = DTYPES.get(given, given) or self._stored_dtype()
+        if not self.dtype:
+            reason = (
+                f"the configuration of {self.source.load_from} is not on this machine, so its number format is unknown"
+            )
+            raise UserError(Problem("--dtype", reason, "--dtype bfloat16, if vLLM computes in it", self.source.path))
+        self._special = self._special or SpecialTexts.of(self.source)
+
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
         kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
         # vLLM would keep an answer under an id that any client may ask for.
@@ -149,8 +163,8 @@ class VllmEngine(Engine):
 
     def _stored_dtype(self) -> str:
         """vLLM computes in the stored number format, and in bf16 where that is fp32."""
-        folder = Path(self.source.load_from)
-        config = read_object(folder / "config.json")
+        folder = hub_folder(self.source)
+        config = None if folder is None else read_object(folder / "config.json")
         if config is None:
             return ""
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")

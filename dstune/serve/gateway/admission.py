@@ -3,49 +3,93 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
-from limits import RateLimitItemPerDay, RateLimitItemPerMinute
+from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
+from limits.strategies import MovingWindowRateLimiter
 
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.metrics import Metrics
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.keys import Caller
 
+log = logging.getLogger("dstune.serve")
+
+DAY = 86400
+KNOWN_SECONDS = 10.0
+"""How long the tokens of a day that the database tells are taken for those of all gateways."""
+
+
+@dataclass
+class _Day:
+    """What a key has used today (UTC)."""
+
+    number: int
+    recorded: int
+    """By all gateways, as the database told."""
+    read: float
+    since: int = 0
+    """By this gateway since then."""
+    unrecorded: int = 0
+    """By this gateway, of which the database knows nothing (the guard's windows)."""
+
 
 class Admission:
     """Places for requests. Everything happens in one event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics):
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: Metrics, used: Callable[[str, int], Awaitable[int]]):
+        """used: the tokens that are recorded of a key since a time (seconds of the epoch)."""
+        self._settings, self._metrics, self._used = settings, metrics, used
+        self._days: dict[str, _Day] = {}
         self._places = asyncio.Semaphore(settings.concurrent)
         self._waiting = 0
         self.active = 0
         self._of_key: Counter[str] = Counter()
-        storage = MemoryStorage()
-        self._per_minute = MovingWindowRateLimiter(storage)
-        self._per_day = FixedWindowRateLimiter(storage)
+        self._per_minute = MovingWindowRateLimiter(MemoryStorage())
 
-    def check_rate(self, caller: Caller) -> None:
+    async def check_rate(self, caller: Caller) -> None:
         """Counts a request. Raises ApiError where it is one too many."""
         most = caller.limit.requests_per_minute
         if most is not None and not self._per_minute.hit(item := RateLimitItemPerMinute(most), caller.id):
             reset = self._per_minute.get_window_stats(item, caller.id).reset_time
             self._refuse(f"This key may send {most} requests a minute.", reset - time.time())
         tokens = caller.limit.tokens_per_day
-        if tokens is not None and not self._per_day.test(item := RateLimitItemPerDay(tokens), caller.id):
-            reset = self._per_day.get_window_stats(item, caller.id).reset_time
-            self._refuse(f"This key may use {tokens} tokens a day.", reset - time.time())
+        if tokens is None:
+            return
+        day = await self._day(caller.id)
+        if day.recorded + day.since + day.unrecorded >= tokens:
+            self._refuse(f"This key may use {tokens} tokens a day.", (day.number + 1) * DAY - time.time())
 
-    def charge(self, caller: Caller, tokens: int) -> None:
-        """Count what a request has used."""
-        if caller.limit.tokens_per_day is not None and tokens:
-            self._per_day.hit(RateLimitItemPerDay(caller.limit.tokens_per_day), caller.id, cost=tokens)
+    async def _day(self, key: str) -> _Day:
+        """What the key has used today: by the database, so that a restart and other gateways change nothing."""
+        number, day = int(time.time() // DAY), self._days.get(key)
+        if day is None or day.number != number or time.monotonic() - day.read > KNOWN_SECONDS:
+            day = day if day is not None and day.number == number else _Day(number, 0, 0.0)
+            day.recorded, day.since, day.read = day.recorded + day.since, 0, time.monotonic()
+            self._days[key] = day
+            try:
+                day.recorded = await self._used(key, number * DAY)
+            except Exception:  # what this gateway has counted is used until then
+                log.exception("the tokens of a key could not be counted")
+        return day
+
+    def charge(self, caller: Caller, tokens: int, *, recorded: bool = False) -> None:
+        """Count what a request has used. recorded: it will be in the database."""
+        if caller.limit.tokens_per_day is None:
+            return
+        number, day = int(time.time() // DAY), self._days.get(caller.id)
+        if day is None or day.number != number:
+            day = self._days[caller.id] = _Day(number, 0, -KNOWN_SECONDS - 1)
+        if recorded:
+            day.since += tokens
+        else:
+            day.unrecorded += tokens
 
     @staticmethod
     def _refuse(message: str, seconds: float) -> None:

@@ -60,7 +60,7 @@ class Gateway:
         self.fleet, self.database, self.settings, self.recorder = fleet, database, settings, recorder
         self.keys = Keys(database)
         self.metrics = Metrics()
-        self.admission = Admission(settings, self.metrics)
+        self.admission = Admission(settings, self.metrics, recorder.used)
         self.inference = Inference(fleet, self.admission, self.metrics, recorder)
         self.guard: Guard | None = None
         recorder.written = self._written
@@ -100,6 +100,12 @@ class Gateway:
         request = Request(scope, receive, send, self.settings)
         label, self.open = "none", self.open + 1
         try:
+            if self._from_other_site(request):
+                request.allowed_origin = request.header("origin")
+            if request.method == "OPTIONS" and request.header("access-control-request-method"):
+                label = "preflight"
+                await self._preflight(request)
+                return
             route = self._route(request)
             label = route.path
             await self._handle(route, request)
@@ -144,7 +150,7 @@ class Gateway:
     def _written(self, request: Request, tokens: int) -> None:
         self.metrics.tokens.labels(request.model).inc(tokens)
         if request.caller is not None:
-            self.admission.charge(request.caller, tokens)
+            self.admission.charge(request.caller, tokens, recorded=True)
 
     # -- what every request passes
 
@@ -180,6 +186,30 @@ class Gateway:
         if "*" not in self.settings.hosts and name not in self.settings.hosts:
             raise ApiError(421, "The server does not answer under this host name.", code="unknown_host")
 
+    def _from_other_site(self, request: Request) -> bool:
+        """Whether a page of a site that may call the server asks. Raises ApiError."""
+        return request.header("origin").lower() in self.settings.origins
+
+    async def _preflight(self, request: Request) -> None:
+        """What a browser asks before a page of another site may send a request. Raises ApiError."""
+        self._check_host(request)
+        if not self._from_other_site(request):
+            raise ApiError(403, "Pages of this origin may not call the server.", code="origin_not_allowed")
+        methods = {route.method for pattern, route in self._patterns if pattern.fullmatch(request.path)}
+        if not methods:
+            raise ApiError(404, "There is no such route.", code="unknown_url")
+        headers = [
+            (b"access-control-allow-methods", ", ".join(sorted(methods)).encode()),
+            (b"access-control-max-age", b"600"),
+        ]
+        named = request.header("access-control-request-headers")
+        if re.fullmatch(r"[A-Za-z0-9_-]+(\s*,\s*[A-Za-z0-9_-]+)*", named):
+            headers.append((b"access-control-allow-headers", named.encode()))
+        if request.header("access-control-request-private-network") == "true":
+            headers.append((b"access-control-allow-private-network", b"true"))
+        await request.send({"type": "http.response.start", "status": 204, "headers": headers})
+        await request.send({"type": "http.response.body", "body": b""})
+
     def _check_origin(self, request: Request) -> None:
         """A page of another site may not ask, whatever key it has."""
         origin = request.header("origin").lower()
@@ -208,7 +238,7 @@ class Gateway:
             raise ApiError(403, f"This needs a key with the role {route.scope}; yours is {caller.role}.", code="role")
         _check_tenant(request, caller)
         if route.scope != "admin":
-            self.admission.check_rate(caller)
+            await self.admission.check_rate(caller)
 
 
 def _check_tenant(request: Request, caller: Caller) -> None:

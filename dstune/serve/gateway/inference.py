@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,11 +95,16 @@ class Inference:
         client = model.engine.client
         if client is None:
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
-        content = dumps(model.engine.outgoing(path, body))
+        sent, usage = body, None
+        options = body.get("stream_options") or {}
+        # Tokens are counted as the engine tells them, whether the client wants to know or not.
+        if body.get("stream") and "stream_options" in model.engine.routes[path] and not options.get("include_usage"):
+            sent, usage = body | {"stream_options": {**options, "include_usage": True}}, WithoutUsage()
+        content = dumps(model.engine.outgoing(path, sent))
         try:
             async with while_connected(request.receive):
                 answers = guarded if guarded is not None and guarded.looks_at_answers else None
-                await self._pass(request, client, path, content, record, answers)
+                await self._pass(request, client, path, content, record, answers, usage)
         except (ApiError, ClientGone, SlowReader):
             raise
         except Exception as error:
@@ -110,9 +116,17 @@ class Inference:
             raise ApiError(503, "The engine has ended.", code="engine_down", headers={"retry-after": "5"}) from None
 
     async def _pass(
-        self, request: Request, client: Upstream, path: str, content: bytes, record: Record, guarded: Guarded | None
+        self,
+        request: Request,
+        client: Upstream,
+        path: str,
+        content: bytes,
+        record: Record,
+        guarded: Guarded | None,
+        usage: WithoutUsage | None,
     ) -> None:
-        """The engine's answer as it comes: raw bytes, as fast as the client takes them. A guarded one when it was checked."""
+        """The engine's answer as it comes: raw bytes, as fast as the client takes them. A guarded one when it was checked.
+        usage: takes that event out."""
         answer = await client.send("POST", path, content)
         try:
             if answer.headers.get("content-encoding", "identity") != "identity":
@@ -134,10 +148,46 @@ class Inference:
                 chunks = guarded.stream(chunks)
             async for chunk in chunks:
                 record.take(chunk)
-                await request.send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await request.send({"type": "http.response.body", "body": b""})
+                shown = chunk if usage is None else usage.take(chunk)
+                if shown:
+                    await request.send({"type": "http.response.body", "body": shown, "more_body": True})
+            await request.send({"type": "http.response.body", "body": b"" if usage is None else usage.rest})
         finally:
             answer.close()
+
+
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+
+
+class WithoutUsage:
+    """Takes the event with the usage out of a stream whose client did not ask for it."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        """The beginning of an event, which is not shown yet."""
+
+    def take(self, chunk: bytes) -> bytes:
+        """What of the stream may be shown now: events that are whole."""
+        if not self.rest and chunk.endswith(b"\n\n") and not _NO_CHOICES.search(chunk):
+            return chunk
+        seen, start, shown = self.rest + chunk, 0, []
+        for end in _EVENT_END.finditer(seen):
+            if not _tells_usage(event := seen[start : end.end()]):
+                shown.append(event)
+            start = end.end()
+        self.rest = seen[start:]
+        return b"".join(shown)
+
+
+def _tells_usage(event: bytes) -> bool:
+    if not _NO_CHOICES.search(event):
+        return False
+    try:
+        found = json.loads(event.removeprefix(b"data:"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("choices") == [] and bool(found.get("usage"))
 
 
 async def _bounded(answer: aiohttp.ClientResponse) -> bytes:

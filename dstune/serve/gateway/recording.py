@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import logging
 import re
 import time
@@ -11,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, func, insert, select
+from sqlalchemy.exc import DataError, IntegrityError
 
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.request_log import RequestLog
@@ -23,6 +25,10 @@ log = logging.getLogger("dstune.serve")
 FLUSH_SECONDS = 0.5
 MOST_KEPT = 1 << 20
 """Bytes of an answer that are kept for the log."""
+MOST_ROWS = 100_000
+"""That wait for a database that cannot be written; older ones are lost then."""
+CARRIED_BYTES = 64
+"""Of a chunk that are looked at again with the next one: a key and its number may be cut anywhere."""
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,128})"')
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})')
 _TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
@@ -39,23 +45,27 @@ class Record:
         self.text = bytearray()
         self._keeps_text = keeps_text
         self._first = True
+        self._carried = b""
 
     def take(self, chunk: bytes) -> None:
         if self._first:
             self._first = False
             found = _ID.search(chunk[:1024])
             self.response = found[1].decode("utf-8", "replace") if found else None
-        self.events += chunk.count(b"data: ")
-        if b'"total_tokens"' in chunk:
-            self.tokens = int(_TOTAL.findall(chunk)[-1])
-            if prompts := _PROMPT.findall(chunk):
+        seen = self._carried + chunk
+        self.events += seen.count(b"data: ") - self._carried.count(b"data: ")
+        if b'_tokens"' in seen:
+            if totals := _TOTAL.findall(seen):
+                self.tokens = int(totals[-1])
+            if prompts := _PROMPT.findall(seen):
                 self.input_tokens = int(prompts[-1])
+        self._carried = seen[-CARRIED_BYTES:]
         if self._keeps_text and len(self.text) < MOST_KEPT:
             self.text += chunk[: MOST_KEPT - len(self.text)]
 
     @property
     def used(self) -> int:
-        """Tokens that the engine tells; of a stream without them, its events."""
+        """Tokens that the engine tells; of a stream that was cut before it did, its events."""
         return self.tokens or self.events
 
 
@@ -77,9 +87,11 @@ class Recorder:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        await self.flush()
-        if self._log is not None:
-            await asyncio.to_thread(self._log.close)
+        try:
+            await self.flush()
+        finally:
+            if self._log is not None:
+                await asyncio.to_thread(self._log.close)
 
     @contextmanager
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[Record]:
@@ -125,24 +137,53 @@ class Recorder:
                 session.delete(row)
             return len(found)
 
+    async def used(self, key: str, since: int) -> int:
+        """Tokens of the answers of a key since then, in seconds of the epoch: those of all gateways of the database."""
+        await self.flush()
+        return await asyncio.to_thread(self._sum, key, since)
+
+    def _sum(self, key: str, since: int) -> int:
+        begin = datetime.datetime.fromtimestamp(since, datetime.UTC)
+        with self._database.session() as session:
+            found = select(func.sum(AnswerRow.tokens)).where(AnswerRow.key == key, AnswerRow.created >= begin)
+            return int(session.scalar(found) or 0)
+
     async def flush(self) -> None:
         """What was answered until now is in the database."""
         async with self._writing:
             rows, self._rows = self._rows, []
-            if rows:
+            if not rows:
+                return
+            try:
                 await asyncio.to_thread(self._write, rows)
+            except Exception:
+                kept = [*rows, *self._rows]
+                if lost := kept[:-MOST_ROWS]:
+                    log.error("%d records of answers are lost: the database cannot be written", len(lost))
+                self._rows = kept[-MOST_ROWS:]
+                raise
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """By one statement: an object a row would take the interpreter from the requests for ten times as long."""
-        with self._database.session.begin() as session:
-            session.connection().execute(insert(AnswerRow), rows)
+        try:
+            with self._database.session.begin() as session:
+                session.connection().execute(insert(AnswerRow), rows)
+        except (IntegrityError, DataError):  # one that the tables refuse must not hold up the others for ever
+            if len(rows) == 1:
+                log.exception("the record of the answer %s is lost", rows[0]["id"])
+                return
+            self._write(rows[: len(rows) // 2])
+            self._write(rows[len(rows) // 2 :])
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             try:
                 await self.flush()
+            except Exception:
+                log.exception("answers could not be recorded yet")
+            try:
                 if self._log is not None:
                     await asyncio.to_thread(self._log.flush)
             except Exception:
-                log.exception("answers could not be recorded")
+                log.exception("requests could not be logged yet")

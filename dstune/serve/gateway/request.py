@@ -24,6 +24,9 @@ SECURITY = (
 )
 
 
+EXPOSED = b"x-request-id, retry-after, openai-organization, openai-processing-ms, openai-version"
+"""Headers that pages of other sites may read."""
+
 UNREAD_BYTES = 786_432
 """Of a body that is refused: no more of it is read."""
 
@@ -58,6 +61,8 @@ class Request:
         self.user: str | None = None
         self.notes: list[tuple[bytes, bytes]] = []
         """Headers of the response beside those of its kind."""
+        self.allowed_origin = ""
+        """Of a page of another site that may read the answer."""
         self.parameters: dict[str, str] = {}
         """What stands in the place of `{name}` in the route's path."""
         self.digest = ""
@@ -202,6 +207,10 @@ class Request:
         yield b"openai-version", b"2020-10-01"
         if self.caller is not None:
             yield b"openai-organization", self.caller.organization.encode()
+        if self.allowed_origin:
+            yield b"access-control-allow-origin", self.allowed_origin.encode("latin-1")
+            yield b"access-control-expose-headers", EXPOSED
+            yield b"vary", b"origin"
 
     async def respond(self, status: int, body: bytes, headers: Headers = ()) -> None:
         await respond(self.send, status, body, headers)

@@ -1,23 +1,34 @@
 """Requests and answers in Parquet files, for monitoring and training again: only where it was asked for (`--log-requests`).
 
 Personal data is masked before anything is written (`data.clean`'s rules). Files are of this user alone, closed every
-ROWS rows or SECONDS seconds, and removed after their retention.
+ROWS rows or SECONDS seconds, and removed after their retention. A user is kept as a hash by a key of this folder, by which
+all that is kept of one is found again, though the name itself may be masked.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
+import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 ROWS = 2000
 SECONDS = 300.0
-COLUMNS = ("id", "response", "created", "key", "user", "model", "version", "route", "status", "request", "answer")
+AGAIN_SECONDS = 30.0
+"""From a write that failed to the next one."""
+MOST_ROWS = 3 * ROWS
+"""That wait for a disk that cannot be written; older ones are lost then."""
+COLUMNS = ("id", "response", "created", "key", "user", "user_hash", "model", "version", "route", "status")
+COLUMNS += ("request", "answer")
+
+log = logging.getLogger("dstune.serve")
 
 
 class RequestLog:
@@ -27,8 +38,11 @@ class RequestLog:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder, self._redact, self._retention = folder, redact, retention_days
         self._rows: list[dict[str, Any]] = []
-        self._began = time.monotonic()
+        self._due = time.monotonic() + SECONDS
+        self._not_before = 0.0
         self._lock = threading.Lock()
+        self._files = threading.Lock()
+        """Held while files are written or removed, so that what is being written is not missed by `forget`."""
 
     def add(self, row: Mapping[str, Any], route: str, body: Mapping[str, Any], answer: bytes) -> None:
         """row: of the table of answers."""
@@ -38,55 +52,91 @@ class RequestLog:
 
     def flush(self, *, now: bool = False) -> None:
         """Write a file if there are rows enough, or they are old; remove files that are too old."""
+        with self._files:
+            self._flush(now=now)
+
+    def _flush(self, *, now: bool) -> None:
+        clock = time.monotonic()
         with self._lock:
-            due = now or len(self._rows) >= ROWS or time.monotonic() - self._began >= SECONDS
-            if not due:
+            full = len(self._rows) >= ROWS and clock >= self._not_before
+            if not (now or full or clock >= self._due):
                 return
             rows, self._rows = self._rows, []
-            self._began = time.monotonic()
-        if rows:
-            self._write([self._redacted(row) for row in rows])
+            self._due = clock + SECONDS
+        try:
+            if rows:
+                self._write([made for row in rows if (made := self._redacted(row))])
+        except BaseException:
+            with self._lock:
+                kept = [*rows, *self._rows]
+                self._rows = kept[-MOST_ROWS:]
+                self._due = self._not_before = clock + AGAIN_SECONDS
+            if lost := len(kept) - len(self._rows):
+                log.error("%d requests are not logged: %s cannot be written", lost, self.folder)
+            raise
         oldest = time.time() - self._retention * 86400
-        for file in self.folder.glob("*.parquet"):
-            if file.stat().st_mtime < oldest:
-                file.unlink(missing_ok=True)
+        for pattern in ("*.parquet", ".*.incomplete"):
+            for file in self.folder.glob(pattern):
+                if file.stat().st_mtime < oldest:
+                    file.unlink(missing_ok=True)
 
     def close(self) -> None:
         self.flush(now=True)
 
     def forget(self, user: str) -> int:
         """Remove all rows of a user. Returns how many there were."""
+        with self._files:
+            self._flush(now=True)
+            for file in self.folder.glob(".*.incomplete"):  # of a server that was killed while it wrote
+                file.unlink()
+            return sum(self._forget(file, user) for file in sorted(self.folder.glob("*.parquet")))
+
+    def _forget(self, file: Path, user: str) -> int:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        self.flush(now=True)
-        removed = 0
-        for file in sorted(self.folder.glob("*.parquet")):
-            table = pq.read_table(file)
-            kept = table.filter(pc.fill_null(pc.not_equal(table["user"], user), True))
-            if len(kept) == len(table):
-                continue
-            removed += len(table) - len(kept)
-            if len(kept):
-                self._write_table(kept)
-            file.unlink()
-        return removed
+        table = pq.read_table(file)
+        if "user_hash" in table.column_names:
+            others = pc.not_equal(table["user_hash"], self._hash(user))
+        else:  # written before there was one: all whose name was masked in the same way
+            others = pc.not_equal(table["user"], self._redact(user))
+        kept = table.filter(pc.fill_null(others, True))
+        if len(kept) == len(table):
+            return 0
+        if len(kept):
+            self._write_table(kept, modified=file.stat().st_mtime_ns)  # its retention goes on
+        file.unlink()
+        return len(table) - len(kept)
 
-    def _redacted(self, row: dict[str, Any]) -> dict[str, Any]:
+    @cached_property
+    def _key(self) -> bytes:
+        return _own_key(self.folder / "user-key")
+
+    def _hash(self, user: str) -> str:
+        return hmac.digest(self._key, user.encode("utf-8", "surrogatepass"), "sha256").hex()
+
+    def _redacted(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return self._masked(row)
+        except Exception:  # one that cannot be masked must not hold up the others for ever
+            log.exception("the request %s is not logged", row["id"])
+            return None
+
+    def _masked(self, row: dict[str, Any]) -> dict[str, Any]:
         answer = _texts_mapped(answer_value(row["answer"]), self._redact)
         request = _texts_mapped(row["request"], self._redact)
         user = row["user"] and self._redact(row["user"])
         written = {
             name: json.dumps(value, ensure_ascii=False) for name, value in (("request", request), ("answer", answer))
         }
-        return row | {"user": user} | written
+        return row | {"user": user, "user_hash": row["user"] and self._hash(row["user"])} | written
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         import pyarrow as pa
 
         self._write_table(pa.table({name: [row[name] for row in rows] for name in COLUMNS}))
 
-    def _write_table(self, table: Any) -> None:
+    def _write_table(self, table: Any, modified: int | None = None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -95,7 +145,20 @@ class RequestLog:
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as stream, pa.PythonFile(stream) as file:
             pq.write_table(table, file)
+        if modified is not None:
+            os.utime(unfinished, ns=(modified, modified))
         unfinished.rename(self.folder / f"{name}.parquet")
+
+
+def _own_key(path: Path) -> bytes:
+    """Of this folder, made where there is none."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(made := secrets.token_bytes(32))
+    return made
 
 
 def _texts_mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -77,7 +77,9 @@ def describe(model: Model) -> dict[str, Any]:
     parity: dict[str, Any] = {"status": proof.status}
     if proof.detail:
         parity["detail"] = proof.detail
-    if proof.difference is not None:
+    if model.failed:
+        parity = {"status": "failed", "detail": model.failed}
+    elif proof.difference is not None:
         parity |= {"rows": proof.rows, "difference": proof.difference, "bound": proof.bound, "dtype": proof.dtype}
     return {
         "id": model.source.name,

@@ -104,8 +104,17 @@ class Answers:
             raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
         return bias
 
-    def submit(self, prompt: list[int], samplings: list[Sampling], choices: list[Choice]) -> None:
-        """Raises ApiError where the queue is full, or the engine can never hold them."""
+    def submit(self, asked: list[tuple[list[int], list[Sampling], list[Choice]]]) -> None:
+        """All answers of a request: a prompt with the samplings and choices of each. Raises ApiError where the queue is full,
+        or the engine can never hold them; nothing of the request is computed then."""
+        try:
+            for prompt, samplings, choices in asked:
+                self._submit(prompt, samplings, choices)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _submit(self, prompt: list[int], samplings: list[Sampling], choices: list[Choice]) -> None:
         loop = asyncio.get_running_loop()
         sequences = []
         for sampling, choice in zip(samplings, choices, strict=True):
@@ -126,10 +135,8 @@ class Answers:
         try:
             self.scheduler.submit(sequences)
         except QueueFull:
-            self.cancel()
             raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
         except ValueError as error:
-            self.cancel()
             raise ApiError(400, f"The request is too large: {error}.", code="context_length_exceeded") from None
         self._sequences += sequences
         self.choices += choices
@@ -225,7 +232,7 @@ class ChatAnswers(Answers):
             raise ApiError(400, "max_tokens and max_completion_tokens differ.", param="max_tokens")
         samplings = [self.sampling(len(self.prompt), index, most) for index in range(self.n)]
         choices = [Choice(index, self.prompt, ToolText(form) if form else None, names) for index in range(self.n)]
-        self.submit(self.prompt, samplings, choices)
+        self.submit([(self.prompt, samplings, choices)])
 
     def _form(self, tools: Any) -> ToolForm | None:
         if not tools:
@@ -319,10 +326,11 @@ class TextAnswers(Answers):
         self.id = f"cmpl-{secrets.token_hex(12)}"
         prompts = [self._ids(one) for one in prompts_of(body["prompt"])]
         most = body.get("max_tokens", 16)
+        asked = []
         for number, prompt in enumerate(prompts):
             samplings = [self.sampling(len(prompt), index, most) for index in range(self.n)]
-            choices = [Choice(number * self.n + index, prompt) for index in range(self.n)]
-            self.submit(prompt, samplings, choices)
+            asked.append((prompt, samplings, [Choice(number * self.n + index, prompt) for index in range(self.n)]))
+        self.submit(asked)
 
     def _ids(self, prompt: Any) -> list[int]:
         ids: list[int] = self.model.text_ids(self.name, prompt) if isinstance(prompt, str) else prompt

@@ -108,6 +108,8 @@ class LanguageApp(EngineApp):
         return str(name)
 
     async def health(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.scheduler.alive:
+            raise ApiError(500, "The computing thread has ended.", code="engine_error")
         return {"dtype": self.model.dtype, "context": self.model.limit, **self.scheduler.state()}
 
     async def models(self, body: dict[str, Any]) -> dict[str, Any]:

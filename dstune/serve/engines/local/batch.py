@@ -132,9 +132,10 @@ class Scheduler:
         max_waiting: int = 64,
         max_cached_tokens: int = 65536,
         chunk: int = 512,
+        failed: Callable[[], None] = lambda: None,
     ):
         """speaking: context in which the model is that adapter. max_cached_tokens: of all sequences together, the length
-        that they may reach included."""
+        that they may reach included. failed: called by the thread when it ends by a fault."""
         self._model, self._speaking = model, speaking
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._max_cached_tokens, self._chunk = max_cached_tokens, chunk
@@ -147,6 +148,7 @@ class Scheduler:
         self._batches: dict[tuple[str, int], _Batch] = {}
         self._changed = threading.Condition()
         self._stopped = False
+        self._failed = failed
         self.tokens = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
@@ -160,7 +162,7 @@ class Scheduler:
                 f"{self._max_cached_tokens} in {self._max_sequences} answers"
             )
         with self._changed:
-            if len(self._waiting) >= self._max_waiting:
+            if self._stopped or len(self._waiting) >= self._max_waiting:
                 raise QueueFull
             self._waiting.append(prompt)
             self._changed.notify()
@@ -169,9 +171,17 @@ class Scheduler:
         """The result of `function`, which the computing thread runs between two steps."""
         future: Future[Any] = Future()
         with self._changed:
+            if self._stopped:
+                future.set_exception(RuntimeError("the engine is stopping"))
+                return future
             self._calls.append((function, future))
             self._changed.notify()
         return future
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread computes."""
+        return self._thread.is_alive() and not self._stopped
 
     def state(self) -> dict[str, int]:
         with self._changed:
@@ -188,14 +198,23 @@ class Scheduler:
     # -- the thread
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait():
-                self._run_calls()
-                self._read_prompt()
-                for key in list(self._batches):
-                    self._step(key)
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self._run_calls()
+                    self._read_prompt()
+                    for key in list(self._batches):
+                        self._step(key)
+        except BaseException:
+            log.exception("the computing thread has ended")
+            self._failed()
+        with self._changed:
+            self._stopped = True
         for sequence in self._all():
             sequence.fail("the engine is stopping")
+        for _, future in self._calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError("the engine is stopping"))
 
     def _all(self) -> list[Sequence]:
         prompts = [*self._waiting, *([self._reading] if self._reading else [])]
@@ -211,6 +230,8 @@ class Scheduler:
     def _run_calls(self) -> None:
         while self._calls:
             function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():  # the client has gone
+                continue
             try:
                 future.set_result(function())
             except BaseException as error:

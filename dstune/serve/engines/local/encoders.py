@@ -53,12 +53,13 @@ class Batcher:
                 continue
             try:
                 found = iter(self._predictor.answers(rows, self._batch_size, all_labels=True))
+                answers = [[next(found) for _ in of_job] for of_job, _ in jobs]
             except Exception as error:
                 for _, future in jobs:
                     future.set_exception(ApiError(500, f"The engine failed: {error}.", code="engine_error"))
                 continue
-            for of_job, future in jobs:
-                future.set_result([next(found) for _ in of_job])
+            for (_, future), own in zip(jobs, answers, strict=True):
+                future.set_result(own)
 
 
 class EncoderApp(EngineApp):

@@ -149,13 +149,15 @@ class LocalModel:
     def conversation_ids(
         self, name: str, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any]
     ) -> list[int]:
-        """The prompt's tokens, as in training: what somebody wrote stays text, even if it reads like the end of a turn.
-        Raises RenderError."""
+        """The prompt's tokens, as in training: what somebody wrote stays text, even if it reads like the end of a turn, also
+        in an argument of the template. Raises RenderError."""
         tongue = self._tongues[name]
         assert tongue.template is not None, "only a model with a template is asked with messages"
-        defused = tongue.control.defuse({"messages": messages, "tools": tools})
+        written = {"messages": messages, "tools": tools, "arguments": list(arguments.values())}
+        defused = tongue.control.defuse(written)
+        given = dict(zip(arguments, defused.value["arguments"], strict=True))
         text = tongue.template.text(
-            defused.value["messages"], tools=defused.value["tools"], arguments=arguments, prompt=True
+            defused.value["messages"], tools=defused.value["tools"], arguments=given, prompt=True
         )
         return tongue.control.encode(*defused.restore(text))[0]
 

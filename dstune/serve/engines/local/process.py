@@ -66,6 +66,7 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
         max_sequences=settings["max_sequences"],
         max_waiting=settings["max_waiting"],
         max_cached_tokens=settings["max_cached_tokens"],
+        failed=lambda: os.kill(os.getpid(), signal.SIGTERM),  # the gateway starts it again
     )
     stack.callback(scheduler.stop)
     return LanguageApp(model, scheduler)

@@ -1,0 +1,37 @@
+"""The control tokens of a tokenizer as a pattern, found by the rule of the training (`data/control.py`).
+
+A process of its own, with the folder on standard input: it needs transformers, the gateway does not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def pattern_of(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Raises OSError, ValueError where the folder holds no tokenizer."""
+    from transformers import AutoTokenizer
+
+    from dstune.data.control import ControlTokens
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    found = ControlTokens(tokenizer).pattern
+    return {"pattern": found.pattern, "ignore_case": bool(found.flags & re.IGNORECASE)}
+
+
+def main() -> int:
+    given = json.loads(sys.stdin.readline())
+    try:
+        answer = pattern_of(Path(given["folder"]), trust_remote_code=given["trust_remote_code"])
+    except Exception as error:  # whatever a tokenizer's own files or code raise
+        answer = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
