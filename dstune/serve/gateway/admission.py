@@ -47,6 +47,7 @@ class Admission:
         """used: the tokens that are recorded of a key since a time (seconds of the epoch)."""
         self._settings, self._metrics, self._used = settings, metrics, used
         self._days: dict[str, _Day] = {}
+        self._reading = asyncio.Lock()
         self._places = asyncio.Semaphore(settings.concurrent)
         self._waiting = 0
         self.active = 0
@@ -68,16 +69,18 @@ class Admission:
 
     async def _day(self, key: str) -> _Day:
         """What the key has used today: by the database, so that a restart and other gateways change nothing."""
-        number, day = int(time.time() // DAY), self._days.get(key)
-        if day is None or day.number != number or time.monotonic() - day.read > KNOWN_SECONDS:
-            day = day if day is not None and day.number == number else _Day(number, 0, 0.0)
+        async with self._reading:
+            number, day = int(time.time() // DAY), self._days.get(key)
+            if day is not None and day.number == number and time.monotonic() - day.read <= KNOWN_SECONDS:
+                return day
+            if day is None or day.number != number:
+                day = self._days[key] = _Day(number, 0, 0.0)
             day.recorded, day.since, day.read = day.recorded + day.since, 0, time.monotonic()
-            self._days[key] = day
             try:
                 day.recorded = await self._used(key, number * DAY)
             except Exception:  # what this gateway has counted is used until then
                 log.exception("the tokens of a key could not be counted")
-        return day
+            return day
 
     def charge(self, caller: Caller, tokens: int, *, recorded: bool = False) -> None:
         """Count what a request has used. recorded: it will be in the database."""
