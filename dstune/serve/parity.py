@@ -136,14 +136,14 @@ class Effect:
         self._dtype, self.largest = dtype, 0.0
         self._expected = all("base_logprobs" in row for row in rows)
         self._along = self._length = 0.0
-        self._asked = rows
+        self._probed = rows
         if self._expected:
-            self._asked = sorted(rows, key=_changed, reverse=True)[:ROWS_OF_EFFECT]
+            self._probed = sorted(rows, key=_changed, reverse=True)[:ROWS_OF_EFFECT]
 
     def needs(self, row: Mapping[str, Any]) -> bool:
         if not self._expected:
             return self.largest < EFFECT * BOUNDS[self._dtype]
-        return any(row is one for one in self._asked)
+        return any(row is one for one in self._probed)
 
     def take(self, row: Mapping[str, Any], found: Sequence[float], plain: Sequence[float]) -> None:
         self.largest = max(self.largest, _difference(found, plain, self._dtype))
@@ -163,7 +163,7 @@ class Effect:
         if self.largest >= EFFECT * BOUNDS[self._dtype]:
             return ""
         return (
-            f"in {len(self._asked)} rows it is at most {self.largest:.3g} from its base, less than {EFFECT} times the bound of "
+            f"in {len(self._probed)} rows it is at most {self.largest:.3g} from its base, less than {EFFECT} times the bound of "
             f"{BOUNDS[self._dtype]:g} (`dstune export` stores what the base says, by which a smaller effect is proven)"
         )
 

@@ -89,7 +89,9 @@ def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_ve
         # The mount point of a volume is open to other users, so the server refuses it as its folder.
         assert str(arguments.state) == "/state/serving"
         assert (verb, arguments.engine) == ("serve", "vllm")
-    for name in ("compose.yaml", "kubernetes.yaml"):
+    finetuning = yaml.safe_load((DOCKER / "serve" / "finetuning.yaml").read_text())["services"].values()
+    assert all("--state=/state/serving" in service["command"] for service in finetuning)
+    for name in ("compose.yaml", "kubernetes.yaml", "finetuning.yaml"):
         assert "cat /state/serving/key\n" in (DOCKER / "serve" / name).read_text()
     # vLLM reaches no hub, so another service fills its cache before it starts; the gateway reads the same one.
     services = compose["services"]

@@ -148,9 +148,9 @@ class Inference:
                 chunks = guarded.stream(chunks)
             async for chunk in chunks:
                 record.take(chunk)
-                shown = chunk if usage is None else usage.take(chunk)
-                if shown:
-                    await request.send({"type": "http.response.body", "body": shown, "more_body": True})
+                visible = chunk if usage is None else usage.take(chunk)
+                if visible:
+                    await request.send({"type": "http.response.body", "body": visible, "more_body": True})
             await request.send({"type": "http.response.body", "body": b"" if usage is None else usage.rest})
         finally:
             answer.close()
@@ -165,19 +165,19 @@ class WithoutUsage:
 
     def __init__(self) -> None:
         self.rest = b""
-        """The beginning of an event, which is not shown yet."""
+        """The beginning of an event, which is not visible yet."""
 
     def take(self, chunk: bytes) -> bytes:
         """What of the stream may be shown now: events that are whole."""
         if not self.rest and chunk.endswith(b"\n\n") and not _NO_CHOICES.search(chunk):
             return chunk
-        seen, start, shown = self.rest + chunk, 0, []
+        seen, start, visible = self.rest + chunk, 0, []
         for end in _EVENT_END.finditer(seen):
             if not _tells_usage(event := seen[start : end.end()]):
-                shown.append(event)
+                visible.append(event)
             start = end.end()
         self.rest = seen[start:]
-        return b"".join(shown)
+        return b"".join(visible)
 
 
 def _tells_usage(event: bytes) -> bool:

@@ -104,11 +104,11 @@ class Answers:
             raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
         return bias
 
-    def submit(self, asked: list[tuple[list[int], list[Sampling], list[Choice]]]) -> None:
+    def submit(self, requested: list[tuple[list[int], list[Sampling], list[Choice]]]) -> None:
         """All answers of a request: a prompt with the samplings and choices of each. Raises ApiError where the queue is full,
         or the engine can never hold them; nothing of the request is computed then."""
         try:
-            for prompt, samplings, choices in asked:
+            for prompt, samplings, choices in requested:
                 self._submit(prompt, samplings, choices)
         except BaseException:
             self.cancel()
@@ -326,11 +326,11 @@ class TextAnswers(Answers):
         self.id = f"cmpl-{secrets.token_hex(12)}"
         prompts = [self._ids(one) for one in prompts_of(body["prompt"])]
         most = body.get("max_tokens", 16)
-        asked = []
+        requested = []
         for number, prompt in enumerate(prompts):
             samplings = [self.sampling(len(prompt), index, most) for index in range(self.n)]
-            asked.append((prompt, samplings, [Choice(number * self.n + index, prompt) for index in range(self.n)]))
-        self.submit(asked)
+            requested.append((prompt, samplings, [Choice(number * self.n + index, prompt) for index in range(self.n)]))
+        self.submit(requested)
 
     def _ids(self, prompt: Any) -> list[int]:
         ids: list[int] = self.model.text_ids(self.name, prompt) if isinstance(prompt, str) else prompt
