@@ -51,10 +51,9 @@ def main(argv: list[str]) -> int:
     arguments.engine_arguments = engine_arguments
     if arguments.guard_only:
         arguments.guard = arguments.guard or "default"
-    arguments.fine_tuning = arguments.fine_tuning or arguments.no_inference
     _check(arguments)
     extra.require()
-    if arguments.fine_tuning or arguments.jobs == "only":
+    if _fine_tunes(arguments) or arguments.jobs == "only":
         extra.require_api()
     from dstune.serve.server import run
 
@@ -179,6 +178,11 @@ def _parser() -> VerbParser:
     return parser
 
 
+def _fine_tunes(arguments: argparse.Namespace) -> bool:
+    """Whether the fine-tuning API is served."""
+    return bool(arguments.fine_tuning or arguments.no_inference)
+
+
 def _without_models(arguments: argparse.Namespace) -> bool:
     return bool(arguments.no_inference or arguments.guard_only)
 
@@ -207,10 +211,10 @@ def _check(arguments: argparse.Namespace) -> None:
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
     elif not arguments.models:
         problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))
-    if arguments.presets and not (arguments.fine_tuning or arguments.jobs == "only"):
+    if arguments.presets and not (_fine_tunes(arguments) or arguments.jobs == "only"):
         reason = "the fine-tuning API, which reads it, is not served"
         problems.append(Problem("--presets", reason, "--fine-tuning", str(arguments.presets)))
-    if arguments.jobs == "elsewhere" and not arguments.fine_tuning:
+    if arguments.jobs == "elsewhere" and not _fine_tunes(arguments):
         problems.append(Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs))
     if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
         reason = "vLLM cannot be installed beside dstune; name the Python of its own environment, or a running server"
@@ -347,7 +351,7 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guard
     database = opened_database(state, arguments.store, create=True)
     recorder = Recorder(database, _request_log(arguments, state))
     routes, api = list(COMMON if _without_models(arguments) else ROUTES), None
-    if arguments.fine_tuning:
+    if _fine_tunes(arguments):
         from dstune.serve.finetuning.routes import routes as routes_of
         from dstune.serve.finetuning.service import FineTuning
 

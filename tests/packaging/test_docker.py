@@ -89,8 +89,6 @@ def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_ve
         # The mount point of a volume is open to other users, so the server refuses it as its folder.
         assert str(arguments.state) == "/state/serving"
         assert (verb, arguments.engine) == ("serve", "vllm")
-    finetuning = yaml.safe_load((DOCKER / "serve" / "finetuning.yaml").read_text())["services"].values()
-    assert all("--state=/state/serving" in service["command"] for service in finetuning)
     for name in ("compose.yaml", "kubernetes.yaml", "finetuning.yaml"):
         assert "cat /state/serving/key\n" in (DOCKER / "serve" / name).read_text()
     # vLLM reaches no hub, so another service fills its cache before it starts; the gateway reads the same one.
@@ -118,7 +116,10 @@ def test_the_api_and_the_runner_of_jobs_are_two_containers_of_one_state() -> Non
         assert verb == "serve"
         jobs[name] = (arguments.jobs, str(arguments.state), str(arguments.presets))
         assert (ROOT / "docker" / service["build"]["dockerfile"].split("/")[-1]).is_file()
-    assert jobs == {"api": ("elsewhere", "/state", "/models.yaml"), "runner": ("only", "/state", "/models.yaml")}
+    assert jobs == {
+        "api": ("elsewhere", "/state/serving", "/models.yaml"),
+        "runner": ("only", "/state/serving", "/models.yaml"),
+    }
     assert "ports" not in services["runner"]
 
 
