@@ -161,12 +161,11 @@ class ProcessEngine(StubEngine):
     """The same in a process of its own, started and watched as a real engine is."""
 
     starts_process: ClassVar[bool] = True
-    ends_with_gateway: ClassVar[bool] = True
     seconds: float = 0.0
 
     def command(self, folder: Path) -> Command:
         argv = [sys.executable, "-m", "tests.support.stub_process", str(folder / "http"), str(self.seconds)]
-        return Command(argv, os.environ, "http://engine", str(folder / "http"))
+        return Command(argv, os.environ, "http://engine", str(folder / "http"), b"\n")
 
     async def start(self) -> None:
         await Engine.start(self)

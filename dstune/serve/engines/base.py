@@ -48,6 +48,7 @@ class Command:
     """Of its HTTP side."""
     socket: str | None = None
     stdin: bytes = b""
+    """For a program of ours, which ends when its standard input closes; one that reads none runs under `guard.py`."""
 
 
 @dataclass
@@ -72,8 +73,6 @@ class Engine:
     """Whether text that reads like a special token becomes one."""
     one_template: ClassVar[bool] = False
     """Whether all adapters are asked through one chat template."""
-    ends_with_gateway: ClassVar[bool] = False
-    """Whether its process ends by itself when its standard input closes; others run under `guard.py`."""
 
     source: Source
     """What it serves: the base, or a model that is its own base."""
@@ -192,7 +191,7 @@ class Engine:
 
     def _spawn(self, command: Command) -> None:
         self.log.parent.mkdir(mode=0o700, exist_ok=True)
-        argv = command.argv if self.ends_with_gateway else [sys.executable, "-I", str(GUARD), *command.argv]
+        argv = command.argv if command.stdin else [sys.executable, "-I", str(GUARD), *command.argv]
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as out:
             self.process = subprocess.Popen(

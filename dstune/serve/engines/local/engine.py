@@ -42,7 +42,6 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
 @dataclass
 class LocalEngine(Engine):
     name: ClassVar[str] = "local"
-    ends_with_gateway: ClassVar[bool] = True
     number_format: str = ""
     """`float32` or `bfloat16`; empty for what the machine computes fast."""
 
