@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import psutil
 import pytest
 
-from dstune.core.errors import UserError
+from dstune.core.errors import Problem, UserError
 from dstune.serve import command
 from dstune.serve.engines import control_strings, special
 from dstune.serve.engines.base import Command, EngineDown, Limits
@@ -107,7 +107,7 @@ def test_an_engine_that_parses_text_does_not_start_without_a_tokenizer(hub, tmp_
 
 class Unlearned(ProcessEngine):
     def learn(self) -> None:
-        raise UserError([])
+        raise UserError(Problem("MODEL", "is not known"))
 
 
 def test_an_engine_of_which_too_little_is_known_is_stopped(tmp_path):
