@@ -20,6 +20,7 @@ from dstune.serve.errors import ApiError
 from dstune.serve.source import Source
 
 WRITTEN = ("messages", "tools", "prompt", "suffix", "input", "instructions", "chat_template_kwargs")
+WRITTEN += ("query", "documents", "texts", "text_1", "text_2", "question", "context")
 
 
 class SpecialTexts:
