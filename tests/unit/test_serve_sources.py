@@ -12,6 +12,7 @@ import pytest
 
 from dstune.checkpoint.ollama import go_template, modelfile
 from dstune.core.errors import UserError
+from dstune.protocols import TASKS
 from dstune.serve import command, fields
 from dstune.serve.engines.base import Engine, Limits, Unprovable
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
@@ -65,7 +66,8 @@ def test_settings_in_the_words_of_keys():
     assert (own, behind) == (["m", "--engine-python", "/x", "--max-queue", "3"], ["--a=b"])
 
 
-def test_folders_that_cannot_be_served(tmp_path):
+def test_folders_that_cannot_be_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(TASKS["question_answering"], "serves", ())  # as of a plugin's task
     (tmp_path / "dstune.json").write_text(json.dumps({"task": {"name": "question_answering"}}))
     with pytest.raises(UserError, match="has no route"):
         resolve("x", str(tmp_path))
