@@ -69,6 +69,7 @@ def test_settings_in_the_words_of_keys():
 def test_folders_that_cannot_be_served(tmp_path, monkeypatch):
     monkeypatch.setattr(TASKS["question_answering"], "serves", ())  # as of a plugin's task
     (tmp_path / "dstune.json").write_text(json.dumps({"task": {"name": "question_answering"}}))
+    monkeypatch.setattr(TASKS["question_answering"], "serves", ())  # as a task of a plugin may be
     with pytest.raises(UserError, match="has no route"):
         resolve("x", str(tmp_path))
     (tmp_path / "dstune.json").write_text(json.dumps({"task": {"name": "nothing"}}))
