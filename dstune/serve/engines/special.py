@@ -19,8 +19,10 @@ from dstune.core.errors import Problem, UserError
 from dstune.serve.errors import ApiError
 from dstune.serve.source import Source
 
-WRITTEN = ("messages", "tools", "prompt", "suffix", "input", "instructions", "chat_template_kwargs")
-WRITTEN += ("query", "documents", "texts", "text_1", "text_2", "question", "context")
+WRITTEN = (
+    *("messages", "tools", "prompt", "suffix", "input", "instructions", "chat_template_kwargs"),
+    *("query", "documents", "texts", "text_1", "text_2", "question", "context"),
+)
 
 
 class SpecialTexts:

@@ -25,8 +25,10 @@ AGAIN_SECONDS = 30.0
 """From a write that failed to the next one."""
 MOST_ROWS = 3 * ROWS
 """That wait for a disk that cannot be written; older ones are lost then."""
-COLUMNS = ("id", "response", "created", "key", "user", "user_hash", "model", "version", "route", "status")
-COLUMNS += ("request", "answer")
+COLUMNS = (
+    *("id", "response", "created", "key", "user", "user_hash", "model", "version", "route", "status"),
+    *("request", "answer"),
+)
 
 log = logging.getLogger("dstune.serve")
 
