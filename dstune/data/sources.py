@@ -135,12 +135,10 @@ def expand(
     """
     if samples.is_sample(spec):
         uri, named = samples.without_slice(spec)
-        file = DataFile(samples.resolve(uri, fetch=False))
         files = []
         for chosen in slices.parse(named, key, spec):
-            if chosen.name:
-                raise UserError(Problem(key, "a sample has no splits", f"a slice of it: '{uri}:[:20%]'", spec))
-            files += slices.apply(chosen, [file], count, key, spec)
+            of_split = DataFile(samples.resolve(f"{uri}:{chosen.name}" if chosen.name else uri, fetch=False))
+            files += slices.apply(chosen, [of_split], count, key, spec)
         return files
     if (source := data_source_of(spec)) is not None:
         return source.files(spec, key)

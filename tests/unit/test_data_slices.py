@@ -113,14 +113,21 @@ def test_what_is_no_slice(folder, split, reason):
         read(f"{folder}:{split}")
 
 
+def test_a_sample_without_splits():
+    with pytest.raises(UserError, match="this sample has no such split"):
+        read("sample://chitchat:validation[:5]")
+
+
 def test_slices_of_a_sample(monkeypatch, tmp_path):
     rows = write_jsonl(tmp_path / "data.jsonl", texts("r", 10))
-    monkeypatch.setattr(samples, "resolve", lambda uri, fetch: {"sample://chitchat": rows}[uri])
+    held_out = write_jsonl(tmp_path / "validation.jsonl", texts("v", 10))
+    files = {"sample://chitchat": rows, "sample://attacks": rows, "sample://attacks:validation": held_out}
+    monkeypatch.setattr(samples, "resolve", lambda uri, fetch: files[uri])
+    assert read("sample://attacks:validation") == [f"v{number}" for number in range(10)]
+    assert read("sample://attacks:validation[:2]+[:1]") == ["v0", "v1", "r0"]
     assert read("sample://chitchat:[:20%]") == ["r0", "r1"]
     assert read("sample://chitchat:[8:]+[:1]") == ["r8", "r9", "r0"]
     assert len(read("sample://chitchat")) == 10
-    with pytest.raises(UserError, match="a sample has no splits"):
-        read("sample://chitchat:train[:5]")
     with pytest.raises(UserError, match="is no slice of a split"):
         read("sample://chitchat:[5]")
 
