@@ -4,8 +4,8 @@
 usage: python benchmarks/attacks.py [--run]
 
 Prints the table of docs/security.md (`python tools/guides.py` puts it there). `--run` replays all of them with pytest first
-and prints how many were held. Each was seen to succeed: `python benchmarks/mutations.py attacks` takes its defence out of a copy
-of the tree, in the file of the last column, and sees its test fail.
+and prints how many were held. `python benchmarks/mutations.py attacks` takes each defence out of a copy of the tree, in the
+file of the last column, and sees its test fail.
 """
 
 from __future__ import annotations
@@ -457,7 +457,7 @@ ATTACKS = (
 
 def table() -> str:
     """The attacks as a Markdown table."""
-    lines = ["| attack | where | how it is held | test | seen to succeed without |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| attack | where | how it is held | test | undone in |", "| --- | --- | --- | --- | --- |"]
     for one in ATTACKS:
         file, _, name = one.test.partition(".")
         undone = ", ".join(f"`{place}`" for place in MUTATIONS[one.place].files)
