@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -417,8 +418,21 @@ def test_an_engine_does_not_outlive_its_gateway(tmp_path):
 @pytest.mark.parametrize(("words", "code"), [(["sh", "-c", "exit 3"], 3), (["sh", "-c", "kill -9 $$"], 137)])
 def test_the_guard_tells_how_its_program_ended(words, code):
     guard = Path(special.__file__).with_name("guard.py")
-    done = subprocess.run([sys.executable, "-I", guard, *words], stdin=subprocess.PIPE, check=False)
-    assert done.returncode == code
+    with subprocess.Popen([sys.executable, "-I", guard, *words], stdin=subprocess.PIPE) as started:
+        assert started.wait(60) == code  # before standard input closes
+
+
+def test_the_guard_kills_no_group_but_its_own(tmp_path):
+    """Started within the group of another process, which goes on."""
+    guard = Path(special.__file__).with_name("guard.py")
+    script = f"{sys.executable} -I {guard} sleep 60 < /dev/null; echo $? > {tmp_path}/code; sleep 60"
+    with subprocess.Popen(["sh", "-c", script], start_new_session=True) as shell:
+        try:
+            asyncio.run(until((tmp_path / "code").is_file))
+            time.sleep(0.5)
+            assert shell.poll() is None
+        finally:
+            os.killpg(shell.pid, signal.SIGKILL)
 
 
 # -- pages of other sites, routes -------------------------------------------------------------------------------------

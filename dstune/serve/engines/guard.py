@@ -1,4 +1,4 @@
-"""Runs a program that must not outlive the gateway: `python -I guard.py PROGRAM ARGUMENTS`, in a session of its own.
+"""Runs a program that must not outlive the gateway: `python -I guard.py PROGRAM ARGUMENTS`, in a process group of its own.
 
 Standard input is a pipe that the gateway holds. When it closes, however the gateway ended, the program gets SIGTERM, and its
 whole process group SIGKILL after that. Standard library only: it starts in milliseconds.
@@ -18,6 +18,8 @@ GRACE_SECONDS = 10.0
 
 def main(argv: list[str]) -> int:
     """The program's exit status; 128 + N where signal N ended it."""
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()  # what is killed at the end is this group: never that of whoever started it
     try:
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     except OSError as error:
