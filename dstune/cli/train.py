@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dstune.cli.verb import Verb, verb
 from dstune.core.arguments import is_path
+from dstune.core.rank_env import from_environment
 
 
 @verb
@@ -29,7 +30,7 @@ class Train(Verb):
             from dstune.sweep.command import main
 
             return main(arguments)
-        if arguments and not is_path(arguments[0]):
+        if arguments and not is_path(arguments[0]) and from_environment(os.environ) is None:
             from dstune.config.flags import hydra_flags, show
 
             # Here, not only in `action`: what launches runs takes a tenth of a second to import.
