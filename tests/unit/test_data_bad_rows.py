@@ -562,7 +562,7 @@ FILES: list[tuple[str, Any]] = [
     ("not UTF-8: byte … in line …", {"rows.json": b'[\n{"messages": "\xff"}]'}),
     ("the header has … twice", {"rows.csv": b"prompt,prompt\na,b\n"}),
     ("holds no rows", {"rows.json": b"[]"}),
-    ("only files of this machine and data sets of the hub are read", "s3://bucket/rows.jsonl"),
+    ("only files of this machine, data sets of the hub and … are read", "s3://bucket/rows.jsonl"),
     ("there is no such file or folder, and the cache of datasets has no such data set …", "nobody/nothing"),
     ("missing column: task=… needs …, the columns here are …", {"rows.csv": b"question,reply\na,b\n"}),
     ("… has no such column, the columns there are …", {"rows.csv": b"question,reply\na,b\n"}),
