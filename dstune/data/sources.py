@@ -137,8 +137,8 @@ def expand(
         uri, named = samples.without_slice(spec)
         files = []
         for chosen in slices.parse(named, key, spec):
-            of_split = DataFile(samples.resolve(f"{uri}:{chosen.name}" if chosen.name else uri, fetch=False))
-            files += slices.apply(chosen, [of_split], count, key, spec)
+            of_split = [DataFile(samples.resolve(f"{uri}:{chosen.name}" if chosen.name else uri, fetch=False))]
+            files += slices.apply(chosen, of_split, count, key, spec)
         return files
     if (source := data_source_of(spec)) is not None:
         return source.files(spec, key)
