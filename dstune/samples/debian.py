@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import io
-import shutil
-import subprocess
-import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.core.errors import Problem, UserError
-from dstune.samples.download import Package, sha256, wrong_file
+from dstune.samples.download import Package, fetch_with
 
 
 @dataclass(frozen=True)
@@ -27,57 +23,13 @@ class DebianPackage(Package):
 
 
 def fetch_debian(package: DebianPackage, folder: Path, label: str) -> Path:
-    """Path of `package`'s file in `folder`, fetched unless a whole and right one is there.
-
-    Raises:
-        UserError: no apt-get here, no such version in its sources, or another file than the pinned one.
-    """
-    target = folder / package.filename
-    if target.exists() and sha256(target) == package.sha256:
-        return target
-    scratch = folder / f"{package.filename}.apt"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    print(f"{label}: fetching {package.requirement} with apt-get", file=sys.stderr, flush=True)
-    try:
-        errors = _apt_download(package, scratch)
-        fetched = next(scratch.glob("*.deb"), None)
-        if fetched is None:
-            raise _unavailable(package, folder, label, errors)
-        if (found := sha256(fetched)) != package.sha256:
-            raise wrong_file(package, label, found)
-        return fetched.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _apt_download(package: DebianPackage, scratch: Path) -> str:
-    """What apt-get complained about."""
-    try:
-        answer = subprocess.run(
-            ["apt-get", "download", "--quiet", package.requirement],
-            cwd=scratch,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except FileNotFoundError:
-        return "E: there is no apt-get on this machine"
-    return answer.stderr
-
-
-def _unavailable(package: DebianPackage, folder: Path, label: str, errors: str) -> UserError:
-    lines = [line for line in errors.splitlines() if line.startswith("E:")] or ["E: apt-get gave no reason"]
-    return UserError(
-        Problem(
-            where=label,
-            reason=f"{package.requirement} could not be fetched ({lines[0].removeprefix('E: ')})",
-            fix=f"run `apt-get update`; or `apt-get download {package.requirement}` on a Debian machine, and copy "
-            f"{package.filename} to {folder}",
-        )
+    """As `fetch_with`, by apt-get. Raises UserError."""
+    fix = (
+        f"run `apt-get update`; or `apt-get download {package.requirement}` on a Debian machine, and copy "
+        f"{package.filename} to {folder}"
     )
+    command = ["apt-get", "download", "--quiet", package.requirement]
+    return fetch_with(command, package, folder, label, fix=fix, complaint="E:")
 
 
 class DebianArchive:

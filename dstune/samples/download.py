@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,51 @@ def wrong_file(package: Package, label: str, found: str) -> UserError:
             fix="check the index that pip is set up for (`pip config list`); it may be a broken mirror",
         )
     )
+
+
+def fetch_with(
+    command: Sequence[str], package: Package, folder: Path, label: str, *, fix: str, complaint: str = ""
+) -> Path:
+    """Path of `package`'s file in `folder`, fetched by another program unless a whole and right one is there.
+
+    Args:
+        command: leaves the file in its working directory.
+        fix: what to do where it cannot be fetched.
+        complaint: what the lines begin with in which the program says why.
+
+    Raises:
+        UserError: no such program here, no such version for it, or another file than the pinned one.
+    """
+    target = folder / package.filename
+    if target.exists() and sha256(target) == package.sha256:
+        return target
+    scratch = folder / f"{package.filename}.{command[0]}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    print(f"{label}: fetching {package.requirement} with {command[0]}", file=sys.stderr, flush=True)
+    try:
+        try:
+            answer = subprocess.run(
+                command,
+                cwd=scratch,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+            lines = [line for line in answer.stderr.splitlines() if line.strip() and line.startswith(complaint)]
+            why = lines[0].removeprefix(complaint).strip() if lines else f"{command[0]} gave no reason"
+        except FileNotFoundError:
+            why = f"there is no {command[0]} on this machine"
+        fetched = next(scratch.glob(f"*{target.suffix}"), None)
+        if fetched is None:
+            raise UserError(Problem(label, f"{package.requirement} could not be fetched ({why})", fix))
+        if (found := sha256(fetched)) != package.sha256:
+            raise wrong_file(package, label, found)
+        return fetched.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _pip(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

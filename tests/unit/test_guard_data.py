@@ -15,7 +15,7 @@ import yaml
 
 from dstune import samples
 from dstune.core.errors import UserError
-from dstune.samples import npm
+from dstune.samples import download
 from dstune.samples.attacks import SOURCES, own, packages
 from dstune.samples.attacks.texts import Text, language_of, place, runs
 from dstune.samples.attacks.write import FIRST_CHAT, HIDDEN_CHARACTERS, write
@@ -53,7 +53,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             (cwd / PACKAGE.filename).write_bytes(state["content"])
         return subprocess.CompletedProcess(command, 0, "", state["stderr"])
 
-    monkeypatch.setattr(npm.subprocess, "run", run)
+    monkeypatch.setattr(download.subprocess, "run", run)
     return state
 
 

@@ -128,7 +128,7 @@ def test_an_end_without_a_reason_is_no_completion():
 
 def test_going_back_is_refused_where_nothing_is_prepared_for_it():
     """The data of such a run would end before its last step."""
-    run = SimpleNamespace(config=run_config())
+    run = SimpleNamespace(config=run_config(), unwritten=None)
     with pytest.raises(UserError, match=r"trainer\.spike\.action=rollback"):
         rewind_if_requested(run, Request(Action.REWIND))
 
