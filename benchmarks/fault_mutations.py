@@ -161,7 +161,9 @@ _OTHER: dict[str, Mutation] = {
         "data/build.py", "if self._held_out is not None and kept.is_file():", "if False:"
     ),
     "unit/test_data_slices.py::test_slices_of_a_sample": undo(
-        "data/sources.py", "slices.apply(chosen, [file], count, key, spec)", "[file]"
+        "data/sources.py",
+        "fetch=False))]\n            files += slices.apply(chosen, of_split, count, key, spec)",
+        "fetch=False))]\n            files += of_split",
     ),
     "unit/test_data_slices.py::test_slices_of_a_folder": undo("data/slices.py", "if not chosen.sliced:", "if True:"),
     "unit/test_token_ids.py::test_another_tokenizer_is_refused": undo(
