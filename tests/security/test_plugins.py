@@ -71,7 +71,10 @@ def test_a_stored_run_names_no_module_of_the_working_directory(hostile: Path) ->
         (hostile / "run.yaml").write_text(dump({**content, "plugins": [entry]}))
         with pytest.raises(UserError):
             read_run(hostile / "run.yaml")
-        with trust.from_flags(["--trust", plugins.KEY]), pytest.raises(UserError, match=r"no such module|not installed"):
+        with (
+            trust.from_flags(["--trust", plugins.KEY]),
+            pytest.raises(UserError, match=r"no such module|not installed"),
+        ):
             read_run(hostile / "run.yaml", [plugins.ACCEPT])
     assert not list(hostile.rglob("owned"))
 
