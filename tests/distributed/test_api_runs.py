@@ -66,19 +66,20 @@ print("all is well")
 """
 
 INSIDE = f"""
-import os, dstune
+import os, sys, dstune
 rows = [{{"text": f"w{{i % 7}} w{{i % 11}}", "label": "odd" if i % 2 else "even"}} for i in range(60)]
 try:
     dstune.train(*{SETTINGS}, "trainer.max_stepz=2", train=rows)
 except dstune.UserError as error:
-    print("rank", os.environ["RANK"], "problem", error.problems[0].where, flush=True)
+    sys.stdout.write(f"rank {{os.environ['RANK']}} problem {{error.problems[0].where}}\\n")  # one write: ranks share the pipe
 """
 
 RANKS = f"""
-import os, dstune
+import os, sys, dstune
 rows = [{{"text": f"w{{i % 7}} w{{i % 11}}", "label": "odd" if i % 2 else "even"}} for i in range(60)]
 run = dstune.train(*{SETTINGS}, "trainer.max_steps=2", train=rows)
-print("rank", os.environ["RANK"], "of", run.result["world_size"], run.result["steps"], run.dir, flush=True)
+result = f"{{run.result['world_size']}} {{run.result['steps']}} {{run.dir}}"
+sys.stdout.write(f"rank {{os.environ['RANK']}} of {{result}}\\n")  # one write: ranks share the pipe
 """
 
 
