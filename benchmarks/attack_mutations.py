@@ -139,7 +139,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "serve/finetuning/addresses.py", "if not is_public(str(place[0])):", "if False:"
     ),
     "runs_of_others.test_origins_of_a_strangers_run_name_keys_alone": undo(
-        "config/compose.py",
+        "config/resume.py",
         "if key in all_keys() and same(key)}",
         "if attrgetter(key)(config) == attrgetter(key)(stored.config)}",
     ),

@@ -186,7 +186,7 @@ _OTHER: dict[str, Mutation] = {
         "config/by_method.py", "METHODS.classes()[method].learning_rate", "Method.learning_rate"
     ),
     "unit/test_defaults.py::test_run_yaml_has_the_rate_with_its_origin_and_keeps_both": undo(
-        "config/compose.py", '**({"origins": dict(composed.origins)} if composed.origins else {}),', ""
+        "config/run_file.py", '**({"origins": dict(composed.origins)} if composed.origins else {}),', ""
     ),
     "unit/test_defaults.py::test_the_stage_is_the_fastest_that_fits": undo(
         "launch/stages.py",
@@ -211,7 +211,7 @@ _OTHER: dict[str, Mutation] = {
         "methods/lora/start.py", "share = 1.0 if config.init is LoraInit.olora else scale**0.5", "share = scale**0.5"
     ),
     "unit/test_common_definitions.py::test_a_stored_run_keeps_the_split_that_it_began_with": undo(
-        "config/compose.py", 'method["init"] = "qr"', "pass"
+        "config/run_file.py", 'method["init"] = "qr"', "pass"
     ),
     "unit/test_common_definitions.py::test_a_deepspeed_optimizer_without_weight_decay_has_deepspeed_s": undo(
         "config/deepspeed_file.py", '"weight_decay" not in params:', "False:"

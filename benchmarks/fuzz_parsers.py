@@ -351,8 +351,8 @@ def sweep(files: dict[str, Any], folder: Path) -> None:
 
 
 def stored_run(content: bytes, folder: Path) -> None:
-    from dstune.config.compose import read_run_content
     from dstune.config.convert import from_dict
+    from dstune.config.run_file import read_run_content
 
     (folder / "run.yaml").write_bytes(content)
     from_dict(read_run_content(folder / "run.yaml")["config"], "run.yaml")

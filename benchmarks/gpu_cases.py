@@ -90,7 +90,8 @@ class Bench:
 
     def train(self, name: str, *words: str, steps: int = 4) -> dict[str, Any]:
         """A run of one rank in this process (a second one after it would need a process group of its own: see `children`)."""
-        from dstune.config.compose import Composed, compose, write_run
+        from dstune.config.compose import compose
+        from dstune.config.run_file import Composed, write_run
         from dstune.config.validate import validate
         from dstune.core.rank_env import RankEnv
         from dstune.rank import worker

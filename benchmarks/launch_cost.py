@@ -34,7 +34,8 @@ def median(measure: Callable[[], float], rounds: int = ROUNDS) -> float:
 def of_signing() -> dict[str, float]:
     """Seconds of a launch: the key when there is none yet, what is signed, and the look at a stored run."""
     from dstune.config import trust
-    from dstune.config.compose import compose, read_run_content, write_run
+    from dstune.config.compose import compose
+    from dstune.config.run_file import read_run_content, write_run
     from dstune.core import signing
 
     found: dict[str, float] = {}

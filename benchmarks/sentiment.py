@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dstune import samples
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 
 
 def main() -> None:

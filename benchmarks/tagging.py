@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.config.schema import RunConfig
 
 HELD_OUT = 394

@@ -114,7 +114,7 @@ def export(
         refuse_unmergeable,
         run_directory,
     )
-    from dstune.config.compose import read_run
+    from dstune.config.run_file import read_run
     from dstune.config.trust import Use
     from dstune.inference.reference import add_reference
 

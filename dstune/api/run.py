@@ -67,7 +67,7 @@ class Run:
     @property
     def config(self) -> Any:
         """The configuration that the run trained with (`dstune.config.schema.RunConfig`), for example `config.trainer.seed`."""
-        from dstune.config.compose import read_run
+        from dstune.config.run_file import read_run
 
         return read_run(self.dir / "run.yaml").config
 

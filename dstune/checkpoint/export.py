@@ -20,7 +20,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.model_code import is_of_base
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.compose import read_run_content
 from dstune.config.convert import EnvironmentText, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import key_of, quoted
+from dstune.config.run_file import read_run_content
 from dstune.config.schema import RunConfig
 from dstune.config.trust import SIGNATURE
 from dstune.core.errors import Problem, UserError

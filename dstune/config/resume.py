@@ -1,13 +1,18 @@
-"""Which settings a run may be continued with."""
+"""With which configuration a run goes on, and which of its settings may differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
-from dstune.config.convert import format_value, to_dict
+from dstune.config import overrides as user_overrides
+from dstune.config.convert import format_value, from_dict, to_dict
+from dstune.config.hydra_session import session
 from dstune.config.names import all_keys
-from dstune.config.schema import RunConfig, TrainerConfig
+from dstune.config.run_file import Composed
+from dstune.config.schema import CHOICES, RunConfig, TrainerConfig
+from dstune.config.zero_file import keys_of_own_files
 from dstune.core.errors import Problem, UserError
 
 MAY_CHANGE = (
@@ -39,6 +44,73 @@ LENGTHS = ("trainer.max_steps", "trainer.epochs")
 
 ANEW = "begin a new run from its weights (another run.dir with model.path=RUN/export; of adapters method.adapter=RUN)"
 """What lets a run go on with what may not change within it."""
+
+
+def continue_run(old: Composed, new: Composed) -> RunConfig:
+    """The configuration with which `new` continues the run of `old`.
+
+    What the command does not say now, or says as it did then, comes from the run: a default that has changed since, or what
+    the first start filled in (a template's date, the commit of a branch), changes no existing run.
+
+    Raises:
+        UserError: keys that change the trajectory differ (`check_resume`).
+    """
+    tree = _from_stored(to_dict(old.config), to_dict(new.config), "", _newly_given(old, new))
+    config = from_dict(tree, "the composed configuration")
+    check_resume(old.config, config)
+    return config
+
+
+def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
+    """Of a run that goes on as `config`: where its values come from, those that have not changed."""
+
+    def same(key: str) -> bool:
+        value = attrgetter(key)
+        try:
+            return bool(value(config) == value(stored.config))
+        except AttributeError:  # of another choice
+            return False
+
+    # Keys of a stranger's run.yaml may be any text.
+    return {key: origin for key, origin in stored.origins.items() if key in all_keys() and same(key)}
+
+
+OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")
+"""Keys whose defaults mean something else than what the run began with."""
+
+
+def _from_stored(
+    stored: dict[str, Any], composed: dict[str, Any], prefix: str, given: Callable[[str], bool]
+) -> dict[str, Any]:
+    """`composed` with the stored value of every key that is not given."""
+    result = dict(composed)
+    for name, value in stored.items():
+        key = f"{prefix}{name}"
+        now: Any = composed.get(name)
+        if key in CHOICES and value["name"] != now["name"]:
+            if not given(key):  # chosen when the run began
+                result[name] = value | {leaf: now[leaf] for leaf in now if leaf in value and given(f"{key}.{leaf}")}
+        elif isinstance(value, dict) and isinstance(now, dict) and key not in all_keys():
+            result[name] = _from_stored(value, now, f"{key}.", given)
+        elif name in composed and key not in OF_THIS_COMMAND and not given(key):
+            result[name] = value
+    return result
+
+
+def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
+    """Whether a key, or the choice of a group, is given by the command of `new` otherwise than by that of `old`, or by one of
+    the user's own files."""
+    report = {key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
+    sections_given = tuple(f"{key}." for key in report)
+    everything = "experiment" in report
+    with session(new.config_dirs) as hydra:
+        own = keys_of_own_files(hydra, new.overrides)
+
+    def given(key: str) -> bool:
+        inside = any(name.startswith(f"{key}.") for name in report) and key in all_keys()  # data.columns.text=a
+        return everything or key in report or key.startswith(sections_given) or inside or key in own
+
+    return given
 
 
 def check_resume(old: RunConfig, new: RunConfig) -> None:

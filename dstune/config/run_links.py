@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dstune.config.compose import read_run_content
+from dstune.config.run_file import read_run_content
 from dstune.config.trust import FLAG, SIGNATURE, believed
 from dstune.core import signing
 from dstune.core.errors import Problem, UserError

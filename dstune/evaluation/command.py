@@ -16,9 +16,11 @@ from dstune import samples
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
-from dstune.config.compose import Composed, apply_overrides, compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.forgetting import measured_alone
 from dstune.config.overrides import quoted
+from dstune.config.run_file import Composed, read_run, write_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, tracking_class
 from dstune.config.several_tasks import is_of_several
 from dstune.config.trust import Use

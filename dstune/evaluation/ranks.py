@@ -20,8 +20,8 @@ import numpy as np
 
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.own_labels import with_labels
-from dstune.config.compose import read_decided
 from dstune.config.convert import format_value
+from dstune.config.run_file import read_decided
 from dstune.config.schema import OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError

@@ -24,7 +24,7 @@ from dstune.checkpoint.export import (
     run_directory,
 )
 from dstune.checkpoint.serving import vllm_problems
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.config.run_links import refuse_links
 from dstune.config.trust import Use
 from dstune.core.arguments import VerbParser

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from dstune.checkpoint import store
 from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import read_record, recorded_overrides
-from dstune.config.compose import apply_overrides, compose, read_run
+from dstune.config.compose import compose
 from dstune.config.overrides import quoted
+from dstune.config.run_file import read_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate

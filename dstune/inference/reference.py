@@ -18,7 +18,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.export import find_checkpoint
 from dstune.checkpoint.record import read_record
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.config.schema import Attention, RunConfig
 from dstune.config.trust import Use
 from dstune.core import files

@@ -104,7 +104,7 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
 
 def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.checkpoint.export import exported
-    from dstune.config.compose import read_run
+    from dstune.config.run_file import read_run
     from dstune.config.trust import Use
     from dstune.launch import rundir
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from dstune.config.compose import Composed, write_run
+from dstune.config.run_file import Composed, write_run
 from dstune.config.schema import RunConfig
 from dstune.core import plugins
 from dstune.core.errors import EXIT_DONE, TrainingFailed

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dstune.config.compose import Composed, compose, write_run
+from dstune.config.compose import compose
 from dstune.config.launch_rules import check_launch
+from dstune.config.run_file import Composed, write_run
 from dstune.config.schema import RunConfig
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError

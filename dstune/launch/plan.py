@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.compose import apply_overrides, compose, read_run
+from dstune.config.compose import compose
 from dstune.config.flags import hydra_flags, show
+from dstune.config.run_file import read_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective
 from dstune.config.validate import find_problems
 from dstune.core.arguments import is_path

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.checkpoint import store
-from dstune.config.compose import Composed, continue_run, kept_origins, plugins_of, read_run_beside, write_run
 from dstune.config.overrides import key_of
-from dstune.config.resume import check_resume
+from dstune.config.resume import check_resume, continue_run, kept_origins
+from dstune.config.run_file import Composed, plugins_of, read_run_beside, write_run
 from dstune.config.run_links import refuse_links
 from dstune.config.schema import RunConfig
 from dstune.core import plugins

@@ -14,10 +14,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.compose import Composed, apply_overrides, compose, kept_origins, plugins_of, read_run, to_yaml
-from dstune.config.convert import format_value
+from dstune.config.compose import compose
+from dstune.config.convert import format_value, to_yaml
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.ignored import ignored_settings
+from dstune.config.resume import kept_origins
+from dstune.config.run_file import Composed, plugins_of, read_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate

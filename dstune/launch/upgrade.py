@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dstune.checkpoint import store
-from dstune.config.compose import RUN_FORMAT, read_run, read_run_content, write_signed
+from dstune.config.run_file import RUN_FORMAT, read_run, read_run_content, write_signed
 from dstune.config.run_links import refuse_links
 from dstune.config.trust import SIGNATURE
 from dstune.core import signing

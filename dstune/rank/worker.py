@@ -18,8 +18,8 @@ import torch
 from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
-from dstune.config.compose import Composed, read_decided, write_run
 from dstune.config.convert import format_value
+from dstune.config.run_file import Composed, read_decided, write_run
 from dstune.config.schema import Precision, RunConfig, stage_of
 from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World

@@ -11,7 +11,7 @@ from typing import Any
 
 from dstune.checkpoint.export import current_export
 from dstune.checkpoint.record import read_record, task_of_head
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.compose import frozen_at_start, plugins_of, read_run_beside
+from dstune.config.compose import frozen_at_start
 from dstune.config.convert import dump, format_value, from_dict, load, to_dict
 from dstune.config.resume import check_resume
+from dstune.config.run_file import plugins_of, read_run_beside
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
 from dstune.config.trust import OVERRIDES, SIGNATURE, check_overrides, statement

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from dstune.config.compose import apply_overrides, compose
+from dstune.config.compose import compose
 from dstune.config.hydra_session import group_options, session
 from dstune.config.names import all_keys, sections
 from dstune.config.plugins import activate_requested
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import Sampler, SweepConfig
 from dstune.config.sweep_space import Assignment, Axis, Split, first, grid

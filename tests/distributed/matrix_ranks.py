@@ -20,7 +20,7 @@ import torch
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
-from dstune.config.compose import Composed, read_run, write_run
+from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.rank_env import from_environment

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare

@@ -9,7 +9,8 @@ import pytest
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.evaluation import command as evaluate
 from tests.support.ranks import run_ranks

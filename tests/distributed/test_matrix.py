@@ -12,7 +12,7 @@ from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled, write_preferences
 
 from dstune.config import data_schema, schema
-from dstune.config.compose import Composed, write_run
+from dstune.config.run_file import Composed, write_run
 from dstune.config.validate import find_problems
 from dstune.core.errors import Problem
 from dstune.launch.first_rows import hardware_problems

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from dstune.config.compose import RUN_FORMAT
+from dstune.config.run_file import RUN_FORMAT
 
 ROOT = Path(__file__).parents[2]
 ARCHIVES = sorted((ROOT / "tests" / "data").glob("old-runs-*.tar.xz"))

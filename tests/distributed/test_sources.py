@@ -24,7 +24,8 @@ from support.sources import (
 )
 from support.tiny import save_decoder, save_encoder
 
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 
 PROGRAM = Path(__file__).parents[1] / "parity" / "train_cases.py"
 

@@ -10,7 +10,8 @@ from support.command import metrics
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
 
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.config.validate import validate
 
 PROGRAM = Path(__file__).with_name("zero_file_ranks.py")

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.core.rank_env import from_environment
 from dstune.rank import worker
 from dstune.zero.engine import Engine

@@ -72,7 +72,8 @@ TRAIN_ALONE = """
 import json, os, sys
 from pathlib import Path
 from dstune.rank import worker
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.core.rank_env import RankEnv
 from dstune.zero.start import start_process_group
 

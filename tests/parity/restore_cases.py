@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dstune.checkpoint.shards import Shards
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import method_groups

@@ -25,7 +25,8 @@ from transformers import (
     pipeline,
 )
 
-from dstune.config.compose import compose, read_run, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import read_run, write_run
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import Split, prepare
 from dstune.evaluation import command as evaluate

@@ -17,7 +17,8 @@ from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
 from support.workshop import VOLATILE
 
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = (0, 1, 2, 3)

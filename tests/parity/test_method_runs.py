@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_labelled
 
-from dstune.config.compose import compose, read_run, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import read_run, write_run
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = {"head": (0, 1, 2, 3), "features": (0, 3), "entries": (0, 1, 2, 3), "tensors": (0, 2)}

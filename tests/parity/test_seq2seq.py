@@ -14,7 +14,8 @@ from support.ranks import run_ranks
 from support.tiny import save_bart, save_decoder, save_encoder, save_joined_encoders, save_t5, write_pairs
 from support.workshop import VOLATILE
 
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 

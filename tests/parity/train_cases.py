@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dstune.config.compose import read_run, write_run
+from dstune.config.run_file import read_run, write_run
 from dstune.core.errors import Preempted
 from dstune.core.rank_env import from_environment
 from dstune.rank import worker

@@ -13,8 +13,9 @@ from support.configs import run_config
 
 from dstune.config import trust
 from dstune.config.callbacks import check_callbacks, chosen_callbacks
-from dstune.config.compose import Composed, compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.convert import dump, load
+from dstune.config.run_file import Composed, read_run, write_run
 from dstune.core import plugins
 from dstune.core.errors import UserError
 

@@ -20,7 +20,9 @@ from support.tiny import save_decoder, write_dialogues
 from dstune.checkpoint import store
 from dstune.cli import main
 from dstune.config import convert
-from dstune.config.compose import Composed, apply_overrides, compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import Composed, write_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.core import plugins
 from dstune.core.errors import UserError
 from dstune.launch.openmpi.config import OpenMpiConfig
@@ -195,7 +197,7 @@ def test_verbs_that_use_no_such_key_leave_it_alone(
     stranger.edit(change)
     resolved = []
     monkeypatch.setattr(convert, "resolve_text", lambda *given: resolved.append(given))
-    from dstune.config.compose import read_run
+    from dstune.config.run_file import read_run
     from dstune.config.trust import Use
 
     config = read_run(stranger.run / "run.yaml", use=Use.weights).config
@@ -360,7 +362,8 @@ def test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names(
 @pytest.mark.parametrize("name", ["__class__.__init__.__globals__", "run.dir.nothing", "method.rank", "x"])
 def test_origins_of_a_strangers_run_name_keys_alone(name: str, stranger: Stranger) -> None:
     """Where values come from, by key: what is no key is left out, and no attribute of that name is looked up."""
-    from dstune.config.compose import kept_origins, read_run
+    from dstune.config.resume import kept_origins
+    from dstune.config.run_file import read_run
 
     stranger.give()
     stranger.edit(lambda content: content.update(origins={name: "evil", "optimizer.lr": "the default of method=full"}))
@@ -394,7 +397,7 @@ def test_an_own_export_finds_its_base_by_a_variable(stranger: Stranger, monkeypa
 
 
 def read(stranger: Stranger, *given: str):
-    from dstune.config.compose import read_run
+    from dstune.config.run_file import read_run
 
     return read_run(stranger.run / "run.yaml", given).config
 
@@ -501,7 +504,7 @@ def test_what_is_named_or_repeated_is_believed(stranger: Stranger, capsys: pytes
 
 
 def test_a_run_that_is_continued_by_its_whole_command_needs_no_signature(stranger: Stranger) -> None:
-    from dstune.config.compose import read_run_beside
+    from dstune.config.run_file import read_run_beside
 
     words = [f"model.path={stranger.model}", "data.train=rows.jsonl", "zero=stage2", *CONSEQUENTIAL]
     stranger.give(*CONSEQUENTIAL)
@@ -518,7 +521,7 @@ def test_a_run_that_is_continued_by_its_whole_command_needs_no_signature(strange
 
 def test_ranks_read_what_the_launch_has_written(stranger: Stranger) -> None:
     """In a container a rank has another home, and no key."""
-    from dstune.config.compose import read_decided
+    from dstune.config.run_file import read_decided
 
     stranger.give(*CONSEQUENTIAL)
     assert read_decided(stranger.run / "run.yaml").config.model.trust_remote_code

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dstune.config.compose import read_run
+from dstune.config.run_file import read_run
 from dstune.core.rank_env import from_environment
 from dstune.rank import worker
 from dstune.zero.engine import Engine

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dstune.config.compose import Composed, write_run
+from dstune.config.run_file import Composed, write_run
 from dstune.config.schema import RunSection
 from dstune.optim.adamw import AdamWConfig
 from tests.support.configs import run_config

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from dstune.checkpoint import store
-from dstune.config.compose import compose, read_run, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import read_run, write_run
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dstune.config.compose import Composed, compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import Composed, write_run
 
 VOLATILE = {
     "tokens_per_second",

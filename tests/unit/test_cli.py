@@ -11,7 +11,7 @@ import pytest
 
 import dstune
 from dstune import cli
-from dstune.config.compose import Composed, read_run, write_run
+from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.schema import RunSection
 from dstune.core.errors import DstuneError, Preempted, Problem, UserError
 from dstune.core.rank_env import RankEnv

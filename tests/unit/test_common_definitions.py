@@ -12,8 +12,9 @@ import yaml
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from dstune.config.compose import Composed, compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.documentation import documentation
+from dstune.config.run_file import Composed, read_run, write_run
 from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.methods.lora.start import SHIFT_A, SHIFT_B, start_lora
 from dstune.optim.linear import Linear, LinearConfig

@@ -11,18 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.compose import (
-    Composed,
-    apply_overrides,
-    compose,
-    continue_run,
-    from_yaml,
-    read_run,
-    to_dict,
-    to_yaml,
-    write_run,
-)
-from dstune.config.convert import EnvironmentText, from_dict
+from dstune.config.compose import compose
+from dstune.config.convert import EnvironmentText, from_dict, from_yaml, to_dict, to_yaml
+from dstune.config.resume import continue_run
+from dstune.config.run_file import Composed, read_run, write_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Offload, RunConfig
 from dstune.core.errors import UserError
 from dstune.methods.lora.config import LoraConfig

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.compose import apply_overrides, compose
+from dstune.config.compose import compose
 from dstune.config.names import all_keys, suggest_key
+from dstune.config.run_overrides import apply_overrides
 from dstune.core.errors import Problem, UserError
 
 

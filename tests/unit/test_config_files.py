@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config.compose import compose, to_dict
+from dstune.config.compose import compose
+from dstune.config.convert import to_dict
 from dstune.config.schema import CHOICES, Precision
 from dstune.config.validate import validate
 from dstune.core.errors import UserError

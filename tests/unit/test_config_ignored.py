@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dstune.config.compose import apply_overrides, compose
+from dstune.config.compose import compose
 from dstune.config.ignored import ignored_settings
+from dstune.config.run_overrides import apply_overrides
 
 CHAT = ["data=chitchat"]
 

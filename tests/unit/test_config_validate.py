@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from dstune.config.compose import apply_overrides, compose
+from dstune.config.compose import compose
 from dstune.config.names import classes_of, sections
 from dstune.config.ranges import TESTS, check_ranges
 from dstune.config.resume import MAY_CHANGE_KEYS, check_resume
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import RunConfig
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError

@@ -13,9 +13,10 @@ import yaml
 from support.configs import run_config
 
 from dstune.config.cadence import cadence
-from dstune.config.compose import Composed, compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.data_schema import DataConfig
 from dstune.config.resume import check_resume
+from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.schema import Automatic, TrainerConfig
 from dstune.config.validate import allowed_stages, at_stage, find_problems
 from dstune.core.errors import UserError

@@ -13,7 +13,8 @@ import torch
 
 from dstune.checkpoint import export, store
 from dstune.checkpoint.shards import Weights, cut
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.inference import export_command
 from tests.support.ranks import run_ranks
@@ -348,7 +349,7 @@ def test_control_tokens_that_the_base_model_has_are_trained_too(shelf):
 def test_added_tokens_beside_a_frozen_body_are_refused(shelf):
     from dataclasses import replace
 
-    from dstune.config.compose import read_run
+    from dstune.config.run_file import read_run
     from dstune.methods.head.config import HeadConfig
     from dstune.models.load import load_model, load_tokenizer
     from dstune.protocols import method_of

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dstune.checkpoint import store
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from tests.support.tiny import save_decoder
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8000}

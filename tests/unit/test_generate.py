@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dstune.checkpoint import store
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.data.stopping import stop_token_ids
 from dstune.inference import generate

@@ -11,7 +11,8 @@ import torch
 from dstune.checkpoint import store
 from dstune.checkpoint.gguf_file import check_architecture, write_gguf
 from dstune.checkpoint.gguf_vocabulary import read_vocabulary
-from dstune.config.compose import compose, write_run
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.inference import export_command
 from tests.support.tiny import CHATML, save_decoder

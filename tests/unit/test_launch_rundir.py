@@ -10,7 +10,7 @@ import pytest
 
 from dstune.checkpoint import store
 from dstune.config import schema
-from dstune.config.compose import Composed, read_run
+from dstune.config.run_file import Composed, read_run
 from dstune.core.errors import UserError
 from dstune.launch import records, rundir
 from dstune.optim.adamw import AdamWConfig

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dstune.config.compose import compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.convert import format_value
+from dstune.config.run_file import read_run, write_run
 from dstune.config.schema import Automatic
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError

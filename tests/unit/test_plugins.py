@@ -17,8 +17,10 @@ import yaml
 
 from dstune.config import plugins as requests
 from dstune.config.completion import complete
-from dstune.config.compose import apply_overrides, compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.documentation import documentation, help_text
+from dstune.config.run_file import read_run, write_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import CHOICES
 from dstune.config.validate import find_problems
 from dstune.core import plugins
@@ -311,7 +313,8 @@ def install(folder: Path, version: str, old: str = "", new: str = "") -> None:
 def in_a_process(folder: Path, program: str) -> str:
     """What `program` prints where `install` is in effect, in a process of its own: packages are looked for once."""
     env = os.environ | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}"}
-    start = "from dstune.config.compose import compose, read_run, write_run\n" + textwrap.dedent(program)
+    imports = "from dstune.config.compose import compose\nfrom dstune.config.run_file import read_run, write_run\n"
+    start = imports + textwrap.dedent(program)
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, env=env, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -11,7 +11,7 @@ import yaml
 
 from dstune.checkpoint import store
 from dstune.cli import main
-from dstune.config.compose import RUN_FORMAT, Composed, read_run, write_run
+from dstune.config.run_file import RUN_FORMAT, Composed, read_run, write_run
 from dstune.core.errors import UserError
 from dstune.launch.records import acquire_lock
 from dstune.trainer.state import FORMAT

@@ -204,7 +204,8 @@ def test_one_row_by_its_place(show, tmp_path: Path) -> None:
 
 
 def test_the_rows_of_a_run(show, tmp_path: Path, model: Path) -> None:
-    from dstune.config.compose import compose, write_run
+    from dstune.config.compose import compose
+    from dstune.config.run_file import write_run
 
     write_jsonl(tmp_path / "my.jsonl", chats(5))
     run = tmp_path / "run"

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from dstune.config.compose import apply_overrides, compose, read_run, write_run
+from dstune.config.compose import compose
 from dstune.config.deepspeed_file import ON_WHEN_THERE
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED
+from dstune.config.run_file import read_run, write_run
+from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Offload, OptimizerOffload, Precision, RunConfig
 from dstune.config.validate import validate
 from dstune.core.errors import UserError

@@ -1,0 +1,142 @@
+"""`run.yaml`: what a run was composed to, written once and read by everything after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dstune import __version__
+from dstune.config.convert import dump, from_dict, load, to_dict
+from dstune.config.plugins import load_built_ins
+from dstune.config.schema import RunConfig
+from dstune.config.trust import SIGNATURE, Use, cleared, cleared_beside, statement
+from dstune.core import files, plugins, signing
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_file
+from dstune.core.plugins import Plugin
+
+
+@dataclass(frozen=True)
+class Composed:
+    config: RunConfig
+    overrides: list[str]
+    """What was given on the command line, `experiment=quickstart` included where nothing was asked for."""
+    plugins: tuple[Plugin, ...] = ()
+    config_dirs: tuple[str, ...] = ()
+    """Folders of the user's own groups."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where values come from that nobody gave and no default has, by key."""
+
+
+RUN_FORMAT = 3
+"""Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now."""
+
+
+def write_run(path: Path, composed: Composed, *, signature_of: Path | None = None) -> None:
+    """Write `run.yaml`: the version, the overrides given, the plugins (their files are copied beside it), the resolved
+    configuration, secrets by reference only, and the signature of this user.
+
+    signature_of: in a rank, which signs nothing: the `run.yaml` that this one is derived from.
+    """
+    content: dict[str, Any] = {
+        "dstune_version": __version__,
+        "overrides": list(composed.overrides),
+        **({"plugins": plugins.to_dicts(composed.plugins)} if composed.plugins else {}),
+        **({"origins": dict(composed.origins)} if composed.origins else {}),
+        "config": to_dict(composed.config),
+    }
+    plugins.install(composed.plugins, path.parent)
+    if signature_of is None:
+        write_signed(path, content)
+    else:
+        above = read_run_content(signature_of) if signature_of.is_file() else {}
+        _write_content(path, content, above.get(SIGNATURE))
+
+
+def write_signed(path: Path, content: Mapping[str, Any]) -> bool:
+    """Write the content of a `run.yaml` with the signature of this user; whether there is a key to sign with."""
+    signature = signing.sign(statement(content))
+    _write_content(path, content, signature)
+    return signature is not None
+
+
+def _write_content(path: Path, content: Mapping[str, Any], signature: Any) -> None:
+    signed = {} if signature is None else {SIGNATURE: signature}
+    files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT, **signed}))
+
+
+def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = Use.everything) -> Composed:
+    """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment. The run's
+    plugins become the active ones.
+
+    overrides: of the command, where it takes any, for `apply_overrides`: what they repeat needs no signature. use: what the verb
+    does with the run.
+
+    Raises:
+        UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set, a plugin that is
+            missing or has changed, and what `trust.cleared` refuses.
+    """
+    load_built_ins()
+    content = cleared(read_run_content(path), path, use, overrides or ())
+    if _activate(content, path, overrides):  # whose classes know more keys
+        content = cleared(content, path, use, overrides or ())
+    composed = _composed(content, path, ())
+    return replace(composed, plugins=plugins.used_by(composed.config))
+
+
+def read_decided(path: Path) -> Composed:
+    """As `read_run`, in a rank: the launching process has decided what is believed, and has written the file."""
+    load_built_ins()
+    content = read_run_content(path)
+    _activate(content, path, None)
+    composed = _composed(content, path, ())
+    return replace(composed, plugins=plugins.used_by(composed.config))
+
+
+def _activate(content: Mapping[str, Any], path: Path, overrides: Sequence[str] | None) -> tuple[Plugin, ...]:
+    stored = plugins.from_dicts(content.get(plugins.KEY), str(path))
+    plugins.activate_stored(stored, path.parent, overrides)
+    return stored
+
+
+def read_run_beside(path: Path, config: RunConfig, given: Sequence[str] = (), *, decided: bool = False) -> Composed:
+    """As `read_run`, of a run that `plugins.active()` is to continue: the active plugins stay, those of the run are listed.
+
+    config, given, decided: see `trust.cleared_beside`.
+    """
+    content = cleared_beside(read_run_content(path), path, config, given, decided=decided)
+    return _composed(content, path, plugins.from_dicts(content.get(plugins.KEY), str(path)))
+
+
+def plugins_of(path: Path) -> tuple[Plugin, ...]:
+    """The plugins that a `run.yaml` lists, none of them loaded. Raises UserError."""
+    return plugins.from_dicts(read_run_content(path).get(plugins.KEY), str(path))
+
+
+def _composed(content: dict[str, Any], path: Path, active: tuple[Plugin, ...]) -> Composed:
+    overrides = [str(text) for text in content.get("overrides") or []]
+    origins = {str(key): str(origin) for key, origin in (content.get("origins") or {}).items()}
+    return Composed(from_dict(content["config"], str(path)), overrides, active, origins=origins)
+
+
+def read_run_content(path: Path) -> dict[str, Any]:
+    """The content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError."""
+    try:
+        content = load(read_file(path).decode("utf-8"), str(path))
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be read: {error.strerror}", "give a run directory")) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem(str(path), "this is no run.yaml", "give a run directory")) from None
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise UserError(Problem(str(path), "this is no run.yaml: it has no `config`", "give a run directory"))
+    written = content.get("format", 1)
+    if type(written) is not int or not 1 <= written <= RUN_FORMAT:  # `true` is an int too
+        reason = f"this version of dstune reads the formats 1 to {RUN_FORMAT} of run.yaml"
+        fix = f"use dstune {content.get('dstune_version')}, which wrote it, or a later version"
+        raise UserError(Problem(f"{path}: format", reason, fix, str(written)))
+    method = content["config"].get("method")
+    if written < 3 and isinstance(method, dict) and method.get("init") == "olora":
+        method["init"] = "qr"
+    return content
