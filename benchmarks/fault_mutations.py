@@ -133,10 +133,12 @@ _FOREIGN: dict[str, Mutation] = {
         "data/unread.py", "content_names() | set(self._mapping.values())", "content_names()"
     ),
     "a_mapped_column_that_no_row_has_is_refused_where_another_format_fits_too": undo(
-        "data/build.py", "        check_mapped(everything, data.columns, str(next(iter(read.values())).files[0]))\n", ""
+        "data/builder.py",
+        "        check_mapped(everything, data.columns, str(next(iter(read.values())).files[0]))\n",
+        "",
     ),
     "columns_of_a_mixture_name_a_column_of_a_source": undo(
-        "data/build.py", "            if name in data.mixture:", "            if False:"
+        "data/builder.py", "            if name in data.mixture:", "            if False:"
     ),
     "data_columns_choose_the_format": undo(
         "data/formats.py",
@@ -158,7 +160,7 @@ _OTHER: dict[str, Mutation] = {
         "if False and not self._boundaries.clean(",
     ),
     "unit/test_data_stream.py::test_later_blocks_are_proven_too": undo(
-        "data/build.py", "if self._held_out is not None and kept.is_file():", "if False:"
+        "data/builder.py", "if self._held_out is not None and kept.is_file():", "if False:"
     ),
     "unit/test_data_slices.py::test_slices_of_a_sample": undo(
         "data/sources.py",

@@ -26,7 +26,7 @@ from dstune.core.errors import UserError
 from dstune.core.secrets import redact_output
 from dstune.data import cache
 from dstune.data.blocks import NICENESS, Job
-from dstune.data.build import block_builder
+from dstune.data.builder import block_builder
 from dstune.data.stream import Position
 
 STOP_SIGNALS = tuple(signal.Signals[name] for name in PREEMPTION_SIGNALS)

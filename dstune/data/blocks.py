@@ -25,8 +25,7 @@ import xxhash
 from dstune.config.schema import RunConfig
 from dstune.core.errors import TrainingFailed
 from dstune.data import cache
-from dstune.data.build import PreparedData, load_split
-from dstune.data.prepared import Split
+from dstune.data.prepared import PreparedData, Split, load_split
 
 POLL_SECONDS = 0.02
 

@@ -15,6 +15,8 @@ TOKENS = ("input_ids", "target_ids")
 """What the names of columns with a sample's tokens end in: a pair has two of them."""
 TEXTS = ("source", "target")
 """Columns of a seq2seq sample that hold text."""
+HELD_OUT = "held_out.npy"
+"""Hashes of the rows that later blocks of a stream leave out."""
 
 
 @dataclass(frozen=True)
@@ -161,3 +163,23 @@ class PreparedData:
     def splits(self) -> list[Split]:
         """Those that there are, training rows first."""
         return [split for split in (self.train, self.validation, self.test, self.guard, self.ood) if split is not None]
+
+
+def load_split(folder: Path, part: str) -> Split:
+    """The samples that were written to `folder`; nothing but their pages in use is in memory."""
+    table = datasets.Dataset.from_file(str(folder / f"{part}.arrow"))
+    lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
+    sources_file, origins_file, texts, places = (
+        folder / f"{part}.{name}" for name in ("sources.npy", "origins.npy", "texts.arrow", "places.json")
+    )
+    return Split(
+        part,
+        table,
+        lengths,
+        weights,
+        sources=np.load(sources_file, mmap_mode="r") if sources_file.exists() else None,
+        origins=np.load(origins_file, mmap_mode="r") if origins_file.exists() else None,
+        texts=datasets.Dataset.from_file(str(texts)) if texts.exists() else None,
+        places=places if places.exists() else None,
+        content=(folder / f"{part}.content").read_text(),
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dstune.config.schema import RunConfig
 from dstune.data.ingest import Table
 from dstune.data.prepared import SamplePrompt
 from dstune.data.render import RenderError
@@ -18,6 +19,13 @@ TEXT_PROMPT_TOKENS = 16
 """How much of a document the model gets to see before it goes on by itself."""
 
 TEXT_REFERENCE_TOKENS = 64
+
+MIN_PROMPTS = 16
+"""Prompts kept in the cache at least, so that a few more samples need no new entry."""
+
+
+def prompt_count(config: RunConfig) -> int:
+    return max(MIN_PROMPTS, config.evaluate.samples)
 
 
 def sample_prompts(

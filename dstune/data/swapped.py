@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pyarrow as pa
 from dstune.config.data_schema import OnBadRow
 from dstune.data.ingest import ROW_SCHEMA, BadRows
 from dstune.data.labels import ChosenRows
-from dstune.data.prepared import Split, Swapped
+from dstune.data.prepared import Swapped, load_split
 from dstune.data.swaps import Swaps
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.write import write_samples
@@ -50,13 +49,13 @@ def write_swapped(
     )
 
 
-def load_swapped(folder: Path, part: str, load: Callable[[Path, str], Split]) -> Swapped | None:
+def load_swapped(folder: Path, part: str) -> Swapped | None:
     """What `write_swapped` wrote; None where it did not, or no row held a term."""
     file = folder / f"{_name(part)}.json"
     if not file.exists():
         return None
     found = json.loads(file.read_text())
-    return Swapped(load(folder, _name(part)), np.array(found["of"]), found["names"]) if found["of"] else None
+    return Swapped(load_split(folder, _name(part)), np.array(found["of"]), found["names"]) if found["of"] else None
 
 
 def _name(part: str) -> str:

@@ -27,7 +27,8 @@ from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
-from dstune.data.build import Split, prepare
+from dstune.data.build import prepare
+from dstune.data.prepared import Split
 from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums

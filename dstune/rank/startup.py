@@ -16,9 +16,9 @@ from dstune.config.schema import UNTIMED_STEPS, RunConfig
 from dstune.core import baseline_file, environment, files
 from dstune.core.secrets import redacted
 from dstune.data import inputs
-from dstune.data.build import PreparedData
 from dstune.data.clean.report import summary
 from dstune.data.label_names import suspicious
+from dstune.data.prepared import PreparedData
 from dstune.data.sources import data_source_of
 from dstune.data.statistics import with_packing
 from dstune.models import kernels

@@ -19,9 +19,10 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data import sources
-from dstune.data.build import PreparedData, Split, prepare
+from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.inputs import of_training
+from dstune.data.prepared import PreparedData, Split
 from dstune.data.statistics import longer_than, with_packing
 from dstune.models.load import load_tokenizer
 from dstune.protocols import task_of

@@ -14,8 +14,8 @@ from dstune.config.schema import RunConfig
 from dstune.config.several_tasks import tasks_of
 from dstune.core.distributed import World
 from dstune.data.batches import batch_of
-from dstune.data.build import PreparedData, Split
 from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import MicroBatch, evaluation_batches, share
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids

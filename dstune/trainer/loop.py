@@ -15,7 +15,7 @@ import torch
 from dstune.config.schema import UNTIMED_STEPS, RunConfig, SpikeAction
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
-from dstune.data.build import PreparedData
+from dstune.data.prepared import PreparedData
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, numbers, on_device, sums_of
 from dstune.protocols import schedule_of, task_of
 from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Request, merge

@@ -14,7 +14,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
-from dstune.data.build import PreparedData
+from dstune.data.prepared import PreparedData
 from dstune.data.sampler import GlobalBatch, MicroBatch, TrainingOrder, share
 from dstune.models.heads import Head
 from dstune.models.heads.language import indexed

@@ -14,8 +14,8 @@ from dstune.config.schema import RunConfig
 from dstune.core import environment
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
-from dstune.data.build import PreparedData
 from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import PreparedData
 from dstune.models.heads import Head
 from dstune.models.heads.base import Rows
 from dstune.models.heads.language import CausalLmHead

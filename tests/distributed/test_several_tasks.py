@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from dstune.config.compose import compose
 from dstune.core.rank_env import RankEnv
-from dstune.data.build import PreparedData, prepare
+from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import PreparedData
 from dstune.models.load import load_tokenizer
 
 TASKS = {

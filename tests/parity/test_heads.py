@@ -28,7 +28,8 @@ from transformers import (
 from dstune.config.compose import compose
 from dstune.config.run_file import read_run, write_run
 from dstune.core.rank_env import RankEnv
-from dstune.data.build import Split, prepare
+from dstune.data.build import prepare
+from dstune.data.prepared import Split
 from dstune.evaluation import command as evaluate
 from dstune.tasks.question_answering.metrics import answer_metrics
 

@@ -17,7 +17,8 @@ from dstune.config.data_schema import DataConfig
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import RankEnv
-from dstune.data.build import PreparedData, prepare
+from dstune.data.build import prepare
+from dstune.data.prepared import PreparedData
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.chat.config import ChatConfig
 

@@ -12,8 +12,8 @@ from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepare
 from dstune.config.data_schema import SplitConfig
 from dstune.config.schema import EvaluateConfig
 from dstune.core.errors import UserError
-from dstune.data import build
 from dstune.data.collate import NO_TARGET
+from dstune.data.prompts import MIN_PROMPTS
 from dstune.data.tokenize import RowTokenizer
 from dstune.samples import resolve
 from dstune.tasks.causal_lm.config import CausalLmConfig
@@ -221,7 +221,7 @@ def test_prompts_are_the_same_ones_and_end_where_the_assistant_speaks(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", chats(300))
     config = data_run(path, split=SplitConfig(validation=0.2))
     data = prepared(config, tokenizer, tmp_path / "cache")
-    assert len(data.prompts) == build.MIN_PROMPTS
+    assert len(data.prompts) == MIN_PROMPTS
     assert len({tuple(prompt.input_ids) for prompt in data.prompts}) == len(data.prompts)
     for prompt in data.prompts:
         assert (

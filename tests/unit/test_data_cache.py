@@ -14,7 +14,7 @@ from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepare
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
 from dstune.core.errors import Problem, UserError
-from dstune.data import build, cache, parallel
+from dstune.data import builder, cache, parallel
 from dstune.data.tokenize import RowTokenizer
 from dstune.tasks.chat.config import ChatConfig
 
@@ -84,7 +84,7 @@ def test_an_interrupted_entry_is_made_again(tmp_path, monkeypatch):
         def die(*arguments, **settings):
             raise KeyboardInterrupt
 
-        patched.setattr(build, "write_samples", die)
+        patched.setattr(builder, "write_samples", die)
         with pytest.raises(KeyboardInterrupt):
             prepared(data_run(path), byte_tokenizer(), tmp_path / "cache")
     fingerprint = prepared(data_run(path), byte_tokenizer(), tmp_path / "cache").fingerprint

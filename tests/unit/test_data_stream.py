@@ -23,7 +23,7 @@ from dstune.config.validate import validate
 from dstune.core.errors import UserError
 from dstune.data import sources
 from dstune.data.blocks import Blocks
-from dstune.data.build import block_builder
+from dstune.data.builder import block_builder
 from dstune.data.files import DataFile
 from dstune.data.stream import FileShard, Position, Stream
 from dstune.data.tokenize import conversations

@@ -18,8 +18,8 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.batches import batch_of
-from dstune.data.build import PreparedData, Split
 from dstune.data.inputs import PARTS
+from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import evaluation_batches, share
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import METHODS, method_of, task_of

@@ -1,0 +1,379 @@
+"""One cache entry of prepared samples: read, clean, choose, tokenize, and count what became of the rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dstune.config.forgetting import mixes_in
+from dstune.config.schema import RunConfig
+from dstune.config.several_tasks import tasks_of
+from dstune.core.errors import Problem, UserError
+from dstune.data import mixture
+from dstune.data.augment import augmented
+from dstune.data.chat import evidence
+from dstune.data.chat.evidence import Proof
+from dstune.data.clean.report import Report
+from dstune.data.clean.tables import Cleaning
+from dstune.data.formats import check_mapped
+from dstune.data.ingest import BadRows, Table, ingest
+from dstune.data.labels import ChosenRows, class_weights, labels_of_training, rows_by_label
+from dstune.data.parts import choose, leave_out_leaks, limited, of_task
+from dstune.data.prepared import HELD_OUT, SamplePrompt, load_split
+from dstune.data.prompts import prompt_count, sample_prompts
+from dstune.data.row_sources import Inputs, find_inputs
+from dstune.data.stream import Position, difference, identity_of
+from dstune.data.swapped import write_swapped
+from dstune.data.swaps import Swaps
+from dstune.data.tokenize import RowTokenizer
+from dstune.data.write import Counts, write_samples
+from dstune.protocols import task_of
+
+log = logging.getLogger(__name__)
+
+
+def block_builder(
+    config: RunConfig, tokenizer: Any, begin: Position, held_out: np.ndarray, shards: list[list[str]]
+) -> Builder:
+    """Makes the samples of the block of the stream `data.train` that starts at `begin`.
+
+    held_out: hashes of the rows that are left out, sorted uint64. shards: what the first block was read from
+    (`StreamStart.shards`). Raises UserError where they are others now, since `begin` would mean other rows.
+    """
+    inputs = {"train": find_inputs(config)["train"]}
+    builder = Builder(config, tokenizer, inputs, begin=begin, held_out=held_out, shards=shards)
+    builder.refuse_changed_shards()
+    return builder
+
+
+class Builder:
+    """Makes one cache entry; an object so that what the steps share has a name.
+
+    begin: where the block of a stream starts. For all but its first block, held_out: hashes of rows to leave out, and
+    shards: those of the first block.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        inputs: Inputs,
+        *,
+        begin: Position | None = None,
+        held_out: np.ndarray | None = None,
+        shards: list[list[str]] | None = None,
+        trains: bool = False,
+    ):
+        self._config = config
+        self._tokenizer = tokenizer
+        self._inputs = inputs
+        self._begin = begin or Position()
+        self._held_out = held_out
+        self._shards = shards
+        self._trains = trains
+
+    def __call__(self, folder: Path) -> None:
+        """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`."""
+        work = folder / "work"
+        work.mkdir()
+        config = self._config
+        bad = BadRows(config.data.on_bad_row, config.model.chat_template or f"that of {config.model.path}")
+        read = self._read_all(work, bad)
+        cleaning = Cleaning(config, self._tokenizer, work)
+        chosen, tables = self._clean_and_choose(read, cleaning, work)
+        labels = labels_of_training(chosen, config, bad)
+        bad.raise_if_any()
+        chosen["train"] = limited(chosen["train"], config)
+        augmentation = self._augment(chosen, work)
+        weights = class_weights(config, labels, chosen["train"])
+        encode = self._row_tokenizer(read["train"], tables, labels, weights)
+        report: dict[str, dict[str, Any]] = {}
+        with _no_progress_bars():
+            for part, rows in chosen.items():
+                known = len(bad.first())
+                counts = self._write_part(part, rows, encode, folder, bad)
+                report[part] = _report(rows, counts, read.get(part, read["train"]), bad.first(known))
+                report[part] |= _findings(
+                    report[part], read.get(part, {}), rows_by_label(rows, config, labels), cleaning.reports.get(part)
+                )
+        if augmentation:
+            report["train"]["augment"] = augmentation
+        bad.raise_if_any()
+        if self._held_out is None:
+            for part, counted in report.items():
+                _refuse_no_samples(part, counted, config)
+        meta = {
+            "labels": labels,
+            "class_weights": weights,
+            "prompts": [asdict(prompt) for prompt in self._prompts(chosen, encode)],
+            "report": report,
+        }
+        if config.data.streaming:
+            meta["stream"] = self._finish_block(folder, chosen)
+        (folder / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(work)
+        kept = folder / evidence.FILE
+        if self._held_out is not None and kept.is_file():  # the ranks prove the first block, before their first step
+            prove_samples(config, self._tokenizer, labels, load_split(folder, "train").table, kept)
+
+    def _read_all(self, work: Path, bad: BadRows) -> dict[str, dict[str, Table]]:
+        """By part, then by source. Raises UserError where rows are bad, or none is left."""
+        read = {part: self._read(part, work, bad) for part in self._inputs}
+        bad.raise_if_any()
+        if self._held_out is None:
+            self._refuse_no_rows(read)
+        for skipped in bad.first():
+            log.warning("skipped %s: %s", skipped["place"], skipped["text"])
+        return read
+
+    def _read(self, part: str, work: Path, bad: BadRows) -> dict[str, Table]:
+        read = {}
+        for name, source in self._inputs[part].items():
+            stream = source.stream
+            rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
+            read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
+        if part == "train" and self._trains:
+            self._refuse_unknown_columns(read)
+        return read
+
+    def _refuse_unknown_columns(self, read: dict[str, Table]) -> None:
+        """Raises UserError where `data.columns` names a column that no training row has."""
+        data = self._config.data
+        everything = frozenset().union(*(table.columns for table in read.values()))
+        check_mapped(everything, data.columns, str(next(iter(read.values())).files[0]))
+        for name, table in read.items():
+            if name in data.mixture:
+                key = f"data.mixture.{name}.columns"
+                check_mapped(table.columns, data.mixture[name].columns, str(table.files[0]), key)
+
+    def _clean_and_choose(
+        self, read: dict[str, dict[str, Table]], cleaning: Cleaning, work: Path
+    ) -> tuple[dict[str, ChosenRows], dict[str, Table]]:
+        """The rows of each part, and the tables that they are in."""
+        with _no_progress_bars():
+            tables = {part: cleaning.rows(part, self._joined(part, named, work)) for part, named in read.items()}
+        if self._held_out is None:
+            cleaning.refuse_nothing_left(tables)
+        chosen = self._choose(tables)
+        leave_out_leaks(chosen, cleaning)
+        return chosen, tables
+
+    def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:
+        return named[""] if "" in named else mixture.merge(named, self._config, work / f"{part}.rows.arrow")
+
+    def _choose(self, tables: dict[str, Table]) -> dict[str, ChosenRows]:
+        if self._held_out is None:
+            return choose(tables, self._config)
+        train = tables["train"]
+        known = np.isin(train.hashes, self._held_out)
+        if self._config.data.clean.leaks and train.text_keys is not None:
+            known |= np.isin(train.text_keys, self._held_out)
+        return {"train": ChosenRows(train, train.rows[~known[train.rows]])}
+
+    def _augment(self, chosen: dict[str, ChosenRows], work: Path) -> dict[str, Any]:
+        """Append copies to the training rows, as `data.augment` says. Returns what to report."""
+        if not self._config.data.augment.on:
+            return {}
+        train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
+        own = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
+        chosen["train"], reported = augmented(train, held_out, own, self._config, work)
+        return reported
+
+    def _row_tokenizer(
+        self,
+        read: dict[str, Table],
+        tables: dict[str, Table],
+        labels: tuple[str, ...],
+        weights: tuple[float, ...],
+    ) -> RowTokenizer:
+        """read: the training rows by source."""
+        formats = {table.format for table in tables.values()}
+        return RowTokenizer(
+            self._tokenizer,
+            self._config.task,
+            "messages" if "messages" in formats else tables["train"].format,
+            self._config.data.max_length,
+            labels,
+            weights,
+            several=[(task, read[name].format) for name, task in tasks_of(self._config).items()],
+            sources=tables["train"].sources,
+        )
+
+    def _write_part(self, part: str, rows: ChosenRows, encode: RowTokenizer, folder: Path, bad: BadRows) -> Counts:
+        """Tokenize the rows into the files of `part`; those with swapped terms, too."""
+        config, work, held_out = self._config, folder / "work", part != "train"
+        counts = write_samples(
+            rows.table,
+            rows.indices,
+            encode,
+            folder,
+            part,
+            bad,
+            work=work,
+            workers=config.data.workers,
+            with_texts=held_out and (task_of(config.task).metrics_read_rows or bool(config.evaluate.slices)),
+        )
+        if held_out and config.evaluate.counterfactual:
+            swaps = Swaps.read(config.evaluate.counterfactual)
+            write_swapped(rows, swaps, encode, folder, part, work=work, workers=config.data.workers)
+        return counts
+
+    def _prompts(self, chosen: dict[str, ChosenRows], encode: RowTokenizer) -> list[SamplePrompt]:
+        if "validation" not in chosen or not task_of(self._config.task).generates:
+            return []
+        rows = chosen["validation"]
+        return sample_prompts(
+            encode, rows.table, rows.indices, prompt_count(self._config), self._config.data.max_length
+        )
+
+    def _finish_block(self, folder: Path, chosen: dict[str, ChosenRows]) -> dict[str, Any]:
+        """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
+        stream = self._inputs["train"][""].stream
+        assert stream is not None
+        shards = self.refuse_changed_shards()  # while it was read
+        if self._held_out is None:
+            hashes = [rows.hashes for part, rows in chosen.items() if part != "train"]
+            if self._config.data.clean.leaks:
+                hashes += [rows.text_keys for part, rows in chosen.items() if part != "train"]
+            np.save(folder / HELD_OUT, np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])))
+        begun, passes = stream.share(self._begin), stream.share(stream.position)
+        found = {"identity": identity_of(shards), "begun": begun, "passes": passes, "end": stream.position.to_dict()}
+        return found | {"shards": shards} if self._held_out is None else found
+
+    def refuse_changed_shards(self) -> list[list[str]]:
+        """The shards as they are now. Raises UserError where they are not those of the first block."""
+        source = self._inputs["train"][""]
+        assert source.stream is not None
+        shards = source.stream.shards()
+        if self._shards is not None and (changed := difference(self._shards, shards)):
+            reason = f"the files of the stream changed while the run trains ({changed})"
+            fix = "bring them back as they were and continue the run, or start another run with run.dir"
+            raise UserError(Problem(source.key, reason, fix, str(self._config.data.train)))
+        return shards
+
+    def _refuse_no_rows(self, read: dict[str, dict[str, Table]]) -> None:
+        problems = [
+            Problem(
+                where=self._inputs[part][name].key,
+                value=str(getattr(self._inputs[part][name].config.data, part)),
+                reason=f"no row is left: all {table.rows_read} are bad and were skipped",
+                fix="data.on_bad_row=error shows what is wrong with them",
+            )
+            for part, named in read.items()
+            for name, table in named.items()
+            if not len(table.hashes)
+        ]
+        if problems:
+            raise UserError(problems)
+
+
+def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) -> None:
+    if counted["samples"]:
+        return
+    if counted["dropped"]:
+        raise UserError(
+            Problem(
+                where="data.max_length",
+                value=str(config.data.max_length),
+                reason=f"no {part} row has a trainable token among its first {config.data.max_length} tokens: the rows "
+                f"are {counted['shortest']} to {counted['longest']} tokens long",
+                fix="raise data.max_length",
+            )
+        )
+    reason = f"no {part} row is left: all are bad and were skipped"
+    raise UserError(Problem(where=f"data.{part}", reason=reason, fix="data.on_bad_row=error shows what is wrong"))
+
+
+def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table], more: list[dict[str, str]]) -> dict[str, Any]:
+    """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file.
+
+    more: the first rows in which tokenization found a fault.
+    """
+    bad_rows = rows.table.bad_rows + rows.bad_rows + counts.bad_rows
+    counted = asdict(counts)
+    by_source = counted.pop("by_source")
+    report = {"rows_read": rows.table.rows_read, "rows": len(rows.indices), **counted, "bad_rows": bad_rows}
+    if rows.table.sources is not None:
+        used = np.bincount(rows.table.sources[rows.indices], minlength=len(read))
+        report["sources"] = {
+            name: {
+                "rows_read": table.rows_read,
+                "bad_rows": table.bad_rows,
+                "rows": int(used[number]),
+                # Where rows were made up from those that are left, a last source without any has no number.
+                **(by_source[number] if number < len(by_source) else {"samples": 0, "tokens": 0, "targets": 0}),
+            }
+            for number, (name, table) in enumerate(read.items())
+        }
+    if skipped := [*(example for table in read.values() for example in table.bad_examples), *more]:
+        report["examples"] = {"bad_rows": skipped}
+    return report
+
+
+def _findings(
+    report: dict[str, Any], read: dict[str, Table], by_label: dict[str, int], cleaned: Report | None
+) -> dict[str, Any]:
+    """What a `report` of one part is completed by: columns that look like content and are not read, rows by label, and what
+    cleaning did.
+
+    read: as far as the part has files of its own.
+    """
+    found: dict[str, Any] = {}
+    if unread := _unread(read):
+        found["unread_columns"] = unread
+    if by_label:
+        found["labels"] = by_label
+    if cleaned is not None:
+        found |= cleaned.to_dict()
+        found["examples"] = report.get("examples", {}) | found["examples"]
+    return found
+
+
+def _unread(read: dict[str, Table]) -> dict[str, int]:
+    """By column that looks like content and is not read, the rows of a part in which it holds something."""
+    counted: Counter[str] = Counter()
+    for table in read.values():
+        counted.update(table.unread)
+    return dict(counted)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """`datasets` draws bars on stderr, where they would end up in the log of every rank."""
+    formatted = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if formatted:
+            datasets.enable_progress_bars()
+
+
+def prove_samples(
+    config: RunConfig, tokenizer: Any, labels: Sequence[str], table: datasets.Dataset, kept: Path
+) -> Proof:
+    """The proof of the samples in `table`, of which the rows in `kept` are some. Raises UserError."""
+    if not tokenizer.chat_template:
+        return Proof()
+    formats = ["messages"] * len(tasks_of(config))
+    several = list(zip(tasks_of(config).values(), formats, strict=True))
+    encode = RowTokenizer(
+        tokenizer,
+        config.task,
+        "messages",
+        config.data.max_length,
+        tuple(labels),
+        several=several,
+        sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
+    )
+    return evidence.prove(tokenizer, encode, table, kept)

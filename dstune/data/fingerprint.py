@@ -1,0 +1,108 @@
+"""The digest of all that prepared samples depend on, which is the name of their cache entry."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+import xxhash
+
+from dstune.config.architectures import is_encoder_decoder, marked_stops
+from dstune.config.forgetting import mixes_in
+from dstune.config.schema import RunConfig
+from dstune.config.several_tasks import tasks_of
+from dstune.core import plugins
+from dstune.data import sources
+from dstune.data.augment.rewrite import identity
+from dstune.data.augment.words import KEY as SYNONYMS_KEY
+from dstune.data.clean.extras import versions
+from dstune.data.prompts import prompt_count
+from dstune.data.row_sources import Input, Inputs
+from dstune.data.swaps import KEY as SWAPS_KEY
+from dstune.data.template_date import freeze_date
+from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
+
+
+def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
+    """Digest of all that the samples depend on. The weights of a mixture are not among it: they decide the order."""
+    data = config.data
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    # What the last call of the tokenizer left behind, not what it is.
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    task = task_of(config.task)
+    if task.conversational:  # the date counts only if the template prints it
+        template = freeze_date(template, task.template_date)
+    terms = config.evaluate.counterfactual
+    swap_files = sources.expand(terms, SWAPS_KEY) if terms else []
+    parts = {
+        "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
+        "replay": mixes_in(config),
+        "mixture": [
+            [name, of.format, of.columns, of.max_rows, of.task, of.prompt] for name, of in data.mixture.items()
+        ],
+        "tokenizer": [
+            is_encoder_decoder(tokenizer),
+            marked_stops(tokenizer),
+            state,
+            template,
+            {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        ],
+        "task": task.row_key(),
+        "prompt_template": config.model.prompt_template,
+        "data": [
+            data.format,
+            data.columns,
+            data.text_rows,
+            data.max_length,
+            asdict(data.split),
+            data.max_rows,
+            data.on_bad_row,
+        ],
+        "augment": _augment_digest(config),
+        "prompts": prompt_count(config),
+        "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
+        "clean": [asdict(data.clean), versions(data.clean)],
+        "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config)],
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    if own := plugins.digests("task", "row format"):
+        parts["plugins"] = own
+    text = json.dumps(
+        parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)
+    )
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _code(config: RunConfig) -> list[Path]:
+    """Files whose code makes the samples: those of this package, and of the rooms of the run's tasks and their formats."""
+    tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
+    classes = {type(task) for task in tasks} | {ROW_FORMATS[name] for task in tasks for name in task.formats}
+    files = set(Path(__file__).parent.rglob("*.py"))
+    for base in {base for cls in classes for base in cls.__mro__ if base not in (Task, RowFormat, object)}:
+        file = Path(inspect.getfile(base))
+        files |= set(file.parent.glob("*.py")) if file.name == "__init__.py" else {file}
+    return sorted(files)
+
+
+def _augment_digest(config: RunConfig) -> list[Any]:
+    augment = config.data.augment
+    if not augment.on:
+        return []
+    files = sources.expand(augment.synonyms, SYNONYMS_KEY) if augment.synonyms else []
+    models = [identity(path) for path in augment.models]
+    return [asdict(augment), [sources.fingerprint(file) for file in files], models]
+
+
+def _rows_digest(source: Input) -> list[Any]:
+    """What tells the rows of a source: the bytes of its files, or for a stream what its first block depends on."""
+    if source.stream is None:
+        return [sources.fingerprint(file) for file in source.files]
+    return [source.stream.identity(), source.config.trainer.seed, source.config.data.stream_rows]
