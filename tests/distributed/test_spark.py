@@ -97,19 +97,18 @@ def test_how_a_run_ended(session, tmp_path, capfd):
 
 def test_more_ranks_than_slots_and_an_unshared_folder_are_refused(session, tmp_path):
     from dstune.launch.console import Console
-    from dstune.launch.spark import stage
+    from dstune.launch.spark import refusals, stage
     from dstune.launch.spark.config import SparkConfig
 
     (tmp_path / "run.yaml").write_text("")
     spark = SparkConfig(processes=3)
-    with pytest.raises(UserError, match="fewer slots than ranks"):
+    with pytest.raises(UserError, match="Spark has 2 slots, and all ranks have to run at once"):
         stage.run(
             run_config(launch=spark), tmp_path, spark, Console(), ["support.spark_rank", "completes", str(tmp_path)]
         )
-    hello = {"host": "h", "sees": "other", "gpus": [], "dstune": "0.0", "address": "a", "port": 1}
-    made = stage.Stage(run_config(launch=spark), tmp_path, spark, Console(), 1, None)
+    hello = {"host": "h", "sees": "other", "gpus": [], "unused": 0, "dstune": "0.0", "address": "a", "port": 1}
     with pytest.raises(UserError) as caught:
-        made._check({0: hello})
+        refusals.check({0: hello}, tmp_path)
     assert "the workers do not share this file system" in str(caught.value)
     assert "the workers have dstune 0.0" in str(caught.value)
 
@@ -134,6 +133,21 @@ def test_rows_of_a_data_frame_of_spark_from_a_notebook(session, tmp_path, workpl
     table = pyarrow.parquet.read_table(workplace.folder / "frame" / "data" / "train.parquet")
     assert sorted(table["text"].to_pylist()) == sorted(json.dumps(row) for row in rows)
     session.range(3).count()  # it is still there
+
+
+def test_a_session_that_another_thread_made_stays(session):
+    from dstune.launch.console import Console
+    from dstune.launch.spark.config import SparkConfig
+    from dstune.launch.spark.session import session_of
+
+    def use() -> None:
+        with session_of(SparkConfig(), Console()) as found:
+            assert found.sparkContext is session.sparkContext
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert session.range(3).count() == 3
 
 
 # -- whole commands ------------------------------------------------------------------------------------------------------

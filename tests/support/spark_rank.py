@@ -38,6 +38,9 @@ def main(how: str, folder: str) -> None:
             if rank == 1:
                 leave_error(run_dir, rank, TrainingFailed("loss was not finite"))
                 sys.exit(1)
+        case "fails without a word":
+            if rank == 1:
+                sys.exit(3)
         case "killed":
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -20,7 +20,8 @@ from support.configs import run_config
 from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
 from dstune.launch.console import Console
-from dstune.launch.spark import stage
+from dstune.launch.spark import refusals, stage
+from dstune.launch.spark import session as sessions
 from dstune.launch.spark.config import SparkConfig
 
 SECRET = "planted-secret-7b1e"
@@ -34,16 +35,17 @@ print(serve(given["rank"], [], (given["driver"], given["port"]), given["token"],
 
 
 class Spark:
-    """A session whose stage is two processes. Where one of them is killed, all start again at once, whatever the others do."""
+    """A session whose stage is two processes. Where one of them is killed, all start again at once, whatever the others do;
+    with `repeats`, also where they have ended (what they gave was lost with a worker)."""
 
-    def __init__(self, attempts: int = 2):
+    def __init__(self, attempts: int = 2, *, repeats: bool = False):
         values = {"spark.driver.host": "127.0.0.1"}
         conf = SimpleNamespace(get=lambda name, default=None: values.get(name, default))
         nothing = lambda *arguments, **keywords: None  # noqa: E731
         self.sparkContext = SimpleNamespace(
             master="double", getConf=lambda: conf, setJobGroup=nothing, cancelJobGroup=nothing, defaultParallelism=2
         )
-        self.attempts, self.tasks = attempts, []
+        self.attempts, self.repeats, self.tasks = attempts, repeats, []
 
     def range(self, start: int, end: int, step: int, parts: int) -> Spark:
         self.size = parts
@@ -66,8 +68,9 @@ class Spark:
                 if any((task.poll() or 0) < 0 for task in self.tasks):
                     break
                 time.sleep(0.02)
-            if all(task.returncode == 0 for task in self.tasks):
+            if all(task.returncode == 0 for task in self.tasks) and not self.repeats:
                 return
+            self.repeats = False
         for process in processes:
             process.wait()
         raise RuntimeError("Job aborted due to stage failure: Could not recover from a failed barrier ResultStage")
@@ -80,7 +83,7 @@ class Spark:
 
 
 def launch(run_dir: Path, how: str, session: Spark | None = None, received: list[str] | None = None):
-    run_dir.mkdir()
+    run_dir.mkdir(exist_ok=True)
     (run_dir / "run.yaml").write_text("")
     spark = SparkConfig(processes=2, grace_seconds=0.5, export_env=["PLANTED_TOKEN"])
     made = stage.Stage(
@@ -130,6 +133,7 @@ def test_ranks_and_what_they_know(tmp_path):
         ("preempted", 75, "saved at step 3"),
         ("mistaken", 2, "is wrong"),
         ("fails", 1, "loss was not finite"),
+        ("fails without a word", 1, "rank 1 ended with exit code 3"),
         ("killed", 1, "rank 1 was killed by SIGKILL"),
     ],
 )
@@ -138,6 +142,57 @@ def test_how_a_run_ended(tmp_path, how, code, reason):
     assert verdict.exit_code == code
     assert reason in verdict.reason
     assert not ranks_left()
+
+
+def test_ranks_that_have_ended_are_not_started_again(tmp_path):
+    """Spark runs a stage once more where what it gave is lost: the run is over all the same."""
+    session = Spark(repeats=True)
+    assert launch(tmp_path / "run", "completes", session).exit_code == 0
+    seen = (tmp_path / "run" / "seen-0.json").read_text()
+    assert [task.wait() for task in session.tasks] == [0, 0]
+    assert (tmp_path / "run" / "seen-0.json").read_text() == seen
+    assert (tmp_path / "run" / "logs" / "rank-0.log").read_text().count("rank 0 of 2") == 1
+    assert result(tmp_path / "run")["status"] == "completed"
+
+
+def test_a_lost_task_that_spark_does_not_start_again_is_named(tmp_path):
+    session, run_dir = Spark(attempts=1), tmp_path / "run"
+
+    def lose_one() -> None:
+        wait_until(lambda: (run_dir / "seen-1.json").exists())
+        session.tasks[1].send_signal(signal.SIGKILL)
+
+    threading.Thread(target=lose_one).start()
+    verdict = launch(run_dir, "hangs", session)
+    assert verdict.exit_code == 1
+    assert "the task of rank 1 on" in verdict.reason
+    assert "Could not recover from a failed barrier" in verdict.reason
+    assert (run_dir / stage.ALIVE).exists(), "its rank ends by itself: who comes next waits for that"
+    wait_until(lambda: not ranks_left(), timeout=10)
+
+
+def test_a_rank_that_cannot_be_started_is_a_refusal(tmp_path):
+    (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"(?s)run\.dir.*no rank can be started on .*rank-1\.log: Is a directory"):
+        launch(tmp_path / "run", "completes")
+    assert not ranks_left()
+
+
+def test_java_that_is_gone_hides_nothing(tmp_path):
+    def gone(*arguments: object) -> None:
+        raise ConnectionRefusedError("py4j")
+
+    session = Spark()
+    session.sparkContext.cancelJobGroup = gone
+    assert launch(tmp_path / "run", "preempted", session).exit_code == 75
+
+
+def test_a_signal_before_all_tasks_are_there_ends_the_wait(tmp_path):
+    session, received = Spark(), []
+    session.collect = lambda: time.sleep(3.0)  # Spark has no slots free
+    threading.Timer(0.5, received.append, ["SIGTERM"]).start()
+    verdict = launch(tmp_path / "run", "completes", session, received)
+    assert (verdict.exit_code, verdict.reason) == (75, "received SIGTERM before training began")
 
 
 def test_a_request_to_stop_and_a_second_one(tmp_path):
@@ -204,9 +259,9 @@ def test_strangers_and_workers_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("")
     spark = SparkConfig(processes=2)
     made = stage.Stage(run_config(launch=spark), tmp_path, spark, Console(), 2, None)
-    hello = {"host": "h", "sees": "other", "gpus": [], "dstune": "0.0", "address": "a", "port": 1}
+    hello = {"host": "h", "sees": "other", "gpus": [], "unused": 0, "dstune": "0.0", "address": "a", "port": 1}
     with pytest.raises(UserError) as caught:
-        made._check({0: hello, 1: {**hello, "gpus": ["0"]}})
+        refusals.check({0: hello, 1: {**hello, "gpus": ["0"]}}, tmp_path)
     for reason in (
         "the workers do not share this file system",
         "the workers have dstune 0.0",
@@ -220,3 +275,75 @@ def test_strangers_and_workers_that_do_not_fit_are_refused(tmp_path):
         made._meet(line, [message])
     assert closed == [True] * 3
     assert not made._waiting
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        ([["0"], ["1"]], None),
+        ([["0"], ["0"]], "several GPUs, or several tasks one"),
+        ([["0", "1"], ["2", "3"]], "several GPUs, or several tasks one"),
+        ([[], []], "gives the tasks none of the GPUs on h"),
+    ],
+)
+def test_each_rank_has_a_device_of_its_own_or_is_told_why_not(tmp_path, monkeypatch, devices, reason):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "run.yaml").write_text("")
+    hello = {"host": "h", "sees": refusals.digest_of(tmp_path / "run.yaml"), "dstune": refusals.__version__}
+    hellos = {rank: {**hello, "gpus": own, "unused": 0 if own else 2} for rank, own in enumerate(devices)}
+    if reason is None:
+        refusals.check(hellos, tmp_path)
+        return
+    with pytest.raises(UserError, match=reason):
+        refusals.check(hellos, tmp_path)
+    if not devices[0]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        refusals.check(hellos, tmp_path)
+
+
+def test_the_causes_that_are_the_users_to_change(tmp_path):
+    spark = SparkConfig(processes=2)
+    text = "An error occurred while calling o99.collectToPython.\n: org.apache.spark.SparkException: [SPARK-24942]: Barrier ..."
+    for failure, key in ((text, "dynamicAllocation"), ("x\nNo module named 'dstune'\n", "no dstune")):
+        made = stage.Stage(run_config(launch=spark), tmp_path, spark, Console(), 2, None)
+        made._failure = refusals.cause(failure)
+        with pytest.raises(UserError, match=key):
+            made._judge()
+    assert refusals.cause(text.replace("[SPARK-24942]: Barrier", "no such host")).endswith(
+        "SparkException: no such host ..."
+    )
+
+
+def test_where_tasks_run_is_known_before_spark_starts(tmp_path, monkeypatch):
+    for name in ("PYSPARK_GATEWAY_PORT", "MASTER", "PYSPARK_SUBMIT_ARGS", "SPARK_CONF_DIR", "SPARK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sessions, "existing", lambda: None)
+    assert sessions.master_of(SparkConfig()) == "local[2]"
+    assert sessions.master_of(SparkConfig(processes=3)) == "local[3]"
+    assert sessions.master_of(SparkConfig(master="spark://h:1")) == "spark://h:1"
+    monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "1")  # spark-submit --master yarn dstune train
+    assert sessions.master_of(SparkConfig()) is None
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT")
+    (tmp_path / "spark-defaults.conf").write_text("# mine\nspark.master   spark://h:7077\n")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    assert sessions.master_of(SparkConfig()) is None
+
+
+def test_slots_are_counted_before_the_stage(monkeypatch):
+    found = iter([0, 1, 4, 4, 4, 4, 4, 4])
+    conf = SimpleNamespace(get=lambda name, default=None: default)
+    context = SimpleNamespace(master="spark://h:1", defaultParallelism=2, getConf=lambda: conf)
+    monkeypatch.setattr(sessions, "slots", lambda context: next(found))
+    monkeypatch.setattr(sessions, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sessions, "SETTLED_SECONDS", 0.05)
+    assert sessions.wait_for_slots(context, None, []) == 4, "and not what was there first"
+    monkeypatch.setattr(sessions, "SLOTS_SECONDS", 0.05)
+    monkeypatch.setattr(sessions, "slots", lambda context: 1)
+    with pytest.raises(UserError, match="Spark has 1 slot, and all ranks"):
+        sessions.wait_for_slots(context, 2, [])
+    context.master = "local[1]"
+    monkeypatch.setattr(sessions, "SLOTS_SECONDS", 60.0)
+    with pytest.raises(UserError, match="Spark has 1 slot, and all ranks"):
+        sessions.wait_for_slots(context, 2, [])
+    monkeypatch.setattr(sessions, "slots", lambda context: None)
+    assert sessions.wait_for_slots(context, None, []) == 2

@@ -1,12 +1,11 @@
 """launch=spark: ranks in the tasks of a barrier stage, wherever Spark runs: local, standalone, Databricks.
 
-`stage.py` is the driver's side, `task.py` what each task runs. What a stage returns is not believed: the run directory says how
-the run ended, as with every launch elsewhere.
+`session.py` finds or starts Spark, `stage.py` is the driver's side, `task.py` what each task runs. What a stage returns is not
+believed: tasks say how their ranks ended, and where one cannot, the run directory does.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,13 +34,9 @@ class Spark(Launcher):
 
     @property
     def on_this_machine(self) -> bool:
-        master = self.config.master
-        if master is None and "pyspark" in sys.modules:
-            from pyspark.sql import SparkSession
+        from dstune.launch.spark.session import master_of
 
-            active = SparkSession.getActiveSession()
-            master = None if active is None else active.conf.get("spark.master", None)
-        return (master or "").startswith("local")
+        return (master_of(self.config) or "").startswith("local")
 
     @property
     def shared_folder(self) -> bool:
@@ -65,12 +60,13 @@ class Spark(Launcher):
 
     @classmethod
     def probe(cls, *, needed: bool) -> Iterator[Check]:
+        import os
         import shutil
 
         absent = FAIL if needed else SKIP
         if find_spec("pyspark") is None:
             yield Check("spark", absent, "the package pyspark is not installed", EXTRA)
-        elif shutil.which("java") is None:
+        elif shutil.which("java") is None and "JAVA_HOME" not in os.environ:
             yield Check("spark", absent, "there is no Java runtime", "Debian: apt-get install openjdk-17-jre-headless")
         else:
             from importlib.metadata import version

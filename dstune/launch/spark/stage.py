@@ -1,8 +1,8 @@
 """The driver's side of a launch through Spark: one barrier stage, a connection to each of its tasks, and the verdict.
 
 Spark starts a barrier stage again as a whole when one of its tasks is lost, and returns from one without saying what became of
-the ranks. So the tasks give themselves their ranks' exit codes as results, never as failures; a new attempt starts when every
-task of the one before has let go; and how the run ended is read from the run directory.
+the ranks. So the tasks give themselves their ranks' exit codes as results, never as failures, and say them over their
+connections; a new attempt starts only where a task was lost, and when every task of the one before has let go.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dstune import __version__
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
@@ -33,9 +31,11 @@ from dstune.launch.attempt import Follower, log_path
 from dstune.launch.console import Console
 from dstune.launch.remote_commands import variables_of
 from dstune.launch.signals import caught_signals
+from dstune.launch.spark import refusals
 from dstune.launch.spark.config import SparkConfig
-from dstune.launch.spark.task import SILENT_SECONDS, Line, digest_of, run_task
-from dstune.launch.verdict import Verdict, how
+from dstune.launch.spark.session import session_of, wait_for_slots
+from dstune.launch.spark.task import SILENT_SECONDS, Line, run_task
+from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 5.0
@@ -45,6 +45,10 @@ ALIVE = Path("launch") / "spark-driver"
 TOUCH_SECONDS = 5.0
 JOB_SECONDS = 60.0
 """How long Spark may take to end a stage whose tasks have ended."""
+MISSING_SECONDS = 30.0
+"""After how long it is said that tasks have not begun."""
+RETURN_SECONDS = 300.0
+"""How long Spark may take to bring all tasks back after one was lost."""
 
 
 def run(
@@ -52,56 +56,12 @@ def run(
 ) -> int:
     """Start the ranks and wait for them; the exit code of the public contract. Raises UserError."""
     with session_of(launch, console) as session, caught_signals(config.run.signals) as received:
-        context = session.sparkContext
-        size = launch.processes or max(
-            1, context.defaultParallelism // int(context.getConf().get("spark.task.cpus", "1"))
-        )
+        size = wait_for_slots(session.sparkContext, launch.processes, received)
         stage = Stage(config, run_dir, launch, console, size, command)
         verdict = stage.run(session, received)
     attempt.record(run_dir, verdict, size)
     attempt.explain(run_dir, verdict, console, stage.starts)
     return verdict.exit_code
-
-
-@contextlib.contextmanager
-def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
-    """The active session, which stays; else one that ends with the launch. Raises UserError."""
-    from pyspark.sql import SparkSession
-
-    active = SparkSession.getActiveSession()
-    if active is not None:
-        if not hasattr(active, "sparkContext") or not _has_context(active):
-            reason = "the session is one of Spark Connect, which shows no tasks and devices"
-            fix = "a cluster with dedicated (single user) access, or spark-submit"
-            raise UserError(Problem("launch", reason, fix, "spark"))
-        if launch.master and launch.master != active.sparkContext.master:
-            reason = f"a session with another master is active: {active.sparkContext.master}"
-            raise UserError(Problem("launch.master", reason, "leave it out", launch.master))
-        yield active
-        return
-    console.stage("starting Spark")
-    builder = SparkSession.builder.appName("dstune").config("spark.ui.showConsoleProgress", "false")
-    if launch.master or "SPARK_MASTER" not in os.environ:
-        builder = builder.master(launch.master or f"local[{launch.processes or 2}]")
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    try:
-        session = builder.getOrCreate()
-    except Exception as error:  # of Java, py4j or pyspark
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            Problem("launch.master", f"Spark does not start: {first}", "look at its log above", str(launch.master))
-        ) from None
-    try:
-        yield session
-    finally:
-        session.stop()
-
-
-def _has_context(session: Any) -> bool:
-    try:
-        return session.sparkContext is not None
-    except Exception:  # Spark Connect raises one of its own
-        return False
 
 
 @dataclass
@@ -112,15 +72,22 @@ class Task:
     hello: dict[str, Any]
     code: int | None = None
     """Of its rank, when it has ended."""
+    lost_at: float | None = None
+    """When its connection broke before that."""
 
 
 @dataclass
 class Attempt:
     number: int
     tasks: dict[int, Task] = field(default_factory=dict)
+    ended: list[Ended] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    """When it began to wait for its tasks."""
     running: bool = False
     over: bool = False
     """Its tasks were told to end their ranks."""
+    repeated: bool = False
+    """Whether Spark lost a task of it, and starts the stage again."""
 
 
 class Stage:
@@ -145,26 +112,33 @@ class Stage:
         """Tasks of the next attempt, which have to wait for the end of the present one."""
         self._strangers: dict[Line, float] = {}
         """Connections that have not said who they are."""
-        self._not_before = 0.0
+        self._patience = SILENT_SECONDS + SETTLE_SECONDS + launch.grace_seconds
+        """After how long no rank can be there any more whose task has lost the driver."""
         self._touched = -TOUCH_SECONDS
-        self._codes: dict[int, int] = {}
         self._refusal: UserError | None = None
+        self._lost = ""
+        """Which task was lost last."""
         self._failure = ""
+        self._began = False
+        """Whether any rank was started."""
+        self._missing_said = False
+        self._gave_up = False
         self._stop_signal: str | None = None
         self._forced = False
 
     def run(self, session: Any, received: Sequence[str]) -> Verdict:
         self._wait_for_former(received)
+        if received:
+            return Verdict(EXIT_PREEMPTED, f"received {received[0]} before training began")
         (self._run_dir / STOP_FILE).unlink(missing_ok=True)
-        records.begin(self._run_dir, self._id, self.size)
         context = session.sparkContext
-        address = str(context.getConf().get("spark.driver.host", "127.0.0.1"))
         follower = Follower(log_path(self._run_dir, 0), self._console)
         self._console.stage(f"starting {self.size} rank(s) through Spark ({context.master})")
-        with socket.create_server((address, 0)) as server:
-            job = threading.Thread(
-                target=self._work, args=(session, server.getsockname()), name="spark stage", daemon=True
-            )
+        server, host = _listening(context.getConf())
+        with server:
+            records.begin(self._run_dir, self._id, self.size)
+            address = (host, server.getsockname()[1])
+            job = threading.Thread(target=self._work, args=(session, address), name="spark stage", daemon=True)
             job.start()
             ended: float | None = None
             try:
@@ -175,18 +149,19 @@ class Stage:
                     follower.look()
                     self._obey(received)
                     self._advance()
-                    if self._refusal is not None or self._forced or self._all_ended():
+                    if self._is_over():
                         ended = ended or time.monotonic()
                         self._end_attempt()
-                        if time.monotonic() - ended > JOB_SECONDS:
+                        if time.monotonic() - ended > (JOB_SECONDS if self._all_ended() else SETTLE_SECONDS):
                             break
             finally:
                 self._end_attempt()
-                context.cancelJobGroup(self._id)
+                with contextlib.suppress(Exception):  # Java may be gone: what became of the ranks is known without it
+                    context.cancelJobGroup(self._id)
                 job.join(JOB_SECONDS)
                 for task in self._attempt.tasks.values():
                     task.line.close()
-                if not self._attempt.running or self._all_ended():
+                if not self._attempt.running or self._all_settled():
                     (self._run_dir / ALIVE).unlink(missing_ok=True)
         follower.end()
         (self._run_dir / STOP_FILE).unlink(missing_ok=True)
@@ -195,10 +170,9 @@ class Stage:
         return self._judge()
 
     def _wait_for_former(self, received: Sequence[str]) -> None:
-        """Where a driver died, its ranks end by themselves: wait until none of them can be there any more."""
-        patience = SILENT_SECONDS + SETTLE_SECONDS + self._launch.grace_seconds
+        """Where a driver died, its ranks end by themselves: wait until none of them can be there any more, or a signal comes."""
         with contextlib.suppress(FileNotFoundError):
-            left = min(patience, (self._run_dir / ALIVE).stat().st_mtime + patience - time.time())
+            left = min(self._patience, (self._run_dir / ALIVE).stat().st_mtime + self._patience - time.time())
             if left > 0:
                 self._console.message(
                     f"dstune: the driver before this one died: {left:.0f} s until its ranks have ended"
@@ -224,7 +198,7 @@ class Stage:
             # Behind a shuffle: Spark starts a barrier stage again that lost a worker, but never the last stage of a job.
             ranks.repartition(1).collect()
         except Exception as error:  # of Java, py4j or pyspark
-            self._failure = _cause(str(error))
+            self._failure = refusals.cause(str(error))
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
@@ -237,28 +211,33 @@ class Stage:
                 self._strangers[Line(connection)] = time.monotonic()
 
     def _listen(self) -> None:
-        tasks = {task.line: task for task in self._attempt.tasks.values() if task.line.open}
-        held = [line for line, _ in self._waiting if line.open]
-        lines = [*self._strangers, *tasks, *held]
-        if not lines:
-            time.sleep(POLL_SECONDS)
-            return
+        tasks = {task.line: task for task in self._attempt.tasks.values() if task.line.open or task.lost_at is None}
+        lines = [*self._strangers, *tasks, *(line for line, _ in self._waiting)]
         with selectors.DefaultSelector() as selector:
             for line in lines:
-                selector.register(line, selectors.EVENT_READ)
+                if line.open:
+                    selector.register(line, selectors.EVENT_READ)
             selector.select(POLL_SECONDS)
         for line in lines:
             messages = line.receive(0.0)
             if line in self._strangers:
                 self._meet(line, messages)
-                continue
-            for message in messages:
-                if line in tasks and isinstance(message.get("ended"), int):
-                    tasks[line].code = message["ended"]
-                    self._codes.setdefault(self._rank_of(line), message["ended"])
+            elif line in tasks:
+                self._note(tasks[line], messages)
 
-    def _rank_of(self, line: Line) -> int:
-        return next(rank for rank, task in self._attempt.tasks.items() if task.line is line)
+    def _note(self, task: Task, messages: Sequence[dict[str, Any]]) -> None:
+        """What a task says of its rank, or that it is gone."""
+        ended = self._attempt.ended
+        for message in messages:
+            if isinstance(message.get("ended"), int):
+                task.code = message["ended"]
+                ended.append(Ended(task.hello["rank"], task.code, len(ended), bool(message.get("ordered"))))
+            elif "failed" in message:
+                reason = f"no rank can be started on {task.hello['host']}: {message['failed']}"
+                fix = "give a folder that the user of the workers can write to too"
+                self._refusal = UserError(Problem("run.dir", reason, fix, str(self._run_dir)))
+        if not task.line.open and task.code is None and task.lost_at is None:
+            task.lost_at = time.monotonic()
 
     def _meet(self, line: Line, messages: list[dict[str, Any]]) -> None:
         """A connection says who it is; one that does not know the token is nobody."""
@@ -277,48 +256,67 @@ class Stage:
         self._waiting.append((line, hello))
 
     def _advance(self) -> None:
-        """Bring the attempt on: its tasks together, its start, its end; then the next one."""
+        """Bring the attempt on: its tasks together, its start, its end; then the next one where Spark starts the stage again."""
         present = self._attempt
-        lost = [rank for rank, task in present.tasks.items() if not task.line.open and task.code is None]
-        again = [hello["rank"] for line, hello in self._waiting if hello["rank"] in present.tasks]
-        if present.tasks and (lost or again) and not present.over:
+        lost = [task for task in present.tasks.values() if task.lost_at is not None]
+        again = any(hello["rank"] in present.tasks for _, hello in self._waiting)
+        if (lost or again) and not present.over:
+            present.repeated = True
             if present.running and lost:
-                self._console.message(f"dstune: the task of rank {lost[0]} was lost; the other ranks are ended")
-                # What the lost one started ends by itself, but nobody can say when.
-                self._not_before = time.monotonic() + SILENT_SECONDS + SETTLE_SECONDS + self._launch.grace_seconds
+                self._lost = f"the task of rank {lost[0].hello['rank']} on {lost[0].hello['host']} was lost"
+                self._console.message(f"dstune: {self._lost}; the other ranks are ended")
             self._end_attempt()
-        if present.over and all(not task.line.open or task.code is not None for task in present.tasks.values()):
+        elif any(task.code not in (None, EXIT_DONE, EXIT_PREEMPTED) for task in present.tasks.values()):
+            self._end_attempt()
+        if present.over:
+            if not present.repeated or self._is_over():
+                self._dismiss_waiting()
+                return
+            if not self._all_settled():
+                return
             for task in present.tasks.values():
                 task.line.close()
-            if self._waiting and time.monotonic() > self._not_before and not self._forced and self._refusal is None:
-                self._attempt = present = Attempt(present.number + 1)
-                self._codes.clear()
+            began = time.monotonic() if present.running else present.began
+            self._attempt = present = Attempt(present.number + 1, began=began)
+            if self._began:
                 records.begin(self._run_dir, self._id, self.size)
-                self._console.message(
-                    "dstune: Spark starts the stage again; the run goes on from its newest checkpoint"
-                )
-        if present.over:
-            return
         for line, hello in self._waiting:
             if line.open:
                 present.tasks[hello["rank"]] = Task(line, hello)
         self._waiting = []
-        if len(present.tasks) == self.size and not present.running:
+        if not present.running and len(present.tasks) == self.size:
             self._start(present)
-        failed = [rank for rank, task in present.tasks.items() if task.code not in (None, EXIT_DONE, EXIT_PREEMPTED)]
-        if failed:
-            self._end_attempt()
+        elif not present.running:
+            self._mind_missing(present)
+
+    def _mind_missing(self, present: Attempt) -> None:
+        """Say that tasks have not begun; give up where Spark cannot bring them back."""
+        waited = time.monotonic() - present.began
+        if waited > MISSING_SECONDS and not self._missing_said:
+            self._missing_said = True
+            there = f"{len(present.tasks)} of {self.size} tasks have begun"
+            self._console.message(f"dstune: {there}: Spark has other work, or too few slots; waiting for the others")
+        self._gave_up = self._began and waited > RETURN_SECONDS
+
+    def _dismiss_waiting(self) -> None:
+        """Tasks that Spark started again, and whose ranks shall not start."""
+        for line, _ in self._waiting:
+            line.send({"end": 0.0})
+            line.close()
+        self._waiting = []
 
     def _start(self, present: Attempt) -> None:
         """Tell every task what its rank is."""
         hellos = {rank: task.hello for rank, task in present.tasks.items()}
         try:
-            self._check(hellos)
-            on_cpu = not any(hello["gpus"] for hello in hellos.values())
+            refusals.check(hellos, self._run_dir)
+            on_cpu = refusals.hides_gpus() or not any(hello["gpus"] for hello in hellos.values())
             plain, unseen = variables_of(self._config, self._launch, self._id, os.environ, on_cpu=on_cpu)
         except UserError as error:
             self._refusal = error
             return
+        if self._began:
+            self._console.message("dstune: Spark starts the stage again; the run goes on from its newest checkpoint")
         folder = plain.pop(FOLDER, "/")
         for name in (HANDED, RANK_LOGS):
             plain.pop(name, None)
@@ -334,10 +332,7 @@ class Stage:
                 "MASTER_ADDR": str(hellos[0]["address"]),
                 "MASTER_PORT": str(hellos[0]["port"]),
             }
-            if any(hellos[peer]["gpus"] for peer in peers):
-                env["CUDA_VISIBLE_DEVICES"] = ",".join(hellos[peer]["gpus"][0] for peer in peers)
-            elif on_cpu:
-                env["CUDA_VISIBLE_DEVICES"] = ""
+            env["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else ",".join(hellos[peer]["gpus"][0] for peer in peers)
             start = {
                 "env": env,
                 "command": self._command,
@@ -346,38 +341,36 @@ class Stage:
                 "grace": self._launch.grace_seconds,
             }
             task.line.send({"start": start})
-        present.running = True
-
-    def _check(self, hellos: dict[int, dict[str, Any]]) -> None:
-        """Raises UserError where the tasks cannot run ranks of this run together."""
-        problems = []
-        expected = digest_of(self._run_dir / "run.yaml")
-        if blind := sorted({hello["host"] for hello in hellos.values() if hello["sees"] != expected}):
-            reason = f"it is not there on {', '.join(blind)}: the workers do not share this file system"
-            fix = "give a run.dir that all workers and the driver share"
-            problems.append(Problem("run.dir", reason, fix, str(self._run_dir)))
-        if others := sorted({hello["dstune"] for hello in hellos.values()} - {__version__}):
-            fix = f"install dstune {__version__} on the workers"
-            problems.append(Problem("launch", f"the workers have dstune {', '.join(others)}", fix, "spark"))
-        bare = [rank for rank, hello in hellos.items() if not hello["gpus"]]
-        if bare and len(bare) < len(hellos):
-            reason = f"the tasks of ranks {', '.join(map(str, bare))} have no GPU, and others have"
-            problems.append(Problem("launch", reason, "set spark.task.resource.gpu.amount=1", "spark"))
-        if problems:
-            raise UserError(problems)
+        present.running = self._began = True
+        self._missing_said = False
 
     def _end_attempt(self) -> None:
         self._attempt.over = True
         for task in self._attempt.tasks.values():
             if task.line.open:
-                task.line.send({"end": True})
+                task.line.send({"end": 0.0 if self._forced else self._launch.grace_seconds})
         if self._refusal is not None or self._forced:
-            for line, _ in self._waiting:
-                line.send({"end": True})
+            self._dismiss_waiting()
+
+    def _is_over(self) -> bool:
+        """Whether no rank shall be started any more."""
+        if self._refusal is not None or self._forced or self._gave_up or self._all_ended():
+            return True
+        present = self._attempt
+        return self._stop_signal is not None and (not present.running or (present.over and self._all_settled()))
 
     def _all_ended(self) -> bool:
         present = self._attempt
         return len(present.tasks) == self.size and all(task.code is not None for task in present.tasks.values())
+
+    def _all_settled(self) -> bool:
+        """Whether no rank of this attempt can be there: each has ended, or its task lost the driver long ago."""
+        patience = self._patience if self._attempt.running else 0.0
+        now = time.monotonic()
+        return all(
+            task.code is not None or (task.lost_at is not None and now > task.lost_at + patience)
+            for task in self._attempt.tasks.values()
+        )
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -394,25 +387,33 @@ class Stage:
     def _judge(self) -> Verdict:
         if self._forced:
             return Verdict(EXIT_FAILED, "stopped at once by a second signal")
-        bad = [(rank, code) for rank, code in self._codes.items() if code not in (EXIT_DONE, EXIT_PREEMPTED)]
-        bad.sort(key=lambda end: end[1] > 0)
-        otherwise = f"rank {bad[0][0]} {how(bad[0][1])}" if bad else "the ranks ended without a result"
-        if not self._codes:
-            otherwise = self._failure or otherwise
-            if "SPARK-24819" in otherwise or "more slots" in otherwise:
-                reason = "Spark has fewer slots than ranks, and all have to run at once"
-                raise UserError(Problem("launch.processes", reason, "fewer ranks, or a larger cluster", str(self.size)))
-            if "No module named 'dstune" in otherwise:
-                fix = "pip install dstune on the workers too (a cluster library on Databricks)"
-                raise UserError(Problem("launch", "the workers have no dstune", fix, "spark"))
-        return attempt.of_files(self._run_dir, self.size, otherwise)
+        if self._stop_signal is not None and not self._began:
+            return Verdict(EXIT_PREEMPTED, f"received {self._stop_signal} before training began")
+        if self._all_ended():
+            errors = attempt.read_errors(self._run_dir, self.size)
+            verdict = judge(self._attempt.ended, errors, self._stop_signal, forced=False)
+            if verdict.exit_code == EXIT_DONE and records.read_result(self._run_dir) is None:
+                return Verdict(EXIT_FAILED, "the ranks ended without a result")
+            return verdict
+        if not self._began:
+            refusals.refuse_by_cause(self._failure, self.size)
+        if self._lost and records.read_result(self._run_dir) is None:
+            then = f"Spark did not bring it back within {RETURN_SECONDS:.0f} s" if self._gave_up else self._failure
+            return Verdict(EXIT_FAILED, "; ".join(filter(None, [self._lost, then])))
+        return attempt.of_files(self._run_dir, self.size, self._failure or "the ranks ended without a result")
 
 
-def _cause(text: str) -> str:
-    """The line of a long error of Spark that says what happened."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "SPARK-24819" in line or "No module named" in line or "Error:" in line]
-    return f"the stage of Spark failed: {(telling or lines or ['no reason given'])[0][:300]}"
+def _listening(conf: Any) -> tuple[socket.socket, str]:
+    """A server as the driver's own are (`spark.driver.bindAddress`), and the host that workers reach it by. Raises UserError."""
+    host = str(conf.get("spark.driver.host", "127.0.0.1")).strip("[]")
+    place = str(conf.get("spark.driver.bindAddress", host)).strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in place else socket.AF_INET
+        return socket.create_server((place, 0), family=family), host
+    except OSError as error:
+        reason = f"the driver cannot listen there: {error.strerror or error}"
+        fix = "set it to an address of this machine (SPARK_LOCAL_IP)"
+        raise UserError(Problem("spark.driver.bindAddress", reason, fix, place)) from None
 
 
 def _size(file: Path) -> int:

@@ -103,6 +103,8 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
     """Be the rank that the driver makes of this task; its exit code. A task that the driver does not want any more ends with 0:
     what it was told is known to the driver."""
     from dstune import __version__
+    from dstune.core.errors import EXIT_FAILED
+    from dstune.launch.commands import count_gpus
 
     line = Line(socket.create_connection(driver, timeout=SILENT_SECONDS))
     address = line._connection.getsockname()[0]
@@ -113,6 +115,7 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
         "address": address,
         "port": free_port(address),
         "gpus": gpus,
+        "unused": 0 if gpus else count_gpus(os.environ),
         "sees": digest_of(run_dir / "run.yaml"),
         "dstune": __version__,
         "python": sys.version.split()[0],
@@ -127,16 +130,20 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
             start = message.get("start", start)
     if start is None:
         return 0
-    code = _supervise(line, start, rank, run_dir)
-    line.send({"ended": code})
+    try:
+        code, ordered = _supervise(line, start, rank, run_dir)
+    except OSError as error:
+        code, ordered = EXIT_FAILED, False
+        line.send({"failed": f"{error.filename or run_dir}: {error.strerror or error}"})
+    line.send({"ended": code, "ordered": ordered})
     while line.open and not any("end" in message for message in line.receive(1.0)):
         pass  # the driver has read it
     line.close()
     return code
 
 
-def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> int:
-    """Start the rank, and wait for its end, which the driver may order."""
+def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> tuple[int, bool]:
+    """Start the rank, and wait for its end: its exit code, and whether the driver ordered it. Raises OSError."""
     from dstune.core.rank_env import LAUNCHER_PID
     from dstune.launch.processes import LAUNCH_ID, Guard, end_all
 
@@ -169,14 +176,18 @@ def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> i
         deadline: float | None = None
         try:
             while process.poll() is None:
-                ordered = any("end" in message for message in line.receive(0.1)) or not line.open
-                if ordered and deadline is None:
-                    process.send_signal(signal.SIGTERM)
-                    deadline = time.monotonic() + float(start["grace"])
+                ordered = [float(message["end"]) for message in line.receive(0.1) if "end" in message]
+                if not line.open:
+                    ordered.append(float(start["grace"]))
+                if ordered:
+                    if deadline is None:
+                        process.send_signal(signal.SIGTERM)
+                    until = time.monotonic() + min(ordered)
+                    deadline = until if deadline is None else min(deadline, until)
                 if deadline is not None:
                     if time.monotonic() > deadline:
                         break
                     time.sleep(0.05)
         finally:
             end_all(mark, [process.pid])
-        return process.wait()
+        return process.wait(), deadline is not None

@@ -1,0 +1,138 @@
+"""The session of a launch through Spark: the one that is there, which stays, or one that ends with the launch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.launch.console import Console
+from dstune.launch.spark.config import SparkConfig
+
+POLL_SECONDS = 0.2
+SETTLED_SECONDS = 5.0
+"""The workers of a new session are all there when none has come for so long."""
+SLOTS_SECONDS = 60.0
+"""How long more slots are waited for where there are fewer than ranks, since the last one came."""
+
+
+def existing() -> Any | None:
+    """The session of this process, whichever thread made it; None where there is none."""
+    if "pyspark" not in sys.modules:
+        return None
+    from pyspark import SparkContext
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is None and SparkContext._active_spark_context is not None:
+        active = SparkSession.builder.getOrCreate()
+    return active
+
+
+def master_of(launch: SparkConfig) -> str | None:
+    """Where the tasks run; None where Spark itself was told (spark-submit, spark-defaults.conf)."""
+    if launch.master:
+        return launch.master
+    if (session := existing()) is not None:
+        found: str | None = session.conf.get("spark.master", None)
+        return found
+    return None if _spark_was_told() else f"local[{launch.processes or 2}]"
+
+
+def _spark_was_told() -> bool:
+    folder = os.environ.get("SPARK_CONF_DIR") or os.path.join(os.environ.get("SPARK_HOME", ""), "conf")
+    try:
+        defaults = Path(folder, "spark-defaults.conf").read_text()
+    except OSError:
+        defaults = ""
+    words = os.environ.get("PYSPARK_SUBMIT_ARGS", "")
+    if {"PYSPARK_GATEWAY_PORT", "MASTER"} & os.environ.keys() or "--master" in words or "spark.master" in words:
+        return True
+    return re.search(r"^\s*spark\.master[\s=:]", defaults, re.MULTILINE) is not None
+
+
+@contextlib.contextmanager
+def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
+    """The session that is there, which stays; else one that ends with the launch. Raises UserError."""
+    from pyspark.sql import SparkSession
+
+    session = existing()
+    if session is not None:
+        _refuse_without_context(session)
+        if launch.master and launch.master != session.sparkContext.master:
+            reason = f"a session with another master is active: {session.sparkContext.master}"
+            raise UserError(Problem("launch.master", reason, "leave it out", launch.master))
+        yield session
+        return
+    console.stage("starting Spark")
+    builder = SparkSession.builder.appName("dstune").config("spark.ui.showConsoleProgress", "false")
+    if (master := master_of(launch)) is not None:
+        builder = builder.master(master)
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:  # of Java, py4j or pyspark
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason, fix = f"Spark does not start: {first}", "look at its log above"
+        raise UserError(Problem("launch.master", reason, fix, str(launch.master))) from None
+    try:
+        _refuse_without_context(session)
+        yield session
+    finally:
+        with contextlib.suppress(Exception):  # Java may be gone by now: how the run ended is worth more
+            session.stop()
+
+
+def _refuse_without_context(session: Any) -> None:
+    """Raises UserError for a session of Spark Connect."""
+    try:
+        if session.sparkContext is not None:
+            return
+    except Exception:  # one of Spark Connect's own
+        pass
+    reason = "the session is one of Spark Connect, which shows no tasks and devices"
+    raise UserError(
+        Problem("launch", reason, "a cluster with dedicated (single user) access, or spark-submit", "spark")
+    )
+
+
+def slots(context: Any) -> int | None:
+    """How many tasks Spark can run at once now; None where this Spark does not say."""
+    try:
+        inner = context._jsc.sc()
+        return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
+    except Exception:  # of py4j: another Spark, or one that shows Python less of itself
+        return None
+
+
+def wait_for_slots(context: Any, wanted: int | None, received: Sequence[str]) -> int:
+    """The number of ranks: `wanted`, else as many as Spark runs at once. Spark itself would wait for ten minutes.
+
+    Workers of a new session come one by one, so a number counts when it has not changed for a while; on this machine all slots
+    are there at once. Ends early when a signal was received. Raises UserError where there are too few.
+    """
+    here = str(context.master).startswith("local[") or context.master == "local"
+    seen, since = -1, time.monotonic()
+    while True:
+        found = slots(context)
+        if found is None or received:
+            cores = int(context.getConf().get("spark.task.cpus", "1"))
+            return wanted or max(1, context.defaultParallelism // cores)
+        if wanted is not None and found >= wanted:
+            return wanted
+        if found != seen:
+            seen, since = found, time.monotonic()
+        waited = time.monotonic() - since
+        if wanted is None and found and (here or waited > SETTLED_SECONDS):
+            return found
+        if here or waited > SLOTS_SECONDS:
+            reason = f"Spark has {found} slot{'s' * (found != 1)}, and all ranks have to run at once"
+            fix = "fewer ranks, or a larger cluster (spark.cores.max, spark.task.cpus and spark.task.resource.* count too)"
+            raise UserError(Problem("launch.processes", reason, fix, str(wanted or "")))
+        time.sleep(POLL_SECONDS)
