@@ -77,6 +77,12 @@ ATTACKS = (
         "files.test_what_a_launcher_reads_is_for_this_user_alone",
     ),
     Attack(
+        "somebody on the network speaks to the driver",
+        "`launch=spark`",
+        "who does not know the token is hung up on, whatever was sent",
+        "spark.test_what_a_stranger_sends_does_not_end_the_driver",
+    ),
+    Attack(
         "`launch.json` names a process that is no launch",
         "`dstune cancel`",
         "it has to hold the lock of the run",
@@ -169,6 +175,12 @@ ATTACKS = (
         "every verb",
         "signed, named or repeated",
         "runs_of_others.test_a_module_of_callbacks_is_not_imported",
+    ),
+    Attack(
+        "a key of an installed plugin in one",
+        "every verb",
+        "signed, named or repeated, where the plugin declares it so",
+        "runs_of_others.test_a_signed_key_of_an_installed_plugin_is_known",
     ),
     Attack(
         "`${oc.env:HF_TOKEN}` in one",
@@ -304,6 +316,15 @@ ATTACKS = (
         "files.test_rows_are_not_appended_through_a_link",
     ),
     Attack("a log is a link or a pipe", "run directory", "refused", "files.test_logs_are_plain_files"),
+    Attack(
+        "the same under `launch=spark`", "run directory", "refused", "spark.test_a_task_writes_its_log_through_no_link"
+    ),
+    Attack(
+        "files and folders are links in a place that a run is copied to",
+        "places that cannot lock or rename",
+        "links of files are replaced, those of folders refused in unsigned runs",
+        "files.test_a_copied_run_is_written_through_no_link",
+    ),
     Attack("the lock is a link", "run directory", "refused", "files.test_the_lock_is_no_link"),
     Attack(
         "a checkpoint is a link to another run's",
@@ -450,6 +471,12 @@ ATTACKS = (
         "run directory",
         "only plain files are read",
         "hangs.test_a_pipe_or_a_device_is_not_read_for_ever",
+    ),
+    Attack(
+        "a line of `metrics.jsonl` that is 200,000 deep",
+        "`dstune train RUN`",
+        "dropped",
+        "hangs.test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on",
     ),
     Attack("a record of 1 TiB", "run directory", "64 MiB", "hangs.test_a_file_without_end_is_not_read_whole"),
 )

@@ -89,9 +89,7 @@ _CHAT: dict[str, Mutation] = {
 }
 
 _PROOF: dict[str, Mutation] = {
-    "rows_of_every_kind_are_proven": undo(
-        "data/chat/evidence.py", "        if kind not in kept:\n", "        if not kept:\n"
-    ),
+    "rows_of_every_kind_are_proven": undo("data/chat/evidence.py", "if kind not in kept and", "if not kept and"),
     "every_task_of_conversations_is_proven": undo(
         "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
     ),
@@ -107,7 +105,9 @@ _PROOF: dict[str, Mutation] = {
     "an_exported_template_has_the_arguments_built_in": undo(
         "data/chat/template.py", 'return "".join([*lines, template])', "return template"
     ),
-    "both_kinds_of_turns_are_reported": undo("data/chat/evidence.py", 'kept["thinking"] in (0, kept["of"]):', "True:"),
+    "both_kinds_of_turns_are_reported": undo(
+        "data/chat/evidence.py", 'if thinking in (0, kept["of"]) and not mixed:', "if True:"
+    ),
 }
 
 _FOREIGN: dict[str, Mutation] = {

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -67,12 +68,19 @@ def copy(source: Path, target: Path, *, end: bytes = b"", digest: xxhash.xxh3_64
                 raise
 
 
+def emptied(target: Path) -> BinaryIO:
+    """`target` open for writing, without what it held; a link in its place goes, what it led to stays."""
+    if target.is_symlink():
+        target.unlink()
+    return target.open("wb")
+
+
 def copy_twice(source: Path, target: Path) -> None:
     """`target` is replaced by the content of `source`; cut short at any point, `read_back` gives the old or the new."""
     spare = target.with_name(f".{target.name}{SPARE}")
     copy(source, spare, digest=xxhash.xxh3_64())
     size = spare.stat().st_size - DIGEST_BYTES
-    with spare.open("rb") as read, target.open("wb") as write:  # of the spare: the source may have grown since
+    with spare.open("rb") as read, emptied(target) as write:  # of the spare: the source may have grown since
         while size and (block := read.read(min(BLOCK, size))):
             write.write(block)
             size -= len(block)

@@ -79,6 +79,7 @@ def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = U
             missing or has changed, and what `trust.cleared` refuses.
     """
     load_built_ins()
+    plugins.load_installed()  # whose fields may be signed ones, whether the file lists the package or not
     content = cleared(read_run_content(path), path, use, overrides or ())
     if _activate(content, path, overrides):  # whose classes know more keys
         content = cleared(content, path, use, overrides or ())

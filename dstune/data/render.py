@@ -377,9 +377,8 @@ def _thinks(message: Mapping[str, Any]) -> bool:
     """Whether a message has reasoning, in a field of its own or at the start of its content."""
     if reasoning_of(message) is not None:
         return True
-    content = message.get("content")
-    found = _THINK.search(content) if isinstance(content, str) else None
-    return found is not None and bool(found.group(1).strip())
+    before, ended, _ = (message.get("content") or "").partition("</think>")
+    return bool(ended and before.replace("<think>", "").strip())  # a prompt may have opened it
 
 
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from dstune.checkpoint import copied, store
+from dstune.config.run_links import refuse_links
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
@@ -203,7 +204,8 @@ class Mirror:
         lease["beat"] = self._beat
         try:
             self.place.mkdir(parents=True, exist_ok=True)
-            (self.place / records.LEASE).write_text(json.dumps(lease))
+            with copied.emptied(self.place / records.LEASE) as stream:
+                stream.write(json.dumps(lease).encode())
         except OSError as error:
             if self._beat > 1:
                 raise
@@ -321,6 +323,7 @@ def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
     refused = refused_operations(place)
     if not refused:
         return None
+    refuse_links(place)
     mirror = Mirror(place, refused, message)
     message(
         f"dstune: {place} refuses what a run does ({mirror.why}): it works in {mirror.work}, and is copied after each save"

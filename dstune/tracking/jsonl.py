@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core import files
+from dstune.core.parsing import parse_json
 
 
 class JsonLines:
@@ -68,7 +69,7 @@ def _is_row_until(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        return json.loads(line)["step"] <= step
+        return bool(parse_json(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         # A crash of the machine can leave a block of zeros where a line was being written.
         return False

@@ -14,7 +14,7 @@ import pytest
 from dstune.checkpoint import store
 from dstune.core import files, handoff
 from dstune.core.errors import UserError
-from dstune.launch import records
+from dstune.launch import mirror, records
 from dstune.launch.console import Console
 from dstune.launch.hosts import Ssh
 from dstune.launch.remote import RemoteLaunch
@@ -68,6 +68,30 @@ def test_logs_are_plain_files(kind: str, run_dir: Path, victim: Path) -> None:
         files.append(log)
     assert victim.read_text() == VICTIM
     assert not victim.with_name("new").exists()
+
+
+def test_a_copied_run_is_written_through_no_link(
+    run_dir: Path, victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a place that cannot lock: the lease, files of the run, and folders that are links."""
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mirror, "refused_operations", lambda path: {"lock": "no"} if path == run_dir else {})
+    monkeypatch.setattr(mirror, "ALIVE_SECONDS", 0.0)
+    for name in (records.LEASE, "result.json"):
+        (run_dir / name).symlink_to(victim)
+    opened = mirror.open_mirror(run_dir, lambda text: None)
+    assert opened is not None
+    opened.work.mkdir()
+    (opened.work / "run.yaml").write_text("run: 1")
+    (opened.work / "result.json").write_text("{}")
+    assert opened.close()
+    assert victim.read_text() == VICTIM
+    assert (run_dir / "result.json").read_text() == "{}"
+    (run_dir / "run.yaml").write_text("config: {}")
+    (run_dir / "checkpoints").symlink_to(victim.parent)
+    with pytest.raises(UserError, match="this is a link"):
+        mirror.open_mirror(run_dir, lambda text: None)
+    assert not (run_dir / records.LEASE).exists()
 
 
 def test_the_lock_is_no_link(run_dir: Path, victim: Path) -> None:

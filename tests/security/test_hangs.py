@@ -21,6 +21,7 @@ from dstune.launch import records
 from dstune.launch.runs import as_text, listed
 from dstune.methods._peft.files import read_settings
 from dstune.planning.architecture import architecture
+from dstune.tracking.jsonl import rewind
 
 LLAMA = {
     "model_type": "llama",
@@ -201,6 +202,13 @@ def test_one_bad_directory_takes_no_other_run_from_the_list(name: str, tmp_path:
     assert set(found) == {"bad", "good"}
     assert found["good"].status == "completed"
     assert "good" in as_text(list(found.values()), [tmp_path])
+
+
+def test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n' + '{"step": 1, "a": ' + "[" * 200_000 + "]" * 200_000 + '}\n{"step": 2}\n')
+    rewind(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path: Path) -> None:

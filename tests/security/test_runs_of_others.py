@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.tiny import save_decoder, write_dialogues
+from unit.test_plugins import in_a_process, install
 
 from dstune.checkpoint import store
 from dstune.cli import main
@@ -165,6 +166,30 @@ def test_a_module_of_callbacks_is_not_imported(verb: str, stranger: Stranger, mo
     assert "evil_callback" not in sys.modules
 
 
+def test_a_signed_key_of_an_installed_plugin_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the run lists the plugin or not: its classes are there before anything is believed."""
+    monkeypatch.chdir(tmp_path)
+    hook = "    hook: str | None = setting(None, signed=True)\n"
+    install(tmp_path, "1.0", "    update_momentum:", f"{hook}    update_momentum:")
+    write = """
+        from pathlib import Path
+        write_run(Path("run.yaml"), compose(["data=chitchat", "optimizer=lion", "optimizer.hook=theirs"]))
+        """
+    in_a_process(tmp_path, write)
+    content = yaml.safe_load(Path("run.yaml").read_text())
+    del content["signature"], content["plugins"]
+    Path("run.yaml").write_text(yaml.safe_dump(content))
+    read = """
+        from pathlib import Path
+        from dstune.core.errors import UserError
+        try:
+            print(read_run(Path("run.yaml")).config.optimizer.hook)
+        except UserError as error:
+            print([problem.where for problem in error.problems])
+        """
+    assert in_a_process(tmp_path, read) == "['optimizer.hook']\n"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_variable_is_resolved(
     verb: str, stranger: Stranger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -266,7 +291,7 @@ def test_words_of_a_sweep_of_others_are_not_repeated(
     sweep = stranger.folder / "sweep"
     sweep.mkdir()
     (stranger.folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(stranger.sentinel)!r}).write_text('')")
-    content = {"overrides": [stored, "optimizer.lr=1e-4,1e-5", "data.train=rows.jsonl"], "config": {}, "axes": {}}
+    content = {"overrides": [stored, "optimizer.lr=1e-4,1e-5", "data.train=none.jsonl"], "config": {}, "axes": {}}
     (sweep / "sweep.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", "--multirun", str(sweep)]) == 2
     assert not stranger.sentinel.exists()

@@ -112,6 +112,15 @@ def test_an_empty_reasoning_block_of_the_prompt_is_context_and_one_that_it_does_
     assert trained(tokenizer, REASONED[:2]) == ["<think>Hm.</think>Yes<|im_end|>"]
 
 
+def test_reasoning_that_only_ends_in_the_content_is_reasoning():
+    """As answers are logged behind a prompt that opens `<think>`."""
+    splitting = SWITCHED.replace("message.reasoning_content or ''", "message['content'].split('</think>')[0]").replace(
+        "message['content'] +", "message['content'].split('</think>')[-1] +"
+    )
+    messages = [user("Hi"), assistant("Hm.</think>Yes")]
+    assert trained(byte_tokenizer(splitting), messages) == ["<think>Hm.</think>Yes<|im_end|>"]
+
+
 def test_the_row_s_arguments_come_before_those_of_the_run(tmp_path):
     rows = [
         {"messages": [user("Hi"), assistant("Yes")], "chat_template_kwargs": {"enable_thinking": True}},

@@ -14,10 +14,11 @@ from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
 from dstune.core.errors import UserError
 from dstune.data.build import prove
+from dstune.data.chat import evidence
 from dstune.data.chat.template import with_arguments
 from dstune.data.collate import NO_TARGET
 from dstune.protocols.task import TaskConfig
-from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.chat.config import ChatConfig, Turns
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
 from dstune.tasks.reward.config import RewardConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
@@ -167,6 +168,38 @@ def test_both_kinds_of_turns_are_reported(tmp_path):
     served = prove(config, tokenizer, data)
     assert served.arguments == {}
     assert served.note.startswith("1 of 9 rows have reasoning")
+
+
+QUOTED = {"messages": [{"role": "user", "content": 'Is that "reasoning"?'}, {"role": "assistant", "content": "Yes"}]}
+PARTLY = {"messages": [*ROWS[8]["messages"][:-1], {"role": "assistant", "content": "No"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "expected"),
+    [
+        (QUOTED, "auto", {"enable_thinking": False}),
+        (PARTLY, "auto", {}),
+        (PARTLY, "last", {"enable_thinking": False}),
+        (ROWS[8], "last", {"enable_thinking": True}),
+    ],
+    ids=["a word of the user", "in one of two turns", "not in the last turn", "in the last turn"],
+)
+def test_what_is_built_in_follows_the_turns_that_are_trained(tmp_path, row, turns, expected):
+    tokenizer = byte_tokenizer(SWITCHED)
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE, turns=Turns[turns]), [row])
+    served = prove(config, tokenizer, data)
+    assert served.arguments == expected
+    assert ("1 of 1 rows have reasoning" in served.note) is (not expected)
+
+
+def test_a_kind_is_proven_wherever_its_first_row_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(evidence, "MOST_KINDS", 2)
+    rows = [*ROWS, *({**row, "chat_template_kwargs": {"a": number}} for number, row in enumerate(chats(9)))]
+    _, data = data_of(tmp_path, byte_tokenizer(QWEN3), ChatConfig(template_date=DATE), rows)
+    kept = [entry["row"]["messages"] for entry in json.loads(data.evidence.read_text())["rows"]]
+    assert len(kept) == 3
+    assert any("reasoning_content" in message for message in kept[1])
 
 
 def test_arguments_of_every_kind_are_built_in():

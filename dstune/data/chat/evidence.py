@@ -14,11 +14,14 @@ import numpy as np
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import Server, difference
+from dstune.data.message import REASONING_KEYS
 from dstune.data.stopping import stop_token_ids
 
 FILE = "train.evidence.json"
 
-ROWS_LOOKED_AT = 2000
+ROWS_AT_ONCE = 2000
+MOST_KINDS = 200
+"""Arguments of a row are a part of its kind, and may be others in each."""
 LONGEST_ROW = 100_000
 """Characters of the longest row that is kept: rendering it again before each run takes time."""
 
@@ -30,6 +33,10 @@ _OPENED = re.compile(r'"messages":\[\{"content":"(?:[^"\\]|\\.)*","role":"assist
 """A conversation that the assistant begins, in a row (JSON text)."""
 
 REASONING = ('"reasoning', '"thinking"', "</think>")
+"""Strings without which a row (JSON text) has no reasoning."""
+
+TRAINED = ("messages", "chosen", "rejected", "completion", "target")
+"""Keys of a row under which the assistant speaks and is trained: messages, or a text."""
 
 
 @dataclass(frozen=True)
@@ -58,35 +65,54 @@ class Exchange(NamedTuple):
 def keep(
     rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, sources: np.ndarray | None, target: Path
 ) -> None:
-    """Write rows of every kind among the first ones, and a long one, with the places of their samples.
+    """Write a row of every kind, and a long one, with the places of their samples.
 
     rows: columns `row` and `number`. numbers: the row of each sample that is kept; truncated: rows of which a part is not.
     sources: of each row, the number of its source in a mixture.
     """
-    cut = set(truncated.tolist())
-    kept: dict[str, dict[str, Any]] = {}
-    thinking = opened = 0
-    for batch in rows.iter(batch_size=ROWS_LOOKED_AT):
-        thinking += _with_reasoning(batch["row"])
-        opened += sum(_OPENED.search(text) is not None for text in batch["row"])
-    looked = rows[: min(len(rows), ROWS_LOOKED_AT)]
-    longest = ""
-    for text, number in zip(looked["row"], looked["number"], strict=True):
-        if number in cut:
-            continue
-        kind = _kind(text)
-        if kind not in kept:
-            kept[kind] = _entry(text, number, numbers, sources)
-        if len(longest) < len(text) <= LONGEST_ROW:
-            longest, kept["longest"] = text, _entry(text, number, numbers, sources)
-    found = [entry for entry in kept.values() if entry["samples"]]
-    target.write_text(
-        json.dumps({"rows": found, "thinking": thinking, "opened": opened, "of": len(rows)}), encoding="utf-8"
-    )
+    whole = np.setdiff1d(numbers, truncated)
+    kept: dict[str, tuple[str, int]] = {}
+    longest: tuple[str, int] | None = None
+    counts = dict.fromkeys(("thinking", "mixed", "thinking_last", "opened"), 0)
+    for batch in rows.iter(batch_size=ROWS_AT_ONCE):
+        places = np.searchsorted(whole, batch["number"])
+        for text, number, place in zip(batch["row"], batch["number"], places, strict=True):
+            counts["opened"] += _OPENED.search(text) is not None
+            if thought := _reasoning_of_turns(text):
+                counts["thinking"] += any(thought)
+                counts["mixed"] += any(thought) and not all(thought)
+                counts["thinking_last"] += thought[-1]
+            if place == len(whole) or whole[place] != number:
+                continue
+            kind = _kind(text)
+            if kind not in kept and len(kept) < MOST_KINDS:
+                kept[kind] = text, number
+            if len(longest[0] if longest else "") < len(text) <= LONGEST_ROW:
+                longest = text, number
+    chosen = [*kept.values(), *([longest] if longest else [])]
+    found = [_entry(text, number, numbers, sources) for text, number in chosen]
+    target.write_text(json.dumps({"rows": found, **counts, "of": len(rows)}), encoding="utf-8")
 
 
-def _with_reasoning(texts: Sequence[str]) -> int:
-    return sum(any(mark in text for mark in REASONING) for text in texts)
+def _reasoning_of_turns(text: str) -> list[bool]:
+    """Whether the assistant thinks in each turn of a row (JSON text) that is trained; empty where no turn can have reasoning."""
+    if not any(mark in text for mark in REASONING):
+        return []
+    row = json.loads(text)
+    given = {key: row[key] for key in TRAINED if key in row}
+    turns = [
+        message
+        for key, value in given.items()
+        for at, message in enumerate(value if isinstance(value, list) else [{"role": "assistant", "content": value}])
+        if message["role"] == "assistant" and message.get("weight", 1) and (at or key != "messages")
+    ]
+    return [_is_thought(message) for message in turns]
+
+
+def _is_thought(message: Mapping[str, Any]) -> bool:
+    before, ended, _ = str(message.get("content") or "").partition("</think>")
+    fields = [message.get(key) for key in REASONING_KEYS]
+    return any(str(text or "").strip() for text in (*fields, before.replace("<think>", "") if ended else ""))
 
 
 def _entry(text: str, number: int, numbers: np.ndarray, sources: np.ndarray | None) -> dict[str, Any]:
@@ -124,13 +150,17 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         server = Server(tokenizer, stops, renderer.date, renderer.run_arguments, renderer.facts)
         arguments |= renderer.run_arguments
         switch = renderer.facts.switch
-        if switch is not None and kept["thinking"] in (0, kept["of"]):
-            arguments.setdefault(switch, bool(kept["thinking"]))
-        elif switch is not None:
-            notes[
-                f"{kept['thinking']:,} of {kept['of']:,} rows have reasoning: their turns are trained with {switch}=true, the "
-                f"others with {switch}=false"
-            ] = None
+        if switch is not None:
+            thinking, mixed = kept["thinking"], kept.get("mixed", 0)
+            if renderer.choice.turns == "last":
+                thinking, mixed = kept.get("thinking_last", thinking), 0
+            if thinking in (0, kept["of"]) and not mixed:
+                arguments.setdefault(switch, bool(thinking))
+            else:
+                notes[
+                    f"{thinking:,} of {kept['of']:,} rows have reasoning: turns with it are trained with {switch}=true, those "
+                    f"without with {switch}=false"
+                ] = None
         exchanges = own.exchanges(entry["row"])
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
             continue  # one of them teaches nothing and is left out

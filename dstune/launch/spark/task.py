@@ -60,7 +60,7 @@ class Line:
                 self.open = bool(data) and len(self._rest) < LIMIT
                 *lines, self._rest = (self._rest + data).split(b"\n")
                 found = [message for line in lines if isinstance(message := json.loads(line), dict)]
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             self.open = False
         if time.monotonic() - self._received_at > SILENT_SECONDS:
             self.open = False
@@ -103,7 +103,7 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
     """Be the rank that the driver makes of this task; its exit code. A task that the driver does not want any more ends with 0:
     what it was told is known to the driver."""
     from dstune import __version__
-    from dstune.core.errors import EXIT_FAILED
+    from dstune.core.errors import EXIT_FAILED, UserError
     from dstune.launch.commands import count_gpus
 
     line = Line(socket.create_connection(driver, timeout=SILENT_SECONDS))
@@ -132,9 +132,10 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
         return 0
     try:
         code, ordered = _supervise(line, start, rank, run_dir)
-    except OSError as error:
+    except (OSError, UserError) as error:
         code, ordered = EXIT_FAILED, False
-        line.send({"failed": f"{error.filename or run_dir}: {error.strerror or error}"})
+        why = f"{error.filename or run_dir}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        line.send({"failed": why})
     line.send({"ended": code, "ordered": ordered})
     while line.open and not any("end" in message for message in line.receive(1.0)):
         pass  # the driver has read it
@@ -143,7 +144,9 @@ def serve(rank: int, gpus: list[str], driver: tuple[str, int], token: str, run_d
 
 
 def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> tuple[int, bool]:
-    """Start the rank, and wait for its end: its exit code, and whether the driver ordered it. Raises OSError."""
+    """Start the rank, and wait for its end: its exit code, and whether the driver ordered it. Raises OSError, and UserError where
+    its log is a link."""
+    from dstune.core import files
     from dstune.core.rank_env import LAUNCHER_PID
     from dstune.launch.processes import LAUNCH_ID, Guard, end_all
 
@@ -159,7 +162,7 @@ def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> t
     folder = start["folder"] if os.path.isdir(start["folder"]) else "/"
     log_path = run_dir / "logs" / f"rank-{rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "ab", buffering=0) as log, Guard(mark) as guard:
+    with files.append(log_path) as log, Guard(mark) as guard:
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         log.write(f"=== rank {rank} on {socket.gethostname()}, {started} ===\n".encode())
         command = [sys.executable, "-u", "-m", *start["command"]]
