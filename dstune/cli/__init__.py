@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -56,6 +57,11 @@ exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune 
 """
 
 
+UNUSABLE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+"""What is wrong with a path, not with what is there: a folder of somebody else, a text that is none."""
+SHOWN_CHARACTERS = 200
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code of the public contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -73,6 +79,14 @@ def _exit_code(arguments: list[str]) -> int:
     except DstuneError as error:
         print_error(error, as_json="--json" in arguments)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in UNUSABLE or not isinstance(error.filename, str | bytes | os.PathLike):
+            raise
+        name = os.fsdecode(error.filename)
+        where = name if len(name) < SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
+        refusal = UserError(Problem(where, f"cannot be used: {error.strerror}", "give a path that you may use"))
+        print_error(refusal, as_json="--json" in arguments)
+        code = refusal.exit_code
     except KeyboardInterrupt:
         print("dstune: interrupted", file=sys.stderr)
         code = EXIT_FAILED

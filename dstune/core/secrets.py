@@ -23,10 +23,11 @@ MIN_CHARACTERS = 6
 
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)[^}]*\}")
 SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|(API)?KEY|(PG)?PASSWORD|PASSWD|SECRET|CREDENTIALS)$|_(TOKENS|KEYS|PASS|SECRETS|AUTH)$"
+    r"(^|_)(TOKEN|(API)?KEY|(PG)?PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS)$"
+    r"|_(TOKENS|KEYS|PASS|PWD|PAT|SECRETS|AUTH|CONNECTION_STRING)$"
 )
 """Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, WANDB_PASS, PGPASSWORD,
-REGISTRY_AUTH; not MONKEY."""
+REGISTRY_AUTH, AZURE_STORAGE_CONNECTION_STRING; not MONKEY, OLDPWD."""
 CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]+@", re.IGNORECASE)
 """An address with a user or password in it, as proxies have them."""
 

@@ -13,7 +13,7 @@ _PART = r"[\w.-]*(?:\[[^\[\]+]*\])?"
 SPLITS = re.compile(rf"{_PART}(?:\+{_PART})*")
 """What stands behind the colon of a path: one split or several, each with a slice or without."""
 
-_SLICE = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\])?")
+_SLICE = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<first>-?\d{1,18}%?)?:(?P<last>-?\d{1,18}%?)?\])?")
 
 
 @dataclass(frozen=True)

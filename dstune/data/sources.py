@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -175,21 +176,21 @@ def data_source_of(spec: str | None) -> DataSource | None:
 def _local(spec: str) -> tuple[Path, str | None]:
     """The path that `spec` names and, behind a colon, splits or slices."""
     path = Path(spec).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # not `Path.exists`, which raises where the name is too long
         return path, None
     for colon in re.finditer(":", spec):
         head, split = Path(spec[: colon.start()]).expanduser(), spec[colon.end() :]
         whole = slices.SPLITS.fullmatch(split) and "[" not in spec[: colon.start()].rpartition("/")[2]
-        if whole and split and (head.exists() or ("[" in split and glob.glob(str(head), recursive=True))):
+        if whole and split and (os.path.exists(head) or ("[" in split and glob.glob(str(head), recursive=True))):
             return head, split
     return path, None
 
 
 def _paths(path: Path, key: str, spec: str, split: str, named: str | None) -> list[Path]:
     """The files of a path, of the split that is named or of `split`. Raises UserError where there is none."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return _of_folder(path, key, spec, split, named)
-    if path.exists():
+    if os.path.exists(path):
         found = [path]
     else:
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())

@@ -101,6 +101,7 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
         (["completion", "tcsh"], "tcsh"),
         (["completion"], "dstune completion bash"),
         (["status", "none"], "no such run directory"),
+        (["status", "none" * 1000], "cannot be used: File name too long"),
     ],
 )
 def test_mistakes_exit_2_with_a_message_and_no_traceback(arguments, report, capsys):
@@ -129,7 +130,13 @@ def test_errors_as_json(capsys):
 
 
 @pytest.mark.parametrize(
-    ("raised", "code"), [(Preempted("later"), 75), (DstuneError("broken"), 1), (KeyboardInterrupt(), 1)]
+    ("raised", "code"),
+    [
+        (Preempted("later"), 75),
+        (DstuneError("broken"), 1),
+        (KeyboardInterrupt(), 1),
+        (PermissionError(13, "Permission denied", "/home/other/run"), 2),
+    ],
 )
 def test_exit_codes_of_errors(monkeypatch, raised, code, capsys):
     def run(arguments):

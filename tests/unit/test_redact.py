@@ -68,12 +68,24 @@ def test_a_reference_with_a_quoted_default_leaves_json_whole(monkeypatch, tmp_pa
     assert records.read_result(tmp_path) == {"export": reference}
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "TOKEN", "WANDB_API_KEY", "OPENAI_APIKEY", "PGPASSWORD", "my_secret"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "TOKEN",
+        "WANDB_API_KEY",
+        "OPENAI_APIKEY",
+        "PGPASSWORD",
+        "my_secret",
+        "MYSQL_PWD",
+        "X_CONNECTION_STRING",
+    ],
+)
 def test_names_of_secrets(name):
     assert is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["MONKEY", "TURKEY", "TOKENS", "KEYBOARD", "HF_TOKEN_PATH"])
+@pytest.mark.parametrize("name", ["MONKEY", "TURKEY", "TOKENS", "KEYBOARD", "HF_TOKEN_PATH", "PWD", "OLDPWD", "PAT"])
 def test_names_of_other_variables(name):
     assert not is_secret(name)
 
