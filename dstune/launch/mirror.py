@@ -7,6 +7,7 @@ alive. A folder on this machine is gone on with only if nobody has worked on the
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,9 @@ class Mirror:
         """Size and time of each file when it was copied."""
         self._markers: dict[Path, bytes] = {}
         self._created = [folder for folder in (place, *place.absolute().parents) if not folder.exists()]
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._last_copy, self._released = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
         self._beat, self._beaten, self._copied_at = 0, 0.0, 0.0
-        self._last_error = ""
         self._lost = False
         """Whether somebody else works on the run by now."""
         self._lock = self._take()
@@ -83,15 +83,20 @@ class Mirror:
                 raise UserError(records.in_use(self.place, records.read_launch(self.work))) from None
             if self.work.is_dir():  # until the guard of a launcher that was killed has ended the ranks
                 os.close(records.acquire_lock(self.work))
-            lease, own = self._read_lease(), read_object(self._own)
-            if lease and own and lease.get("id") == own.get("id") and (self.work / "run.yaml").is_file():
+            lease, own = self._read_lease(), read_object(self._own) or {}
+            last = (lease or {}).get("id")
+            if last and last in (own.get("id"), own.get("former")) and (self.work / "run.yaml").is_file():
                 self._message(f"dstune: goes on with {self.work}: what it holds was not copied to {self.place} before")
-                store.mend(self.work)
+                for run in copied.runs_in(self.work):
+                    store.mend(run)
+                self._known = {name: (-1, -1) for name in WITH_PATHS if (self.place / name).exists()}
             else:
                 self._watch(lease)
                 self._fetch()
+                last = None
+            # Killed between the two, this folder is still known for the one that the lease means.
+            files.write(self._own, json.dumps({"id": self._id, "former": last, "place": str(self.place.absolute())}))
             self._write_lease()
-            files.write(self._own, json.dumps({"id": self._id, "place": str(self.place.absolute())}))
         except BaseException:
             os.close(lock)
             raise
@@ -131,7 +136,12 @@ class Mirror:
                 raise UserError(
                     Problem("run.dir", reason, "free some space, or look at the place", str(self.place))
                 ) from None
-            self._known = {name: _version(self.work / name) for name in copied.names_in(self.work)}
+            self._known = dict(self._versions())
+
+    def _versions(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        for name in copied.names_in(self.work):
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                yield name, _version(self.work / name)
 
     @property
     def why(self) -> str:
@@ -150,29 +160,44 @@ class Mirror:
     # -- while the run goes on ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Copy from now on, in a thread."""
-        self._thread = threading.Thread(target=self._work_off, name="copies of the run", daemon=True)
-        self._thread.start()
+        """From now on show that this launch lives, and copy: in a thread each, since a copy may take longer than others wait
+        for a sign of life."""
+        works = (
+            (self._released, self._show_life, "lease of the run"),
+            (self._last_copy, self._copy_if_due, "copies of the run"),
+        )
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(until, work), name=name, daemon=True)
+            for until, work, name in works
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def copy_rows(self) -> None:
         """Bring rows from memory to the place now: `data.train` names them there. Raises OSError."""
         for file in (self.work / "data").glob("*"):
             copied.copy(file, self.place / "data" / file.name)
 
-    def _work_off(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
+    def _repeat(self, until: threading.Event, work: Callable[[], None]) -> None:
+        last = ""
+        while not until.wait(POLL_SECONDS):
             try:
-                self._pass_on_requests()
-                if time.monotonic() - self._beaten > BEAT_SECONDS:
-                    self._renew_lease()
-                due = time.monotonic() - self._copied_at > FILES_SECONDS or self._new_checkpoints()
-                if due and (self.work / BEGUN).exists():
-                    self._copy()
-                self._last_error = ""
-            except OSError as error:  # the place may come back, and everything is here meanwhile
-                if str(error) != self._last_error:
+                work()
+                last = ""
+            except Exception as error:  # the place may come back, and everything is here meanwhile
+                if str(error) != last:
                     self._message(f"dstune: {self.place} cannot be written now, tried again: {error}")
-                self._last_error = str(error)
+                last = str(error)
+
+    def _show_life(self) -> None:
+        self._pass_on_requests()
+        if time.monotonic() - self._beaten > BEAT_SECONDS:
+            self._renew_lease()
+
+    def _copy_if_due(self) -> None:
+        due = time.monotonic() - self._copied_at > FILES_SECONDS or self._new_checkpoints()
+        if due and (self.work / BEGUN).exists():
+            self._copy()
 
     def _pass_on_requests(self) -> None:
         for name in (STOP_FILE, SAVE_FILE):
@@ -186,9 +211,10 @@ class Mirror:
             self._message(
                 f"dstune: {found.get('host')} has taken the run over: it is stopped here, and not copied any more"
             )
-            files.write(self.work / STOP_FILE, "")
-            self._stop.set()
             self._lost = True
+            self._last_copy.set()
+            self._released.set()
+            files.write(self.work / STOP_FILE, "")
             return
         self._write_lease()
 
@@ -222,6 +248,8 @@ class Mirror:
         """Bring the place up to date: files first, since a checkpoint stands on the metrics before it. Raises OSError."""
         self._copy_files()
         for checkpoint in self._new_checkpoints():
+            if self._lost:
+                return
             try:
                 with store.hold(checkpoint):
                     marker = _marker(checkpoint)
@@ -236,7 +264,7 @@ class Mirror:
         self._copied_at = time.monotonic()
 
     def _copy_files(self) -> None:
-        here = {name: _version(self.work / name) for name in copied.names_in(self.work)}
+        here = dict(self._versions())
         changed = [name for name, version in here.items() if self._known.get(name) != version]
         exports = {Path(name).parent for name in changed if Path(name).parent.name == "export"}
         for folder in exports:  # without its description an export is none
@@ -247,6 +275,8 @@ class Mirror:
         for name in sorted(
             changed, key=lambda name: (Path(name).parent in exports, Path(name).name in copied.DESCRIPTIONS)
         ):
+            if self._lost:
+                return
             try:
                 self._copy_file(name, Path(name).parent in exports)
             except FileNotFoundError:  # gone meanwhile
@@ -274,13 +304,19 @@ class Mirror:
 
     def close(self) -> bool:
         """Copy what is left, and give the place free. Returns False where it could not be copied: it stays here then."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._last_copy.set()
+        for thread in self._threads[1:]:
+            thread.join()
         try:
             return self._close()
         finally:
+            self._end_signs_of_life()
             os.close(self._lock)
+
+    def _end_signs_of_life(self) -> None:
+        self._released.set()
+        for thread in self._threads:
+            thread.join()
 
     def _close(self) -> bool:
         if self._lost:
@@ -291,6 +327,9 @@ class Mirror:
         try:
             if self._known or (self.work / "run.yaml").exists():
                 self._copy()
+            self._end_signs_of_life()
+            if self._lost:
+                return False
             (self.place / records.LEASE).unlink(missing_ok=True)
         except OSError as error:
             again = f"`dstune train {self.place}` on {socket.gethostname()} tries again"
@@ -302,6 +341,7 @@ class Mirror:
         return True
 
     def _leave_no_trace(self) -> None:
+        self._end_signs_of_life()
         self._own.unlink(missing_ok=True)
         (self.place / records.LEASE).unlink(missing_ok=True)
         if not self._created:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+from support.command import wait_until
 
 from dstune.checkpoint import copied, store
 from dstune.core import limited_places
@@ -227,3 +229,74 @@ def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks
     assert store.newest(again.work).name == store.tag(20)
     assert again.close()
     assert store.newest(place).name == store.tag(20)
+
+
+def test_a_copy_that_takes_long_is_no_silence(without_locks, monkeypatch):
+    """Others take a run over whose lease does not grow; a large checkpoint takes minutes to copy."""
+    place, seen = without_locks, set()
+    monkeypatch.setattr(mirror, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
+    opened = mirror.open_mirror(place, lambda text: None)
+    opened.work.mkdir()
+    (opened.work / "run.yaml").write_text("run: 1")
+    (opened.work / mirror.BEGUN).write_text("{}")
+    save(opened.work, 10)
+    copy = copied.copy_checkpoint
+
+    def slowly(source: Path, target: Path) -> None:
+        for _ in range(30):
+            time.sleep(0.02)
+            seen.add((place / records.LEASE).read_text())
+        copy(source, target)
+
+    monkeypatch.setattr(copied, "copy_checkpoint", slowly)
+    opened.start()
+    assert opened.close()
+    assert len(seen) > 2
+    assert store.newest(place).name == store.tag(10)
+    time.sleep(0.1)
+    assert not (place / records.LEASE).exists()
+
+
+def test_whatever_goes_wrong_while_copying_is_said_and_tried_again(without_locks, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
+    opened = mirror.open_mirror(without_locks, said.append)
+    opened.work.mkdir()
+    (opened.work / mirror.BEGUN).write_text("{}")
+    left = [3]
+
+    def fails(run: Path) -> list[Path]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ValueError("a marker that is no JSON")
+        return []
+
+    monkeypatch.setattr(copied, "runs_in", fails)
+    opened._copied_at = time.monotonic()
+    opened.start()
+    wait_until(lambda: left[0] < -1, timeout=5)
+    assert len([line for line in said if "a marker that is no JSON" in line]) == 1
+    assert opened.close()
+
+
+def test_killed_while_it_takes_the_run_over_this_machine_loses_nothing(without_locks, monkeypatch):
+    first = mirror.open_mirror(without_locks, lambda text: None)
+    first.work.mkdir()
+    (first.work / "run.yaml").write_text("run: 1")
+    (without_locks / "result.json").write_text("{}")  # of the launch before
+    save(first.work, 10)
+    os.close(first._lock)  # killed before anything was copied
+
+    def killed(self: object) -> None:
+        raise Cut
+
+    for _ in range(2):
+        with monkeypatch.context() as during:
+            during.setattr(mirror.Mirror, "_write_lease", killed)
+            with pytest.raises(Cut):
+                mirror.open_mirror(without_locks, lambda text: None)
+    again = mirror.open_mirror(without_locks, lambda text: None)
+    assert store.newest(again.work).name == store.tag(10)
+    assert again.close()
+    assert not (without_locks / "result.json").exists()

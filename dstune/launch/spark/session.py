@@ -42,10 +42,10 @@ def master_of(launch: SparkConfig) -> str | None:
     if (session := existing()) is not None:
         found: str | None = session.conf.get("spark.master", None)
         return found
-    return None if _spark_was_told() else f"local[{launch.processes or 2}]"
+    return None if _spark_is_configured() else f"local[{launch.processes or 2}]"
 
 
-def _spark_was_told() -> bool:
+def _spark_is_configured() -> bool:
     folder = os.environ.get("SPARK_CONF_DIR") or os.path.join(os.environ.get("SPARK_HOME", ""), "conf")
     try:
         defaults = Path(folder, "spark-defaults.conf").read_text()
@@ -111,8 +111,8 @@ def slots(context: Any) -> int | None:
         return None
 
 
-def wait_for_slots(context: Any, wanted: int | None, received: Sequence[str]) -> int:
-    """The number of ranks: `wanted`, else as many as Spark runs at once. Spark itself would wait for ten minutes.
+def wait_for_slots(context: Any, requested: int | None, received: Sequence[str]) -> int:
+    """The number of ranks: `requested`, else as many as Spark runs at once. Spark itself would wait for ten minutes.
 
     Workers of a new session come one by one, so a number counts when it has not changed for a while; on this machine all slots
     are there at once. Ends early when a signal was received. Raises UserError where there are too few.
@@ -123,16 +123,16 @@ def wait_for_slots(context: Any, wanted: int | None, received: Sequence[str]) ->
         found = slots(context)
         if found is None or received:
             cores = int(context.getConf().get("spark.task.cpus", "1"))
-            return wanted or max(1, context.defaultParallelism // cores)
-        if wanted is not None and found >= wanted:
-            return wanted
+            return requested or max(1, context.defaultParallelism // cores)
+        if requested is not None and found >= requested:
+            return requested
         if found != seen:
             seen, since = found, time.monotonic()
         waited = time.monotonic() - since
-        if wanted is None and found and (here or waited > SETTLED_SECONDS):
+        if requested is None and found and (here or waited > SETTLED_SECONDS):
             return found
         if here or waited > SLOTS_SECONDS:
             reason = f"Spark has {found} slot{'s' * (found != 1)}, and all ranks have to run at once"
             fix = "fewer ranks, or a larger cluster (spark.cores.max, spark.task.cpus and spark.task.resource.* count too)"
-            raise UserError(Problem("launch.processes", reason, fix, str(wanted or "")))
+            raise UserError(Problem("launch.processes", reason, fix, str(requested or "")))
         time.sleep(POLL_SECONDS)

@@ -121,7 +121,7 @@ class Stage:
         self._failure = ""
         self._began = False
         """Whether any rank was started."""
-        self._missing_said = False
+        self._missing_reported = False
         self._gave_up = False
         self._stop_signal: str | None = None
         self._forced = False
@@ -292,8 +292,8 @@ class Stage:
     def _mind_missing(self, present: Attempt) -> None:
         """Say that tasks have not begun; give up where Spark cannot bring them back."""
         waited = time.monotonic() - present.began
-        if waited > MISSING_SECONDS and not self._missing_said:
-            self._missing_said = True
+        if waited > MISSING_SECONDS and not self._missing_reported:
+            self._missing_reported = True
             there = f"{len(present.tasks)} of {self.size} tasks have begun"
             self._console.message(f"dstune: {there}: Spark has other work, or too few slots; waiting for the others")
         self._gave_up = self._began and waited > RETURN_SECONDS
@@ -342,7 +342,7 @@ class Stage:
             }
             task.line.send({"start": start})
         present.running = self._began = True
-        self._missing_said = False
+        self._missing_reported = False
 
     def _end_attempt(self) -> None:
         self._attempt.over = True
