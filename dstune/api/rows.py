@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import io
 import itertools
 import json
@@ -50,7 +51,7 @@ def write(rows: Any, target: Path, key: str) -> None:
     try:
         table = _table(rows)
         if _of_spark(rows):
-            count = _write_spark(rows, incomplete)
+            count = _write_spark(rows, incomplete, key)
         elif table is None:
             count = _write_lines(rows, incomplete, key)
         else:
@@ -72,7 +73,7 @@ def _refuse_other_rows(target: Path, new: Path, key: str) -> None:
     from dstune.checkpoint import store
 
     run = target.parents[1]
-    if target.is_file() and store.newest(run) is not None and target.read_bytes() != new.read_bytes():
+    if target.is_file() and store.newest(run) is not None and not filecmp.cmp(target, new, shallow=False):
         fix = f"pass the same rows, or leave run.dir out to start another run; dstune.load_run({str(run)!r}).resume() "
         raise UserError(Problem(key, f"the run in {run} began with other rows", f"{fix}continues with its own"))
 
@@ -94,22 +95,52 @@ def _of_spark(rows: Any) -> bool:
     return type(rows).__module__.startswith("pyspark.sql.") and hasattr(rows, "toLocalIterator")
 
 
-def _write_spark(rows: Any, file: Path) -> int:
-    """Spark promises no order: the rows are written in that of their content, a part of them in memory at a time."""
-    import pyarrow
-    from pyspark.sql.pandas.types import to_arrow_schema
+def _write_spark(rows: Any, file: Path, key: str) -> int:
+    """Spark promises no order: the rows are written in that of their content, a part of them in memory at a time.
 
+    Raises UserError where Spark cannot give them.
+    """
+    import pyarrow
+
+    from dstune.data.files import first_line
     from dstune.data.lakehouse._ordered import write_ordered
 
-    schema = to_arrow_schema(rows.schema)
+    if twice := sorted({name for name in rows.columns if rows.columns.count(name) > 1}):
+        raise UserError(Problem(key, "two columns have one name", "rename or drop one of them", ", ".join(twice)))
 
     def batches() -> Iterator[Any]:
-        iterator = (row.asDict(recursive=True) for row in rows.toLocalIterator())
-        while block := list(itertools.islice(iterator, 1024)):
-            yield pyarrow.RecordBatch.from_pylist(block, schema=schema)
+        try:
+            schema = rows.limit(0).toArrow().schema
+            iterator = (row.asDict(recursive=True) for row in rows.toLocalIterator())
+            while block := list(itertools.islice(iterator, 1024)):
+                plain = [{field.name: _of_type(row[field.name], field.type) for field in schema} for row in block]
+                yield pyarrow.RecordBatch.from_pylist(plain, schema=schema)
+        except Exception as error:  # of Java, py4j, pyspark or pyarrow
+            fix = "select columns of text, numbers, times, lists and structs"
+            raise UserError(Problem(key, f"Spark does not give the rows: {first_line(error)}", fix)) from None
 
     with tempfile.TemporaryDirectory(prefix="dstune-", dir=file.parent) as scratch:
         return write_ordered(batches(), file, Path(scratch), 2**31).rows
+
+
+def _of_type(value: Any, of: Any) -> Any:
+    """A value of Spark's as pyarrow takes it: Spark gives moments as times of this machine's zone without saying so, and maps
+    as mappings."""
+    from datetime import UTC
+
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_timestamp(of):
+        return value.astimezone(UTC) if of.tz else value
+    if types.is_list(of) or types.is_large_list(of):
+        return [_of_type(item, of.value_type) for item in value]
+    if types.is_struct(of):
+        return {field.name: _of_type(value.get(field.name), field.type) for field in of}
+    if types.is_map(of):
+        return [(_of_type(name, of.key_type), _of_type(item, of.item_type)) for name, item in value.items()]
+    return value
 
 
 def _write_lines(rows: Any, file: Path, key: str) -> int:

@@ -55,6 +55,7 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
     if source is None:
         known = ", ".join(f"{name}://" for name in DATA_SOURCES)
         raise UserError(Problem("--output", "nothing is known to write there", f"a file, or {known}", place))
+    source.check_output(place)
     identity = xxhash.xxh3_128_hexdigest(json.dumps([place, requested], sort_keys=True).encode())
     file = cache_root() / "answers" / f"{identity}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +140,18 @@ class AnswersTable(AnswersFile):
         force: bool = False,
     ):
         self._source, self._force = source, force
-        file.unlink(missing_ok=True)  # of a former time, when the table could not be written
-        super().__init__(file, requested, batch_size, force=force)
+        self._whole = file.exists() and not force  # of a former time, when the table could not be written
+        if self._whole:
+            self.path = file
+            with file.open("rb") as stream:
+                self.done = sum(1 for _ in stream)
+        else:
+            super().__init__(file, requested, batch_size, force=force)
         self.written = place
 
     def finish(self) -> None:
-        super().finish()
+        if not self._whole:
+            super().finish()
         try:
             self.written = self._source.write(self.written, self.path, self.path.stem, replace=self._force)
         except UserError as error:

@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -22,11 +23,13 @@ from typing import Any
 from dstune.checkpoint.record import read_record
 from dstune.config.schema import RunConfig
 from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.core.network import ask_no_metadata_service
 from dstune.core.parsing import read_object
 from dstune.data.files import first_line
+from dstune.tracking.trackers.mlflow import experiment_of, located
 
 KEY = "--register"
-PLACE = re.compile(r"models:/+(?P<name>[^@/:]+)(?:@(?P<alias>[\w-]+))?")
+PLACE = re.compile(r"models:/+(?P<name>[^@/:'\"]+)(?:@(?P<alias>[\w-]+))?")
 PREVIOUS = "-previous"
 DIGEST, PROVEN = "dstune.digest", "dstune.proven"
 NOT_THE_MODEL = ("README.md", "dstune.json", "reference.json", "reference.jsonl")
@@ -63,11 +66,12 @@ def client_for(name: str, config: RunConfig | None) -> Any:
     if find_spec("mlflow") is None:
         raise UserError(Problem(KEY, "the package mlflow is not installed", "pip install 'dstune[mlflow]'", name))
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    ask_no_metadata_service()
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     own = None if config is None else config.tracking.mlflow.uri
     if not tracking and own:
-        tracking = str(own) if "://" in own or own == "databricks" else str(Path(own).absolute())
+        tracking = located(str(own))
     if not tracking:
         fix = "export MLFLOW_TRACKING_URI=http://HOST:PORT (sqlite:///FILE, databricks)"
         raise UserError(Problem(KEY, "no MLflow server is named", fix, name))
@@ -95,20 +99,17 @@ def register(
     name, alias = parse(place)
     client = client_for(name, config)
     digest = digest_of(export)
-    try:
+    with _refusals_named(place):
         known = _version_with(client, name, digest)
-        number = known or _log(client, name, export, digest, _tags(export, run_dir, config))
+        number = known or _log(
+            client, name, export, digest, _tags(export, run_dir, config), str(config.tracking.project)
+        )
         message(f"{name} version {number}" + (" has this export already" if known else " is registered"))
         if _tags_of(client, name, number).get(PROVEN) != digest:
             message("loading it back in another process")
             _prove(client, name, number, export)
             client.set_model_version_tag(name, number, PROVEN, digest)
         before = _move(client, name, alias, number) if alias else None
-    except (UserError, DstuneError):
-        raise
-    except Exception as error:  # MlflowException, and what requests, sqlalchemy and boto raise through it
-        reason = f"the registry refuses it: {first_line(error)}"
-        raise UserError(Problem(KEY, reason, "look at MLFLOW_TRACKING_URI and its credentials", place)) from None
     return Registered(name, number, known is None, alias, before)
 
 
@@ -118,13 +119,26 @@ def roll_back(place: str) -> Registered:
     if alias is None:
         raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
     client = client_for(name, None)
-    now, before = _aliased(client, name, alias), _aliased(client, name, alias + PREVIOUS)
-    if before is None:
-        raise UserError(Problem(KEY, f"{alias} has not been moved: there is no {alias}{PREVIOUS}", "", place))
-    client.set_registered_model_alias(name, alias, before)
-    if now is not None:
-        client.set_registered_model_alias(name, alias + PREVIOUS, now)
+    with _refusals_named(place):
+        now, before = _aliased(client, name, alias), _aliased(client, name, alias + PREVIOUS)
+        if before is None:
+            reason = f"{alias} has not been moved: there is no {alias}{PREVIOUS}"
+            raise UserError(Problem(KEY, reason, "an alias that was moved from one version to another", place))
+        client.set_registered_model_alias(name, alias, before)
+        if now is not None:
+            client.set_registered_model_alias(name, alias + PREVIOUS, now)
     return Registered(name, before, False, alias, now)
+
+
+@contextmanager
+def _refusals_named(place: str) -> Iterator[None]:
+    try:
+        yield
+    except DstuneError:
+        raise
+    except Exception as error:  # MlflowException, and what requests, sqlalchemy and boto raise through it
+        reason = f"the registry refuses it: {first_line(error)}"
+        raise UserError(Problem(KEY, reason, "look at MLFLOW_TRACKING_URI and its credentials", place)) from None
 
 
 def digest_of(export: Path) -> str:
@@ -139,9 +153,12 @@ def digest_of(export: Path) -> str:
 
 def _version_with(client: Any, name: str, digest: str) -> str | None:
     """The version of an equal export. Its tags are read one by one: a registry lists them without."""
-    for found in client.search_model_versions(f"name='{name}'"):
-        if str(found.status) == "READY" and _tags_of(client, name, found.version).get(DIGEST) == digest:
-            return str(found.version)
+    page = None
+    while page is None or page.token:
+        page = client.search_model_versions(f"name='{name}'", page_token=page and page.token)
+        for found in page:
+            if str(found.status) == "READY" and _tags_of(client, name, found.version).get(DIGEST) == digest:
+                return str(found.version)
     return None
 
 
@@ -150,7 +167,7 @@ def _tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
     return found
 
 
-def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, str]) -> str:
+def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, str], project: str) -> str:
     """Upload the export as a model of ours, and register it. Returns its version."""
     import warnings
 
@@ -160,7 +177,8 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
 
     code = Path(__file__).with_name("registered_model.py")
     signature = ModelSignature(inputs=Schema([ColSpec("string", "text")]), outputs=Schema([ColSpec("string")]))
-    mlflow.set_experiment("dstune")
+    if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
+        mlflow.set_experiment(experiment_of(project, mlflow.get_tracking_uri()))
     with mlflow.start_run(run_name=name) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice on type hints and examples
         info = mlflow.pyfunc.log_model(
@@ -219,7 +237,11 @@ def _prove(client: Any, name: str, number: str, export: Path) -> None:
         loaded, direct = Path(scratch, "loaded.npy"), Path(scratch, "direct.npy")
         for place, out in ((f"models:/{name}/{number}", loaded), (str(export), direct)):
             words = [sys.executable, "-m", "dstune.inference.load_registered", place, str(out)]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=PROOF_SECONDS)
+            try:
+                done = subprocess.run(words, capture_output=True, text=True, timeout=PROOF_SECONDS)
+            except subprocess.TimeoutExpired:
+                reason = f"{name} version {number} was not loaded back within {PROOF_SECONDS:.0f} s"
+                raise DstuneError(f"{reason}; no alias was moved") from None
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 raise DstuneError(f"{name} version {number} cannot be loaded back: {last}; no alias was moved")

@@ -14,39 +14,48 @@ from mlflow.models import set_model
 
 
 class ExportedModel(mlflow.pyfunc.PythonModel):
-    """`predict` takes a column `text`: classes with probabilities, or what a language model writes."""
+    """`predict` takes a column `text` and gives a text a row: the label of a classifier (of several labels, a JSON list), the
+    number of a regression or reward model, or what a language model writes."""
 
     def load_context(self, context):
         self.tokenizer, self.model = load_export(context.artifacts["export"])
 
     def predict(self, context, model_input, params=None):
-        import torch
-
         params = params or {}
         texts = [str(text) for text in (model_input["text"] if hasattr(model_input, "columns") else model_input)]
-        answers = []
-        for text in texts:
-            if hasattr(self.model.config, "id2label") and "Classification" in type(base_of(self.model)).__name__:
-                inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
-                with torch.inference_mode():
-                    shares = self.model(**inputs).logits[0].softmax(-1)
-                best = int(shares.reshape(-1, shares.shape[-1])[0].argmax())
-                answers.append(self.model.config.id2label[best])
-                continue
-            if getattr(self.tokenizer, "chat_template", None):
-                message = [{"role": "user", "content": text}]
-                inputs = self.tokenizer.apply_chat_template(
-                    message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )
-            else:
-                inputs = self.tokenizer(text, return_tensors="pt")
-            with torch.inference_mode():
-                written = self.model.generate(
-                    **inputs, max_new_tokens=int(params.get("max_new_tokens", 64)), do_sample=False
-                )
-            start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-            answers.append(self.tokenizer.decode(written[0][start:], skip_special_tokens=True))
-        return answers
+        base = base_of(self.model)
+        if "SequenceClassification" in type(base).__name__:
+            return [self._classify(text, base.config) for text in texts]
+        if not base.can_generate():
+            kind = type(base).__name__
+            raise ValueError(f"predict has no text to give for {kind}: take unwrap_python_model().model and .tokenizer")
+        return [self._write(text, int(params.get("max_new_tokens", 64))) for text in texts]
+
+    def _classify(self, text, config):
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(**self.tokenizer(text, return_tensors="pt", truncation=True)).logits[0].float()
+        if config.problem_type == "multi_label_classification":
+            return json.dumps([config.id2label[number] for number, logit in enumerate(logits.tolist()) if logit > 0])
+        if config.problem_type == "regression" or len(logits) == 1:
+            return json.dumps(logits[0].item())
+        return config.id2label[int(logits.argmax())]
+
+    def _write(self, text, length):
+        import torch
+
+        if getattr(self.tokenizer, "chat_template", None):
+            message = [{"role": "user", "content": text}]
+            inputs = self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = self.tokenizer(text, return_tensors="pt")
+        with torch.inference_mode():
+            written = self.model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return self.tokenizer.decode(written[0][start:], skip_special_tokens=True)
 
 
 def base_of(model):
@@ -67,11 +76,15 @@ def load_export(folder):
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
     at = {"revision": revision} if revision else {}
     config = AutoConfig.from_pretrained(base, **at)
-    labels = []
-    record = os.path.join(folder, "dstune.json")
+    task, record = {}, os.path.join(folder, "dstune.json")
     if os.path.exists(record):
         with open(record, encoding="utf-8") as stream:
-            labels = (json.load(stream).get("task") or {}).get("labels") or []
+            task = json.load(stream).get("task") or {}
+    labels = task.get("labels") or []
+    if task.get("regression") or task.get("name") == "reward":
+        config.num_labels, config.problem_type = 1, "regression"
+    elif task.get("multi_label"):
+        config.problem_type = "multi_label_classification"
     if labels:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))

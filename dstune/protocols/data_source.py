@@ -32,6 +32,9 @@ class DataSource:
         """What the data report says of a resolved address."""
         raise NotImplementedError
 
+    def check_output(self, spec: str) -> None:
+        """Before anything is computed: raises UserError where nothing can be written to an address."""
+
     def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
         """Add the JSON lines of `rows` in one transaction, or replace everything there by them. identity: of these rows; what
         was written with it before is not written again. Returns a line on what was done. Raises UserError."""

@@ -242,3 +242,66 @@ def test_a_plan_is_a_table_and_a_mapping(tmp_path):
     found = dstune.plan("experiment=sentiment", hardware="2xL40S")
     assert {"choices", "recommended", "fits"} <= set(found)
     assert "L40S" in str(found)
+
+
+class Frame:
+    """What is used of a DataFrame of Spark: values as Spark gives them to Python."""
+
+    __module__ = "pyspark.sql.dataframe"
+
+    def __init__(self, rows, schema):
+        self._rows, self._schema = rows, schema
+        self.columns = schema.names
+
+    def limit(self, count):
+        return self
+
+    def toArrow(self):
+        import pyarrow
+
+        return pyarrow.Table.from_batches([], self._schema)
+
+    def toLocalIterator(self):
+        from types import SimpleNamespace
+
+        for row in self._rows:
+            yield SimpleNamespace(asDict=lambda recursive, row=row: row)
+
+
+def test_rows_of_spark_keep_their_moments_and_maps(tmp_path, monkeypatch):
+    import time
+    from datetime import UTC, datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    from dstune.api import rows as api_rows
+
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    moment = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
+    here, naive = datetime.fromtimestamp(moment.timestamp()), datetime(2026, 3, 4, 5, 6, 7)
+    zoned = pa.timestamp("us", tz="America/New_York")
+    schema = pa.schema(
+        [
+            ("text", pa.string()),
+            ("at", zoned),
+            ("naive", pa.timestamp("us")),
+            ("map", pa.map_(pa.string(), pa.int64())),
+            ("all", pa.list_(pa.struct([("when", zoned)]))),
+        ]
+    )
+    row = {"text": "a", "at": here, "naive": naive, "map": {"b": 2}, "all": [{"when": here}]}
+    assert here != naive
+    api_rows.write(Frame([row], schema), tmp_path / "run" / "data" / "train.parquet", "train")
+    (found,) = pyarrow.parquet.read_table(tmp_path / "run" / "data" / "train.parquet").to_pylist()
+    assert (found["at"], found["naive"], found["all"]) == (moment, naive, [{"when": moment}])
+    assert dict(found["map"]) == {"b": 2}
+    monkeypatch.undo()
+    time.tzset()
+    twice = pa.schema([("text", pa.string()), ("text", pa.string())])
+    with pytest.raises(UserError, match="two columns have one name"):
+        api_rows.write(Frame([], twice), tmp_path / "other.parquet", "train")
+    wrong = Frame([{"text": 3}], pa.schema([("text", pa.string())]))
+    with pytest.raises(UserError, match="Spark does not give the rows"):
+        api_rows.write(wrong, tmp_path / "other.parquet", "train")

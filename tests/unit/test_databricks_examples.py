@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from dstune.config.compose import compose
 from dstune.config.validate import validate
 from dstune.data.lakehouse._address import parse
+from dstune.inference import export_command
 from dstune.inference.register import parse as parse_registry
 
 FOLDER = Path(__file__).parents[2] / "examples" / "databricks"
@@ -75,7 +77,7 @@ def test_the_bundle():
     assert set(task["notebook_task"]["base_parameters"]) == widgets
 
 
-def test_the_notebook():
+def test_the_notebook(monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason="pip install nbformat")
     notebook = json.loads((FOLDER / "train.ipynb").read_text())
     nbformat.validate(notebook)
@@ -94,6 +96,10 @@ def test_the_notebook():
     config = compose(words).config
     validate(config)
     assert parse(str(config.data.train), "data.train").location == names["table"]
-    command = cells["register"].removeprefix("!").format(**names).split()
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words) if check else None)
+    exec(cells["register"], dict(names))
+    (command,) = commands
     assert command[:2] == ["dstune", "export"]
+    assert export_command._parser().parse_args(command[2:]).force
     assert parse_registry(command[command.index("--register") + 1]) == (names["model"], "champion")

@@ -113,6 +113,29 @@ def test_partitions_and_a_changed_schema(tmp_path):
     assert digest(f"delta://{place}@0") == before
 
 
+def test_chats_and_other_nested_rows(tmp_path):
+    moment = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"hello {number}"}, {"role": "assistant", "content": "yes"}],
+            "about": {"lang": "de", "words": ["a", "b"]},
+            "at": moment,
+            "day": moment.date(),
+            "raw": b"\xff",
+        }
+        for number in range(3)
+    ]
+    table = pa.Table.from_pylist(rows).append_column(
+        "counts", pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int64()))
+    )
+    deltalake.write_deltalake(tmp_path / "chats", table)
+    found = sorted(read(f"delta://{tmp_path / 'chats'}"), key=lambda row: row["messages"][0]["content"])
+    assert [row["messages"] for row in found] == [row["messages"] for row in rows]
+    assert [row["about"] for row in found] == [row["about"] for row in rows]
+    assert {row["at"] for row in found} == {moment}
+    assert [row["counts"] and dict(row["counts"]) for row in found] == [{"a": 1}, [], None]
+
+
 def refused(spec: str) -> str:
     with pytest.raises(UserError) as caught:
         resolve(spec)
@@ -239,10 +262,48 @@ def test_answers_are_written_once_in_one_transaction(tmp_path):
     assert source.write(f"delta://{place}", rows, "two", replace=False) == f"delta://{place}@1"
     assert source.write(f"delta://{place}", rows, "three", replace=True) == f"delta://{place}@2"
     assert deltalake.DeltaTable(place).count() == 2500
+    deltalake.write_deltalake(place, deltalake.DeltaTable(place).to_pyarrow_table(), mode="append")  # somebody else
+    assert "already" in source.write(f"delta://{place}", rows, "three", replace=False)
+    assert source.write(f"delta://{place}", rows, "three", replace=True) == f"delta://{place}@4", (
+        "it was asked for again"
+    )
+    assert deltalake.DeltaTable(place).count() == 2500
     rows.write_text('{"other": 1}\n')
     with pytest.raises(UserError, match="cannot be written"):
         source.write(f"delta://{place}", rows, "four", replace=False)
-    assert deltalake.DeltaTable(place).version() == 2
+    assert deltalake.DeltaTable(place).version() == 4
+
+
+def test_where_nothing_can_be_written_is_known_before_anything_is_computed(tmp_path, monkeypatch):
+    from dstune.inference.answers_file import answers_file
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "DSTUNE_CLOUD_METADATA", "DATABRICKS_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    for place, reason in (
+        (f"delta://{tmp_path}/out@3", "is written to as a whole"),
+        ("delta://s3://bucket/out", "there are no credentials"),
+        ("uc://main.reviews.out", "DATABRICKS_HOST is not set"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            answers_file(place, {"model": "m"}, 2, force=False)
+
+
+def test_answers_that_could_not_be_written_are_not_computed_again(tmp_path):
+    from dstune.inference.answers_file import answers_file
+
+    place = tmp_path / "out"
+    deltalake.write_deltalake(place, pa.table({"other": [1]}))
+    first = answers_file(f"delta://{place}", {"model": "m"}, 2, force=False)
+    first.append([{"row": "1", "predicted": "a"}, {"row": "2", "predicted": "b"}])
+    with pytest.raises(UserError, match="the answers are in"):
+        first.finish()
+    shutil.rmtree(place)
+    again = answers_file(f"delta://{place}", {"model": "m"}, 2, force=False)
+    assert again.done == 2
+    again.finish()
+    assert again.written == f"delta://{place}@0"
+    assert deltalake.DeltaTable(place).count() == 2
+    assert answers_file(f"delta://{place}", {"model": "m"}, 2, force=False).done == 0
 
 
 # -- Unity Catalog, by answers recorded from its documentation ---------------------------------------------------------
@@ -270,6 +331,12 @@ def catalog(monkeypatch, table):
 
     class Answering(BaseHTTPRequestHandler):
         def _answer(self) -> None:
+            if isinstance(answers.get(self.path), str):
+                self.send_response(302)
+                self.send_header("Location", answers[self.path])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             asked.append((self.path, self.headers.get("Authorization", ""), body))
             code, answer = answers.get(
@@ -323,6 +390,12 @@ def test_a_service_principal_and_refusals(catalog, monkeypatch):
         {"error_code": "PERMISSION_DENIED", "message": "no"},
     )
     assert "EXTERNAL USE SCHEMA" in refused("uc://main.reviews.closed")
+    # The token goes to the host that was named, and to it alone.
+    answers["/api/2.1/unity-catalog/tables/main.reviews.moved"] = "/elsewhere"
+    assert "a token is sent nowhere else" in refused("uc://main.reviews.moved")
+    assert not [path for path, _, _ in asked if path == "/elsewhere"]
+    monkeypatch.setenv("DATABRICKS_HOST", "http://dbc.example.com")
+    assert "export DATABRICKS_HOST=https://dbc.example.com" in refused("uc://main.reviews.films@2")
     monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:1")
     assert "does not answer" in refused("uc://main.reviews.films@2")
 

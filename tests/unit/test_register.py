@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,15 @@ from support.configs import run_config
 from dstune.core.errors import DstuneError, UserError
 from dstune.inference import register as registry
 
+PROVE = registry._prove
+
 
 class Missing(Exception):
     error_code = "INVALID_PARAMETER_VALUE"
+
+
+class Page(list):
+    token: str | None = None
 
 
 class Registry:
@@ -22,8 +29,12 @@ class Registry:
         self.tags: dict[str, dict[str, str]] = {}
         self.aliases: dict[str, str] = {}
 
-    def search_model_versions(self, query):
-        return [SimpleNamespace(version=number, status="READY") for number in self.tags]
+    def search_model_versions(self, query, page_token=None):
+        """One a page, as servers give them."""
+        at = int(page_token or 0)
+        found = Page(SimpleNamespace(version=number, status="READY") for number in list(self.tags)[at : at + 1])
+        found.token = str(at + 1) if at + 1 < len(self.tags) else None
+        return found
 
     def get_model_version(self, name, number):
         return SimpleNamespace(tags=self.tags[number])
@@ -46,7 +57,7 @@ def known(monkeypatch):
     client = Registry()
     client.proof = lambda *arguments: None
 
-    def log(client, name, export, digest, tags):
+    def log(client, name, export, digest, tags, project):
         number = str(len(client.tags) + 1)
         client.tags[number] = {**tags, registry.DIGEST: digest}
         return number
@@ -110,9 +121,31 @@ def test_what_the_registry_refuses_is_a_mistake_of_the_user(known, tmp_path):
     known.set_registered_model_alias = refuse
     with pytest.raises(UserError, match="PERMISSION_DENIED: no"):
         register("models:/film@champion", export(tmp_path / "a", "1"))
+    known.aliases = {"champion": "2", "champion-previous": "1"}
+    with pytest.raises(UserError, match="PERMISSION_DENIED: no"):
+        registry.roll_back("models:/film@champion")
 
 
-@pytest.mark.parametrize("place", ["film", "models:/", "models:/film/3", "models:/film@a b"])
+def test_an_equal_export_is_found_on_any_page(known, tmp_path):
+    for number in range(3):
+        register("models:/film", export(tmp_path / "a", str(number)))
+    assert register("models:/film", export(tmp_path / "a", "2")).version == "3"
+    assert len(known.tags) == 3
+
+
+def test_a_model_that_does_not_come_back_in_time_moves_no_alias(known, tmp_path, monkeypatch):
+    def slow(words, *, timeout, **more):
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    known.proof = PROVE
+    monkeypatch.setattr(registry.subprocess, "run", slow)
+    with pytest.raises(DstuneError, match="was not loaded back within 1800 s; no alias was moved") as caught:
+        register("models:/film@champion", export(tmp_path / "a", "1"))
+    assert not isinstance(caught.value, UserError)
+    assert not known.aliases
+
+
+@pytest.mark.parametrize("place", ["film", "models:/", "models:/film/3", "models:/film@a b", "models:/it's"])
 def test_places_that_are_none(place):
     with pytest.raises(UserError, match="no place in a model registry"):
         registry.parse(place)
@@ -124,3 +157,44 @@ def test_names_of_three_levels_and_rollback_without_an_alias(known):
         registry.roll_back("models:/film")
     with pytest.raises(UserError, match="has not been moved"):
         registry.roll_back("models:/film@champion")
+
+
+class Classifier:
+    """What `predict` needs of a model of transformers, named as one of its classes."""
+
+    def __init__(self, logits, **settings):
+        labels = dict(enumerate(("bad", "good", "long")))
+        self.config = SimpleNamespace(id2label=labels, **{"problem_type": None, **settings})
+        self.logits = logits
+
+    def __call__(self, **inputs):
+        import torch
+
+        return SimpleNamespace(logits=torch.tensor([self.logits]))
+
+
+class TinyForSequenceClassification(Classifier): ...
+
+
+class TinyForTokenClassification(Classifier):
+    def can_generate(self):
+        return False
+
+
+def predicted(model):
+    pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
+    from dstune.inference.registered_model import ExportedModel
+
+    served = ExportedModel()
+    served.model, served.tokenizer = model, lambda text, **more: {}
+    return served.predict(None, ["a text"])
+
+
+def test_a_registered_model_answers_as_its_task_does():
+    assert predicted(TinyForSequenceClassification([0.1, 2.0, -1.0])) == ["good"]
+    several = {"problem_type": "multi_label_classification"}
+    assert predicted(TinyForSequenceClassification([0.1, -2.0, 1.0], **several)) == ['["bad", "long"]']
+    assert predicted(TinyForSequenceClassification([2.5], problem_type="regression")) == ["2.5"]
+    assert predicted(TinyForSequenceClassification([2.5])) == ["2.5"], "one number is no choice"
+    with pytest.raises(ValueError, match="no text to give for TinyForTokenClassification"):
+        predicted(TinyForTokenClassification([1.0]))

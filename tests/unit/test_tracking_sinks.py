@@ -226,3 +226,12 @@ def test_known_stores_are_allowed(uri):
 def test_an_unknown_store_is_refused():
     with pytest.raises(UserError, match=r"tracking\.mlflow\.uri=ftp://host: MLflow has no such store"):
         validate(run_config(tracking=schema.tracking_class()(mlflow=mlflow_tracker.MlflowConfig("ftp://host"))))
+
+
+def test_databricks_is_a_store_and_no_folder():
+    assert mlflow_tracker.located("databricks") == "databricks"
+    assert mlflow_tracker.located("runs/store") == str(Path("runs/store").absolute())
+    assert mlflow_tracker.located("http://h:1") == "http://h:1"
+    assert mlflow_tracker.experiment_of("films", "databricks://profile") == "/Shared/films"
+    assert mlflow_tracker.experiment_of("/Users/me/films", "databricks") == "/Users/me/films"
+    assert mlflow_tracker.experiment_of("films", "http://h:1") == "films"

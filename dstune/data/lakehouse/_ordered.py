@@ -149,6 +149,8 @@ def plain_schema(schema: Any) -> Any:
 def _plain_type(of: Any) -> Any:
     if pa.types.is_dictionary(of):
         return _plain_type(of.value_type)
+    if pa.types.is_timestamp(of) and of.tz is not None:  # the same moment is the same row
+        return pa.timestamp(of.unit, "UTC")
     if pa.types.is_string_view(of):
         return pa.large_string()
     if pa.types.is_binary_view(of):

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
 from dstune.data.files import first_line
 from dstune.data.lakehouse._address import Address
 
-METADATA_VARIABLE = "DSTUNE_CLOUD_METADATA"
 CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
     "s3a": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
@@ -52,7 +52,15 @@ def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
         reason = f"there are no credentials for {scheme}://: none of {', '.join(CREDENTIALS[scheme])} is set"
         fix = f"export them; {METADATA_VARIABLE}=1 asks the metadata service of a cloud machine"
         raise UserError(Problem(key, reason, fix, str(address)))
+    ask_no_metadata_service()
     return location
+
+
+def refuse_parts(address: Address) -> None:
+    """Raises UserError where an address that is written to names more than a table."""
+    if address.version is not None or address.time or address.table_id or address.columns or address.where:
+        fix = "leave version, columns and predicate out"
+        raise UserError(Problem("--output", "is written to as a whole", fix, str(address)))
 
 
 def open_table(place: str, address: Address, key: str, options: Mapping[str, str] | None = None) -> tuple[Any, Address]:

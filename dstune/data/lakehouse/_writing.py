@@ -30,18 +30,14 @@ def write_rows(
     import pyarrow as pa
     from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
-    key = "--output"
-    if address.version is not None or address.time or address.table_id or address.columns or address.where:
-        raise UserError(
-            Problem(key, "is written to as a whole", "leave version, columns and predicate out", str(address))
-        )
     known = dict(options) if options else None
     application = f"dstune-{identity}"
+    earlier = None
     try:
         if DeltaTable.is_deltatable(place, known):
-            table = DeltaTable(place, storage_options=known)
-            if table.transaction_version(application) is not None:
-                return f"{address} has these rows already: nothing is written"
+            earlier = DeltaTable(place, storage_options=known).transaction_version(application)
+        if earlier is not None and not replace:
+            return f"{address} got these rows already: nothing is written (--force replaces its rows)"
         schema = _schema(rows)
         reader = pa.RecordBatchReader.from_batches(schema, _batches(rows, schema))
         write_deltalake(
@@ -50,14 +46,15 @@ def write_rows(
             mode="overwrite" if replace else "append",
             storage_options=known,
             commit_properties=CommitProperties(
-                custom_metadata={"writtenBy": "dstune predict"}, app_transactions=[Transaction(application, 1)]
+                custom_metadata={"writtenBy": "dstune predict"},
+                app_transactions=[Transaction(application, (earlier or 0) + 1)],
             ),
         )
         version = DeltaTable(place, storage_options=known).version()
     except Exception as error:
         reason = f"cannot be written: {first_line(error)}"
         fix = "another table; its columns have to be those of the answers (--force replaces its rows)"
-        raise UserError(Problem(key, reason, fix, str(address))) from None
+        raise UserError(Problem("--output", reason, fix, str(address))) from None
     return f"{address}@{version}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dstune.data.files import DataFile
 from dstune.data.lakehouse import _copies
 from dstune.data.lakehouse._address import parse
-from dstune.data.lakehouse._tables import place_of, require_library
+from dstune.data.lakehouse._tables import place_of, refuse_parts, require_library
 from dstune.protocols import data_source
 from dstune.protocols.data_source import DataSource
 
@@ -33,9 +33,14 @@ class Delta(DataSource):
     def describe(self, spec: str) -> dict[str, Any]:
         return _copies.describe(parse(spec, "data"))
 
+    def check_output(self, spec: str) -> None:
+        require_library("--output", spec)
+        address = parse(spec, "--output")
+        refuse_parts(address)
+        place_of(address, "--output", to_write=True)
+
     def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
         from dstune.data.lakehouse._writing import write_rows
 
-        require_library("--output", spec)
         address = parse(spec, "--output")
         return write_rows(place_of(address, "--output", to_write=True), address, rows, identity, replace=replace)

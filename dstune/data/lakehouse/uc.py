@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.network import ask_no_metadata_service
 from dstune.data.files import DataFile
 from dstune.data.lakehouse import _copies
 from dstune.data.lakehouse._address import Address, parse
-from dstune.data.lakehouse._tables import require_library
+from dstune.data.lakehouse._tables import refuse_parts, require_library
 from dstune.protocols import data_source
 from dstune.protocols.data_source import DataSource
 
@@ -29,6 +30,16 @@ NAME = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
 SECONDS = 30.0
 HOST, TOKEN, CLIENT, SECRET = "DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET"
 CATALOG = "api/2.1/unity-catalog"
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: the token is for one host."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_Stay)
 
 
 @data_source
@@ -49,10 +60,15 @@ class UnityCatalog(DataSource):
     def describe(self, spec: str) -> dict[str, Any]:
         return _copies.describe(parse(spec, "data"))
 
+    def check_output(self, spec: str) -> None:
+        require_library("--output", spec)
+        address = parse(spec, "--output")
+        refuse_parts(address)
+        locate(address, "--output", "READ_WRITE")
+
     def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
         from dstune.data.lakehouse._writing import write_rows
 
-        require_library("--output", spec)
         address = parse(spec, "--output")
         place, options = locate(address, "--output", "READ_WRITE")
         return write_rows(place, address, rows, identity, replace=replace, options=options)
@@ -68,6 +84,11 @@ def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, s
         fix = f"export {HOST}=https://... and {TOKEN}, or {CLIENT} and {SECRET}"
         raise UserError(Problem(key, f"{HOST} is not set: which catalog is meant?", fix, spec))
     host = host if "://" in host else f"https://{host}"
+    split = urllib.parse.urlsplit(host)
+    if split.scheme != "https" and split.hostname not in ("127.0.0.1", "::1", "localhost"):
+        reason = f"{HOST} is no address of HTTPS: the token would be readable on its way"
+        raise UserError(Problem(key, reason, f"export {HOST}=https://{split.netloc or 'HOST'}", spec))
+    ask_no_metadata_service()
     token = _token(host, key, spec)
     table = _ask(f"{host}/{CATALOG}/tables/{urllib.parse.quote(address.location)}", token, key, spec)
     kind = str(table.get("data_source_format", "")).upper()
@@ -105,7 +126,7 @@ def _ask(
     if token:
         headers["Authorization"] = f"Bearer {token}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=SECONDS) as answer:
+        with OPENER.open(urllib.request.Request(url, data, headers), timeout=SECONDS) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
         raise UserError(Problem(key, _refusal(error), _FIXES.get(error.code, "look at the catalog"), spec)) from None
@@ -125,6 +146,7 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 
 
 _FIXES = {
+    **dict.fromkeys((301, 302, 303, 307, 308), f"{HOST} itself has to answer: a token is sent nowhere else"),
     401: f"look at {TOKEN}",
     403: "ask for EXTERNAL USE SCHEMA on the schema and SELECT on the table; external access must be on for the metastore",
     404: "look at the three names: SHOW TABLES IN CATALOG.SCHEMA",

@@ -25,8 +25,19 @@ PARAMETERS_PER_BATCH = 100
 """A limit of MLflow's interface."""
 LAST_STEP = "dstune.step"
 """Tag with the last step that the run has."""
+DATABRICKS = "databricks"
 SCHEMES = ("file", "http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "preempted": "KILLED", "failed": "FAILED"}
+
+
+def located(uri: str) -> str:
+    """A store as MLflow takes it: a folder by its whole path."""
+    return uri if "://" in uri or uri == DATABRICKS else str(Path(uri).absolute())
+
+
+def experiment_of(project: str, uri: str) -> str:
+    """An experiment's name: Databricks has them in folders of the workspace."""
+    return f"/Shared/{project}" if uri.startswith(DATABRICKS) and not project.startswith("/") else project
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Mlflow(Tracker):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=str(Path(uri).absolute()) if "://" not in uri else str(uri))
+        self._client = MlflowClient(tracking_uri=located(str(uri)))
         self._run = self._known() or self._create()
         files.write(self._id, self._run)
         for row in past:
@@ -130,8 +141,9 @@ class Mlflow(Tracker):
         from mlflow.entities import Param
 
         tracking = self._config.tracking
-        found = self._client.get_experiment_by_name(tracking.project)
-        experiment = found.experiment_id if found else self._client.create_experiment(tracking.project)
+        name = experiment_of(str(tracking.project), str(tracking.mlflow.uri))
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name)
         tags = {f"dstune.tag.{number}": tag for number, tag in enumerate(to_dict(tracking.tags))}
         if tracking.group is not None:
             tags["dstune.group"] = tracking.group
