@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from support.configs import run_config
 
 from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
+from dstune.core.rendezvous import free_port
 
 pyspark = pytest.importorskip("pyspark", reason="pip install 'dstune[spark]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -187,60 +189,165 @@ def test_the_curve_is_that_of_local_ranks_and_a_killed_driver_leaves_nothing(spa
     assert exact(run_dir) == undisturbed
 
 
-@pytest.fixture(scope="module")
-def cluster(spark_place, tmp_path_factory) -> Iterator[tuple[str, list[subprocess.Popen], Path]]:
-    """A standalone master and two workers of one core each."""
-    from dstune.core.rendezvous import free_port
+def test_a_notebook_trains_on_its_data_frame(spark_place):
+    """The session that is there is used, and stays."""
+    import nbformat
+    from nbclient import NotebookClient
 
-    home, folder = Path(pyspark.__file__).parent, tmp_path_factory.mktemp("standalone")
-    port = free_port()
-    env = {
-        **spark_place.env,
-        "SPARK_HOME": str(home),
-        "SPARK_WORKER_DIR": str(folder / "work"),
-        "SPARK_DAEMON_MEMORY": "512m",
-    }
-    env.pop("PLANTED_TOKEN")
-    spark_class = str(home / "bin" / "spark-class")
-    master = f"spark://127.0.0.1:{port}"
-    log = (folder / "daemons.log").open("wb")
-    words = ["org.apache.spark.deploy.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"]
-    processes = [subprocess.Popen([spark_class, *words], env=env, stdout=log, stderr=log, start_new_session=True)]
-    worker = [
-        "org.apache.spark.deploy.worker.Worker",
-        "--host",
-        "127.0.0.1",
-        "--cores",
-        "1",
-        "--memory",
-        "1g",
-        "--webui-port",
-        "0",
+    rows = [json.loads(line) for line in (spark_place.folder / "dialogues.jsonl").read_text().splitlines()][:60]
+    (spark_place.folder / "rows.jsonl").write_text(
+        "".join(f"{json.dumps({'text': json.dumps(row)})}\n" for row in rows)
+    )
+    words = [
+        word for word in overrides("notebook", "trainer.max_steps=2", "task=causal_lm") if "data.train" not in word
     ]
-    time.sleep(5)
-    start = {"env": env, "stdout": log, "stderr": log, "start_new_session": True}
-    processes += [subprocess.Popen([spark_class, *worker, master], **start) for _ in range(2)]
-    wait_until(lambda: (folder / "daemons.log").read_text().count("Registering worker") >= 2, timeout=180)
-    yield master, processes, folder
-    for process in processes:
-        process.kill()
-        process.wait()
+    cells = [
+        "from pyspark.sql import SparkSession",
+        "spark = SparkSession.builder.master('local[2]').config('spark.driver.memory', '1g').getOrCreate()",
+        "frame = spark.read.json('rows.jsonl')",
+        f"import dstune\nrun = dstune.train(*{words!r}, train=frame, launch='spark')\nrun",
+        "print(run.result['status'], run.result['world_size'], spark.range(3).count())",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in spark_place.env.items():
+            patch.setenv(name, value)
+        where = {"metadata": {"path": str(spark_place.folder)}}
+        NotebookClient(book, timeout=600, kernel_name="python3", resources=where).execute()
+    assert "completed 2 3" in str(book.cells[-1].outputs)
+    assert "completed, 2 steps" in str(book.cells[-2].outputs), "the run's own table"
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(spark_place.folder / "notebook" / "data" / "train.parquet")
+    assert sorted(table["text"].to_pylist()) == sorted(json.dumps(row) for row in rows)
 
 
-def test_a_standalone_cluster_with_a_lost_worker(spark_place, cluster, undisturbed):  # noqa: F811
-    """The stage starts again; the run goes on from its checkpoint, and its curve is that of one that was never disturbed."""
-    master, _, folder = cluster
-    run_dir = spark_place.folder / "standalone"
-    words = ["launch=spark", f"launch.master={master}", "launch.export_env=[PLANTED_TOKEN]", "launch.processes=2"]
-    command = spark_place.start("train", *overrides("standalone", *words))
-    wait_until(lambda: at_step(run_dir, 12), timeout=300)
-    victim = next(rank for rank in ranks_of(run_dir) if rank.environ()["RANK"] == "1")
-    executor = next(one for one in victim.parents() if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline()))
-    executor.kill()
-    assert command.wait(timeout=600) == 0, spark_place.log
-    assert "the task of rank 1 was lost" in spark_place.log
+class Cluster:
+    """A standalone master, and workers of one core each, on this machine."""
+
+    def __init__(self, folder: Path, env: dict[str, str]):
+        self.folder, self._daemons = folder, []
+        home = Path(pyspark.__file__).parent
+        self._program = str(home / "bin" / "spark-class")
+        self._env = {
+            **env,
+            "SPARK_HOME": str(home),
+            "SPARK_WORKER_DIR": str(folder / "work"),
+            "SPARK_DAEMON_MEMORY": "512m",
+        }
+        self._log = folder / "daemons.log"
+        port = free_port()
+        self.master = f"spark://127.0.0.1:{port}"
+        self._start("master.Master", "--port", str(port))
+        wait_until(lambda: b"I have been elected leader" in self._log.read_bytes(), timeout=180)
+
+    def add_worker(self) -> None:
+        before = self._log.read_text().count("Registering worker")
+        self._start("worker.Worker", "--cores", "1", "--memory", "1g", self.master)
+        wait_until(lambda: self._log.read_text().count("Registering worker") > before, timeout=180)
+
+    def _start(self, name: str, *words: str) -> None:
+        command = [self._program, f"org.apache.spark.deploy.{name}", "--host", "127.0.0.1", "--webui-port", "0", *words]
+        with self._log.open("ab") as log:
+            daemon = subprocess.Popen(command, env=self._env, stdout=log, stderr=log, start_new_session=True)
+        self._daemons.append(daemon)
+
+    def lose_worker(self, rank: psutil.Process) -> None:
+        """At once and for good, as a machine that is switched off: its worker, and the executor that runs a rank's task."""
+        family = rank.parents()
+        executor = next(one for one in family if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline()))
+        worker = next(one for one in family if "deploy.worker.Worker" in " ".join(one.cmdline()))
+        worker.kill()
+        executor.kill()
+
+    def stop(self) -> None:
+        for daemon in self._daemons:
+            daemon.kill()
+            daemon.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(spark_place, tmp_path_factory) -> Iterator[Cluster]:
+    env = {name: value for name, value in spark_place.env.items() if name != "PLANTED_TOKEN"}
+    found = Cluster(tmp_path_factory.mktemp("standalone"), env)
+    try:
+        for _ in range(2):
+            found.add_worker()
+        yield found
+    finally:
+        found.stop()
+
+
+def rank_of(run_dir: Path, number: int) -> psutil.Process:
+    return next(rank for rank in ranks_of(run_dir) if rank.environ()["RANK"] == str(number))
+
+
+def texts_of_ui(port: int) -> Iterator[str]:
+    for page in ("environment", "jobs", "stages", "executors"):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}/") as answer:
+            yield answer.read().decode()
+
+
+def test_a_standalone_cluster_on_which_everything_ends_once(spark_place, cluster, undisturbed):  # noqa: F811
+    """Asked to stop, a killed rank, a killed driver, a lost worker: each is told rightly, and the curve is that of a run that was
+    never disturbed."""
+    name, port, events = "standalone", free_port(), cluster.folder / "events"
+    events.mkdir()
+    submit = spark_place.env["PYSPARK_SUBMIT_ARGS"].replace("spark.ui.enabled=false", f"spark.ui.port={port}")
+    submit = f"--conf spark.eventLog.enabled=true --conf spark.eventLog.dir=file://{events} {submit}"
+    words = [
+        "launch=spark",
+        f"launch.master={cluster.master}",
+        "launch.export_env=[PLANTED_TOKEN]",
+        "launch.processes=2",
+    ]
+    run_dir = spark_place.folder / name
+
+    def started(step: int) -> subprocess.Popen:
+        command = spark_place.start("train", *overrides(name, *words))
+        wait_until(lambda: at_step(run_dir, step) or command.poll() is not None, timeout=400)
+        assert command.poll() is None, spark_place.log
+        return command
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(spark_place.env, "PYSPARK_SUBMIT_ARGS", submit)
+        command = started(6)
+        assert rank_of(run_dir, 1).environ()["PLANTED_TOKEN"] == SECRET
+        assert not [text for text in texts_of_ui(port) if SECRET in text]
+        command.terminate()
+        assert command.wait(timeout=120) == 75, spark_place.log
+        assert result(run_dir)["status"] == "preempted"
+
+        command = started(result(run_dir)["steps"] + 3)
+        rank_of(run_dir, 1).kill()
+        assert command.wait(timeout=120) == 1, spark_place.log
+        assert "rank 1 was killed by SIGKILL" in result(run_dir)["reason"]
+        assert not ranks_of(run_dir)
+
+        command = started(18)
+        ranks = ranks_of(run_dir)
+        command.kill()
+        command.wait()
+        killed = time.monotonic()
+        wait_until(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 60)
+        print(f"no rank {time.monotonic() - killed:.1f} s after the driver was killed")
+
+        command = started(26)
+        cluster.lose_worker(rank_of(run_dir, 1))
+        cluster.add_worker()
+        assert command.wait(timeout=600) == 0, spark_place.log
+    assert "the task of rank 1 on" in spark_place.log
     assert "Spark starts the stage again" in spark_place.log
     assert exact(run_dir) == undisturbed
     assert not ranks_of(run_dir)
-    for file in folder.rglob("*"):
+    assert list(events.iterdir())
+    for file in cluster.folder.rglob("*"):
         assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+
+
+def test_more_ranks_than_the_cluster_has_slots(spark_place, cluster):
+    words = ["launch=spark", f"launch.master={cluster.master}", "launch.processes=3"]
+    refused = spark_place.run("train", *overrides("too-many"), *words)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "Spark has 2 slots" in refused.stderr
+    assert not (spark_place.folder / "too-many").exists()
