@@ -31,10 +31,22 @@ def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = F
             if sync:
                 stream.flush()
                 os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        _put(temporary, path, data, mode)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _put(temporary: Path, path: Path, data: bytes, mode: int) -> None:
+    """Give `temporary` its name; where a file system renames nothing, write `path` itself."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with create_or_truncate(path, mode=mode) as stream:
+            stream.write(data)
+        temporary.unlink()
 
 
 def append(path: Path, *, mode: int = 0o666) -> IO[bytes]:

@@ -9,17 +9,19 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from dstune.checkpoint import copied
 from dstune.core.errors import Problem, UserError
+from dstune.core.limited_places import refused_operations
 from dstune.core.paths import cache_root
 from dstune.data.sources import data_source_of
 from dstune.protocols import DATA_SOURCES
-from dstune.protocols.data_source import DataSource
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
@@ -50,16 +52,38 @@ def _place(text: str) -> Path | str:
 def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, *, force: bool) -> AnswersFile:
     """Of a file, or of a table. Raises UserError: see `AnswersFile`; no such table."""
     if isinstance(place, Path):
-        return AnswersFile(place, requested, batch_size, force=force)
+        if not refused_operations(place):
+            return AnswersFile(place, requested, batch_size, force=force)
+        refuse_place(place, force)
+
+        def put(file: Path) -> str:
+            copied.copy(file, place)
+            return str(place)
+
+        return AnswersElsewhere(str(place), put, requested, batch_size, force=force)
     source = data_source_of(place)
     if source is None:
         known = ", ".join(f"{name}://" for name in DATA_SOURCES)
         raise UserError(Problem("--output", "nothing is known to write there", f"a file, or {known}", place))
     source.check_output(place)
-    identity = xxhash.xxh3_128_hexdigest(json.dumps([place, requested], sort_keys=True).encode())
-    file = cache_root() / "answers" / f"{identity}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return AnswersTable(source, place, file, requested, batch_size, force=force)
+
+    def write(file: Path) -> str:
+        return source.write(place, file, file.stem, replace=force)
+
+    return AnswersElsewhere(place, write, requested, batch_size, force=force)
+
+
+def refuse_place(path: Path, force: bool) -> None:
+    """Raises UserError where answers cannot be put."""
+    if path.suffix.lower() in TABLES:
+        fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
+        raise UserError(
+            Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))
+        )
+    if path.exists() and not force:
+        raise UserError(Problem("--output", "exists already", "give another file, or --force to replace it", str(path)))
+    if path.parent != Path() and not path.parent.is_dir():
+        raise UserError(Problem("--output", "there is no such folder", f"mkdir -p {path.parent}", str(path)))
 
 
 class AnswersFile:
@@ -76,17 +100,7 @@ class AnswersFile:
         self.path, self._part = path, path.with_name(f"{path.name}.part")
         self.written = str(path)
         head = json.dumps({"asked": requested, "batch_size": batch_size})
-        if path.suffix.lower() in TABLES:
-            fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
-            raise UserError(
-                Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))
-            )
-        if path.exists() and not force:
-            raise UserError(
-                Problem("--output", "exists already", "give another file, or --force to replace it", str(path))
-            )
-        if path.parent != Path() and not path.parent.is_dir():
-            raise UserError(Problem("--output", "there is no such folder", f"mkdir -p {path.parent}", str(path)))
+        refuse_place(path, force)
         self.done = 0
         if self._part.exists() and not force:
             self._resume(head, batch_size)
@@ -126,35 +140,42 @@ class AnswersFile:
         self._part.unlink()
 
 
-class AnswersTable(AnswersFile):
-    """Rows of JSON, kept in the cache until all of them are there, then written to a table in one transaction."""
+class AnswersElsewhere(AnswersFile):
+    """Rows of JSON, kept in the cache until all of them are there, then brought to their place: a table, in one transaction, or
+    a file where nothing can be appended."""
 
     def __init__(
         self,
-        source: DataSource,
         place: str,
-        file: Path,
+        bring: Callable[[Path], str],
         requested: dict[str, Any],
         batch_size: int,
         *,
         force: bool = False,
     ):
-        self._source, self._force = source, force
-        self._whole = file.exists() and not force  # of a former time, when the table could not be written
-        if self._whole:
-            self.path = file
-            with file.open("rb") as stream:
-                self.done = sum(1 for _ in stream)
-        else:
+        """bring: writes the whole file to `place`; a line on what was done."""
+        self._bring, self.written = bring, place
+        identity = xxhash.xxh3_128_hexdigest(json.dumps([place, requested], sort_keys=True).encode())
+        file = cache_root() / "answers" / f"{identity}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._whole = file.exists() and not force  # of a former time, when they could not be brought
+        if not self._whole:
             super().__init__(file, requested, batch_size, force=force)
-        self.written = place
+            self.written = place
+            return
+        self.path = file
+        with file.open("rb") as stream:
+            self.done = sum(1 for _ in stream)
 
     def finish(self) -> None:
         if not self._whole:
             super().finish()
+        where = f"the answers are in {self.path}"
         try:
-            self.written = self._source.write(self.written, self.path, self.path.stem, replace=self._force)
+            self.written = self._bring(self.path)
         except UserError as error:
-            problems = [replace(one, fix=f"{one.fix}; the answers are in {self.path}") for one in error.problems]
-            raise UserError(problems) from None
+            raise UserError(replace(one, fix=f"{one.fix}; {where}") for one in error.problems) from None
+        except OSError as error:
+            reason, fix = f"cannot be written: {error.strerror or error}", f"another place; {where}"
+            raise UserError(Problem("--output", reason, fix, self.written)) from None
         self.path.unlink()

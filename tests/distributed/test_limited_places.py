@@ -69,6 +69,9 @@ def test_a_run_where_nothing_but_writing_whole_files_works(limited, undisturbed)
     exported = limited.run("export", "volume/run", "--out", "volume/exported")
     assert exported.returncode == 0, exported.stderr
     assert (limited.folder / "volume" / "exported" / "config.json").is_file()
+    reported = limited.run("report", "volume/run", "--output", "volume/page.html")
+    assert reported.returncode == 0, reported.stderr
+    assert (limited.folder / "volume" / "page.html").is_file()
     longer = limited.run("train", "volume/run", "trainer.max_steps=42")
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert "continues from" in longer.stderr

@@ -300,3 +300,39 @@ def test_killed_while_it_takes_the_run_over_this_machine_loses_nothing(without_l
     assert store.newest(again.work).name == store.tag(10)
     assert again.close()
     assert not (without_locks / "result.json").exists()
+
+
+def test_answers_and_other_files_where_nothing_is_renamed_or_appended(tmp_path, monkeypatch):
+    from dstune.core import files
+    from dstune.inference import answers_file
+
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    renamed = os.replace
+
+    def replace(source, target):
+        if Path(target).is_relative_to(volume):
+            raise OSError(95, "Operation not supported")
+        renamed(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    files.write(volume / "report.html", "a page")
+    files.write(volume / "report.html", "b")
+    assert (volume / "report.html").read_text() == "b"
+    assert [file.name for file in volume.iterdir()] == ["report.html"]
+    (volume / "report.html").unlink()
+
+    def begin(**more):
+        return answers_file.answers_file(volume / "out.jsonl", {"model": "m"}, 1, force=False, **more)
+
+    begun = begin()
+    begun.append([{"a": 1}])
+    assert begin().done == 1, "it goes on"
+    again = begin()
+    again.append([{"a": 2}])
+    again.finish()
+    assert (volume / "out.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
+    assert [file.name for file in volume.iterdir()] == ["out.jsonl"]
+    with pytest.raises(UserError, match="exists already"):
+        begin()

@@ -29,7 +29,7 @@ def resolve(
 ) -> Address:
     """The resolved address; its rows are in the cache then. Raises UserError."""
     table, address = open_table(place, address, key, options)
-    listed = files_of(table)
+    listed = files_of(table, address, key)
     listing = xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
     if known := describe(address):
         if known["files"] != listing:  # a copy of the table went other ways, and was put in its place

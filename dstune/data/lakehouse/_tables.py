@@ -100,7 +100,9 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
 def _version_at(table: Any, address: Address, key: str) -> int:
     """The newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
     moment = address.moment
-    history = {int(entry["version"]): entry["timestamp"] / 1000 for entry in table.history() if "version" in entry}
+    with _refusals_named(key, str(address), "the times of its versions cannot be read"):
+        timed = [entry for entry in table.history() if {"version", "timestamp"} <= entry.keys()]
+        history = {int(entry["version"]): entry["timestamp"] / 1000 for entry in timed}
     if moment > datetime.now(UTC):
         raise UserError(Problem(key, "this time is still to come", "leave it out for the newest version", str(address)))
     before = [version for version, seconds in history.items() if seconds <= moment.timestamp()]
@@ -111,11 +113,12 @@ def _version_at(table: Any, address: Address, key: str) -> int:
     return max(before)
 
 
-def files_of(table: Any) -> list[dict[str, Any]]:
-    """`path` and `size_bytes` of every data file of the version, as its log has them."""
+def files_of(table: Any, address: Address, key: str) -> list[dict[str, Any]]:
+    """`path` and `size_bytes` of every data file of the version, as its log has them. Raises UserError."""
     import pyarrow as pa
 
-    found = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
+    with _refusals_named(key, str(address), "its log cannot be read"):
+        found = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
     return sorted(found, key=lambda file: str(file["path"]))
 
 
