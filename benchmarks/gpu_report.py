@@ -3,9 +3,9 @@
     make gpu-report PART=1             python benchmarks/gpu_report.py 1 --out gpu-report
     make gpu-report PART=5 GPUS=8      several GPUs: NCCL, stages 1 to 3, Ulysses, tensor parallelism
 
-A case is a process of its own with a limit; what it measured is a line of OUT/part-N.jsonl, and a case that is there already with
-the same versions is not run again. `--simulate` computes small shapes on the simulated device of the tests: a rehearsal, whose
-times mean nothing.
+A case is a process of its own with a limit; what it measured is a line of OUT/part-N.jsonl, and a case that is there already, of
+the same versions on the same machine, is not run again. `--simulate` computes small shapes on the simulated device of the tests: a
+rehearsal, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -28,11 +29,7 @@ PATIENCE = 10
 """A rehearsal, on a CPU and whatever else runs there, may take so many times as long."""
 
 PARTS: dict[int, dict[str, int]] = {
-    1: {
-        "losses": 120,
-        "attention": 120,
-        "packed_step": 150,
-    },
+    1: {"losses": 120, "attention": 120, "packed_step": 150, "qlora": 100},
     2: {"cross_entropy": 90, "norms": 60, "elementwise": 90, "plan": 120, "out_of_memory": 120},
     3: {
         "importance": 60,
@@ -43,7 +40,7 @@ PARTS: dict[int, dict[str, int]] = {
         "resume": 90,
         "offload": 90,
     },
-    4: {"qlora": 100, "full_1_5b": 120, "lora_8b": 150, "trl": 150},
+    4: {"full_1_5b": 120, "lora_8b": 140, "trl_full_1_5b": 120, "trl_lora_8b": 140},
     5: {"nccl": 60, "ranks": 150, "ulysses": 90, "tensor": 90},
 }
 """Seconds that each case may take, in the order of their value."""
@@ -59,6 +56,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """What figures depend on: one that was measured under others is not that of this report."""
+    return {"versions": versions(), "simulated": options.simulate, "gpus": options.gpus, "host": socket.gethostname()}
 
 
 def run_case(name: str, seconds: float, out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def run_case(name: str, seconds: float, out: Path, options: argparse.Namespace) 
             os.killpg(process.pid, 9)
             process.wait()
             code = None
-    found = {"case": name, "seconds": round(time.monotonic() - began, 1), "versions": versions()}
+    found = {"case": name, "seconds": round(time.monotonic() - began, 1), "conditions": conditions(options)}
     measured = folder / "measured.json"
     rows = json.loads(measured.read_text()) if measured.exists() else []
     outcome = "ok" if code == 0 else f"over its {seconds:.0f} s" if code is None else f"exit code {code}"
@@ -96,7 +98,8 @@ def run_part(part: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     kept = out / f"part-{part}.jsonl"
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    known = {line["case"]: line for line in lines if line["outcome"] == "ok" and line["versions"] == versions()}
+    same = conditions(options)
+    known = {line["case"]: line for line in lines if line["outcome"] == "ok" and line["conditions"] == same}
     patience = PATIENCE if options.simulate else 1
     deadline = time.monotonic() + patience * SECONDS
     results = []

@@ -12,7 +12,18 @@ import pytest
 from benchmarks import gpu_cases, gpu_report
 
 ROOT = Path(__file__).parents[2]
-NEEDS_A_DEVICE = {"half", "resume", "offload", "qlora", "trl", "nccl", "ranks", "ulysses", "tensor"}
+NEEDS_A_DEVICE = {
+    "half",
+    "resume",
+    "offload",
+    "qlora",
+    "trl_full_1_5b",
+    "trl_lora_8b",
+    "nccl",
+    "ranks",
+    "ulysses",
+    "tensor",
+}
 """Cases that say on a simulated device why they measure nothing."""
 
 
@@ -44,7 +55,9 @@ def test_a_part_on_the_simulated_device(tmp_path: Path, part: int) -> None:
     assert all(f"**{name}**: ok" in report for name in gpu_report.PARTS[part])
 
 
-def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_is_kept_and_not_measured_again_under_the_same_conditions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second case of a part is over its limit: the first one stays, and is not run again."""
     ran: list[str] = []
 
@@ -52,13 +65,22 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkey
         ran.append(name)
         outcome = "ok" if name != "attention" else "over its 1 s"
         rows = [{"machine": "H100"}, {"ms": 1.25}] if name == "losses" else []
-        return {"case": name, "seconds": 1, "outcome": outcome, "rows": rows, "versions": gpu_report.versions()}
+        return {
+            "case": name,
+            "seconds": 1,
+            "outcome": outcome,
+            "rows": rows,
+            "conditions": gpu_report.conditions(options),
+        }
 
     monkeypatch.setattr(gpu_report, "run_case", run_case)
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "1", "--out", str(tmp_path)])
     assert gpu_report.main() == 1
     assert ran == list(gpu_report.PARTS[1])
     assert gpu_report.main() == 1
-    assert ran[3:] == ["attention"]
+    assert ran[len(gpu_report.PARTS[1]) :] == ["attention"]
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "1", "--out", str(tmp_path), "--simulate"])
+    assert gpu_report.main() == 1
+    assert ran[len(gpu_report.PARTS[1]) + 1 :] == list(gpu_report.PARTS[1])  # a rehearsal has no figures of a GPU
     report = (tmp_path / "part-1.md").read_text()
     assert "part 1: H100" in report and "| 1.25 |" in report and "**attention**: over its 1 s" in report

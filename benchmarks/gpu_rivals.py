@@ -1,0 +1,92 @@
+"""Cases of `gpu_report.py`: packed SFT of a 1.5B-shaped and an 8B-shaped model, by dstune and by TRL."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_bench import EIGHT, ONE_AND_A_HALF, Bench, case
+
+STEPS, MICRO, GLOBAL, UNTIMED = 6, 2, 8, 2
+
+
+def words_of(bench: Bench, shape: dict[str, int], name: str) -> list[str]:
+    return [*bench.packed(shape, name, steps=STEPS, rows=GLOBAL, micro=MICRO), "zero=stage2"]
+
+
+@case
+def full_1_5b(bench: Bench) -> None:
+    bench.reported("full 1.5B", *words_of(bench, ONE_AND_A_HALF, "one-and-a-half"))
+
+
+@case
+def lora_8b(bench: Bench) -> None:
+    bench.reported("LoRA 8B", *words_of(bench, EIGHT, "eight"), "method=lora")
+
+
+@case
+def trl_full_1_5b(bench: Bench) -> None:
+    """In fp32 weights and bf16 products, as SFTTrainer loads a model: dstune's have an fp32 copy too."""
+    by_trl(bench, ONE_AND_A_HALF, "one-and-a-half", lora=False)
+
+
+@case
+def trl_lora_8b(bench: Bench) -> None:
+    by_trl(bench, EIGHT, "eight", lora=True)
+
+
+def by_trl(bench: Bench, shape: dict[str, int], name: str, *, lora: bool) -> None:
+    """TRL's SFTTrainer on the same shape, rows and lengths: sdpa, and flash attention and Liger where installed."""
+    if bench.simulate or importlib.util.find_spec("trl") is None:
+        bench.row(run=f"TRL {name}", failed="not on a simulated device" if bench.simulate else "TRL is not installed")
+        return
+    folder = bench.shape(name, **shape)
+    data = next(word for word in words_of(bench, shape, name) if word.startswith("data.train=")).partition("=")[2]
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    for kind in ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None):
+        title = f"TRL {name} {kind}{' Liger' if liger else ''}"
+        bench.row(run=title, **train_by_trl(bench, folder, data, kind, liger=liger, lora=lora))
+
+
+def train_by_trl(bench: Bench, folder: Path, data: str, kind: str, *, liger: bool, lora: bool) -> dict[str, Any]:
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
+            if "num_tokens" in logs:  # the loss was read: the device has come so far
+                ends.append(time.perf_counter())
+
+    dtype = torch.bfloat16 if lora else torch.float32
+    with torch.device(bench.device):
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
+    arguments = SFTConfig(
+        output_dir=str(bench.folder / "trl"), max_steps=STEPS, per_device_train_batch_size=MICRO, packing=True,
+        bf16=True, gradient_accumulation_steps=GLOBAL // MICRO, max_length=4096, gradient_checkpointing=True,
+        logging_steps=1, save_strategy="no", report_to=[], use_liger_kernel=liger,
+    )  # fmt: skip
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    trainer = SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=load_dataset("json", data_files=data, split="train"),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=adapter,
+        callbacks=[Clock()],
+    )
+    bench.accelerator.module().reset_peak_memory_stats()
+    trainer.train()
+    tokens = [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
+    peak = bench.accelerator.module().max_memory_allocated() / 2**30
+    rate = (tokens[STEPS - 1] - tokens[UNTIMED - 1]) / (ends[STEPS - 1] - ends[UNTIMED - 1])
+    del trainer, model
+    torch.cuda.empty_cache()
+    return {"tokens_per_second": rate, "peak_gib": peak}
