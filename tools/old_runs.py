@@ -21,7 +21,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from side_by_side import HOME, METHODS, TASKS, Case, Tree, machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.case_matrix import HOME, METHODS, TASKS
+from tools.case_server import Case, machine
+from tools.side_by_side import Tree
 
 TASK_OF_METHOD = {"head": "classification", "features": "classification", "ulmfit": "classification"}
 STEPS, KEPT = 4, "step-00000002"
@@ -42,7 +46,6 @@ DROPPED = ("checkpoints/step-00000004", "export", "result.json", "report.html", 
 
 def make_inputs(folder: Path) -> None:
     """As those of side_by_side, and smaller: what is committed is mostly their weights and the optimizer's."""
-    sys.path.insert(0, str(HOME))
     from tests.support import tiny
 
     models, data = folder / "models", folder / "data"

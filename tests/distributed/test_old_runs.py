@@ -6,17 +6,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from dstune.config.run_file import RUN_FORMAT
+from tools.case_server import Case, machine
+from tools.side_by_side import Tree
 
 ROOT = Path(__file__).parents[2]
 ARCHIVES = sorted((ROOT / "tests" / "data").glob("old-runs-*.tar.xz"))
@@ -24,34 +23,24 @@ NAMES = [f"task-{path.stem}" for path in sorted((ROOT / "conf" / "task").glob("*
 NAMES += [f"method-{path.stem}" for path in sorted((ROOT / "conf" / "method").glob("*.yaml")) if path.stem != "full"]
 
 
-@pytest.fixture(scope="module")
-def side_by_side() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("side_by_side", ROOT / "tools" / "side_by_side.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["side_by_side"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 class Shelf:
     """The unpacked archive, and this tree to go on with its runs."""
 
-    def __init__(self, folder: Path, tools: ModuleType):
-        self.folder, self.tools = folder, tools
+    def __init__(self, folder: Path):
+        self.folder = folder
         with tarfile.open(ARCHIVES[-1]) as archive:
             archive.extractall(folder, filter="data")
         content = json.loads((folder / "expected.json").read_text())
-        self.expected, self.same_machine = content["runs"], content["machine"] == tools.machine()
-        self.tree = tools.Tree(ROOT, folder / "served", models=folder / "models")
+        self.expected, self.same_machine = content["runs"], content["machine"] == machine()
+        self.tree = Tree(ROOT, folder / "served", models=folder / "models")
 
     def call(self, name: str, *argv: str, ranks: int = 0) -> object:
-        return self.tree.run(self.tools.Case(name, list(argv), ranks, str(self.folder), f"runs/{name}"), again=True)
+        return self.tree.run(Case(name, list(argv), ranks, str(self.folder), f"runs/{name}"), again=True)
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, side_by_side: ModuleType) -> Iterator[Shelf]:
-    shelf = Shelf(tmp_path_factory.mktemp("old"), side_by_side)
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+    shelf = Shelf(tmp_path_factory.mktemp("old"))
     yield shelf
     shelf.tree.close()
 

@@ -1,4 +1,4 @@
-"""The placement matrix: task x method x stage as `tools/side_by_side.py` has them, and what may wait for the device in a step."""
+"""The placement matrix: task x method x stage as `tools/case_matrix.py` has them, and what may wait for the device in a step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools import side_by_side
+from tools import case_matrix
+from tools.case_server import ENVIRONMENT
 
 PROGRAM = Path(__file__).with_name("program.py")
 ROOT = Path(__file__).parents[2]
 SHORT = ["trainer.max_steps=2", "trainer.global_batch_size=4", "evaluate.every=2", "evaluate.samples=0"]
-STAGES = side_by_side.STAGES
+STAGES = case_matrix.STAGES
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Cell:
 
 def cells(folder: Path, tasks: Sequence[str], stages: Sequence[int], *, rotate: bool = False) -> Iterator[Cell]:
     """Every method of these tasks, and the variants, at each stage; with `rotate` at one of them. folder: of models and data."""
-    for case in side_by_side.pairs((), stages, 1, folder, rotate=rotate):
+    for case in case_matrix.pairs((), stages, 1, folder, rotate=rotate):
         task = next(word for word in case.argv if word.startswith("task=")).removeprefix("task=")
         if task in tasks:
             words = [word for word in case.argv[1:] if word.partition("=")[0] not in REPLACED]
@@ -115,13 +116,13 @@ class Server:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        side_by_side.make_inputs(folder)
+        case_matrix.make_inputs(folder)
         self._process = subprocess.Popen(
             [sys.executable, str(PROGRAM), str(folder)],
             cwd=folder,
             env={
                 **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-                **side_by_side.ENVIRONMENT,
+                **ENVIRONMENT,
                 "PYTHONPATH": str(ROOT),
                 "DSTUNE_CACHE": str(folder / "cache"),
             },

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.placement.cells import MICRO_BATCH, STAGES, STEP, Cell, Found, Server, cells
-from tools import side_by_side
+from tools import case_matrix
 
 WITHOUT_KERNEL = {"qlora": "bitsandbytes has no kernels for a device that it does not know"}
 """Methods that a simulated device cannot compute."""
@@ -71,15 +71,15 @@ SAMPLE = (
 
 @pytest.mark.ci
 def test_a_sample_of_the_matrix(server: Server) -> None:
-    chosen = [cell for cell in cells(server.folder, list(side_by_side.TASKS), STAGES) if cell.name in SAMPLE]
+    chosen = [cell for cell in cells(server.folder, list(case_matrix.TASKS), STAGES) if cell.name in SAMPLE]
     assert len(chosen) == len(SAMPLE)
     assert check(server, chosen) == len(SAMPLE)
 
 
 def test_the_sample_leaves_nothing_out() -> None:
     words = {word for name in SAMPLE for word in name.split("-")}
-    assert set(side_by_side.TASKS) <= words
-    assert set(side_by_side.METHODS) - set(WITHOUT_KERNEL) <= words
+    assert set(case_matrix.TASKS) <= words
+    assert set(case_matrix.METHODS) - set(WITHOUT_KERNEL) <= words
     assert set(map(str, STAGES)) <= words
 
 
@@ -98,14 +98,14 @@ COMPUTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", side_by_side.TASKS)
+@pytest.mark.parametrize("task", case_matrix.TASKS)
 def test_the_whole_matrix(server: Server, task: str) -> None:
     computed = check(server, list(cells(server.folder, [task], STAGES)))
     assert computed >= COMPUTED[task]
 
 
 def cell(server: Server, name: str) -> Cell:
-    return next(one for one in cells(server.folder, list(side_by_side.TASKS), STAGES) if one.name == name)
+    return next(one for one in cells(server.folder, list(case_matrix.TASKS), STAGES) if one.name == name)
 
 
 @pytest.mark.ci
