@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz_common import configuration
-from benchmarks.fuzz_inputs import (
-    MODULES,
-)
+from benchmarks.fuzz_inputs import MODULES
 
 
 def model_folder(content: bytes, folder: Path) -> None:

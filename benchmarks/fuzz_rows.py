@@ -9,15 +9,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.fuzz_common import decoded, jsonl, later, tokenizer
-from benchmarks.fuzz_inputs import (
-    CHAT,
-    PIECES,
-    Make,
-    damaged,
-    mapped,
-    one_of,
-    text,
-)
+from benchmarks.fuzz_inputs import CHAT, PIECES, Make, damaged, mapped, one_of, text
 from dstune.core.errors import UserError
 
 

@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstune.config import by_method
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import (
-    ENVIRONMENT,
-    EnvironmentText,
-    chosen_class,
-    interpolation_problem,
-    partly_from_dict,
-)
+from dstune.config.convert import ENVIRONMENT, EnvironmentText, chosen_class, interpolation_problem, partly_from_dict
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes
